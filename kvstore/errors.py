@@ -1,0 +1,45 @@
+"""The errors of the block store. What a peer, a user or the network can cause derives from `KVStoreError`."""
+
+from __future__ import annotations
+
+
+class KVStoreError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class InvalidLayout(KVStoreError, ValueError):
+    """A block layout with impossible values: ours from a wrong configuration, or a peer's from its wire form."""
+
+
+class IncompatibleLayout(KVStoreError):
+    """A peer's blocks cannot be used here; the message names the peer and every differing field with both values."""
+
+
+class OutOfBlocks(KVStoreError):
+    """An allocation asked for more blocks than are free or evictable. Nothing was taken."""
+
+    def __init__(self, num_requested: int, num_free: int, num_blocks: int) -> None:
+        super().__init__(f"{num_requested} blocks requested, {num_free} of {num_blocks} are free or evictable")
+        self.num_requested = num_requested
+        self.num_free = num_free
+        self.num_blocks = num_blocks
+
+
+class IntegrityError(KVStoreError):
+    """The block pool's bookkeeping was violated: a bug of ours, never the result of input."""
+
+
+class DoubleFree(IntegrityError):
+    """A reference was given back that nobody holds."""
+
+
+class RegistryError(KVStoreError):
+    """The registry cannot be used as asked (a malformed URL, record or lease). An unreachable Redis is no such error."""
+
+
+class InvalidRecord(RegistryError, ValueError):
+    """A worker record with missing, unknown or impossible values."""
+
+
+class RedisServerError(KVStoreError):
+    """The embedded Redis server could not be found or started."""
