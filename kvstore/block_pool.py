@@ -30,7 +30,7 @@ class PoolStats:
 
 
 class BlockPool:
-    """`num_blocks` blocks with ids 0 .. num_blocks - 1. Whoever gets an id from it holds one reference and must release it."""
+    """Blocks 0 .. num_blocks - 1. Whoever gets an id from the pool holds one reference and must release it."""
 
     def __init__(self, num_blocks: int, enable_prefix_caching: bool = True) -> None:
         if num_blocks < 1:
@@ -82,7 +82,7 @@ class BlockPool:
         return [self._take_one() for _ in range(n)]
 
     def acquire(self, ids: Sequence[int]) -> None:
-        """Take one more reference on each block. The blocks must be referenced already (find cached ones by `match_prefix`)."""
+        """Take one more reference on each block. All must be referenced already; `match_prefix` is for cached ones."""
         for block_id in ids:
             self._check_referenced(block_id, "acquire")
         for block_id in ids:
