@@ -1,0 +1,169 @@
+"""Logs: text for people, JSON lines for machines; and the lines by which a process tells its launcher how far it is.
+
+Every process calls `configure_logging` once, in `main()`. Code logs through `logging.getLogger(__name__)` and hands
+facts over by `extra=`; `bound(logger, request_id=…)` gives a logger that carries them along. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, MutableMapping
+from typing import Any, TextIO
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("auto", "text", "json")
+LAUNCHER_VARIABLE = "TANDEM_LAUNCHER"
+"""Set to 1 in the processes that `tandem up` starts: then, and only then, they report progress."""
+
+_PROGRESS_MARK = "TANDEM-PROGRESS"
+_READY_MARK = "TANDEM-READY"
+_STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+_COLORS = {
+    logging.DEBUG: "\x1b[2m",
+    logging.WARNING: "\x1b[33m",
+    logging.ERROR: "\x1b[31m",
+    logging.CRITICAL: "\x1b[31m",
+}
+
+
+def configure_logging(
+    level: str = "info",
+    format: str = "auto",
+    *,
+    fields: Mapping[str, object] | None = None,
+    stream: TextIO | None = None,
+) -> None:
+    """Sends the logs of the whole process to `stream` (standard error).
+
+    `format` is one of LOG_FORMATS; `auto` is text on a terminal and JSON lines elsewhere. `fields`, such as the
+    worker_id, go into every JSON line. Calling it again replaces what it set up before.
+    """
+    stream = stream or sys.stderr
+    on_terminal = stream.isatty()
+    handler = logging.StreamHandler(stream)
+    if format == "json" or (format == "auto" and not on_terminal):
+        handler.setFormatter(JsonFormatter(fields))
+    else:
+        handler.setFormatter(TextFormatter(colored=on_terminal and "NO_COLOR" not in os.environ))
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        root.removeHandler(old)
+        old.close()
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    logging.captureWarnings(True)
+
+
+class BoundLogger(logging.LoggerAdapter[logging.Logger]):
+    """A logger whose lines carry fixed fields; a field in the call's own `extra` wins."""
+
+    def process(self, msg: object, kwargs: MutableMapping[str, Any]) -> tuple[object, MutableMapping[str, Any]]:
+        kwargs["extra"] = {**(self.extra or {}), **(kwargs.get("extra") or {})}
+        return msg, kwargs
+
+
+def bound(logger: logging.Logger, **fields: object) -> BoundLogger:
+    """`logger` with `request_id=…`, `worker_id=…` and the like in each of its lines."""
+    return BoundLogger(logger, fields)
+
+
+def extra_fields(record: logging.LogRecord) -> dict[str, object]:
+    """What the caller handed over by `extra=`."""
+    return {name: value for name, value in vars(record).items() if name not in _STANDARD_FIELDS}
+
+
+class TextFormatter(logging.Formatter):
+    """`14:03:07.123 INFO services.engine: message  request_id=…`"""
+
+    def __init__(self, colored: bool = False) -> None:
+        super().__init__()
+        self._colored = colored
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        extras = "".join(f"  {name}={value}" for name, value in extra_fields(record).items())
+        # One record, one line, whatever a client's text contains: a line break in it must not forge a record.
+        message = _one_line(record.getMessage())
+        line = f"{clock}.{int(record.msecs):03d} {record.levelname} {record.name}: {message}{_one_line(extras)}"
+        if self._colored and record.levelno in _COLORS:
+            line = f"{_COLORS[record.levelno]}{line}\x1b[0m"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        if record.stack_info:
+            line += "\n" + self.formatStack(record.stack_info)
+        return line
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\r", "\\r").replace("\n", "\\n")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line: time (UTC), level, logger, message, the fixed fields, the extra ones, exception."""
+
+    def __init__(self, fields: Mapping[str, object] | None = None) -> None:
+        super().__init__()
+        self._fields = dict(fields or {})
+
+    def format(self, record: logging.LogRecord) -> str:
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        entry: dict[str, object] = {
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        for name, value in {**self._fields, **extra_fields(record)}.items():
+            entry.setdefault(name, value)
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            entry["stack"] = self.formatStack(record.stack_info)
+        return json.dumps(entry, default=str, ensure_ascii=False)
+
+
+# ---- to the launcher --------------------------------------------------------
+
+
+def report_progress(fraction: float, what: str = "loading") -> None:
+    """Tells the launcher, if there is one, how much of the start is done (0 to 1), and what is being done."""
+    _report(f"{_PROGRESS_MARK} {min(max(fraction, 0.0), 1.0):.3f} {_one_line(what)}")
+
+
+def report_ready(**facts: object) -> None:
+    """Tells the launcher, if there is one, that this process serves; `facts` such as its addresses go along."""
+    _report(f"{_READY_MARK} {json.dumps(facts, default=str)}")
+
+
+def _report(line: str) -> None:
+    if os.environ.get(LAUNCHER_VARIABLE) == "1":
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+
+def parse_progress(line: str) -> tuple[float, str] | None:
+    """`(fraction, what)` if the line comes from `report_progress`."""
+    mark, _, rest = line.partition(" ")
+    number, _, what = rest.partition(" ")
+    if mark != _PROGRESS_MARK:
+        return None
+    try:
+        return min(max(float(number), 0.0), 1.0), what
+    except ValueError:
+        return None
+
+
+def parse_ready(line: str) -> dict[str, object] | None:
+    """The facts if the line comes from `report_ready`."""
+    mark, _, rest = line.partition(" ")
+    if mark != _READY_MARK:
+        return None
+    try:
+        facts = json.loads(rest or "{}")
+    except ValueError:
+        return None
+    return facts if isinstance(facts, dict) else None
