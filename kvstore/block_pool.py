@@ -176,8 +176,7 @@ class BlockPool:
         return num_dropped
 
     def check_integrity(self, expected_references: Mapping[int, int] | None = None) -> None:
-        """Raise `IntegrityError`, with the numbers, unless every block is in exactly one state and every hash has one
-        block.
+        """Raise `IntegrityError`, with the numbers, unless each block is in one state and each hash has one block.
 
         `expected_references` maps block id to the number of references that its holders count; blocks left out are
         expected to have none. O(num_blocks): for tests, for idle moments and for the debug endpoint.

@@ -34,7 +34,7 @@ class DoubleFree(IntegrityError):
 
 
 class RegistryError(KVStoreError):
-    """The registry cannot be used as asked (a malformed URL, record or lease). An unreachable Redis is no such error."""
+    """The registry cannot be used as asked: a malformed URL, record or lease. Redis being away is no such error."""
 
 
 class InvalidRecord(RegistryError, ValueError):
@@ -43,3 +43,35 @@ class InvalidRecord(RegistryError, ValueError):
 
 class RedisServerError(KVStoreError):
     """The embedded Redis server could not be found or started."""
+
+
+class ExchangeError(KVStoreError):
+    """Base of the block protocol's errors."""
+
+
+class PeerUnreachable(ExchangeError):
+    """No connection to a peer could be made; the message names the address and the stage."""
+
+
+class IncompatiblePeer(ExchangeError):
+    """A peer answered and one side refused the other; the message says both sides' values."""
+
+
+class PeerLost(ExchangeError):
+    """The connection to a peer is gone, or there never was one."""
+
+
+class ProtocolViolation(ExchangeError):
+    """A peer sent what the block protocol does not allow. Its connection is closed."""
+
+
+class IllegalTransition(ExchangeError):
+    """A state machine met an event that its table rules out: a bug of ours. The message ends with the item's history."""
+
+
+class TransportError(ExchangeError):
+    """A transport could not start, connect, or carry a read."""
+
+
+class ReadFailed(TransportError):
+    """A read has ended badly. It has really ended: no byte of it can arrive any more."""

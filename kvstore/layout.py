@@ -26,7 +26,7 @@ _MAX_FINGERPRINT_CHARS = 256
 class BlockLayout:
     """One block: `[num_layers, 2 (key, value), num_kv_heads, block_size (tokens), head_dim]`, contiguous, of `dtype`.
 
-    `model_fingerprint` is lower-case hex and covers the model's configuration, its dtype and all its weight bytes.
+    `model_fingerprint` (hex digits in practice) covers the model's configuration, its dtype and all its weight bytes.
     Construction raises `InvalidLayout` for impossible values.
     """
 
@@ -49,7 +49,7 @@ class BlockLayout:
             raise InvalidLayout(f"block layout: dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype!r:.80}")
         if not _is_fingerprint(self.model_fingerprint):
             raise InvalidLayout(
-                f"block layout: model_fingerprint must be 1 .. {_MAX_FINGERPRINT_CHARS} lower-case hex digits, "
+                f"block layout: model_fingerprint must be 1 .. {_MAX_FINGERPRINT_CHARS} printable ASCII characters, "
                 f"not {self.model_fingerprint!r:.80}"
             )
         if self.block_bytes > _MAX_BLOCK_BYTES:
@@ -91,7 +91,7 @@ class BlockLayout:
         return cls(**{name: wire[name] for name in names})
 
     def check_compatible(self, peer: BlockLayout, peer_name: str) -> None:
-        """Raise `IncompatibleLayout` unless the peer's blocks mean the same as ours; the message lists every difference."""
+        """Raise `IncompatibleLayout`, listing every difference, unless the peer's blocks mean the same as ours."""
         differences = [
             f"{field.name}: ours {getattr(self, field.name)}, theirs {getattr(peer, field.name)}"
             for field in fields(self)
@@ -102,4 +102,6 @@ class BlockLayout:
 
 
 def _is_fingerprint(value: object) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= _MAX_FINGERPRINT_CHARS and not value.strip("0123456789abcdef")
+    return (
+        isinstance(value, str) and 0 < len(value) <= _MAX_FINGERPRINT_CHARS and value.isascii() and value.isprintable()
+    )

@@ -49,7 +49,7 @@ class HostMemory:
     def __init__(self, array: npt.NDArray[np.uint8]) -> None:
         if array.dtype != np.uint8 or array.ndim != 2 or not array.flags.c_contiguous or not array.flags.writeable:
             raise ValueError(
-                f"expected a writable, contiguous uint8 array (num_blocks, block_bytes), got {array.dtype} {array.shape}"
+                f"expected a writable, contiguous uint8 (num_blocks, block_bytes), got {array.dtype} {array.shape}"
             )
         num_blocks, block_bytes = array.shape
         if num_blocks < 1 or block_bytes < 8 or block_bytes % 8:
