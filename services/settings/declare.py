@@ -1,0 +1,182 @@
+"""What a setting is: a dataclass field, and the names that derive from it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol, TypeVar
+
+T = TypeVar("T")
+ENVIRONMENT_PREFIX = "TANDEM_"
+
+REQUIRED: typing.Any = dataclasses.MISSING
+"""The default of a setting that has none: `model: str = setting(REQUIRED, help="…")`, in a `kw_only` dataclass."""
+
+
+class SettingsError(ValueError):
+    """A setting is unknown, malformed or contradicts another.
+
+    A config class raises it from `__post_init__`; with `setting`, the name of the field that the message is about, the
+    message that the user sees begins with the place that the value came from.
+    """
+
+    def __init__(self, message: str, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
+
+
+class SettingsClass(Protocol):
+    """Any dataclass whose fields are made by `setting`."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[typing.Any]]]
+
+
+@dataclass(frozen=True)
+class _Declaration:
+    help: str
+    flags: tuple[str, ...]
+    choices: tuple[object, ...]
+    metavar: str | None
+    secret: bool
+    group: str
+
+
+def setting(
+    default: T,
+    *,
+    help: str,
+    flags: Sequence[str] | None = None,
+    choices: Sequence[T] | None = None,
+    metavar: str | None = None,
+    secret: bool = False,
+    group: str = "settings",
+) -> T:
+    """Declares one field of a service's settings dataclass.
+
+    `flags` replaces the flag that derives from the field's name (the first one is the main one). A `secret` is printed
+    nowhere: not in `repr`, help, error messages or `visible_settings`, and `to_argv` leaves it to `secret_environment`.
+    `group` is the heading that `--help` lists the setting under.
+    """
+    declaration = _Declaration(help, tuple(flags or ()), tuple(choices or ()), metavar, secret, group)
+    metadata = {"tandem": declaration}
+    if default is REQUIRED:
+        return typing.cast(T, dataclasses.field(repr=not secret, metadata=metadata))
+    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a settings class, with everything that derives from its name and its type."""
+
+    name: str
+    hint: object
+    default: object
+    declared: _Declaration
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return self.declared.flags or (f"--{self.name.replace('_', '-')}",)
+
+    @property
+    def flag(self) -> str:
+        return self.flags[0]
+
+    @property
+    def variable(self) -> str:
+        return variable_of(self.name)
+
+    @property
+    def secret(self) -> bool:
+        return self.declared.secret
+
+    @property
+    def choices(self) -> tuple[object, ...]:
+        return self.declared.choices
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def optional(self) -> bool:
+        """Whether the type allows None."""
+        return self._is_union and type(None) in typing.get_args(self.hint)
+
+    @property
+    def repeated(self) -> bool:
+        """Whether the value is a tuple."""
+        return typing.get_origin(self._core) is tuple
+
+    @property
+    def scalar(self) -> type:
+        """The type of the value, or of each of its members: str, int, float or bool."""
+        scalar = typing.get_args(self._core)[0] if self.repeated else self._core
+        if scalar not in (str, int, float, bool):
+            raise TypeError(f"{self.name}: settings of type {self.hint!r} are not supported")
+        return typing.cast(type, scalar)
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the flag takes no value: `--x` and `--no-x`."""
+        return self.scalar is bool and not self.repeated
+
+    @property
+    def is_quantity(self) -> bool:
+        """Whether numbers such as 4GiB and 32k are understood."""
+        return self.scalar is int and self.name.endswith(("_bytes", "_tokens", "_len"))
+
+    @property
+    def _is_union(self) -> bool:
+        return isinstance(self.hint, types.UnionType) or typing.get_origin(self.hint) is typing.Union
+
+    @property
+    def _core(self) -> object:
+        """The type without `| None`."""
+        if self._is_union:
+            return next(arg for arg in typing.get_args(self.hint) if arg is not type(None))
+        return self.hint
+
+
+@functools.cache
+def settings_of(cls: type[SettingsClass]) -> tuple[Setting, ...]:
+    """The settings that a class declares, in its order."""
+    hints = typing.get_type_hints(cls)
+    return tuple(
+        Setting(field.name, hints[field.name], field.default, field.metadata["tandem"])
+        for field in dataclasses.fields(cls)
+    )
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of the setting `name`."""
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+@functools.cache
+def names_of_all_services() -> frozenset[str]:
+    """The settings that any service declares, read from the source of the `services/*/config.py` files.
+
+    Not by importing them: the services never import each other, and an image may lack what another service needs.
+    """
+    names: set[str] = set()
+    for path in Path(__file__).parents[1].glob("*/config.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and _is_setting(node.value):
+                names.add(node.target.id)
+    return frozenset(names)
+
+
+def _is_setting(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setting"
+
+
+def closest(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that `name` is probably a misspelling of."""
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)

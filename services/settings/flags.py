@@ -1,0 +1,103 @@
+"""The command line of a settings class: its parser, its help, and the settings that the flags give."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from services.settings.declare import Setting, SettingsClass, SettingsError, closest, settings_of
+from services.settings.sources import CONFIG_VARIABLE, Given
+from services.settings.values import convert, listed
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message.removeprefix("argument "))
+
+
+def make_parser(
+    settings: type[SettingsClass] | Sequence[Setting], prog: str | None = None, description: str | None = None
+) -> argparse.ArgumentParser:
+    """A parser for these settings, in groups. It keeps values as text, and leaves out what is not given."""
+    items = settings_of(settings) if isinstance(settings, type) else settings
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        usage="%(prog)s [flags]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        epilog=_epilog(items[0]),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34),
+    )
+    parser.add_argument("--config", metavar="FILE", help=f"YAML or TOML file with settings [{CONFIG_VARIABLE}]")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for item in items:
+        title = item.declared.group
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_flag(groups[title], item)
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, item: Setting) -> None:
+    text = _help(item).replace("%", "%%")
+    if item.is_switch:
+        group.add_argument(*item.flags, dest=item.name, action=argparse.BooleanOptionalAction, help=text)
+    elif item.repeated:
+        group.add_argument(*item.flags, dest=item.name, nargs="+", action="extend", metavar=_metavar(item), help=text)
+    else:
+        group.add_argument(*item.flags, dest=item.name, metavar=_metavar(item), help=text)
+
+
+def _epilog(example: Setting) -> str:
+    return (
+        f"Each setting may also stand in the --config file ({example.name.replace('_', '-')}: …) or the environment\n"
+        f"({example.variable}=…). A flag wins over the environment, the environment over the file."
+    )
+
+
+def _metavar(item: Setting) -> str:
+    if item.declared.metavar:
+        return item.declared.metavar
+    if item.choices:
+        return "{" + ",".join(str(choice) for choice in item.choices) + "}"
+    if item.scalar is int:
+        return "SIZE" if item.name.endswith("_bytes") else "N"
+    return "X" if item.scalar is float else item.name.rsplit("_", 1)[-1].upper()
+
+
+def _help(item: Setting) -> str:
+    if item.required:
+        return f"{item.declared.help} (required)"
+    if item.default in (None, (), "") or item.secret:
+        return item.declared.help
+    if isinstance(item.default, bool):
+        return f"{item.declared.help} (default: {'on' if item.default else 'off'})"
+    default = listed(item.default) if isinstance(item.default, tuple) else item.default
+    return f"{item.declared.help} (default: {default})"
+
+
+def from_flags(
+    items: Mapping[str, Setting], parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[dict[str, Given], str | None]:
+    """The settings that the flags give, and the --config file. Raises SettingsError."""
+    # vLLM takes --max_num_seqs for --max-num-seqs, and people's scripts have both.
+    spelled = [re.sub(r"^--[^=]*", lambda match: match[0].replace("_", "-"), argument) for argument in argv]
+    namespace, rest = parser.parse_known_args(spelled)
+    if rest:
+        raise SettingsError(_unknown(rest[0], items))
+    given = vars(namespace)
+    path = given.pop("config", None)
+    return {
+        name: Given(convert(items[name], value, items[name].flag), items[name].flag) for name, value in given.items()
+    }, path
+
+
+def _unknown(argument: str, items: Mapping[str, Setting]) -> str:
+    if not argument.startswith("-"):
+        return f"{argument!r} belongs to no flag"
+    flag = argument.partition("=")[0]
+    near = closest(flag.lstrip("-").replace("-", "_"), items)
+    return f"{flag} is not a setting" + (f"; did you mean {items[near].flag}?" if near else "")

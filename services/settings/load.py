@@ -1,0 +1,103 @@
+"""From all sources to one settings object, and back to the flags that give it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from services.settings.declare import Setting, SettingsClass, SettingsError, settings_of
+from services.settings.flags import from_flags, make_parser
+from services.settings.sources import CONFIG_VARIABLE, Given, from_environment, from_file
+
+S = TypeVar("S", bound=SettingsClass)
+
+
+def load_settings(
+    cls: type[S],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    description: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> S:
+    """The settings of a process that starts. Prints what is wrong and exits with status 2; --help prints and exits."""
+    parser = make_parser(cls, prog, description)
+    try:
+        return resolve_settings(cls, sys.argv[1:] if argv is None else argv, environ, parser)
+    except SettingsError as error:
+        print(f"{parser.prog}: error: {error}\nTry '{parser.prog} --help'.", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def resolve_settings(
+    cls: type[S], argv: Sequence[str], environ: Mapping[str, str], parser: argparse.ArgumentParser | None = None
+) -> S:
+    """The settings from all sources: default < file < environment < flag. Raises SettingsError."""
+    items = settings_of(cls)
+    return build_settings(cls, collect_settings(items, argv, environ, parser or make_parser(cls)))
+
+
+def collect_settings(
+    items: Sequence[Setting], argv: Sequence[str], environ: Mapping[str, str], parser: argparse.ArgumentParser
+) -> dict[str, Given]:
+    """What was given, by whatever source; defaults are left out. Raises SettingsError."""
+    by_name = {item.name: item for item in items}
+    flags, path = from_flags(by_name, parser, argv)
+    path = path or environ.get(CONFIG_VARIABLE) or None
+    found = from_file(by_name, path) if path else {}
+    return found | from_environment(by_name, environ) | flags
+
+
+def build_settings(cls: type[S], given: Mapping[str, Given]) -> S:
+    """The settings object; names that are not the class's are passed over. Raises SettingsError."""
+    items = settings_of(cls)
+    for item in items:
+        if item.required and item.name not in given:
+            raise SettingsError(f"{item.flag} is required", item.name)
+    try:
+        return cls(**{item.name: given[item.name].value for item in items if item.name in given})
+    except SettingsError as error:
+        if error.setting is not None and error.setting in given:
+            raise SettingsError(f"{given[error.setting].source}: {error}", error.setting) from error
+        raise
+
+
+def to_argv(settings: SettingsClass) -> list[str]:
+    """Flags that give these settings again, without defaults and secrets (any user can read a process's arguments)."""
+    items = settings_of(type(settings))
+    return argv_of(items, {i.name: v for i in items if (v := getattr(settings, i.name)) != i.default})
+
+
+def argv_of(items: Sequence[Setting], values: Mapping[str, object]) -> list[str]:
+    """Flags that give `values` (name to value); secrets, and names that are not among `items`, are passed over."""
+    argv: list[str] = []
+    for item in items:
+        value = values.get(item.name)
+        if item.secret or value is None or value == ():
+            continue
+        if isinstance(value, bool) and item.is_switch:
+            argv.append(item.flag if value else item.flag.replace("--", "--no-", 1))
+        elif isinstance(value, tuple):
+            argv += [item.flag, *(str(member) for member in value)]
+        else:
+            argv.append(f"{item.flag}={value}")
+    return argv
+
+
+def secret_environment(items: Sequence[Setting], values: Mapping[str, object]) -> dict[str, str]:
+    """The environment variables that carry the secrets which `argv_of` leaves out."""
+    found = {}
+    for item in items:
+        value = values.get(item.name)
+        if item.secret and value:
+            found[item.variable] = ",".join(value) if isinstance(value, tuple) else str(value)
+    return found
+
+
+def visible_settings(settings: SettingsClass) -> dict[str, object]:
+    """Name to value, for logs and debug pages; a secret that is set shows as `***`."""
+    values = {item: getattr(settings, item.name) for item in settings_of(type(settings))}
+    return {item.name: "***" if item.secret and value else value for item, value in values.items()}
