@@ -1,0 +1,30 @@
+"""Becomes another program, bound to its launcher and to its cores: `child.py PARENT_PID CORES PROGRAM …`.
+
+Run by path and without site packages (`python -I -S`), so that it costs milliseconds. A program of its own, and not a
+`preexec_fn`: between fork and exec no Python code may run in a process that may have threads.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def main(arguments: list[str]) -> None:
+    parent, cores, program = int(arguments[0]), arguments[1], arguments[2:]
+    if sys.platform == "linux":
+        # The kernel kills us when the launcher dies, however it dies. The setting survives exec.
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+        if os.getppid() != parent:  # it died before the line above
+            sys.exit(1)
+        if cores:
+            os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    os.execvp(program[0], program)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,97 @@
+"""Where the workers of `tandem up` run: which cores, how many threads, which GPU.
+
+Prefill saturates arithmetic and decode saturates memory, so neither slows the other as long as they do not share a
+core: the cores are dealt out in equal shares that keep the threads of one physical core together. Router and Redis stay
+free. `place_workers` is pure; what the machine has is looked up at the end of the file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Core:
+    """A logical processor, and the physical core that it is a thread of (package number, core number)."""
+
+    number: int
+    physical: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One worker's place. No cores: unpinned. `gpu_share` is the part of the GPU's memory that is the worker's."""
+
+    cores: tuple[int, ...] = ()
+    num_threads: int | None = None
+    gpu: str | None = None
+    gpu_share: float | None = None
+
+
+def place_workers(num_workers: int, cores: Sequence[Core], gpus: Sequence[str]) -> list[Placement]:
+    """One place per worker. With fewer cores than workers, some share a core; with fewer GPUs, some share a GPU.
+
+    No cores means: do not pin. One GPU or none means: nothing to choose.
+    """
+    ordered = sorted(cores, key=lambda core: (core.physical, core.number))
+    placements = []
+    for index in range(num_workers):
+        share = _share(index, num_workers, ordered)
+        gpu, gpu_share = None, None
+        if gpus:
+            gpu = gpus[index % len(gpus)]
+            gpu_share = 1.0 / sum(1 for other in range(num_workers) if other % len(gpus) == index % len(gpus))
+        placements.append(
+            Placement(
+                cores=tuple(core.number for core in share),
+                num_threads=len({core.physical for core in share}) or None,
+                gpu=gpu,
+                gpu_share=gpu_share,
+            )
+        )
+    return placements
+
+
+def _share(index: int, num_workers: int, cores: Sequence[Core]) -> Sequence[Core]:
+    if not cores:
+        return ()
+    if len(cores) < num_workers:
+        return [cores[index % len(cores)]]
+    return cores[index * len(cores) // num_workers : (index + 1) * len(cores) // num_workers]
+
+
+def available_cores(system: Path = Path("/sys")) -> list[Core]:
+    """The logical processors that this process may use, no more than its control group's quota; [] where unknown."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    cores = []
+    for number in sorted(os.sched_getaffinity(0)):
+        topology = system / f"devices/system/cpu/cpu{number}/topology"
+        try:
+            physical = (int((topology / "physical_package_id").read_text()), int((topology / "core_id").read_text()))
+        except (OSError, ValueError):
+            physical = (0, number)
+        cores.append(Core(number, physical))
+    cores.sort(key=lambda core: (core.physical, core.number))
+    return cores[: cpu_quota(system) or len(cores)]
+
+
+def cpu_quota(system: Path = Path("/sys")) -> int | None:
+    """The control group's limit in whole processors, rounded up; None where there is none."""
+    try:
+        quota, period = (system / "fs/cgroup/cpu.max").read_text().split()
+        return None if quota == "max" else max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        return None
+
+
+def available_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES allows, else the numbers of the NVIDIA devices of this machine."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu.strip() for gpu in visible.split(",") if gpu.strip() and gpu.strip() != "-1"]
+    devices = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+    return sorted((number for number in devices if number.isdigit()), key=int)
