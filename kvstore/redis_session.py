@@ -1,0 +1,177 @@
+"""A session with Redis that outlives Redis: what the registry's two ends have in common.
+
+A `RedisSession` owns one task, reconnects with backoff for as long as it is not closed, and bounds every call in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import cast
+from urllib.parse import urlsplit
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from kvstore.errors import RegistryError
+
+logger = logging.getLogger(__name__)
+
+# All that a call to a Redis that is away, hung or misconfigured can raise; asyncio's TimeoutError is an OSError.
+REDIS_FAILURES = (RedisError, OSError)
+
+_FIRST_BACKOFF_S = 0.05
+
+
+class ConnectionState(enum.Enum):
+    """How a registrar or a membership stands with Redis."""
+
+    CONNECTING = "connecting"  # not yet reached, not yet failed
+    CONNECTED = "connected"
+    DISCONNECTED = "disconnected"  # failing; trying again
+    CLOSED = "closed"
+
+
+class RedisSession:
+    """Keeps one session with Redis going until closed: reconnects with backoff, says so once, never gives up.
+
+    A subclass says in `_session` what to do while connected. All methods belong to the event loop's thread.
+    """
+
+    def __init__(self, redis_url: str, name: str, timeout_s: float, max_backoff_s: float) -> None:
+        check_url(redis_url)
+        if timeout_s <= 0 or max_backoff_s <= 0:
+            raise RegistryError(f"{name}: timeout ({timeout_s} s) and backoff ({max_backoff_s} s) must be positive")
+        self._redis_url = redis_url
+        self._name = name
+        self._timeout_s = timeout_s
+        self._max_backoff_s = max_backoff_s
+        self._state = ConnectionState.CONNECTING
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def connection_state(self) -> ConnectionState:
+        """How we stand with Redis."""
+        return self._state
+
+    @property
+    def connected(self) -> bool:
+        """Whether the last call to Redis succeeded."""
+        return self._state is ConnectionState.CONNECTED
+
+    async def start(self) -> None:
+        """Start the task and return at once; Redis need not be there. Call once."""
+        if self._task is not None:
+            raise RegistryError(f"{self._name} was started twice")
+        self._task = asyncio.create_task(self._run(), name=self._name)
+        self._task.add_done_callback(self._report_crash)
+
+    async def close(self) -> None:
+        """Stop the task. Returns within the timeout of a few calls, whether Redis is there or not."""
+        if self._task is not None:
+            self._task.cancel()
+            # A crash was logged when it happened; whoever closes has nothing left to do about it.
+            await asyncio.wait([self._task])
+        self._set_state(ConnectionState.CLOSED)
+
+    async def wait_until(self, predicate: Callable[[], bool], timeout_s: float) -> None:
+        """Return once `predicate()` holds; it is asked again at every change. Raises TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            while not predicate():
+                await self._news.wait()
+
+    async def _session(self, client: redis.asyncio.Redis) -> None:
+        """Talk to Redis until it fails; return only by raising."""
+        raise NotImplementedError
+
+    async def _run(self) -> None:
+        num_failures = 0
+        while True:
+            try:
+                async with open_client(self._redis_url, self._timeout_s) as client:
+                    await self._session(client)
+            except REDIS_FAILURES as error:
+                if self.connected:
+                    num_failures = 0
+                if num_failures == 0:
+                    where = describe_url(self._redis_url)
+                    logger.warning("%s: Redis at %s failed, trying again: %s", self._name, where, describe(error))
+                num_failures += 1
+                self._set_state(ConnectionState.DISCONNECTED)
+            await asyncio.sleep(min(self._max_backoff_s, _FIRST_BACKOFF_S * 2 ** min(num_failures - 1, 20)))
+
+    def _set_state(self, state: ConnectionState) -> None:
+        if state is not self._state:
+            if state is ConnectionState.CONNECTED:
+                logger.info("%s: connected to Redis at %s", self._name, describe_url(self._redis_url))
+            self._state = state
+            self._tell()
+
+    def _tell(self) -> None:
+        """Wake everyone in `wait_until`."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _report_crash(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            logger.critical("%s crashed and is no longer running", self._name, exc_info=task.exception())
+            self._set_state(ConnectionState.DISCONNECTED)
+
+
+@contextlib.asynccontextmanager
+async def open_client(redis_url: str, timeout_s: float) -> AsyncIterator[redis.asyncio.Redis]:
+    """A client that connects at its first command and never retries by itself: the session has its own backoff."""
+    client = redis.asyncio.Redis.from_url(
+        redis_url,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        retry=Retry(NoBackoff(), 0),
+        protocol=2,
+    )
+    try:
+        yield client
+    finally:
+        with contextlib.suppress(*REDIS_FAILURES):  # what is broken may fail to close; it is gone anyway
+            await client.aclose()
+
+
+async def run_script(
+    client: redis.asyncio.Redis,
+    script: str,
+    keys: Sequence[str],
+    arguments: Sequence[str | bytes | int],
+    timeout_s: float,
+) -> object:
+    """Run a Lua script atomically and return its reply. Raises one of `REDIS_FAILURES`."""
+    async with asyncio.timeout(timeout_s):  # the socket's timeouts leave out the name lookup
+        # redis-py types arguments as str and takes bytes and integers as well.
+        reply = client.eval(script, len(keys), *keys, *cast("Sequence[str]", arguments))
+        return await cast("Awaitable[object]", reply)
+
+
+def check_url(redis_url: str) -> None:
+    """Raise `RegistryError` for a URL that no Redis client can use."""
+    try:
+        redis.asyncio.ConnectionPool.from_url(redis_url)
+    except ValueError as error:
+        raise RegistryError(f"malformed Redis URL {describe_url(redis_url)}: {error}") from error
+
+
+def describe_url(redis_url: str) -> str:
+    """Return the URL without user and password, fit for a log."""
+    try:
+        parts = urlsplit(redis_url)
+    except ValueError:
+        return "(not a URL)"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def describe(error: BaseException) -> str:
+    """Return kind and text of an error; some of redis-py's have no text, and a timeout has none."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,84 @@
+"""What a worker says of itself in the registry: who it is, where it listens, what it serves and how much it holds."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from kvstore.errors import InvalidRecord
+
+MAX_RECORD_BYTES = 64 * 1024
+
+_MAX_NAME_CHARS = 256
+
+
+class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker process, as announced. Construction raises ValueError for impossible values.
+
+    Addresses are `host:port`. `worker_id` stays the same over restarts; `incarnation` (from `new_incarnation`) is new
+    for every process and sorts by its start.
+    """
+
+    worker_id: str
+    role: Literal["prefill", "decode"]
+    incarnation: str
+    served_model_names: tuple[str, ...]
+    model_path: str
+    tokenizer_path: str
+    model_fingerprint: str
+    grpc_address: str
+    kv_address: str  # of the block protocol; empty where the worker exchanges no blocks
+    http_address: str  # of /metrics, /health and /debug/state; empty where there is none
+    block_size: int  # tokens
+    num_blocks: int
+    max_model_len: int  # tokens
+    max_num_seqs: int
+    dtype: str
+    transports: tuple[str, ...]
+    draining: bool = False
+    colocated: bool = False
+    version: str = ""
+    started_unix_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in ("worker_id", "incarnation", "model_fingerprint", "grpc_address"):
+            # Ids and incarnations travel as words of a message; nothing printed in a log may carry control characters.
+            value: str = getattr(self, field)
+            if not 0 < len(value) <= _MAX_NAME_CHARS or not value.isascii() or not value.isprintable() or " " in value:
+                raise ValueError(
+                    f"{field} must be 1 .. {_MAX_NAME_CHARS} printable ASCII characters, not {value!r:.80}"
+                )
+        if self.role not in ("prefill", "decode"):
+            raise ValueError(f"role must be prefill or decode, not {self.role!r:.80}")
+        if not self.served_model_names or not all(self.served_model_names):
+            raise ValueError(f"served_model_names must name at least one model, not {self.served_model_names!r:.80}")
+        for field in ("block_size", "num_blocks", "max_model_len", "max_num_seqs"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+
+
+def new_incarnation(now_unix_ns: Callable[[], int] = time.time_ns) -> str:
+    """Return a name for one process's life: 24 hex digits, unique, and later ones sort after earlier ones."""
+    return f"{now_unix_ns():016x}{secrets.token_hex(4)}"
+
+
+def encode_record(record: WorkerRecord) -> bytes:
+    """Return the record as JSON; equal records give equal bytes."""
+    return msgspec.json.encode(record)
+
+
+def decode_record(data: bytes) -> WorkerRecord:
+    """Read what `encode_record` gave. Raises `InvalidRecord`, saying what is wrong with it.
+
+    Fields that we do not know are skipped, so that workers and routers of neighbouring versions understand each other.
+    """
+    if len(data) > MAX_RECORD_BYTES:
+        raise InvalidRecord(f"worker record of {len(data)} bytes, at most {MAX_RECORD_BYTES} are allowed")
+    try:
+        return msgspec.json.decode(data, type=WorkerRecord)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRecord(f"worker record: {error}") from error
