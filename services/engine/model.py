@@ -1,0 +1,122 @@
+"""Loading a model and running it: what the engine knows of models is in this file's public names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvstore.layout import BlockLayout
+from services.engine.attention import Attention, GatherAttention
+from services.engine.fingerprint import FingerprintBuilder
+from services.engine.forward import ForwardBatch
+from services.engine.linear import compute_dtype
+from services.engine.memory import allocate_kv_cache
+from services.engine.model_config import DTYPES, ModelConfig, ModelError, UnsupportedModel, read_config
+from services.engine.transformer import Transformer, read_transformer
+from services.engine.weights import WeightReader, check_tensors, find_model, open_checkpoint, stored_dtype
+
+
+class LoadedModel:
+    """A model in memory, ready to run on one device. Used by one thread."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: ModelConfig,
+        dtype: str,
+        device: torch.device,
+        fingerprint: str,
+        max_model_len: int,
+        transformer: Transformer,
+    ) -> None:
+        self.directory = directory
+        self.config = config
+        self.dtype = dtype  # of keys and values; what is computed in, see `linear.compute_dtype`
+        self.device = str(device)
+        self.fingerprint = fingerprint
+        self.max_model_len = max_model_len
+        self.eos_token_ids = config.eos_token_ids
+        self._transformer = transformer
+        self._attention: Attention = GatherAttention(config.sliding_windows)
+
+    def block_layout(self, block_size: int) -> BlockLayout:
+        """Return what one block of this model's cache is."""
+        config = self.config
+        return BlockLayout(
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            block_size=block_size,
+            head_dim=config.head_dim,
+            dtype=self.dtype,
+            model_fingerprint=self.fingerprint,
+        )
+
+    def new_kv_cache(self, num_blocks: int, block_size: int) -> Tensor:
+        """Return zeros `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]` of the model's dtype.
+
+        Contiguous; on CPU aligned to pages. The caller owns it, and zeroes a block again before it is used anew.
+        """
+        config = self.config
+        shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
+        return allocate_kv_cache(shape, getattr(torch, self.dtype), torch.device(self.device))
+
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        """Store the batch's keys and values; return float32 logits `[n, vocab_size]` of the rows asked for."""
+        return self._transformer.forward(batch, kv_cache, self._attention)
+
+
+def load_model(
+    model: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    num_threads: int | None = None,
+    max_model_len: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> LoadedModel:
+    """Load `model`, a directory in HuggingFace format or a name on its hub.
+
+    `dtype` "auto" is the checkpoint's own. `max_model_len` defaults to the longest context that the model's positions
+    are made for, and cannot exceed it. `num_threads` sets torch's thread count for the process. `progress` is called
+    with 0..1 while weights are read.
+
+    Raises `ModelNotFound`, or `UnsupportedModel` naming what is not supported.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    directory = find_model(model, revision)
+    config = read_config(directory)
+    target = _device(device)
+    longest = config.max_context_len
+    if max_model_len is not None and max_model_len > longest:
+        raise UnsupportedModel(f"max_model_len {max_model_len} exceeds the model's context of {longest} tokens")
+    with open_checkpoint(directory) as checkpoint:
+        check_tensors(checkpoint.tensors, config)
+        resolved = (config.dtype or stored_dtype(checkpoint)) if dtype == "auto" else dtype
+        if resolved not in DTYPES:
+            raise UnsupportedModel(f"dtype {dtype!r} is not supported (only auto, {', '.join(DTYPES)})")
+        builder = FingerprintBuilder()
+        computed_in = compute_dtype(getattr(torch, resolved), target)
+        transformer = read_transformer(config, WeightReader(checkpoint, builder, computed_in, target, progress))
+    fingerprint = builder.finish(config, resolved)
+    return LoadedModel(directory, config, resolved, target, fingerprint, max_model_len or longest, transformer)
+
+
+def _device(name: str) -> torch.device:
+    """Return "cpu", "cuda" or "cuda:N" as a device that exists."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device {name!r} is unknown: {error}") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ModelError(f"device {name!r} is not supported (only cpu, cuda, cuda:N)")
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        raise ModelError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", index)

@@ -1,0 +1,209 @@
+"""Tiny random models in HuggingFace format, and what `transformers` says of them: the ground truth of every suite.
+
+    path = write_model(tmp_path / "model", "llama3", seed=1)
+    expected = reference_greedy(path, prompts, max_new_tokens=16, ignore_eos=True)
+
+The weights are drawn so that mistakes show: attention is peaked, so the output depends on particular keys at
+particular positions; logits lie far apart, so that greedy tokens survive rounding differences of 1e-4.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+transformers.utils.logging.disable_progress_bar()
+
+VOCAB_SIZE = 512
+PAD_TOKEN_ID, IM_START_TOKEN_ID, IM_END_TOKEN_ID = 0, 1, 2
+EOS_TOKEN_IDS = (IM_END_TOKEN_ID, PAD_TOKEN_ID)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "eos_token_id": IM_END_TOKEN_ID,
+    "pad_token_id": PAD_TOKEN_ID,
+    "tie_word_embeddings": False,
+}
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1_000_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+
+# family: (model_type, what differs from _BASE)
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2": (
+        "llama",
+        {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}},
+    ),
+    "llama3": ("llama", {"rope_parameters": _LLAMA3_ROPE}),
+    "llama_bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"sliding_window": 64, "head_dim": 32}),
+    "qwen2": ("qwen2", {"rms_norm_eps": 1e-6}),
+    "qwen2_tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "yarn": ("qwen2", {"rope_parameters": _YARN_ROPE}),
+    "linear_rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}}),
+}
+
+FAMILIES = tuple(_FAMILIES)
+
+
+def write_model(
+    directory: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    max_shard_size: str | None = None,
+    **config_overrides: Any,
+) -> Path:
+    """Write a random model of `family` (see `FAMILIES`), its tokenizer and generation settings. Returns `directory`.
+
+    The same arguments give the same bytes. `max_shard_size` ("50KB") makes several files with an index.
+    """
+    model_type, settings = _FAMILIES[family]
+    config = transformers.AutoConfig.for_model(model_type, **{**_BASE, **settings, **config_overrides})
+    with torch.random.fork_rng(devices=[]):  # transformers draws initial weights, which are overwritten
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    _draw_weights(model, seed)
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=list(EOS_TOKEN_IDS), pad_token_id=PAD_TOKEN_ID, do_sample=False
+    )
+    model = model.to(getattr(torch, dtype))
+    shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    model.save_pretrained(directory, **shards)
+    write_tokenizer(directory)
+    return directory
+
+
+def _draw_weights(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(parameter: torch.Tensor, std: float, mean: float = 0.0) -> None:
+        parameter.copy_(mean + std * torch.randn(parameter.shape, generator=generator))
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fan_in = parameter.shape[-1]
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                normal(parameter, 0.2, mean=1.5)
+            elif name.endswith("norm.weight"):
+                normal(parameter, 0.1, mean=1.0)
+            elif name.endswith(".bias"):
+                normal(parameter, 0.3)
+            elif name.endswith(("q_proj.weight", "k_proj.weight")):
+                normal(parameter, 1.5 * fan_in**-0.5)
+            elif name in ("lm_head.weight", "model.embed_tokens.weight"):
+                normal(parameter, 5.0 * fan_in**-0.5)
+            else:
+                normal(parameter, fan_in**-0.5)
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Write a byte-level BPE tokenizer of `VOCAB_SIZE` tokens (any text round-trips) with a ChatML template."""
+    _tokenizer().save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 2048,
+        "bos_token": None,
+        "eos_token": SPECIAL_TOKENS[IM_END_TOKEN_ID],
+        "pad_token": SPECIAL_TOKENS[PAD_TOKEN_ID],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+@functools.cache
+def _tokenizer() -> Tokenizer:
+    """Train on text made up of syllables: enough distinct words for all the merges."""
+    onsets, vowels, codas = "b d f g k l m n p r s t v z".split(), "aeiou", ["", "n", "r", "st"]
+    syllables = [onset + vowel + coda for onset in onsets for vowel in vowels for coda in codas]
+    words = [syllables[i % len(syllables)] + syllables[i * 7 % len(syllables)] for i in range(2000)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(words)], trainer)
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    return tokenizer
+
+
+def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Return one prompt of random ordinary tokens per length."""
+    generator = torch.Generator().manual_seed(seed)
+    first = len(SPECIAL_TOKENS)
+    return [torch.randint(first, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
+
+
+@functools.lru_cache(maxsize=16)
+def reference_model(directory: Path, dtype: str = "float32") -> Any:
+    """Return the `transformers` model in `directory`, with plain ("eager") attention."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), attn_implementation="eager"
+    )
+    return model.eval()
+
+
+@torch.inference_mode()
+def reference_logits(directory: Path, token_ids: Sequence[int], dtype: str = "float32") -> torch.Tensor:
+    """Return float32 logits `[len(token_ids), vocab_size]` of one pass over the whole sequence."""
+    logits: torch.Tensor = reference_model(directory, dtype)(torch.tensor([token_ids])).logits[0].float()
+    return logits
+
+
+@torch.inference_mode()
+def reference_greedy(
+    directory: Path, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, ignore_eos: bool = False
+) -> list[list[int]]:
+    """Return what `transformers.generate` appends greedily to each prompt: token ids, the end-of-sequence one too."""
+    model = reference_model(directory)
+    settings = transformers.GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=None if ignore_eos else model.generation_config.eos_token_id,
+        pad_token_id=PAD_TOKEN_ID,
+    )
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        generated = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        outputs.append(generated[0, len(prompt) :].tolist())
+    return outputs
