@@ -14,11 +14,12 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.cli.console import Display
+from services.cli.spec import ChildSpec
 from services.logs import parse_progress, parse_ready
 
 _SHIM = str(Path(__file__).with_name("child.py"))
@@ -26,20 +27,6 @@ _MAX_LINE_BYTES = 1 << 20
 _KEPT_LINES = 20
 STABLE_S = 60.0
 """A process that has run for so long before it died starts again with the shortest pause."""
-
-
-@dataclass(frozen=True)
-class ChildSpec:
-    """A program to keep running.
-
-    `cores` are the processors that it may use, none for all of them; `grace_s` is the time from SIGTERM to SIGKILL.
-    """
-
-    name: str
-    argv: tuple[str, ...]
-    environ: Mapping[str, str]
-    cores: tuple[int, ...] = ()
-    grace_s: float = 10.0
 
 
 class ChildFailed(Exception):

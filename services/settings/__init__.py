@@ -16,12 +16,22 @@ over, a name that no service declares is refused. Types: str, int, float, bool, 
 Imports are light on purpose: `--help` must answer at once.
 """
 
-from services.settings.declare import REQUIRED, Setting, SettingsError, setting, settings_of, variable_of
+from services.settings.declare import (
+    ENVIRONMENT_PREFIX,
+    REQUIRED,
+    Setting,
+    SettingsError,
+    setting,
+    settings_of,
+    variable_of,
+)
 from services.settings.flags import make_parser
 from services.settings.load import (
     argv_of,
+    build_settings,
     collect_settings,
     load_settings,
+    refuse,
     resolve_settings,
     secret_environment,
     to_argv,
@@ -31,15 +41,18 @@ from services.settings.sources import Given
 from services.settings.values import parse_quantity
 
 __all__ = [
+    "ENVIRONMENT_PREFIX",
     "REQUIRED",
     "Given",
     "Setting",
     "SettingsError",
     "argv_of",
+    "build_settings",
     "collect_settings",
     "load_settings",
     "make_parser",
     "parse_quantity",
+    "refuse",
     "resolve_settings",
     "secret_environment",
     "setting",

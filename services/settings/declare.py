@@ -144,7 +144,6 @@ class Setting:
         return self.hint
 
 
-@functools.cache
 def settings_of(cls: type[SettingsClass]) -> tuple[Setting, ...]:
     """The settings that a class declares, in its order."""
     hints = typing.get_type_hints(cls)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -24,7 +25,7 @@ def make_parser(
     items = settings_of(settings) if isinstance(settings, type) else settings
     parser = _Parser(
         prog=prog,
-        description=description,
+        description=textwrap.fill(description, 100) if description else None,
         usage="%(prog)s [flags]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -75,6 +76,8 @@ def _help(item: Setting) -> str:
         return item.declared.help
     if isinstance(item.default, bool):
         return f"{item.declared.help} (default: {'on' if item.default else 'off'})"
+    if isinstance(item.default, float):
+        return f"{item.declared.help} (default: {item.default:g})"
     default = listed(item.default) if isinstance(item.default, tuple) else item.default
     return f"{item.declared.help} (default: {default})"
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from services.settings.declare import Setting, SettingsClass, SettingsError, settings_of
 from services.settings.flags import from_flags, make_parser
@@ -28,8 +28,13 @@ def load_settings(
     try:
         return resolve_settings(cls, sys.argv[1:] if argv is None else argv, environ, parser)
     except SettingsError as error:
-        print(f"{parser.prog}: error: {error}\nTry '{parser.prog} --help'.", file=sys.stderr)
-        raise SystemExit(2) from error
+        refuse(parser.prog, error)
+
+
+def refuse(prog: str, error: SettingsError) -> NoReturn:
+    """Ends the process with status 2 and the message."""
+    print(f"{prog}: error: {error}\nTry '{prog} --help'.", file=sys.stderr)
+    raise SystemExit(2) from error
 
 
 def resolve_settings(

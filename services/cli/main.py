@@ -1,0 +1,61 @@
+"""The `tandem` command. It finds the subcommand and imports that alone, so that help answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import services
+from services.settings import make_parser
+
+
+@dataclass(frozen=True)
+class _Command:
+    summary: str
+    module: str  # its main(argv) runs the command
+    config: str | None = None  # "module:Class" whose flags its help shows without importing the service
+
+
+_COMMANDS = {
+    "up": _Command("serve a model on this machine: everything in one command", "services.cli.up"),
+    "router": _Command("run a router: the HTTP API", "services.router.__main__", "services.router.config:RouterConfig"),
+    "prefill": _Command("run a prefill worker", "services.prefill.__main__", "services.prefill.config:PrefillConfig"),
+    "decode": _Command("run a decode worker", "services.decode.__main__", "services.decode.config:DecodeConfig"),
+    "doctor": _Command("check this machine: packages, Redis, UCX, ports, model", "services.cli.doctor"),
+    "version": _Command("print the versions of Tandem and of what it runs on", "services.cli.version"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the subcommand that `argv` (the process's arguments) begins with; returns the exit status."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(f"tandem {services.__version__}")
+        return 0
+    command = _COMMANDS.get(name)
+    if command is None:
+        print(f"tandem: error: {name!r} is no command; there are {', '.join(_COMMANDS)}", file=sys.stderr)
+        return 2
+    if command.config and any(argument in ("-h", "--help") for argument in rest):
+        module, _, cls = command.config.partition(":")
+        config = getattr(importlib.import_module(module), cls)
+        make_parser(config, prog=f"tandem {name}", description=command.summary).print_help()
+        return 0
+    run: Callable[[Sequence[str]], int] = importlib.import_module(command.module).main
+    return run(rest)
+
+
+def usage() -> str:
+    """The text of `tandem --help`."""
+    lines = ["usage: tandem COMMAND [flags]", "", "Disaggregated LLM serving.", ""]
+    lines += [f"  {name:<9} {command.summary}" for name, command in _COMMANDS.items()]
+    return "\n".join([*lines, "", "`tandem COMMAND --help` lists the command's flags."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

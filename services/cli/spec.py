@@ -1,0 +1,43 @@
+"""What `tandem up` runs, as data: one program to keep running, and the whole stack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ChildSpec:
+    """A program to keep running.
+
+    `cores` are the processors that it may use, none for all of them; `grace_s` is the time from SIGTERM to SIGKILL.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    environ: Mapping[str, str]
+    cores: tuple[int, ...] = ()
+    grace_s: float = 10.0
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The processes of one `tandem up`, and where its router answers."""
+
+    router: ChildSpec
+    workers: tuple[ChildSpec, ...]
+    host: str
+    port: int
+    has_tls: bool
+    needs_key: bool
+    served_model_name: str
+
+    @property
+    def reachable_host(self) -> str:
+        """An address under which this machine reaches the router, which may listen on all of them."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.reachable_host}]" if ":" in self.reachable_host else self.reachable_host
+        return f"{'https' if self.has_tls else 'http'}://{host}:{self.port}"
