@@ -149,7 +149,7 @@ def write_tokenizer(directory: Path) -> None:
 @functools.cache
 def _tokenizer() -> Tokenizer:
     """Train on text made up of syllables: enough distinct words for all the merges."""
-    onsets, vowels, codas = "b d f g k l m n p r s t v z".split(), "aeiou", ["", "n", "r", "st"]
+    onsets, vowels, codas = "bdfgklmnprstvz", "aeiou", ["", "n", "r", "st"]
     syllables = [onset + vowel + coda for onset in onsets for vowel in vowels for coda in codas]
     words = [syllables[i % len(syllables)] + syllables[i * 7 % len(syllables)] for i in range(2000)]
     tokenizer = Tokenizer(models.BPE())

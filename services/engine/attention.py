@@ -42,6 +42,13 @@ class Attention(Protocol):
         """Prepare what the layers of one step share."""
 
 
+def store(kv_cache: Tensor, layer: int, slots: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> None:
+    """Write keys and values `[T, num_kv_heads, head_dim]` to `slots`, the block and the offset of each token `[T]`."""
+    for which, values in ((0, k), (1, v)):
+        by_token = kv_cache[:, layer, which].transpose(1, 2)  # [num_blocks, block_size, num_kv_heads, head_dim]
+        by_token.index_put_(slots, values.to(kv_cache.dtype))
+
+
 class GatherAttention:
     """Gathers the blocks of a context into contiguous keys and values and calls torch's fused attention.
 
@@ -120,9 +127,7 @@ class _GatherStep:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store the step's keys and values, each `[T, num_kv_heads, head_dim]`."""
-        for which, values in ((0, k), (1, v)):
-            by_token = self._cache[:, layer, which].transpose(1, 2)  # [num_blocks, block_size, num_kv_heads, head_dim]
-            by_token.index_put_(self._slots, values.to(self._cache.dtype))
+        store(self._cache, layer, self._slots, k, v)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Let each query `[T, num_heads, head_dim]` see its sequence up to itself."""

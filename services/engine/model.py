@@ -58,10 +58,16 @@ class LoadedModel:
         """Return zeros `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]` of the model's dtype.
 
         Contiguous; on CPU aligned to pages. The caller owns it, and zeroes a block again before it is used anew.
+        A model runs on one cache: the attention kernel is chosen here, by the cache's block size.
         """
         config = self.config
         shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
-        return allocate_kv_cache(shape, getattr(torch, self.dtype), torch.device(self.device))
+        kv_cache = allocate_kv_cache(shape, getattr(torch, self.dtype), torch.device(self.device))
+        if kv_cache.is_cuda:
+            from services.engine.varlen_attention import choose_cuda_attention  # CUDA builds of torch
+
+            self._attention = choose_cuda_attention(config.sliding_windows, kv_cache, config.num_heads)
+        return kv_cache
 
     def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         """Store the batch's keys and values; return float32 logits `[n, vocab_size]` of the rows asked for."""
