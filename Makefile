@@ -1,8 +1,82 @@
+# `make help` lists what there is. Variables are set on the command line: make serve MODEL=/models/qwen3-0.6b PORT=8080
+
 PYTHON ?= python3.11
+# Where torch comes from; empty: the configured package index. The exact version is pinned, the build is a choice:
+#   GPU:                make install TORCH_INDEX=https://download.pytorch.org/whl/cu130
+#   CPU, 3 GB smaller:  make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+MODEL ?=
+HOST ?= 127.0.0.1
+PORT ?= 8000
+PREFILL ?= 1
+DECODE ?= 1
+# Further flags of `tandem up`, e.g. UP_ARGS="--colocated --dtype bfloat16"
+UP_ARGS ?=
+PYTEST_ARGS ?=
+# What `make bench` runs, and with which flags: make bench BENCH_ARGS="--url http://127.0.0.1:8000"
+BENCHES ?= $(wildcard loadtest/bench_*.py)
+BENCH_ARGS ?=
+
 VENV := .venv
 BIN := $(VENV)/bin
-MODEL ?= deploy/demo_model/tandem-demo
+INSTALLED := $(VENV)/.installed
+PROTO := proto/tandem/v1/worker.proto
+TYPED := kvstore services
+SOURCES := kvstore services loadtest tests deploy
+PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
-.PHONY: proto
-proto: ## regenerate the gRPC stubs
-	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --grpc_python_out=proto --pyi_out=proto proto/tandem/v1/worker.proto
+.DEFAULT_GOAL := help
+.PHONY: help install serve doctor test test-slow lint types imports format proto proto-check bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) ## make .venv and install everything, pinned by constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[nixl,dev]"
+	touch $@
+
+serve: $(INSTALLED) ## serve MODEL (the demo model) on PORT with PREFILL and DECODE workers
+	$(BIN)/tandem up --host $(HOST) --port $(PORT) --prefill $(PREFILL) --decode $(DECODE) $(if $(MODEL),--model $(MODEL)) $(UP_ARGS)
+
+doctor: $(INSTALLED) ## check this machine: packages, Redis, UCX, ports, model
+	$(BIN)/tandem doctor --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
+
+test: lint types imports proto-check ## everything that CI checks
+	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED) ## the tests that take minutes
+	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## style
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(INSTALLED) ## mypy --strict
+	$(BIN)/mypy $(TYPED)
+
+imports: $(INSTALLED) ## who may import whom (pyproject.toml, tool.importlinter)
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## rewrite the sources in our style
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+proto: $(INSTALLED) ## regenerate the gRPC stubs
+	$(PROTOC) --python_out=proto --grpc_python_out=proto --pyi_out=proto
+
+proto-check: $(INSTALLED) ## the committed stubs are what the generator gives
+	rm -rf build/proto && mkdir -p build/proto
+	$(PROTOC) --python_out=build/proto --grpc_python_out=build/proto --pyi_out=build/proto
+	for stub in build/proto/tandem/v1/*; do cmp $$stub proto/tandem/v1/$$(basename $$stub) || { echo "run 'make proto'"; exit 1; }; done
+
+bench: $(INSTALLED) ## run BENCHES (loadtest/bench_*.py) with BENCH_ARGS
+	@test -n "$(strip $(BENCHES))" || { echo "no loadtest/bench_*.py here"; exit 1; }
+	for bench in $(BENCHES); do $(BIN)/python -m $$(echo $${bench%.py} | tr / .) $(BENCH_ARGS) || exit 1; done
+
+clean: ## remove what the tools leave behind; keeps .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find $(SOURCES) proto -name __pycache__ -prune -exec rm -rf {} +
