@@ -116,6 +116,8 @@ class Child:
         )
         assert process.stdout is not None
         self._process = process
+        if self._stopping.is_set():  # stop() came while it started, and found nothing to stop
+            _kill_group(process)
         output = asyncio.create_task(self._read_all(process.stdout), name=f"read {self.spec.name}")
         try:
             return await process.wait()
