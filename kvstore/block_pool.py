@@ -199,8 +199,7 @@ class BlockPool:
         problems: list[str] = []
         if len(self._free) + len(self._evictable) + num_referenced != self.num_blocks:
             problems.append(f"{len(self._free)} free + {len(self._evictable)} evictable + {num_referenced} referenced")
-        listed = Counter(self._free)
-        listed.update(self._evictable)
+        listed = Counter([*self._free, *self._evictable])
         for block_id, held in enumerate(self._num_references):
             if held < 0 or listed[block_id] != (held == 0):
                 problems.append(f"block {block_id} has {held} references and is listed {listed[block_id]} times")

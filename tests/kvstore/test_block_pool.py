@@ -1,0 +1,255 @@
+"""The block pool: who holds what, who is evicted first, and that nothing is ever lost or given twice."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvstore.block_hash import BlockHash
+from kvstore.block_pool import BlockPool
+from kvstore.errors import DoubleFree, IntegrityError, OutOfBlocks
+
+
+def chain(name: str, length: int) -> list[BlockHash]:
+    return [BlockHash(f"{name}{i}".encode().ljust(16, b".")) for i in range(length)]
+
+
+def cached_chain(pool: BlockPool, hashes: list[BlockHash]) -> list[int]:
+    """Compute, publish and release a request of `len(hashes)` blocks."""
+    ids = pool.allocate(len(hashes))
+    for block_id, block_hash in zip(ids, hashes, strict=True):
+        pool.publish(block_id, block_hash)
+    pool.release(ids)
+    return ids
+
+
+def test_a_fresh_pool_gives_neighbouring_blocks_in_order_and_takes_them_back():
+    pool = BlockPool(8)
+    assert pool.allocate(3) == [0, 1, 2]
+    assert (pool.num_free, pool.num_cached, pool.usage) == (5, 0, 3 / 8)
+    pool.release([0, 1, 2])
+    assert pool.allocate(4) == [0, 1, 2, 3]
+    pool.check_integrity({0: 1, 1: 1, 2: 1, 3: 1})
+
+
+def test_an_allocation_beyond_what_is_free_takes_nothing_and_says_the_numbers():
+    pool = BlockPool(4)
+    pool.allocate(3)
+    with pytest.raises(OutOfBlocks, match="2 blocks requested, 1 of 4 are free or evictable") as refused:
+        pool.allocate(2)
+    assert (refused.value.num_requested, refused.value.num_free, refused.value.num_blocks) == (2, 1, 4)
+    assert pool.num_free == 1
+    assert pool.allocate(0) == []
+
+
+def test_released_blocks_stay_findable_until_they_are_needed():
+    pool = BlockPool(4)
+    hashes = chain("a", 3)
+    ids = cached_chain(pool, hashes)
+    assert (pool.num_free, pool.num_cached, pool.usage) == (4, 3, 0.0)
+    assert pool.peek_prefix(hashes) == 3
+    assert pool.match_prefix(hashes) == ids
+    pool.check_integrity(dict.fromkeys(ids, 1))
+
+
+def test_a_match_ends_at_the_first_block_that_is_missing():
+    pool = BlockPool(8)
+    a, b = chain("a", 3), chain("b", 3)
+    ids = cached_chain(pool, a)
+    assert pool.match_prefix([a[0], b[1], a[2]]) == ids[:1]
+    assert pool.peek_prefix(b) == 0
+    pool.check_integrity({ids[0]: 1})
+
+
+def test_free_blocks_are_used_before_cached_ones_are_evicted():
+    pool = BlockPool(4)
+    hashes = chain("a", 2)
+    ids = cached_chain(pool, hashes)
+    assert set(pool.allocate(2)).isdisjoint(ids)
+    assert pool.peek_prefix(hashes) == 2
+    assert pool.stats.num_evictions == 0
+
+
+def test_chains_are_evicted_from_their_end_and_the_least_recently_used_first():
+    pool = BlockPool(6)
+    a, b = chain("a", 3), chain("b", 3)
+    cached_chain(pool, a)
+    cached_chain(pool, b)
+    pool.allocate(1)
+    assert (pool.peek_prefix(a), pool.peek_prefix(b)) == (2, 3)
+    pool.release(pool.match_prefix(a))  # now b is the older one
+    pool.allocate(2)
+    assert (pool.peek_prefix(a), pool.peek_prefix(b)) == (2, 1)
+    assert pool.stats.num_evictions == 3
+
+
+def test_a_block_with_several_holders_stays_until_the_last_lets_go():
+    pool = BlockPool(2)
+    (block_id,) = pool.allocate(1)
+    pool.acquire([block_id])
+    pool.release([block_id])
+    assert pool.num_references(block_id) == 1
+    assert pool.num_free == 1
+    pool.release([block_id])
+    assert pool.num_free == 2
+
+
+def test_the_same_block_twice_in_one_list_counts_twice():
+    pool = BlockPool(2)
+    (block_id,) = pool.allocate(1)
+    pool.acquire([block_id, block_id])
+    pool.check_integrity({block_id: 3})
+    pool.release([block_id, block_id, block_id])
+    pool.check_integrity({})
+
+
+def test_publishing_what_is_cached_already_leaves_the_first_block_findable():
+    pool = BlockPool(4)
+    (block_hash,) = chain("a", 1)
+    first, second = pool.allocate(2)
+    pool.publish(first, block_hash)
+    pool.publish(second, block_hash)
+    pool.publish(first, block_hash)
+    assert (pool.hash_of(first), pool.hash_of(second), pool.num_cached) == (block_hash, None, 1)
+    pool.release([first, second])
+    assert pool.match_prefix([block_hash]) == [first]
+    pool.check_integrity({first: 1})
+
+
+def test_a_block_cannot_change_its_hash_nor_be_published_by_nobody():
+    pool = BlockPool(4)
+    a, b = chain("a", 2)
+    (block_id,) = pool.allocate(1)
+    pool.publish(block_id, a)
+    with pytest.raises(IntegrityError, match=f"publish of block {block_id}"):
+        pool.publish(block_id, b)
+    pool.release([block_id])
+    with pytest.raises(IntegrityError, match="nobody refers"):
+        pool.publish(block_id, a)
+
+
+def test_writing_an_unshared_unfindable_block_needs_no_copy():
+    pool = BlockPool(2)
+    (block_id,) = pool.allocate(1)
+    assert pool.make_writable(block_id) == (block_id, None)
+    pool.check_integrity({block_id: 1})
+
+
+def test_writing_a_shared_block_copies_it_and_leaves_the_other_holder_alone():
+    pool = BlockPool(2)
+    (block_id,) = pool.allocate(1)
+    pool.acquire([block_id])
+    copy, source = pool.make_writable(block_id)
+    assert source == block_id
+    assert copy != block_id
+    pool.check_integrity({block_id: 1, copy: 1})
+
+
+def test_writing_a_findable_block_copies_it_and_keeps_it_findable():
+    pool = BlockPool(2)
+    (block_hash,) = chain("a", 1)
+    (block_id,) = pool.allocate(1)
+    pool.publish(block_id, block_hash)
+    copy, source = pool.make_writable(block_id)
+    assert (source, pool.hash_of(copy)) == (block_id, None)
+    assert pool.peek_prefix([block_hash]) == 1
+    pool.check_integrity({copy: 1})
+
+
+def test_in_a_full_pool_a_sole_holder_writes_in_place_and_the_block_is_no_longer_findable():
+    pool = BlockPool(1)
+    (block_hash,) = chain("a", 1)
+    (block_id,) = pool.allocate(1)
+    pool.publish(block_id, block_hash)
+    assert pool.make_writable(block_id) == (block_id, None)
+    assert pool.peek_prefix([block_hash]) == 0
+    assert pool.stats.num_evictions == 1
+    pool.check_integrity({block_id: 1})
+
+
+def test_in_a_full_pool_a_shared_block_cannot_be_made_writable():
+    pool = BlockPool(1)
+    (block_id,) = pool.allocate(1)
+    pool.acquire([block_id])
+    with pytest.raises(OutOfBlocks):
+        pool.make_writable(block_id)
+    pool.check_integrity({block_id: 2})
+
+
+def test_resetting_the_cache_forgets_hashes_and_keeps_references():
+    pool = BlockPool(6)
+    a, b = chain("a", 2), chain("b", 2)
+    cached_chain(pool, a)
+    held = pool.match_prefix(a[:1])
+    cached_chain(pool, b)
+    assert pool.reset_prefix_cache() == 4
+    assert (pool.num_cached, pool.num_free, pool.peek_prefix(a), pool.peek_prefix(b)) == (0, 5, 0, 0)
+    pool.check_integrity({held[0]: 1})
+    pool.release(held)
+    assert pool.num_free == 6
+
+
+def test_without_prefix_caching_nothing_is_ever_findable():
+    pool = BlockPool(4, enable_prefix_caching=False)
+    hashes = chain("a", 2)
+    cached_chain(pool, hashes)
+    assert (pool.num_cached, pool.match_prefix(hashes), pool.peek_prefix(hashes)) == (0, [], 0)
+    pool.check_integrity({})
+
+
+def test_hits_and_queries_are_counted_in_blocks():
+    pool = BlockPool(8)
+    hashes = chain("a", 3)
+    cached_chain(pool, hashes)
+    pool.peek_prefix(hashes)
+    pool.release(pool.match_prefix([*hashes, *chain("b", 2)]))
+    assert (pool.stats.num_queried, pool.stats.num_hits, pool.stats.num_evictions) == (5, 3, 0)
+
+
+@pytest.mark.parametrize("block_id", [0, -1, 2])
+def test_giving_back_what_nobody_holds_is_refused(block_id):
+    pool = BlockPool(2)
+    with pytest.raises(DoubleFree, match=f"release of block {block_id}"):
+        pool.release([block_id])
+    with pytest.raises(IntegrityError, match=f"acquire of block {block_id}"):
+        pool.acquire([block_id])
+    with pytest.raises(IntegrityError, match=f"make_writable of block {block_id}"):
+        pool.make_writable(block_id)
+    pool.check_integrity({})
+
+
+def test_a_leaked_and_an_unknown_reference_are_reported_with_the_numbers():
+    pool = BlockPool(4)
+    pool.allocate(1)
+    with pytest.raises(IntegrityError, match="block 0 has 1 references, its holders count 0"):
+        pool.check_integrity({})
+    with pytest.raises(IntegrityError, match="block 9 is referred to and does not exist"):
+        pool.check_integrity({0: 1, 9: 1})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda pool: pool._free.append(3), "block 3 has 0 references and is listed 2 times"),
+        (lambda pool: pool._free.remove(3), "2 free"),
+        (lambda pool: pool._num_references.__setitem__(1, 0), "block 1 has 0 references and is listed 0 times"),
+        (lambda pool: pool._block_of.clear(), "1 blocks have hashes"),
+        (lambda pool: pool._block_of.__setitem__(b"x", 1), "1 blocks have hashes"),
+        (lambda pool: pool._hash_of.__setitem__(3, b"x"), "free block 3 has a hash"),
+        (lambda pool: pool._hash_of.__setitem__(0, None), "evictable block 0 has no hash"),
+    ],
+)
+def test_damaged_bookkeeping_is_found(damage, message):
+    pool = BlockPool(5)
+    cached_chain(pool, chain("a", 1))
+    assert pool.allocate(1) == [1]
+    pool.check_integrity({1: 1})
+    damage(pool)
+    with pytest.raises(IntegrityError, match=message):
+        pool.check_integrity()
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ValueError, match="at least one block"):
+        BlockPool(0)
+    with pytest.raises(ValueError, match="cannot allocate -1"):
+        BlockPool(1).allocate(-1)
