@@ -66,7 +66,7 @@ class ProtocolViolation(ExchangeError):
 
 
 class IllegalTransition(ExchangeError):
-    """A state machine met an event that its table rules out: a bug of ours. The message ends with the item's history."""
+    """A state machine met an event that its table rules out: a bug of ours. The message ends with its history."""
 
 
 class TransportError(ExchangeError):

@@ -1,0 +1,48 @@
+"""Every deadline of the block protocol, by name, in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class ExchangeTimeouts:
+    """The deadlines of one worker. Both ends of a connection should use the same heartbeat and peer timeout."""
+
+    heartbeat_s: float = 1.0
+    """Interval of heartbeats, both ways."""
+    peer_timeout_s: float = 5.0
+    """A peer from which no complete message has come for so long is lost."""
+    connect_s: float = 10.0
+    """From dialling to a usable connection, handshake and transport link included."""
+    close_s: float = 5.0
+    """Until a closing exchange stops waiting for its callers' reservations."""
+
+    lease_ttl_s: float = 10.0
+    """Owner: a lease that is not renewed for so long is over."""
+    lease_max_s: float = 600.0
+    """Owner: no lease lives longer, renewed or not."""
+
+    offer_s: float = 60.0
+    """Reader: from the order to the Offer; includes the prompt's time in the prefill worker's queue."""
+    reserve_s: float = 60.0
+    """Reader: from the Offer until its own room is reserved."""
+    announce_s: float = 60.0
+    """Reader: from one announcement to the next; includes computing a chunk."""
+    read_s: float = 10.0
+    """Reader: one read, from asking for it to its verified digests."""
+    confirm_s: float = 5.0
+    """Reader: from Confirm to its answer."""
+    drain_s: float = 10.0
+    """Both: how long a read or send may go on after its transfer has ended before its link is aborted."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not value > 0:
+                raise ValueError(f"{field.name} must be positive, not {value!r}")
+        if self.peer_timeout_s <= self.heartbeat_s or self.lease_ttl_s <= self.heartbeat_s:
+            raise ValueError(
+                f"peer_timeout_s ({self.peer_timeout_s}) and lease_ttl_s ({self.lease_ttl_s}) must exceed "
+                f"heartbeat_s ({self.heartbeat_s})"
+            )

@@ -1,0 +1,1 @@
+"""How bytes of blocks move between two pools: one small interface, three implementations, one contract suite."""

@@ -1,0 +1,114 @@
+"""What the block protocol needs of a transport: read blocks of a peer's pool into ours, and know when that is over.
+
+A `Transport` belongs to one process and one pool. For each connection of two peers it makes a `Link` at either end;
+reads go one way, from the peer that dialled (the reader) to the one that accepted (the owner). All calls are made, and
+all futures resolve, in the event loop in which the transport was started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring blocks that move as one piece: `remote_first ...` of the owner's into `local_first ...` of ours."""
+
+    remote_first: int
+    local_first: int
+    num_blocks: int
+
+
+def coalesce(remote_ids: Sequence[int], local_ids: Sequence[int], max_blocks: int) -> list[Run]:
+    """Cut the pairs of block ids into runs of at most `max_blocks` in which both ids count up by one. Keeps the order.
+
+    remote 7 8 9 3 4
+    local  0 1 2 3 9   gives (7, 0, 3) (3, 3, 1) (4, 9, 1)
+    """
+    if max_blocks < 1:
+        raise ValueError(f"runs of at most {max_blocks} blocks")
+    runs: list[Run] = []
+    for remote_id, local_id in zip(remote_ids, local_ids, strict=True):
+        if runs:
+            last = runs[-1]
+            joins = remote_id == last.remote_first + last.num_blocks and local_id == last.local_first + last.num_blocks
+            if joins and last.num_blocks < max_blocks:
+                runs[-1] = Run(last.remote_first, last.local_first, last.num_blocks + 1)
+                continue
+        runs.append(Run(remote_id, local_id, 1))
+    return runs
+
+
+@dataclass(frozen=True)
+class LinkPeer:
+    """The other end of a link to be made."""
+
+    peer_id: str
+    descriptor: bytes
+    """What the owner's transport of the same name gave as its `descriptor()`; empty at the owner's end."""
+    link_id: bytes
+    """16 random bytes, the same at both ends, new for each connection."""
+    host: str
+    """The peer's address as seen on the control connection."""
+    dialled: bool
+    """Whether we are the reader, who also initiates whatever the transport has to set up."""
+
+
+class Link(Protocol):
+    """One end of a link. A reader only reads, an owner only serves."""
+
+    @property
+    def lane(self) -> str:
+        """What carries the bytes, for people and metrics: `memory`, `tcp`, `cma`, `rdma`, `cuda_ipc` ..."""
+
+    def read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
+        """Start to read. The future resolves only when the read has *really* ended: no byte of it can land after.
+
+        It ends with `ReadFailed` where it went wrong, and then the destination holds anything. Callers do not cancel
+        it. Two-sided transports need the owner to `serve` the same `read_id` with the same runs.
+        """
+
+    def serve(self, read_id: int, runs: Sequence[tuple[int, int]]) -> asyncio.Future[None]:
+        """Send blocks, each run `(first_block_id, num_blocks)` as one piece; two-sided transports only.
+
+        The future resolves when the blocks are no more touched, with `ReadFailed` where the send went wrong.
+        """
+
+    def abort(self, reason: str) -> None:
+        """End all reads and serves, soon, with `ReadFailed`; the link is dead then. May be called again."""
+
+    async def close(self) -> None:
+        """Abort, wait until everything has ended, and free what the link holds. May be called again."""
+
+
+class Transport(Protocol):
+    """One way of moving blocks in and out of one pool."""
+
+    @property
+    def name(self) -> str:
+        """As in `--kv-transport` and on the wire."""
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether the owner's process has to take part in every read."""
+
+    async def start(self) -> None:
+        """Set up, in the running loop. Raises `TransportError`."""
+
+    def descriptor(self) -> bytes:
+        """What a peer needs to know of us; opaque to all but this transport."""
+
+    def lane_to(self, descriptor: bytes) -> str | None:
+        """On which lane we would read from the peer with this descriptor; None: not at all. Never raises."""
+
+    async def connect(self, peer: LinkPeer) -> Link:
+        """Make our end of a link; both ends call this, at about the same time. Raises `TransportError`.
+
+        The caller bounds it in time by cancelling it.
+        """
+
+    async def close(self) -> None:
+        """Close all links and free everything, in bounded time. May be called again."""

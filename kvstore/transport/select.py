@@ -1,0 +1,64 @@
+"""Which transports a worker offers, and which of them carries a pair of peers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from kvstore.errors import IncompatiblePeer, TransportError
+from kvstore.memory import BlockMemory
+from kvstore.transport.base import Transport
+
+logger = logging.getLogger(__name__)
+
+# Lanes on which a one-sided read is done by hardware or by one system call. On tcp NIXL emulates it in software, and
+# there a reader's death has aborted the owner's process: two-sided messages are the better choice.
+FAST_LANES: Final = frozenset({"rdma", "cuda_ipc", "cma", "memory"})
+CHOICES: Final = ("auto", "ucxx", "nixl")
+
+
+def make_transports(choice: str, memory: BlockMemory, name: str) -> list[Transport]:
+    """Return the transports for `--kv-transport`, not started, best first. `name` (role and worker) appears in logs.
+
+    `auto` offers all that are installed and leaves the choice to each pair of peers. Raises `TransportError` where the
+    chosen one is not installed, ValueError for an unknown choice.
+    """
+    if choice not in CHOICES:
+        raise ValueError(f"unknown KV transport {choice!r}; choose from {', '.join(CHOICES)}")
+    transports: list[Transport] = []
+    if choice in ("auto", "nixl"):
+        try:
+            from kvstore.transport.nixl import NixlTransport
+
+            transports.append(NixlTransport(memory, name))
+        except TransportError as error:
+            if choice == "nixl":
+                raise
+            logger.info("nixl is not available, blocks travel over ucxx: %s", error)
+    if choice in ("auto", "ucxx"):
+        from kvstore.transport.ucxx import UcxxTransport
+
+        transports.append(UcxxTransport(memory))
+    return transports
+
+
+def choose(transports: Sequence[Transport], offers: Mapping[str, bytes], peer_name: str) -> tuple[Transport, str]:
+    """Return the transport over which we read from a peer, and its lane. `offers`: the peer's descriptors by name.
+
+    A fast lane beats all; then come two-sided transports; a one-sided one without a fast lane is the last resort. Equal
+    ones rank as in `transports`. Raises `IncompatiblePeer` where nothing connects the two.
+    """
+    candidates: list[tuple[int, Transport, str]] = []
+    for transport in transports:
+        lane = transport.lane_to(offers[transport.name]) if transport.name in offers else None
+        if lane is not None:
+            rank = 0 if lane in FAST_LANES else 1 if transport.two_sided else 2
+            candidates.append((rank, transport, lane))
+    if not candidates:
+        ours = ", ".join(transport.name for transport in transports) or "none"
+        raise IncompatiblePeer(
+            f"no KV transport connects us with {peer_name}: ours {ours}, theirs {', '.join(offers) or 'none'}"
+        )
+    _, transport, lane = min(candidates, key=lambda candidate: candidate[0])
+    return transport, lane
