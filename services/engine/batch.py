@@ -1,0 +1,100 @@
+"""What one step computes: the scheduler's order to the runner, and the runner's answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.engine.request import PositionLogprobs, Request, SampledToken
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """A run of one request's tokens, `token_ids[start : start + num_tokens]`, to be computed in this step.
+
+    token_ids   |-- computed before --|-- this step --|-- later --|
+                0                   start           end       num_tokens
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    is_first: bool  # the request has never been in a step before
+    needs_sample: bool  # this step reaches the newest token: sample the one after it
+    num_prompt_logprobs: int | None  # alternatives to report for prompt tokens; None: not asked for
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def num_prompt_rows(self) -> int:
+        """Number of positions here whose next token stands in the prompt: each gives one prompt logprob."""
+        if self.num_prompt_logprobs is None:
+            return 0
+        return max(0, min(self.end, self.request.num_prompt_tokens - 1) - self.start)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's work. The runner first copies, in order, then zeroes, then computes: a copy's source may be among
+    the new blocks, evicted and given out again by this very schedule."""
+
+    sequences: tuple[ScheduledSequence, ...]  # decode rows first, then prefill chunks
+    copies: tuple[tuple[int, int], ...] = ()  # (from, to) block ids
+    new_block_ids: tuple[int, ...] = ()  # hold unknown bytes: zeroed before use
+    preempted: tuple[Request, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(sequence.num_tokens for sequence in self.sequences)
+
+
+class BatchBuilder:
+    """A batch while the scheduler puts it together, and what is left of the step's budgets."""
+
+    def __init__(self, num_tokens: int, num_prompt_logprob_rows: int) -> None:
+        self.budget = num_tokens
+        self.prompt_logprob_rows = num_prompt_logprob_rows
+        self.sequences: list[ScheduledSequence] = []
+        self.copies: list[tuple[int, int]] = []
+        self.new_block_ids: list[int] = []
+        self.preempted: list[Request] = []
+
+    def add(self, request: Request, num_tokens: int) -> None:
+        """Schedule the request's next `num_tokens` uncomputed tokens."""
+        assert 0 < num_tokens <= self.budget, f"{num_tokens} tokens of {request.request_id}, budget {self.budget}"
+        start = request.num_computed_tokens
+        self.budget -= num_tokens
+        self.sequences.append(
+            ScheduledSequence(
+                request=request,
+                start=start,
+                num_tokens=num_tokens,
+                is_first=not request.was_scheduled,
+                needs_sample=start + num_tokens == request.num_tokens,
+                num_prompt_logprobs=request.sampling.prompt_logprobs if request.wants_prompt_logprobs else None,
+            )
+        )
+        request.was_scheduled = True
+
+    def build(self) -> Batch:
+        return Batch(tuple(self.sequences), tuple(self.copies), tuple(self.new_block_ids), tuple(self.preempted))
+
+
+@dataclass(frozen=True)
+class SampledSequence:
+    """The runner's answer for one sequence of the batch.
+
+    `token` is None where the batch asked for no sample, and where none could be had: then `failure` says why.
+    """
+
+    token: SampledToken | None = None
+    failure: str | None = None
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()  # for the tokens at start + 1, start + 2, ...
+
+
+@dataclass(frozen=True)
+class SampledBatch:
+    """One answer per sequence, in the batch's order."""
+
+    sequences: tuple[SampledSequence, ...]

@@ -1,0 +1,559 @@
+"""Continuous batching: decides what each step computes, and which request holds which block.
+
+Pure: no clock, no tensors, no threads. A step is `schedule` (takes blocks, returns a Batch), then the runner, then
+`update` (books the result, publishes full blocks, frees finished requests). The rules, in order:
+
+1.  One order for everything: (priority, arrival, order of coming). Smaller is sooner.
+2.  Running requests that decode get one token each. Where a block is missing, the running request that comes last in
+    the order is preempted: it gives back all its blocks, returns to the queue and later computes its tokens again.
+3.  Then prompts, in chunks, while the token budget lasts: those that run already, then the queue. A prompt takes the
+    blocks for all its tokens when it enters, so a started prompt never waits for memory.
+4.  Who enters leaves one free block for each request that runs (it will want it within block_size steps), or there
+    would be a preemption right away. With nothing running, it may take everything: progress is certain.
+5.  Reservations (blocks to read a prompt into that another worker computes) enter by the same order and the same
+    rule, at any moment and without token budget. Neither they nor the queue pass an earlier one of the other kind that
+    waits for memory or a place.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from kvstore.block_hash import BlockHash, extend_hashes, namespace
+from kvstore.block_pool import BlockPool
+from services.engine.batch import Batch, BatchBuilder, SampledBatch, SampledSequence, ScheduledSequence
+from services.engine.request import (
+    EngineError,
+    FinishReason,
+    InvalidRequest,
+    QueueFull,
+    Request,
+    RequestStatus,
+    RequestUpdate,
+    SampledToken,
+)
+
+# Rows of [vocab_size] logits that prompt logprobs may cost in one step: 256 of 152,000 are 155 MB.
+MAX_PROMPT_LOGPROB_ROWS = 256
+
+
+class NotReserved(EngineError):
+    """A request was to join the running ones that has no place among them: it was aborted, or never granted one."""
+
+
+class NotLent(EngineError):
+    """The caller gave back, or wants to use, a block that it does not hold: a bug of the caller."""
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """What the scheduler must know about model and limits."""
+
+    block_size: int
+    max_model_len: int
+    model_fingerprint: str
+    eos_token_ids: frozenset[int] = frozenset()
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_chunk_tokens: int = 512  # of one prompt in one step
+    max_num_waiting: int = 1024
+
+    @property
+    def max_rows(self) -> int:
+        """Requests that may run at once: each running request can then decode in every step."""
+        return min(self.max_num_seqs, self.max_num_batched_tokens)
+
+
+@dataclass
+class SchedulerStats:
+    """Counts since the start."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
+    num_prefix_hits: int = 0  # of these, found
+    num_prompt_tokens: int = 0  # computed, recomputation included
+    num_generated_tokens: int = 0
+    num_finished: Counter[FinishReason] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class GrantedReservation:
+    """Blocks for a request's whole prompt, lent to the caller; the first `num_present` hold their content already."""
+
+    request: Request
+    block_ids: list[int]
+    num_present: int
+
+
+@dataclass(order=True)
+class _Entry:
+    """A request's place in the one order."""
+
+    priority: int
+    arrival_s: float
+    number: int  # order of coming; kept over preemptions
+    request: Request = field(compare=False)
+
+
+class Scheduler:
+    """Owns the queues and, with the pool, every block reference that is not lent to a caller. One thread only."""
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+        self.config = config
+        self.pool = pool
+        self.stats = SchedulerStats()
+        self._entries: dict[str, _Entry] = {}  # every live request, by id
+        self._waiting: list[_Entry] = []  # WAITING and PREEMPTED, sorted
+        self._reserving: list[_Entry] = []  # sorted
+        self._running: list[_Entry] = []  # sorted
+        self._reserved: dict[str, _Entry] = {}
+        self._lent: Counter[int] = Counter()  # references that callers hold, by block id
+        self._num_arrivals = 0
+        self._in_flight: Batch | None = None
+        self._dying: list[list[int]] = []  # block tables of requests aborted in mid-step; freed by `update`
+        # Found by the last schedule: the queue's head waits for blocks or a place, not for budget. So no later
+        # reservation may take what becomes free before the next schedule has looked again.
+        self._queue_is_stuck = False
+        self._something_changed = True  # since that schedule
+
+    # ---- what the outside asks ----------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `schedule` can be expected to return a batch."""
+        return bool(self._running) or (bool(self._waiting) and (self._something_changed or not self._queue_is_stuck))
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a place: waiting, preempted, or waiting for blocks or bytes of a transfer."""
+        return len(self._waiting) + len(self._reserving) + len(self._reserved)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens (and tokens to compute again) that are not computed yet, here."""
+        remaining = [e.request.num_tokens - e.request.num_computed_tokens for e in (*self._waiting, *self._running)]
+        return sum(num_tokens for num_tokens in remaining if num_tokens > 1)  # 1: a decode row
+
+    @property
+    def num_lent_blocks(self) -> int:
+        """Blocks to which callers hold references."""
+        return len(self._lent)
+
+    def find(self, request_id: str) -> Request | None:
+        """The live request of that id."""
+        entry = self._entries.get(request_id)
+        return None if entry is None else entry.request
+
+    def add(self, request: Request) -> None:
+        """Queue a request to be computed here. Raises `InvalidRequest` or `QueueFull`, changing nothing."""
+        insort(self._waiting, self._enter(request, RequestStatus.WAITING))
+        self._something_changed = True
+
+    def reserve(self, request: Request) -> None:
+        """Queue a request for blocks to read its prompt into; `grant_reservations` returns them. Errors as `add`."""
+        insort(self._reserving, self._enter(request, RequestStatus.RESERVING))
+
+    def cancel_reservation(self, request: Request) -> bool:
+        """Stop waiting for blocks; the request is NEW again. False, changing nothing, where it does not wait for any:
+        blocks that were granted already are given back by `release_reservation`.
+        """
+        if request.status is not RequestStatus.RESERVING:
+            return False
+        self._leave_reservation(request)
+        request.move_to(RequestStatus.NEW)
+        return True
+
+    def release_reservation(self, request: Request, block_ids: Sequence[int]) -> None:
+        """Give back a granted reservation that came to nothing: its blocks, and its place if it has one still.
+
+        The request, unless it was aborted, is NEW again. Raises `NotLent` as `release_lent`.
+        """
+        self.release_lent(block_ids)
+        if request.status is RequestStatus.RESERVED:
+            self._leave_reservation(request)
+            request.move_to(RequestStatus.NEW)
+
+    def abort(self, request_id: str) -> bool:
+        """End a live request, whatever its status, and free what it holds. Returns whether there was one.
+
+        Blocks that are lent (a granted reservation's) are the caller's to release. Blocks that the step in progress
+        writes to are freed when it ends.
+        """
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return False
+        request = entry.request
+        if request.status in (RequestStatus.RESERVING, RequestStatus.RESERVED):
+            self._leave_reservation(request)
+        elif request.status is RequestStatus.RUNNING:
+            self._leave_running(entry)
+            del self._entries[request_id]
+        else:
+            self._waiting.remove(entry)
+            del self._entries[request_id]
+        request.finish_reason = FinishReason.ABORT
+        self._finished(request)
+        self._something_changed = True
+        return True
+
+    def lend(self, block_ids: Sequence[int]) -> None:
+        """Take one more reference on each block, for the caller, who gives it back with `release_lent`."""
+        self.pool.acquire(block_ids)
+        self._lent.update(block_ids)
+
+    def release_lent(self, block_ids: Sequence[int]) -> None:
+        """Take back references that were lent. Raises `NotLent`, changing nothing, for one that was not."""
+        self._end_loan(block_ids)
+        self.pool.release(block_ids)
+        self._something_changed = True
+
+    def grant_reservations(self) -> list[GrantedReservation]:
+        """Give blocks to the reservations whose turn it is. Between steps only: in mid-step it grants nothing."""
+        granted: list[GrantedReservation] = []
+        while self._reserving and self._in_flight is None:
+            entry = self._reserving[0]
+            if self._queue_is_stuck and self._waiting and self._waiting[0] < entry:
+                break
+            blocks = self._take_blocks(entry.request, entry.request.block_hashes)
+            if blocks is None:
+                break
+            block_ids, num_present = blocks
+            del self._reserving[0]
+            entry.request.move_to(RequestStatus.RESERVED)
+            self._reserved[entry.request.request_id] = entry
+            self._lent.update(block_ids)
+            self._something_changed = True
+            granted.append(GrantedReservation(entry.request, block_ids, num_present))
+        return granted
+
+    def add_prefilled(self, request: Request, block_ids: Sequence[int], first_token: SampledToken) -> RequestUpdate:
+        """Run a request on from its first token: its prompt's KV is in `block_ids`, verified, in order.
+
+        The request must be RESERVED; `block_ids` are the lent blocks of its reservation and become the request's.
+        Raises `NotReserved` or `NotLent`, changing nothing, otherwise. The update says whether the first token was also
+        the last.
+        """
+        entry = self._reserved.get(request.request_id)
+        num_needed = self._num_blocks_for(request.num_prompt_tokens)
+        if entry is None or entry.request is not request or len(block_ids) != num_needed:
+            raise NotReserved(
+                f"request {request.request_id} is {request.status.name} and comes with {len(block_ids)} blocks; "
+                f"it must be RESERVED and needs {num_needed}"
+            )
+        self._end_loan(block_ids)
+        request.move_to(RequestStatus.RUNNING)
+        del self._reserved[request.request_id]
+        request.block_table = list(block_ids)
+        request.was_scheduled = True
+        request.num_computed_tokens = request.num_prompt_tokens
+        insort(self._running, entry)
+        self._publish_full_blocks(request)
+        return self._book_token(entry, ScheduledSequence(request, 0, 0, False, True, None), first_token)
+
+    def schedule(self) -> Batch | None:
+        """Choose the next step's work and take its blocks; None where nothing can run. `update` must follow."""
+        assert self._in_flight is None, "schedule was called twice without update"
+        step = BatchBuilder(self.config.max_num_batched_tokens, MAX_PROMPT_LOGPROB_ROWS)
+        self._schedule_decodes(step)
+        self._schedule_started_prompts(step)
+        self._schedule_queue(step)
+        if not step.sequences:
+            assert not self._running or step.preempted, "requests run and none could be scheduled"
+            return None
+        self._in_flight = step.build()
+        return self._in_flight
+
+    def update(self, batch: Batch, sampled: SampledBatch) -> list[RequestUpdate]:
+        """Book a finished step: tokens, full blocks into the prefix cache, finished requests out.
+
+        One update per sequence of the batch, except for requests that were aborted meanwhile.
+        """
+        assert batch is self._in_flight, "update of a batch that is not in flight"
+        self._in_flight = None
+        for block_table in self._dying:
+            self.pool.release(block_table)
+        self._dying.clear()
+        self.stats.num_steps += 1
+        self._something_changed = True
+        return [
+            self._book_sequence(self._entries[sequence.request.request_id], sequence, result)
+            for sequence, result in zip(batch.sequences, sampled.sequences, strict=True)
+            if sequence.request.status is RequestStatus.RUNNING
+        ]
+
+    def check_integrity(self) -> None:
+        """Raise unless every request is in one place that fits its status, and every reference has a holder."""
+        held = Counter(self._lent)
+        for block_table in self._dying:
+            held.update(block_table)
+        for entry in self._running:
+            held.update(entry.request.block_table)
+        self.pool.check_integrity(held)
+        places = [
+            (self._waiting, (RequestStatus.WAITING, RequestStatus.PREEMPTED)),
+            (self._reserving, (RequestStatus.RESERVING,)),
+            (self._running, (RequestStatus.RUNNING,)),
+            (list(self._reserved.values()), (RequestStatus.RESERVED,)),
+        ]
+        problems = [
+            f"{entry.request.request_id} is {entry.request.status.name} where {statuses[0].name} requests are kept"
+            for entries, statuses in places
+            for entry in entries
+            if entry.request.status not in statuses
+        ]
+        problems += [
+            f"{entry.request.request_id} has {len(entry.request.block_table)} blocks for "
+            f"{entry.request.num_computed_tokens} computed tokens"
+            for entry in self._running
+            if len(entry.request.block_table) < self._num_blocks_for(entry.request.num_computed_tokens)
+        ]
+        if sum(len(entries) for entries, _ in places) != len(self._entries):
+            problems.append(f"{len(self._entries)} live requests, {[len(entries) for entries, _ in places]} in places")
+        if problems:
+            raise EngineError(f"scheduler: {'; '.join(problems[:8])}")
+
+    # ---- entering and leaving -----------------------------------------------
+
+    def _enter(self, request: Request, status: RequestStatus) -> _Entry:
+        """Make the request live."""
+        self._check_fits(request)
+        num_queued = len(self._waiting) + len(self._reserving)
+        if num_queued >= self.config.max_num_waiting:
+            raise QueueFull(f"{num_queued} requests wait, which is the limit")
+        if request.request_id in self._entries:
+            raise InvalidRequest("request_id", f"{request.request_id} is in use")
+        self._extend_hashes(request)
+        request.move_to(status)
+        self._num_arrivals += 1
+        entry = _Entry(request.priority, request.arrival_s, self._num_arrivals, request)
+        self._entries[request.request_id] = entry
+        return entry
+
+    def _check_fits(self, request: Request) -> None:
+        limit = self.config.max_model_len
+        if request.num_prompt_tokens < 1:
+            raise InvalidRequest("prompt", "must have at least one token")
+        if request.num_prompt_tokens > limit - 1:
+            raise InvalidRequest(
+                "prompt",
+                f"has {request.num_prompt_tokens} tokens; the context of {limit} must hold the output, too",
+            )
+        # The last token's KV is never computed, but its place is what lets a preempted request always come back.
+        num_tokens = min(request.num_prompt_tokens + request.sampling.max_tokens, limit)
+        if request.hold_blocks:
+            num_tokens = request.num_prompt_tokens + 1
+        num_blocks = self._num_blocks_for(num_tokens)
+        if num_blocks > self.pool.num_blocks:
+            raise InvalidRequest(
+                "max_tokens",
+                f"{request.num_prompt_tokens} prompt tokens with at most {num_tokens - request.num_prompt_tokens} of "
+                f"output need {num_blocks} KV blocks of {self.config.block_size}; there are {self.pool.num_blocks}",
+            )
+
+    def _leave_reservation(self, request: Request) -> None:
+        entry = self._entries.pop(request.request_id)
+        if self._reserved.pop(request.request_id, None) is None:
+            self._reserving.remove(entry)
+        self._something_changed = True
+
+    def _leave_running(self, entry: _Entry) -> None:
+        """Take a request out of the running ones and free its blocks; its table is left to read."""
+        self._running.remove(entry)
+        in_flight = self._in_flight.sequences if self._in_flight is not None else ()
+        if any(sequence.request is entry.request for sequence in in_flight):
+            self._dying.append(entry.request.block_table)
+        else:
+            self.pool.release(entry.request.block_table)
+
+    def _finished(self, request: Request) -> None:
+        assert request.finish_reason is not None
+        self.stats.num_finished[request.finish_reason] += 1
+        request.move_to(RequestStatus.FINISHED)
+
+    def _preempt(self, entry: _Entry, step: BatchBuilder) -> None:
+        self._leave_running(entry)
+        entry.request.move_to(RequestStatus.PREEMPTED)
+        entry.request.forget_computed()
+        entry.request.num_preemptions += 1
+        self.stats.num_preemptions += 1
+        insort(self._waiting, entry)
+        step.preempted.append(entry.request)
+
+    # ---- one step -------------------------------------------------------------
+
+    def _schedule_decodes(self, step: BatchBuilder) -> None:
+        for entry in list(self._running):
+            request = entry.request
+            if request.num_tokens - request.num_computed_tokens != 1 or request.status is not RequestStatus.RUNNING:
+                continue
+            num_missing = self._num_blocks_for(request.num_tokens) - len(request.block_table)
+            # The last in the order goes first. As `entry` walks in that order, nobody who is in the step is preempted.
+            while num_missing > self.pool.num_free and request.status is RequestStatus.RUNNING:
+                self._preempt(self._running[-1], step)
+            if request.status is RequestStatus.RUNNING:
+                new_block_ids = self.pool.allocate(num_missing)
+                request.block_table += new_block_ids
+                step.new_block_ids += new_block_ids
+                step.add(request, 1)
+
+    def _schedule_started_prompts(self, step: BatchBuilder) -> None:
+        for entry in self._running:
+            if step.budget == 0:
+                return
+            if entry.request.num_tokens - entry.request.num_computed_tokens > 1:
+                self._add_chunk(entry.request, step)
+
+    def _schedule_queue(self, step: BatchBuilder) -> None:
+        self._queue_is_stuck = self._something_changed = False
+        while self._waiting and step.budget > 0:
+            entry = self._waiting[0]
+            if (self._reserving and self._reserving[0] < entry) or not self._start(entry.request, step):
+                self._queue_is_stuck = True
+                return
+            del self._waiting[0]
+            insort(self._running, entry)
+            if not self._add_chunk(entry.request, step):
+                return
+
+    def _start(self, request: Request, step: BatchBuilder) -> bool:
+        """Give a queued request all the blocks that its tokens need; False, changing nothing, if it must wait."""
+        # Cached blocks cannot tell a prompt's logprobs: those are computed from every position's logits.
+        blocks = self._take_blocks(request, () if request.wants_prompt_logprobs else request.block_hashes)
+        if blocks is None:
+            return False
+        request.block_table, num_present = blocks
+        step.new_block_ids += request.block_table[num_present:]
+        num_cached_tokens = num_present * self.config.block_size
+        if num_cached_tokens == request.num_tokens:
+            # All is there but the logits. The last token is computed again, in a block of the request's own.
+            num_cached_tokens -= 1
+            num_present -= 1
+            block_id, source = self.pool.make_writable(request.block_table[-1])
+            request.block_table[-1] = block_id
+            if source is not None:
+                step.copies.append((source, block_id))
+        if not request.was_scheduled:
+            request.num_cached_tokens = num_cached_tokens
+            self.stats.num_prefix_queries += request.num_prompt_tokens
+            self.stats.num_prefix_hits += num_cached_tokens
+        request.num_computed_tokens = num_cached_tokens
+        request.num_published_blocks = num_present
+        request.prompt_logprobs = [None] if request.wants_prompt_logprobs else []
+        request.move_to(RequestStatus.RUNNING)
+        return True
+
+    def _add_chunk(self, request: Request, step: BatchBuilder) -> bool:
+        """Schedule what the budget allows of the request's uncomputed tokens; False if that is nothing."""
+        num_tokens = min(request.num_tokens - request.num_computed_tokens, step.budget, self.config.max_chunk_tokens)
+        if request.wants_prompt_logprobs:
+            num_tokens = min(num_tokens, step.prompt_logprob_rows)
+            step.prompt_logprob_rows -= num_tokens
+        if num_tokens > 0:
+            step.add(request, num_tokens)
+        return num_tokens > 0
+
+    # ---- blocks ---------------------------------------------------------------
+
+    def _num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.config.block_size)
+
+    def _take_blocks(self, request: Request, hashes: Sequence[BlockHash]) -> tuple[list[int], int] | None:
+        """Blocks for all tokens of the request, one reference each, and how many of them the prefix cache had.
+
+        None, taking nothing, where there is no place in the batch or not enough blocks (rule 4).
+        """
+        num_others = len(self._running) + len(self._reserved)
+        if num_others >= self.config.max_rows:
+            return None
+        block_ids = self.pool.match_prefix(hashes)
+        num_present = len(block_ids)
+        num_missing = self._num_blocks_for(request.num_tokens) - num_present
+        # A full hit whose last block others hold, too, needs one more to copy it to.
+        num_copies = int(num_missing == 0 and self.pool.num_references(block_ids[-1]) > 1)
+        if num_missing + num_copies + num_others > self.pool.num_free:
+            self.pool.release(block_ids)
+            return None
+        return block_ids + self.pool.allocate(num_missing), num_present
+
+    def _end_loan(self, block_ids: Sequence[int]) -> None:
+        wrong = [block_id for block_id, count in Counter(block_ids).items() if self._lent[block_id] < count]
+        if wrong:
+            raise NotLent(f"blocks {sorted(wrong)} are not lent: given back twice, or never lent")
+        for block_id in block_ids:
+            self._lent[block_id] -= 1
+            if not self._lent[block_id]:
+                del self._lent[block_id]
+
+    def _extend_hashes(self, request: Request) -> None:
+        root = namespace(self.config.model_fingerprint, request.cache_salt)
+        extend_hashes(root, request.block_hashes, request.token_ids, self.config.block_size)
+
+    def _publish_full_blocks(self, request: Request) -> None:
+        num_full = request.num_computed_tokens // self.config.block_size
+        if num_full > request.num_published_blocks:
+            self._extend_hashes(request)
+            for index in range(request.num_published_blocks, num_full):
+                self.pool.publish(request.block_table[index], request.block_hashes[index])
+            request.num_published_blocks = num_full
+
+    # ---- booking a step's results -----------------------------------------------
+
+    def _book_sequence(self, entry: _Entry, sequence: ScheduledSequence, result: SampledSequence) -> RequestUpdate:
+        request = sequence.request
+        if result.failure is not None:
+            # What these logits came from is not worth keeping.
+            return replace(self._finish(entry, sequence, FinishReason.ERROR, None), failure=result.failure)
+        request.num_computed_tokens = sequence.end
+        if sequence.num_tokens > 1 or sequence.start < request.num_prompt_tokens:
+            self.stats.num_prompt_tokens += sequence.num_tokens
+        if sequence.num_prompt_logprobs is not None:
+            request.prompt_logprobs += result.prompt_logprobs
+        self._publish_full_blocks(request)
+        if not sequence.needs_sample:
+            return RequestUpdate(request, sequence.is_first, request.num_computed_tokens)
+        assert result.token is not None, f"{request.request_id}: the runner returned no token"
+        return self._book_token(entry, sequence, result.token)
+
+    def _book_token(self, entry: _Entry, sequence: ScheduledSequence, token: SampledToken) -> RequestUpdate:
+        request = entry.request
+        request.append_output(token.token_id)
+        self.stats.num_generated_tokens += 1
+        finish_reason = request.stop_reason(self.config.eos_token_ids, self.config.max_model_len)
+        if finish_reason is not None:
+            return self._finish(entry, sequence, finish_reason, token)
+        return self._update_with(request, sequence, token)
+
+    def _finish(
+        self, entry: _Entry, sequence: ScheduledSequence, reason: FinishReason, token: SampledToken | None
+    ) -> RequestUpdate:
+        request = entry.request
+        del self._entries[request.request_id]
+        if request.hold_blocks and token is not None:
+            self._running.remove(entry)
+            self._lent.update(request.block_table)
+        else:
+            self._leave_running(entry)
+        request.finish_reason = reason
+        self._finished(request)
+        return self._update_with(request, sequence, token)
+
+    @staticmethod
+    def _update_with(request: Request, sequence: ScheduledSequence, token: SampledToken | None) -> RequestUpdate:
+        reports_prompt = sequence.num_prompt_logprobs is not None and token is not None
+        return RequestUpdate(
+            request=request,
+            first_scheduled=sequence.is_first,
+            num_computed_tokens=request.num_computed_tokens,
+            new_tokens=() if token is None else (token,),
+            finish_reason=request.finish_reason,
+            stop_token_id=request.stop_token_id,
+            prompt_logprobs=tuple(request.prompt_logprobs) if reports_prompt else None,
+        )
