@@ -1,0 +1,165 @@
+"""The router's routes. The generating endpoints are ASGI applications of their own (`serving.py`); the rest is here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+import services
+from services.router import fields
+from services.router.chat import tokenize_chat
+from services.router.errors import ApiError, invalid, model_not_found, unavailable
+from services.router.http import App, Edge, read_body
+from services.router.openai_requests import parse_chat_input
+from services.router.serving import GenerateEndpoint, RouterParts, plan_chat_request, plan_completion_request
+
+
+def make_app(parts: RouterParts) -> App:
+    """The ASGI application."""
+    app = FastAPI(
+        title="Tandem",
+        version=services.__version__,
+        root_path=parts.config.root_path,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
+    app.router.routes += [
+        Route("/v1/completions", GenerateEndpoint(parts, plan_completion_request), methods=["POST"]),
+        Route("/v1/chat/completions", GenerateEndpoint(parts, plan_chat_request), methods=["POST"]),
+    ]
+    _add_model_routes(app, parts)
+    _add_tokenizer_routes(app, parts)
+    _add_status_routes(app, parts)
+    _add_error_handlers(app, parts)
+    if parts.config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(parts.config.allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return Edge(app, parts.config.api_key, parts.metrics)
+
+
+def _json(content: object, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status, media_type="application/json")
+
+
+def _add_model_routes(app: FastAPI, parts: RouterParts) -> None:
+    def describe(name: str) -> dict[str, Any]:
+        model = parts.models.get(name)
+        return {
+            "id": name,
+            "object": "model",
+            "created": model.created_unix_s,
+            "owned_by": "tandem",
+            "root": model.root,
+            "parent": None,
+            "max_model_len": model.max_model_len,
+        }
+
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        return _json({"object": "list", "data": [describe(name) for name in parts.models.names()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def get_model(name: str) -> Response:
+        if not name:
+            raise model_not_found(name)
+        return _json(describe(name))
+
+
+def _add_tokenizer_routes(app: FastAPI, parts: RouterParts) -> None:
+    async def body_of(request: Request) -> dict[str, Any]:
+        return fields.parse_object(await read_body(request.scope, request.receive, parts.config.max_body_bytes))
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = await body_of(request)
+        model = parts.models.get(fields.string(body, "model"))
+        wants_names = fields.boolean(body, "return_token_strs")
+        if body.get("messages") is not None:
+            token_ids = await tokenize_chat(parse_chat_input(body), model, parts.pool)
+        else:
+            prompt = fields.string(body, "prompt")
+            if prompt is None:
+                raise invalid("Either `prompt` or `messages` is required.", "prompt")
+            add_special_tokens = fields.boolean(body, "add_special_tokens", True)
+            (token_ids,) = await parts.pool.run(lambda: model.tokenizer.encode([prompt], add_special_tokens))
+        names = [model.tokenizer.token_name(token_id) for token_id in token_ids] if wants_names else None
+        return _json(
+            {"count": len(token_ids), "max_model_len": model.max_model_len, "tokens": token_ids, "token_strs": names}
+        )
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = await body_of(request)
+        model = parts.models.get(fields.string(body, "model"))
+        if not isinstance(body.get("tokens"), list):
+            raise invalid("`tokens` must be a list of token ids.", "tokens")
+        token_ids = fields.check_token_ids(body["tokens"], "tokens", model.files.vocab_size)
+        text = await parts.pool.run(lambda: model.tokenizer.decode(token_ids, skip_special_tokens=False))
+        return _json({"prompt": text})
+
+
+def _add_status_routes(app: FastAPI, parts: RouterParts) -> None:
+    def servable() -> list[str]:
+        """The models for which a request would find a decode worker now."""
+        reachable: set[str] = set()
+        for worker in parts.workers.decode_candidates():
+            if worker.connected and not worker.draining:
+                reachable.update(worker.model_names)
+        return [name for name in parts.models.names() if name in reachable]
+
+    @app.get("/health")
+    async def health() -> Response:
+        return Response(status_code=200)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        models = servable()
+        if not models:
+            raise unavailable("No model can be served yet: no decode worker of a loaded model is connected.")
+        return _json({"status": "ready", "models": models})
+
+    @app.get("/version")
+    async def version() -> Response:
+        return _json({"version": services.__version__})
+
+    @app.get("/load")
+    async def load() -> Response:
+        running, waiting = parts.admission.num_running, parts.admission.num_waiting
+        return _json({"server_load": running + waiting, "num_running": running, "num_waiting": waiting})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(parts.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_error_handlers(app: FastAPI, parts: RouterParts) -> None:
+    def respond(error: ApiError) -> Response:
+        parts.metrics.count_error(error.status)
+        headers = {name.decode(): value.decode() for name, value in error.headers()}
+        return Response(error.body(), error.status, headers)
+
+    @app.exception_handler(ApiError)
+    async def on_api_error(request: Request, error: ApiError) -> Response:
+        return respond(error)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 404:
+            message = f"Unknown request URL: {request.method} {request.url.path}."
+            return respond(ApiError(404, message, code="unknown_url"))
+        if error.status_code == 405:
+            message = f"Not allowed to {request.method} on {request.url.path}."
+            return respond(ApiError(405, message, code="method_not_allowed"))
+        return respond(ApiError(error.status_code, str(error.detail)))

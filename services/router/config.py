@@ -1,0 +1,89 @@
+"""The router's settings. Flags are spelled as `vllm serve` spells them where they mean the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.settings import SettingsError, setting
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """One router process: where it listens, whom it lets in, how much it takes on, and where it finds workers."""
+
+    host: str = setting("127.0.0.1", help="address to listen on", group="HTTP")
+    port: int = setting(8000, help="port of the HTTP API; 0 chooses a free one", group="HTTP")
+    api_key: tuple[str, ...] = setting((), help="accepted bearer tokens; none: all may ask", secret=True, group="HTTP")
+    allowed_origins: tuple[str, ...] = setting((), help="origins that browsers may ask from (CORS)", group="HTTP")
+    root_path: str = setting("", help="path prefix that a proxy in front of the router strips", group="HTTP")
+    ssl_keyfile: str = setting("", help="TLS key; with --ssl-certfile the API is served over HTTPS", group="HTTP")
+    ssl_certfile: str = setting("", help="TLS certificate chain", group="HTTP")
+    max_body_bytes: int = setting(32 << 20, help="largest request body; larger ones get a 413", group="HTTP")
+    sse_keepalive_s: float = setting(15.0, help="a stream idle for so long gets a comment line", group="HTTP")
+
+    redis: str = setting("redis://127.0.0.1:6379/0", help="URL of the registry", group="workers")
+    router_id: str = setting(
+        "", help="this router in the workers' logs; the default is router-HOST-PORT", group="workers"
+    )
+    reconnect_max_s: float = setting(5.0, help="longest pause between two tries to reach a worker", group="workers")
+    max_attempts: int = setting(3, help="decode workers that a request is tried on", group="workers")
+
+    served_model_name: tuple[str, ...] = setting(
+        (), help="serve these of the registered models only; the default is all", group="models"
+    )
+    tokenizer: str = setting("", help="directory or hub name of the tokenizer; default: the model's", group="models")
+    chat_template: str = setting(
+        "", help="file with a Jinja chat template, or its text; default: the model's", group="models"
+    )
+    generation_config: str = setting(
+        "auto",
+        help="where sampling defaults come from: auto is the model's generation_config.json, vllm is neutral values",
+        choices=("auto", "vllm"),
+        group="models",
+    )
+    max_logprobs: int = setting(20, help="most alternatives per token that a client may ask for", group="models")
+
+    max_concurrent_requests: int = setting(1024, help="sequences in flight; further ones queue", group="limits")
+    max_queue: int = setting(1024, help="sequences that may queue for that; more get a 429", group="limits")
+    request_timeout_s: float = setting(
+        600.0, flags=("--request-timeout",), help="seconds from arrival to the last byte; 0: no limit", group="limits"
+    )
+    tokenizer_pool_size: int = setting(2, help="threads that tokenize and render templates", group="limits")
+    tokenizer_queue: int = setting(256, help="prompts that may wait for these; more get a 429", group="limits")
+    shutdown_timeout_s: float = setting(
+        30.0, flags=("--shutdown-timeout",), help="how long SIGTERM waits for running requests", group="limits"
+    )
+
+    log_level: str = setting(
+        "info",
+        flags=("--log-level", "--uvicorn-log-level"),
+        help="how much is logged",
+        choices=("debug", "info", "warning", "error"),
+        group="logs",
+    )
+    log_format: str = setting(
+        "auto", help="text, json, or auto: text on a terminal", choices=("auto", "text", "json"), group="logs"
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise SettingsError(f"port: must be a port number, got {self.port}", "port")
+        if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
+            raise SettingsError("ssl_keyfile and ssl_certfile: give both or neither", "ssl_keyfile")
+        if any(not key for key in self.api_key):
+            raise SettingsError("api_key: must not be empty", "api_key")
+        for name in (
+            "max_body_bytes",
+            "max_attempts",
+            "max_concurrent_requests",
+            "tokenizer_pool_size",
+            "tokenizer_queue",
+        ):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name}: must be at least 1, got {getattr(self, name)}", name)
+        for name in ("max_queue", "max_logprobs", "request_timeout_s", "shutdown_timeout_s"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name}: must not be negative, got {getattr(self, name)}", name)
+        for name in ("sse_keepalive_s", "reconnect_max_s"):
+            if getattr(self, name) <= 0:
+                raise SettingsError(f"{name}: must be positive, got {getattr(self, name)}", name)

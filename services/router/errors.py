@@ -1,0 +1,104 @@
+"""What the router answers when it cannot serve: one exception, always rendered in OpenAI's error shape.
+
+Whatever goes wrong on the way of a request is turned into an `ApiError` where it is understood, and into bytes once, at
+the edge (`app.py`, or as an SSE event in a stream that has begun).
+"""
+
+from __future__ import annotations
+
+import orjson
+from tandem.v1 import worker_pb2 as pb
+
+
+class ApiError(Exception):
+    """An answer with an HTTP error status. `retry_after_s` becomes the Retry-After header, in whole seconds."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> bytes:
+        """The JSON object `{"error": {...}}`."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return orjson.dumps({"error": error})
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Content type and, where it helps, Retry-After and WWW-Authenticate."""
+        headers = [(b"content-type", b"application/json")]
+        if self.retry_after_s is not None:
+            headers.append((b"retry-after", str(self.retry_after_s).encode()))
+        if self.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        return headers
+
+
+class ClientDisconnected(Exception):
+    """The client has gone: there is nobody to answer."""
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: the request itself is wrong."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def not_supported(name: str, why: str) -> ApiError:
+    """400: a field that would change the answer and that this server cannot honour."""
+    return ApiError(400, f"`{name}` is not supported: {why}", param=name, code="unsupported_parameter")
+
+
+def model_not_found(name: str) -> ApiError:
+    """404 in OpenAI's words."""
+    return ApiError(404, f"The model `{name}` does not exist.", param="model", code="model_not_found")
+
+
+def overloaded(message: str, retry_after_s: int = 1) -> ApiError:
+    """429: a bounded queue is full, here or at the workers."""
+    return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", retry_after_s=retry_after_s)
+
+
+def unavailable(message: str, retry_after_s: int = 2) -> ApiError:
+    """503: nobody is there to serve it now."""
+    return ApiError(503, message, type="server_error", code="service_unavailable", retry_after_s=retry_after_s)
+
+
+def timed_out(message: str) -> ApiError:
+    """504: a deadline passed; the message names which."""
+    return ApiError(504, message, type="server_error", code="timeout")
+
+
+def internal(message: str) -> ApiError:
+    """500: our fault."""
+    return ApiError(500, message, type="server_error", code="internal_error")
+
+
+def from_worker(error: pb.Error) -> ApiError:
+    """A worker's error as the client sees it."""
+    message = error.message or "the worker gave no reason"
+    if error.code == pb.ERROR_CODE_INVALID:
+        return invalid(message)
+    if error.code == pb.ERROR_CODE_OVERLOADED:
+        return overloaded(message)
+    if error.code == pb.ERROR_CODE_UNAVAILABLE:
+        return unavailable(message)
+    if error.code == pb.ERROR_CODE_DEADLINE:
+        return timed_out(message)
+    return internal(message)
+
+
+def is_retryable(error: pb.Error) -> bool:
+    """Whether another worker may well serve what this one could not."""
+    return error.code in (pb.ERROR_CODE_OVERLOADED, pb.ERROR_CODE_UNAVAILABLE)

@@ -1,0 +1,237 @@
+"""One HTTP request's generation: prompts times n sequences, from orders to deltas, with its metrics and its end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from prometheus_client import Gauge
+from tandem.v1 import worker_pb2 as pb
+
+from services.lifecycle import Event, Timeline
+from services.router.choice import Choice, Delta
+from services.router.dispatch import Dispatch, error_of
+from services.router.errors import ApiError, invalid
+from services.router.metrics import ModelMetrics
+from services.router.models import ServedModel
+from services.router.openai_requests import GenerationRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """A checked and tokenized request. Sequence `index` is choice `index % n` of prompt `index // n`."""
+
+    model: ServedModel
+    request: GenerationRequest
+    request_id: str
+    prompts: Sequence[list[int]]
+    max_tokens: Sequence[int]
+    """Per prompt; at least 1."""
+    discard_generated: bool = False
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.prompts) * self.request.n
+
+    def orders(self, timeout_s: float) -> list[pb.GenerateRequest]:
+        """One order per sequence, in order of index."""
+        request = self.request
+        return [
+            pb.GenerateRequest(
+                request_id=self.request_id
+                if self.num_sequences == 1
+                else f"{self.request_id}-{prompt * request.n + i}",
+                model=self.model.name,
+                prompt_token_ids=token_ids,
+                sampling=request.sampling_for(i, self.max_tokens[prompt]),
+                priority=request.priority,
+                cache_salt=request.cache_salt,
+                timeout_s=timeout_s,
+            )
+            for prompt, token_ids in enumerate(self.prompts)
+            for i in range(request.n)
+        ]
+
+
+def tokens_to_generate(num_prompt_tokens: int, asked: int | None, default: int | None, max_model_len: int) -> int:
+    """max_tokens of a sequence: what the client asked for, else the default as far as it fits, else all that fits.
+
+    Raises ApiError with OpenAI's context_length_exceeded where prompt and answer do not fit into the context.
+    """
+    room = max_model_len - num_prompt_tokens
+    wanted = max(asked, 1) if asked is not None else min(default or room, max(room, 1))
+    if num_prompt_tokens == 0:
+        raise invalid("The prompt has no tokens.", "prompt")
+    if wanted > room:
+        asked_words = f" ({num_prompt_tokens} in the prompt; {wanted} for the completion)"
+        raise invalid(
+            f"This model's maximum context length is {max_model_len} tokens. However, you requested"
+            f" {num_prompt_tokens + wanted} tokens{asked_words}. Please reduce the length of the prompt or completion.",
+            "messages" if asked is None and default is None else "max_tokens",
+            "context_length_exceeded",
+        )
+    return wanted
+
+
+@dataclass(frozen=True)
+class UsageCount:
+    """Tokens of the request so far."""
+
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_cached_tokens: int | None = None
+    """Reported with a sequence's last output; not known where a stop string ended one before that."""
+
+    def to_json(self) -> dict[str, object]:
+        usage: dict[str, object] = {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_generated_tokens,
+            "total_tokens": self.num_prompt_tokens + self.num_generated_tokens,
+        }
+        if self.num_cached_tokens is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": self.num_cached_tokens}
+        return usage
+
+
+class Generation:
+    """Runs a plan. The owner calls `start`, then `deltas` until `finished`, and `close` whatever happens."""
+
+    def __init__(
+        self,
+        plan: GenerationPlan,
+        dispatch: Dispatch,
+        metrics: ModelMetrics,
+        timeline: Timeline,
+        clock: Callable[[], float],
+    ) -> None:
+        """`clock` gives unix seconds, as the timeline's does."""
+        self.plan = plan
+        self._dispatch = dispatch
+        self._metrics = metrics
+        self._timeline = timeline
+        self._clock = clock
+        self._choices = [self._new_choice(index) for index in range(plan.num_sequences)]
+        self._last_token_s: list[float | None] = [None] * plan.num_sequences
+        self._num_unfinished = plan.num_sequences
+        self._started = False
+
+    def start(self) -> None:
+        """Submits all sequences. Raises ApiError."""
+        self._started = True
+        self._metrics.num_waiting.inc(len(self._choices))
+        self._dispatch.start()
+        self._timeline.mark(Event.ROUTED)
+        for prompt in self.plan.prompts:
+            self._metrics.prompt_tokens.inc(len(prompt))
+
+    @property
+    def finished(self) -> bool:
+        return self._num_unfinished == 0
+
+    async def deltas(self) -> list[Delta]:
+        """Waits for news; one delta per choice that has any, in order of their first news. Raises ApiError."""
+        merged: dict[int, Delta] = {}
+        for arrival in await self._dispatch.arrivals():
+            if arrival.output is None:
+                self._restart(arrival.index)
+                merged[arrival.index] = Delta(arrival.index, restarted=True)
+                continue
+            choice = self._choices[arrival.index]
+            if choice.finished:
+                continue
+            if arrival.output.finish_reason == pb.FINISH_REASON_ERROR:
+                raise error_of(arrival.output)
+            delta = self._feed(choice, arrival.output)
+            if arrival.index in merged:
+                merged[arrival.index].extend(delta)
+            else:
+                merged[arrival.index] = delta
+        return list(merged.values())
+
+    def usage(self) -> UsageCount:
+        """Of all sequences; a prompt counts once, however many answers it has."""
+        reports = [choice.usage for choice in self._choices[:: self.plan.request.n]]
+        cached = sum(report.num_cached_tokens for report in reports if report is not None)
+        return UsageCount(
+            sum(map(len, self.plan.prompts)),
+            sum(choice.num_tokens for choice in self._choices),
+            None if None in reports else cached,
+        )
+
+    def usage_of(self, index: int) -> UsageCount:
+        """Of one sequence, for continuous_usage_stats."""
+        return UsageCount(len(self.plan.prompts[index // self.plan.request.n]), self._choices[index].num_tokens)
+
+    def close(self, error: BaseException | None) -> None:
+        """Ends what still runs; `error` is what ended the request early, None after its regular end."""
+        self._dispatch.close("the request has ended" if error is None else str(error) or type(error).__name__)
+        if not self._started:
+            return
+        reason = "error" if isinstance(error, ApiError) else "abort"
+        for choice in self._choices:
+            if not choice.finished:
+                self._gauge(choice.index).dec()
+                self._metrics.count_finished(reason)
+
+    # ---- one sequence ---------------------------------------------------------
+
+    def _new_choice(self, index: int) -> Choice:
+        return Choice(index, self.plan.request, self.plan.model, self.plan.discard_generated)
+
+    def _restart(self, index: int) -> None:
+        self._choices[index] = self._new_choice(index)
+
+    def _feed(self, choice: Choice, output: pb.Output) -> Delta:
+        if output.token_ids:
+            self._observe_tokens(choice.index, len(output.token_ids))
+        delta = choice.feed(output)
+        if choice.finished:
+            self._finish(choice, delta, output)
+        return delta
+
+    def _observe_tokens(self, index: int, num_tokens: int) -> None:
+        now = self._clock()
+        last = self._last_token_s[index]
+        if last is None:
+            if Event.FIRST_TOKEN not in self._timeline.unix_s:
+                self._timeline.mark(Event.FIRST_TOKEN)
+            self._metrics.time_to_first_token.observe(now - self._timeline.unix_s[Event.ARRIVED])
+            self._metrics.num_waiting.dec()
+            self._metrics.num_running.inc()
+        else:
+            self._metrics.inter_token_latency.observe((now - last) / num_tokens)
+        self._last_token_s[index] = now
+        self._metrics.generation_tokens.inc(num_tokens)
+
+    def _finish(self, choice: Choice, delta: Delta, output: pb.Output) -> None:
+        self._num_unfinished -= 1
+        if not output.finish_reason:
+            self._dispatch.abort(choice.index, "a stop string was generated")
+        self._timeline.mark(Event.FINISHED)
+        self._gauge(choice.index).dec()
+        self._metrics.count_finished(delta.finish_reason or "stop")
+        self._metrics.e2e_request_latency.observe(
+            self._timeline.unix_s[Event.FINISHED] - self._timeline.unix_s[Event.ARRIVED]
+        )
+        self._metrics.request_prompt_tokens.observe(len(self.plan.prompts[choice.index // self.plan.request.n]))
+        self._metrics.request_generation_tokens.observe(choice.num_tokens)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("request %s: %s", self.plan.request_id, self._receipt(output))
+
+    def _gauge(self, index: int) -> Gauge:
+        had_token = self._last_token_s[index] is not None
+        return self._metrics.num_running if had_token else self._metrics.num_waiting
+
+    def _receipt(self, output: pb.Output) -> str:
+        """Where the time went: every event, in order, in milliseconds from the arrival."""
+        stamps = {stamp.event: stamp.unix_s for stamp in output.stamps} | {
+            int(event): unix_s for event, unix_s in self._timeline.unix_s.items()
+        }
+        arrived = self._timeline.unix_s[Event.ARRIVED]
+        return ", ".join(
+            f"{Event(event).name.lower()} +{(unix_s - arrived) * 1000:.1f} ms"
+            for event, unix_s in sorted(stamps.items())
+        )

@@ -1,0 +1,146 @@
+"""The HTTP edge that every endpoint shares: bodies, answers, request ids, keys, and errors in one shape."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from services.router.errors import ApiError, ClientDisconnected, internal, invalid
+from services.router.metrics import RouterMetrics
+from services.router.sse import Message, Receive, Send
+
+log = logging.getLogger(__name__)
+
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_GUARDED = ("/v1/", "/tokenize", "/detokenize")
+
+
+def header(scope: Message, name: bytes) -> str | None:
+    """The first header of that (lower-case) name."""
+    for key, value in scope["headers"]:
+        if key == name:
+            text: str = value.decode("latin-1")
+            return text
+    return None
+
+
+async def read_body(scope: Message, receive: Receive, max_bytes: int) -> bytes:
+    """The request's body. Raises ApiError (400 for another content type, 413) and ClientDisconnected."""
+    content_type = (header(scope, b"content-type") or "application/json").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise invalid(f"The Content-Type must be application/json, not {content_type[:80]!r}.")
+    length = header(scope, b"content-length")
+    if length is not None and length.isdigit() and int(length) > max_bytes:
+        raise _too_large(max_bytes)
+    chunks, num_bytes, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnected
+        chunk = message.get("body", b"")
+        num_bytes += len(chunk)
+        if num_bytes > max_bytes:
+            raise _too_large(max_bytes)
+        chunks.append(chunk)
+        more = message.get("more_body", False)
+    return b"".join(chunks)
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(413, f"The request body is larger than {max_bytes} bytes.", code="request_too_large")
+
+
+def request_id_of(scope: Message, body: dict[str, Any]) -> str:
+    """The client's id for the request: the body's `request_id`, else the header's, else ours (see `Edge`)."""
+    value = body.get("request_id")
+    if value is None:
+        request_id: str = scope["state"]["request_id"]
+        return request_id
+    if not isinstance(value, str) or not _REQUEST_ID.fullmatch(value):
+        raise invalid("`request_id` must have 1 to 128 printable ASCII characters and no space.", "request_id")
+    scope["state"]["request_id"] = value
+    return value
+
+
+async def send_json(send: Send, body: bytes, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """A whole answer."""
+    all_headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        *headers,
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": all_headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def send_error(send: Send, error: ApiError) -> None:
+    """An error in OpenAI's shape."""
+    await send_json(send, error.body(), error.status, error.headers())
+
+
+class Edge:
+    """Wraps the whole application: gives every request an id, checks the key, and turns a crash into a 500.
+
+    Plain ASGI: nothing stands between an endpoint and its client's disconnect.
+    """
+
+    def __init__(self, app: App, api_keys: Sequence[str], metrics: RouterMetrics) -> None:
+        self._app = app
+        self._api_keys = [key.encode() for key in api_keys]
+        self._metrics = metrics
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = header(scope, b"x-request-id")
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", state["request_id"].encode())]
+            await send(message)
+
+        try:
+            self._check_key(scope)
+            await self._app(scope, receive, send_with_id)
+        except ClientDisconnected:
+            self._metrics.count_disconnect()
+            log.info("request %s: the client has gone", state["request_id"])
+        except ApiError as error:
+            self._metrics.count_error(error.status)
+            await send_error(send_with_id, error)
+        except Exception:
+            log.exception("request %s crashed", state["request_id"])
+            self._metrics.count_error(500)
+            if not started:
+                await send_error(send_with_id, internal("The router failed; its log says why."))
+            else:
+                raise  # the server cuts the connection, so that the client does not take the answer for whole
+
+    def _check_key(self, scope: Message) -> None:
+        path: str = scope["path"]
+        if not self._api_keys or scope["method"] == "OPTIONS" or not path.startswith(_GUARDED):
+            return
+        kind, _, key = (header(scope, b"authorization") or "").partition(" ")
+        given = key.strip().encode("latin-1") if kind.lower() == "bearer" else b""
+        # Compare with every key, in constant time: the time must not tell which or how much of it is right.
+        matches = [hmac.compare_digest(given, accepted) for accepted in self._api_keys]
+        if not any(matches):
+            raise ApiError(
+                401,
+                "Incorrect API key provided." if given else "You didn't provide an API key.",
+                param=None,
+                code="invalid_api_key",
+            )

@@ -1,0 +1,136 @@
+"""One router process from its settings to its exit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import uvicorn
+import uvloop
+
+from kvstore.registry import Membership, WorkerRecord
+from services.logs import configure_logging, report_ready
+from services.router.admission import Admission
+from services.router.app import make_app
+from services.router.config import RouterConfig
+from services.router.metrics import RouterMetrics
+from services.router.models import ModelDirectory
+from services.router.serving import RouterParts
+from services.router.tokenizer import TokenizerPool
+from services.router.workers import MembershipView, Workers
+
+log = logging.getLogger(__name__)
+
+
+def run_router(config: RouterConfig) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit status."""
+    configure_logging(config.log_level, config.log_format)
+    # The pool has its own threads; the library's would fight the event loop for the cores.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return uvloop.run(_serve(config))
+
+
+@asynccontextmanager
+async def open_parts(config: RouterConfig, membership: MembershipView, router_id: str) -> AsyncIterator[RouterParts]:
+    """Everything that the application works with; closed at the end."""
+    metrics = RouterMetrics()
+    wanted = frozenset(config.served_model_name)
+    models = ModelDirectory(config.tokenizer, config.chat_template, config.generation_config == "auto", wanted)
+
+    def serves(record: WorkerRecord) -> bool:
+        return not wanted or bool(wanted & set(record.served_model_names))
+
+    workers = Workers(membership, router_id, config.reconnect_max_s, serves)
+    pool = TokenizerPool(config.tokenizer_pool_size, config.tokenizer_queue)
+    metrics.watch_workers(
+        lambda: workers.num_sessions_up,
+        lambda role: sum(record.role == role for record in workers.records),
+    )
+    workers.start()
+    models.follow(workers.records)
+    membership.on_change(lambda snapshot: models.follow(workers.records))
+    try:
+        yield RouterParts(
+            config, models, workers, pool, Admission(config.max_concurrent_requests, config.max_queue), metrics
+        )
+    finally:
+        await workers.close()
+        await models.close()
+        pool.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with signals left to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; bound here so that port 0 can be told to the launcher."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+async def _serve(config: RouterConfig) -> int:
+    try:
+        listener = bind(config.host, config.port)
+    except OSError as error:
+        log.error("cannot listen on %s:%d: %s", config.host, config.port, error)
+        return 1
+    port = listener.getsockname()[1]
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    membership = Membership(config.redis)
+    await membership.start()
+    try:
+        async with open_parts(config, membership, config.router_id or f"router-{config.host}-{port}") as parts:
+            server = _Server(_uvicorn_config(config, parts))
+            serving = asyncio.create_task(server.serve([listener]), name="http")
+            stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
+            scheme = "https" if config.ssl_certfile else "http"
+            url = f"{scheme}://{config.host}:{port}"
+            log.info("listening on %s", url)
+            report_ready(url=url, http=f"{config.host}:{port}")
+            await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
+            log.info("stopping; running requests have %g s", config.shutdown_timeout_s)
+            stopped.cancel()
+            server.should_exit = True
+            await serving
+    finally:
+        await membership.close()
+        listener.close()
+    return 0
+
+
+def _uvicorn_config(config: RouterConfig, parts: RouterParts) -> uvicorn.Config:
+    return uvicorn.Config(
+        make_app(parts),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        root_path=config.root_path,
+        ssl_keyfile=config.ssl_keyfile or None,
+        ssl_certfile=config.ssl_certfile or None,
+        timeout_graceful_shutdown=int(config.shutdown_timeout_s),
+        timeout_keep_alive=65,
+        backlog=2048,
+    )

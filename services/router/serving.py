@@ -1,0 +1,179 @@
+"""The generating endpoints as ASGI applications: read, plan, admit, generate, and answer whole or as a stream.
+
+One task serves one HTTP request from its first byte to its last. A client that goes away, at any point, cancels it;
+`Generation.close` in a `finally` then ends every sequence at its worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from services.lifecycle import Event, Timeline
+from services.router import sse
+from services.router.admission import Admission
+from services.router.chat import ChatRenderer, plan_chat
+from services.router.choice import Delta
+from services.router.completions import CompletionRenderer, plan_completion
+from services.router.config import RouterConfig
+from services.router.dispatch import Dispatch
+from services.router.errors import ApiError, timed_out
+from services.router.fields import parse_object, string
+from services.router.generation import Generation, GenerationPlan, UsageCount
+from services.router.http import read_body, request_id_of, send_error, send_json
+from services.router.metrics import RouterMetrics
+from services.router.models import ModelDirectory
+from services.router.openai_requests import parse_chat, parse_completion
+from services.router.tokenizer import TokenizerPool
+from services.router.workers import Workers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RouterParts:
+    """What the endpoints work with. Built by `main`, which owns and closes it."""
+
+    config: RouterConfig
+    models: ModelDirectory
+    workers: Workers
+    pool: TokenizerPool
+    admission: Admission
+    metrics: RouterMetrics
+
+
+class Renderer(Protocol):
+    """One endpoint's way of writing an answer."""
+
+    def opening(self) -> bytes: ...
+
+    def event(self, delta: Delta) -> bytes: ...
+
+    def usage_event(self, usage: UsageCount) -> bytes: ...
+
+    def response(self, deltas: Sequence[Delta], usage: UsageCount) -> bytes: ...
+
+
+MakeRenderer = Callable[[Generation, int], Renderer]
+Plan = Callable[[RouterParts, dict[str, Any], str], Awaitable[tuple[GenerationPlan, MakeRenderer]]]
+
+
+async def plan_completion_request(
+    parts: RouterParts, body: dict[str, Any], request_id: str
+) -> tuple[GenerationPlan, MakeRenderer]:
+    """The plan of a /v1/completions body. Raises ApiError."""
+    model = parts.models.get(string(body, "model"))
+    request = parse_completion(body, model, parts.config.max_logprobs)
+    completion = await plan_completion(request, model, request_id, parts.pool)
+    return completion.plan, lambda generation, created: CompletionRenderer(completion, generation, created)
+
+
+async def plan_chat_request(
+    parts: RouterParts, body: dict[str, Any], request_id: str
+) -> tuple[GenerationPlan, MakeRenderer]:
+    """The plan of a /v1/chat/completions body. Raises ApiError."""
+    model = parts.models.get(string(body, "model"))
+    request = parse_chat(body, model, parts.config.max_logprobs)
+    plan = await plan_chat(request, model, request_id, parts.pool)
+    return plan, lambda generation, created: ChatRenderer(plan, generation, created)
+
+
+class GenerateEndpoint:
+    """An ASGI application for one of the two. An instance, so that the router hands it the raw channel."""
+
+    def __init__(self, parts: RouterParts, plan: Plan) -> None:
+        self._parts = parts
+        self._plan = plan
+
+    async def __call__(self, scope: sse.Message, receive: sse.Receive, send: sse.Send) -> None:
+        timeline = Timeline(time.time)
+        timeline.mark(Event.ARRIVED)
+        stream = sse.EventStream(send)
+        try:
+            body = parse_object(await read_body(scope, receive, self._parts.config.max_body_bytes))
+            async with sse.cancelled_on_disconnect(receive):
+                await self._serve(body, request_id_of(scope, body), timeline, stream, send)
+        except ApiError as error:
+            self._parts.metrics.count_error(error.status)
+            if not stream.started:
+                await send_error(send, error)
+            else:
+                log.warning("a stream ends with an error: %s", error)
+                await stream.write(sse.error_event(error))
+                await stream.end()
+
+    async def _serve(
+        self, body: dict[str, Any], request_id: str, timeline: Timeline, stream: sse.EventStream, send: sse.Send
+    ) -> None:
+        timeout_s = self._parts.config.request_timeout_s or None
+        try:
+            async with asyncio.timeout(timeout_s):
+                plan, make_renderer = await self._plan(self._parts, body, request_id)
+                timeline.mark(Event.TOKENIZED)
+                async with self._parts.admission.admit(plan.num_sequences):
+                    generation = self._make_generation(plan, timeline)
+                    await self._generate(generation, make_renderer, stream, send)
+        except TimeoutError as error:
+            raise timed_out(f"The request was not finished within {timeout_s:g} s.") from error
+
+    def _make_generation(self, plan: GenerationPlan, timeline: Timeline) -> Generation:
+        parts = self._parts
+        dispatch = Dispatch(
+            parts.workers,
+            parts.metrics,
+            plan.orders(parts.config.request_timeout_s),
+            max_attempts=parts.config.max_attempts,
+            restartable=not plan.request.stream,
+        )
+        return Generation(plan, dispatch, parts.metrics.for_model(plan.model.name), timeline, time.time)
+
+    async def _generate(
+        self, generation: Generation, make_renderer: MakeRenderer, stream: sse.EventStream, send: sse.Send
+    ) -> None:
+        renderer = make_renderer(generation, int(time.time()))
+        try:
+            generation.start()
+            if generation.plan.request.stream:
+                await _stream(generation, renderer, stream, self._parts.config.sse_keepalive_s)
+            else:
+                await send_json(send, await _collect(generation, renderer))
+        except BaseException as error:
+            generation.close(error)
+            raise
+        generation.close(None)
+
+
+async def _collect(generation: Generation, renderer: Renderer) -> bytes:
+    whole = [Delta(index) for index in range(generation.plan.num_sequences)]
+    while not generation.finished:
+        for delta in await generation.deltas():
+            if delta.restarted:
+                whole[delta.index] = delta
+            else:
+                whole[delta.index].extend(delta)
+    return renderer.response(whole, generation.usage())
+
+
+async def _stream(generation: Generation, renderer: Renderer, stream: sse.EventStream, keepalive_s: float) -> None:
+    # The response starts with the first news, so that a refusal by the workers is still a proper HTTP error.
+    opening = renderer.opening()
+    while not generation.finished:
+        try:
+            async with asyncio.timeout(keepalive_s):
+                deltas = await generation.deltas()
+        except TimeoutError:
+            await stream.write(opening + sse.KEEP_ALIVE)
+            opening = b""
+            continue
+        events = opening + b"".join(renderer.event(delta) for delta in deltas)
+        opening = b""
+        if events:
+            await stream.write(events)
+    if generation.plan.request.include_usage:
+        await stream.write(renderer.usage_event(generation.usage()))
+    await stream.write(sse.DONE)
+    await stream.end()

@@ -1,0 +1,228 @@
+"""One bidirectional gRPC stream per decode worker: orders go down it, frames with everybody's tokens come up.
+
+The session reconnects by itself. It hands each output to whoever submitted the request, at once and without waiting
+(`OutputSink.deliver` only stores), so that one slow client never holds up the others. When the stream ends, however it
+does, every request on it ends with a retryable error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import deque
+from typing import Protocol
+
+import grpc
+from tandem.v1 import worker_pb2 as pb
+from tandem.v1.worker_pb2_grpc import DecodeServiceStub
+
+from kvstore.registry import WorkerRecord
+
+log = logging.getLogger(__name__)
+
+PROTOCOL_VERSION = "1"
+HELLO_TIMEOUT_S = 10.0
+_FIRST_BACKOFF_S = 0.1
+_CHANNEL_OPTIONS = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Prompts and prompt logprobs are long; how long is bounded by max_model_len and the HTTP body.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.use_local_subchannel_pool", 1),
+    # Our own backoff decides when to dial; the channel is made afresh for each try.
+    ("grpc.enable_retries", 0),
+)
+
+
+class OutputSink(Protocol):
+    """Where a request's outputs go."""
+
+    def deliver(self, output: pb.Output) -> None:
+        """Called in the event loop for each output, the last one included. Must not block."""
+
+
+class SessionDown(Exception):
+    """The worker cannot be reached now."""
+
+
+class _StreamEnded(Exception):
+    """The session's stream is over; the message says why."""
+
+
+class WorkerSession:
+    """The session with one incarnation of one decode worker. `run()` is its life, a task that its owner awaits."""
+
+    def __init__(self, record: WorkerRecord, router_id: str, reconnect_max_s: float) -> None:
+        self.record = record
+        self.connected = False
+        self.load = pb.Load()
+        self._router_id = router_id
+        self._reconnect_max_s = reconnect_max_s
+        self._live: dict[int, OutputSink] = {}
+        self._last_handle = 0
+        self._num_sent_since_load = 0
+        self._outbox: deque[pb.SessionRequest] = deque()
+        self._outbox_filled = asyncio.Event()
+        self._closing = asyncio.Event()
+
+    @property
+    def num_live(self) -> int:
+        """Requests of this router that the worker has not ended."""
+        return len(self._live)
+
+    @property
+    def num_outstanding(self) -> int:
+        """Requests in front of a new one.
+
+        The worker's load counts all routers' requests but is a step old, so what was sent since is added; it may also
+        have been taken before our latest orders were read, so it is never less than our own.
+        """
+        return max(self.num_live, self.load.num_running + self.load.num_waiting + self._num_sent_since_load)
+
+    def submit(self, request: pb.GenerateRequest, sink: OutputSink) -> int:
+        """Sends the order; returns the handle that names it here. Raises SessionDown."""
+        if not self.connected:
+            raise SessionDown(f"decode worker {self.record.worker_id} is not connected")
+        handle = self._next_handle()
+        request.handle = handle
+        self._live[handle] = sink
+        self._num_sent_since_load += 1
+        self._send(pb.SessionRequest(generate=request))
+        return handle
+
+    def abort(self, handle: int, reason: str) -> None:
+        """Ends the request at the worker; nothing of it is delivered any more. No-op if it has ended."""
+        if self._live.pop(handle, None) is not None:
+            self._send(pb.SessionRequest(abort=pb.AbortRequest(handle=handle, reason=reason)))
+
+    async def run(self) -> None:
+        """Connects, serves, reconnects after a pause that doubles up to the limit, until `close`."""
+        backoff_s = _FIRST_BACKOFF_S
+        while not self._closing.is_set():
+            try:
+                await self._run_stream()
+                reason = "closed"
+            except _StreamEnded as error:
+                reason = str(error)
+            except grpc.aio.AioRpcError as error:
+                reason = f"{error.code().name}: {error.details()}"
+            except TimeoutError:
+                reason = f"no first frame within {HELLO_TIMEOUT_S:g} s"
+            if self.connected:
+                backoff_s = _FIRST_BACKOFF_S
+            self._lose(reason)
+            if not self._closing.is_set():
+                # Jitter, so that several routers do not dial a restarted worker in step.
+                pause_s = backoff_s * random.uniform(0.5, 1.0)
+                backoff_s = min(backoff_s * 2, self._reconnect_max_s)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await self._closing.wait()
+
+    def close(self) -> None:
+        """Makes `run` return soon; the worker aborts what is still running here."""
+        self._closing.set()
+
+    # ---- one stream ---------------------------------------------------------
+
+    async def _run_stream(self) -> None:
+        async with grpc.aio.insecure_channel(self.record.grpc_address, options=_CHANNEL_OPTIONS) as channel:
+            call = DecodeServiceStub(channel).Session()  # type: ignore[no-untyped-call]
+            try:
+                async with asyncio.timeout(HELLO_TIMEOUT_S):
+                    hello = pb.SessionHello(router_id=self._router_id, protocol_version=PROTOCOL_VERSION)
+                    await call.write(pb.SessionRequest(hello=hello))
+                    first = await call.read()
+                self._on_first_frame(first)
+                await self._exchange(call)
+            finally:
+                call.cancel()
+
+    def _on_first_frame(self, frame: object) -> None:
+        if not isinstance(frame, pb.SessionFrame):
+            raise _StreamEnded("the worker ended the session before its first frame")
+        if frame.incarnation != self.record.incarnation:
+            raise _StreamEnded(
+                f"{self.record.grpc_address} answers as incarnation {frame.incarnation!r}, "
+                f"registered is {self.record.incarnation!r}"
+            )
+        self.connected = True
+        log.info("session with decode worker %s is up", self.record.worker_id)
+        self._on_frame(frame)
+
+    async def _exchange(self, call: grpc.aio.StreamStreamCall[pb.SessionRequest, pb.SessionFrame]) -> None:
+        tasks = [
+            asyncio.create_task(self._write_orders(call), name=f"orders to {self.record.worker_id}"),
+            asyncio.create_task(self._read_frames(call), name=f"frames from {self.record.worker_id}"),
+            asyncio.create_task(self._closing.wait(), name=f"close of {self.record.worker_id}"),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in done:
+            task.result()
+
+    async def _write_orders(self, call: grpc.aio.StreamStreamCall[pb.SessionRequest, pb.SessionFrame]) -> None:
+        while True:
+            await self._outbox_filled.wait()
+            while self._outbox:
+                await call.write(self._outbox.popleft())
+            self._outbox_filled.clear()
+
+    async def _read_frames(self, call: grpc.aio.StreamStreamCall[pb.SessionRequest, pb.SessionFrame]) -> None:
+        while True:
+            frame = await call.read()
+            if not isinstance(frame, pb.SessionFrame):
+                raise _StreamEnded("the worker ended the session")
+            self._on_frame(frame)
+
+    def _on_frame(self, frame: pb.SessionFrame) -> None:
+        if frame.HasField("load"):
+            self.load = frame.load
+            self._num_sent_since_load = 0
+        for output in frame.outputs:
+            # An output of a request that we aborted meanwhile has nobody waiting for it.
+            sink = self._live.get(output.handle)
+            if sink is None:
+                continue
+            if output.finish_reason:
+                del self._live[output.handle]
+            sink.deliver(output)
+
+    def _lose(self, reason: str) -> None:
+        if self.connected:
+            log.warning(
+                "session with decode worker %s lost with %d requests: %s", self.record.worker_id, self.num_live, reason
+            )
+        else:
+            log.debug("decode worker %s cannot be reached: %s", self.record.worker_id, reason)
+        self.connected = False
+        self._outbox.clear()
+        self._outbox_filled.clear()
+        self._num_sent_since_load = 0
+        self.load = pb.Load()
+        lost, self._live = self._live, {}
+        for handle, sink in lost.items():
+            error = pb.Error(
+                code=pb.ERROR_CODE_UNAVAILABLE,
+                message=f"the session with decode worker {self.record.worker_id} was lost: {reason}",
+            )
+            sink.deliver(pb.Output(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=error))
+
+    def _send(self, message: pb.SessionRequest) -> None:
+        self._outbox.append(message)
+        self._outbox_filled.set()
+
+    def _next_handle(self) -> int:
+        while True:
+            self._last_handle = self._last_handle % 0xFFFFFFFF + 1
+            if self._last_handle not in self._live:
+                return self._last_handle

@@ -1,0 +1,85 @@
+"""Server-sent events as OpenAI's clients read them, and the watch for a client that goes away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from types import TracebackType
+from typing import Any
+
+import orjson
+
+from services.router.errors import ApiError, ClientDisconnected
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"connection", b"keep-alive"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+def event(payload: dict[str, object]) -> bytes:
+    """One `data:` event."""
+    return b"data: " + orjson.dumps(payload) + b"\n\n"
+
+
+def error_event(error: ApiError) -> bytes:
+    """How a stream ends that cannot go on. No [DONE] follows: the answer is not complete."""
+    return b"data: " + error.body() + b"\n\n"
+
+
+class EventStream:
+    """An ASGI response that starts with its first event, so that an early failure can still be a plain error."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def write(self, data: bytes) -> None:
+        """Sends whole events; waits while the client is slow."""
+        if not self.started:
+            self.started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class cancelled_on_disconnect:  # lower case as asyncio.timeout
+    """`async with` it: when the client goes away the block is cancelled, and ClientDisconnected comes out of it.
+
+    The request's body must have been read: from then on the only thing to receive is the disconnect.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._disconnected = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._num_cancelling = task.cancelling()
+        self._watcher = asyncio.create_task(self._watch(), name="watch for a disconnect")
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watcher.cancel()
+        await asyncio.gather(self._watcher, return_exceptions=True)
+        if self._disconnected and self._task.uncancel() <= self._num_cancelling and kind is asyncio.CancelledError:
+            raise ClientDisconnected from error
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._disconnected = True
+        self._task.cancel()

@@ -1,0 +1,152 @@
+"""The workers that the registry lists, and the session with each decode worker among them.
+
+A decode worker that leaves the registry gets no new requests, but keeps its session until its last one has ended: a
+lost lease may only mean that Redis had a bad moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from kvstore.registry import WorkerRecord
+from services.router.routing import DecodeCandidate, PrefillCandidate
+from services.router.session import WorkerSession
+
+log = logging.getLogger(__name__)
+
+_Key = tuple[str, str]  # worker id, incarnation
+
+
+class MembershipView(Protocol):
+    """The part of `kvstore.registry.Membership` that the router uses."""
+
+    def snapshot(self) -> tuple[WorkerRecord, ...]: ...
+
+    def on_change(self, callback: Callable[[tuple[WorkerRecord, ...]], None]) -> None:
+        """`callback` is called in the event loop with each new snapshot."""
+
+
+class Workers:
+    """Follows the membership; owns the sessions and their tasks."""
+
+    def __init__(
+        self,
+        membership: MembershipView,
+        router_id: str,
+        reconnect_max_s: float,
+        serves: Callable[[WorkerRecord], bool] = lambda record: True,
+    ) -> None:
+        self._membership = membership
+        self._router_id = router_id
+        self._reconnect_max_s = reconnect_max_s
+        self._serves = serves
+        self._records: tuple[WorkerRecord, ...] = ()
+        self._sessions: dict[_Key, WorkerSession] = {}
+        self._tasks: dict[_Key, asyncio.Task[None]] = {}
+        self._prefill_tokens: dict[_Key, int] = {}
+
+    def start(self) -> None:
+        """Reads the membership and follows it from now on. Call it in the event loop."""
+        self._membership.on_change(self._follow)
+        self._follow(self._membership.snapshot())
+
+    def _follow(self, snapshot: tuple[WorkerRecord, ...]) -> None:
+        """Opens sessions to new decode workers, ends those that are gone and done."""
+        self._records = tuple(record for record in snapshot if self._serves(record))
+        listed = {(record.worker_id, record.incarnation): record for record in self._records}
+        for key, record in listed.items():
+            if record.role != "decode":
+                continue
+            if key in self._sessions:
+                self._sessions[key].record = record
+            else:
+                self._open(key, record)
+        for key in list(self._sessions):
+            if key not in listed:
+                self.retire_if_idle(self._sessions[key])
+        self._prefill_tokens = {key: count for key, count in self._prefill_tokens.items() if key in listed}
+
+    def retire_if_idle(self, session: WorkerSession) -> None:
+        """Closes the session of a worker that has left the registry, once nothing runs on it any more."""
+        key = (session.record.worker_id, session.record.incarnation)
+        listed = any((record.worker_id, record.incarnation) == key for record in self._records)
+        if not listed and session.num_live == 0 and self._sessions.get(key) is session:
+            del self._sessions[key]
+            session.close()
+
+    @property
+    def records(self) -> tuple[WorkerRecord, ...]:
+        """The registered workers that serve a model of ours."""
+        return self._records
+
+    @property
+    def num_sessions_up(self) -> int:
+        return sum(session.connected for session in self._sessions.values())
+
+    def session(self, worker_id: str, incarnation: str) -> WorkerSession:
+        """The session with a candidate of the current snapshot."""
+        return self._sessions[worker_id, incarnation]
+
+    def decode_candidates(self) -> list[DecodeCandidate]:
+        return [
+            DecodeCandidate(
+                worker_id=record.worker_id,
+                incarnation=record.incarnation,
+                model_names=record.served_model_names,
+                model_fingerprint=record.model_fingerprint,
+                connected=session.connected,
+                draining=record.draining or session.load.draining,
+                num_outstanding=session.num_outstanding,
+                num_waiting_tokens=session.load.num_waiting_tokens,
+            )
+            for record, session in self._decode_sessions()
+        ]
+
+    def prefill_candidates(self) -> list[PrefillCandidate]:
+        return [
+            PrefillCandidate(
+                worker_id=record.worker_id,
+                incarnation=record.incarnation,
+                grpc_address=record.grpc_address,
+                kv_address=record.kv_address,
+                model_names=record.served_model_names,
+                model_fingerprint=record.model_fingerprint,
+                draining=record.draining,
+                num_outstanding_tokens=self._prefill_tokens.get((record.worker_id, record.incarnation), 0),
+            )
+            for record in self._records
+            if record.role == "prefill"
+        ]
+
+    def count_prefill(self, target: PrefillCandidate, num_tokens: int) -> None:
+        """Adds prompt tokens to (or, negative, takes them from) what this router has outstanding at the worker."""
+        key = (target.worker_id, target.incarnation)
+        self._prefill_tokens[key] = max(self._prefill_tokens.get(key, 0) + num_tokens, 0)
+
+    async def close(self) -> None:
+        """Ends all sessions; what still runs on them ends with a retryable error."""
+        for session in self._sessions.values():
+            session.close()
+        await asyncio.gather(*self._tasks.values())
+
+    def _decode_sessions(self) -> Iterable[tuple[WorkerRecord, WorkerSession]]:
+        for record in self._records:
+            session = self._sessions.get((record.worker_id, record.incarnation))
+            if session is not None:
+                yield record, session
+
+    def _open(self, key: _Key, record: WorkerRecord) -> None:
+        session = WorkerSession(record, self._router_id, self._reconnect_max_s)
+        self._sessions[key] = session
+        task = asyncio.create_task(session.run(), name=f"session with {record.worker_id}")
+        self._tasks[key] = task
+        task.add_done_callback(lambda done: self._on_session_ended(key, done))
+
+    def _on_session_ended(self, key: _Key, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(key, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # A bug of ours: the worker stays unused until its next incarnation, and the log says why.
+            log.error("the session with %s crashed", key[0], exc_info=error)
