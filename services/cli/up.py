@@ -40,12 +40,15 @@ def main(argv: Sequence[str]) -> int:
 
     from kvstore.embedded_redis import EmbeddedRedis
     from kvstore.errors import RedisServerError
+    from services.cli.checks.registry import RedisUnusable, redis_version
     from services.cli.console import make_display
     from services.cli.stack import run_stack
 
     with ExitStack() as cleanup:
         try:
             port = claim_port(router.host, router.port)
+            if config.redis:
+                redis_version(config.redis)
             redis = None if config.redis else cleanup.enter_context(EmbeddedRedis.start())
             placements = place_workers(
                 num_workers(config),
@@ -63,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
                 environ=os.environ,
                 worker_prefix="" if redis else f"{socket.gethostname()}-",
             )
-        except (StartFailed, RedisServerError) as error:
+        except (StartFailed, RedisServerError, RedisUnusable) as error:
             print(f"tandem up: {error}", file=sys.stderr)
             return 1
         names = ["tandem", stack.router.name, *(spec.name for spec in stack.workers)]

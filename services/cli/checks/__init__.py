@@ -1,0 +1,1 @@
+"""The examinations of `tandem doctor`; each is a function that returns findings."""

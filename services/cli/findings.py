@@ -1,0 +1,71 @@
+"""What `tandem doctor` finds: a verdict on one thing, and the remedy where there is something to cure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from enum import Enum
+
+_PROBE_TIMEOUT_S = 60.0
+
+
+class Verdict(Enum):
+    """GOOD; WORSE: serves, but slower or with less; BROKEN: will not serve."""
+
+    GOOD = "✓"
+    WORSE = "!"
+    BROKEN = "✗"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    verdict: Verdict
+    subject: str
+    detail: str
+    remedy: str = ""
+
+
+def good(subject: str, detail: str) -> Finding:
+    return Finding(Verdict.GOOD, subject, detail)
+
+
+def worse(subject: str, detail: str, remedy: str) -> Finding:
+    return Finding(Verdict.WORSE, subject, detail, remedy)
+
+
+def broken(subject: str, detail: str, remedy: str) -> Finding:
+    return Finding(Verdict.BROKEN, subject, detail, remedy)
+
+
+class ProbeFailed(Exception):
+    """A probe crashed, hung, or said something else than JSON; the message is the last that it said."""
+
+
+def probe(code: str, *arguments: str, timeout_s: float = _PROBE_TIMEOUT_S) -> object:
+    """What `code` prints as JSON in its last line, run in a Python of its own.
+
+    Native libraries are examined so: one that aborts or hangs must not take the examination along. Raises ProbeFailed.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ProbeFailed(f"no answer within {timeout_s:g} s") from error
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ProbeFailed(f"exit status {done.returncode}: {said}")
+    try:
+        return json.loads(lines[-1])
+    except ValueError as error:
+        raise ProbeFailed(f"unexpected output {lines[-1]!r}") from error
