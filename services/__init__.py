@@ -1,0 +1,3 @@
+"""Tandem's services: router, prefill worker, decode worker, and the engine that both workers run."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,30 @@
+"""`python -m services.decode`: one decode worker process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from services.decode.config import DecodeConfig
+from services.settings import load_settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the settings, serve until told to stop, and return the exit status."""
+    config = load_settings(
+        DecodeConfig,
+        sys.argv[1:] if argv is None else argv,
+        prog="tandem decode",
+        description="Run one decode worker.",
+        environ=os.environ,
+    )
+    # Imported after the settings are read: `--help` and a mistyped flag should not wait for torch.
+    from services.decode.service import DecodeService
+    from services.worker.process import run_worker
+
+    return run_worker(config, "decode", lambda parts: DecodeService(config, parts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""A request's way into the engine: prefilled by another worker where that pays, else here.
+
+Every failure of a handoff leads to the next prefill worker and at last to a local prefill: it costs time, no answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tandem.v1 import worker_pb2 as pb
+
+from kvstore.block_hash import BlockHash, hash_blocks, namespace
+from kvstore.errors import KVStoreError
+from kvstore.fetch_events import FetchResult, Reservation
+from kvstore.reader import Fetch
+from services.decode.config import DecodeConfig
+from services.decode.handoff import HandoffFailed, PrefillClients, prefill_remotely
+from services.decode.live import LiveRequest
+from services.engine.request import EngineError, Request, RequestUpdate, SampledToken
+from services.lifecycle import Event
+from services.worker import convert
+from services.worker.process import WorkerParts
+
+log = logging.getLogger(__name__)
+
+
+class ReservationWithdrawn(KVStoreError):
+    """The engine granted no room, and will not any more."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A handoff's fruit. `joined` is None where the first token is also the last: then the engine has no part in it."""
+
+    first: pb.PrefillFinished
+    joined: asyncio.Future[RequestUpdate] | None
+
+
+class Admission:
+    """Gets live requests into the engine. `entered` is called on the engine thread, before the request's first step."""
+
+    def __init__(
+        self,
+        config: DecodeConfig,
+        parts: WorkerParts,
+        entered: Callable[[LiveRequest, Request], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._parts = parts
+        self._entered = entered
+        self._clock = clock
+        self._clients = PrefillClients()
+        self._disposals: set[asyncio.Task[None]] = set()
+
+    async def admit(self, live: LiveRequest) -> Admitted | None:
+        """Bring the request into the engine, by whichever way works.
+
+        Returns what came with the handoff, None after a local prefill. Raises InvalidRequest, QueueFull,
+        PromptRefused, EngineCrashed.
+        """
+        hashes = self._hashes(live)
+        if not self._is_local(live, hashes):
+            for target in live.order.prefill_targets:
+                try:
+                    return await self._prefill_elsewhere(live, target, hashes)
+                except HandoffFailed as failure:
+                    log.warning("%s: prefill by %s failed: %s", live.order.request_id, target.worker_id, failure)
+                    self._parts.metrics.handoff_failed(failure.cause)
+                    live.usage.num_recomputes += 1
+        await self._prefill_here(live)
+        return None
+
+    async def close(self) -> None:
+        """Wait for what failed handoffs left, and close the channels. Bounded, since the exchange is closed by then."""
+        if self._disposals:
+            await asyncio.wait(self._disposals)
+        await self._clients.close()
+
+    def _hashes(self, live: LiveRequest) -> list[BlockHash]:
+        layout = self._parts.engine.layout
+        root = namespace(layout.model_fingerprint, live.order.cache_salt)
+        return hash_blocks(root, live.order.prompt_token_ids, layout.block_size)
+
+    def _is_local(self, live: LiveRequest, hashes: list[BlockHash]) -> bool:
+        if self._config.colocated or not live.order.prefill_targets:
+            return True
+        num_uncached = len(live.order.prompt_token_ids)
+        if live.sampling.prompt_logprobs is None:
+            # A hint, read from outside the engine thread: dictionary lookups, and nothing is held on its account.
+            num_uncached -= self._parts.engine.pool.peek_prefix(hashes) * self._parts.engine.layout.block_size
+        return max(1, num_uncached) <= self._config.local_prefill_max_tokens
+
+    async def _prefill_here(self, live: LiveRequest) -> None:
+        live.usage.prefilled_locally = True
+        live.request = request = live.new_attempt(self._clock())
+
+        def enter() -> None:
+            self._parts.engine.add_request(request)
+            self._entered(live, request)
+
+        await self._parts.thread.call(enter)
+
+    async def _prefill_elsewhere(
+        self, live: LiveRequest, target: pb.PrefillTarget, hashes: list[BlockHash]
+    ) -> Admitted:
+        request = live.new_attempt(self._clock())
+        pending = _PendingReservation(self._parts, request)
+        num_blocks = -(-request.num_prompt_tokens // self._parts.engine.layout.block_size)
+        order = pb.PrefillRequest(
+            request_id=live.order.request_id,
+            prompt_token_ids=live.order.prompt_token_ids,
+            sampling=live.order.sampling,
+            priority=live.order.priority,
+            cache_salt=live.order.cache_salt,
+        )
+        live.timeline.mark(Event.PREFILL_ORDERED)
+        handoff = await prefill_remotely(
+            order,
+            target,
+            [*hashes, None][:num_blocks],
+            pending.reserve,
+            self._parts.exchange,
+            self._clients,
+            dispose=lambda fetch: self._dispose(fetch, pending),
+        )
+        # No await from here to the engine's call: the blocks are ours now, and must not be lost to a cancellation.
+        live.usage.prefill_worker_id = target.worker_id
+        live.usage.num_cached_tokens = handoff.finished.num_cached_tokens
+        for stamp in handoff.finished.stamps:
+            live.timeline.unix_s[Event(stamp.event)] = stamp.unix_s
+        if handoff.fetched is None:
+            return Admitted(handoff.finished, None)
+        return Admitted(handoff.finished, self._join(live, request, handoff.finished, handoff.fetched))
+
+    def _join(
+        self, live: LiveRequest, request: Request, finished: pb.PrefillFinished, fetched: FetchResult
+    ) -> asyncio.Future[RequestUpdate]:
+        live.usage.num_transferred_blocks = fetched.num_blocks
+        live.usage.num_transferred_bytes = fetched.num_bytes
+        self._parts.metrics.handed_off(fetched.num_blocks, fetched.num_bytes)
+        live.timeline.mark(Event.HANDOFF_CONFIRMED)
+        live.request = request
+        logprobs = convert.logprobs_from_proto(finished.logprobs) if finished.HasField("logprobs") else None
+        token = SampledToken(finished.token_id, logprobs)
+
+        def enter() -> RequestUpdate:
+            update = self._parts.engine.add_prefilled(request, fetched.block_ids, token)
+            self._entered(live, request)
+            return update
+
+        return self._parts.thread.call(enter)
+
+    def _dispose(self, fetch: Fetch, pending: _PendingReservation) -> None:
+        task = asyncio.create_task(self._free_after(fetch, pending), name="dispose-fetch")
+        self._disposals.add(task)
+        task.add_done_callback(self._disposals.discard)
+
+    async def _free_after(self, fetch: Fetch, pending: _PendingReservation) -> None:
+        """Free what an abandoned fetch leaves, once no late byte can arrive in it."""
+        fetch.abort("abandoned by the decode worker")
+        await pending.cancel()
+        block_ids = await fetch.quiesced
+        if fetch.result.done() and fetch.result.result().failure is None:
+            block_ids = fetch.result.result().block_ids  # it succeeded in the very moment of its abandonment
+        await self._parts.thread.call(self._parts.engine.release_reservation, pending.request, block_ids)
+
+
+class _PendingReservation:
+    """The engine's grant of blocks for one attempt, as something to await and to cancel."""
+
+    def __init__(self, parts: WorkerParts, request: Request) -> None:
+        self.request = request
+        self._parts = parts
+        self._loop = asyncio.get_running_loop()
+        self._granted: asyncio.Future[Reservation] = self._loop.create_future()
+
+    async def reserve(self) -> Reservation:
+        """Wait for room. Raises ReservationWithdrawn after `cancel` or a refusal, then having taken no block."""
+        try:
+            await self._parts.thread.call(self._parts.engine.reserve, self.request, self._on_granted)
+        except EngineError as error:
+            raise ReservationWithdrawn(str(error)) from error
+        return await self._granted
+
+    def _on_granted(self, reservation: Reservation) -> None:  # engine thread
+        self._loop.call_soon_threadsafe(self._granted.set_result, reservation)
+
+    async def cancel(self) -> None:
+        """Give up waiting. A reservation granted before stands, and its blocks are the fetch's to give back."""
+        if await self._parts.thread.call(self._parts.engine.cancel_reservation, self.request):
+            self._granted.set_exception(ReservationWithdrawn("the fetch was abandoned"))

@@ -1,0 +1,144 @@
+"""One attempt to have a prompt prefilled elsewhere: order it, pull its blocks, and come back with both or with neither.
+
+    stage      waits for                                   deadline              on abort, deadline, lost peer
+    connect    block-protocol handshake                    the exchange's        nothing to undo
+    order      `scheduled`, which the Offer comes with     prefill queue         cancel the call, abort the fetch
+    transfer   reservation, reads, digests, confirmation   the fetch machine's   the same; blocks return when quiesced
+    finish     `finished` with the first token             the transfer's        the same
+
+The blocks have one owner at every moment: the fetch until its result is ok, then whoever takes the `Handoff`. What an
+attempt leaves behind is freed by `dispose`, after the last byte that could still arrive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from tandem.v1 import worker_pb2 as pb
+from tandem.v1 import worker_pb2_grpc
+
+from kvstore.block_hash import BlockHash
+from kvstore.errors import IncompatiblePeer, PeerLost, PeerUnreachable
+from kvstore.exchange import BlockExchange
+from kvstore.fetch_events import FetchResult, Reservation
+from kvstore.reader import Fetch
+from services.worker.process import GRPC_OPTIONS
+
+
+class HandoffFailed(Exception):
+    """This attempt came to nothing; `cause` is one of a few words for the metric, the message has the rest."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+class PromptRefused(Exception):
+    """No worker will take this prompt as it stands."""
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """A prefilled prompt. `fetched` is None where the first token is also the last, and no blocks were taken."""
+
+    finished: pb.PrefillFinished
+    fetched: FetchResult | None
+
+
+class PrefillClients:
+    """One gRPC channel per prefill worker, made at first use."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def prefill(self, address: str, order: pb.PrefillRequest) -> grpc.aio.UnaryStreamCall[Any, pb.PrefillEvent]:
+        """Send an order; iterate over the call for its events."""
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address, options=GRPC_OPTIONS)
+        stub = worker_pb2_grpc.PrefillServiceStub(self._channels[address])  # type: ignore[no-untyped-call]
+        call: grpc.aio.UnaryStreamCall[Any, pb.PrefillEvent] = stub.Prefill(order)
+        return call
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+
+
+async def prefill_remotely(
+    order: pb.PrefillRequest,
+    target: pb.PrefillTarget,
+    expected_hashes: Sequence[BlockHash | None],
+    reserve: Callable[[], Awaitable[Reservation]],
+    exchange: BlockExchange,
+    clients: PrefillClients,
+    dispose: Callable[[Fetch], None],
+) -> Handoff:
+    """Run the whole handoff for `order`, whose transfer id and reader are filled in here.
+
+    Raises HandoffFailed where another worker may still serve the prompt, PromptRefused where none will. Whenever it
+    does not return the blocks (cancellation included), `dispose` gets the fetch and frees what it leaves.
+    """
+    try:
+        owner = await exchange.connect(target.kv_address)
+    except IncompatiblePeer as error:
+        raise HandoffFailed("incompatible", str(error)) from error
+    except PeerUnreachable as error:
+        raise HandoffFailed("unreachable", str(error)) from error
+    order.transfer_id = os.urandom(16)
+    order.reader_peer_id = exchange.identity.peer_id
+    try:
+        fetch = exchange.fetch(order.transfer_id, owner, expected_hashes, reserve, target.incarnation or None)
+    except PeerLost as error:
+        raise HandoffFailed("peer_lost", str(error)) from error
+    call = clients.prefill(target.grpc_address, order)
+    events = asyncio.create_task(_finished(call, target.worker_id), name=f"prefill-{order.request_id}")
+    taken = False
+    try:
+        # A transfer that fails ends the order at once, an order that fails ends the transfer.
+        either: list[asyncio.Future[Any]] = [events, fetch.result]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not events.done():
+            _check(fetch.result.result())
+        finished = await events
+        if finished.finish_reason != pb.FINISH_REASON_UNSPECIFIED:
+            return Handoff(finished, None)
+        fetched = _check(await fetch.result)
+        taken = True
+        return Handoff(finished, fetched)
+    finally:
+        events.cancel()
+        call.cancel()
+        if not taken:
+            dispose(fetch)
+
+
+def _check(result: FetchResult) -> FetchResult:
+    if result.failure is not None:
+        failure = result.failure
+        message = f"transfer failed in stage {failure.stage} ({failure.cause.value}): {failure.detail}"
+        raise HandoffFailed(failure.cause.value, message)
+    return result
+
+
+async def _finished(call: AsyncIterable[pb.PrefillEvent], worker_id: str) -> pb.PrefillFinished:
+    """Read the order's events to its end."""
+    try:
+        async for event in call:
+            kind = event.WhichOneof("kind")
+            if kind == "finished":
+                return event.finished
+            if kind == "failed":
+                error = event.failed
+                if error.code == pb.ERROR_CODE_INVALID:
+                    raise PromptRefused(error.message)
+                cause = "overloaded" if error.code == pb.ERROR_CODE_OVERLOADED else "refused"
+                raise HandoffFailed(cause, f"prefill worker {worker_id}: {error.message}")
+    except grpc.aio.AioRpcError as error:
+        raise HandoffFailed("rpc", f"prefill worker {worker_id}: {error.code().name}: {error.details()}") from error
+    raise HandoffFailed("rpc", f"prefill worker {worker_id} ended the order without a result")

@@ -1,0 +1,48 @@
+"""A request as the decode worker knows it, from the router's order to the last output."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from tandem.v1 import worker_pb2 as pb
+
+from services.decode.session import RouterSession
+from services.engine.request import Request, SamplingParams
+from services.lifecycle import Timeline
+
+
+@dataclass(eq=False)
+class LiveRequest:
+    """Owned by the event loop. The engine thread reads `session` and `order` and marks events in `timeline`."""
+
+    order: pb.GenerateRequest
+    sampling: SamplingParams
+    session: RouterSession
+    timeline: Timeline
+    usage: pb.Usage = field(default_factory=pb.Usage)
+    admission: asyncio.Task[None] | None = None  # its way into the engine
+    timeout: asyncio.TimerHandle | None = None
+    request: Request | None = None  # what the engine was given, once it was
+    num_attempts: int = 0
+    is_finished: bool = False
+
+    @property
+    def stage(self) -> str:
+        """Where the request is, for messages."""
+        if self.request is None:
+            return "handoff"
+        return "decode" if self.request.output_token_ids else "prefill queue"
+
+    def new_attempt(self, clock_s: float) -> Request:
+        """A fresh engine request for the next attempt: each has its own id, since a failed one may linger."""
+        self.num_attempts += 1
+        return Request(
+            request_id=f"{self.order.request_id}/{self.session.router_id}/{self.order.handle}.{self.num_attempts}",
+            prompt_token_ids=tuple(self.order.prompt_token_ids),
+            sampling=self.sampling,
+            priority=self.order.priority,
+            cache_salt=self.order.cache_salt,
+            arrival_s=clock_s,
+            timeline=self.timeline,
+        )

@@ -1,0 +1,310 @@
+"""The decode worker's gRPC service: owns each request from the router's order to its last token.
+
+What an abort (by the router, by the end of its session, by the request's timeout, by shutdown) finds in each stage:
+
+    stage      where the request is                           what the abort does
+    handoff    its admission task waits for a prefill worker  cancels the task; the fetch is disposed of (admission.py)
+    engine     the engine queues, prefills or decodes it      the engine drops it between two steps and frees its blocks
+    finished   its last output is on the way                  nothing
+
+Each request ends in exactly one output with a finish reason; `_finish` is the only place that sends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+from tandem.v1 import worker_pb2 as pb
+from tandem.v1 import worker_pb2_grpc
+
+from services.decode.admission import Admission
+from services.decode.config import DecodeConfig
+from services.decode.handoff import PromptRefused
+from services.decode.live import LiveRequest
+from services.decode.session import RouterSession, SessionOverflow
+from services.engine.batch import Batch
+from services.engine.engine import StepOutput
+from services.engine.request import FinishReason, InvalidRequest, QueueFull, Request, RequestUpdate
+from services.lifecycle import Event, Timeline
+from services.worker import convert
+from services.worker.engine_thread import EngineCrashed
+from services.worker.process import WorkerParts
+
+log = logging.getLogger(__name__)
+
+# A router says who it is right after connecting.
+_HELLO_TIMEOUT_S = 10.0
+
+
+class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
+    """One per decode worker."""
+
+    def __init__(self, config: DecodeConfig, parts: WorkerParts, clock: Callable[[], float] = time.time) -> None:
+        self._config = config
+        self._parts = parts
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._admission = Admission(config, parts, self._entered, clock)
+        self._sessions: dict[RouterSession, dict[int, LiveRequest]] = {}  # live requests by handle
+        self._num_live = 0
+        self._num_admitting = 0
+        self._in_engine: dict[str, LiveRequest] = {}  # engine thread: by engine request id
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def register(self, server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_DecodeServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+
+    # ---- sessions ---------------------------------------------------------
+
+    async def Session(
+        self,
+        orders: AsyncIterator[pb.SessionRequest],
+        context: grpc.aio.ServicerContext[pb.SessionRequest, pb.SessionFrame],
+    ) -> None:
+        """Serve one router for as long as its stream lasts; see worker.proto."""
+        first = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_HELLO_TIMEOUT_S):
+                first = await anext(aiter(orders), None)
+        if first is None or first.WhichOneof("kind") != "hello":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session starts with `hello`")
+            return
+        session = RouterSession(first.hello.router_id, self._parts.incarnation, self._load)
+        self._sessions[session] = {}
+        reader = asyncio.create_task(self._read_orders(session, orders), name=f"session-{session.router_id}")
+        try:
+            await session.send_frames(context.write)
+        except SessionOverflow as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        finally:
+            reader.cancel()
+            for live in list(self._sessions[session].values()):
+                self._abort(live, "the router's session ended")
+            del self._sessions[session]
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
+
+    async def _read_orders(self, session: RouterSession, orders: AsyncIterator[pb.SessionRequest]) -> None:
+        try:
+            async for order in orders:
+                kind = order.WhichOneof("kind")
+                if kind == "generate":
+                    self._start(session, order.generate)
+                elif kind == "abort":
+                    live = self._sessions[session].get(order.abort.handle)
+                    if live is not None:  # else its last output is on the way
+                        self._abort(live, order.abort.reason)
+                else:
+                    log.error("router %s sent %s in mid-session; ending the session", session.router_id, kind)
+                    return
+        finally:
+            session.close()
+
+    def _start(self, session: RouterSession, order: pb.GenerateRequest) -> None:
+        refusal = self._refusal(session, order)
+        if refusal is not None:
+            session.push([_error_output(order.handle, refusal)])
+            return
+        timeline = Timeline(self._clock)
+        timeline.mark(Event.RECEIVED)
+        try:
+            live = LiveRequest(order, convert.sampling_from_proto(order.sampling), session, timeline)
+        except InvalidRequest as error:
+            session.push([_error_output(order.handle, pb.Error(code=pb.ERROR_CODE_INVALID, message=str(error)))])
+            return
+        self._sessions[session][order.handle] = live
+        self._num_live += 1
+        self._idle.clear()
+        live.admission = asyncio.create_task(self._admit(live), name=f"admit-{order.request_id}")
+        if order.timeout_s > 0:
+            live.timeout = self._loop.call_later(order.timeout_s, self._expire, live)
+
+    def _refusal(self, session: RouterSession, order: pb.GenerateRequest) -> pb.Error | None:
+        worker = self._parts.worker_id
+        if order.handle in self._sessions[session]:
+            return pb.Error(code=pb.ERROR_CODE_INTERNAL, message=f"handle {order.handle} is in use in this session")
+        if self._draining:
+            return pb.Error(code=pb.ERROR_CODE_UNAVAILABLE, message=f"decode worker {worker} is draining")
+        limit = self._config.max_num_waiting + self._config.max_num_seqs
+        if self._num_live >= limit:
+            return pb.Error(code=pb.ERROR_CODE_OVERLOADED, message=f"decode worker {worker} has {limit} live requests")
+        return None
+
+    # ---- one request ------------------------------------------------------
+
+    async def _admit(self, live: LiveRequest) -> None:
+        self._num_admitting += 1
+        try:
+            admitted = await self._admission.admit(live)
+            if admitted is not None:
+                self._emit_first(live, admitted.first)
+            if admitted is not None and admitted.joined is not None:
+                self._check_joined(live, await admitted.joined)
+        except (InvalidRequest, PromptRefused) as error:
+            self._fail(live, pb.ERROR_CODE_INVALID, str(error))
+        except QueueFull as error:
+            self._fail(live, pb.ERROR_CODE_OVERLOADED, str(error))
+        except EngineCrashed as error:
+            self._fail(live, pb.ERROR_CODE_UNAVAILABLE, f"the engine of {self._parts.worker_id} stopped: {error}")
+        except Exception as error:
+            log.exception("%s: admission failed", live.order.request_id)
+            self._fail(live, pb.ERROR_CODE_INTERNAL, f"{type(error).__name__}: {error}")
+        finally:
+            self._num_admitting -= 1
+
+    def _emit_first(self, live: LiveRequest, first: pb.PrefillFinished) -> None:
+        """Send the token that came with the handoff; the engine's own outputs come after it, by the loop's order."""
+        output = pb.Output(
+            handle=live.order.handle,
+            token_ids=[first.token_id],
+            prompt_logprobs=first.prompt_logprobs,
+            finish_reason=first.finish_reason,
+        )
+        if first.HasField("logprobs"):
+            output.logprobs.append(first.logprobs)
+        if first.HasField("stop_token_id"):
+            output.stop_token_id = first.stop_token_id
+        self._deliver([(live, output)])
+
+    def _check_joined(self, live: LiveRequest, update: RequestUpdate) -> None:
+        """This worker's context may be shorter than the prefill worker's, and the first token the last after all."""
+        if update.finish_reason is not None:
+            self._deliver([(live, self._output(live, dataclasses.replace(update, new_tokens=())))])
+
+    def _abort(self, live: LiveRequest, reason: str) -> None:
+        log.debug("%s: aborted: %s", live.order.request_id, reason)
+        self._withdraw(live)
+        self._finish(live, pb.Output(handle=live.order.handle, finish_reason=pb.FINISH_REASON_ABORT))
+
+    def _expire(self, live: LiveRequest) -> None:
+        self._withdraw(live)
+        message = f"no end after {live.order.timeout_s:g} s; stage: {live.stage}"
+        self._fail(live, pb.ERROR_CODE_DEADLINE, message)
+
+    def _withdraw(self, live: LiveRequest) -> None:
+        """Stop the request wherever it is."""
+        if live.admission is not None:
+            live.admission.cancel()
+        # After whatever the admission task has sent to the engine thread: commands run in order.
+        self._parts.thread.call(self._leave, live)
+
+    def _fail(self, live: LiveRequest, code: pb.ErrorCode, message: str) -> None:
+        self._finish(live, _error_output(live.order.handle, pb.Error(code=code, message=message)))
+
+    def _finish(self, live: LiveRequest, output: pb.Output) -> None:
+        if live.is_finished:
+            return
+        live.is_finished = True
+        if live.timeout is not None:
+            live.timeout.cancel()
+        live.timeline.mark(Event.FINISHED)
+        live.usage.num_prompt_tokens = len(live.order.prompt_token_ids)
+        output.usage.CopyFrom(live.usage)
+        output.stamps.extend(convert.stamps_to_proto(live.timeline))
+        live.session.push([output])
+        self._parts.metrics.finished(live.timeline, live.usage, output.finish_reason)
+        self._sessions[live.session].pop(live.order.handle)
+        self._num_live -= 1
+        if not self._num_live:
+            self._idle.set()
+
+    def _deliver(self, outputs: list[tuple[LiveRequest, pb.Output]]) -> None:
+        for live, output in outputs:
+            if live.is_finished:
+                continue  # aborted while the step ran
+            live.usage.num_generated_tokens += len(output.token_ids)
+            if Event.FIRST_TOKEN not in live.timeline.unix_s:
+                live.timeline.mark(Event.FIRST_TOKEN)
+            if output.finish_reason == pb.FINISH_REASON_UNSPECIFIED:
+                live.session.push([output])
+            else:
+                self._finish(live, output)
+
+    # ---- engine thread ----------------------------------------------------
+
+    def _entered(self, live: LiveRequest, request: Request) -> None:
+        self._in_engine[request.request_id] = live
+
+    def _leave(self, live: LiveRequest) -> None:
+        if live.request is not None:
+            self._parts.engine.abort(live.request.request_id)
+            self._in_engine.pop(live.request.request_id, None)
+
+    def on_scheduled(self, batch: Batch) -> None:
+        """Nothing to do: the router hears of a request with its first token."""
+
+    def on_step(self, output: StepOutput) -> None:
+        outputs = []
+        for update in output.updates:
+            live = self._in_engine.get(update.request.request_id)
+            if live is not None and (update.new_tokens or update.finish_reason is not None):
+                outputs.append((live, self._output(live, update)))
+                if update.finish_reason is not None:
+                    del self._in_engine[update.request.request_id]
+        if outputs:
+            self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _output(self, live: LiveRequest, update: RequestUpdate) -> pb.Output:
+        output = pb.Output(handle=live.order.handle, token_ids=[token.token_id for token in update.new_tokens])
+        output.logprobs.extend(
+            convert.logprobs_to_proto(token.logprobs) for token in update.new_tokens if token.logprobs is not None
+        )
+        if update.prompt_logprobs is not None:
+            output.prompt_logprobs.extend(convert.prompt_logprobs_to_proto(update.prompt_logprobs))
+        if update.stop_token_id is not None:
+            output.stop_token_id = update.stop_token_id
+        if update.finish_reason is FinishReason.ERROR:
+            output.finish_reason = pb.FINISH_REASON_ERROR
+            output.error.CopyFrom(pb.Error(code=pb.ERROR_CODE_INTERNAL, message=update.failure or "no token to sample"))
+        elif update.finish_reason is not None:
+            output.finish_reason = convert.FINISH_REASONS[update.finish_reason]
+        if update.finish_reason is not None:
+            live.usage.num_recomputes += update.request.num_preemptions
+            if live.usage.prefilled_locally:
+                live.usage.num_cached_tokens = update.request.num_cached_tokens
+        return output
+
+    # ---- the process ------------------------------------------------------
+
+    def _load(self) -> pb.Load:
+        return convert.load_to_proto(self._parts.engine.load(), self._num_admitting, self._draining)
+
+    def state(self) -> dict[str, object]:
+        return {
+            "sessions": [session.router_id for session in self._sessions],
+            "live": self._num_live,
+            "admitting": self._num_admitting,
+            "draining": self._draining,
+        }
+
+    async def drain(self, timeout_s: float) -> None:
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            log.warning("still %d live requests after %g s of draining", self._num_live, timeout_s)
+
+    async def close(self) -> None:
+        self._draining = True
+        for lives in list(self._sessions.values()):
+            for live in list(lives.values()):
+                self._withdraw(live)
+                self._fail(live, pb.ERROR_CODE_UNAVAILABLE, f"decode worker {self._parts.worker_id} is shutting down")
+        for session in self._sessions:
+            session.close()
+
+    async def settle(self) -> None:
+        await self._admission.close()
+
+
+def _error_output(handle: int, error: pb.Error) -> pb.Output:
+    return pb.Output(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=error)

@@ -1,0 +1,63 @@
+"""One router's session on a decode worker: outputs go in as they come, one frame per engine step goes out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable
+
+from tandem.v1 import worker_pb2 as pb
+
+# A router that reads nothing while this many outputs pile up is hung; its session ends.
+MAX_PENDING_OUTPUTS = 65_536
+# How soon a router learns of a load that changed without outputs of its own.
+_LOAD_INTERVAL_S = 0.25
+
+
+class SessionOverflow(Exception):
+    """The router does not read its frames."""
+
+
+class RouterSession:
+    """The outgoing half of a session. All methods run on the event loop."""
+
+    def __init__(self, router_id: str, incarnation: str, load: Callable[[], pb.Load]) -> None:
+        self.router_id = router_id
+        self._incarnation = incarnation
+        self._load = load
+        self._pending: list[pb.Output] = []
+        self._wake = asyncio.Event()
+        self._closed = False
+
+    def push(self, outputs: Iterable[pb.Output]) -> None:
+        """Send these with the next frame."""
+        self._pending.extend(outputs)
+        self._wake.set()
+
+    def close(self) -> None:
+        """Let `frames` end once it has sent what is pending."""
+        self._closed = True
+        self._wake.set()
+
+    async def send_frames(self, send: Callable[[pb.SessionFrame], Awaitable[None]]) -> None:
+        """Send frames until `close`; raises SessionOverflow where the router does not keep up."""
+        last_load = self._load()
+        await send(pb.SessionFrame(load=last_load, incarnation=self._incarnation))
+        while not (self._closed and not self._pending):
+            await self._wait()
+            if len(self._pending) > MAX_PENDING_OUTPUTS:
+                raise SessionOverflow(f"router {self.router_id}: more than {MAX_PENDING_OUTPUTS} outputs unread")
+            load = self._load()
+            if self._pending or load != last_load:
+                frame = pb.SessionFrame(outputs=self._pending, load=load)
+                self._pending = []
+                last_load = load
+                await send(frame)
+
+    async def _wait(self) -> None:
+        """Until something is pending, or it is time to look at the load."""
+        if not self._pending and not self._closed:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOAD_INTERVAL_S):
+                    await self._wake.wait()
+        self._wake.clear()

@@ -1,0 +1,20 @@
+"""Settings of a prefill worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.settings import SettingsError, setting
+from services.worker.config import WorkerConfig
+
+
+@dataclass(frozen=True)
+class PrefillConfig(WorkerConfig):
+    """A worker's settings, and how long finished blocks are held for their reader."""
+
+    lease_ttl_s: float = setting(15.0, help="how long blocks are held for a decode worker that no longer renews")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lease_ttl_s <= 0:
+            raise SettingsError(f"lease_ttl_s: must be positive, got {self.lease_ttl_s}")

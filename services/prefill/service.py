@@ -1,0 +1,292 @@
+"""The prefill worker's gRPC service: runs prompts in chunks and lends their blocks to whoever ordered them.
+
+An order's life, with the side that each step happens on (E: engine thread, L: event loop):
+
+    accepted (L) -> queued (E) -> first chunk scheduled (E) -> lease opened, blocks offered (L)
+    -> per step: newly full blocks referenced and digested (E), announced (L)
+    -> last chunk computed, first token sampled (E) -> rest announced, `finished` sent (L)
+    -> lease closes (L) -> settled (E)
+
+    what goes wrong                      what happens
+    the call is cancelled, or breaks     compute aborted, lease (if there is one) revoked, settled once it has closed
+    the reader is lost or releases       the lease closes; compute aborted, `failed` sent, settled
+    the lease expires                    the same; a reader that comes back is told that the lease was not held
+    the worker drains                    new orders are refused; running ones and their loans end first
+
+Announced blocks are pinned by references that the order took on the engine thread. Settling gives them back, exactly
+once, and only after the lease has closed: no transport of ours touches the blocks then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import grpc
+from tandem.v1 import worker_pb2 as pb
+from tandem.v1 import worker_pb2_grpc
+
+from kvstore.errors import PeerLost
+from kvstore.messages import AnnouncedBlock
+from kvstore.owner import Lease
+from services.engine.batch import Batch
+from services.engine.engine import StepOutput
+from services.engine.request import FinishReason, InvalidRequest, QueueFull, Request, RequestUpdate
+from services.lifecycle import Timeline
+from services.worker import convert
+from services.worker.engine_thread import EngineCrashed
+from services.worker.process import WorkerParts
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Scheduled:
+    """The first chunk is about to be computed."""
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """A step's result for one order: blocks that became full, and the end of it with the last chunk."""
+
+    first_index: int
+    blocks: list[AnnouncedBlock]
+    finished: pb.PrefillFinished | None
+
+
+class PrefillFailed(Exception):
+    """The engine could not get a token out of the prompt."""
+
+
+_Step: TypeAlias = _Scheduled | _Computed | PrefillFailed
+
+
+@dataclass
+class _Order:
+    """One prompt on its way."""
+
+    request: Request
+    reader_peer_id: str
+    transfer_id: bytes
+    num_blocks: int
+    steps: asyncio.Queue[_Step] = field(default_factory=asyncio.Queue)
+    pinned: list[int] = field(default_factory=list)  # engine thread: blocks announced, one reference each
+
+
+class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
+    """One per prefill worker."""
+
+    def __init__(self, parts: WorkerParts, clock: Callable[[], float] = time.time) -> None:
+        self._parts = parts
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._num_orders = 0
+        self._loans: set[asyncio.Task[None]] = set()
+        self._active: dict[str, _Order] = {}  # engine thread: by engine request id, until settled
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def register(self, server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_PrefillServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+
+    # ---- event loop -------------------------------------------------------
+
+    async def Prefill(
+        self, message: pb.PrefillRequest, context: grpc.aio.ServicerContext[pb.PrefillRequest, pb.PrefillEvent]
+    ) -> None:
+        """Run one order; see worker.proto."""
+        if self._draining:
+            await context.write(_failed(pb.ERROR_CODE_UNAVAILABLE, f"{self._parts.worker_id} is draining"))
+            return
+        self._num_orders += 1
+        self._idle.clear()
+        try:
+            await self._run(self._make_order(message), context.write)
+        except InvalidRequest as error:
+            await context.write(_failed(pb.ERROR_CODE_INVALID, str(error)))
+        except QueueFull as error:
+            await context.write(_failed(pb.ERROR_CODE_OVERLOADED, str(error)))
+        except PrefillFailed as error:
+            await context.write(_failed(pb.ERROR_CODE_INTERNAL, str(error)))
+        except (PeerLost, EngineCrashed) as error:
+            await context.write(_failed(pb.ERROR_CODE_UNAVAILABLE, str(error)))
+        finally:
+            self._num_orders -= 1
+            if not self._num_orders:
+                self._idle.set()
+
+    def _make_order(self, message: pb.PrefillRequest) -> _Order:
+        if len(message.transfer_id) != 16:
+            raise InvalidRequest("transfer_id", f"must have 16 bytes, has {len(message.transfer_id)}")
+        request = Request(
+            # The client's id may repeat; the transfer's does not.
+            request_id=f"{message.request_id}/{message.transfer_id.hex()[:12]}",
+            prompt_token_ids=tuple(message.prompt_token_ids),
+            sampling=convert.sampling_from_proto(message.sampling),
+            priority=message.priority,
+            cache_salt=message.cache_salt,
+            arrival_s=self._clock(),
+            hold_blocks=True,
+            timeline=Timeline(self._clock),
+        )
+        num_blocks = -(-len(request.prompt_token_ids) // self._parts.engine.layout.block_size)
+        return _Order(request, message.reader_peer_id, bytes(message.transfer_id), num_blocks)
+
+    async def _run(self, order: _Order, send: Callable[[pb.PrefillEvent], Awaitable[None]]) -> None:
+        thread = self._parts.thread
+        lease: Lease | None = None
+        finished = False
+        try:
+            await thread.call(self._submit, order)
+            while not finished:
+                step = await self._next_step(order, lease)
+                if isinstance(step, _Scheduled):
+                    lease = self._lend(order)
+                    await send(pb.PrefillEvent(scheduled=pb.PrefillScheduled(load=self._load())))
+                    continue
+                assert lease is not None, f"{order.request.request_id}: computed before it was scheduled"
+                finished = step.finished is not None
+                lease.announce(step.first_index, step.blocks, last=finished)
+                if step.finished is not None:
+                    step.finished.load.CopyFrom(self._load())
+                    await send(pb.PrefillEvent(finished=step.finished))
+        finally:
+            if lease is None:
+                thread.call(self._settle, order)
+            elif not finished:
+                thread.call(self._parts.engine.abort, order.request.request_id)
+                lease.revoke("the prefill was abandoned")
+
+    async def _next_step(self, order: _Order, lease: Lease | None) -> _Scheduled | _Computed:
+        """The order's next step; PeerLost if the lease closes first."""
+        next_step = asyncio.ensure_future(order.steps.get())
+        waiting: list[asyncio.Future[Any]] = [next_step] if lease is None else [next_step, lease.closed]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if lease is not None and lease.closed.done():
+                raise PeerLost(
+                    f"{order.request.request_id}: the lease for {order.reader_peer_id} closed during prefill "
+                    f"({lease.closed.result().name})"
+                )
+            step = next_step.result()
+        finally:
+            next_step.cancel()
+        if isinstance(step, PrefillFailed):
+            raise step
+        return step
+
+    def _lend(self, order: _Order) -> Lease:
+        """Open the lease, and see to it that the order is settled when it has closed."""
+        lease = self._parts.exchange.open_lease(order.transfer_id, order.reader_peer_id, order.num_blocks)
+        loan = asyncio.create_task(self._settle_after(lease, order), name=f"loan-{order.request.request_id}")
+        self._loans.add(loan)
+        loan.add_done_callback(self._loans.discard)
+        return lease
+
+    async def _settle_after(self, lease: Lease, order: _Order) -> None:
+        outcome = await lease.closed
+        log.debug("%s: lease closed: %s", order.request.request_id, outcome.name)
+        await self._parts.thread.call(self._settle, order)
+
+    def _load(self) -> pb.Load:
+        return convert.load_to_proto(self._parts.engine.load(), draining=self._draining)
+
+    def state(self) -> dict[str, object]:
+        return {"orders": self._num_orders, "loans": len(self._loans), "draining": self._draining}
+
+    async def drain(self, timeout_s: float) -> None:
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+                while self._loans:
+                    await asyncio.wait(self._loans)
+        except TimeoutError:
+            log.warning("still %d orders and %d loans after %g s", self._num_orders, len(self._loans), timeout_s)
+
+    async def close(self) -> None:
+        """Orders end with the gRPC server, loans with the exchange."""
+        self._draining = True
+
+    async def settle(self) -> None:
+        if self._loans:
+            await asyncio.wait(self._loans)
+
+    # ---- engine thread ----------------------------------------------------
+
+    def _submit(self, order: _Order) -> None:
+        self._parts.engine.add_request(order.request)
+        self._active[order.request.request_id] = order
+
+    def _settle(self, order: _Order) -> None:
+        """Give back all that the order holds. Also for one that was never submitted."""
+        if self._active.pop(order.request.request_id, None) is not None:
+            self._parts.engine.abort(order.request.request_id)
+            self._parts.engine.release_blocks(order.pinned)
+            order.pinned = []
+
+    def on_scheduled(self, batch: Batch) -> None:
+        for scheduled in batch.sequences:
+            if scheduled.is_first:
+                self._deliver(scheduled.request, _Scheduled())
+
+    def on_step(self, output: StepOutput) -> None:
+        for update in output.updates:
+            order = self._active.get(update.request.request_id)
+            if order is None:
+                continue
+            if update.finish_reason is FinishReason.ERROR:
+                self._deliver(update.request, PrefillFailed(f"{update.request.request_id}: {update.failure}"))
+            else:
+                self._deliver(update.request, self._computed(order, update))
+
+    def _deliver(self, request: Request, step: _Step) -> None:
+        order = self._active[request.request_id]
+        self._loop.call_soon_threadsafe(order.steps.put_nowait, step)
+
+    def _computed(self, order: _Order, update: RequestUpdate) -> _Computed:
+        """Pin and digest what became announceable: the full blocks, and with the last chunk the partial one too."""
+        request, engine = update.request, self._parts.engine
+        finished = bool(update.new_tokens)
+        first = len(order.pinned)
+        end = order.num_blocks if finished else update.num_computed_tokens // engine.layout.block_size
+        block_ids = request.block_table[first:end]
+        engine.lend_blocks(block_ids)
+        order.pinned.extend(block_ids)
+        # A block that the first token fills up is still the prompt's partial block: it has no identity yet.
+        num_full = request.num_prompt_tokens // engine.layout.block_size
+        hashes = [*request.block_hashes[:num_full], None][first:end]
+        blocks = [
+            AnnouncedBlock(block_id, block_hash, digest)
+            for block_id, block_hash, digest in zip(block_ids, hashes, engine.memory.digests(block_ids), strict=True)
+        ]
+        if finished:
+            engine.release_blocks(request.block_table)  # left to us by hold_blocks; the order's own pins stay
+        return _Computed(first, blocks, _finished(update) if finished else None)
+
+
+def _finished(update: RequestUpdate) -> pb.PrefillFinished:
+    token = update.new_tokens[0]
+    message = pb.PrefillFinished(
+        token_id=token.token_id,
+        num_cached_tokens=update.request.num_cached_tokens,
+        stamps=convert.stamps_to_proto(update.request.timeline),
+    )
+    if token.logprobs is not None:
+        message.logprobs.CopyFrom(convert.logprobs_to_proto(token.logprobs))
+    if update.prompt_logprobs is not None:
+        message.prompt_logprobs.extend(convert.prompt_logprobs_to_proto(update.prompt_logprobs))
+    if update.finish_reason is not None and update.finish_reason is not FinishReason.HANDED_OFF:
+        message.finish_reason = convert.FINISH_REASONS[update.finish_reason]
+    if update.stop_token_id is not None:
+        message.stop_token_id = update.stop_token_id
+    return message
+
+
+def _failed(code: pb.ErrorCode, message: str) -> pb.PrefillEvent:
+    return pb.PrefillEvent(failed=pb.Error(code=code, message=message))

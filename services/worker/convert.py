@@ -1,0 +1,79 @@
+"""Between protobuf messages and the engine's types. What a peer sent out of range raises InvalidRequest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tandem.v1 import worker_pb2 as pb
+
+from services.engine.engine import EngineLoad
+from services.engine.request import FinishReason, PositionLogprobs, SamplingParams, TokenLogprob
+from services.lifecycle import Timeline
+
+FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: pb.FINISH_REASON_ABORT,
+}
+
+
+def sampling_from_proto(message: pb.SamplingParams) -> SamplingParams:
+    """The engine's parameters; raises InvalidRequest where one is out of range."""
+    return SamplingParams(
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        repetition_penalty=message.repetition_penalty,
+        logit_bias=dict(message.logit_bias),
+        allowed_token_ids=tuple(message.allowed_token_ids),
+        seed=message.seed,
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+    )
+
+
+def logprobs_to_proto(logprobs: PositionLogprobs) -> pb.PositionLogprobs:
+    message = pb.PositionLogprobs(top=[_token_to_proto(token) for token in logprobs.top])
+    if logprobs.chosen is not None:
+        message.chosen.CopyFrom(_token_to_proto(logprobs.chosen))
+    return message
+
+
+def logprobs_from_proto(message: pb.PositionLogprobs) -> PositionLogprobs:
+    chosen = _token_from_proto(message.chosen) if message.HasField("chosen") else None
+    return PositionLogprobs(chosen=chosen, top=tuple(_token_from_proto(token) for token in message.top))
+
+
+def prompt_logprobs_to_proto(positions: Iterable[PositionLogprobs | None]) -> list[pb.PositionLogprobs]:
+    """Position 0 has no predecessor to be predicted from: an empty message stands for it."""
+    return [pb.PositionLogprobs() if position is None else logprobs_to_proto(position) for position in positions]
+
+
+def load_to_proto(load: EngineLoad, num_waiting_elsewhere: int = 0, draining: bool = False) -> pb.Load:
+    return pb.Load(
+        num_running=load.num_running,
+        num_waiting=load.num_waiting + num_waiting_elsewhere,
+        num_free_blocks=load.num_free_blocks,
+        num_blocks=load.num_blocks,
+        num_waiting_tokens=load.num_waiting_tokens,
+        draining=draining,
+    )
+
+
+def stamps_to_proto(timeline: Timeline) -> list[pb.Stamp]:
+    return [pb.Stamp(event=pb.Event.Name(event.value), unix_s=unix_s) for event, unix_s in timeline.unix_s.items()]
+
+
+def _token_to_proto(token: TokenLogprob) -> pb.TokenLogprob:
+    return pb.TokenLogprob(token_id=token.token_id, logprob=token.logprob, rank=token.rank)
+
+
+def _token_from_proto(message: pb.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(token_id=message.token_id, logprob=message.logprob, rank=message.rank)

@@ -1,0 +1,136 @@
+"""The engine's own thread: commands go in between steps, step outputs come out to the event loop.
+
+The thread is the only one that touches scheduler, block pool and model, so none of them needs a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import ParamSpec, Protocol, TypeVar
+
+from services.engine.batch import Batch
+from services.engine.engine import Engine, StepOutput
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# How long an idle thread sleeps at most; commands wake it at once.
+_IDLE_WAIT_S = 1.0
+
+
+class StepListener(Protocol):
+    """What a worker does around a step. Called on the engine thread, so it must be quick and touch no loop state."""
+
+    def on_scheduled(self, batch: Batch) -> None: ...
+
+    def on_step(self, output: StepOutput) -> None: ...
+
+
+class EngineThread:
+    """Runs `engine.schedule`, `run` and `postprocess` in a loop for as long as there is work.
+
+    A step that raises ends the thread: `crashed` then holds the exception, and every pending and later call fails
+    with it. The engine's state is unknown after that, so the process should stop.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self.crashed: asyncio.Future[BaseException] = self._loop.create_future()
+        self._crash: BaseException | None = None
+        self._pending: set[asyncio.Future[object]] = set()
+
+    def start(self, listener: StepListener) -> None:
+        self._thread = threading.Thread(target=self._run, args=(listener,), name="engine", daemon=True)
+        self._thread.start()
+
+    def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        """Run `function` on the engine thread between two steps; the future has its result or exception.
+
+        Cancelling the future does not stop the function, which runs in any case.
+        """
+        future: asyncio.Future[T] = self._loop.create_future()
+        if self._crash is not None:
+            future.set_exception(EngineCrashed(str(self._crash)))
+            return future
+        tracked: set[asyncio.Future[T]] = self._pending  # type: ignore[assignment]
+        tracked.add(future)
+        future.add_done_callback(tracked.discard)
+
+        def command() -> None:
+            try:
+                result = function(*args, **kwargs)
+            except Exception as error:
+                self._loop.call_soon_threadsafe(_set_exception, future, error)
+            else:
+                self._loop.call_soon_threadsafe(_set_result, future, result)
+
+        self._commands.put(command)
+        return future
+
+    async def stop(self) -> None:
+        """Finish the step in progress and end the thread; requests that still run are left as they are."""
+        self._stopping = True
+        self._commands.put(lambda: None)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    def _run(self, listener: StepListener) -> None:
+        try:
+            while not self._stopping:
+                self._run_commands(wait=not self._engine.has_work)
+                if self._engine.has_work and not self._stopping:
+                    self._step(listener)
+        except BaseException as error:
+            log.exception("the engine crashed")
+            self._crash = error
+            self._loop.call_soon_threadsafe(self._report_crash, error)
+
+    def _step(self, listener: StepListener) -> None:
+        batch = self._engine.schedule()
+        if batch is None:
+            # Nothing can run before a command frees memory or brings work.
+            self._run_commands(wait=True)
+            return
+        listener.on_scheduled(batch)
+        sampled = self._engine.run(batch)
+        listener.on_step(self._engine.postprocess(batch, sampled))
+
+    def _run_commands(self, wait: bool) -> None:
+        try:
+            command = self._commands.get(timeout=_IDLE_WAIT_S) if wait else self._commands.get_nowait()
+            while True:
+                command()
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return
+
+    def _report_crash(self, error: BaseException) -> None:
+        if not self.crashed.done():
+            self.crashed.set_result(error)
+        for future in list(self._pending):
+            if not future.done():
+                future.set_exception(EngineCrashed(str(error)))
+
+
+class EngineCrashed(Exception):
+    """A step raised; the worker is about to stop."""
+
+
+def _set_result(future: asyncio.Future[T], result: T) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _set_exception(future: asyncio.Future[T], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

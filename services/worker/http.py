@@ -1,0 +1,69 @@
+"""The worker's small HTTP server: `/metrics` and `/health`, and `/debug/*` for whoever looks for a leak."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+
+import uvicorn
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+
+class DebugServer:
+    """Owns the listening socket and the uvicorn task; `close` ends both."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        state: Callable[[], Mapping[str, object]],
+        check_integrity: Callable[[], Awaitable[None]],
+        is_healthy: Callable[[], bool],
+    ) -> None:
+        app = FastAPI(openapi_url=None)
+
+        @app.get("/metrics")
+        async def metrics() -> Response:
+            return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+        @app.get("/health")
+        async def health() -> Response:
+            return Response(status_code=200 if is_healthy() else 503)
+
+        @app.get("/debug/state")
+        async def debug_state() -> JSONResponse:
+            return JSONResponse(dict(state()))
+
+        @app.get("/debug/integrity")
+        async def debug_integrity() -> JSONResponse:
+            try:
+                await check_integrity()
+            except Exception as error:  # whatever is wrong is the answer
+                return JSONResponse({"ok": False, "error": f"{type(error).__name__}: {error}"}, status_code=500)
+            return JSONResponse({"ok": True})
+
+        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+        self._server = _Server(config)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self, host: str, port: int) -> str:
+        """Listen and return "host:port"."""
+        sock = socket.create_server((host, port))
+        self._task = asyncio.create_task(self._server.serve(sockets=[sock]), name="debug-http")
+        return f"{host}:{sock.getsockname()[1]}"
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._server.should_exit = True
+            await self._task
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the worker has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

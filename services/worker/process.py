@@ -1,0 +1,227 @@
+"""One worker process from its settings to its exit: build the parts, announce, serve, drain on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+import grpc
+import msgspec
+import uvloop
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+import services
+from kvstore.exchange import BlockExchange
+from kvstore.handshake import PeerIdentity
+from kvstore.registry import Registrar
+from kvstore.timeouts import ExchangeTimeouts
+from kvstore.transport.select import make_transports
+from kvstore.worker_record import WorkerRecord, new_incarnation
+from services.engine.config import EngineConfig
+from services.engine.engine import Engine
+from services.logs import configure_logging, report_progress, report_ready
+from services.worker.config import WorkerConfig
+from services.worker.engine_thread import EngineThread, StepListener
+from services.worker.http import DebugServer
+from services.worker.metrics import WorkerMetrics
+
+log = logging.getLogger(__name__)
+
+Role: TypeAlias = Literal["prefill", "decode"]
+
+# A peer that does not answer a keepalive is gone; without this a dead network hangs a session for minutes.
+GRPC_OPTIONS = (
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 4_000),
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.so_reuseport", 0),
+)
+
+
+@dataclass(frozen=True)
+class WorkerParts:
+    """What a service is built from; the process owns and closes all of it."""
+
+    worker_id: str
+    incarnation: str
+    engine: Engine
+    thread: EngineThread
+    exchange: BlockExchange
+    metrics: WorkerMetrics
+
+
+class WorkerService(StepListener, Protocol):
+    """A role's gRPC service, as the process sees it."""
+
+    def register(self, server: grpc.aio.Server) -> None: ...
+
+    def state(self) -> dict[str, object]: ...
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new work; return when the running work is done, or when the time is up."""
+
+    async def close(self) -> None:
+        """End what still runs, with an error to whoever waits for it."""
+
+    async def settle(self) -> None:
+        """With the exchange closed: wait until all that transfers held has been given back."""
+
+
+def run_worker(config: WorkerConfig, role: Role, build: Callable[[WorkerParts], WorkerService]) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status, 1 if the engine crashed."""
+    configure_logging(config.log_level, config.log_format)
+    started_s = time.monotonic()
+    engine = Engine.from_config(engine_config(config), progress=report_progress)
+    log.info(
+        "model %s (%s) loaded in %.1f s: %d blocks of %d tokens",
+        config.model,
+        engine.layout.dtype,
+        time.monotonic() - started_s,
+        engine.pool.num_blocks,
+        engine.layout.block_size,
+    )
+    return uvloop.run(_serve(config, role, engine, build))
+
+
+def engine_config(config: WorkerConfig) -> EngineConfig:
+    """The part of a worker's settings that its engine reads: the fields of the same name."""
+    names = {field.name for field in dataclasses.fields(EngineConfig)}
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name in names}
+    values["num_threads"] = config.num_threads or len(os.sched_getaffinity(0))
+    return EngineConfig(**values)
+
+
+def shared_path(model: str) -> str:
+    """A directory by its absolute path, since the router has another working directory; a hub name as it is."""
+    return os.path.abspath(model) if os.path.isdir(model) else model
+
+
+async def _serve(
+    config: WorkerConfig, role: Role, engine: Engine, build: Callable[[WorkerParts], WorkerService]
+) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+    async with contextlib.AsyncExitStack() as cleanup:
+        incarnation = new_incarnation()
+        host = config.advertise_host or config.host
+        server = grpc.aio.server(options=GRPC_OPTIONS)
+        grpc_port = server.add_insecure_port(f"{config.host}:{config.port}")
+        worker_id = config.worker_id or f"{role}-{host}-{grpc_port}"
+
+        metrics = WorkerMetrics(engine, (config.served_model_name or (config.model,))[0])
+        transports = make_transports(config.kv_transport, engine.memory, worker_id)
+        exchange = BlockExchange(
+            PeerIdentity(
+                peer_id=f"{worker_id}/{incarnation}", role=role, incarnation=incarnation, layout=engine.layout
+            ),
+            engine.memory,
+            transports,
+            exchange_timeouts(config),
+            observer=metrics,
+        )
+        thread = EngineThread(engine)
+        service = build(WorkerParts(worker_id, incarnation, engine, thread, exchange, metrics))
+        # Closed from the last to the first: calls end, then transfers, then what they held is settled, then the engine.
+        cleanup.push_async_callback(thread.stop)
+        cleanup.push_async_callback(service.settle)
+        cleanup.push_async_callback(exchange.close)
+        cleanup.push_async_callback(server.stop, 1.0)
+        cleanup.push_async_callback(service.close)
+        await exchange.start(config.host, config.kv_port)
+        thread.start(service)
+
+        service.register(server)
+        health_service = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+        await server.start()
+
+        debug = DebugServer(
+            metrics.registry,
+            state=lambda: {
+                "worker_id": worker_id,
+                "incarnation": incarnation,
+                "role": role,
+                "engine": engine.load().as_dict(),
+                "exchange": exchange.state(),
+                **service.state(),
+            },
+            check_integrity=lambda: thread.call(engine.check_integrity),
+            is_healthy=lambda: not thread.crashed.done(),
+        )
+        http_address = await debug.start(config.host, config.http_port)
+        cleanup.push_async_callback(debug.close)
+
+        record = WorkerRecord(
+            worker_id=worker_id,
+            role=role,
+            incarnation=incarnation,
+            served_model_names=config.served_model_name or (config.model,),
+            model_path=shared_path(config.model),
+            tokenizer_path=shared_path(config.tokenizer or config.model),
+            model_fingerprint=engine.layout.model_fingerprint,
+            grpc_address=f"{host}:{grpc_port}",
+            kv_address=f"{host}:{exchange.address.rsplit(':', 1)[1]}",
+            http_address=f"{host}:{http_address.rsplit(':', 1)[1]}",
+            block_size=engine.layout.block_size,
+            num_blocks=engine.pool.num_blocks,
+            max_model_len=engine.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            dtype=engine.layout.dtype,
+            transports=tuple(transport.name for transport in transports),
+            draining=False,
+            colocated=bool(getattr(config, "colocated", False)),
+            version=services.__version__,
+            started_unix_s=time.time(),
+        )
+        registrar = Registrar(config.redis, record, lease_s=config.lease_s)
+        await registrar.start()
+        cleanup.push_async_callback(registrar.close)
+        await health_service.set("", health_pb2.HealthCheckResponse.SERVING)
+        log.info(
+            "%s serves on %s (blocks %s, debug http://%s)",
+            worker_id,
+            record.grpc_address,
+            record.kv_address,
+            http_address,
+        )
+        report_ready(worker_id=worker_id, grpc=record.grpc_address, http=record.http_address)
+
+        stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
+        either: list[asyncio.Future[Any]] = [stopped, thread.crashed]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if thread.crashed.done():
+            stopped.cancel()
+            return 1
+        log.info("%s drains for at most %g s", worker_id, config.drain_timeout_s)
+        await health_service.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        registrar.update(msgspec.structs.replace(record, draining=True))
+        await service.drain(config.drain_timeout_s)
+        return 0
+
+
+def exchange_timeouts(config: WorkerConfig) -> ExchangeTimeouts:
+    """The exchange's deadlines: those that a setting names, else its own defaults."""
+    named = {
+        "peer_timeout_s": config.peer_timeout_s,
+        "offer_s": getattr(config, "prefill_queue_timeout_s", None),
+        "reserve_s": getattr(config, "handoff_timeout_s", None),
+        "read_s": getattr(config, "handoff_timeout_s", None),
+        "lease_ttl_s": getattr(config, "lease_ttl_s", None),
+    }
+    return ExchangeTimeouts(**{name: value for name, value in named.items() if value is not None})

@@ -1,0 +1,90 @@
+"""Tokens over HTTP against `transformers`: every family, whatever the topology, the chunk size and the transport."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.hf_models import FAMILIES, random_prompts, reference_greedy, write_model
+from tests.stack import Stack
+
+NUM_NEW_TOKENS = 12
+PROMPT_LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 200, 255, 256, 333, 512, 700, 900)
+CHUNK_SIZES = (16, 64, 512)
+DEPLOYMENTS = (*(f"chunk-{size}" for size in CHUNK_SIZES), "colocated", "local")
+
+
+def start_deployments(directory: Path, model: Path, transport: str) -> Stack:
+    """One stack that serves the same weights under one name per deployment, each with workers of its own."""
+
+    def serving(name: str, *flags: str) -> list[str]:
+        return ["--served-model-name", name, *flags]
+
+    prefill = [serving(f"chunk-{size}", "--max-num-batched-tokens", str(size)) for size in CHUNK_SIZES]
+    never_local = ("--local-prefill-max-tokens", "0")
+    decode = [serving(f"chunk-{size}", *never_local) for size in CHUNK_SIZES]
+    decode.append(serving("colocated", "--colocated", "--max-num-batched-tokens", "64"))
+    # A worker that would hand every prompt off, had it a prefill worker: so every prompt is prefilled locally.
+    decode.append(serving("local", *never_local))
+    worker = ["--model", str(model), "--kv-transport", transport, "--num-gpu-blocks-override", "256"]
+    return Stack(directory, prefill, decode, worker=[*worker, "--max-num-seqs", "16"])
+
+
+@pytest.fixture(scope="module", params=[(family, transport) for family in FAMILIES for transport in ("ucxx", "nixl")])
+def deployments(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, Stack]]:
+    family, transport = request.param
+    directory = tmp_path_factory.mktemp(f"{family}-{transport}")
+    model = write_model(directory / "model", family)
+    with start_deployments(directory / "logs", model, transport) as stack:
+        yield model, stack
+
+
+def complete(stack: Stack, deployment: str, prompts: list[list[int]], **fields: object) -> list[list[int]]:
+    """Token ids of each completion."""
+    body = {
+        "model": deployment,
+        "prompt": prompts,
+        "max_tokens": NUM_NEW_TOKENS,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        **fields,
+    }
+    response = httpx.post(f"{stack.url}/v1/completions", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    return [choice["token_ids"] for choice in response.json()["choices"]]
+
+
+def test_every_deployment_gives_the_tokens_of_transformers(deployments: tuple[Path, Stack]) -> None:
+    model, stack = deployments
+    prompts = random_prompts(PROMPT_LENGTHS, seed=1)
+    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    for deployment in DEPLOYMENTS:
+        assert complete(stack, deployment, prompts, temperature=0) == expected, deployment
+    assert handed_off(stack) == {f"decode-{index}": len(prompts) for index in range(len(CHUNK_SIZES))}
+    stack.check_clean()
+
+
+def test_a_seeded_stream_is_the_same_in_every_deployment(deployments: tuple[Path, Stack]) -> None:
+    _, stack = deployments
+    prompts = random_prompts((5, 70, 300), seed=2)
+    streams = [complete(stack, name, prompts, temperature=0.8, seed=1234, top_p=0.95) for name in DEPLOYMENTS]
+    assert all(stream == streams[0] for stream in streams)
+    other = complete(stack, DEPLOYMENTS[0], prompts, temperature=0.8, seed=4321, top_p=0.95)
+    assert other != streams[0], "the seed makes no difference"
+
+
+def handed_off(stack: Stack) -> dict[str, int]:
+    """How many prompts each decode worker took over from a prefill worker, for the workers that took any."""
+    counts = {}
+    for name, service in stack.services.items():
+        if service.role == "decode":
+            metrics = httpx.get(f"{service.debug_url}/metrics").text
+            for line in metrics.splitlines():
+                if line.startswith('tandem:prefills_total{way="handoff"}'):
+                    counts[name] = int(float(line.split()[-1]))
+    return counts

@@ -1,0 +1,173 @@
+"""A whole Tandem on this machine for the end-to-end tests: real processes, real Redis, real sockets, real UCX.
+
+Workers are forked from a server process that has imported torch but opened nothing, so that a stack starts in about a
+second instead of ten; each then runs the very `main` that the command line runs.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import httpx
+
+from kvstore.embedded_redis import EmbeddedRedis
+
+_READY_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 20.0
+
+_context = multiprocessing.get_context("forkserver")
+# Nothing that starts threads or opens UCX or gRPC when imported.
+_context.set_forkserver_preload(["torch", "numpy", "fastapi", "uvicorn", "tests.stack_preload"])
+
+
+@dataclass
+class Service:
+    """One process of the stack."""
+
+    name: str
+    role: str
+    argv: list[str]
+    log_path: Path
+    process: ForkServerProcess
+    debug_url: str = ""
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+
+@dataclass
+class Stack:
+    """Start with `with Stack(...) as stack`; the router's URL is `stack.url`."""
+
+    directory: Path
+    prefill: Sequence[Sequence[str]] = ()  # extra flags of each prefill worker
+    decode: Sequence[Sequence[str]] = ((),)
+    router: Sequence[str] = ()
+    worker: Sequence[str] = ()  # extra flags of every worker, the model among them
+    environ: dict[str, str] = field(default_factory=dict)
+    services: dict[str, Service] = field(default_factory=dict)
+
+    def __enter__(self) -> Stack:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.redis = EmbeddedRedis.start()
+        try:
+            common = ["--redis", self.redis.url, "--log-format", "text"]
+            for role, workers in (("prefill", self.prefill), ("decode", self.decode)):
+                for index, flags in enumerate(workers):
+                    self.start(f"{role}-{index}", role, [*common, "--num-threads", "1", *self.worker, *flags])
+            port = free_port()
+            self.url = f"http://127.0.0.1:{port}"
+            self.start("router", "router", [*common, "--port", str(port), *self.router])
+            self.wait_ready()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for service in reversed(self.services.values()):
+            if service.process.is_alive():
+                os.kill(service.process.pid or 0, signal.SIGCONT)
+                service.process.terminate()
+        for service in self.services.values():
+            service.process.join(_STOP_TIMEOUT_S)
+            if service.process.is_alive():
+                service.process.kill()
+                service.process.join()
+        self.redis.close()
+
+    def start(self, name: str, role: str, argv: list[str]) -> Service:
+        """Start a process of that role; a worker announces itself under `name`."""
+        if role != "router":
+            http_port = free_port()
+            argv = [*argv, "--worker-id", name, "--http-port", str(http_port)]
+        log_path = self.directory / f"{name}.log"
+        process = _context.Process(target=_run_service, args=(role, argv, str(log_path), self.environ), name=name)
+        process.start()
+        service = Service(name, role, argv, log_path, process)
+        if role != "router":
+            service.debug_url = f"http://127.0.0.1:{http_port}"
+        self.services[name] = service
+        return service
+
+    def wait_ready(self) -> None:
+        """Until the router serves a model and every worker is up; raises with the log of whatever died."""
+        workers = [service for service in self.services.values() if service.role != "router"]
+        with httpx.Client() as client:
+            for service in workers:
+                self.wait_for(
+                    lambda url=f"{service.debug_url}/health": client.get(url).status_code == 200, service.name
+                )
+            self.wait_for(lambda: client.get(f"{self.url}/ready").status_code == 200, "the router to be ready")
+            self.wait_for(lambda: self._num_workers_known(client) == len(workers), "the router to know every worker")
+
+    def _num_workers_known(self, client: httpx.Client) -> int:
+        load = client.get(f"{self.url}/load").json()
+        return int(load["num_workers"])
+
+    def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = _READY_TIMEOUT_S) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            for service in self.services.values():
+                if service.process.exitcode not in (None, 0, -signal.SIGKILL):
+                    raise RuntimeError(f"{service.name} ended with {service.process.exitcode}:\n{service.log[-4000:]}")
+            try:
+                if condition():
+                    return
+            except httpx.HTTPError:
+                pass  # not up yet
+            if time.monotonic() > deadline:
+                logs = "\n".join(f"--- {service.name}\n{service.log[-2000:]}" for service in self.services.values())
+                raise TimeoutError(f"waited {timeout_s:g} s for {what}\n{logs}")
+            time.sleep(0.02)
+
+    def debug_state(self, name: str) -> dict[str, object]:
+        response = httpx.get(f"{self.services[name].debug_url}/debug/state")
+        response.raise_for_status()
+        return dict(response.json())
+
+    def check_clean(self, timeout_s: float = 15.0) -> None:
+        """Every worker comes to rest with all its blocks free, and its pool's books are right."""
+        for service in self.services.values():
+            if service.role != "router" and service.process.is_alive():
+                self.wait_for(lambda name=service.name: self._is_at_rest(name), f"{service.name} to rest", timeout_s)
+                response = httpx.get(f"{service.debug_url}/debug/integrity")
+                assert response.status_code == 200, f"{service.name}: {response.text}"
+
+    def _is_at_rest(self, name: str) -> bool:
+        engine = self.debug_state(name)["engine"]
+        assert isinstance(engine, dict)
+        return (
+            engine["num_free_blocks"] == engine["num_blocks"]
+            and engine["num_running"] == engine["num_waiting"] == engine["num_lent_blocks"] == 0
+        )
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def _run_service(role: str, argv: list[str], log_path: str, environ: dict[str, str]) -> None:
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(environ)
+    if role == "router":
+        from services.router.__main__ import main
+    elif role == "prefill":
+        from services.prefill.__main__ import main
+    else:
+        from services.decode.__main__ import main
+    sys.exit(main(argv))
