@@ -21,11 +21,13 @@ from kvstore.memory import BlockMemory
 from services.engine.batch import Batch, SampledBatch
 from services.engine.capacity import choose_num_blocks
 from services.engine.config import EngineConfig
+from services.engine.limits import SchedulerConfig
 from services.engine.memory import block_memory
 from services.engine.model import LoadedModel, load_model
 from services.engine.request import InvalidRequest, Request, RequestUpdate, SampledToken, SamplingParams
 from services.engine.runner import ModelRunner
-from services.engine.scheduler import Scheduler, SchedulerConfig, SchedulerStats
+from services.engine.scheduler import Scheduler
+from services.engine.stats import SchedulerStats
 from services.lifecycle import Event
 
 # As `vllm serve` spells them.
@@ -158,7 +160,7 @@ class Engine:
 
     def lend_blocks(self, block_ids: Sequence[int]) -> None:
         """Take one more reference on each block for the caller, so that they outlive their request."""
-        self._scheduler.lend(block_ids)
+        self._scheduler.loans.lend(block_ids)
 
     def release_blocks(self, block_ids: Sequence[int]) -> None:
         """Give back references that `hold_blocks`, `lend_blocks` or a reservation left to the caller.
@@ -232,7 +234,7 @@ class Engine:
             num_blocks=self.pool.num_blocks,
             num_waiting_tokens=scheduler.num_waiting_tokens,
             num_cached_blocks=self.pool.num_cached,
-            num_lent_blocks=scheduler.num_lent_blocks,
+            num_lent_blocks=scheduler.loans.num_blocks,
         )
 
     def check_integrity(self) -> None:

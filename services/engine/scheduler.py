@@ -18,13 +18,15 @@ Pure: no clock, no tensors, no threads. A step is `schedule` (takes blocks, retu
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from kvstore.block_hash import BlockHash, extend_hashes, namespace
+from kvstore.block_hash import BlockHash
 from kvstore.block_pool import BlockPool
 from services.engine.batch import Batch, BatchBuilder, SampledBatch, SampledSequence, ScheduledSequence
+from services.engine.block_tables import TakenBlocks, extend_block_hashes, publish_full_blocks, take_blocks
+from services.engine.limits import SchedulerConfig, check_fits
+from services.engine.loans import Loans
 from services.engine.request import (
     EngineError,
     FinishReason,
@@ -35,49 +37,11 @@ from services.engine.request import (
     RequestUpdate,
     SampledToken,
 )
-
-# Rows of [vocab_size] logits that prompt logprobs may cost in one step: 256 of 152,000 are 155 MB.
-MAX_PROMPT_LOGPROB_ROWS = 256
+from services.engine.stats import SchedulerStats
 
 
 class NotReserved(EngineError):
     """A request was to join the running ones that has no place among them: it was aborted, or never granted one."""
-
-
-class NotLent(EngineError):
-    """The caller gave back, or wants to use, a block that it does not hold: a bug of the caller."""
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """What the scheduler must know about model and limits."""
-
-    block_size: int
-    max_model_len: int
-    model_fingerprint: str
-    eos_token_ids: frozenset[int] = frozenset()
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    max_chunk_tokens: int = 512  # of one prompt in one step
-    max_num_waiting: int = 1024
-
-    @property
-    def max_rows(self) -> int:
-        """Requests that may run at once: each running request can then decode in every step."""
-        return min(self.max_num_seqs, self.max_num_batched_tokens)
-
-
-@dataclass
-class SchedulerStats:
-    """Counts since the start."""
-
-    num_steps: int = 0
-    num_preemptions: int = 0
-    num_prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
-    num_prefix_hits: int = 0  # of these, found
-    num_prompt_tokens: int = 0  # computed, recomputation included
-    num_generated_tokens: int = 0
-    num_finished: Counter[FinishReason] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -105,13 +69,13 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
         self.config = config
         self.pool = pool
+        self.loans = Loans(pool)
         self.stats = SchedulerStats()
         self._entries: dict[str, _Entry] = {}  # every live request, by id
         self._waiting: list[_Entry] = []  # WAITING and PREEMPTED, sorted
         self._reserving: list[_Entry] = []  # sorted
         self._running: list[_Entry] = []  # sorted
         self._reserved: dict[str, _Entry] = {}
-        self._lent: Counter[int] = Counter()  # references that callers hold, by block id
         self._num_arrivals = 0
         self._in_flight: Batch | None = None
         self._dying: list[list[int]] = []  # block tables of requests aborted in mid-step; freed by `update`
@@ -141,16 +105,6 @@ class Scheduler:
         """Prompt tokens (and tokens to compute again) that are not computed yet, here."""
         remaining = [e.request.num_tokens - e.request.num_computed_tokens for e in (*self._waiting, *self._running)]
         return sum(num_tokens for num_tokens in remaining if num_tokens > 1)  # 1: a decode row
-
-    @property
-    def num_lent_blocks(self) -> int:
-        """Blocks to which callers hold references."""
-        return len(self._lent)
-
-    def find(self, request_id: str) -> Request | None:
-        """The live request of that id."""
-        entry = self._entries.get(request_id)
-        return None if entry is None else entry.request
 
     def add(self, request: Request) -> None:
         """Queue a request to be computed here. Raises `InvalidRequest` or `QueueFull`, changing nothing."""
@@ -204,15 +158,9 @@ class Scheduler:
         self._something_changed = True
         return True
 
-    def lend(self, block_ids: Sequence[int]) -> None:
-        """Take one more reference on each block, for the caller, who gives it back with `release_lent`."""
-        self.pool.acquire(block_ids)
-        self._lent.update(block_ids)
-
     def release_lent(self, block_ids: Sequence[int]) -> None:
         """Take back references that were lent. Raises `NotLent`, changing nothing, for one that was not."""
-        self._end_loan(block_ids)
-        self.pool.release(block_ids)
+        self.loans.release(block_ids)
         self._something_changed = True
 
     def grant_reservations(self) -> list[GrantedReservation]:
@@ -225,13 +173,12 @@ class Scheduler:
             blocks = self._take_blocks(entry.request, entry.request.block_hashes)
             if blocks is None:
                 break
-            block_ids, num_present = blocks
             del self._reserving[0]
             entry.request.move_to(RequestStatus.RESERVED)
             self._reserved[entry.request.request_id] = entry
-            self._lent.update(block_ids)
+            self.loans.pass_over(blocks.block_ids)
             self._something_changed = True
-            granted.append(GrantedReservation(entry.request, block_ids, num_present))
+            granted.append(GrantedReservation(entry.request, blocks.block_ids, blocks.num_present))
         return granted
 
     def add_prefilled(self, request: Request, block_ids: Sequence[int], first_token: SampledToken) -> RequestUpdate:
@@ -242,26 +189,26 @@ class Scheduler:
         the last.
         """
         entry = self._reserved.get(request.request_id)
-        num_needed = self._num_blocks_for(request.num_prompt_tokens)
+        num_needed = self.config.num_blocks_for(request.num_prompt_tokens)
         if entry is None or entry.request is not request or len(block_ids) != num_needed:
             raise NotReserved(
                 f"request {request.request_id} is {request.status.name} and comes with {len(block_ids)} blocks; "
                 f"it must be RESERVED and needs {num_needed}"
             )
-        self._end_loan(block_ids)
+        self.loans.take_over(block_ids)
         request.move_to(RequestStatus.RUNNING)
         del self._reserved[request.request_id]
         request.block_table = list(block_ids)
         request.was_scheduled = True
         request.num_computed_tokens = request.num_prompt_tokens
         insort(self._running, entry)
-        self._publish_full_blocks(request)
+        publish_full_blocks(self.pool, request, self.config)
         return self._book_token(entry, ScheduledSequence(request, 0, 0, False, True, None), first_token)
 
     def schedule(self) -> Batch | None:
         """Choose the next step's work and take its blocks; None where nothing can run. `update` must follow."""
         assert self._in_flight is None, "schedule was called twice without update"
-        step = BatchBuilder(self.config.max_num_batched_tokens, MAX_PROMPT_LOGPROB_ROWS)
+        step = BatchBuilder(self.config.max_num_batched_tokens, self.config.max_prompt_logprob_rows)
         self._schedule_decodes(step)
         self._schedule_started_prompts(step)
         self._schedule_queue(step)
@@ -291,7 +238,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise unless every request is in one place that fits its status, and every reference has a holder."""
-        held = Counter(self._lent)
+        held = self.loans.references()
         for block_table in self._dying:
             held.update(block_table)
         for entry in self._running:
@@ -313,7 +260,7 @@ class Scheduler:
             f"{entry.request.request_id} has {len(entry.request.block_table)} blocks for "
             f"{entry.request.num_computed_tokens} computed tokens"
             for entry in self._running
-            if len(entry.request.block_table) < self._num_blocks_for(entry.request.num_computed_tokens)
+            if len(entry.request.block_table) < self.config.num_blocks_for(entry.request.num_computed_tokens)
         ]
         if sum(len(entries) for entries, _ in places) != len(self._entries):
             problems.append(f"{len(self._entries)} live requests, {[len(entries) for entries, _ in places]} in places")
@@ -324,39 +271,18 @@ class Scheduler:
 
     def _enter(self, request: Request, status: RequestStatus) -> _Entry:
         """Make the request live."""
-        self._check_fits(request)
+        check_fits(request, self.config, self.pool.num_blocks)
         num_queued = len(self._waiting) + len(self._reserving)
         if num_queued >= self.config.max_num_waiting:
             raise QueueFull(f"{num_queued} requests wait, which is the limit")
         if request.request_id in self._entries:
             raise InvalidRequest("request_id", f"{request.request_id} is in use")
-        self._extend_hashes(request)
+        extend_block_hashes(request, self.config)
         request.move_to(status)
         self._num_arrivals += 1
         entry = _Entry(request.priority, request.arrival_s, self._num_arrivals, request)
         self._entries[request.request_id] = entry
         return entry
-
-    def _check_fits(self, request: Request) -> None:
-        limit = self.config.max_model_len
-        if request.num_prompt_tokens < 1:
-            raise InvalidRequest("prompt", "must have at least one token")
-        if request.num_prompt_tokens > limit - 1:
-            raise InvalidRequest(
-                "prompt",
-                f"has {request.num_prompt_tokens} tokens; the context of {limit} must hold the output, too",
-            )
-        # The last token's KV is never computed, but its place is what lets a preempted request always come back.
-        num_tokens = min(request.num_prompt_tokens + request.sampling.max_tokens, limit)
-        if request.hold_blocks:
-            num_tokens = request.num_prompt_tokens + 1
-        num_blocks = self._num_blocks_for(num_tokens)
-        if num_blocks > self.pool.num_blocks:
-            raise InvalidRequest(
-                "max_tokens",
-                f"{request.num_prompt_tokens} prompt tokens with at most {num_tokens - request.num_prompt_tokens} of "
-                f"output need {num_blocks} KV blocks of {self.config.block_size}; there are {self.pool.num_blocks}",
-            )
 
     def _leave_reservation(self, request: Request) -> None:
         entry = self._entries.pop(request.request_id)
@@ -365,13 +291,14 @@ class Scheduler:
         self._something_changed = True
 
     def _leave_running(self, entry: _Entry) -> None:
-        """Take a request out of the running ones and free its blocks; its table is left to read."""
+        """Take a request out of the running ones and free its blocks."""
         self._running.remove(entry)
         in_flight = self._in_flight.sequences if self._in_flight is not None else ()
         if any(sequence.request is entry.request for sequence in in_flight):
             self._dying.append(entry.request.block_table)
         else:
             self.pool.release(entry.request.block_table)
+        entry.request.block_table = []
 
     def _finished(self, request: Request) -> None:
         assert request.finish_reason is not None
@@ -394,7 +321,7 @@ class Scheduler:
             request = entry.request
             if request.num_tokens - request.num_computed_tokens != 1 or request.status is not RequestStatus.RUNNING:
                 continue
-            num_missing = self._num_blocks_for(request.num_tokens) - len(request.block_table)
+            num_missing = self.config.num_blocks_for(request.num_tokens) - len(request.block_table)
             # The last in the order goes first. As `entry` walks in that order, nobody who is in the step is preempted.
             while num_missing > self.pool.num_free and request.status is RequestStatus.RUNNING:
                 self._preempt(self._running[-1], step)
@@ -429,17 +356,18 @@ class Scheduler:
         blocks = self._take_blocks(request, () if request.wants_prompt_logprobs else request.block_hashes)
         if blocks is None:
             return False
-        request.block_table, num_present = blocks
-        step.new_block_ids += request.block_table[num_present:]
+        num_present = blocks.num_present
+        step.new_block_ids += blocks.block_ids[num_present:]
         num_cached_tokens = num_present * self.config.block_size
         if num_cached_tokens == request.num_tokens:
             # All is there but the logits. The last token is computed again, in a block of the request's own.
             num_cached_tokens -= 1
             num_present -= 1
-            block_id, source = self.pool.make_writable(request.block_table[-1])
-            request.block_table[-1] = block_id
+            block_id, source = self.pool.make_writable(blocks.block_ids[-1])
+            blocks.block_ids[-1] = block_id
             if source is not None:
                 step.copies.append((source, block_id))
+        request.block_table = blocks.block_ids
         if not request.was_scheduled:
             request.num_cached_tokens = num_cached_tokens
             self.stats.num_prefix_queries += request.num_prompt_tokens
@@ -460,49 +388,13 @@ class Scheduler:
             step.add(request, num_tokens)
         return num_tokens > 0
 
-    # ---- blocks ---------------------------------------------------------------
-
-    def _num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.config.block_size)
-
-    def _take_blocks(self, request: Request, hashes: Sequence[BlockHash]) -> tuple[list[int], int] | None:
-        """Blocks for all tokens of the request, one reference each, and how many of them the prefix cache had.
-
-        None, taking nothing, where there is no place in the batch or not enough blocks (rule 4).
-        """
+    def _take_blocks(self, request: Request, hashes: Sequence[BlockHash]) -> TakenBlocks | None:
+        """A place in the batch and blocks for all tokens of the request; None, taking nothing, if it must wait."""
         num_others = len(self._running) + len(self._reserved)
         if num_others >= self.config.max_rows:
             return None
-        block_ids = self.pool.match_prefix(hashes)
-        num_present = len(block_ids)
-        num_missing = self._num_blocks_for(request.num_tokens) - num_present
-        # A full hit whose last block others hold, too, needs one more to copy it to.
-        num_copies = int(num_missing == 0 and self.pool.num_references(block_ids[-1]) > 1)
-        if num_missing + num_copies + num_others > self.pool.num_free:
-            self.pool.release(block_ids)
-            return None
-        return block_ids + self.pool.allocate(num_missing), num_present
-
-    def _end_loan(self, block_ids: Sequence[int]) -> None:
-        wrong = [block_id for block_id, count in Counter(block_ids).items() if self._lent[block_id] < count]
-        if wrong:
-            raise NotLent(f"blocks {sorted(wrong)} are not lent: given back twice, or never lent")
-        for block_id in block_ids:
-            self._lent[block_id] -= 1
-            if not self._lent[block_id]:
-                del self._lent[block_id]
-
-    def _extend_hashes(self, request: Request) -> None:
-        root = namespace(self.config.model_fingerprint, request.cache_salt)
-        extend_hashes(root, request.block_hashes, request.token_ids, self.config.block_size)
-
-    def _publish_full_blocks(self, request: Request) -> None:
-        num_full = request.num_computed_tokens // self.config.block_size
-        if num_full > request.num_published_blocks:
-            self._extend_hashes(request)
-            for index in range(request.num_published_blocks, num_full):
-                self.pool.publish(request.block_table[index], request.block_hashes[index])
-            request.num_published_blocks = num_full
+        num_blocks = self.config.num_blocks_for(request.num_tokens)
+        return take_blocks(self.pool, hashes, num_blocks, headroom=num_others)
 
     # ---- booking a step's results -----------------------------------------------
 
@@ -516,7 +408,7 @@ class Scheduler:
             self.stats.num_prompt_tokens += sequence.num_tokens
         if sequence.num_prompt_logprobs is not None:
             request.prompt_logprobs += result.prompt_logprobs
-        self._publish_full_blocks(request)
+        publish_full_blocks(self.pool, request, self.config)
         if not sequence.needs_sample:
             return RequestUpdate(request, sequence.is_first, request.num_computed_tokens)
         assert result.token is not None, f"{request.request_id}: the runner returned no token"
@@ -538,7 +430,7 @@ class Scheduler:
         del self._entries[request.request_id]
         if request.hold_blocks and token is not None:
             self._running.remove(entry)
-            self._lent.update(request.block_table)
+            self.loans.pass_over(request.block_table)
         else:
             self._leave_running(entry)
         request.finish_reason = reason
