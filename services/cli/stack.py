@@ -7,7 +7,9 @@ import signal
 import ssl
 from collections.abc import Callable, Sequence
 
+from kvstore.embedded_redis import EmbeddedRedis
 from services.cli.console import Display
+from services.cli.private_redis import keep_redis
 from services.cli.spec import Stack
 from services.cli.supervise import Child, ChildFailed
 
@@ -15,11 +17,28 @@ _READY_RETRY_S = 0.2
 _HTTP_TIMEOUT_S = 5.0
 
 
-async def run_stack(stack: Stack, display: Display, startup_timeout_s: float, announce: Callable[[], None]) -> int:
+async def run_stack(
+    stack: Stack,
+    display: Display,
+    startup_timeout_s: float,
+    announce: Callable[[], None],
+    redis: EmbeddedRedis | None = None,
+) -> int:
     """Starts the processes, calls `announce` when the router is ready, keeps them running until a signal, stops them.
 
-    Returns the exit status: 1 if the stack did not come up.
+    `redis` is the private server, if there is one; it is kept running, too, and closed last. Returns the exit status:
+    1 if the stack did not come up.
     """
+    registry = asyncio.create_task(keep_redis(redis, display), name="redis") if redis else None
+    try:
+        return await _run(stack, display, startup_timeout_s, announce)
+    finally:
+        if registry is not None:
+            registry.cancel()
+            await asyncio.gather(registry, return_exceptions=True)
+
+
+async def _run(stack: Stack, display: Display, startup_timeout_s: float, announce: Callable[[], None]) -> int:
     router = Child(stack.router, display)
     workers = [Child(spec, display) for spec in stack.workers]
     stop = _catch_signals([router, *workers], display)

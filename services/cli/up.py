@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 
 from services.cli.config import DEMO_MODEL, UpConfig
 from services.cli.example import curl_line, example_request
@@ -69,9 +70,10 @@ def main(argv: Sequence[str]) -> int:
         except (StartFailed, RedisServerError, RedisUnusable) as error:
             print(f"tandem up: {error}", file=sys.stderr)
             return 1
-        names = ["tandem", stack.router.name, *(spec.name for spec in stack.workers)]
+        names = ["tandem", "redis", stack.router.name, *(spec.name for spec in stack.workers)]
         display = make_display(names, config.log_format == "json")
-        return asyncio.run(run_stack(stack, display, config.startup_timeout_s, lambda: print_example(stack, model)))
+        announce = partial(print_example, stack, model)
+        return asyncio.run(run_stack(stack, display, config.startup_timeout_s, announce, redis))
 
 
 def choose_model(model: str) -> tuple[str, str]:

@@ -1,0 +1,96 @@
+"""Logs: one record is one line, for people and for machines, and the launcher's progress lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from services.logs import bound, configure_logging, parse_progress, parse_ready, report_progress, report_ready
+
+
+@pytest.fixture(autouse=True)
+def _restore_root_logger() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def logged(format: str, level: str = "info") -> tuple[logging.Logger, io.StringIO]:
+    stream = io.StringIO()
+    configure_logging(level, format, fields={"worker_id": "decode-0"}, stream=stream)
+    return logging.getLogger("tests.logs"), stream
+
+
+def test_json_lines_carry_message_fields_and_extras() -> None:
+    log, stream = logged("json")
+    bound(log, request_id="r1").info("read %d blocks", 3, extra={"num_blocks": 3})
+    entry = json.loads(stream.getvalue())
+    assert entry.pop("time").endswith("Z")
+    assert entry == {
+        "level": "info",
+        "logger": "tests.logs",
+        "message": "read 3 blocks",
+        "worker_id": "decode-0",
+        "request_id": "r1",
+        "num_blocks": 3,
+    }
+
+
+def test_json_lines_carry_the_exception() -> None:
+    log, stream = logged("json")
+    try:
+        raise ValueError("boom")
+    except ValueError:
+        log.exception("failed")
+    assert "ValueError: boom" in json.loads(stream.getvalue())["exception"]
+
+
+def test_auto_is_json_where_there_is_no_terminal() -> None:
+    log, stream = logged("auto")
+    log.info("hello")
+    assert json.loads(stream.getvalue())["message"] == "hello"
+
+
+def test_text_shows_extras_behind_the_message() -> None:
+    log, stream = logged("text")
+    bound(log, request_id="r1").warning("late")
+    assert stream.getvalue().endswith("WARNING tests.logs: late  request_id=r1\n")
+
+
+def test_a_line_break_in_a_message_cannot_forge_a_record() -> None:
+    log, stream = logged("text")
+    log.info("prompt %s", "a\n12:00:00.000 ERROR forged: b", extra={"user": "x\ny"})
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_level_drops_what_is_below_it() -> None:
+    log, stream = logged("text", level="warning")
+    log.info("hidden")
+    assert stream.getvalue() == ""
+
+
+def test_progress_is_reported_to_a_launcher_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TANDEM_LAUNCHER", raising=False)
+    report_progress(0.5)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("TANDEM_LAUNCHER", "1")
+    report_progress(0.5, "weights\n")
+    report_ready(grpc="127.0.0.1:1")
+    progress, ready = capsys.readouterr().err.splitlines()
+    assert parse_progress(progress) == (0.5, "weights\\n")
+    assert parse_ready(ready) == {"grpc": "127.0.0.1:1"}
+
+
+def test_other_lines_are_neither_progress_nor_ready() -> None:
+    for line in ("hello", "TANDEM-PROGRESS", "TANDEM-PROGRESS x", "TANDEM-READY [", "TANDEM-READY []", ""):
+        assert parse_progress(line) is None
+        assert parse_ready(line) is None
