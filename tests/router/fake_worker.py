@@ -1,0 +1,193 @@
+"""A decode worker without a model: follows the Session protocol of worker.proto, and says what its script says."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+
+from kvstore.registry import WorkerRecord
+from tandem.v1 import worker_pb2 as pb
+from tandem.v1.worker_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
+
+_counter = itertools.count(1)
+
+
+@dataclass
+class Script:
+    """What a worker does with one request: frames of tokens, one after the other, and how it ends."""
+
+    frames: Sequence[Sequence[int]] = ()
+    finish: int = pb.FINISH_REASON_LENGTH  # FINISH_REASON_UNSPECIFIED: it never ends
+    error: pb.Error | None = None
+    stop_token_id: int | None = None
+    pause_s: float = 0.0  # before each frame
+    num_cached_tokens: int = 0
+
+
+Reply = Callable[[pb.GenerateRequest], Script]
+
+
+def endless(token_ids: Sequence[int], eos_token_id: int | None = None, tokens_per_frame: int = 1) -> Reply:
+    """Repeats the tokens up to max_tokens, or says them once and then end-of-sequence (unless ignore_eos)."""
+
+    def reply(request: pb.GenerateRequest) -> Script:
+        limit = request.sampling.max_tokens
+        if eos_token_id is not None and not request.sampling.ignore_eos:
+            tokens = [*token_ids, eos_token_id]
+            finish = pb.FINISH_REASON_STOP if len(tokens) <= limit else pb.FINISH_REASON_LENGTH
+        else:
+            tokens, finish = list(itertools.islice(itertools.cycle(token_ids), limit)), pb.FINISH_REASON_LENGTH
+        tokens = tokens[:limit]
+        frames = [tokens[i : i + tokens_per_frame] for i in range(0, len(tokens), tokens_per_frame)]
+        return Script(frames, finish)
+
+    return reply
+
+
+def failing(code: int, message: str = "as the test wants it", after: Sequence[Sequence[int]] = ()) -> Reply:
+    """Fails with this error, after some frames."""
+    return lambda request: Script(after, pb.FINISH_REASON_ERROR, pb.Error(code=code, message=message))
+
+
+def position(token_id: int, num_top: int) -> pb.PositionLogprobs:
+    """Made-up log probabilities: the chosen token is the likeliest at -0.5, its neighbours follow at -1, -2 …"""
+    top = [pb.TokenLogprob(token_id=token_id, logprob=-0.5, rank=1)]
+    top += [pb.TokenLogprob(token_id=token_id + i, logprob=-float(i), rank=i + 1) for i in range(1, num_top)]
+    return pb.PositionLogprobs(chosen=top[0], top=top[:num_top])
+
+
+def prompt_positions(request: pb.GenerateRequest) -> list[pb.PositionLogprobs]:
+    if not request.sampling.HasField("prompt_logprobs"):
+        return []
+    first, *rest = request.prompt_token_ids
+    del first
+    return [pb.PositionLogprobs(), *(position(token_id, request.sampling.prompt_logprobs) for token_id in rest)]
+
+
+@dataclass
+class FakeWorker(DecodeServiceServicer):
+    """One decode worker. `reply` may be replaced at any time."""
+
+    reply: Reply
+    model_names: tuple[str, ...] = ("tiny",)
+    model_path: str = ""
+    max_model_len: int = 256
+    worker_id: str = ""
+    load: pb.Load = field(default_factory=pb.Load)
+    requests: list[pb.GenerateRequest] = field(default_factory=list)
+    aborts: list[pb.AbortRequest] = field(default_factory=list)
+    hellos: list[pb.SessionHello] = field(default_factory=list)
+    live: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        number = next(_counter)
+        self.worker_id = self.worker_id or f"fake-{number}"
+        self.incarnation = f"{number:024x}"
+        self.port = 0
+        self._server: grpc.aio.Server | None = None
+        self._abort_seen = asyncio.Event()
+
+    async def start(self) -> None:
+        self._server = grpc.aio.server()
+        add_DecodeServiceServicer_to_server(self, self._server)
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """As if the process were killed."""
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
+
+    def record(self, role: str = "decode") -> WorkerRecord:
+        return WorkerRecord(
+            worker_id=self.worker_id,
+            role=role,
+            incarnation=self.incarnation,
+            served_model_names=self.model_names,
+            model_path=self.model_path,
+            tokenizer_path=self.model_path,
+            model_fingerprint="f" * 32,
+            grpc_address=f"127.0.0.1:{self.port}",
+            kv_address="127.0.0.1:1",
+            http_address="127.0.0.1:2",
+            block_size=32,
+            num_blocks=64,
+            max_model_len=self.max_model_len,
+            max_num_seqs=8,
+            dtype="float32",
+            transports=("memory",),
+        )
+
+    async def wait_for_abort(self, num_aborts: int) -> None:
+        async with asyncio.timeout(10):
+            while len(self.aborts) < num_aborts:
+                self._abort_seen.clear()
+                await self._abort_seen.wait()
+
+    async def Session(self, request_iterator, context):  # noqa: N802
+        frames: asyncio.Queue[pb.SessionFrame | None] = asyncio.Queue()
+        reader = asyncio.create_task(self._read(request_iterator, frames))
+        try:
+            while (frame := await frames.get()) is not None:
+                yield frame
+        finally:
+            reader.cancel()
+            for task in self.live.values():
+                task.cancel()
+            self.live.clear()
+
+    async def _read(self, requests, frames: asyncio.Queue[pb.SessionFrame | None]) -> None:
+        async for message in requests:
+            if message.HasField("hello"):
+                self.hellos.append(message.hello)
+                frames.put_nowait(pb.SessionFrame(load=self.load, incarnation=self.incarnation))
+            elif message.HasField("generate"):
+                self.requests.append(message.generate)
+                self.live[message.generate.handle] = asyncio.create_task(self._run(message.generate, frames))
+            elif message.HasField("abort"):
+                self.aborts.append(message.abort)
+                self._abort_seen.set()
+                task = self.live.pop(message.abort.handle, None)
+                if task is not None:
+                    task.cancel()
+        frames.put_nowait(None)
+
+    async def _run(self, request: pb.GenerateRequest, frames: asyncio.Queue[pb.SessionFrame | None]) -> None:
+        script = self.reply(request)
+        num_generated = 0
+        num_frames = len(script.frames)
+        for index, token_ids in enumerate(script.frames):
+            await asyncio.sleep(script.pause_s)
+            num_generated += len(token_ids)
+            output = pb.Output(handle=request.handle, token_ids=token_ids)
+            if request.sampling.HasField("logprobs"):
+                output.logprobs.extend(position(token_id, request.sampling.logprobs) for token_id in token_ids)
+            if index == 0:
+                output.prompt_logprobs.extend(prompt_positions(request))
+            if index == num_frames - 1 and script.error is None:
+                self._end(output, request, script, num_generated)
+            frames.put_nowait(pb.SessionFrame(outputs=[output]))
+        if script.error is not None or not num_frames:
+            output = pb.Output(handle=request.handle)
+            self._end(output, request, script, num_generated)
+            if output.finish_reason:
+                frames.put_nowait(pb.SessionFrame(outputs=[output]))
+        if script.finish:
+            self.live.pop(request.handle, None)
+
+    def _end(self, output: pb.Output, request: pb.GenerateRequest, script: Script, num_generated: int) -> None:
+        output.finish_reason = script.finish
+        if script.error is not None:
+            output.error.CopyFrom(script.error)
+        if not script.finish:
+            return
+        if script.stop_token_id is not None:
+            output.stop_token_id = script.stop_token_id
+        output.usage.num_prompt_tokens = len(request.prompt_token_ids)
+        output.usage.num_generated_tokens = num_generated
+        output.usage.num_cached_tokens = script.num_cached_tokens

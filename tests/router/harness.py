@@ -1,0 +1,125 @@
+"""A router with fake workers, served over real HTTP from an event loop in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import uvicorn
+
+from kvstore.registry import WorkerRecord
+from services.router.app import make_app
+from services.router.config import RouterConfig
+from services.router.process import bind, open_parts
+from services.router.serving import RouterParts
+from tests.router.fake_worker import FakeWorker
+
+T = TypeVar("T")
+
+
+class FakeMembership:
+    """Who is registered, as the test says it."""
+
+    def __init__(self, records: tuple[WorkerRecord, ...] = ()) -> None:
+        self._records = records
+        self._callbacks: list[Callable[[tuple[WorkerRecord, ...]], None]] = []
+
+    def snapshot(self) -> tuple[WorkerRecord, ...]:
+        return self._records
+
+    def on_change(self, callback: Callable[[tuple[WorkerRecord, ...]], None]) -> None:
+        self._callbacks.append(callback)
+
+    def set(self, *records: WorkerRecord) -> None:
+        self._records = records
+        for callback in self._callbacks:
+            callback(records)
+
+
+@dataclass
+class Running:
+    """What a test can look into while the router serves."""
+
+    base_url: str
+    parts: RouterParts
+    membership: FakeMembership
+    workers: list[FakeWorker]
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Waits for something that another task is about to do."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+@asynccontextmanager
+async def running_router(config: RouterConfig, *workers: FakeWorker, extra_records: tuple[WorkerRecord, ...] = ()):
+    """In the current event loop: fake workers, and the router on a free port, ready to serve."""
+    for worker in workers:
+        await worker.start()
+    membership = FakeMembership((*(worker.record() for worker in workers), *extra_records))
+    listener = bind("127.0.0.1", 0)
+    try:
+        async with open_parts(config, membership, "router-under-test") as parts:
+            options = {"log_config": None, "access_log": False, "lifespan": "off"}
+            server = uvicorn.Server(uvicorn.Config(make_app(parts), timeout_graceful_shutdown=2, **options))
+            server.capture_signals = nullcontext  # type: ignore[assignment,method-assign]
+            serving = asyncio.create_task(server.serve([listener]))
+            names = {name for worker in workers for name in worker.model_names}
+            await until(lambda: parts.workers.num_sessions_up == len(workers) and names <= set(parts.models.names()))
+            await until(lambda: server.started)
+            try:
+                yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", parts, membership, list(workers))
+            finally:
+                server.should_exit = True
+                await serving
+    finally:
+        listener.close()
+        for worker in workers:
+            await worker.stop()
+
+
+@dataclass
+class ThreadedRouter:
+    """The same in a thread, for clients that block."""
+
+    config: RouterConfig
+    make_workers: Callable[[], list[FakeWorker]]
+    running: Running = field(init=False)
+
+    def __enter__(self) -> ThreadedRouter:
+        started: Future[Running] = Future()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(started)), name="router")
+        self._thread.start()
+        self.running = started.result(timeout=20)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(timeout=20)
+        assert not self._thread.is_alive()
+
+    @property
+    def base_url(self) -> str:
+        return self.running.base_url
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine in the router's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=20)
+
+    async def _serve(self, started: Future[Running]) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            async with running_router(self.config, *self.make_workers()) as running:
+                started.set_result(running)
+                await self._stop.wait()
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
