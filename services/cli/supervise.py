@@ -25,6 +25,7 @@ from services.logs import parse_progress, parse_ready
 _SHIM = str(Path(__file__).with_name("child.py"))
 _MAX_LINE_BYTES = 1 << 20
 _KEPT_LINES = 20
+_LAST_OUTPUT_S = 2.0
 STABLE_S = 60.0
 """A process that has run for so long before it died starts again with the shortest pause."""
 
@@ -63,6 +64,11 @@ class Child:
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _process: asyncio.subprocess.Process | None = None
     _lines: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
+
+    @property
+    def pid(self) -> int | None:
+        """The process id, None while no process runs."""
+        return self._process.pid if self._process is not None else None
 
     async def run(self) -> None:
         """Starts the program, again and again, until `stop()`. Raises ChildFailed if it never became ready."""
@@ -106,30 +112,46 @@ class Child:
     async def _run_once(self) -> int:
         """From start to exit; returns the exit status, negative for a signal."""
         cores = ",".join(str(core) for core in self.spec.cores)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", _SHIM, str(os.getpid()), cores, *self.spec.argv),
-            env=dict(self.spec.environ),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,  # a terminal's Ctrl-C is for the launcher alone, which stops the others in order
-        )
-        assert process.stdout is not None
+        # Our own pipe: with asyncio's, wait() would last until everybody who inherited it had closed it.
+        read_end, write_end = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", _SHIM, str(os.getpid()), cores, *self.spec.argv),
+                env=dict(self.spec.environ),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=write_end,
+                stderr=write_end,
+                start_new_session=True,  # a terminal's Ctrl-C is for the launcher alone, which then stops the others
+            )
+        except BaseException:
+            os.close(read_end)
+            raise
+        finally:
+            os.close(write_end)
         self._process = process
         if self._stopping.is_set():  # stop() came while it started, and found nothing to stop
             _kill_group(process)
-        output = asyncio.create_task(self._read_all(process.stdout), name=f"read {self.spec.name}")
+        output = asyncio.create_task(self._read_all(read_end), name=f"read {self.spec.name}")
         try:
             return await process.wait()
         finally:
-            _kill_group(process)  # what it left running would hold the other end of the pipe
+            _kill_group(process)  # and whatever it left running
             await process.wait()
-            await output
             self._process = None
+            with contextlib.suppress(TimeoutError):  # somebody who left the group may still hold the pipe
+                await asyncio.wait_for(output, _LAST_OUTPUT_S)
 
-    async def _read_all(self, output: asyncio.StreamReader) -> None:
-        async for line in _lines(output):
-            self._read(line)
+    async def _read_all(self, read_end: int) -> None:
+        reader = asyncio.StreamReader()
+        with os.fdopen(read_end, "rb") as pipe:
+            transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+                lambda: asyncio.StreamReaderProtocol(reader), pipe
+            )
+            try:
+                async for line in _lines(reader):
+                    self._read(line)
+            finally:
+                transport.close()
 
     def _read(self, line: str) -> None:
         progress = parse_progress(line)

@@ -1,0 +1,292 @@
+"""The launcher with small fake services: start, readiness, restart, clean stop, and no child left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from kvstore.embedded_redis import EmbeddedRedis
+from services.cli.private_redis import keep_redis
+from services.cli.spec import ChildSpec, Stack
+from services.cli.stack import run_stack
+from services.cli.supervise import Child, ChildFailed, describe_exit, restart_delay_s
+from services.cli.up import claim_port
+
+TIMEOUT_S = 30.0
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+
+WORKER = """
+import signal, sys, time
+from services.logs import report_progress, report_ready
+signal.signal(signal.SIGTERM, lambda *_: (print("drained", flush=True), sys.exit(0)))
+report_progress(0.5, "weights")
+print("loaded", flush=True)
+report_ready(worker_id="w")
+signal.pause()
+"""
+
+CRASHING = """
+import pathlib, sys, signal
+from services.logs import report_ready
+marker = pathlib.Path(sys.argv[1])
+report_ready()
+if not marker.exists():
+    marker.touch()
+    print("boom", flush=True)
+    sys.exit(3)
+print("second life", flush=True)
+signal.pause()
+"""
+
+STUBBORN = """
+import signal
+from services.logs import report_ready
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+report_ready()
+while True: signal.pause()
+"""
+
+ROUTER = """
+import http.server, signal, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/ready" else 404)
+        self.end_headers()
+    def log_message(self, *_): pass
+signal.signal(signal.SIGTERM, lambda *_: (print("router stops", flush=True), sys.exit(0)))
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@dataclass
+class Recorder:
+    """A display that keeps what it is shown, and calls back on a line."""
+
+    events: list[tuple[str, ...]] = field(default_factory=list)
+    on_line: Callable[[str, str], None] = lambda name, text: None
+
+    def line(self, name: str, text: str) -> None:
+        self.events.append((name, text))
+        self.on_line(name, text)
+
+    def progress(self, name: str, fraction: float, what: str) -> None:
+        self.events.append((name, "progress", f"{fraction:g}", what))
+
+    def ready(self, name: str) -> None:
+        self.events.append((name, "READY"))
+
+    def settled(self) -> None:
+        self.events.append(("settled",))
+
+
+def spec(name: str, code: str, *arguments: str, cores: tuple[int, ...] = (), grace_s: float = 10.0) -> ChildSpec:
+    environ = {**os.environ, "TANDEM_LAUNCHER": "1"}
+    return ChildSpec(name, (sys.executable, "-c", code, *arguments), environ, cores, grace_s)
+
+
+def stack(*workers: ChildSpec) -> Stack:
+    port = claim_port("127.0.0.1", 0)
+    return Stack(spec("router", ROUTER, str(port)), workers, "127.0.0.1", port, False, False, "m")
+
+
+def stop_with(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+async def test_a_stack_starts_announces_itself_and_stops_router_first() -> None:
+    shown = Recorder()
+    status = await run_stack(
+        stack(spec("prefill-0", WORKER), spec("decode-0", WORKER)), shown, TIMEOUT_S, stop_with(signal.SIGTERM)
+    )
+    assert status == 0
+    assert ("prefill-0", "progress", "0.5", "weights") in shown.events
+    assert {("prefill-0", "READY"), ("decode-0", "READY"), ("decode-0", "loaded")} <= set(shown.events)
+    router_stops = shown.events.index(("router", "router stops"))
+    assert router_stops < shown.events.index(("prefill-0", "drained"))
+    assert router_stops < shown.events.index(("decode-0", "drained"))
+
+
+async def test_a_worker_that_dies_at_its_start_stops_everything_with_its_last_lines() -> None:
+    shown = Recorder()
+    broken = spec("decode-0", "import sys; print('no such model'); sys.exit(4)")
+    announced: list[str] = []
+    status = await run_stack(
+        stack(spec("prefill-0", WORKER), broken), shown, TIMEOUT_S, lambda: announced.append("ready")
+    )
+    assert status == 1
+    assert announced == []
+    failure = shown.events.index(("tandem", "decode-0 exited with status 4 before it was ready; its last lines:"))
+    assert shown.events[failure + 1] == ("decode-0", "no such model")
+
+
+async def test_a_stack_that_does_not_become_ready_in_time_is_stopped() -> None:
+    shown = Recorder()
+    sleeper = spec("decode-0", "import signal; signal.pause()")
+    assert await run_stack(stack(sleeper), shown, 0.2, lambda: None) == 1
+    assert ("tandem", "not ready within 0.2 s (--startup-timeout-s): decode-0, router") in shown.events
+
+
+async def test_a_signal_during_the_start_stops_it() -> None:
+    shown = Recorder()
+    shown.on_line = lambda name, text: os.kill(os.getpid(), signal.SIGINT) if text == "loading" else None
+    loading = spec("decode-0", "import signal; print('loading', flush=True); signal.pause()")
+    assert await run_stack(stack(loading), shown, TIMEOUT_S, lambda: None) == 0
+
+
+async def test_a_second_signal_kills_at_once() -> None:
+    shown = Recorder()
+    shown.on_line = lambda name, text: os.kill(os.getpid(), signal.SIGINT) if text == "router stops" else None
+    stubborn = spec("decode-0", STUBBORN, grace_s=600)
+    assert await run_stack(stack(stubborn), shown, TIMEOUT_S, stop_with(signal.SIGINT)) == 0
+
+
+async def test_a_child_that_dies_later_is_started_again(tmp_path: Path) -> None:
+    shown, second_life = Recorder(), asyncio.Event()
+    shown.on_line = lambda name, text: second_life.set() if text == "second life" else None
+    child = Child(spec("decode-0", CRASHING, str(tmp_path / "marker")), shown, delay_s=lambda num_failures: 0.0)
+    running = asyncio.create_task(child.run())
+    await asyncio.wait_for(second_life.wait(), TIMEOUT_S)
+    await child.stop()
+    await running
+    assert ("decode-0", "exited with status 3; starting it again in 0 s") in shown.events
+    assert child.num_restarts == 1
+
+
+async def test_a_stop_ends_the_pause_before_a_restart(tmp_path: Path) -> None:
+    shown, paused = Recorder(), asyncio.Event()
+    shown.on_line = lambda name, text: paused.set() if "starting it again" in text else None
+    child = Child(spec("decode-0", CRASHING, str(tmp_path / "marker")), shown, delay_s=lambda num_failures: 3600.0)
+    running = asyncio.create_task(child.run())
+    await asyncio.wait_for(paused.wait(), TIMEOUT_S)
+    await child.stop()
+    await asyncio.wait_for(running, TIMEOUT_S)
+
+
+async def test_a_child_that_ignores_sigterm_is_killed_after_its_grace() -> None:
+    shown = Recorder()
+    child = Child(spec("decode-0", STUBBORN), shown)
+    running = asyncio.create_task(child.run())
+    await asyncio.wait_for(child.ready.wait(), TIMEOUT_S)
+    await child.stop(grace_s=0.05)
+    await asyncio.wait_for(running, TIMEOUT_S)
+    assert ("decode-0", "did not stop within 0.05 s: killed") in shown.events
+
+
+async def test_a_stop_before_the_process_is_there_stops_it_too() -> None:
+    child = Child(spec("decode-0", WORKER), Recorder())
+    running = asyncio.create_task(child.run())
+    await asyncio.sleep(0)
+    await child.stop()
+    await asyncio.wait_for(running, TIMEOUT_S)
+
+
+@needs_linux
+async def test_what_a_child_leaves_running_goes_with_it() -> None:
+    code = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(0.1)"
+    descriptors: list[int] = []
+    shown = Recorder(on_line=lambda name, text: descriptors.append(os.pidfd_open(int(text))))
+    child = Child(spec("decode-0", code), shown)
+    with pytest.raises(ChildFailed):  # it would wait for the end of the output for ever, did `sleep` hold the pipe
+        await asyncio.wait_for(child.run(), TIMEOUT_S)
+    await wait_until_gone(descriptors[0])
+    os.close(descriptors[0])
+
+
+@needs_linux
+async def test_a_child_is_pinned_to_its_cores() -> None:
+    core = min(os.sched_getaffinity(0))
+    shown = Recorder()
+    child = Child(spec("decode-0", "import os; print(sorted(os.sched_getaffinity(0)))", cores=(core,)), shown)
+    with pytest.raises(ChildFailed):
+        await child.run()
+    assert shown.events == [("decode-0", f"[{core}]")]
+
+
+async def test_long_and_unfinished_lines_come_through() -> None:
+    shown = Recorder()
+    child = Child(spec("decode-0", "print('x' * 200_000); print('end', end='')"), shown)
+    with pytest.raises(ChildFailed):
+        await child.run()
+    assert shown.events == [("decode-0", "x" * 200_000), ("decode-0", "end")]
+
+
+@needs_linux
+def test_no_child_outlives_a_launcher_that_is_killed() -> None:
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, STUBBORN], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    assert launcher.stdout is not None
+    with launcher.stdout:
+        pid = int(launcher.stdout.readline())
+        descriptor = os.pidfd_open(pid)
+        launcher.kill()
+        launcher.wait(TIMEOUT_S)
+    try:
+        asyncio.run(wait_until_gone(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+LAUNCHER = textwrap.dedent(
+    """
+    import asyncio, os, sys
+    from services.cli.console import PlainDisplay
+    from services.cli.spec import ChildSpec
+    from services.cli.supervise import Child
+
+    async def main():
+        environ = {**os.environ, "TANDEM_LAUNCHER": "1"}
+        child = Child(ChildSpec("decode-0", (sys.executable, "-c", sys.argv[1]), environ), PlainDisplay([], sys.stderr))
+        running = asyncio.create_task(child.run())
+        await child.ready.wait()
+        print(child.pid, flush=True)
+        await running
+
+    asyncio.run(main())
+    """
+)
+
+
+async def test_the_private_redis_is_started_again_on_its_port() -> None:
+    shown, restarted = Recorder(), asyncio.Event()
+    shown.on_line = lambda name, text: restarted.set()
+    server = EmbeddedRedis.start()
+    keeper = asyncio.create_task(keep_redis(server, shown))
+    await asyncio.sleep(0)
+    os.kill(server.pid, signal.SIGKILL)
+    await asyncio.wait_for(restarted.wait(), TIMEOUT_S)
+    await asyncio.sleep(0)  # the restart itself does not yield
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(b"PING\r\n")
+    assert await reader.readline() == b"+PONG\r\n"
+    writer.close()
+    await writer.wait_closed()
+    keeper.cancel()
+    await asyncio.gather(keeper, return_exceptions=True)
+
+
+def test_pauses_before_restarts_double_and_are_bounded() -> None:
+    assert [restart_delay_s(num) for num in (1, 2, 3, 6, 99)] == [1, 2, 4, 30, 30]
+
+
+def test_exits_are_described_in_words() -> None:
+    assert describe_exit(2) == "exited with status 2"
+    assert describe_exit(-11) == "was killed by SIGSEGV"
+    assert describe_exit(-9) == "was killed by SIGKILL (out of memory?)"
+
+
+async def wait_until_gone(descriptor: int) -> None:
+    gone = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(descriptor, gone.set)
+    await asyncio.wait_for(gone.wait(), TIMEOUT_S)
+    loop.remove_reader(descriptor)

@@ -1,0 +1,143 @@
+"""Which processes `tandem up` starts, with which flags and environment."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from services.cli.config import UpConfig
+from services.cli.placement import Placement
+from services.cli.plan import num_workers, plan_stack, router_settings, up_settings, worker_settings
+from services.cli.spec import ChildSpec, Stack
+from services.decode.config import DecodeConfig
+from services.prefill.config import PrefillConfig
+from services.router.config import RouterConfig
+from services.settings import SettingsError, build_settings, collect_settings, make_parser, resolve_settings
+
+ENVIRON = {"PATH": os.environ["PATH"], "TANDEM_PORT": "9999", "TANDEM_MAX_NUM_SEQS": "8"}
+
+
+def plan(*argv: str, placements: list[Placement] | None = None, environ: dict[str, str] | None = None) -> Stack:
+    given = collect_settings(up_settings(), argv, environ or {}, make_parser(up_settings()))
+    config = build_settings(UpConfig, given)
+    return plan_stack(
+        config,
+        given,
+        model="/models/m",
+        served_model_name="m",
+        redis="redis://:hunter2@127.0.0.1:7000/0",
+        port=8123,
+        placements=placements or [Placement()] * num_workers(config),
+        environ=ENVIRON,
+    )
+
+
+def config_of(spec: ChildSpec, cls: type[PrefillConfig] | type[DecodeConfig] | type[RouterConfig]) -> object:
+    """The settings that the process will make of its flags and environment."""
+    return resolve_settings(cls, spec.argv[3:], {k: v for k, v in spec.environ.items() if k != "TANDEM_LAUNCHER"})
+
+
+def prefill_of(spec: ChildSpec) -> PrefillConfig:
+    config = config_of(spec, PrefillConfig)
+    assert isinstance(config, PrefillConfig)
+    return config
+
+
+def decode_of(spec: ChildSpec) -> DecodeConfig:
+    config = config_of(spec, DecodeConfig)
+    assert isinstance(config, DecodeConfig)
+    return config
+
+
+def router_of(spec: ChildSpec) -> RouterConfig:
+    config = config_of(spec, RouterConfig)
+    assert isinstance(config, RouterConfig)
+    return config
+
+
+def test_one_of_each_by_default() -> None:
+    stack = plan()
+    assert [spec.name for spec in stack.workers] == ["prefill-0", "decode-0"]
+    prefill, decode, router = prefill_of(stack.workers[0]), decode_of(stack.workers[1]), router_of(stack.router)
+    assert (prefill.worker_id, decode.worker_id, router.port) == ("prefill-0", "decode-0", 8123)
+    assert {config.redis for config in (prefill, decode, router)} == {"redis://:hunter2@127.0.0.1:7000/0"}
+    assert {config.model for config in (prefill, decode)} == {"/models/m"}
+    assert prefill.served_model_name == ("m",)
+
+
+def test_as_many_workers_as_asked_for() -> None:
+    names = [spec.name for spec in plan("--prefill", "2", "--decode", "3").workers]
+    assert names == ["prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2"]
+
+
+def test_colocated_has_no_prefill_workers() -> None:
+    stack = plan("--colocated", "--decode", "2")
+    assert [spec.name for spec in stack.workers] == ["decode-0", "decode-1"]
+    assert all(decode_of(spec).colocated for spec in stack.workers)
+
+
+def test_worker_flags_reach_the_workers_and_router_flags_the_router() -> None:
+    stack = plan("--dtype", "float32", "--block-size=16", "--local-prefill-max-tokens", "0", "--max-queue", "7")
+    prefill, decode, router = prefill_of(stack.workers[0]), decode_of(stack.workers[1]), router_of(stack.router)
+    assert (prefill.dtype, prefill.block_size) == (decode.dtype, decode.block_size) == ("float32", 16)
+    assert decode.local_prefill_max_tokens == 0
+    assert router.max_queue == 7
+
+
+def test_names_that_both_know_reach_both() -> None:
+    stack = plan("--served-model-name", "a", "b", "--log-level", "debug")
+    assert prefill_of(stack.workers[0]).served_model_name == router_of(stack.router).served_model_name == ("a", "b")
+    assert prefill_of(stack.workers[0]).log_level == router_of(stack.router).log_level == "debug"
+    assert stack.served_model_name == "a"
+
+
+def test_settings_from_the_environment_are_passed_on_like_flags() -> None:
+    stack = plan(environ={"TANDEM_MAX_NUM_SEQS": "8"})
+    assert decode_of(stack.workers[1]).max_num_seqs == 8
+
+
+def test_the_launchers_own_settings_do_not_leak_into_the_workers() -> None:
+    for spec in (*plan().workers, plan().router):
+        assert "TANDEM_PORT" not in spec.environ
+        assert "TANDEM_MAX_NUM_SEQS" not in spec.environ
+    assert prefill_of(plan("--port", "9").workers[0]).port == 0
+
+
+def test_secrets_are_in_no_arguments() -> None:
+    stack = plan("--api-key", "hunter2")
+    assert not any("hunter2" in argument for spec in (*stack.workers, stack.router) for argument in spec.argv)
+    assert router_of(stack.router).api_key == ("hunter2",)
+    assert not any("TANDEM_API_KEY" in spec.environ for spec in stack.workers)
+    assert stack.needs_key
+
+
+def test_a_place_decides_threads_and_gpu_share_unless_the_user_does() -> None:
+    places = [Placement((0,), 1, "0", 0.5), Placement((1,), 1, "0", 0.5)]
+    prefill = plan(placements=places).workers[0]
+    assert (prefill.cores, prefill.environ["OMP_NUM_THREADS"]) == ((0,), "1")
+    assert prefill.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    assert (prefill_of(prefill).num_threads, prefill_of(prefill).gpu_memory_utilization) == (1, 0.45)
+    told = plan("--num-threads", "3", "--gpu-memory-utilization", "0.3", placements=places).workers[0]
+    assert (prefill_of(told).num_threads, prefill_of(told).gpu_memory_utilization) == (3, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--max-num-seqs", "0"], "max_num_seqs"),
+        (["--prefill", "-1"], "--prefill: must not be negative"),
+        (["--decode", "0"], "--decode: must be at least 1"),
+        (["--worker-id", "x"], "--worker-id is not a setting"),
+    ],
+)
+def test_mistakes_show_before_anything_starts(argv: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        plan(*argv)
+
+
+def test_settings_of_the_same_name_mean_the_same_to_router_and_workers() -> None:
+    router = {item.name: item for item in router_settings()}
+    for item in [*worker_settings(PrefillConfig), *worker_settings(DecodeConfig)]:
+        if item.name in router:
+            assert (item.hint, item.choices) == (router[item.name].hint, router[item.name].choices), item.name
