@@ -18,8 +18,10 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import httpx
+import redis
 
 from kvstore.embedded_redis import EmbeddedRedis
+from kvstore.worker_record import WorkerRecord, decode_record
 
 _READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 20.0
@@ -112,8 +114,8 @@ class Stack:
             self.wait_for(lambda: self._num_workers_known(client) == len(workers), "the router to know every worker")
 
     def _num_workers_known(self, client: httpx.Client) -> int:
-        load = client.get(f"{self.url}/load").json()
-        return int(load["num_workers"])
+        lines = client.get(f"{self.url}/metrics").text.splitlines()
+        return sum(int(float(line.split()[-1])) for line in lines if line.startswith("tandem:router_workers_known{"))
 
     def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = _READY_TIMEOUT_S) -> None:
         deadline = time.monotonic() + timeout_s
@@ -130,6 +132,11 @@ class Stack:
                 logs = "\n".join(f"--- {service.name}\n{service.log[-2000:]}" for service in self.services.values())
                 raise TimeoutError(f"waited {timeout_s:g} s for {what}\n{logs}")
             time.sleep(0.02)
+
+    def records(self) -> list[WorkerRecord]:
+        """What the workers announce in the registry."""
+        with redis.Redis.from_url(self.redis.url) as client:
+            return [decode_record(data) for data in client.hgetall("{tandem}:workers").values()]
 
     def debug_state(self, name: str) -> dict[str, object]:
         response = httpx.get(f"{self.services[name].debug_url}/debug/state")

@@ -1,0 +1,238 @@
+"""What production does to a serving system: processes die or hang, Redis goes, peers do not fit, garbage comes in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.stack import Stack
+
+NUM_NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("faults") / "model", "qwen3")
+
+
+@pytest.fixture
+def make_stack(model: Path, tmp_path: Path) -> Callable[..., Stack]:
+    def make(num_prefill: int = 1, num_decode: int = 1, transport: str = "auto", **fields: object) -> Stack:
+        worker = ["--model", str(model), "--served-model-name", "m", "--kv-transport", transport]
+        worker += ["--num-gpu-blocks-override", "256", "--peer-timeout-s", "1.5", "--lease-s", "1"]
+        prefill = [["--max-num-batched-tokens", "64"]] * num_prefill
+        decode = [["--local-prefill-max-tokens", "0"]] * num_decode
+        return Stack(tmp_path / "logs", prefill, decode, worker=worker, **fields)  # type: ignore[arg-type]
+
+    return make
+
+
+def body(prompt: list[int], num_tokens: int = NUM_NEW_TOKENS, **fields: object) -> dict[str, object]:
+    return {
+        "model": "m",
+        "prompt": prompt,
+        "max_tokens": num_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        **fields,
+    }
+
+
+async def complete(client: httpx.AsyncClient, prompt: list[int], **fields: object) -> list[int]:
+    response = await client.post("/v1/completions", json=body(prompt, **fields))
+    assert response.status_code == 200, response.text
+    return list(response.json()["choices"][0]["token_ids"])
+
+
+async def chunks(client: httpx.AsyncClient, prompt: list[int], **fields: object) -> AsyncIterator[dict[str, object]]:
+    async with client.stream("POST", "/v1/completions", json=body(prompt, stream=True, **fields)) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                yield json.loads(line.removeprefix("data: "))
+
+
+def client_of(stack: Stack) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=stack.url, timeout=60, limits=httpx.Limits(max_connections=100))
+
+
+@pytest.mark.parametrize("transport", ["ucxx", "nixl"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+async def test_a_lost_prefill_worker_costs_a_retry_and_no_answer(
+    make_stack: Callable[..., Stack], model: Path, transport: str, number: signal.Signals
+) -> None:
+    prompts = random_prompts([700] * 12, seed=11)
+    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    with make_stack(num_prefill=2, transport=transport) as stack:
+        async with client_of(stack) as client:
+            await complete(client, prompts[0][:70])  # connections are up
+            requests = [asyncio.create_task(complete(client, prompt)) for prompt in prompts]
+            await asyncio.sleep(0.15)  # in the midst of prefilling
+            victim = stack.services["prefill-0"].process
+            os.kill(victim.pid or 0, number)
+            assert await asyncio.gather(*requests) == expected
+        if number is signal.SIGSTOP:
+            os.kill(victim.pid or 0, signal.SIGCONT)
+        stack.check_clean()
+
+
+async def test_without_any_prefill_worker_prompts_are_prefilled_locally(
+    make_stack: Callable[..., Stack], model: Path
+) -> None:
+    prompts = random_prompts([300] * 3, seed=12)
+    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    with make_stack() as stack:
+        stack.services["prefill-0"].process.kill()
+        async with client_of(stack) as client:
+            assert await asyncio.gather(*(complete(client, prompt) for prompt in prompts)) == expected
+        stack.check_clean()
+
+
+async def test_a_killed_decode_worker_fails_begun_streams_clearly_and_no_others(
+    make_stack: Callable[..., Stack], model: Path
+) -> None:
+    prompts = random_prompts([100] * 16, seed=13)
+    expected = reference_greedy(model, prompts, 200, ignore_eos=True)
+    with make_stack(num_decode=2) as stack:
+
+        async def follow(client: httpx.AsyncClient, prompt: list[int]) -> tuple[list[int], dict[str, object] | None]:
+            tokens: list[int] = []
+            async for chunk in chunks(client, prompt, num_tokens=200):
+                if "error" in chunk:
+                    return tokens, chunk["error"]  # type: ignore[return-value]
+                for choice in chunk["choices"]:  # type: ignore[attr-defined]
+                    tokens += choice["token_ids"]
+            return tokens, None
+
+        async with client_of(stack) as client:
+            streams = [asyncio.create_task(follow(client, prompt)) for prompt in prompts]
+            await asyncio.sleep(0.4)
+            stack.services["decode-0"].process.kill()
+            results = await asyncio.gather(*streams)
+            # Whoever had nothing yet was retried; a begun stream ends with an error after right tokens only.
+            for (tokens, error), reference in zip(results, expected, strict=True):
+                assert tokens == reference[: len(tokens)]
+                assert error is not None or len(tokens) == 200
+            assert await complete(client, prompts[0], num_tokens=200) == expected[0]
+        stack.check_clean()
+
+
+async def test_redis_gone_serving_goes_on(make_stack: Callable[..., Stack], model: Path) -> None:
+    prompts = random_prompts([150] * 2, seed=14)
+    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    with make_stack() as stack:
+        async with client_of(stack) as client:
+            assert await complete(client, prompts[0]) == expected[0]
+            stack.redis.close()
+            await asyncio.sleep(2.5)  # longer than every lease
+            assert await complete(client, prompts[1]) == expected[1]
+        stack.check_clean()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--block-size", "16"], "block_size"),
+        (["--dtype", "bfloat16"], "dtype"),
+        (["--model", "OTHER"], "model_fingerprint"),
+    ],
+    ids=["block size", "dtype", "model"],
+)
+async def test_a_worker_that_does_not_fit_is_refused_by_name(
+    make_stack: Callable[..., Stack], model: Path, tmp_path: Path, flags: list[str], named: str
+) -> None:
+    prompt = random_prompts([200], seed=15)[0]
+    expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
+    other = write_model(tmp_path / "other", "qwen3", seed=9)
+    stack = make_stack()
+    stack.prefill = [[*stack.prefill[0], *(str(other) if flag == "OTHER" else flag for flag in flags)]]
+    with stack:
+        async with client_of(stack) as client:
+            assert await complete(client, prompt) == expected, "the decode worker prefills by itself"
+        # The router never pairs them; the handshake refuses them by itself, whoever asks.
+        refusal = await handshake_refusal(stack)
+        assert named in refusal, refusal
+        stack.check_clean()
+
+
+async def handshake_refusal(stack: Stack) -> str:
+    """What the decode worker says when it is told to take blocks from the prefill worker all the same."""
+    import grpc
+    from tandem.v1 import worker_pb2 as pb
+    from tandem.v1 import worker_pb2_grpc
+
+    records = {record.worker_id: record for record in stack.records()}
+    prefill, decode = records["prefill-0"], records["decode-0"]
+    async with grpc.aio.insecure_channel(decode.grpc_address) as channel:
+        session = worker_pb2_grpc.DecodeServiceStub(channel).Session()
+        await session.write(pb.SessionRequest(hello=pb.SessionHello(router_id="test")))
+        target = pb.PrefillTarget(
+            worker_id=prefill.worker_id,
+            incarnation=prefill.incarnation,
+            grpc_address=prefill.grpc_address,
+            kv_address=prefill.kv_address,
+        )
+        sampling = pb.SamplingParams(temperature=0, top_p=1, repetition_penalty=1, max_tokens=2)
+        order = pb.GenerateRequest(
+            handle=1,
+            request_id="misfit",
+            prompt_token_ids=list(range(3, 103)),
+            sampling=sampling,
+            prefill_targets=[target],
+        )
+        await session.write(pb.SessionRequest(generate=order))
+        async for frame in session:
+            if any(output.finish_reason for output in frame.outputs):
+                break
+        session.cancel()
+    lines = [line for line in stack.services["decode-0"].log.splitlines() if "misfit: prefill by" in line]
+    assert lines, stack.services["decode-0"].log
+    return lines[-1]
+
+
+async def test_garbage_on_every_port_harms_nobody(make_stack: Callable[..., Stack], model: Path) -> None:
+    prompt = random_prompts([200], seed=16)[0]
+    expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
+    rng = random.Random(1)
+    with make_stack() as stack:
+        addresses = [
+            address
+            for record in stack.records()
+            for address in (record.grpc_address, record.kv_address, record.http_address)
+        ]
+        for address in [*addresses, stack.url.removeprefix("http://")] * 3:
+            host, port = address.split(":")
+            with socket.create_connection((host, int(port)), timeout=5) as sock:
+                sock.sendall(rng.randbytes(rng.choice([1, 4, 100, 70_000])))
+        async with client_of(stack) as client:
+            assert await complete(client, prompt) == expected
+        stack.check_clean()
+
+
+async def test_sigterm_drains_before_it_ends(make_stack: Callable[..., Stack], model: Path) -> None:
+    prompts = random_prompts([200] * 6, seed=17)
+    expected = reference_greedy(model, prompts, 200, ignore_eos=True)
+    with make_stack(num_prefill=2, num_decode=2) as stack:
+        async with client_of(stack) as client:
+            requests = [asyncio.create_task(complete(client, prompt, num_tokens=200)) for prompt in prompts]
+            await asyncio.sleep(0.3)
+            for name in ("prefill-0", "decode-0"):
+                stack.services[name].process.terminate()
+            assert await asyncio.gather(*requests) == expected
+            for name in ("prefill-0", "decode-0"):
+                process = stack.services[name].process
+                await asyncio.to_thread(process.join, 15)
+                assert process.exitcode == 0, stack.services[name].log
+            assert await complete(client, prompts[0], num_tokens=200) == expected[0]
+        stack.check_clean()
