@@ -13,8 +13,8 @@ from starlette.routing import Route
 import services
 from services.router import fields
 from services.router.chat import tokenize_chat
-from services.router.errors import ApiError, invalid, model_not_found, unavailable
-from services.router.http import App, Edge, read_body
+from services.router.errors import ApiError, ClientDisconnected, internal, invalid, model_not_found, unavailable
+from services.router.http import FAILED, App, Edge, read_body
 from services.router.openai_requests import parse_chat_input
 from services.router.serving import GenerateEndpoint, RouterParts, plan_chat_request, plan_completion_request
 
@@ -153,6 +153,15 @@ def _add_error_handlers(app: FastAPI, parts: RouterParts) -> None:
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:
         return respond(error)
+
+    @app.exception_handler(ClientDisconnected)
+    async def on_disconnect(request: Request, error: ClientDisconnected) -> Response:
+        parts.metrics.count_disconnect()
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def on_crash(request: Request, error: Exception) -> Response:
+        return respond(internal(FAILED))  # `Edge` logs it
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:

@@ -107,10 +107,11 @@ def token_ids(body: dict[str, Any], name: str, vocab_size: int) -> tuple[int, ..
 
 def check_token_ids(values: Sequence[object], name: str, vocab_size: int) -> list[int]:
     """The ids, each of them in the vocabulary."""
-    for value in values:
-        # type() and not isinstance(): true is no token id, and this runs for every token of every prompt.
-        if type(value) is not int:
-            raise invalid(f"`{name}` must contain token ids only.", name)
-        if not 0 <= value < vocab_size:
-            raise invalid(f"`{name}`: token id {value} is out of vocabulary, which has {vocab_size} tokens.", name)
-    return list(values)  # type: ignore[arg-type]
+    # Whole-list checks: this runs for every prompt that comes as ids. By type, because true is no token id.
+    if set(map(type, values)) - {int}:
+        raise invalid(f"`{name}` must contain token ids only.", name)
+    token_ids: list[int] = list(values)  # type: ignore[arg-type]
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        raise invalid(f"`{name}`: token id {wrong} is out of vocabulary, which has {vocab_size} tokens.", name)
+    return token_ids

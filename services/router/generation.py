@@ -167,7 +167,8 @@ class Generation:
 
     def close(self, error: BaseException | None) -> None:
         """Ends what still runs; `error` is what ended the request early, None after its regular end."""
-        self._dispatch.close("the request has ended" if error is None else str(error) or type(error).__name__)
+        early = "the client has gone, or a deadline has passed" if error is not None and not str(error) else str(error)
+        self._dispatch.close("the request has ended" if error is None else early)
         if not self._started:
             return
         reason = "error" if isinstance(error, ApiError) else "abort"

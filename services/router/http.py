@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import re
@@ -15,9 +16,13 @@ from services.router.sse import Message, Receive, Send
 
 log = logging.getLogger(__name__)
 
+FAILED = "The router failed; its log says why."
+"""What a client is told of a bug of ours."""
+
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_BODY_TIMEOUT_S = 60.0
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
 
 
@@ -31,13 +36,21 @@ def header(scope: Message, name: bytes) -> str | None:
 
 
 async def read_body(scope: Message, receive: Receive, max_bytes: int) -> bytes:
-    """The request's body. Raises ApiError (400 for another content type, 413) and ClientDisconnected."""
+    """The request's body. Raises ApiError (400 for another content type, 408, 413) and ClientDisconnected."""
     content_type = (header(scope, b"content-type") or "application/json").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise invalid(f"The Content-Type must be application/json, not {content_type[:80]!r}.")
     length = header(scope, b"content-length")
     if length is not None and length.isdigit() and int(length) > max_bytes:
         raise _too_large(max_bytes)
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            return await _read_chunks(receive, max_bytes)
+    except TimeoutError as error:
+        raise ApiError(408, f"The request body did not arrive within {_BODY_TIMEOUT_S:g} s.", code="timeout") from error
+
+
+async def _read_chunks(receive: Receive, max_bytes: int) -> bytes:
     chunks, num_bytes, more = [], 0, True
     while more:
         message = await receive()
@@ -103,10 +116,11 @@ class Edge:
         request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        started = False
+        started = finished = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal started, finished
+            finished = message["type"] == "http.response.body" and not message.get("more_body", False)
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", state["request_id"].encode())]
@@ -115,18 +129,15 @@ class Edge:
         try:
             self._check_key(scope)
             await self._app(scope, receive, send_with_id)
-        except ClientDisconnected:
-            self._metrics.count_disconnect()
-            log.info("request %s: the client has gone", state["request_id"])
         except ApiError as error:
             self._metrics.count_error(error.status)
             await send_error(send_with_id, error)
         except Exception:
             log.exception("request %s crashed", state["request_id"])
-            self._metrics.count_error(500)
             if not started:
-                await send_error(send_with_id, internal("The router failed; its log says why."))
-            else:
+                self._metrics.count_error(500)
+                await send_error(send_with_id, internal(FAILED))
+            elif not finished:
                 raise  # the server cuts the connection, so that the client does not take the answer for whole
 
     def _check_key(self, scope: Message) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
 from tandem.v1 import worker_pb2 as pb
 
 from services.router import fields
@@ -320,6 +321,8 @@ def _parse_messages(body: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _parse_message(message: dict[str, Any], where: str) -> dict[str, Any]:
+    if message.get("tool_calls") is not None:
+        message = {**message, "tool_calls": _parse_tool_calls(message["tool_calls"], f"{where}.tool_calls")}
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
         raise invalid(f"`{where}.role` must be a string.", f"{where}.role")
@@ -333,6 +336,23 @@ def _parse_message(message: dict[str, Any], where: str) -> dict[str, Any]:
         raise invalid(f"`{where}.content` must be a string or a list of text parts.", f"{where}.content")
     parts = [_parse_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
     return {**message, "content": parts}
+
+
+def _parse_tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
+    """Earlier calls, for the template. Clients send the arguments as JSON text, templates want the object."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise invalid(f"`{where}` must be a list of objects.", where)
+    parsed = []
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            try:
+                arguments = orjson.loads(function["arguments"] or "{}")
+            except orjson.JSONDecodeError as error:
+                raise invalid(f"`{where}`: the arguments of a call are not JSON: {error}", where) from error
+            call = {**call, "function": {**function, "arguments": arguments}}
+        parsed.append(call)
+    return parsed
 
 
 def _parse_part(part: object, where: str) -> dict[str, str]:

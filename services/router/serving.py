@@ -21,10 +21,10 @@ from services.router.choice import Delta
 from services.router.completions import CompletionRenderer, plan_completion
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatch
-from services.router.errors import ApiError, timed_out
+from services.router.errors import ApiError, ClientDisconnected, internal, timed_out
 from services.router.fields import parse_object, string
 from services.router.generation import Generation, GenerationPlan, UsageCount
-from services.router.http import read_body, request_id_of, send_error, send_json
+from services.router.http import FAILED, read_body, request_id_of, send_error, send_json
 from services.router.metrics import RouterMetrics
 from services.router.models import ModelDirectory
 from services.router.openai_requests import parse_chat, parse_completion
@@ -32,6 +32,9 @@ from services.router.tokenizer import TokenizerPool
 from services.router.workers import Workers
 
 log = logging.getLogger(__name__)
+
+# How long a client may take to read the error that ends its request.
+_LAST_WORDS_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -94,17 +97,33 @@ class GenerateEndpoint:
         timeline.mark(Event.ARRIVED)
         stream = sse.EventStream(send)
         try:
-            body = parse_object(await read_body(scope, receive, self._parts.config.max_body_bytes))
-            async with sse.cancelled_on_disconnect(receive):
-                await self._serve(body, request_id_of(scope, body), timeline, stream, send)
-        except ApiError as error:
-            self._parts.metrics.count_error(error.status)
-            if not stream.started:
-                await send_error(send, error)
-            else:
-                log.warning("a stream ends with an error: %s", error)
-                await stream.write(sse.error_event(error))
-                await stream.end()
+            try:
+                body = parse_object(await read_body(scope, receive, self._parts.config.max_body_bytes))
+                async with sse.cancelled_on_disconnect(receive):
+                    await self._serve(body, request_id_of(scope, body), timeline, stream, send)
+            except ApiError as error:
+                await self._fail(error, stream, send)
+            except ClientDisconnected:
+                raise
+            except Exception:
+                log.exception("request %s crashed", scope["state"]["request_id"])
+                await self._fail(internal(FAILED), stream, send)
+        except ClientDisconnected:
+            self._parts.metrics.count_disconnect()
+            log.info("request %s: the client has gone", scope["state"]["request_id"])
+
+    async def _fail(self, error: ApiError, stream: sse.EventStream, send: sse.Send) -> None:
+        self._parts.metrics.count_error(error.status)
+        try:
+            async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
+                if not stream.started:
+                    await send_error(send, error)
+                else:
+                    log.warning("a stream ends with an error: %s", error)
+                    await stream.write(sse.error_event(error))
+                    await stream.end()
+        except TimeoutError:  # it does not read any more
+            raise ClientDisconnected from error
 
     async def _serve(
         self, body: dict[str, Any], request_id: str, timeline: Timeline, stream: sse.EventStream, send: sse.Send

@@ -113,6 +113,10 @@ class WorkerSession:
                 reason = f"{error.code().name}: {error.details()}"
             except TimeoutError:
                 reason = f"no first frame within {HELLO_TIMEOUT_S:g} s"
+            except Exception as error:
+                # A bug of ours must not cost the router this worker for ever.
+                log.exception("the session with decode worker %s crashed", self.record.worker_id)
+                reason = f"the router failed: {error!r}"
             if self.connected:
                 backoff_s = _FIRST_BACKOFF_S
             self._lose(reason)
@@ -174,7 +178,10 @@ class WorkerSession:
         while True:
             await self._outbox_filled.wait()
             while self._outbox:
-                await call.write(self._outbox.popleft())
+                try:
+                    await call.write(self._outbox.popleft())
+                except asyncio.InvalidStateError as error:  # how grpc says that the stream is over
+                    raise _StreamEnded("the worker ended the session") from error
             self._outbox_filled.clear()
 
     async def _read_frames(self, call: grpc.aio.StreamStreamCall[pb.SessionRequest, pb.SessionFrame]) -> None:

@@ -67,16 +67,18 @@ class cancelled_on_disconnect:  # lower case as asyncio.timeout
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._num_cancelling = task.cancelling()
         self._watcher = asyncio.create_task(self._watch(), name="watch for a disconnect")
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._disconnected:
+            # Whatever the block came to, nobody is there for it. No await may come before this: our cancellation may
+            # still be on its way to the task.
+            self._task.uncancel()
+            raise ClientDisconnected from error
         self._watcher.cancel()
         await asyncio.gather(self._watcher, return_exceptions=True)
-        if self._disconnected and self._task.uncancel() <= self._num_cancelling and kind is asyncio.CancelledError:
-            raise ClientDisconnected from error
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -212,12 +212,14 @@ class TokenizerPool:
             raise overloaded(f"{self._num_pending} prompts wait for the tokenizer. Try again later.")
         self._num_pending += 1
         future = asyncio.get_running_loop().run_in_executor(self._executor, function)
-        # The thread works on even when the caller has gone, so the place is free only when the work is done.
         future.add_done_callback(self._on_done)
-        return await future
+        # The thread works on even when the caller has gone: its place is free only when the work is done.
+        return await asyncio.shield(future)
 
     def _on_done(self, future: asyncio.Future[Any]) -> None:
         self._num_pending -= 1
+        if not future.cancelled():
+            future.exception()  # the caller has seen it, or has gone
 
     def close(self) -> None:
         """Waits for nothing: what has not begun is dropped."""

@@ -130,7 +130,7 @@ class Workers:
         """Ends all sessions; what still runs on them ends with a retryable error."""
         for session in self._sessions.values():
             session.close()
-        await asyncio.gather(*self._tasks.values())
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)  # a crash was logged when it happened
 
     def _decode_sessions(self) -> Iterable[tuple[WorkerRecord, WorkerSession]]:
         for record in self._records:
