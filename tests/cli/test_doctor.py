@@ -1,0 +1,197 @@
+"""`tandem doctor`: what it finds, and the remedy it names."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from services.cli.checks.machine import available_memory_bytes, check_memory, check_port, check_processor
+from services.cli.checks.model import check_model
+from services.cli.checks.packages import check_packages
+from services.cli.checks.registry import check_redis, without_password
+from services.cli.checks.transports import check_cross_memory_attach, check_rdma, ucx_resources
+from services.cli.config import DoctorConfig
+from services.cli.doctor import examine, format_finding, main, report
+from services.cli.findings import Finding, ProbeFailed, Verdict, broken, good, probe, worse
+from services.cli.up import claim_port
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 1,
+}
+
+
+def model_directory(path: Path, **changes: object) -> str:
+    (path / "config.json").write_text(json.dumps(LLAMA | changes))
+    (path / "tokenizer.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(bytes(1 << 20))
+    return str(path)
+
+
+def only(findings: list[Finding]) -> Finding:
+    (finding,) = findings
+    return finding
+
+
+def test_this_environment_has_the_packages() -> None:
+    assert {finding.verdict for finding in check_packages()} == {Verdict.GOOD}
+
+
+def test_private_redis_starts_and_is_new_enough() -> None:
+    assert only(check_redis("")).verdict is Verdict.GOOD
+
+
+def test_a_redis_that_answers_is_good(redis_url: str) -> None:
+    assert only(check_redis(redis_url)).verdict is Verdict.GOOD
+
+
+def test_a_redis_that_does_not_answer_is_broken_and_its_password_stays_hidden() -> None:
+    finding = only(check_redis(f"redis://user:hunter2@127.0.0.1:{claim_port('127.0.0.1', 0)}/0"))
+    assert finding.verdict is Verdict.BROKEN
+    assert "hunter2" not in finding.detail + finding.remedy
+    assert "--redis" in finding.remedy
+    assert without_password("redis://u:p@h:1/0") == "redis://h:1/0"
+
+
+def test_a_taken_port_is_broken_and_a_free_one_good() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        finding = only(check_port("127.0.0.1", taken.getsockname()[1]))
+    assert finding.verdict is Verdict.BROKEN
+    assert "--port" in finding.remedy
+    assert only(check_port("127.0.0.1", claim_port("127.0.0.1", 0))).verdict is Verdict.GOOD
+
+
+def test_a_model_directory_is_read_and_measured(tmp_path: Path) -> None:
+    finding = only(check_model(model_directory(tmp_path)))
+    assert finding.verdict is Verdict.GOOD
+    assert "1 MiB of weights, context 128" in finding.detail
+
+
+def test_an_unsupported_architecture_is_broken_by_name(tmp_path: Path) -> None:
+    finding = only(check_model(model_directory(tmp_path, architectures=["MambaForCausalLM"])))
+    assert finding.verdict is Verdict.BROKEN
+    assert "MambaForCausalLM" in finding.detail
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_model_without_a_file_is_broken_by_name(tmp_path: Path, name: str) -> None:
+    model = model_directory(tmp_path)
+    (tmp_path / name).unlink()
+    finding = only(check_model(model))
+    assert finding.verdict is Verdict.BROKEN
+    assert name.removeprefix("model") in finding.detail
+
+
+def test_a_directory_without_a_model_is_broken(tmp_path: Path) -> None:
+    assert only(check_model(str(tmp_path))).verdict is Verdict.BROKEN
+
+
+def test_a_hub_name_is_worse_than_a_directory() -> None:
+    assert only(check_model("Qwen/Qwen3-0.6B")).verdict is Verdict.WORSE
+
+
+def test_a_processor_without_bfloat16_is_told_to_use_float32(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx2\n")
+    finding = check_processor(tmp_path / "cpuinfo")[-1]
+    assert (finding.verdict, finding.remedy) == (Verdict.WORSE, "give CPU workers --dtype float32")
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx512_bf16 amx_bf16\n")
+    assert check_processor(tmp_path / "cpuinfo")[-1].detail == "in hardware (amx_bf16, avx512_bf16)"
+
+
+def test_memory_is_bounded_by_the_control_group(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 2048 kB\nMemAvailable: 1024 kB\n")
+    assert available_memory_bytes(tmp_path / "meminfo", tmp_path) == 1 << 20
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory_bytes(tmp_path / "meminfo", tmp_path) == 1 << 20
+    (tmp_path / "memory.max").write_text("600000\n")
+    (tmp_path / "memory.current").write_text("100000\n")
+    assert available_memory_bytes(tmp_path / "meminfo", tmp_path) == 500_000
+    assert available_memory_bytes(tmp_path / "absent", tmp_path) == 0
+
+
+def test_memory_is_reported() -> None:
+    assert check_memory()[0].subject == "memory"
+
+
+def test_ucx_resources_are_read_from_its_description() -> None:
+    info = "# md 0 : component 0 self\n# resource 0 : md 0 dev 0 flags -- self/memory\n# resource 1 : md 1 -- tcp/lo \n"
+    assert ucx_resources(info) == ["self/memory", "tcp/lo"]
+
+
+def test_cross_memory_attach_has_a_verdict() -> None:
+    finding = only(check_cross_memory_attach())
+    assert finding.verdict in (Verdict.GOOD, Verdict.WORSE)
+    assert bool(finding.remedy) == (finding.verdict is Verdict.WORSE)
+
+
+def test_rdma_devices_need_lockable_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert only(check_rdma(tmp_path / "absent")).verdict is Verdict.GOOD
+    (tmp_path / "mlx5_0").mkdir()
+    monkeypatch.setattr("resource.getrlimit", lambda what: (65536, -1))
+    finding = only(check_rdma(tmp_path))
+    assert (finding.verdict, finding.remedy) == (Verdict.BROKEN, "ulimit -l unlimited")
+    monkeypatch.setattr("resource.getrlimit", lambda what: (-1, -1))
+    assert only(check_rdma(tmp_path)) == good("RDMA", "mlx5_0")
+
+
+def test_a_probe_that_crashes_or_hangs_or_babbles_is_reported() -> None:
+    assert probe("import json, sys; print('noise'); print(json.dumps(sys.argv[1]))", "x") == "x"
+    with pytest.raises(ProbeFailed, match="exit status 1: ValueError: no"):
+        probe("raise ValueError('no')")
+    with pytest.raises(ProbeFailed, match="exit status -6"):
+        probe("import os; os.abort()")
+    with pytest.raises(ProbeFailed, match=r"no answer within 0.1 s"):
+        probe("import signal; signal.pause()", timeout_s=0.1)
+    with pytest.raises(ProbeFailed, match="unexpected output 'hello'"):
+        probe("print('hello')")
+
+
+def test_findings_read_as_lines_with_the_remedy_below() -> None:
+    assert format_finding(good("port", "free"), colored=False) == "✓ port: free"
+    assert format_finding(worse("cma", "refused", "allow it"), colored=False) == "! cma: refused\n    → allow it"
+    assert json.loads(report([broken("port", "taken", "another")], serves=False)) == {
+        "serves": False,
+        "findings": [{"verdict": "broken", "subject": "port", "detail": "taken", "remedy": "another"}],
+    }
+
+
+@pytest.mark.parametrize(("finding", "status"), [(worse("a", "b", "c"), 0), (broken("a", "b", "c"), 1)])
+def test_exit_status_is_1_only_where_something_would_not_serve(
+    finding: Finding, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("services.cli.doctor.examine", lambda config: [good("x", "y"), finding])
+    assert main(["--json"]) == status
+    assert json.loads(capsys.readouterr().out)["serves"] is (status == 0)
+    assert main([]) == status
+    assert ("Ready to serve." in capsys.readouterr().out) is (status == 0)
+
+
+@pytest.mark.slow
+def test_a_whole_examination_covers_every_subject(tmp_path: Path) -> None:
+    config = DoctorConfig(model=model_directory(tmp_path), port=claim_port("127.0.0.1", 0))
+    subjects = {finding.subject for finding in examine(config)}
+    assert {
+        "python",
+        "packages",
+        "cores",
+        "memory",
+        "port",
+        "private Redis",
+        "model",
+        "ucxx",
+        "nixl",
+        "torch",
+    } <= subjects

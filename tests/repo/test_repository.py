@@ -1,0 +1,87 @@
+"""What must hold of the repository itself: generated stubs, targets that the README names, no paths of one machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STUBS = ("worker_pb2.py", "worker_pb2.pyi", "worker_pb2_grpc.py")
+# Home and work directories of whoever built it.
+MACHINE_PATHS = re.compile(r"(?<![\w.])/(root|home/\w+|Users/\w+|work/(main|shared))(/|\b)")
+
+
+def tracked_files() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def makefile_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def test_committed_stubs_are_what_the_generator_gives(tmp_path: Path) -> None:
+    outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "grpc_python", "pyi")]
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-I", "proto", "proto/tandem/v1/worker.proto", *outputs]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)
+    for name in STUBS:
+        generated = (tmp_path / "tandem/v1" / name).read_bytes()
+        assert generated == (ROOT / "proto/tandem/v1" / name).read_bytes(), f"{name} is stale: run `make proto`"
+
+
+def test_no_file_mentions_a_path_of_the_machine_it_was_written_on() -> None:
+    found = []
+    for path in tracked_files():
+        data = path.read_bytes()
+        if b"\0" in data or path == Path(__file__):
+            continue
+        for number, line in enumerate(data.decode("utf-8").splitlines(), 1):
+            if MACHINE_PATHS.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}")
+    assert found == []
+
+
+def test_make_targets_that_the_documents_name_exist() -> None:
+    targets = makefile_targets()
+    documents = [path for path in tracked_files() if path.suffix == ".md"]
+    assert documents
+    for path in documents:
+        text = path.read_text(encoding="utf-8")
+        code = re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL)
+        named = {name for span in code for name in re.findall(r"\bmake ([a-z][a-z-]*)", span)}
+        assert named <= targets, f"{path.relative_to(ROOT)} names {sorted(named - targets)}"
+
+
+def test_every_public_target_has_a_line_of_help() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)
+    assert set(phony.split()) == makefile_targets()
+    for target in phony.split():
+        assert re.search(rf"^{target}:.*## \S", text, re.MULTILINE), target
+
+
+def test_every_dependency_is_pinned_by_the_constraints() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", pin) for pin in pins), "exact, without build suffix"
+    pinned = {normalized(pin.partition("==")[0]) for pin in pins}
+    needed = {re.split(r"[\[<>=~! ]", item)[0] for item in [*project["dependencies"], *extras["nixl"], *extras["dev"]]}
+    assert {normalized(name) for name in needed} <= pinned
+
+
+def test_torch_is_pinned_alike_everywhere() -> None:
+    for name in ("pyproject.toml", "constraints.txt", "Makefile"):
+        assert set(re.findall(r"torch==([0-9.]+[0-9])", (ROOT / name).read_text(encoding="utf-8"))) == {"2.13.0"}, name
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
