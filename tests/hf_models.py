@@ -195,15 +195,14 @@ def reference_greedy(
 ) -> list[list[int]]:
     """Return what `transformers.generate` appends greedily to each prompt: token ids, the end-of-sequence one too."""
     model = reference_model(directory)
-    settings = transformers.GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=None if ignore_eos else model.generation_config.eos_token_id,
-        pad_token_id=PAD_TOKEN_ID,
-    )
+    settings = transformers.GenerationConfig.from_pretrained(directory)
+    settings.update(do_sample=False, max_new_tokens=max_new_tokens)
+    if ignore_eos:
+        settings.eos_token_id = None
+    model.generation_config = settings  # what is passed to generate() is merged with this, so None would not count
     outputs = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        generated = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        generated = model.generate(ids, attention_mask=torch.ones_like(ids))
         outputs.append(generated[0, len(prompt) :].tolist())
     return outputs

@@ -342,13 +342,13 @@ def _boolean(raw: Json, name: str, default: bool) -> bool:
 def read_json(path: Path) -> Json | None:
     """Return the object in `path`, or None where there is no such file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ModelNotFound(f"cannot read {path}: {error}") from error
     try:
-        value = json.loads(text)
+        value = json.loads(data)
     except ValueError as error:
         raise UnsupportedModel(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
