@@ -155,7 +155,6 @@ class Scheduler:
             del self._entries[request_id]
         request.finish_reason = FinishReason.ABORT
         self._finished(request)
-        self._something_changed = True
         return True
 
     def release_lent(self, block_ids: Sequence[int]) -> None:
@@ -304,6 +303,7 @@ class Scheduler:
         assert request.finish_reason is not None
         self.stats.num_finished[request.finish_reason] += 1
         request.move_to(RequestStatus.FINISHED)
+        self._something_changed = True
 
     def _preempt(self, entry: _Entry, step: BatchBuilder) -> None:
         self._leave_running(entry)

@@ -1,0 +1,485 @@
+"""The scheduler's rules one by one, on a pool small enough to count on one's fingers."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvstore.block_hash import hash_blocks, namespace
+from kvstore.block_pool import BlockPool
+from services.engine.batch import Batch, SampledBatch, SampledSequence
+from services.engine.limits import SchedulerConfig
+from services.engine.loans import NotLent
+from services.engine.request import (
+    FinishReason,
+    InvalidRequest,
+    QueueFull,
+    Request,
+    RequestStatus,
+    RequestUpdate,
+    SampledToken,
+    SamplingParams,
+)
+from services.engine.scheduler import NotReserved, Scheduler
+from tests.engine.paged_world import PagedWorld, expected_outputs
+
+BLOCK_SIZE = 4
+
+
+class Bench:
+    """A scheduler, its pool and a world to run its batches in."""
+
+    def __init__(self, *, num_blocks: int = 100, **limits: int) -> None:
+        defaults = {"max_model_len": 64, "max_num_seqs": 8, "max_num_batched_tokens": 16, "max_chunk_tokens": 16}
+        self.config = SchedulerConfig(block_size=BLOCK_SIZE, model_fingerprint="ab", **{**defaults, **limits})
+        self.pool = BlockPool(num_blocks)
+        self.scheduler = Scheduler(self.config, self.pool)
+        self.world = PagedWorld(self.pool, self.config)
+
+    def add(self, request_id: str, prompt: int | list[int], *, max_tokens: int = 8, **options: object) -> Request:
+        request = make_request(request_id, prompt, max_tokens=max_tokens, **options)
+        self.scheduler.add(request)
+        return request
+
+    def reserve(self, request_id: str, prompt: int | list[int], **options: object) -> Request:
+        request = make_request(request_id, prompt, max_tokens=8, **options)
+        self.scheduler.reserve(request)
+        return request
+
+    def finish_step(self, batch: Batch) -> list[RequestUpdate]:
+        updates = self.scheduler.update(batch, self.world.run(batch))
+        self.scheduler.check_integrity()
+        return updates
+
+    def step(self) -> tuple[dict[str, int], list[RequestUpdate]]:
+        """One step: tokens scheduled per request, in order, and the updates."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return {}, []
+        shape = {sequence.request.request_id: sequence.num_tokens for sequence in batch.sequences}
+        return shape, self.finish_step(batch)
+
+    def shapes(self, num_steps: int) -> list[dict[str, int]]:
+        return [self.step()[0] for _ in range(num_steps)]
+
+    def run_all(self) -> None:
+        for _ in range(1000):
+            if not self.scheduler.has_work:
+                return
+            self.step()
+        raise AssertionError("no end")
+
+
+def make_request(request_id: str, prompt: int | list[int], *, max_tokens: int = 8, **options: object) -> Request:
+    token_ids = [ord(request_id[0]) % 5] * prompt if isinstance(prompt, int) else prompt
+    names = ("prompt_logprobs", "min_tokens")
+    sampling = {name: options.pop(name) for name in names if name in options}
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling)  # type: ignore[arg-type]
+    return Request(request_id, token_ids, params, **options)  # type: ignore[arg-type]
+
+
+def test_decode_rows_come_first_and_prompts_share_what_is_left_of_the_budget() -> None:
+    bench = Bench()
+    bench.add("a", 6)
+    assert bench.shapes(1) == [{"a": 6}]
+    bench.add("b", 10)
+    bench.add("c", 10)
+    assert bench.shapes(3) == [{"a": 1, "b": 10, "c": 5}, {"a": 1, "b": 1, "c": 5}, {"a": 1, "b": 1, "c": 1}]
+
+
+def test_a_prompt_takes_no_more_than_the_chunk_limit_in_one_step() -> None:
+    bench = Bench(max_chunk_tokens=4)
+    bench.add("a", 10)
+    bench.add("b", 3)
+    assert bench.shapes(3) == [{"a": 4, "b": 3}, {"b": 1, "a": 4}, {"b": 1, "a": 2}]
+
+
+def test_smaller_priority_goes_first_and_equals_in_order_of_arrival() -> None:
+    bench = Bench(max_num_batched_tokens=4, max_num_seqs=4)
+    for name, arrival_s, priority in (("late", 9.0, 0), ("early", 1.0, 0), ("urgent", 10.0, -1), ("same", 9.0, 0)):
+        bench.add(name, 4, max_tokens=1, arrival_s=arrival_s, priority=priority)
+    assert [list(shape) for shape in bench.shapes(4)] == [["urgent"], ["early"], ["late"], ["same"]]
+
+
+def test_a_step_reports_progress_first_chunk_and_first_token() -> None:
+    bench = Bench()
+    bench.add("a", 20)
+    _, (first,) = bench.step()
+    assert (first.first_scheduled, first.num_computed_tokens, first.new_tokens) == (True, 16, ())
+    _, (second,) = bench.step()
+    assert (second.first_scheduled, second.num_computed_tokens, len(second.new_tokens)) == (False, 20, 1)
+
+
+def test_requests_end_with_the_tokens_that_they_have_alone() -> None:
+    bench = Bench()
+    requests = [bench.add(name, length, max_tokens=9) for name, length in (("a", 1), ("b", 17), ("c", 40))]
+    bench.run_all()
+    for request in requests:
+        assert request.output_token_ids == expected_outputs(request.prompt_token_ids, request.sampling, 64)
+        assert request.finish_reason is FinishReason.LENGTH
+    assert bench.pool.num_free == bench.pool.num_blocks
+
+
+def test_the_context_ends_a_request() -> None:
+    bench = Bench(max_model_len=12)
+    request = bench.add("a", 10, max_tokens=100)
+    bench.run_all()
+    assert request.finish_reason is FinishReason.LENGTH
+    assert len(request.output_token_ids) == 2
+
+
+def test_equal_prefixes_are_computed_once() -> None:
+    bench = Bench()
+    prompt = [1, 2, 3, 0] * 2
+    bench.add("a", [*prompt, 1], max_tokens=1)
+    bench.run_all()
+    again = bench.add("b", [*prompt, 2, 3], max_tokens=1)
+    assert bench.shapes(1) == [{"b": 2}]
+    assert again.num_cached_tokens == 8
+    assert (bench.scheduler.stats.num_prefix_queries, bench.scheduler.stats.num_prefix_hits) == (19, 8)
+
+
+def test_blocks_that_are_still_being_computed_are_not_shared() -> None:
+    bench = Bench()
+    prompt = [1, 2, 3, 0, 1]
+    bench.add("a", prompt)
+    bench.add("b", prompt)
+    assert bench.shapes(1) == [{"a": 5, "b": 5}]
+
+
+def test_generated_blocks_are_found_by_the_next_turn() -> None:
+    bench = Bench()
+    first = bench.add("a", 6, max_tokens=7)
+    bench.run_all()
+    # 12 of 13 tokens have their KV computed.
+    bench.add("b", [*first.token_ids, 1])
+    assert bench.shapes(1) == [{"b": 2}]
+
+
+def test_a_full_hit_computes_only_the_last_token_in_a_copy_of_the_last_block() -> None:
+    bench = Bench()
+    prompt = [1, 2, 3, 0] * 2
+    first = bench.add("a", prompt, max_tokens=4)
+    bench.step()
+    shared = list(first.block_table)
+    bench.add("b", prompt, max_tokens=4)
+    batch = bench.scheduler.schedule()
+    assert batch is not None
+    row = batch.sequences[-1]
+    assert (row.request.request_id, row.start, row.num_tokens) == ("b", 7, 1)
+    assert row.request.block_table[0] == shared[0]
+    assert batch.copies == ((shared[1], row.request.block_table[1]),)
+    assert row.request.block_table[1] not in batch.new_block_ids
+    bench.finish_step(batch)
+    bench.run_all()
+
+
+def test_a_full_hit_needs_no_spare_block_where_it_is_the_only_holder() -> None:
+    bench = Bench(num_blocks=3)
+    prompt = [1, 2, 3, 0] * 2
+    for name in ("a", "b", "c"):
+        request = bench.add(name, prompt, max_tokens=4)
+        bench.run_all()
+        assert request.output_token_ids == expected_outputs(prompt, request.sampling, 64)
+
+
+def test_salts_separate_tenants() -> None:
+    bench = Bench()
+    for name, salt, num_computed in (("a", "x", 9), ("b", "y", 9), ("c", "x", 1)):
+        bench.add(name, [1, 2, 3] * 3, max_tokens=1, cache_salt=salt)
+        assert bench.shapes(1) == [{name: num_computed}]
+
+
+def test_prompt_logprobs_are_computed_afresh_within_their_own_budget() -> None:
+    bench = Bench(max_prompt_logprob_rows=6)
+    prompt = [1, 2, 3, 0] * 2
+    bench.add("a", prompt, max_tokens=1)
+    bench.run_all()
+    request = bench.add("b", prompt, max_tokens=2, prompt_logprobs=0)
+    assert bench.shapes(1) == [{"b": 6}]
+    shape, (update,) = bench.step()
+    assert shape == {"b": 2}
+    assert request.num_cached_tokens == 0
+    assert update.prompt_logprobs is not None
+    assert [None if p is None or p.chosen is None else p.chosen.token_id for p in update.prompt_logprobs] == [
+        None,
+        *prompt[1:],
+    ]
+    _, (last,) = bench.step()
+    assert last.prompt_logprobs is None
+
+
+def test_the_last_in_the_order_is_preempted_and_continues_with_the_same_tokens() -> None:
+    bench = Bench(num_blocks=7)
+    first = bench.add("a", 8, max_tokens=12)
+    second = bench.add("b", 8, max_tokens=12)
+    while not second.num_preemptions:
+        bench.step()
+    assert (second.status, second.block_table, second.num_computed_tokens) == (RequestStatus.PREEMPTED, [], 0)
+    assert first.status is RequestStatus.RUNNING
+    assert len(second.output_token_ids) > 0
+    bench.run_all()
+    assert first.num_preemptions == 0
+    for request in (first, second):
+        assert request.output_token_ids == expected_outputs(request.prompt_token_ids, request.sampling, 64)
+
+
+def test_a_less_urgent_request_is_preempted_first_although_it_came_first() -> None:
+    bench = Bench(num_blocks=7)
+    lesser = bench.add("a", 8, max_tokens=12, priority=1)
+    bench.step()
+    urgent = bench.add("b", 8, max_tokens=12, priority=0)
+    bench.run_all()
+    assert urgent.num_preemptions == 0
+    assert lesser.num_preemptions > 0
+
+
+def test_who_enters_leaves_a_block_for_each_that_runs() -> None:
+    bench = Bench(num_blocks=5)
+    bench.add("a", 8, max_tokens=4)
+    bench.step()
+    bench.add("b", 8, max_tokens=4)
+    assert bench.shapes(1) == [{"a": 1}]
+    assert bench.pool.num_free == 2
+    bench.scheduler.abort("b")
+    bench.add("c", 4, max_tokens=4)
+    assert bench.shapes(1) == [{"a": 1, "c": 4}]
+
+
+def test_the_queue_is_bounded() -> None:
+    bench = Bench(max_num_waiting=2)
+    bench.add("a", 1)
+    bench.reserve("b", 1)
+    with pytest.raises(QueueFull, match="2 requests wait"):
+        bench.add("c", 1)
+    with pytest.raises(QueueFull):
+        bench.reserve("c", 1)
+
+
+def test_an_id_in_use_is_refused() -> None:
+    bench = Bench()
+    bench.add("a", 1)
+    with pytest.raises(InvalidRequest, match="a is in use"):
+        bench.add("a", 1)
+
+
+def test_a_request_whose_logits_are_bad_ends_with_an_error_and_publishes_nothing() -> None:
+    bench = Bench()
+    request = bench.add("a", 9)
+    batch = bench.scheduler.schedule()
+    assert batch is not None
+    (update,) = bench.scheduler.update(batch, SampledBatch((SampledSequence(failure="3 logits are not finite"),)))
+    assert (update.finish_reason, update.failure) == (FinishReason.ERROR, "3 logits are not finite")
+    assert request.is_finished
+    assert (bench.pool.num_cached, bench.pool.num_free) == (0, 100)
+
+
+# ---- blocks that callers hold ---------------------------------------------------
+
+
+def test_held_blocks_pass_to_the_caller_with_the_first_token() -> None:
+    bench = Bench()
+    request = bench.add("a", 9, hold_blocks=True)
+    _, (update,) = bench.step()
+    assert update.finish_reason is FinishReason.HANDED_OFF
+    assert len(request.block_table) == 3
+    assert bench.pool.num_free == 97
+    bench.scheduler.release_lent(request.block_table)
+    bench.scheduler.check_integrity()
+    assert bench.pool.num_free == 100
+
+
+def test_a_block_given_back_twice_is_noticed() -> None:
+    bench = Bench()
+    request = bench.add("a", 9, hold_blocks=True)
+    bench.step()
+    bench.scheduler.release_lent(request.block_table)
+    with pytest.raises(NotLent):
+        bench.scheduler.release_lent(request.block_table)
+    bench.scheduler.check_integrity()
+
+
+def test_lent_blocks_outlive_their_request() -> None:
+    bench = Bench()
+    request = bench.add("a", 8)
+    bench.step()
+    block_ids = list(request.block_table)
+    bench.scheduler.loans.lend(block_ids)
+    bench.scheduler.abort("a")
+    bench.scheduler.check_integrity()
+    assert bench.pool.num_free == 98
+    bench.scheduler.release_lent(block_ids)
+    assert bench.pool.num_free == 100
+
+
+# ---- reservations ---------------------------------------------------------------
+
+
+def test_a_reservation_brings_what_the_prefix_cache_has_and_joins_the_batch() -> None:
+    bench = Bench()
+    prompt = [1, 2, 3, 0] * 2
+    bench.add("a", prompt, max_tokens=1)
+    bench.run_all()
+    request = bench.reserve("b", [*prompt, 1, 2])
+    (grant,) = bench.scheduler.grant_reservations()
+    assert (grant.request, grant.num_present, len(grant.block_ids)) == (request, 2, 3)
+    bench.scheduler.check_integrity()
+    bench.world.transfer(request, grant.block_ids, grant.num_present)
+    outputs = expected_outputs(request.prompt_token_ids, request.sampling, 64)
+    update = bench.scheduler.add_prefilled(request, grant.block_ids, SampledToken(outputs[0]))
+    assert (update.finish_reason, update.new_tokens[0].token_id) == (None, outputs[0])
+    assert bench.shapes(1) == [{"b": 1}]
+    bench.run_all()
+    assert request.output_token_ids == outputs
+
+
+def test_transferred_blocks_are_found_by_later_prompts() -> None:
+    bench = Bench()
+    request = bench.reserve("a", [1, 2, 3] * 3)
+    (grant,) = bench.scheduler.grant_reservations()
+    bench.world.transfer(request, grant.block_ids, 0)
+    root = namespace("ab")
+    assert bench.pool.peek_prefix(hash_blocks(root, request.prompt_token_ids, BLOCK_SIZE)) == 0
+    bench.scheduler.add_prefilled(request, grant.block_ids, SampledToken(1))
+    assert bench.pool.peek_prefix(hash_blocks(root, request.prompt_token_ids, BLOCK_SIZE)) == 2
+
+
+def test_a_prefilled_request_that_is_preempted_computes_its_prompt_here() -> None:
+    bench = Bench(num_blocks=7)
+    bench.add("a", 8, max_tokens=16)
+    bench.step()
+    request = bench.reserve("b", 8, arrival_s=1.0)
+    (grant,) = bench.scheduler.grant_reservations()
+    bench.world.transfer(request, grant.block_ids, 0)
+    outputs = expected_outputs(request.prompt_token_ids, request.sampling, 64)
+    bench.scheduler.add_prefilled(request, grant.block_ids, SampledToken(outputs[0]))
+    bench.run_all()
+    assert request.num_preemptions > 0
+    assert request.output_token_ids == outputs
+
+
+def test_a_reservation_waits_for_room_and_is_granted_when_a_request_ends() -> None:
+    bench = Bench(num_blocks=6)
+    bench.add("a", 16, max_tokens=2)
+    bench.step()
+    bench.reserve("b", 8)
+    assert bench.scheduler.grant_reservations() == []
+    bench.run_all()
+    (grant,) = bench.scheduler.grant_reservations()
+    assert grant.request.request_id == "b"
+
+
+def test_a_later_reservation_does_not_pass_a_prompt_that_waits_for_memory() -> None:
+    bench = Bench(num_blocks=6)
+    bench.add("a", 8, max_tokens=12)
+    bench.step()
+    bench.add("b", 16, arrival_s=1.0)
+    bench.step()
+    bench.reserve("c", 4, arrival_s=2.0)
+    assert bench.scheduler.grant_reservations() == []
+    bench.reserve("d", 4, arrival_s=0.5)
+    assert [grant.request.request_id for grant in bench.scheduler.grant_reservations()] == ["d"]
+
+
+def test_a_later_prompt_does_not_pass_a_reservation_that_waits_for_memory() -> None:
+    bench = Bench(num_blocks=6)
+    bench.add("a", 8, max_tokens=12)
+    bench.step()
+    bench.reserve("b", 16, arrival_s=1.0)
+    bench.add("c", 4, arrival_s=2.0)
+    assert bench.scheduler.grant_reservations() == []
+    assert bench.shapes(1) == [{"a": 1}]
+
+
+def test_reservations_count_as_running() -> None:
+    bench = Bench(max_num_seqs=2)
+    bench.reserve("a", 4)
+    bench.reserve("b", 4)
+    bench.reserve("c", 4)
+    grants = bench.scheduler.grant_reservations()
+    assert [grant.request.request_id for grant in grants] == ["a", "b"]
+    bench.add("d", 4)
+    assert not bench.shapes(1)[0]
+    assert not bench.scheduler.has_work
+    bench.scheduler.release_reservation(grants[0].request, grants[0].block_ids)
+    assert grants[0].request.status is RequestStatus.NEW
+    assert [grant.request.request_id for grant in bench.scheduler.grant_reservations()] == ["c"]
+
+
+def test_a_failed_reservation_can_be_prefilled_here() -> None:
+    bench = Bench()
+    request = bench.reserve("a", 9)
+    (grant,) = bench.scheduler.grant_reservations()
+    bench.scheduler.release_reservation(request, grant.block_ids)
+    assert bench.pool.num_free == 100
+    bench.scheduler.add(request)
+    bench.run_all()
+    assert request.output_token_ids == expected_outputs(request.prompt_token_ids, request.sampling, 64)
+
+
+def test_a_reservation_can_be_cancelled_until_it_is_granted() -> None:
+    bench = Bench()
+    first, second = bench.reserve("a", 9), bench.reserve("b", 9)
+    assert bench.scheduler.cancel_reservation(second)
+    (grant,) = bench.scheduler.grant_reservations()
+    assert (grant.request, second.status) == (first, RequestStatus.NEW)
+    assert not bench.scheduler.cancel_reservation(first)
+
+
+def test_a_request_aborted_during_its_transfer_cannot_join_and_leaves_its_blocks_to_the_caller() -> None:
+    bench = Bench()
+    request = bench.reserve("a", 9)
+    (grant,) = bench.scheduler.grant_reservations()
+    assert bench.scheduler.abort("a")
+    with pytest.raises(NotReserved, match="a is FINISHED"):
+        bench.scheduler.add_prefilled(request, grant.block_ids, SampledToken(1))
+    bench.scheduler.check_integrity()
+    assert bench.pool.num_free == 97
+    bench.scheduler.release_reservation(request, grant.block_ids)
+    assert bench.pool.num_free == 100
+
+
+def test_blocks_of_another_cannot_be_joined() -> None:
+    bench = Bench()
+    request = bench.reserve("a", 9)
+    (grant,) = bench.scheduler.grant_reservations()
+    with pytest.raises(NotLent):
+        bench.scheduler.add_prefilled(request, [50, 51, 52], SampledToken(1))
+    with pytest.raises(NotReserved, match="2 blocks"):
+        bench.scheduler.add_prefilled(request, grant.block_ids[:2], SampledToken(1))
+    bench.scheduler.check_integrity()
+
+
+# ---- aborts -----------------------------------------------------------------------
+
+
+def test_an_abort_frees_everything_in_every_status() -> None:
+    bench = Bench(num_blocks=7)
+    requests = [
+        bench.add("running", 8, max_tokens=16),
+        bench.add("preempted", 8, max_tokens=12, arrival_s=1.0),
+    ]
+    while not requests[1].num_preemptions:
+        bench.step()
+    requests += [bench.add("waiting", 9, arrival_s=2.0), bench.reserve("reserving", 9, arrival_s=3.0)]
+    statuses = [request.status.value for request in requests]
+    assert statuses == ["running", "preempted", "waiting", "reserving"]
+    for request in requests:
+        assert bench.scheduler.abort(request.request_id)
+        assert not bench.scheduler.abort(request.request_id)
+        assert request.finish_reason is FinishReason.ABORT
+        bench.scheduler.check_integrity()
+    assert bench.pool.num_free == 7
+    assert not bench.scheduler.has_work
+
+
+def test_blocks_of_a_request_aborted_in_mid_step_are_free_only_after_the_step() -> None:
+    bench = Bench()
+    request = bench.add("a", 9)
+    batch = bench.scheduler.schedule()
+    assert batch is not None
+    sampled = bench.world.run(batch)
+    assert bench.scheduler.abort("a")
+    assert bench.pool.num_free == 97
+    assert bench.scheduler.update(batch, sampled) == []
+    assert bench.pool.num_free == 100
+    assert request.output_token_ids == []

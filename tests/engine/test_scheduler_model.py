@@ -1,0 +1,262 @@
+"""The scheduler against a dumb model of the world: any sequence of commands, aborts, transfers and steps.
+
+After each one every block reference has a holder; every token that a step reads is the right one; in the end each
+request that was not aborted has the output that it has alone, and all blocks are free.
+"""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+
+from kvstore.block_pool import BlockPool
+from services.engine.batch import Batch
+from services.engine.limits import SchedulerConfig
+from services.engine.request import (
+    FinishReason,
+    InvalidRequest,
+    QueueFull,
+    Request,
+    RequestStatus,
+    SampledToken,
+    SamplingParams,
+)
+from services.engine.scheduler import GrantedReservation, Scheduler
+from tests.engine.paged_world import EOS, PagedWorld, expected_outputs, next_token
+
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 40
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Commands in any order. Prompts start alike, so that they share blocks."""
+
+    requests = Bundle("requests")
+
+    @initialize(
+        num_blocks=st.integers(6, 16),
+        max_num_seqs=st.integers(1, 8),
+        max_num_batched_tokens=st.integers(1, 24),
+        max_chunk_tokens=st.integers(1, 16),
+        prefix_caching=st.booleans(),
+    )
+    def start(
+        self,
+        num_blocks: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_chunk_tokens: int,
+        prefix_caching: bool,
+    ) -> None:
+        self.config = SchedulerConfig(
+            block_size=BLOCK_SIZE,
+            max_model_len=MAX_MODEL_LEN,
+            model_fingerprint="ab",
+            eos_token_ids=frozenset({EOS}),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_chunk_tokens=max_chunk_tokens,
+            max_num_waiting=8,
+            max_prompt_logprob_rows=5,
+        )
+        self.pool = BlockPool(num_blocks, prefix_caching)
+        self.scheduler = Scheduler(self.config, self.pool)
+        self.world = PagedWorld(self.pool, self.config)
+        self.accepted: list[Request] = []
+        self.granted: dict[str, GrantedReservation] = {}  # transfers in progress
+        self.lent: list[list[int]] = []  # what this caller must give back
+        self.prompt_logprobs: dict[str, int] = {}
+        self.num_requests = 0
+
+    def new_request(self, length: int, differs_at: int, **options: object) -> Request:
+        prompt = [1 + position % 3 for position in range(length)]
+        if differs_at < length:
+            prompt[differs_at] = 5
+        sampling = {
+            name: options.pop(name) for name in ("max_tokens", "ignore_eos", "prompt_logprobs") if name in options
+        }
+        self.num_requests += 1
+        return Request(f"r{self.num_requests}", prompt, SamplingParams(**sampling), **options)  # type: ignore[arg-type]
+
+    @rule(
+        target=requests,
+        length=st.one_of(st.integers(1, 12), st.integers(1, MAX_MODEL_LEN - 1)),
+        differs_at=st.integers(0, 60),
+        max_tokens=st.one_of(st.integers(1, 4), st.integers(12, 30)),
+        ignore_eos=st.sampled_from([True, True, False]),
+        priority=st.integers(0, 2),
+        hold_blocks=st.sampled_from([False, False, True]),
+        prompt_logprobs=st.sampled_from([None, None, None, 0]),
+        cache_salt=st.sampled_from(["", "", "tenant"]),
+        reserves=st.booleans(),
+    )
+    def submit(self, length: int, differs_at: int, reserves: bool, hold_blocks: bool, **options: object) -> Request:
+        request = self.new_request(length, differs_at, hold_blocks=hold_blocks and not reserves, **options)
+        try:
+            (self.scheduler.reserve if reserves else self.scheduler.add)(request)
+        except (InvalidRequest, QueueFull):
+            assert request.status is RequestStatus.NEW
+        else:
+            self.accepted.append(request)
+        self.grant()
+        return request
+
+    @rule(request=requests)
+    def abort(self, request: Request) -> None:
+        was_live = request.status not in (RequestStatus.NEW, RequestStatus.FINISHED)
+        assert self.scheduler.abort(request.request_id) == was_live
+        assert not was_live or request.finish_reason is FinishReason.ABORT
+        self.grant()
+
+    @rule(request=requests)
+    def cancel_reservation(self, request: Request) -> None:
+        was_reserving = request.status is RequestStatus.RESERVING
+        assert self.scheduler.cancel_reservation(request) == was_reserving
+        if was_reserving:
+            self.accepted.remove(request)
+        self.grant()
+
+    @rule(data=st.data())
+    def end_transfer(self, data: st.DataObject) -> None:
+        if not self.granted:
+            return
+        grant = self.granted.pop(data.draw(st.sampled_from(sorted(self.granted))))
+        request = grant.request
+        if request.status is RequestStatus.RESERVED and data.draw(st.booleans()):
+            self.world.transfer(request, grant.block_ids, grant.num_present)
+            first_token = SampledToken(next_token(request.prompt_token_ids))
+            update = self.scheduler.add_prefilled(request, grant.block_ids, first_token)
+            assert update.new_tokens == (first_token,)
+            assert (update.finish_reason is not None) == request.is_finished
+        else:
+            for block_id in grant.block_ids[grant.num_present :]:
+                self.world.blocks[block_id] = [-1] * BLOCK_SIZE  # half a transfer
+            was_reserved = request.status is RequestStatus.RESERVED
+            self.scheduler.release_reservation(request, grant.block_ids)
+            if was_reserved and data.draw(st.booleans()):
+                self.accepted.remove(request)
+                try:
+                    self.scheduler.add(request)  # prefilled here, after all
+                except QueueFull:
+                    pass
+                else:
+                    self.accepted.append(request)
+            elif was_reserved:
+                self.accepted.remove(request)
+        self.grant()
+
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        if self.lent:
+            self.scheduler.release_lent(self.lent.pop(data.draw(st.integers(0, len(self.lent) - 1))))
+            self.grant()
+
+    @rule(request=requests, data=st.data())
+    def lend(self, request: Request, data: st.DataObject) -> None:
+        num_full = request.num_computed_tokens // BLOCK_SIZE
+        if request.status is RequestStatus.RUNNING and num_full:
+            block_ids = request.block_table[: data.draw(st.integers(1, num_full))]
+            self.scheduler.loans.lend(block_ids)
+            self.lent.append(block_ids)
+
+    @rule(num_steps=st.integers(1, 10))
+    def steps(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.step()
+
+    @rule(data=st.data())
+    def step_with_aborts_in_the_middle(self, data: st.DataObject) -> None:
+        batch = self.scheduler.schedule()
+        if batch is None:
+            self.grant()
+            return
+        sampled = self.world.run(batch)
+        victims = data.draw(st.lists(st.sampled_from(batch.sequences), unique_by=id, max_size=2))
+        for sequence in victims:
+            assert self.scheduler.abort(sequence.request.request_id)
+            assert self.scheduler.grant_reservations() == []
+            self.scheduler.check_integrity()
+        aborted = {sequence.request.request_id for sequence in victims}
+        updates = self.scheduler.update(batch, sampled)
+        assert not aborted & {update.request.request_id for update in updates}
+        self.book(batch, updates)
+
+    def step(self) -> bool:
+        """One step; whether anything could be computed."""
+        had_work = self.scheduler.has_work
+        batch = self.scheduler.schedule()
+        if batch is not None:
+            self.book(batch, self.scheduler.update(batch, self.world.run(batch)))
+        assert batch is None or had_work, "work that has_work denied"
+        self.grant()
+        return batch is not None
+
+    def book(self, batch: Batch, updates: list) -> None:  # type: ignore[type-arg]
+        for update in updates:
+            request = update.request
+            if request.hold_blocks and request.is_finished:
+                assert len(request.output_token_ids) == 1
+                self.lent.append(list(request.block_table))
+            if update.prompt_logprobs is not None:
+                self.prompt_logprobs[request.request_id] = len(update.prompt_logprobs)
+                told = [position.chosen.token_id for position in update.prompt_logprobs[1:]]
+                assert update.prompt_logprobs[0] is None
+                assert told == list(request.prompt_token_ids[1:])
+        self.grant()
+
+    def grant(self) -> None:
+        for grant in self.scheduler.grant_reservations():
+            assert len(grant.block_ids) == self.config.num_blocks_for(grant.request.num_prompt_tokens)
+            self.granted[grant.request.request_id] = grant
+
+    @invariant()
+    def every_reference_has_a_holder(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check_integrity()
+            assert self.scheduler.num_running <= self.config.max_num_seqs
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        # Whoever holds memory gives it back sooner or later; then all must come to its end.
+        for _ in range(2000):
+            progressed = self.step()
+            self.scheduler.check_integrity()
+            if self.granted:
+                _, grant = self.granted.popitem()
+                if grant.request.status is RequestStatus.RESERVED:
+                    self.world.transfer(grant.request, grant.block_ids, grant.num_present)
+                    token = SampledToken(next_token(grant.request.prompt_token_ids))
+                    self.scheduler.add_prefilled(grant.request, grant.block_ids, token)
+                else:
+                    self.scheduler.release_reservation(grant.request, grant.block_ids)
+            elif self.lent:
+                self.scheduler.release_lent(self.lent.pop())
+            elif not progressed and not self.scheduler.has_work and not self.granted:
+                break
+            self.grant()
+        unfinished = [request.request_id for request in self.accepted if not request.is_finished]
+        assert not unfinished, f"never ended: {unfinished}"
+        for request in self.accepted:
+            self.check_output(request)
+        self.scheduler.check_integrity()
+        assert self.pool.num_free == self.pool.num_blocks
+        assert self.scheduler.num_running == self.scheduler.num_waiting == self.scheduler.loans.num_blocks == 0
+
+    def check_output(self, request: Request) -> None:
+        expected = expected_outputs(request.prompt_token_ids, request.sampling, MAX_MODEL_LEN)
+        if request.hold_blocks:
+            expected = expected[:1]
+        if request.finish_reason is FinishReason.ABORT:
+            assert request.output_token_ids == expected[: len(request.output_token_ids)]
+            return
+        assert request.output_token_ids == expected
+        if request.sampling.prompt_logprobs is not None and request.request_id in self.prompt_logprobs:
+            assert self.prompt_logprobs[request.request_id] == request.num_prompt_tokens
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+test_any_sequence_of_commands = SchedulerMachine.TestCase
