@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
-
-from kvstore.registry import WorkerRecord
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1.worker_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
+
+from kvstore.registry import WorkerRecord
 
 _counter = itertools.count(1)
 
@@ -129,7 +129,7 @@ class FakeWorker(DecodeServiceServicer):
                 self._abort_seen.clear()
                 await self._abort_seen.wait()
 
-    async def Session(self, request_iterator, context):  # noqa: N802
+    async def Session(self, request_iterator, context):
         frames: asyncio.Queue[pb.SessionFrame | None] = asyncio.Queue()
         reader = asyncio.create_task(self._read(request_iterator, frames))
         try:

@@ -98,7 +98,9 @@ STOPS = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4)
 
 
 @settings(max_examples=500, deadline=None)
-@given(text=st.text("abc", max_size=40), stops=STOPS, sizes=st.lists(st.integers(1, 6), max_size=40), include=st.booleans())
+@given(
+    text=st.text("abc", max_size=40), stops=STOPS, sizes=st.lists(st.integers(1, 6), max_size=40), include=st.booleans()
+)
 def test_any_cutting_gives_the_same_truncation(text, stops, sizes, include):
     matcher = StopMatcher(stops, include)
     shown = ""

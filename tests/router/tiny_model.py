@@ -13,7 +13,10 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
 )
-CORPUS = ("the quick brown fox jumps over the lazy dog. Hello world! How are you today? " * 20, "naïve café 你好 🙂 " * 20)
+CORPUS = (
+    "the quick brown fox jumps over the lazy dog. Hello world! How are you today? " * 20,
+    "naïve café 你好 🙂 " * 20,
+)
 
 
 def byte_level_tokenizer() -> Tokenizer:
