@@ -152,7 +152,13 @@ async def run_script(
     async with asyncio.timeout(timeout_s):  # the socket's timeouts leave out the name lookup
         # redis-py types arguments as str and takes bytes and integers as well.
         reply = client.eval(script, len(keys), *keys, *cast("Sequence[str]", arguments))
-        return await cast("Awaitable[object]", reply)
+        result = await cast("Awaitable[object]", reply)
+    # redis-py sends under asyncio.wait_for, which (before Python 3.12) swallows a cancellation that arrives just as it
+    # is done. A session lives on such calls alone and would never end; the task still knows that it was cancelled.
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+    return result
 
 
 def check_url(redis_url: str) -> None:

@@ -164,7 +164,8 @@ class Registrar(RedisSession):
             self._updated.clear()
             await self._announce(client)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._updated.wait(), self._lease_s / 3)
+                async with asyncio.timeout(self._lease_s / 3):
+                    await self._updated.wait()
 
     async def _announce(self, client: redis.asyncio.Redis) -> None:
         record = self._record

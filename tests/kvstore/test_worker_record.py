@@ -1,0 +1,102 @@
+"""Worker records: what goes into the registry comes out equal, and garbage comes out as one error."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore.errors import InvalidRecord
+from kvstore.worker_record import MAX_RECORD_BYTES, WorkerRecord, decode_record, encode_record, new_incarnation
+
+RECORD = WorkerRecord(
+    worker_id="prefill-0",
+    role="prefill",
+    incarnation="0001",
+    served_model_names=("tandem-demo", "demo"),
+    model_path="/models/tandem-demo",
+    tokenizer_path="/models/tandem-demo",
+    model_fingerprint="ab12",
+    grpc_address="127.0.0.1:5001",
+    kv_address="127.0.0.1:5002",
+    http_address="127.0.0.1:5003",
+    block_size=32,
+    num_blocks=512,
+    max_model_len=2048,
+    max_num_seqs=64,
+    dtype="float32",
+    transports=("nixl", "ucxx"),
+    version="0.1.0",
+    started_unix_s=1.5,
+)
+
+
+def changed(**fields: object) -> bytes:
+    return json.dumps({**json.loads(encode_record(RECORD)), **fields}).encode()
+
+
+def test_a_record_survives_its_wire_form():
+    assert decode_record(encode_record(RECORD)) == RECORD
+    assert encode_record(decode_record(encode_record(RECORD))) == encode_record(RECORD)
+
+
+def test_a_field_of_a_newer_version_is_skipped_and_an_optional_one_may_be_missing():
+    wire = json.loads(changed(zone="a"))
+    del wire["version"]
+    assert decode_record(json.dumps(wire).encode()) == msgspec.structs.replace(RECORD, version="")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("worker_id", ""),
+        ("worker_id", "two words"),
+        ("worker_id", "a\nb"),
+        ("worker_id", "x" * 1000),
+        ("role", "router"),
+        ("role", None),
+        ("incarnation", ""),
+        ("served_model_names", []),
+        ("served_model_names", [""]),
+        ("served_model_names", "demo"),
+        ("grpc_address", ""),
+        ("num_blocks", 0),
+        ("num_blocks", "512"),
+        ("num_blocks", 1.5),
+        ("block_size", -32),
+        ("draining", 1),
+        ("transports", [1]),
+    ],
+)
+def test_an_impossible_value_is_refused_by_name(field, value):
+    with pytest.raises(InvalidRecord, match=field):
+        decode_record(changed(**{field: value}))
+
+
+def test_a_missing_field_is_refused_by_name():
+    wire = json.loads(encode_record(RECORD))
+    del wire["kv_address"]
+    with pytest.raises(InvalidRecord, match="kv_address"):
+        decode_record(json.dumps(wire).encode())
+
+
+@given(st.binary(max_size=200) | st.just(b"[" * 60_000) | st.just(b'"' + b"a" * MAX_RECORD_BYTES + b'"'))
+def test_garbage_raises_our_error_and_no_other(data):
+    with pytest.raises(InvalidRecord):
+        decode_record(data)
+
+
+def test_construction_checks_as_well():
+    with pytest.raises(ValueError, match="max_num_seqs must be at least 1"):
+        msgspec.structs.replace(RECORD, max_num_seqs=0)
+
+
+def test_later_incarnations_sort_after_earlier_ones_and_none_are_equal():
+    times_ns = [0, 1, 15, 16, 10**18, 10**18 + 1, 1_900_000_000 * 10**9]
+    incarnations = [new_incarnation(lambda ns=ns: ns) for ns in times_ns]
+    assert incarnations == sorted(incarnations)
+    assert len({len(incarnation) for incarnation in incarnations}) == 1
+    assert new_incarnation(lambda: 5) != new_incarnation(lambda: 5)
