@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """B sequences with T new tokens in all, laid end to end.
+    """B sequences, at least one, with T new tokens in all, laid end to end.
 
     Sequence b owns rows `query_start[b] : query_start[b + 1]` of the token axis, which are the last tokens of its
     context:
@@ -37,6 +37,7 @@ class ForwardBatch:
         num_tokens, num_sequences = self.token_ids.shape[0], len(self.context_lens)
         assert self.positions.shape[0] == self.slot_mapping.shape[0] == num_tokens, "token axis"
         assert len(self.query_start) == self.block_tables.shape[0] + 1 == num_sequences + 1, "sequence axis"
+        assert num_sequences > 0, "an empty batch computes nothing"
         assert self.query_start[0] == 0, "the first sequence starts at row 0"
         assert self.query_start[-1] == num_tokens, "query_start must cover all tokens"
         assert all(0 < self.num_queries(b) <= self.context_lens[b] for b in range(num_sequences)), "sequence lengths"
