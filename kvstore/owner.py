@@ -176,6 +176,7 @@ class Lease:
         if (error := done.exception()) is not None:
             peer_id = self._session.peer.peer_id
             logger.warning("transfer %s: a send to %s failed: %s", self.transfer_id.hex(), peer_id, error)
+            self._session.connection.close(f"a send failed: {error}")
         self.handle(SendEnded(read_id))
 
     def _close(self, outcome: LeaseOutcome) -> None:

@@ -297,6 +297,8 @@ class Fetch:
         if not isinstance(error, ReadFailed):
             logger.error("transfer %s: a read broke", self.transfer_id.hex(), exc_info=error)
         self.handle(ReadEnded(read_id, FetchCause.READ_FAILED, str(error)))
+        # What else is half done on this link cannot be trusted to end well: start afresh.
+        session.connection.close(f"a read failed: {error}")
 
     def _compute_digests(self, read_id: int, local_ids: tuple[int, ...]) -> None:
         tools = self._tools

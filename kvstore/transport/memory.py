@@ -85,7 +85,7 @@ class MemoryTransport:
         """Make our end of a link."""
         if peer.dialled and self._switchboard.pool(peer.descriptor) is None:
             raise TransportError(f"memory: {peer.peer_id} is not at the switchboard")
-        link = MemoryLink(self._memory, self._switchboard, peer, self.faults, self._random)
+        link = MemoryLink(self, self._memory, self._switchboard, peer, self._random)
         self._links.append(link)
         return link
 
@@ -103,16 +103,16 @@ class MemoryLink:
 
     def __init__(
         self,
+        transport: MemoryTransport,
         memory: BlockMemory,
         switchboard: Switchboard,
         peer: LinkPeer,
-        faults: Faults,
         random_source: random.Random,
     ) -> None:
         self._memory = memory
         self._switchboard = switchboard
         self._peer = peer
-        self._faults = faults
+        self._transport = transport  # its faults may change while links are up
         self._random = random_source
         self._dead: str | None = None
         self._reads: dict[asyncio.Future[None], asyncio.TimerHandle | None] = {}
@@ -123,7 +123,11 @@ class MemoryLink:
         if self._dead is not None:
             done.set_exception(ReadFailed(f"memory: link to {self._peer.peer_id} is dead: {self._dead}"))
             return done
-        draw, faults = self._random.random, self._faults
+        pool = self._switchboard.pool(self._peer.descriptor)
+        if pool is not None and not all(_fits(run, pool, self._memory) for run in runs):
+            done.set_exception(ReadFailed(f"memory: {list(runs)} are not all in pools of {pool.num_blocks} blocks"))
+            return done
+        draw, faults = self._random.random, self._transport.faults
         self._reads[done] = None
         if draw() < faults.stall:
             return done
@@ -155,7 +159,7 @@ class MemoryLink:
         self.abort("closed")
 
     def _schedule(self, copying: _Copying) -> None:
-        delay_s = self._random.uniform(0, self._faults.max_delay_s)
+        delay_s = self._random.uniform(0, self._transport.faults.max_delay_s)
         self._reads[copying.done] = asyncio.get_running_loop().call_later(delay_s, self._step, copying)
 
     def _step(self, copying: _Copying) -> None:
@@ -194,6 +198,11 @@ class _Copying:
     cuts_after: int | None
     corrupts: int | None
     num_copied: int = 0
+
+
+def _fits(run: Run, remote: BlockMemory, local: BlockMemory) -> bool:
+    in_remote = 0 <= run.remote_first <= remote.num_blocks - run.num_blocks
+    return in_remote and 0 <= run.local_first <= local.num_blocks - run.num_blocks
 
 
 def _bytes_of(memory: BlockMemory, block_id: int) -> npt.NDArray[np.uint8]:

@@ -1,16 +1,13 @@
 """The whole block protocol over real TCP connections, with blocks moving through the in-memory transport."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import numpy as np
-import pytest
 
 from kvstore.block_hash import BlockHash
-from kvstore.errors import IncompatiblePeer, PeerLost, PeerUnreachable
 from kvstore.exchange import BlockExchange
-from kvstore.fetch_events import FetchCause, ReadLimits, Reservation
+from kvstore.fetch_events import ReadLimits, Reservation
 from kvstore.handshake import PeerIdentity
 from kvstore.layout import BlockLayout
 from kvstore.lease import LeaseOutcome

@@ -1,0 +1,162 @@
+"""Blocks by one-sided READ of NIXL: RDMA and NVLink do it without the owner's processor, cma with one system call.
+
+The owner hands out its agent's metadata, and whoever has it can read the whole pool; it goes to compatible peers only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import secrets
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from kvstore.errors import ReadFailed, TransportError
+from kvstore.memory import BlockMemory
+from kvstore.transport.base import LinkPeer, Run
+from kvstore.transport.host import HostFacts, can_read_memory, host_facts, on_same_host
+from kvstore.transport.nixl_agent import AgentThread, PoolAddress, Remote, import_nixl
+
+logger = logging.getLogger(__name__)
+
+# A read that has not ended so long after its link was aborted is ended by force, at the cost of all links.
+_GIVE_UP_S: Final = 2.0
+_MAX_CLOSE_S: Final = _GIVE_UP_S + 3.0
+
+
+class _Descriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    host: HostFacts
+    pool: PoolAddress
+
+
+class NixlTransport:
+    """One agent per process. `role` begins its name."""
+
+    name = "nixl"
+    two_sided = False
+
+    def __init__(self, memory: BlockMemory, role: str) -> None:
+        self._memory = memory
+        self._thread = AgentThread(import_nixl(), role, memory)
+        self._probe = ctypes.create_string_buffer(secrets.token_bytes(16), 16)
+        self._host = host_facts(self._probe)
+        self._links: set[NixlLink] = set()
+
+    async def start(self) -> None:
+        """Start the agent's thread and register the pool."""
+        await asyncio.wrap_future(self._thread.start())
+
+    def descriptor(self) -> bytes:
+        """Where we run, and how to read our pool."""
+        return msgspec.msgpack.encode(_Descriptor(self._host, self._thread.address))
+
+    def lane_to(self, descriptor: bytes) -> str | None:
+        """`cuda_ipc`, `cma` or `rdma` where both ends can; else `tcp`, which NIXL emulates in software."""
+        try:
+            peer = msgspec.msgpack.decode(descriptor, type=_Descriptor)
+        except msgspec.MsgspecError:
+            return None
+        kinds = {"DRAM" if self._memory.device == "cpu" else "VRAM", peer.pool.memory_kind}
+        if on_same_host(self._host, peer.host):
+            if kinds == {"VRAM"}:
+                return "cuda_ipc"
+            if kinds == {"DRAM"} and can_read_memory(peer.host):
+                return "cma"
+        return "rdma" if self._host.has_rdma and peer.host.has_rdma else "tcp"
+
+    async def connect(self, peer: LinkPeer) -> NixlLink:
+        """Load the owner's metadata, and read its token as a proof; the owner's end has nothing to do."""
+        if not peer.dialled:
+            link = NixlLink(self._thread, peer.peer_id, "passive", None, self._links)
+        else:
+            link = await self._connect_to_owner(peer)
+        self._links.add(link)
+        return link
+
+    async def close(self) -> None:
+        """Close all links and end the agent."""
+        await asyncio.gather(*(link.close() for link in list(self._links)))
+        await asyncio.to_thread(self._thread.stop)
+
+    async def _connect_to_owner(self, peer: LinkPeer) -> NixlLink:
+        lane = self.lane_to(peer.descriptor)
+        if lane is None:
+            raise TransportError(f"nixl: {peer.peer_id} sent a descriptor that is none")
+        if lane == "tcp":
+            logger.warning("nixl: no fast lane to %s; over tcp, ucxx is faster and safer for the owner", peer.peer_id)
+        pool = msgspec.msgpack.decode(peer.descriptor, type=_Descriptor).pool
+        adding = asyncio.wrap_future(self._thread.add_remote(pool))
+        try:
+            remote = await asyncio.shield(adding)
+        except asyncio.CancelledError:
+            adding.add_done_callback(self._remove_unwanted)
+            raise
+        try:
+            await asyncio.shield(asyncio.wrap_future(self._thread.check(remote, pool)))
+        except TransportError:
+            self._thread.remove_remote(remote)
+            raise
+        except asyncio.CancelledError:
+            # The check goes on, into a place of its own, where it harms nobody; so the agent must remember the peer.
+            logger.warning("nixl: %s did not let us read its token in time", peer.peer_id)
+            raise
+        return NixlLink(self._thread, peer.peer_id, lane, remote, self._links)
+
+    def _remove_unwanted(self, adding: asyncio.Future[Remote]) -> None:
+        if not adding.cancelled() and adding.exception() is None:
+            self._thread.remove_remote(adding.result())
+
+
+class NixlLink:
+    """The reader's end reads by itself; the owner's end (`remote` None) does nothing."""
+
+    def __init__(
+        self, thread: AgentThread, peer_id: str, lane: str, remote: Remote | None, links: set[NixlLink]
+    ) -> None:
+        self.lane = lane
+        self._thread = thread
+        self._peer_id = peer_id
+        self._remote = remote
+        self._links = links
+        self._dead: str | None = None
+        self._under_way: set[asyncio.Future[None]] = set()
+
+    def read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
+        """Read in one request; NIXL joins neighbours again."""
+        if self._dead is not None or self._remote is None:
+            failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            failed.set_exception(ReadFailed(f"nixl: link to {self._peer_id} is {self._dead or 'passive'}"))
+            return failed
+        remote_ids = [run.remote_first + i for run in runs for i in range(run.num_blocks)]
+        local_ids = [run.local_first + i for run in runs for i in range(run.num_blocks)]
+        reading = asyncio.wrap_future(self._thread.read(self._remote, remote_ids, local_ids))
+        self._under_way.add(reading)
+        reading.add_done_callback(self._under_way.discard)
+        return reading
+
+    def serve(self, read_id: int, runs: Sequence[tuple[int, int]]) -> asyncio.Future[None]:
+        """Not a two-sided transport."""
+        raise TransportError("nixl: the owner takes no part in a read")
+
+    def abort(self, reason: str) -> None:
+        """Let reads end by themselves for a moment, then by force."""
+        if self._dead is None:
+            self._dead = f"aborted: {reason}"
+            if self._remote is not None and self._under_way:
+                self._thread.give_up(self._remote, _GIVE_UP_S)
+
+    async def close(self) -> None:
+        """Abort, wait until all reads have ended, and forget the owner's pool."""
+        self.abort("closed")
+        if self._under_way:
+            _, stuck = await asyncio.wait(self._under_way, timeout=_MAX_CLOSE_S)
+            if stuck:
+                logger.error("nixl: %d reads from %s do not end", len(stuck), self._peer_id)
+                return
+        self._links.discard(self)
+        if self._remote is not None:
+            remote, self._remote = self._remote, None
+            await asyncio.wrap_future(self._thread.remove_remote(remote))

@@ -1,0 +1,404 @@
+"""The thread that owns a NIXL agent: everything that touches the agent happens in it.
+
+NIXL's own progress thread burns a core, so this one makes progress instead: it polls often while reads are under way,
+and rarely otherwise, just enough for what UCX does behind the scenes (connections being set up, lanes emulated in
+software). A call may block for as long as copying takes; the event loop never waits for it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import queue
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.errors import ReadFailed, TransportError
+from kvstore.memory import BlockMemory
+from kvstore.transport.host import has_rdma
+
+if TYPE_CHECKING:
+    from nixl_cu12._api import nixl_agent, nixl_prepped_dlist_handle, nixl_xfer_handle
+    from nixl_cu12._bindings import nixlRegDList
+
+logger = logging.getLogger(__name__)
+
+_BUSY_POLL_S: Final = 50e-6
+_IDLE_POLL_S: Final = 1e-3
+_BUSY_S: Final = 0.1  # a read older than this is not worth a core: poll it as if idle
+_JOIN_S: Final = 10.0
+_TOKEN_BYTES: Final = 16
+_LAST_REFERENCE: Final = 2  # what sys.getrefcount gives for an object with one name: the name and its own argument
+
+_Answer = TypeVar("_Answer")
+
+
+def import_nixl() -> type[nixl_agent]:
+    """Import NIXL with the settings that it needs in the environment; the user's own win. Raises `TransportError`."""
+    if not has_rdma() and not os.path.exists("/dev/nvidiactl"):
+        os.environ.setdefault("UCX_TLS", "cma,tcp,self")  # what there is without RDMA and GPU; tcp carries control
+    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+    os.environ.setdefault("UCX_RCACHE_MAX_UNRELEASED", "1024")
+    os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
+    try:
+        from nixl_cu12._api import nixl_agent
+    except (ImportError, OSError) as error:
+        raise TransportError(f"nixl cannot be loaded (pip install tandem[nixl]): {error}") from error
+    agent_class: type[nixl_agent] = nixl_agent
+    return agent_class
+
+
+class PoolAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a reader needs to know of an owner's pool, to reach every block of it."""
+
+    metadata: bytes
+    memory_kind: str
+    device_id: int
+    address: int
+    num_blocks: int
+    block_bytes: int
+    token_address: int
+    token: bytes
+    """At `token_address`, in main memory: reading it proves that the path works."""
+
+
+@dataclass
+class Remote:
+    """An owner's pool, ready to be read. `generation` is the agent's: a reset agent has forgotten it."""
+
+    agent_name: str
+    generation: int
+
+
+@dataclass
+class _Read:
+    handle: nixl_xfer_handle
+    done: Future[None]
+    remote: Remote
+    give_up_at: float | None = None
+
+
+class AgentThread:
+    """One agent with the whole pool registered.
+
+    Methods may be called from any thread and return at once; their futures resolve in the agent's thread.
+    """
+
+    def __init__(self, agent_class: type[nixl_agent], role: str, memory: BlockMemory) -> None:
+        self._agent_class = agent_class
+        self._role = role
+        self._memory = memory
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="kv-nixl", daemon=True)
+        # Our token, which peers read; then the place where theirs arrive.
+        self._tokens = np.zeros((2, _TOKEN_BYTES), np.uint8)
+        self._tokens[0] = np.frombuffer(secrets.token_bytes(_TOKEN_BYTES), np.uint8)
+        self._address: PoolAddress | None = None
+        # From here on: touched by the thread only.
+        self._generation = 0
+        self._agent: nixl_agent | None = None
+        self._registered: list[nixlRegDList] = []
+        self._local_blocks: nixl_prepped_dlist_handle | None = None
+        self._remote_blocks: dict[str, nixl_prepped_dlist_handle] = {}
+        self._num_users: dict[str, int] = {}
+        self._reads: list[_Read] = []
+        self._busy_until = 0.0
+
+    # ---- from any thread ----
+
+    def start(self) -> Future[None]:
+        """Start the thread and its agent."""
+        self._thread.start()
+        return self._submit(self._create_agent)
+
+    @property
+    def address(self) -> PoolAddress:
+        """Where peers find our pool; changes when the agent is reset."""
+        if self._address is None:
+            raise TransportError("nixl: not started")
+        return self._address
+
+    def add_remote(self, address: PoolAddress) -> Future[Remote]:
+        """Make an owner's pool readable. Raises `TransportError`."""
+        return self._submit(lambda: self._add_remote(address))
+
+    def remove_remote(self, remote: Remote) -> Future[None]:
+        """Forget a pool; no read from it may be under way."""
+        return self._submit(lambda: self._remove_remote(remote))
+
+    def check(self, remote: Remote, address: PoolAddress) -> Future[None]:
+        """Read the owner's token: sets the connection up, and proves that we reach what we believe to reach."""
+        return self._begin(lambda done: self._start_check(remote, address, done))
+
+    def read(self, remote: Remote, remote_ids: Sequence[int], local_ids: Sequence[int]) -> Future[None]:
+        """Read blocks. Resolves when the read has really ended; raises `ReadFailed`."""
+        sources, destinations = np.array(remote_ids, np.int32), np.array(local_ids, np.int32)
+        return self._begin(lambda done: self._start_read(remote, sources, destinations, done))
+
+    def give_up(self, remote: Remote, after_s: float) -> None:
+        """End what is read from this pool: by itself, or, after so long, by destroying the agent."""
+        self._commands.put(lambda: self._set_give_up(remote, time.monotonic() + after_s))
+
+    def stop(self) -> None:
+        """Destroy the agent and end the thread; blocks for a moment. May be called again."""
+        if self._thread.is_alive():
+            self._commands.put(self._order_stop)
+            self._thread.join(_JOIN_S)
+            if self._thread.is_alive():
+                logger.error("nixl: the agent's thread does not end")
+
+    def _submit(self, work: Callable[[], _Answer]) -> Future[_Answer]:
+        answer: Future[_Answer] = Future()
+        answer.set_running_or_notify_cancel()  # so that nobody cancels it while the thread works on it
+
+        def run() -> None:
+            try:
+                answer.set_result(work())
+            except TransportError as error:
+                answer.set_exception(error)
+            except Exception as error:  # NIXL's errors have no common base
+                translated = TransportError(f"nixl: {error!r}")
+                translated.__cause__ = error
+                answer.set_exception(translated)
+
+        self._commands.put(run)
+        return answer
+
+    def _begin(self, work: Callable[[Future[None]], None]) -> Future[None]:
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                work(done)
+            except Exception as error:  # nothing has been started
+                translated = ReadFailed(f"nixl: {error}" if isinstance(error, TransportError) else f"nixl: {error!r}")
+                translated.__cause__ = error
+                done.set_exception(translated)
+
+        self._commands.put(run)
+        return done
+
+    # ---- in the thread ----
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self._step()
+            except Exception:
+                # The thread must go on: reads wait for it, and only it can end them.
+                logger.exception("nixl: a step of the agent's thread failed")
+        self._destroy_agent("the transport was closed")
+
+    def _step(self) -> None:
+        try:
+            self._commands.get(timeout=_BUSY_POLL_S if time.monotonic() < self._busy_until else _IDLE_POLL_S)()
+            while not self._commands.empty():
+                self._commands.get()()
+        except queue.Empty:
+            pass
+        if self._agent is not None and not self._stopping:
+            self._agent.get_new_notifs()  # makes progress; nobody sends us any
+            if self._poll_reads():
+                self._reset()
+
+    def _order_stop(self) -> None:
+        self._stopping = True
+
+    def _create_agent(self) -> None:
+        from nixl_cu12._api import nixl_agent_config
+
+        memory, tokens = self._memory, self._tokens
+        name = f"{self._role}-{os.getpid()}-{time.time_ns()}"  # a name that was used before confuses peers
+        agent = self._agent_class(name, nixl_agent_config(enable_prog_thread=False))
+        kind, device_id = _memory_kind(memory.device)
+        size_bytes = memory.num_blocks * memory.block_bytes
+        self._registered = [
+            agent.register_memory([(memory.address, size_bytes, device_id, "")], kind),
+            agent.register_memory([(tokens.ctypes.data, tokens.nbytes, 0, "")], "DRAM"),
+        ]
+        self._local_blocks = agent.prep_xfer_dlist(
+            "NIXL_INIT_AGENT", _all_blocks(memory.address, device_id, memory.num_blocks, memory.block_bytes), kind
+        )
+        self._agent = agent
+        self._address = PoolAddress(
+            agent.get_agent_metadata(),
+            kind,
+            device_id,
+            memory.address,
+            memory.num_blocks,
+            memory.block_bytes,
+            tokens.ctypes.data,
+            tokens[0].tobytes(),
+        )
+
+    def _add_remote(self, address: PoolAddress) -> Remote:
+        agent = self._living_agent()
+        if address.block_bytes != self._memory.block_bytes:
+            raise TransportError(f"nixl: blocks of {address.block_bytes} bytes, ours have {self._memory.block_bytes}")
+        name = agent.add_remote_agent(address.metadata)
+        name = name.decode() if isinstance(name, bytes) else name  # bytes, whatever its annotation says
+        if name not in self._remote_blocks:
+            blocks = _all_blocks(address.address, address.device_id, address.num_blocks, address.block_bytes)
+            self._remote_blocks[name] = agent.prep_xfer_dlist(name, blocks, address.memory_kind)
+            agent.make_connection(name)
+        self._num_users[name] = self._num_users.get(name, 0) + 1
+        return Remote(name, self._generation)
+
+    def _remove_remote(self, remote: Remote) -> None:
+        if remote.generation != self._generation:
+            return
+        self._num_users[remote.agent_name] -= 1
+        if self._num_users[remote.agent_name] == 0:
+            del self._num_users[remote.agent_name]
+            agent = self._living_agent()
+            agent.release_dlist_handle(self._remote_blocks.pop(remote.agent_name))
+            agent.remove_remote_agent(remote.agent_name)
+
+    def _start_check(self, remote: Remote, address: PoolAddress, done: Future[None]) -> None:
+        agent = self._living_agent(remote)
+        if len(address.token) != _TOKEN_BYTES:
+            raise TransportError(f"nixl: a token of {len(address.token)} bytes")
+        ours = agent.get_xfer_descs([(self._tokens[1].ctypes.data, _TOKEN_BYTES, 0)], "DRAM")
+        theirs = agent.get_xfer_descs([(address.token_address, _TOKEN_BYTES, 0)], "DRAM")
+        arrived: Future[None] = Future()
+        arrived.set_running_or_notify_cancel()
+        arrived.add_done_callback(lambda _: self._compare_token(remote, address.token, arrived, done))
+        self._post(agent.initialize_xfer("READ", ours, theirs, remote.agent_name), arrived, remote)
+
+    def _compare_token(self, remote: Remote, token: bytes, arrived: Future[None], done: Future[None]) -> None:
+        if (error := arrived.exception()) is not None:
+            done.set_exception(error)
+        elif self._tokens[1].tobytes() != token:
+            done.set_exception(
+                ReadFailed(f"nixl: {remote.agent_name} is reached, but not the memory that it described")
+            )
+        else:
+            done.set_result(None)
+
+    def _start_read(
+        self, remote: Remote, sources: npt.NDArray[np.int32], destinations: npt.NDArray[np.int32], done: Future[None]
+    ) -> None:
+        agent, ours = self._living_agent(remote), self._local_blocks
+        assert ours is not None
+        theirs = self._remote_blocks[remote.agent_name]
+        handle = agent.make_prepped_xfer("READ", ours, destinations, theirs, sources)
+        self._post(handle, done, remote)
+
+    def _post(self, handle: nixl_xfer_handle, done: Future[None], remote: Remote) -> None:
+        """Start a transfer. From here on only `_poll_reads` and `_destroy_agent` end it, even where posting fails."""
+        read = _Read(handle, done, remote)
+        try:
+            state = self._living_agent().transfer(handle)
+        except Exception as error:
+            logger.warning("nixl: posting a read from %s failed: %r", remote.agent_name, error)
+            state = "PROC"
+        if state == "DONE":
+            self._end(read, None)
+        else:
+            self._reads.append(read)
+            self._busy_until = time.monotonic() + _BUSY_S
+
+    def _poll_reads(self) -> bool:
+        """End what has ended; return whether a read has outstayed its limit."""
+        agent, going_on, overdue = self._living_agent(), list[_Read](), False
+        reads, self._reads = self._reads, []
+        for read in reads:
+            try:
+                state = agent.check_xfer_state(read.handle)
+            except Exception as error:  # how NIXL says that a transfer went wrong
+                self._end(read, f"{error!r}")
+                continue
+            if state == "PROC":
+                going_on.append(read)
+                overdue |= read.give_up_at is not None and time.monotonic() > read.give_up_at
+            else:
+                self._end(read, None if state == "DONE" else state)
+        self._reads += going_on
+        if not self._reads:
+            self._busy_until = 0.0
+        return overdue
+
+    def _end(self, read: _Read, problem: str | None) -> None:
+        self._living_agent().release_xfer_handle(read.handle)
+        if problem is None:
+            read.done.set_result(None)
+        else:
+            read.done.set_exception(ReadFailed(f"nixl: read from {read.remote.agent_name} failed: {problem}"))
+
+    def _set_give_up(self, remote: Remote, at: float) -> None:
+        for read in self._reads:
+            if read.remote is remote and read.give_up_at is None:
+                read.give_up_at = at
+
+    def _reset(self) -> None:
+        """End reads that do not end by themselves: NIXL stops a transfer only together with its agent."""
+        logger.error("nixl: %d reads do not end; the agent is reset, all peers must connect again", len(self._reads))
+        self._destroy_agent("the agent was reset")
+        self._create_agent()
+
+    def _destroy_agent(self, reason: str) -> None:
+        """Destroy the agent, and with it everything that it might still write; only then end the reads."""
+        agent, self._agent = self._agent, None
+        if agent is None:
+            return
+        self._generation += 1
+        ended = [(read.done, read.remote.agent_name) for read in self._reads]
+        self._release_all(agent)
+        binding = agent.agent
+        del agent
+        if sys.getrefcount(binding) > _LAST_REFERENCE:
+            gc.collect()
+        if sys.getrefcount(binding) > _LAST_REFERENCE:
+            # Never seen. The reads stay unresolved and their blocks in quarantine: the safe side.
+            logger.critical("nixl: the agent is still referenced and cannot be destroyed; %d reads go on", len(ended))
+            return
+        del binding
+        for done, agent_name in ended:
+            done.set_exception(ReadFailed(f"nixl: read from {agent_name} was ended: {reason}"))
+
+    def _release_all(self, agent: nixl_agent) -> None:
+        """Drop everything that refers to the agent. Releasing a transfer does not end it; destroying the agent will."""
+        for read in self._reads:
+            agent.release_xfer_handle(read.handle)
+        self._reads.clear()
+        for blocks in self._remote_blocks.values():
+            agent.release_dlist_handle(blocks)
+        self._remote_blocks.clear()
+        self._num_users.clear()
+        if self._local_blocks is not None:
+            agent.release_dlist_handle(self._local_blocks)
+            self._local_blocks = None
+        for registered in self._registered:
+            agent.deregister_memory(registered)
+        self._registered.clear()
+
+    def _living_agent(self, remote: Remote | None = None) -> nixl_agent:
+        if self._agent is None:
+            raise TransportError("the agent is gone")
+        if remote is not None and remote.generation != self._generation:
+            raise TransportError(f"the agent was reset since {remote.agent_name} was connected")
+        return self._agent
+
+
+def _memory_kind(device: str) -> tuple[str, int]:
+    if device == "cpu":
+        return "DRAM", 0
+    return "VRAM", int(device.partition(":")[2] or 0)
+
+
+def _all_blocks(address: int, device_id: int, num_blocks: int, block_bytes: int) -> npt.NDArray[np.uint64]:
+    """One strided descriptor, which NIXL expands: (address, length, device, stride, count)."""
+    return np.array([[address, block_bytes, device_id, block_bytes, num_blocks]], np.uint64)

@@ -1,0 +1,272 @@
+"""Blocks as two-sided tagged messages of UCX, through its Python binding ucxx: works wherever TCP does.
+
+The reader asks over the control connection; when the owner has granted the read, both post the same messages, one per
+run of neighbouring blocks: the owner sends, the reader receives straight into its pool.
+
+The endpoint has error handling, which makes UCX carry it over tcp even on one host. Without it UCX would use cma, five
+times as fast, but could not be told to stop: an abort must leave no posted receive behind. Where cma works, the nixl
+transport uses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from kvstore.errors import ReadFailed, TransportError
+from kvstore.memory import BlockMemory
+from kvstore.transport.base import LinkPeer, Run
+from kvstore.transport.region import region
+
+if TYPE_CHECKING:
+    from ucxx import Endpoint, Listener
+
+logger = logging.getLogger(__name__)
+
+# Messages posted and not done, per link and direction. Thousands hang UCX; 64 keep tcp busy.
+_MAX_POSTED: Final = 64
+_LINK_ID_TAG: Final = 0
+_LINK_ID_BYTES: Final = 16
+# An endpoint that has introduced itself waits so long for the control connection's word, and the other way round.
+_INTRODUCTION_S: Final = 10.0
+# What `Endpoint.abort` may block the loop for, where the progress thread is busy.
+_ABORT_PERIOD_NS: Final = 200_000_000
+_MAX_CLOSE_S: Final = 5.0
+_MAX_ARRIVALS: Final = 256
+_RUN_BITS: Final = 16
+
+
+class _Descriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    port: int
+
+
+def import_ucxx() -> ModuleType:
+    """Import ucxx with the settings that it needs in the environment; the user's own win. Raises `TransportError`."""
+    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")  # nixl's UCX has settings that this one does not know
+    os.environ.setdefault("UCX_TCP_CM_REUSEADDR", "y")
+    try:
+        import ucxx
+    except (ImportError, OSError) as error:
+        raise TransportError(f"ucxx cannot be loaded: {error}") from error
+    module: ModuleType = ucxx
+    return module
+
+
+class UcxxTransport:
+    """One per process: ucxx has one context per process, which lives in the loop that started it."""
+
+    name = "ucxx"
+    two_sided = True
+
+    def __init__(self, memory: BlockMemory) -> None:
+        self._ucxx = import_ucxx()
+        self._error: type[Exception] = self._ucxx.exceptions.UCXError
+        self._memory = memory
+        self._listener: Listener | None = None
+        self._links: set[UcxxLink] = set()
+        # The owner's end of links to be, by link id. The endpoint comes from the listener, the wish for it from the
+        # handshake, in either order.
+        self._arrivals: dict[bytes, asyncio.Future[Endpoint]] = {}
+
+    async def start(self) -> None:
+        """Start UCX's progress thread and listen on a free port."""
+        try:
+            self._ucxx.init(progress_mode="thread", enable_python_future=True)
+            self._listener = self._ucxx.create_listener(self._on_endpoint)
+        except (RuntimeError, self._error) as error:
+            raise TransportError(f"ucxx: cannot start: {error}") from error
+
+    def descriptor(self) -> bytes:
+        """The listener's port; the host is the control connection's."""
+        if self._listener is None:
+            raise TransportError("ucxx: not started")
+        return msgspec.msgpack.encode(_Descriptor(self._listener.port))
+
+    def lane_to(self, descriptor: bytes) -> str | None:
+        """`tcp`, to anybody."""
+        try:
+            msgspec.msgpack.decode(descriptor, type=_Descriptor)
+        except msgspec.MsgspecError:
+            return None
+        return "tcp"
+
+    async def connect(self, peer: LinkPeer) -> UcxxLink:
+        """Make an endpoint to the owner's listener, or wait for the reader's to arrive at ours."""
+        if peer.dialled:
+            endpoint = await self._dial(peer)
+        else:
+            endpoint = await self._arrival(peer.link_id)
+        link = UcxxLink(endpoint, self._memory, peer.peer_id, self._error, self._links)
+        self._links.add(link)
+        return link
+
+    async def close(self) -> None:
+        """Close all links, then UCX: the process could not end otherwise."""
+        await asyncio.gather(*(link.close() for link in list(self._links)))
+        for link_id in list(self._arrivals):
+            self._forget(link_id)
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+            self._ucxx.stop_notifier_thread()
+
+    async def _dial(self, peer: LinkPeer) -> Endpoint:
+        try:
+            port = msgspec.msgpack.decode(peer.descriptor, type=_Descriptor).port
+            endpoint = await self._ucxx.create_endpoint(peer.host, port, connect_timeout=_INTRODUCTION_S)
+        except (msgspec.MsgspecError, OSError, RuntimeError, TimeoutError, self._error) as error:
+            raise TransportError(f"ucxx: no endpoint to {peer.peer_id} at {peer.host}: {error!r}") from error
+        try:
+            await endpoint.send(bytearray(peer.link_id), tag=_LINK_ID_TAG)
+        except self._error as error:
+            endpoint.abort(_ABORT_PERIOD_NS)
+            raise TransportError(f"ucxx: {peer.peer_id} dropped our endpoint: {error!r}") from error
+        except asyncio.CancelledError:
+            endpoint.abort(_ABORT_PERIOD_NS)
+            raise
+        return endpoint
+
+    async def _arrival(self, link_id: bytes) -> Endpoint:
+        try:
+            async with asyncio.timeout(_INTRODUCTION_S):
+                return await self._arriving(link_id)
+        except TimeoutError as error:
+            raise TransportError(f"ucxx: the reader's endpoint did not arrive within {_INTRODUCTION_S} s") from error
+        finally:
+            self._arrivals.pop(link_id, None)
+
+    async def _on_endpoint(self, endpoint: Endpoint) -> None:
+        """A reader has connected; its first message says for which connection."""
+        link_id = bytearray(_LINK_ID_BYTES)
+        receiving = asyncio.ensure_future(endpoint.recv(link_id, tag=_LINK_ID_TAG))
+        await asyncio.wait([receiving], timeout=_INTRODUCTION_S)
+        known = receiving.done() and receiving.exception() is None
+        if not known or self._listener is None or len(self._arrivals) >= _MAX_ARRIVALS:
+            logger.warning(
+                "ucxx: an endpoint was turned away (%s)", "one too many" if known else "it did not say whose"
+            )
+            endpoint.abort(_ABORT_PERIOD_NS)  # which also ends the receive
+            await asyncio.wait([receiving], timeout=_INTRODUCTION_S)
+            return
+        arriving = self._arriving(bytes(link_id))
+        if arriving.done():
+            endpoint.abort(_ABORT_PERIOD_NS)  # the second of that name
+            return
+        arriving.set_result(endpoint)
+        asyncio.get_running_loop().call_later(_INTRODUCTION_S, self._forget, bytes(link_id))
+
+    def _arriving(self, link_id: bytes) -> asyncio.Future[Endpoint]:
+        if link_id not in self._arrivals:
+            self._arrivals[link_id] = asyncio.get_running_loop().create_future()
+        return self._arrivals[link_id]
+
+    def _forget(self, link_id: bytes) -> None:
+        """Drop an endpoint that no connection has claimed."""
+        arrival = self._arrivals.pop(link_id, None)
+        if arrival is not None and not arrival.cancel() and not arrival.cancelled():
+            arrival.result().abort(_ABORT_PERIOD_NS)
+
+
+class UcxxLink:
+    """One endpoint. What is posted on it ends by itself or by `Endpoint.abort`, never by cancelling a task: a cancelled
+    receive goes on behind the scenes and overwrites what has become somebody else's block."""
+
+    lane = "tcp"
+
+    def __init__(
+        self, endpoint: Endpoint, memory: BlockMemory, peer_id: str, error: type[Exception], links: set[UcxxLink]
+    ) -> None:
+        self._endpoint = endpoint
+        self._memory = memory
+        self._peer_id = peer_id
+        self._error = error
+        self._links = links
+        self._dead: str | None = None
+        self._slots = asyncio.Semaphore(_MAX_POSTED)
+        self._posting = asyncio.Lock()
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    def read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
+        """Post one receive per run."""
+        wanted = [(run.local_first, run.num_blocks) for run in runs]
+        return self._start(f"read {read_id}", self._post_all(self._receive, read_id, wanted))
+
+    def serve(self, read_id: int, runs: Sequence[tuple[int, int]]) -> asyncio.Future[None]:
+        """Post one send per run."""
+        return self._start(f"serving read {read_id}", self._post_all(self._send, read_id, runs))
+
+    def abort(self, reason: str) -> None:
+        """Abort the endpoint; everything posted on it ends with an error."""
+        if self._dead is None:
+            self._dead = reason
+            self._endpoint.abort(_ABORT_PERIOD_NS)
+
+    async def close(self) -> None:
+        """Abort, and wait until all has ended."""
+        self.abort("closed")
+        if self._under_way:
+            _, stuck = await asyncio.wait(self._under_way, timeout=_MAX_CLOSE_S)
+            if stuck:
+                # Their futures stay unresolved, and so the blocks stay in quarantine: the safe side.
+                logger.error("ucxx: %d reads or sends with %s do not end after an abort", len(stuck), self._peer_id)
+        self._links.discard(self)
+
+    def _start(self, what: str, work: Coroutine[None, None, None]) -> asyncio.Future[None]:
+        task = asyncio.ensure_future(self._run(what, work))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return task
+
+    async def _run(self, what: str, work: Coroutine[None, None, None]) -> None:
+        try:
+            await work
+        except (self._error, TransportError) as error:
+            why = f"link aborted: {self._dead}" if self._dead is not None else repr(error)
+            raise ReadFailed(f"ucxx: {what} with {self._peer_id}: {why}") from error
+
+    async def _post_all(self, post: _Post, read_id: int, runs: Sequence[tuple[int, int]]) -> None:
+        """Post all messages, in order, and return when every single one has ended. Raises the first error."""
+        if len(runs) >= 1 << _RUN_BITS:
+            raise TransportError(f"a read of {len(runs)} pieces; {(1 << _RUN_BITS) - 1} are possible")
+        buffers = [region(self._memory, first_block, num_blocks) for first_block, num_blocks in runs]
+        posted: list[asyncio.Task[None]] = []
+        # One read after the other: grants come in the same order at both ends, so both post the same sequence of
+        # messages, and what one end has posted is a prefix of what the other has, or the other way round. Were reads
+        # to mix, each end could fill its slots with what the other has no slot for.
+        async with self._posting:
+            for i, buffer in enumerate(buffers):
+                await self._slots.acquire()
+                if self._dead is not None:
+                    self._slots.release()
+                    break
+                tag = (read_id << _RUN_BITS | i) + 1  # 0 is the link id's
+                message = asyncio.ensure_future(post(buffer, tag))
+                message.add_done_callback(lambda _: self._slots.release())
+                posted.append(message)
+        outcomes = await asyncio.gather(*posted, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        if self._dead is not None:
+            raise TransportError("aborted")
+
+    async def _receive(self, buffer: object, tag: int) -> None:
+        await self._living_endpoint().recv(buffer, tag=tag)
+
+    async def _send(self, buffer: object, tag: int) -> None:
+        await self._living_endpoint().send(buffer, tag=tag)
+
+    def _living_endpoint(self) -> Endpoint:
+        """Between deciding to post and posting the link may have been aborted; ucxx itself would trip over that."""
+        if self._dead is not None:
+            raise TransportError("aborted")
+        return self._endpoint
+
+
+_Post = Callable[[object, int], Coroutine[None, None, None]]

@@ -1,0 +1,117 @@
+"""One end of the transport contract suite: a pool, a transport, and the few things that a test can ask of them.
+
+For transports with native code it runs as a process of its own, `python -m tests.exchange.transport_peer NAME PORT`,
+and takes its orders over a socket: a crash in there is a failed test and not a lost test run.
+"""
+
+import asyncio
+import sys
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from kvstore.errors import TransportError
+from kvstore.memory import HostMemory
+from kvstore.transport.base import Link, LinkPeer, Run, Transport
+
+NUM_BLOCKS = 320
+BLOCK_BYTES = 16 * 1024
+
+
+def content(seed: int) -> np.ndarray:
+    """The pool that `fill(seed)` makes."""
+    return np.random.default_rng(seed).integers(0, 256, (NUM_BLOCKS, BLOCK_BYTES), np.uint8)
+
+
+class TransportPeer:
+    """Every public coroutine is an order. Links have names."""
+
+    def __init__(self, make_transport: Any) -> None:
+        self.memory = HostMemory.allocate(NUM_BLOCKS, BLOCK_BYTES)
+        self.transport: Transport = make_transport(self.memory)
+        self._links: dict[str, Link] = {}
+
+    async def start(self) -> bool:
+        await self.transport.start()
+        return self.transport.two_sided
+
+    async def descriptor(self) -> bytes:
+        return self.transport.descriptor()
+
+    async def lane_to(self, descriptor: bytes) -> str | None:
+        return self.transport.lane_to(descriptor)
+
+    async def connect(self, name: str, descriptor: bytes, link_id: bytes, dialled: bool) -> str:
+        peer = LinkPeer(name, descriptor, link_id, "127.0.0.1", dialled)
+        self._links[name] = await self.transport.connect(peer)
+        return self._links[name].lane
+
+    async def read(self, name: str, read_id: int, runs: list[list[int]]) -> None:
+        await self._links[name].read(read_id, [Run(*run) for run in runs])
+
+    async def serve(self, name: str, read_id: int, runs: list[list[int]]) -> None:
+        await self._links[name].serve(read_id, [(run[0], run[2]) for run in runs])
+
+    async def abort(self, name: str) -> None:
+        self._links[name].abort("the test says so")
+
+    async def close_link(self, name: str) -> None:
+        await self._links[name].close()
+
+    async def fill(self, seed: int) -> None:
+        self.memory.array[:] = content(seed)
+
+    async def poison(self, value: int) -> None:
+        self.memory.array[:] = value
+
+    async def blocks(self) -> bytes:
+        return self.memory.array.tobytes()
+
+    async def close(self) -> None:
+        await self.transport.close()
+
+
+def _make_ucxx(memory: HostMemory) -> Transport:
+    from kvstore.transport.ucxx import UcxxTransport
+
+    return UcxxTransport(memory)
+
+
+def _make_nixl(memory: HostMemory) -> Transport:
+    from kvstore.transport.nixl import NixlTransport
+
+    return NixlTransport(memory, "test")
+
+
+async def _obey(name: str, port: int) -> None:
+    peer = TransportPeer({"ucxx": _make_ucxx, "nixl": _make_nixl}[name])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def carry_out(number: int, order: str, arguments: list[Any]) -> None:
+        try:
+            answer, problem = await getattr(peer, order)(*arguments), None
+        except TransportError as error:
+            answer, problem = None, str(error)
+        except Exception as error:
+            answer, problem = None, f"NOT A TRANSPORT ERROR: {error!r}"
+        body = msgspec.msgpack.encode((number, answer, problem))
+        writer.write(len(body).to_bytes(4, "big") + body)
+
+    while True:
+        try:
+            size = int.from_bytes(await reader.readexactly(4), "big")
+            number, order, arguments = msgspec.msgpack.decode(await reader.readexactly(size))
+        except asyncio.IncompleteReadError:
+            break
+        task = asyncio.ensure_future(carry_out(number, order, arguments))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+    await asyncio.gather(*tasks)
+    await peer.close()
+    writer.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(_obey(sys.argv[1], int(sys.argv[2])))
