@@ -28,7 +28,7 @@ _STOP_TIMEOUT_S = 20.0
 
 _context = multiprocessing.get_context("forkserver")
 # Nothing that starts threads or opens UCX or gRPC when imported.
-_context.set_forkserver_preload(["torch", "numpy", "fastapi", "uvicorn", "tests.stack_preload"])
+_context.set_forkserver_preload(["tests.stack_preload"])
 
 
 @dataclass
