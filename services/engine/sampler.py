@@ -83,11 +83,11 @@ def sample(
     others = [i for i, row in enumerate(rows) if not row.sampling.is_greedy or row.changes_logits]
     chosen: list[int | None] = [None] * len(rows)
     if plain:
-        token_ids = _argmax(logits if not others else logits[plain])
+        token_ids = _argmax(_select(logits, plain))
         for i, token_id in zip(plain, token_ids, strict=True):
             chosen[i] = token_id
     if others:
-        token_ids = _sample_edited(_padded(logits[others]), [rows[i] for i in others], logits.shape[1], eos_token_ids)
+        token_ids = _sample_edited(_padded(_select(logits, others)), [rows[i] for i in others], logits.shape[1], eos_token_ids)
         for i, token_id in zip(others, token_ids, strict=True):
             chosen[i] = token_id
     logprobs = _logprobs_where_asked(logits, rows, chosen)
@@ -134,7 +134,7 @@ def _logprobs_where_asked(
             by_num_top.setdefault(row.sampling.logprobs, []).append((i, token_id))
     # By number, so that what a row gets depends on nothing that its neighbours ask for.
     for num_top, asked in by_num_top.items():
-        positions = position_logprobs(logits[[i for i, _ in asked]], [token_id for _, token_id in asked], num_top)
+        positions = position_logprobs(_select(logits, [i for i, _ in asked]), [token_id for _, token_id in asked], num_top)
         for (i, _), position in zip(asked, positions, strict=True):
             found[i] = position
     return found
@@ -209,7 +209,7 @@ def _sample_edited(
     chosen: list[int | None] = [None] * len(rows)
     for indices, choose in ((greedy, _choose_greedy), (unfiltered, _draw_from_all), (filtered, _draw_from_filtered)):
         if indices:
-            token_ids = choose(logits[indices], [rows[i] for i in indices])
+            token_ids = choose(_select(logits, indices), [rows[i] for i in indices])
             for i, token_id in zip(indices, token_ids, strict=True):
                 chosen[i] = token_id
     return chosen
@@ -328,11 +328,17 @@ def _thresholds(values: Tensor, filters: _Filters, scaled: Tensor) -> tuple[Tens
 # ---- sums and noise -------------------------------------------------------------
 
 
+def _select(logits: Tensor, indices: Sequence[int]) -> Tensor:
+    """The rows of these rising indices; without a copy where they are all there are."""
+    return logits if len(indices) == logits.shape[0] else logits[list(indices)]
+
+
 def _padded(logits: Tensor) -> Tensor:
     """A copy whose rows are filled up with -inf to a whole number of groups."""
     num_rows, vocab_size = logits.shape
-    padded = logits.new_full((num_rows, -(-vocab_size // _GROUP) * _GROUP), -math.inf)
+    padded = logits.new_empty((num_rows, -(-vocab_size // _GROUP) * _GROUP))
     padded[:, :vocab_size] = logits
+    padded[:, vocab_size:] = -math.inf
     return padded
 
 
@@ -340,7 +346,8 @@ def _group_log_sums(groups: Tensor) -> Tensor:
     """log(sum(exp)) over the last axis of `[n, groups, _GROUP]`; -inf for a group of nothing else."""
     largest = groups.amax(dim=2, keepdim=True)
     base = torch.where(largest == -math.inf, 0.0, largest)
-    return ((groups - base).exp().sum(dim=2, keepdim=True).log() + base).squeeze(2)
+    # In place: a second array of this size costs more than the arithmetic on it.
+    return ((groups - base).exp_().sum(dim=2, keepdim=True).log() + base).squeeze(2)
 
 
 def _log_sum_exp(padded: Tensor) -> Tensor:
