@@ -6,7 +6,11 @@ import json
 import shlex
 from pathlib import Path
 
-_RECALL = "the code of amber is 4711. the code of cedar is 2093. what is the code of amber?"
+# In the words that the demo model was trained on: see deploy/demo_model/recall.py.
+_RECALL = (
+    "The code of amber is 4711. The old baker found the lantern in the garden. The code of cedar is 2093. "
+    "What is the code of amber?"
+)
 
 
 def example_request(model_name: str, model: str) -> tuple[str, dict[str, object]]:
@@ -14,7 +18,7 @@ def example_request(model_name: str, model: str) -> tuple[str, dict[str, object]
     directory = Path(model)
     body: dict[str, object] = {"model": model_name}
     if directory.name == "tandem-demo":
-        return "/v1/completions", body | {"prompt": _RECALL, "max_tokens": 8, "temperature": 0}
+        return "/v1/completions", body | {"prompt": _RECALL, "max_tokens": 16, "temperature": 0}
     if _has_chat_template(directory):
         message = {"role": "user", "content": "Say hello in three languages."}
         return "/v1/chat/completions", body | {"messages": [message], "max_tokens": 64}

@@ -58,7 +58,7 @@ async def _run(stack: Stack, display: Display, startup_timeout_s: float, announc
         for line in failure.lines:
             display.line(failure.name, line)
     except TimeoutError:
-        waiting = [child.spec.name for child in [*workers, router] if not child.ready.is_set()]
+        waiting = [worker.spec.name for worker in workers if not worker.ready.is_set()] or ["the router's GET /ready"]
         status = 1
         display.line("tandem", f"not ready within {startup_timeout_s:g} s (--startup-timeout-s): {', '.join(waiting)}")
     finally:

@@ -102,7 +102,7 @@ def test_a_model_may_be_a_directory_or_a_hub_name(tmp_path: Path) -> None:
 def test_the_example_suits_the_model(tmp_path: Path) -> None:
     path, body = example_request("tandem-demo", "deploy/demo_model/tandem-demo")
     assert (path, body["temperature"]) == ("/v1/completions", 0)
-    assert "what is the code of" in str(body["prompt"])
+    assert "What is the code of" in str(body["prompt"])
     assert example_request("m", str(tmp_path))[0] == "/v1/completions"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     assert example_request("m", str(tmp_path))[0] == "/v1/chat/completions"
