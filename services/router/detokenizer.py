@@ -9,40 +9,36 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"
-# Tokens that stay in the window when it slides: enough for a character split into single bytes, and for decoders that
-# treat the first token after the window's edge differently.
+# The window is cut when it gets longer than this, at a point where the text was whole.
+_WINDOW_TOKENS = 24
+# Text that is never whole (broken bytes, or tokens that all end inside a character) is cut here, ...
+_LONGEST_WINDOW_TOKENS = 64
+# ... and so many tokens stay, which is enough for the characters at its end.
 _KEPT_TOKENS = 12
-_WINDOW_TOKENS = 32
-# An unfinished character shows as at most three replacement characters, so of a longer run the rest is final.
+# A character has four bytes at most, so later than this its missing bytes do not come any more, ...
+_MOST_UNFINISHED_TOKENS = 8
+# ... and of a run of replacement characters all but the last three are final.
 _MOST_UNFINISHED = 3
 
 
 class IncrementalDetokenizer:
     """Text of a growing token sequence. `decode` turns a list of ids into text, as `Tokenizer.decode` does.
 
-    Each `feed` decodes a window of the last tokens and returns what is new and final. The window slides when it gets
-    long, so the cost per call does not depend on the length of the sequence.
+    Each token decodes a window of the last tokens anew; what is new and final in it is returned. The window is cut
+    where the text was whole, never inside a character: decoders with byte fallback decode a run of bytes as one, and
+    make nothing of it if it begins in the middle of a character. The cost per token does not depend on the length of
+    the sequence.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
         self._window: list[int] = []
         self._num_emitted = 0  # characters of the window's text that have been returned
+        self._whole_at = 0  # length of the window when its text was last whole
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete."""
-        self._window.extend(token_ids)
-        text = self._decode(self._window)
-        final = len(text)
-        if text.endswith(REPLACEMENT):
-            final = len(text.rstrip(REPLACEMENT))
-            if len(self._window) > _WINDOW_TOKENS:  # no character is that long: these bytes are no text
-                final = max(final, len(text) - _MOST_UNFINISHED)
-        new = text[self._num_emitted : final]
-        self._num_emitted = max(self._num_emitted, final)
-        if len(self._window) > _WINDOW_TOKENS:
-            self._slide(len(text) - self._num_emitted)
-        return new
+        return "".join([self._feed_one(token_id) for token_id in token_ids])
 
     def flush(self) -> str:
         """What was held back, with U+FFFD where characters stayed unfinished. Nothing may be fed after this."""
@@ -51,9 +47,27 @@ class IncrementalDetokenizer:
         self._num_emitted = len(text)
         return new
 
-    def _slide(self, num_held: int) -> None:
-        # The text before the window's new edge is final; count from the end, which the edge does not change.
-        del self._window[:-_KEPT_TOKENS]
+    def _feed_one(self, token_id: int) -> str:
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        is_whole = not text.endswith(REPLACEMENT)
+        final = len(text) if is_whole else len(text.rstrip(REPLACEMENT))
+        if len(self._window) - self._whole_at > _MOST_UNFINISHED_TOKENS:
+            final = max(final, len(text) - _MOST_UNFINISHED)
+        new = text[self._num_emitted : final]
+        self._num_emitted = max(self._num_emitted, final)
+        if is_whole:
+            if len(self._window) > _WINDOW_TOKENS:
+                self._cut(self._whole_at, num_held=0)
+            self._whole_at = len(self._window)
+        elif len(self._window) > _LONGEST_WINDOW_TOKENS:
+            self._cut(len(self._window) - _KEPT_TOKENS, len(text) - self._num_emitted)
+            self._whole_at = 0
+        return new
+
+    def _cut(self, start: int, num_held: int) -> None:
+        # Count what has been returned from the end: there the text does not depend on where the window begins.
+        del self._window[:start]
         self._num_emitted = max(len(self._decode(self._window)) - num_held, 0)
 
 

@@ -98,6 +98,7 @@ class WorkerSession:
     def abort(self, handle: int, reason: str) -> None:
         """Ends the request at the worker; nothing of it is delivered any more. No-op if it has ended."""
         if self._live.pop(handle, None) is not None:
+            self._forget_one_sent()
             self._send(pb.SessionRequest(abort=pb.AbortRequest(handle=handle, reason=reason)))
 
     async def run(self) -> None:
@@ -202,10 +203,17 @@ class WorkerSession:
                 continue
             if output.finish_reason:
                 del self._live[output.handle]
+                self._forget_one_sent()
             sink.deliver(output)
 
+    def _forget_one_sent(self) -> None:
+        # It has ended, so it stands in front of nobody, whether or not a load has counted it yet.
+        self._num_sent_since_load = max(self._num_sent_since_load - 1, 0)
+
     def _lose(self, reason: str) -> None:
-        if self.connected:
+        if self._closing.is_set():
+            log.info("session with decode worker %s is closed", self.record.worker_id)
+        elif self.connected:
             log.warning(
                 "session with decode worker %s lost with %d requests: %s", self.record.worker_id, self.num_live, reason
             )

@@ -171,12 +171,12 @@ class FakeWorker(DecodeServiceServicer):
                 output.prompt_logprobs.extend(prompt_positions(request))
             if index == num_frames - 1 and script.error is None:
                 self._end(output, request, script, num_generated)
-            frames.put_nowait(pb.SessionFrame(outputs=[output]))
+            frames.put_nowait(pb.SessionFrame(outputs=[output], load=self.load))
         if script.error is not None or not num_frames:
             output = pb.Output(handle=request.handle)
             self._end(output, request, script, num_generated)
             if output.finish_reason:
-                frames.put_nowait(pb.SessionFrame(outputs=[output]))
+                frames.put_nowait(pb.SessionFrame(outputs=[output], load=self.load))
         if script.finish:
             self.live.pop(request.handle, None)
 

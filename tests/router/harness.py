@@ -54,7 +54,7 @@ class Running:
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     """Waits for something that another task is about to do."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.002)
 
 

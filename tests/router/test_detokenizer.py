@@ -26,7 +26,7 @@ def streamed(tokenizer, token_ids, sizes, skip_special_tokens=True):
     return [*pieces, detokenizer.flush()]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=TEXT, sizes=st.lists(st.integers(1, 5), max_size=60))
 @pytest.mark.parametrize("fixture", ["tokenizer", "fallback_tokenizer"])
 def test_pieces_add_up_to_the_text(request, fixture, text, sizes):
@@ -35,7 +35,7 @@ def test_pieces_add_up_to_the_text(request, fixture, text, sizes):
     assert "".join(streamed(tokenizer, token_ids, sizes)) == tokenizer.decode(token_ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data(), sizes=st.lists(st.integers(1, 5), max_size=80))
 def test_pieces_add_up_to_the_text_of_arbitrary_tokens(tokenizer, data, sizes):
     """Broken UTF-8 included: models do generate it."""
@@ -97,7 +97,7 @@ def truncated(text: str, stops: list[str], include: bool) -> str:
 STOPS = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     text=st.text("abc", max_size=40), stops=STOPS, sizes=st.lists(st.integers(1, 6), max_size=40), include=st.booleans()
 )

@@ -1,0 +1,269 @@
+"""Several workers: who gets a request, what happens when one fails or goes, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import httpx2 as httpx
+import pytest
+from tandem.v1 import worker_pb2 as pb
+
+from services.router.config import RouterConfig
+from services.router.serving import GenerateEndpoint, plan_completion_request
+from tests.router.fake_worker import FakeWorker, Script, endless, failing
+from tests.router.harness import running_router, until
+
+CONFIG = RouterConfig(reconnect_max_s=0.2)
+BODY = {"model": "tiny", "prompt": "x", "max_tokens": 4}
+
+
+def client(running) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=running.base_url, timeout=20)
+
+
+def first_then(script: Script, otherwise):
+    """The first request gets the script, later ones the other reply."""
+    replies = iter([lambda request: script])
+    return lambda request: next(replies, otherwise)(request)
+
+
+async def test_a_refused_request_goes_to_another_worker(make_worker, sentence, tokenizer):
+    busy = make_worker(failing(pb.ERROR_CODE_OVERLOADED))
+    free = make_worker(load=pb.Load(num_running=5))  # more loaded, so it is the second choice
+    async with running_router(CONFIG, busy, free) as running, client(running) as http:
+        answer = (await http.post("/v1/completions", json=BODY)).json()
+        assert answer["choices"][0]["text"] == tokenizer.decode(sentence[:4])
+        assert (len(busy.requests), len(free.requests)) == (1, 1)
+        assert busy.requests[0].sampling == free.requests[0].sampling  # the seed too: the answer does not depend on it
+        assert "tandem:router_retries_total 1.0" in (await http.get("/metrics")).text
+
+
+async def test_when_all_refuse_the_client_hears_the_last_refusal(make_worker):
+    workers = [make_worker(failing(pb.ERROR_CODE_OVERLOADED, "full")) for _ in range(2)]
+    async with running_router(CONFIG, *workers) as running, client(running) as http:
+        response = await http.post("/v1/completions", json=BODY)
+    assert response.status_code == 429
+    assert [len(worker.requests) for worker in workers] == [1, 1]
+
+
+async def test_attempts_are_bounded(make_worker):
+    workers = [make_worker(failing(pb.ERROR_CODE_UNAVAILABLE)) for _ in range(4)]
+    async with running_router(RouterConfig(max_attempts=2), *workers) as running, client(running) as http:
+        assert (await http.post("/v1/completions", json=BODY)).status_code == 503
+    assert sum(len(worker.requests) for worker in workers) == 2
+
+
+@pytest.mark.parametrize("code", [pb.ERROR_CODE_INVALID, pb.ERROR_CODE_INTERNAL, pb.ERROR_CODE_DEADLINE])
+async def test_what_another_worker_would_fail_at_too_is_not_retried(make_worker, code):
+    workers = [make_worker(failing(code)) for _ in range(2)]
+    async with running_router(CONFIG, *workers) as running, client(running) as http:
+        assert (await http.post("/v1/completions", json=BODY)).status_code >= 400
+    assert sum(len(worker.requests) for worker in workers) == 1
+
+
+async def test_an_answer_not_yet_shown_starts_afresh_when_its_worker_dies(make_worker, sentence, tokenizer):
+    dying = make_worker(lambda request: Script([[300], [301]], pb.FINISH_REASON_UNSPECIFIED))
+    other = make_worker(load=pb.Load(num_running=5))
+    async with running_router(CONFIG, dying, other) as running, client(running) as http:
+        asking = asyncio.create_task(http.post("/v1/completions", json={**BODY, "logprobs": 0}))
+        await until(lambda: dying.requests)
+        await asyncio.sleep(0.05)  # lets its tokens reach the router; the answer is the same if they do not
+        await dying.stop()
+        answer = (await asking).json()
+    choice = answer["choices"][0]
+    assert choice["text"] == tokenizer.decode(sentence[:4])
+    assert len(choice["logprobs"]["tokens"]) == answer["usage"]["completion_tokens"] == 4
+
+
+async def test_a_stream_that_has_shown_tokens_ends_with_an_error_when_its_worker_dies(make_worker):
+    dying = make_worker(lambda request: Script([[300]], pb.FINISH_REASON_UNSPECIFIED))
+    other = make_worker(load=pb.Load(num_running=5))
+    async with (
+        running_router(CONFIG, dying, other) as running,
+        client(running) as http,
+        http.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as response,
+    ):
+        events = response.aiter_lines()
+        assert "text" in await anext(events)
+        await dying.stop()
+        rest = [line async for line in events if line]
+    error = json.loads(rest[-1].removeprefix("data: "))["error"]
+    assert error["code"] == "service_unavailable"
+    assert other.requests == []
+
+
+async def test_a_stream_without_tokens_yet_moves_on(make_worker, sentence, tokenizer):
+    dying = make_worker(lambda request: Script([], pb.FINISH_REASON_UNSPECIFIED))
+    other = make_worker(load=pb.Load(num_running=5))
+    async with running_router(CONFIG, dying, other) as running, client(running) as http:
+        asking = asyncio.create_task(http.post("/v1/completions", json={**BODY, "stream": True}))
+        await until(lambda: dying.requests)
+        await dying.stop()
+        text = (await asking).text
+    assert text.endswith("data: [DONE]\n\n")
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == tokenizer.decode(sentence[:4])
+
+
+async def test_a_worker_that_comes_back_is_used_again(make_worker):
+    worker = make_worker()
+    async with running_router(CONFIG, worker) as running, client(running) as http:
+        await worker.stop()
+        await until(lambda: running.parts.workers.num_sessions_up == 0)
+        response = await http.post("/v1/completions", json=BODY)
+        assert response.status_code == 503
+        assert int(response.headers["retry-after"]) > 0
+        assert (await http.get("/ready")).status_code == 503
+        assert (await http.get("/health")).status_code == 200
+        await worker.start()
+        await until(lambda: running.parts.workers.num_sessions_up == 1)
+        assert (await http.post("/v1/completions", json=BODY)).status_code == 200
+
+
+async def test_an_impostor_at_a_worker_s_address_gets_no_requests(make_worker):
+    worker = make_worker()
+    async with running_router(CONFIG, worker) as running, client(running) as http:
+        await worker.stop()
+        worker.incarnation = "another-one"
+        await worker.start()
+        await until(lambda: len(worker.hellos) >= 2)
+        assert (await http.post("/v1/completions", json=BODY)).status_code == 503
+        # The registry learns of the new incarnation, and the router follows.
+        running.membership.set(worker.record())
+        await until(lambda: running.parts.workers.num_sessions_up == 1)
+        assert (await http.post("/v1/completions", json=BODY)).status_code == 200
+
+
+async def test_workers_come_and_go(make_worker):
+    first, second = make_worker(), make_worker(model_names=("other",))
+    async with running_router(CONFIG, first) as running, client(running) as http:
+        assert (await http.post("/v1/completions", json={**BODY, "model": "other"})).status_code == 404
+        await second.start()
+        running.membership.set(first.record(), second.record())
+        await until(lambda: running.parts.workers.num_sessions_up == 2 and "other" in running.parts.models.names())
+        assert (await http.post("/v1/completions", json={**BODY, "model": "other"})).status_code == 200
+        assert len(second.requests) == 1
+        running.membership.set(second.record())
+        await until(lambda: running.parts.workers.num_sessions_up == 1)
+        assert (await http.post("/v1/completions", json=BODY)).status_code == 404
+        await second.stop()
+
+
+async def test_a_worker_that_leaves_the_registry_finishes_what_it_has(make_worker, sentence):
+    worker = make_worker(lambda request: Script([[token] for token in sentence[:4]], pause_s=0.05))
+    async with running_router(CONFIG, worker) as running, client(running) as http:
+        asking = asyncio.create_task(http.post("/v1/completions", json=BODY))
+        await until(lambda: worker.requests)
+        running.membership.set()
+        assert (await asking).status_code == 200
+        await until(lambda: running.parts.workers.num_sessions_up == 0)
+
+
+async def test_a_draining_worker_gets_nothing_new(make_worker):
+    draining, other = make_worker(load=pb.Load(draining=True)), make_worker(load=pb.Load(num_running=9))
+    async with running_router(CONFIG, draining, other) as running, client(running) as http:
+        assert (await http.post("/v1/completions", json=BODY)).status_code == 200
+        assert (len(draining.requests), len(other.requests)) == (0, 1)
+        running.membership.set(draining.record())
+        response = await http.post("/v1/completions", json=BODY)
+        assert response.status_code == 503
+        assert "shutting down" in response.json()["error"]["message"]
+
+
+async def test_a_worker_that_gives_a_request_up_by_itself_loses_it(make_worker):
+    quitting = make_worker(lambda request: Script([], pb.FINISH_REASON_ABORT))
+    other = make_worker(load=pb.Load(num_running=5))
+    async with running_router(CONFIG, quitting, other) as running, client(running) as http:
+        assert (await http.post("/v1/completions", json=BODY)).status_code == 200
+    assert len(other.requests) == 1
+
+
+async def test_concurrent_requests_spread_over_equal_workers(make_worker, sentence):
+    workers = [make_worker(lambda request: Script([sentence[:4]], pause_s=0.2)) for _ in range(2)]
+    async with running_router(CONFIG, *workers) as running, client(running) as http:
+        answers = await asyncio.gather(*(http.post("/v1/completions", json=BODY) for _ in range(8)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert [len(worker.requests) for worker in workers] == [4, 4]
+
+
+async def test_orders_name_the_prefill_workers_with_least_work_first(make_worker, sentence):
+    decode = make_worker(lambda request: Script([sentence[:4]], pause_s=0.2))
+    prefills = [FakeWorker(endless(sentence), worker_id=f"prefill-{name}") for name in "ab"]
+    records = tuple(worker.record("prefill") for worker in prefills)
+    async with running_router(CONFIG, decode, extra_records=records) as running, client(running) as http:
+        await asyncio.gather(*(http.post("/v1/completions", json=BODY) for _ in range(2)))
+        first = [request.prefill_targets[0].worker_id for request in decode.requests]
+        assert sorted(first) == ["prefill-a", "prefill-b"]
+        target = decode.requests[0].prefill_targets[0]
+        record = next(record for record in records if record.worker_id == target.worker_id)
+        assert (target.incarnation, target.kv_address) == (record.incarnation, record.kv_address)
+        assert all(worker.num_outstanding_tokens == 0 for worker in running.parts.workers.prefill_candidates())
+
+
+async def test_the_waiting_room_is_bounded(make_worker):
+    config = RouterConfig(max_concurrent_requests=1, max_queue=1)
+    worker = make_worker(first_then(Script([[300]], pause_s=0.3), endless([300])))
+    async with running_router(config, worker) as running, client(running) as http:
+        asking = [asyncio.create_task(http.post("/v1/completions", json=BODY)) for _ in range(3)]
+        answers = await asyncio.gather(*asking)
+        assert sorted(answer.status_code for answer in answers) == [200, 200, 429]
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert int(refused.headers["retry-after"]) >= 1
+        assert (await http.get("/load")).json()["server_load"] == 0
+
+
+async def test_cut_streams_leave_nothing_behind(make_worker, sentence):
+    worker = make_worker(lambda request: Script([[token] for token in sentence] * 3, pause_s=0.005))
+    async with running_router(CONFIG, worker) as running:
+
+        async def ask(number: int) -> int:
+            async with client(running) as http:
+                body = {**BODY, "max_tokens": 100, "stream": True, "n": 2}
+                async with http.stream("POST", "/v1/completions", json=body) as response:
+                    num_lines = 0
+                    async for line in response.aiter_lines():
+                        num_lines += bool(line)
+                        if number % 3 == 0 and num_lines > number:
+                            return -1
+                    return num_lines
+
+        counts = await asyncio.gather(*(ask(number) for number in range(12)))
+        assert len({count for count in counts if count > 0}) == 1  # all the others are complete
+        await worker.wait_for_abort(8)
+        await until(lambda: not worker.live and running.parts.admission.num_running == 0)
+        assert all(candidate.num_outstanding == 0 for candidate in running.parts.workers.decode_candidates())
+
+
+async def test_a_slow_reader_does_not_hold_the_others_up_and_gets_what_piled_up_at_once(
+    make_worker, sentence, tokenizer
+):
+    worker = make_worker()
+    async with running_router(CONFIG, worker) as running, client(running) as http:
+        reads_on, finished = asyncio.Event(), asyncio.Event()
+        bodies: list[bytes] = []
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                bodies.append(message["body"])
+                await reads_on.wait()
+
+        messages = [{"type": "http.request", "body": json.dumps({**BODY, "max_tokens": 200, "stream": True}).encode()}]
+
+        async def receive():
+            if not messages:
+                await finished.wait()
+            return messages.pop() if messages else {"type": "http.disconnect"}
+
+        endpoint = GenerateEndpoint(running.parts, plan_completion_request)
+        serving = asyncio.create_task(endpoint({"headers": [], "state": {"request_id": "slow"}}, receive, send))
+        await until(lambda: bodies and not worker.live)  # the worker is done, the client has read one event
+        assert (await http.post("/v1/completions", json=BODY)).status_code == 200
+        reads_on.set()
+        await serving
+        finished.set()
+    events = [event for body in bodies for event in body.decode().split("\n\n") if event.startswith("data: {")]
+    chunks = [json.loads(event[6:])["choices"][0] for event in events]
+    assert len(chunks) < 10
+    assert chunks[-1]["finish_reason"] == "length"
+    assert "".join(chunk["text"] for chunk in chunks) == tokenizer.decode((sentence * 200)[:200])
