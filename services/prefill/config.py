@@ -12,9 +12,11 @@ from services.worker.config import WorkerConfig
 class PrefillConfig(WorkerConfig):
     """A worker's settings, and how long finished blocks are held for their reader."""
 
-    lease_ttl_s: float = setting(15.0, help="how long blocks are held for a decode worker that no longer renews")
+    lease_ttl_s: float = setting(
+        15.0, help="how long blocks are held for a decode worker that no longer renews", group="handoff"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lease_ttl_s <= 0:
-            raise SettingsError(f"lease_ttl_s: must be positive, got {self.lease_ttl_s}")
+            raise SettingsError(f"must be positive, got {self.lease_ttl_s}", "lease_ttl_s")

@@ -21,7 +21,7 @@ class RouterConfig:
     max_body_bytes: int = setting(32 << 20, help="largest request body; larger ones get a 413", group="HTTP")
     sse_keepalive_s: float = setting(15.0, help="a stream idle for so long gets a comment line", group="HTTP")
 
-    redis: str = setting("redis://127.0.0.1:6379/0", help="URL of the registry", group="workers")
+    redis: str = setting("redis://127.0.0.1:6379/0", help="URL of the registry", group="workers", secret=True)
     router_id: str = setting(
         "", help="this router in the workers' logs; the default is router-HOST-PORT", group="workers"
     )
@@ -67,11 +67,11 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
-            raise SettingsError(f"port: must be a port number, got {self.port}", "port")
+            raise SettingsError(f"must be a port number, got {self.port}", "port")
         if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
-            raise SettingsError("ssl_keyfile and ssl_certfile: give both or neither", "ssl_keyfile")
+            raise SettingsError("give both --ssl-keyfile and --ssl-certfile, or neither", "ssl_keyfile")
         if any(not key for key in self.api_key):
-            raise SettingsError("api_key: must not be empty", "api_key")
+            raise SettingsError("must not be empty", "api_key")
         for name in (
             "max_body_bytes",
             "max_attempts",
@@ -80,10 +80,10 @@ class RouterConfig:
             "tokenizer_queue",
         ):
             if getattr(self, name) < 1:
-                raise SettingsError(f"{name}: must be at least 1, got {getattr(self, name)}", name)
+                raise SettingsError(f"must be at least 1, got {getattr(self, name)}", name)
         for name in ("max_queue", "max_logprobs", "request_timeout_s", "shutdown_timeout_s"):
             if getattr(self, name) < 0:
-                raise SettingsError(f"{name}: must not be negative, got {getattr(self, name)}", name)
+                raise SettingsError(f"must not be negative, got {getattr(self, name)}", name)
         for name in ("sse_keepalive_s", "reconnect_max_s"):
             if getattr(self, name) <= 0:
-                raise SettingsError(f"{name}: must be positive, got {getattr(self, name)}", name)
+                raise SettingsError(f"must be positive, got {getattr(self, name)}", name)

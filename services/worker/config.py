@@ -11,60 +11,91 @@ from services.settings import SettingsError, setting
 class WorkerConfig:
     """One worker process: what it serves, how much memory it takes, and where it listens."""
 
-    model: str = setting("", help="directory of a Hugging Face model, or its name on the hub", flags=("--model",))
-    served_model_name: tuple[str, ...] = setting(
-        (), help="name(s) under which clients ask for the model; the default is the value of --model"
+    model: str = setting(
+        "", help="directory of a Hugging Face model, or its name on the hub", flags=("--model",), group="model"
     )
-    tokenizer: str = setting("", help="directory or hub name of the tokenizer; the default is the model's")
-    revision: str = setting("", help="branch, tag or commit on the hub")
+    served_model_name: tuple[str, ...] = setting(
+        (), help="name(s) under which clients ask for the model; the default is the value of --model", group="model"
+    )
+    tokenizer: str = setting(
+        "", help="directory or hub name of the tokenizer; the default is the model's", group="model"
+    )
+    revision: str = setting("", help="branch, tag or commit on the hub", group="model")
     dtype: str = setting(
         "auto",
         help="of weights, activations and KV cache; auto takes the model's own",
         choices=("auto", "float32", "float16", "bfloat16", "half", "float"),
+        group="model",
     )
-    device: str = setting("auto", help="auto takes cuda where there is one, else cpu", choices=("auto", "cpu", "cuda"))
-    max_model_len: int = setting(0, help="longest prompt plus output, in tokens; 0 takes the model's own")
-    block_size: int = setting(32, help="tokens in a KV block; equal on all workers of a model", choices=(16, 32, 64))
-    num_gpu_blocks_override: int = setting(0, help="KV blocks in the pool, on whatever device; 0: from the memory size")
-    kv_cache_memory_bytes: int = setting(0, help="size of the KV pool, e.g. 4GiB; 0: a share of the memory there is")
-    gpu_memory_utilization: float = setting(0.9, help="share of the GPU's memory to use (CUDA only)")
-    max_num_seqs: int = setting(64, help="requests in one step at most")
-    max_num_batched_tokens: int = setting(512, help="token budget of a step; also the longest prefill chunk")
-    max_num_waiting: int = setting(1024, help="requests that may wait for their first step; more are refused")
-    enable_prefix_caching: bool = setting(True, help="reuse the KV blocks of equal prefixes")
-    num_threads: int = setting(0, help="compute threads (CPU); 0: as many as the process may use")
-    host: str = setting("127.0.0.1", help="address to listen on")
-    port: int = setting(0, help="gRPC port; 0 chooses a free one")
-    kv_port: int = setting(0, help="block-protocol port; 0 chooses a free one")
-    http_port: int = setting(0, help="port of /metrics, /health and /debug/state; 0 chooses a free one")
-    advertise_host: str = setting("", help="address under which others reach this worker; the default is --host")
-    redis: str = setting("redis://127.0.0.1:6379/0", help="URL of the registry")
-    worker_id: str = setting("", help="name of this worker, unique in the deployment; the default is ROLE-HOST-PORT")
+    device: str = setting(
+        "auto", help="auto takes cuda where there is one, else cpu", choices=("auto", "cpu", "cuda"), group="model"
+    )
+    max_model_len: int = setting(
+        0, help="longest prompt plus output, in tokens; 0 takes the model's own", group="model"
+    )
+    block_size: int = setting(
+        32, help="tokens in a KV block; equal on all workers of a model", choices=(16, 32, 64), group="KV cache"
+    )
+    num_gpu_blocks_override: int = setting(
+        0, help="KV blocks in the pool, on whatever device; 0: from the memory size", group="KV cache"
+    )
+    kv_cache_memory_bytes: int = setting(
+        0, help="size of the KV pool, e.g. 4GiB; 0: a share of the memory there is", group="KV cache"
+    )
+    gpu_memory_utilization: float = setting(0.9, help="share of the GPU's memory to use (CUDA only)", group="KV cache")
+    max_num_seqs: int = setting(64, help="requests in one step at most", group="scheduling")
+    max_num_batched_tokens: int = setting(
+        512, help="token budget of a step; also the longest prefill chunk", group="scheduling"
+    )
+    max_num_waiting: int = setting(
+        1024, help="requests that may wait for their first step; more are refused", group="scheduling"
+    )
+    enable_prefix_caching: bool = setting(True, help="reuse the KV blocks of equal prefixes", group="KV cache")
+    num_threads: int = setting(0, help="compute threads (CPU); 0: as many as the process may use", group="model")
+    host: str = setting("127.0.0.1", help="address to listen on", group="network")
+    port: int = setting(0, help="gRPC port; 0 chooses a free one", group="network")
+    kv_port: int = setting(0, help="block-protocol port; 0 chooses a free one", group="network")
+    http_port: int = setting(
+        0, help="port of /metrics, /health and /debug/state; 0 chooses a free one", group="network"
+    )
+    advertise_host: str = setting(
+        "", help="address under which others reach this worker; the default is --host", group="network"
+    )
+    redis: str = setting("redis://127.0.0.1:6379/0", help="URL of the registry", group="network", secret=True)
+    worker_id: str = setting(
+        "", help="name of this worker, unique in the deployment; the default is ROLE-HOST-PORT", group="network"
+    )
     kv_transport: str = setting(
         "auto",
         help="how blocks travel; auto takes nixl on RDMA, CUDA IPC and shared memory, ucxx on TCP",
         choices=("auto", "ucxx", "nixl"),
+        group="network",
     )
-    lease_s: float = setting(5.0, help="registry lease: a worker silent for so long is forgotten")
-    peer_timeout_s: float = setting(5.0, help="a block-protocol peer silent for so long is lost")
-    drain_timeout_s: float = setting(30.0, help="how long SIGTERM waits for running requests")
-    log_level: str = setting("info", help="what to log", choices=("debug", "info", "warning", "error"))
-    log_format: str = setting("auto", help="text, json, or auto: text on a terminal", choices=("auto", "text", "json"))
+    lease_s: float = setting(5.0, help="registry lease: a worker silent for so long is forgotten", group="network")
+    peer_timeout_s: float = setting(5.0, help="a block-protocol peer silent for so long is lost", group="network")
+    drain_timeout_s: float = setting(30.0, help="how long SIGTERM waits for running requests", group="network")
+    log_level: str = setting("info", help="what to log", choices=("debug", "info", "warning", "error"), group="logs")
+    log_format: str = setting(
+        "auto", help="text, json, or auto: text on a terminal", choices=("auto", "text", "json"), group="logs"
+    )
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise SettingsError("model: give the directory of a Hugging Face model, or its name on the hub (--model)")
+            raise SettingsError("give the directory of a Hugging Face model, or its name on the hub (--model)", "model")
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting"):
             if getattr(self, name) < 1:
-                raise SettingsError(f"{name}: must be at least 1, got {getattr(self, name)}")
+                raise SettingsError(f"must be at least 1, got {getattr(self, name)}", name)
         for name in ("max_model_len", "num_gpu_blocks_override", "kv_cache_memory_bytes", "num_threads"):
             if getattr(self, name) < 0:
-                raise SettingsError(f"{name}: must not be negative, got {getattr(self, name)}")
+                raise SettingsError(f"must not be negative, got {getattr(self, name)}", name)
         for name in ("port", "kv_port", "http_port"):
             if not 0 <= getattr(self, name) <= 65535:
-                raise SettingsError(f"{name}: must be a port number, got {getattr(self, name)}")
+                raise SettingsError(f"must be a port number, got {getattr(self, name)}", name)
         for name in ("lease_s", "peer_timeout_s", "drain_timeout_s"):
             if getattr(self, name) <= 0:
-                raise SettingsError(f"{name}: must be positive, got {getattr(self, name)}")
+                raise SettingsError(f"must be positive, got {getattr(self, name)}", name)
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise SettingsError(f"gpu_memory_utilization: must be in (0, 1], got {self.gpu_memory_utilization}")
+            raise SettingsError(
+                f"must be in (0, 1], got {self.gpu_memory_utilization}",
+                "gpu_memory_utilization",
+            )

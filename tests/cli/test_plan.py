@@ -125,7 +125,7 @@ def test_a_place_decides_threads_and_gpu_share_unless_the_user_does() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--max-num-seqs", "0"], "max_num_seqs"),
+        (["--max-num-seqs", "0"], "--max-num-seqs: must be at least 1"),
         (["--prefill", "-1"], "--prefill: must not be negative"),
         (["--decode", "0"], "--decode: must be at least 1"),
         (["--worker-id", "x"], "--worker-id is not a setting"),
