@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 import uvicorn
 import uvloop
 
+from kvstore.errors import RegistryError
 from kvstore.registry import Membership, WorkerRecord
 from services.logs import configure_logging, report_ready
 from services.router.admission import Admission
@@ -90,7 +91,11 @@ def bind(host: str, port: int) -> socket.socket:
 
 async def _serve(config: RouterConfig) -> int:
     try:
+        membership = Membership(config.redis)
         listener = bind(config.host, config.port)
+    except RegistryError as error:
+        log.error("%s", error)
+        return 1
     except OSError as error:
         log.error("cannot listen on %s:%d: %s", config.host, config.port, error)
         return 1
@@ -98,7 +103,6 @@ async def _serve(config: RouterConfig) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    membership = Membership(config.redis)
     await membership.start()
     try:
         async with open_parts(config, membership, config.router_id or f"router-{config.host}-{port}") as parts:

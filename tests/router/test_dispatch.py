@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
-import httpx2 as httpx
+import httpx
 import pytest
 from tandem.v1 import worker_pb2 as pb
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-import httpx2 as httpx
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

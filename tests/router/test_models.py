@@ -1,0 +1,179 @@
+"""What the router reads of a model, and how models follow the registry."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import shutil
+import threading
+
+import pytest
+
+from services.router.errors import ApiError
+from services.router.models import ModelDirectory, load_model_files
+from services.router.tokenizer import ModelTokenizer, TokenizerError, TokenizerPool, load_chat_templates
+from tests.router.fake_worker import FakeWorker, endless
+from tests.router.harness import until
+
+
+@pytest.fixture
+def copy(model_directory, tmp_path):
+    """A model directory to change."""
+    return shutil.copytree(model_directory, tmp_path / "model")
+
+
+def record(path, names=("m",), **options):
+    return FakeWorker(endless([300]), model_names=names, model_path=str(path), **options).record()
+
+
+@pytest.fixture
+async def directory():
+    models = ModelDirectory("", "", True)
+    yield models
+    await models.close()
+
+
+async def test_models_appear_with_their_worker_and_go_with_it(directory, model_directory):
+    directory.follow((record(model_directory, ("a", "b"), max_model_len=100),))
+    with pytest.raises(ApiError) as loading:
+        directory.get("a")
+    assert loading.value.status == 503
+    await until(lambda: directory.names() == ["a", "b"])
+    assert directory.get("a").max_model_len == 100
+    assert directory.get(None).name == "a"  # one model, two names
+    directory.follow(())
+    assert directory.names() == []
+    with pytest.raises(ApiError) as gone:
+        directory.get("a")
+    assert gone.value.status == 404
+
+
+async def test_a_model_promises_what_its_smallest_worker_holds(directory, model_directory):
+    directory.follow((record(model_directory, max_model_len=100), record(model_directory, max_model_len=50)))
+    await until(lambda: directory.names() == ["m"])
+    assert directory.get("m").max_model_len == 50
+
+
+async def test_among_several_models_the_client_must_choose(directory, model_directory, fallback_directory):
+    directory.follow((record(model_directory), record(fallback_directory, ("other",))))
+    await until(lambda: directory.names() == ["m", "other"])
+    with pytest.raises(ApiError) as caught:
+        directory.get(None)
+    assert (caught.value.status, caught.value.param) == (400, "model")
+
+
+async def test_prefill_workers_alone_serve_nothing(directory, model_directory):
+    worker = FakeWorker(endless([300]), model_path=str(model_directory))
+    directory.follow((worker.record("prefill"),))
+    assert directory.names() == []
+
+
+async def test_only_the_names_asked_for(model_directory):
+    models = ModelDirectory("", "", True, frozenset({"b"}))
+    models.follow((record(model_directory, ("a", "b")),))
+    await until(lambda: models.names() == ["b"])
+    with pytest.raises(ApiError) as caught:
+        models.get("a")
+    assert caught.value.status == 404
+    await models.close()
+
+
+async def test_a_model_that_cannot_be_loaded_is_said_so_and_harms_no_other(
+    directory, model_directory, tmp_path, caplog
+):
+    directory.follow((record(tmp_path, ("broken",)), record(model_directory)))
+    await until(lambda: directory.names() == ["m"] and "cannot be served" in caplog.text)
+    assert "no tokenizer.json" in caplog.text
+
+
+def test_reads_sizes_and_ends_of_sequence_from_both_files(copy):
+    (copy / "config.json").write_text(json.dumps({"vocab_size": 1000, "eos_token_id": 1}))
+    (copy / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [7, 8], "temperature": 0.6, "top_k": 20, "max_new_tokens": 99, "do_sample": True})
+    )
+    files = load_model_files(str(copy), str(copy), "", use_defaults=True)
+    assert files.vocab_size == 1000
+    assert files.eos_token_ids == {1, 7, 8}
+    assert files.sampling_defaults == {"temperature": 0.6, "top_k": 20, "max_tokens": 99}
+    assert load_model_files(str(copy), str(copy), "", use_defaults=False).sampling_defaults == {}
+
+
+def test_defaults_that_are_no_numbers_are_passed_over(copy, caplog):
+    (copy / "generation_config.json").write_text(json.dumps({"temperature": "hot", "top_p": -1, "top_k": None}))
+    assert load_model_files(str(copy), str(copy), "", use_defaults=True).sampling_defaults == {}
+    assert "temperature='hot'" in caplog.text
+
+
+def test_templates_come_from_wherever_models_keep_them(copy, tmp_path):
+    def rendered(override=""):
+        templates = load_chat_templates(copy, {}, override)
+        return {name: template.render([{"role": "user", "content": "x"}]) for name, template in templates.items()}
+
+    config = {"chat_template": [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]}
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    assert rendered() == {"default": "D", "tool_use": "T"}
+    (copy / "chat_template.jinja").write_text("J")
+    assert rendered()["default"] == "J"
+    (tmp_path / "mine.jinja").write_text("M")
+    assert rendered(str(tmp_path / "mine.jinja")) == {"default": "M"}
+    assert rendered("{{ messages[0].content }}!") == {"default": "x!"}
+    with pytest.raises(TokenizerError, match="no-such-file"):
+        rendered("no-such-file")
+
+
+def test_a_broken_file_is_named(copy):
+    (copy / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be loaded"):
+        ModelTokenizer(copy)
+    (copy / "tokenizer_config.json").write_text("{")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json cannot be read"):
+        load_chat_templates(copy, {}, "")
+    with pytest.raises(TokenizerError, match="is not a directory"):
+        load_model_files("/no/such/model", "/no/such/model", "", True)
+
+
+# ---- the tokenizer ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fixture", ["tokenizer", "fallback_tokenizer"])
+@pytest.mark.parametrize("text", ["Hello world", " hello", "naïve 你好 🙂", "a\nb\tc", "<s>x</s>"])
+def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(request, fixture, text):
+    tokenizer = request.getfixturevalue(fixture)
+    (token_ids,) = tokenizer.encode([text], False)
+    content = b"".join(tokenizer.token_bytes(token_id) for token_id in token_ids).decode()
+    assert content.removeprefix(" ") == text.removeprefix(" ")  # the mark of a first word is a space
+
+
+def test_a_part_of_a_character_is_shown_as_such(tokenizer):
+    (token_ids,) = tokenizer.encode(["\U0001f980"], False)
+    assert len(token_ids) > 1
+    assert {tokenizer.token_text(token_id) for token_id in token_ids} == {"\ufffd"}
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_special_tokens(tokenizer):
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert tokenizer.is_special(tokenizer.encode(["</s>"], False)[0][0])
+
+
+async def test_the_pool_is_bounded_even_when_callers_give_up():
+    pool = TokenizerPool(1, 1)
+    gate = threading.Event()
+    running = asyncio.create_task(pool.run(lambda: gate.wait(10)))
+    waiting = asyncio.create_task(pool.run(lambda: 5))
+    await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.wait([running])
+    with pytest.raises(ApiError) as caught:  # the thread is busy all the same
+        await pool.run(lambda: 6)
+    assert caught.value.status == 429
+    gate.set()
+    assert await waiting == 5
+    assert await pool.run(lambda: 7) == 7
+    pool.close()
+
+
+def test_served_models_are_immutable(model_directory):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_model_files(str(model_directory), str(model_directory), "", True).vocab_size = 5

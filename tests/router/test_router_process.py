@@ -1,0 +1,98 @@
+"""The process: its settings, its start without a registry, its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from services.router.config import RouterConfig
+from services.settings import SettingsError, load_settings, to_argv, visible_settings
+
+NO_REDIS = "redis://127.0.0.1:1/0"
+
+
+def test_flags_are_spelled_as_vllm_spells_them():
+    argv = [
+        "--port",
+        "9",
+        "--api-key",
+        "a",
+        "b",
+        "--served-model-name",
+        "m",
+        "--root-path",
+        "/x",
+        "--request-timeout",
+        "5",
+    ]
+    config = load_settings(RouterConfig, argv, prog="router", environ={})
+    assert (config.port, config.api_key, config.served_model_name) == (9, ("a", "b"), ("m",))
+    assert (config.root_path, config.request_timeout_s) == ("/x", 5.0)
+    assert visible_settings(config)["api_key"] == "***"
+    assert "a" not in to_argv(config)
+    from_environment = load_settings(RouterConfig, [], prog="router", environ={"TANDEM_API_KEY": "a,b"})
+    assert from_environment.api_key == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"port": 70000}, {"ssl_keyfile": "x"}, {"api_key": ("",)}, {"max_body_bytes": 0}, {"max_attempts": 0},
+        {"max_queue": -1}, {"sse_keepalive_s": 0.0}, {"request_timeout_s": -1.0}, {"max_concurrent_requests": 0},
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused_by_name(wrong):
+    with pytest.raises(SettingsError) as caught:
+        RouterConfig(**wrong)
+    assert caught.value.setting == next(iter(wrong))
+
+
+def test_help_needs_nothing_heavy():
+    code = "import sys; from services.router.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print([name for name in ('fastapi', 'grpc', 'tokenizers', 'torch', 'redis') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_router_needs_neither_torch_nor_transformers():
+    code = "import sys, services.router.process as _; print([n for n in ('torch', 'transformers') if n in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def start(*argv: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "services.router", "--log-format", "text", *argv]
+    environ = {**os.environ, "TANDEM_LAUNCHER": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
+
+
+def test_it_answers_without_a_registry_and_ends_on_sigterm():
+    with start("--port", "0", "--redis", NO_REDIS) as process:
+        try:
+            assert process.stderr is not None
+            ready = next(line for line in process.stderr if line.startswith("TANDEM-READY"))
+            url = json.loads(ready.partition(" ")[2])["url"]
+            assert httpx.get(f"{url}/health").status_code == 200
+            response = httpx.get(f"{url}/ready")
+            assert response.status_code == 503
+            assert "retry-after" in response.headers
+            assert httpx.get(f"{url}/v1/models").json() == {"object": "list", "data": []}
+            assert httpx.post(f"{url}/v1/completions", json={"model": "x", "prompt": "x"}).status_code == 404
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=20) == 0
+        finally:
+            process.kill()
+
+
+def test_a_registry_url_that_is_none_is_refused():
+    with start("--port", "0", "--redis", "nonsense") as process:
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "nonsense" in stderr
+    assert "Traceback" not in stderr
