@@ -50,6 +50,7 @@ def import_ucxx() -> ModuleType:
     """Import ucxx with the settings that it needs in the environment; the user's own win. Raises `TransportError`."""
     os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")  # nixl's UCX has settings that this one does not know
     os.environ.setdefault("UCX_TCP_CM_REUSEADDR", "y")
+    os.environ.setdefault("UCXX_LOG_LEVEL", "ERROR")  # a busy loop makes it warn of futures made late, on stdout
     try:
         import ucxx
     except (ImportError, OSError) as error:

@@ -1,91 +1,266 @@
 """The whole block protocol over real TCP connections, with blocks moving through the in-memory transport."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import asyncio
 
 import numpy as np
+import pytest
 
-from kvstore.block_hash import BlockHash
-from kvstore.exchange import BlockExchange
-from kvstore.fetch_events import ReadLimits, Reservation
-from kvstore.handshake import PeerIdentity
+from kvstore.errors import IncompatiblePeer, PeerLost, PeerUnreachable
+from kvstore.fetch_events import FetchCause, Reservation
 from kvstore.layout import BlockLayout
 from kvstore.lease import LeaseOutcome
-from kvstore.memory import HostMemory
-from kvstore.messages import AnnouncedBlock
-from kvstore.timeouts import ExchangeTimeouts
-from kvstore.transport.memory import Faults, MemoryTransport, Switchboard
+from kvstore.transport.memory import Faults, Switchboard
+from tests.exchange.exchange_worker import LAYOUT, TRANSFER, Worker, room, running, some_hashes
 
-LAYOUT = BlockLayout(num_layers=2, num_kv_heads=1, block_size=8, head_dim=4, dtype="float32", model_fingerprint="ab12")
-QUICK = ExchangeTimeouts(heartbeat_s=0.05, peer_timeout_s=0.6, lease_ttl_s=0.5, drain_s=0.3, close_s=0.5, read_s=1.0)
-TRANSFER = b"0123456789abcdef"
+SOURCE, TARGET = [9, 10, 11, 3, 40, 41, 7, 8, 63, 0], [5, 6, 7, 20, 30, 31, 1, 2, 3, 4]
 
 
-class Worker:
-    """A worker of the test: a pool with random contents and an exchange over it."""
-
-    def __init__(
-        self,
-        name: str,
-        switchboard: Switchboard,
-        layout: BlockLayout = LAYOUT,
-        faults: Faults | None = None,
-        timeouts: ExchangeTimeouts = QUICK,
-        num_blocks: int = 64,
-    ) -> None:
-        self.memory = HostMemory.allocate(num_blocks, layout.block_bytes)
-        self.memory.array[:] = np.random.default_rng(len(name)).integers(0, 256, self.memory.array.shape, np.uint8)
-        self.transport = MemoryTransport(self.memory, switchboard, faults, seed=1)
-        identity = PeerIdentity(name, "prefill", f"{name}-1", layout)
-        self.exchange = BlockExchange(
-            identity, self.memory, [self.transport], timeouts, limits=ReadLimits(max_reads=2, max_blocks=4)
-        )
-
-    def announced(self, block_ids: list[int], hashes: list[BlockHash | None]) -> list[AnnouncedBlock]:
-        digests = self.memory.digests(block_ids)
-        return [AnnouncedBlock(*block) for block in zip(block_ids, hashes, digests, strict=True)]
+def make_pair(faults: Faults | None = None) -> tuple[Worker, Worker]:
+    switchboard = Switchboard()
+    return Worker("prefill-0", switchboard), Worker("decode-0", switchboard, faults=faults)
 
 
-@asynccontextmanager
-async def running(*workers: Worker) -> AsyncIterator[None]:
-    for worker in workers:
-        await worker.exchange.start("127.0.0.1", 0)
-    try:
-        yield
-    finally:
-        for worker in workers:
-            await worker.exchange.close()
-
-
-def some_hashes(num_blocks: int) -> list[BlockHash | None]:
-    return [*(BlockHash(bytes([i]) * 16) for i in range(num_blocks - 1)), None]
-
-
-def room(block_ids: list[int], num_present: int = 0):
-    async def reserve() -> Reservation:
-        return Reservation(block_ids, num_present)
-
-    return reserve
+def start_transfer(owner: Worker, reader: Worker, reserve=None, transfer_id: bytes = TRANSFER):
+    """Order, offer and announce ten blocks in one go."""
+    hashes = some_hashes(10)
+    fetch = reader.exchange.fetch(transfer_id, "prefill-0", hashes, reserve or room(TARGET))
+    lease = owner.exchange.open_lease(transfer_id, "decode-0", 10)
+    lease.announce(0, owner.announced(SOURCE, hashes), last=True)
+    return fetch, lease
 
 
 async def test_blocks_announced_in_chunks_arrive_and_the_lease_is_confirmed():
-    switchboard = Switchboard()
-    owner, reader = Worker("prefill-0", switchboard), Worker("decode-0", switchboard)
-    source, target, hashes = [9, 10, 11, 3, 40, 41, 7, 8, 63, 0], [5, 6, 7, 20, 30, 31, 1, 2, 3, 4], some_hashes(10)
+    owner, reader = make_pair(Faults(max_delay_s=0.005))
+    hashes = some_hashes(10)
     async with running(owner, reader):
         assert await reader.exchange.connect(owner.exchange.address) == "prefill-0"
-        fetch = reader.exchange.fetch(TRANSFER, "prefill-0", hashes, room(target, num_present=1))
+        fetch = reader.exchange.fetch(TRANSFER, "prefill-0", hashes, room(TARGET, num_present=1))
         lease = owner.exchange.open_lease(TRANSFER, "decode-0", 10)
-        lease.announce(0, owner.announced(source[:6], hashes[:6]), last=False)
-        lease.announce(6, owner.announced(source[6:], hashes[6:]), last=True)
+        lease.announce(0, owner.announced(SOURCE[:6], hashes[:6]), last=False)
+        lease.announce(6, owner.announced(SOURCE[6:], hashes[6:]), last=True)
         result = await fetch.result
         assert result.ok, result.failure
-        assert (result.block_ids, result.num_blocks) == (target, 9)
+        assert (result.block_ids, result.num_blocks) == (TARGET, 9)
         assert await fetch.quiesced == []
         assert await lease.closed is LeaseOutcome.CONFIRMED
-        np.testing.assert_array_equal(reader.memory.array[target[1:]], owner.memory.array[source[1:]])
+        np.testing.assert_array_equal(reader.memory.array[TARGET[1:]], owner.memory.array[SOURCE[1:]])
         stamps = result.stamps
         assert stamps.offered <= stamps.reserved <= stamps.first_read <= stamps.last_read <= stamps.verified
         assert stamps.verified <= stamps.confirmed
         assert reader.exchange.state()["fetches"] == []
         assert owner.exchange.state()["leases"] == []
+
+
+async def test_two_workers_may_read_from_each_other_at_once():
+    owner, reader = make_pair()
+    async with running(owner, reader):
+        assert await asyncio.gather(
+            reader.exchange.connect(owner.exchange.address), owner.exchange.connect(reader.exchange.address)
+        ) == ["prefill-0", "decode-0"]
+        there, _ = start_transfer(owner, reader)
+        hashes = some_hashes(2)
+        back = owner.exchange.fetch(b"back", "decode-0", hashes, room([20, 21]))
+        reader.exchange.open_lease(b"back", "prefill-0", 2).announce(0, reader.announced([50, 51], hashes), last=True)
+        assert (await there.result).ok
+        assert (await back.result).ok
+        np.testing.assert_array_equal(owner.memory.array[[20, 21]], reader.memory.array[[50, 51]])
+
+
+async def test_connecting_again_or_at_the_same_time_uses_the_one_connection():
+    owner, reader = make_pair()
+    async with running(owner, reader):
+        address = owner.exchange.address
+        assert await asyncio.gather(*(reader.exchange.connect(address) for _ in range(5))) == ["prefill-0"] * 5
+        await reader.exchange.connect(address)
+        assert len(owner.exchange.state()["readers"]) == 1
+        assert reader.exchange.is_connected("prefill-0")
+        assert owner.exchange.is_connected("decode-0")
+        assert not owner.exchange.is_connected("decode-1")
+
+
+async def test_a_flipped_bit_fails_the_fetch_with_cause_digest_and_the_blocks_come_back():
+    owner, reader = make_pair(Faults(corrupt=1.0))
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        fetch, lease = start_transfer(owner, reader)
+        failure = (await fetch.result).failure
+        assert failure is not None
+        assert (failure.stage, failure.cause) == ("read", FetchCause.DIGEST_MISMATCH)
+        assert sorted(await fetch.quiesced) == sorted(TARGET)
+        assert await lease.closed is LeaseOutcome.RELEASED
+        assert reader.exchange.is_connected("prefill-0")
+
+
+async def test_a_hanging_read_times_out_is_ended_with_its_link_and_the_next_connection_works():
+    owner, reader = make_pair(Faults(stall=1.0))
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        fetch, lease = start_transfer(owner, reader)
+        failure = (await fetch.result).failure
+        assert failure is not None
+        assert (failure.stage, failure.cause) == ("read", FetchCause.TIMEOUT)
+        assert fetch.quarantined == TARGET
+        assert [entry["quarantined_blocks"] for entry in reader.exchange.state()["fetches"]] == [TARGET]
+        assert await fetch.quiesced == TARGET
+        assert await lease.closed is LeaseOutcome.RELEASED
+        reader.transport.faults = Faults()
+        await reader.exchange.connect(owner.exchange.address)
+        fetch, lease = start_transfer(owner, reader)
+        assert (await fetch.result).ok
+        assert await lease.closed is LeaseOutcome.CONFIRMED
+
+
+async def test_a_failed_read_ends_its_connection_and_the_other_fetches_on_it_fail_as_peer_lost():
+    owner, reader = make_pair(Faults(fail=1.0))
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        waiting = reader.exchange.fetch(b"waiting", "prefill-0", some_hashes(1), room([40]))
+        fetch, lease = start_transfer(owner, reader)
+        causes = [(await each.result).failure.cause for each in (fetch, waiting)]
+        assert causes == [FetchCause.READ_FAILED, FetchCause.PEER_LOST]
+        assert await fetch.quiesced == TARGET
+        assert await lease.closed in (LeaseOutcome.RELEASED, LeaseOutcome.PEER_LOST)
+
+
+async def test_an_owner_that_goes_away_fails_fetches_at_once_and_a_reader_that_goes_away_ends_leases():
+    owner, reader = make_pair(Faults(stall=1.0))
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        fetch, lease = start_transfer(owner, reader)
+        await owner.exchange.close()
+        assert await lease.closed is LeaseOutcome.PEER_LOST
+        assert (await fetch.result).failure.cause is FetchCause.PEER_LOST
+        assert await fetch.quiesced in ([], TARGET)  # the loss may come before the reservation
+        assert not reader.exchange.is_connected("prefill-0")
+        with pytest.raises(PeerLost, match="prefill-0"):
+            reader.exchange.fetch(b"next", "prefill-0", [None], room([1]))
+        with pytest.raises(PeerUnreachable):
+            await reader.exchange.connect(owner.exchange.address)
+
+
+async def test_an_abort_while_reserving_waits_for_the_reservation_and_gives_it_back():
+    owner, reader = make_pair()
+    asked = asyncio.Event()
+    granted: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
+
+    async def reserve() -> Reservation:
+        asked.set()
+        return await granted
+
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        fetch, lease = start_transfer(owner, reader, reserve)
+        await asked.wait()
+        fetch.abort("the client left")
+        assert (await fetch.result).failure.cause is FetchCause.ABORTED
+        assert await lease.closed is LeaseOutcome.RELEASED
+        assert not fetch.quiesced.done()
+        granted.set_result(Reservation(TARGET))
+        assert await fetch.quiesced == TARGET
+
+
+async def test_a_reservation_that_fails_fails_the_fetch():
+    owner, reader = make_pair()
+
+    async def reserve() -> Reservation:
+        raise ValueError("no such request")
+
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        fetch, lease = start_transfer(owner, reader, reserve)
+        failure = (await fetch.result).failure
+        assert (failure.cause, failure.detail) == (FetchCause.RESERVE_FAILED, "ValueError('no such request')")
+        assert await fetch.quiesced == []
+        assert await lease.closed is LeaseOutcome.RELEASED
+
+
+async def test_revoking_a_lease_fails_the_fetch_with_the_reason():
+    owner, reader = make_pair()
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        fetch = reader.exchange.fetch(TRANSFER, "prefill-0", some_hashes(10), room(TARGET))
+        lease = owner.exchange.open_lease(TRANSFER, "decode-0", 10)
+        lease.revoke("the prompt was aborted")
+        assert await lease.closed is LeaseOutcome.REVOKED
+        lease.announce(0, owner.announced(SOURCE, some_hashes(10)), last=True)  # a step that was under way: ignored
+        failure = (await fetch.result).failure
+        assert (failure.cause, failure.detail) == (FetchCause.REVOKED, "the prompt was aborted")
+
+
+async def test_an_offer_for_an_unknown_transfer_is_released():
+    owner, reader = make_pair()
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        assert await owner.exchange.open_lease(TRANSFER, "decode-0", 1).closed is LeaseOutcome.RELEASED
+        with pytest.raises(PeerLost, match="decode-1"):
+            owner.exchange.open_lease(TRANSFER, "decode-1", 1)
+
+
+async def test_a_fetch_from_another_incarnation_than_the_ordered_one_fails_at_once():
+    owner, reader = make_pair()
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        fetch = reader.exchange.fetch(TRANSFER, "prefill-0", [None], room([1]), owner_incarnation="prefill-0-2")
+        failure = (await fetch.result).failure
+        assert failure.cause is FetchCause.UNKNOWN_INCARNATION
+        assert failure.detail == "prefill-0 is incarnation prefill-0-1, not prefill-0-2"
+        assert await fetch.quiesced == []
+
+
+async def test_cancelling_who_waits_for_a_result_leaves_the_fetch_alone():
+    owner, reader = make_pair()
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        fetch = reader.exchange.fetch(TRANSFER, "prefill-0", some_hashes(10), room(TARGET))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(fetch.result, 0.01)
+        lease = owner.exchange.open_lease(TRANSFER, "decode-0", 10)
+        lease.announce(0, owner.announced(SOURCE, some_hashes(10)), last=True)
+        assert (await fetch.result).ok
+
+
+async def test_another_layout_is_refused_on_both_sides_naming_both_values(caplog: pytest.LogCaptureFixture):
+    switchboard = Switchboard()
+    other = BlockLayout(**{**LAYOUT.to_wire(), "dtype": "bfloat16", "block_size": 16})
+    owner, reader = Worker("prefill-0", switchboard), Worker("decode-0", switchboard, layout=other)
+    async with running(owner, reader):
+        with pytest.raises(IncompatiblePeer) as refused:
+            await reader.exchange.connect(owner.exchange.address)
+        assert "dtype: ours bfloat16, theirs float32" in str(refused.value)
+        assert "block_size: ours 16, theirs 8" in str(refused.value)
+        await reader.exchange.close()
+        await owner.exchange.close()
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert any("ours bfloat16, theirs float32" in message for message in messages)
+    assert any("ours float32, theirs bfloat16" in message for message in messages)
+
+
+async def test_two_workers_of_one_name_are_refused():
+    switchboard = Switchboard()
+    one, two = Worker("prefill-0", switchboard), Worker("prefill-0", switchboard)
+    async with running(one, two):
+        with pytest.raises(IncompatiblePeer, match="two workers are called prefill-0"):
+            await two.exchange.connect(one.exchange.address)
+
+
+async def test_closing_ends_everything_even_a_reservation_that_never_comes():
+    owner, reader = make_pair()
+
+    asked = asyncio.Event()
+
+    async def reserve() -> Reservation:
+        asked.set()
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError
+
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        fetch, lease = start_transfer(owner, reader, reserve)
+        await asked.wait()
+        await reader.exchange.close()
+        assert (await fetch.result).failure.cause is FetchCause.PEER_LOST
+        assert await fetch.quiesced == []
+        assert await lease.closed is LeaseOutcome.PEER_LOST
+        await reader.exchange.close()
+        await owner.exchange.close()
+    assert len(asyncio.all_tasks()) == 1

@@ -1,0 +1,170 @@
+"""How fast blocks move between two worker processes on this machine, by transport, through the whole block protocol.
+
+    python -m loadtest.bench_transfer [--blocks 128] [--block-kib 192] [--rounds 20] [--transports ucxx,nixl]
+
+An owner in a process of its own lends blocks, this process fetches them: lease, reads, digests, confirmation. Times are
+from the announcement of the last block, as in a handoff, to the point named by the column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+import numpy as np
+
+from kvstore.exchange import BlockExchange
+from kvstore.fetch_events import Reservation
+from kvstore.handshake import PeerIdentity
+from kvstore.layout import BlockLayout
+from kvstore.memory import HostMemory
+from kvstore.messages import AnnouncedBlock
+from kvstore.transport.select import make_transports
+
+_POOL_FACTOR = 4  # pools hold so many transfers, so that blocks are scattered and caches cold
+
+
+def make_exchange(name: str, transport: str, num_blocks: int, block_kib: int) -> tuple[BlockExchange, HostMemory]:
+    """Build one worker's exchange over a pool of `num_blocks * _POOL_FACTOR` blocks."""
+    layout = BlockLayout(1, 1, 32, block_kib * 4, "float32", "be0c")
+    memory = HostMemory.allocate(num_blocks * _POOL_FACTOR, layout.block_bytes)
+    identity = PeerIdentity(name, name, f"{name}-{os.getpid()}", layout)
+    return BlockExchange(identity, memory, make_transports(transport, memory, name)), memory
+
+
+async def own(arguments: argparse.Namespace) -> None:
+    """The child: announces all blocks of a transfer at once, whenever the parent writes a line."""
+    exchange, memory = make_exchange("owner", arguments.transports, arguments.blocks, arguments.block_kib)
+    memory.array[:] = np.random.default_rng(1).integers(0, 256, memory.array.shape, np.uint8)
+    await exchange.start("127.0.0.1", 0)
+    print("address", exchange.address, flush=True)
+    digests = memory.digests(range(memory.num_blocks))
+    ids = list(range(memory.num_blocks))
+    rng = random.Random(1)
+    lines = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    while line := await lines.readline():
+        block_ids = ids[: arguments.blocks] if line.startswith(b"neighbours") else rng.sample(ids, arguments.blocks)
+        transfer_id = bytes.fromhex(line.split()[1].decode())
+        lease = exchange.open_lease(transfer_id, "reader", arguments.blocks)
+        await asyncio.sleep(0.02)  # the reader reserves meanwhile, as it would behind the prompt's computation
+        announced = [AnnouncedBlock(block_id, None, digests[block_id]) for block_id in block_ids]
+        print("announced", time.monotonic(), flush=True)
+        lease.announce(0, announced, last=True)
+        await lease.closed
+    await exchange.close()
+
+
+def answer(lines: TextIO, word: str) -> str:
+    """Return what the child says after `word`; UCX writes to the same stream."""
+    return next(line.split()[1] for line in lines if line.startswith(word + " "))
+
+
+def spawn_owner(arguments: argparse.Namespace, transport: str) -> subprocess.Popen[str]:
+    """Start the child; its orders and answers are lines."""
+    command = [sys.executable, "-m", "loadtest.bench_transfer", "--own", "--transports", transport]
+    command += ["--blocks", str(arguments.blocks), "--block-kib", str(arguments.block_kib)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+async def measure(arguments: argparse.Namespace, transport: str, child: subprocess.Popen[str]) -> None:
+    """Fetch over one transport and print its rows."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    exchange, memory = make_exchange("reader", transport, arguments.blocks, arguments.block_kib)
+    await exchange.start("127.0.0.1", 0)
+    rng, lane = random.Random(2), "?"
+    try:
+        address = answer(child.stdout, "address")
+        started = time.monotonic()
+        await exchange.connect(address)
+        connect_ms = (time.monotonic() - started) * 1e3
+        for kind in ("scattered", "neighbours"):
+            rows = []
+            for _ in range(arguments.rounds):
+                target = list(range(arguments.blocks))
+                if kind == "scattered":
+                    target = rng.sample(range(memory.num_blocks), arguments.blocks)
+
+                async def reserve(block_ids: list[int] = target) -> Reservation:
+                    return Reservation(block_ids)
+
+                transfer_id = os.urandom(16)
+                fetch = exchange.fetch(transfer_id, "owner", [None] * arguments.blocks, reserve)
+                child.stdin.write(f"{kind} {transfer_id.hex()}\n")
+                child.stdin.flush()
+                result = await fetch.result
+                if not result.ok:
+                    raise SystemExit(f"{transport}: {result.failure}")
+                announced_at = float(answer(child.stdout, "announced"))
+                stamps = result.stamps
+                assert stamps.last_read is not None
+                assert stamps.verified is not None
+                assert stamps.confirmed is not None
+                rows.append(
+                    [
+                        (stamps.last_read - announced_at) * 1e3,
+                        (stamps.verified - announced_at) * 1e3,
+                        (stamps.confirmed - stamps.verified) * 1e3,
+                        (stamps.confirmed - announced_at) * 1e3,
+                    ]
+                )
+            owners = exchange.state()["owners"]
+            lane = str(owners[0]["lane"]) if isinstance(owners, list) else lane
+            print_row(transport, lane, kind, rows[1:], arguments, connect_ms)
+    finally:
+        await exchange.close()
+
+
+def print_row(
+    transport: str,
+    lane: str,
+    kind: str,
+    rows: Sequence[Sequence[float]],
+    arguments: argparse.Namespace,
+    connect_ms: float,
+) -> None:
+    """Print medians and the best whole."""
+    read, verified, confirm, whole = (statistics.median(column) for column in zip(*rows, strict=True))
+    gb = arguments.blocks * arguments.block_kib * 1024 / 1e9
+    best = min(row[3] for row in rows)
+    print(
+        f"{transport:<6}{lane:<9}{kind:<12}{read:>9.2f}{verified:>10.2f}{confirm:>10.2f}{whole:>9.2f}{best:>9.2f}"
+        f"{gb / read * 1e3:>8.2f}{connect_ms:>11.1f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Parse the command line and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transports", default="ucxx,nixl")
+    parser.add_argument("--blocks", type=int, default=128)
+    parser.add_argument("--block-kib", type=int, default=192)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--own", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.own:
+        asyncio.run(own(arguments))
+        return
+    names = arguments.transports.split(",")
+    if len(names) > 1:  # one process each: what one transport leaves behind in the process is not the other's to pay
+        print(f"{arguments.blocks} blocks of {arguments.block_kib} KiB, medians in ms from the last announcement:")
+        print("name  lane     blocks           read  verified   confirm    whole     best    GB/s connect ms")
+        for name in names:
+            subprocess.run([sys.executable, "-m", "loadtest.bench_transfer", *sys.argv[1:], "--transports", name])
+        return
+    with spawn_owner(arguments, names[0]) as child:
+        asyncio.run(measure(arguments, names[0], child))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""A worker of the exchange tests: a pool with random contents and an exchange over the in-memory transport."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import numpy as np
+
+from kvstore.block_hash import BlockHash
+from kvstore.exchange import BlockExchange
+from kvstore.fetch_events import ReadLimits, Reservation
+from kvstore.handshake import PeerIdentity
+from kvstore.layout import BlockLayout
+from kvstore.memory import HostMemory
+from kvstore.messages import AnnouncedBlock
+from kvstore.timeouts import ExchangeTimeouts
+from kvstore.transport.memory import Faults, MemoryTransport, Switchboard
+
+LAYOUT = BlockLayout(num_layers=2, num_kv_heads=1, block_size=8, head_dim=4, dtype="float32", model_fingerprint="ab12")
+QUICK = ExchangeTimeouts(
+    heartbeat_s=0.05, peer_timeout_s=0.8, connect_s=0.8, lease_ttl_s=0.5, drain_s=0.3, close_s=0.5, read_s=1.0
+)
+TRANSFER = b"0123456789abcdef"
+
+
+class Worker:
+    """Not started; see `running`."""
+
+    def __init__(
+        self,
+        name: str,
+        switchboard: Switchboard,
+        layout: BlockLayout = LAYOUT,
+        faults: Faults | None = None,
+        timeouts: ExchangeTimeouts = QUICK,
+    ) -> None:
+        self.memory = HostMemory.allocate(64, layout.block_bytes)
+        self.memory.array[:] = np.random.default_rng(len(name)).integers(0, 256, self.memory.array.shape, np.uint8)
+        self.transport = MemoryTransport(self.memory, switchboard, faults, seed=1)
+        identity = PeerIdentity(name, name.partition("-")[0], f"{name}-1", layout)
+        self.exchange = BlockExchange(
+            identity, self.memory, [self.transport], timeouts, limits=ReadLimits(max_reads=2, max_blocks=4)
+        )
+
+    def announced(self, block_ids: list[int], hashes: list[BlockHash | None]) -> list[AnnouncedBlock]:
+        """What this worker, as an owner, announces of its blocks."""
+        digests = self.memory.digests(block_ids)
+        return [AnnouncedBlock(*block) for block in zip(block_ids, hashes, digests, strict=True)]
+
+
+@asynccontextmanager
+async def running(*workers: Worker) -> AsyncIterator[None]:
+    """Start workers on free ports, and close them."""
+    for worker in workers:
+        await worker.exchange.start("127.0.0.1", 0)
+    try:
+        yield
+    finally:
+        for worker in workers:
+            await worker.exchange.close()
+
+
+def some_hashes(num_blocks: int) -> list[BlockHash | None]:
+    """Identities of full blocks, and None for a partial one at the end."""
+    return [*(BlockHash(bytes([i]) * 16) for i in range(num_blocks - 1)), None]
+
+
+def room(block_ids: list[int], num_present: int = 0) -> Callable[[], Awaitable[Reservation]]:
+    """A `reserve` function that grants these blocks at once."""
+
+    async def reserve() -> Reservation:
+        return Reservation(block_ids, num_present)
+
+    return reserve

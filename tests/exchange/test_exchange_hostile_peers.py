@@ -1,0 +1,279 @@
+"""What an exchange makes of peers that die, freeze, stall or talk nonsense: played by a script over a plain socket."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from kvstore.errors import PeerUnreachable
+from kvstore.fetch_events import FetchCause
+from kvstore.framing import FrameStream
+from kvstore.lease import LeaseOutcome
+from kvstore.messages import (
+    MAX_FRAME_BYTES,
+    PROTOCOL_VERSION,
+    Announce,
+    AnnouncedBlock,
+    Choose,
+    Confirm,
+    Confirmed,
+    Heartbeat,
+    Hello,
+    Offer,
+    Ready,
+    Reject,
+    Revoke,
+    TransportOffer,
+    encode,
+)
+from kvstore.transport.memory import Switchboard
+from tests.exchange.exchange_worker import LAYOUT, QUICK, TRANSFER, Worker, room, running
+
+BOUND_S = 10.0
+
+
+def hello(version: int = PROTOCOL_VERSION, descriptor: bytes = b"") -> Hello:
+    offers = [TransportOffer("memory", descriptor)]
+    return Hello(version, "script-0", "decode", "script-1", LAYOUT.to_wire(), offers)
+
+
+class Script:
+    """A peer that does what the test writes down."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writer = writer
+        self.stream = FrameStream(reader, writer)
+
+    async def expect(self, kind: type):
+        """Return the next message that is no heartbeat."""
+        async with asyncio.timeout(BOUND_S):
+            while isinstance(message := await self.stream.receive(), Heartbeat) and kind is not Heartbeat:
+                pass
+        assert isinstance(message, kind), message
+        return message
+
+    async def read_until_closed(self) -> None:
+        async with asyncio.timeout(BOUND_S):
+            try:
+                while await self.stream._reader.read(1 << 16):
+                    pass
+            except ConnectionResetError:
+                pass
+
+    async def introduce_as_reader(self) -> None:
+        self.stream.send(hello())
+        await self.expect(Hello)
+        self.stream.send(Choose("memory", bytes(16)))
+        self.stream.send(Ready())
+        await self.expect(Ready)
+
+    async def introduce_as_owner(self, pool: Worker) -> None:
+        await self.expect(Hello)
+        self.stream.send(hello(descriptor=pool.transport.descriptor()))
+        await self.expect(Choose)
+        await self.expect(Ready)
+        self.stream.send(Ready())
+
+
+@asynccontextmanager
+async def dialled(worker: Worker) -> AsyncIterator[Script]:
+    host, _, port = worker.exchange.address.rpartition(":")
+    script = Script(*await asyncio.open_connection(host, int(port)))
+    try:
+        yield script
+    finally:
+        script.writer.transport.abort()
+
+
+@asynccontextmanager
+async def scripted_owner(play) -> AsyncIterator[str]:
+    """An owner that plays `play(script)`, then falls silent with its connection open, as a stopped process does."""
+    scripts: list[Script] = []
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        scripts.append(Script(reader, writer))
+        await play(scripts[-1])
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for script in scripts:
+            script.writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x00\x00\x00\x05hello",
+        b"\x00\x00\x00\x00",
+        (MAX_FRAME_BYTES + 1).to_bytes(4, "big"),
+        b"\xff" * 100,
+        encode(Confirm(TRANSFER)),  # a good message where a Hello belongs
+    ],
+    ids=["http", "no msgpack", "empty frame", "oversized frame", "noise", "not a hello"],
+)
+async def test_garbage_at_the_port_closes_that_connection_with_one_line_and_others_go_on(
+    garbage: bytes, caplog: pytest.LogCaptureFixture
+):
+    switchboard = Switchboard()
+    owner, reader = Worker("prefill-0", switchboard), Worker("decode-0", switchboard)
+    async with running(owner, reader):
+        async with dialled(owner) as script:
+            script.writer.write(garbage)
+            await script.read_until_closed()
+        assert await reader.exchange.connect(owner.exchange.address) == "prefill-0"
+    lines = [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert len(lines) == 1, lines
+
+
+async def test_a_stranger_that_drips_bytes_is_cut_off_after_the_handshakes_deadline():
+    owner = Worker("prefill-0", Switchboard())
+    async with running(owner), dialled(owner) as script:
+        frame = encode(hello())
+        closed = asyncio.ensure_future(script.read_until_closed())
+        for byte in frame:
+            if closed.done():
+                break
+            script.writer.write(bytes([byte]))
+            await asyncio.sleep(0.02)
+        assert closed.done()
+        assert not owner.exchange.is_connected("script-0")
+
+
+async def test_a_peer_of_another_protocol_version_is_told_both_versions():
+    owner = Worker("prefill-0", Switchboard())
+    async with running(owner), dialled(owner) as script:
+        script.stream.send(hello(version=7))
+        await script.expect(Hello)
+        reject = await script.expect(Reject)
+        assert reject.reason == "script-0 speaks block protocol 7, prefill-0 speaks 1"
+
+
+async def test_a_reader_that_sends_what_only_owners_send_is_cut_off_and_its_leases_end():
+    owner = Worker("prefill-0", Switchboard())
+    async with running(owner), dialled(owner) as script:
+        await script.introduce_as_reader()
+        lease = owner.exchange.open_lease(TRANSFER, "script-0", 1)
+        await script.expect(Offer)
+        script.stream.send(Offer(TRANSFER, 1))
+        assert await lease.closed is LeaseOutcome.PEER_LOST
+
+
+async def test_a_frozen_readers_leases_end_in_time():
+    owner = Worker("prefill-0", Switchboard())
+    async with running(owner), dialled(owner) as script:
+        await script.introduce_as_reader()
+        lease = owner.exchange.open_lease(TRANSFER, "script-0", 1)
+        assert await asyncio.wait_for(lease.closed, BOUND_S) is LeaseOutcome.EXPIRED  # silent from here on
+        await asyncio.wait_for(script.read_until_closed(), BOUND_S)
+        assert not owner.exchange.is_connected("script-0")
+
+
+async def test_a_lease_that_heartbeats_do_not_name_expires_and_its_confirmation_is_refused():
+    owner = Worker("prefill-0", Switchboard())
+    async with running(owner), dialled(owner) as script:
+        await script.introduce_as_reader()
+        forgotten = owner.exchange.open_lease(TRANSFER, "script-0", 1)
+        renewed = owner.exchange.open_lease(b"renewed", "script-0", 1)
+        for lease in (forgotten, renewed):
+            lease.announce(0, owner.announced([3], [None]), last=True)
+        while not forgotten.closed.done():
+            script.stream.send(Heartbeat([b"renewed"]))
+            await asyncio.sleep(0.05)
+        assert await forgotten.closed is LeaseOutcome.EXPIRED
+        for expected in (Offer, Offer, Announce, Announce, Revoke):
+            await script.expect(expected)
+        script.stream.send(Confirm(TRANSFER))
+        assert await script.expect(Confirmed) == Confirmed(TRANSFER, held=False)
+        script.stream.send(Confirm(b"renewed"))
+        assert await script.expect(Confirmed) == Confirmed(b"renewed", held=True)
+        assert await renewed.closed is LeaseOutcome.CONFIRMED
+
+
+async def test_a_reader_that_connects_anew_replaces_its_old_connection():
+    owner = Worker("prefill-0", Switchboard())
+    async with running(owner), dialled(owner) as old, dialled(owner) as new:
+        await old.introduce_as_reader()
+        lease = owner.exchange.open_lease(TRANSFER, "script-0", 1)
+        await new.introduce_as_reader()
+        assert await lease.closed is LeaseOutcome.PEER_LOST
+        await old.read_until_closed()
+        owner.exchange.open_lease(b"second", "script-0", 1)
+        await new.expect(Offer)
+
+
+async def test_an_owner_that_freezes_is_noticed_and_the_fetch_fails():
+    switchboard = Switchboard()
+    reader, ghost = Worker("decode-0", switchboard), Worker("ghost", switchboard)
+
+    ordered = asyncio.Event()
+
+    async def play(script: Script) -> None:
+        await script.introduce_as_owner(ghost)
+        await ordered.wait()
+        script.stream.send(Offer(TRANSFER, 1))
+
+    async with running(reader), scripted_owner(play) as address:
+        assert await reader.exchange.connect(address) == "script-0"
+        fetch = reader.exchange.fetch(TRANSFER, "script-0", [None], room([4]))
+        ordered.set()
+        failure = (await asyncio.wait_for(fetch.result, BOUND_S)).failure
+        assert failure.cause is FetchCause.PEER_LOST
+        assert "silent for" in failure.detail
+        assert await fetch.quiesced == [4]
+
+
+async def test_an_owner_that_announces_other_content_than_it_has_is_found_out_by_the_digest():
+    switchboard = Switchboard()
+    reader, ghost = Worker("decode-0", switchboard), Worker("ghost", switchboard)
+
+    ordered = asyncio.Event()
+
+    async def play(script: Script) -> None:
+        await script.introduce_as_owner(ghost)
+        await ordered.wait()
+        script.stream.send(Offer(TRANSFER, 1))
+        script.stream.send(Announce(TRANSFER, 0, [AnnouncedBlock(0, None, 1)], True))
+
+    async with running(reader), scripted_owner(play) as address:
+        await reader.exchange.connect(address)
+        fetch = reader.exchange.fetch(TRANSFER, "script-0", [None], room([4]))
+        ordered.set()
+        assert (await asyncio.wait_for(fetch.result, BOUND_S)).failure.cause is FetchCause.DIGEST_MISMATCH
+
+
+async def test_a_port_that_says_nothing_is_unreachable_after_the_deadline():
+    async def play(script: Script) -> None:
+        pass
+
+    reader = Worker("decode-0", Switchboard())
+    async with running(reader), scripted_owner(play) as address:
+        with pytest.raises(PeerUnreachable, match=f"{address}: handshake failed: not done within {QUICK.connect_s} s"):
+            await asyncio.wait_for(reader.exchange.connect(address), BOUND_S)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "no-port", "127.0.0.1:http"])
+async def test_an_address_where_nobody_listens_is_unreachable(address: str):
+    reader = Worker("decode-0", Switchboard())
+    async with running(reader):
+        with pytest.raises(PeerUnreachable, match=address):
+            await reader.exchange.connect(address)
+
+
+async def test_many_strangers_are_turned_away_without_touching_established_peers():
+    switchboard = Switchboard()
+    owner, reader = Worker("prefill-0", switchboard), Worker("decode-0", switchboard)
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        host, _, port = owner.exchange.address.rpartition(":")
+        strangers = [await asyncio.open_connection(host, int(port)) for _ in range(80)]
+        await strangers[-1][0].read()  # closed at once: one too many
+        assert owner.exchange.is_connected("decode-0")
+        for _, writer in strangers:
+            writer.transport.abort()
+        lease = owner.exchange.open_lease(TRANSFER, "decode-0", 1)
+        assert await lease.closed is LeaseOutcome.RELEASED

@@ -1,0 +1,268 @@
+"""The reader's state machine, as transcripts."""
+
+import itertools
+
+import pytest
+
+from kvstore.block_hash import BlockHash
+from kvstore.errors import IllegalTransition
+from kvstore.fetch import TRANSITIONS, FetchMachine
+from kvstore.fetch_events import (
+    AbortOrdered,
+    AbortReads,
+    BlocksAnnounced,
+    ComputeDigests,
+    ConfirmAnswered,
+    DigestsComputed,
+    FetchCause,
+    FetchEvent,
+    FetchState,
+    FetchTimer,
+    Offered,
+    OwnerLost,
+    Quiesced,
+    ReadEnded,
+    ReadLimits,
+    Reservation,
+    Reserve,
+    Reserved,
+    ReserveFailed,
+    Resolve,
+    Revoked,
+    SendMessage,
+    StartRead,
+)
+from kvstore.messages import AnnouncedBlock, Confirm, Release
+from kvstore.timeouts import ExchangeTimeouts
+
+TRANSFER = b"transfer-0000001"
+TIMEOUTS = ExchangeTimeouts(offer_s=10, reserve_s=20, announce_s=30, read_s=4, confirm_s=5, drain_s=7)
+HASHES = [BlockHash(bytes([i]) * 16) for i in range(4)]
+EXPECTED = [*HASHES, None]  # four full blocks and a partial one
+ANNOUNCED = [AnnouncedBlock(40 + i, hash_, 1000 + i) for i, hash_ in enumerate(EXPECTED)]
+ROOM = [7, 8, 9, 3, 1]
+
+
+class Transcript:
+    """Feeds a machine and remembers the clock."""
+
+    def __init__(self, num_present: int = 0, limits: ReadLimits | None = None) -> None:
+        self.num_present = num_present
+        self.fetch = FetchMachine(
+            TRANSFER, EXPECTED, 4096, TIMEOUTS, itertools.count(1).__next__, now=0.0, limits=limits
+        )
+        self.now = 0.0
+
+    def tell(self, event: FetchEvent, after: float = 0.0) -> list:
+        self.now += after
+        return self.fetch.handle(event, self.now)
+
+    def to(self, state: FetchState) -> "Transcript":
+        """Go the ordinary way to a state (FAILED and DRAINING: by an abort while a read is under way)."""
+        path = [FetchState.ORDERED, FetchState.RESERVING, FetchState.READING, FetchState.CONFIRMING, FetchState.DONE]
+        steps = [
+            [Offered(5)],
+            [Reserved(Reservation(ROOM, self.num_present))],
+            [BlocksAnnounced(0, ANNOUNCED, True), ReadEnded(1), DigestsComputed(1, [1000, 1001, 1002, 1003, 1004])],
+            [ConfirmAnswered(True)],
+        ]
+        if state in path:
+            for events in steps[: path.index(state)]:
+                for event in events:
+                    self.tell(event)
+        else:
+            self.to(FetchState.READING)
+            self.tell(BlocksAnnounced(0, ANNOUNCED, True))
+            self.tell(AbortOrdered("enough"))
+            if state is FetchState.FAILED:
+                self.tell(ReadEnded(1))
+        assert self.fetch.state is state
+        return self
+
+
+EVENTS: list[FetchEvent] = [
+    Offered(5),
+    Reserved(Reservation(ROOM)),
+    ReserveFailed("full"),
+    BlocksAnnounced(0, ANNOUNCED[:2], False),
+    ReadEnded(1),
+    DigestsComputed(1, [0] * 5),
+    ConfirmAnswered(True),
+    Revoked("expired"),
+    AbortOrdered("enough"),
+    OwnerLost("gone"),
+    FetchTimer(),
+]
+
+
+def only(actions: list, kind: type) -> object:
+    found = [action for action in actions if isinstance(action, kind)]
+    assert len(found) == 1, actions
+    return found[0]
+
+
+def failure_of(actions: list):
+    failure = only(actions, Resolve).result.failure
+    assert failure is not None
+    return failure.stage, failure.cause
+
+
+def test_a_transfer_in_two_chunks_from_order_to_confirmation():
+    t = Transcript(num_present=1)
+    assert t.tell(Offered(5), 1.0) == [Reserve(5)]
+    assert t.tell(BlocksAnnounced(0, ANNOUNCED[:3], False), 1.0) == []  # no room yet: remembered
+    assert t.tell(Reserved(Reservation(ROOM, 1)), 1.0) == [StartRead(1, (1, 2), (41, 42), (8, 9))]  # 0 is present
+    assert t.tell(BlocksAnnounced(3, ANNOUNCED[3:], True), 1.0) == [StartRead(2, (3, 4), (43, 44), (3, 1))]
+    assert t.tell(ReadEnded(2), 1.0) == [ComputeDigests(2, (3, 1))]
+    assert t.tell(ReadEnded(1), 1.0) == [ComputeDigests(1, (8, 9))]
+    assert t.tell(DigestsComputed(1, [1001, 1002]), 1.0) == []
+    assert t.tell(DigestsComputed(2, [1003, 1004]), 1.0) == [SendMessage(Confirm(TRANSFER))]
+    resolved, quiesced = t.tell(ConfirmAnswered(True), 1.0)
+    result = resolved.result
+    assert (result.ok, result.block_ids, result.num_blocks, result.num_bytes) == (True, ROOM, 4, 4 * 4096)
+    stamps = result.stamps
+    assert (stamps.offered, stamps.reserved, stamps.first_read, stamps.last_read) == (1.0, 3.0, 3.0, 6.0)
+    assert (stamps.verified, stamps.confirmed) == (8.0, 9.0)
+    assert quiesced == Quiesced([])
+    assert t.fetch.next_deadline is None
+
+
+def test_a_transfer_whose_blocks_are_all_present_reads_nothing_and_still_confirms():
+    t = Transcript(num_present=5).to(FetchState.READING)
+    assert t.tell(BlocksAnnounced(0, ANNOUNCED, True)) == [SendMessage(Confirm(TRANSFER))]
+
+
+def test_outstanding_reads_are_bounded_in_number_and_size():
+    t = Transcript(limits=ReadLimits(max_reads=2, max_blocks=2)).to(FetchState.READING)
+    assert t.tell(BlocksAnnounced(0, ANNOUNCED, True)) == [
+        StartRead(1, (0, 1), (40, 41), (7, 8)),
+        StartRead(2, (2, 3), (42, 43), (9, 3)),
+    ]
+    t.tell(ReadEnded(1))
+    assert t.tell(DigestsComputed(1, [1000, 1001])) == [StartRead(3, (4,), (44,), (1,))]
+
+
+def test_a_block_of_another_identity_is_never_read():
+    t = Transcript().to(FetchState.READING)
+    wrong = [AnnouncedBlock(40, HASHES[1], 1000)]
+    actions = t.tell(BlocksAnnounced(0, wrong, False))
+    assert failure_of(actions) == ("read", FetchCause.HASH_MISMATCH)
+    assert not [action for action in actions if isinstance(action, StartRead)]
+    assert only(actions, Quiesced) == Quiesced(ROOM)
+    assert isinstance(only(actions, SendMessage).message, Release)
+
+
+def test_a_wrong_digest_fails_the_fetch_and_other_reads_keep_the_blocks_in_quarantine():
+    t = Transcript(limits=ReadLimits(max_reads=2, max_blocks=3)).to(FetchState.READING)
+    t.tell(BlocksAnnounced(0, ANNOUNCED, True))
+    t.tell(ReadEnded(1))
+    actions = t.tell(DigestsComputed(1, [1000, 999, 1002]))
+    assert failure_of(actions) == ("read", FetchCause.DIGEST_MISMATCH)
+    assert "block 1 (the owner's 41, our 8)" in only(actions, Resolve).result.failure.detail
+    assert t.fetch.quarantined == ROOM
+    assert t.tell(ReadEnded(2)) == [Quiesced(ROOM)]
+    assert t.fetch.quarantined == []
+
+
+def test_a_reservation_that_comes_after_the_abort_goes_straight_back():
+    t = Transcript().to(FetchState.RESERVING)
+    actions = t.tell(AbortOrdered("the client left"))
+    assert failure_of(actions) == ("reserve", FetchCause.ABORTED)
+    assert not [action for action in actions if isinstance(action, Quiesced)]
+    assert t.tell(Reserved(Reservation(ROOM, 2))) == [Quiesced(ROOM)]
+
+
+def test_a_lease_that_did_not_hold_throughout_voids_verified_blocks():
+    t = Transcript().to(FetchState.CONFIRMING)
+    actions = t.tell(ConfirmAnswered(False))
+    assert failure_of(actions) == ("confirm", FetchCause.LEASE_LOST)
+    assert only(actions, Quiesced) == Quiesced(ROOM)
+
+
+@pytest.mark.parametrize(
+    ("state", "deadline_s", "detail"),
+    [
+        (FetchState.ORDERED, 10, "no offer within 10 s"),
+        (FetchState.RESERVING, 20, "no room for 5 blocks within 20 s"),
+        (FetchState.READING, 30, "no announcement within 30 s after 0 of 5 blocks"),
+        (FetchState.CONFIRMING, 5, "no answer to the confirmation within 5 s"),
+    ],
+)
+def test_each_stage_has_a_deadline_that_names_it(state, deadline_s, detail):
+    t = Transcript().to(state)
+    assert t.fetch.next_deadline == deadline_s
+    assert t.tell(FetchTimer(), deadline_s - 0.1) == []
+    actions = t.tell(FetchTimer(), 0.1)
+    assert failure_of(actions) == (state.value, FetchCause.TIMEOUT)
+    assert only(actions, Resolve).result.failure.detail == detail
+
+
+def test_a_read_that_does_not_end_times_out_then_has_its_link_aborted_and_only_then_gives_blocks_back():
+    t = Transcript().to(FetchState.READING)
+    t.tell(BlocksAnnounced(0, ANNOUNCED[:2], False), 1.0)
+    assert t.fetch.next_deadline == 5.0
+    actions = t.tell(FetchTimer(), 4.0)
+    assert failure_of(actions) == ("read", FetchCause.TIMEOUT)
+    assert only(actions, Resolve).result.failure.detail == "read of 2 blocks from 0 not read within 4 s"
+    assert t.fetch.next_deadline == 12.0
+    assert [type(action) for action in t.tell(FetchTimer(), 7.0)] == [AbortReads]
+    assert t.tell(OwnerLost("link aborted")) == []
+    assert t.tell(ReadEnded(1, FetchCause.READ_FAILED, "aborted"), 1.0) == [Quiesced(ROOM)]
+
+
+@pytest.mark.parametrize("num_blocks", [0, 4, 6])
+def test_an_offer_of_another_size_fails_before_anything_is_reserved(num_blocks):
+    actions = Transcript().tell(Offered(num_blocks))
+    assert failure_of(actions) == ("offer", FetchCause.PROTOCOL)
+    assert only(actions, Quiesced) == Quiesced([])
+
+
+@pytest.mark.parametrize(
+    ("first_index", "blocks", "last"),
+    [(1, ANNOUNCED[1:2], False), (0, ANNOUNCED[:2], True), (0, ANNOUNCED, False), (0, ANNOUNCED * 2, True)],
+)
+def test_announcements_out_of_order_or_too_many_fail_the_fetch(first_index, blocks, last):
+    actions = Transcript().to(FetchState.READING).tell(BlocksAnnounced(first_index, blocks, last))
+    assert failure_of(actions) == ("read", FetchCause.PROTOCOL)
+
+
+def test_every_state_has_a_row_for_every_event():
+    assert {state: set(row) for state, row in TRANSITIONS.items()} == {
+        state: {type(event) for event in EVENTS} for state in FetchState
+    }
+
+
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(FetchState, EVENTS)), ids=repr)
+def test_every_event_in_every_state_is_handled_ignored_or_refused_with_the_history(state, event):
+    t = Transcript().to(state)
+    if TRANSITIONS[state][type(event)] is None:
+        with pytest.raises(IllegalTransition, match="History: "):
+            t.tell(event)
+        return
+    if isinstance(event, ReadEnded | DigestsComputed) and state is FetchState.READING:
+        t.tell(BlocksAnnounced(0, ANNOUNCED, True))
+    over = state in (FetchState.DONE, FetchState.FAILED, FetchState.DRAINING)
+    actions = t.tell(event)
+    resolved = [action for action in actions if isinstance(action, Resolve)]
+    assert len(resolved) == (not over and t.fetch.state not in IN_PROGRESS)
+    quiesced = [action for action in actions if isinstance(action, Quiesced)]
+    was_quiesced = state in (FetchState.DONE, FetchState.FAILED)
+    assert len(quiesced) == (not was_quiesced and t.fetch.state in (FetchState.DONE, FetchState.FAILED))
+
+
+IN_PROGRESS = (FetchState.ORDERED, FetchState.RESERVING, FetchState.READING, FetchState.CONFIRMING)
+
+
+@pytest.mark.parametrize("event", [AbortOrdered("x"), OwnerLost("x"), Revoked("x")], ids=repr)
+@pytest.mark.parametrize("state", IN_PROGRESS)
+def test_abort_lost_peer_and_revocation_end_a_fetch_in_every_stage(state, event):
+    t = Transcript().to(state)
+    cause = {
+        AbortOrdered: FetchCause.ABORTED,
+        OwnerLost: FetchCause.PEER_LOST,
+        Revoked: FetchCause.REVOKED,
+    }[type(event)]
+    actions = t.tell(event)
+    assert failure_of(actions) == (state.value, cause)
+    released = [action for action in actions if isinstance(action, SendMessage)]
+    assert len(released) == (cause is not FetchCause.PEER_LOST)
