@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from services.router.errors import overloaded
@@ -14,9 +14,10 @@ class Admission:
     """First come, first served. A request weighs as many as it has sequences; one that weighs more than there is room
     for in all is let in when it would be alone."""
 
-    def __init__(self, capacity: int, max_queue: int) -> None:
+    def __init__(self, capacity: int, max_queue: int, on_refusal: Callable[[], None] = lambda: None) -> None:
         self._capacity = capacity
         self._max_queue = max_queue
+        self._on_refusal = on_refusal
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
         self.num_running = 0
         self.num_waiting = 0
@@ -37,6 +38,7 @@ class Admission:
             self.num_running += weight
             return
         if self.num_waiting + weight > self._max_queue:
+            self._on_refusal()
             raise overloaded(
                 f"The server is full: {self.num_running} sequences run and {self.num_waiting} wait. Try again later."
             )

@@ -119,11 +119,11 @@ def _add_status_routes(app: FastAPI, parts: RouterParts) -> None:
                 reachable.update(worker.model_names)
         return [name for name in parts.models.names() if name in reachable]
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         return Response(status_code=200)
 
-    @app.get("/ready")
+    @app.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> Response:
         models = servable()
         if not models:

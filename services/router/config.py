@@ -23,7 +23,7 @@ class RouterConfig:
 
     redis: str = setting("redis://127.0.0.1:6379/0", help="URL of the registry", group="workers", secret=True)
     router_id: str = setting(
-        "", help="this router in the workers' logs; the default is router-HOST-PORT", group="workers"
+        "", help="this router in the workers' logs; the default has host and port", group="workers"
     )
     reconnect_max_s: float = setting(5.0, help="longest pause between two tries to reach a worker", group="workers")
     max_attempts: int = setting(3, help="decode workers that a request is tried on", group="workers")

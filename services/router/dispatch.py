@@ -175,6 +175,8 @@ class Dispatch:
             if output.finish_reason == pb.FINISH_REASON_ERROR and self._retry(sequence, output.error):
                 return
             sequence.ended = True
+            if output.error.code == pb.ERROR_CODE_OVERLOADED:
+                self._metrics.count_refusal("workers_full")
         sequence.num_tokens += len(output.token_ids)
         self._arrive(Arrival(sequence.index, output))
 

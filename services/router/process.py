@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -48,7 +49,10 @@ async def open_parts(config: RouterConfig, membership: MembershipView, router_id
         return not wanted or bool(wanted & set(record.served_model_names))
 
     workers = Workers(membership, router_id, config.reconnect_max_s, serves)
-    pool = TokenizerPool(config.tokenizer_pool_size, config.tokenizer_queue)
+    pool = TokenizerPool(
+        config.tokenizer_pool_size, config.tokenizer_queue, lambda: metrics.count_refusal("tokenizer_full")
+    )
+    admission = Admission(config.max_concurrent_requests, config.max_queue, lambda: metrics.count_refusal("queue_full"))
     metrics.watch_workers(
         lambda: workers.num_sessions_up,
         lambda role: sum(record.role == role for record in workers.records),
@@ -57,9 +61,7 @@ async def open_parts(config: RouterConfig, membership: MembershipView, router_id
     models.follow(workers.records)
     membership.on_change(lambda snapshot: models.follow(workers.records))
     try:
-        yield RouterParts(
-            config, models, workers, pool, Admission(config.max_concurrent_requests, config.max_queue), metrics
-        )
+        yield RouterParts(config, models, workers, pool, admission, metrics)
     finally:
         await workers.close()
         await models.close()
@@ -105,7 +107,7 @@ async def _serve(config: RouterConfig) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await membership.start()
     try:
-        async with open_parts(config, membership, config.router_id or f"router-{config.host}-{port}") as parts:
+        async with open_parts(config, membership, _router_id(config, port)) as parts:
             server = _Server(_uvicorn_config(config, parts))
             serving = asyncio.create_task(server.serve([listener]), name="http")
             stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
@@ -122,6 +124,12 @@ async def _serve(config: RouterConfig) -> int:
         await membership.close()
         listener.close()
     return 0
+
+
+def _router_id(config: RouterConfig, port: int) -> str:
+    # Workers tell the requests of several routers apart by it, so it is unique whatever two routers are called.
+    name = config.router_id or f"router-{socket.gethostname()}-{port}"
+    return f"{name}-{secrets.token_hex(4)}"
 
 
 def _uvicorn_config(config: RouterConfig, parts: RouterParts) -> uvicorn.Config:

@@ -201,14 +201,16 @@ def load_chat_templates(directory: Path, special_tokens: dict[str, str], overrid
 class TokenizerPool:
     """A few threads with a bounded queue before them."""
 
-    def __init__(self, num_threads: int, max_queue: int) -> None:
+    def __init__(self, num_threads: int, max_queue: int, on_refusal: Callable[[], None] = lambda: None) -> None:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
         self._limit = num_threads + max_queue
         self._num_pending = 0
+        self._on_refusal = on_refusal
 
     async def run(self, function: Callable[[], T]) -> T:
         """The function's result. Raises ApiError 429 when the queue is full."""
         if self._num_pending >= self._limit:
+            self._on_refusal()
             raise overloaded(f"{self._num_pending} prompts wait for the tokenizer. Try again later.")
         self._num_pending += 1
         future = asyncio.get_running_loop().run_in_executor(self._executor, function)

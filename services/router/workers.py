@@ -17,6 +17,7 @@ from services.router.session import WorkerSession
 
 log = logging.getLogger(__name__)
 
+_CLOSE_TIMEOUT_S = 1.0
 _Key = tuple[str, str]  # worker id, incarnation
 
 
@@ -130,7 +131,13 @@ class Workers:
         """Ends all sessions; what still runs on them ends with a retryable error."""
         for session in self._sessions.values():
             session.close()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)  # a crash was logged when it happened
+        tasks = list(self._tasks.values())
+        if tasks:
+            # One that waits for a worker's first frame does not look up before its deadline.
+            _, late = await asyncio.wait(tasks, timeout=_CLOSE_TIMEOUT_S)
+            for task in late:
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # a crash was logged when it happened
 
     def _decode_sessions(self) -> Iterable[tuple[WorkerRecord, WorkerSession]]:
         for record in self._records:
