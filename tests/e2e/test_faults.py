@@ -17,7 +17,8 @@ import pytest
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.stack import Stack
 
-NUM_NEW_TOKENS = 24
+NUM_NEW_TOKENS = 16
+NUM_STREAMED_TOKENS = 150
 
 
 @pytest.fixture(scope="module")
@@ -102,29 +103,32 @@ async def test_without_any_prefill_worker_prompts_are_prefilled_locally(
 async def test_a_killed_decode_worker_fails_begun_streams_clearly_and_no_others(
     make_stack: Callable[..., Stack], model: Path
 ) -> None:
-    prompts = random_prompts([100] * 16, seed=13)
-    expected = reference_greedy(model, prompts, 200, ignore_eos=True)
+    prompts = random_prompts([100] * 8, seed=13)
+    expected = reference_greedy(model, prompts, NUM_STREAMED_TOKENS, ignore_eos=True)
     with make_stack(num_decode=2) as stack:
+        begun = asyncio.Event()
 
         async def follow(client: httpx.AsyncClient, prompt: list[int]) -> tuple[list[int], dict[str, object] | None]:
             tokens: list[int] = []
-            async for chunk in chunks(client, prompt, num_tokens=200):
+            async for chunk in chunks(client, prompt, num_tokens=NUM_STREAMED_TOKENS):
                 if "error" in chunk:
                     return tokens, chunk["error"]  # type: ignore[return-value]
                 for choice in chunk["choices"]:  # type: ignore[attr-defined]
                     tokens += choice["token_ids"]
+                if len(tokens) > 5:
+                    begun.set()
             return tokens, None
 
         async with client_of(stack) as client:
             streams = [asyncio.create_task(follow(client, prompt)) for prompt in prompts]
-            await asyncio.sleep(0.4)
+            await asyncio.wait_for(begun.wait(), 30)
             stack.services["decode-0"].process.kill()
             results = await asyncio.gather(*streams)
             # Whoever had nothing yet was retried; a begun stream ends with an error after right tokens only.
             for (tokens, error), reference in zip(results, expected, strict=True):
                 assert tokens == reference[: len(tokens)]
-                assert error is not None or len(tokens) == 200
-            assert await complete(client, prompts[0], num_tokens=200) == expected[0]
+                assert error is not None or len(tokens) == NUM_STREAMED_TOKENS
+            assert await complete(client, prompts[0], num_tokens=NUM_STREAMED_TOKENS) == expected[0]
         stack.check_clean()
 
 
@@ -222,10 +226,11 @@ async def test_garbage_on_every_port_harms_nobody(make_stack: Callable[..., Stac
 
 async def test_sigterm_drains_before_it_ends(make_stack: Callable[..., Stack], model: Path) -> None:
     prompts = random_prompts([200] * 6, seed=17)
-    expected = reference_greedy(model, prompts, 200, ignore_eos=True)
+    expected = reference_greedy(model, prompts, NUM_STREAMED_TOKENS, ignore_eos=True)
     with make_stack(num_prefill=2, num_decode=2) as stack:
         async with client_of(stack) as client:
-            requests = [asyncio.create_task(complete(client, prompt, num_tokens=200)) for prompt in prompts]
+            work = [complete(client, prompt, num_tokens=NUM_STREAMED_TOKENS) for prompt in prompts]
+            requests = [asyncio.create_task(each) for each in work]
             await asyncio.sleep(0.3)
             for name in ("prefill-0", "decode-0"):
                 stack.services[name].process.terminate()
@@ -234,5 +239,5 @@ async def test_sigterm_drains_before_it_ends(make_stack: Callable[..., Stack], m
                 process = stack.services[name].process
                 await asyncio.to_thread(process.join, 15)
                 assert process.exitcode == 0, stack.services[name].log
-            assert await complete(client, prompts[0], num_tokens=200) == expected[0]
+            assert await complete(client, prompts[0], num_tokens=NUM_STREAMED_TOKENS) == expected[0]
         stack.check_clean()

@@ -1,0 +1,62 @@
+"""The demo model recalls facts from anywhere in a full context: right only if every block arrived where it belongs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import httpx
+import pytest
+from tokenizers import Tokenizer
+
+from tests.stack import Stack
+
+DEMO = Path(__file__).parents[2] / "deploy" / "demo_model"
+MODEL = DEMO / "tandem-demo"
+NUM_PROMPTS = 100
+MAX_ANSWER_TOKENS = 16
+
+
+def load_recall() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("recall", DEMO / "recall.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=["ucxx", "nixl"])
+def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    worker = ["--model", str(MODEL), "--served-model-name", "demo", "--kv-transport", request.param]
+    decode = ["--local-prefill-max-tokens", "0"]
+    with Stack(tmp_path_factory.mktemp(f"recall-{request.param}"), [()], [decode], worker=worker) as running:
+        yield running
+
+
+def test_recall_at_full_context_disaggregated(stack: Stack) -> None:
+    recall = load_recall()
+    context = json.loads((MODEL / "config.json").read_text())["max_position_embeddings"]
+    assert context >= 2048
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    prompts = [
+        recall.make_prompt(10_000_000 + seed, context - MAX_ANSWER_TOKENS, tokenizer) for seed in range(NUM_PROMPTS)
+    ]
+    longest = max(len(tokenizer.encode(prompt.text).ids) for prompt in prompts)
+    assert context - 128 <= longest + MAX_ANSWER_TOKENS <= context
+
+    def answer(prompt: str) -> str:
+        body = {"model": "demo", "prompt": prompt, "max_tokens": MAX_ANSWER_TOKENS, "temperature": 0}
+        response = httpx.post(f"{stack.url}/v1/completions", json=body, timeout=120)
+        assert response.status_code == 200, response.text
+        return str(response.json()["choices"][0]["text"])
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(answer, [prompt.text for prompt in prompts]))
+    num_right = sum(recall.is_correct(text, prompt.answer) for text, prompt in zip(answers, prompts, strict=True))
+    assert num_right >= 98, f"{num_right} of {NUM_PROMPTS} right"
+    stack.check_clean()
