@@ -241,13 +241,6 @@ class Request:
         self.output_token_ids.append(token_id)
         self.token_ids.append(token_id)
 
-    def forget_computed(self) -> None:
-        """Start over with no KV; the caller has released the blocks. Tokens stay."""
-        self.block_table = []
-        self.num_computed_tokens = 0
-        self.num_published_blocks = 0
-        self.prompt_logprobs = []
-
 
 @dataclass(frozen=True)
 class RequestUpdate:

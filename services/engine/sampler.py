@@ -87,7 +87,9 @@ def sample(
         for i, token_id in zip(plain, token_ids, strict=True):
             chosen[i] = token_id
     if others:
-        token_ids = _sample_edited(_padded(_select(logits, others)), [rows[i] for i in others], logits.shape[1], eos_token_ids)
+        token_ids = _sample_edited(
+            _padded(_select(logits, others)), [rows[i] for i in others], logits.shape[1], eos_token_ids
+        )
         for i, token_id in zip(others, token_ids, strict=True):
             chosen[i] = token_id
     logprobs = _logprobs_where_asked(logits, rows, chosen)
@@ -134,7 +136,9 @@ def _logprobs_where_asked(
             by_num_top.setdefault(row.sampling.logprobs, []).append((i, token_id))
     # By number, so that what a row gets depends on nothing that its neighbours ask for.
     for num_top, asked in by_num_top.items():
-        positions = position_logprobs(_select(logits, [i for i, _ in asked]), [token_id for _, token_id in asked], num_top)
+        positions = position_logprobs(
+            _select(logits, [i for i, _ in asked]), [token_id for _, token_id in asked], num_top
+        )
         for (i, _), position in zip(asked, positions, strict=True):
             found[i] = position
     return found

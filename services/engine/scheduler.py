@@ -228,7 +228,6 @@ class Scheduler:
             self.pool.release(block_table)
         self._dying.clear()
         self.stats.num_steps += 1
-        self._something_changed = True
         return [
             self._book_sequence(self._entries[sequence.request.request_id], sequence, result)
             for sequence, result in zip(batch.sequences, sampled.sequences, strict=True)
@@ -308,7 +307,7 @@ class Scheduler:
     def _preempt(self, entry: _Entry, step: BatchBuilder) -> None:
         self._leave_running(entry)
         entry.request.move_to(RequestStatus.PREEMPTED)
-        entry.request.forget_computed()
+        entry.request.num_computed_tokens = 0
         entry.request.num_preemptions += 1
         self.stats.num_preemptions += 1
         insort(self._waiting, entry)

@@ -173,13 +173,43 @@ def test_a_full_hit_computes_only_the_last_token_in_a_copy_of_the_last_block() -
     bench.run_all()
 
 
+def hold_all_free_blocks(bench: Bench) -> list[int]:
+    """An aborted transfer keeps what it was granted until it has ended."""
+    request = bench.reserve("filler", 4 * bench.pool.num_free, arrival_s=-1.0)
+    (grant,) = bench.scheduler.grant_reservations()
+    bench.scheduler.abort(request.request_id)
+    assert bench.pool.num_free == 0
+    return grant.block_ids
+
+
 def test_a_full_hit_needs_no_spare_block_where_it_is_the_only_holder() -> None:
-    bench = Bench(num_blocks=3)
+    bench = Bench(num_blocks=4)
     prompt = [1, 2, 3, 0] * 2
-    for name in ("a", "b", "c"):
-        request = bench.add(name, prompt, max_tokens=4)
-        bench.run_all()
-        assert request.output_token_ids == expected_outputs(prompt, request.sampling, 64)
+    bench.add("a", prompt, max_tokens=1)
+    bench.run_all()
+    found = bench.pool.match_prefix(hash_blocks(namespace("ab"), prompt, BLOCK_SIZE))
+    held = hold_all_free_blocks(bench)
+    bench.pool.release(found)
+    request = bench.add("b", prompt, max_tokens=1)
+    assert bench.shapes(1) == [{"b": 1}]
+    assert request.output_token_ids == expected_outputs(prompt, request.sampling, 64)
+    # The block was not findable while it was written to; it is again.
+    assert bench.pool.peek_prefix(hash_blocks(namespace("ab"), prompt, BLOCK_SIZE)) == 2
+    bench.scheduler.release_lent(held)
+
+
+def test_a_full_hit_waits_for_a_spare_block_where_others_hold_the_last_one() -> None:
+    bench = Bench(num_blocks=4)
+    prompt = [1, 2, 3, 0] * 2
+    first = bench.add("a", prompt, hold_blocks=True)
+    bench.run_all()
+    held = hold_all_free_blocks(bench)
+    second = bench.add("b", prompt, max_tokens=1)
+    assert bench.shapes(1) == [{}]
+    bench.scheduler.release_lent(held)
+    assert bench.shapes(1) == [{"b": 1}]
+    bench.scheduler.release_lent(first.block_table)
+    assert second.output_token_ids == first.output_token_ids
 
 
 def test_salts_separate_tenants() -> None:
