@@ -27,6 +27,9 @@ class LiveRequest:
     num_attempts: int = 0
     is_finished: bool = False
 
+    def __post_init__(self) -> None:
+        self.usage.num_prompt_tokens = len(self.order.prompt_token_ids)
+
     @property
     def stage(self) -> str:
         """Where the request is, for messages."""

@@ -206,7 +206,6 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         if live.timeout is not None:
             live.timeout.cancel()
         live.timeline.mark(Event.FINISHED)
-        live.usage.num_prompt_tokens = len(live.order.prompt_token_ids)
         output.usage.CopyFrom(live.usage)
         output.stamps.extend(convert.stamps_to_proto(live.timeline))
         live.session.push([output])
@@ -221,8 +220,13 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
             if live.is_finished:
                 continue  # aborted while the step ran
             live.usage.num_generated_tokens += len(output.token_ids)
+            live.usage.num_recomputes += output.usage.num_recomputes
+            if live.usage.prefilled_locally:
+                live.usage.num_cached_tokens = max(live.usage.num_cached_tokens, output.usage.num_cached_tokens)
+            output.ClearField("usage")
             if Event.FIRST_TOKEN not in live.timeline.unix_s:
                 live.timeline.mark(Event.FIRST_TOKEN)
+                output.usage.CopyFrom(live.usage)
             if output.finish_reason == pb.FINISH_REASON_UNSPECIFIED:
                 live.session.push([output])
             else:
@@ -266,10 +270,10 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
             output.error.CopyFrom(pb.Error(code=pb.ERROR_CODE_INTERNAL, message=update.failure or "no token to sample"))
         elif update.finish_reason is not None:
             output.finish_reason = convert.FINISH_REASONS[update.finish_reason]
+        if len(update.request.output_token_ids) <= 1:
+            output.usage.num_cached_tokens = update.request.num_cached_tokens
         if update.finish_reason is not None:
-            live.usage.num_recomputes += update.request.num_preemptions
-            if live.usage.prefilled_locally:
-                live.usage.num_cached_tokens = update.request.num_cached_tokens
+            output.usage.num_recomputes = update.request.num_preemptions
         return output
 
     # ---- the process ------------------------------------------------------
