@@ -2,6 +2,9 @@
 
 import ctypes
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,8 @@ from kvstore.transport.host import can_read_memory, host_facts, on_same_host
 from kvstore.transport.memory import MemoryTransport, Switchboard
 from kvstore.transport.region import region
 from kvstore.transport.select import choose, make_transports
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 class FakeTransport(MemoryTransport):
@@ -89,6 +94,17 @@ def test_this_process_can_read_itself_and_nothing_where_the_proof_is_not():
     assert can_read_memory(facts)
     probe.raw = b"fedcba9876543210"
     assert not can_read_memory(facts)
+
+
+def test_loading_ucxx_leaves_no_setting_behind_that_would_slow_nixl_down():
+    program = (
+        "import os; os.environ.pop('UCX_RNDV_THRESH', None)\n"
+        "from kvstore.transport.ucxx import import_ucxx\n"
+        "options = import_ucxx()[1]\n"
+        "print(sorted(options), [name for name in os.environ if name.startswith('UCX_RNDV')])"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert ran.stdout.splitlines()[-1] == "['RNDV_FRAG_MEM_TYPE', 'RNDV_THRESH'] []"
 
 
 @pytest.mark.parametrize("wrong", [{"read_s": 0}, {"offer_s": -1.0}, {"peer_timeout_s": 1.0}, {"lease_ttl_s": 0.5}])
