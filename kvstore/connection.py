@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 from kvstore.errors import PeerLost, ProtocolViolation
 from kvstore.framing import FrameStream
@@ -52,8 +52,8 @@ class Connection:
 
         `on_message` may raise `ProtocolViolation`. `live_transfers` gives what each heartbeat names.
         """
-        receiving = asyncio.ensure_future(self._receive(on_message))
-        beating = asyncio.ensure_future(self._beat(live_transfers))
+        receiving = asyncio.ensure_future(self._guard(self._receive(on_message)))
+        beating = asyncio.ensure_future(self._guard(self._beat(live_transfers)))
         try:
             return await self._lost
         finally:
@@ -63,12 +63,10 @@ class Connection:
             await asyncio.gather(receiving, beating, return_exceptions=True)
             await self._stream.close(flush_s=self._timeouts.heartbeat_s)
 
-    async def _receive(self, on_message: Callable[[Message], None]) -> None:
+    async def _guard(self, work: Coroutine[None, None, None]) -> None:
+        """Run one of the two loops; however it fails, the connection ends with the reason."""
         try:
-            while True:
-                message = await self._stream.receive()
-                self._last_heard = self._clock()
-                on_message(message)
+            await work
         except PeerLost as error:
             self.close(str(error))
         except ProtocolViolation as error:
@@ -76,8 +74,14 @@ class Connection:
             self.close(f"protocol violation: {error}")
         except Exception as error:
             # A bug of ours costs this connection, and not the worker.
-            logger.exception("%s: handling a message failed, connection closed", self.name)
+            logger.exception("%s: an internal error, connection closed", self.name)
             self.close(f"internal error: {error!r}")
+
+    async def _receive(self, on_message: Callable[[Message], None]) -> None:
+        while True:
+            message = await self._stream.receive()
+            self._last_heard = self._clock()
+            on_message(message)
 
     async def _beat(self, live_transfers: Callable[[], list[bytes]]) -> None:
         timeouts = self._timeouts
@@ -89,5 +93,4 @@ class Connection:
             stalled_s = max(0.0, self._clock() - due)
             silent_s = self._clock() - self._last_heard - stalled_s
             if silent_s > timeouts.peer_timeout_s:
-                self.close(f"silent for {silent_s:.1f} s, {timeouts.peer_timeout_s} s are allowed")
-                return
+                raise PeerLost(f"silent for {silent_s:.1f} s, {timeouts.peer_timeout_s} s are allowed")

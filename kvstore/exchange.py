@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 
 from kvstore.block_hash import BlockHash
 from kvstore.connection import Connection
-from kvstore.errors import ExchangeError, IncompatiblePeer, PeerLost, PeerUnreachable
+from kvstore.errors import ExchangeError, IncompatiblePeer, PeerLost, PeerUnreachable, TransportError
 from kvstore.fetch_events import FetchCause, OwnerLost, ReadLimits
 from kvstore.framing import STREAM_BUFFER_BYTES, FrameStream
 from kvstore.handshake import PeerIdentity, introduce_as_owner, introduce_as_reader
@@ -85,9 +85,19 @@ class BlockExchange:
     # ---- life ----
 
     async def start(self, host: str, port: int) -> None:
-        """Start the transports and listen; port 0 takes a free one. Raises `TransportError`, OSError."""
-        for transport in self._transports:
-            await transport.start()
+        """Start the transports and listen; port 0 takes a free one. Raises `TransportError`, OSError.
+
+        A transport that cannot start is left out as long as another one can.
+        """
+        for transport in list(self._transports):
+            try:
+                await transport.start()
+            except TransportError as error:
+                await transport.close()
+                self._transports.remove(transport)
+                if not self._transports:
+                    raise
+                logger.warning("no blocks will travel over %s: %s", transport.name, error)
         self._server = await asyncio.start_server(self._accept, host, port, limit=STREAM_BUFFER_BYTES)
         bound_host, bound_port = self._server.sockets[0].getsockname()[:2]
         self._address = f"{bound_host}:{bound_port}"
@@ -212,7 +222,8 @@ class BlockExchange:
         stream, task = FrameStream(reader, writer), asyncio.current_task()
         assert task is not None
         if self._closing or len(self._strangers) >= _MAX_STRANGERS:
-            logger.warning("%s turned away: %d others are introducing themselves", stream.peer_address, _MAX_STRANGERS)
+            why = "we are closing" if self._closing else f"{_MAX_STRANGERS} others are introducing themselves"
+            logger.warning("%s turned away: %s", stream.peer_address, why)
             await stream.close()
             return
         self._strangers.add(task)
@@ -270,9 +281,11 @@ class BlockExchange:
             logger.info("connection to %s has ended: %s", session.connection.name, reason)
             if sessions.get(peer_id) is session:
                 del sessions[peer_id]
-            session.connection_lost(reason)
+            try:
+                session.connection_lost(reason)
+            finally:
+                session.link.abort(reason)
             self._observer.peer_lost(peer_id, reason, we_read)
-            session.link.abort(reason)
             await session.link.close()
             await session.drained()
             self._sessions.discard(session)

@@ -45,12 +45,13 @@ class FrameStream:
 
     async def close(self, flush_s: float = 0.0) -> None:
         """Close the connection; give queued messages up to `flush_s` to leave."""
-        if flush_s > 0:
-            try:
+        try:
+            if flush_s > 0:
                 async with asyncio.timeout(flush_s):
                     await self._writer.drain()
                     self._writer.close()
                     await self._writer.wait_closed()
-            except (OSError, TimeoutError):
-                pass  # it was a courtesy: the connection ends in any case
-        self._writer.transport.abort()
+        except (OSError, TimeoutError):
+            pass  # it was a courtesy: the connection ends in any case
+        finally:
+            self._writer.transport.abort()

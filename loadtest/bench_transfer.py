@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import TextIO
+from typing import IO
 
 import numpy as np
 
@@ -63,7 +63,7 @@ async def own(arguments: argparse.Namespace) -> None:
     await exchange.close()
 
 
-def answer(lines: TextIO, word: str) -> str:
+def answer(lines: IO[str], word: str) -> str:
     """Return what the child says after `word`; UCX writes to the same stream."""
     return next(line.split()[1] for line in lines if line.startswith(word + " "))
 

@@ -34,7 +34,7 @@ _MAX_POSTED: Final = 64
 _LINK_ID_TAG: Final = 0
 _LINK_ID_BYTES: Final = 16
 # An endpoint that has introduced itself waits so long for the control connection's word, and the other way round.
-_INTRODUCTION_S: Final = 10.0
+_INTRODUCTION_S: Final = 5.0
 # What `Endpoint.abort` may block the loop for, where the progress thread is busy.
 _ABORT_PERIOD_NS: Final = 200_000_000
 _MAX_CLOSE_S: Final = 5.0
@@ -77,6 +77,7 @@ class UcxxTransport:
         self._ucxx, self._options = import_ucxx()
         self._error: type[Exception] = self._ucxx.exceptions.UCXError
         self._memory = memory
+        self._is_running = False
         self._listener: Listener | None = None
         self._links: set[UcxxLink] = set()
         # The owner's end of links to be, by link id. The endpoint comes from the listener, the wish for it from the
@@ -87,6 +88,7 @@ class UcxxTransport:
         """Start UCX's progress thread and listen on a free port."""
         try:
             self._ucxx.init(self._options, progress_mode="thread", enable_python_future=True)
+            self._is_running = True
             self._listener = self._ucxx.create_listener(self._on_endpoint)
         except (RuntimeError, self._error) as error:
             raise TransportError(f"ucxx: cannot start: {error}") from error
@@ -123,6 +125,8 @@ class UcxxTransport:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+        if self._is_running:
+            self._is_running = False
             self._ucxx.stop_notifier_thread()
 
     async def _dial(self, peer: LinkPeer) -> Endpoint:

@@ -5,12 +5,13 @@ import asyncio
 import numpy as np
 import pytest
 
-from kvstore.errors import IncompatiblePeer, PeerLost, PeerUnreachable
+from kvstore.errors import IncompatiblePeer, PeerLost, PeerUnreachable, TransportError
+from kvstore.exchange import BlockExchange
 from kvstore.fetch_events import FetchCause, Reservation
 from kvstore.layout import BlockLayout
 from kvstore.lease import LeaseOutcome
-from kvstore.transport.memory import Faults, Switchboard
-from tests.exchange.exchange_worker import LAYOUT, TRANSFER, Worker, room, running, some_hashes
+from kvstore.transport.memory import Faults, MemoryTransport, Switchboard
+from tests.exchange.exchange_worker import LAYOUT, QUICK, TRANSFER, Worker, room, running, some_hashes
 
 SOURCE, TARGET = [9, 10, 11, 3, 40, 41, 7, 8, 63, 0], [5, 6, 7, 20, 30, 31, 1, 2, 3, 4]
 
@@ -233,6 +234,29 @@ async def test_another_layout_is_refused_on_both_sides_naming_both_values(caplog
     messages = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert any("ours bfloat16, theirs float32" in message for message in messages)
     assert any("ours float32, theirs bfloat16" in message for message in messages)
+
+
+class BrokenTransport(MemoryTransport):
+    """Installed, and no good on this host."""
+
+    name = "broken"
+
+    async def start(self) -> None:
+        raise TransportError("broken: no device")
+
+
+async def test_a_transport_that_cannot_start_is_left_out_unless_it_is_the_only_one():
+    owner, reader = make_pair()
+    broken = BrokenTransport(owner.memory, Switchboard())
+    identity = owner.exchange.identity
+    fallback = BlockExchange(identity, owner.memory, [broken, owner.transport], QUICK)
+    async with running(reader):
+        await fallback.start("127.0.0.1", 0)
+        await reader.exchange.connect(fallback.address)
+        assert [peer["transport"] for peer in reader.exchange.state()["owners"]] == ["memory"]
+        await fallback.close()
+    with pytest.raises(TransportError, match="no device"):
+        await BlockExchange(identity, owner.memory, [broken], QUICK).start("127.0.0.1", 0)
 
 
 async def test_two_workers_of_one_name_are_refused():

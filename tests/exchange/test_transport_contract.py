@@ -175,26 +175,38 @@ async def make_pair(transport: str, environment: dict[str, str] | None = None) -
         await asyncio.gather(reader.leave(), owner.leave())
 
 
-@pytest.fixture(params=["memory", "ucxx", "nixl"])
+TRANSPORTS = ["memory", "ucxx", "nixl"]
+
+
+@pytest.fixture(params=TRANSPORTS)
 async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
     async with make_pair(request.param) as made:
         yield made
 
 
-async def test_every_block_lands_exactly_where_it_was_asked_for(pair: Pair):
-    await pair.link()
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_blocks_land_exactly_where_they_were_asked_for_and_nowhere_else(transport: str):
+    async with make_pair(transport) as pair:  # starting processes takes the time, so they serve all three
+        await check_every_block_lands_in_its_place(pair)
+        await check_many_reads_at_once_in_both_directions_do_not_mix(pair)
+        await check_blocks_outside_the_pool_are_refused(pair)
+
+
+async def check_every_block_lands_in_its_place(pair: Pair) -> None:
+    await pair.link("one by one")
     rng, expected = random.Random(7), content(1)
     for num_blocks in (1, 2, 7, 64, 300):
         sources, targets = (rng.sample(range(NUM_BLOCKS), num_blocks) for _ in range(2))
         if num_blocks == 64:
             sources, targets = list(range(100, 164)), [*range(10, 40), *range(50, 84)]  # neighbours move as one piece
-        await asyncio.wait_for(pair.start(sources, targets), BOUND_S)
+        await asyncio.wait_for(pair.start(sources, targets, "one by one"), BOUND_S)
         expected[targets] = content(2)[sources]
     np.testing.assert_array_equal(await pair.pool(pair.reader), expected)
     np.testing.assert_array_equal(await pair.pool(pair.owner), content(2))
 
 
-async def test_many_reads_at_once_in_both_directions_do_not_mix(pair: Pair):
+async def check_many_reads_at_once_in_both_directions_do_not_mix(pair: Pair) -> None:
+    await asyncio.gather(pair.reader.fill(1), pair.owner.fill(2))
     await pair.link("there")
     await pair.link("back", reader=pair.owner, owner=pair.reader)
     order = random.Random(8).sample(range(NUM_BLOCKS), NUM_BLOCKS)
@@ -213,13 +225,14 @@ async def test_many_reads_at_once_in_both_directions_do_not_mix(pair: Pair):
     np.testing.assert_array_equal(await pair.pool(pair.owner), expected_there)
 
 
-async def test_blocks_outside_the_pool_are_refused_and_nothing_is_written(pair: Pair):
-    await pair.link()
+async def check_blocks_outside_the_pool_are_refused(pair: Pair) -> None:
+    await pair.reader.fill(1)
+    await pair.link("outside")
     for remote_id, local_id in ((NUM_BLOCKS, 0), (0, NUM_BLOCKS)):
         if pair.two_sided and remote_id == NUM_BLOCKS:
             continue  # the owner's lease refuses it before any transport hears of it
         with pytest.raises(TransportError):
-            await asyncio.wait_for(pair.start([remote_id], [local_id]), BOUND_S)
+            await asyncio.wait_for(pair.start([remote_id], [local_id], "outside"), BOUND_S)
     np.testing.assert_array_equal(await pair.pool(pair.reader), content(1))
 
 
