@@ -70,7 +70,7 @@ class WorkerMetrics(ExchangeObserver):
         self._prefills.labels("local" if usage.prefilled_locally else "handoff").inc()
         for stage, (start, end) in _STAGES.items():
             seconds = timeline.seconds_between(start, end)
-            if seconds is not None:
+            if seconds is not None and not (stage == "handoff" and usage.prefilled_locally):
                 self._stage_s.labels(stage).observe(max(0.0, seconds))
 
     def handoff_failed(self, cause: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,15 @@ NUM_NEW_TOKENS = 12
 PROMPT_LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 200, 255, 256, 333, 512, 700, 900)
 CHUNK_SIZES = (16, 64, 512)
 DEPLOYMENTS = (*(f"chunk-{size}" for size in CHUNK_SIZES), "colocated", "local")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model, prompts, and what `transformers` generates greedily after each."""
+
+    model: Path
+    prompts: list[list[int]]
+    tokens: list[list[int]]
 
 
 def start_deployments(directory: Path, model: Path, transport: str) -> Stack:
@@ -33,15 +43,19 @@ def start_deployments(directory: Path, model: Path, transport: str) -> Stack:
     return Stack(directory, prefill, decode, worker=[*worker, "--max-num-seqs", "16"])
 
 
-@pytest.fixture(scope="module", params=[(family, transport) for family in FAMILIES for transport in ("ucxx", "nixl")])
+@pytest.fixture(scope="module", params=FAMILIES)
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    model = write_model(tmp_path_factory.mktemp(request.param) / "model", request.param)
+    prompts = random_prompts(PROMPT_LENGTHS, seed=1)
+    return Reference(model, prompts, reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True))
+
+
+@pytest.fixture(scope="module", params=["ucxx", "nixl"])
 def deployments(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, Stack]]:
-    family, transport = request.param
-    directory = tmp_path_factory.mktemp(f"{family}-{transport}")
-    model = write_model(directory / "model", family)
-    with start_deployments(directory / "logs", model, transport) as stack:
-        yield model, stack
+    request: pytest.FixtureRequest, reference: Reference, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stack]:
+    with start_deployments(tmp_path_factory.mktemp(request.param), reference.model, request.param) as stack:
+        yield stack
 
 
 def complete(stack: Stack, deployment: str, prompts: list[list[int]], **fields: object) -> list[list[int]]:
@@ -59,22 +73,19 @@ def complete(stack: Stack, deployment: str, prompts: list[list[int]], **fields: 
     return [choice["token_ids"] for choice in response.json()["choices"]]
 
 
-def test_every_deployment_gives_the_tokens_of_transformers(deployments: tuple[Path, Stack]) -> None:
-    model, stack = deployments
-    prompts = random_prompts(PROMPT_LENGTHS, seed=1)
-    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
-    for deployment in DEPLOYMENTS:
-        assert complete(stack, deployment, prompts, temperature=0) == expected, deployment
-    assert handed_off(stack) == {f"decode-{index}": len(prompts) for index in range(len(CHUNK_SIZES))}
-    stack.check_clean()
+def test_every_deployment_gives_the_tokens_of_transformers(reference: Reference, deployments: Stack) -> None:
+    for name in DEPLOYMENTS:
+        assert complete(deployments, name, reference.prompts, temperature=0) == reference.tokens, name
+    num_prompts = len(reference.prompts)
+    assert handed_off(deployments) == {f"decode-{index}": num_prompts for index in range(len(CHUNK_SIZES))}
+    deployments.check_clean()
 
 
-def test_a_seeded_stream_is_the_same_in_every_deployment(deployments: tuple[Path, Stack]) -> None:
-    _, stack = deployments
+def test_a_seeded_stream_is_the_same_in_every_deployment(deployments: Stack) -> None:
     prompts = random_prompts((5, 70, 300), seed=2)
-    streams = [complete(stack, name, prompts, temperature=0.8, seed=1234, top_p=0.95) for name in DEPLOYMENTS]
+    streams = [complete(deployments, name, prompts, temperature=0.8, seed=1234, top_p=0.95) for name in DEPLOYMENTS]
     assert all(stream == streams[0] for stream in streams)
-    other = complete(stack, DEPLOYMENTS[0], prompts, temperature=0.8, seed=4321, top_p=0.95)
+    other = complete(deployments, DEPLOYMENTS[0], prompts, temperature=0.8, seed=4321, top_p=0.95)
     assert other != streams[0], "the seed makes no difference"
 
 
