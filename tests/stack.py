@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -67,9 +67,7 @@ class Stack:
             for role, workers in (("prefill", self.prefill), ("decode", self.decode)):
                 for index, flags in enumerate(workers):
                     self.start(f"{role}-{index}", role, [*common, "--num-threads", "1", *self.worker, *flags])
-            port = free_port()
-            self.url = f"http://127.0.0.1:{port}"
-            self.start("router", "router", [*common, "--port", str(port), *self.router])
+            self.start("router", "router", [*common, "--port", "0", *self.router])
             self.wait_ready()
         except BaseException:
             self.__exit__(None, None, None)
@@ -91,25 +89,24 @@ class Stack:
     def start(self, name: str, role: str, argv: list[str]) -> Service:
         """Start a process of that role; a worker announces itself under `name`."""
         if role != "router":
-            http_port = free_port()
-            argv = [*argv, "--worker-id", name, "--http-port", str(http_port)]
+            argv = [*argv, "--worker-id", name]
         log_path = self.directory / f"{name}.log"
         process = _context.Process(target=_run_service, args=(role, argv, str(log_path), self.environ), name=name)
         process.start()
         service = Service(name, role, argv, log_path, process)
-        if role != "router":
-            service.debug_url = f"http://127.0.0.1:{http_port}"
         self.services[name] = service
         return service
 
     def wait_ready(self) -> None:
         """Until the router serves a model and every worker is up; raises with the log of whatever died."""
-        workers = [service for service in self.services.values() if service.role != "router"]
+        workers = {name: service for name, service in self.services.items() if service.role != "router"}
+        self.wait_for(lambda: len(self.records()) == len(workers), "every worker to announce itself")
+        for record in self.records():
+            workers[record.worker_id].debug_url = f"http://{record.http_address}"
+        router = self.services["router"]
+        self.wait_for(lambda: re.search(r"listening on (\S+)", router.log) is not None, "the router to listen")
+        self.url = re.findall(r"listening on (\S+)", router.log)[-1]
         with httpx.Client() as client:
-            for service in workers:
-                self.wait_for(
-                    lambda url=f"{service.debug_url}/health": client.get(url).status_code == 200, service.name
-                )
             self.wait_for(lambda: client.get(f"{self.url}/ready").status_code == 200, "the router to be ready")
             self.wait_for(lambda: self._num_workers_known(client) == len(workers), "the router to know every worker")
 
@@ -158,12 +155,6 @@ class Stack:
             engine["num_free_blocks"] == engine["num_blocks"]
             and engine["num_running"] == engine["num_waiting"] == engine["num_lent_blocks"] == 0
         )
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def _run_service(role: str, argv: list[str], log_path: str, environ: dict[str, str]) -> None:

@@ -9,7 +9,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -19,6 +20,7 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 import services
+from kvstore.errors import TransportError
 from kvstore.exchange import BlockExchange
 from kvstore.handshake import PeerIdentity
 from kvstore.registry import Registrar
@@ -36,6 +38,9 @@ from services.worker.metrics import WorkerMetrics
 log = logging.getLogger(__name__)
 
 Role: TypeAlias = Literal["prefill", "decode"]
+
+# How long calls that are still open may take to end by themselves when the worker closes.
+_GRPC_GRACE_S = 1.0
 
 # A peer that does not answer a keepalive is gone; without this a dead network hangs a session for minutes.
 GRPC_OPTIONS = (
@@ -109,69 +114,74 @@ def shared_path(model: str) -> str:
     return os.path.abspath(model) if os.path.isdir(model) else model
 
 
-async def _serve(
-    config: WorkerConfig, role: Role, engine: Engine, build: Callable[[WorkerParts], WorkerService]
-) -> int:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+@dataclass(frozen=True)
+class RunningWorker:
+    """A worker that listens, and what it says of itself in the registry."""
 
+    parts: WorkerParts
+    service: WorkerService
+    record: WorkerRecord
+    health: health.aio.HealthServicer
+
+
+class CannotListen(Exception):
+    """A port is taken, or the address is not ours."""
+
+
+@asynccontextmanager
+async def open_worker(
+    config: WorkerConfig, role: Role, engine: Engine, build: Callable[[WorkerParts], WorkerService]
+) -> AsyncIterator[RunningWorker]:
+    """Everything that serves, up and listening but not announced; closed at the end.
+
+    Closing goes from the outside in: calls end, then transfers, then what they held is settled, then the engine.
+    Raises CannotListen, TransportError.
+    """
     async with contextlib.AsyncExitStack() as cleanup:
         incarnation = new_incarnation()
         host = config.advertise_host or config.host
         server = grpc.aio.server(options=GRPC_OPTIONS)
-        grpc_port = server.add_insecure_port(f"{config.host}:{config.port}")
+        grpc_port = _add_port(server, config.host, config.port)
         worker_id = config.worker_id or f"{role}-{host}-{grpc_port}"
-
-        metrics = WorkerMetrics(engine, (config.served_model_name or (config.model,))[0])
+        metrics = WorkerMetrics(engine, _names(config)[0])
         transports = make_transports(config.kv_transport, engine.memory, worker_id)
-        exchange = BlockExchange(
-            PeerIdentity(
-                peer_id=f"{worker_id}/{incarnation}", role=role, incarnation=incarnation, layout=engine.layout
-            ),
-            engine.memory,
-            transports,
-            exchange_timeouts(config),
-            observer=metrics,
-        )
+        identity = PeerIdentity(f"{worker_id}/{incarnation}", role, incarnation, engine.layout)
+        exchange = BlockExchange(identity, engine.memory, transports, exchange_timeouts(config), observer=metrics)
         thread = EngineThread(engine)
-        service = build(WorkerParts(worker_id, incarnation, engine, thread, exchange, metrics))
-        # Closed from the last to the first: calls end, then transfers, then what they held is settled, then the engine.
-        cleanup.push_async_callback(thread.stop)
-        cleanup.push_async_callback(service.settle)
-        cleanup.push_async_callback(exchange.close)
-        cleanup.push_async_callback(server.stop, 1.0)
+        parts = WorkerParts(worker_id, incarnation, engine, thread, exchange, metrics)
+        service = build(parts)
+        for close in (thread.stop, service.settle, exchange.close):
+            cleanup.push_async_callback(close)
+        cleanup.push_async_callback(server.stop, _GRPC_GRACE_S)
         cleanup.push_async_callback(service.close)
-        await exchange.start(config.host, config.kv_port)
-        thread.start(service)
 
+        try:
+            await exchange.start(config.host, config.kv_port)
+        except OSError as error:
+            raise CannotListen(f"block-protocol port: {error}") from error
+        thread.start(service)
         service.register(server)
         health_service = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
         await server.start()
-
+        await health_service.set("", health_pb2.HealthCheckResponse.SERVING)
         debug = DebugServer(
             metrics.registry,
-            state=lambda: {
-                "worker_id": worker_id,
-                "incarnation": incarnation,
-                "role": role,
-                "engine": engine.load().as_dict(),
-                "exchange": exchange.state(),
-                **service.state(),
-            },
+            state=lambda: _state(parts, role, service),
             check_integrity=lambda: thread.call(engine.check_integrity),
             is_healthy=lambda: not thread.crashed.done(),
         )
-        http_address = await debug.start(config.host, config.http_port)
+        try:
+            http_address = await debug.start(config.host, config.http_port)
+        except OSError as error:
+            raise CannotListen(f"http port: {error}") from error
         cleanup.push_async_callback(debug.close)
 
         record = WorkerRecord(
             worker_id=worker_id,
             role=role,
             incarnation=incarnation,
-            served_model_names=config.served_model_name or (config.model,),
+            served_model_names=_names(config),
             model_path=shared_path(config.model),
             tokenizer_path=shared_path(config.tokenizer or config.model),
             model_fingerprint=engine.layout.model_fingerprint,
@@ -184,35 +194,70 @@ async def _serve(
             max_num_seqs=config.max_num_seqs,
             dtype=engine.layout.dtype,
             transports=tuple(transport.name for transport in transports),
-            draining=False,
             colocated=bool(getattr(config, "colocated", False)),
             version=services.__version__,
             started_unix_s=time.time(),
         )
-        registrar = Registrar(config.redis, record, lease_s=config.lease_s)
-        await registrar.start()
-        cleanup.push_async_callback(registrar.close)
-        await health_service.set("", health_pb2.HealthCheckResponse.SERVING)
-        log.info(
-            "%s serves on %s (blocks %s, debug http://%s)",
-            worker_id,
-            record.grpc_address,
-            record.kv_address,
-            http_address,
-        )
-        report_ready(worker_id=worker_id, grpc=record.grpc_address, http=record.http_address)
+        yield RunningWorker(parts, service, record, health_service)
 
-        stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
-        either: list[asyncio.Future[Any]] = [stopped, thread.crashed]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if thread.crashed.done():
-            stopped.cancel()
-            return 1
-        log.info("%s drains for at most %g s", worker_id, config.drain_timeout_s)
-        await health_service.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-        registrar.update(msgspec.structs.replace(record, draining=True))
-        await service.drain(config.drain_timeout_s)
-        return 0
+
+async def _serve(
+    config: WorkerConfig, role: Role, engine: Engine, build: Callable[[WorkerParts], WorkerService]
+) -> int:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        async with open_worker(config, role, engine, build) as worker:
+            parts, record = worker.parts, worker.record
+            registrar = Registrar(config.redis, record, lease_s=config.lease_s)
+            await registrar.start()
+            try:
+                log.info("%s serves on %s, debug http://%s", parts.worker_id, record.grpc_address, record.http_address)
+                report_ready(worker_id=parts.worker_id, grpc=record.grpc_address, http=record.http_address)
+                if not await _until_stopped(stop, parts.thread):
+                    return 1
+                log.info("%s drains for at most %g s", parts.worker_id, config.drain_timeout_s)
+                await worker.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+                registrar.update(msgspec.structs.replace(record, draining=True))
+                await worker.service.drain(config.drain_timeout_s)
+            finally:
+                await registrar.close()
+    except (CannotListen, TransportError) as error:
+        log.error("%s worker cannot start: %s", role, error)
+        return 1
+    return 0
+
+
+async def _until_stopped(stop: asyncio.Event, thread: EngineThread) -> bool:
+    """Wait for the signal, or for the engine's crash; False for the crash."""
+    stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
+    either: list[asyncio.Future[Any]] = [stopped, thread.crashed]
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    return not thread.crashed.done()
+
+
+def _add_port(server: grpc.aio.Server, host: str, port: int) -> int:
+    try:
+        return server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise CannotListen(f"gRPC port: cannot listen on {host}:{port}") from error
+
+
+def _names(config: WorkerConfig) -> tuple[str, ...]:
+    return config.served_model_name or (config.model,)
+
+
+def _state(parts: WorkerParts, role: Role, service: WorkerService) -> dict[str, object]:
+    return {
+        "worker_id": parts.worker_id,
+        "incarnation": parts.incarnation,
+        "role": role,
+        "engine": parts.engine.load().as_dict(),
+        "exchange": parts.exchange.state(),
+        **service.state(),
+    }
 
 
 def exchange_timeouts(config: WorkerConfig) -> ExchangeTimeouts:
