@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, TypeAlias
 
+import msgpack
 import msgspec
 
 from kvstore.errors import ProtocolViolation
@@ -157,13 +158,10 @@ ReaderMessage: TypeAlias = Heartbeat | ReadRequest | Confirm | Release
 OwnerMessage: TypeAlias = Heartbeat | Offer | Announce | ReadGranted | ReadRefused | Confirmed | Revoke
 Message: TypeAlias = HandshakeMessage | ReaderMessage | OwnerMessage
 
-_ENCODER: Final = msgspec.msgpack.Encoder()
-_DECODER: Final = msgspec.msgpack.Decoder(Message)
-
 
 def encode(message: Message) -> bytes:
     """Return the frame of `message`, length included. Raises ValueError where it would exceed `MAX_FRAME_BYTES`."""
-    body = _ENCODER.encode(message)
+    body: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)))
     if len(body) > MAX_FRAME_BYTES:
         raise ValueError(f"{type(message).__name__} of {len(body)} bytes exceeds the frame limit of {MAX_FRAME_BYTES}")
     return len(body).to_bytes(LENGTH_BYTES, "big") + body
@@ -180,7 +178,7 @@ def decode_length(prefix: bytes) -> int:
 def decode(body: bytes) -> Message:
     """Return the message in a frame's body. Raises `ProtocolViolation` for anything that is not exactly one message."""
     try:
-        message: Message = _DECODER.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        message: Message = msgspec.convert(msgpack.unpackb(body), Message, builtin_types=(bytes,))
+    except (msgpack.UnpackException, msgspec.ValidationError, ValueError, RecursionError) as error:
         raise ProtocolViolation(f"a frame of {len(body)} bytes is no message: {error}") from error
     return message
