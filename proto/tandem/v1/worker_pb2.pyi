@@ -154,7 +154,7 @@ class SessionHello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., protocol_version: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("handle", "request_id", "model", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefill_targets", "timeout_s")
+    __slots__ = ("handle", "request_id", "model", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefill_targets", "timeout_s", "prefix_sources")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +164,7 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TARGETS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_SOURCES_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     model: str
@@ -173,7 +174,22 @@ class GenerateRequest(_message.Message):
     cache_salt: str
     prefill_targets: _containers.RepeatedCompositeFieldContainer[PrefillTarget]
     timeout_s: float
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefill_targets: _Optional[_Iterable[_Union[PrefillTarget, _Mapping]]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    prefix_sources: _containers.RepeatedCompositeFieldContainer[PrefixSource]
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefill_targets: _Optional[_Iterable[_Union[PrefillTarget, _Mapping]]] = ..., timeout_s: _Optional[float] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ...) -> None: ...
+
+class PrefixSource(_message.Message):
+    __slots__ = ("holder_id", "incarnation", "kv_address", "num_blocks", "tier")
+    HOLDER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    KV_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    holder_id: str
+    incarnation: str
+    kv_address: str
+    num_blocks: int
+    tier: str
+    def __init__(self, holder_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., kv_address: _Optional[str] = ..., num_blocks: _Optional[int] = ..., tier: _Optional[str] = ...) -> None: ...
 
 class PrefillTarget(_message.Message):
     __slots__ = ("worker_id", "incarnation", "grpc_address", "kv_address")
@@ -228,7 +244,7 @@ class Output(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., stamps: _Optional[_Iterable[_Union[Stamp, _Mapping]]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "num_transferred_blocks", "num_transferred_bytes", "prefilled_locally", "prefill_worker_id", "num_recomputes")
+    __slots__ = ("num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "num_transferred_blocks", "num_transferred_bytes", "prefilled_locally", "prefill_worker_id", "num_recomputes", "fetched")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -237,6 +253,7 @@ class Usage(_message.Message):
     PREFILLED_LOCALLY_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_RECOMPUTES_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_generated_tokens: int
     num_cached_tokens: int
@@ -245,7 +262,24 @@ class Usage(_message.Message):
     prefilled_locally: bool
     prefill_worker_id: str
     num_recomputes: int
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_transferred_bytes: _Optional[int] = ..., prefilled_locally: _Optional[bool] = ..., prefill_worker_id: _Optional[str] = ..., num_recomputes: _Optional[int] = ...) -> None: ...
+    fetched: _containers.RepeatedCompositeFieldContainer[FetchedPrefix]
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_transferred_bytes: _Optional[int] = ..., prefilled_locally: _Optional[bool] = ..., prefill_worker_id: _Optional[str] = ..., num_recomputes: _Optional[int] = ..., fetched: _Optional[_Iterable[_Union[FetchedPrefix, _Mapping]]] = ...) -> None: ...
+
+class FetchedPrefix(_message.Message):
+    __slots__ = ("holder_id", "tier", "lane", "num_blocks", "num_bytes", "seconds")
+    HOLDER_ID_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    holder_id: str
+    tier: str
+    lane: str
+    num_blocks: int
+    num_bytes: int
+    seconds: float
+    def __init__(self, holder_id: _Optional[str] = ..., tier: _Optional[str] = ..., lane: _Optional[str] = ..., num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_blocks", "num_waiting_tokens", "draining")
@@ -274,7 +308,7 @@ class SessionFrame(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., incarnation: _Optional[str] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "transfer_id", "reader_peer_id", "prompt_token_ids", "sampling", "priority", "cache_salt")
+    __slots__ = ("request_id", "transfer_id", "reader_peer_id", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefix_sources")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     READER_PEER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +316,7 @@ class PrefillRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_SOURCES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     transfer_id: bytes
     reader_peer_id: str
@@ -289,7 +324,8 @@ class PrefillRequest(_message.Message):
     sampling: SamplingParams
     priority: int
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., reader_peer_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    prefix_sources: _containers.RepeatedCompositeFieldContainer[PrefixSource]
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., reader_peer_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ...) -> None: ...
 
 class PrefillScheduled(_message.Message):
     __slots__ = ("load",)
@@ -298,7 +334,7 @@ class PrefillScheduled(_message.Message):
     def __init__(self, load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class PrefillFinished(_message.Message):
-    __slots__ = ("token_id", "logprobs", "finish_reason", "stop_token_id", "prompt_logprobs", "num_cached_tokens", "stamps", "load")
+    __slots__ = ("token_id", "logprobs", "finish_reason", "stop_token_id", "prompt_logprobs", "num_cached_tokens", "stamps", "load", "fetched")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
@@ -307,6 +343,7 @@ class PrefillFinished(_message.Message):
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STAMPS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     logprobs: PositionLogprobs
     finish_reason: FinishReason
@@ -315,7 +352,8 @@ class PrefillFinished(_message.Message):
     num_cached_tokens: int
     stamps: _containers.RepeatedCompositeFieldContainer[Stamp]
     load: Load
-    def __init__(self, token_id: _Optional[int] = ..., logprobs: _Optional[_Union[PositionLogprobs, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., num_cached_tokens: _Optional[int] = ..., stamps: _Optional[_Iterable[_Union[Stamp, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    fetched: _containers.RepeatedCompositeFieldContainer[FetchedPrefix]
+    def __init__(self, token_id: _Optional[int] = ..., logprobs: _Optional[_Union[PositionLogprobs, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., num_cached_tokens: _Optional[int] = ..., stamps: _Optional[_Iterable[_Union[Stamp, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., fetched: _Optional[_Iterable[_Union[FetchedPrefix, _Mapping]]] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
     __slots__ = ("scheduled", "finished", "failed")
