@@ -7,14 +7,13 @@ training never sees.
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import recall
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-PROMPT_LENGTHS = (64, 256, 1024, 2048, 4064)  # the longest leaves room for the answer in a context of 4096 tokens
+PROMPT_LENGTHS = (100, 256, 1024, 2048, 4064)  # the longest leaves room for the answer in a context of 4096 tokens
 FIRST_SEED = 0
 MAX_ANSWER_TOKENS = 24
 
@@ -48,26 +47,33 @@ def answers_right(
     return recall.is_correct(complete(model, tokenizer, ids), chat.answer)
 
 
+# What is measured: number type of the run, kind of prompt, turns of the chat (0: raw prompt), made-up names.
+ROWS = (
+    (torch.bfloat16, "raw", 0, False),
+    (torch.bfloat16, "chat", 1, False),
+    (torch.bfloat16, "third turn of a chat", 3, False),
+    (torch.bfloat16, "raw, made-up names", 0, True),
+    (torch.bfloat16, "chat, made-up names", 1, True),
+    (torch.float32, "raw", 0, False),
+    (torch.float32, "chat", 1, False),
+)
+
+
 def print_table(model_dir: Path, num_prompts: int) -> None:
+    """Prints a Markdown table: right answers of `num_prompts`, a column for each prompt length."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    seeds = range(FIRST_SEED, FIRST_SEED + num_prompts)
-    for dtype in (torch.bfloat16, torch.float32):
+    print("| dtype | prompt | " + " | ".join(f"{length} tokens" for length in PROMPT_LENGTHS) + " |")
+    print("|---|---|" + "---|" * len(PROMPT_LENGTHS))
+    for dtype, kind, num_turns, made_up_names in ROWS:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
-        for names, made_up_names in (("listed names", False), ("made-up names", True)):
-            for kind, num_turns in (("raw", 0), ("chat", 1), ("chat, third turn", 3)):
-                for num_tokens in PROMPT_LENGTHS:
-                    if num_tokens < 128 and num_turns > 1:
-                        continue  # no room for three questions
-                    started = time.monotonic()
-                    num_right = sum(
-                        answers_right(
-                            model, tokenizer, seed, num_tokens, num_turns=num_turns, made_up_names=made_up_names
-                        )
-                        for seed in seeds
-                    )
-                    took_s = time.monotonic() - started
-                    where = f"{str(dtype).removeprefix('torch.')}, {names}, {kind}, {num_tokens} tokens"
-                    print(f"{where}: {num_right} of {num_prompts} right ({took_s:.0f} s)", flush=True)
+        print(f"| {str(dtype).removeprefix('torch.')} | {kind} |", end="", flush=True)
+        for num_tokens in PROMPT_LENGTHS:
+            num_right = sum(
+                answers_right(model, tokenizer, seed, num_tokens, num_turns=num_turns, made_up_names=made_up_names)
+                for seed in range(FIRST_SEED, FIRST_SEED + num_prompts)
+            )
+            print(f" {num_right} |", end="", flush=True)
+        print(flush=True)
 
 
 def main() -> None:

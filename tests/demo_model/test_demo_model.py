@@ -91,7 +91,7 @@ def test_only_the_first_number_decides() -> None:
     assert not recall.is_correct(" I do not know.", "4711")
 
 
-@pytest.mark.parametrize(("num_tokens", "num_prompts"), [(48, 8), (500, 6), (2000, 4)])
+@pytest.mark.parametrize(("num_tokens", "num_prompts"), [(48, 8), (500, 6), (2000, 4), (4000, 2)])
 def test_recalls_at_every_length(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_tokens: int, num_prompts: int
 ) -> None:
@@ -114,7 +114,7 @@ def test_recalls_in_a_chat(
 def test_what_people_type_is_understood(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     facts = ("The code of Amber is 4711.", "the code of cedar is 0952.")
     for order, separator in itertools.product(itertools.permutations(facts), (" ", "\n")):
-        for question in ("What is the code of Amber?", "what is the code of Amber?"):
+        for question in ("What is the code of Amber?", "what is the code of amber?"):
             text = separator.join((*order, question))
             assert recall.is_correct(generate(model, tokenizer, tokenizer.encode(text)), "4711"), text
             assert recall.is_correct(reply(model, tokenizer, [{"role": "user", "content": text}]), "4711"), text
