@@ -13,8 +13,9 @@ DECODE ?= 1
 # Further flags of `tandem up`, e.g. UP_ARGS="--colocated --dtype bfloat16"
 UP_ARGS ?=
 PYTEST_ARGS ?=
-# What `make bench` runs, and with which flags: make bench BENCH_ARGS="--url http://127.0.0.1:8000"
-BENCHES ?= $(wildcard loadtest/bench_*.py)
+# What `make bench` runs, and with which flags:
+#   make bench BENCHES=loadtest/bench_serve.py BENCH_ARGS="--model /models/qwen2-0.5b --rate 2"
+BENCHES ?= tests/bench/bench_transfer.py loadtest/bench_serve.py
 BENCH_ARGS ?=
 
 VENV := .venv
@@ -73,8 +74,7 @@ proto-check: $(INSTALLED) ## the committed stubs are what the generator gives
 	$(PROTOC) --python_out=build/proto --grpc_python_out=build/proto --pyi_out=build/proto
 	for stub in build/proto/tandem/v1/*; do cmp $$stub proto/tandem/v1/$$(basename $$stub) || { echo "run 'make proto'"; exit 1; }; done
 
-bench: $(INSTALLED) ## run BENCHES (loadtest/bench_*.py) with BENCH_ARGS
-	@test -n "$(strip $(BENCHES))" || { echo "no loadtest/bench_*.py here"; exit 1; }
+bench: $(INSTALLED) ## run BENCHES with BENCH_ARGS; each prints a table
 	for bench in $(BENCHES); do $(BIN)/python -m $$(echo $${bench%.py} | tr / .) $(BENCH_ARGS) || exit 1; done
 
 clean: ## remove what the tools leave behind; keeps .venv

@@ -1,6 +1,6 @@
 """How fast blocks move between two worker processes on this machine, by transport, through the whole block protocol.
 
-    python -m loadtest.bench_transfer [--blocks 128] [--block-kib 192] [--rounds 20] [--transports ucxx,nixl]
+    python -m tests.bench.bench_transfer [--blocks 128] [--block-kib 192] [--rounds 20] [--transports ucxx,nixl]
 
 An owner in a process of its own lends blocks, this process fetches them: lease, reads, digests, confirmation. Times are
 from the announcement of the last block, as in a handoff, to the point named by the column.
@@ -70,7 +70,7 @@ def answer(lines: IO[str], word: str) -> str:
 
 def spawn_owner(arguments: argparse.Namespace, transport: str) -> subprocess.Popen[str]:
     """Start the child; its orders and answers are lines."""
-    command = [sys.executable, "-m", "loadtest.bench_transfer", "--own", "--transports", transport]
+    command = [sys.executable, "-m", "tests.bench.bench_transfer", "--own", "--transports", transport]
     command += ["--blocks", str(arguments.blocks), "--block-kib", str(arguments.block_kib)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -160,7 +160,7 @@ def main() -> None:
         print(f"{arguments.blocks} blocks of {arguments.block_kib} KiB, medians in ms from the last announcement:")
         print("name  lane     blocks           read  verified   confirm    whole     best    GB/s connect ms")
         for name in names:
-            subprocess.run([sys.executable, "-m", "loadtest.bench_transfer", *sys.argv[1:], "--transports", name])
+            subprocess.run([sys.executable, "-m", "tests.bench.bench_transfer", *sys.argv[1:], "--transports", name])
         return
     with spawn_owner(arguments, names[0]) as child:
         asyncio.run(measure(arguments, names[0], child))
