@@ -43,9 +43,12 @@ class ChildPeer:
             cwd=REPOSITORY,
             env=self._environment,
         )
-        async with asyncio.timeout(60):
-            self._reader, self._writer = await connected
+        ended = asyncio.ensure_future(self.process.wait())
+        await asyncio.wait([connected, ended], timeout=60, return_when=asyncio.FIRST_COMPLETED)
         server.close()
+        assert connected.done(), f"the peer's process did not report: exit status {self.process.returncode}"
+        self._reader, self._writer = connected.result()
+        ended.cancel()
         self._receiving = asyncio.ensure_future(self._receive())
 
     async def _receive(self) -> None:
