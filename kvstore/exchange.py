@@ -20,7 +20,9 @@ from kvstore.errors import ExchangeError, IncompatiblePeer, PeerLost, PeerUnreac
 from kvstore.fetch_events import FetchCause, OwnerLost, ReadLimits
 from kvstore.framing import STREAM_BUFFER_BYTES, FrameStream
 from kvstore.handshake import PeerIdentity, introduce_as_owner, introduce_as_reader
+from kvstore.lending import PrefixLender, lend
 from kvstore.memory import BlockMemory
+from kvstore.messages import Want
 from kvstore.observer import ExchangeObserver
 from kvstore.owner import Lease, OwnerSession
 from kvstore.reader import Fetch, ReaderSession, ReaderTools, ReserveFunction
@@ -50,6 +52,7 @@ class BlockExchange:
         clock: Callable[[], float] = time.monotonic,
         observer: ExchangeObserver | None = None,
         limits: ReadLimits | None = None,
+        lender: PrefixLender | None = None,
     ) -> None:
         if memory.block_bytes != identity.layout.block_bytes:
             raise ValueError(
@@ -63,6 +66,7 @@ class BlockExchange:
         self._server: asyncio.Server | None = None
         self._address = ""
         self._closing = False
+        self._lender = lender
         self._tasks: set[asyncio.Task[None]] = set()
         self._strangers: set[asyncio.Task[None]] = set()
         self._dials: dict[str, asyncio.Task[str]] = {}
@@ -241,7 +245,9 @@ class BlockExchange:
         connection = Connection(
             stream, f"reader {introduction.peer.peer_id} at {stream.peer_address}", self._timeouts, self._clock
         )
-        session = OwnerSession(introduction, connection, self._timeouts, self._clock, self._observer)
+        session = OwnerSession(
+            introduction, connection, self._timeouts, self._clock, self._observer, self._lend if self._lender else None
+        )
         self._install(self._readers, session)
 
     def _log_failed_handshake(self, stream: FrameStream, error: BaseException) -> None:
@@ -302,6 +308,10 @@ class BlockExchange:
             raise PeerLost(f"transfer {transfer_id.hex()}: reader {reader_peer_id} is not connected")
         return session.open_lease(transfer_id, num_blocks)
 
+    def _lend(self, session: OwnerSession, want: Want) -> None:
+        assert self._lender is not None
+        self._start_task(lend(session, want, self._lender))
+
     # ---- reader ----
 
     def fetch(
@@ -311,25 +321,44 @@ class BlockExchange:
         expected_hashes: Sequence[BlockHash | None],
         reserve: ReserveFunction,
         owner_incarnation: str | None = None,
+        may_be_fewer: bool = False,
     ) -> Fetch:
         """Wait for an owner's Offer, then read its blocks; call this before ordering them from the owner.
 
-        `expected_hashes`: one per block; None: the partial last block. `reserve()` is called on the Offer. It must end
-        by itself in bounded time: it is not cancelled when the fetch fails (a granted reservation would be lost), so
-        whoever aborts a fetch also withdraws what `reserve` waits for. With `owner_incarnation`, a connection to any
-        other start of that worker fails the fetch. Raises `PeerLost` where we have no connection to the owner,
-        ValueError where the transfer is being fetched already.
+        `expected_hashes`: one per block; None: the partial last block; with `may_be_fewer`, a prefix of them may be
+        offered. `reserve(num_blocks)` is called on the Offer. It must end by itself in bounded time: it is not
+        cancelled when the fetch fails (a granted reservation would be lost), so whoever aborts a fetch also withdraws
+        what `reserve` waits for. With `owner_incarnation`, a connection to any other start of that worker fails the
+        fetch. Raises `PeerLost` where we have no connection to the owner, ValueError where the transfer is being
+        fetched already.
         """
         session = self._owners.get(owner_peer_id)
         if session is None or not session.connection.is_open:
             raise PeerLost(f"transfer {transfer_id.hex()}: owner {owner_peer_id} is not connected")
         if transfer_id in session.fetches:
             raise ValueError(f"transfer {transfer_id.hex()} is being fetched already")
-        fetch = Fetch(session, transfer_id, expected_hashes, reserve)
+        fetch = Fetch(session, transfer_id, expected_hashes, reserve, may_be_fewer)
         session.fetches[transfer_id] = fetch
         if owner_incarnation is not None and session.peer.incarnation != owner_incarnation:
             detail = f"{owner_peer_id} is incarnation {session.peer.incarnation}, not {owner_incarnation}"
             fetch.handle(OwnerLost(detail, FetchCause.UNKNOWN_INCARNATION))
+        return fetch
+
+    def fetch_prefix(
+        self,
+        transfer_id: bytes,
+        owner_peer_id: str,
+        hashes: Sequence[BlockHash],
+        reserve: ReserveFunction,
+        owner_incarnation: str | None = None,
+    ) -> Fetch:
+        """Ask an owner for the longest prefix of these blocks that it holds, and read it; errors as `fetch`.
+
+        `reserve` is called with the number of blocks that it offers; a failure with cause `revoked` means it has none.
+        """
+        fetch = self.fetch(transfer_id, owner_peer_id, hashes, reserve, owner_incarnation, may_be_fewer=True)
+        if not fetch.has_result:
+            self._owners[owner_peer_id].connection.send(Want(transfer_id, list(hashes)))
         return fetch
 
     # ---- tasks ----

@@ -70,7 +70,8 @@ class FetchMachine:
     """One fetch. Create it, then feed it events; call it with `FetchTimer` at `next_deadline`.
 
     `expected_hashes`: one per block of the transfer, None where its identity is not known in advance (the partial last
-    block). `next_read_id` numbers reads uniquely on the connection.
+    block). With `may_be_fewer` the owner may offer a prefix of them. `next_read_id` numbers reads uniquely on the
+    connection.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class FetchMachine:
         next_read_id: Callable[[], int],
         now: float,
         limits: ReadLimits | None = None,
+        may_be_fewer: bool = False,
     ) -> None:
         self.transfer_id = transfer_id
         self.state = FetchState.ORDERED
@@ -93,6 +95,7 @@ class FetchMachine:
         self._timeouts = timeouts
         self._next_read_id = next_read_id
         self._limits = limits or ReadLimits()
+        self._may_be_fewer = may_be_fewer
         self._progress = _Progress()
         self._reserve_pending = False
         self._stage_end: float | None = now + timeouts.offer_s
@@ -125,6 +128,8 @@ class FetchMachine:
 
     def _offered(self, event: Offered, now: float) -> list[FetchAction]:
         self.stamps = replace(self.stamps, offered=now)
+        if self._may_be_fewer and 0 < event.num_blocks < len(self._expected_hashes):
+            del self._expected_hashes[event.num_blocks :]
         if event.num_blocks != len(self._expected_hashes):
             detail = f"{event.num_blocks} blocks offered, {len(self._expected_hashes)} expected"
             return self._fail(FetchCause.PROTOCOL, detail, now)

@@ -71,6 +71,15 @@ class Ready(_Message, frozen=True, tag="ready"):
     """Both ways: the sender's end of the transport link is up."""
 
 
+class Want(_Message, frozen=True, tag="want"):
+    """Reader: lend the longest prefix of these blocks that you hold; answered by `offer`, or by `revoke` for none."""
+
+    transfer_id: _TransferId
+    hashes: Annotated[
+        list[Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]], msgspec.Meta(max_length=65536)
+    ]
+
+
 class Heartbeat(_Message, frozen=True, tag="heartbeat"):
     """Both ways, at a fixed interval: the sender lives. The reader's names the transfers whose leases it renews."""
 
@@ -154,7 +163,7 @@ class Revoke(_Message, frozen=True, tag="revoke"):
 
 
 HandshakeMessage: TypeAlias = Hello | Reject | Choose | Ready
-ReaderMessage: TypeAlias = Heartbeat | ReadRequest | Confirm | Release
+ReaderMessage: TypeAlias = Heartbeat | Want | ReadRequest | Confirm | Release
 OwnerMessage: TypeAlias = Heartbeat | Offer | Announce | ReadGranted | ReadRefused | Confirmed | Revoke
 Message: TypeAlias = HandshakeMessage | ReaderMessage | OwnerMessage
 

@@ -39,6 +39,8 @@ from kvstore.messages import (
     ReadRefused,
     ReadRequest,
     Release,
+    Revoke,
+    Want,
 )
 from kvstore.observer import ExchangeObserver
 from kvstore.timeouts import ExchangeTimeouts
@@ -56,6 +58,7 @@ class OwnerSession:
         timeouts: ExchangeTimeouts,
         clock: Callable[[], float],
         observer: ExchangeObserver,
+        on_want: Callable[[OwnerSession, Want], None] | None = None,
     ) -> None:
         self.peer = introduction.peer
         self.link = introduction.link
@@ -65,6 +68,7 @@ class OwnerSession:
         self.timeouts = timeouts
         self.clock = clock
         self.observer = observer
+        self._on_want = on_want
 
     def open_lease(self, transfer_id: bytes, num_blocks: int) -> Lease:
         """Open a lease and offer it. Raises ValueError where the transfer has one."""
@@ -86,6 +90,11 @@ class OwnerSession:
                 for transfer_id in transfer_ids:
                     if transfer_id in self.leases:
                         self.leases[transfer_id].handle(Renewed())
+            case Want(transfer_id):
+                if self._on_want is None:
+                    self.connection.send(Revoke(transfer_id, "this worker lends no prefixes"))
+                else:
+                    self._on_want(self, message)
             case ReadRequest(read_id, transfer_id, runs):
                 if transfer_id in self.leases:
                     self.leases[transfer_id].handle(ReadRequested(read_id, runs))

@@ -179,7 +179,7 @@ class _PendingReservation:
         self._loop = asyncio.get_running_loop()
         self._granted: asyncio.Future[Reservation] = self._loop.create_future()
 
-    async def reserve(self) -> Reservation:
+    async def reserve(self, num_blocks: int) -> Reservation:
         """Wait for room. Raises ReservationWithdrawn after `cancel` or a refusal, then having taken no block."""
         try:
             await self._parts.thread.call(self._parts.engine.reserve, self.request, self._on_granted)

@@ -74,7 +74,7 @@ async def prefill_remotely(
     order: pb.PrefillRequest,
     target: pb.PrefillTarget,
     expected_hashes: Sequence[BlockHash | None],
-    reserve: Callable[[], Awaitable[Reservation]],
+    reserve: Callable[[int], Awaitable[Reservation]],
     exchange: BlockExchange,
     clients: PrefillClients,
     dispose: Callable[[Fetch], None],

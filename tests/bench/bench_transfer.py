@@ -94,7 +94,7 @@ async def measure(arguments: argparse.Namespace, transport: str, child: subproce
                 if kind == "scattered":
                     target = rng.sample(range(memory.num_blocks), arguments.blocks)
 
-                async def reserve(block_ids: list[int] = target) -> Reservation:
+                async def reserve(num_blocks: int, block_ids: list[int] = target) -> Reservation:
                     return Reservation(block_ids)
 
                 transfer_id = os.urandom(16)

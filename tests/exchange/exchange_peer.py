@@ -61,7 +61,7 @@ class Peer:
     async def order(self, transfer_id: str, owner: str, block_ids: list[int]) -> Any:
         """Start a fetch; it must wait before the owner offers."""
 
-        async def reserve() -> Reservation:
+        async def reserve(num_blocks: int) -> Reservation:
             return Reservation(block_ids)
 
         self.fetches[transfer_id] = self.exchange.fetch(transfer_id.encode(), owner, [None] * len(block_ids), reserve)

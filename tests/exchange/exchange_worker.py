@@ -10,6 +10,7 @@ from kvstore.exchange import BlockExchange
 from kvstore.fetch_events import ReadLimits, Reservation
 from kvstore.handshake import PeerIdentity
 from kvstore.layout import BlockLayout
+from kvstore.lending import PrefixLender
 from kvstore.memory import HostMemory
 from kvstore.messages import AnnouncedBlock
 from kvstore.timeouts import ExchangeTimeouts
@@ -32,13 +33,19 @@ class Worker:
         layout: BlockLayout = LAYOUT,
         faults: Faults | None = None,
         timeouts: ExchangeTimeouts = QUICK,
+        lender: PrefixLender | None = None,
     ) -> None:
         self.memory = HostMemory.allocate(64, layout.block_bytes)
         self.memory.array[:] = np.random.default_rng(len(name)).integers(0, 256, self.memory.array.shape, np.uint8)
         self.transport = MemoryTransport(self.memory, switchboard, faults, seed=1)
         identity = PeerIdentity(name, name.partition("-")[0], f"{name}-1", layout)
         self.exchange = BlockExchange(
-            identity, self.memory, [self.transport], timeouts, limits=ReadLimits(max_reads=2, max_blocks=4)
+            identity,
+            self.memory,
+            [self.transport],
+            timeouts,
+            limits=ReadLimits(max_reads=2, max_blocks=4),
+            lender=lender,
         )
 
     def announced(self, block_ids: list[int], hashes: list[BlockHash | None]) -> list[AnnouncedBlock]:
@@ -64,10 +71,10 @@ def some_hashes(num_blocks: int) -> list[BlockHash | None]:
     return [*(BlockHash(bytes([i]) * 16) for i in range(num_blocks - 1)), None]
 
 
-def room(block_ids: list[int], num_present: int = 0) -> Callable[[], Awaitable[Reservation]]:
+def room(block_ids: list[int], num_present: int = 0) -> Callable[[int], Awaitable[Reservation]]:
     """A `reserve` function that grants these blocks at once."""
 
-    async def reserve() -> Reservation:
+    async def reserve(num_blocks: int) -> Reservation:
         return Reservation(block_ids, num_present)
 
     return reserve

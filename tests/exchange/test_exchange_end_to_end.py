@@ -144,7 +144,7 @@ async def test_an_abort_while_reserving_waits_for_the_reservation_and_gives_it_b
     asked = asyncio.Event()
     granted: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
 
-    async def reserve() -> Reservation:
+    async def reserve(num_blocks: int) -> Reservation:
         asked.set()
         return await granted
 
@@ -163,7 +163,7 @@ async def test_an_abort_while_reserving_waits_for_the_reservation_and_gives_it_b
 async def test_a_reservation_that_fails_fails_the_fetch():
     owner, reader = make_pair()
 
-    async def reserve() -> Reservation:
+    async def reserve(num_blocks: int) -> Reservation:
         raise ValueError("no such request")
 
     async with running(owner, reader):
@@ -272,7 +272,7 @@ async def test_closing_ends_everything_even_a_reservation_that_never_comes():
 
     asked = asyncio.Event()
 
-    async def reserve() -> Reservation:
+    async def reserve(num_blocks: int) -> Reservation:
         asked.set()
         await asyncio.get_running_loop().create_future()
         raise AssertionError

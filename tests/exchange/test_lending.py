@@ -1,0 +1,118 @@
+"""Prefix fetches: a reader names hashes, an owner lends the longest prefix of them that it holds."""
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvstore.block_hash import BlockHash
+from kvstore.fetch_events import FetchCause, Reservation
+from kvstore.messages import AnnouncedBlock
+from kvstore.transport.memory import Faults, Switchboard
+from tests.exchange.exchange_worker import TRANSFER, Worker, room, running
+
+HASHES = [BlockHash(bytes([i]) * 16) for i in range(10)]
+
+
+class Shelf:
+    """A lender that holds the first blocks of HASHES, and books what it has lent."""
+
+    def __init__(self, num_held: int, wrong_digest: bool = False) -> None:
+        self.slots = {block_hash: 20 + i for i, block_hash in enumerate(HASHES[:num_held])}
+        self.wrong_digest = wrong_digest
+        self.worker: Worker | None = None
+        self.num_pinned = 0
+
+    async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
+        held = []
+        for block_hash in hashes:
+            if block_hash not in self.slots:
+                break
+            held.append(block_hash)
+        block_ids = [self.slots[block_hash] for block_hash in held]
+        digests = self.worker.memory.digests(block_ids)
+        self.num_pinned += len(held)
+        return [
+            AnnouncedBlock(block_id, block_hash, digest ^ self.wrong_digest)
+            for block_id, block_hash, digest in zip(block_ids, held, digests, strict=True)
+        ]
+
+    async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None:
+        self.num_pinned -= len(blocks)
+
+
+def make_pair(shelf: Shelf, faults: Faults | None = None) -> tuple[Worker, Worker]:
+    switchboard = Switchboard()
+    owner = Worker("store-0", switchboard, lender=shelf)
+    shelf.worker = owner
+    return owner, Worker("prefill-0", switchboard, faults=faults)
+
+
+async def settled(shelf: Shelf) -> bool:
+    for _ in range(100):
+        if shelf.num_pinned == 0:
+            return True
+        await asyncio.sleep(0.02)
+    return False
+
+
+async def test_the_longest_held_prefix_is_lent_and_read() -> None:
+    shelf = Shelf(num_held=6)
+    owner, reader = make_pair(shelf)
+    asked: list[int] = []
+
+    async def reserve(num_blocks: int) -> Reservation:
+        asked.append(num_blocks)
+        return Reservation(list(range(num_blocks)), 0)
+
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        result = await reader.exchange.fetch_prefix(TRANSFER, "store-0", HASHES, reserve).result
+        assert result.ok, result.failure
+        assert asked == [6]
+        assert result.block_ids == list(range(6))
+        np.testing.assert_array_equal(reader.memory.array[:6], owner.memory.array[20:26])
+        assert await settled(shelf)
+
+
+async def test_a_holder_that_has_evicted_it_all_says_so_at_once() -> None:
+    shelf = Shelf(num_held=0)
+    owner, reader = make_pair(shelf)
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        result = await reader.exchange.fetch_prefix(TRANSFER, "store-0", HASHES, room([1])).result
+        assert result.failure.cause is FetchCause.REVOKED
+        assert result.failure.stage == "offer"
+
+
+async def test_a_worker_without_a_lender_says_so() -> None:
+    switchboard = Switchboard()
+    owner, reader = Worker("store-0", switchboard), Worker("prefill-0", switchboard)
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        result = await reader.exchange.fetch_prefix(TRANSFER, "store-0", HASHES, room([1])).result
+        assert result.failure.cause is FetchCause.REVOKED
+
+
+async def test_a_holder_that_lies_is_found_out_and_its_blocks_are_unpinned() -> None:
+    shelf = Shelf(num_held=3, wrong_digest=True)
+    owner, reader = make_pair(shelf)
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        fetch = reader.exchange.fetch_prefix(TRANSFER, "store-0", HASHES, room([1, 2, 3]))
+        result = await fetch.result
+        assert result.failure.cause is FetchCause.DIGEST_MISMATCH
+        assert await fetch.quiesced == [1, 2, 3]
+        assert await settled(shelf)
+
+
+async def test_a_reader_that_goes_away_leaves_nothing_pinned() -> None:
+    shelf = Shelf(num_held=8)
+    owner, reader = make_pair(shelf, Faults(max_delay_s=0.2))
+    async with running(owner):
+        async with running(reader):
+            await reader.exchange.connect(owner.exchange.address)
+            fetch = reader.exchange.fetch_prefix(TRANSFER, "store-0", HASHES, room(list(range(8))))
+            await asyncio.sleep(0.05)
+        assert (await fetch.result).failure is not None
+        assert await settled(shelf)
