@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from kvstore.block_hash import BlockHash
 from kvstore.block_pool import BlockPool
 from kvstore.fetch_events import Reservation
 from kvstore.layout import BlockLayout
@@ -169,6 +170,23 @@ class Engine:
         """
         self._scheduler.release_lent(block_ids)
         self._grant_reservations()
+
+    def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
+        """Lend the longest cached prefix of `hashes`, for a reader; the caller gives it back by `release_blocks`."""
+        return self._scheduler.lend_prefix(hashes)
+
+    def take_prefix(self, hashes: Sequence[BlockHash]) -> Reservation | None:
+        """Blocks to bring a prefix into that another worker or a store holds, or None if there is no room now.
+
+        The first `num_present` are cached here. All are lent: `publish_blocks` makes those findable that were filled
+        and verified, `release_blocks` gives them back, findable or not.
+        """
+        taken = self._scheduler.take_prefix(hashes)
+        return None if taken is None else Reservation(taken.block_ids, taken.num_present)
+
+    def publish_blocks(self, block_ids: Sequence[int], hashes: Sequence[BlockHash]) -> None:
+        """Make lent blocks findable in the prefix cache; their content must be verified. Raises `NotLent`."""
+        self._scheduler.publish_lent(block_ids, hashes)
 
     def reset_prefix_cache(self) -> int:
         """Forget all cached prefixes; the number of blocks that could be found until now."""

@@ -42,11 +42,15 @@ class Loans:
         """Make references that a request holds the caller's."""
         self._lent.update(block_ids)
 
-    def take_over(self, block_ids: Sequence[int]) -> None:
-        """Make the caller's references a request's. Raises `NotLent`, changing nothing, if it does not hold them."""
+    def check(self, block_ids: Sequence[int]) -> None:
+        """Raise `NotLent` for a block that the caller does not hold."""
         wrong = [block_id for block_id, count in Counter(block_ids).items() if self._lent[block_id] < count]
         if wrong:
             raise NotLent(f"blocks {sorted(wrong)} are not lent: given back twice, or never lent")
+
+    def take_over(self, block_ids: Sequence[int]) -> None:
+        """Make the caller's references a request's. Raises `NotLent`, changing nothing, if it does not hold them."""
+        self.check(block_ids)
         for block_id in block_ids:
             self._lent[block_id] -= 1
             if not self._lent[block_id]:

@@ -7,7 +7,8 @@ Pure: no clock, no tensors, no threads. A step is `schedule` (takes blocks, retu
 2.  Running requests that decode get one token each. Where a block is missing, the running request that comes last in
     the order is preempted: it gives back all its blocks, returns to the queue and later computes its tokens again.
 3.  Then prompts, in chunks, while the token budget lasts: those that run already, then the queue. A prompt takes the
-    blocks for all its tokens when it enters, so a started prompt never waits for memory.
+    blocks for all its tokens when it enters, so a started prompt never waits for memory. One whose next block a running
+    prompt is computing waits for that block instead of computing it again; others pass it.
 4.  Who enters leaves one free block for each request that runs (it will want it within block_size steps), or there
     would be a preemption right away. With nothing running, it may take everything: progress is certain.
 5.  Reservations (blocks to read a prompt into that another worker computes) enter by the same order and the same
@@ -161,6 +162,28 @@ class Scheduler:
         """Take back references that were lent. Raises `NotLent`, changing nothing, for one that was not."""
         self.loans.release(block_ids)
         self._something_changed = True
+
+    def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
+        """Lend the longest cached prefix of `hashes` to the caller: one reference on each block; may be none."""
+        block_ids = self.pool.match_prefix(hashes)
+        self.loans.pass_over(block_ids)
+        return block_ids
+
+    def take_prefix(self, hashes: Sequence[BlockHash]) -> TakenBlocks | None:
+        """Lend the caller a block per hash: the cached ones, and new ones to bring the others' content into.
+
+        None, taking nothing, where the running requests need the room. `publish_lent` makes filled ones findable.
+        """
+        blocks = take_blocks(self.pool, hashes, len(hashes), headroom=len(self._running) + len(self._reserved))
+        if blocks is not None:
+            self.loans.pass_over(blocks.block_ids)
+        return blocks
+
+    def publish_lent(self, block_ids: Sequence[int], hashes: Sequence[BlockHash]) -> None:
+        """Make lent blocks findable that the caller has filled and verified. Raises `NotLent`."""
+        self.loans.check(block_ids)
+        for block_id, block_hash in zip(block_ids, hashes, strict=True):
+            self.pool.publish(block_id, block_hash)
 
     def grant_reservations(self) -> list[GrantedReservation]:
         """Give blocks to the reservations whose turn it is. Between steps only: in mid-step it grants nothing."""
@@ -339,15 +362,39 @@ class Scheduler:
 
     def _schedule_queue(self, step: BatchBuilder) -> None:
         self._queue_is_stuck = self._something_changed = False
-        while self._waiting and step.budget > 0:
-            entry = self._waiting[0]
+        being_computed = self._hashes_being_computed() if self._waiting else set()
+        for entry in list(self._waiting):
+            if step.budget == 0:
+                return
+            if self._follows(entry.request, being_computed):
+                continue
             if (self._reserving and self._reserving[0] < entry) or not self._start(entry.request, step):
                 self._queue_is_stuck = True
                 return
-            del self._waiting[0]
+            self._waiting.remove(entry)
             insort(self._running, entry)
+            being_computed.update(self._uncomputed_hashes(entry.request))
             if not self._add_chunk(entry.request, step):
                 return
+
+    def _hashes_being_computed(self) -> set[BlockHash]:
+        """Identities of the blocks that running prompts are about to fill."""
+        return {block_hash for entry in self._running for block_hash in self._uncomputed_hashes(entry.request)}
+
+    def _uncomputed_hashes(self, request: Request) -> Sequence[BlockHash]:
+        return request.block_hashes[request.num_computed_tokens // self.config.block_size :]
+
+    def _follows(self, request: Request, being_computed: set[BlockHash]) -> bool:
+        """Whether a running prompt is computing the very block that this one would compute first.
+
+        It then waits for that block, and for those after it, instead of computing them a second time; others may pass
+        it. The wait is bounded: the running prompt goes on in every step, and when it ends, however it ends, its blocks
+        are either cached or no more being computed.
+        """
+        if request.wants_prompt_logprobs or not self.pool.enable_prefix_caching or not being_computed:
+            return False
+        num_cached = self.pool.peek_prefix(request.block_hashes)
+        return num_cached < len(request.block_hashes) and request.block_hashes[num_cached] in being_computed
 
     def _start(self, request: Request, step: BatchBuilder) -> bool:
         """Give a queued request all the blocks that its tokens need; False, changing nothing, if it must wait."""

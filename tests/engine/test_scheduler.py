@@ -138,12 +138,33 @@ def test_equal_prefixes_are_computed_once() -> None:
     assert (bench.scheduler.stats.num_prefix_queries, bench.scheduler.stats.num_prefix_hits) == (19, 8)
 
 
-def test_blocks_that_are_still_being_computed_are_not_shared() -> None:
+def test_a_prefix_that_is_being_computed_is_waited_for_and_not_computed_again() -> None:
+    bench = Bench(max_num_batched_tokens=6)
+    prompt = [1, 2, 3, 0] * 2
+    bench.add("a", [*prompt, 1])
+    bench.add("b", [*prompt, 2])
+    other = bench.add("other", [3, 3, 3])
+    # "b" waits for both blocks of "a" and is passed by whoever shares nothing with it.
+    assert bench.shapes(2) == [{"a": 6}, {"a": 3, "other": 3}]
+    assert other.output_token_ids
+    assert bench.shapes(1) == [{"a": 1, "other": 1, "b": 1}]
+
+
+def test_a_prompt_no_longer_waits_for_a_block_whose_computation_was_aborted() -> None:
+    bench = Bench(max_num_batched_tokens=4)
+    prompt = [1, 2, 3, 0] * 2
+    bench.add("a", [*prompt, 1])
+    bench.add("b", [*prompt, 2])
+    assert bench.shapes(1) == [{"a": 4}]
+    bench.scheduler.abort("a")
+    assert bench.shapes(1) == [{"b": 4}], "the first block is cached, the second is computed by b"
+
+
+def test_short_prompts_that_share_no_full_block_run_together() -> None:
     bench = Bench()
-    prompt = [1, 2, 3, 0, 1]
-    bench.add("a", prompt)
-    bench.add("b", prompt)
-    assert bench.shapes(1) == [{"a": 5, "b": 5}]
+    bench.add("a", [1, 2, 3])
+    bench.add("b", [1, 2, 3])
+    assert bench.shapes(1) == [{"a": 3, "b": 3}]
 
 
 def test_generated_blocks_are_found_by_the_next_turn() -> None:
