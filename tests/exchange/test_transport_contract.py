@@ -1,6 +1,7 @@
 """What the block protocol relies on, asked of every transport."""
 
 import asyncio
+import contextlib
 import itertools
 import os
 import random
@@ -99,6 +100,8 @@ class ChildPeer:
                 self.process.kill()
                 await self.process.wait()
             await self._receiving
+            with contextlib.suppress(OSError):
+                await self._writer.wait_closed()
         return status
 
 
