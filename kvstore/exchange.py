@@ -187,6 +187,11 @@ class BlockExchange:
         """Whether there is a live connection to this peer, dialled by either side."""
         return self._is_live(self._owners.get(peer_id)) or self._is_live(self._readers.get(peer_id))
 
+    def lane_to(self, owner_peer_id: str) -> str:
+        """On which lane we read from an owner; empty where we are not connected to it."""
+        session = self._owners.get(owner_peer_id)
+        return session.link.lane if session is not None else ""
+
     @staticmethod
     def _is_live(session: ReaderSession | OwnerSession | None) -> bool:
         return session is not None and session.connection.is_open

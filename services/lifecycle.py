@@ -1,4 +1,4 @@
-"""A request's lifecycle events and the timeline that collects them; metrics, traces and receipts derive from it alone."""
+"""A request's lifecycle events, and the timeline that all metrics, traces and receipts derive from."""
 
 from __future__ import annotations
 

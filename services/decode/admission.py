@@ -72,7 +72,7 @@ class Admission:
                     log.warning("%s: prefill by %s failed: %s", live.order.request_id, target.worker_id, failure)
                     self._parts.metrics.handoff_failed(failure.cause)
                     live.usage.num_recomputes += 1
-        await self._prefill_here(live)
+        await self._prefill_here(live, hashes)
         return None
 
     async def close(self) -> None:
@@ -89,18 +89,33 @@ class Admission:
     def _is_local(self, live: LiveRequest, hashes: list[BlockHash]) -> bool:
         if self._config.colocated or not live.order.prefill_targets:
             return True
-        num_uncached = len(live.order.prompt_token_ids)
+        return self._num_uncached(live, hashes) <= self._config.local_prefill_max_tokens
+
+    def _num_uncached(self, live: LiveRequest, hashes: list[BlockHash]) -> int:
+        """Prompt tokens that would be computed here; the last one always is."""
+        num_tokens = len(live.order.prompt_token_ids)
         if live.sampling.prompt_logprobs is None:
             # A hint, read from outside the engine thread: dictionary lookups, and nothing is held on its account.
-            num_uncached -= self._parts.engine.pool.peek_prefix(hashes) * self._parts.engine.layout.block_size
-        return max(1, num_uncached) <= self._config.local_prefill_max_tokens
+            num_tokens -= self._parts.engine.pool.peek_prefix(hashes) * self._parts.engine.layout.block_size
+        return max(1, num_tokens)
 
-    async def _prefill_here(self, live: LiveRequest) -> None:
+    async def _prefill_here(self, live: LiveRequest, hashes: list[BlockHash]) -> None:
         live.usage.prefilled_locally = True
+        if (
+            live.sampling.prompt_logprobs is None
+            and self._num_uncached(live, hashes) > self._parts.engine.layout.block_size
+        ):
+            await self._parts.fetcher.fetch(hashes, live.order.prefix_sources, live.fetched)
+            live.usage.fetched.extend(live.fetched.parts)
         live.request = request = live.new_attempt(self._clock())
 
         def enter() -> None:
-            self._parts.engine.add_request(request)
+            try:
+                self._parts.engine.add_request(request)
+            except EngineError:
+                block_ids, live.fetched.block_ids = live.fetched.block_ids, []
+                self._parts.engine.release_blocks(block_ids)
+                raise
             self._entered(live, request)
 
         await self._parts.thread.call(enter)
@@ -117,6 +132,7 @@ class Admission:
             sampling=live.order.sampling,
             priority=live.order.priority,
             cache_salt=live.order.cache_salt,
+            prefix_sources=live.order.prefix_sources,
         )
         live.timeline.mark(Event.PREFILL_ORDERED)
         handoff = await prefill_remotely(
@@ -131,6 +147,7 @@ class Admission:
         # No await from here to the engine's call: the blocks are ours now, and must not be lost to a cancellation.
         live.usage.prefill_worker_id = target.worker_id
         live.usage.num_cached_tokens = handoff.finished.num_cached_tokens
+        live.usage.fetched.extend(handoff.finished.fetched)
         for stamp in handoff.finished.stamps:
             live.timeline.unix_s[Event(stamp.event)] = stamp.unix_s
         if handoff.fetched is None:

@@ -10,6 +10,7 @@ from tandem.v1 import worker_pb2 as pb
 from services.decode.session import RouterSession
 from services.engine.request import Request, SamplingParams
 from services.lifecycle import Timeline
+from services.worker.prefix import FetchedPrefixes
 
 
 @dataclass(eq=False)
@@ -24,6 +25,7 @@ class LiveRequest:
     admission: asyncio.Task[None] | None = None  # its way into the engine
     timeout: asyncio.TimerHandle | None = None
     request: Request | None = None  # what the engine was given, once it was
+    fetched: FetchedPrefixes = field(default_factory=FetchedPrefixes)  # blocks lent until its first step here
     num_attempts: int = 0
     is_finished: bool = False
 
@@ -38,10 +40,14 @@ class LiveRequest:
         return "decode" if self.request.output_token_ids else "prefill queue"
 
     def new_attempt(self, clock_s: float) -> Request:
-        """A fresh engine request for the next attempt: each has its own id, since a failed one may linger."""
+        """A fresh engine request for the next attempt: each has its own id, since a failed one may linger.
+
+        A router that connects again may repeat both its id and its handles while the old session's requests are still
+        being withdrawn; the session's number tells them apart.
+        """
         self.num_attempts += 1
         return Request(
-            request_id=f"{self.order.request_id}/{self.session.router_id}/{self.order.handle}.{self.num_attempts}",
+            request_id=f"{self.order.request_id}/{self.session.number}.{self.order.handle}.{self.num_attempts}",
             prompt_token_ids=tuple(self.order.prompt_token_ids),
             sampling=self.sampling,
             priority=self.order.priority,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -52,6 +53,7 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         self._loop = asyncio.get_running_loop()
         self._admission = Admission(config, parts, self._entered, clock)
         self._sessions: dict[RouterSession, dict[int, LiveRequest]] = {}  # live requests by handle
+        self._session_numbers = itertools.count(1)
         self._num_live = 0
         self._num_admitting = 0
         self._in_engine: dict[str, LiveRequest] = {}  # engine thread: by engine request id
@@ -77,7 +79,7 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         if first is None or first.WhichOneof("kind") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session starts with `hello`")
             return
-        session = RouterSession(first.hello.router_id, self._parts.incarnation, self._load)
+        session = RouterSession(first.hello.router_id, next(self._session_numbers), self._parts.incarnation, self._load)
         self._sessions[session] = {}
         reader = asyncio.create_task(self._read_orders(session, orders), name=f"session-{session.router_id}")
         try:
@@ -238,14 +240,23 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         self._in_engine[request.request_id] = live
 
     def _leave(self, live: LiveRequest) -> None:
+        self._release_fetched(live)
         if live.request is not None:
             self._parts.engine.abort(live.request.request_id)
             self._in_engine.pop(live.request.request_id, None)
 
     def on_scheduled(self, batch: Batch) -> None:
-        """Nothing to do: the router hears of a request with its first token."""
+        for scheduled in batch.sequences:
+            if scheduled.is_first:
+                self._release_fetched(self._in_engine[scheduled.request.request_id])  # the request holds its own now
+
+    def _release_fetched(self, live: LiveRequest) -> None:
+        block_ids, live.fetched.block_ids = live.fetched.block_ids, []
+        self._parts.engine.release_blocks(block_ids)
 
     def on_step(self, output: StepOutput) -> None:
+        if output.num_tokens > len(output.updates):
+            self._parts.fetcher.costs.computed(output.num_tokens, output.duration_s)
         outputs = []
         for update in output.updates:
             live = self._in_engine.get(update.request.request_id)

@@ -21,8 +21,10 @@ class SessionOverflow(Exception):
 class RouterSession:
     """The outgoing half of a session. All methods run on the event loop."""
 
-    def __init__(self, router_id: str, incarnation: str, load: Callable[[], pb.Load]) -> None:
+    def __init__(self, router_id: str, number: int, incarnation: str, load: Callable[[], pb.Load]) -> None:
+        """`number` is unique among the worker's sessions, past ones included."""
         self.router_id = router_id
+        self.number = number
         self._incarnation = incarnation
         self._load = load
         self._pending: list[pb.Output] = []

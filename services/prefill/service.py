@@ -30,6 +30,7 @@ import grpc
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
 
+from kvstore.block_hash import hash_blocks, namespace
 from kvstore.errors import PeerLost
 from kvstore.messages import AnnouncedBlock
 from kvstore.owner import Lease
@@ -39,6 +40,7 @@ from services.engine.request import FinishReason, InvalidRequest, QueueFull, Req
 from services.lifecycle import Timeline
 from services.worker import convert
 from services.worker.engine_thread import EngineCrashed
+from services.worker.prefix import FetchedPrefixes
 from services.worker.process import WorkerParts
 
 log = logging.getLogger(__name__)
@@ -73,7 +75,9 @@ class _Order:
     reader_peer_id: str
     transfer_id: bytes
     num_blocks: int
+    sources: tuple[pb.PrefixSource, ...] = ()
     steps: asyncio.Queue[_Step] = field(default_factory=asyncio.Queue)
+    fetched: FetchedPrefixes = field(default_factory=FetchedPrefixes)  # blocks lent until the first chunk is scheduled
     pinned: list[int] = field(default_factory=list)  # engine thread: blocks announced, one reference each
 
 
@@ -135,13 +139,15 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
             timeline=Timeline(self._clock),
         )
         num_blocks = -(-len(request.prompt_token_ids) // self._parts.engine.layout.block_size)
-        return _Order(request, message.reader_peer_id, bytes(message.transfer_id), num_blocks)
+        sources = () if request.wants_prompt_logprobs else tuple(message.prefix_sources)
+        return _Order(request, message.reader_peer_id, bytes(message.transfer_id), num_blocks, sources)
 
     async def _run(self, order: _Order, send: Callable[[pb.PrefillEvent], Awaitable[None]]) -> None:
         thread = self._parts.thread
         lease: Lease | None = None
         finished = False
         try:
+            await self._fetch_prefix(order)
             await thread.call(self._submit, order)
             while not finished:
                 step = await self._next_step(order, lease)
@@ -161,6 +167,13 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
             elif not finished:
                 thread.call(self._parts.engine.abort, order.request.request_id)
                 lease.revoke("the prefill was abandoned")
+
+    async def _fetch_prefix(self, order: _Order) -> None:
+        if order.sources:
+            layout = self._parts.engine.layout
+            root = namespace(layout.model_fingerprint, order.request.cache_salt)
+            hashes = hash_blocks(root, order.request.prompt_token_ids, layout.block_size)
+            await self._parts.fetcher.fetch(hashes, order.sources, order.fetched)
 
     async def _next_step(self, order: _Order, lease: Lease | None) -> _Scheduled | _Computed:
         """The order's next step; PeerLost if the lease closes first."""
@@ -225,6 +238,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
 
     def _settle(self, order: _Order) -> None:
         """Give back all that the order holds. Also for one that was never submitted."""
+        self._release_fetched(order)
         if self._active.pop(order.request.request_id, None) is not None:
             self._parts.engine.abort(order.request.request_id)
             self._parts.engine.release_blocks(order.pinned)
@@ -233,9 +247,15 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
     def on_scheduled(self, batch: Batch) -> None:
         for scheduled in batch.sequences:
             if scheduled.is_first:
+                self._release_fetched(self._active[scheduled.request.request_id])  # the request holds its own now
                 self._deliver(scheduled.request, _Scheduled())
 
+    def _release_fetched(self, order: _Order) -> None:
+        block_ids, order.fetched.block_ids = order.fetched.block_ids, []
+        self._parts.engine.release_blocks(block_ids)
+
     def on_step(self, output: StepOutput) -> None:
+        self._parts.fetcher.costs.computed(output.num_tokens, output.duration_s)
         for update in output.updates:
             order = self._active.get(update.request.request_id)
             if order is None:
@@ -267,15 +287,16 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         ]
         if finished:
             engine.release_blocks(request.block_table)  # left to us by hold_blocks; the order's own pins stay
-        return _Computed(first, blocks, _finished(update) if finished else None)
+        return _Computed(first, blocks, _finished(update, order.fetched) if finished else None)
 
 
-def _finished(update: RequestUpdate) -> pb.PrefillFinished:
+def _finished(update: RequestUpdate, fetched: FetchedPrefixes) -> pb.PrefillFinished:
     token = update.new_tokens[0]
     message = pb.PrefillFinished(
         token_id=token.token_id,
         num_cached_tokens=update.request.num_cached_tokens,
         stamps=convert.stamps_to_proto(update.request.timeline),
+        fetched=fetched.parts,
     )
     if token.logprobs is not None:
         message.logprobs.CopyFrom(convert.logprobs_to_proto(token.logprobs))

@@ -73,6 +73,9 @@ class WorkerConfig:
     )
     lease_s: float = setting(5.0, help="registry lease: a worker silent for so long is forgotten", group="network")
     peer_timeout_s: float = setting(5.0, help="a block-protocol peer silent for so long is lost", group="network")
+    prefix_fetch_timeout_s: float = setting(
+        5.0, help="how long a prefix that another worker holds may take to come; then it is computed", group="network"
+    )
     drain_timeout_s: float = setting(30.0, help="how long SIGTERM waits for running requests", group="network")
     log_level: str = setting("info", help="what to log", choices=("debug", "info", "warning", "error"), group="logs")
     log_format: str = setting(
@@ -91,7 +94,7 @@ class WorkerConfig:
         for name in ("port", "kv_port", "http_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise SettingsError(f"must be a port number, got {getattr(self, name)}", name)
-        for name in ("lease_s", "peer_timeout_s", "drain_timeout_s"):
+        for name in ("lease_s", "peer_timeout_s", "prefix_fetch_timeout_s", "drain_timeout_s"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"must be positive, got {getattr(self, name)}", name)
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -46,6 +46,7 @@ class WorkerMetrics(ExchangeObserver):
         self._prefills = self._counter("tandem:prefills", "Prompts that came into the engine, by way.", "way")
         self._handoff_blocks = self._counter("tandem:handoff_blocks", "Blocks taken over from prefill workers.")
         self._handoff_bytes = self._counter("tandem:handoff_bytes", "Bytes of these blocks.")
+        self._prefix_fetches = self._counter("tandem:prefix_fetches", "Prefixes fetched.", "tier", "outcome")
         self._refused_peers = self._counter("tandem:peers_refused", "Incompatible peers refused.")
         self._lost_peers = self._counter("tandem:peers_lost", "Block-protocol connections that ended.")
         self._read_s = Histogram(
@@ -72,6 +73,9 @@ class WorkerMetrics(ExchangeObserver):
             seconds = timeline.seconds_between(start, end)
             if seconds is not None and not (stage == "handoff" and usage.prefilled_locally):
                 self._stage_s.labels(stage).observe(max(0.0, seconds))
+
+    def prefix_fetched(self, tier: str, outcome: str) -> None:
+        self._prefix_fetches.labels(tier, outcome).inc()
 
     def handoff_failed(self, cause: str) -> None:
         self._recomputes.labels(cause).inc()

@@ -32,8 +32,10 @@ from services.engine.engine import Engine
 from services.logs import configure_logging, report_progress, report_ready
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread, StepListener
+from services.worker.fetch_costs import FetchCosts
 from services.worker.http import DebugServer
 from services.worker.metrics import WorkerMetrics
+from services.worker.prefix import CacheLender, PrefixFetcher
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class WorkerParts:
     engine: Engine
     thread: EngineThread
     exchange: BlockExchange
+    fetcher: PrefixFetcher
     metrics: WorkerMetrics
 
 
@@ -146,11 +149,21 @@ async def open_worker(
         metrics = WorkerMetrics(engine, _names(config)[0])
         transports = make_transports(config.kv_transport, engine.memory, worker_id)
         identity = PeerIdentity(f"{worker_id}/{incarnation}", role, incarnation, engine.layout)
-        exchange = BlockExchange(identity, engine.memory, transports, exchange_timeouts(config), observer=metrics)
         thread = EngineThread(engine)
-        parts = WorkerParts(worker_id, incarnation, engine, thread, exchange, metrics)
+        exchange = BlockExchange(
+            identity,
+            engine.memory,
+            transports,
+            exchange_timeouts(config),
+            observer=metrics,
+            lender=CacheLender(engine, thread),
+        )
+        fetcher = PrefixFetcher(
+            worker_id, engine, thread, exchange, FetchCosts(), config.prefix_fetch_timeout_s, metrics.prefix_fetched
+        )
+        parts = WorkerParts(worker_id, incarnation, engine, thread, exchange, fetcher, metrics)
         service = build(parts)
-        for close in (thread.stop, service.settle, exchange.close):
+        for close in (thread.stop, fetcher.settle, service.settle, exchange.close):
             cleanup.push_async_callback(close)
         cleanup.push_async_callback(server.stop, _GRPC_GRACE_S)
         cleanup.push_async_callback(service.close)

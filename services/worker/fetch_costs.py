@@ -1,0 +1,53 @@
+"""When fetching a prefix beats computing it, from what was measured here: pure, no clock, no I/O.
+
+    fetch    overhead + bytes / bandwidth of that holder
+    compute  tokens / prefill rate
+
+All three are exponentially weighted means of observations; until there is one, the stated guesses serve. They are on
+fetching's side: a wrong first guess costs one slow fetch and is corrected by it, while a fetch that is never tried
+corrects nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# Weight of a new observation.
+_WEIGHT = 0.3
+# Smaller fetches tell more about the overhead than about bandwidth, and the other way round.
+_OVERHEAD_BYTES = 256 * 1024
+
+
+@dataclass
+class FetchCosts:
+    """Of one worker. Seconds, bytes, tokens."""
+
+    overhead_s: float = 0.002
+    bandwidth_bytes_per_s: float = 2e9  # of a holder that nothing was fetched from yet
+    prefill_tokens_per_s: float | None = None  # nothing computed yet: fetch
+    _bandwidth_of: dict[str, float] = field(default_factory=dict)
+
+    def fetching_pays(self, holder_id: str, num_tokens: int, num_bytes: int) -> bool:
+        """Whether a fetch of these tokens' blocks is expected to take less time than computing them."""
+        if self.prefill_tokens_per_s is None:
+            return True
+        return self.fetch_s(holder_id, num_bytes) < num_tokens / self.prefill_tokens_per_s
+
+    def fetch_s(self, holder_id: str, num_bytes: int) -> float:
+        """Expected seconds of a fetch."""
+        return self.overhead_s + num_bytes / self._bandwidth_of.get(holder_id, self.bandwidth_bytes_per_s)
+
+    def fetched(self, holder_id: str, num_bytes: int, seconds: float) -> None:
+        """A fetch has taken so long."""
+        if num_bytes < _OVERHEAD_BYTES:
+            self.overhead_s += _WEIGHT * (seconds - self.overhead_s)
+            return
+        bandwidth = num_bytes / max(1e-6, seconds - self.overhead_s)
+        old = self._bandwidth_of.get(holder_id, bandwidth)
+        self._bandwidth_of[holder_id] = old + _WEIGHT * (bandwidth - old)
+
+    def computed(self, num_tokens: int, seconds: float) -> None:
+        """A step that computed prompts has taken so long."""
+        rate = num_tokens / max(1e-6, seconds)
+        old = self.prefill_tokens_per_s or rate
+        self.prefill_tokens_per_s = old + _WEIGHT * (rate - old)

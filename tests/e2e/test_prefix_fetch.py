@@ -1,0 +1,136 @@
+"""A prefix that another worker holds is pulled instead of computed, and the tokens are the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from tandem.v1 import worker_pb2 as pb
+from tandem.v1 import worker_pb2_grpc
+
+from kvstore.worker_record import WorkerRecord
+from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.stack import Stack
+
+NUM_NEW_TOKENS = 8
+
+
+@pytest.fixture(scope="module", params=["ucxx", "nixl"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Stack]]:
+    directory = tmp_path_factory.mktemp(f"prefix-{request.param}")
+    model = write_model(directory / "model", "qwen2")
+    worker = ["--model", str(model), "--served-model-name", "m", "--kv-transport", request.param]
+    worker += ["--num-gpu-blocks-override", "256"]
+    decode = ["--local-prefill-max-tokens", "0"]
+    with Stack(directory / "logs", [(), ()], [decode, decode], worker=worker) as stack:
+        yield model, stack
+
+
+class Orders:
+    """Sends orders to chosen workers, as the router would."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.records = {record.worker_id: record for record in stack.records()}
+
+    async def generate(
+        self, prompt: list[int], decode: str, prefill: str, sources: list[pb.PrefixSource]
+    ) -> tuple[list[int], pb.Usage]:
+        target = self.records.get(prefill)
+        order = pb.GenerateRequest(
+            handle=1,
+            request_id="prefix",
+            prompt_token_ids=prompt,
+            sampling=pb.SamplingParams(top_p=1, repetition_penalty=1, max_tokens=NUM_NEW_TOKENS, ignore_eos=True),
+            prefill_targets=[] if target is None else [target_of(target)],
+            prefix_sources=sources,
+        )
+        tokens: list[int] = []
+        async with grpc.aio.insecure_channel(self.records[decode].grpc_address) as channel:
+            session = worker_pb2_grpc.DecodeServiceStub(channel).Session()
+            await session.write(pb.SessionRequest(hello=pb.SessionHello(router_id="test")))
+            await session.write(pb.SessionRequest(generate=order))
+            async for frame in session:
+                for output in frame.outputs:
+                    tokens += output.token_ids
+                    if output.finish_reason:
+                        assert output.finish_reason == pb.FINISH_REASON_LENGTH, output.error
+                        return tokens, output.usage
+        raise AssertionError("the session ended early")
+
+    def source(self, holder: str, num_blocks: int) -> pb.PrefixSource:
+        record = self.records[holder]
+        return pb.PrefixSource(
+            holder_id=holder,
+            incarnation=record.incarnation,
+            kv_address=record.kv_address,
+            num_blocks=num_blocks,
+            tier="device",
+        )
+
+
+def target_of(record: WorkerRecord) -> pb.PrefillTarget:
+    return pb.PrefillTarget(
+        worker_id=record.worker_id,
+        incarnation=record.incarnation,
+        grpc_address=record.grpc_address,
+        kv_address=record.kv_address,
+    )
+
+
+async def test_a_prefix_is_fetched_from_a_peer_by_prefill_and_by_decode_workers(served: tuple[Path, Stack]) -> None:
+    model, stack = served
+    orders = Orders(stack)
+    shared, tail = random_prompts([960], seed=31)[0], random_prompts([40] * 3, seed=32)
+    prompts = [shared + each for each in tail]
+    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    num_blocks = len(shared) // 32
+
+    tokens, usage = await orders.generate(prompts[0], "decode-0", "prefill-0", [])
+    assert (tokens, usage.num_cached_tokens, len(usage.fetched)) == (expected[0], 0, 0)
+
+    source = orders.source("prefill-0", num_blocks)
+    tokens, usage = await orders.generate(prompts[1], "decode-1", "prefill-1", [source])
+    assert tokens == expected[1]
+    (part,) = usage.fetched
+    assert (part.holder_id, part.num_blocks, usage.num_cached_tokens) == ("prefill-0", num_blocks, len(shared))
+    assert part.lane
+    assert part.num_bytes > 0
+
+    # From the decode worker's own cache, by another decode worker that prefills by itself.
+    await orders.generate(prompts[0], "decode-0", "prefill-0", [])
+    stack_reset = orders.source("decode-0", num_blocks)
+    tokens, usage = await orders.generate(shared[:640] + tail[2], "decode-1", "none", [stack_reset])
+    assert tokens == reference_greedy(model, [shared[:640] + tail[2]], NUM_NEW_TOKENS, ignore_eos=True)[0]
+    assert usage.prefilled_locally
+    assert usage.num_cached_tokens >= 640
+    stack.check_clean()
+
+
+async def test_a_hint_that_is_wrong_costs_nothing_but_the_computing(served: tuple[Path, Stack]) -> None:
+    model, stack = served
+    orders = Orders(stack)
+    prompt = random_prompts([500], seed=33)[0]
+    expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
+    stale = orders.source("prefill-0", 15)
+    gone = orders.source("prefill-0", 15)
+    gone.kv_address, gone.holder_id = "127.0.0.1:9", "dead"
+    reborn = orders.source("decode-0", 15)
+    reborn.incarnation = "another-start"
+    tokens, usage = await orders.generate(prompt, "decode-1", "prefill-1", [stale, gone, reborn])
+    assert (tokens, usage.num_cached_tokens, len(usage.fetched)) == (expected, 0, 0)
+    stack.check_clean()
+
+
+async def test_equal_cold_prompts_at_once_compute_their_prefix_once(served: tuple[Path, Stack]) -> None:
+    model, stack = served
+    orders = Orders(stack)
+    prompt = random_prompts([900], seed=34)[0]
+    expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
+    results = await asyncio.gather(*(orders.generate(prompt, "decode-0", "prefill-0", []) for _ in range(12)))
+    assert all(tokens == expected for tokens, _ in results)
+    computed = sorted(len(prompt) - usage.num_cached_tokens for _, usage in results)
+    assert computed == [4] * 11 + [900], "one computes all, the others only what follows the last full block"
+    stack.check_clean()
