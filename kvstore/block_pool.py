@@ -12,7 +12,7 @@ Every operation is O(1) per block.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,6 +41,7 @@ class BlockPool:
         self._num_references = [0] * num_blocks
         self._hash_of: list[BlockHash | None] = [None] * num_blocks
         self._block_of: dict[BlockHash, int] = {}
+        self._changes: deque[tuple[BlockHash, bool]] = deque(maxlen=4 * num_blocks)
         # A stack, lowest id on top; `release` pushes heads last. So a request tends to get neighbouring blocks in
         # order, and neighbours are one longer run for a transport.
         self._free = list(range(num_blocks - 1, -1, -1))
@@ -144,6 +145,20 @@ class BlockPool:
         if block_hash not in self._block_of:
             self._block_of[block_hash] = block_id
             self._hash_of[block_id] = block_hash
+            self._changes.append((block_hash, True))
+
+    def take_changes(self) -> list[tuple[BlockHash, bool]]:
+        """What became findable (True) or stopped being so (False) since the last call, in order.
+
+        For an index of hints: of a flood that nobody takes, only the end is kept.
+        """
+        changes = list(self._changes)
+        self._changes.clear()
+        return changes
+
+    def cached_hashes(self) -> list[BlockHash]:
+        """Identities of all findable blocks. May be called from another thread: one atomic copy of the keys."""
+        return list(self._block_of)
 
     def make_writable(self, block_id: int) -> tuple[int, int | None]:
         """Copy-on-write: return `(block to write, block to copy from or None)` for a block that the caller refers to.
@@ -170,6 +185,7 @@ class BlockPool:
         num_dropped = len(self._block_of)
         for block_id in self._block_of.values():
             self._hash_of[block_id] = None
+        self._changes.extend((block_hash, False) for block_hash in self._block_of)
         self._block_of.clear()
         self._free.extend(reversed(self._evictable))
         self._evictable.clear()
@@ -230,6 +246,7 @@ class BlockPool:
         block_hash = self._hash_of[block_id]
         assert block_hash is not None, f"block {block_id} is not cached"
         del self._block_of[block_hash]
+        self._changes.append((block_hash, False))
         self._hash_of[block_id] = None
 
     def _check_referenced(self, block_id: int, operation: str) -> None:

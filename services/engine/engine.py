@@ -188,6 +188,10 @@ class Engine:
         """Make lent blocks findable in the prefix cache; their content must be verified. Raises `NotLent`."""
         self._scheduler.publish_lent(block_ids, hashes)
 
+    def take_cache_changes(self) -> list[tuple[BlockHash, bool]]:
+        """Blocks that became findable (True) or were evicted (False) since the last call, in order."""
+        return self.pool.take_changes()
+
     def reset_prefix_cache(self) -> int:
         """Forget all cached prefixes; the number of blocks that could be found until now."""
         return self.pool.reset_prefix_cache()

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import ParamSpec, Protocol, TypeVar
 
+from kvstore.block_hash import BlockHash
 from services.engine.batch import Batch
 from services.engine.engine import Engine, StepOutput
 
@@ -39,8 +40,12 @@ class EngineThread:
     with it. The engine's state is unknown after that, so the process should stop.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self, engine: Engine, on_cache_changes: Callable[[list[tuple[BlockHash, bool]]], None] | None = None
+    ) -> None:
+        """`on_cache_changes` hears on the event loop which blocks became findable (True) or were evicted (False)."""
         self._engine = engine
+        self._on_cache_changes = on_cache_changes
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
@@ -90,6 +95,7 @@ class EngineThread:
                 self._run_commands(wait=not self._engine.has_work)
                 if self._engine.has_work and not self._stopping:
                     self._step(listener)
+                self._report_cache_changes()
         except BaseException as error:
             log.exception("the engine crashed")
             self._crash = error
@@ -104,6 +110,12 @@ class EngineThread:
         listener.on_scheduled(batch)
         sampled = self._engine.run(batch)
         listener.on_step(self._engine.postprocess(batch, sampled))
+
+    def _report_cache_changes(self) -> None:
+        if self._on_cache_changes is not None:
+            changes = self._engine.take_cache_changes()
+            if changes:
+                self._loop.call_soon_threadsafe(self._on_cache_changes, changes)
 
     def _run_commands(self, wait: bool) -> None:
         try:

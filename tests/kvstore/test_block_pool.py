@@ -253,3 +253,16 @@ def test_impossible_sizes_are_refused():
         BlockPool(0)
     with pytest.raises(ValueError, match="cannot allocate -1"):
         BlockPool(1).allocate(-1)
+
+
+def test_changes_tell_in_order_what_became_findable_and_what_was_evicted():
+    pool = BlockPool(3)
+    first, second = chain("first", 2), chain("second", 2)
+    cached_chain(pool, first)
+    assert pool.take_changes() == [(first[0], True), (first[1], True)]
+    cached_chain(pool, second)  # one free block is left: the end of the first chain goes
+    assert pool.take_changes() == [(first[1], False), (second[0], True), (second[1], True)]
+    assert sorted(pool.cached_hashes()) == sorted([first[0], *second])
+    pool.reset_prefix_cache()
+    assert sorted(pool.take_changes()) == sorted((block_hash, False) for block_hash in (first[0], *second))
+    assert pool.take_changes() == []
