@@ -1,0 +1,128 @@
+"""The engine's thread: commands between steps, in order; a crash reaches everybody who waits."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from services.engine.engine import StepOutput
+from services.worker.engine_thread import EngineCrashed, EngineThread
+
+
+@dataclass
+class ScriptedEngine:
+    """Computes nothing: counts steps while there is work."""
+
+    num_steps_left: int = 0
+    fails_in_step: bool = False
+    log: list[str] = field(default_factory=list)
+    in_step: threading.Event = field(default_factory=threading.Event)
+    may_finish: threading.Event = field(default_factory=threading.Event)
+    changes: list[tuple[bytes, bool]] = field(default_factory=list)
+
+    @property
+    def has_work(self) -> bool:
+        return self.num_steps_left > 0
+
+    def schedule(self) -> object:
+        self.log.append("schedule")
+        return object()
+
+    def run(self, batch: object) -> object:
+        self.in_step.set()
+        assert self.may_finish.wait(10)
+        if self.fails_in_step:
+            raise RuntimeError("the step burst")
+        return batch
+
+    def postprocess(self, batch: object, sampled: object) -> StepOutput:
+        self.num_steps_left -= 1
+        self.log.append("postprocess")
+        return StepOutput()
+
+    def take_cache_changes(self) -> list[tuple[bytes, bool]]:
+        changes, self.changes = self.changes, []
+        return changes
+
+    def work(self, num_steps: int) -> str:
+        self.log.append("work")
+        self.num_steps_left = num_steps
+        return "done"
+
+
+class Listener:
+    def on_scheduled(self, batch: object) -> None: ...
+
+    def on_step(self, output: StepOutput) -> None: ...
+
+
+@pytest.fixture
+async def engine() -> ScriptedEngine:
+    return ScriptedEngine()
+
+
+@pytest.fixture
+async def thread(engine: ScriptedEngine) -> AsyncIterator[EngineThread]:
+    running = EngineThread(engine)  # type: ignore[arg-type]
+    running.start(Listener())
+    yield running
+    engine.may_finish.set()
+    await running.stop()
+
+
+async def test_a_call_runs_on_the_engines_thread_and_returns_its_result(
+    engine: ScriptedEngine, thread: EngineThread
+) -> None:
+    assert await thread.call(threading.get_ident) != threading.get_ident()
+    assert await thread.call(engine.work, 0) == "done"
+
+
+async def test_what_a_call_raises_is_its_callers_and_does_no_harm(thread: EngineThread) -> None:
+    with pytest.raises(ZeroDivisionError):
+        await thread.call(lambda: 1 // 0)
+    assert await thread.call(lambda: "alive") == "alive"
+
+
+async def test_calls_run_between_steps_and_in_order(engine: ScriptedEngine, thread: EngineThread) -> None:
+    await thread.call(engine.work, 2)
+    assert await asyncio.to_thread(engine.in_step.wait, 10)
+    first, second = thread.call(engine.log.append, "first"), thread.call(engine.log.append, "second")
+    engine.may_finish.set()
+    await asyncio.gather(first, second)
+    assert engine.log[:5] == ["work", "schedule", "postprocess", "first", "second"]
+
+
+async def test_a_cancelled_call_runs_all_the_same(engine: ScriptedEngine, thread: EngineThread) -> None:
+    await thread.call(engine.work, 1)
+    assert await asyncio.to_thread(engine.in_step.wait, 10)
+    call = thread.call(engine.log.append, "ran")
+    call.cancel()
+    engine.may_finish.set()
+    await thread.call(lambda: None)
+    assert "ran" in engine.log
+
+
+async def test_a_crash_fails_pending_and_later_calls(engine: ScriptedEngine, thread: EngineThread) -> None:
+    engine.fails_in_step = True
+    await thread.call(engine.work, 1)
+    assert await asyncio.to_thread(engine.in_step.wait, 10)
+    pending = thread.call(lambda: "never")
+    engine.may_finish.set()
+    with pytest.raises(EngineCrashed, match="the step burst"):
+        await pending
+    assert isinstance(await thread.crashed, RuntimeError)
+    with pytest.raises(EngineCrashed, match="the step burst"):
+        await thread.call(lambda: "never")
+
+
+async def test_cache_changes_reach_the_loop(engine: ScriptedEngine) -> None:
+    heard: asyncio.Queue[list[tuple[bytes, bool]]] = asyncio.Queue()
+    thread = EngineThread(engine, heard.put_nowait)  # type: ignore[arg-type]
+    thread.start(Listener())
+    await thread.call(engine.changes.append, (b"block", True))
+    assert await heard.get() == [(b"block", True)]
+    await thread.stop()
