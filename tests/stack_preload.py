@@ -1,5 +1,6 @@
 """Imported once by the fork server of `tests.stack`: whatever is slow to import and opens nothing when imported."""
 
-import services.decode.service
-import services.prefill.service
-import services.router.process
+import importlib
+
+for name in ("services.decode.service", "services.prefill.service", "services.router.process"):
+    importlib.import_module(name)
