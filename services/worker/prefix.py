@@ -1,4 +1,4 @@
-"""A worker's two sides of prefix sharing: lending what its paged cache holds, and fetching what others hold.
+"""A worker's part in prefix sharing: telling the index what its paged cache holds, lending it, fetching from others.
 
 A fetch comes before the prompt is queued, so it overlaps with the computing of other prompts, and what it brings is
 found by the scheduler as an ordinary prefix hit:
@@ -13,6 +13,7 @@ computed here. Blocks taken for a fetch are freed when no late byte can arrive a
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import time
@@ -26,6 +27,7 @@ from kvstore.errors import IncompatiblePeer, KVStoreError, PeerLost, PeerUnreach
 from kvstore.exchange import BlockExchange
 from kvstore.fetch_events import FetchResult, Reservation
 from kvstore.messages import AnnouncedBlock
+from kvstore.prefix_index import IndexWriter, Tier
 from kvstore.reader import Fetch
 from services.engine.engine import Engine
 from services.worker.engine_thread import EngineThread
@@ -57,6 +59,37 @@ class CacheLender:
 
     async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None:
         await self._thread.call(self._engine.release_blocks, [block.block_id for block in blocks])
+
+
+class IndexFeed:
+    """Tells the prefix index what the paged cache holds."""
+
+    def __init__(self, redis_url: str, worker_id: str, incarnation: str, engine: Engine) -> None:
+        self._writer = IndexWriter(
+            redis_url, worker_id, incarnation, lambda: [(each, Tier.DEVICE) for each in engine.pool.cached_hashes()]
+        )
+
+    async def start(self) -> None:
+        await self._writer.start()
+
+    async def close(self) -> None:
+        await self._writer.close()
+
+    def changed(self, changes: Sequence[tuple[BlockHash, bool]]) -> None:
+        """Blocks became findable (True) or were evicted (False), in this order."""
+        for is_added, run in itertools.groupby(changes, key=lambda change: change[1]):
+            hashes = [block_hash for block_hash, _ in run]
+            if is_added:
+                self._writer.added(hashes, Tier.DEVICE)
+            else:
+                self._writer.removed(hashes, Tier.DEVICE)
+
+    def state(self) -> dict[str, object]:
+        return {
+            "redis": self._writer.connection_state.value,
+            "synced": self._writer.synced,
+            "num_pending": self._writer.num_pending,
+        }
 
 
 @dataclass

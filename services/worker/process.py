@@ -35,7 +35,7 @@ from services.worker.engine_thread import EngineThread, StepListener
 from services.worker.fetch_costs import FetchCosts
 from services.worker.http import DebugServer
 from services.worker.metrics import WorkerMetrics
-from services.worker.prefix import CacheLender, PrefixFetcher
+from services.worker.prefix import CacheLender, IndexFeed, PrefixFetcher
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,8 @@ async def open_worker(
         metrics = WorkerMetrics(engine, _names(config)[0])
         transports = make_transports(config.kv_transport, engine.memory, worker_id)
         identity = PeerIdentity(f"{worker_id}/{incarnation}", role, incarnation, engine.layout)
-        thread = EngineThread(engine)
+        feed = IndexFeed(config.redis, worker_id, incarnation, engine)
+        thread = EngineThread(engine, feed.changed)
         exchange = BlockExchange(
             identity,
             engine.memory,
@@ -180,7 +181,7 @@ async def open_worker(
         await health_service.set("", health_pb2.HealthCheckResponse.SERVING)
         debug = DebugServer(
             metrics.registry,
-            state=lambda: _state(parts, role, service),
+            state=lambda: _state(parts, role, service) | {"index": feed.state()},
             check_integrity=lambda: thread.call(engine.check_integrity),
             is_healthy=lambda: not thread.crashed.done(),
         )
@@ -189,6 +190,8 @@ async def open_worker(
         except OSError as error:
             raise CannotListen(f"http port: {error}") from error
         cleanup.push_async_callback(debug.close)
+        await feed.start()
+        cleanup.push_async_callback(feed.close)
 
         record = WorkerRecord(
             worker_id=worker_id,
