@@ -61,18 +61,21 @@ class DramTier:
     """Slots 0 .. memory.num_blocks - 1.
 
     `on_evict` is called with each block that `begin_insert` evicts, before its slot is given to anybody: the bytes are
-    still there, and only during the call. It must not call the tier.
+    still there, and only during the call. `on_change(block_hash, is_present)` is called when a block has become
+    findable, or has ceased to be: for an index. Neither may call the tier.
     """
 
     def __init__(
         self,
         memory: HostMemory,
         on_evict: Callable[[ResidentBlock], None] | None = None,
+        on_change: Callable[[BlockHash, bool], None] | None = None,
         protected_share: float = DEFAULT_PROTECTED_SHARE,
     ) -> None:
         self.memory = memory
         self.stats = DramStats()
         self._on_evict = on_evict
+        self._on_change = on_change
         self._policy = SegmentedLru(memory.num_blocks, protected_share)
         self._free = list(range(memory.num_blocks - 1, -1, -1))  # a stack, lowest on top: neighbours make longer runs
         self._private: set[int] = set()
@@ -162,6 +165,7 @@ class DramTier:
         del self._hash_of[entry.slot]
         self._private.add(entry.slot)
         self.stats.num_evicted += 1
+        self._report(victim.block_hash, False)
         return ResidentBlock(entry.slot, victim.block_hash, entry.parent_hash, entry.digest, victim.was_reused)
 
     def publish(self, slot: int, block_hash: BlockHash, parent_hash: BlockHash | None, digest: int) -> bool:
@@ -179,6 +183,7 @@ class DramTier:
         self._published[block_hash] = _Published(slot, parent_hash, digest)
         self._hash_of[slot] = block_hash
         self.stats.num_published += 1
+        self._report(block_hash, True)
         return True
 
     def abandon(self, slots: Iterable[int]) -> None:
@@ -190,17 +195,21 @@ class DramTier:
 
     # -- out --
 
-    def pin(self, hashes: Sequence[BlockHash]) -> list[PinnedBlock]:
-        """Pin the consecutive prefix of `hashes` that is here, which counts as a use; each block needs one `unpin`."""
+    def pin(self, hashes: Sequence[BlockHash], is_use: bool = True) -> list[PinnedBlock]:
+        """Pin the consecutive prefix of `hashes` that is here; each block needs one `unpin`.
+
+        With `is_use` this counts as a use of each, for the policy and in `stats`.
+        """
         found = hashes[: self.prefix_length(hashes)]
         pinned: list[PinnedBlock] = []
         for block_hash in found:
             self._policy.pin(block_hash)
             entry = self._published[block_hash]
             pinned.append(PinnedBlock(entry.slot, block_hash, entry.digest))
-        self._policy.touch(found)
-        self.stats.num_queried += len(hashes)
-        self.stats.num_hits += len(found)
+        if is_use:
+            self._policy.touch(found)
+            self.stats.num_queried += len(hashes)
+            self.stats.num_hits += len(found)
         return pinned
 
     def unpin(self, slots: Iterable[int]) -> None:
@@ -225,6 +234,7 @@ class DramTier:
         self._dropped[block_hash] = entry.slot
         if self._policy.num_pins(block_hash) == 0:
             self._forget_dropped(block_hash)
+        self._report(block_hash, False)
         return True
 
     def drop_if_corrupt(self, block_hash: BlockHash) -> bool:
@@ -272,6 +282,10 @@ class DramTier:
         self._policy.remove(block_hash)
         del self._hash_of[slot]
         self._free.append(slot)
+
+    def _report(self, block_hash: BlockHash, is_present: bool) -> None:
+        if self._on_change is not None:
+            self._on_change(block_hash, is_present)
 
     def _check_private(self, slot: int, operation: str) -> None:
         if slot not in self._private:
