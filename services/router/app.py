@@ -17,6 +17,7 @@ from services.router.errors import ApiError, ClientDisconnected, internal, inval
 from services.router.http import FAILED, App, Edge, read_body
 from services.router.openai_requests import parse_chat_input
 from services.router.serving import GenerateEndpoint, RouterParts, plan_chat_request, plan_completion_request
+from services.router.tenants import Keyring, Tenant, name_of
 
 
 def make_app(parts: RouterParts) -> App:
@@ -37,6 +38,7 @@ def make_app(parts: RouterParts) -> App:
     _add_model_routes(app, parts)
     _add_tokenizer_routes(app, parts)
     _add_status_routes(app, parts)
+    _add_debug_routes(app, parts)
     _add_error_handlers(app, parts)
     if parts.config.allowed_origins:
         app.add_middleware(
@@ -46,7 +48,7 @@ def make_app(parts: RouterParts) -> App:
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    return Edge(app, parts.config.api_key, parts.metrics)
+    return Edge(app, Keyring(parts.config.api_key), parts.metrics)
 
 
 def _json(content: object, status: int = 200) -> Response:
@@ -142,6 +144,16 @@ def _add_status_routes(app: FastAPI, parts: RouterParts) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(parts.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_debug_routes(app: FastAPI, parts: RouterParts) -> None:
+    @app.get("/debug/routing/{request_id}")
+    async def explain_routing(request: Request, request_id: str) -> Response:
+        tenant: Tenant | None = request.scope["state"]["tenant"]
+        entries = parts.placer.log.find(name_of(tenant), request_id)
+        if not entries:
+            raise ApiError(404, f"No decision is known for request {request_id!r:.200}.", code="unknown_request")
+        return _json({"request_id": request_id, "decisions": [entry.to_json() for entry in entries]})
 
 
 def _add_error_handlers(app: FastAPI, parts: RouterParts) -> None:

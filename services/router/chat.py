@@ -10,7 +10,7 @@ from services.router import sse
 from services.router.chat_template import ChatTemplateError
 from services.router.choice import Delta
 from services.router.errors import invalid
-from services.router.generation import Generation, GenerationPlan, UsageCount, tokens_to_generate
+from services.router.generation import Generation, GenerationPlan, Receipts, UsageCount, tokens_to_generate
 from services.router.logprobs import TokenNamer, chat_logprobs, prompt_logprobs
 from services.router.models import ServedModel
 from services.router.openai_requests import ChatInput, ChatRequest
@@ -94,10 +94,16 @@ class ChatRenderer:
             choice["token_ids"] = delta.token_ids
         return sse.event(self._chunk(choice, delta.index))
 
-    def usage_event(self, usage: UsageCount) -> bytes:
-        return sse.event({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage.to_json()})
+    def last_event(self, usage: UsageCount | None, receipt: Receipts | None) -> bytes:
+        """The event after the last choice's end: what the client asked to be told of the whole."""
+        payload: dict[str, object] = {**self._head, "object": "chat.completion.chunk", "choices": []}
+        if usage is not None:
+            payload["usage"] = usage.to_json()
+        if receipt is not None:
+            payload["receipt"] = receipt
+        return sse.event(payload)
 
-    def response(self, deltas: Sequence[Delta], usage: UsageCount) -> bytes:
+    def response(self, deltas: Sequence[Delta], usage: UsageCount, receipt: Receipts | None) -> bytes:
         """The whole answer; `deltas` holds one complete delta per sequence, in order."""
         choices = []
         for delta in deltas:
@@ -121,6 +127,8 @@ class ChatRenderer:
             payload["prompt_token_ids"] = self._plan.prompts[0]
         if self._request.sampling.HasField("prompt_logprobs"):
             payload["prompt_logprobs"] = prompt_logprobs(self._plan.model.tokenizer, deltas[0].prompt_logprobs)
+        if receipt is not None:
+            payload["receipt"] = receipt
         return orjson.dumps(payload)
 
     def _chunk(self, choice: dict[str, object], index: int) -> dict[str, object]:

@@ -9,7 +9,7 @@ import orjson
 
 from services.router import sse
 from services.router.choice import Delta
-from services.router.generation import Generation, GenerationPlan, UsageCount, tokens_to_generate
+from services.router.generation import Generation, GenerationPlan, Receipts, UsageCount, tokens_to_generate
 from services.router.logprobs import CompletionLogprobs, prompt_logprobs
 from services.router.models import ServedModel
 from services.router.openai_requests import DEFAULT_COMPLETION_TOKENS, CompletionRequest
@@ -97,10 +97,16 @@ class CompletionRenderer:
             payload["usage"] = None
         return sse.event(payload)
 
-    def usage_event(self, usage: UsageCount) -> bytes:
-        return sse.event({**self._head, "object": "text_completion", "choices": [], "usage": usage.to_json()})
+    def last_event(self, usage: UsageCount | None, receipt: Receipts | None) -> bytes:
+        """The event after the last choice's end: what the client asked to be told of the whole."""
+        payload: dict[str, object] = {**self._head, "object": "text_completion", "choices": []}
+        if usage is not None:
+            payload["usage"] = usage.to_json()
+        if receipt is not None:
+            payload["receipt"] = receipt
+        return sse.event(payload)
 
-    def response(self, deltas: Sequence[Delta], usage: UsageCount) -> bytes:
+    def response(self, deltas: Sequence[Delta], usage: UsageCount, receipt: Receipts | None) -> bytes:
         """The whole answer; `deltas` holds one complete delta per sequence, in order."""
         choices = []
         for delta in deltas:
@@ -110,7 +116,10 @@ class CompletionRenderer:
             if self._request.sampling.HasField("prompt_logprobs"):
                 choice["prompt_logprobs"] = prompt_logprobs(self._plan.model.tokenizer, delta.prompt_logprobs)
             choices.append(choice)
-        return orjson.dumps({**self._head, "object": "text_completion", "choices": choices, "usage": usage.to_json()})
+        payload = {**self._head, "object": "text_completion", "choices": choices, "usage": usage.to_json()}
+        if receipt is not None:
+            payload["receipt"] = receipt
+        return orjson.dumps(payload)
 
     @property
     def _shows_tokens(self) -> bool:

@@ -13,7 +13,12 @@ class RouterConfig:
 
     host: str = setting("127.0.0.1", help="address to listen on", group="HTTP")
     port: int = setting(8000, help="port of the HTTP API; 0 chooses a free one", group="HTTP")
-    api_key: tuple[str, ...] = setting((), help="accepted bearer tokens; none: all may ask", secret=True, group="HTTP")
+    api_key: tuple[str, ...] = setting(
+        (),
+        help="accepted bearer tokens, each as KEY or TENANT:KEY (keys of one tenant share a cache); none: all may ask",
+        secret=True,
+        group="HTTP",
+    )
     allowed_origins: tuple[str, ...] = setting((), help="origins that browsers may ask from (CORS)", group="HTTP")
     root_path: str = setting("", help="path prefix that a proxy in front of the router strips", group="HTTP")
     ssl_keyfile: str = setting("", help="TLS key; with --ssl-certfile the API is served over HTTPS", group="HTTP")
@@ -27,6 +32,22 @@ class RouterConfig:
     )
     reconnect_max_s: float = setting(5.0, help="longest pause between two tries to reach a worker", group="workers")
     max_attempts: int = setting(3, help="decode workers that a request is tried on", group="workers")
+
+    routing_policy: str = setting(
+        "kv",
+        help="how workers are chosen: kv is the least cost of queues, missing prefix and decode load",
+        choices=("kv", "least-loaded", "round-robin", "prefix-hash"),
+        group="routing",
+    )
+    routing_history: int = setting(
+        4096, help="decisions kept for /debug/routing/{request_id}; 0: none", group="routing"
+    )
+    cache_sharing: str = setting(
+        "tenant",
+        help="who may hit whose cached prefixes where API keys are set: tenant is each its own, all is everybody",
+        choices=("tenant", "all"),
+        group="routing",
+    )
 
     served_model_name: tuple[str, ...] = setting(
         (), help="serve these of the registered models only; the default is all", group="models"
@@ -81,7 +102,7 @@ class RouterConfig:
         ):
             if getattr(self, name) < 1:
                 raise SettingsError(f"must be at least 1, got {getattr(self, name)}", name)
-        for name in ("max_queue", "max_logprobs", "request_timeout_s", "shutdown_timeout_s"):
+        for name in ("max_queue", "max_logprobs", "routing_history", "request_timeout_s", "shutdown_timeout_s"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"must not be negative, got {getattr(self, name)}", name)
         for name in ("sse_keepalive_s", "reconnect_max_s"):

@@ -8,7 +8,6 @@ sequences' max_tokens, and is taken in one piece.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,19 +16,12 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.router.errors import ApiError, from_worker, internal, is_retryable, unavailable
 from services.router.metrics import RouterMetrics
-from services.router.routing import Decision, PrefillCandidate, Refusal, RoutedRequest, choose
+from services.router.placement import Ask, Placement, Placer
+from services.router.routing import Refusal
 from services.router.session import SessionDown, WorkerSession
 from services.router.workers import Workers
 
 log = logging.getLogger(__name__)
-
-_KEY_TOKENS = 256
-
-
-def routing_key(prompt_token_ids: Sequence[int], cache_salt: str) -> bytes:
-    """Equal for prompts that begin equally; see `routing.choose`."""
-    head = ",".join(map(str, prompt_token_ids[:_KEY_TOKENS]))
-    return hashlib.blake2b(f"{cache_salt}\0{head}".encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -40,20 +32,31 @@ class Arrival:
     output: pb.Output | None
 
 
+@dataclass(frozen=True)
+class ServedBy:
+    """Where a sequence is, and how many decode workers it was given to."""
+
+    placement: Placement
+    num_attempts: int
+
+
 @dataclass
 class _Sequence:
     """One order and where it runs now. Its session delivers to it."""
 
     dispatch: Dispatch
-    index: int
-    order: pb.GenerateRequest
-    routed: RoutedRequest
+    ask: Ask
     session: WorkerSession | None = None
     handle: int = 0
-    target: PrefillCandidate | None = None
+    placement: Placement | None = None
+    awaits_prefill: bool = False
     tried: list[str] = field(default_factory=list)
     num_tokens: int = 0
     ended: bool = False
+
+    @property
+    def index(self) -> int:
+        return self.ask.index
 
     def deliver(self, output: pb.Output) -> None:
         self.dispatch._on_output(self, output)
@@ -65,33 +68,23 @@ class Dispatch:
     def __init__(
         self,
         workers: Workers,
+        placer: Placer,
         metrics: RouterMetrics,
-        orders: Sequence[pb.GenerateRequest],
+        asks: Sequence[Ask],
         *,
         max_attempts: int,
         restartable: bool,
     ) -> None:
-        """`orders` lack handle and prefill targets. `restartable`: a sequence may start afresh after tokens were seen
-        (nothing of it has reached the client)."""
+        """The asks' orders lack handle, prefill targets and prefix sources. `restartable`: a sequence may start afresh
+        after tokens were seen (nothing of it has reached the client)."""
         self._workers = workers
+        self._placer = placer
         self._metrics = metrics
         self._max_attempts = max_attempts
         self._restartable = restartable
         self._arrivals: list[Arrival] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._sequences = [
-            _Sequence(
-                self,
-                index,
-                order,
-                RoutedRequest(
-                    order.model,
-                    len(order.prompt_token_ids),
-                    routing_key(order.prompt_token_ids, order.cache_salt),
-                ),
-            )
-            for index, order in enumerate(orders)
-        ]
+        self._sequences = [_Sequence(self, ask) for ask in asks]
 
     def start(self) -> None:
         """Submits every sequence. Raises ApiError when there is no worker for one; then close it."""
@@ -99,7 +92,7 @@ class Dispatch:
             refusal = self._submit(sequence)
             if refusal is not None:
                 self._metrics.count_refusal(refusal.value)
-                raise _refused(refusal, sequence.routed.model)
+                raise _refused(refusal, sequence.ask.order.model)
 
     async def arrivals(self) -> list[Arrival]:
         """All that arrived since the last call, in order; waits for the first. One caller at a time."""
@@ -111,6 +104,11 @@ class Dispatch:
                 self._waiter = None
         arrived, self._arrivals = self._arrivals, []
         return arrived
+
+    def served_by(self, index: int) -> ServedBy | None:
+        """Who serves, or has served, a sequence; None before it was submitted."""
+        sequence = self._sequences[index]
+        return ServedBy(sequence.placement, len(sequence.tried)) if sequence.placement is not None else None
 
     def abort(self, index: int, reason: str) -> None:
         """Ends one sequence at its worker, if it still runs."""
@@ -126,45 +124,37 @@ class Dispatch:
 
     # ---- one sequence ---------------------------------------------------------
 
-    def _submit(self, sequence: _Sequence) -> Refusal | None:
+    def _submit(self, sequence: _Sequence, retried_after: str = "") -> Refusal | None:
+        request_id = sequence.ask.order.request_id
         while True:
-            decision = choose(
-                sequence.routed,
-                self._workers.decode_candidates(),
-                self._workers.prefill_candidates(),
-                sequence.tried,
-            )
-            if isinstance(decision, Refusal):
-                return decision
-            sequence.tried.append(decision.decode.worker_id)
+            attempt = len(sequence.tried) + 1
+            placement = self._placer.place(sequence.ask, sequence.tried, attempt=attempt, retried_after=retried_after)
+            if isinstance(placement, Refusal):
+                return placement
+            sequence.tried.append(placement.decision.decode.worker_id)
             try:
-                self._send(sequence, decision)
+                self._send(sequence, placement)
             except SessionDown as error:
-                log.info("request %s: %s", sequence.order.request_id, error)
+                log.info("request %s: %s", request_id, error)
+                retried_after = "session down"
                 continue
-            log.debug("request %s: %s", sequence.order.request_id, decision.reason)
+            log.debug("request %s: %s", request_id, placement.decision.reason)
             return None
 
-    def _send(self, sequence: _Sequence, decision: Decision) -> None:
+    def _send(self, sequence: _Sequence, placement: Placement) -> None:
         order = pb.GenerateRequest()
-        order.CopyFrom(sequence.order)
-        for target in decision.prefill:
-            order.prefill_targets.add(
-                worker_id=target.worker_id,
-                incarnation=target.incarnation,
-                grpc_address=target.grpc_address,
-                kv_address=target.kv_address,
-            )
-        session = self._workers.session(decision.decode.worker_id, decision.decode.incarnation)
+        order.CopyFrom(sequence.ask.order)
+        self._placer.fill_order(order, placement)
+        session = self._workers.session(*placement.decode_key)
         sequence.handle = session.submit(order, sequence)
         sequence.session = session
-        if decision.prefill:
-            sequence.target = decision.prefill[0]
-            self._workers.count_prefill(sequence.target, sequence.routed.num_prompt_tokens)
+        sequence.placement = placement
+        sequence.awaits_prefill = True
+        self._placer.sent(placement)
 
     def _on_output(self, sequence: _Sequence, output: pb.Output) -> None:
         if output.token_ids or output.finish_reason:
-            self._settle_prefill(sequence)
+            self._settle_prefill(sequence, output)
         if output.finish_reason:
             if output.finish_reason == pb.FINISH_REASON_ABORT:
                 # Not by us: ours are no longer delivered. The worker gave the request up, so another may take it.
@@ -185,9 +175,9 @@ class Dispatch:
             return False
         if sequence.num_tokens and not self._restartable:
             return False
-        if self._submit(sequence) is not None:
+        if self._submit(sequence, pb.ErrorCode.Name(error.code)) is not None:
             return False
-        log.info("request %s is tried on another worker: %s", sequence.order.request_id, error.message)
+        log.info("request %s is tried on another worker: %s", sequence.ask.order.request_id, error.message)
         self._metrics.count_retry()
         if sequence.num_tokens:
             sequence.num_tokens = 0
@@ -201,10 +191,16 @@ class Dispatch:
             session.abort(sequence.handle, reason)
             self._workers.retire_if_idle(session)
 
-    def _settle_prefill(self, sequence: _Sequence) -> None:
-        target, sequence.target = sequence.target, None
-        if target is not None:
-            self._workers.count_prefill(target, -sequence.routed.num_prompt_tokens)
+    def _settle_prefill(self, sequence: _Sequence, output: pb.Output | None = None) -> None:
+        """The prefill has ended: by a token in `output`, or because the sequence has."""
+        placement = sequence.placement
+        if placement is None or not sequence.awaits_prefill:
+            return
+        sequence.awaits_prefill = False
+        if output is not None and output.token_ids:
+            self._placer.prefilled(placement, output.usage if output.HasField("usage") else None)
+        else:
+            self._placer.withdraw(placement)
 
     def _arrive(self, arrival: Arrival) -> None:
         self._arrivals.append(arrival)

@@ -11,13 +11,18 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.lifecycle import Event, Timeline
 from services.router.choice import Choice, Delta
-from services.router.dispatch import Dispatch, error_of
+from services.router.dispatch import Dispatch, ServedBy, error_of
 from services.router.errors import ApiError, invalid
 from services.router.metrics import ModelMetrics
 from services.router.models import ServedModel
 from services.router.openai_requests import GenerationRequest
+from services.router.receipt import Receipt, make_receipt
 
 log = logging.getLogger(__name__)
+
+
+Receipts = dict[str, object]
+"""The `receipt` object of an answer."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,8 @@ class GenerationPlan:
     def num_sequences(self) -> int:
         return len(self.prompts) * self.request.n
 
-    def orders(self, timeout_s: float) -> list[pb.GenerateRequest]:
-        """One order per sequence, in order of index."""
+    def orders(self, timeout_s: float, cache_salt: str) -> list[pb.GenerateRequest]:
+        """One order per sequence, in order of index. `cache_salt` is the workers', not the client's."""
         request = self.request
         return [
             pb.GenerateRequest(
@@ -48,7 +53,7 @@ class GenerationPlan:
                 prompt_token_ids=token_ids,
                 sampling=request.sampling_for(i, self.max_tokens[prompt]),
                 priority=request.priority,
-                cache_salt=request.cache_salt,
+                cache_salt=cache_salt,
                 timeout_s=timeout_s,
             )
             for prompt, token_ids in enumerate(self.prompts)
@@ -106,13 +111,18 @@ class Generation:
         metrics: ModelMetrics,
         timeline: Timeline,
         clock: Callable[[], float],
+        on_receipt: Callable[[Receipt, ServedBy], None],
     ) -> None:
-        """`clock` gives unix seconds, as the timeline's does."""
+        """`clock` gives unix seconds, as the timeline's does. `on_receipt` is called once for each sequence that ends
+        regularly, and whose worker has said what it cost."""
         self.plan = plan
         self._dispatch = dispatch
         self._metrics = metrics
         self._timeline = timeline
         self._clock = clock
+        self._on_receipt = on_receipt
+        self._receipts: list[Receipt | None] = [None] * plan.num_sequences
+        self._first_token_s: list[float | None] = [None] * plan.num_sequences
         self._choices = [self._new_choice(index) for index in range(plan.num_sequences)]
         self._last_token_s: list[float | None] = [None] * plan.num_sequences
         self._num_unfinished = plan.num_sequences
@@ -161,6 +171,15 @@ class Generation:
             None if None in reports else cached,
         )
 
+    def receipt(self) -> Receipts | None:
+        """What the client asked to be told, if it asked: one receipt per sequence, null where none is known."""
+        if not self.plan.request.receipt:
+            return None
+        return {
+            "request_id": self.plan.request_id,
+            "sequences": [receipt and receipt.to_json() for receipt in self._receipts],
+        }
+
     def usage_of(self, index: int) -> UsageCount:
         """Of one sequence, for continuous_usage_stats."""
         return UsageCount(len(self.plan.prompts[index // self.plan.request.n]), self._choices[index].num_tokens)
@@ -184,6 +203,7 @@ class Generation:
 
     def _restart(self, index: int) -> None:
         self._choices[index] = self._new_choice(index)
+        self._first_token_s[index] = None
 
     def _feed(self, choice: Choice, output: pb.Output) -> Delta:
         if output.token_ids:
@@ -196,6 +216,8 @@ class Generation:
     def _observe_tokens(self, index: int, num_tokens: int) -> None:
         now = self._clock()
         last = self._last_token_s[index]
+        if self._first_token_s[index] is None:
+            self._first_token_s[index] = now
         if last is None:
             if Event.FIRST_TOKEN not in self._timeline.unix_s:
                 self._timeline.mark(Event.FIRST_TOKEN)
@@ -219,20 +241,32 @@ class Generation:
         )
         self._metrics.request_prompt_tokens.observe(len(self.plan.prompts[choice.index // self.plan.request.n]))
         self._metrics.request_generation_tokens.observe(choice.num_tokens)
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("request %s: %s", self.plan.request_id, self._receipt(output))
+        self._make_receipt(choice, output)
 
     def _gauge(self, index: int) -> Gauge:
         had_token = self._last_token_s[index] is not None
         return self._metrics.num_running if had_token else self._metrics.num_waiting
 
-    def _receipt(self, output: pb.Output) -> str:
-        """Where the time went: every event, in order, in milliseconds from the arrival."""
-        stamps = {stamp.event: stamp.unix_s for stamp in output.stamps} | {
-            int(event): unix_s for event, unix_s in self._timeline.unix_s.items()
-        }
-        arrived = self._timeline.unix_s[Event.ARRIVED]
-        return ", ".join(
-            f"{Event(event).name.lower()} +{(unix_s - arrived) * 1000:.1f} ms"
-            for event, unix_s in sorted(stamps.items())
+    def _make_receipt(self, choice: Choice, output: pb.Output) -> None:
+        served_by = self._dispatch.served_by(choice.index)
+        if choice.usage is None or served_by is None:
+            return
+        own = (Event.ARRIVED, Event.TOKENIZED, Event.ROUTED, Event.FINISHED)
+        router_unix_s = {event: self._timeline.unix_s[event] for event in own}
+        first_token_s = self._first_token_s[choice.index]
+        if first_token_s is not None:
+            router_unix_s[Event.FIRST_TOKEN] = first_token_s
+        receipt = make_receipt(
+            choice.index,
+            choice.usage,
+            output.stamps,
+            router_unix_s,
+            decode_worker_id=served_by.placement.decision.decode.worker_id,
+            block_size=served_by.placement.space.block_size,
+            num_attempts=served_by.num_attempts,
+            num_generated_tokens=choice.num_tokens,
         )
+        self._receipts[choice.index] = receipt
+        self._metrics.count_receipt(receipt)
+        self._on_receipt(receipt, served_by)
+        log.debug("request %s: %s", self.plan.request_id, receipt)

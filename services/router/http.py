@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import re
 import uuid
@@ -13,6 +12,7 @@ from typing import Any
 from services.router.errors import ApiError, ClientDisconnected, internal, invalid
 from services.router.metrics import RouterMetrics
 from services.router.sse import Message, Receive, Send
+from services.router.tenants import Keyring, Tenant
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _BODY_TIMEOUT_S = 60.0
-_GUARDED = ("/v1/", "/tokenize", "/detokenize")
+_GUARDED = ("/v1/", "/tokenize", "/detokenize", "/debug/")
 
 
 def header(scope: Message, name: bytes) -> str | None:
@@ -98,14 +98,14 @@ async def send_error(send: Send, error: ApiError) -> None:
 
 
 class Edge:
-    """Wraps the whole application: gives every request an id, checks the key, and turns a crash into a 500.
+    """Wraps the whole application: gives every request an id and its tenant, and turns a crash into a 500.
 
     Plain ASGI: nothing stands between an endpoint and its client's disconnect.
     """
 
-    def __init__(self, app: App, api_keys: Sequence[str], metrics: RouterMetrics) -> None:
+    def __init__(self, app: App, keyring: Keyring, metrics: RouterMetrics) -> None:
         self._app = app
-        self._api_keys = [key.encode() for key in api_keys]
+        self._keyring = keyring
         self._metrics = metrics
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -127,7 +127,7 @@ class Edge:
             await send(message)
 
         try:
-            self._check_key(scope)
+            state["tenant"] = self._tenant(scope)
             await self._app(scope, receive, send_with_id)
         except ApiError as error:
             self._metrics.count_error(error.status)
@@ -140,18 +140,19 @@ class Edge:
             elif not finished:
                 raise  # the server cuts the connection, so that the client does not take the answer for whole
 
-    def _check_key(self, scope: Message) -> None:
+    def _tenant(self, scope: Message) -> Tenant | None:
+        """Whose key came with the request; None where none is needed. Raises ApiError 401."""
         path: str = scope["path"]
-        if not self._api_keys or scope["method"] == "OPTIONS" or not path.startswith(_GUARDED):
-            return
+        if not self._keyring or scope["method"] == "OPTIONS" or not path.startswith(_GUARDED):
+            return None
         kind, _, key = (header(scope, b"authorization") or "").partition(" ")
         given = key.strip().encode("latin-1") if kind.lower() == "bearer" else b""
-        # Compare with every key, in constant time: the time must not tell which or how much of it is right.
-        matches = [hmac.compare_digest(given, accepted) for accepted in self._api_keys]
-        if not any(matches):
+        tenant = self._keyring.find(given)
+        if tenant is None:
             raise ApiError(
                 401,
                 "Incorrect API key provided." if given else "You didn't provide an API key.",
                 param=None,
                 code="invalid_api_key",
             )
+        return tenant

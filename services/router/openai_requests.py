@@ -66,6 +66,7 @@ class GenerationRequest:
     return_tokens_as_token_ids: bool
     priority: int
     cache_salt: str
+    receipt: bool
 
     def sampling_for(self, choice: int, max_tokens: int) -> pb.SamplingParams:
         """The parameters of the choice-th answer to one prompt."""
@@ -237,6 +238,7 @@ def _parse_common(
         return_tokens_as_token_ids=fields.boolean(body, "return_tokens_as_token_ids"),
         priority=fields.integer(body, "priority", -(2**31), fields.INT32_MAX) or 0,
         cache_salt=cache_salt or "",
+        receipt=fields.boolean(body, "receipt"),
     )
 
 

@@ -16,13 +16,18 @@ import uvicorn
 import uvloop
 
 from kvstore.errors import RegistryError
+from kvstore.prefix_index import IndexReader
 from kvstore.registry import Membership, WorkerRecord
 from services.logs import configure_logging, report_ready
 from services.router.admission import Admission
 from services.router.app import make_app
 from services.router.config import RouterConfig
+from services.router.explain import DecisionLog
 from services.router.metrics import RouterMetrics
 from services.router.models import ModelDirectory
+from services.router.placement import Placer
+from services.router.prefixes import PrefixFinder, PrefixIndex
+from services.router.routing import Policy
 from services.router.serving import RouterParts
 from services.router.tokenizer import TokenizerPool
 from services.router.workers import MembershipView, Workers
@@ -39,8 +44,10 @@ def run_router(config: RouterConfig) -> int:
 
 
 @asynccontextmanager
-async def open_parts(config: RouterConfig, membership: MembershipView, router_id: str) -> AsyncIterator[RouterParts]:
-    """Everything that the application works with; closed at the end."""
+async def open_parts(
+    config: RouterConfig, membership: MembershipView, router_id: str, index: PrefixIndex | None = None
+) -> AsyncIterator[RouterParts]:
+    """Everything that the application works with; closed at the end. `membership` and `index` stay the caller's."""
     metrics = RouterMetrics()
     wanted = frozenset(config.served_model_name)
     models = ModelDirectory(config.tokenizer, config.chat_template, config.generation_config == "auto", wanted)
@@ -53,6 +60,8 @@ async def open_parts(config: RouterConfig, membership: MembershipView, router_id
         config.tokenizer_pool_size, config.tokenizer_queue, lambda: metrics.count_refusal("tokenizer_full")
     )
     admission = Admission(config.max_concurrent_requests, config.max_queue, lambda: metrics.count_refusal("queue_full"))
+    prefixes = PrefixFinder(index, pool, metrics)
+    placer = Placer(workers, Policy(config.routing_policy), DecisionLog(config.routing_history))
     metrics.watch_workers(
         lambda: workers.num_sessions_up,
         lambda role: sum(record.role == role for record in workers.records),
@@ -61,7 +70,7 @@ async def open_parts(config: RouterConfig, membership: MembershipView, router_id
     models.follow(workers.records)
     membership.on_change(lambda snapshot: models.follow(workers.records))
     try:
-        yield RouterParts(config, models, workers, pool, admission, metrics)
+        yield RouterParts(config, models, workers, pool, admission, metrics, prefixes, placer)
     finally:
         await workers.close()
         await models.close()
@@ -94,6 +103,7 @@ def bind(host: str, port: int) -> socket.socket:
 async def _serve(config: RouterConfig) -> int:
     try:
         membership = Membership(config.redis)
+        index = IndexReader(config.redis)
         listener = bind(config.host, config.port)
     except RegistryError as error:
         log.error("%s", error)
@@ -106,8 +116,9 @@ async def _serve(config: RouterConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await membership.start()
+    await index.start()
     try:
-        async with open_parts(config, membership, _router_id(config, port)) as parts:
+        async with open_parts(config, membership, _router_id(config, port), index) as parts:
             server = _Server(_uvicorn_config(config, parts))
             serving = asyncio.create_task(server.serve([listener]), name="http")
             stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
@@ -121,6 +132,7 @@ async def _serve(config: RouterConfig) -> int:
             server.should_exit = True
             await serving
     finally:
+        await index.close()
         await membership.close()
         listener.close()
     return 0

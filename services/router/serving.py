@@ -23,11 +23,14 @@ from services.router.config import RouterConfig
 from services.router.dispatch import Dispatch
 from services.router.errors import ApiError, ClientDisconnected, internal, timed_out
 from services.router.fields import parse_object, string
-from services.router.generation import Generation, GenerationPlan, UsageCount
-from services.router.http import FAILED, read_body, request_id_of, send_error, send_json
+from services.router.generation import Generation, GenerationPlan, Receipts, UsageCount
+from services.router.http import FAILED, header, read_body, request_id_of, send_error, send_json
 from services.router.metrics import RouterMetrics
 from services.router.models import ModelDirectory
 from services.router.openai_requests import parse_chat, parse_completion
+from services.router.placement import Ask, Placer, routing_key
+from services.router.prefixes import PrefixFinder
+from services.router.tenants import Tenant, name_of
 from services.router.tokenizer import TokenizerPool
 from services.router.workers import Workers
 
@@ -35,6 +38,7 @@ log = logging.getLogger(__name__)
 
 # How long a client may take to read the error that ends its request.
 _LAST_WORDS_TIMEOUT_S = 5.0
+_RECEIPT_HEADER = b"x-tandem-receipt"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class RouterParts:
     pool: TokenizerPool
     admission: Admission
     metrics: RouterMetrics
+    prefixes: PrefixFinder
+    placer: Placer
 
 
 class Renderer(Protocol):
@@ -56,9 +62,9 @@ class Renderer(Protocol):
 
     def event(self, delta: Delta) -> bytes: ...
 
-    def usage_event(self, usage: UsageCount) -> bytes: ...
+    def last_event(self, usage: UsageCount | None, receipt: Receipts | None) -> bytes: ...
 
-    def response(self, deltas: Sequence[Delta], usage: UsageCount) -> bytes: ...
+    def response(self, deltas: Sequence[Delta], usage: UsageCount, receipt: Receipts | None) -> bytes: ...
 
 
 MakeRenderer = Callable[[Generation, int], Renderer]
@@ -99,8 +105,11 @@ class GenerateEndpoint:
         try:
             try:
                 body = parse_object(await read_body(scope, receive, self._parts.config.max_body_bytes))
+                if header(scope, _RECEIPT_HEADER) == "1":
+                    body.setdefault("receipt", True)
                 async with sse.cancelled_on_disconnect(receive):
-                    await self._serve(body, request_id_of(scope, body), timeline, stream, send)
+                    tenant: Tenant | None = scope["state"].get("tenant")
+                    await self._serve(body, request_id_of(scope, body), tenant, timeline, stream, send)
             except ApiError as error:
                 await self._fail(error, stream, send)
             except ClientDisconnected:
@@ -126,7 +135,13 @@ class GenerateEndpoint:
             raise ClientDisconnected from error
 
     async def _serve(
-        self, body: dict[str, Any], request_id: str, timeline: Timeline, stream: sse.EventStream, send: sse.Send
+        self,
+        body: dict[str, Any],
+        request_id: str,
+        tenant: Tenant | None,
+        timeline: Timeline,
+        stream: sse.EventStream,
+        send: sse.Send,
     ) -> None:
         timeout_s = self._parts.config.request_timeout_s or None
         try:
@@ -134,21 +149,46 @@ class GenerateEndpoint:
                 plan, make_renderer = await self._plan(self._parts, body, request_id)
                 timeline.mark(Event.TOKENIZED)
                 async with self._parts.admission.admit(plan.num_sequences):
-                    generation = self._make_generation(plan, timeline)
+                    asks = await self._make_asks(plan, tenant)
+                    generation = self._make_generation(plan, asks, timeline)
                     await self._generate(generation, make_renderer, stream, send)
         except TimeoutError as error:
             raise timed_out(f"The request was not finished within {timeout_s:g} s.") from error
 
-    def _make_generation(self, plan: GenerationPlan, timeline: Timeline) -> Generation:
+    async def _make_asks(self, plan: GenerationPlan, tenant: Tenant | None) -> list[Ask]:
+        """The plan's sequences with all that placing them may depend on, in order of index."""
+        parts, request = self._parts, plan.request
+        cache_salt = request.cache_salt
+        if tenant is not None and parts.config.cache_sharing == "tenant":
+            cache_salt = tenant.salt(cache_salt)
+        # A prompt whose own log probabilities are wanted is computed afresh, whoever holds it.
+        reuses = not request.sampling.HasField("prompt_logprobs")
+        spaces = parts.placer.spaces(plan.model.name) if reuses else []
+        blocks = await parts.prefixes.find(plan.prompts, cache_salt, spaces)
+        keys = [routing_key(prompt, cache_salt) for prompt in plan.prompts]
+        return [
+            Ask(name_of(tenant), plan.request_id, index, order, blocks[index // request.n], keys[index // request.n])
+            for index, order in enumerate(plan.orders(parts.config.request_timeout_s, cache_salt))
+        ]
+
+    def _make_generation(self, plan: GenerationPlan, asks: Sequence[Ask], timeline: Timeline) -> Generation:
         parts = self._parts
         dispatch = Dispatch(
             parts.workers,
+            parts.placer,
             parts.metrics,
-            plan.orders(parts.config.request_timeout_s),
+            asks,
             max_attempts=parts.config.max_attempts,
             restartable=not plan.request.stream,
         )
-        return Generation(plan, dispatch, parts.metrics.for_model(plan.model.name), timeline, time.time)
+        return Generation(
+            plan,
+            dispatch,
+            parts.metrics.for_model(plan.model.name),
+            timeline,
+            time.time,
+            on_receipt=lambda receipt, served_by: parts.placer.learn(receipt, served_by.placement),
+        )
 
     async def _generate(
         self, generation: Generation, make_renderer: MakeRenderer, stream: sse.EventStream, send: sse.Send
@@ -174,7 +214,7 @@ async def _collect(generation: Generation, renderer: Renderer) -> bytes:
                 whole[delta.index] = delta
             else:
                 whole[delta.index].extend(delta)
-    return renderer.response(whole, generation.usage())
+    return renderer.response(whole, generation.usage(), generation.receipt())
 
 
 async def _stream(generation: Generation, renderer: Renderer, stream: sse.EventStream, keepalive_s: float) -> None:
@@ -192,7 +232,9 @@ async def _stream(generation: Generation, renderer: Renderer, stream: sse.EventS
         opening = b""
         if events:
             await stream.write(events)
-    if generation.plan.request.include_usage:
-        await stream.write(renderer.usage_event(generation.usage()))
+    usage = generation.usage() if generation.plan.request.include_usage else None
+    receipt = generation.receipt()
+    if usage is not None or receipt is not None:
+        await stream.write(renderer.last_event(usage, receipt))
     await stream.write(sse.DONE)
     await stream.end()

@@ -66,6 +66,7 @@ class WorkerSession:
         self._live: dict[int, OutputSink] = {}
         self._last_handle = 0
         self._num_sent_since_load = 0
+        self._num_tokens_since_load = 0
         self._outbox: deque[pb.SessionRequest] = deque()
         self._outbox_filled = asyncio.Event()
         self._closing = asyncio.Event()
@@ -84,6 +85,12 @@ class WorkerSession:
         """
         return max(self.num_live, self.load.num_running + self.load.num_waiting + self._num_sent_since_load)
 
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that a new request could have: as last reported, less what was sent since. Evictable ones count."""
+        num_taken = -(-self._num_tokens_since_load // self.record.block_size)
+        return max(self.load.num_free_blocks - num_taken, 0)
+
     def submit(self, request: pb.GenerateRequest, sink: OutputSink) -> int:
         """Sends the order; returns the handle that names it here. Raises SessionDown."""
         if not self.connected:
@@ -92,6 +99,7 @@ class WorkerSession:
         request.handle = handle
         self._live[handle] = sink
         self._num_sent_since_load += 1
+        self._num_tokens_since_load += len(request.prompt_token_ids)
         self._send(pb.SessionRequest(generate=request))
         return handle
 
@@ -196,6 +204,7 @@ class WorkerSession:
         if frame.HasField("load"):
             self.load = frame.load
             self._num_sent_since_load = 0
+            self._num_tokens_since_load = 0
         for output in frame.outputs:
             # An output of a request that we aborted meanwhile has nobody waiting for it.
             sink = self._live.get(output.handle)
@@ -223,6 +232,7 @@ class WorkerSession:
         self._outbox.clear()
         self._outbox_filled.clear()
         self._num_sent_since_load = 0
+        self._num_tokens_since_load = 0
         self.load = pb.Load()
         lost, self._live = self._live, {}
         for handle, sink in lost.items():

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from kvstore.registry import WorkerRecord
+from services.router.recent import WorkerKey
 from services.router.routing import DecodeCandidate, PrefillCandidate
 from services.router.session import WorkerSession
 
 log = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S = 1.0
-_Key = tuple[str, str]  # worker id, incarnation
 
 
 class MembershipView(Protocol):
@@ -45,9 +45,10 @@ class Workers:
         self._reconnect_max_s = reconnect_max_s
         self._serves = serves
         self._records: tuple[WorkerRecord, ...] = ()
-        self._sessions: dict[_Key, WorkerSession] = {}
-        self._tasks: dict[_Key, asyncio.Task[None]] = {}
-        self._prefill_tokens: dict[_Key, int] = {}
+        self._registered: dict[WorkerKey, WorkerRecord] = {}
+        self._sessions: dict[WorkerKey, WorkerSession] = {}
+        self._tasks: dict[WorkerKey, asyncio.Task[None]] = {}
+        self._queued_tokens: dict[WorkerKey, int] = {}
 
     def start(self) -> None:
         """Reads the membership and follows it from now on. Call it in the event loop."""
@@ -56,6 +57,7 @@ class Workers:
 
     def _follow(self, snapshot: tuple[WorkerRecord, ...]) -> None:
         """Opens sessions to new decode workers, ends those that are gone and done."""
+        self._registered = {(record.worker_id, record.incarnation): record for record in snapshot}
         self._records = tuple(record for record in snapshot if self._serves(record))
         listed = {(record.worker_id, record.incarnation): record for record in self._records}
         for key, record in listed.items():
@@ -68,7 +70,7 @@ class Workers:
         for key in list(self._sessions):
             if key not in listed:
                 self.retire_if_idle(self._sessions[key])
-        self._prefill_tokens = {key: count for key, count in self._prefill_tokens.items() if key in listed}
+        self._queued_tokens = {key: count for key, count in self._queued_tokens.items() if key in listed}
 
     def retire_if_idle(self, session: WorkerSession) -> None:
         """Closes the session of a worker that has left the registry, once nothing runs on it any more."""
@@ -101,7 +103,11 @@ class Workers:
                 connected=session.connected,
                 draining=record.draining or session.load.draining,
                 num_outstanding=session.num_outstanding,
-                num_waiting_tokens=session.load.num_waiting_tokens,
+                num_waiting_tokens=max(session.load.num_waiting_tokens, self._num_queued_tokens(record)),
+                max_num_seqs=record.max_num_seqs,
+                num_blocks=session.load.num_blocks,
+                num_free_blocks=session.num_free_blocks,
+                colocated=record.colocated,
             )
             for record, session in self._decode_sessions()
         ]
@@ -116,16 +122,24 @@ class Workers:
                 model_names=record.served_model_names,
                 model_fingerprint=record.model_fingerprint,
                 draining=record.draining,
-                num_outstanding_tokens=self._prefill_tokens.get((record.worker_id, record.incarnation), 0),
+                num_outstanding_tokens=self._num_queued_tokens(record),
             )
             for record in self._records
             if record.role == "prefill"
         ]
 
-    def count_prefill(self, target: PrefillCandidate, num_tokens: int) -> None:
-        """Adds prompt tokens to (or, negative, takes them from) what this router has outstanding at the worker."""
-        key = (target.worker_id, target.incarnation)
-        self._prefill_tokens[key] = max(self._prefill_tokens.get(key, 0) + num_tokens, 0)
+    def registered(self, worker: WorkerKey) -> WorkerRecord | None:
+        """The registry's record of a holder of blocks, whatever it serves; None if this incarnation is not there."""
+        return self._registered.get(worker)
+
+    def count_prefill(self, worker: WorkerKey, num_tokens: int) -> None:
+        """Adds prompt tokens to (or, negative, takes them from) what this router expects the worker to compute."""
+        count = self._queued_tokens.pop(worker, 0) + num_tokens
+        if count > 0:
+            self._queued_tokens[worker] = count
+
+    def _num_queued_tokens(self, record: WorkerRecord) -> int:
+        return self._queued_tokens.get((record.worker_id, record.incarnation), 0)
 
     async def close(self) -> None:
         """Ends all sessions; what still runs on them ends with a retryable error."""
@@ -145,14 +159,14 @@ class Workers:
             if session is not None:
                 yield record, session
 
-    def _open(self, key: _Key, record: WorkerRecord) -> None:
+    def _open(self, key: WorkerKey, record: WorkerRecord) -> None:
         session = WorkerSession(record, self._router_id, self._reconnect_max_s)
         self._sessions[key] = session
         task = asyncio.create_task(session.run(), name=f"session with {record.worker_id}")
         self._tasks[key] = task
         task.add_done_callback(lambda done: self._on_session_ended(key, done))
 
-    def _on_session_ended(self, key: _Key, task: asyncio.Task[None]) -> None:
+    def _on_session_ended(self, key: WorkerKey, task: asyncio.Task[None]) -> None:
         self._tasks.pop(key, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             # A bug of ours: the worker stays unused until its next incarnation, and the log says why.

@@ -192,7 +192,8 @@ async def test_orders_name_the_prefill_workers_with_least_work_first(make_worker
     prefills = [FakeWorker(endless(sentence), worker_id=f"prefill-{name}") for name in "ab"]
     records = tuple(worker.record("prefill") for worker in prefills)
     async with running_router(CONFIG, decode, extra_records=records) as running, client(running) as http:
-        await asyncio.gather(*(http.post("/v1/completions", json=BODY) for _ in range(2)))
+        body = {**BODY, "prompt": list(range(30))}  # too long for the decode worker to prefill it by itself
+        await asyncio.gather(*(http.post("/v1/completions", json=body) for _ in range(2)))
         first = [request.prefill_targets[0].worker_id for request in decode.requests]
         assert sorted(first) == ["prefill-a", "prefill-b"]
         target = decode.requests[0].prefill_targets[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.router.dispatch import routing_key
+from services.router.placement import routing_key
 from services.router.routing import Decision, DecodeCandidate, PrefillCandidate, Refusal, RoutedRequest, choose
 
 REQUEST = RoutedRequest("m", num_prompt_tokens=100, key=b"key")
