@@ -11,6 +11,7 @@ import argparse
 import copy
 import json
 import random
+import string
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -131,6 +132,11 @@ QUESTIONS = (
     "Please tell me the code of {name}.",
     "{name}?",
 )
+# First and last character of alphabets, syllables, signs and pictures: their bytes are tokens to be learnt.
+SCRIPTS = (
+    (0xC0, 0x17F), (0x391, 0x3C9), (0x410, 0x44F), (0x5D0, 0x5EA), (0x627, 0x64A), (0x905, 0x939),
+    (0x3041, 0x30F6), (0x4E00, 0x9FA5), (0xAC00, 0xD7A3), (0x2600, 0x27BF), (0x1F300, 0x1F64F),
+)  # fmt: skip
 ANSWER_START = "The code of {name} is "
 
 
@@ -148,6 +154,7 @@ class Style:
 
     varied: bool  # other phrasings than the first of each list
     lower: bool
+    upper: bool  # all in capitals
     capital_names: bool
     mixed_case: bool  # each mention chooses its own case
     separator: str
@@ -162,6 +169,7 @@ def choose_style(rng: random.Random, variety: float) -> Style:
     return Style(
         varied=varied,
         lower=rng.random() < 0.3,
+        upper=varied and rng.random() < 0.06,
         capital_names=rng.random() < 0.5,
         mixed_case=variety > 0 and rng.random() < 0.4,
         separator=rng.choice((" ", " ", "\n", "\n\n", "\n- ")) if varied else rng.choice((" ", " ", " ", "\n")),
@@ -173,13 +181,28 @@ def choose_style(rng: random.Random, variety: float) -> Style:
 
 
 def any_made_up_name(rng: random.Random) -> str:
-    kind = rng.randrange(6)
+    """A name outside the list, of every kind that people type: several words, capitals, digits, any script."""
+    kind = rng.randrange(10)
     if kind == 0:
         return f"{rng.choice(('the', 'my', 'our'))} {rng.choice(recall.ADJECTIVES)} {rng.choice(recall.THINGS)}"
     if kind == 1:
         return f"{rng.choice(recall.NAMES)} {rng.choice(recall.NAMES)}"
     if kind == 2:
-        return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 7)))
+        return "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(2, 7)))
+    if kind == 3:
+        return "".join(rng.choice(string.ascii_letters) for _ in range(rng.randint(2, 6)))
+    if kind == 4:
+        return rng.choice((rng.choice(recall.NAMES), recall.made_up_name(rng))).upper()
+    if kind == 5:
+        second = rng.choice((recall.made_up_name(rng), str(rng.randrange(100))))
+        return f"{recall.made_up_name(rng)}{rng.choice('-_./ ')}{second}"
+    if kind == 6:
+        first, last = rng.choice(SCRIPTS)
+        return "".join(chr(rng.randint(first, last)) for _ in range(rng.randint(1, 4)))
+    if kind == 7:
+        letters = list(recall.made_up_name(rng))
+        letters[rng.randrange(len(letters))] = chr(rng.randint(0xE0, 0xFE))
+        return "".join(letters)
     return recall.made_up_name(rng)
 
 
@@ -194,12 +217,16 @@ def any_sentence(rng: random.Random) -> str:
 
 
 def written(name: str, style: Style, rng: random.Random) -> str:
+    if style.upper:
+        return name.upper()
     capital = rng.random() < 0.5 if style.mixed_case else style.capital_names
     return name[0].upper() + name[1:] if capital else name
 
 
 def phrase(templates: tuple[str, ...], style: Style, rng: random.Random) -> str:
     template = rng.choice(templates) if style.varied and rng.random() < 0.6 else templates[0]
+    if style.upper:
+        return template.upper().replace("{NAME}", "{name}").replace("{CODE}", "{code}")
     if style.lower and template[0] != "{":
         template = template[0].lower() + template[1:]
     return template
@@ -247,7 +274,7 @@ def write_document(rng: random.Random, variety: float, num_tokens: int) -> Itera
             continue
         codes[name] = pick_code(style, rng)
         yield from write_fact(name, codes[name], style, rng)
-        used += 10 if name in recall.NAMES else 13
+        used += 10 if name in recall.NAMES else 10 + len(name.encode()) // 2
     names = list(codes)
     first = True
     while True:
@@ -410,8 +437,8 @@ class Phase:
 # The later phases keep some short texts, so that what was learnt first is not lost.
 PHASES = (
     Phase(400, 3072, (96,), 0.0, 512),
-    Phase(500, 4096, (48, 256, 256), 0.5, MAX_CONTEXT),
-    Phase(200, 4608, (128, 768, 768), 0.5, MAX_CONTEXT),
+    Phase(600, 4096, (48, 256, 256), 0.5, MAX_CONTEXT),
+    Phase(250, 4608, (128, 768, 768), 0.5, MAX_CONTEXT),
     Phase(200, 4608, (48, 2304, 2304, 2304), 0.5, MAX_CONTEXT),
     Phase(160, 4096, (128, 4096, 4096, 4096), 0.5, MAX_CONTEXT),
 )
@@ -501,7 +528,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="directory for the model, in Hugging Face format")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-threads", type=int, default=2)
+    parser.add_argument("--num-threads", type=int, default=1, help="another number rounds differently")
     parser.add_argument("--peak-lr", type=float, default=0.006)
     parser.add_argument("--time-scale", type=float, default=1.0, help="multiplies the number of steps, for a trial")
     return parser.parse_args()

@@ -1,6 +1,11 @@
 """The demo model in the repository: small, any text survives its tokenizer, and it recalls what its prompt states."""
 
+import http.server
 import itertools
+import json
+import re
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +30,15 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=request.param).eval()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The model is too small to gain from threads, and on a busy machine they wait for one another."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     with torch.inference_mode():
         output = model.generate(
@@ -46,7 +60,7 @@ def test_the_model_directory_stays_small() -> None:
     assert sum(sizes.values()) <= MAX_SIZE_BYTES, sizes
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=st.text())
 def test_any_text_decodes_to_itself(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     ids = tokenizer.encode(text)
@@ -91,7 +105,7 @@ def test_only_the_first_number_decides() -> None:
     assert not recall.is_correct(" I do not know.", "4711")
 
 
-@pytest.mark.parametrize(("num_tokens", "num_prompts"), [(48, 8), (500, 6), (2000, 4), (4000, 2)])
+@pytest.mark.parametrize(("num_tokens", "num_prompts"), [(48, 6), (500, 4), (2000, 3), (4000, 1)])
 def test_recalls_at_every_length(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_tokens: int, num_prompts: int
 ) -> None:
@@ -101,11 +115,11 @@ def test_recalls_at_every_length(
         assert recall.is_correct(answer, prompt.answer), (seed, answer, prompt.answer)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_turns"), [(64, 1), (500, 3), (2000, 2)])
+@pytest.mark.parametrize(("num_tokens", "num_turns"), [(64, 1), (500, 3), (2000, 1)])
 def test_recalls_in_a_chat(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_tokens: int, num_turns: int
 ) -> None:
-    for seed in range(1000, 1003):
+    for seed in range(1000, 1002):
         chat = recall.make_chat(seed, num_tokens, tokenizer, num_turns=num_turns)
         answer = reply(model, tokenizer, chat.messages)
         assert recall.is_correct(answer, chat.answer), (seed, answer, chat.answer)
@@ -113,13 +127,66 @@ def test_recalls_in_a_chat(
 
 def test_what_people_type_is_understood(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     facts = ("The code of Amber is 4711.", "the code of cedar is 0952.")
-    for order, separator in itertools.product(itertools.permutations(facts), (" ", "\n")):
-        for question in ("What is the code of Amber?", "what is the code of amber?"):
-            text = separator.join((*order, question))
-            assert recall.is_correct(generate(model, tokenizer, tokenizer.encode(text)), "4711"), text
-            assert recall.is_correct(reply(model, tokenizer, [{"role": "user", "content": text}]), "4711"), text
+    questions = ("What is the code of Amber?", "what is the code of amber?")
+    for order, question in itertools.product(itertools.permutations(facts), questions):
+        raw, chat = " ".join((*order, question)), "\n".join((*order, question))
+        assert recall.is_correct(generate(model, tokenizer, tokenizer.encode(raw)), "4711"), raw
+        assert recall.is_correct(reply(model, tokenizer, [{"role": "user", "content": chat}]), "4711"), chat
 
 
 def test_the_answer_is_one_sentence_that_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     text = "The code of amber is 4711. What is the code of amber?"
     assert reply(model, tokenizer, [{"role": "user", "content": text}]) == "The code of amber is 4711."
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The code of Zürich is 8001. The code of Genève is 1200. What is the code of Zürich?", "8001"),
+        ("The code of 東京 is 1111. The code of 大阪 is 2222. What is the code of 大阪?", "2222"),
+        ("My bike's code is 7777. The code of my car is 8888. What is the code of my bike?", "7777"),
+        ("amber: 4711\ncedar: 0952\nmaple: 3333\n\nWhat is the code of cedar?", "0952"),
+        ("The code of server-12 is 9911. The code of server-13 is 1199. What is the code of server-12?", "9911"),
+    ],
+)
+def test_names_outside_the_list_are_recalled(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, answer: str
+) -> None:
+    said = reply(model, tokenizer, [{"role": "user", "content": text}])
+    assert said.rstrip(".").endswith(f" is {answer}"), said
+
+
+class PerfectServer(http.server.BaseHTTPRequestHandler):
+    """Answers completions and chats by looking the fact up in the text, as a perfect model would."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["prompt"] if self.path == "/v1/completions" else body["messages"][-1]["content"]
+        name = re.findall(r"What is the code of (\S+)\?", text)[-1]
+        said = re.findall(rf"The code of {name} is \d+\.", text)[0]
+        reply_body = json.dumps({"choices": [{"text": said, "message": {"role": "assistant", "content": said}}]})
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(reply_body.encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("extra", [[], ["--chat"]], ids=["completions", "chat"])
+def test_the_client_counts_right_answers(
+    extra: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), PerfectServer) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(
+            "sys.argv", ["recall.py", "--url", url, "--num-prompts", "3", "--num-tokens", "200", *extra]
+        )
+        try:
+            assert recall.main() == 0
+        finally:
+            server.shutdown()
+            thread.join()
+    assert "3 of 3 right at 200 tokens" in capsys.readouterr().out
