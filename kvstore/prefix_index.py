@@ -131,7 +131,7 @@ class IndexReader(IndexSession):
                 if self._waiting:
                     await self._answer(client)
         finally:
-            self._set_state(ConnectionState.DISCONNECTED)
+            self._is_silent = True
             self._fail_waiting()
 
     async def _probe_if_due(self, client: redis.asyncio.Redis) -> None:

@@ -61,8 +61,15 @@ local clock = redis.call('TIME')
 local now_ms = clock[1] * 1000 + math.floor(clock[2] / 1000)
 """
 
+# First, what is not of its type, hence not ours, goes: a script that stops at it would leave its work half done.
 # retire(slot): its entries become invisible and await the sweep. Lost bits are replaced by all bits.
 _RETIRE = f"""
+local types = {{[''] = 'hash', [':slots'] = 'hash', [':ids'] = 'hash', [':seqs'] = 'hash', [':leases'] = 'zset',
+  [':dead'] = 'set', [':sweeper'] = 'string'}}
+for suffix, expected in pairs(types) do
+  local found = redis.call('TYPE', index .. suffix).ok
+  if found ~= expected and found ~= 'none' then redis.call('DEL', index .. suffix) end
+end
 local function new_version(slot)
   redis.call('HSET', index, 'v', clock[1] .. '.' .. clock[2] .. '.' .. slot)
 end
@@ -117,12 +124,6 @@ CLAIM = Script(
     + _RETIRE
     + f"""
 local id, incarnation, token, lease_ms = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[6])
-local types = {{[''] = 'hash', [':slots'] = 'hash', [':ids'] = 'hash', [':seqs'] = 'hash', [':leases'] = 'zset',
-  [':dead'] = 'set', [':sweeper'] = 'string'}}
-for suffix, expected in pairs(types) do
-  local found = redis.call('TYPE', index .. suffix).ok
-  if found ~= expected and found ~= 'none' then redis.call('DEL', index .. suffix) end
-end
 local old = redis.call('HGET', index .. ':ids', id)
 local record = old and redis.call('HGET', index .. ':slots', old)
 if record then

@@ -1,0 +1,216 @@
+"""Holders whose blocks are a plain dict, what a lookup must find of them, and what must hold of the keys in Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+import redis
+
+from kvstore.block_hash import BlockHash
+from kvstore.prefix_index import Holding, IndexObserver, IndexReader, IndexWriter, LookupOutcome, ResyncReason, Tier
+from kvstore.prefix_index_scripts import SWEEP, IndexKeys
+from kvstore.registry import new_incarnation
+
+WAIT_S = 20.0  # an upper bound for waits on events, far above what any of them takes
+LEASE_S = 0.6
+LOOKUP_S = 5.0  # a deadline that no lookup in these tests may need
+
+INDEX = IndexKeys.under("tandem").index
+BASE = IndexKeys.under("tandem").base.encode()
+
+
+def block_hashes(num_blocks: int, chain: str = "") -> list[BlockHash]:
+    """Different hashes, the same in every run."""
+    return [BlockHash(hashlib.blake2b(f"{chain}/{i}".encode(), digest_size=16).digest()) for i in range(num_blocks)]
+
+
+class Recorder(IndexObserver):
+    """Keeps what an observer hears."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[LookupOutcome] = []
+        self.num_refused = 0
+        self.batch_sizes: list[int] = []
+        self.resyncs: list[ResyncReason] = []
+        self.announced: list[int] = []
+
+    def lookup_ended(self, outcome: LookupOutcome, num_blocks: int, num_held: int, duration_s: float) -> None:
+        self.outcomes.append(outcome)
+
+    def batch_written(self, num_blocks: int, num_refused: int, duration_s: float) -> None:
+        self.batch_sizes.append(num_blocks)
+        self.num_refused += num_refused
+
+    def resync_started(self, reason: ResyncReason) -> None:
+        self.resyncs.append(reason)
+
+    def resync_ended(self, reason: ResyncReason, num_blocks: int, duration_s: float) -> None:
+        self.announced.append(num_blocks)
+
+
+class Holder:
+    """A process with blocks: the truth as a dict, and the writer that tells the index of it."""
+
+    writer_class: type[IndexWriter] = IndexWriter
+
+    def __init__(self, url: str, holder_id: str = "w0", incarnation: str | None = None, **settings: object) -> None:
+        self.holder_id = holder_id
+        self.incarnation = incarnation or new_incarnation()
+        self.blocks: dict[BlockHash, set[Tier]] = {}
+        self.recorder = Recorder()
+        arguments = {"lease_s": LEASE_S, "flush_s": 0.0, "timeout_s": 0.5, "observer": self.recorder, **settings}
+        self.writer = self.writer_class(url, holder_id, self.incarnation, self.snapshot, **arguments)
+
+    def snapshot(self) -> list[tuple[BlockHash, Tier]]:
+        return [(block_hash, tier) for block_hash, tiers in self.blocks.items() for tier in sorted(tiers)]
+
+    def add(self, hashes: Sequence[BlockHash], tier: Tier = Tier.DEVICE) -> None:
+        for block_hash in hashes:
+            self.blocks.setdefault(block_hash, set()).add(tier)
+        self.writer.added(hashes, tier)
+
+    def remove(self, hashes: Sequence[BlockHash], tier: Tier = Tier.DEVICE) -> None:
+        for block_hash in hashes:
+            self.blocks.get(block_hash, set()).discard(tier)
+        self.writer.removed(hashes, tier)
+
+    def holding(self, hashes: Sequence[BlockHash]) -> Holding | None:
+        """What a lookup of `hashes` must say of us."""
+        num_per_tier = [0, 0, 0, 0]
+        for block_hash in hashes:
+            tiers = self.blocks.get(block_hash)
+            if not tiers:
+                break
+            num_per_tier[min(tiers)] += 1
+        total = sum(num_per_tier)
+        return Holding(self.holder_id, self.incarnation, total, tuple(num_per_tier)) if total else None
+
+    async def synced(self) -> None:
+        await self.writer.wait_until(lambda: self.writer.synced, WAIT_S)
+
+    async def kill(self) -> None:
+        """What SIGKILL does: it renews nothing any more and withdraws nothing."""
+        assert self.writer._task is not None
+        self.writer._task.cancel()
+        await asyncio.wait([self.writer._task])
+
+
+def expected(holders: Iterable[Holder], hashes: Sequence[BlockHash]) -> set[Holding]:
+    """What a lookup of `hashes` must find."""
+    return {held for holder in holders if (held := holder.holding(hashes)) is not None}
+
+
+class World:
+    """Holders and readers of one Redis, all closed at the end of a test."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.holders: list[Holder] = []
+        self.readers: list[IndexReader] = []
+
+    async def hold(self, holder_id: str = "w0", num_blocks: int = 0, **settings: object) -> Holder:
+        """A holder that is in the index, with the first `num_blocks` of the default chain."""
+        holder = Holder(self.url, holder_id, **settings)
+        for block_hash in block_hashes(num_blocks):
+            holder.blocks[block_hash] = {Tier.DEVICE}
+        await self.start(holder)
+        await holder.synced()
+        return holder
+
+    async def start(self, holder: Holder) -> None:
+        self.holders.append(holder)
+        await holder.writer.start()
+
+    async def kill(self, holder: Holder) -> None:
+        await holder.kill()
+        self.holders.remove(holder)
+
+    async def leave(self, holder: Holder) -> None:
+        await holder.writer.close()
+        self.holders.remove(holder)
+
+    async def read(self, recorder: Recorder | None = None, **settings: object) -> IndexReader:
+        reader = IndexReader(self.url, **{"timeout_s": 0.5, "probe_s": 0.1, "observer": recorder, **settings})
+        self.readers.append(reader)
+        await reader.start()
+        await reader.wait_until(lambda: reader.available, WAIT_S)
+        return reader
+
+    async def finds(self, reader: IndexReader, hashes: Sequence[BlockHash], holders: Iterable[Holder]) -> None:
+        """Wait until a lookup finds exactly what `holders` have."""
+        wanted = expected(holders, hashes)
+        found: set[Holding] = set()
+
+        async def matches() -> bool:
+            found.clear()
+            found.update(await reader.lookup(hashes, LOOKUP_S))
+            return found == wanted
+
+        try:
+            await eventually(matches)
+        except TimeoutError:
+            raise AssertionError(f"found {found}, not {wanted}") from None
+
+    async def close(self) -> None:
+        for member in [*(holder.writer for holder in self.holders), *self.readers]:
+            await member.close()
+
+
+async def eventually(check: Callable[[], Awaitable[bool]]) -> None:
+    """Return once `check()` holds. Redis has no event for it, so it is asked again and again."""
+    async with asyncio.timeout(WAIT_S):
+        while not await check():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def sweep(client: redis.Redis) -> None:
+    """Take out all entries of the dead, now."""
+    client.delete(f"{INDEX}:sweeper")
+    while client.eval(SWEEP.text, 1, INDEX, BASE, "test", 1000, 64, 1024):
+        pass
+
+
+def check_integrity(client: redis.Redis) -> None:
+    """Assert what must hold of the index's keys at any time."""
+    slots = {int(slot) for slot in client.hkeys(f"{INDEX}:slots")}
+    dead = {int(slot) for slot in client.smembers(f"{INDEX}:dead")}
+    assert not slots & dead
+    assert {int(slot) for slot in client.hvals(f"{INDEX}:ids")} == slots
+    assert {int(slot) for slot in client.hkeys(f"{INDEX}:seqs")} == slots
+    assert {int(slot) for slot in client.zrange(f"{INDEX}:leases", 0, -1)} == slots
+    prefix = f"{INDEX}:held:".encode()
+    held = {int(key.removeprefix(prefix)): client.get(key) for key in client.keys(prefix + b"*")}
+    assert held.keys() == slots | dead
+    assert all(len(bits) == 8192 for bits in held.values())
+
+    names = [key.removeprefix(BASE) for key in client.keys(BASE + b"*")]
+    wide = {name for name in names if len(name) == 8}
+    assert wide | {name for name in names if len(name) == 2} == set(names)
+    num_blocks = 0
+    for name in set(names) - wide:
+        number = int.from_bytes(name, "big")
+        for field, value in client.hgetall(BASE + name).items():
+            num_blocks += 1
+            assert len(field) == 6
+            if value == b"*":
+                wide.remove(name + field)
+                value = client.get(BASE + name + field)
+                assert len(value) > 32
+            else:
+                assert len(value) <= 64
+            entries = [int.from_bytes(value[i : i + 2], "big") for i in range(0, len(value), 2)]
+            assert entries
+            assert all(entry & 15 for entry in entries)
+            owners = [entry >> 4 for entry in entries]
+            assert owners == sorted(set(owners))
+            for slot in owners:
+                assert held[slot][number // 8] >> (7 - number % 8) & 1, f"slot {slot} has no bit for bucket {number}"
+    assert not wide, "entries that no bucket refers to"
+    assert int(client.hget(INDEX, "n") or 0) == num_blocks
+
+
+def errors(caplog_records: Iterable[logging.LogRecord]) -> list[str]:
+    return [record.getMessage() for record in caplog_records if record.levelno >= logging.ERROR]
