@@ -26,6 +26,8 @@ class Script:
     stop_token_id: int | None = None
     pause_s: float = 0.0  # before each frame
     num_cached_tokens: int = 0
+    usage: pb.Usage | None = None  # with the first frame and, completed, with the last; None: with the last only
+    stamps: Sequence[tuple[int, float]] = ()  # event, unix seconds
 
 
 Reply = Callable[[pb.GenerateRequest], Script]
@@ -167,6 +169,8 @@ class FakeWorker(DecodeServiceServicer):
             output = pb.Output(handle=request.handle, token_ids=token_ids)
             if request.sampling.HasField("logprobs"):
                 output.logprobs.extend(position(token_id, request.sampling.logprobs) for token_id in token_ids)
+            if index == 0 and script.usage is not None:
+                output.usage.CopyFrom(script.usage)
             if index == 0:
                 output.prompt_logprobs.extend(prompt_positions(request))
             if index == num_frames - 1 and script.error is None:
@@ -188,6 +192,9 @@ class FakeWorker(DecodeServiceServicer):
             return
         if script.stop_token_id is not None:
             output.stop_token_id = script.stop_token_id
+        output.usage.num_cached_tokens = script.num_cached_tokens
+        if script.usage is not None:
+            output.usage.CopyFrom(script.usage)
         output.usage.num_prompt_tokens = len(request.prompt_token_ids)
         output.usage.num_generated_tokens = num_generated
-        output.usage.num_cached_tokens = script.num_cached_tokens
+        output.stamps.extend(pb.Stamp(event=event, unix_s=unix_s) for event, unix_s in script.stamps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import uvicorn
 
+from kvstore.block_hash import BlockHash
+from kvstore.prefix_index import Holding
 from kvstore.registry import WorkerRecord
 from services.router.app import make_app
 from services.router.config import RouterConfig
@@ -42,6 +44,22 @@ class FakeMembership:
 
 
 @dataclass
+class FakeIndex:
+    """A prefix index that says what the test wants, or nothing at all."""
+
+    answer: Callable[[Sequence[BlockHash]], Sequence[Holding]] = lambda hashes: ()
+    available: bool = True
+    hangs: bool = False
+    asked: list[Sequence[BlockHash]] = field(default_factory=list)
+
+    async def lookup(self, hashes: Sequence[BlockHash], timeout_s: float) -> Sequence[Holding]:
+        self.asked.append(hashes)
+        if self.hangs:
+            await asyncio.Event().wait()
+        return self.answer(hashes) if self.available else ()
+
+
+@dataclass
 class Running:
     """What a test can look into while the router serves."""
 
@@ -59,14 +77,19 @@ async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 @asynccontextmanager
-async def running_router(config: RouterConfig, *workers: FakeWorker, extra_records: tuple[WorkerRecord, ...] = ()):
+async def running_router(
+    config: RouterConfig,
+    *workers: FakeWorker,
+    extra_records: tuple[WorkerRecord, ...] = (),
+    index: FakeIndex | None = None,
+):
     """In the current event loop: fake workers, and the router on a free port, ready to serve."""
     for worker in workers:
         await worker.start()
     membership = FakeMembership((*(worker.record() for worker in workers), *extra_records))
     listener = bind("127.0.0.1", 0)
     try:
-        async with open_parts(config, membership, "router-under-test") as parts:
+        async with open_parts(config, membership, "router-under-test", index) as parts:
             options = {"log_config": None, "access_log": False, "lifespan": "off"}
             server = uvicorn.Server(uvicorn.Config(make_app(parts), timeout_graceful_shutdown=2, **options))
             server.capture_signals = nullcontext  # type: ignore[assignment,method-assign]
