@@ -15,9 +15,27 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
 
 from kvstore.block_hash import BlockHash
 from kvstore.errors import DoubleFree, IntegrityError, OutOfBlocks
+
+
+class CacheEvent(Enum):
+    """What happened to a findable block. REUSED: its first hit since its publication."""
+
+    PUBLISHED = "published"
+    REUSED = "reused"
+    EVICTED = "evicted"
+
+
+class CacheChange(NamedTuple):
+    """One event. `parent_hash` is told at publication; None: the first block of a chain, or not known."""
+
+    block_hash: BlockHash
+    event: CacheEvent
+    parent_hash: BlockHash | None = None
 
 
 @dataclass
@@ -41,7 +59,8 @@ class BlockPool:
         self._num_references = [0] * num_blocks
         self._hash_of: list[BlockHash | None] = [None] * num_blocks
         self._block_of: dict[BlockHash, int] = {}
-        self._changes: deque[tuple[BlockHash, bool]] = deque(maxlen=4 * num_blocks)
+        self._was_reused = [False] * num_blocks
+        self._changes: deque[CacheChange] = deque(maxlen=4 * num_blocks)
         # A stack, lowest id on top; `release` pushes heads last. So a request tends to get neighbouring blocks in
         # order, and neighbours are one longer run for a transport.
         self._free = list(range(num_blocks - 1, -1, -1))
@@ -125,12 +144,15 @@ class BlockPool:
             if self._num_references[block_id] == 0:
                 del self._evictable[block_id]
             self._num_references[block_id] += 1
+            if not self._was_reused[block_id]:
+                self._was_reused[block_id] = True
+                self._changes.append(CacheChange(block_hash, CacheEvent.REUSED))
             ids.append(block_id)
         self.stats.num_queried += len(hashes)
         self.stats.num_hits += len(ids)
         return ids
 
-    def publish(self, block_id: int, block_hash: BlockHash) -> None:
+    def publish(self, block_id: int, block_hash: BlockHash, parent_hash: BlockHash | None = None) -> None:
         """Make a full, verified block findable. The caller holds a reference and will not write to the block again.
 
         If another block is cached under that hash already, that one stays the findable one. Raises `IntegrityError` for
@@ -145,10 +167,11 @@ class BlockPool:
         if block_hash not in self._block_of:
             self._block_of[block_hash] = block_id
             self._hash_of[block_id] = block_hash
-            self._changes.append((block_hash, True))
+            self._was_reused[block_id] = False
+            self._changes.append(CacheChange(block_hash, CacheEvent.PUBLISHED, parent_hash))
 
-    def take_changes(self) -> list[tuple[BlockHash, bool]]:
-        """What became findable (True) or stopped being so (False) since the last call, in order.
+    def take_changes(self) -> list[CacheChange]:
+        """What happened to findable blocks since the last call, in order.
 
         For an index of hints: of a flood that nobody takes, only the end is kept.
         """
@@ -185,7 +208,7 @@ class BlockPool:
         num_dropped = len(self._block_of)
         for block_id in self._block_of.values():
             self._hash_of[block_id] = None
-        self._changes.extend((block_hash, False) for block_hash in self._block_of)
+        self._changes.extend(CacheChange(block_hash, CacheEvent.EVICTED) for block_hash in self._block_of)
         self._block_of.clear()
         self._free.extend(reversed(self._evictable))
         self._evictable.clear()
@@ -246,7 +269,7 @@ class BlockPool:
         block_hash = self._hash_of[block_id]
         assert block_hash is not None, f"block {block_id} is not cached"
         del self._block_of[block_hash]
-        self._changes.append((block_hash, False))
+        self._changes.append(CacheChange(block_hash, CacheEvent.EVICTED))
         self._hash_of[block_id] = None
 
     def _check_referenced(self, block_id: int, operation: str) -> None:

@@ -22,7 +22,7 @@ from kvstore.framing import STREAM_BUFFER_BYTES, FrameStream
 from kvstore.handshake import PeerIdentity, introduce_as_owner, introduce_as_reader
 from kvstore.lending import PrefixLender, lend
 from kvstore.memory import BlockMemory
-from kvstore.messages import Want
+from kvstore.messages import Have, Want
 from kvstore.observer import ExchangeObserver
 from kvstore.owner import Lease, OwnerSession
 from kvstore.reader import Fetch, ReaderSession, ReaderTools, ReserveFunction
@@ -30,6 +30,9 @@ from kvstore.timeouts import ExchangeTimeouts
 from kvstore.transport.base import Transport
 
 logger = logging.getLogger(__name__)
+
+OnHave = Callable[[PeerIdentity, Have], None]
+"""Hears of blocks that a reader of ours holds; called in the event loop, and must return at once."""
 
 _Session = TypeVar("_Session", ReaderSession, OwnerSession)
 
@@ -53,6 +56,7 @@ class BlockExchange:
         observer: ExchangeObserver | None = None,
         limits: ReadLimits | None = None,
         lender: PrefixLender | None = None,
+        on_have: OnHave | None = None,
     ) -> None:
         if memory.block_bytes != identity.layout.block_bytes:
             raise ValueError(
@@ -67,6 +71,7 @@ class BlockExchange:
         self._address = ""
         self._closing = False
         self._lender = lender
+        self._on_have = on_have
         self._tasks: set[asyncio.Task[None]] = set()
         self._strangers: set[asyncio.Task[None]] = set()
         self._dials: dict[str, asyncio.Task[str]] = {}
@@ -251,7 +256,13 @@ class BlockExchange:
             stream, f"reader {introduction.peer.peer_id} at {stream.peer_address}", self._timeouts, self._clock
         )
         session = OwnerSession(
-            introduction, connection, self._timeouts, self._clock, self._observer, self._lend if self._lender else None
+            introduction,
+            connection,
+            self._timeouts,
+            self._clock,
+            self._observer,
+            self._lend if self._lender else None,
+            self._heard_of if self._on_have else None,
         )
         self._install(self._readers, session)
 
@@ -317,6 +328,10 @@ class BlockExchange:
         assert self._lender is not None
         self._start_task(lend(session, want, self._lender))
 
+    def _heard_of(self, session: OwnerSession, have: Have) -> None:
+        assert self._on_have is not None
+        self._on_have(session.peer, have)
+
     # ---- reader ----
 
     def fetch(
@@ -365,6 +380,18 @@ class BlockExchange:
         if not fetch.has_result:
             self._owners[owner_peer_id].connection.send(Want(transfer_id, list(hashes)))
         return fetch
+
+    def tell_have(
+        self, owner_peer_id: str, address: str, parent_hash: BlockHash | None, hashes: Sequence[BlockHash]
+    ) -> None:
+        """Tell an owner that we hold this run of chained blocks and lend it at `address`: it may fetch it from there.
+
+        Raises `PeerLost` where we have no connection to the owner.
+        """
+        session = self._owners.get(owner_peer_id)
+        if session is None or not session.connection.is_open:
+            raise PeerLost(f"{owner_peer_id} is not connected, and cannot be told of {len(hashes)} blocks")
+        session.connection.send(Have(address, parent_hash, list(hashes)))
 
     # ---- tasks ----
 

@@ -80,6 +80,19 @@ class Want(_Message, frozen=True, tag="want"):
     ]
 
 
+class Have(_Message, frozen=True, tag="have"):
+    """Reader: I hold this run of chained blocks and lend them at `address`; fetch them if you keep blocks for others.
+
+    `parent` is the block before the first of them, None where the chain begins with it. There is no answer.
+    """
+
+    address: _Name
+    parent: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)] | None
+    hashes: Annotated[
+        list[Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]], msgspec.Meta(min_length=1, max_length=65536)
+    ]
+
+
 class Heartbeat(_Message, frozen=True, tag="heartbeat"):
     """Both ways, at a fixed interval: the sender lives. The reader's names the transfers whose leases it renews."""
 
@@ -163,7 +176,7 @@ class Revoke(_Message, frozen=True, tag="revoke"):
 
 
 HandshakeMessage: TypeAlias = Hello | Reject | Choose | Ready
-ReaderMessage: TypeAlias = Heartbeat | Want | ReadRequest | Confirm | Release
+ReaderMessage: TypeAlias = Heartbeat | Want | Have | ReadRequest | Confirm | Release
 OwnerMessage: TypeAlias = Heartbeat | Offer | Announce | ReadGranted | ReadRefused | Confirmed | Revoke
 Message: TypeAlias = HandshakeMessage | ReaderMessage | OwnerMessage
 

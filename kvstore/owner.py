@@ -34,6 +34,7 @@ from kvstore.messages import (
     AnnouncedBlock,
     Confirm,
     Confirmed,
+    Have,
     Heartbeat,
     Message,
     ReadRefused,
@@ -59,16 +60,19 @@ class OwnerSession:
         clock: Callable[[], float],
         observer: ExchangeObserver,
         on_want: Callable[[OwnerSession, Want], None] | None = None,
+        on_have: Callable[[OwnerSession, Have], None] | None = None,
     ) -> None:
         self.peer = introduction.peer
         self.link = introduction.link
         self.transport_name = introduction.transport.name
+        self.two_sided = introduction.transport.two_sided
         self.connection = connection
         self.leases: dict[bytes, Lease] = {}
         self.timeouts = timeouts
         self.clock = clock
         self.observer = observer
         self._on_want = on_want
+        self._on_have = on_have
 
     def open_lease(self, transfer_id: bytes, num_blocks: int) -> Lease:
         """Open a lease and offer it. Raises ValueError where the transfer has one."""
@@ -95,6 +99,11 @@ class OwnerSession:
                     self.connection.send(Revoke(transfer_id, "this worker lends no prefixes"))
                 else:
                     self._on_want(self, message)
+            case Have():
+                if self._on_have is not None:  # else: we keep nothing for others, and nobody waits for an answer
+                    self._on_have(self, message)
+            case ReadRequest() if not self.two_sided:
+                raise ProtocolViolation(f"a read request over {self.transport_name}, which is one-sided")
             case ReadRequest(read_id, transfer_id, runs):
                 if transfer_id in self.leases:
                     self.leases[transfer_id].handle(ReadRequested(read_id, runs))
@@ -174,12 +183,21 @@ class Lease:
                 case SendMessage(message):
                     session.connection.send(message)
                 case StartSend(read_id, runs):
-                    sending = session.link.serve(read_id, runs)
-                    sending.add_done_callback(functools.partial(self._send_ended, read_id))
+                    self._send(read_id, runs)
                 case AbortSends(reason):
                     session.connection.close(reason)  # the session's teardown aborts the link
                 case Closed(outcome):
                     self._close(outcome)
+
+    def _send(self, read_id: int, runs: tuple[tuple[int, int], ...]) -> None:
+        sending: asyncio.Future[None]
+        try:
+            sending = self._session.link.serve(read_id, runs)
+        except Exception as error:
+            # Whatever a transport raises instead of returning a future: the send has ended, and badly.
+            sending = asyncio.get_running_loop().create_future()
+            sending.set_exception(error)
+        sending.add_done_callback(functools.partial(self._send_ended, read_id))
 
     def _send_ended(self, read_id: int, done: asyncio.Future[None]) -> None:
         if (error := done.exception()) is not None:

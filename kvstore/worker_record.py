@@ -1,4 +1,4 @@
-"""What a worker says of itself in the registry: who it is, where it listens, what it serves and how much it holds."""
+"""What a process says of itself in the registry: who it is, where it listens, what it serves and how much it holds."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ _MAX_NAME_CHARS = 256
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker process, as announced. Construction raises ValueError for impossible values.
+    """One worker process or store node, as announced. Construction raises ValueError for impossible values.
 
     Addresses are `host:port`. `worker_id` stays the same over restarts; `incarnation` (from `new_incarnation`) is new
-    for every process and sorts by its start.
+    for every process and sorts by its start. A store node (role "store") generates nothing: it has neither a gRPC address
+    nor limits of requests, and it takes the layout of its blocks from the workers' records.
     """
 
     worker_id: str
-    role: Literal["prefill", "decode"]
+    role: Literal["prefill", "decode", "store"]
     incarnation: str
     served_model_names: tuple[str, ...]
     model_path: str
     tokenizer_path: str
     model_fingerprint: str
-    grpc_address: str
+    grpc_address: str  # empty for a store node
     kv_address: str  # of the block protocol; empty where the worker exchanges no blocks
     http_address: str  # of /metrics, /health and /debug/state; empty where there is none
     block_size: int  # tokens
@@ -43,20 +44,24 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     colocated: bool = False
     version: str = ""
     started_unix_s: float = 0.0
+    layout: dict[str, int | str] | None = None  # `BlockLayout.to_wire()`
 
     def __post_init__(self) -> None:
-        for field in ("worker_id", "incarnation", "model_fingerprint", "grpc_address"):
+        is_store = self.role == "store"
+        addresses = ("kv_address",) if is_store else ("grpc_address",)
+        for field in ("worker_id", "incarnation", "model_fingerprint", *addresses):
             # Ids and incarnations travel as words of a message; nothing printed in a log may carry control characters.
             value: str = getattr(self, field)
             if not 0 < len(value) <= _MAX_NAME_CHARS or not value.isascii() or not value.isprintable() or " " in value:
                 raise ValueError(
                     f"{field} must be 1 .. {_MAX_NAME_CHARS} printable ASCII characters, not {value!r:.80}"
                 )
-        if self.role not in ("prefill", "decode"):
-            raise ValueError(f"role must be prefill or decode, not {self.role!r:.80}")
+        if self.role not in ("prefill", "decode", "store"):
+            raise ValueError(f"role must be prefill, decode or store, not {self.role!r:.80}")
         if not self.served_model_names or not all(self.served_model_names):
             raise ValueError(f"served_model_names must name at least one model, not {self.served_model_names!r:.80}")
-        for field in ("block_size", "num_blocks", "max_model_len", "max_num_seqs"):
+        limits = () if is_store else ("max_model_len", "max_num_seqs")
+        for field in ("block_size", "num_blocks", *limits):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
 

@@ -47,5 +47,6 @@ def publish_full_blocks(pool: BlockPool, request: Request, config: SchedulerConf
         return
     extend_block_hashes(request, config)
     for index in range(request.num_published_blocks, num_full):
-        pool.publish(request.block_table[index], request.block_hashes[index])
+        parent_hash = request.block_hashes[index - 1] if index > 0 else None
+        pool.publish(request.block_table[index], request.block_hashes[index], parent_hash)
     request.num_published_blocks = num_full

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvstore.block_hash import BlockHash
-from kvstore.block_pool import BlockPool
+from kvstore.block_pool import BlockPool, CacheChange
 from kvstore.fetch_events import Reservation
 from kvstore.layout import BlockLayout
 from kvstore.memory import BlockMemory
@@ -185,11 +185,11 @@ class Engine:
         return None if taken is None else Reservation(taken.block_ids, taken.num_present)
 
     def publish_blocks(self, block_ids: Sequence[int], hashes: Sequence[BlockHash]) -> None:
-        """Make lent blocks findable in the prefix cache; their content must be verified. Raises `NotLent`."""
+        """Make lent blocks, a chain from its head, findable in the prefix cache; they must be verified. Raises `NotLent`."""
         self._scheduler.publish_lent(block_ids, hashes)
 
-    def take_cache_changes(self) -> list[tuple[BlockHash, bool]]:
-        """Blocks that became findable (True) or were evicted (False) since the last call, in order."""
+    def take_cache_changes(self) -> list[CacheChange]:
+        """What happened to findable blocks since the last call, in order."""
         return self.pool.take_changes()
 
     def reset_prefix_cache(self) -> int:

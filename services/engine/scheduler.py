@@ -180,10 +180,12 @@ class Scheduler:
         return blocks
 
     def publish_lent(self, block_ids: Sequence[int], hashes: Sequence[BlockHash]) -> None:
-        """Make lent blocks findable that the caller has filled and verified. Raises `NotLent`."""
+        """Make lent blocks findable that the caller has filled and verified: a chain from its head. Raises `NotLent`."""
         self.loans.check(block_ids)
+        parent_hash: BlockHash | None = None
         for block_id, block_hash in zip(block_ids, hashes, strict=True):
-            self.pool.publish(block_id, block_hash)
+            self.pool.publish(block_id, block_hash, parent_hash)
+            parent_hash = block_hash
 
     def grant_reservations(self) -> list[GrantedReservation]:
         """Give blocks to the reservations whose turn it is. Between steps only: in mid-step it grants nothing."""

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import ParamSpec, Protocol, TypeVar
 
-from kvstore.block_hash import BlockHash
+from kvstore.block_pool import CacheChange
 from services.engine.batch import Batch
 from services.engine.engine import Engine, StepOutput
 
@@ -40,10 +40,8 @@ class EngineThread:
     with it. The engine's state is unknown after that, so the process should stop.
     """
 
-    def __init__(
-        self, engine: Engine, on_cache_changes: Callable[[list[tuple[BlockHash, bool]]], None] | None = None
-    ) -> None:
-        """`on_cache_changes` hears on the event loop which blocks became findable (True) or were evicted (False)."""
+    def __init__(self, engine: Engine, on_cache_changes: Callable[[list[CacheChange]], None] | None = None) -> None:
+        """`on_cache_changes` hears on the event loop what happened to findable blocks, in order."""
         self._engine = engine
         self._on_cache_changes = on_cache_changes
         self._loop = asyncio.get_running_loop()

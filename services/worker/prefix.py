@@ -4,25 +4,27 @@ A fetch comes before the prompt is queued, so it overlaps with the computing of 
 found by the scheduler as an ordinary prefix hit:
 
     choose the holder (fetch_costs.py) -> connect -> want (hashes) -> offer -> take blocks -> read, verify, confirm
-    -> publish -> the prompt is queued while the blocks are still lent to us -> its first step -> give them back
+    -> publish and release: cached blocks, the most recently used ones -> the prompt is queued and finds them
 
-Whatever goes wrong (a holder that died, evicted or lies; no room; too slow) costs the rest of the prefix being
-computed here. Blocks taken for a fetch are freed when no late byte can arrive any more.
+A queued prompt holds nothing, fetched blocks included, so that queued prompts cannot wait for each other; should the
+blocks be evicted before its turn, they are computed. Whatever goes wrong (a holder that died, evicted or lies; no room;
+too slow) costs the same. Blocks taken for a fetch that fails are freed when no late byte can arrive any more.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block_hash import BlockHash
+from kvstore.block_pool import CacheChange, CacheEvent
 from kvstore.errors import IncompatiblePeer, KVStoreError, PeerLost, PeerUnreachable
 from kvstore.exchange import BlockExchange
 from kvstore.fetch_events import FetchResult, Reservation
@@ -32,11 +34,15 @@ from kvstore.reader import Fetch
 from services.engine.engine import Engine
 from services.worker.engine_thread import EngineThread
 from services.worker.fetch_costs import FetchCosts
+from services.worker.settling import settled
 
 log = logging.getLogger(__name__)
 
 # Holders that one prompt is fetched from at most: each may have a longer prefix than the one before.
 _MAX_SOURCES = 3
+# A holder is left alone for so long after one of these.
+_SHUN_S = 5.0
+_BAD_OUTCOMES = frozenset({"timeout", "unreachable", "peer_lost", "digest", "hash", "protocol", "read_failed"})
 
 
 class NoRoom(KVStoreError):
@@ -75,14 +81,13 @@ class IndexFeed:
     async def close(self) -> None:
         await self._writer.close()
 
-    def changed(self, changes: Sequence[tuple[BlockHash, bool]]) -> None:
-        """Blocks became findable (True) or were evicted (False), in this order."""
-        for is_added, run in itertools.groupby(changes, key=lambda change: change[1]):
-            hashes = [block_hash for block_hash, _ in run]
-            if is_added:
-                self._writer.added(hashes, Tier.DEVICE)
-            else:
-                self._writer.removed(hashes, Tier.DEVICE)
+    def changed(self, changes: Sequence[CacheChange]) -> None:
+        """Blocks became findable or were evicted, in this order."""
+        for event, run in itertools.groupby(changes, key=lambda change: change.event):
+            if event is CacheEvent.PUBLISHED:
+                self._writer.added([change.block_hash for change in run], Tier.DEVICE)
+            elif event is CacheEvent.EVICTED:
+                self._writer.removed([change.block_hash for change in run], Tier.DEVICE)
 
     def state(self) -> dict[str, object]:
         return {
@@ -90,14 +95,6 @@ class IndexFeed:
             "synced": self._writer.synced,
             "num_pending": self._writer.num_pending,
         }
-
-
-@dataclass
-class FetchedPrefixes:
-    """What was brought for one prompt. The blocks are lent to the holder of this object, who releases them."""
-
-    block_ids: list[int] = field(default_factory=list)
-    parts: list[pb.FetchedPrefix] = field(default_factory=list)
 
 
 class PrefixFetcher:
@@ -125,14 +122,22 @@ class PrefixFetcher:
         self._clock = clock
         self._under_way: dict[BlockHash, asyncio.Future[None]] = {}  # by the first block that is being fetched
         self._disposals: set[asyncio.Task[None]] = set()
+        self._shunned_until: dict[str, float] = {}  # holders that did not answer, or lied
 
-    async def fetch(
-        self, hashes: Sequence[BlockHash], sources: Sequence[pb.PrefixSource], into: FetchedPrefixes
-    ) -> None:
-        """Bring the longest useful prefix of `hashes`. Fills `into` as it goes, and never raises for a failed fetch.
+    async def fetch(self, hashes: Sequence[BlockHash], sources: Sequence[pb.PrefixSource]) -> list[pb.FetchedPrefix]:
+        """Bring the longest useful prefix of `hashes` into the cache; returns what was brought.
 
-        `into` is right also when this is cancelled: its blocks are lent, and must be released.
+        Never raises for a failed fetch, and takes no longer than the timeout.
         """
+        parts: list[pb.FetchedPrefix] = []
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._timeout_s):
+                await self._fetch_parts(hashes, sources, parts)
+        return parts
+
+    async def _fetch_parts(
+        self, hashes: Sequence[BlockHash], sources: Sequence[pb.PrefixSource], parts: list[pb.FetchedPrefix]
+    ) -> None:
         tried: set[str] = set()
         while len(tried) < _MAX_SOURCES:
             # A hint, read from outside the engine thread; `take_prefix` looks again.
@@ -147,10 +152,12 @@ class PrefixFetcher:
             tried.add(source.holder_id)
             done = self._under_way[first] = asyncio.get_running_loop().create_future()
             try:
-                await self._fetch_from(source, hashes[: source.num_blocks], into)
+                part = await self._fetch_from(source, hashes[: source.num_blocks])
             finally:
                 del self._under_way[first]
                 done.set_result(None)
+            if part is not None:
+                parts.append(part)
 
     def _choose(
         self, hashes: Sequence[BlockHash], num_present: int, sources: Sequence[pb.PrefixSource]
@@ -160,6 +167,7 @@ class PrefixFetcher:
             source
             for source in sources
             if source.holder_id != self._worker_id
+            and self._shunned_until.get(source.holder_id, 0.0) <= self._clock()
             and num_present < source.num_blocks <= len(hashes)
             and self.costs.fetching_pays(
                 source.holder_id,
@@ -169,37 +177,35 @@ class PrefixFetcher:
         ]
         return max(worthwhile, key=lambda source: source.num_blocks, default=None)
 
-    async def _fetch_from(self, source: pb.PrefixSource, hashes: Sequence[BlockHash], into: FetchedPrefixes) -> None:
+    async def _fetch_from(self, source: pb.PrefixSource, hashes: Sequence[BlockHash]) -> pb.FetchedPrefix | None:
         started_s = self._clock()
+        outcome = "timeout"
         try:
-            async with asyncio.timeout(self._timeout_s):
-                owner = await self._exchange.connect(source.kv_address)
-                result = await self._run(source, owner, hashes, into)
-        except (PeerUnreachable, PeerLost, IncompatiblePeer, TimeoutError) as error:
-            log.info("prefix of %d blocks from %s: %s", len(hashes), source.holder_id, error or "timed out")
-            self._count(source.tier, "timeout" if isinstance(error, TimeoutError) else "unreachable")
-            return
-        if result.failure is not None:
-            log.info("prefix of %d blocks from %s: %s", len(hashes), source.holder_id, result.failure)
-            self._count(source.tier, result.failure.cause.value)
-            return
+            owner = await self._exchange.connect(source.kv_address)
+            result = await self._run(source, owner, hashes)
+            outcome = "ok" if result.failure is None else result.failure.cause.value
+        except (PeerUnreachable, PeerLost, IncompatiblePeer) as error:
+            outcome = "unreachable"
+            log.info("prefix of %d blocks from %s: %s", len(hashes), source.holder_id, error)
+        finally:
+            self._count(source.tier, outcome)
+            if outcome in _BAD_OUTCOMES:
+                # Prompts with the same prefix wait for this one: they should not all try the same holder in turn.
+                self._shunned_until[source.holder_id] = self._clock() + _SHUN_S
+        if outcome != "ok":
+            return None
         seconds = self._clock() - started_s
-        self._count(source.tier, "ok")
         self.costs.fetched(source.holder_id, result.num_bytes, seconds)
-        into.parts.append(
-            pb.FetchedPrefix(
-                holder_id=source.holder_id,
-                tier=source.tier,
-                lane=self._exchange.lane_to(owner),
-                num_blocks=result.num_blocks,
-                num_bytes=result.num_bytes,
-                seconds=seconds,
-            )
+        return pb.FetchedPrefix(
+            holder_id=source.holder_id,
+            tier=source.tier,
+            lane=self._exchange.lane_to(owner),
+            num_blocks=result.num_blocks,
+            num_bytes=result.num_bytes,
+            seconds=seconds,
         )
 
-    async def _run(
-        self, source: pb.PrefixSource, owner: str, hashes: Sequence[BlockHash], into: FetchedPrefixes
-    ) -> FetchResult:
+    async def _run(self, source: pb.PrefixSource, owner: str, hashes: Sequence[BlockHash]) -> FetchResult:
         async def reserve(num_blocks: int) -> Reservation:
             reservation = await self._thread.call(self._engine.take_prefix, hashes[:num_blocks])
             if reservation is None:
@@ -210,15 +216,20 @@ class PrefixFetcher:
         taken = False
         try:
             result = await fetch.result
-            if result.failure is None:
-                # No await in between: from here on the blocks are `into`'s, and must not be lost to a cancellation.
-                taken = True
-                into.block_ids += result.block_ids
-                await self._thread.call(self._engine.publish_blocks, result.block_ids, hashes[: len(result.block_ids)])
+            if result.failure is not None:
+                log.info("prefix of %d blocks from %s: %s", len(hashes), source.holder_id, result.failure)
+                return result
+            # No await before the call, which runs even if we are cancelled: the blocks are ours to give back.
+            taken = True
+            await self._thread.call(self._cache, result.block_ids, hashes[: len(result.block_ids)])
             return result
         finally:
             if not taken:
                 self._dispose(fetch)
+
+    def _cache(self, block_ids: list[int], hashes: Sequence[BlockHash]) -> None:  # engine thread
+        self._engine.publish_blocks(block_ids, hashes)
+        self._engine.release_blocks(block_ids)
 
     def _dispose(self, fetch: Fetch) -> None:
         task = asyncio.create_task(self._free_after(fetch), name="dispose-prefix-fetch")
@@ -235,5 +246,4 @@ class PrefixFetcher:
 
     async def settle(self) -> None:
         """With the exchange closed: wait until all that fetches held has been given back."""
-        if self._disposals:
-            await asyncio.wait(self._disposals)
+        await settled(self._disposals, "prefix fetches")

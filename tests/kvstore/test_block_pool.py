@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvstore.block_hash import BlockHash
-from kvstore.block_pool import BlockPool
+from kvstore.block_pool import BlockPool, CacheChange, CacheEvent
 from kvstore.errors import DoubleFree, IntegrityError, OutOfBlocks
 
 
@@ -16,8 +16,8 @@ def chain(name: str, length: int) -> list[BlockHash]:
 def cached_chain(pool: BlockPool, hashes: list[BlockHash]) -> list[int]:
     """Compute, publish and release a request of `len(hashes)` blocks."""
     ids = pool.allocate(len(hashes))
-    for block_id, block_hash in zip(ids, hashes, strict=True):
-        pool.publish(block_id, block_hash)
+    for block_id, block_hash, parent_hash in zip(ids, hashes, [None, *hashes[:-1]], strict=True):
+        pool.publish(block_id, block_hash, parent_hash)
     pool.release(ids)
     return ids
 
@@ -259,10 +259,31 @@ def test_changes_tell_in_order_what_became_findable_and_what_was_evicted():
     pool = BlockPool(3)
     first, second = chain("first", 2), chain("second", 2)
     cached_chain(pool, first)
-    assert pool.take_changes() == [(first[0], True), (first[1], True)]
+    assert pool.take_changes() == [published(first[0]), published(first[1], after=first[0])]
     cached_chain(pool, second)  # one free block is left: the end of the first chain goes
-    assert pool.take_changes() == [(first[1], False), (second[0], True), (second[1], True)]
+    assert pool.take_changes() == [
+        CacheChange(first[1], CacheEvent.EVICTED),
+        published(second[0]),
+        published(second[1], after=second[0]),
+    ]
     assert sorted(pool.cached_hashes()) == sorted([first[0], *second])
     pool.reset_prefix_cache()
-    assert sorted(pool.take_changes()) == sorted((block_hash, False) for block_hash in (first[0], *second))
+    changes = pool.take_changes()
+    assert {change.event for change in changes} == {CacheEvent.EVICTED}
+    assert sorted(change.block_hash for change in changes) == sorted([first[0], *second])
     assert pool.take_changes() == []
+
+
+def published(block_hash: BlockHash, after: BlockHash | None = None) -> CacheChange:
+    return CacheChange(block_hash, CacheEvent.PUBLISHED, after)
+
+
+def test_the_first_hit_of_a_block_since_its_publication_is_told_once():
+    pool = BlockPool(2)
+    hashes = chain("shared", 2)
+    cached_chain(pool, hashes)
+    pool.take_changes()
+    pool.release(pool.match_prefix(hashes[:1]))
+    pool.release(pool.match_prefix(hashes))
+    pool.release(pool.match_prefix(hashes))
+    assert pool.take_changes() == [CacheChange(each, CacheEvent.REUSED) for each in hashes]
