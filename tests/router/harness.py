@@ -17,6 +17,7 @@ from kvstore.prefix_index import Holding
 from kvstore.registry import WorkerRecord
 from services.router.app import make_app
 from services.router.config import RouterConfig
+from services.router.prefixes import PrefixIndex
 from services.router.process import bind, open_parts
 from services.router.serving import RouterParts
 from tests.router.fake_worker import FakeWorker
@@ -81,7 +82,7 @@ async def running_router(
     config: RouterConfig,
     *workers: FakeWorker,
     extra_records: tuple[WorkerRecord, ...] = (),
-    index: FakeIndex | None = None,
+    index: PrefixIndex | None = None,
 ):
     """In the current event loop: fake workers, and the router on a free port, ready to serve."""
     for worker in workers:

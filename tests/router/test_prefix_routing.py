@@ -9,7 +9,7 @@ import pytest
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block_hash import hash_blocks, namespace
-from kvstore.prefix_index import Holding
+from kvstore.prefix_index import Holding, IndexReader, IndexWriter, Tier
 from services.router.config import RouterConfig
 from tests.router.fake_worker import FakeWorker, Script, endless, failing
 from tests.router.harness import FakeIndex, running_router, until
@@ -133,6 +133,66 @@ async def test_every_policy_serves(make_worker, sentence, policy):
         assert decision["policy"] == policy
         if policy == "round-robin":
             assert [len(worker.requests) for worker in decodes] == [2, 2]
+
+
+async def test_the_memory_of_what_was_sent_follows_who_really_prefilled(make_worker, sentence):
+    decode, records = make_worker(), prefill_records(sentence)
+
+    async def expected_after(http, usage: pb.Usage) -> dict[str, int]:
+        decode.reply = lambda request: Script([sentence[:2]], usage=usage)
+        prompt = [usage.num_recomputes, *PROMPT[1:]]  # another one each time
+        for request_id in ("first", "second"):
+            body = {**BODY, "prompt": prompt, "request_id": f"{request_id}-{usage.num_recomputes}"}
+            await http.post("/v1/completions", json=body)
+        answer = await http.get(f"/debug/routing/second-{usage.num_recomputes}")
+        return answer.json()["decisions"][0]["expected_blocks"]
+
+    async with running_router(RouterConfig(), decode, extra_records=records) as running, client(running) as http:
+        local = pb.Usage(num_recomputes=1, prefilled_locally=True)
+        assert await expected_after(http, local) == {decode.worker_id: 6}
+        for name in ("prefill-a", "prefill-b"):
+            handed_over = pb.Usage(num_recomputes=2, prefill_worker_id=name, num_transferred_blocks=7)
+            expected = await expected_after(http, handed_over)
+            assert expected.pop(decode.worker_id) == 6
+            assert set(expected) <= {name}  # not the other one, if that was expected to
+        at_once = pb.Usage(num_recomputes=3, prefill_worker_id="prefill-a")  # its first token was its last
+        assert decode.worker_id not in await expected_after(http, at_once)
+
+
+async def test_rates_are_learned_from_receipts(make_worker):
+    stamps = [(7, 100.0), (9, 100.1)]
+    usage = pb.Usage(num_cached_tokens=0)
+    decode = make_worker(lambda request: Script([[300], [301]], usage=usage, stamps=stamps))
+    async with running_router(RouterConfig(), decode) as running, client(running) as http:
+        for number in range(2):
+            await http.post("/v1/completions", json={**BODY, "request_id": f"r{number}"})
+        first, second = [(await http.get(f"/debug/routing/r{number}")).json()["decisions"][0] for number in range(2)]
+    default, learned = first["rates"]["prefill_tokens_per_s"], second["rates"]["prefill_tokens_per_s"]
+    assert learned == pytest.approx(default + 0.1 * (193 / 0.1 - default), rel=1e-3)
+
+
+async def test_with_the_real_index(make_worker, sentence, redis_url):
+    decode, (holder, other) = make_worker(), prefill_records(sentence)
+    hashes = hash_blocks(namespace(FINGERPRINT), PROMPT, 32)
+    blocks = [*((block_hash, Tier.DEVICE) for block_hash in hashes[:3]), (hashes[3], Tier.HOST)]
+    writer = IndexWriter(redis_url, holder.worker_id, holder.incarnation, lambda: blocks)
+    index = IndexReader(redis_url)
+    await writer.start()
+    await index.start()
+    try:
+        await writer.wait_until(lambda: writer.synced, 10)
+        await index.wait_until(lambda: index.available, 10)
+        async with (
+            running_router(RouterConfig(), decode, extra_records=(other, holder), index=index) as running,
+            client(running) as http,
+        ):
+            await http.post("/v1/completions", json={**BODY, "request_id": "r"})
+            (decision,) = (await http.get("/debug/routing/r")).json()["decisions"]
+    finally:
+        await index.close()
+        await writer.close()
+    assert decision["index"]["holders"] == {holder.worker_id: {"blocks": 4, "per_tier": [3, 1, 0, 0]}}
+    assert decision["chosen"]["prefill"] == [holder.worker_id, other.worker_id]
 
 
 # ---- explanations -------------------------------------------------------------------
