@@ -284,7 +284,13 @@ class Fetch:
     def read(self, read_id: int, runs: list[Run]) -> None:
         """Start a read on the link."""
         num_blocks, started_at = sum(run.num_blocks for run in runs), self._tools.clock()
-        reading = self._session.link.read(read_id, runs)
+        reading: asyncio.Future[None]
+        try:
+            reading = self._session.link.read(read_id, runs)
+        except Exception as error:
+            # Whatever a transport raises instead of returning a future: the read has ended, and badly.
+            reading = asyncio.get_running_loop().create_future()
+            reading.set_exception(error)
         reading.add_done_callback(lambda done: self._read_ended(read_id, num_blocks, started_at, done))
 
     def _read_ended(self, read_id: int, num_blocks: int, started_at: float, done: asyncio.Future[None]) -> None:

@@ -8,6 +8,7 @@ software). A call may block for as long as copying takes; the event loop never w
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import os
 import queue
@@ -39,6 +40,7 @@ _IDLE_POLL_S: Final = 1e-3
 _BUSY_S: Final = 0.1  # a read older than this is not worth a core: poll it as if idle
 _JOIN_S: Final = 10.0
 _TOKEN_BYTES: Final = 16
+_NUM_CHECK_TOKENS: Final = 64
 _LAST_REFERENCE: Final = 2  # what sys.getrefcount gives for an object with one name: the name and its own argument
 
 _Answer = TypeVar("_Answer")
@@ -102,8 +104,10 @@ class AgentThread:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="kv-nixl", daemon=True)
-        # Our token, which peers read; then the place where theirs arrive.
-        self._tokens = np.zeros((2, _TOKEN_BYTES), np.uint8)
+        # Row 0 is ours, for peers to read. The others are for what we read, each check into one of its own: handshakes
+        # overlap, and a check that was given up may still receive its bytes.
+        self._tokens = np.zeros((1 + _NUM_CHECK_TOKENS, _TOKEN_BYTES), np.uint8)
+        self._check_rows = itertools.cycle(range(1, 1 + _NUM_CHECK_TOKENS))
         self._tokens[0] = np.frombuffer(secrets.token_bytes(_TOKEN_BYTES), np.uint8)
         self._address: PoolAddress | None = None
         # From here on: touched by the thread only.
@@ -144,8 +148,12 @@ class AgentThread:
 
     def read(self, remote: Remote, remote_ids: Sequence[int], local_ids: Sequence[int]) -> Future[None]:
         """Read blocks. Resolves when the read has really ended; raises `ReadFailed`."""
-        sources, destinations = np.array(remote_ids, np.int32), np.array(local_ids, np.int32)
-        return self._begin(lambda done: self._start_read(remote, sources, destinations, done))
+
+        def start(done: Future[None]) -> None:
+            # In here, since ids of a peer that lies may not fit.
+            self._start_read(remote, np.array(remote_ids, np.int32), np.array(local_ids, np.int32), done)
+
+        return self._begin(start)
 
     def give_up(self, remote: Remote, after_s: float) -> None:
         """End what is read from this pool: by itself, or, after so long, by destroying the agent."""
@@ -271,17 +279,26 @@ class AgentThread:
         agent = self._living_agent(remote)
         if len(address.token) != _TOKEN_BYTES:
             raise TransportError(f"nixl: a token of {len(address.token)} bytes")
-        ours = agent.get_xfer_descs([(self._tokens[1].ctypes.data, _TOKEN_BYTES, 0)], "DRAM")
+        received = self._tokens[next(self._check_rows)]
+        received[:] = 0
+        ours = agent.get_xfer_descs([(received.ctypes.data, _TOKEN_BYTES, 0)], "DRAM")
         theirs = agent.get_xfer_descs([(address.token_address, _TOKEN_BYTES, 0)], "DRAM")
         arrived: Future[None] = Future()
         arrived.set_running_or_notify_cancel()
-        arrived.add_done_callback(lambda _: self._compare_token(remote, address.token, arrived, done))
+        arrived.add_done_callback(lambda _: self._compare_token(remote, address.token, received, arrived, done))
         self._post(agent.initialize_xfer("READ", ours, theirs, remote.agent_name), arrived, remote)
 
-    def _compare_token(self, remote: Remote, token: bytes, arrived: Future[None], done: Future[None]) -> None:
+    def _compare_token(
+        self,
+        remote: Remote,
+        token: bytes,
+        received: npt.NDArray[np.uint8],
+        arrived: Future[None],
+        done: Future[None],
+    ) -> None:
         if (error := arrived.exception()) is not None:
             done.set_exception(error)
-        elif self._tokens[1].tobytes() != token:
+        elif received.tobytes() != token:
             done.set_exception(
                 ReadFailed(f"nixl: {remote.agent_name} is reached, but not the memory that it described")
             )

@@ -24,6 +24,7 @@ from services.engine.request import EngineError, Request, RequestUpdate, Sampled
 from services.lifecycle import Event
 from services.worker import convert
 from services.worker.process import WorkerParts
+from services.worker.settling import settled
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +78,7 @@ class Admission:
 
     async def close(self) -> None:
         """Wait for what failed handoffs left, and close the channels. Bounded, since the exchange is closed by then."""
-        if self._disposals:
-            await asyncio.wait(self._disposals)
+        await settled(self._disposals, "failed handoffs")
         await self._clients.close()
 
     def _hashes(self, live: LiveRequest) -> list[BlockHash]:
@@ -105,17 +105,11 @@ class Admission:
             live.sampling.prompt_logprobs is None
             and self._num_uncached(live, hashes) > self._parts.engine.layout.block_size
         ):
-            await self._parts.fetcher.fetch(hashes, live.order.prefix_sources, live.fetched)
-            live.usage.fetched.extend(live.fetched.parts)
+            live.usage.fetched.extend(await self._parts.fetcher.fetch(hashes, live.order.prefix_sources))
         live.request = request = live.new_attempt(self._clock())
 
         def enter() -> None:
-            try:
-                self._parts.engine.add_request(request)
-            except EngineError:
-                block_ids, live.fetched.block_ids = live.fetched.block_ids, []
-                self._parts.engine.release_blocks(block_ids)
-                raise
+            self._parts.engine.add_request(request)
             self._entered(live, request)
 
         await self._parts.thread.call(enter)
@@ -143,13 +137,13 @@ class Admission:
             self._parts.exchange,
             self._clients,
             dispose=lambda fetch: self._dispose(fetch, pending),
+            finish_timeout_s=self._config.handoff_timeout_s,
         )
         # No await from here to the engine's call: the blocks are ours now, and must not be lost to a cancellation.
         live.usage.prefill_worker_id = target.worker_id
         live.usage.num_cached_tokens = handoff.finished.num_cached_tokens
         live.usage.fetched.extend(handoff.finished.fetched)
-        for stamp in handoff.finished.stamps:
-            live.timeline.unix_s[Event(stamp.event)] = stamp.unix_s
+        convert.copy_stamps(handoff.finished.stamps, live.timeline)
         if handoff.fetched is None:
             return Admitted(handoff.finished, None)
         return Admitted(handoff.finished, self._join(live, request, handoff.finished, handoff.fetched))
@@ -166,8 +160,13 @@ class Admission:
         token = SampledToken(finished.token_id, logprobs)
 
         def enter() -> RequestUpdate:
-            update = self._parts.engine.add_prefilled(request, fetched.block_ids, token)
-            self._entered(live, request)
+            try:
+                update = self._parts.engine.add_prefilled(request, fetched.block_ids, token)
+            except EngineError:
+                self._parts.engine.release_reservation(request, fetched.block_ids)
+                raise
+            if update.finish_reason is None:
+                self._entered(live, request)
             return update
 
         return self._parts.thread.call(enter)
@@ -195,9 +194,12 @@ class _PendingReservation:
         self._parts = parts
         self._loop = asyncio.get_running_loop()
         self._granted: asyncio.Future[Reservation] = self._loop.create_future()
+        self._cancelled = False
 
     async def reserve(self, num_blocks: int) -> Reservation:
         """Wait for room. Raises ReservationWithdrawn after `cancel` or a refusal, then having taken no block."""
+        if self._cancelled:
+            raise ReservationWithdrawn("the fetch was abandoned before it asked for room")
         try:
             await self._parts.thread.call(self._parts.engine.reserve, self.request, self._on_granted)
         except EngineError as error:
@@ -209,5 +211,6 @@ class _PendingReservation:
 
     async def cancel(self) -> None:
         """Give up waiting. A reservation granted before stands, and its blocks are the fetch's to give back."""
+        self._cancelled = True
         if await self._parts.thread.call(self._parts.engine.cancel_reservation, self.request):
             self._granted.set_exception(ReservationWithdrawn("the fetch was abandoned"))

@@ -4,7 +4,7 @@
     connect    block-protocol handshake                    the exchange's        nothing to undo
     order      `scheduled`, which the Offer comes with     prefill queue         cancel the call, abort the fetch
     transfer   reservation, reads, digests, confirmation   the fetch machine's   the same; blocks return when quiesced
-    finish     `finished` with the first token             the transfer's        the same
+    finish     `finished` with the first token             handoff timeout       the same
 
 The blocks have one owner at every moment: the fetch until its result is ok, then whoever takes the `Handoff`. What an
 attempt leaves behind is freed by `dispose`, after the last byte that could still arrive.
@@ -78,6 +78,7 @@ async def prefill_remotely(
     exchange: BlockExchange,
     clients: PrefillClients,
     dispose: Callable[[Fetch], None],
+    finish_timeout_s: float,
 ) -> Handoff:
     """Run the whole handoff for `order`, whose transfer id and reader are filled in here.
 
@@ -105,7 +106,7 @@ async def prefill_remotely(
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not events.done():
             _check(fetch.result.result())
-        finished = await events
+        finished = await _within(finish_timeout_s, events, target.worker_id)
         if finished.finish_reason != pb.FINISH_REASON_UNSPECIFIED:
             return Handoff(finished, None)
         fetched = _check(await fetch.result)
@@ -116,6 +117,16 @@ async def prefill_remotely(
         call.cancel()
         if not taken:
             dispose(fetch)
+
+
+async def _within(timeout_s: float, events: asyncio.Task[pb.PrefillFinished], worker_id: str) -> pb.PrefillFinished:
+    """The order's end, which comes with the last announcement; late it is only where something is broken."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await events
+    except TimeoutError as error:
+        message = f"prefill worker {worker_id} announced all blocks, but no first token within {timeout_s:g} s"
+        raise HandoffFailed("finish", message) from error
 
 
 def _check(result: FetchResult) -> FetchResult:

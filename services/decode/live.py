@@ -10,7 +10,6 @@ from tandem.v1 import worker_pb2 as pb
 from services.decode.session import RouterSession
 from services.engine.request import Request, SamplingParams
 from services.lifecycle import Timeline
-from services.worker.prefix import FetchedPrefixes
 
 
 @dataclass(eq=False)
@@ -25,7 +24,6 @@ class LiveRequest:
     admission: asyncio.Task[None] | None = None  # its way into the engine
     timeout: asyncio.TimerHandle | None = None
     request: Request | None = None  # what the engine was given, once it was
-    fetched: FetchedPrefixes = field(default_factory=FetchedPrefixes)  # blocks lent until its first step here
     num_attempts: int = 0
     is_finished: bool = False
 

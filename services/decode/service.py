@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 # A router says who it is right after connecting.
 _HELLO_TIMEOUT_S = 10.0
+PROTOCOL_VERSION = "1"
 
 
 class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
@@ -78,6 +79,11 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
                 first = await anext(aiter(orders), None)
         if first is None or first.WhichOneof("kind") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session starts with `hello`")
+            return
+        version = first.hello.protocol_version
+        if version != PROTOCOL_VERSION:
+            message = f"session protocol {version!r}; this decode worker speaks {PROTOCOL_VERSION!r}"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
             return
         session = RouterSession(first.hello.router_id, next(self._session_numbers), self._parts.incarnation, self._load)
         self._sessions[session] = {}
@@ -205,6 +211,10 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         if live.is_finished:
             return
         live.is_finished = True
+        self._sessions[live.session].pop(live.order.handle)
+        self._num_live -= 1
+        if not self._num_live:
+            self._idle.set()
         if live.timeout is not None:
             live.timeout.cancel()
         live.timeline.mark(Event.FINISHED)
@@ -212,10 +222,6 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         output.stamps.extend(convert.stamps_to_proto(live.timeline))
         live.session.push([output])
         self._parts.metrics.finished(live.timeline, live.usage, output.finish_reason)
-        self._sessions[live.session].pop(live.order.handle)
-        self._num_live -= 1
-        if not self._num_live:
-            self._idle.set()
 
     def _deliver(self, outputs: list[tuple[LiveRequest, pb.Output]]) -> None:
         for live, output in outputs:
@@ -240,19 +246,12 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         self._in_engine[request.request_id] = live
 
     def _leave(self, live: LiveRequest) -> None:
-        self._release_fetched(live)
         if live.request is not None:
             self._parts.engine.abort(live.request.request_id)
             self._in_engine.pop(live.request.request_id, None)
 
     def on_scheduled(self, batch: Batch) -> None:
-        for scheduled in batch.sequences:
-            if scheduled.is_first:
-                self._release_fetched(self._in_engine[scheduled.request.request_id])  # the request holds its own now
-
-    def _release_fetched(self, live: LiveRequest) -> None:
-        block_ids, live.fetched.block_ids = live.fetched.block_ids, []
-        self._parts.engine.release_blocks(block_ids)
+        """Nothing to do: the router hears of a request with its first token."""
 
     def on_step(self, output: StepOutput) -> None:
         if output.num_tokens > len(output.updates):

@@ -30,11 +30,17 @@ class RouterSession:
         self._pending: list[pb.Output] = []
         self._wake = asyncio.Event()
         self._closed = False
+        self._overflowed = False
+        self._sender: asyncio.Task[None] | None = None
 
     def push(self, outputs: Iterable[pb.Output]) -> None:
         """Send these with the next frame."""
         self._pending.extend(outputs)
         self._wake.set()
+        if len(self._pending) > MAX_PENDING_OUTPUTS and not self._overflowed:
+            self._overflowed = True
+            if self._sender is not None:
+                self._sender.cancel()  # it may hang in `send`
 
     def close(self) -> None:
         """Let `frames` end once it has sent what is pending."""
@@ -43,12 +49,23 @@ class RouterSession:
 
     async def send_frames(self, send: Callable[[pb.SessionFrame], Awaitable[None]]) -> None:
         """Send frames until `close`; raises SessionOverflow where the router does not keep up."""
+        task = self._sender = asyncio.current_task()
+        try:
+            await self._send_frames(send)
+        except asyncio.CancelledError:
+            if not self._overflowed or task is None:
+                raise
+            task.uncancel()
+        finally:
+            self._sender = None
+        if self._overflowed:
+            raise SessionOverflow(f"router {self.router_id}: more than {MAX_PENDING_OUTPUTS} outputs unread")
+
+    async def _send_frames(self, send: Callable[[pb.SessionFrame], Awaitable[None]]) -> None:
         last_load = self._load()
         await send(pb.SessionFrame(load=last_load, incarnation=self._incarnation))
-        while not (self._closed and not self._pending):
+        while not (self._closed and not self._pending) and not self._overflowed:
             await self._wait()
-            if len(self._pending) > MAX_PENDING_OUTPUTS:
-                raise SessionOverflow(f"router {self.router_id}: more than {MAX_PENDING_OUTPUTS} outputs unread")
             load = self._load()
             if self._pending or load != last_load:
                 frame = pb.SessionFrame(outputs=self._pending, load=load)

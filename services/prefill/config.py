@@ -16,7 +16,13 @@ class PrefillConfig(WorkerConfig):
         15.0, help="how long blocks are held for a decode worker that no longer renews", group="handoff"
     )
 
+    lease_max_s: float = setting(
+        3600.0, help="how long blocks are held for one prompt at most, computing it included", group="handoff"
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lease_ttl_s <= 0:
-            raise SettingsError(f"must be positive, got {self.lease_ttl_s}", "lease_ttl_s")
+        if self.lease_ttl_s <= 1:
+            raise SettingsError(f"must be longer than the heartbeat of 1 s, got {self.lease_ttl_s}", "lease_ttl_s")
+        if self.lease_max_s < self.lease_ttl_s:
+            raise SettingsError(f"must be at least lease_ttl_s, got {self.lease_max_s}", "lease_max_s")

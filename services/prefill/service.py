@@ -40,8 +40,8 @@ from services.engine.request import FinishReason, InvalidRequest, QueueFull, Req
 from services.lifecycle import Timeline
 from services.worker import convert
 from services.worker.engine_thread import EngineCrashed
-from services.worker.prefix import FetchedPrefixes
 from services.worker.process import WorkerParts
+from services.worker.settling import settled
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class _Order:
     num_blocks: int
     sources: tuple[pb.PrefixSource, ...] = ()
     steps: asyncio.Queue[_Step] = field(default_factory=asyncio.Queue)
-    fetched: FetchedPrefixes = field(default_factory=FetchedPrefixes)  # blocks lent until the first chunk is scheduled
+    fetched: list[pb.FetchedPrefix] = field(default_factory=list)
     pinned: list[int] = field(default_factory=list)  # engine thread: blocks announced, one reference each
 
 
@@ -173,7 +173,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
             layout = self._parts.engine.layout
             root = namespace(layout.model_fingerprint, order.request.cache_salt)
             hashes = hash_blocks(root, order.request.prompt_token_ids, layout.block_size)
-            await self._parts.fetcher.fetch(hashes, order.sources, order.fetched)
+            order.fetched = await self._parts.fetcher.fetch(hashes, order.sources)
 
     async def _next_step(self, order: _Order, lease: Lease | None) -> _Scheduled | _Computed:
         """The order's next step; PeerLost if the lease closes first."""
@@ -227,8 +227,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         self._draining = True
 
     async def settle(self) -> None:
-        if self._loans:
-            await asyncio.wait(self._loans)
+        await settled(self._loans, "loans")
 
     # ---- engine thread ----------------------------------------------------
 
@@ -238,7 +237,6 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
 
     def _settle(self, order: _Order) -> None:
         """Give back all that the order holds. Also for one that was never submitted."""
-        self._release_fetched(order)
         if self._active.pop(order.request.request_id, None) is not None:
             self._parts.engine.abort(order.request.request_id)
             self._parts.engine.release_blocks(order.pinned)
@@ -247,12 +245,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
     def on_scheduled(self, batch: Batch) -> None:
         for scheduled in batch.sequences:
             if scheduled.is_first:
-                self._release_fetched(self._active[scheduled.request.request_id])  # the request holds its own now
                 self._deliver(scheduled.request, _Scheduled())
-
-    def _release_fetched(self, order: _Order) -> None:
-        block_ids, order.fetched.block_ids = order.fetched.block_ids, []
-        self._parts.engine.release_blocks(block_ids)
 
     def on_step(self, output: StepOutput) -> None:
         self._parts.fetcher.costs.computed(output.num_tokens, output.duration_s)
@@ -290,13 +283,13 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         return _Computed(first, blocks, _finished(update, order.fetched) if finished else None)
 
 
-def _finished(update: RequestUpdate, fetched: FetchedPrefixes) -> pb.PrefillFinished:
+def _finished(update: RequestUpdate, fetched: list[pb.FetchedPrefix]) -> pb.PrefillFinished:
     token = update.new_tokens[0]
     message = pb.PrefillFinished(
         token_id=token.token_id,
         num_cached_tokens=update.request.num_cached_tokens,
         stamps=convert.stamps_to_proto(update.request.timeline),
-        fetched=fetched.parts,
+        fetched=fetched,
     )
     if token.logprobs is not None:
         message.logprobs.CopyFrom(convert.logprobs_to_proto(token.logprobs))

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from services.settings import SettingsError, setting
 
+# Of the block protocol; see kvstore.timeouts.
+_HEARTBEAT_S = 1.0
+_WILDCARDS = ("", "0.0.0.0", "::", "[::]")
+
 
 @dataclass(frozen=True)
 class WorkerConfig:
@@ -97,6 +101,11 @@ class WorkerConfig:
         for name in ("lease_s", "peer_timeout_s", "prefix_fetch_timeout_s", "drain_timeout_s"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"must be positive, got {getattr(self, name)}", name)
+        if self.peer_timeout_s <= _HEARTBEAT_S:
+            message = f"must be longer than the heartbeat of {_HEARTBEAT_S:g} s, got {self.peer_timeout_s}"
+            raise SettingsError(message, "peer_timeout_s")
+        if self.host in _WILDCARDS and not self.advertise_host:
+            raise SettingsError(f"{self.host} is no address that others can dial: give --advertise-host too", "host")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise SettingsError(
                 f"must be in (0, 1], got {self.gpu_memory_utilization}",

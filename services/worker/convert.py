@@ -8,7 +8,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.engine.engine import EngineLoad
 from services.engine.request import FinishReason, PositionLogprobs, SamplingParams, TokenLogprob
-from services.lifecycle import Timeline
+from services.lifecycle import Event, Timeline
 
 FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -68,7 +68,17 @@ def load_to_proto(load: EngineLoad, num_waiting_elsewhere: int = 0, draining: bo
 
 
 def stamps_to_proto(timeline: Timeline) -> list[pb.Stamp]:
-    return [pb.Stamp(event=pb.Event.Name(event.value), unix_s=unix_s) for event, unix_s in timeline.unix_s.items()]
+    return [
+        pb.Stamp(event=pb.Event.Name(event.value), unix_s=unix_s) for event, unix_s in list(timeline.unix_s.items())
+    ]
+
+
+def copy_stamps(stamps: Iterable[pb.Stamp], timeline: Timeline) -> None:
+    """Take over another worker's stamps; events that only a newer worker knows are passed over."""
+    known = {int(event) for event in Event}
+    for stamp in stamps:
+        if stamp.event in known:
+            timeline.unix_s[Event(stamp.event)] = stamp.unix_s
 
 
 def _token_to_proto(token: TokenLogprob) -> pb.TokenLogprob:

@@ -68,7 +68,8 @@ class WorkerMetrics(ExchangeObserver):
         """A decode worker's request has ended."""
         name = pb.FinishReason.Name(finish_reason).removeprefix("FINISH_REASON_").lower()
         self._finished.labels(name).inc()
-        self._prefills.labels("local" if usage.prefilled_locally else "handoff").inc()
+        if usage.prefilled_locally or usage.prefill_worker_id:
+            self._prefills.labels("local" if usage.prefilled_locally else "handoff").inc()
         for stage, (start, end) in _STAGES.items():
             seconds = timeline.seconds_between(start, end)
             if seconds is not None and not (stage == "handoff" and usage.prefilled_locally):

@@ -236,7 +236,8 @@ async def _serve(
                 log.info("%s drains for at most %g s", parts.worker_id, config.drain_timeout_s)
                 await worker.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
                 registrar.update(msgspec.structs.replace(record, draining=True))
-                await worker.service.drain(config.drain_timeout_s)
+                if not await _drain(worker, config.drain_timeout_s):
+                    return 1
             finally:
                 await registrar.close()
     except (CannotListen, TransportError) as error:
@@ -252,6 +253,15 @@ async def _until_stopped(stop: asyncio.Event, thread: EngineThread) -> bool:
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     return not thread.crashed.done()
+
+
+async def _drain(worker: RunningWorker, timeout_s: float) -> bool:
+    """Let the running work end; False if the engine crashes meanwhile."""
+    draining = asyncio.create_task(worker.service.drain(timeout_s), name="drain")
+    either: list[asyncio.Future[Any]] = [draining, worker.parts.thread.crashed]
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    draining.cancel()
+    return not worker.parts.thread.crashed.done()
 
 
 def _add_port(server: grpc.aio.Server, host: str, port: int) -> int:
@@ -282,7 +292,10 @@ def exchange_timeouts(config: WorkerConfig) -> ExchangeTimeouts:
         "peer_timeout_s": config.peer_timeout_s,
         "offer_s": getattr(config, "prefill_queue_timeout_s", None),
         "reserve_s": getattr(config, "handoff_timeout_s", None),
+        "announce_s": getattr(config, "handoff_timeout_s", None),
         "read_s": getattr(config, "handoff_timeout_s", None),
+        "confirm_s": getattr(config, "handoff_timeout_s", None),
+        "lease_max_s": getattr(config, "lease_max_s", None),
         "lease_ttl_s": getattr(config, "lease_ttl_s", None),
     }
     return ExchangeTimeouts(**{name: value for name, value in named.items() if value is not None})

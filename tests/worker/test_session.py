@@ -54,3 +54,17 @@ async def test_a_router_that_does_not_read_loses_its_session(monkeypatch: pytest
     session.push(output(token_id) for token_id in range(11))
     with pytest.raises(SessionOverflow, match="more than 10 outputs"):
         await session.send_frames(send)
+
+
+async def test_a_router_that_hangs_in_mid_frame_loses_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "MAX_PENDING_OUTPUTS", 10)
+
+    async def send(frame: pb.SessionFrame) -> None:
+        await asyncio.get_running_loop().create_future()  # never
+
+    session = RouterSession("router", 1, "incarnation-1", pb.Load)
+    sending = asyncio.create_task(session.send_frames(send))
+    await asyncio.sleep(0)
+    session.push(output(token_id) for token_id in range(11))
+    with pytest.raises(SessionOverflow, match="more than 10 outputs"):
+        await sending
