@@ -64,6 +64,12 @@ class PrefillClients:
         call: grpc.aio.UnaryStreamCall[Any, pb.PrefillEvent] = stub.Prefill(order)
         return call
 
+    async def forget(self, address: str) -> None:
+        """Close the channel to a worker that is gone; calls that still hang on it fail."""
+        channel = self._channels.pop(address, None)
+        if channel is not None:
+            await channel.close()
+
     async def close(self) -> None:
         for channel in self._channels.values():
             await channel.close()
@@ -90,6 +96,7 @@ async def prefill_remotely(
     except IncompatiblePeer as error:
         raise HandoffFailed("incompatible", str(error)) from error
     except PeerUnreachable as error:
+        await clients.forget(target.grpc_address)
         raise HandoffFailed("unreachable", str(error)) from error
     order.transfer_id = os.urandom(16)
     order.reader_peer_id = exchange.identity.peer_id
