@@ -1,0 +1,247 @@
+"""Files of the disk tier after every kind of damage: what is lost is counted, and what is served is right."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvstore.block_hash import BlockHash
+from kvstore.disk_tier import DiskTier, PutOutcome, StoredBlock, choose_shape
+from kvstore.segment_file import HEADER_BYTES
+from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, digest, named_hash, parents, payload
+
+BLOCKS = chain("a", 6)
+MAX_BYTES = 16 * 12 * 1024
+SHAPE = choose_shape(BLOCK_BYTES, MAX_BYTES)
+PAYLOADS_AT = SHAPE.payload_offset
+HEAD_BYTES = 72
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of one file with blocks 0 .. 5 in its first slots, closed."""
+    directory = tmp_path_factory.mktemp("intact")
+    with DiskTier.open(directory, LAYOUT, MAX_BYTES) as tier:
+        for block_hash, parent in zip(BLOCKS, parents(BLOCKS), strict=True):
+            assert tier.put(block_hash, parent, digest(block_hash), payload(block_hash)).outcome is PutOutcome.STORED
+        assert tier.size_bytes == SHAPE.size_bytes
+    return directory
+
+
+@pytest.fixture
+def damaged(intact: Path, tmp_path: Path) -> Path:
+    shutil.copytree(intact, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def only_file(directory: Path) -> Path:
+    (path,) = directory.glob("*.blocks")
+    return path
+
+
+def read_all(tier: DiskTier) -> dict[BlockHash, bool]:
+    """Return which of the blocks are served, having checked that each is served right or not at all."""
+    served = {}
+    for block_hash, parent in zip(BLOCKS, parents(BLOCKS), strict=True):
+        buffer = bytearray(BLOCK_BYTES)
+        found = tier.get(block_hash, buffer)
+        served[block_hash] = isinstance(found, StoredBlock)
+        if isinstance(found, StoredBlock):
+            assert bytes(buffer) == payload(block_hash).tobytes()
+            assert found == StoredBlock(parent, digest(block_hash))
+    return served
+
+
+def rewrite_all(tier: DiskTier) -> None:
+    """What was lost can be stored again, and nothing is out of place."""
+    for block_hash, parent in zip(BLOCKS, parents(BLOCKS), strict=True):
+        outcome = tier.put(block_hash, parent, digest(block_hash), payload(block_hash)).outcome
+        assert outcome in (PutOutcome.STORED, PutOutcome.PRESENT)
+    assert all(read_all(tier).values())
+    tier.check_integrity()
+
+
+# Offsets at the edges of every part of the file, and between.
+CUTS = {
+    "nothing left": 0,
+    "in the magic": 5,
+    "in the head": 40,
+    "in the head's checksum": HEAD_BYTES - 1,
+    "after the head": HEAD_BYTES,
+    "between head and table": 2000,
+    "before the table": 4096,
+    "in header 0": 4096 + 30,
+    "after header 0": 4096 + HEADER_BYTES,
+    "in header 3": 4096 + 3 * HEADER_BYTES + 1,
+    "after the last header": 4096 + 6 * HEADER_BYTES,
+    "before payload 0": PAYLOADS_AT,
+    "in payload 0": PAYLOADS_AT + 1,
+    "at the end of payload 0": PAYLOADS_AT + BLOCK_BYTES,
+    "in payload 4": PAYLOADS_AT + 4 * BLOCK_BYTES + 100,
+    "one byte missing of payload 5": PAYLOADS_AT + 6 * BLOCK_BYTES - 1,
+    "at the end of payload 5": PAYLOADS_AT + 6 * BLOCK_BYTES,
+}
+
+
+@pytest.mark.parametrize("size", CUTS.values(), ids=CUTS.keys())
+def test_of_a_truncated_file_just_the_whole_blocks_are_kept(damaged, size):
+    with open(only_file(damaged), "r+b") as file:
+        file.truncate(size)
+    num_whole = max(0, (size - PAYLOADS_AT) // BLOCK_BYTES)
+    with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
+        assert read_all(tier) == {block_hash: index < num_whole for index, block_hash in enumerate(BLOCKS)}
+        report = tier.recovery
+        assert report.num_blocks == num_whole
+        if size < HEAD_BYTES:
+            assert report.num_unusable_segments == 1
+        else:
+            num_headers = min(6, -(-max(0, size - 4096) // HEADER_BYTES))
+            assert (report.num_unusable_segments, report.num_bad_records) == (0, num_headers - num_whole)
+        assert tier.stats.num_corrupt == 0
+        rewrite_all(tier)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_flipped_bits_anywhere_never_give_wrong_bytes(intact, tmp_path_factory, data):
+    directory = tmp_path_factory.mktemp("flipped") / "store"
+    shutil.copytree(intact, directory)
+    path = only_file(directory)
+    content = bytearray(path.read_bytes())
+    offsets = st.one_of(
+        st.integers(0, HEAD_BYTES),
+        st.integers(4096, 4096 + 6 * HEADER_BYTES - 1),
+        st.integers(PAYLOADS_AT, PAYLOADS_AT + 6 * BLOCK_BYTES - 1),
+    )
+    for offset, bit in data.draw(st.lists(st.tuples(offsets, st.integers(0, 7)), min_size=1, max_size=6, unique=True)):
+        content[offset] ^= 1 << bit
+    path.write_bytes(content)
+    with DiskTier.open(directory, LAYOUT, MAX_BYTES) as tier:
+        num_served = sum(read_all(tier).values())
+        lost_at_start = 6 if tier.recovery.num_unusable_segments else tier.recovery.num_bad_records
+        assert num_served + lost_at_start + tier.stats.num_corrupt == 6
+        rewrite_all(tier)
+    shutil.rmtree(directory)
+
+
+def test_a_flipped_bit_in_a_payload_is_found_when_it_is_read_and_dropped_for_good(damaged):
+    with open(only_file(damaged), "r+b") as file:
+        file.seek(PAYLOADS_AT + 2 * BLOCK_BYTES + 7)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 4]))
+    with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
+        assert tier.contains(BLOCKS[2])
+        assert [index for index, served in enumerate(read_all(tier).values()) if not served] == [2]
+        assert (tier.stats.num_corrupt, tier.contains(BLOCKS[2])) == (1, False)
+    with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
+        assert tier.recovery.num_blocks == 5
+
+
+def swap(content: bytearray, first: int, second: int, size: int) -> None:
+    a, b = content[first : first + size], content[second : second + size]
+    content[first : first + size], content[second : second + size] = b, a
+
+
+@pytest.mark.parametrize(
+    ("start", "size", "found_at_start"), [(4096, HEADER_BYTES, True), (PAYLOADS_AT, BLOCK_BYTES, False)]
+)
+def test_headers_and_payloads_in_each_others_place_are_not_served(damaged, start, size, found_at_start):
+    path = only_file(damaged)
+    content = bytearray(path.read_bytes())
+    swap(content, start + size, start + 4 * size, size)
+    path.write_bytes(content)
+    with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
+        assert [index for index, served in enumerate(read_all(tier).values()) if not served] == [1, 4]
+        assert (tier.recovery.num_bad_records, tier.stats.num_corrupt) == ((2, 0) if found_at_start else (0, 2))
+        rewrite_all(tier)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"TANDEMKV", bytes(50_000), b"#!/bin/sh\n" * 5_000, b"TANDEMKV" + b"\xff" * 50_000],
+    ids=["empty", "magic only", "zeros", "foreign", "garbage"],
+)
+def test_what_is_no_segment_under_a_segments_name_is_removed(damaged, content):
+    path = damaged / "tandem-000000000009.blocks"
+    path.write_bytes(content)
+    with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
+        assert (tier.recovery.num_unusable_segments, tier.recovery.num_blocks) == (1, 6)
+        assert not path.exists()
+        assert all(read_all(tier).values())
+
+
+def test_a_file_under_another_segments_name_is_removed(damaged):
+    path = only_file(damaged)
+    shutil.copy(path, damaged / "tandem-000000000007.blocks")
+    with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
+        assert (tier.recovery.num_unusable_segments, tier.recovery.num_duplicates) == (1, 0)
+        assert all(read_all(tier).values())
+        tier.check_integrity()
+
+
+def test_an_older_format_is_removed(damaged, monkeypatch):
+    monkeypatch.setattr("kvstore.segment_file.FORMAT_VERSION", 2)
+    with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
+        assert (tier.recovery.num_unusable_segments, len(tier)) == (1, 0)
+        rewrite_all(tier)
+
+
+# Writes numbered blocks for ever, over and over through a store that holds a fraction of them; says each number when
+# the block is stored.
+WRITER = """
+import sys
+from pathlib import Path
+from kvstore.disk_tier import DiskTier
+from tests.tiers.blocks import LAYOUT, digest, named_hash, payload
+tier = DiskTier.open(Path(sys.argv[1]), LAYOUT, 400_000)
+number = int(sys.argv[2])
+while True:
+    block_hash = named_hash(f"written{number}")
+    tier.put(block_hash, None, digest(block_hash), payload(block_hash))
+    print(number, flush=True)
+    number += 1
+"""
+
+
+def numbers_stored_before_kill(directory: Path, first: int, count: int) -> Iterator[int]:
+    command = [sys.executable, "-c", WRITER, str(directory), str(first)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as child:
+        assert child.stdout is not None
+        for _ in range(count):
+            yield int(child.stdout.readline())
+        child.kill()
+        for line in child.stdout:
+            if line.endswith("\n"):
+                yield int(line)
+
+
+def test_a_process_killed_in_the_midst_of_writing_loses_only_the_block_it_wrote(tmp_path):
+    first = 0
+    for count in (1, 700, 1500):
+        said = list(numbers_stored_before_kill(tmp_path, first, count))
+        with DiskTier.open(tmp_path, LAYOUT, 400_000) as tier:
+            assert tier.recovery.num_unusable_segments <= 1  # the file that it was just making
+            assert tier.recovery.num_bad_records <= 1
+            kept = [number for number in range(said[-1] + 3) if tier.contains(named_hash(f"written{number}"))]
+            for number in kept:
+                block_hash, buffer = named_hash(f"written{number}"), bytearray(BLOCK_BYTES)
+                assert isinstance(tier.get(block_hash, buffer), StoredBlock)
+                assert bytes(buffer) == payload(block_hash).tobytes()
+            assert tier.stats.num_corrupt == 0
+            # Of what it said it stored nothing is lost; once the store is full, the one that had to make room is.
+            if tier.size_bytes + tier._shape.size_bytes <= tier.max_bytes:
+                assert set(said) <= set(kept)
+            else:
+                assert said[-1] in kept
+                assert tier._slots.num_free <= 2 or set(said) <= set(kept)
+            tier.check_integrity()
+        first = said[-1] + 10
+    assert first > 2 * len(kept), "the store was never full"

@@ -1,0 +1,357 @@
+"""The disk tier: what it keeps over restarts, how it stays within its bound, and a disk that fills up or fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvstore.block_hash import BlockHash
+from kvstore.disk_tier import DiskTier, DiskTierClosed, GetFailure, PutOutcome, PutResult, StoredBlock, choose_shape
+from kvstore.segment_file import FileCalls, SegmentShape
+from kvstore.store_directory import DirectoryLocked
+from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, OTHER_LAYOUT, chain, digest, named_hash, parents, payload
+
+MAX_BYTES = 16 * 12 * 1024  # 16 files of at most 12 KiB
+
+
+class Disk:
+    """System calls that fail when told to, and a clock."""
+
+    def __init__(self) -> None:
+        self.write_error: int | None = None
+        self.allocate_error: int | None = None
+        self.read_error: int | None = None
+        self.now = 1000.0
+
+    def calls(self) -> FileCalls:
+        return FileCalls(write=self.write, read=self.read, allocate=self.allocate)
+
+    def write(self, fd, buffers, offset):
+        if self.write_error is not None:
+            raise OSError(self.write_error, os.strerror(self.write_error))
+        # Short writes are legal: at most 100 bytes at a time.
+        return os.pwritev(fd, [buffers[0][:100]], offset)
+
+    def read(self, fd, buffers, offset):
+        if self.read_error is not None:
+            raise OSError(self.read_error, os.strerror(self.read_error))
+        return os.preadv(fd, [buffers[0][:1000]], offset)
+
+    def allocate(self, fd, offset, length):
+        if self.allocate_error is not None:
+            raise OSError(self.allocate_error, os.strerror(self.allocate_error))
+        os.posix_fallocate(fd, offset, length)
+
+
+def open_tier(directory: Path, max_bytes: int = MAX_BYTES, layout=LAYOUT, disk: Disk | None = None) -> DiskTier:
+    if disk is None:
+        return DiskTier.open(directory, layout, max_bytes)
+    return DiskTier.open(directory, layout, max_bytes, calls=disk.calls(), clock=lambda: disk.now, retry_after_s=5.0)
+
+
+def put(tier: DiskTier, block_hash: BlockHash, parent: BlockHash | None = None) -> PutResult:
+    return tier.put(block_hash, parent, digest(block_hash), payload(block_hash))
+
+
+def put_chain(tier: DiskTier, hashes: list[BlockHash]) -> None:
+    for block_hash, parent in zip(hashes, parents(hashes), strict=True):
+        assert put(tier, block_hash, parent).outcome is PutOutcome.STORED
+
+
+def assert_reads(tier: DiskTier, block_hash: BlockHash, parent: BlockHash | None = None) -> None:
+    buffer = np.full(BLOCK_BYTES, 0xEE, np.uint8)
+    assert tier.get(block_hash, buffer) == StoredBlock(parent, digest(block_hash))
+    assert buffer.tobytes() == payload(block_hash).tobytes()
+
+
+def test_what_was_put_is_read_back_before_and_after_a_restart(tmp_path):
+    a = chain("a", 20)
+    with open_tier(tmp_path) as tier:
+        put_chain(tier, a)
+        for block_hash, parent in zip(a, parents(a), strict=True):
+            assert_reads(tier, block_hash, parent)
+        assert (len(tier), sorted(tier.hashes()), tier.stats.num_stored, tier.stats.num_read) == (20, sorted(a), 20, 20)
+        tier.check_integrity()
+    with open_tier(tmp_path) as tier:
+        assert (tier.recovery.num_blocks, len(tier)) == (20, 20)
+        for block_hash, parent in zip(a, parents(a), strict=True):
+            assert_reads(tier, block_hash, parent)
+        assert put(tier, a[0]) == PutResult(PutOutcome.PRESENT, ())
+        tier.check_integrity()
+
+
+def test_a_missing_block_and_a_deleted_one_are_missing_after_a_restart_too(tmp_path):
+    a, b = chain("x", 2)
+    with open_tier(tmp_path) as tier:
+        put_chain(tier, [a, b])
+        assert tier.delete(a)
+        assert not tier.delete(a)
+        assert tier.get(a, bytearray(BLOCK_BYTES)) is GetFailure.MISSING
+        assert tier.get(named_hash("never"), bytearray(BLOCK_BYTES)) is GetFailure.MISSING
+        tier.check_integrity()
+    with open_tier(tmp_path) as tier:
+        assert tier.hashes() == [b]
+        assert_reads(tier, b, a)
+
+
+def test_its_files_never_outgrow_the_bound_and_the_coldest_chain_ends_go(tmp_path):
+    with open_tier(tmp_path) as tier:
+        hot = chain("hot", 5)
+        put_chain(tier, hot)
+        for block_hash, parent in zip(hot, parents(hot), strict=True):
+            assert_reads(tier, block_hash, parent)
+        evicted: set[BlockHash] = set()
+        for number in range(1500):
+            result = put(tier, named_hash(f"one-off{number}"))
+            assert result.outcome is PutOutcome.STORED
+            evicted.update(result.evicted)
+            assert sum(path.stat().st_size for path in tmp_path.glob("*.blocks")) == tier.size_bytes <= MAX_BYTES
+        assert len(evicted) == tier.stats.num_evicted == 1505 - len(tier)
+        assert evicted.isdisjoint(tier.hashes())
+        assert all(map(tier.contains, hot))
+        assert tier.size_bytes > 0.9 * MAX_BYTES
+        tier.check_integrity()
+
+
+def test_a_smaller_bound_at_the_next_start_removes_the_files_with_the_oldest_blocks(tmp_path):
+    a = chain("a", 200)
+    with open_tier(tmp_path) as tier:
+        put_chain(tier, a)
+    with open_tier(tmp_path, MAX_BYTES // 2) as tier:
+        assert tier.recovery.num_surplus_segments > 0
+        assert tier.size_bytes <= MAX_BYTES // 2
+        kept = [block_hash for block_hash in a if tier.contains(block_hash)]
+        assert 0 < len(kept) < 200
+        assert kept == a[-len(kept) :]
+        assert put(tier, named_hash("more")).outcome is PutOutcome.STORED
+        tier.check_integrity()
+
+
+def test_recency_survives_a_restart_as_the_order_of_writing(tmp_path):
+    blocks = [named_hash(f"b{i}") for i in range(2000)]
+    with open_tier(tmp_path) as tier:
+        for block_hash in blocks:
+            put(tier, block_hash)
+        num_kept = len(tier)
+    with open_tier(tmp_path) as tier:
+        assert put(tier, named_hash("more")).evicted == (blocks[-num_kept],)
+
+
+def test_blocks_of_another_layout_are_dropped_and_their_space_is_used(tmp_path):
+    with open_tier(tmp_path) as tier:
+        put_chain(tier, chain("a", 60))
+    num_files = len(list(tmp_path.glob("*.blocks")))
+    with open_tier(tmp_path, layout=OTHER_LAYOUT) as tier:
+        assert (len(tier), tier.recovery.num_unusable_segments) == (0, num_files)
+        put_chain(tier, chain("a", 3))
+    with open_tier(tmp_path) as tier:
+        assert (len(tier), tier.recovery.num_unusable_segments) == (0, 1)
+
+
+def test_files_that_are_not_ours_are_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "elsewhere").write_text("target of a link")
+    (tmp_path / "tandem-000000000003.blocks").symlink_to(tmp_path / "elsewhere")
+    with open_tier(tmp_path) as tier:
+        put_chain(tier, chain("a", 60))
+        assert (tier.recovery.num_foreign_files, tier.recovery.num_unusable_segments) == (2, 1)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "elsewhere").read_text() == "target of a link"
+
+
+def test_a_second_opener_is_refused_in_this_process_and_in_another(tmp_path):
+    with open_tier(tmp_path):
+        with pytest.raises(DirectoryLocked, match=f"{tmp_path} is in use by another store, process {os.getpid()}"):
+            open_tier(tmp_path)
+        script = (
+            "import sys; from pathlib import Path; from kvstore.store_directory import *\n"
+            "try: StoreDirectory.open(Path(sys.argv[1]))\n"
+            "except DirectoryLocked as error: print(error)"
+        )
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        assert f"process {os.getpid()}: give each store a directory of its own" in said
+    open_tier(tmp_path).close()
+
+
+def test_its_files_are_for_nobody_else_to_read(tmp_path):
+    with open_tier(tmp_path / "store") as tier:
+        put_chain(tier, chain("a", 2))
+    assert (tmp_path / "store").stat().st_mode & 0o077 == 0
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "store").iterdir())
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_refuses_writes_still_reads_and_takes_blocks_again_later(tmp_path, error):
+    disk = Disk()
+    a = chain("a", 3)
+    with open_tier(tmp_path, disk=disk) as tier:
+        put_chain(tier, a[:1])
+        disk.write_error = error
+        assert put(tier, a[1], a[0]) == PutResult(PutOutcome.PAUSED, ())
+        assert tier.is_paused
+        assert_reads(tier, a[0])
+        disk.write_error = None
+        disk.now += 4.9
+        assert put(tier, a[1], a[0]).outcome is PutOutcome.PAUSED, "not tried again yet"
+        disk.now += 0.1
+        assert put(tier, a[1], a[0]).outcome is PutOutcome.STORED
+        assert (tier.is_paused, tier.stats.num_write_errors) == (False, 1)
+        assert_reads(tier, a[1], a[0])
+        tier.check_integrity()
+    with open_tier(tmp_path) as tier:
+        assert (sorted(tier.hashes()), tier.recovery.num_bad_records) == (sorted(a[:2]), 0)
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_no_file_behind(tmp_path):
+    disk = Disk()
+    disk.allocate_error = errno.ENOSPC
+    with open_tier(tmp_path, disk=disk) as tier:
+        assert put(tier, named_hash("a")).outcome is PutOutcome.PAUSED
+        assert (len(tier), tier.is_paused, list(tmp_path.glob("*.blocks"))) == (0, True, [])
+        disk.allocate_error = None
+        disk.now += 5
+        assert put(tier, named_hash("a")).outcome is PutOutcome.STORED
+        tier.check_integrity()
+
+
+def test_a_disk_too_full_to_grow_recycles_the_space_that_it_has(tmp_path):
+    disk = Disk()
+    with open_tier(tmp_path, disk=disk) as tier:
+        per_file = tier._shape.num_slots
+        blocks = [named_hash(f"b{i}") for i in range(per_file + 2)]
+        for block_hash in blocks[:per_file]:
+            assert put(tier, block_hash).evicted == ()
+        disk.allocate_error = errno.ENOSPC
+        assert put(tier, blocks[per_file]) == PutResult(PutOutcome.STORED, (blocks[0],))
+        assert len(tier._segments) == 1
+        disk.allocate_error = None
+        disk.now += 5
+        assert put(tier, blocks[per_file + 1]) == PutResult(PutOutcome.STORED, ())
+        assert len(tier._segments) == 2
+        tier.check_integrity()
+
+
+def test_an_unreadable_block_is_dropped_and_its_slot_used_again(tmp_path):
+    disk = Disk()
+    (a,) = chain("a", 1)
+    with open_tier(tmp_path, disk=disk) as tier:
+        put(tier, a)
+        disk.read_error = errno.EIO
+        assert tier.get(a, bytearray(BLOCK_BYTES)) is GetFailure.CORRUPT
+        disk.read_error = None
+        assert tier.get(a, bytearray(BLOCK_BYTES)) is GetFailure.MISSING
+        assert put(tier, a).outcome is PutOutcome.STORED
+        assert_reads(tier, a)
+        assert tier.stats.num_corrupt == 1
+        tier.check_integrity()
+
+
+def test_a_block_whose_digest_was_never_right_is_not_served(tmp_path):
+    (a,) = chain("a", 1)
+    with open_tier(tmp_path) as tier:
+        tier.put(a, None, digest(a) ^ 1, payload(a))
+        assert tier.get(a, bytearray(BLOCK_BYTES)) is GetFailure.CORRUPT
+        assert not tier.contains(a)
+
+
+def test_a_block_being_read_is_neither_evicted_nor_overwritten(tmp_path):
+    disk = Disk()
+    one_block = SegmentShape(1, BLOCK_BYTES).size_bytes
+    a, b = chain("x", 2)
+    is_reading, may_go_on = threading.Event(), threading.Event()
+    with open_tier(tmp_path, one_block, disk=disk) as tier:
+        assert put(tier, a).outcome is PutOutcome.STORED
+        plain_read = tier._calls.read
+
+        def slow_read(fd, buffers, offset):
+            is_reading.set()
+            assert may_go_on.wait(30)
+            return plain_read(fd, buffers, offset)
+
+        object.__setattr__(tier._calls, "read", slow_read)
+        reader = threading.Thread(target=assert_reads, args=(tier, a))
+        reader.start()
+        assert is_reading.wait(30)
+        assert put(tier, b) == PutResult(PutOutcome.BUSY, ())
+        assert tier.delete(a)
+        assert put(tier, b) == PutResult(PutOutcome.BUSY, ()), "deleted, and still being read"
+        may_go_on.set()
+        reader.join(30)
+        assert put(tier, b).outcome is PutOutcome.STORED
+        tier.check_integrity()
+
+
+def test_many_threads_never_read_a_wrong_byte(tmp_path):
+    blocks = [named_hash(f"b{i}") for i in range(60)]
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        order = np.random.default_rng(number).permutation(np.tile(np.arange(60), 4))
+        buffer = np.empty(BLOCK_BYTES, np.uint8)
+        try:
+            for index in order:
+                block_hash = blocks[index]
+                if index % 7 == number:
+                    tier.delete(block_hash)
+                elif isinstance(tier.get(block_hash, buffer), StoredBlock):
+                    assert buffer.tobytes() == payload(block_hash).tobytes()
+                else:
+                    put(tier, block_hash)
+        except BaseException as error:
+            failures.append(error)
+
+    with open_tier(tmp_path, 16 * 8192) as tier:  # two blocks a file, 32 in all: fewer than there are
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert failures == []
+        assert tier.stats.num_corrupt == 0
+        assert tier.stats.num_read > 0
+        tier.check_integrity()
+
+
+def test_after_closing_every_operation_says_so(tmp_path):
+    tier = open_tier(tmp_path)
+    put(tier, named_hash("a"))
+    tier.close()
+    tier.close()
+    for operation in (
+        lambda: put(tier, named_hash("b")),
+        lambda: tier.get(named_hash("a"), bytearray(BLOCK_BYTES)),
+        lambda: tier.delete(named_hash("a")),
+        tier.sync,
+    ):
+        with pytest.raises(DiskTierClosed, match="is closed"):
+            operation()
+
+
+def test_malformed_blocks_and_impossible_bounds_are_refused(tmp_path):
+    with open_tier(tmp_path) as tier:
+        with pytest.raises(ValueError, match="8 bytes"):
+            tier.put(named_hash("a"), None, 0, bytes(8))
+        with pytest.raises(ValueError, match="digest -1"):
+            tier.put(named_hash("a"), None, -1, bytes(BLOCK_BYTES))
+        with pytest.raises(ValueError, match="into 8 bytes"):
+            tier.get(named_hash("a"), bytearray(8))
+    with pytest.raises(ValueError, match="has no room for one block of 256 bytes"):
+        open_tier(tmp_path / "tiny", 4096)
+    assert not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.parametrize("block_bytes", [32_768, 393_216, 4_000_000])
+@pytest.mark.parametrize("max_bytes", [100_000_000, 10 * 2**30, 2**40])
+def test_a_store_of_any_size_is_a_moderate_number_of_files_and_mostly_payload(block_bytes, max_bytes):
+    shape = choose_shape(block_bytes, max_bytes)
+    num_files = max_bytes // shape.size_bytes
+    assert 16 <= num_files <= 260
+    assert num_files * shape.num_slots * block_bytes > 0.6 * max_bytes
