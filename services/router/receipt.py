@@ -16,6 +16,8 @@ _STAGES = {
     "tokenize": (Event.ARRIVED, Event.TOKENIZED),
     "admit_and_route": (Event.TOKENIZED, Event.ROUTED),
     "order": (Event.ROUTED, Event.RECEIVED),
+    # The order's way to the prefill worker, and what that fetches before it queues the prompt.
+    "prefill_order": (Event.PREFILL_ORDERED, Event.PREFILL_QUEUED),
     "prefill_queue": (Event.PREFILL_QUEUED, Event.PREFILL_SCHEDULED),
     "prefill": (Event.PREFILL_SCHEDULED, Event.PREFILL_FINISHED),
     "handoff": (Event.PREFILL_FINISHED, Event.HANDOFF_CONFIRMED),
