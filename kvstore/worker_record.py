@@ -20,8 +20,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One worker process or store node, as announced. Construction raises ValueError for impossible values.
 
     Addresses are `host:port`. `worker_id` stays the same over restarts; `incarnation` (from `new_incarnation`) is new
-    for every process and sorts by its start. A store node (role "store") generates nothing: it has neither a gRPC address
-    nor limits of requests, and it takes the layout of its blocks from the workers' records.
+    for every process and sorts by its start. A store node (role "store") generates nothing: it has no gRPC address
+    and no limits of requests, and takes its layout from the workers' records.
     """
 
     worker_id: str

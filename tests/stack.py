@@ -54,6 +54,7 @@ class Stack:
     directory: Path
     prefill: Sequence[Sequence[str]] = ()  # extra flags of each prefill worker
     decode: Sequence[Sequence[str]] = ((),)
+    store: Sequence[Sequence[str]] = ()  # extra flags of each store node
     router: Sequence[str] = ()
     worker: Sequence[str] = ()  # extra flags of every worker, the model among them
     environ: dict[str, str] = field(default_factory=dict)
@@ -63,10 +64,12 @@ class Stack:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.redis = EmbeddedRedis.start()
         try:
-            common = ["--redis", self.redis.url, "--log-format", "text"]
+            common = self.common
             for role, workers in (("prefill", self.prefill), ("decode", self.decode)):
                 for index, flags in enumerate(workers):
                     self.start(f"{role}-{index}", role, [*common, "--num-threads", "1", *self.worker, *flags])
+            for index, flags in enumerate(self.store):
+                self.start(f"store-{index}", "store", [*common, *flags])
             self.start("router", "router", [*common, "--port", "0", *self.router])
             self.wait_ready()
         except BaseException:
@@ -85,6 +88,27 @@ class Stack:
                 service.process.kill()
                 service.process.join()
         self.redis.close()
+
+    @property
+    def common(self) -> list[str]:
+        """The flags of every process."""
+        return ["--redis", self.redis.url, "--log-format", "text"]
+
+    def restart(self, name: str, sig: signal.Signals = signal.SIGKILL) -> None:
+        """End a worker or store node by a signal and start it anew with the same flags; wait until it is registered."""
+        service = self.services[name]
+        old = next(record.incarnation for record in self.records() if record.worker_id == name)
+        os.kill(service.process.pid or 0, sig)
+        service.process.join(_STOP_TIMEOUT_S)
+        self.start(name, service.role, service.argv[: service.argv.index("--worker-id")])
+
+        def is_back() -> bool:
+            found = [record for record in self.records() if record.worker_id == name and record.incarnation != old]
+            for record in found:
+                self.services[name].debug_url = f"http://{record.http_address}"
+            return bool(found)
+
+        self.wait_for(is_back, f"{name} to announce itself again")
 
     def start(self, name: str, role: str, argv: list[str]) -> Service:
         """Start a process of that role; a worker announces itself under `name`."""
@@ -108,7 +132,8 @@ class Stack:
         self.url = re.findall(r"listening on (\S+)", router.log)[-1]
         with httpx.Client() as client:
             self.wait_for(lambda: client.get(f"{self.url}/ready").status_code == 200, "the router to be ready")
-            self.wait_for(lambda: self._num_workers_known(client) == len(workers), "the router to know every worker")
+            num_known = sum(service.role != "store" for service in workers.values())
+            self.wait_for(lambda: self._num_workers_known(client) == num_known, "the router to know every worker")
 
     def _num_workers_known(self, client: httpx.Client) -> int:
         lines = client.get(f"{self.url}/metrics").text.splitlines()
@@ -143,7 +168,7 @@ class Stack:
     def check_clean(self, timeout_s: float = 15.0) -> None:
         """Every worker comes to rest with all its blocks free, and its pool's books are right."""
         for service in self.services.values():
-            if service.role != "router" and service.process.is_alive():
+            if service.role in ("prefill", "decode") and service.process.is_alive():
                 self.wait_for(lambda name=service.name: self._is_at_rest(name), f"{service.name} to rest", timeout_s)
                 response = httpx.get(f"{service.debug_url}/debug/integrity")
                 assert response.status_code == 200, f"{service.name}: {response.text}"
@@ -166,6 +191,8 @@ def _run_service(role: str, argv: list[str], log_path: str, environ: dict[str, s
         from services.router.__main__ import main
     elif role == "prefill":
         from services.prefill.__main__ import main
+    elif role == "store":
+        from services.store.__main__ import main
     else:
         from services.decode.__main__ import main
     sys.exit(main(argv))

@@ -2,5 +2,5 @@
 
 import importlib
 
-for name in ("services.decode.service", "services.prefill.service", "services.router.process"):
+for name in ("services.decode.service", "services.prefill.service", "services.router.process", "services.store.process"):
     importlib.import_module(name)

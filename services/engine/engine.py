@@ -185,7 +185,7 @@ class Engine:
         return None if taken is None else Reservation(taken.block_ids, taken.num_present)
 
     def publish_blocks(self, block_ids: Sequence[int], hashes: Sequence[BlockHash]) -> None:
-        """Make lent blocks, a chain from its head, findable in the prefix cache; they must be verified. Raises `NotLent`."""
+        """Make lent, verified blocks findable in the prefix cache: a chain from its head. Raises `NotLent`."""
         self._scheduler.publish_lent(block_ids, hashes)
 
     def take_cache_changes(self) -> list[CacheChange]:

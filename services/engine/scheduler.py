@@ -180,7 +180,7 @@ class Scheduler:
         return blocks
 
     def publish_lent(self, block_ids: Sequence[int], hashes: Sequence[BlockHash]) -> None:
-        """Make lent blocks findable that the caller has filled and verified: a chain from its head. Raises `NotLent`."""
+        """Make lent blocks findable that the caller filled and verified: a chain from its head. Raises `NotLent`."""
         self.loans.check(block_ids)
         parent_hash: BlockHash | None = None
         for block_id, block_hash in zip(block_ids, hashes, strict=True):

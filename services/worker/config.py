@@ -80,6 +80,12 @@ class WorkerConfig:
     prefix_fetch_timeout_s: float = setting(
         5.0, help="how long a prefix that another worker holds may take to come; then it is computed", group="network"
     )
+    store_write_through: str = setting(
+        "all",
+        help="which blocks are offered to store nodes, where there are any: all, those that were reused here, or none",
+        choices=("all", "reused", "none"),
+        group="KV cache",
+    )
     drain_timeout_s: float = setting(30.0, help="how long SIGTERM waits for running requests", group="network")
     log_level: str = setting("info", help="what to log", choices=("debug", "info", "warning", "error"), group="logs")
     log_format: str = setting(

@@ -47,6 +47,7 @@ class WorkerMetrics(ExchangeObserver):
         self._handoff_blocks = self._counter("tandem:handoff_blocks", "Blocks taken over from prefill workers.")
         self._handoff_bytes = self._counter("tandem:handoff_bytes", "Bytes of these blocks.")
         self._prefix_fetches = self._counter("tandem:prefix_fetches", "Prefixes fetched.", "tier", "outcome")
+        self._store_offers = self._counter("tandem:store_offers", "Chains offered to store nodes.", "outcome")
         self._refused_peers = self._counter("tandem:peers_refused", "Incompatible peers refused.")
         self._lost_peers = self._counter("tandem:peers_lost", "Block-protocol connections that ended.")
         self._read_s = Histogram(
@@ -77,6 +78,10 @@ class WorkerMetrics(ExchangeObserver):
 
     def prefix_fetched(self, tier: str, outcome: str) -> None:
         self._prefix_fetches.labels(tier, outcome).inc()
+
+    def store_offered(self, outcome: str, number: int) -> None:
+        """Chains were offered to store nodes: `outcome` is "sent" or "dropped"."""
+        self._store_offers.labels(outcome).inc(number)
 
     def handoff_failed(self, cause: str) -> None:
         self._recomputes.labels(cause).inc()

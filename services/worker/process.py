@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
@@ -20,10 +20,11 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 import services
+from kvstore.block_pool import CacheChange
 from kvstore.errors import TransportError
 from kvstore.exchange import BlockExchange
 from kvstore.handshake import PeerIdentity
-from kvstore.registry import Registrar
+from kvstore.registry import Membership, Registrar
 from kvstore.timeouts import ExchangeTimeouts
 from kvstore.transport.select import make_transports
 from kvstore.worker_record import WorkerRecord, new_incarnation
@@ -36,6 +37,7 @@ from services.worker.fetch_costs import FetchCosts
 from services.worker.http import DebugServer
 from services.worker.metrics import WorkerMetrics
 from services.worker.prefix import CacheLender, IndexFeed, PrefixFetcher
+from services.worker.store_feed import StoreFeed
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +152,8 @@ async def open_worker(
         transports = make_transports(config.kv_transport, engine.memory, worker_id)
         identity = PeerIdentity(f"{worker_id}/{incarnation}", role, incarnation, engine.layout)
         feed = IndexFeed(config.redis, worker_id, incarnation, engine)
-        thread = EngineThread(engine, feed.changed)
+        followers = [feed.changed]
+        thread = EngineThread(engine, lambda changes: _tell_all(followers, changes))
         exchange = BlockExchange(
             identity,
             engine.memory,
@@ -159,6 +162,9 @@ async def open_worker(
             observer=metrics,
             lender=CacheLender(engine, thread),
         )
+        store_feed = _store_feed(config, engine, exchange, metrics)
+        if store_feed is not None:
+            followers.append(store_feed.changed)
         fetcher = PrefixFetcher(
             worker_id, engine, thread, exchange, FetchCosts(), config.prefix_fetch_timeout_s, metrics.prefix_fetched
         )
@@ -181,7 +187,9 @@ async def open_worker(
         await health_service.set("", health_pb2.HealthCheckResponse.SERVING)
         debug = DebugServer(
             metrics.registry,
-            state=lambda: _state(parts, role, service) | {"index": feed.state()},
+            state=lambda: (
+                _state(parts, role, service) | {"index": feed.state(), "store_feed": store_feed and store_feed.state()}
+            ),
             check_integrity=lambda: thread.call(engine.check_integrity),
             is_healthy=lambda: not thread.crashed.done(),
         )
@@ -192,6 +200,10 @@ async def open_worker(
         cleanup.push_async_callback(debug.close)
         await feed.start()
         cleanup.push_async_callback(feed.close)
+        kv_address = f"{host}:{exchange.address.rsplit(':', 1)[1]}"
+        if store_feed is not None:
+            await store_feed.start(kv_address)
+            cleanup.push_async_callback(store_feed.close)
 
         record = WorkerRecord(
             worker_id=worker_id,
@@ -202,7 +214,7 @@ async def open_worker(
             tokenizer_path=shared_path(config.tokenizer or config.model),
             model_fingerprint=engine.layout.model_fingerprint,
             grpc_address=f"{host}:{grpc_port}",
-            kv_address=f"{host}:{exchange.address.rsplit(':', 1)[1]}",
+            kv_address=kv_address,
             http_address=f"{host}:{http_address.rsplit(':', 1)[1]}",
             block_size=engine.layout.block_size,
             num_blocks=engine.pool.num_blocks,
@@ -213,6 +225,7 @@ async def open_worker(
             colocated=bool(getattr(config, "colocated", False)),
             version=services.__version__,
             started_unix_s=time.time(),
+            layout=engine.layout.to_wire(),
         )
         yield RunningWorker(parts, service, record, health_service)
 
@@ -269,6 +282,25 @@ def _add_port(server: grpc.aio.Server, host: str, port: int) -> int:
         return server.add_insecure_port(f"{host}:{port}")
     except RuntimeError as error:
         raise CannotListen(f"gRPC port: cannot listen on {host}:{port}") from error
+
+
+def _store_feed(
+    config: WorkerConfig, engine: Engine, exchange: BlockExchange, metrics: WorkerMetrics
+) -> StoreFeed | None:
+    if config.store_write_through == "none" or not config.enable_prefix_caching:
+        return None
+    return StoreFeed(
+        Membership(config.redis, grace_s=config.lease_s),
+        exchange,
+        engine.pool.num_blocks,
+        only_reused=config.store_write_through == "reused",
+        count=metrics.store_offered,
+    )
+
+
+def _tell_all(followers: Sequence[Callable[[list[CacheChange]], None]], changes: list[CacheChange]) -> None:
+    for follower in followers:
+        follower(changes)
 
 
 def _names(config: WorkerConfig) -> tuple[str, ...]:

@@ -1,0 +1,10 @@
+"""`python -m kvstore`: one store node. The process around it is `services.store`; this is the package's only way up."""
+
+from __future__ import annotations
+
+import sys
+
+from services.store.__main__ import main
+
+if __name__ == "__main__":
+    sys.exit(main())

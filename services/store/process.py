@@ -1,0 +1,194 @@
+"""A store node from its settings to its exit: learn the layout, open the tiers, serve, announce, flush on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+import services
+from kvstore.block_hash import BlockHash
+from kvstore.disk_tier import DiskTier
+from kvstore.errors import KVStoreError
+from kvstore.handshake import PeerIdentity
+from kvstore.layout import BlockLayout
+from kvstore.memory import HostMemory
+from kvstore.prefix_index import IndexWriter, Tier
+from kvstore.registry import Membership, Registrar
+from kvstore.store_node import StoreNode, StoreTooSmall
+from kvstore.tiered_store import DiskWrites, StoreTier, TieredStore
+from kvstore.timeouts import ExchangeTimeouts
+from kvstore.transport.select import make_transports
+from kvstore.worker_record import WorkerRecord, new_incarnation
+from services.logs import configure_logging, report_progress, report_ready
+from services.store.config import StoreConfig
+from services.store.metrics import StoreMetrics
+from services.store.whose import choose_worker
+from services.worker.http import DebugServer
+
+log = logging.getLogger(__name__)
+
+_INDEX_TIERS = {StoreTier.DRAM: Tier.STORE, StoreTier.DISK: Tier.DISK}
+
+
+class Stopped(Exception):
+    """The signal came before there was anything to serve."""
+
+
+def run_store(config: StoreConfig) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status, 1 if the node cannot start."""
+    configure_logging(config.log_level, config.log_format)
+    return uvloop.run(_serve(config))
+
+
+async def _serve(config: StoreConfig) -> int:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        worker, layout = await wait_for_layout(config, stop)
+        async with open_store(config, worker, layout) as record:
+            log.info(
+                "%s serves blocks on %s, debug http://%s", record.worker_id, record.kv_address, record.http_address
+            )
+            report_ready(worker_id=record.worker_id, kv=record.kv_address, http=record.http_address)
+            await stop.wait()
+            log.info("%s stops", record.worker_id)
+    except Stopped:
+        return 0
+    except (KVStoreError, OSError, ValueError) as error:
+        log.error("store node cannot start: %s", error)
+        return 1
+    return 0
+
+
+async def wait_for_layout(config: StoreConfig, stop: asyncio.Event) -> tuple[WorkerRecord, BlockLayout]:
+    """Wait for a worker that serves our model, and take over its layout. Raises Stopped, `RegistryError`.
+
+    A layout needs the model's configuration and a fingerprint of its weights: workers have both, and a store that read
+    them itself could only come to another conclusion.
+    """
+    membership = Membership(config.redis, grace_s=config.lease_s)
+    chosen: asyncio.Future[tuple[WorkerRecord, BlockLayout]] = asyncio.get_running_loop().create_future()
+
+    def look(records: tuple[WorkerRecord, ...]) -> None:
+        found = choose_worker(records, config.served_model_name)
+        if found is not None and not chosen.done():
+            chosen.set_result(found)
+
+    membership.on_change(look)
+    await membership.start()
+    stopped = asyncio.ensure_future(stop.wait())
+    either: list[asyncio.Future[Any]] = [chosen, stopped]
+    try:
+        log.info("waiting for a worker of %s", ", ".join(config.served_model_name) or "any model")
+        report_progress(0.0, "waiting for a worker")
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopped.cancel()
+        await membership.close()
+    if not chosen.done():
+        raise Stopped
+    return chosen.result()
+
+
+@asynccontextmanager
+async def open_store(config: StoreConfig, worker: WorkerRecord, layout: BlockLayout) -> AsyncIterator[WorkerRecord]:
+    """The node, listening, in the index and announced; closed at the end, from the outside in.
+
+    Raises `StoreTooSmall`, `DirectoryLocked`, `TransportError`, OSError, ValueError.
+    """
+    async with contextlib.AsyncExitStack() as cleanup:
+        incarnation, metrics = new_incarnation(), StoreMetrics()
+        num_slots = config.store_dram_bytes // layout.block_bytes
+        if num_slots < 1:
+            raise StoreTooSmall(
+                f"--store-dram-bytes {config.store_dram_bytes} holds no block of {layout.block_bytes} bytes"
+            )
+        memory = HostMemory.allocate(num_slots, layout.block_bytes)
+        disk = await asyncio.to_thread(_open_disk, config, layout) if config.store_disk_dir else None
+        feed: list[IndexWriter] = []  # there is none before the node has a name, and nothing changes before that
+
+        def changed(block_hash: BlockHash, tier: StoreTier, is_present: bool) -> None:
+            for writer in feed:
+                (writer.added if is_present else writer.removed)([block_hash], _INDEX_TIERS[tier])
+
+        store = TieredStore(memory, disk, disk_writes=DiskWrites(config.store_disk_writes), on_change=changed)
+        cleanup.push_async_callback(store.close, config.drain_timeout_s)
+        host = config.advertise_host or config.host
+        name = config.worker_id or f"store-{host}-{config.kv_port or incarnation[-8:]}"
+        transports = make_transports(config.kv_transport, memory, name)
+        identity = PeerIdentity(f"{name}/{incarnation}", "store", incarnation, layout)
+        timeouts = ExchangeTimeouts(peer_timeout_s=config.peer_timeout_s, offer_s=config.peer_timeout_s)
+        node = StoreNode(identity, store, transports, timeouts=timeouts, observer=metrics)
+        cleanup.push_async_callback(node.close, config.drain_timeout_s)
+        await node.start(config.host, config.kv_port)
+        metrics.watch(node)
+
+        def contents() -> Iterator[tuple[BlockHash, Tier]]:
+            return ((block_hash, _INDEX_TIERS[tier]) for block_hash, tier in store.contents())
+
+        writer = IndexWriter(config.redis, name, incarnation, contents, lease_s=config.lease_s)
+        feed.append(writer)
+        await writer.start()
+        cleanup.push_async_callback(writer.close)
+        debug = DebugServer(
+            metrics.registry,
+            state=lambda: node.state() | {"index": {"redis": writer.connection_state.value, "synced": writer.synced}},
+            check_integrity=lambda: _check(node),
+            is_healthy=lambda: True,
+        )
+        http_address = await debug.start(config.host, config.http_port)
+        cleanup.push_async_callback(debug.close)
+        record = WorkerRecord(
+            worker_id=name,
+            role="store",
+            incarnation=incarnation,
+            served_model_names=worker.served_model_names,
+            model_path=worker.model_path,
+            tokenizer_path=worker.tokenizer_path,
+            model_fingerprint=layout.model_fingerprint,
+            grpc_address="",
+            kv_address=f"{host}:{node.exchange.address.rsplit(':', 1)[1]}",
+            http_address=f"{host}:{http_address.rsplit(':', 1)[1]}",
+            block_size=layout.block_size,
+            num_blocks=num_slots,
+            max_model_len=0,
+            max_num_seqs=0,
+            dtype=layout.dtype,
+            transports=tuple(transport.name for transport in transports),
+            version=services.__version__,
+            started_unix_s=time.time(),
+            layout=layout.to_wire(),
+        )
+        registrar = Registrar(config.redis, record, lease_s=config.lease_s)
+        await registrar.start()
+        cleanup.push_async_callback(registrar.close)
+        log.info(
+            "%s keeps blocks of %s: %d of %d bytes in memory, %s",
+            name,
+            ", ".join(worker.served_model_names),
+            num_slots,
+            layout.block_bytes,
+            "no disk" if disk is None else f"{len(disk)} found on disk",
+        )
+        yield record
+
+
+def _open_disk(config: StoreConfig, layout: BlockLayout) -> DiskTier:
+    report_progress(0.5, "reading the disk")
+    disk = DiskTier.open(Path(config.store_disk_dir), layout, config.store_disk_bytes)
+    log.info("disk tier %s: %s", config.store_disk_dir, disk.recovery)
+    return disk
+
+
+async def _check(node: StoreNode) -> None:
+    node.check_integrity()
