@@ -17,6 +17,7 @@ PYTEST_ARGS ?=
 #   make bench BENCHES=loadtest/bench_serve.py BENCH_ARGS="--model /models/qwen2-0.5b --rate 2"
 BENCHES ?= tests/bench/bench_transfer.py loadtest/bench_serve.py
 BENCH_ARGS ?=
+TRACE ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +28,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow lint types imports format proto proto-check bench clean
+.PHONY: help install serve doctor test test-slow lint types imports format proto proto-check bench bench-prefix clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -76,6 +77,9 @@ proto-check: $(INSTALLED) ## the committed stubs are what the generator gives
 
 bench: $(INSTALLED) ## run BENCHES with BENCH_ARGS; each prints a table
 	for bench in $(BENCHES); do $(BIN)/python -m $$(echo $${bench%.py} | tr / .) $(BENCH_ARGS) || exit 1; done
+
+bench-prefix: $(INSTALLED) ## hit rate and TTFT by routing policy: make bench-prefix TRACE=mooncake_conversation.jsonl
+	$(BIN)/python -m loadtest.bench_prefix $(if $(TRACE),--trace $(TRACE)) $(BENCH_ARGS)
 
 clean: ## remove what the tools leave behind; keeps .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
