@@ -172,6 +172,10 @@ class Stack:
                 self.wait_for(lambda name=service.name: self._is_at_rest(name), f"{service.name} to rest", timeout_s)
                 response = httpx.get(f"{service.debug_url}/debug/integrity")
                 assert response.status_code == 200, f"{service.name}: {response.text}"
+                metrics = httpx.get(f"{service.debug_url}/metrics").text
+                blocks = re.findall(r"^tandem:kv_blocks(?:_free)?{.*} (.*)$", metrics, re.MULTILINE)
+                assert len(blocks) == 2, f"{service.name}: {blocks}"
+                assert blocks[0] == blocks[1], f"{service.name}: {blocks} blocks free and in all"
 
     def _is_at_rest(self, name: str) -> bool:
         engine = self.debug_state(name)["engine"]
