@@ -28,7 +28,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow lint types imports format proto proto-check bench bench-prefix clean
+.PHONY: help install serve doctor test test-slow lint types imports format proto proto-check bench bench-prefix bench-index clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -80,6 +80,9 @@ bench: $(INSTALLED) ## run BENCHES with BENCH_ARGS; each prints a table
 
 bench-prefix: $(INSTALLED) ## hit rate and TTFT by routing policy: make bench-prefix TRACE=mooncake_conversation.jsonl
 	$(BIN)/python -m loadtest.bench_prefix $(if $(TRACE),--trace $(TRACE)) $(BENCH_ARGS)
+
+bench-index: $(INSTALLED) ## the prefix index with a million blocks: lookups against PING, bytes per block (BENCH_ARGS)
+	$(BIN)/python -m tests.bench.bench_index $(BENCH_ARGS)
 
 clean: ## remove what the tools leave behind; keeps .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
