@@ -261,15 +261,16 @@ return reply
 )
 
 # ARGV: base, sweeper's name, for how many ms nobody else may sweep, most buckets, most blocks.
-# Retires holders whose lease has ended, then takes entries of the dead out of some buckets. Returns how many dead slots
-# still have entries; -1 if another process is at it. A bit is cleared with the entries that it stands for, so that the
-# next call goes on where this one stopped.
+# Retires holders whose lease has ended, then takes entries of the dead out of some buckets. Returns how many steps are
+# left at least: 0 when no dead slot has entries any more; -1 if another process is at it. A bit is cleared with the
+# entries that it stands for, so that the next call goes on where this one stopped.
 SWEEP = Script(
     _CLOCK
     + _RETIRE
     + _BLOCKS
     + """
-local expired = redis.call('ZRANGEBYSCORE', index .. ':leases', '-inf', now_ms, 'LIMIT', 0, 16)
+local expired = redis.call('ZRANGEBYSCORE', index .. ':leases', '-inf', now_ms, 'LIMIT', 0, 17)
+local more = table.remove(expired, 17) and 1 or 0
 for _, slot in ipairs(expired) do retire(slot) end
 local dead = redis.call('SMEMBERS', index .. ':dead')
 if #dead == 0 then return 0 end
@@ -331,6 +332,6 @@ for _, slot in ipairs(dead) do
   end
 end
 if num_gone ~= 0 then redis.call('HINCRBY', index, 'n', -num_gone) end
-return num_dead
+return num_dead + more
 """
 )

@@ -173,31 +173,52 @@ def sweep(client: redis.Redis) -> None:
         pass
 
 
+# Every key of the index with its content, at one moment.
+_DUMP = """
+local commands = {hash = {'HGETALL'}, set = {'SMEMBERS'}, zset = {'ZRANGE', 0, -1}, string = {'GET'}}
+local found = {}
+for _, key in ipairs(redis.call('KEYS', ARGV[1])) do
+  local command = commands[redis.call('TYPE', key).ok]
+  found[#found + 1] = key
+  found[#found + 1] = redis.call(command[1], key, unpack(command, 2))
+end
+return found
+"""
+
+
 def check_integrity(client: redis.Redis) -> None:
     """Assert what must hold of the index's keys at any time."""
-    slots = {int(slot) for slot in client.hkeys(f"{INDEX}:slots")}
-    dead = {int(slot) for slot in client.smembers(f"{INDEX}:dead")}
+    flat = client.eval(_DUMP, 1, INDEX, "{tandem}:i*")
+    keys = dict(zip(flat[0::2], flat[1::2], strict=True))
+
+    def fields(suffix: str) -> dict[bytes, bytes]:
+        pairs = keys.get(f"{INDEX}{suffix}".encode(), [])
+        return dict(zip(pairs[0::2], pairs[1::2], strict=True))
+
+    def slots_in(members: Iterable[bytes]) -> set[int]:
+        return {int(slot) for slot in members}
+
+    slots, dead = slots_in(fields(":slots")), slots_in(keys.get(f"{INDEX}:dead".encode(), ()))
     assert not slots & dead
-    assert {int(slot) for slot in client.hvals(f"{INDEX}:ids")} == slots
-    assert {int(slot) for slot in client.hkeys(f"{INDEX}:seqs")} == slots
-    assert {int(slot) for slot in client.zrange(f"{INDEX}:leases", 0, -1)} == slots
-    prefix = f"{INDEX}:held:".encode()
-    held = {int(key.removeprefix(prefix)): client.get(key) for key in client.keys(prefix + b"*")}
+    assert slots_in(fields(":ids").values()) == slots_in(fields(":seqs")) == slots
+    assert slots_in(keys.get(f"{INDEX}:leases".encode(), ())) == slots
+    held_prefix = f"{INDEX}:held:".encode()
+    held = {int(key.removeprefix(held_prefix)): bits for key, bits in keys.items() if key.startswith(held_prefix)}
     assert held.keys() == slots | dead
     assert all(len(bits) == 8192 for bits in held.values())
 
-    names = [key.removeprefix(BASE) for key in client.keys(BASE + b"*")]
-    wide = {name for name in names if len(name) == 8}
-    assert wide | {name for name in names if len(name) == 2} == set(names)
+    blocks = {key.removeprefix(BASE): content for key, content in keys.items() if key.startswith(BASE)}
+    wide = {name: value for name, value in blocks.items() if len(name) == 8}
+    buckets = {name: content for name, content in blocks.items() if len(name) == 2}
+    assert len(wide) + len(buckets) == len(blocks)
     num_blocks = 0
-    for name in set(names) - wide:
+    for name, content in buckets.items():
         number = int.from_bytes(name, "big")
-        for field, value in client.hgetall(BASE + name).items():
+        for field, value in zip(content[0::2], content[1::2], strict=True):
             num_blocks += 1
             assert len(field) == 6
             if value == b"*":
-                wide.remove(name + field)
-                value = client.get(BASE + name + field)
+                value = wide.pop(name + field)
                 assert len(value) > 32
             else:
                 assert len(value) <= 64
@@ -209,7 +230,7 @@ def check_integrity(client: redis.Redis) -> None:
             for slot in owners:
                 assert held[slot][number // 8] >> (7 - number % 8) & 1, f"slot {slot} has no bit for bucket {number}"
     assert not wide, "entries that no bucket refers to"
-    assert int(client.hget(INDEX, "n") or 0) == num_blocks
+    assert int(fields("").get(b"n", 0)) == num_blocks
 
 
 def errors(caplog_records: Iterable[logging.LogRecord]) -> list[str]:
