@@ -68,13 +68,13 @@ class SlotTable:
         """Whether the block is stored, being written, or doomed and not yet gone: none of these can be claimed."""
         return block_hash in self._policy or block_hash in self._claimed
 
-    def claim(self, block_hash: BlockHash, may_evict: bool) -> Claim | None:
+    def claim(self, block_hash: BlockHash, parent_hash: BlockHash | None, may_evict: bool) -> Claim | None:
         """Return a slot for a block that is not known; None where none is free and none may be, or can be, evicted."""
         evicted = None
         if self._free:
             place = self._free.pop()
         else:
-            victim = self._policy.evict() if may_evict else None
+            victim = self._policy.evict(keep=parent_hash) if may_evict else None
             if victim is None:
                 return None
             evicted = victim.block_hash

@@ -199,7 +199,7 @@ class DiskTier:
         if len(data) != self.layout.block_bytes or len(block_hash) != HASH_BYTES or not 0 <= digest < 1 << 64:
             raise ValueError(f"put of block {block_hash.hex()}: {len(data)} bytes, digest {digest}")
         with self._operation():
-            claim = self._claim(block_hash)
+            claim = self._claim(block_hash, parent_hash)
             if isinstance(claim, PutOutcome):
                 return PutResult(claim, ())
             evicted = () if claim.evicted is None else (claim.evicted,)
@@ -293,31 +293,33 @@ class DiskTier:
 
     # -- slots --
 
-    def _claim(self, block_hash: BlockHash) -> Claim | PutOutcome:
+    def _claim(self, block_hash: BlockHash, parent_hash: BlockHash | None) -> Claim | PutOutcome:
         """Find the slot to write, which then is claimed; evict, or make another file, if none is free."""
-        while not self._is_waiting(self._writes_paused_until):
+        if self._is_waiting(self._writes_paused_until):
+            return PutOutcome.PAUSED
+        has_grown = True
+        while True:
             with self._lock:
                 if self._slots.is_known(block_hash):
                     return PutOutcome.PRESENT
-                may_grow = self._may_grow()
-                claim = self._slots.claim(block_hash, may_evict=not may_grow)
+                may_grow = has_grown and self._may_grow()
+                claim = self._slots.claim(block_hash, parent_hash, may_evict=not may_grow)
                 if claim is not None:
                     self.stats.num_evicted += claim.evicted is not None
                     return claim
                 if not may_grow:
-                    return PutOutcome.BUSY
-            self._grow()
-        return PutOutcome.PAUSED
+                    return PutOutcome.BUSY if self._segments else PutOutcome.PAUSED
+            has_grown = self._grow()
 
     def _may_grow(self) -> bool:
         fits = self.size_bytes + self._shape.size_bytes <= self.max_bytes
         return fits and not self._is_waiting(self._growth_paused_until)
 
-    def _grow(self) -> None:
-        """Make one more file, unless another thread just did. On a full disk, slots are recycled for a while."""
+    def _grow(self) -> bool:
+        """Make one more file, unless another thread just did; False if the disk refuses: then slots are recycled."""
         with self._grow_lock:
             if self._slots.num_free or not self._may_grow():
-                return
+                return True
             segment_id = max(self._segments, default=0) + 1
             path = self._directory.segment_path(segment_id)
             try:
@@ -328,11 +330,12 @@ class DiskTier:
                     if not self._segments:
                         self._pause_writes(error)
                 logger.warning("disk tier %s cannot grow: %s", self._directory.path, error)
-                return
+                return False
             with self._lock:
                 self._growth_paused_until = None
                 self._segments[segment_id] = segment
                 self._slots.add_free(segment_id, range(self._shape.num_slots))
+            return True
 
     def _drop(self, block_hash: BlockHash) -> None:
         """Make a block that the caller has pinned unfindable, now and after a restart."""

@@ -129,14 +129,15 @@ class DramTier:
 
     # -- in --
 
-    def begin_insert(self, num_blocks: int) -> list[int]:
+    def begin_insert(self, num_blocks: int, after: BlockHash | None = None) -> list[int]:
         """Return up to `num_blocks` private slots: free ones, then evicted blocks'. Fewer if pins hold the rest.
 
-        Their content is unknown, and nobody reads them. Each goes to `publish` or `abandon`.
+        Their content is unknown, and nobody reads them. Each goes to `publish` or `abandon`. `after` is the block that
+        the new ones follow, if any: making room for them does not evict it.
         """
         slots = self.take_free(num_blocks)
         while len(slots) < num_blocks:
-            evicted = self.evict()
+            evicted = self.evict(keep=after)
             if evicted is None:
                 break
             if self._on_evict is not None:
@@ -152,13 +153,13 @@ class DramTier:
         self._private.update(slots)
         return slots
 
-    def evict(self) -> ResidentBlock | None:
-        """Make the policy's next victim unfindable; None if there is none.
+    def evict(self, keep: BlockHash | None = None) -> ResidentBlock | None:
+        """Make the policy's next victim, which is not `keep`, unfindable; None if there is none.
 
         Its slot is the caller's, private, with the bytes still in it: to copy away before it is filled or abandoned.
         `on_evict` is not called.
         """
-        victim = self._policy.evict()
+        victim = self._policy.evict(keep)
         if victim is None:
             return None
         entry = self._published.pop(victim.block_hash)

@@ -129,8 +129,21 @@ class SegmentedLru:
         node.num_pins -= 1
         self._push(block_hash, node)
 
-    def evict(self) -> Victim | None:
-        """Remove and return the block to give up next; None if pins leave none."""
+    def evict(self, keep: BlockHash | None = None) -> Victim | None:
+        """Remove and return the block to give up next; None if pins leave none.
+
+        `keep`, and with it its ancestors, is not given up: the parent of the block that the room is for.
+        """
+        if keep is None or keep not in self._nodes:
+            return self._evict()
+        self.pin(keep)
+        try:
+            return self._evict()
+        finally:
+            self.unpin(keep)
+
+    def _evict(self) -> Victim | None:
+        self._shrink_protected()  # pins may have kept it too large since the last use
         while True:
             block_hash = self._pop(self._probation, is_protected=False)
             if block_hash is not None:

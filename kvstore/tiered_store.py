@@ -139,18 +139,21 @@ class TieredStore:
 
     # -- in --
 
-    async def reserve(self, num_blocks: int, timeout_s: float | None = None) -> list[int]:
+    async def reserve(
+        self, num_blocks: int, timeout_s: float | None = None, after: BlockHash | None = None
+    ) -> list[int]:
         """Return up to `num_blocks` private slots, evicting; fewer if pins, or the disk at the deadline, hold the rest.
 
         Evicted blocks that belong on disk and are not there are written first: this is how a slow disk slows its
-        writers down. The caller fills the slots, then gives each to `publish` or `abandon`.
+        writers down. The caller fills the slots, then gives each to `publish` or `abandon`. `after` is the block that
+        the new ones follow: it is not evicted for them.
         """
         if self._is_closed:
             return []
         slots = self.dram.take_free(num_blocks)
         to_write: list[ResidentBlock] = []
         while len(slots) + len(to_write) < num_blocks:
-            evicted = self.dram.evict()
+            evicted = self.dram.evict(keep=after)
             if evicted is None:
                 break
             self._unwritten.pop(evicted.block_hash, None)
@@ -196,7 +199,7 @@ class TieredStore:
         """Copy a block in; False if there was no room, or it is in DRAM already."""
         if self.dram.contains(block_hash):
             return False
-        slots = await self.reserve(1, timeout_s)
+        slots = await self.reserve(1, timeout_s, after=parent_hash)
         for slot in slots:
             self.dram.memory.view(slot)[:] = payload
             return self.publish(slot, block_hash, parent_hash, digest)

@@ -143,6 +143,35 @@ def test_pins_that_hold_everything_cost_the_protected_no_rank():
     assert evict_all(policy) == [*cold[::-1], *hot[::-1]]
 
 
+def test_protected_blocks_beyond_their_share_that_pins_held_go_back_when_room_is_needed():
+    policy = SegmentedLru(8)
+    a, b = chain("a", 8), chain("b", 6)
+    insert(policy, a)
+    for block_hash in a:
+        policy.pin(block_hash)
+    policy.touch(a)
+    for block_hash in a:
+        policy.unpin(block_hash)
+    assert policy.num_protected == 8
+    for block_hash, parent in zip(b, parents(b), strict=True):
+        assert policy.evict(keep=parent) is not None
+        policy.insert(block_hash, parent)
+    assert [block_hash in policy for block_hash in [*a, *b]] == [True] * 2 + [False] * 6 + [True] * 6
+
+
+def test_a_chain_too_long_for_probation_takes_from_the_protected_before_it_takes_from_itself():
+    policy = SegmentedLru(8)
+    a, b = chain("a", 8), chain("b", 8)
+    insert(policy, a)
+    policy.touch(a)
+    for block_hash, parent in zip(b, parents(b), strict=True):
+        assert policy.evict(keep=parent) is not None
+        policy.insert(block_hash, parent)
+    assert all(block_hash in policy for block_hash in b)
+    policy.pin(b[-1])
+    assert policy.evict() is None
+
+
 def test_a_victim_says_whether_it_was_ever_used_again():
     policy = SegmentedLru(4, protected_share=0.0)
     a, b = chain("x", 2)

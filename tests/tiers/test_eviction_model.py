@@ -91,7 +91,17 @@ class Model:
         self.warm_parent(block_hash)
         del self.blocks[block_hash]
 
-    def evict(self) -> Victim | None:
+    def evict(self, keep: BlockHash | None) -> Victim | None:
+        if keep in self.blocks:
+            self.blocks[keep].num_pins += 1
+        try:
+            return self._evict()
+        finally:
+            if keep in self.blocks:
+                self.blocks[keep].num_pins -= 1
+
+    def _evict(self) -> Victim | None:
+        self.shrink()
         while (block_hash := self.coldest(protected=False)) is None:
             block_hash = self.coldest(protected=True)
             if block_hash is None:
@@ -145,12 +155,13 @@ class EvictionMachine(RuleBasedStateMachine):
             self.policy.remove(block_hash)
             self.model.remove(block_hash)
 
-    @rule(num_blocks=st.integers(1, 4))
-    def evict(self, num_blocks: int) -> None:
+    @rule(num_blocks=st.integers(1, 4), keep=st.none() | st.sampled_from(BLOCKS))
+    def evict(self, num_blocks: int, keep: BlockHash | None) -> None:
         for _ in range(num_blocks):
             has_child = {PARENT[block_hash] for block_hash in self.model.blocks}
-            victim = self.policy.evict()
-            assert victim == self.model.evict()
+            victim = self.policy.evict(keep)
+            assert victim == self.model.evict(keep)
+            assert victim is None or victim.block_hash != keep
             assert victim is None or victim.block_hash not in has_child, "a head was cut before its tail"
 
     @invariant()
