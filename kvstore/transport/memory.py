@@ -6,6 +6,7 @@ Peers find each other in a `Switchboard` that the test makes and passes to each 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,10 +39,11 @@ class Switchboard:
 
     def __init__(self) -> None:
         self._pools: dict[bytes, BlockMemory] = {}
+        self._next_number = itertools.count().__next__  # never that of a pool that was pulled out
 
     def plug_in(self, memory: BlockMemory) -> bytes:
         """Make a pool reachable; returns its number."""
-        number = len(self._pools).to_bytes(4, "big")
+        number = self._next_number().to_bytes(4, "big")
         self._pools[number] = memory
         return number
 

@@ -1,0 +1,213 @@
+"""A store node takes in what workers offer, lends it, and loses neither blocks nor slots whatever the workers do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvstore.fetch_events import FetchCause
+from kvstore.store_intake import IntakeLimits
+from kvstore.tiered_store import StoreTier
+from kvstore.transport.memory import Faults
+from tests.store_node.store_world import chain, idle, until, world
+
+
+async def test_an_offered_chain_is_pulled_and_lent_byte_for_byte() -> None:
+    async with world() as made:
+        node, giver, taker = await made.node(), await made.worker(), await made.worker("prefill-1", seed=2)
+        hashes = chain("a", 10)
+        giver.hold(hashes)
+        await giver.offer(node, hashes)
+        await idle(node, 1)
+        assert made.changes == [(each, StoreTier.DRAM, True) for each in hashes]
+
+        await giver.exchange.close()  # the store lends what its giver no longer can
+        result, payloads = await taker.fetch(node, [*hashes, *chain("b", 2)])
+        assert result.ok, result.failure
+        assert payloads == [giver.bytes_of(each) for each in hashes]
+        await until(lambda: node.lender.num_lent == 0)
+        node.check_integrity()
+
+
+async def test_a_chain_that_grows_is_pulled_only_where_it_is_new() -> None:
+    async with world() as made:
+        node, giver = await made.node(), await made.worker()
+        hashes = chain("a", 8)
+        giver.hold(hashes)
+        await giver.offer(node, hashes[:5])
+        await idle(node, 1)
+        await giver.offer(node, hashes[:5])
+        await giver.offer(node, hashes)
+        await idle(node, 3)
+        assert [each for wanted in giver.wanted for each in wanted] == hashes
+        stats = node.intake.stats
+        assert (stats.num_offers, stats.num_offers_known, stats.num_pulled_blocks) == (3, 1, 8)
+        assert [node.store.dram.find(each).parent_hash for each in hashes] == [None, *hashes[:-1]]
+
+
+async def test_the_same_chain_offered_by_many_is_pulled_once() -> None:
+    async with world() as made:
+        node = await made.node()
+        givers = [await made.worker(f"prefill-{i}", seed=i) for i in range(3)]
+        hashes = chain("a", 4)
+        for giver in givers:
+            giver.may_lend.clear()
+            giver.hold(hashes)
+            await giver.offer(node, hashes)
+        await until(lambda: node.intake.stats.num_offers == 3 and any(giver.wanted for giver in givers))
+        for giver in givers:
+            giver.may_lend.set()
+        await idle(node, 3)
+        assert sum(len(giver.wanted) for giver in givers) == 1
+        assert node.intake.stats.num_pulled_blocks == 4
+        node.check_integrity()
+
+
+async def test_the_middle_of_a_chain_is_pulled_only_where_its_head_is() -> None:
+    async with world() as made:
+        node, giver = await made.node(), await made.worker()
+        hashes = chain("a", 6)
+        giver.hold(hashes)
+        await giver.offer(node, hashes[3:], parent=hashes[2])
+        await idle(node, 1)
+        assert (node.intake.stats.num_orphans, len(node.store.dram)) == (1, 0)
+        await giver.offer(node, hashes[:3])
+        await idle(node, 2)
+        await giver.offer(node, hashes[3:], parent=hashes[2])
+        await idle(node, 3)
+        assert node.store.locate(hashes) == [StoreTier.DRAM] * 6
+
+
+async def test_a_liar_gives_nothing_and_costs_no_slot() -> None:
+    async with world() as made:
+        node, liar, honest = await made.node(), await made.worker(lies=True), await made.worker("prefill-1", seed=2)
+        hashes = chain("a", 4)
+        for worker in (liar, honest):
+            worker.hold(hashes)
+        await liar.offer(node, hashes)
+        await idle(node, 1)
+        assert (dict(node.intake.stats.failures), len(node.store.dram)) == ({FetchCause.DIGEST_MISMATCH.value: 1}, 0)
+        assert node.store.dram.num_free == 32
+        await honest.offer(node, hashes)
+        await idle(node, 2)
+        slots = [node.store.dram.find(each).slot for each in hashes]
+        assert [node.store.dram.memory.view(slot).tobytes() for slot in slots] == [honest.bytes_of(e) for e in hashes]
+
+
+async def test_an_address_that_is_somebody_elses_is_not_read_from() -> None:
+    async with world() as made:
+        node, giver, other = await made.node(), await made.worker(), await made.worker("prefill-1")
+        await giver.offer(node, chain("a", 2), address=other.exchange.address)
+        await idle(node, 1)
+        assert dict(node.intake.stats.failures) == {"impostor": 1}
+        assert other.wanted == []
+
+
+async def test_an_offer_of_what_was_evicted_meanwhile_brings_the_part_that_is_left() -> None:
+    async with world() as made:
+        node, giver = await made.node(), await made.worker()
+        hashes = chain("a", 6)
+        giver.hold(hashes[:2])
+        await giver.offer(node, hashes)
+        await idle(node, 1)
+        assert node.store.locate(hashes) == [StoreTier.DRAM] * 2
+        assert node.store.dram.num_free == 30
+
+
+@pytest.mark.parametrize("faults", [Faults(stall=1.0), Faults(fail=1.0), Faults(cut=1.0), Faults(corrupt=1.0)])
+async def test_reads_that_go_wrong_cost_no_slot(faults: Faults) -> None:
+    async with world() as made:
+        node, giver = await made.node(faults=faults, limits=IntakeLimits(timeout_s=0.5)), await made.worker()
+        hashes = chain("a", 4)
+        giver.hold(hashes)
+        await giver.offer(node, hashes)
+        await idle(node, 1)
+        assert sum(node.intake.stats.failures.values()) == 1
+        assert (len(node.store.dram), node.store.dram.num_free) == (0, 32)
+        node.check_integrity()
+
+
+async def test_a_worker_that_dies_while_it_lends_costs_no_slot() -> None:
+    async with world() as made:
+        node, giver = await made.node(), await made.worker()
+        giver.may_lend.clear()
+        giver.hold(chain("a", 4))
+        await giver.offer(node, chain("a", 4))
+        await until(lambda: bool(giver.wanted))
+        giver.may_lend.set()
+        await giver.exchange.close()
+        await idle(node, 1)
+        assert node.store.dram.num_private == 0
+        node.check_integrity()
+
+
+async def test_a_chain_longer_than_the_memory_is_kept_as_far_as_it_fits() -> None:
+    async with world() as made:
+        node, giver = await made.node(num_slots=8, limits=IntakeLimits(max_pulls=1)), await made.worker()
+        old, hashes = chain("old", 6), chain("a", 20)
+        giver.hold([*old, *hashes])
+        await giver.offer(node, old)
+        await idle(node, 1)
+        await giver.offer(node, hashes)
+        await idle(node, 2)
+        assert node.store.locate(hashes) == [StoreTier.DRAM] * 8, "the chain pushes others out, never its own head"
+        assert node.store.locate(old) == []
+        node.check_integrity()
+
+
+async def test_of_too_many_offers_the_oldest_are_dropped_and_counted() -> None:
+    async with world() as made:
+        node, giver = await made.node(limits=IntakeLimits(max_queued=2, max_pulls=1)), await made.worker()
+        chains = [chain(name, 2) for name in "abcde"]
+        giver.may_lend.clear()
+        for hashes in chains:
+            giver.hold(hashes)
+            await giver.offer(node, hashes)
+        await until(lambda: node.intake.stats.num_offers == 5)
+        giver.may_lend.set()
+        await idle(node, 5)
+        assert node.intake.stats.num_offers_dropped == 2
+        assert [len(node.store.locate(hashes)) for hashes in chains] == [2, 0, 0, 2, 2]
+
+
+async def test_a_restarted_node_lends_from_its_disk_what_it_kept(tmp_path: Path) -> None:
+    async with world() as made:
+        node, giver = await made.node(disk=tmp_path), await made.worker()
+        hashes = chain("a", 6)
+        giver.hold(hashes)
+        await giver.offer(node, hashes)
+        await idle(node, 1)
+        await node.close()
+
+        again, taker = await made.node(disk=tmp_path, incarnation="2"), await made.worker("prefill-1", seed=2)
+        assert again.store.locate(hashes) == [StoreTier.DISK] * 6
+        await giver.offer(again, hashes)
+        await idle(again, 1)
+        assert again.intake.stats.num_offers_known == 1, "what is on disk need not be pulled"
+        result, payloads = await taker.fetch(again, hashes)
+        assert result.ok, result.failure
+        assert payloads == [giver.bytes_of(each) for each in hashes]
+        await until(lambda: again.lender.num_lent == 0)
+
+
+async def test_closing_while_blocks_come_in_gives_every_slot_back() -> None:
+    async with world() as made:
+        node, giver = await made.node(), await made.worker()
+        giver.may_lend.clear()
+        giver.hold(chain("a", 4))
+        await giver.offer(node, chain("a", 4))
+        await until(lambda: bool(giver.wanted))
+        await node.close()
+        assert node.intake.is_idle
+        assert node.store.dram.num_private == 0
+        giver.may_lend.set()
+
+
+async def test_a_worker_ignores_what_is_offered_to_it() -> None:
+    async with world() as made:
+        giver, other = await made.worker(), await made.worker("prefill-1")
+        peer_id = await giver.exchange.connect(other.exchange.address)
+        giver.exchange.tell_have(peer_id, giver.exchange.address, None, chain("a", 2))
+        assert await giver.exchange.connect(other.exchange.address) == peer_id
+        assert giver.exchange.is_connected(peer_id)
