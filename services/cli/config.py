@@ -25,6 +25,7 @@ class UpConfig:
     colocated: bool = setting(
         False, help="no prefill workers: each decode worker prefills its own prompts", group="stack"
     )
+    stores: int = setting(0, help="store nodes: they keep KV blocks beyond the workers' own caches", group="stack")
     redis: str = setting("", help="URL of the registry; the default is a private Redis", group="stack", secret=True)
     pin: bool = setting(True, help="give each worker cores of its own (Linux)", group="stack")
     startup_timeout_s: float = setting(600.0, help="how long the models may take to load", group="stack")
@@ -38,6 +39,8 @@ class UpConfig:
     def __post_init__(self) -> None:
         if self.prefill < 0:
             raise SettingsError(f"must not be negative, got {self.prefill}", "prefill")
+        if self.stores < 0:
+            raise SettingsError(f"must not be negative, got {self.stores}", "stores")
         if self.decode < 1:
             raise SettingsError(f"must be at least 1, got {self.decode}", "decode")
         if self.startup_timeout_s <= 0:

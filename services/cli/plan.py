@@ -1,7 +1,7 @@
 """From the settings of `tandem up` to the processes that it starts: who runs, with which flags, where. No I/O.
 
-The workers' and the router's settings are not declared again: `up` takes the declarations from their config classes,
-and passes on what was given. What the launcher decides itself (addresses, names, the registry) it does not take.
+The other processes' settings are not declared again: `up` takes the declarations from their config classes, and passes
+on what was given. What the launcher decides itself (addresses, names, the registry) it does not take.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from services.cli.config import UpConfig
 from services.cli.placement import Placement
@@ -26,6 +27,7 @@ from services.settings import (
     secret_environment,
     settings_of,
 )
+from services.store.config import StoreConfig
 from services.worker.config import WorkerConfig
 
 _DECIDED_HERE = frozenset({"redis", "worker_id", "router_id", "colocated", "log_format"})
@@ -43,8 +45,13 @@ def worker_settings(cls: type[WorkerConfig]) -> list[Setting]:
     return [item for item in settings_of(cls) if item.name not in _DECIDED_HERE | _WORKER_ADDRESSES]
 
 
+def store_settings() -> list[Setting]:
+    """The store nodes' settings that `up` passes on."""
+    return [item for item in settings_of(StoreConfig) if item.name not in _DECIDED_HERE | _WORKER_ADDRESSES]
+
+
 def up_settings() -> list[Setting]:
-    """Everything that `tandem up` accepts, for its parser: its own, the router's, the workers'."""
+    """Everything that `tandem up` accepts, for its parser: its own, the router's, the workers', the store nodes'."""
     own, router = list(settings_of(UpConfig)), router_settings()
     workers = {item.name: item for cls in (PrefillConfig, DecodeConfig) for item in worker_settings(cls)}
     in_router = {item.name for item in router}
@@ -53,6 +60,8 @@ def up_settings() -> list[Setting]:
         items.setdefault(item.name, _in_group(item, "router and workers" if item.name in in_router else "workers"))
     for item in router:
         items.setdefault(item.name, _in_group(item, f"router: {item.declared.group}"))
+    for item in store_settings():
+        items.setdefault(item.name, _in_group(item, "store nodes"))
     return list(items.values())
 
 
@@ -60,7 +69,9 @@ def _in_group(item: Setting, group: str) -> Setting:
     return dataclasses.replace(item, declared=dataclasses.replace(item.declared, group=group))
 
 
-def check_forwarded(given: Mapping[str, Given], model: str) -> tuple[RouterConfig, PrefillConfig, DecodeConfig]:
+def check_forwarded(
+    given: Mapping[str, Given], model: str
+) -> tuple[RouterConfig, PrefillConfig, DecodeConfig, StoreConfig]:
     """The configurations that the processes will make of `given`, so that a mistake shows before anything starts.
 
     Raises SettingsError.
@@ -69,7 +80,8 @@ def check_forwarded(given: Mapping[str, Given], model: str) -> tuple[RouterConfi
     with_model = dict(given) | {"model": Given(model, "--model")}
     prefill = build_settings(PrefillConfig, _only(with_model, worker_settings(PrefillConfig)))
     decode = build_settings(DecodeConfig, _only(with_model, worker_settings(DecodeConfig)))
-    return router, prefill, decode
+    store = build_settings(StoreConfig, _only(given, store_settings()))
+    return router, prefill, decode, store
 
 
 def _only(given: Mapping[str, Given], items: Sequence[Setting]) -> dict[str, Given]:
@@ -94,7 +106,7 @@ def plan_stack(
     prefill workers first. `worker_prefix` makes the workers' names unique where the registry is shared with other
     machines. Raises SettingsError.
     """
-    router, prefill, decode = check_forwarded(given, model)
+    router, prefill, decode, store = check_forwarded(given, model)
     roles = _roles(config)
     assert len(placements) == len(roles)
     values = {name: value.value for name, value in given.items()} | {"model": model}
@@ -126,11 +138,39 @@ def plan_stack(
             grace_s=router.shutdown_timeout_s + _EXTRA_GRACE_S,
         ),
         workers=tuple(workers),
+        stores=tuple(_store(index, store, values, base, log_flag, worker_prefix) for index in range(config.stores)),
         host=router.host,
         port=port,
         has_tls=bool(router.ssl_certfile),
         needs_key=bool(router.api_key),
         served_model_name=(decode.served_model_name or (served_model_name,))[0],
+    )
+
+
+def _store(
+    index: int,
+    config: StoreConfig,
+    values: Mapping[str, object],
+    base: Mapping[str, str],
+    log_flag: str,
+    worker_prefix: str,
+) -> ChildSpec:
+    """One store node. It has no cores of its own: it waits for the network and the disk most of the time."""
+    name, own = f"store-{index}", dict(values)
+    if config.store_disk_dir:
+        own["store_disk_dir"] = str(Path(config.store_disk_dir).absolute() / name)
+    return ChildSpec(
+        name=name,
+        argv=(
+            sys.executable,
+            "-m",
+            "services.store",
+            *argv_of(store_settings(), own),
+            f"--worker-id={worker_prefix}{name}",
+            log_flag,
+        ),
+        environ=dict(base),
+        grace_s=config.drain_timeout_s + _EXTRA_GRACE_S,
     )
 
 

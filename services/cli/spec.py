@@ -31,6 +31,7 @@ class Stack:
     has_tls: bool
     needs_key: bool
     served_model_name: str
+    stores: tuple[ChildSpec, ...] = ()
 
     @property
     def reachable_host(self) -> str:

@@ -40,7 +40,8 @@ async def run_stack(
 
 async def _run(stack: Stack, display: Display, startup_timeout_s: float, announce: Callable[[], None]) -> int:
     router = Child(stack.router, display)
-    workers = [Child(spec, display) for spec in stack.workers]
+    # A store node starts and ends as the workers do; it is ready when it has found one.
+    workers = [Child(spec, display) for spec in (*stack.workers, *stack.stores)]
     stop = _catch_signals([router, *workers], display)
     running = [asyncio.create_task(child.run(), name=child.spec.name) for child in [router, *workers]]
     starting = asyncio.create_task(_started(stack, router, workers), name="start")

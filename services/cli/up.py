@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         given = collect_settings(up_settings(), argv, os.environ, parser)
         config = build_settings(UpConfig, given)
         model, name = choose_model(config.model)
-        router, _, decode = check_forwarded(given, model)
+        router, _, decode, _ = check_forwarded(given, model)
     except SettingsError as error:
         refuse(parser.prog, error)
     # Here and not above: --help must not pay for them.
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         except (StartFailed, RedisServerError, RedisUnusable) as error:
             print(f"tandem up: {error}", file=sys.stderr)
             return 1
-        names = ["tandem", "redis", stack.router.name, *(spec.name for spec in stack.workers)]
+        names = ["tandem", "redis", stack.router.name, *(spec.name for spec in (*stack.workers, *stack.stores))]
         display = make_display(names, config.log_format == "json")
         announce = partial(print_example, stack, model)
         return asyncio.run(run_stack(stack, display, config.startup_timeout_s, announce, redis))
@@ -107,6 +107,9 @@ def print_example(stack: Stack, model: str) -> None:
     url = stack.url
     num_prefill = sum(1 for spec in stack.workers if spec.name.startswith("prefill"))
     print(f"\nTandem serves {stack.served_model_name} at {url}/v1", end=" ")
-    print(f"({num_prefill} prefill, {len(stack.workers) - num_prefill} decode; Ctrl-C stops it). Try:\n")
+    counts = f"{num_prefill} prefill, {len(stack.workers) - num_prefill} decode"
+    if stack.stores:
+        counts += f", {len(stack.stores)} store nodes" if len(stack.stores) > 1 else ", 1 store node"
+    print(f"({counts}; Ctrl-C stops it). Try:\n")
     path, body = example_request(stack.served_model_name, model)
     print(curl_line(url, path, body, stack.needs_key) + "\n", flush=True)

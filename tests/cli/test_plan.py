@@ -8,12 +8,13 @@ import pytest
 
 from services.cli.config import UpConfig
 from services.cli.placement import Placement
-from services.cli.plan import num_workers, plan_stack, router_settings, up_settings, worker_settings
+from services.cli.plan import num_workers, plan_stack, router_settings, store_settings, up_settings, worker_settings
 from services.cli.spec import ChildSpec, Stack
 from services.decode.config import DecodeConfig
 from services.prefill.config import PrefillConfig
 from services.router.config import RouterConfig
 from services.settings import SettingsError, build_settings, collect_settings, make_parser, resolve_settings
+from services.store.config import StoreConfig
 
 ENVIRON = {"PATH": os.environ["PATH"], "TANDEM_PORT": "9999", "TANDEM_MAX_NUM_SEQS": "8"}
 
@@ -122,11 +123,28 @@ def test_a_place_decides_threads_and_gpu_share_unless_the_user_does() -> None:
     assert (prefill_of(told).num_threads, prefill_of(told).gpu_memory_utilization) == (3, 0.3)
 
 
+def test_store_nodes_have_directories_and_names_of_their_own() -> None:
+    stack = plan(
+        "--stores", "2", "--store-dram-bytes", "64MiB", "--store-disk-dir", "/var/kv", "--kv-transport", "ucxx"
+    )
+    assert [spec.name for spec in stack.stores] == ["store-0", "store-1"]
+    assert [spec.name for spec in stack.workers] == ["prefill-0", "decode-0"]
+    for spec in stack.stores:
+        config = resolve_settings(StoreConfig, spec.argv[3:], {"TANDEM_REDIS": spec.environ["TANDEM_REDIS"]})
+        assert spec.argv[2] == "services.store"
+        assert (config.worker_id, config.store_disk_dir) == (spec.name, f"/var/kv/{spec.name}")
+        assert (config.store_dram_bytes, config.kv_transport) == (64 << 20, "ucxx")
+        assert (config.served_model_name, config.redis) == (("m",), "redis://:hunter2@127.0.0.1:7000/0")
+    assert plan().stores == ()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--max-num-seqs", "0"], "--max-num-seqs: must be at least 1"),
         (["--prefill", "-1"], "--prefill: must not be negative"),
+        (["--stores", "-1"], "--stores: must not be negative"),
+        (["--store-dram-bytes", "0"], "--store-dram-bytes: must be positive"),
         (["--decode", "0"], "--decode: must be at least 1"),
         (["--worker-id", "x"], "--worker-id is not a setting"),
     ],
@@ -138,6 +156,6 @@ def test_mistakes_show_before_anything_starts(argv: list[str], message: str) -> 
 
 def test_settings_of_the_same_name_mean_the_same_to_router_and_workers() -> None:
     router = {item.name: item for item in router_settings()}
-    for item in [*worker_settings(PrefillConfig), *worker_settings(DecodeConfig)]:
+    for item in [*worker_settings(PrefillConfig), *worker_settings(DecodeConfig), *store_settings()]:
         if item.name in router:
             assert (item.hint, item.choices) == (router[item.name].hint, router[item.name].choices), item.name

@@ -1,0 +1,122 @@
+"""The worker's feed: follows the registry's store nodes, and offers each its chains, also after it forgot them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from kvstore.block_hash import BlockHash
+from kvstore.block_pool import CacheChange, CacheEvent
+from kvstore.store_node import StoreNode
+from kvstore.tiered_store import StoreTier
+from kvstore.worker_record import WorkerRecord
+from services.worker.store_feed import StoreFeed
+from tests.store_node.store_world import LAYOUT, Worker, chain, until, world
+
+
+class Registry:
+    """Stands in for `Membership`: the test says who is there."""
+
+    def __init__(self) -> None:
+        self._callback: Callable[[Sequence[WorkerRecord]], None] = lambda _: None
+
+    def on_change(self, callback: Callable[[Sequence[WorkerRecord]], None]) -> None:
+        self._callback = callback
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    def list(self, *records: WorkerRecord) -> None:
+        self._callback(records)
+
+
+def record_of(node: StoreNode, fingerprint: str = LAYOUT.model_fingerprint) -> WorkerRecord:
+    layout = LAYOUT.to_wire() | {"model_fingerprint": fingerprint}
+    return WorkerRecord(
+        worker_id=node.identity.peer_id.partition("/")[0],
+        role="store",
+        incarnation=node.identity.incarnation,
+        served_model_names=("m",),
+        model_path="",
+        tokenizer_path="",
+        model_fingerprint=fingerprint,
+        grpc_address="",
+        kv_address=node.exchange.address,
+        http_address="",
+        block_size=LAYOUT.block_size,
+        num_blocks=32,
+        max_model_len=0,
+        max_num_seqs=0,
+        dtype=LAYOUT.dtype,
+        transports=("memory",),
+        layout=layout,
+    )
+
+
+def make_feed(worker: Worker, counts: Counter[str]) -> tuple[StoreFeed, Registry]:
+    registry = Registry()
+
+    def count(outcome: str, number: int) -> None:
+        counts[outcome] += number
+
+    return StoreFeed(registry, worker.exchange, 64, False, count), registry  # type: ignore[arg-type]
+
+
+def compute(worker: Worker, feed: StoreFeed, hashes: list[BlockHash]) -> None:
+    """The worker's cache gets a chain."""
+    worker.hold(hashes)
+    parents = [None, *hashes[:-1]]
+    feed.changed([CacheChange(h, CacheEvent.PUBLISHED, p) for h, p in zip(hashes, parents, strict=True)])
+
+
+async def test_what_a_worker_computes_reaches_the_node_and_a_restarted_node_gets_it_anew() -> None:
+    async with world() as made:
+        worker, node = await made.worker(), await made.node()
+        counts: Counter[str] = Counter()
+        feed, registry = make_feed(worker, counts)
+        early, late = chain("early", 3), chain("late", 3)
+        await feed.start(worker.exchange.address)
+        compute(worker, feed, early)  # before there is any node
+        registry.list(record_of(node))
+        compute(worker, feed, late)
+        await until(lambda: len(node.store.dram) == 6)
+
+        await node.close()
+        again = await made.node(incarnation="2")
+        registry.list(record_of(again))
+        await until(lambda: len(again.store.dram) == 6)
+        for hashes in (early, late):
+            assert again.store.locate(hashes) == [StoreTier.DRAM] * 3
+        assert counts["dropped"] == 0
+        await feed.close()
+
+
+async def test_a_node_of_another_model_is_offered_nothing() -> None:
+    async with world() as made:
+        worker, node = await made.worker(), await made.node()
+        counts: Counter[str] = Counter()
+        feed, registry = make_feed(worker, counts)
+        await feed.start(worker.exchange.address)
+        registry.list(record_of(node, fingerprint="cd34"))
+        assert feed.state() == {"num_blocks": 0, "nodes": {}}
+        await feed.close()
+
+
+async def test_a_node_that_cannot_be_reached_costs_a_bounded_queue_and_no_one_else() -> None:
+    async with world() as made:
+        worker, node, dead = await made.worker(), await made.node(), await made.node(incarnation="9")
+        await dead.close()
+        counts: Counter[str] = Counter()
+        feed, registry = make_feed(worker, counts)
+        await feed.start(worker.exchange.address)
+        gone = record_of(dead)
+        registry.list(record_of(node), msgspec.structs.replace(gone, worker_id="store-9"))
+        for i in range(16):
+            compute(worker, feed, chain(f"c{i}", 2))
+        await until(lambda: node.intake.stats.num_pulled_blocks > 0 and node.intake.is_idle)
+        await until(lambda: counts["sent"] + feed.state()["nodes"]["store-9"]["num_queued"] == 16)  # type: ignore[index]
+        assert counts["sent"] > 0
+        await feed.close()
