@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the recall of the demo model.")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--num-prompts", type=int, default=100, help="prompts of each kind and length")
-    parser.add_argument("--num-threads", type=int, default=2)
+    parser.add_argument("--num-threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.num_threads)
     print_table(arguments.model, arguments.num_prompts)
