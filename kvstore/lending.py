@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from kvstore.block_hash import BlockHash
+from kvstore.lease import LeaseOutcome
 from kvstore.messages import AnnouncedBlock, Revoke, Want
 from kvstore.owner import OwnerSession
 
@@ -25,8 +26,11 @@ class PrefixLender(Protocol):
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
         """Pin the longest held prefix of `hashes` and return it, with ids and payload digests; may be empty."""
 
-    async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None:
-        """Unpin what `lend_prefix` returned; called exactly once for each of its answers that was not empty."""
+    async def take_back(self, blocks: Sequence[AnnouncedBlock], was_confirmed: bool) -> None:
+        """Unpin what `lend_prefix` returned; called exactly once for each of its answers that was not empty.
+
+        `was_confirmed`: the reader has found all bytes to be what the digests say. It may have no reason not to.
+        """
 
 
 async def lend(session: OwnerSession, want: Want, lender: PrefixLender) -> None:
@@ -35,12 +39,13 @@ async def lend(session: OwnerSession, want: Want, lender: PrefixLender) -> None:
     if not blocks:
         session.connection.send(Revoke(want.transfer_id, "none of these blocks is here"))
         return
+    outcome: LeaseOutcome | None = None
     try:
         if not session.connection.is_open or want.transfer_id in session.leases:
             logger.warning("transfer %s: wanted, and gone before it was lent", want.transfer_id.hex())
             return
         lease = session.open_lease(want.transfer_id, len(blocks))
         lease.announce(0, blocks, last=True)
-        await lease.closed
+        outcome = await lease.closed
     finally:
-        await lender.take_back(blocks)
+        await lender.take_back(blocks, outcome is LeaseOutcome.CONFIRMED)

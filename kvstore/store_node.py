@@ -6,6 +6,8 @@ by fetching what workers offer (`store_intake`). It knows neither Redis nor sett
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Sequence
 
 from kvstore.block_hash import BlockHash
@@ -19,6 +21,8 @@ from kvstore.tiered_store import TieredStore
 from kvstore.timeouts import ExchangeTimeouts
 from kvstore.transport.base import Transport
 
+logger = logging.getLogger(__name__)
+
 
 class StoreTooSmall(KVStoreError):
     """The memory given to a store holds no block; the message has the numbers."""
@@ -31,6 +35,7 @@ class StoreLender:
         self._store = store
         self._timeout_s = timeout_s
         self.num_lent = 0  # blocks, at present
+        self.num_corrupt = 0  # blocks whose bytes had changed in memory
 
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
         """Pin the longest prefix that the tiers give in time."""
@@ -38,10 +43,23 @@ class StoreLender:
         self.num_lent += len(pinned)
         return [AnnouncedBlock(block.slot, block.block_hash, block.digest) for block in pinned]
 
-    async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None:
-        """Unpin."""
-        self.num_lent -= len(blocks)
-        self._store.unpin(block.block_id for block in blocks)
+    async def take_back(self, blocks: Sequence[AnnouncedBlock], was_confirmed: bool) -> None:
+        """Unpin. Where the reader did not confirm, look whether our memory has changed under us, and drop what has."""
+        try:
+            if not was_confirmed:
+                await self._drop_corrupt(blocks)
+        finally:
+            self.num_lent -= len(blocks)
+            self._store.unpin(block.block_id for block in blocks)
+
+    async def _drop_corrupt(self, blocks: Sequence[AnnouncedBlock]) -> None:
+        """While they are pinned. A good copy on disk stays, and is what the next reader gets."""
+        dram = self._store.dram
+        digests = await asyncio.to_thread(dram.memory.digests, [block.block_id for block in blocks])
+        for block, digest in zip(blocks, digests, strict=True):
+            if digest != block.digest and block.block_hash is not None:
+                self.num_corrupt += dram.drop(BlockHash(block.block_hash))
+                logger.error("block %s has changed in memory, slot %d", block.block_hash.hex(), block.block_id)
 
 
 class StoreNode:

@@ -76,14 +76,17 @@ class _NodeCollector(Collector):
         queries.add_metric(["dram"], store.stats.num_dram_hits)
         queries.add_metric(["disk"], store.stats.num_disk_hits)
         queries.add_metric(["none"], store.stats.num_queried - num_hits)
+        corrupt = CounterMetricFamily("tandem:store_corrupt_blocks", "Blocks whose bytes had changed.", labels=["tier"])
+        corrupt.add_metric(["dram"], node.lender.num_corrupt)
         if store.disk is not None:
             blocks.add_metric(["disk"], len(store.disk))
             yield _gauge("tandem:store_disk_bytes", "Bytes of disk taken.", store.disk.size_bytes)
             yield _gauge("tandem:store_disk_paused", "Whether the disk refused the last write.", store.disk.is_paused)
-            yield _counter("tandem:store_corrupt_blocks", "Damaged blocks on disk.", store.disk.stats.num_corrupt)
+            corrupt.add_metric(["disk"], store.disk.stats.num_corrupt)
             yield _counter("tandem:store_lost_blocks", "Evicted, and not taken by the disk.", store.stats.num_lost)
         yield blocks
         yield queries
+        yield corrupt
         yield _gauge("tandem:store_slots", "Blocks that the memory can hold.", store.dram.num_slots)
         yield _gauge("tandem:store_lent_blocks", "Blocks lent at present.", node.lender.num_lent)
         yield _gauge("tandem:store_offers_queued", "Offers that wait.", node.intake.num_queued)

@@ -63,7 +63,7 @@ class CacheLender:
         digests = await asyncio.to_thread(self._engine.memory.digests, block_ids)
         return [AnnouncedBlock(*block) for block in zip(block_ids, hashes, digests, strict=False)]
 
-    async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None:
+    async def take_back(self, blocks: Sequence[AnnouncedBlock], was_confirmed: bool) -> None:
         await self._thread.call(self._engine.release_blocks, [block.block_id for block in blocks])
 
 

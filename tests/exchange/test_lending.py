@@ -37,7 +37,7 @@ class Shelf:
             for block_id, block_hash, digest in zip(block_ids, held, digests, strict=True)
         ]
 
-    async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None:
+    async def take_back(self, blocks: Sequence[AnnouncedBlock], was_confirmed: bool) -> None:
         self.num_pinned -= len(blocks)
 
 

@@ -89,6 +89,14 @@ def test_garbage_raises_our_error_and_no_other(data):
         decode_record(data)
 
 
+def test_a_store_node_needs_no_grpc_address_and_no_limits_but_an_address_to_fetch_from():
+    wire = {"role": "store", "grpc_address": "", "max_model_len": 0, "max_num_seqs": 0, "layout": {"num_layers": 2}}
+    store = decode_record(changed(**wire))
+    assert decode_record(encode_record(store)) == store
+    with pytest.raises(InvalidRecord, match="kv_address"):
+        decode_record(changed(**wire, kv_address=""))
+
+
 def test_construction_checks_as_well():
     with pytest.raises(ValueError, match="max_num_seqs must be at least 1"):
         msgspec.structs.replace(RECORD, max_num_seqs=0)

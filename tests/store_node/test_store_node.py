@@ -191,6 +191,27 @@ async def test_a_restarted_node_lends_from_its_disk_what_it_kept(tmp_path: Path)
         await until(lambda: again.lender.num_lent == 0)
 
 
+async def test_a_flipped_byte_in_memory_is_found_by_the_reader_and_the_disks_copy_serves_the_next(
+    tmp_path: Path,
+) -> None:
+    async with world() as made:
+        node, giver = await made.node(disk=tmp_path), await made.worker()
+        hashes = chain("a", 4)
+        giver.hold(hashes)
+        await giver.offer(node, hashes)
+        await idle(node, 1)
+        assert await node.store.flush(2.0)
+        node.store.dram.memory.view(node.store.dram.find(hashes[2]).slot)[5] ^= 1
+
+        result, _ = await giver.fetch(node, hashes)
+        assert result.failure.cause is FetchCause.DIGEST_MISMATCH
+        await until(lambda: node.lender.num_lent == 0)
+        assert (node.lender.num_corrupt, node.store.locate(hashes)[2]) == (1, StoreTier.DISK)
+        result, payloads = await giver.fetch(node, hashes)
+        assert result.ok, result.failure
+        assert payloads == [giver.bytes_of(each) for each in hashes]
+
+
 async def test_closing_while_blocks_come_in_gives_every_slot_back() -> None:
     async with world() as made:
         node, giver = await made.node(), await made.worker()
