@@ -2,5 +2,5 @@
 
 import importlib
 
-for name in ("services.decode.service", "services.prefill.service", "services.router.process", "services.store.process"):
-    importlib.import_module(name)
+for name in ("decode.service", "prefill.service", "router.process", "store.process"):
+    importlib.import_module(f"services.{name}")
