@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
@@ -115,3 +116,29 @@ async def test_a_prefix_outlives_every_worker_in_the_stores_memory_and_the_store
 
 def num_lent(stack: Stack) -> object:
     return stack.debug_state("store-0")["num_lent_blocks"]
+
+
+async def test_the_router_finds_in_the_index_what_only_the_store_has(served: tuple[Path, Stack]) -> None:
+    model, stack = served
+    prompt = random_prompts([700], seed=52)[0]
+    expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
+    before = num_kept(stack, "disk")
+    num_blocks = (len(prompt) + NUM_NEW_TOKENS - 1) // 32
+    assert await ask(stack, prompt) == (expected, 0)
+    stack.wait_for(lambda: num_kept(stack, "disk") == before + num_blocks, "the store to have all blocks")
+    for name in ("prefill-0", "decode-0", "decode-1"):
+        stack.restart(name)
+    stack.wait_ready()
+    tokens, num_cached = await ask(stack, prompt)
+    assert tokens == expected
+    assert num_cached == len(prompt) // 32 * 32
+
+
+async def ask(stack: Stack, prompt: list[int]) -> tuple[list[int], int]:
+    """One completion through the router: its token ids, and how many of the prompt were not computed."""
+    body = {"model": "m", "prompt": prompt, "max_tokens": NUM_NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    async with httpx.AsyncClient(timeout=60) as client:
+        response = await client.post(f"{stack.url}/v1/completions", json=body | {"return_token_ids": True})
+    response.raise_for_status()
+    answer = response.json()
+    return answer["choices"][0]["token_ids"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]
