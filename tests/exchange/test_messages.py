@@ -12,6 +12,7 @@ from kvstore.messages import (
     Choose,
     Confirm,
     Confirmed,
+    Have,
     Heartbeat,
     Hello,
     Offer,
@@ -23,6 +24,7 @@ from kvstore.messages import (
     Release,
     Revoke,
     TransportOffer,
+    Want,
     decode,
     decode_length,
     encode,
@@ -44,6 +46,9 @@ MESSAGES = [
     Confirmed(TRANSFER, True),
     Release(TRANSFER, "aborted"),
     Revoke(TRANSFER, "lease expired"),
+    Want(TRANSFER, [bytes(16), TRANSFER]),
+    Have("127.0.0.1:5002", None, [TRANSFER]),
+    Have("127.0.0.1:5002", bytes(16), [TRANSFER, bytes(16)]),
 ]
 
 
