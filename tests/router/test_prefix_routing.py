@@ -101,7 +101,9 @@ async def test_at_most_four_sources_go_into_an_order_the_longest_first(make_work
     assert [source.num_blocks for source in order.prefix_sources] == [5, 4, 3, 2]
 
 
-@pytest.mark.parametrize("index", [None, FakeIndex(available=False), FakeIndex(hangs=True)], ids=["no index", "away", "hangs"])
+@pytest.mark.parametrize(
+    "index", [None, FakeIndex(available=False), FakeIndex(hangs=True)], ids=["no index", "away", "hangs"]
+)
 async def test_without_an_answer_of_the_index_requests_go_on(make_worker, index):
     decode = make_worker()
     async with running_router(RouterConfig(), decode, index=index) as running, client(running) as http:
