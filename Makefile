@@ -12,7 +12,8 @@ PREFILL ?= 1
 DECODE ?= 1
 # Further flags of `tandem up`, e.g. UP_ARGS="--colocated --dtype bfloat16"
 UP_ARGS ?=
-PYTEST_ARGS ?=
+# Two processes: the end-to-end tests wait as much as they compute. PYTEST_ARGS= runs everything in one.
+PYTEST_ARGS ?= -n 2 --dist loadscope
 # What `make bench` runs, and with which flags:
 #   make bench BENCHES=loadtest/bench_serve.py BENCH_ARGS="--model /models/qwen2-0.5b --rate 2"
 BENCHES ?= tests/bench/bench_transfer.py loadtest/bench_serve.py
