@@ -102,5 +102,5 @@ def _drop_duplicates(recovered: Recovered) -> None:
             newest[record.block_hash] = max(known, here)
             _, segment_id, old_slot = min(known, here)
             del recovered.records[segment_id][old_slot]
-            next(s for s in recovered.segments if s.segment_id == segment_id).erase(old_slot)
+            next(s for s in recovered.segments if s.segment_id == segment_id).try_to_erase(old_slot)
             recovered.report.num_duplicates += 1

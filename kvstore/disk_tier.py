@@ -343,12 +343,8 @@ class DiskTier:
             place = self._slots.doom(block_hash)
         if place is None:
             return
-        try:
-            self._segments[place.segment_id].erase(place.slot)
-        except OSError as error:
-            # A restart may find it again; then it is what its digest says, or is dropped again.
-            with self._lock:
-                self._pause_writes(error)
+        # Where this fails a restart finds it again; then it is what its digest says, or is dropped again.
+        self._segments[place.segment_id].try_to_erase(place.slot)
 
     # -- I/O --
 

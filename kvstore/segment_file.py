@@ -14,6 +14,7 @@ No lock here: `kvstore.disk_tier` sees to it that a slot has one writer, or read
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import struct
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from typing import Final, NamedTuple
 
 from kvstore.block_hash import HASH_BYTES, BlockHash
 from kvstore.errors import KVStoreError
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION: Final = 1
 _PAGE_BYTES: Final = 4096
@@ -148,6 +151,13 @@ class SegmentFile:
         """Make a slot hold no record."""
         self._write_all(memoryview(_ERASED), _header_offset(slot))
 
+    def try_to_erase(self, slot: int) -> None:
+        """The same, if the disk lets us: for records of which it does no harm to find them again."""
+        try:
+            self.erase(slot)
+        except OSError as error:
+            logger.warning("%s: slot %d cannot be erased: %s", self.path, slot, error)
+
     def read(self, slot: int, into: memoryview) -> bool:
         """Fill `into` with a slot's payload; False if the file ends before. Whether it is right, the digest says."""
         offset = self.shape.payload_end(slot) - self.shape.block_bytes
@@ -186,7 +196,7 @@ class SegmentFile:
                 records[slot] = record
             else:
                 num_bad += 1
-                self.erase(slot)
+                self.try_to_erase(slot)
         if size_bytes != self.shape.size_bytes:
             os.ftruncate(self._fd, self.shape.size_bytes)
         return records, num_bad

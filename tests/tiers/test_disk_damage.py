@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from kvstore.block_hash import BlockHash
 from kvstore.disk_tier import DiskTier, PutOutcome, StoredBlock, choose_shape
-from kvstore.segment_file import HEADER_BYTES
+from kvstore.segment_file import HEADER_BYTES, FileCalls
 from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, digest, named_hash, parents, payload
 
 BLOCKS = chain("a", 6)
@@ -176,6 +177,21 @@ def test_what_is_no_segment_under_a_segments_name_is_removed(damaged, content):
         assert (tier.recovery.num_unusable_segments, tier.recovery.num_blocks) == (1, 6)
         assert not path.exists()
         assert all(read_all(tier).values())
+
+
+def test_damage_is_found_at_a_start_on_a_full_disk_too(damaged):
+    def refuse(fd, buffers, offset):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    path = only_file(damaged)
+    content = bytearray(path.read_bytes())
+    content[4096 + HEADER_BYTES + 3] ^= 1
+    path.write_bytes(content)
+    with DiskTier.open(damaged, LAYOUT, MAX_BYTES, calls=FileCalls(write=refuse)) as tier:
+        assert [index for index, served in enumerate(read_all(tier).values()) if not served] == [1]
+        assert tier.recovery.num_bad_records == 1
+        assert tier.delete(BLOCKS[2])
+        tier.check_integrity()
 
 
 def test_a_file_under_another_segments_name_is_removed(damaged):
