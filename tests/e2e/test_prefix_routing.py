@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(directory: Path, model: Path, policy: str) -> Stack:
     worker = ["--model", str(model), "--served-model-name", "m", "--num-gpu-blocks-override", "512"]
     decode = ["--local-prefill-max-tokens", "16"]
-    return Stack(directory, [(), ()], [decode, decode], ["--routing-policy", policy], worker=worker)
+    return Stack(directory, [(), ()], [decode, decode], router=["--routing-policy", policy], worker=worker)
 
 
 @pytest.fixture(scope="module")
