@@ -205,29 +205,47 @@ async def open_worker(
             await store_feed.start(kv_address)
             cleanup.push_async_callback(store_feed.close)
 
-        record = WorkerRecord(
-            worker_id=worker_id,
-            role=role,
-            incarnation=incarnation,
-            served_model_names=_names(config),
-            model_path=shared_path(config.model),
-            tokenizer_path=shared_path(config.tokenizer or config.model),
-            model_fingerprint=engine.layout.model_fingerprint,
-            grpc_address=f"{host}:{grpc_port}",
-            kv_address=kv_address,
-            http_address=f"{host}:{http_address.rsplit(':', 1)[1]}",
-            block_size=engine.layout.block_size,
-            num_blocks=engine.pool.num_blocks,
-            max_model_len=engine.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            dtype=engine.layout.dtype,
-            transports=tuple(transport.name for transport in transports),
-            colocated=bool(getattr(config, "colocated", False)),
-            version=services.__version__,
-            started_unix_s=time.time(),
-            layout=engine.layout.to_wire(),
-        )
+        addresses = _Addresses(f"{host}:{grpc_port}", kv_address, f"{host}:{http_address.rsplit(':', 1)[1]}")
+        record = _record(config, role, parts, addresses, tuple(transport.name for transport in transports))
         yield RunningWorker(parts, service, record, health_service)
+
+
+@dataclass(frozen=True)
+class _Addresses:
+    """Where others reach the worker, each `host:port`."""
+
+    grpc: str
+    kv: str
+    http: str
+
+
+def _record(
+    config: WorkerConfig, role: Role, parts: WorkerParts, addresses: _Addresses, transports: tuple[str, ...]
+) -> WorkerRecord:
+    """What the worker says of itself in the registry."""
+    engine = parts.engine
+    return WorkerRecord(
+        worker_id=parts.worker_id,
+        role=role,
+        incarnation=parts.incarnation,
+        served_model_names=_names(config),
+        model_path=shared_path(config.model),
+        tokenizer_path=shared_path(config.tokenizer or config.model),
+        model_fingerprint=engine.layout.model_fingerprint,
+        grpc_address=addresses.grpc,
+        kv_address=addresses.kv,
+        http_address=addresses.http,
+        block_size=engine.layout.block_size,
+        num_blocks=engine.pool.num_blocks,
+        max_model_len=engine.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        dtype=engine.layout.dtype,
+        transports=transports,
+        colocated=bool(getattr(config, "colocated", False)),
+        version=services.__version__,
+        started_unix_s=time.time(),
+        layout=engine.layout.to_wire(),
+    )
 
 
 async def _serve(
