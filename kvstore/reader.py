@@ -232,6 +232,15 @@ class Fetch:
         """End the fetch; nothing happens once it has a result."""
         self.handle(AbortOrdered(reason))
 
+    async def leftovers(self) -> list[int]:
+        """Wait until an aborted fetch is quiesced; the reserved blocks that its caller must free.
+
+        Also right where the fetch had succeeded in the very moment of the abort, and nobody took its blocks.
+        """
+        block_ids = await self.quiesced
+        result = await self.result
+        return result.block_ids if result.ok else block_ids
+
     def handle(self, event: FetchEvent) -> None:
         """Feed the machine and do what it says."""
         self._actions += self._machine.handle(event, self._tools.clock())

@@ -180,9 +180,7 @@ class Admission:
         """Free what an abandoned fetch leaves, once no late byte can arrive in it."""
         fetch.abort("abandoned by the decode worker")
         await pending.cancel()
-        block_ids = await fetch.quiesced
-        if fetch.result.done() and fetch.result.result().failure is None:
-            block_ids = fetch.result.result().block_ids  # it succeeded in the very moment of its abandonment
+        block_ids = await fetch.leftovers()
         await self._parts.thread.call(self._parts.engine.release_reservation, pending.request, block_ids)
 
 

@@ -238,11 +238,7 @@ class PrefixFetcher:
 
     async def _free_after(self, fetch: Fetch) -> None:
         fetch.abort("abandoned")
-        block_ids = await fetch.quiesced
-        result = await fetch.result
-        if result.failure is None:
-            block_ids = result.block_ids  # it succeeded in the very moment of its abandonment
-        await self._thread.call(self._engine.release_blocks, block_ids)
+        await self._thread.call(self._engine.release_blocks, await fetch.leftovers())
 
     async def settle(self) -> None:
         """With the exchange closed: wait until all that fetches held has been given back."""

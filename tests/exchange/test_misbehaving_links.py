@@ -33,6 +33,7 @@ async def test_a_read_that_raises_at_once_fails_the_fetch_and_gives_the_blocks_b
         result = await fetch.result
         assert result.failure.cause is FetchCause.READ_FAILED
         assert await asyncio.wait_for(fetch.quiesced, 5) == BLOCKS
+        assert await fetch.leftovers() == BLOCKS
         assert await asyncio.wait_for(lease.closed, 5) is not LeaseOutcome.CONFIRMED
 
 
@@ -46,3 +47,16 @@ async def test_a_read_request_over_a_one_sided_link_ends_the_connection_and_the_
         assert await asyncio.wait_for(lease.closed, 5) is LeaseOutcome.PEER_LOST
         assert (await fetch.result).failure.cause is FetchCause.PEER_LOST
         assert not owner.exchange.is_connected("decode-0")
+
+
+async def test_a_fetch_aborted_just_after_it_succeeded_leaves_its_blocks_to_the_caller():
+    switchboard = Switchboard()
+    owner, reader = Worker("prefill-0", switchboard), Worker("decode-0", switchboard)
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        fetch, lease, hashes = order(owner, reader)
+        lease.announce(0, owner.announced(BLOCKS, hashes), last=True)
+        assert (await fetch.result).ok
+        fetch.abort("too late")
+        assert await fetch.quiesced == []
+        assert await fetch.leftovers() == BLOCKS
