@@ -113,6 +113,7 @@ class TieredStore:
         self._busy: dict[BlockHash, _Job] = {}  # on its way up, or down after its eviction
         self._unwritten: dict[BlockHash, None] = {}  # in DRAM, to be written behind; in order
         self._write_behind: asyncio.Task[None] | None = None
+        self._batch_written: asyncio.Event | None = None  # while a batch is pinned to be written behind
         self._jobs: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -148,6 +149,23 @@ class TieredStore:
         writers down. The caller fills the slots, then gives each to `publish` or `abandon`. `after` is the block that
         the new ones follow: it is not evicted for them.
         """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + (self._timeout_s if timeout_s is None else timeout_s)
+        slots = await self._reserve_evictable(num_blocks, deadline, after)
+        try:
+            # What is pinned only to be written behind can be evicted in a moment.
+            while len(slots) < num_blocks and self._batch_written is not None and loop.time() < deadline:
+                async with asyncio.timeout_at(deadline):
+                    await self._batch_written.wait()
+                slots += await self._reserve_evictable(num_blocks - len(slots), deadline, after)
+        except TimeoutError:
+            pass  # fewer, then
+        except BaseException:
+            self.dram.abandon(slots)
+            raise
+        return slots
+
+    async def _reserve_evictable(self, num_blocks: int, deadline: float, after: BlockHash | None) -> list[int]:
         if self._is_closed:
             return []
         slots = self.dram.take_free(num_blocks)
@@ -166,7 +184,7 @@ class TieredStore:
         jobs = [self._start_demotion(batch) for batch in self._batches(to_write)]
         ended: list[_Job] = []
         try:
-            await _wait(jobs, self._timeout_s if timeout_s is None else timeout_s)
+            await _wait(jobs, deadline - asyncio.get_running_loop().time())
             ended = [job for job in jobs if job.task.done()]
         except asyncio.CancelledError:
             self.dram.abandon(slots)
@@ -323,10 +341,13 @@ class TieredStore:
                     del self._unwritten[block_hash]
                     pins += self.dram.pin([block_hash], is_use=False)
                 blocks = [block for block in (self.dram.find(pin.block_hash) for pin in pins) if block is not None]
+                written = self._batch_written = asyncio.Event()
                 try:
                     await self._write(blocks)
                 finally:
                     self.dram.unpin(pin.slot for pin in pins)
+                    self._batch_written = None
+                    written.set()
                 if self.disk is not None and self.disk.is_paused:
                     self._unwritten.clear()  # they are tried again when they leave DRAM
         finally:

@@ -165,6 +165,17 @@ class Stack:
         response.raise_for_status()
         return dict(response.json())
 
+    def wait_index_follows(self) -> None:
+        """Until the index says what the caches hold: every writer has flushed, and has nothing new a moment later."""
+
+        def is_synced() -> bool:
+            states = [self.debug_state(service.name) for service in self.services.values() if service.role != "router"]
+            return all(dict(state["index"])["synced"] for state in states)  # type: ignore[call-overload]
+
+        self.wait_for(is_synced, "the index to follow")
+        time.sleep(0.2)
+        self.wait_for(is_synced, "the index to follow")
+
     def check_clean(self, timeout_s: float = 15.0) -> None:
         """Every worker comes to rest with all its blocks free, and its pool's books are right."""
         for service in self.services.values():

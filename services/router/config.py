@@ -42,6 +42,12 @@ class RouterConfig:
     routing_history: int = setting(
         4096, help="decisions kept for /debug/routing/{request_id}; 0: none", group="routing"
     )
+    index_timeout_s: float = setting(
+        0.05,
+        flags=("--index-timeout",),
+        help="seconds that a request waits for the prefix index; then it is routed without it",
+        group="routing",
+    )
     cache_sharing: str = setting(
         "tenant",
         help="who may hit whose cached prefixes where API keys are set: tenant is each its own, all is everybody",
@@ -105,6 +111,6 @@ class RouterConfig:
         for name in ("max_queue", "max_logprobs", "routing_history", "request_timeout_s", "shutdown_timeout_s"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"must not be negative, got {getattr(self, name)}", name)
-        for name in ("sse_keepalive_s", "reconnect_max_s"):
+        for name in ("sse_keepalive_s", "reconnect_max_s", "index_timeout_s"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"must be positive, got {getattr(self, name)}", name)

@@ -15,7 +15,6 @@ from kvstore.block_hash import BlockHash, hash_blocks, namespace
 from services.router.metrics import RouterMetrics
 from services.router.tokenizer import TokenizerPool
 
-INDEX_TIMEOUT_S = 0.05
 MAX_LOOKUPS = 32
 """Prompts of one HTTP request that the index is asked for; the others go by what this router remembers."""
 
@@ -73,7 +72,7 @@ class PrefixFinder:
         index: PrefixIndex | None,
         pool: TokenizerPool,
         metrics: RouterMetrics,
-        timeout_s: float = INDEX_TIMEOUT_S,
+        timeout_s: float = 0.05,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._index = index

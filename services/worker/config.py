@@ -80,6 +80,13 @@ class WorkerConfig:
     prefix_fetch_timeout_s: float = setting(
         5.0, help="how long a prefix that another worker holds may take to come; then it is computed", group="network"
     )
+    prefix_fetch: str = setting(
+        "measured",
+        help="when a prefix is fetched from another holder: where that was measured to be quicker than computing it,"
+        " always, or never",
+        choices=("measured", "always", "never"),
+        group="KV cache",
+    )
     store_write_through: str = setting(
         "all",
         help="which blocks are offered to store nodes, where there are any: all, those that were reused here, or none",

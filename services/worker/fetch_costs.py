@@ -11,6 +11,7 @@ corrects nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 # Weight of a new observation.
 _WEIGHT = 0.3
@@ -18,17 +19,28 @@ _WEIGHT = 0.3
 _OVERHEAD_BYTES = 256 * 1024
 
 
+class FetchPolicy(Enum):
+    """MEASURED: where a fetch is expected to take less time than computing."""
+
+    MEASURED = "measured"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 @dataclass
 class FetchCosts:
     """Of one worker. Seconds, bytes, tokens."""
 
+    policy: FetchPolicy = FetchPolicy.MEASURED
     overhead_s: float = 0.002
     bandwidth_bytes_per_s: float = 2e9  # of a holder that nothing was fetched from yet
     prefill_tokens_per_s: float | None = None  # nothing computed yet: fetch
     _bandwidth_of: dict[str, float] = field(default_factory=dict)
 
     def fetching_pays(self, holder_id: str, num_tokens: int, num_bytes: int) -> bool:
-        """Whether a fetch of these tokens' blocks is expected to take less time than computing them."""
+        """Whether these tokens' blocks are to be fetched rather than computed."""
+        if self.policy is not FetchPolicy.MEASURED:
+            return self.policy is FetchPolicy.ALWAYS
         if self.prefill_tokens_per_s is None:
             return True
         return self.fetch_s(holder_id, num_bytes) < num_tokens / self.prefill_tokens_per_s

@@ -33,7 +33,7 @@ from services.engine.engine import Engine
 from services.logs import configure_logging, report_progress, report_ready
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread, StepListener
-from services.worker.fetch_costs import FetchCosts
+from services.worker.fetch_costs import FetchCosts, FetchPolicy
 from services.worker.http import DebugServer
 from services.worker.metrics import WorkerMetrics
 from services.worker.prefix import CacheLender, IndexFeed, PrefixFetcher
@@ -165,8 +165,9 @@ async def open_worker(
         store_feed = _store_feed(config, engine, exchange, metrics)
         if store_feed is not None:
             followers.append(store_feed.changed)
+        costs = FetchCosts(FetchPolicy(config.prefix_fetch))
         fetcher = PrefixFetcher(
-            worker_id, engine, thread, exchange, FetchCosts(), config.prefix_fetch_timeout_s, metrics.prefix_fetched
+            worker_id, engine, thread, exchange, costs, config.prefix_fetch_timeout_s, metrics.prefix_fetched
         )
         parts = WorkerParts(worker_id, incarnation, engine, thread, exchange, fetcher, metrics)
         service = build(parts)

@@ -25,8 +25,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(directory: Path, model: Path, policy: str) -> Stack:
     worker = ["--model", str(model), "--served-model-name", "m", "--num-gpu-blocks-override", "512"]
+    # What is tested is that prefixes are shared, not whether that pays for a model this small on a machine this busy.
+    worker += ["--prefix-fetch", "always", "--prefix-fetch-timeout-s", "30"]
     decode = ["--local-prefill-max-tokens", "16"]
-    return Stack(directory, [(), ()], [decode, decode], router=["--routing-policy", policy], worker=worker)
+    return Stack(
+        directory,
+        [(), ()],
+        [decode, decode],
+        router=["--routing-policy", policy, "--index-timeout", "5"],
+        worker=worker,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +80,6 @@ def num_computed_tokens(stack: Stack) -> int:
     return total
 
 
-async def until_index_follows() -> None:
-    """Longer than a writer's flush and a reader's round trip."""
-    await asyncio.sleep(0.5)
-
-
 async def test_a_prefix_computed_on_one_replica_is_a_hit_on_every_other(model: Path, spread: Stack) -> None:
     shared, tails = random_prompts([1500], seed=41)[0], random_prompts([30] * 5, seed=42)
     prompts = [shared + tail for tail in tails]
@@ -85,7 +88,7 @@ async def test_a_prefix_computed_on_one_replica_is_a_hit_on_every_other(model: P
         answers = []
         for prompt in prompts:
             answers.append(await complete(client, prompt))
-            await until_index_follows()
+            await asyncio.to_thread(spread.wait_index_follows)
     assert [tokens_of(answer) for answer in answers] == expected
     num_shared = len(shared) // BLOCK_TOKENS * BLOCK_TOKENS
     assert cached_of(answers[0]) == 0
@@ -106,9 +109,11 @@ async def test_each_turn_of_a_chat_computes_only_what_is_new(model: Path, spread
             assert tokens_of(answer) == expected, f"turn {turn}"
             # All but the last generated token of the turn before has its KV; a block is shared once it is full.
             num_known = max(0, len(history) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
-            assert cached_of(answer) >= num_known, f"turn {turn}: {cached_of(answer)} of {num_known} reused"
+            assert cached_of(answer) >= num_known, (
+                f"turn {turn}, {num_known} known: {answer['usage']} {answer['receipt']}"
+            )
             history = prompt + expected
-            await until_index_follows()
+            await asyncio.to_thread(spread.wait_index_follows)
     spread.check_clean()
 
 

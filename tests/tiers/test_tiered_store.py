@@ -299,16 +299,47 @@ async def test_a_slow_disk_slows_a_reservation_down_and_no_further_than_its_dead
         gate.may_write.clear()
         assert await store.reserve(3, timeout_s=0.05) == []
         waiting = asyncio.create_task(store.reserve(3))
-        finding = asyncio.create_task(store.pin(a))
         await asyncio.sleep(0)
         assert store.locate(a) == [DRAM] * 2 + [DISK] * 6, "on its way down counts as there"
         gate.may_write.set()
         taken = await waiting
         assert len(taken) == 3
         store.abandon(taken)
+        pinned = await store.pin(a)
+        assert_right(store, pinned, a)
+        store.unpin(slots(pinned))
+
+
+async def test_who_asks_for_what_is_on_its_way_down_waits_for_it(tmp_path):
+    gate = Gate()
+    a = chain("a", 8)
+    async with open_store(tmp_path, gate=gate) as store:
+        await insert(store, a)
+        gate.may_write.clear()
+        assert await store.reserve(3, timeout_s=0.05) == []
+        finding = asyncio.create_task(store.pin(a))
+        await asyncio.sleep(0)
+        assert store.locate(a) == [DRAM] * 5 + [DISK] * 3
+        gate.may_write.set()
         pinned = await finding
         assert_right(store, pinned, a)
         store.unpin(slots(pinned))
+
+
+async def test_blocks_that_are_pinned_to_be_written_behind_are_waited_for(tmp_path):
+    gate = Gate()
+    async with open_store(tmp_path, 4, DiskWrites.ALL, gate=gate) as store:
+        gate.may_write.clear()
+        await insert(store, chain("a", 4))
+        await asyncio.sleep(0)
+        assert not store._unwritten, "all four are being written"
+        assert await store.reserve(2, timeout_s=0.05) == []
+        waiting = asyncio.create_task(store.reserve(2))
+        await asyncio.sleep(0)
+        gate.may_write.set()
+        taken = await waiting
+        assert len(taken) == 2
+        store.abandon(taken)
 
 
 async def test_a_cancelled_reservation_leaks_nothing(tmp_path):

@@ -1,6 +1,6 @@
 """When a fetch is expected to beat computing."""
 
-from services.worker.fetch_costs import FetchCosts
+from services.worker.fetch_costs import FetchCosts, FetchPolicy
 
 MB = 1_000_000
 
@@ -41,3 +41,9 @@ def test_a_single_outlier_does_not_decide() -> None:
     costs.computed(num_tokens=1000, seconds=100.0)
     assert costs.prefill_tokens_per_s is not None
     assert costs.prefill_tokens_per_s > 500
+
+
+def test_the_policy_can_decide_without_looking_at_the_costs():
+    slow = {"overhead_s": 100.0, "prefill_tokens_per_s": 1e6}
+    assert FetchCosts(FetchPolicy.ALWAYS, **slow).fetching_pays("peer", num_tokens=32, num_bytes=100 * MB)
+    assert not FetchCosts(FetchPolicy.NEVER).fetching_pays("peer", num_tokens=32, num_bytes=1)
