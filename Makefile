@@ -39,7 +39,7 @@ install: $(INSTALLED) ## make .venv and install everything, pinned by constraint
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[nixl,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,nixl,dev]"
 	touch $@
 
 serve: $(INSTALLED) ## serve MODEL (the demo model) on PORT with PREFILL and DECODE workers

@@ -13,6 +13,8 @@ from services.cli.findings import Finding, broken, good, worse
 from services.cli.version import installed_version
 
 _MIN_PYTHON = (3, 11)
+# No extra, and those that pyproject.toml sums up as `all`: `tandem up` runs every service.
+_EXTRAS = ("", "router", "worker", "store", "launcher")
 
 
 def check_packages() -> list[Finding]:
@@ -28,8 +30,8 @@ def check_packages() -> list[Finding]:
         requirements = [Requirement(line) for line in importlib.metadata.requires("tandem") or []]
     except importlib.metadata.PackageNotFoundError:
         return [*findings, broken("packages", "tandem itself is not installed", "make install")]
-    needed = [item for item in requirements if item.marker is None or item.marker.evaluate({"extra": ""})]
-    wrong = [complaint for item in needed if (complaint := _complaint(item))]
+    needed = {item.name: item for item in requirements if _is_needed(item)}
+    wrong = [complaint for item in needed.values() if (complaint := _complaint(item))]
     if wrong:
         findings.append(broken("packages", "; ".join(wrong), "make install"))
     else:
@@ -42,6 +44,10 @@ def _check_nixl(requirements: list[Requirement]) -> list[Finding]:
     if not complaints:
         return []
     return [worse("packages", f"{complaints[0]}: blocks can travel over ucxx only", "pip install 'tandem[nixl]'")]
+
+
+def _is_needed(requirement: Requirement) -> bool:
+    return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in _EXTRAS)
 
 
 def _complaint(requirement: Requirement) -> str | None:
