@@ -12,6 +12,7 @@ slot: neither a deadline nor a cancelled caller ends it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
@@ -111,6 +112,7 @@ class TieredStore:
         self._blocks_per_promotion = max(1, _PROMOTE_BYTES // memory.block_bytes)
         self._reported_on_disk: set[BlockHash] = set(disk.hashes()) if disk is not None else set()
         self._busy: dict[BlockHash, _Job] = {}  # on its way up, or down after its eviction
+        self._reserving: dict[BlockHash, asyncio.Event] = {}  # by the first block that memory is reserved to promote
         self._unwritten: dict[BlockHash, None] = {}  # in DRAM, to be written behind; in order
         self._write_behind: asyncio.Task[None] | None = None
         self._batch_written: asyncio.Event | None = None  # while a batch is pinned to be written behind
@@ -368,7 +370,13 @@ class TieredStore:
         if under_way is not None:
             await _wait([under_way], deadline - loop.time())
             return under_way.task.done()
-        slots = await self.reserve(len(self._promotable(hashes)), deadline - loop.time())
+        reserving = self._reserving.get(hashes[0])
+        if reserving is not None:  # by somebody who wants the same: two reservations would starve each other
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await reserving.wait()
+            return reserving.is_set()
+        slots = await self._reserve_for(hashes, deadline)
         # Others had their turns since: they may have evicted, brought or be bringing what was promotable.
         wanted = list(zip(self._promotable(hashes), slots, strict=False))
         self.dram.abandon(slots[len(wanted) :])
@@ -377,6 +385,14 @@ class TieredStore:
         jobs = [self._start_promotion(batch) for batch in self._batches(wanted)]
         await _wait(jobs, deadline - loop.time())
         return all(job.task.done() for job in jobs)
+
+    async def _reserve_for(self, hashes: Sequence[BlockHash], deadline: float) -> list[int]:
+        reserved = self._reserving[hashes[0]] = asyncio.Event()
+        try:
+            return await self.reserve(len(self._promotable(hashes)), deadline - asyncio.get_running_loop().time())
+        finally:
+            del self._reserving[hashes[0]]
+            reserved.set()
 
     def _promotable(self, hashes: Sequence[BlockHash]) -> list[BlockHash]:
         def is_on_disk_only(block_hash: BlockHash) -> bool:
