@@ -352,6 +352,12 @@ def refuses_what_does_not_fit_the_context(client: openai.OpenAI, model: str, can
     with pytest.raises(openai.BadRequestError) as too_many:
         client.completions.create(model=model, prompt=can.prompt, max_tokens=can.max_model_len)
     assert too_many.value.code == "context_length_exceeded"
+    if can.has_chat:
+        with pytest.raises(openai.BadRequestError) as too_long:
+            client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": "Hello! " * can.max_model_len}]
+            )
+        assert too_long.value.code == "context_length_exceeded"
 
 
 def refuses_a_token_out_of_vocabulary(client: openai.OpenAI, model: str, can: Capabilities) -> None:

@@ -78,9 +78,12 @@ class ChatRenderer:
         return b"".join(events)
 
     def event(self, delta: Delta) -> bytes:
-        """The event for a delta, empty if it has nothing that a client could see."""
-        shows_tokens = self._wants_logprobs or self._request.return_token_ids
-        if not (delta.text or delta.finish_reason or (delta.token_ids and shows_tokens)):
+        """The event for a delta, empty if there is nothing new.
+
+        Tokens make an event even where they have no text (a part of a character, a special token): clients that
+        measure take the gaps between events for those between tokens.
+        """
+        if not (delta.text or delta.token_ids or delta.finish_reason):
             return b""
         choice: dict[str, object] = {
             "index": delta.index,

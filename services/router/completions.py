@@ -82,10 +82,14 @@ class CompletionRenderer:
         return b""
 
     def event(self, delta: Delta) -> bytes:
-        """The event for a delta, empty if it has nothing that a client could see."""
+        """The event for a delta, empty if there is nothing new.
+
+        Tokens make an event even where they have no text (a part of a character, a special token): clients that
+        measure take the gaps between events for those between tokens.
+        """
         is_first = not self._begun[delta.index]
         has_echo = is_first and self._echoed is not None
-        if not (delta.text or delta.finish_reason or has_echo or (delta.token_ids and self._shows_tokens)):
+        if not (delta.text or delta.token_ids or delta.finish_reason or has_echo):
             return b""
         choice = self._choice(delta)
         if self._request.return_token_ids:
@@ -120,10 +124,6 @@ class CompletionRenderer:
         if receipt is not None:
             payload["receipt"] = receipt
         return orjson.dumps(payload)
-
-    @property
-    def _shows_tokens(self) -> bool:
-        return self._wants_logprobs or self._request.return_token_ids
 
     def _choice(self, delta: Delta) -> dict[str, object]:
         text, token_ids, positions = delta.text, delta.token_ids, delta.logprobs

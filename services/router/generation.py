@@ -67,7 +67,7 @@ def tokens_to_generate(num_prompt_tokens: int, asked: int | None, default: int |
     Raises ApiError with OpenAI's context_length_exceeded where prompt and answer do not fit into the context.
     """
     room = max_model_len - num_prompt_tokens
-    wanted = max(asked, 1) if asked is not None else min(default or room, max(room, 1))
+    wanted = max(asked if asked is not None else min(default or room, room), 1)
     if num_prompt_tokens == 0:
         raise invalid("The prompt has no tokens.", "prompt")
     if wanted > room:

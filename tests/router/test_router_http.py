@@ -225,6 +225,26 @@ def test_several_tokens_in_a_frame_are_one_event(http, worker, sentence):
     assert len(events) == 2
 
 
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ],
+)
+def test_tokens_without_text_are_events_too(http, worker, tokenizer, url, body):
+    """Measuring clients time tokens by events: the four bytes of one character, then a special token."""
+    pieces = tokenizer.encode(["\U0001f600"], False)[0]
+    (special,) = tokenizer.encode(["</s>"], False)[0]
+    assert len(pieces) > 1
+    worker.reply = endless([*pieces, special])
+    *events, _ = events_of(http, url, {**body, "max_tokens": len(pieces) + 1})
+    choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    texts = [choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in choices]
+    texts = texts[-len(pieces) - 1 :]  # a chat has opened with its role
+    assert texts == [""] * (len(pieces) - 1) + ["\U0001f600", ""]
+
+
 def test_a_chat_stream_starts_with_the_role_of_every_choice(http):
     body = {"messages": [{"role": "user", "content": "x"}], "n": 2, "max_tokens": 2}
     *events, _ = events_of(http, "/v1/chat/completions", body)
