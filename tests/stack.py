@@ -94,26 +94,36 @@ class Stack:
         """The flags of every process."""
         return ["--redis", self.redis.url, "--log-format", "text"]
 
-    def restart(self, name: str, sig: signal.Signals = signal.SIGKILL) -> None:
-        """End a worker or store node by a signal and start it anew with the same flags; wait until it is registered."""
-        service = self.services[name]
-        old = next(record.incarnation for record in self.records() if record.worker_id == name)
-        os.kill(service.process.pid or 0, sig)
-        service.process.join(_STOP_TIMEOUT_S)
-        self.start(name, service.role, service.argv[: service.argv.index("--worker-id")])
+    def restart(self, *names: str) -> None:
+        """Kill workers or store nodes, start them anew with the same flags, and wait until they are registered."""
+        old = {record.worker_id: record.incarnation for record in self.records()}
+        for name in names:
+            self.services[name].process.kill()
+        for name in names:
+            service = self.services[name]
+            service.process.join(_STOP_TIMEOUT_S)
+            self.start(name, service.role, service.argv[: service.argv.index("--worker-id")])
 
-        def is_back() -> bool:
-            found = [record for record in self.records() if record.worker_id == name and record.incarnation != old]
+        def are_back() -> bool:
+            found = [r for r in self.records() if r.worker_id in names and r.incarnation != old.get(r.worker_id)]
             for record in found:
-                self.services[name].debug_url = f"http://{record.http_address}"
-            return bool(found)
+                self.services[record.worker_id].debug_url = f"http://{record.http_address}"
+            return len(found) == len(names)
 
-        self.wait_for(is_back, f"{name} to announce itself again")
+        self.wait_for(are_back, f"{', '.join(names)} to announce themselves again")
 
-    def start(self, name: str, role: str, argv: list[str]) -> Service:
-        """Start a process of that role; a worker announces itself under `name`."""
+    def kill_redis(self) -> None:
+        """End Redis as a crash would; `start_redis` starts an empty one at the same address."""
+        os.kill(self.redis.pid, signal.SIGKILL)
+        self.redis.close()
+
+    def start_redis(self) -> None:
+        self.redis = EmbeddedRedis.start(port=self.redis.port)
+
+    def start(self, name: str, role: str, argv: list[str], worker_id: str = "") -> Service:
+        """Start a process of that role; a worker announces itself under `worker_id`, or else under `name`."""
         if role != "router":
-            argv = [*argv, "--worker-id", name]
+            argv = [*argv, "--worker-id", worker_id or name]
         log_path = self.directory / f"{name}.log"
         process = _context.Process(target=_run_service, args=(role, argv, str(log_path), self.environ), name=name)
         process.start()
@@ -164,6 +174,14 @@ class Stack:
         response = httpx.get(f"{self.services[name].debug_url}/debug/state")
         response.raise_for_status()
         return dict(response.json())
+
+    def metric(self, name: str, series: str, **labels: str) -> float:
+        """The sum of a process's samples of one series; 0 if there is none. `labels`: only samples that have these."""
+        service = self.services[name]
+        text = httpx.get(f"{self.url if service.role == 'router' else service.debug_url}/metrics").text
+        wanted = {f'{label}="{value}"' for label, value in labels.items()}
+        samples = re.findall(rf"^{re.escape(series)}(?:{{(.*)}})? (\S+)$", text, re.MULTILINE)
+        return sum(float(value) for found, value in samples if wanted <= set(found.split(",")))
 
     def wait_index_follows(self) -> None:
         """Until the index says what the caches hold: every writer has flushed, and has nothing new a moment later."""

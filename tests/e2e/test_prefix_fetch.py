@@ -6,13 +6,10 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import pytest
-from tandem.v1 import worker_pb2 as pb
-from tandem.v1 import worker_pb2_grpc
 
-from kvstore.worker_record import WorkerRecord
 from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.orders import Orders
 from tests.stack import Stack
 
 NUM_NEW_TOKENS = 8
@@ -23,66 +20,15 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     directory = tmp_path_factory.mktemp(f"prefix-{request.param}")
     model = write_model(directory / "model", "qwen2")
     worker = ["--model", str(model), "--served-model-name", "m", "--kv-transport", request.param]
-    worker += ["--num-gpu-blocks-override", "256"]
+    worker += ["--num-gpu-blocks-override", "256", "--prefix-fetch", "always", "--prefix-fetch-timeout-s", "30"]
     decode = ["--local-prefill-max-tokens", "0"]
     with Stack(directory / "logs", [(), ()], [decode, decode], worker=worker) as stack:
         yield model, stack
 
 
-class Orders:
-    """Sends orders to chosen workers, as the router would."""
-
-    def __init__(self, stack: Stack) -> None:
-        self.records = {record.worker_id: record for record in stack.records()}
-
-    async def generate(
-        self, prompt: list[int], decode: str, prefill: str, sources: list[pb.PrefixSource]
-    ) -> tuple[list[int], pb.Usage]:
-        target = self.records.get(prefill)
-        order = pb.GenerateRequest(
-            handle=1,
-            request_id="prefix",
-            prompt_token_ids=prompt,
-            sampling=pb.SamplingParams(top_p=1, repetition_penalty=1, max_tokens=NUM_NEW_TOKENS, ignore_eos=True),
-            prefill_targets=[] if target is None else [target_of(target)],
-            prefix_sources=sources,
-        )
-        tokens: list[int] = []
-        async with grpc.aio.insecure_channel(self.records[decode].grpc_address) as channel:
-            session = worker_pb2_grpc.DecodeServiceStub(channel).Session()
-            await session.write(pb.SessionRequest(hello=pb.SessionHello(router_id="test", protocol_version="1")))
-            await session.write(pb.SessionRequest(generate=order))
-            async for frame in session:
-                for output in frame.outputs:
-                    tokens += output.token_ids
-                    if output.finish_reason:
-                        assert output.finish_reason == pb.FINISH_REASON_LENGTH, output.error
-                        return tokens, output.usage
-        raise AssertionError("the session ended early")
-
-    def source(self, holder: str, num_blocks: int) -> pb.PrefixSource:
-        record = self.records[holder]
-        return pb.PrefixSource(
-            holder_id=holder,
-            incarnation=record.incarnation,
-            kv_address=record.kv_address,
-            num_blocks=num_blocks,
-            tier="device",
-        )
-
-
-def target_of(record: WorkerRecord) -> pb.PrefillTarget:
-    return pb.PrefillTarget(
-        worker_id=record.worker_id,
-        incarnation=record.incarnation,
-        grpc_address=record.grpc_address,
-        kv_address=record.kv_address,
-    )
-
-
 async def test_a_prefix_is_fetched_from_a_peer_by_prefill_and_by_decode_workers(served: tuple[Path, Stack]) -> None:
     model, stack = served
-    orders = Orders(stack)
+    orders = Orders(stack, NUM_NEW_TOKENS)
     shared, tail = random_prompts([960], seed=31)[0], random_prompts([40] * 3, seed=32)
     prompts = [shared + each for each in tail]
     expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
@@ -102,7 +48,7 @@ async def test_a_prefix_is_fetched_from_a_peer_by_prefill_and_by_decode_workers(
     # From the decode worker's own cache, by another decode worker that prefills by itself.
     await orders.generate(prompts[0], "decode-0", "prefill-0", [])
     stack_reset = orders.source("decode-0", num_blocks)
-    tokens, usage = await orders.generate(shared[:640] + tail[2], "decode-1", "none", [stack_reset])
+    tokens, usage = await orders.generate(shared[:640] + tail[2], "decode-1", None, [stack_reset])
     assert tokens == reference_greedy(model, [shared[:640] + tail[2]], NUM_NEW_TOKENS, ignore_eos=True)[0]
     assert usage.prefilled_locally
     assert usage.num_cached_tokens >= 640
@@ -111,7 +57,7 @@ async def test_a_prefix_is_fetched_from_a_peer_by_prefill_and_by_decode_workers(
 
 async def test_a_hint_that_is_wrong_costs_nothing_but_the_computing(served: tuple[Path, Stack]) -> None:
     model, stack = served
-    orders = Orders(stack)
+    orders = Orders(stack, NUM_NEW_TOKENS)
     prompt = random_prompts([500], seed=33)[0]
     expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
     stale = orders.source("prefill-0", 15)
@@ -126,7 +72,7 @@ async def test_a_hint_that_is_wrong_costs_nothing_but_the_computing(served: tupl
 
 async def test_equal_cold_prompts_at_once_compute_their_prefix_once(served: tuple[Path, Stack]) -> None:
     model, stack = served
-    orders = Orders(stack)
+    orders = Orders(stack, NUM_NEW_TOKENS)
     prompt = random_prompts([900], seed=34)[0]
     expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
     results = await asyncio.gather(*(orders.generate(prompt, "decode-0", "prefill-0", []) for _ in range(12)))

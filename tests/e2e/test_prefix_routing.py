@@ -9,7 +9,6 @@ from typing import Any
 
 import httpx
 import pytest
-import redis
 
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.stack import Stack
@@ -126,20 +125,6 @@ async def test_equal_cold_prompts_at_once_are_computed_once(model: Path, routed:
     assert all(tokens_of(answer) == expected for answer in answers)
     computed = num_computed_tokens(routed) - before
     assert computed <= len(prompt) + 31 * BLOCK_TOKENS, f"{computed} prompt tokens computed for {len(prompt)}"
-    routed.check_clean()
-
-
-async def test_a_flushed_index_costs_hits_and_no_answer(model: Path, routed: Stack) -> None:
-    shared, tails = random_prompts([700], seed=45)[0], random_prompts([20] * 24, seed=46)
-    prompts = [shared + tail for tail in tails]
-    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
-    async with client_of(routed) as client:
-        requests = [asyncio.create_task(complete(client, prompt)) for prompt in prompts]
-        with redis.Redis.from_url(routed.redis.url) as server:
-            for _ in range(10):
-                server.flushall()
-                await asyncio.sleep(0.05)
-        assert [tokens_of(answer) for answer in await asyncio.gather(*requests)] == expected
     routed.check_clean()
 
 

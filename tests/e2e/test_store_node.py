@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import httpx
 import pytest
-from tandem.v1 import worker_pb2 as pb
-from tandem.v1 import worker_pb2_grpc
 
 from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.orders import Orders
 from tests.stack import Stack
 
 NUM_NEW_TOKENS = 40
+WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
 
 @pytest.fixture(scope="module", params=["ucxx", "nixl"])
@@ -24,55 +22,13 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model = write_model(directory / "model", "qwen2")
     transport = ["--kv-transport", request.param]
     worker = ["--model", str(model), "--served-model-name", "m", "--num-gpu-blocks-override", "256", *transport]
+    worker += ["--prefix-fetch", "always", "--prefix-fetch-timeout-s", "30"]
     store = [*transport, "--store-dram-bytes", "64MiB", "--store-disk-dir", str(directory / "disk")]
     store += ["--store-disk-bytes", "64MiB"]
     decode = ["--local-prefill-max-tokens", "0"]
-    with Stack(directory / "logs", [()], [decode, decode], store=[store], worker=worker) as stack:
+    router = ["--index-timeout", "5"]
+    with Stack(directory / "logs", [(), ()], [decode] * 2, store=[store], router=router, worker=worker) as stack:
         yield model, stack
-
-
-async def generate(stack: Stack, prompt: list[int], sources: list[pb.PrefixSource]) -> tuple[list[int], pb.Usage]:
-    """Have decode-1 and prefill-0 serve a prompt, as a router that gives these hints would."""
-    records = {record.worker_id: record for record in stack.records()}
-    target = records["prefill-0"]
-    order = pb.GenerateRequest(
-        handle=1,
-        request_id="store",
-        prompt_token_ids=prompt,
-        sampling=pb.SamplingParams(top_p=1, repetition_penalty=1, max_tokens=NUM_NEW_TOKENS, ignore_eos=True),
-        prefill_targets=[
-            pb.PrefillTarget(
-                worker_id=target.worker_id,
-                incarnation=target.incarnation,
-                grpc_address=target.grpc_address,
-                kv_address=target.kv_address,
-            )
-        ],
-        prefix_sources=sources,
-    )
-    tokens: list[int] = []
-    async with grpc.aio.insecure_channel(records["decode-1"].grpc_address) as channel:
-        session = worker_pb2_grpc.DecodeServiceStub(channel).Session()
-        await session.write(pb.SessionRequest(hello=pb.SessionHello(router_id="test", protocol_version="1")))
-        await session.write(pb.SessionRequest(generate=order))
-        async for frame in session:
-            for output in frame.outputs:
-                tokens += output.token_ids
-                if output.finish_reason:
-                    assert output.finish_reason == pb.FINISH_REASON_LENGTH, output.error
-                    return tokens, output.usage
-    raise AssertionError("the session ended early")
-
-
-def source(stack: Stack, num_blocks: int, tier: str) -> pb.PrefixSource:
-    record = next(record for record in stack.records() if record.worker_id == "store-0")
-    return pb.PrefixSource(
-        holder_id="store-0",
-        incarnation=record.incarnation,
-        kv_address=record.kv_address,
-        num_blocks=num_blocks,
-        tier=tier,
-    )
 
 
 def num_kept(stack: Stack, tier: str) -> int:
@@ -81,35 +37,46 @@ def num_kept(stack: Stack, tier: str) -> int:
     return int(found["num_blocks"])
 
 
-async def test_a_prefix_outlives_every_worker_in_the_stores_memory_and_the_store_itself_on_disk(
+async def test_a_prefix_is_a_hit_on_every_replica_whoever_of_them_has_it_and_wherever(
     served: tuple[Path, Stack],
 ) -> None:
     model, stack = served
-    prompt = random_prompts([1000], seed=51)[0]
-    expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
-    num_prompt_blocks, num_all_blocks = len(prompt) // 32, (len(prompt) + NUM_NEW_TOKENS - 1) // 32
+    orders = Orders(stack, NUM_NEW_TOKENS)
+    (shared,), tails = random_prompts([1500], seed=51), random_prompts([30] * 12, seed=53)
+    num_shared = len(shared) // 32
+    prompts = [shared + tail for tail in tails]
+    answers = dict(
+        zip(map(tuple, prompts), reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True), strict=True)
+    )
 
-    tokens, usage = await generate(stack, prompt, [])
-    assert (tokens, usage.num_cached_tokens) == (expected, 0)
-    # Blocks that decode computed are kept, too.
-    stack.wait_for(lambda: num_kept(stack, "dram") == num_all_blocks, "the store to have all blocks")
+    async def is_fetched(decode: str, prefill: str | None, holder: str, tier: str) -> None:
+        """Whoever prefills has nothing of the prefix and takes it from `holder`."""
+        prompt = prompts.pop()
+        source = orders.source(holder, num_shared, tier)
+        tokens, usage = await orders.generate(prompt, decode, prefill, [source])
+        assert tokens == answers[tuple(prompt)]
+        (part,) = usage.fetched
+        assert (part.holder_id, part.tier, part.num_blocks) == (holder, tier, num_shared)
+        assert usage.num_cached_tokens == num_shared * 32
 
-    for name in ("prefill-0", "decode-0", "decode-1"):
-        stack.restart(name, signal.SIGKILL)
-    tokens, usage = await generate(stack, prompt, [source(stack, num_prompt_blocks, "store")])
-    assert tokens == expected
-    (part,) = usage.fetched
-    assert (part.holder_id, part.tier, part.num_blocks) == ("store-0", "store", num_prompt_blocks)
-    assert usage.num_cached_tokens == num_prompt_blocks * 32
+    first = prompts.pop()
+    tokens, usage = await orders.generate(first, "decode-0", None, [])
+    assert (tokens, usage.num_cached_tokens) == (answers[tuple(first)], 0)
+    await is_fetched("decode-1", None, "decode-0", "device")
+    await is_fetched("decode-0", "prefill-0", "decode-1", "device")
+    await is_fetched("decode-1", "prefill-1", "prefill-0", "device")
+    # Blocks that decode workers computed are kept, too; each prompt is known for a block or two beyond the prefix.
+    num_all = num_shared + 4 * ((len(first) + NUM_NEW_TOKENS - 1) // 32 - num_shared)
+    stack.wait_for(lambda: num_kept(stack, "disk") == num_all, "the store to have all blocks in memory and on disk")
+    assert num_kept(stack, "dram") == num_all
 
-    stack.wait_for(lambda: num_kept(stack, "disk") == num_all_blocks, "all blocks to be on disk")
-    for name in ("store-0", "prefill-0", "decode-0", "decode-1"):
-        stack.restart(name, signal.SIGKILL)
-    assert (num_kept(stack, "dram"), num_kept(stack, "disk")) == (0, num_all_blocks)
-    tokens, usage = await generate(stack, prompt, [source(stack, num_prompt_blocks, "disk")])
-    assert tokens == expected
-    (part,) = usage.fetched
-    assert (part.holder_id, part.tier, part.num_blocks) == ("store-0", "disk", num_prompt_blocks)
+    for tier, restarted in (("store", WORKERS), ("disk", (*WORKERS, "store-0"))):
+        stack.restart(*restarted)
+        assert (num_kept(stack, "dram") > 0, num_kept(stack, "disk") >= num_all) == (tier == "store", True)
+        await is_fetched("decode-0", None, "store-0", tier)
+        await is_fetched("decode-1", None, "store-0", tier)
+        await is_fetched("decode-0", "prefill-0", "store-0", tier)
+        await is_fetched("decode-1", "prefill-1", "store-0", tier)
     stack.wait_for(lambda: num_lent(stack) == 0, "the store to have its blocks back")
     stack.check_clean()
 
@@ -126,8 +93,7 @@ async def test_the_router_finds_in_the_index_what_only_the_store_has(served: tup
     num_blocks = (len(prompt) + NUM_NEW_TOKENS - 1) // 32
     assert await ask(stack, prompt) == (expected, 0)
     stack.wait_for(lambda: num_kept(stack, "disk") == before + num_blocks, "the store to have all blocks")
-    for name in ("prefill-0", "decode-0", "decode-1"):
-        stack.restart(name)
+    stack.restart(*WORKERS)
     stack.wait_ready()
     tokens, num_cached = await ask(stack, prompt)
     assert tokens == expected

@@ -1,0 +1,72 @@
+"""Orders to workers of a stack as a router would give them, with the workers and the holders chosen by the test."""
+
+from __future__ import annotations
+
+import grpc
+from tandem.v1 import worker_pb2 as pb
+from tandem.v1 import worker_pb2_grpc
+
+from kvstore.block_hash import BlockHash, hash_blocks, namespace
+from kvstore.worker_record import WorkerRecord
+from tests.stack import Stack
+
+
+class Orders:
+    """Sends orders to the workers that the registry names at the moment."""
+
+    def __init__(self, stack: Stack, num_new_tokens: int) -> None:
+        self._stack = stack
+        self._num_new_tokens = num_new_tokens
+
+    def record(self, worker_id: str) -> WorkerRecord:
+        return next(record for record in self._stack.records() if record.worker_id == worker_id)
+
+    def hashes(self, prompt: list[int]) -> list[BlockHash]:
+        """Of the prompt's full blocks, under the model that the stack serves."""
+        record = next(record for record in self._stack.records() if record.role != "store")
+        return hash_blocks(namespace(record.model_fingerprint), prompt, record.block_size)
+
+    def source(self, holder: str, num_blocks: int, tier: str = "device") -> pb.PrefixSource:
+        """The hint that a holder has the first blocks of a prompt."""
+        record = self.record(holder)
+        return pb.PrefixSource(
+            holder_id=holder,
+            incarnation=record.incarnation,
+            kv_address=record.kv_address,
+            num_blocks=num_blocks,
+            tier=tier,
+        )
+
+    async def generate(
+        self, prompt: list[int], decode: str, prefill: str | None, sources: list[pb.PrefixSource]
+    ) -> tuple[list[int], pb.Usage]:
+        """Have a decode worker serve a prompt, which `prefill` (None: the decode worker itself) computes."""
+        order = pb.GenerateRequest(
+            handle=1,
+            request_id="ordered",
+            prompt_token_ids=prompt,
+            sampling=pb.SamplingParams(top_p=1, repetition_penalty=1, max_tokens=self._num_new_tokens, ignore_eos=True),
+            prefill_targets=[] if prefill is None else [_target(self.record(prefill))],
+            prefix_sources=sources,
+        )
+        tokens: list[int] = []
+        async with grpc.aio.insecure_channel(self.record(decode).grpc_address) as channel:
+            session = worker_pb2_grpc.DecodeServiceStub(channel).Session()
+            await session.write(pb.SessionRequest(hello=pb.SessionHello(router_id="test", protocol_version="1")))
+            await session.write(pb.SessionRequest(generate=order))
+            async for frame in session:
+                for output in frame.outputs:
+                    tokens += output.token_ids
+                    if output.finish_reason:
+                        assert output.finish_reason == pb.FINISH_REASON_LENGTH, output.error
+                        return tokens, output.usage
+        raise AssertionError("the session ended early")
+
+
+def _target(record: WorkerRecord) -> pb.PrefillTarget:
+    return pb.PrefillTarget(
+        worker_id=record.worker_id,
+        incarnation=record.incarnation,
+        grpc_address=record.grpc_address,
+        kv_address=record.kv_address,
+    )
