@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from kvstore.block_hash import BlockHash
 from kvstore.errors import DoubleFree, IntegrityError, OutOfBlocks
+from kvstore.shared_tokens import BlockTokens, SharedTokenIndex, SharedTokens
 
 
 class CacheEvent(Enum):
@@ -60,6 +61,7 @@ class BlockPool:
         self._hash_of: list[BlockHash | None] = [None] * num_blocks
         self._block_of: dict[BlockHash, int] = {}
         self._was_reused = [False] * num_blocks
+        self._shared_tokens = SharedTokenIndex()  # of findable blocks, as far as their tokens were told
         self._changes: deque[CacheChange] = deque(maxlen=4 * num_blocks)
         # A stack, lowest id on top; `release` pushes heads last. So a request tends to get neighbouring blocks in
         # order, and neighbours are one longer run for a transport.
@@ -152,11 +154,35 @@ class BlockPool:
         self.stats.num_hits += len(ids)
         return ids
 
-    def publish(self, block_id: int, block_hash: BlockHash, parent_hash: BlockHash | None = None) -> None:
+    def match_shared_tokens(self, tokens: BlockTokens) -> SharedTokens | None:
+        """Return the cached block that shares the most leading tokens with `tokens`, with one reference taken on it.
+
+        For a block that `match_prefix` did not find. The caller copies those tokens' KV and releases the block: until
+        then it is neither evicted nor written to.
+        """
+        found = self._shared_tokens.find(tokens)
+        if found is not None:
+            if self._num_references[found.block_id] == 0:
+                del self._evictable[found.block_id]
+            self._num_references[found.block_id] += 1
+        return found
+
+    def knows_tokens(self, block_id: int) -> bool:
+        """Whether `match_shared_tokens` can find the block."""
+        return block_id in self._shared_tokens
+
+    def publish(
+        self,
+        block_id: int,
+        block_hash: BlockHash,
+        parent_hash: BlockHash | None = None,
+        tokens: BlockTokens | None = None,
+    ) -> None:
         """Make a full, verified block findable. The caller holds a reference and will not write to the block again.
 
-        If another block is cached under that hash already, that one stays the findable one. Raises `IntegrityError` for
-        a block that nobody refers to, or that is findable under another hash.
+        If another block is cached under that hash already, that one stays the findable one. `tokens`, where they are
+        known, make parts of the block findable; they may come later than the block, by a second call. Raises
+        `IntegrityError` for a block that nobody refers to, or that is findable under another hash.
         """
         if not self.enable_prefix_caching:
             return
@@ -169,6 +195,8 @@ class BlockPool:
             self._hash_of[block_id] = block_hash
             self._was_reused[block_id] = False
             self._changes.append(CacheChange(block_hash, CacheEvent.PUBLISHED, parent_hash))
+        if tokens is not None:
+            self._shared_tokens.add(self._block_of[block_hash], tokens)
 
     def take_changes(self) -> list[CacheChange]:
         """What happened to findable blocks since the last call, in order.
@@ -210,6 +238,7 @@ class BlockPool:
             self._hash_of[block_id] = None
         self._changes.extend(CacheChange(block_hash, CacheEvent.EVICTED) for block_hash in self._block_of)
         self._block_of.clear()
+        self._shared_tokens.clear()
         self._free.extend(reversed(self._evictable))
         self._evictable.clear()
         return num_dropped
@@ -253,7 +282,7 @@ class BlockPool:
             problems.append(
                 f"{len(by_block)} blocks have hashes that do not match the {len(self._block_of)} in the map"
             )
-        return problems
+        return problems + self._shared_tokens.find_problems(by_block)
 
     def _take_one(self) -> int:
         if self._free:
@@ -269,6 +298,7 @@ class BlockPool:
         block_hash = self._hash_of[block_id]
         assert block_hash is not None, f"block {block_id} is not cached"
         del self._block_of[block_hash]
+        self._shared_tokens.discard(block_id)
         self._changes.append(CacheChange(block_hash, CacheEvent.EVICTED))
         self._hash_of[block_id] = None
 

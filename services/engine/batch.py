@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.engine.request import PositionLogprobs, Request, SampledToken
 
@@ -34,14 +35,26 @@ class ScheduledSequence:
         return max(0, min(self.end, self.request.num_prompt_tokens - 1) - self.start)
 
 
+class BlockCopy(NamedTuple):
+    """The KV of the first `num_tokens` tokens goes from one block to another; the rest of the other is cleared.
+
+    Not the whole block: what follows in the source belongs to other tokens. Nobody would attend to it, but attention
+    multiplies it by zero, and were it not finite, neither would the result be.
+    """
+
+    source: int
+    destination: int
+    num_tokens: int
+
+
 @dataclass(frozen=True)
 class Batch:
     """One step's work. The runner first copies, in order, then zeroes, then computes: a copy's source may be among
     the new blocks, evicted and given out again by this very schedule."""
 
     sequences: tuple[ScheduledSequence, ...]  # decode rows first, then prefill chunks
-    copies: tuple[tuple[int, int], ...] = ()  # (from, to) block ids
-    new_block_ids: tuple[int, ...] = ()  # hold unknown bytes: zeroed before use
+    copies: tuple[BlockCopy, ...] = ()
+    new_block_ids: tuple[int, ...] = ()  # hold unknown bytes: zeroed before use; no destination of a copy
     preempted: tuple[Request, ...] = ()
 
     @property
@@ -56,7 +69,7 @@ class BatchBuilder:
         self.budget = num_tokens
         self.prompt_logprob_rows = num_prompt_logprob_rows
         self.sequences: list[ScheduledSequence] = []
-        self.copies: list[tuple[int, int]] = []
+        self.copies: list[BlockCopy] = []
         self.new_block_ids: list[int] = []
         self.preempted: list[Request] = []
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvstore.block_hash import BlockHash, extend_hashes, namespace
 from kvstore.block_pool import BlockPool
+from kvstore.shared_tokens import BlockTokens, SharedTokens
 from services.engine.limits import SchedulerConfig
 from services.engine.request import Request
 
@@ -36,8 +37,31 @@ def take_blocks(pool: BlockPool, hashes: Sequence[BlockHash], num_blocks: int, *
 
 def extend_block_hashes(request: Request, config: SchedulerConfig) -> None:
     """Bring `request.block_hashes` up to date with its tokens."""
-    root = namespace(config.model_fingerprint, request.cache_salt)
-    extend_hashes(root, request.block_hashes, request.token_ids, config.block_size)
+    extend_hashes(_root(request, config), request.block_hashes, request.token_ids, config.block_size)
+
+
+def match_next_block(
+    pool: BlockPool, request: Request, num_present: int, config: SchedulerConfig
+) -> SharedTokens | None:
+    """The cached block that shares the most with the request's first block that is not cached, with a reference on it.
+
+    None for a request that may not reuse anything. The last token is left out: its logits are wanted, so it is computed
+    in any case.
+    """
+    if request.wants_prompt_logprobs:
+        return None
+    start = num_present * config.block_size
+    token_ids = request.token_ids[start : min(start + config.block_size, request.num_tokens - 1)]
+    return pool.match_shared_tokens(BlockTokens(_parent_hash(request, num_present, config), token_ids))
+
+
+def _parent_hash(request: Request, index: int, config: SchedulerConfig) -> BlockHash:
+    """What the block at `index` comes after; its parent's hash must be known."""
+    return request.block_hashes[index - 1] if index > 0 else _root(request, config)
+
+
+def _root(request: Request, config: SchedulerConfig) -> BlockHash:
+    return namespace(config.model_fingerprint, request.cache_salt)
 
 
 def publish_full_blocks(pool: BlockPool, request: Request, config: SchedulerConfig) -> None:
@@ -47,6 +71,12 @@ def publish_full_blocks(pool: BlockPool, request: Request, config: SchedulerConf
         return
     extend_block_hashes(request, config)
     for index in range(request.num_published_blocks, num_full):
+        block_id, block_hash = request.block_table[index], request.block_hashes[index]
+        if pool.knows_tokens(block_id):
+            continue
+        # A block that was fetched is findable already; here, where its tokens are known, parts of it become so, too.
         parent_hash = request.block_hashes[index - 1] if index > 0 else None
-        pool.publish(request.block_table[index], request.block_hashes[index], parent_hash)
+        start = index * config.block_size
+        token_ids = request.token_ids[start : start + config.block_size]
+        pool.publish(block_id, block_hash, parent_hash, BlockTokens(_parent_hash(request, index, config), token_ids))
     request.num_published_blocks = num_full

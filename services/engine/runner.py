@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.engine.batch import Batch, SampledBatch, SampledSequence, ScheduledSequence
+from services.engine.batch import Batch, BlockCopy, SampledBatch, SampledSequence, ScheduledSequence
 from services.engine.forward import ForwardBatch
 from services.engine.request import PositionLogprobs, SampledToken
 from services.engine.sampler import NoToken, SamplingRow, position_logprobs, sample
@@ -41,8 +41,8 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> SampledBatch:
         """Compute the batch's tokens; sample where a sequence asks for it."""
-        for source, destination in batch.copies:
-            self._kv_cache[destination].copy_(self._kv_cache[source])
+        for copy in batch.copies:
+            self._copy(copy)
         self._zero(batch.new_block_ids)
         logits_of, indices = _logits_rows(batch.sequences)
         logits = self._model.forward(self._forward_batch(batch.sequences, indices), self._kv_cache)
@@ -57,6 +57,12 @@ class ModelRunner:
                 for sequence, rows, token in zip(batch.sequences, logits_of, samples, strict=True)
             )
         )
+
+    def _copy(self, copy: BlockCopy) -> None:
+        # [num_layers, 2, num_kv_heads, block_size, head_dim]
+        source, destination = self._kv_cache[copy.source], self._kv_cache[copy.destination]
+        destination[..., : copy.num_tokens, :].copy_(source[..., : copy.num_tokens, :])
+        destination[..., copy.num_tokens :, :].zero_()
 
     def _zero(self, block_ids: Sequence[int]) -> None:
         """Clear blocks, neighbours together. Attention masks what is not written yet, but 0 * NaN is NaN."""

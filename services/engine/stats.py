@@ -16,6 +16,7 @@ class SchedulerStats:
     num_preemptions: int = 0
     num_prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
     num_prefix_hits: int = 0  # of these, found
+    num_partial_hit_tokens: int = 0  # of those found, the ones copied from a block that goes on with other tokens
     num_prompt_tokens: int = 0  # computed, recomputation included
     num_generated_tokens: int = 0
     num_finished: Counter[FinishReason] = field(default_factory=Counter)

@@ -134,6 +134,8 @@ class _EngineCollector(Collector):
         yield _counter("vllm:num_preemptions", "Requests preempted.", stats.num_preemptions, model)
         yield _counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", stats.num_prefix_queries, model)
         yield _counter("vllm:prefix_cache_hits", "Prompt tokens found.", stats.num_prefix_hits, model)
+        partial_help = "Of the prompt tokens found, those in a block that goes on with other tokens: copied."
+        yield _counter("tandem:prefix_partial_hit_tokens", partial_help, stats.num_partial_hit_tokens, model)
         yield _counter("vllm:prompt_tokens", "Prompt tokens computed.", stats.num_prompt_tokens, model)
         yield _counter("vllm:generation_tokens", "Tokens generated.", stats.num_generated_tokens, model)
         yield _gauge("tandem:kv_blocks_free", "KV blocks free or evictable.", load.num_free_blocks, model)

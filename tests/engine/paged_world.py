@@ -47,8 +47,10 @@ class PagedWorld:
 
     def run(self, batch: Batch) -> SampledBatch:
         """Do what the runner does, and check what it may rely on."""
-        for source, destination in batch.copies:
-            self.blocks[destination] = list(self.blocks[source])
+        for source, destination, num_tokens in batch.copies:
+            rest: list[int | None] = [None] * (self.config.block_size - num_tokens)
+            self.blocks[destination] = self.blocks[source][:num_tokens] + rest
+        assert not {copy.destination for copy in batch.copies} & set(batch.new_block_ids)
         for block_id in batch.new_block_ids:
             self.blocks[block_id] = [None] * self.config.block_size
         assert 0 < batch.num_tokens <= self.config.max_num_batched_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -137,10 +138,67 @@ def test_prefix_hits_change_nothing_but_the_work(models: Models) -> None:
         (request,) = make_requests([prompt], name=f"turn{i}-")
         run(engine, [request])
         assert request.output_token_ids == expected[i]
-    assert engine.stats.num_prefix_hits == 95 + 96 + 96 + 48
+    assert engine.stats.num_prefix_hits == 95 + 96 + 96 + (48 + 2)
     without = make_engine(models("qwen2"), enable_prefix_caching=False)
     run(without, make_requests(prompts))
     assert without.stats.num_prefix_hits == 0
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [16, 40, 512])
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+def test_prefixes_of_every_length_are_reused_to_the_token(
+    models: Models, family: str, max_num_batched_tokens: int
+) -> None:
+    """Mistral's window is shorter than some of the prompts."""
+    block_size = 16
+    base = random_prompts([5 * block_size], seed=11)[0]
+    tails = random_prompts([1 + length % 20 for length in range(3 * block_size + 1)], seed=12)
+    # The token after the shared ones is another one, so that exactly `length` are shared.
+    prompts = [
+        [*base[:length], (base[length] + 1) % VOCAB_SIZE, *tails[length]] for length in range(1, 3 * block_size + 1)
+    ]
+    expected = reference_greedy(models(family), prompts, 4, ignore_eos=True)
+    engine = make_engine(models(family), max_num_batched_tokens=max_num_batched_tokens)
+    requests = make_requests(prompts, max_tokens=4)
+    for number, request in enumerate(requests):
+        # Nothing but "base" is there to be copied from.
+        engine.reset_prefix_cache()
+        run(engine, make_requests([base], name=f"base{number}-", max_tokens=1))
+        run(engine, [request])
+    assert outputs(requests) == expected
+    assert [request.num_cached_tokens for request in requests] == list(range(1, 3 * block_size + 1))
+
+
+def test_requests_that_copy_from_each_other_in_one_batch_have_their_own_tokens(models: Models) -> None:
+    rng = random.Random(7)
+    base = random_prompts([90], seed=13)[0]
+    prompts = [base]
+    for tail in random_prompts([rng.randint(1, 40) for _ in range(60)], seed=14):
+        before = rng.choice(prompts)
+        prompts.append([*before[: rng.randint(1, min(len(before), 90))], *tail])
+    expected = reference_greedy(models("llama3"), prompts, NUM_OUTPUTS, ignore_eos=True)
+    engine = make_engine(models("llama3"), num_gpu_blocks_override=40)
+    requests = make_requests(prompts)
+    run(engine, requests)
+    assert outputs(requests) == expected
+    assert engine.stats.num_partial_hit_tokens > 200
+    assert engine.stats.num_prefix_hits == sum(request.num_cached_tokens for request in requests)
+    assert engine.stats.num_prefix_queries == sum(len(prompt) for prompt in prompts)
+    assert engine.pool.num_free == engine.pool.num_blocks
+
+
+def test_what_a_copied_block_goes_on_with_reaches_nobody_else(models: Models) -> None:
+    """Were it not a number, attention's zero weight would not make it vanish."""
+    base = random_prompts([30], seed=15)[0]
+    prompt = [*base[:20], 9, 9]
+    engine = make_engine(models("llama3"))
+    other = Request("other", [*base, *base], SamplingParams(temperature=0.0), hold_blocks=True)
+    run(engine, [other])
+    engine.kv_cache[other.block_table[1], ..., 20 - 16 :, :] = math.nan
+    (request,) = make_requests([prompt])
+    run(engine, [request])
+    assert request.num_cached_tokens == 20
+    assert [request.output_token_ids] == reference_greedy(models("llama3"), [prompt], NUM_OUTPUTS, ignore_eos=True)
 
 
 def test_generated_tokens_are_found_by_the_next_turn(models: Models) -> None:

@@ -188,7 +188,7 @@ def test_a_full_hit_computes_only_the_last_token_in_a_copy_of_the_last_block() -
     row = batch.sequences[-1]
     assert (row.request.request_id, row.start, row.num_tokens) == ("b", 7, 1)
     assert row.request.block_table[0] == shared[0]
-    assert batch.copies == ((shared[1], row.request.block_table[1]),)
+    assert batch.copies == ((shared[1], row.request.block_table[1], 3),)
     assert row.request.block_table[1] not in batch.new_block_ids
     bench.finish_step(batch)
     bench.run_all()
@@ -231,6 +231,150 @@ def test_a_full_hit_waits_for_a_spare_block_where_others_hold_the_last_one() -> 
     assert bench.shapes(1) == [{"b": 1}]
     bench.scheduler.release_lent(first.block_table)
     assert second.output_token_ids == first.output_token_ids
+
+
+# ---- tokens shared inside a block -------------------------------------------------
+
+
+def test_tokens_shared_inside_a_block_are_copied_and_not_computed() -> None:
+    bench = Bench()
+    first = bench.add("a", [1, 2, 3, 0, 1, 2, 3, 0, 4], max_tokens=1)
+    bench.step()
+    first_blocks = bench.pool.match_prefix(first.block_hashes)
+    block_id = first_blocks[1]
+    second = bench.add("b", [1, 2, 3, 0, 1, 2, 4, 4, 4, 4], max_tokens=1)
+    batch = bench.scheduler.schedule()
+    assert batch is not None
+    (row,) = batch.sequences
+    assert (row.start, row.num_tokens) == (6, 4)
+    assert batch.copies == ((block_id, second.block_table[1], 2),)
+    assert batch.new_block_ids == (second.block_table[2],)
+    bench.pool.release(first_blocks)
+    bench.finish_step(batch)
+    assert second.output_token_ids == expected_outputs(second.prompt_token_ids, second.sampling, 64)
+
+
+def run_to_end(bench: Bench, prompts: list[list[int]]) -> list[Request]:
+    requests = []
+    for number, prompt in enumerate(prompts):
+        requests.append(bench.add(f"r{number}", prompt, max_tokens=1))
+        bench.run_all()
+    return requests
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_reused"),
+    [
+        ([1, 2], 1),  # ends inside the block, where the last token is computed for its logits
+        ([1, 2, 3], 2),
+        ([1, 2, 4], 2),
+        ([1, 2, 3, 0], 3),  # the whole block is there: the copy is one of a full hit
+        ([1, 2, 3, 4], 3),
+        ([1, 2, 3, 0, 1], 4),  # a block of the cache, nothing in the next
+        ([1, 2, 3, 0, 5], 4),
+        ([1, 2, 3, 0, 5, 6, 6], 5),
+        ([4, 2, 3, 0], 0),
+        ([1], 0),
+    ],
+)
+def test_how_much_of_a_prompt_is_reused(prompt: list[int], num_reused: int) -> None:
+    bench = Bench()
+    *_, request = run_to_end(bench, [[1, 2, 3, 0, 5, 5, 5, 5], prompt])
+    assert request.num_cached_tokens == num_reused
+    assert request.output_token_ids == expected_outputs(prompt, request.sampling, 64)
+
+
+def test_the_sibling_that_shares_most_is_copied() -> None:
+    bench = Bench()
+    *_, last = run_to_end(bench, [[1, 1, 0, 0], [1, 2, 3, 0], [1, 2, 3, 4], [1, 2, 2, 2], [1, 2, 3, 5, 5]])
+    assert last.num_cached_tokens == 3
+    assert bench.scheduler.stats.num_partial_hit_tokens == 0 + 1 + 3 + 2 + 3
+    assert bench.scheduler.stats.num_prefix_hits == 9
+
+
+def test_tokens_inside_a_block_are_not_shared_across_salts() -> None:
+    bench = Bench()
+    prompt = [1, 2, 3, 0, 1, 2, 3, 0]
+    for name, salt, num_reused in (("a", "x", 0), ("b", "y", 0), ("c", "", 0), ("d", "x", 6), ("e", "y", 6)):
+        request = bench.add(name, [*prompt[:6], ord(name) % 4 + 2, 6], max_tokens=1, cache_salt=salt)
+        bench.run_all()
+        assert request.num_cached_tokens == num_reused, name
+
+
+def test_prompt_logprobs_copy_nothing() -> None:
+    bench = Bench()
+    run_to_end(bench, [[1, 2, 3, 0]])
+    request = bench.add("b", [1, 2, 3, 1, 1], max_tokens=1, prompt_logprobs=0)
+    bench.run_all()
+    assert (request.num_cached_tokens, bench.scheduler.stats.num_partial_hit_tokens) == (0, 0)
+
+
+def test_without_a_prefix_cache_nothing_is_copied() -> None:
+    bench = Bench()
+    bench.pool.enable_prefix_caching = False
+    *_, request = run_to_end(bench, [[1, 2, 3, 0], [1, 2, 3, 1]])
+    assert request.num_cached_tokens == 0
+
+
+def test_a_block_that_is_copied_from_is_held_until_the_step_has_ended() -> None:
+    bench = Bench(num_blocks=4)
+    (first,) = run_to_end(bench, [[1, 2, 3, 0]])
+    (source,) = bench.pool.match_prefix(first.block_hashes)
+    bench.pool.release([source])
+    bench.add("b", [1, 2, 3, 1, 1], max_tokens=1)
+    bench.add("c", [3, 3, 3], max_tokens=1)
+    batch = bench.scheduler.schedule()
+    assert batch is not None
+    assert [copy.source for copy in batch.copies] == [source]
+    # The third free block is not given to "c": it is the source, and evicted only when the copy has been made.
+    assert [sequence.request.request_id for sequence in batch.sequences] == ["b"]
+    assert (bench.pool.num_references(source), bench.pool.num_free) == (1, 1)
+    bench.scheduler.check_integrity()
+    sampled = bench.world.run(batch)
+    assert bench.scheduler.abort("b")
+    assert bench.pool.num_references(source) == 1
+    bench.scheduler.check_integrity()
+    bench.scheduler.update(batch, sampled)
+    assert bench.pool.num_references(source) == 0
+    assert bench.pool.num_free == 4
+    bench.run_all()
+
+
+def test_a_source_evicted_by_the_very_request_that_wants_it_is_not_copied() -> None:
+    bench = Bench(num_blocks=2)
+    run_to_end(bench, [[1, 2, 3, 0]])
+    request = bench.add("b", [1, 2, 3, 1, 1], max_tokens=1)
+    bench.run_all()
+    assert request.num_cached_tokens == 0
+    assert request.output_token_ids == expected_outputs(request.prompt_token_ids, request.sampling, 64)
+
+
+def test_preemption_counts_no_hit_twice_and_changes_no_token() -> None:
+    bench = Bench(num_blocks=5)
+    first = bench.add("a", [1, 2, 3, 0, 1], max_tokens=12)
+    second = bench.add("b", [1, 2, 3, 1, 1], max_tokens=8, arrival_s=1.0)
+    bench.run_all()
+    assert second.num_preemptions > 0
+    for request in (first, second):
+        assert request.output_token_ids == expected_outputs(request.prompt_token_ids, request.sampling, 64)
+    assert bench.scheduler.stats.num_prefix_hits == first.num_cached_tokens + second.num_cached_tokens
+
+
+def test_parts_of_fetched_blocks_are_found_once_a_prompt_has_used_them() -> None:
+    bench = Bench()
+    prompt = [1, 2, 3, 0, 2, 2, 2, 2]
+    hashes = hash_blocks(namespace("ab"), prompt, BLOCK_SIZE)
+    taken = bench.scheduler.take_prefix(hashes)
+    assert taken is not None
+    for index, block_id in enumerate(taken.block_ids):
+        bench.world.blocks[block_id] = list(prompt[BLOCK_SIZE * index : BLOCK_SIZE * (index + 1)])
+    bench.scheduler.publish_lent(taken.block_ids, hashes)
+    bench.scheduler.release_lent(taken.block_ids)
+    *_, third = run_to_end(bench, [[*prompt, 1], [*prompt[:7], 1]])
+    assert third.num_cached_tokens == 7
+
+
+# ---- isolation, and what is computed in any case -----------------------------------
 
 
 def test_salts_separate_tenants() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,9 +12,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvstore.block_hash import BlockHash
 from kvstore.block_pool import BlockPool
 from kvstore.errors import OutOfBlocks
+from kvstore.shared_tokens import BlockTokens
 
 # Few chains with few blocks, so that requests meet in the cache.
 CHAINS = [[BlockHash(f"{name}{i}".encode().ljust(16, b".")) for i in range(5)] for name in "abc"]
+# The chains' blocks at one index are siblings: they come after the same, and begin with the same tokens.
+TOKENS = {
+    block_hash: BlockTokens(BlockHash(b"after %14d" % i), (i, i, number // 2, number))
+    for number, chain in enumerate(CHAINS)
+    for i, block_hash in enumerate(chain)
+}
 
 
 class Model:
@@ -21,6 +30,7 @@ class Model:
     def __init__(self, num_blocks: int) -> None:
         self.references = [0] * num_blocks
         self.hashes: list[BlockHash | None] = [None] * num_blocks
+        self.told: set[BlockHash] = set()  # cached blocks whose tokens are known
         self.age: list[int] = []  # evictable blocks, oldest first
 
     @property
@@ -35,8 +45,23 @@ class Model:
                 assert self.hashes[block_id] is None, "evicted although a block was free"
             else:
                 assert block_id == self.age.pop(0), "not the least recently used"
-                self.hashes[block_id] = None
+                self.forget(block_id)
             self.references[block_id] = 1
+
+    def forget(self, block_id: int) -> None:
+        block_hash, self.hashes[block_id] = self.hashes[block_id], None
+        self.told.discard(block_hash)
+
+    def shared_tokens(self, wanted: BlockTokens) -> dict[int, int]:
+        """How many leading tokens each block shares with `wanted`, of those that share any."""
+        counts = {}
+        for block_hash in self.told:
+            tokens = TOKENS[block_hash]
+            pairs = zip(tokens.token_ids, wanted.token_ids, strict=False)
+            num_shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            if tokens.after == wanted.after and num_shared > 0:
+                counts[self.hashes.index(block_hash)] = num_shared
+        return counts
 
     def release(self, ids: list[int]) -> None:
         for block_id in reversed(ids):
@@ -84,8 +109,8 @@ class PoolMachine(RuleBasedStateMachine):
         if ids is not None:
             self.requests.append(ids)
 
-    @rule(hashes=st.sampled_from(CHAINS), length=st.integers(1, 5), extra=st.integers(0, 1))
-    def run_with_cache(self, hashes: list[BlockHash], length: int, extra: int) -> None:
+    @rule(hashes=st.sampled_from(CHAINS), length=st.integers(1, 5), extra=st.integers(0, 1), tells=st.booleans())
+    def run_with_cache(self, hashes: list[BlockHash], length: int, extra: int, tells: bool) -> None:
         hashes = hashes[:length]
         expected = self.model.match(hashes)
         assert self.pool.peek_prefix(hashes) == len(expected)
@@ -99,10 +124,25 @@ class PoolMachine(RuleBasedStateMachine):
             return
         ids = ids + fresh
         for block_id, block_hash in zip(ids, hashes, strict=False):
-            self.pool.publish(block_id, block_hash)
+            self.pool.publish(block_id, block_hash, None, TOKENS[block_hash] if tells else None)
             if block_hash not in self.model.hashes:
                 self.model.hashes[block_id] = block_hash
+            if tells:
+                self.model.told.add(block_hash)
         self.requests.append(ids)
+
+    @rule(hashes=st.sampled_from(CHAINS), index=st.integers(0, 4), length=st.integers(0, 4))
+    def hold_a_block_that_begins_alike(self, hashes: list[BlockHash], index: int, length: int) -> None:
+        tokens = TOKENS[hashes[index]]
+        wanted = BlockTokens(tokens.after, tokens.token_ids[:length])
+        expected = self.model.shared_tokens(wanted)
+        found = self.pool.match_shared_tokens(wanted)
+        if found is None:
+            assert not expected
+            return
+        assert expected[found.block_id] == found.num_tokens == max(expected.values())
+        self.model.acquire([found.block_id])
+        self.requests.append([found.block_id])
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -128,7 +168,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert (writable, source) == (block_id, None)
         elif self.model.num_free == 0:
             assert (writable, source) == (block_id, None)
-            self.model.hashes[block_id] = None
+            self.model.forget(block_id)
         else:
             assert source == block_id
             self.model.allocate([writable])
@@ -149,6 +189,7 @@ class PoolMachine(RuleBasedStateMachine):
         num_cached = sum(known is not None for known in self.model.hashes)
         assert self.pool.reset_prefix_cache() == num_cached
         self.model.hashes = [None] * len(self.model.hashes)
+        self.model.told.clear()
         self.model.age.clear()
 
     @invariant()
@@ -161,6 +202,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.check_integrity(expected)
         assert self.pool.num_free == self.model.num_free
         assert [self.pool.hash_of(i) for i in range(self.pool.num_blocks)] == self.model.hashes
+        told = {self.model.hashes.index(block_hash) for block_hash in self.model.told}
+        assert {i for i in range(self.pool.num_blocks) if self.pool.knows_tokens(i)} == told
 
 
 PoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
