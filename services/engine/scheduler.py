@@ -439,7 +439,7 @@ class Scheduler:
             if source is not None:
                 step.copies.append(BlockCopy(source, block_table[-1], block_size - 1))
             return num_tokens - 1
-        # Looked for when the request has its blocks, which may have cost the coldest source its content: so no copy ever
+        # Looked for when the request has its blocks. That may have cost the coldest source its content, but no copy
         # stands in the way of an admission. The reference keeps the source as it is until the step has ended. However
         # few the tokens are, a copy is cheaper: 20 us for a block of 384 KiB, a hundredth of computing one token.
         shared = match_next_block(self.pool, request, num_present, self.config)
