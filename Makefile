@@ -24,7 +24,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROTO := proto/tandem/v1/worker.proto
-TYPED := kvstore services
+TYPED := kvstore services loadtest
 SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 

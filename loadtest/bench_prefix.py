@@ -14,12 +14,14 @@ import asyncio
 import random
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 
 from loadtest.local_stack import percentile, start_stack, stop_stack
-from loadtest.traces import infinite_cache_hits, make_conversations, prompt_of, read_mooncake
+from loadtest.prompts import PromptMaker, Scale
+from loadtest.traces import BLOCK_TOKENS, infinite_cache_hits, make_conversations, read_mooncake
 
 _POLICIES = ("kv", "prefix-hash", "least-loaded", "round-robin")
 _BLOCK_SIZE = 32
@@ -71,8 +73,10 @@ def main() -> int:
     options = parser.parse_args()
     requests = read_mooncake(options.trace, options.num_requests) if options.trace else None
     requests = requests or make_conversations(options.num_requests, seed=0)
-    token_ids = range(100, 2000)
-    prompts = [prompt_of(each, options.tokens_per_block, options.max_prompt_tokens, token_ids) for each in requests]
+    # Whole blocks, the last one too: what routing is worth shows in blocks.
+    scale = Scale(options.tokens_per_block / BLOCK_TOKENS, options.max_prompt_tokens, options.output_tokens)
+    maker = PromptMaker(scale, range(100, 2000), seed=0)
+    prompts = [maker.tokens(replace(each, input_length=len(each.block_ids) * BLOCK_TOKENS)) for each in requests]
     # Arrivals of the trace have a coarse clock: spread them within it, then stretch all to the rate.
     rng = random.Random(0)
     times_s = sorted(each.at_s + rng.random() * 3 for each in requests)

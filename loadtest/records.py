@@ -1,0 +1,95 @@
+"""What is kept of one request, and how records travel: as plain dicts, through locust's messages and JSON files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+
+
+class Outcome(StrEnum):
+    """How a request ended. Refused: the server said 429 or 503, as a server without room should."""
+
+    OK = "ok"
+    REFUSED = "refused"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """One request as its user saw it. Times are seconds from the start of the run.
+
+    Latencies count from `scheduled_s`, when the request was due, and not from `sent_s`, when this client got round to
+    sending it: a client that is held up must not make the server look fast (coordinated omission).
+    """
+
+    index: int
+    kind: str
+    turn: int
+    is_warmup: bool
+    scheduled_s: float
+    sent_s: float
+    finished_s: float
+    """The last token's arrival; where it failed, the moment of that."""
+    outcome: Outcome
+    error: str = ""
+    first_token_s: float | None = None
+    gaps_s: tuple[float, ...] = ()
+    """Between one chunk with tokens and the next."""
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return self.outcome is Outcome.OK
+
+    @property
+    def late_s(self) -> float:
+        return max(0.0, self.sent_s - self.scheduled_s)
+
+    @property
+    def ttft_s(self) -> float | None:
+        return None if self.first_token_s is None else self.first_token_s - self.scheduled_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time of the tokens after the first; None for an answer of one token."""
+        if self.first_token_s is None or self.num_output_tokens < 2:
+            return None
+        return (self.finished_s - self.first_token_s) / (self.num_output_tokens - 1)
+
+    @property
+    def e2e_s(self) -> float:
+        return self.finished_s - self.scheduled_s
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self) | {"gaps_s": list(self.gaps_s), "outcome": str(self.outcome)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object]) -> RequestRecord:
+        """Checked: a record from another process is data. Raises ValueError."""
+        names = {each.name for each in fields(cls)}
+        if set(data) != names:
+            raise ValueError(f"no record of a request: its fields are {sorted(data)}")
+        values = dict(data)
+        gaps = values["gaps_s"]
+        if not isinstance(gaps, list | tuple):
+            raise ValueError(f"no record of a request: gaps_s is {gaps!r}")
+        values["gaps_s"] = tuple(_number(gap) for gap in gaps)
+        for name in ("scheduled_s", "sent_s", "finished_s"):
+            values[name] = _number(values[name])
+        if values["first_token_s"] is not None:
+            values["first_token_s"] = _number(values["first_token_s"])
+        for name in ("index", "turn", "num_prompt_tokens", "num_cached_tokens", "num_output_tokens"):
+            values[name] = int(_number(values[name]))
+        values |= {"kind": str(values["kind"]), "error": str(values["error"]), "is_warmup": bool(values["is_warmup"])}
+        values["outcome"] = Outcome(str(values["outcome"]))
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"no record of a request: {value!r} is no number")
+    return float(value)

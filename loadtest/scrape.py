@@ -1,0 +1,93 @@
+"""The server's own gauges during a run: its /metrics read once a second, by vLLM's names."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import gevent
+from geventhttpclient import HTTPClient
+from geventhttpclient.response import HTTPParseError
+
+_GAUGES = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "kv_usage",
+}
+_LINE = re.compile(rf"^({'|'.join(_GAUGES)})(?:\{{.*\}})? (\S+)", re.MULTILINE)
+_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One process's gauges at one moment of the run; None where it has no such gauge."""
+
+    at_s: float
+    process: str
+    running: float | None
+    waiting: float | None
+    kv_usage: float | None
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def parse_gauges(text: str) -> dict[str, float]:
+    """The gauges in a page of Prometheus text; several series of one name (models, engines) are added up.
+
+    KV usage is a share, so of several the largest counts.
+    """
+    found: dict[str, float] = {}
+    for name, value in _LINE.findall(text):
+        gauge = _GAUGES[name]
+        number = float(value)
+        before = found.get(gauge, 0.0)
+        found[gauge] = max(before, number) if gauge == "kv_usage" else before + number
+    return found
+
+
+class Scraper:
+    """Reads all processes' pages until stopped. A page that does not come leaves a gap, and is counted."""
+
+    def __init__(self, urls: Mapping[str, str], interval_s: float = 1.0) -> None:
+        self._urls = dict(urls)
+        self._interval_s = interval_s
+        self._greenlet: gevent.Greenlet | None = None
+        self.samples: list[Sample] = []
+        self.num_missed = 0
+
+    def start(self, start: float) -> None:
+        """`start` is the run's start on the clock of time.perf_counter."""
+        if self._urls:
+            self._greenlet = gevent.spawn(self._run, start)
+
+    def stop(self) -> None:
+        if self._greenlet is not None:
+            self._greenlet.kill()
+            self._greenlet = None
+
+    def _run(self, start: float) -> None:
+        due = start
+        while True:
+            gevent.sleep(max(0.0, due - time.perf_counter()))
+            gevent.joinall([gevent.spawn(self._scrape, process, url, start) for process, url in self._urls.items()])
+            due = max(due + self._interval_s, time.perf_counter())
+
+    def _scrape(self, process: str, url: str, start: float) -> None:
+        at_s = time.perf_counter() - start
+        try:
+            with gevent.Timeout(_TIMEOUT_S, TimeoutError(f"no metrics within {_TIMEOUT_S:g} s")):
+                http = HTTPClient.from_url(url, connection_timeout=_TIMEOUT_S, network_timeout=_TIMEOUT_S)
+                path = "/" + "/".join(url.split("/")[3:])
+                response = http.request("GET", path, headers={"Connection": "close"})
+                text = response.read().decode(errors="replace") if response.status_code == 200 else ""
+        except (OSError, HTTPParseError):
+            text = ""
+        found = parse_gauges(text)
+        if not found:
+            self.num_missed += 1
+            return
+        gauges = (found.get("running"), found.get("waiting"), found.get("kv_usage"))
+        self.samples.append(Sample(at_s, process, *gauges))
