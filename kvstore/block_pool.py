@@ -13,7 +13,7 @@ Every operation is O(1) per block.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -39,6 +39,14 @@ class CacheChange(NamedTuple):
     parent_hash: BlockHash | None = None
 
 
+class EvictedBlock(NamedTuple):
+    """A block that has just ceased to be findable, since its memory is wanted; the content is still there."""
+
+    block_id: int
+    block_hash: BlockHash
+    parent_hash: BlockHash | None
+
+
 @dataclass
 class PoolStats:
     """Counts since the pool was made, in blocks."""
@@ -51,7 +59,16 @@ class PoolStats:
 class BlockPool:
     """Blocks 0 .. num_blocks - 1. Whoever gets an id from the pool holds one reference and must release it."""
 
-    def __init__(self, num_blocks: int, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        enable_prefix_caching: bool = True,
+        on_evict: Callable[[Sequence[EvictedBlock]], None] | None = None,
+    ) -> None:
+        """`on_evict` is called with all blocks that one call evicts, before that call returns any of them.
+
+        So their content is still there, and only during `on_evict`, which must not call the pool.
+        """
         if num_blocks < 1:
             raise ValueError(f"a block pool needs at least one block, not {num_blocks}")
         self.num_blocks = num_blocks
@@ -62,6 +79,9 @@ class BlockPool:
         self._block_of: dict[BlockHash, int] = {}
         self._was_reused = [False] * num_blocks
         self._shared_tokens = SharedTokenIndex()  # of findable blocks, as far as their tokens were told
+        self._parent_of: list[BlockHash | None] = [None] * num_blocks  # of findable blocks, as far as it was told
+        self._on_evict = on_evict
+        self._evicted: list[EvictedBlock] = []  # by the call in progress, not handed to `on_evict` yet
         self._changes: deque[CacheChange] = deque(maxlen=4 * num_blocks)
         # A stack, lowest id on top; `release` pushes heads last. So a request tends to get neighbouring blocks in
         # order, and neighbours are one longer run for a transport.
@@ -101,7 +121,9 @@ class BlockPool:
             raise ValueError(f"cannot allocate {n} blocks")
         if n > self.num_free:
             raise OutOfBlocks(n, self.num_free, self.num_blocks)
-        return [self._take_one() for _ in range(n)]
+        ids = [self._take_one() for _ in range(n)]
+        self._hand_over_evicted()
+        return ids
 
     def acquire(self, ids: Sequence[int]) -> None:
         """Take one more reference on each block. All must be referenced already; `match_prefix` is for cached ones."""
@@ -194,6 +216,7 @@ class BlockPool:
             self._block_of[block_hash] = block_id
             self._hash_of[block_id] = block_hash
             self._was_reused[block_id] = False
+            self._parent_of[block_id] = parent_hash
             self._changes.append(CacheChange(block_hash, CacheEvent.PUBLISHED, parent_hash))
         if tokens is not None:
             self._shared_tokens.add(self._block_of[block_hash], tokens)
@@ -226,6 +249,7 @@ class BlockPool:
         if not is_shared and self.num_free == 0:
             self._forget(block_id)
             self.stats.num_evictions += 1
+            self._hand_over_evicted()
             return block_id, None
         (copy,) = self.allocate(1)
         self.release([block_id])
@@ -301,6 +325,13 @@ class BlockPool:
         self._shared_tokens.discard(block_id)
         self._changes.append(CacheChange(block_hash, CacheEvent.EVICTED))
         self._hash_of[block_id] = None
+        if self._on_evict is not None:
+            self._evicted.append(EvictedBlock(block_id, block_hash, self._parent_of[block_id]))
+
+    def _hand_over_evicted(self) -> None:
+        if self._on_evict is not None and self._evicted:
+            evicted, self._evicted = self._evicted, []
+            self._on_evict(evicted)
 
     def _check_referenced(self, block_id: int, operation: str) -> None:
         if not 0 <= block_id < self.num_blocks or self._num_references[block_id] == 0:

@@ -65,6 +65,9 @@ class Admission:
         PromptRefused, EngineCrashed.
         """
         hashes = self._hashes(live)
+        if live.sampling.prompt_logprobs is None:
+            # Before it is decided who prefills: what is here already is neither computed nor handed over.
+            await self._parts.fetcher.restore(hashes)
         if not self._is_local(live, hashes):
             for target in live.order.prefill_targets:
                 try:

@@ -38,6 +38,25 @@ def choose_num_blocks(config: EngineConfig, block_bytes: int, max_model_len: int
     return num_blocks
 
 
+def choose_num_host_slots(config: EngineConfig, block_bytes: int, num_blocks: int, device: str) -> int:
+    """The number of blocks in the host tier, 0 for none; `num_blocks` are in the pool, whose memory is not taken yet.
+
+    Raises `InvalidConfig` where the size holds no block, or where there is not so much memory.
+    """
+    size_bytes = int(config.kv_offloading_size * (1 << 30))
+    if not size_bytes or not config.enable_prefix_caching:
+        return 0
+    if size_bytes < block_bytes:
+        raise InvalidConfig(f"kv_offloading_size: {size_bytes} bytes hold no KV block of {block_bytes} bytes")
+    free_bytes = free_host_bytes() - (0 if device.startswith("cuda") else num_blocks * block_bytes)
+    if size_bytes > free_bytes:
+        raise InvalidConfig(
+            f"kv_offloading_size: {config.kv_offloading_size:g} GiB asked for, and {max(0, free_bytes) / 2**30:.1f} GiB"
+            " of main memory are free beside model and KV pool"
+        )
+    return size_bytes // block_bytes
+
+
 def _default_bytes(config: EngineConfig, device: str) -> int:
     if not device.startswith("cuda"):
         return min(_MAX_HOST_BYTES, int(_HOST_SHARE * free_host_bytes()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from services.engine.request import EngineError
@@ -24,6 +25,7 @@ class EngineConfig:
     num_gpu_blocks_override: int = 0  # KV blocks, on whatever device; 0: from the memory size
     kv_cache_memory_bytes: int = 0  # 0: a share of the memory there is
     gpu_memory_utilization: float = 0.9  # CUDA only
+    kv_offloading_size: float = 0.0  # GiB of main memory for blocks that the pool evicts; 0: none
     max_num_seqs: int = 64  # a step has no more rows than max_num_batched_tokens either
     max_num_batched_tokens: int = 512
     long_prefill_token_threshold: int = 0  # tokens of one prompt in one step; 0: max_num_batched_tokens
@@ -46,5 +48,7 @@ class EngineConfig:
         ):
             if getattr(self, name) < 0:
                 raise InvalidConfig(f"{name}: must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.kv_offloading_size < math.inf:
+            raise InvalidConfig(f"kv_offloading_size: must not be negative, got {self.kv_offloading_size}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise InvalidConfig(f"gpu_memory_utilization: must be in (0, 1], got {self.gpu_memory_utilization}")

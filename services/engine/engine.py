@@ -17,11 +17,14 @@ from torch import Tensor
 from kvstore.block_hash import BlockHash
 from kvstore.block_pool import BlockPool, CacheChange
 from kvstore.fetch_events import Reservation
+from kvstore.host_tier import HostChange
 from kvstore.layout import BlockLayout
 from kvstore.memory import BlockMemory
 from services.engine.batch import Batch, SampledBatch
-from services.engine.capacity import choose_num_blocks
+from services.engine.capacity import choose_num_blocks, choose_num_host_slots
 from services.engine.config import EngineConfig
+from services.engine.host_copies import open_host_tier
+from services.engine.host_prefixes import Restore, begin_restore, end_restore
 from services.engine.limits import SchedulerConfig
 from services.engine.memory import block_memory
 from services.engine.model import LoadedModel, load_model
@@ -66,15 +69,23 @@ class Engine:
     """Scheduler, block pool, KV cache and model of one worker."""
 
     def __init__(
-        self, model: LoadedModel, config: EngineConfig, num_blocks: int, clock: Callable[[], float] = time.time
+        self,
+        model: LoadedModel,
+        config: EngineConfig,
+        num_blocks: int,
+        clock: Callable[[], float] = time.time,
+        num_host_slots: int = 0,
     ) -> None:
+        """`num_host_slots`: blocks in the host tier; 0: there is none."""
         self.model = model
         self.config = config
         self.max_model_len = model.max_model_len
         self.layout: BlockLayout = model.block_layout(config.block_size)
         self.kv_cache: Tensor = model.new_kv_cache(num_blocks, config.block_size)
         self.memory: BlockMemory = block_memory(self.kv_cache)
-        self.pool = BlockPool(num_blocks, config.enable_prefix_caching)
+        self.host_tier = open_host_tier(self.kv_cache, self.memory, num_host_slots) if num_host_slots else None
+        take_evicted = self.host_tier.take_evicted if self.host_tier is not None else None
+        self.pool = BlockPool(num_blocks, config.enable_prefix_caching, take_evicted)
         self._runner = ModelRunner(model, self.kv_cache, config.block_size)
         self._scheduler = Scheduler(scheduler_config(config, model), self.pool)
         self._on_grant: dict[str, Callable[[Reservation], None]] = {}  # by id of a reserving request
@@ -100,7 +111,8 @@ class Engine:
         )
         block_bytes = model.block_layout(config.block_size).block_bytes
         num_blocks = choose_num_blocks(config, block_bytes, model.max_model_len, model.device)
-        return cls(model, config, num_blocks, clock)
+        num_host_slots = choose_num_host_slots(config, block_bytes, num_blocks, model.device)
+        return cls(model, config, num_blocks, clock, num_host_slots)
 
     # ---- commands, between steps ----------------------------------------------
 
@@ -188,12 +200,32 @@ class Engine:
         """Make lent, verified blocks findable in the prefix cache: a chain from its head. Raises `NotLent`."""
         self._scheduler.publish_lent(block_ids, hashes)
 
+    def begin_restore(self, hashes: Sequence[BlockHash]) -> Restore | None:
+        """Begin to bring back from the host tier what follows the cached prefix of `hashes`; None: nothing, or no room.
+
+        Whoever gets a Restore has `HostTier.copy_back` fill its blocks, on another thread, and calls `end_restore`.
+        """
+        return begin_restore(self.host_tier, self._scheduler, hashes) if self.host_tier is not None else None
+
+    def end_restore(self, restore: Restore, is_whole: Sequence[bool]) -> int:
+        """Publish what came back whole and give the rest back; returns how many blocks were brought back."""
+        assert self.host_tier is not None, "a restore without a host tier"
+        num_whole = end_restore(self.host_tier, self._scheduler, restore, is_whole)
+        self._grant_reservations()
+        return num_whole
+
+    def take_host_changes(self) -> list[HostChange]:
+        """What happened to findable blocks of the host tier since the last call, in order."""
+        return self.host_tier.take_changes() if self.host_tier is not None else []
+
     def take_cache_changes(self) -> list[CacheChange]:
         """What happened to findable blocks since the last call, in order."""
         return self.pool.take_changes()
 
     def reset_prefix_cache(self) -> int:
-        """Forget all cached prefixes; the number of blocks that could be found until now."""
+        """Forget all cached prefixes, those in the host tier too; the number of paged blocks that could be found."""
+        if self.host_tier is not None:
+            self.host_tier.reset()
         return self.pool.reset_prefix_cache()
 
     # ---- steps ------------------------------------------------------------------
@@ -260,8 +292,10 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Raise unless each block's references are exactly those that requests and callers hold."""
+        """Raise unless each block's references are those that requests and callers hold; the host tier likewise."""
         self._scheduler.check_integrity()
+        if self.host_tier is not None:
+            self.host_tier.check_integrity()
 
     def _grant_reservations(self) -> None:
         # A callback may call back into the engine: each grant is complete before it is told.

@@ -30,7 +30,7 @@ def allocate_kv_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.de
 def block_memory(kv_cache: Tensor) -> BlockMemory:
     """Return the cache `[num_blocks, ...]` as memory that transports can use, without a copy."""
     if kv_cache.device.type == "cpu":
-        return HostMemory(_bytes(kv_cache).numpy())
+        return HostMemory(as_bytes(kv_cache).numpy())
     return DeviceMemory(kv_cache)
 
 
@@ -38,7 +38,7 @@ class DeviceMemory:
     """A pool in a GPU's memory (or anywhere that torch has int64 arithmetic). Keeps the cache alive."""
 
     def __init__(self, kv_cache: Tensor) -> None:
-        self._blocks = _bytes(kv_cache)
+        self._blocks = as_bytes(kv_cache)
         self._words = self._blocks.view(torch.int64)
         # A copy: torch does not take read-only arrays.
         self._multipliers = torch.from_numpy(multipliers(self._words.shape[1]).copy()).to(kv_cache.device)
@@ -87,6 +87,6 @@ class DeviceMemory:
             raise IndexError(f"block {block_id} is outside this pool of {self.num_blocks}")
 
 
-def _bytes(kv_cache: Tensor) -> Tensor:
+def as_bytes(kv_cache: Tensor) -> Tensor:
     """View the cache as uint8 `[num_blocks, block_bytes]`."""
     return kv_cache.view(kv_cache.shape[0], -1).view(torch.uint8)

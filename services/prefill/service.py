@@ -169,7 +169,8 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
                 lease.revoke("the prefill was abandoned")
 
     async def _fetch_prefix(self, order: _Order) -> None:
-        if order.sources:
+        has_host_tier = self._parts.engine.host_tier is not None
+        if order.sources or (has_host_tier and not order.request.wants_prompt_logprobs):
             layout = self._parts.engine.layout
             root = namespace(layout.model_fingerprint, order.request.cache_salt)
             hashes = hash_blocks(root, order.request.prompt_token_ids, layout.block_size)

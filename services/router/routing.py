@@ -266,8 +266,8 @@ def _score_decode(
     prefix = request.prefix(worker.model_fingerprint)
     local = prefill_terms(cost, worker.worker_id, worker.num_waiting_tokens, request.num_prompt_tokens, prefix)
     own = prefix.own(worker.worker_id)
-    # The worker itself looks into its paged cache only when it decides whether to prefill.
-    num_missing = max(request.num_prompt_tokens - own.num_per_tier[0] * prefix.block_size, 1)
+    # What the worker brings into its paged cache before it decides whether to prefill.
+    num_missing = max(request.num_prompt_tokens - sum(own.num_per_tier[:2]) * prefix.block_size, 1)
     prefills = worker.colocated or not targets or num_missing <= cost.local_prefill_max_tokens
     num_new_blocks = max(-(-request.num_prompt_tokens // prefix.block_size) - own.num_blocks, 0)
     num_waiting = max(worker.num_outstanding + 1 - worker.max_num_seqs, 0) if worker.max_num_seqs else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from services.settings import SettingsError, setting
@@ -47,6 +48,12 @@ class WorkerConfig:
         0, help="size of the KV pool, e.g. 4GiB; 0: a share of the memory there is", group="KV cache"
     )
     gpu_memory_utilization: float = setting(0.9, help="share of the GPU's memory to use (CUDA only)", group="KV cache")
+    kv_offloading_size: float = setting(
+        0.0,
+        help="GiB of main memory for KV blocks that the pool evicts, of each worker; they come back as prefix hits;"
+        " 0: none",
+        group="KV cache",
+    )
     max_num_seqs: int = setting(64, help="requests in one step at most", group="scheduling")
     max_num_batched_tokens: int = setting(
         512, help="token budget of a step; also the longest prefill chunk", group="scheduling"
@@ -108,6 +115,12 @@ class WorkerConfig:
         for name in ("max_model_len", "num_gpu_blocks_override", "kv_cache_memory_bytes", "num_threads"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"must not be negative, got {getattr(self, name)}", name)
+        if not 0 <= self.kv_offloading_size < math.inf:
+            raise SettingsError(
+                f"must be a number of GiB, not negative, got {self.kv_offloading_size}", "kv_offloading_size"
+            )
+        if self.kv_offloading_size and not self.enable_prefix_caching:
+            raise SettingsError("needs prefix caching: what it keeps is found by prefix", "kv_offloading_size")
         for name in ("port", "kv_port", "http_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise SettingsError(f"must be a port number, got {getattr(self, name)}", name)

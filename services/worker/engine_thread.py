@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import ParamSpec, Protocol, TypeVar
 
 from kvstore.block_pool import CacheChange
+from kvstore.host_tier import HostChange
 from services.engine.batch import Batch
 from services.engine.engine import Engine, StepOutput
 
@@ -40,10 +41,18 @@ class EngineThread:
     with it. The engine's state is unknown after that, so the process should stop.
     """
 
-    def __init__(self, engine: Engine, on_cache_changes: Callable[[list[CacheChange]], None] | None = None) -> None:
-        """`on_cache_changes` hears on the event loop what happened to findable blocks, in order."""
+    def __init__(
+        self,
+        engine: Engine,
+        on_cache_changes: Callable[[list[CacheChange]], None] | None = None,
+        on_host_changes: Callable[[list[HostChange]], None] | None = None,
+    ) -> None:
+        """`on_cache_changes` hears on the event loop what happened to findable blocks, in order; `on_host_changes`, the
+        same of the host tier.
+        """
         self._engine = engine
         self._on_cache_changes = on_cache_changes
+        self._on_host_changes = on_host_changes
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
@@ -80,10 +89,14 @@ class EngineThread:
         self._commands.put(command)
         return future
 
+    def wake(self) -> None:
+        """Have the thread look after its engine, if it is idle. From any thread."""
+        self._commands.put(lambda: None)
+
     async def stop(self) -> None:
         """Finish the step in progress and end the thread; requests that still run are left as they are."""
         self._stopping = True
-        self._commands.put(lambda: None)
+        self.wake()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
@@ -114,6 +127,9 @@ class EngineThread:
             changes = self._engine.take_cache_changes()
             if changes:
                 self._loop.call_soon_threadsafe(self._on_cache_changes, changes)
+        host_changes = self._engine.take_host_changes()
+        if host_changes and self._on_host_changes is not None:
+            self._loop.call_soon_threadsafe(self._on_host_changes, host_changes)
 
     def _run_commands(self, wait: bool) -> None:
         try:

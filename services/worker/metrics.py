@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.fetch_events import FetchResult
+from kvstore.host_tier import HostTier
 from kvstore.lease import LeaseOutcome
 from kvstore.observer import ExchangeObserver
 from services.engine.engine import Engine
@@ -34,6 +35,8 @@ class WorkerMetrics(ExchangeObserver):
     def __init__(self, engine: Engine, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine, model_name))
+        if engine.host_tier is not None:
+            self.registry.register(_HostTierCollector(engine.host_tier))
         self._stage_s = Histogram(
             "tandem:request_stage_seconds",
             "Time of each stage of a request on this worker.",
@@ -142,6 +145,30 @@ class _EngineCollector(Collector):
         yield _gauge("tandem:kv_blocks", "KV blocks in the pool.", load.num_blocks, model)
         yield _gauge("tandem:waiting_tokens", "Prompt tokens not yet computed.", load.num_waiting_tokens, model)
         yield _counter("tandem:engine_steps", "Engine steps.", stats.num_steps, model)
+
+
+class _HostTierCollector(Collector):
+    """The host tier's own figures. "in": evicted by the paged cache; "out": back into it."""
+
+    def __init__(self, tier: HostTier) -> None:
+        self._tier = tier
+
+    def collect(self) -> Iterable[Metric]:
+        tier, stats = self._tier, self._tier.stats
+        yield _gauge("tandem:host_tier_blocks", "KV blocks that the host tier holds.", tier.num_blocks, {})
+        yield _gauge("tandem:host_tier_capacity_blocks", "KV blocks that it has room for.", tier.num_slots, {})
+        yield _counter("tandem:host_tier_hits", "Blocks copied back and found whole.", stats.num_restored, {})
+        yield _counter("tandem:host_tier_evictions", "Blocks given up for others.", tier.num_evicted, {})
+        yield _counter("tandem:host_tier_lost", "Evicted blocks for which there was no slot.", stats.num_lost, {})
+        yield _counter("tandem:host_tier_corrupt", "Blocks whose bytes had changed there.", stats.num_corrupt, {})
+        copied = CounterMetricFamily("tandem:host_tier_bytes", "Bytes copied.", labels=["direction"])
+        copied.add_metric(["in"], stats.num_offloaded * tier.block_bytes)
+        copied.add_metric(["out"], (stats.num_restored + stats.num_corrupt) * tier.block_bytes)
+        yield copied
+        seconds = CounterMetricFamily("tandem:host_tier_seconds", "Time spent copying.", labels=["direction"])
+        seconds.add_metric(["in"], stats.offload_s)
+        seconds.add_metric(["out"], stats.restore_s)
+        yield seconds
 
 
 def _gauge(name: str, help: str, value: float, labels: dict[str, str]) -> Metric:

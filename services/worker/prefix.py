@@ -1,4 +1,4 @@
-"""A worker's part in prefix sharing: telling the index what its paged cache holds, lending it, fetching from others.
+"""A worker's part in prefix sharing: telling the index what its tiers hold, lending it, fetching from others.
 
 A fetch comes before the prompt is queued, so it overlaps with the computing of other prompts, and what it brings is
 found by the scheduler as an ordinary prefix hit:
@@ -28,12 +28,14 @@ from kvstore.block_pool import CacheChange, CacheEvent
 from kvstore.errors import IncompatiblePeer, KVStoreError, PeerLost, PeerUnreachable
 from kvstore.exchange import BlockExchange
 from kvstore.fetch_events import FetchResult, Reservation
+from kvstore.host_tier import HostChange
 from kvstore.messages import AnnouncedBlock
 from kvstore.prefix_index import IndexWriter, Tier
 from kvstore.reader import Fetch
 from services.engine.engine import Engine
 from services.worker.engine_thread import EngineThread
 from services.worker.fetch_costs import FetchCosts
+from services.worker.host_prefixes import HostPrefixes
 from services.worker.settling import settled
 
 log = logging.getLogger(__name__)
@@ -50,13 +52,18 @@ class NoRoom(KVStoreError):
 
 
 class CacheLender:
-    """Lends the paged cache's blocks to readers that name them by hash. Digests are computed off loop and engine."""
+    """Lends the paged cache's blocks to readers that name them by hash. Digests are computed off loop and engine.
 
-    def __init__(self, engine: Engine, thread: EngineThread) -> None:
+    What the host tier has comes into the paged cache first, as far as there is room.
+    """
+
+    def __init__(self, engine: Engine, thread: EngineThread, host: HostPrefixes) -> None:
         self._engine = engine
         self._thread = thread
+        self._host = host
 
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
+        await self._host.restore(hashes)
         block_ids = await self._thread.call(self._engine.lend_prefix, hashes)
         if not block_ids:
             return []
@@ -68,12 +75,10 @@ class CacheLender:
 
 
 class IndexFeed:
-    """Tells the prefix index what the paged cache holds."""
+    """Tells the prefix index what the paged cache and the host tier hold."""
 
     def __init__(self, redis_url: str, worker_id: str, incarnation: str, engine: Engine) -> None:
-        self._writer = IndexWriter(
-            redis_url, worker_id, incarnation, lambda: [(each, Tier.DEVICE) for each in engine.pool.cached_hashes()]
-        )
+        self._writer = IndexWriter(redis_url, worker_id, incarnation, lambda: _holdings(engine))
 
     async def start(self) -> None:
         await self._writer.start()
@@ -89,12 +94,26 @@ class IndexFeed:
             elif event is CacheEvent.EVICTED:
                 self._writer.removed([change.block_hash for change in run], Tier.DEVICE)
 
+    def host_changed(self, changes: Sequence[HostChange]) -> None:
+        """The same of the host tier."""
+        for is_present, run in itertools.groupby(changes, key=lambda change: change.is_present):
+            tell = self._writer.added if is_present else self._writer.removed
+            tell([change.block_hash for change in run], Tier.HOST)
+
     def state(self) -> dict[str, object]:
         return {
             "redis": self._writer.connection_state.value,
             "synced": self._writer.synced,
             "num_pending": self._writer.num_pending,
         }
+
+
+def _holdings(engine: Engine) -> list[tuple[BlockHash, Tier]]:
+    """All findable blocks, once per tier; copies, so that the engine's thread does not disturb the reader."""
+    paged = [(block_hash, Tier.DEVICE) for block_hash in engine.pool.cached_hashes()]
+    if engine.host_tier is None:
+        return paged
+    return paged + [(block_hash, Tier.HOST) for block_hash in engine.host_tier.hashes()]
 
 
 class PrefixFetcher:
@@ -106,6 +125,7 @@ class PrefixFetcher:
         engine: Engine,
         thread: EngineThread,
         exchange: BlockExchange,
+        host: HostPrefixes,
         costs: FetchCosts,
         timeout_s: float,
         count: Callable[[str, str], None],
@@ -117,6 +137,7 @@ class PrefixFetcher:
         self._engine = engine
         self._thread = thread
         self._exchange = exchange
+        self._host = host
         self._timeout_s = timeout_s
         self._count = count
         self._clock = clock
@@ -125,15 +146,23 @@ class PrefixFetcher:
         self._shunned_until: dict[str, float] = {}  # holders that did not answer, or lied
 
     async def fetch(self, hashes: Sequence[BlockHash], sources: Sequence[pb.PrefixSource]) -> list[pb.FetchedPrefix]:
-        """Bring the longest useful prefix of `hashes` into the cache; returns what was brought.
+        """Bring the longest useful prefix of `hashes` into the cache: our own tiers' part, then what others have of the
+        rest. Returns what was brought from others.
 
         Never raises for a failed fetch, and takes no longer than the timeout.
         """
+        await self.restore(hashes)
         parts: list[pb.FetchedPrefix] = []
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._timeout_s):
                 await self._fetch_parts(hashes, sources, parts)
         return parts
+
+    async def restore(self, hashes: Sequence[BlockHash]) -> None:
+        """Bring what this worker's host tier has of the prefix into the cache, where that takes no longer than a fetch
+        may. Raises EngineCrashed.
+        """
+        await self._host.restore(hashes)
 
     async def _fetch_parts(
         self, hashes: Sequence[BlockHash], sources: Sequence[pb.PrefixSource], parts: list[pb.FetchedPrefix]

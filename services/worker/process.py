@@ -34,6 +34,7 @@ from services.logs import configure_logging, report_progress, report_ready
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread, StepListener
 from services.worker.fetch_costs import FetchCosts, FetchPolicy
+from services.worker.host_prefixes import HostPrefixes
 from services.worker.http import DebugServer
 from services.worker.metrics import WorkerMetrics
 from services.worker.prefix import CacheLender, IndexFeed, PrefixFetcher
@@ -96,12 +97,13 @@ def run_worker(config: WorkerConfig, role: Role, build: Callable[[WorkerParts], 
     started_s = time.monotonic()
     engine = Engine.from_config(engine_config(config), progress=report_progress)
     log.info(
-        "model %s (%s) loaded in %.1f s: %d blocks of %d tokens",
+        "model %s (%s) loaded in %.1f s: %d blocks of %d tokens, %d more in main memory",
         config.model,
         engine.layout.dtype,
         time.monotonic() - started_s,
         engine.pool.num_blocks,
         engine.layout.block_size,
+        engine.host_tier.num_slots if engine.host_tier is not None else 0,
     )
     return uvloop.run(_serve(config, role, engine, build))
 
@@ -153,25 +155,35 @@ async def open_worker(
         identity = PeerIdentity(f"{worker_id}/{incarnation}", role, incarnation, engine.layout)
         feed = IndexFeed(config.redis, worker_id, incarnation, engine)
         followers = [feed.changed]
-        thread = EngineThread(engine, lambda changes: _tell_all(followers, changes))
+        thread = EngineThread(engine, lambda changes: _tell_all(followers, changes), feed.host_changed)
+        host_prefixes = HostPrefixes(engine, thread, config.prefix_fetch_timeout_s)
         exchange = BlockExchange(
             identity,
             engine.memory,
             transports,
             exchange_timeouts(config),
             observer=metrics,
-            lender=CacheLender(engine, thread),
+            lender=CacheLender(engine, thread, host_prefixes),
         )
         store_feed = _store_feed(config, engine, exchange, metrics)
         if store_feed is not None:
             followers.append(store_feed.changed)
         costs = FetchCosts(FetchPolicy(config.prefix_fetch))
         fetcher = PrefixFetcher(
-            worker_id, engine, thread, exchange, costs, config.prefix_fetch_timeout_s, metrics.prefix_fetched
+            worker_id,
+            engine,
+            thread,
+            exchange,
+            host_prefixes,
+            costs,
+            config.prefix_fetch_timeout_s,
+            metrics.prefix_fetched,
         )
         parts = WorkerParts(worker_id, incarnation, engine, thread, exchange, fetcher, metrics)
         service = build(parts)
-        for close in (thread.stop, fetcher.settle, service.settle, exchange.close):
+        if engine.host_tier is not None:
+            cleanup.callback(engine.host_tier.close)
+        for close in (thread.stop, host_prefixes.settle, fetcher.settle, service.settle, exchange.close):
             cleanup.push_async_callback(close)
         cleanup.push_async_callback(server.stop, _GRPC_GRACE_S)
         cleanup.push_async_callback(service.close)
@@ -332,6 +344,7 @@ def _state(parts: WorkerParts, role: Role, service: WorkerService) -> dict[str, 
         "incarnation": parts.incarnation,
         "role": role,
         "engine": parts.engine.load().as_dict(),
+        "host_tier": parts.engine.host_tier.state() if parts.engine.host_tier is not None else None,
         "exchange": parts.exchange.state(),
         **service.state(),
     }

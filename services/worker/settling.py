@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -12,7 +13,7 @@ log = logging.getLogger(__name__)
 _SETTLE_TIMEOUT_S = 15.0
 
 
-async def settled(tasks: Collection[asyncio.Task[None]], what: str) -> None:
+async def settled(tasks: Collection[asyncio.Task[Any]], what: str) -> None:
     """Wait for tasks that give back what transfers held; those that do not end are named, and left."""
     if tasks:
         _, pending = await asyncio.wait(tasks, timeout=_SETTLE_TIMEOUT_S)

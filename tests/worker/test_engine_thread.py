@@ -44,6 +44,9 @@ class ScriptedEngine:
         self.log.append("postprocess")
         return StepOutput()
 
+    def take_host_changes(self) -> list[object]:
+        return []
+
     def take_cache_changes(self) -> list[tuple[bytes, bool]]:
         changes, self.changes = self.changes, []
         return changes

@@ -1,0 +1,240 @@
+"""The host-memory tier of one worker: what its paged cache evicts is copied here, and comes back from here.
+
+    paged block is evicted -> copied into a slot, within the allocation that evicts it -> digested by a thread of ours
+    -> findable -> pinned, copied into a paged block, digested there, unpinned -> still findable
+
+The copy is made at the eviction and not ahead of it: then each block is in one place rather than in two, which makes
+the capacities of both tiers add up; nothing is copied that is never evicted; and no copy can be torn by the block's
+next user. What it costs the step that evicts is one pass over as many bytes as this step, or the next ones, are going
+to compute. The digest, a second pass, is left to a thread; until it is known a block cannot be found.
+
+All methods belong to the thread of the paged pool (the engine's), except where they say otherwise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from kvstore.block_hash import BlockHash
+from kvstore.block_pool import EvictedBlock
+from kvstore.dram_tier import DramTier, PinnedBlock
+from kvstore.errors import IntegrityError
+from kvstore.memory import BlockMemory, HostMemory
+
+
+class BlockCopier(Protocol):
+    """Copies whole blocks between the paged pool and the host tier's slots."""
+
+    def copy_out(self, block_ids: Sequence[int], slots: Sequence[int]) -> None:
+        """Copy paged blocks into slots; on return the paged blocks may be overwritten."""
+
+    def copy_in(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
+        """Copy slots into paged blocks; on return the bytes are there. Called on any thread."""
+
+
+class HostChange(NamedTuple):
+    """A block has become findable in the host tier, or has ceased to be."""
+
+    block_hash: BlockHash
+    is_present: bool
+
+
+@dataclass
+class HostTierStats:
+    """Counts since the start."""
+
+    num_offloaded: int = 0  # blocks copied in
+    num_lost: int = 0  # evicted by the paged cache and not taken: every slot was pinned or being digested
+    num_restored: int = 0  # blocks copied back and found whole: the hits
+    num_corrupt: int = 0  # blocks whose bytes had changed here, found on their way back
+    offload_s: float = 0.0  # spent copying, on the engine's thread
+    restore_s: float = 0.0  # spent copying and verifying, on other threads
+
+
+class _Batch(NamedTuple):
+    """Blocks evicted together, on their way to be digested."""
+
+    slots: list[int]
+    blocks: list[EvictedBlock]
+    digests: Future[list[int]]
+
+
+class HostTier:
+    """A `DramTier` that a paged pool evicts into. `close` ends its thread."""
+
+    def __init__(
+        self,
+        memory: HostMemory,
+        paged: BlockMemory,
+        copier: BlockCopier,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if memory.block_bytes != paged.block_bytes:
+            raise ValueError(f"slots of {memory.block_bytes} bytes for blocks of {paged.block_bytes}")
+        self.stats = HostTierStats()
+        self._changes: deque[HostChange] = deque(maxlen=4 * memory.num_blocks)  # for an index of hints
+        self._tier = DramTier(memory, on_change=self._note_change)
+        self._paged = paged
+        self._copier = copier
+        self._clock = clock
+        self._digester = ThreadPoolExecutor(1, thread_name_prefix="host-digest")
+        self._batches: deque[_Batch] = deque()
+        self._batch_of: dict[BlockHash, Future[list[int]]] = {}  # blocks that are not findable yet
+        self._num_pins = 0
+        self._on_digested: Callable[[], None] = lambda: None
+
+    @property
+    def num_slots(self) -> int:
+        """Capacity in blocks."""
+        return self._tier.num_slots
+
+    @property
+    def block_bytes(self) -> int:
+        """Size of a block."""
+        return self._tier.memory.block_bytes
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that can be found. From any thread."""
+        return len(self._tier)
+
+    @property
+    def num_evicted(self) -> int:
+        """Blocks given up for others, since the start. From any thread."""
+        return self._tier.stats.num_evicted
+
+    def notify(self, on_digested: Callable[[], None]) -> None:
+        """Have `on_digested` called, on any thread, when `settle` has something to do."""
+        self._on_digested = on_digested
+
+    def may_have(self, block_hash: BlockHash) -> bool:
+        """Whether the block is here or about to be. A hint, from any thread."""
+        return self._tier.contains(block_hash) or block_hash in self._batch_of
+
+    def hashes(self) -> list[BlockHash]:
+        """Identities of all findable blocks. From any thread: one atomic copy of the keys."""
+        return list(self._tier.hashes())
+
+    # -- in --
+
+    def take_evicted(self, blocks: Sequence[EvictedBlock]) -> None:
+        """Copy in what the paged pool is evicting. Waits for nothing: where there is no slot, a block is lost."""
+        unknown = [block for block in blocks if not self._is_known(block.block_hash)]
+        # Room for undigested blocks is bounded: else a flood would push out everything that can be found. The last ones
+        # are the heads of their chains.
+        room = max(1, self.num_slots // 2) - self._tier.num_private
+        chosen = unknown[max(0, len(unknown) - room) :]
+        slots: list[int] = []
+        for block in chosen:
+            slots += self._tier.begin_insert(1, after=block.parent_hash)
+        chosen = chosen[len(chosen) - len(slots) :]
+        self.stats.num_lost += len(unknown) - len(chosen)
+        if not slots:
+            return
+        started_s = self._clock()
+        self._copier.copy_out([block.block_id for block in chosen], slots)
+        self.stats.offload_s += self._clock() - started_s
+        self.stats.num_offloaded += len(slots)
+        digests = self._digester.submit(self._tier.memory.digests, slots)
+        self._batches.append(_Batch(slots, chosen, digests))
+        self._batch_of.update({block.block_hash: digests for block in chosen})
+        digests.add_done_callback(lambda _: self._on_digested())
+
+    def settle(self) -> None:
+        """Make findable what was digested since the last call."""
+        while self._batches and self._batches[0].digests.done():
+            batch = self._batches.popleft()
+            for slot, block, digest in zip(batch.slots, batch.blocks, batch.digests.result(), strict=True):
+                if self._batch_of.get(block.block_hash) is batch.digests:
+                    del self._batch_of[block.block_hash]
+                    self._tier.publish(slot, block.block_hash, block.parent_hash, digest)
+                else:
+                    self._tier.abandon([slot])  # forgotten meanwhile
+
+    def digesting(self, hashes: Iterable[BlockHash]) -> Future[list[int]] | None:
+        """What to wait for until those of the blocks are findable that are being digested; None if none is."""
+        pending = [self._batch_of[block_hash] for block_hash in hashes if block_hash in self._batch_of]
+        latest = next((batch.digests for batch in reversed(self._batches) if batch.digests in pending), None)
+        return None if latest is None or latest.done() else latest
+
+    # -- out --
+
+    def pin(self, hashes: Sequence[BlockHash]) -> list[PinnedBlock]:
+        """Pin the longest prefix of `hashes` that is here, as a use of it; `unpin` gives it back."""
+        self.settle()
+        pinned = self._tier.pin(hashes)
+        self._num_pins += len(pinned)
+        return pinned
+
+    def copy_back(self, pinned: Sequence[PinnedBlock], block_ids: Sequence[int]) -> list[bool]:
+        """Copy pinned blocks into paged blocks of the caller's; for each whether the bytes there are right.
+
+        Called on any thread but the engine's: it takes its time.
+        """
+        started_s = self._clock()
+        self._copier.copy_in([block.slot for block in pinned], block_ids)
+        digests = self._paged.digests(block_ids)
+        self.stats.restore_s += self._clock() - started_s
+        return [digest == block.digest for digest, block in zip(digests, pinned, strict=True)]
+
+    def unpin(self, pinned: Sequence[PinnedBlock], is_whole: Sequence[bool] = ()) -> None:
+        """Give pins back; `is_whole` is what `copy_back` said of them. What has changed in memory is dropped."""
+        self.stats.num_restored += sum(is_whole)
+        for block, whole in zip(pinned, is_whole, strict=False):
+            if not whole:
+                self.stats.num_corrupt += self._tier.drop(block.block_hash)
+        self._num_pins -= len(pinned)
+        self._tier.unpin(block.slot for block in pinned)
+
+    def reset(self) -> int:
+        """Forget all blocks; the number of those that could be found."""
+        hashes = self.hashes()
+        for block_hash in hashes:
+            self._tier.drop(block_hash)
+        self._batch_of.clear()
+        return len(hashes)
+
+    # -- state --
+
+    def take_changes(self) -> list[HostChange]:
+        """What became findable, or ceased to be, since the last call, in order."""
+        self.settle()
+        changes = list(self._changes)
+        self._changes.clear()
+        return changes
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` unless each slot is in one state and accounted for. O(num_slots)."""
+        self._tier.check_integrity(self._num_pins)
+        num_private = sum(len(batch.slots) for batch in self._batches)
+        if self._tier.num_private != num_private:
+            raise IntegrityError(f"host tier: {self._tier.num_private} private slots, {num_private} being digested")
+
+    def state(self) -> dict[str, object]:
+        """For `/debug/state`. From any thread: lengths and counts, each right for some moment."""
+        return {
+            "num_slots": self.num_slots,
+            "num_blocks": self.num_blocks,
+            "num_digesting": len(self._batch_of),
+            "num_pins": self._num_pins,
+            "num_evicted": self.num_evicted,
+            **vars(self.stats),
+        }
+
+    def close(self) -> None:
+        """End the digesting thread. From any thread, when the engine's has ended."""
+        self._digester.shutdown(wait=True)
+
+    def _note_change(self, block_hash: BlockHash, is_present: bool) -> None:
+        self._changes.append(HostChange(block_hash, is_present))
+
+    def _is_known(self, block_hash: BlockHash) -> bool:
+        """Whether the block is here already, from an earlier eviction; then it is now as fresh as a new one."""
+        known = self._tier.pin([block_hash])
+        self._tier.unpin(block.slot for block in known)
+        return bool(known) or block_hash in self._batch_of

@@ -1,0 +1,100 @@
+"""Brings prefixes back from this worker's host tier into its paged cache: for prompts that come, and for peers.
+
+    wait until what was just evicted is digested -> take blocks (engine) -> copy, verify (a thread) -> publish (engine)
+
+No UCX, and no step waits for it. A peer that wants such blocks gets them the same way, since lending reads the paged
+pool: so its transfer is like any other, on the lane that the paged pools have, and one memory is registered for it.
+What has changed in main memory is found by its digest, dropped, and computed again by whoever wanted it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from kvstore.block_hash import BlockHash
+from kvstore.host_tier import HostTier
+from services.engine.engine import Engine
+from services.engine.host_prefixes import Restore
+from services.worker.engine_thread import EngineThread
+from services.worker.settling import settled
+
+log = logging.getLogger(__name__)
+
+
+class HostPrefixes:
+    """One per worker, with or without a host tier. All methods belong to the event loop."""
+
+    def __init__(self, engine: Engine, thread: EngineThread, timeout_s: float) -> None:
+        """`timeout_s`: how long whoever wants a prefix waits for it at most."""
+        self._timeout_s = timeout_s
+        self._engine = engine
+        self._thread = thread
+        self._tier: HostTier | None = engine.host_tier
+        self._under_way: dict[BlockHash, asyncio.Task[int]] = {}  # by the first block that is being brought back
+        # One at a time: they share the memory's bandwidth with the steps.
+        self._copying = ThreadPoolExecutor(1, thread_name_prefix="host-restore")
+        if self._tier is not None:
+            self._tier.notify(thread.wake)
+
+    async def restore(self, hashes: Sequence[BlockHash]) -> None:
+        """Make as much of the prefix cached as the host tier has, if there is room.
+
+        What was begun ends by itself where this is cancelled, or takes too long. Raises EngineCrashed.
+        """
+        if self._tier is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._timeout_s):
+                    await self._restore_all(self._tier, hashes)
+
+    async def _restore_all(self, tier: HostTier, hashes: Sequence[BlockHash]) -> None:
+        """Run after run: cached blocks and the host tier's may take turns in a chain."""
+        num_restored = 1
+        while num_restored:
+            # A hint, read from outside the engine's thread, which looks again.
+            num_cached = self._engine.pool.peek_prefix(hashes)
+            if num_cached == len(hashes) or not tier.may_have(hashes[num_cached]):
+                return
+            first = hashes[num_cached]
+            task = self._under_way.get(first)
+            if task is None:
+                task = self._under_way[first] = asyncio.create_task(self._restore(tier, first, hashes))
+            num_restored = await asyncio.shield(task)
+
+    async def _restore(self, tier: HostTier, first: BlockHash, hashes: Sequence[BlockHash]) -> int:
+        """Bring one run back; the number of its blocks."""
+        try:
+            digesting = await self._thread.call(tier.digesting, hashes)
+            if digesting is not None:
+                await asyncio.wrap_future(digesting)
+            restore = await self._thread.call(self._engine.begin_restore, hashes)
+            if restore is None:
+                return 0
+            return await self._fill(tier, restore)
+        finally:
+            del self._under_way[first]
+
+    async def _fill(self, tier: HostTier, restore: Restore) -> int:
+        is_whole: list[bool] = []
+        try:
+            copying = asyncio.get_running_loop().run_in_executor(
+                self._copying, tier.copy_back, restore.pinned, restore.missing_ids
+            )
+            is_whole = await copying
+        finally:
+            num_restored = await self._thread.call(self._engine.end_restore, restore, is_whole)
+        if num_restored < len(restore.pinned):
+            log.error(
+                "%d of %d blocks had changed in the host tier, and are dropped",
+                is_whole.count(False),
+                len(restore.pinned),
+            )
+        return num_restored
+
+    async def settle(self) -> None:
+        """Wait until all that was begun has ended, and end the threads."""
+        await settled(self._under_way.values(), "blocks coming back from the host tier")
+        await asyncio.to_thread(self._copying.shutdown)

@@ -1,0 +1,108 @@
+"""What a small paged cache evicts comes back from main memory: to the worker itself, and to others over the wire."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.orders import Orders
+from tests.stack import Stack
+
+# 41 blocks of 32 tokens: room for one prompt of 1,000 tokens, and for no second one beside it.
+NUM_BLOCKS = 41
+SHARED_BLOCKS = 30
+NUM_NEW_TOKENS = 8
+
+
+@pytest.fixture(scope="module", params=["ucxx", "nixl"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Stack]]:
+    directory = tmp_path_factory.mktemp(f"host-{request.param}")
+    model = write_model(directory / "model", "qwen2")
+    worker = ["--model", str(model), "--served-model-name", "m", "--kv-transport", request.param]
+    worker += ["--num-gpu-blocks-override", str(NUM_BLOCKS), "--max-model-len", "1200", "--prefix-fetch", "always"]
+    worker += ["--kv-offloading-size", "0.05"]
+    decode = ["--local-prefill-max-tokens", "0"]
+    with Stack(directory / "logs", [(), ()], [decode, decode], worker=worker) as stack:
+        yield model, stack
+
+
+def series(stack: Stack, name: str, metric: str) -> float:
+    text = httpx.get(f"{stack.services[name].debug_url}/metrics").text
+    found = re.findall(rf"^{re.escape(metric)} (\S+)$", text, re.MULTILINE)
+    assert found, f"{name} has no {metric}"
+    return float(found[0])
+
+
+def num_kept(stack: Stack, name: str) -> int:
+    state = stack.debug_state(name)["host_tier"]
+    assert isinstance(state, dict)
+    return int(state["num_blocks"])
+
+
+async def evict(stack: Stack, orders: Orders, decode: str, prefill: str, seed: int) -> None:
+    """Have the workers serve another prompt that takes all their blocks, and wait until the evicted ones are kept."""
+    before = num_kept(stack, prefill)
+    await orders.generate(random_prompts([1150], seed=seed)[0], decode, prefill, [])
+    stack.wait_for(lambda: num_kept(stack, prefill) > before, f"{prefill} to keep what it evicted")
+
+
+async def test_an_evicted_prefix_is_a_local_hit_and_a_hit_of_other_workers(served: tuple[Path, Stack]) -> None:
+    model, stack = served
+    orders = Orders(stack, NUM_NEW_TOKENS)
+    shared, tails = random_prompts([SHARED_BLOCKS * 32], seed=61)[0], random_prompts([40] * 3, seed=62)
+    prompts = [shared + tail for tail in tails]
+    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+
+    tokens, usage = await orders.generate(prompts[0], "decode-0", "prefill-0", [])
+    assert (tokens, usage.num_cached_tokens) == (expected[0], 0)
+    await evict(stack, orders, "decode-0", "prefill-0", seed=63)
+
+    # By the worker itself.
+    hits = series(stack, "prefill-0", "tandem:host_tier_hits_total")
+    tokens, usage = await orders.generate(prompts[1], "decode-0", "prefill-0", [])
+    assert (tokens, usage.num_cached_tokens, len(usage.fetched)) == (expected[1], len(shared), 0)
+    assert series(stack, "prefill-0", "tandem:host_tier_hits_total") > hits
+    await evict(stack, orders, "decode-0", "prefill-0", seed=64)
+
+    # By another one.
+    hits = series(stack, "prefill-0", "tandem:host_tier_hits_total")
+    source = orders.source("prefill-0", SHARED_BLOCKS, tier="host")
+    tokens, usage = await orders.generate(prompts[2], "decode-1", "prefill-1", [source])
+    assert (tokens, usage.num_cached_tokens) == (expected[2], len(shared))
+    (part,) = usage.fetched
+    assert (part.holder_id, part.tier, part.num_blocks) == ("prefill-0", "host", SHARED_BLOCKS)
+    assert series(stack, "prefill-0", "tandem:host_tier_hits_total") > hits
+    assert series(stack, "prefill-0", "tandem:host_tier_corrupt_total") == 0
+    stack.check_clean()
+
+
+async def test_the_index_tells_the_router_of_what_is_in_main_memory(served: tuple[Path, Stack]) -> None:
+    model, stack = served
+    orders = Orders(stack, NUM_NEW_TOKENS)
+    prompt = random_prompts([1000], seed=65)[0]
+    expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
+    await orders.generate(prompt, "decode-0", "prefill-0", [])
+    await evict(stack, orders, "decode-0", "prefill-0", seed=66)
+    stack.wait_for(lambda: is_in_index(stack, "prefill-0"), "the index to have been told")
+    body = {"model": "m", "prompt": prompt, "max_tokens": NUM_NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    async with httpx.AsyncClient(base_url=stack.url, timeout=60) as client:
+        response = await client.post(
+            "/v1/completions", json=body | {"return_token_ids": True}, headers={"X-Request-Id": "host"}
+        )
+        assert response.status_code == 200, response.text
+        explained = (await client.get("/debug/routing/host")).json()
+    answer = response.json()
+    assert answer["choices"][0]["token_ids"] == expected
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= 31 * 32, explained
+    stack.check_clean()
+
+
+def is_in_index(stack: Stack, name: str) -> bool:
+    index = stack.debug_state(name)["index"]
+    assert isinstance(index, dict)
+    return bool(index["synced"])

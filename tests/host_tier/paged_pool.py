@@ -1,0 +1,118 @@
+"""A paged pool in plain memory that evicts into a host tier, as an engine's does, for the tests of the tier."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvstore.block_hash import BlockHash
+from kvstore.block_pool import BlockPool
+from kvstore.host_tier import HostTier
+from kvstore.memory import HostMemory
+from tests.tiers.blocks import BLOCK_BYTES, payload
+
+
+class PlainCopier:
+    def __init__(self, paged: HostMemory, slots: HostMemory) -> None:
+        self._paged = paged
+        self._slots = slots
+
+    def copy_out(self, block_ids: Sequence[int], slots: Sequence[int]) -> None:
+        for block_id, slot in zip(block_ids, slots, strict=True):
+            self._slots.view(slot)[:] = self._paged.view(block_id)
+
+    def copy_in(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
+        for slot, block_id in zip(slots, block_ids, strict=True):
+            self._paged.view(block_id)[:] = self._slots.view(slot)
+
+
+class _StoppableMemory(HostMemory):
+    """Its digests wait while they are held."""
+
+    may_digest: threading.Event
+
+    def digests(self, block_ids: Sequence[int]) -> list[int]:
+        assert self.may_digest.wait(30)
+        return super().digests(block_ids)
+
+
+class PagedPool:
+    """Blocks have the content that follows from their hash (`tests.tiers.blocks.payload`), and garbage once taken."""
+
+    def __init__(self, num_blocks: int, num_slots: int, slot_bytes: int = BLOCK_BYTES) -> None:
+        self.memory = HostMemory.allocate(num_blocks, BLOCK_BYTES)
+        self.slots = _StoppableMemory(np.zeros((num_slots, slot_bytes), dtype=np.uint8))
+        self.slots.may_digest = threading.Event()
+        self.slots.may_digest.set()
+        self.tier = HostTier(self.slots, self.memory, PlainCopier(self.memory, self.slots))
+        self.pool = BlockPool(num_blocks, on_evict=self.tier.take_evicted)
+
+    def cache(self, hashes: Sequence[BlockHash], parent: BlockHash | None = None) -> None:
+        """Compute and publish a chain that follows `parent`, which nobody refers to then."""
+        ids = self.take(len(hashes))
+        for block_id, block_hash in zip(ids, hashes, strict=True):
+            self.memory.view(block_id)[:] = payload(block_hash)
+            self.pool.publish(block_id, block_hash, parent)
+            parent = block_hash
+        self.pool.release(ids)
+
+    def take(self, num_blocks: int) -> list[int]:
+        """Allocate, and overwrite at once."""
+        ids = self.pool.allocate(num_blocks)
+        for block_id in ids:
+            self.memory.view(block_id)[:] = 0xEE
+        return ids
+
+    def evict_all(self) -> None:
+        """Somebody wants all memory that is free."""
+        self.pool.release(self.take(self.pool.num_free))
+
+    def bring_back(self, hashes: Sequence[BlockHash]) -> int:
+        """What the engine does for a prompt; the number of blocks that came back."""
+        num_cached = self.pool.peek_prefix(hashes)
+        pinned = self.tier.pin(hashes[num_cached:])
+        present = self.pool.match_prefix(hashes[:num_cached])
+        if len(pinned) > self.pool.num_free:
+            self.tier.unpin(pinned)
+            self.pool.release(present)
+            return 0
+        ids = self.take(len(pinned))
+        is_whole = self.tier.copy_back(pinned, ids)
+        num_whole = [*is_whole, False].index(False)
+        parent = hashes[num_cached - 1] if num_cached else None
+        for block_id, block_hash in zip(ids[:num_whole], hashes[num_cached:], strict=False):
+            self.pool.publish(block_id, block_hash, parent)
+            parent = block_hash
+        self.pool.release(present + ids)
+        self.tier.unpin(pinned, is_whole)
+        return num_whole
+
+    def check_content(self, hashes: Sequence[BlockHash]) -> None:
+        ids = self.pool.match_prefix(hashes)
+        assert len(ids) == len(hashes)
+        for block_id, block_hash in zip(ids, hashes, strict=True):
+            assert np.array_equal(self.memory.view(block_id), payload(block_hash)), "wrong bytes under a hash"
+        self.pool.release(ids)
+
+    def flip_byte(self, block_hash: BlockHash) -> None:
+        (pinned,) = self.tier._tier.pin([block_hash], is_use=False)
+        self.tier._tier.unpin([pinned.slot])
+        self.slots.view(pinned.slot)[17] ^= 1
+
+    def hold_digests(self) -> None:
+        self.slots.may_digest.clear()
+
+    def release_digests(self) -> None:
+        self.slots.may_digest.set()
+
+    def wait_digested(self) -> None:
+        """Until all that was evicted can be found."""
+        while self.tier._batches:
+            self.tier._batches[-1].digests.result(timeout=30)
+            self.tier.settle()
+
+    def check_integrity(self) -> None:
+        self.pool.check_integrity({})
+        self.tier.check_integrity()
