@@ -19,6 +19,8 @@ PYTEST_ARGS ?= -n 2 --dist loadscope
 BENCHES ?= tests/bench/bench_transfer.py loadtest/bench_serve.py
 BENCH_ARGS ?=
 TRACE ?=
+# Which of them `make compat` runs; empty: all
+TOOLS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +31,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow lint types imports format proto proto-check bench bench-prefix bench-index clean
+.PHONY: help install serve doctor test test-slow lint types imports format proto proto-check bench bench-prefix bench-index compat clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -84,6 +86,9 @@ bench-prefix: $(INSTALLED) ## hit rate and TTFT by routing policy: make bench-pr
 
 bench-index: $(INSTALLED) ## the prefix index with a million blocks: lookups against PING, bytes per block (BENCH_ARGS)
 	$(BIN)/python -m tests.bench.bench_index $(BENCH_ARGS)
+
+compat: $(INSTALLED) ## vllm bench, guidellm, aiperf, lm-eval, litellm, langchain against our server (7 GB); TOOLS=…
+	$(BIN)/python -m tests.compat $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(TOOLS)
 
 clean: ## remove what the tools leave behind; keeps .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
