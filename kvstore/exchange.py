@@ -66,6 +66,7 @@ class BlockExchange:
         self._transports = list(transports)
         self._timeouts = timeouts or ExchangeTimeouts()
         self._clock = clock
+        self.clock = clock  # of the stamps in a FetchResult
         self._observer = observer or ExchangeObserver()
         self._server: asyncio.Server | None = None
         self._address = ""

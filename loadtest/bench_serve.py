@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import random
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -94,9 +95,9 @@ def handoff_mean_s(stack: Stack) -> float | None:
     total = count = 0.0
     for url in stack.debug_urls:
         for line in httpx.get(f"{url}/metrics").text.splitlines():
-            if line.startswith('tandem:request_stage_seconds_sum{stage="handoff"}'):
+            if re.match(r'tandem:request_stage_seconds_sum\{.*stage="handoff"', line):
                 total += float(line.split()[-1])
-            if line.startswith('tandem:request_stage_seconds_count{stage="handoff"}'):
+            if re.match(r'tandem:request_stage_seconds_count\{.*stage="handoff"', line):
                 count += float(line.split()[-1])
     return total / count if count else None
 

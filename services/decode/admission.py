@@ -15,7 +15,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block_hash import BlockHash, hash_blocks, namespace
 from kvstore.errors import KVStoreError
-from kvstore.fetch_events import FetchResult, Reservation
+from kvstore.fetch_events import FetchResult, FetchStamps, Reservation
 from kvstore.reader import Fetch
 from services.decode.config import DecodeConfig
 from services.decode.handoff import HandoffFailed, PrefillClients, prefill_remotely
@@ -75,6 +75,7 @@ class Admission:
                 except HandoffFailed as failure:
                     log.warning("%s: prefill by %s failed: %s", live.order.request_id, target.worker_id, failure)
                     self._parts.metrics.handoff_failed(failure.cause)
+                    self._parts.metrics.recomputed("handoff")
                     live.usage.num_recomputes += 1
         await self._prefill_here(live, hashes)
         return None
@@ -157,7 +158,7 @@ class Admission:
         live.usage.num_transferred_blocks = fetched.num_blocks
         live.usage.num_transferred_bytes = fetched.num_bytes
         self._parts.metrics.handed_off(fetched.num_blocks, fetched.num_bytes)
-        live.timeline.mark(Event.HANDOFF_CONFIRMED)
+        self._stamp_transfer(live, fetched.stamps)
         live.request = request
         logprobs = convert.logprobs_from_proto(finished.logprobs) if finished.HasField("logprobs") else None
         token = SampledToken(finished.token_id, logprobs)
@@ -173,6 +174,13 @@ class Admission:
             return update
 
         return self._parts.thread.call(enter)
+
+    def _stamp_transfer(self, live: LiveRequest, stamps: FetchStamps) -> None:
+        """Take the transfer's moments over, from the exchange's clock to ours."""
+        offset_s = self._clock() - self._parts.exchange.clock()
+        for event, at_s in ((Event.BLOCKS_READ, stamps.verified), (Event.HANDOFF_CONFIRMED, stamps.confirmed)):
+            if at_s is not None:
+                live.timeline.unix_s[event] = at_s + offset_s
 
     def _dispose(self, fetch: Fetch, pending: _PendingReservation) -> None:
         task = asyncio.create_task(self._free_after(fetch, pending), name="dispose-fetch")

@@ -25,6 +25,7 @@ class LiveRequest:
     timeout: asyncio.TimerHandle | None = None
     request: Request | None = None  # what the engine was given, once it was
     num_attempts: int = 0
+    newest_token_s: float | None = None  # when it was sent to the router, by the timeline's clock
     is_finished: bool = False
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import grpc
 from tandem.v1 import worker_pb2 as pb
@@ -35,6 +35,7 @@ from services.engine.request import FinishReason, InvalidRequest, QueueFull, Req
 from services.lifecycle import Event, Timeline
 from services.worker import convert
 from services.worker.engine_thread import EngineCrashed
+from services.worker.metrics import Refusal
 from services.worker.process import WorkerParts
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,12 @@ log = logging.getLogger(__name__)
 # A router says who it is right after connecting.
 _HELLO_TIMEOUT_S = 10.0
 PROTOCOL_VERSION = "1"
+
+_REFUSALS: Mapping[int, Refusal] = {
+    pb.ERROR_CODE_INTERNAL: "protocol",
+    pb.ERROR_CODE_UNAVAILABLE: "draining",
+    pb.ERROR_CODE_OVERLOADED: "full",
+}
 
 
 class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
@@ -61,6 +68,7 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+        parts.metrics.watch_service(lambda: self._num_admitting, lambda: self._draining)
 
     def register(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_DecodeServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
@@ -120,6 +128,7 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         refusal = self._refusal(session, order)
         if refusal is not None:
             session.push([_error_output(order.handle, refusal)])
+            self._parts.metrics.refused(_REFUSALS[refusal.code])
             return
         timeline = Timeline(self._clock)
         timeline.mark(Event.RECEIVED)
@@ -127,6 +136,7 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
             live = LiveRequest(order, convert.sampling_from_proto(order.sampling), session, timeline)
         except InvalidRequest as error:
             session.push([_error_output(order.handle, pb.Error(code=pb.ERROR_CODE_INVALID, message=str(error)))])
+            self._parts.metrics.refused("invalid")
             return
         self._sessions[session][order.handle] = live
         self._num_live += 1
@@ -157,8 +167,10 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
             if admitted is not None and admitted.joined is not None:
                 self._check_joined(live, await admitted.joined)
         except (InvalidRequest, PromptRefused) as error:
+            self._parts.metrics.refused("invalid")
             self._fail(live, pb.ERROR_CODE_INVALID, str(error))
         except QueueFull as error:
+            self._parts.metrics.refused("full")
             self._fail(live, pb.ERROR_CODE_OVERLOADED, str(error))
         except EngineCrashed as error:
             self._fail(live, pb.ERROR_CODE_UNAVAILABLE, f"the engine of {self._parts.worker_id} stopped: {error}")
@@ -229,16 +241,27 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
                 continue  # aborted while the step ran
             live.usage.num_generated_tokens += len(output.token_ids)
             live.usage.num_recomputes += output.usage.num_recomputes
+            self._parts.metrics.recomputed("preemption", output.usage.num_recomputes)
             if live.usage.prefilled_locally:
                 live.usage.num_cached_tokens = max(live.usage.num_cached_tokens, output.usage.num_cached_tokens)
             output.ClearField("usage")
-            if Event.FIRST_TOKEN not in live.timeline.unix_s:
-                live.timeline.mark(Event.FIRST_TOKEN)
+            if output.token_ids and self._stamp_token(live):
                 output.usage.CopyFrom(live.usage)
             if output.finish_reason == pb.FINISH_REASON_UNSPECIFIED:
                 live.session.push([output])
             else:
                 self._finish(live, output)
+
+    def _stamp_token(self, live: LiveRequest) -> bool:
+        """Note when a token went out; whether it was the first."""
+        now_s, before_s = self._clock(), live.newest_token_s
+        live.newest_token_s = now_s
+        if before_s is not None:
+            self._parts.metrics.next_token(now_s - before_s)
+            return False
+        live.timeline.unix_s[Event.FIRST_TOKEN] = now_s
+        self._parts.metrics.first_token(live.timeline)
+        return True
 
     # ---- engine thread ----------------------------------------------------
 

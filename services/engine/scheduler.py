@@ -487,12 +487,12 @@ class Scheduler:
         if not sequence.needs_sample:
             return RequestUpdate(request, sequence.is_first, request.num_computed_tokens)
         assert result.token is not None, f"{request.request_id}: the runner returned no token"
+        self.stats.num_generated_tokens += 1
         return self._book_token(entry, sequence, result.token)
 
     def _book_token(self, entry: _Entry, sequence: ScheduledSequence, token: SampledToken) -> RequestUpdate:
         request = entry.request
         request.append_output(token.token_id)
-        self.stats.num_generated_tokens += 1
         finish_reason = request.stop_reason(self.config.eos_token_ids, self.config.max_model_len)
         if finish_reason is not None:
             return self._finish(entry, sequence, finish_reason, token)

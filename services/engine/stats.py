@@ -18,5 +18,5 @@ class SchedulerStats:
     num_prefix_hits: int = 0  # of these, found
     num_partial_hit_tokens: int = 0  # of those found, the ones copied from a block that goes on with other tokens
     num_prompt_tokens: int = 0  # computed, recomputation included
-    num_generated_tokens: int = 0
+    num_generated_tokens: int = 0  # sampled here, so without a first token that came with its prompt
     num_finished: Counter[FinishReason] = field(default_factory=Counter)

@@ -40,6 +40,7 @@ from services.engine.request import FinishReason, InvalidRequest, QueueFull, Req
 from services.lifecycle import Timeline
 from services.worker import convert
 from services.worker.engine_thread import EngineCrashed
+from services.worker.metrics import OrderOutcome
 from services.worker.process import WorkerParts
 from services.worker.settling import settled
 
@@ -94,6 +95,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+        parts.metrics.watch_service(lambda: 0, lambda: self._draining)
 
     def register(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_PrefillServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
@@ -105,21 +107,32 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
     ) -> None:
         """Run one order; see worker.proto."""
         if self._draining:
+            self._parts.metrics.refused("draining")
+            self._parts.metrics.order_ended("refused")
             await context.write(_failed(pb.ERROR_CODE_UNAVAILABLE, f"{self._parts.worker_id} is draining"))
             return
         self._num_orders += 1
         self._idle.clear()
+        outcome: OrderOutcome = "cancelled"
         try:
             await self._run(self._make_order(message), context.write)
+            outcome = "finished"
         except InvalidRequest as error:
+            outcome = "refused"
+            self._parts.metrics.refused("invalid")
             await context.write(_failed(pb.ERROR_CODE_INVALID, str(error)))
         except QueueFull as error:
+            outcome = "refused"
+            self._parts.metrics.refused("full")
             await context.write(_failed(pb.ERROR_CODE_OVERLOADED, str(error)))
         except PrefillFailed as error:
+            outcome = "failed"
             await context.write(_failed(pb.ERROR_CODE_INTERNAL, str(error)))
         except (PeerLost, EngineCrashed) as error:
+            outcome = "failed"
             await context.write(_failed(pb.ERROR_CODE_UNAVAILABLE, str(error)))
         finally:
+            self._parts.metrics.order_ended(outcome)
             self._num_orders -= 1
             if not self._num_orders:
                 self._idle.set()
@@ -159,6 +172,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
                 finished = step.finished is not None
                 lease.announce(step.first_index, step.blocks, last=finished)
                 if step.finished is not None:
+                    self._parts.metrics.requests.prefilled(order.request.timeline)
                     step.finished.load.CopyFrom(self._load())
                     await send(pb.PrefillEvent(finished=step.finished))
         finally:

@@ -138,7 +138,9 @@ class Dispatch:
                 log.info("request %s: %s", request_id, error)
                 retried_after = "session down"
                 continue
-            log.debug("request %s: %s", request_id, placement.decision.reason)
+            decision = placement.decision
+            self._metrics.count_decision(decision.policy.value, decision.cause, decision.prefills_locally)
+            log.debug("request %s: %s", request_id, decision.reason)
             return None
 
     def _send(self, sequence: _Sequence, placement: Placement) -> None:

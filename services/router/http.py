@@ -23,6 +23,9 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _BODY_TIMEOUT_S = 60.0
+_ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize")
+CLIENT_GONE = 499
+"""The status in our own books of a request whose client did not wait; as nginx counts it."""
 _GUARDED = ("/v1/", "/tokenize", "/detokenize", "/debug/")
 
 
@@ -123,6 +126,7 @@ class Edge:
             finished = message["type"] == "http.response.body" and not message.get("more_body", False)
             if message["type"] == "http.response.start":
                 started = True
+                state["status"] = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", state["request_id"].encode())]
             await send(message)
 
@@ -138,7 +142,11 @@ class Edge:
                 self._metrics.count_error(500)
                 await send_error(send_with_id, internal(FAILED))
             elif not finished:
+                state["status"] = 500
                 raise  # the server cuts the connection, so that the client does not take the answer for whole
+        finally:
+            endpoint = scope["path"] if scope["path"] in _ENDPOINTS else "other"
+            self._metrics.count_request(endpoint, state.get("status", CLIENT_GONE))
 
     def _tenant(self, scope: Message) -> Tenant | None:
         """Whose key came with the request; None where none is needed. Raises ApiError 401."""

@@ -23,6 +23,7 @@ from services.router.admission import Admission
 from services.router.app import make_app
 from services.router.config import RouterConfig
 from services.router.explain import DecisionLog
+from services.router.fleet_metrics import FleetCollector
 from services.router.metrics import RouterMetrics
 from services.router.models import ModelDirectory
 from services.router.placement import Placer
@@ -62,10 +63,7 @@ async def open_parts(
     admission = Admission(config.max_concurrent_requests, config.max_queue, lambda: metrics.count_refusal("queue_full"))
     prefixes = PrefixFinder(index, pool, metrics, config.index_timeout_s)
     placer = Placer(workers, Policy(config.routing_policy), DecisionLog(config.routing_history))
-    metrics.watch_workers(
-        lambda: workers.num_sessions_up,
-        lambda role: sum(record.role == role for record in workers.records),
-    )
+    metrics.registry.register(FleetCollector(workers))
     workers.start()
     models.follow(workers.records)
     membership.on_change(lambda snapshot: models.follow(workers.records))
@@ -119,6 +117,7 @@ async def _serve(config: RouterConfig) -> int:
     await index.start()
     try:
         async with open_parts(config, membership, _router_id(config, port), index) as parts:
+            parts.metrics.watch_registry(lambda: membership.connected)
             server = _Server(_uvicorn_config(config, parts))
             serving = asyncio.create_task(server.serve([listener]), name="http")
             stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")

@@ -134,6 +134,21 @@ class Decision:
     def prefills_locally(self) -> bool:
         return self.prefilled_by.worker_id == self.decode.worker_id
 
+    @property
+    def cause(self) -> str:
+        """`reason` in one word of a few, for the metric."""
+        if len(self.decode_terms) == 1 and len(self.prefill_terms) <= 1:
+            return "only"
+        if self.policy is Policy.ROUND_ROBIN:
+            return "turn"
+        if self.policy is Policy.PREFIX_HASH:
+            return "hash"
+        if self.policy is Policy.KV and self.prefilled_by.num_own_blocks:
+            return "prefix"
+        if self.policy is Policy.KV and self.prefilled_by.num_fetched_blocks:
+            return "fetch"
+        return "load"
+
 
 @dataclass(frozen=True)
 class _Scored:

@@ -24,7 +24,7 @@ from services.router.dispatch import Dispatch
 from services.router.errors import ApiError, ClientDisconnected, internal, timed_out
 from services.router.fields import parse_object, string
 from services.router.generation import Generation, GenerationPlan, Receipts, UsageCount
-from services.router.http import FAILED, header, read_body, request_id_of, send_error, send_json
+from services.router.http import CLIENT_GONE, FAILED, header, read_body, request_id_of, send_error, send_json
 from services.router.metrics import RouterMetrics
 from services.router.models import ModelDirectory
 from services.router.openai_requests import parse_chat, parse_completion
@@ -111,14 +111,17 @@ class GenerateEndpoint:
                     tenant: Tenant | None = scope["state"].get("tenant")
                     await self._serve(body, request_id_of(scope, body), tenant, timeline, stream, send)
             except ApiError as error:
+                scope["state"]["status"] = error.status  # whatever the head of a stream has said
                 await self._fail(error, stream, send)
             except ClientDisconnected:
                 raise
             except Exception:
                 log.exception("request %s crashed", scope["state"]["request_id"])
+                scope["state"]["status"] = 500
                 await self._fail(internal(FAILED), stream, send)
         except ClientDisconnected:
             self._parts.metrics.count_disconnect()
+            scope["state"]["status"] = CLIENT_GONE
             log.info("request %s: the client has gone", scope["state"]["request_id"])
 
     async def _fail(self, error: ApiError, stream: sse.EventStream, send: sse.Send) -> None:

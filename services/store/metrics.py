@@ -4,60 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvstore.fetch_events import FetchResult
-from kvstore.lease import LeaseOutcome
-from kvstore.observer import ExchangeObserver
 from kvstore.store_node import StoreNode
+from services.exposition import ExposedRegistry, add_process_series, counter, gauge
+from services.worker.exchange_metrics import ExchangeMetrics
+from services.worker.index_metrics import IndexMetrics
 
-_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
-
-class StoreMetrics(ExchangeObserver):
-    """Owns the process's registry; also the observer of the node's block exchange."""
+class StoreMetrics:
+    """Owns the process's series."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._leases = self._counter("tandem:leases", "Leases closed, by outcome.", "outcome")
-        self._lent_blocks = self._counter("tandem:lent_blocks", "Blocks announced to readers.", "outcome")
-        self._fetches = self._counter("tandem:fetches", "Fetches ended, by outcome.", "outcome")
-        self._read_bytes = self._counter("tandem:transfer_bytes", "Bytes read from peers.", "lane", "outcome")
-        self._digests = self._counter("tandem:digests_checked", "Blocks whose payload digest was checked.")
-        self._refused_peers = self._counter("tandem:peers_refused", "Incompatible peers refused.")
-        self._lost_peers = self._counter("tandem:peers_lost", "Block-protocol connections that ended.")
-        self._lease_s = Histogram(
-            "tandem:lease_seconds", "Life of a lease.", buckets=_BUCKETS_S, registry=self.registry
-        )
+        self._own = CollectorRegistry()
+        add_process_series(self._own, "store")
+        self.registry: CollectorRegistry = ExposedRegistry(self._own, {"role": "store"})
+        self.exchange = ExchangeMetrics(self._own)
+        self.index = IndexMetrics(self._own)
 
     def watch(self, node: StoreNode) -> None:
         """Read the node's own figures at each scrape from now on."""
-        self.registry.register(_NodeCollector(node))
-
-    def _counter(self, name: str, help: str, *labels: str) -> Counter:
-        return Counter(name, help, labels, registry=self.registry)
-
-    def peer_refused(self, peer: str, reason: str) -> None:
-        self._refused_peers.inc()
-
-    def peer_lost(self, peer_id: str, reason: str, we_read: bool) -> None:
-        self._lost_peers.inc()
-
-    def read_ended(self, peer_id: str, lane: str, num_blocks: int, num_bytes: int, duration_s: float, ok: bool) -> None:
-        self._read_bytes.labels(lane, "ok" if ok else "failed").inc(num_bytes)
-
-    def digests_checked(self, peer_id: str, num_blocks: int) -> None:
-        self._digests.inc(num_blocks)
-
-    def fetch_ended(self, peer_id: str, result: FetchResult, duration_s: float) -> None:
-        self._fetches.labels("ok" if result.failure is None else result.failure.cause.value).inc()
-
-    def lease_ended(self, peer_id: str, outcome: LeaseOutcome, num_blocks: int, duration_s: float) -> None:
-        self._leases.labels(outcome.value).inc()
-        self._lent_blocks.labels(outcome.value).inc(num_blocks)
-        self._lease_s.observe(duration_s)
+        self._own.register(_NodeCollector(node))
 
 
 class _NodeCollector(Collector):
@@ -80,19 +49,19 @@ class _NodeCollector(Collector):
         corrupt.add_metric(["dram"], node.lender.num_corrupt)
         if store.disk is not None:
             blocks.add_metric(["disk"], len(store.disk))
-            yield _gauge("tandem:store_disk_bytes", "Bytes of disk taken.", store.disk.size_bytes)
-            yield _gauge("tandem:store_disk_paused", "Whether the disk refused the last write.", store.disk.is_paused)
+            yield gauge("tandem:store_disk_bytes", "Bytes of disk taken.", store.disk.size_bytes)
+            yield gauge("tandem:store_disk_paused", "Whether the disk refused the last write.", store.disk.is_paused)
             corrupt.add_metric(["disk"], store.disk.stats.num_corrupt)
-            yield _counter("tandem:store_lost_blocks", "Evicted, and not taken by the disk.", store.stats.num_lost)
+            yield counter("tandem:store_lost_blocks", "Evicted, and not taken by the disk.", store.stats.num_lost)
         yield blocks
         yield queries
         yield corrupt
-        yield _gauge("tandem:store_slots", "Blocks that the memory can hold.", store.dram.num_slots)
-        yield _gauge("tandem:store_lent_blocks", "Blocks lent at present.", node.lender.num_lent)
-        yield _gauge("tandem:store_offers_queued", "Offers that wait.", node.intake.num_queued)
-        yield _counter("tandem:store_evicted_blocks", "Blocks evicted from memory.", store.dram.stats.num_evicted)
-        yield _counter("tandem:store_pulled_blocks", "Blocks taken over from workers.", intake.num_pulled_blocks)
-        yield _counter("tandem:store_pulled_bytes", "Bytes of these.", intake.num_pulled_bytes)
+        yield gauge("tandem:store_slots", "Blocks that the memory can hold.", store.dram.num_slots)
+        yield gauge("tandem:store_lent_blocks", "Blocks lent at present.", node.lender.num_lent)
+        yield gauge("tandem:store_offers_queued", "Offers that wait.", node.intake.num_queued)
+        yield counter("tandem:store_evicted_blocks", "Blocks evicted from memory.", store.dram.stats.num_evicted)
+        yield counter("tandem:store_pulled_blocks", "Blocks taken over from workers.", intake.num_pulled_blocks)
+        yield counter("tandem:store_pulled_bytes", "Bytes of these.", intake.num_pulled_bytes)
         offers = CounterMetricFamily(
             "tandem:store_offers", "Offers of workers, by what came of them.", labels=["outcome"]
         )
@@ -103,11 +72,3 @@ class _NodeCollector(Collector):
         for cause, count in intake.failures.items():
             offers.add_metric([cause], count)
         yield offers
-
-
-def _gauge(name: str, help: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, help, value=value)
-
-
-def _counter(name: str, help: str, value: float) -> Metric:
-    return CounterMetricFamily(name, help, value=value)

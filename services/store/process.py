@@ -128,7 +128,7 @@ async def open_store(config: StoreConfig, worker: WorkerRecord, layout: BlockLay
         transports = make_transports(config.kv_transport, memory, name)
         identity = PeerIdentity(f"{name}/{incarnation}", "store", incarnation, layout)
         timeouts = ExchangeTimeouts(peer_timeout_s=config.peer_timeout_s, offer_s=config.peer_timeout_s)
-        node = StoreNode(identity, store, transports, timeouts=timeouts, observer=metrics)
+        node = StoreNode(identity, store, transports, timeouts=timeouts, observer=metrics.exchange)
         cleanup.push_async_callback(node.close, config.drain_timeout_s)
         await node.start(config.host, config.kv_port)
         metrics.watch(node)
@@ -136,7 +136,8 @@ async def open_store(config: StoreConfig, worker: WorkerRecord, layout: BlockLay
         def contents() -> Iterator[tuple[BlockHash, Tier]]:
             return ((block_hash, _INDEX_TIERS[tier]) for block_hash, tier in store.contents())
 
-        writer = IndexWriter(config.redis, name, incarnation, contents, lease_s=config.lease_s)
+        writer = IndexWriter(config.redis, name, incarnation, contents, lease_s=config.lease_s, observer=metrics.index)
+        metrics.index.watch_index(lambda: writer.connected, lambda: writer.num_pending)
         feed.append(writer)
         await writer.start()
         cleanup.push_async_callback(writer.close)
@@ -170,6 +171,7 @@ async def open_store(config: StoreConfig, worker: WorkerRecord, layout: BlockLay
             layout=layout.to_wire(),
         )
         registrar = Registrar(config.redis, record, lease_s=config.lease_s)
+        metrics.index.watch_registry(lambda: registrar.connected)
         await registrar.start()
         cleanup.push_async_callback(registrar.close)
         log.info(

@@ -46,13 +46,15 @@ class EngineThread:
         engine: Engine,
         on_cache_changes: Callable[[list[CacheChange]], None] | None = None,
         on_host_changes: Callable[[list[HostChange]], None] | None = None,
+        observe_step: Callable[[StepOutput], None] = lambda output: None,
     ) -> None:
         """`on_cache_changes` hears on the event loop what happened to findable blocks, in order; `on_host_changes`, the
-        same of the host tier.
+        same of the host tier; `observe_step` hears of each step, on the engine thread.
         """
         self._engine = engine
         self._on_cache_changes = on_cache_changes
         self._on_host_changes = on_host_changes
+        self._observe_step = observe_step
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
@@ -120,7 +122,9 @@ class EngineThread:
             return
         listener.on_scheduled(batch)
         sampled = self._engine.run(batch)
-        listener.on_step(self._engine.postprocess(batch, sampled))
+        output = self._engine.postprocess(batch, sampled)
+        self._observe_step(output)
+        listener.on_step(output)
 
     def _report_cache_changes(self) -> None:
         if self._on_cache_changes is not None:

@@ -1,183 +1,229 @@
-"""A worker's Prometheus series. Engine figures are read when scraped, all else is counted as it ends."""
+"""A worker's Prometheus series, in a registry of its own. docs/metrics.md lists them all.
+
+Engine figures are read when scraped, all else is counted as it ends. What concerns a request comes from its timeline
+and from nothing else. Each request is counted by one worker only: its queue and prefill by whoever computed the prompt,
+the rest by the decode worker, which owns it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from tandem.v1 import worker_pb2 as pb
 
-from kvstore.fetch_events import FetchResult
-from kvstore.host_tier import HostTier
-from kvstore.lease import LeaseOutcome
-from kvstore.observer import ExchangeObserver
 from services.engine.engine import Engine
+from services.exposition import ITL_S, REQUEST_S, STAGE_S, TOKENS, TTFT_S, ExposedRegistry, add_process_series
 from services.lifecycle import Event, Timeline
+from services.worker.engine_metrics import EngineCollector, HostTierCollector, StepMetrics
+from services.worker.exchange_metrics import ExchangeMetrics
+from services.worker.index_metrics import IndexMetrics
 
-_STAGE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-
-# A stage of the handoff is the time between two events of the request's timeline.
-_STAGES = {
+# A stage is the time between two events of a request's timeline. Those of a handoff follow each other without a gap.
+_HANDOFF_STAGES = {
+    "order": (Event.PREFILL_ORDERED, Event.PREFILL_QUEUED),
     "prefill_queue": (Event.PREFILL_QUEUED, Event.PREFILL_SCHEDULED),
     "prefill": (Event.PREFILL_SCHEDULED, Event.PREFILL_FINISHED),
+    "read": (Event.PREFILL_FINISHED, Event.BLOCKS_READ),
+    "confirm": (Event.BLOCKS_READ, Event.HANDOFF_CONFIRMED),
+    "join": (Event.HANDOFF_CONFIRMED, Event.DECODE_JOINED),
     "handoff": (Event.PREFILL_FINISHED, Event.DECODE_JOINED),
+}
+_STAGES = {
     "first_token": (Event.RECEIVED, Event.FIRST_TOKEN),
     "decode": (Event.FIRST_TOKEN, Event.FINISHED),
     "total": (Event.RECEIVED, Event.FINISHED),
 }
+_REGULAR_ENDS = frozenset({pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH})
+_FINISH_REASONS = ("stop", "length", "abort", "error")
+_TIERS = ("device", "host", "store", "disk")
+
+Refusal = Literal["draining", "full", "invalid", "protocol"]
+OrderOutcome = Literal["finished", "refused", "failed", "cancelled"]
+RecomputeCause = Literal["handoff", "preemption"]
 
 
-class WorkerMetrics(ExchangeObserver):
-    """Owns one process's registry; also the observer of its block exchange."""
+class RequestMetrics:
+    """What requests say as they pass."""
 
-    def __init__(self, engine: Engine, model_name: str) -> None:
-        self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(engine, model_name))
-        if engine.host_tier is not None:
-            self.registry.register(_HostTierCollector(engine.host_tier))
-        self._stage_s = Histogram(
-            "tandem:request_stage_seconds",
-            "Time of each stage of a request on this worker.",
-            ["stage"],
-            buckets=_STAGE_BUCKETS_S,
-            registry=self.registry,
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def histogram(name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, help, labels, buckets=buckets, registry=registry)
+
+        self.first_token_s = histogram(
+            "vllm:time_to_first_token_seconds", "From the order's arrival here to its first token.", TTFT_S
         )
-        self._finished = self._counter("tandem:requests", "Requests ended here, by finish reason.", "finished_reason")
-        self._recomputes = self._counter("tandem:handoff_failures", "Handoffs that came to nothing, by cause.", "cause")
-        self._prefills = self._counter("tandem:prefills", "Prompts that came into the engine, by way.", "way")
-        self._handoff_blocks = self._counter("tandem:handoff_blocks", "Blocks taken over from prefill workers.")
-        self._handoff_bytes = self._counter("tandem:handoff_bytes", "Bytes of these blocks.")
-        self._prefix_fetches = self._counter("tandem:prefix_fetches", "Prefixes fetched.", "tier", "outcome")
-        self._store_offers = self._counter("tandem:store_offers", "Chains offered to store nodes.", "outcome")
-        self._refused_peers = self._counter("tandem:peers_refused", "Incompatible peers refused.")
-        self._lost_peers = self._counter("tandem:peers_lost", "Block-protocol connections that ended.")
-        self._read_s = Histogram(
-            "tandem:transfer_seconds",
-            "Time of one read of blocks, by lane.",
-            ["lane"],
-            buckets=_STAGE_BUCKETS_S,
-            registry=self.registry,
+        self.gap_s = histogram("vllm:inter_token_latency_seconds", "Between two tokens of a request.", ITL_S)
+        self.token_s = histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean per token of a request after its first.", ITL_S
         )
-        self._read_bytes = self._counter("tandem:transfer_bytes", "Bytes read from peers.", "lane", "outcome")
-        self._digests = self._counter("tandem:digests_checked", "Blocks whose payload digest was checked.")
-        self._fetches = self._counter("tandem:fetches", "Fetches ended, by outcome.", "outcome")
-        self._leases = self._counter("tandem:leases", "Leases closed, by outcome.", "outcome")
+        self.total_s = histogram(
+            "vllm:e2e_request_latency_seconds", "From the order's arrival here to its last token.", REQUEST_S
+        )
+        self.queue_s = histogram(
+            "vllm:request_queue_time_seconds", "In the queue here, for prompts computed here.", REQUEST_S
+        )
+        self.prefill_s = histogram(
+            "vllm:request_prefill_time_seconds",
+            "From first chunk to last, for prompts computed here.",
+            REQUEST_S,
+        )
+        self.decode_s = histogram(
+            "vllm:request_decode_time_seconds", "From a request's first token to its last.", REQUEST_S
+        )
+        self.num_prompt_tokens = histogram("vllm:request_prompt_tokens", "Prompt tokens per request.", TOKENS)
+        self.num_generated_tokens = histogram("vllm:request_generation_tokens", "Generated tokens per request.", TOKENS)
+        self.success = Counter(
+            "vllm:request_success", "Requests that ended here, by reason.", ["finished_reason"], registry=registry
+        )
+        self.stage_s = histogram(
+            "tandem:request_stage_seconds", "Time of each stage of a request; see docs/metrics.md.", STAGE_S, "stage"
+        )
+        for reason in _FINISH_REASONS:
+            self.success.labels(reason)
+        for stage in (*_HANDOFF_STAGES, *_STAGES):
+            self.stage_s.labels(stage)
 
-    def _counter(self, name: str, help: str, *labels: str) -> Counter:
-        return Counter(name, help, labels, registry=self.registry)
+    def prefilled(self, timeline: Timeline) -> None:
+        """A prompt was computed here."""
+        _observe(self.queue_s, timeline.seconds_between(Event.PREFILL_QUEUED, Event.PREFILL_SCHEDULED))
+        _observe(self.prefill_s, timeline.seconds_between(Event.PREFILL_SCHEDULED, Event.PREFILL_FINISHED))
 
     def finished(self, timeline: Timeline, usage: pb.Usage, finish_reason: pb.FinishReason) -> None:
         """A decode worker's request has ended."""
-        name = pb.FinishReason.Name(finish_reason).removeprefix("FINISH_REASON_").lower()
-        self._finished.labels(name).inc()
+        self.success.labels(pb.FinishReason.Name(finish_reason).removeprefix("FINISH_REASON_").lower()).inc()
+        for stage, events in _STAGES.items():
+            _observe(self.stage_s.labels(stage), timeline.seconds_between(*events))
+        if usage.prefilled_locally:
+            self.prefilled(timeline)
+        elif usage.num_transferred_blocks:
+            for stage, events in _HANDOFF_STAGES.items():
+                _observe(self.stage_s.labels(stage), timeline.seconds_between(*events))
+        if finish_reason not in _REGULAR_ENDS:
+            return
+        decode_s = timeline.seconds_between(Event.FIRST_TOKEN, Event.FINISHED)
+        _observe(self.total_s, timeline.seconds_between(Event.RECEIVED, Event.FINISHED))
+        _observe(self.decode_s, decode_s)
+        if decode_s is not None and usage.num_generated_tokens > 1:
+            _observe(self.token_s, decode_s / (usage.num_generated_tokens - 1))
+        self.num_prompt_tokens.observe(usage.num_prompt_tokens)
+        self.num_generated_tokens.observe(usage.num_generated_tokens)
+
+
+class WorkerMetrics:
+    """Owns one worker process's series."""
+
+    def __init__(self, engine: Engine, model_name: str, role: str) -> None:
+        own = CollectorRegistry()
+        own.register(EngineCollector(engine))
+        if engine.host_tier is not None:
+            own.register(HostTierCollector(engine.host_tier))
+        add_process_series(own, role)
+        self.registry: CollectorRegistry = ExposedRegistry(own, {"model_name": model_name, "role": role})
+        self.exchange = ExchangeMetrics(own)
+        self.index = IndexMetrics(own)
+        self.steps = StepMetrics(own)
+        self.requests = RequestMetrics(own)
+
+        def counter(name: str, help: str, *labels: str) -> Counter:
+            return Counter(f"tandem:{name}", help, labels, registry=own)
+
+        self._in_handoff = Gauge(
+            "tandem:requests_in_handoff", "Requests whose prompt is being brought into the engine.", registry=own
+        )
+        self._draining = Gauge("tandem:draining", "Whether the worker refuses new work and will end.", registry=own)
+        self._refusals = counter("refusals", "Orders not taken on, by reason.", "reason")
+        self._orders = counter("prefill_orders", "Orders of decode workers to prefill a prompt, by outcome.", "outcome")
+        self._prefills = counter("prefills", "Prompts that came into the engine, by way.", "way")
+        self._handoff_failures = counter("handoff_failures", "Handoffs that came to nothing, by cause.", "cause")
+        self._recomputes = counter("recomputes", "Prompts that had to be computed again, by cause.", "cause")
+        self._handoff_blocks = counter("handoff_blocks", "Blocks taken over from prefill workers.")
+        self._handoff_bytes = counter("handoff_bytes", "Bytes of these blocks.")
+        self._prefix_fetches = counter("prefix_fetches", "Prefixes asked of other holders.", "tier", "outcome")
+        self._prefix_blocks = counter("prefix_fetched_blocks", "Blocks of prefixes that came from them.", "tier")
+        self._prefix_bytes = counter("prefix_fetched_bytes", "Bytes of these blocks.", "tier")
+        self._offers = counter("offers", "Chains that this worker told store nodes of.", "outcome")
+        self._preset()
+
+    def _preset(self) -> None:
+        """Rates see the first event of a series only if the series was there before it."""
+        for reason in ("draining", "full", "invalid", "protocol"):
+            self._refusals.labels(reason)
+        for outcome in ("finished", "refused", "failed", "cancelled"):
+            self._orders.labels(outcome)
+        for cause in ("handoff", "preemption"):
+            self._recomputes.labels(cause)
+        for cause in ("unreachable", "timeout", "digest", "peer_lost", "rpc", "overloaded"):
+            self._handoff_failures.labels(cause)
+        for way in ("local", "handoff"):
+            self._prefills.labels(way)
+        for outcome in ("sent", "dropped"):
+            self._offers.labels(outcome)
+        for tier in _TIERS:
+            self._prefix_fetches.labels(tier, "ok")
+            self._prefix_blocks.labels(tier)
+            self._prefix_bytes.labels(tier)
+
+    def watch_service(self, num_in_handoff: Callable[[], int], is_draining: Callable[[], bool]) -> None:
+        """Where to read the service's state from, at scrape time."""
+        self._in_handoff.set_function(num_in_handoff)
+        self._draining.set_function(is_draining)
+
+    # ---- decode ---------------------------------------------------------------
+
+    def refused(self, reason: Refusal) -> None:
+        """An order was not taken on."""
+        self._refusals.labels(reason).inc()
+
+    def first_token(self, timeline: Timeline) -> None:
+        """A request's first token goes to the router."""
+        _observe(self.requests.first_token_s, timeline.seconds_between(Event.RECEIVED, Event.FIRST_TOKEN))
+
+    def next_token(self, gap_s: float) -> None:
+        """A further token, `gap_s` after the one before it."""
+        self.requests.gap_s.observe(max(0.0, gap_s))
+
+    def finished(self, timeline: Timeline, usage: pb.Usage, finish_reason: pb.FinishReason) -> None:
+        """A decode worker's request has ended."""
+        self.requests.finished(timeline, usage, finish_reason)
         if usage.prefilled_locally or usage.prefill_worker_id:
             self._prefills.labels("local" if usage.prefilled_locally else "handoff").inc()
-        for stage, (start, end) in _STAGES.items():
-            seconds = timeline.seconds_between(start, end)
-            if seconds is not None and not (stage == "handoff" and usage.prefilled_locally):
-                self._stage_s.labels(stage).observe(max(0.0, seconds))
-
-    def prefix_fetched(self, tier: str, outcome: str) -> None:
-        self._prefix_fetches.labels(tier, outcome).inc()
-
-    def store_offered(self, outcome: str, number: int) -> None:
-        """Chains were offered to store nodes: `outcome` is "sent" or "dropped"."""
-        self._store_offers.labels(outcome).inc(number)
 
     def handoff_failed(self, cause: str) -> None:
-        self._recomputes.labels(cause).inc()
+        self._handoff_failures.labels(cause).inc()
+
+    def recomputed(self, cause: RecomputeCause, number: int = 1) -> None:
+        """A prompt, or what was generated from it, is computed again."""
+        self._recomputes.labels(cause).inc(number)
 
     def handed_off(self, num_blocks: int, num_bytes: int) -> None:
         self._handoff_blocks.inc(num_blocks)
         self._handoff_bytes.inc(num_bytes)
 
-    def peer_refused(self, peer: str, reason: str) -> None:
-        self._refused_peers.inc()
+    # ---- prefill --------------------------------------------------------------
 
-    def peer_lost(self, peer_id: str, reason: str, we_read: bool) -> None:
-        self._lost_peers.inc()
+    def order_ended(self, outcome: OrderOutcome) -> None:
+        """A decode worker's order has ended."""
+        self._orders.labels(outcome).inc()
 
-    def read_ended(self, peer_id: str, lane: str, num_blocks: int, num_bytes: int, duration_s: float, ok: bool) -> None:
-        self._read_s.labels(lane).observe(duration_s)
-        self._read_bytes.labels(lane, "ok" if ok else "failed").inc(num_bytes)
+    # ---- both -----------------------------------------------------------------
 
-    def digests_checked(self, peer_id: str, num_blocks: int) -> None:
-        self._digests.inc(num_blocks)
+    def prefix_fetched(self, tier: str, outcome: str, num_blocks: int, num_bytes: int) -> None:
+        """A fetch was tried; the blocks are those that came and may be used."""
+        # The word is the router's; an unknown one must not become a series.
+        tier = tier if tier in _TIERS else "other"
+        self._prefix_fetches.labels(tier, outcome).inc()
+        if num_blocks:
+            self._prefix_blocks.labels(tier).inc(num_blocks)
+            self._prefix_bytes.labels(tier).inc(num_bytes)
 
-    def fetch_ended(self, peer_id: str, result: FetchResult, duration_s: float) -> None:
-        self._fetches.labels("ok" if result.failure is None else result.failure.cause.value).inc()
-
-    def lease_ended(self, peer_id: str, outcome: LeaseOutcome, num_blocks: int, duration_s: float) -> None:
-        self._leases.labels(outcome.value).inc()
-
-
-class _EngineCollector(Collector):
-    """The engine's own figures, under the names that dashboards for vLLM know."""
-
-    def __init__(self, engine: Engine, model_name: str) -> None:
-        self._engine = engine
-        self._labels = {"model_name": model_name}
-
-    def collect(self) -> Iterable[Metric]:
-        # Read from another thread than the engine's: single integers, each right for some moment of this scrape.
-        load, stats, layout = self._engine.load(), self._engine.stats, self._engine.layout
-        model = self._labels
-        yield _gauge("vllm:num_requests_running", "Requests in the running batch.", load.num_running, model)
-        yield _gauge("vllm:num_requests_waiting", "Requests that wait for their first step.", load.num_waiting, model)
-        usage = 1 - load.num_free_blocks / load.num_blocks
-        yield _gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use; 1 is all.", usage, model)
-        info = {
-            "block_size": str(layout.block_size),
-            "num_gpu_blocks": str(load.num_blocks),
-            "cache_dtype": layout.dtype,
-        }
-        yield _gauge("vllm:cache_config_info", "The KV cache, in its labels.", 1, info)
-        yield _counter("vllm:num_preemptions", "Requests preempted.", stats.num_preemptions, model)
-        yield _counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", stats.num_prefix_queries, model)
-        yield _counter("vllm:prefix_cache_hits", "Prompt tokens found.", stats.num_prefix_hits, model)
-        partial_help = "Of the prompt tokens found, those in a block that goes on with other tokens: copied."
-        yield _counter("tandem:prefix_partial_hit_tokens", partial_help, stats.num_partial_hit_tokens, model)
-        yield _counter("vllm:prompt_tokens", "Prompt tokens computed.", stats.num_prompt_tokens, model)
-        yield _counter("vllm:generation_tokens", "Tokens generated.", stats.num_generated_tokens, model)
-        yield _gauge("tandem:kv_blocks_free", "KV blocks free or evictable.", load.num_free_blocks, model)
-        yield _gauge("tandem:kv_blocks", "KV blocks in the pool.", load.num_blocks, model)
-        yield _gauge("tandem:waiting_tokens", "Prompt tokens not yet computed.", load.num_waiting_tokens, model)
-        yield _counter("tandem:engine_steps", "Engine steps.", stats.num_steps, model)
+    def store_offered(self, outcome: str, number: int) -> None:
+        """Chains were offered to store nodes: `outcome` is "sent" or "dropped"."""
+        self._offers.labels(outcome).inc(number)
 
 
-class _HostTierCollector(Collector):
-    """The host tier's own figures. "in": evicted by the paged cache; "out": back into it."""
-
-    def __init__(self, tier: HostTier) -> None:
-        self._tier = tier
-
-    def collect(self) -> Iterable[Metric]:
-        tier, stats = self._tier, self._tier.stats
-        yield _gauge("tandem:host_tier_blocks", "KV blocks that the host tier holds.", tier.num_blocks, {})
-        yield _gauge("tandem:host_tier_capacity_blocks", "KV blocks that it has room for.", tier.num_slots, {})
-        yield _counter("tandem:host_tier_hits", "Blocks copied back and found whole.", stats.num_restored, {})
-        yield _counter("tandem:host_tier_evictions", "Blocks given up for others.", tier.num_evicted, {})
-        yield _counter("tandem:host_tier_lost", "Evicted blocks for which there was no slot.", stats.num_lost, {})
-        yield _counter("tandem:host_tier_corrupt", "Blocks whose bytes had changed there.", stats.num_corrupt, {})
-        copied = CounterMetricFamily("tandem:host_tier_bytes", "Bytes copied.", labels=["direction"])
-        copied.add_metric(["in"], stats.num_offloaded * tier.block_bytes)
-        copied.add_metric(["out"], (stats.num_restored + stats.num_corrupt) * tier.block_bytes)
-        yield copied
-        seconds = CounterMetricFamily("tandem:host_tier_seconds", "Time spent copying.", labels=["direction"])
-        seconds.add_metric(["in"], stats.offload_s)
-        seconds.add_metric(["out"], stats.restore_s)
-        yield seconds
-
-
-def _gauge(name: str, help: str, value: float, labels: dict[str, str]) -> Metric:
-    family = GaugeMetricFamily(name, help, labels=list(labels))
-    family.add_metric(list(labels.values()), value)
-    return family
-
-
-def _counter(name: str, help: str, value: float, labels: dict[str, str]) -> Metric:
-    family = CounterMetricFamily(name, help, labels=list(labels))
-    family.add_metric(list(labels.values()), value)
-    return family
+def _observe(histogram: Histogram, seconds: float | None) -> None:
+    """Clocks of two machines may differ; time never runs backwards."""
+    if seconds is not None:
+        histogram.observe(max(0.0, seconds))

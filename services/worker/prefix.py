@@ -36,6 +36,7 @@ from services.engine.engine import Engine
 from services.worker.engine_thread import EngineThread
 from services.worker.fetch_costs import FetchCosts
 from services.worker.host_prefixes import HostPrefixes
+from services.worker.index_metrics import IndexMetrics
 from services.worker.settling import settled
 
 log = logging.getLogger(__name__)
@@ -77,8 +78,11 @@ class CacheLender:
 class IndexFeed:
     """Tells the prefix index what the paged cache and the host tier hold."""
 
-    def __init__(self, redis_url: str, worker_id: str, incarnation: str, engine: Engine) -> None:
-        self._writer = IndexWriter(redis_url, worker_id, incarnation, lambda: _holdings(engine))
+    def __init__(self, redis_url: str, worker_id: str, incarnation: str, engine: Engine, metrics: IndexMetrics) -> None:
+        self._writer = writer = IndexWriter(
+            redis_url, worker_id, incarnation, lambda: _holdings(engine), observer=metrics
+        )
+        metrics.watch_index(lambda: writer.connected, lambda: writer.num_pending)
 
     async def start(self) -> None:
         await self._writer.start()
@@ -128,10 +132,10 @@ class PrefixFetcher:
         host: HostPrefixes,
         costs: FetchCosts,
         timeout_s: float,
-        count: Callable[[str, str], None],
+        count: Callable[[str, str, int, int], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`count(tier, outcome)` is called once for every fetch that was tried."""
+        """`count(tier, outcome, num_blocks, num_bytes)` is called once for every fetch that was tried."""
         self.costs = costs
         self._worker_id = worker_id
         self._engine = engine
@@ -208,16 +212,18 @@ class PrefixFetcher:
 
     async def _fetch_from(self, source: pb.PrefixSource, hashes: Sequence[BlockHash]) -> pb.FetchedPrefix | None:
         started_s = self._clock()
-        outcome = "timeout"
+        outcome, num_blocks, num_bytes = "timeout", 0, 0
         try:
             owner = await self._exchange.connect(source.kv_address)
             result = await self._run(source, owner, hashes)
             outcome = "ok" if result.failure is None else result.failure.cause.value
+            if result.failure is None:
+                num_blocks, num_bytes = result.num_blocks, result.num_bytes
         except (PeerUnreachable, PeerLost, IncompatiblePeer) as error:
             outcome = "unreachable"
             log.info("prefix of %d blocks from %s: %s", len(hashes), source.holder_id, error)
         finally:
-            self._count(source.tier, outcome)
+            self._count(source.tier, outcome, num_blocks, num_bytes)
             if outcome in _BAD_OUTCOMES:
                 # Prompts with the same prefix wait for this one: they should not all try the same holder in turn.
                 self._shunned_until[source.holder_id] = self._clock() + _SHUN_S

@@ -150,19 +150,21 @@ async def open_worker(
         server = grpc.aio.server(options=GRPC_OPTIONS)
         grpc_port = _add_port(server, config.host, config.port)
         worker_id = config.worker_id or f"{role}-{host}-{grpc_port}"
-        metrics = WorkerMetrics(engine, _names(config)[0])
+        metrics = WorkerMetrics(engine, _names(config)[0], role)
         transports = make_transports(config.kv_transport, engine.memory, worker_id)
         identity = PeerIdentity(f"{worker_id}/{incarnation}", role, incarnation, engine.layout)
-        feed = IndexFeed(config.redis, worker_id, incarnation, engine)
+        feed = IndexFeed(config.redis, worker_id, incarnation, engine, metrics.index)
         followers = [feed.changed]
-        thread = EngineThread(engine, lambda changes: _tell_all(followers, changes), feed.host_changed)
+        thread = EngineThread(
+            engine, lambda changes: _tell_all(followers, changes), feed.host_changed, metrics.steps.ended
+        )
         host_prefixes = HostPrefixes(engine, thread, config.prefix_fetch_timeout_s)
         exchange = BlockExchange(
             identity,
             engine.memory,
             transports,
             exchange_timeouts(config),
-            observer=metrics,
+            observer=metrics.exchange,
             lender=CacheLender(engine, thread, host_prefixes),
         )
         store_feed = _store_feed(config, engine, exchange, metrics)
@@ -271,6 +273,7 @@ async def _serve(
         async with open_worker(config, role, engine, build) as worker:
             parts, record = worker.parts, worker.record
             registrar = Registrar(config.redis, record, lease_s=config.lease_s)
+            parts.metrics.index.watch_registry(lambda: registrar.connected)
             await registrar.start()
             try:
                 log.info("%s serves on %s, debug http://%s", parts.worker_id, record.grpc_address, record.http_address)

@@ -33,7 +33,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def series(stack: Stack, name: str, metric: str) -> float:
     text = httpx.get(f"{stack.services[name].debug_url}/metrics").text
-    found = re.findall(rf"^{re.escape(metric)} (\S+)$", text, re.MULTILINE)
+    found = re.findall(rf"^{re.escape(metric)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
     assert found, f"{name} has no {metric}"
     return float(found[0])
 

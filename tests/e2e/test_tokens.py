@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,6 @@ def handed_off(stack: Stack) -> dict[str, int]:
         if service.role == "decode":
             metrics = httpx.get(f"{service.debug_url}/metrics").text
             for line in metrics.splitlines():
-                if line.startswith('tandem:prefills_total{way="handoff"}'):
+                if re.match(r'tandem:prefills_total\{.*way="handoff"', line):
                     counts[name] = int(float(line.split()[-1]))
-    return counts
+    return {name: count for name, count in counts.items() if count}

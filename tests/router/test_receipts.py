@@ -184,12 +184,17 @@ def test_a_stop_string_does_not_lose_it_and_a_worker_that_says_nothing_gives_non
     assert only_receipt(http.post("/v1/completions", json=body).json()) is None
 
 
+FED_FROM_RECEIPTS = ("receipt", "cached", "fetched", "handoff", "digests", "recomputes")
+
+
 def counters(http) -> Counter[str]:
     found: Counter[str] = Counter()
     for line in http.get("/metrics").text.splitlines():
         name, _, value = line.rpartition(" ")
         if name.startswith("tandem:router_") and "_total" in name:
-            found[name.removeprefix("tandem:router_").replace("_total", "")] += float(value)
+            name = name.removeprefix("tandem:router_").replace("_total", "")
+            if name.startswith(FED_FROM_RECEIPTS):
+                found[name] += float(value)
     return found
 
 

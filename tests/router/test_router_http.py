@@ -280,7 +280,7 @@ def test_a_client_that_hangs_up_while_waiting_aborts(router, worker):
     with httpx.Client(base_url=router.base_url, timeout=10) as http:
         assert http.get("/load").json()["server_load"] == 0
         metrics = http.get("/metrics").text
-    assert 'vllm:num_requests_waiting{model_name="tiny"} 0.0' in metrics
+    assert 'vllm:num_requests_waiting{model_name="tiny",role="router"} 0.0' in metrics
 
 
 # ---- metrics --------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_metrics_count_requests_and_tokens(http):
     http.post("/v1/completions", json={"prompt": "x", "max_tokens": -1})
     after = http.get("/metrics").text
     grown = {
-        'vllm:request_success_total{finished_reason="length",model_name="tiny"}': 1,
+        'vllm:request_success_total{finished_reason="length",model_name="tiny",role="router"}': 1,
         "vllm:generation_tokens_total": 7,
         "vllm:time_to_first_token_seconds_count": 1,
         "vllm:inter_token_latency_seconds_count": 6,
