@@ -1,4 +1,4 @@
-"""Fixtures that several areas share: a real Redis."""
+"""What several areas share: a real Redis, and how Hypothesis searches."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import redis
+from hypothesis import HealthCheck, settings
 
 from kvstore.embedded_redis import EmbeddedRedis
+
+# No test depends on how fast the machine is, nor on what else runs on it.
+settings.register_profile("tandem", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tandem")
 
 
 @pytest.fixture(scope="session")
