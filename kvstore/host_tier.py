@@ -53,7 +53,22 @@ class HostTierStats:
     num_restored: int = 0  # blocks copied back and found whole: the hits
     num_corrupt: int = 0  # blocks whose bytes had changed here, found on their way back
     offload_s: float = 0.0  # spent copying, on the engine's thread
-    restore_s: float = 0.0  # spent copying and verifying, on other threads
+    restore_s: float = 0.0  # spent copying back and verifying, mostly on other threads
+
+
+class CopiedBack(NamedTuple):
+    """What came of pinned blocks: for each whether its bytes are right, and the seconds that it all took."""
+
+    is_whole: list[bool]
+    seconds: float
+
+    @property
+    def num_whole(self) -> int:
+        """Blocks before the first one that is not right."""
+        return [*self.is_whole, False].index(False)
+
+
+NOTHING_COPIED = CopiedBack([], 0.0)
 
 
 class _Batch(NamedTuple):
@@ -171,21 +186,19 @@ class HostTier:
         self._num_pins += len(pinned)
         return pinned
 
-    def copy_back(self, pinned: Sequence[PinnedBlock], block_ids: Sequence[int]) -> list[bool]:
-        """Copy pinned blocks into paged blocks of the caller's; for each whether the bytes there are right.
-
-        Called on any thread but the engine's: it takes its time.
-        """
+    def copy_back(self, pinned: Sequence[PinnedBlock], block_ids: Sequence[int]) -> CopiedBack:
+        """Copy pinned blocks into paged blocks of the caller's, and verify them there. On any thread."""
         started_s = self._clock()
         self._copier.copy_in([block.slot for block in pinned], block_ids)
         digests = self._paged.digests(block_ids)
-        self.stats.restore_s += self._clock() - started_s
-        return [digest == block.digest for digest, block in zip(digests, pinned, strict=True)]
+        is_whole = [digest == block.digest for digest, block in zip(digests, pinned, strict=True)]
+        return CopiedBack(is_whole, self._clock() - started_s)
 
-    def unpin(self, pinned: Sequence[PinnedBlock], is_whole: Sequence[bool] = ()) -> None:
-        """Give pins back; `is_whole` is what `copy_back` said of them. What has changed in memory is dropped."""
-        self.stats.num_restored += sum(is_whole)
-        for block, whole in zip(pinned, is_whole, strict=False):
+    def unpin(self, pinned: Sequence[PinnedBlock], copied: CopiedBack = NOTHING_COPIED) -> None:
+        """Give pins back; `copied` is what `copy_back` said of them. What has changed in memory is dropped."""
+        self.stats.num_restored += sum(copied.is_whole)
+        self.stats.restore_s += copied.seconds
+        for block, whole in zip(pinned, copied.is_whole, strict=False):
             if not whole:
                 self.stats.num_corrupt += self._tier.drop(block.block_hash)
         self._num_pins -= len(pinned)

@@ -17,14 +17,14 @@ from torch import Tensor
 from kvstore.block_hash import BlockHash
 from kvstore.block_pool import BlockPool, CacheChange
 from kvstore.fetch_events import Reservation
-from kvstore.host_tier import HostChange
+from kvstore.host_tier import CopiedBack, HostChange
 from kvstore.layout import BlockLayout
 from kvstore.memory import BlockMemory
 from services.engine.batch import Batch, SampledBatch
 from services.engine.capacity import choose_num_blocks, choose_num_host_slots
 from services.engine.config import EngineConfig
 from services.engine.host_copies import open_host_tier
-from services.engine.host_prefixes import Restore, begin_restore, end_restore
+from services.engine.host_prefixes import Restore, begin_restore, bring_back, end_restore
 from services.engine.limits import SchedulerConfig
 from services.engine.memory import block_memory
 from services.engine.model import LoadedModel, load_model
@@ -207,12 +207,11 @@ class Engine:
         """
         return begin_restore(self.host_tier, self._scheduler, hashes) if self.host_tier is not None else None
 
-    def end_restore(self, restore: Restore, is_whole: Sequence[bool]) -> int:
-        """Publish what came back whole and give the rest back; returns how many blocks were brought back."""
+    def end_restore(self, restore: Restore, copied: CopiedBack) -> None:
+        """Publish what came back whole and give the rest back; `copied` is NOTHING_COPIED where that failed."""
         assert self.host_tier is not None, "a restore without a host tier"
-        num_whole = end_restore(self.host_tier, self._scheduler, restore, is_whole)
+        end_restore(self.host_tier, self._scheduler, restore, copied)
         self._grant_reservations()
-        return num_whole
 
     def take_host_changes(self) -> list[HostChange]:
         """What happened to findable blocks of the host tier since the last call, in order."""
@@ -238,6 +237,8 @@ class Engine:
     def schedule(self) -> Batch | None:
         """Choose the next step's work, or None if nothing can run before a command frees memory or brings work."""
         self._step_started_s = self._clock()
+        if self.host_tier is not None:
+            bring_back(self.host_tier, self._scheduler)
         batch = self._scheduler.schedule()
         if batch is None:
             self._grant_reservations()
@@ -298,6 +299,8 @@ class Engine:
             self.host_tier.check_integrity()
 
     def _grant_reservations(self) -> None:
+        if self.host_tier is not None and self._on_grant:
+            bring_back(self.host_tier, self._scheduler)
         # A callback may call back into the engine: each grant is complete before it is told.
         for granted in self._scheduler.grant_reservations():
             granted.request.timeline.mark(Event.BLOCKS_RESERVED)

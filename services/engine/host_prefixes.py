@@ -1,6 +1,10 @@
-"""Prefixes that come back from the host tier: blocks are taken, filled outside the engine's thread, then published.
+"""Prefixes that come back from the host tier: blocks are taken, filled, verified, then published.
 
-    begin (engine) -> copy and verify (any other thread) -> end (engine): cached blocks, which the prompt finds
+    begin (engine) -> copy and verify (any thread) -> end (engine): cached blocks, which the prompt finds
+
+A prompt's prefix comes back before it is queued, beside the steps of others (`services.worker.host_prefixes`). What it
+lacks all the same when its turn is near (evicted again while it waited, or its own blocks after a preemption) comes
+back between two steps (`bring_back`): that takes a small part of the time that computing it would.
 
 What is on its way holds lent blocks and pinned slots; both go back in `end`, which whoever began must call.
 """
@@ -12,8 +16,11 @@ from dataclasses import dataclass
 
 from kvstore.block_hash import BlockHash
 from kvstore.dram_tier import PinnedBlock
-from kvstore.host_tier import HostTier
+from kvstore.host_tier import CopiedBack, HostTier
 from services.engine.scheduler import Scheduler
+
+# As many requests may begin in one step at most with blocks that come back right before it.
+_MAX_NEXT = 4
 
 
 @dataclass(frozen=True)
@@ -47,14 +54,23 @@ def begin_restore(tier: HostTier, scheduler: Scheduler, hashes: Sequence[BlockHa
     return Restore(tuple(wanted), tuple(taken.block_ids), taken.num_present, tuple(pinned))
 
 
-def end_restore(tier: HostTier, scheduler: Scheduler, restore: Restore, is_whole: Sequence[bool]) -> int:
-    """Publish what came back whole, up to the first block that did not; give back everything else.
-
-    `is_whole` is what `HostTier.copy_back` returned, or empty where it failed. Returns the number of blocks published.
-    """
-    num_whole = next((index for index, whole in enumerate(is_whole) if not whole), len(is_whole))
-    end = restore.num_present + num_whole
+def end_restore(tier: HostTier, scheduler: Scheduler, restore: Restore, copied: CopiedBack) -> None:
+    """Publish what came back whole, up to the first block that did not; give back everything else."""
+    end = restore.num_present + copied.num_whole
     scheduler.publish_lent(restore.block_ids[:end], restore.hashes[:end])
     scheduler.release_lent(restore.block_ids)
-    tier.unpin(restore.pinned, is_whole)
-    return num_whole
+    tier.unpin(restore.pinned, copied)
+
+
+def bring_back(tier: HostTier, scheduler: Scheduler) -> None:
+    """Bring back at once what the requests lack whose turn comes next. Between steps only: it writes to free blocks,
+    and those may be what a step that was scheduled copies from.
+    """
+    for hashes in scheduler.next_prefixes(_MAX_NEXT):
+        num_cached = scheduler.pool.peek_prefix(hashes)
+        if num_cached == len(hashes) or not tier.may_have(hashes[num_cached]):
+            continue
+        restore = begin_restore(tier, scheduler, hashes)
+        if restore is None:
+            return
+        end_restore(tier, scheduler, restore, tier.copy_back(restore.pinned, restore.missing_ids))

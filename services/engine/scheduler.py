@@ -194,6 +194,15 @@ class Scheduler:
             self.pool.publish(block_id, block_hash, parent_hash)
             parent_hash = block_hash
 
+    def next_prefixes(self, max_requests: int) -> list[Sequence[BlockHash]]:
+        """Identities of the full blocks of those who wait, the next ones first; none where there is no place for them,
+        and none in mid-step. Requests that use no cached blocks are left out.
+        """
+        if self._in_flight is not None or len(self._running) + len(self._reserved) >= self.config.max_rows:
+            return []
+        entries = sorted([*self._waiting[:max_requests], *self._reserving[:max_requests]])[:max_requests]
+        return [entry.request.block_hashes for entry in entries if not entry.request.wants_prompt_logprobs]
+
     def grant_reservations(self) -> list[GrantedReservation]:
         """Give blocks to the reservations whose turn it is. Between steps only: in mid-step it grants nothing."""
         granted: list[GrantedReservation] = []

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from kvstore.block_hash import BlockHash
-from kvstore.host_tier import HostTier
+from kvstore.host_tier import NOTHING_COPIED, HostTier
 from services.engine.engine import Engine
 from services.engine.host_prefixes import Restore
 from services.worker.engine_thread import EngineThread
@@ -78,21 +78,18 @@ class HostPrefixes:
             del self._under_way[first]
 
     async def _fill(self, tier: HostTier, restore: Restore) -> int:
-        is_whole: list[bool] = []
+        copied = NOTHING_COPIED
         try:
             copying = asyncio.get_running_loop().run_in_executor(
                 self._copying, tier.copy_back, restore.pinned, restore.missing_ids
             )
-            is_whole = await copying
+            copied = await copying
         finally:
-            num_restored = await self._thread.call(self._engine.end_restore, restore, is_whole)
-        if num_restored < len(restore.pinned):
-            log.error(
-                "%d of %d blocks had changed in the host tier, and are dropped",
-                is_whole.count(False),
-                len(restore.pinned),
-            )
-        return num_restored
+            await self._thread.call(self._engine.end_restore, restore, copied)
+        num_corrupt = copied.is_whole.count(False)
+        if num_corrupt:
+            log.error("%d of %d blocks had changed in the host tier, and are dropped", num_corrupt, len(restore.pinned))
+        return copied.num_whole
 
     async def settle(self) -> None:
         """Wait until all that was begun has ended, and end the threads."""

@@ -79,15 +79,14 @@ class PagedPool:
             self.pool.release(present)
             return 0
         ids = self.take(len(pinned))
-        is_whole = self.tier.copy_back(pinned, ids)
-        num_whole = [*is_whole, False].index(False)
+        copied = self.tier.copy_back(pinned, ids)
         parent = hashes[num_cached - 1] if num_cached else None
-        for block_id, block_hash in zip(ids[:num_whole], hashes[num_cached:], strict=False):
+        for block_id, block_hash in zip(ids[: copied.num_whole], hashes[num_cached:], strict=False):
             self.pool.publish(block_id, block_hash, parent)
             parent = block_hash
         self.pool.release(present + ids)
-        self.tier.unpin(pinned, is_whole)
-        return num_whole
+        self.tier.unpin(pinned, copied)
+        return copied.num_whole
 
     def check_content(self, hashes: Sequence[BlockHash]) -> None:
         ids = self.pool.match_prefix(hashes)
