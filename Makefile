@@ -31,7 +31,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow lint types imports format proto proto-check bench bench-prefix bench-index compat clean
+.PHONY: help install serve doctor test test-slow lint types imports format proto proto-check bench bench-prefix bench-index compat agreement clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -89,6 +89,9 @@ bench-index: $(INSTALLED) ## the prefix index with a million blocks: lookups aga
 
 compat: $(INSTALLED) ## vllm bench, guidellm, aiperf, lm-eval, litellm, langchain against our server (7 GB); TOOLS=…
 	$(BIN)/python -m tests.compat $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(TOOLS)
+
+agreement: $(INSTALLED) ## do our load test, vllm bench serve, guidellm and aiperf measure the same? 20 minutes
+	$(BIN)/python -m tests.compat.agreement $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(BENCH_ARGS)
 
 clean: ## remove what the tools leave behind; keeps .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
