@@ -41,14 +41,12 @@ LIVE_LOAD = Load(num_requests=100, rate=4, prompt_tokens=100, output_tokens=64)
 def paced_target() -> Iterator[Target]:
     """A server whose every latency is known: TTFT 200 ms, TPOT 20 ms."""
     command = [sys.executable, "-m", "tests.compat.paced_server", "--ttft-ms", "200", "--itl-ms", "20"]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        yield Target(url, paced_server.MODEL, TOKENIZER)
-    finally:
-        process.terminate()
-        process.wait()
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield Target(process.stdout.readline().strip(), paced_server.MODEL, TOKENIZER)
+        finally:
+            process.terminate()
 
 
 def measure_in_turns(target: Target, load: Load, num_rounds: int) -> dict[str, list[Figures]]:
