@@ -19,7 +19,8 @@ class Orders:
         self._num_new_tokens = num_new_tokens
 
     def record(self, worker_id: str) -> WorkerRecord:
-        return next(record for record in self._stack.records() if record.worker_id == worker_id)
+        (found,) = (record for record in self._stack.records() if record.worker_id == worker_id)
+        return found
 
     def hashes(self, prompt: list[int]) -> list[BlockHash]:
         """Of the prompt's full blocks, under the model that the stack serves."""

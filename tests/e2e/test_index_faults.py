@@ -14,11 +14,10 @@ import httpx
 import pytest
 import redis
 
-from kvstore.block_hash import BlockHash
-from kvstore.prefix_index import IndexReader
 from kvstore.prefix_index_scripts import IndexKeys
 from kvstore.worker_record import WorkerRecord
 from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.index_view import num_held
 from tests.orders import Orders
 from tests.stack import Stack
 
@@ -175,24 +174,6 @@ async def test_redis_flushed_again_and_again_costs_hits_only(
     stack.check_clean()
 
 
-class Lookup:
-    """What the index says of a prompt's blocks, as a router would ask it."""
-
-    def __init__(self, stack: Stack, hashes: list[BlockHash]) -> None:
-        self._url = stack.redis.url
-        self._hashes = hashes
-
-    async def num_blocks_of(self, holder_id: str) -> int:
-        reader = IndexReader(self._url)
-        await reader.start()
-        try:
-            await reader.wait_until(lambda: reader.available, 20)
-            found = await reader.lookup(self._hashes, timeout_s=20)
-        finally:
-            await reader.close()
-        return next((holding.num_blocks for holding in found if holding.holder_id == holder_id), 0)
-
-
 async def evict(orders: Orders, prefill: str, seed: int) -> None:
     """Push one prompt through a prefill worker: the blocks used longest ago are used for others."""
     await orders.generate(random_prompts([8 * BLOCK_TOKENS], seed=seed)[0], "decode-0", prefill, [])
@@ -203,16 +184,16 @@ async def test_a_block_that_was_reused_between_lookup_and_fetch_is_computed(stac
     (shared,), tails = random_prompts([16 * BLOCK_TOKENS], seed=81), random_prompts([20] * 2, seed=82)
     prompts = [shared + tail for tail in tails]
     expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
-    lookup = Lookup(stack, orders.hashes(shared))
+    hashes = orders.hashes(shared)
 
     assert (await orders.generate(prompts[0], "decode-0", "prefill-0", []))[0] == expected[0]
     await asyncio.to_thread(stack.wait_index_follows)
-    looked_up = await lookup.num_blocks_of("prefill-0")
+    looked_up = await num_held(stack, hashes, "prefill-0")
     assert looked_up == 16
     for seed in range(1000, 1000 + NUM_CACHE_BLOCKS // 8):
         await evict(orders, "prefill-0", seed)
         await asyncio.to_thread(stack.wait_index_follows)
-        num_left = await lookup.num_blocks_of("prefill-0")
+        num_left = await num_held(stack, hashes, "prefill-0")
         if num_left < looked_up:
             break
     assert 0 < num_left < looked_up, "some are left, the others' memory has other content now"
@@ -230,7 +211,6 @@ async def test_entries_of_blocks_that_are_gone_cost_a_question_and_nothing_else(
     prompts = [shared + tail for tail in tails]
     expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
     hashes = orders.hashes(shared)
-    lookup = Lookup(stack, hashes)
 
     assert (await orders.generate(prompts[0], "decode-0", "prefill-0", []))[0] == expected[0]
     await asyncio.to_thread(stack.wait_index_follows)
@@ -240,10 +220,10 @@ async def test_entries_of_blocks_that_are_gone_cost_a_question_and_nothing_else(
         for seed in range(2000, 2000 + NUM_CACHE_BLOCKS // 8):
             await evict(orders, "prefill-0", seed)
         await asyncio.to_thread(stack.wait_index_follows)
-        assert [await lookup.num_blocks_of(holder) for holder in ("prefill-0", "decode-0")] == [0, 0]
+        assert [await num_held(stack, hashes, holder) for holder in ("prefill-0", "decode-0")] == [0, 0]
         for key, content in kept.items():
             server.restore(key, 0, content, replace=True)
-    assert [await lookup.num_blocks_of(holder) for holder in ("prefill-0", "decode-0")] == [16, 16], "a lie"
+    assert [await num_held(stack, hashes, holder) for holder in ("prefill-0", "decode-0")] == [16, 16], "a lie"
 
     refused = stack.metric("prefill-1", "tandem:prefix_fetches_total", outcome="revoked")
     async with client_of(stack) as client:

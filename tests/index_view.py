@@ -1,0 +1,38 @@
+"""What a stack's prefix index says of a prompt's blocks, as a router would ask it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from kvstore.block_hash import BlockHash
+from kvstore.prefix_index import Holding, IndexReader, Tier
+from tests.stack import Stack
+
+_WAIT_S = 60.0
+
+
+async def held(stack: Stack, hashes: Sequence[BlockHash]) -> dict[str, Holding]:
+    """The longest prefix of each holder, by its id."""
+    reader = IndexReader(stack.redis.url)
+    await reader.start()
+    try:
+        await reader.wait_until(lambda: reader.available, _WAIT_S)
+        return {holding.holder_id: holding for holding in await reader.lookup(hashes, _WAIT_S)}
+    finally:
+        await reader.close()
+
+
+async def num_held(stack: Stack, hashes: Sequence[BlockHash], holder_id: str) -> int:
+    holding = (await held(stack, hashes)).get(holder_id)
+    return 0 if holding is None else holding.num_blocks
+
+
+async def until_held(stack: Stack, hashes: Sequence[BlockHash], holder_id: str, tier: Tier) -> None:
+    """Until the holder has all of these blocks in `tier`, or a faster one."""
+    async with asyncio.timeout(_WAIT_S):
+        while True:
+            holding = (await held(stack, hashes)).get(holder_id)
+            if holding is not None and sum(holding.num_per_tier[: tier + 1]) == len(hashes):
+                return
+            await asyncio.sleep(0.02)

@@ -1,0 +1,31 @@
+"""Bytes in the memory of another process of ours, found and changed from outside, as a bad DIMM would (Linux)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def flip_byte(pid: int, content: bytes, offset: int) -> int:
+    """Flip one bit at `offset` in every copy of `content` that the process can write; returns how many there were."""
+    num_flipped = 0
+    with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+        for start, end in _writable_maps(pid):
+            memory.seek(start)
+            mapped = memory.read(end - start)
+            at = mapped.find(content)
+            while at >= 0:
+                memory.seek(start + at + offset)
+                memory.write(bytes([content[offset] ^ 1]))
+                num_flipped += 1
+                at = mapped.find(content, at + 1)
+    return num_flipped
+
+
+def _writable_maps(pid: int) -> list[tuple[int, int]]:
+    maps = []
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        addresses, permissions, _, _, inode, *_ = line.split()
+        if permissions.startswith("rw") and inode == "0" and "[v" not in line:  # anonymous, and not the kernel's own
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            maps.append((start, end))
+    return maps
