@@ -1,10 +1,11 @@
-"""A process that speaks the block protocol with a live stack over UCX: the test itself. It may lie."""
+"""A process that speaks the block protocol with a live stack over UCX. It takes blocks over, and it may lie."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
 
 from tandem.v1 import worker_pb2 as pb
 
@@ -18,75 +19,105 @@ from kvstore.messages import AnnouncedBlock
 from kvstore.registry import new_incarnation
 from kvstore.transport.select import make_transports
 from kvstore.worker_record import WorkerRecord
+from tests.stack import FORK_SERVER
 
-_FETCH_S = 60.0
+_NUM_SLOTS = 512
+_WAIT_S = 60.0
 
 
 class BlockPeer:
-    """Fetches blocks from members of a stack, and lends them under the digests that they came with."""
+    """The test's end of it: a context manager. The layout is that of the workers it will talk with."""
 
-    def __init__(self, layout: BlockLayout, num_slots: int) -> None:
-        self.memory = HostMemory.allocate(num_slots, layout.block_bytes)
-        self.incarnation = new_incarnation()
-        self.num_lent = 0
-        identity = PeerIdentity(f"peer/{self.incarnation}", "store", self.incarnation, layout)
-        transports = make_transports("ucxx", self.memory, "peer")
-        self.exchange = BlockExchange(identity, self.memory, transports, lender=self)
-        self._slots: dict[BlockHash, tuple[int, int]] = {}  # with the digest
+    def __init__(self, record: WorkerRecord) -> None:
+        self._layout = record.layout or {}
 
-    async def fetch(self, holder: WorkerRecord, hashes: Sequence[BlockHash]) -> None:
-        """Take these blocks over from a worker or a store node."""
-        first = len(self._slots)
+    def __enter__(self) -> BlockPeer:
+        self._connection, other = FORK_SERVER.Pipe()
+        self._process = FORK_SERVER.Process(target=_run, args=(other, self._layout), name="peer")
+        self._process.start()
+        other.close()
+        self._address, self._incarnation = self._receive()
+        return self
 
-        async def reserve(num_blocks: int) -> Reservation:
-            return Reservation(list(range(first, first + num_blocks)))
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()  # which ends it
+        self._process.join(_WAIT_S)
+        self._process.kill()
 
-        owner = await self.exchange.connect(holder.kv_address)
-        fetch = self.exchange.fetch_prefix(first.to_bytes(16, "big"), owner, hashes, reserve)
-        result = await asyncio.wait_for(fetch.result, _FETCH_S)
-        assert result.failure is None, result.failure
-        assert len(result.block_ids) == len(hashes)
-        for block_hash, slot in zip(hashes, result.block_ids, strict=True):
-            (digest,) = self.memory.digests([slot])
-            self._slots[block_hash] = (slot, digest)
+    def fetch(self, holder: WorkerRecord, hashes: Sequence[BlockHash]) -> list[bytes]:
+        """Take these blocks over from a worker or a store node; returns their bytes."""
+        return list(self._order("fetch", holder.kv_address, list(hashes)))
 
-    def bytes_of(self, block_hash: BlockHash) -> bytes:
-        return self.memory.view(self._slots[block_hash][0]).tobytes()
-
-    def flip(self, block_hash: BlockHash, offset: int, bit: int = 1) -> None:
-        """What is sent from now on is not what is announced."""
-        self.memory.view(self._slots[block_hash][0])[offset] ^= bit
+    def flip(self, block_hash: BlockHash, offset: int) -> None:
+        """What is sent of this block from now on is not what is announced."""
+        self._order("flip", block_hash, offset)
 
     def source(self, num_blocks: int) -> pb.PrefixSource:
         """The hint that we have the first blocks of a prompt."""
         return pb.PrefixSource(
             holder_id="peer",
-            incarnation=self.incarnation,
-            kv_address=self.exchange.address,
+            incarnation=self._incarnation,
+            kv_address=self._address,
             num_blocks=num_blocks,
             tier="store",
         )
 
+    def _order(self, name: str, *arguments: object) -> Any:
+        self._connection.send((name, arguments))
+        return self._receive()
+
+    def _receive(self) -> Any:
+        assert self._connection.poll(_WAIT_S), "no answer from the peer"
+        return self._connection.recv()
+
+
+class _Peer:
+    """Lends what it has taken over under the digests that it came with. Every public coroutine is an order."""
+
+    def __init__(self, layout: BlockLayout) -> None:
+        self._memory = HostMemory.allocate(_NUM_SLOTS, layout.block_bytes)
+        self._slots: dict[BlockHash, tuple[int, int]] = {}  # with the digest
+        self.incarnation = new_incarnation()
+        identity = PeerIdentity(f"peer/{self.incarnation}", "store", self.incarnation, layout)
+        self.exchange = BlockExchange(
+            identity, self._memory, make_transports("ucxx", self._memory, "peer"), lender=self
+        )
+
+    async def fetch(self, address: str, hashes: list[BlockHash]) -> list[bytes]:
+        first = len(self._slots)
+
+        async def reserve(num_blocks: int) -> Reservation:
+            return Reservation(list(range(first, first + num_blocks)))
+
+        owner = await self.exchange.connect(address)
+        result = await self.exchange.fetch_prefix(first.to_bytes(16, "big"), owner, hashes, reserve).result
+        assert result.failure is None, result.failure
+        for block_hash, slot in zip(hashes, result.block_ids, strict=True):
+            self._slots[block_hash] = (slot, *self._memory.digests([slot]))
+        return [self._memory.view(slot).tobytes() for slot in result.block_ids]
+
+    async def flip(self, block_hash: BlockHash, offset: int) -> None:
+        self._memory.view(self._slots[block_hash][0])[offset] ^= 1
+
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
-        self.num_lent += 1
-        found: list[AnnouncedBlock] = []
-        for block_hash in hashes:
-            if block_hash not in self._slots:
-                break
-            slot, digest = self._slots[block_hash]
-            found.append(AnnouncedBlock(slot, block_hash, digest))
-        return found
+        held = hashes[: next((i for i, each in enumerate(hashes) if each not in self._slots), len(hashes))]
+        return [AnnouncedBlock(slot, each, digest) for each in held for slot, digest in [self._slots[each]]]
 
     async def take_back(self, blocks: Sequence[AnnouncedBlock], was_confirmed: bool) -> None:
         """What is lent stays where it is."""
 
 
-@asynccontextmanager
-async def block_peer(record: WorkerRecord, num_slots: int = 128) -> AsyncIterator[BlockPeer]:
-    """A peer with the layout of a worker of the stack."""
-    peer = BlockPeer(BlockLayout.from_wire(record.layout or {}), num_slots)
+def _run(connection: Connection, layout: dict[str, Any]) -> None:
+    asyncio.run(_serve(connection, BlockLayout.from_wire(layout)))
+
+
+async def _serve(connection: Connection, layout: BlockLayout) -> None:
+    peer = _Peer(layout)
     await peer.exchange.start("127.0.0.1", 0)
+    connection.send((peer.exchange.address, peer.incarnation))
     try:
-        yield peer
-    finally:
+        while True:
+            name, arguments = await asyncio.to_thread(connection.recv)
+            connection.send(await getattr(peer, name)(*arguments))
+    except EOFError:
         await peer.exchange.close()

@@ -26,9 +26,9 @@ from kvstore.worker_record import WorkerRecord, decode_record
 _READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 20.0
 
-_context = multiprocessing.get_context("forkserver")
+FORK_SERVER = multiprocessing.get_context("forkserver")
 # Nothing that starts threads or opens UCX or gRPC when imported.
-_context.set_forkserver_preload(["tests.stack_preload"])
+FORK_SERVER.set_forkserver_preload(["tests.stack_preload"])
 
 
 @dataclass
@@ -94,14 +94,19 @@ class Stack:
         """The flags of every process."""
         return ["--redis", self.redis.url, "--log-format", "text"]
 
-    def restart(self, *names: str) -> None:
-        """Kill workers or store nodes, start them anew with the same flags, and wait until they are registered."""
+    def restart(self, *names: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Kill workers or store nodes, start them anew with the same flags, and wait until they are registered.
+
+        `meanwhile` is called while all of them are down.
+        """
         old = {record.worker_id: record.incarnation for record in self.records()}
         for name in names:
             self.services[name].process.kill()
         for name in names:
+            self.services[name].process.join(_STOP_TIMEOUT_S)
+        meanwhile()
+        for name in names:
             service = self.services[name]
-            service.process.join(_STOP_TIMEOUT_S)
             self.start(name, service.role, service.argv[: service.argv.index("--worker-id")])
 
         def are_back() -> bool:
@@ -125,7 +130,7 @@ class Stack:
         if role != "router":
             argv = [*argv, "--worker-id", worker_id or name]
         log_path = self.directory / f"{name}.log"
-        process = _context.Process(target=_run_service, args=(role, argv, str(log_path), self.environ), name=name)
+        process = FORK_SERVER.Process(target=_run_service, args=(role, argv, str(log_path), self.environ), name=name)
         process.start()
         service = Service(name, role, argv, log_path, process)
         self.services[name] = service

@@ -12,7 +12,7 @@ import pytest
 
 from kvstore.fetch_events import FetchState
 from kvstore.prefix_index import Tier
-from tests.block_peer import block_peer
+from tests.block_peer import BlockPeer
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.index_view import until_held
 from tests.orders import Orders
@@ -133,17 +133,17 @@ async def test_a_holder_lost_in_mid_fetch_costs_what_it_did_not_bring(
 
 
 async def test_bytes_that_changed_on_their_way_are_not_used(stack: Stack, orders: Orders, model: Path) -> None:
-    # The holder is this process: what it sends differs in one bit from what it announces, as after a flip on the wire.
+    # The holder is a process of the test. What it sends differs in one bit from what it announces, as after a flip on
+    # the wire.
     case = Prompts(model, 121, 2)
     hashes = orders.hashes(case.shared)
     assert (await orders.generate(case.prompts[0], "decode-0", "prefill-0", []))[0] == case.expected[0]
-    async with block_peer(orders.record("prefill-0")) as peer:
-        await peer.fetch(orders.record("prefill-0"), hashes)
+    with BlockPeer(orders.record("prefill-0")) as peer:
+        peer.fetch(orders.record("prefill-0"), hashes)
         peer.flip(hashes[-2], offset=1001)
         mismatches = stack.metric("prefill-1", "tandem:prefix_fetches_total", outcome="digest")
-        tokens, usage = await orders.generate(
-            case.prompts[1], "decode-1", "prefill-1", [peer.source(NUM_SHARED_BLOCKS)]
-        )
+        source = peer.source(NUM_SHARED_BLOCKS)
+        tokens, usage = await orders.generate(case.prompts[1], "decode-1", "prefill-1", [source])
     assert tokens == case.expected[1]
     assert (list(usage.fetched), usage.num_cached_tokens) == ([], 0)
     assert stack.metric("prefill-1", "tandem:prefix_fetches_total", outcome="digest") == mismatches + 1

@@ -1,0 +1,186 @@
+"""A store node's memory and disk change under it, its files are cut, its disk is full: the tokens are right."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvstore.prefix_index import Tier
+from tests.block_peer import BlockPeer
+from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.index_view import until_held
+from tests.orders import Orders
+from tests.process_memory import flip_byte
+from tests.stack import Stack
+
+NUM_NEW_TOKENS = 8
+BLOCK_TOKENS = 32
+NUM_SHARED_BLOCKS = 40
+WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("store-faults") / "model", "qwen2")
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("disk")
+
+
+@pytest.fixture(scope="module")
+def stack(model: Path, disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    worker = ["--model", str(model), "--served-model-name", "m", "--num-gpu-blocks-override", "256"]
+    worker += ["--prefix-fetch", "always", "--prefix-fetch-timeout-s", "30"]
+    decode = ["--local-prefill-max-tokens", "0"]
+    # Memory for 170 blocks, files of 170 blocks.
+    store = ["--store-dram-bytes", "4MiB", "--store-disk-dir", str(disk), "--store-disk-bytes", "64MiB"]
+    with Stack(tmp_path_factory.mktemp("logs"), [(), ()], [decode] * 2, store=[store], worker=worker) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def peer(stack: Stack) -> Iterator[BlockPeer]:
+    with BlockPeer(Orders(stack, NUM_NEW_TOKENS).record("prefill-0")) as peer:
+        yield peer
+
+
+class Kept:
+    """A prefix that the store has in memory and on disk, prompts that begin with it, and its blocks' bytes."""
+
+    def __init__(self, stack: Stack, model: Path, peer: BlockPeer, seed: int) -> None:
+        self.stack = stack
+        self._peer = peer
+        self.orders = Orders(stack, NUM_NEW_TOKENS)
+        (self.shared,) = random_prompts([NUM_SHARED_BLOCKS * BLOCK_TOKENS], seed=seed)
+        self.prompts = [self.shared + tail for tail in random_prompts([20] * 3, seed=seed + 100)]
+        self.expected = reference_greedy(model, self.prompts, NUM_NEW_TOKENS, ignore_eos=True)
+        self.hashes = self.orders.hashes(self.shared)
+        self.payloads: list[bytes] = []
+
+    async def keep(self) -> None:
+        """Have prefill-0 and decode-0 compute the first prompt."""
+        num_before = num_on_disk(self.stack)
+        assert (await self.orders.generate(self.prompts[0], "decode-0", "prefill-0", []))[0] == self.expected[0]
+        await until_held(self.stack, self.hashes, "store-0", Tier.STORE)
+        await asyncio.to_thread(
+            self.stack.wait_for, lambda: num_on_disk(self.stack) == num_before + NUM_SHARED_BLOCKS, "all to be on disk"
+        )
+        self.payloads = self._peer.fetch(self.orders.record("prefill-0"), self.hashes)
+
+    async def ask(self, number: int, decode: str, prefill: str | None, tier: str) -> int:
+        """Have a prompt served, by whoever has nothing of it, with the store as the holder: how many blocks came."""
+        source = self.orders.source("store-0", NUM_SHARED_BLOCKS, tier)
+        tokens, usage = await self.orders.generate(self.prompts[number], decode, prefill, [source])
+        assert tokens == self.expected[number]
+        num_fetched = sum(part.num_blocks for part in usage.fetched)
+        assert usage.num_cached_tokens == num_fetched * BLOCK_TOKENS
+        return num_fetched
+
+
+def num_on_disk(stack: Stack) -> int:
+    found = stack.debug_state("store-0")["disk"]
+    assert isinstance(found, dict)
+    return int(found["num_blocks"])
+
+
+def num_corrupt(stack: Stack, tier: str) -> float:
+    return stack.metric("store-0", "tandem:store_corrupt_blocks_total", tier=tier)
+
+
+def find(disk: Path, payload: bytes) -> tuple[Path, int]:
+    """Where on disk a block is."""
+    (found,) = ((path, at) for path in disk.glob("*.blocks") if (at := path.read_bytes().find(payload)) >= 0)
+    return found
+
+
+async def test_a_flipped_bit_in_memory_is_not_used_and_the_copy_on_disk_is(
+    stack: Stack, model: Path, peer: BlockPeer
+) -> None:
+    kept = Kept(stack, model, peer, seed=201)
+    await kept.keep()
+    before = num_corrupt(stack, "dram")
+    assert flip_byte(stack.services["store-0"].process.pid or 0, kept.payloads[30], offset=12_345) > 0
+    assert await kept.ask(1, "decode-0", "prefill-1", "store") == 0, "what does not fit its digest is not used"
+    await asyncio.to_thread(
+        stack.wait_for, lambda: num_corrupt(stack, "dram") == before + 1, "the store to find what has changed"
+    )
+    from_disk = stack.metric("store-0", "tandem:store_queries_total", tier="disk")
+    assert await kept.ask(2, "decode-1", None, "store") == NUM_SHARED_BLOCKS
+    assert stack.metric("store-0", "tandem:store_queries_total", tier="disk") > from_disk
+    stack.check_clean()
+
+
+async def test_a_flipped_bit_on_disk_costs_what_comes_after_it(
+    stack: Stack, disk: Path, model: Path, peer: BlockPeer
+) -> None:
+    kept = Kept(stack, model, peer, seed=202)
+    await kept.keep()
+
+    def damage() -> None:
+        path, at = find(disk, kept.payloads[20])
+        with path.open("r+b") as file:
+            file.seek(at + 77)
+            file.write(bytes([kept.payloads[20][77] ^ 16]))
+
+    stack.restart(*WORKERS, "store-0", meanwhile=damage)
+    assert await kept.ask(1, "decode-0", "prefill-1", "disk") == 20
+    assert num_corrupt(stack, "disk") == 1
+    # What was computed instead is offered to the store, which has all of it then.
+    await until_held(stack, kept.hashes, "store-0", Tier.DISK)
+    assert await kept.ask(2, "decode-1", None, "disk") == NUM_SHARED_BLOCKS
+    stack.check_clean()
+
+
+async def test_of_a_truncated_file_the_blocks_that_are_whole_are_used(
+    stack: Stack, disk: Path, model: Path, peer: BlockPeer
+) -> None:
+    kept = Kept(stack, model, peer, seed=203)
+    await kept.keep()
+    places = [find(disk, payload) for payload in kept.payloads]
+    cut_path, cut_at = places[25]
+    num_whole = next(i for i, (path, at) in enumerate(places) if path == cut_path and at >= cut_at)
+    stack.restart(*WORKERS, "store-0", meanwhile=lambda: truncate(cut_path, cut_at + 1))
+    assert await kept.ask(1, "decode-0", "prefill-1", "disk") == num_whole
+    await until_held(stack, kept.hashes, "store-0", Tier.DISK)
+    assert await kept.ask(2, "decode-1", None, "disk") == NUM_SHARED_BLOCKS
+    stack.check_clean()
+
+
+def truncate(path: Path, size: int) -> None:
+    with path.open("r+b") as file:
+        file.truncate(size)
+
+
+async def test_a_full_disk_stops_writing_and_nothing_else(stack: Stack, model: Path, peer: BlockPeer) -> None:
+    # A limit on the size of files stands for the full disk: the same calls fail, and it takes no privileges.
+    pid = stack.services["store-0"].process.pid or 0
+    before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    assert len(stack.services["store-0"].log) < 100_000, "the log goes on"
+    num_before = num_on_disk(stack)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        # More than fits into memory, so that blocks are evicted that cannot be written.
+        for seed in range(204, 210):
+            kept = Kept(stack, model, peer, seed)
+            tokens, _ = await kept.orders.generate(kept.prompts[0], "decode-0", "prefill-0", [])
+            assert tokens == kept.expected[0]
+            await until_held(stack, kept.hashes, "store-0", Tier.STORE)
+        assert stack.metric("store-0", "tandem:store_disk_paused") == 1
+        assert num_on_disk(stack) <= num_before
+        assert await kept.ask(1, "decode-1", "prefill-1", "store") == NUM_SHARED_BLOCKS
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+
+    num_before = num_on_disk(stack)
+    prompts = iter(random_prompts([2 * BLOCK_TOKENS] * 200, seed=210))
+
+    while num_on_disk(stack) <= num_before:  # ended by the test's own time limit
+        await kept.orders.generate(next(prompts), "decode-0", "prefill-0", [])
+    assert stack.metric("store-0", "tandem:store_disk_paused") == 0
+    stack.check_clean()
