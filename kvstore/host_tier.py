@@ -135,6 +135,11 @@ class HostTier:
         """Identities of all findable blocks. From any thread: one atomic copy of the keys."""
         return list(self._tier.hashes())
 
+    def parent_of(self, block_hash: BlockHash) -> BlockHash | None:
+        """The parent of a findable block, as far as it was told."""
+        resident = self._tier.find(block_hash)
+        return resident.parent_hash if resident is not None else None
+
     # -- in --
 
     def take_evicted(self, blocks: Sequence[EvictedBlock]) -> None:

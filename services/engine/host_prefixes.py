@@ -57,7 +57,9 @@ def begin_restore(tier: HostTier, scheduler: Scheduler, hashes: Sequence[BlockHa
 def end_restore(tier: HostTier, scheduler: Scheduler, restore: Restore, copied: CopiedBack) -> None:
     """Publish what came back whole, up to the first block that did not; give back everything else."""
     end = restore.num_present + copied.num_whole
-    scheduler.publish_lent(restore.block_ids[:end], restore.hashes[:end])
+    # Peers ask for what they lack: that may begin in the middle of a chain.
+    parent_hash = tier.parent_of(restore.hashes[0]) if restore.num_present == 0 else None
+    scheduler.publish_lent(restore.block_ids[:end], restore.hashes[:end], parent_hash)
     scheduler.release_lent(restore.block_ids)
     tier.unpin(restore.pinned, copied)
 

@@ -186,10 +186,14 @@ class Scheduler:
             self.loans.pass_over(blocks.block_ids)
         return blocks
 
-    def publish_lent(self, block_ids: Sequence[int], hashes: Sequence[BlockHash]) -> None:
-        """Make lent blocks findable that the caller filled and verified: a chain from its head. Raises `NotLent`."""
+    def publish_lent(
+        self, block_ids: Sequence[int], hashes: Sequence[BlockHash], parent_hash: BlockHash | None = None
+    ) -> None:
+        """Make lent blocks findable that the caller filled and verified: a run of a chain. Raises `NotLent`.
+
+        `parent_hash` is that of the block before them; None where they begin at the head of the chain.
+        """
         self.loans.check(block_ids)
-        parent_hash: BlockHash | None = None
         for block_id, block_hash in zip(block_ids, hashes, strict=True):
             self.pool.publish(block_id, block_hash, parent_hash)
             parent_hash = block_hash

@@ -35,6 +35,8 @@ class FetchCosts:
     overhead_s: float = 0.002
     bandwidth_bytes_per_s: float = 2e9  # of a holder that nothing was fetched from yet
     prefill_tokens_per_s: float | None = None  # nothing computed yet: fetch
+    min_piece_bytes: int = 64 * 1024 * 1024
+    piece_s: float = 0.25
     _bandwidth_of: dict[str, float] = field(default_factory=dict)
 
     def fetching_pays(self, holder_id: str, num_tokens: int, num_bytes: int) -> bool:
@@ -44,6 +46,14 @@ class FetchCosts:
         if self.prefill_tokens_per_s is None:
             return True
         return self.fetch_s(holder_id, num_bytes) < num_tokens / self.prefill_tokens_per_s
+
+    def piece_bytes(self, holder_id: str) -> int:
+        """How much to fetch under one lease: what a holder's death or the deadline can undo.
+
+        Each piece waits for both engines' steps, so it is `piece_s` long at least, and not small where the bandwidth
+        that was observed was mostly such a wait.
+        """
+        return max(self.min_piece_bytes, int(self.piece_s * self._bandwidth_of.get(holder_id, 0.0)))
 
     def fetch_s(self, holder_id: str, num_bytes: int) -> float:
         """Expected seconds of a fetch."""

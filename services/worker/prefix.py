@@ -3,8 +3,9 @@
 A fetch comes before the prompt is queued, so it overlaps with the computing of other prompts, and what it brings is
 found by the scheduler as an ordinary prefix hit:
 
-    choose the holder (fetch_costs.py) -> connect -> want (hashes) -> offer -> take blocks -> read, verify, confirm
-    -> publish and release: cached blocks, the most recently used ones -> the prompt is queued and finds them
+    choose the holder (fetch_costs.py) -> connect -> want (what is missing here) -> offer -> take blocks -> read, verify
+    -> confirm -> publish and release: cached blocks, the most recently used ones -> the next piece, from this holder or
+    from another -> the prompt is queued and finds them
 
 A queued prompt holds nothing, fetched blocks included, so that queued prompts cannot wait for each other; should the
 blocks be evicted before its turn, they are computed. Whatever goes wrong (a holder that died, evicted or lies; no room;
@@ -41,7 +42,7 @@ from services.worker.settling import settled
 
 log = logging.getLogger(__name__)
 
-# Holders that one prompt is fetched from at most: each may have a longer prefix than the one before.
+# Holders that one prompt is fetched from at most: each may go on where the one before ended, or was lost.
 _MAX_SOURCES = 3
 # A holder is left alone for so long after one of these.
 _SHUN_S = 5.0
@@ -171,26 +172,30 @@ class PrefixFetcher:
     async def _fetch_parts(
         self, hashes: Sequence[BlockHash], sources: Sequence[pb.PrefixSource], parts: list[pb.FetchedPrefix]
     ) -> None:
-        tried: set[str] = set()
-        while len(tried) < _MAX_SOURCES:
+        """Piece by piece from the holder of the longest prefix; what it does not give, from another from there on."""
+        exhausted: set[str] = set()
+        while len(exhausted) < _MAX_SOURCES:
             # A hint, read from outside the engine thread; `take_prefix` looks again.
             num_present = self._engine.pool.peek_prefix(hashes)
-            source = self._choose(hashes, num_present, [s for s in sources if s.holder_id not in tried])
+            source = self._choose(hashes, num_present, [s for s in sources if s.holder_id not in exhausted])
             if source is None:
                 return
             first = hashes[num_present]
             if first in self._under_way:
                 await asyncio.wait([self._under_way[first]])
                 continue
-            tried.add(source.holder_id)
+            piece = max(1, self.costs.piece_bytes(source.holder_id) // self._engine.layout.block_bytes)
+            end = min(source.num_blocks, num_present + piece)
             done = self._under_way[first] = asyncio.get_running_loop().create_future()
             try:
-                part = await self._fetch_from(source, hashes[: source.num_blocks])
+                part = await self._fetch_from(source, hashes[:end], num_present)
             finally:
                 del self._under_way[first]
                 done.set_result(None)
             if part is not None:
-                parts.append(part)
+                _add_part(parts, part)
+            if self._engine.pool.peek_prefix(hashes) < end:
+                exhausted.add(source.holder_id)
 
     def _choose(
         self, hashes: Sequence[BlockHash], num_present: int, sources: Sequence[pb.PrefixSource]
@@ -210,12 +215,15 @@ class PrefixFetcher:
         ]
         return max(worthwhile, key=lambda source: source.num_blocks, default=None)
 
-    async def _fetch_from(self, source: pb.PrefixSource, hashes: Sequence[BlockHash]) -> pb.FetchedPrefix | None:
+    async def _fetch_from(
+        self, source: pb.PrefixSource, hashes: Sequence[BlockHash], start: int
+    ) -> pb.FetchedPrefix | None:
+        """Bring `hashes[start:]`, or as much of it as the holder has, to the blocks before, which are here."""
         started_s = self._clock()
         outcome, num_blocks, num_bytes = "timeout", 0, 0
         try:
             owner = await self._exchange.connect(source.kv_address)
-            result = await self._run(source, owner, hashes)
+            result = await self._run(source, owner, hashes, start)
             outcome = "ok" if result.failure is None else result.failure.cause.value
             if result.failure is None:
                 num_blocks, num_bytes = result.num_blocks, result.num_bytes
@@ -240,41 +248,61 @@ class PrefixFetcher:
             seconds=seconds,
         )
 
-    async def _run(self, source: pb.PrefixSource, owner: str, hashes: Sequence[BlockHash]) -> FetchResult:
-        async def reserve(num_blocks: int) -> Reservation:
-            reservation = await self._thread.call(self._engine.take_prefix, hashes[:num_blocks])
-            if reservation is None:
-                raise NoRoom(f"no room for a prefix of {num_blocks} blocks beside the running requests")
-            return reservation
+    async def _run(self, source: pb.PrefixSource, owner: str, hashes: Sequence[BlockHash], start: int) -> FetchResult:
+        head: list[int] = []  # the blocks before `start`: kept, so that what we fetch still continues something
 
-        fetch = self._exchange.fetch_prefix(os.urandom(16), owner, hashes, reserve, source.incarnation or None)
+        async def reserve(num_blocks: int) -> Reservation:
+            end = start + num_blocks
+            reservation = await self._thread.call(self._engine.take_prefix, hashes[:end])
+            if reservation is None:
+                raise NoRoom(f"no room for a prefix of {end} blocks beside the running requests")
+            head.extend(reservation.block_ids[:start])
+            tail = reservation.block_ids[start:]
+            if reservation.num_present < start:
+                await self._thread.call(self._engine.release_blocks, tail)
+                raise NoRoom(f"of {start} blocks that were here, {reservation.num_present} are left")
+            return Reservation(tail, reservation.num_present - start)
+
+        fetch = self._exchange.fetch_prefix(os.urandom(16), owner, hashes[start:], reserve, source.incarnation or None)
         taken = False
         try:
             result = await fetch.result
             if result.failure is not None:
-                log.info("prefix of %d blocks from %s: %s", len(hashes), source.holder_id, result.failure)
+                log.info("blocks %d .. %d from %s: %s", start, len(hashes), source.holder_id, result.failure)
                 return result
             # No await before the call, which runs even if we are cancelled: the blocks are ours to give back.
             taken = True
-            await self._thread.call(self._cache, result.block_ids, hashes[: len(result.block_ids)])
+            await self._thread.call(self._cache, head + result.block_ids, hashes[: start + len(result.block_ids)])
             return result
         finally:
             if not taken:
-                self._dispose(fetch)
+                self._dispose(fetch, head)
 
     def _cache(self, block_ids: list[int], hashes: Sequence[BlockHash]) -> None:  # engine thread
         self._engine.publish_blocks(block_ids, hashes)
         self._engine.release_blocks(block_ids)
 
-    def _dispose(self, fetch: Fetch) -> None:
-        task = asyncio.create_task(self._free_after(fetch), name="dispose-prefix-fetch")
+    def _dispose(self, fetch: Fetch, head: list[int]) -> None:
+        task = asyncio.create_task(self._free_after(fetch, head), name="dispose-prefix-fetch")
         self._disposals.add(task)
         task.add_done_callback(self._disposals.discard)
 
-    async def _free_after(self, fetch: Fetch) -> None:
+    async def _free_after(self, fetch: Fetch, head: list[int]) -> None:
         fetch.abort("abandoned")
-        await self._thread.call(self._engine.release_blocks, await fetch.leftovers())
+        leftovers = await fetch.leftovers()
+        await self._thread.call(self._engine.release_blocks, head + leftovers)
 
     async def settle(self) -> None:
         """With the exchange closed: wait until all that fetches held has been given back."""
         await settled(self._disposals, "prefix fetches")
+
+
+def _add_part(parts: list[pb.FetchedPrefix], part: pb.FetchedPrefix) -> None:
+    """Pieces from one holder over one lane are one part."""
+    for known in parts:
+        if (known.holder_id, known.tier, known.lane) == (part.holder_id, part.tier, part.lane):
+            known.num_blocks += part.num_blocks
+            known.num_bytes += part.num_bytes
+            known.seconds += part.seconds
+            return
+    parts.append(part)
