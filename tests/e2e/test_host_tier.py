@@ -9,6 +9,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from kvstore.memory import HostMemory
+from services.engine.config import EngineConfig
+from services.engine.engine import Engine
+from services.engine.request import Request, SamplingParams
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.orders import Orders
 from tests.stack import Stack
@@ -79,6 +83,57 @@ async def test_an_evicted_prefix_is_a_local_hit_and_a_hit_of_other_workers(serve
     assert series(stack, "prefill-0", "tandem:host_tier_hits_total") > hits
     assert series(stack, "prefill-0", "tandem:host_tier_corrupt_total") == 0
     stack.check_clean()
+
+
+async def test_a_byte_flipped_in_main_memory_costs_a_recomputation_and_no_token(served: tuple[Path, Stack]) -> None:
+    model, stack = served
+    orders = Orders(stack, NUM_NEW_TOKENS)
+    prompt = random_prompts([1000], seed=67)[0]
+    expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
+    pid = stack.services["prefill-0"].process.pid
+    assert pid is not None
+    await orders.generate(prompt, "decode-0", "prefill-0", [])
+    contents = block_contents(model, prompt)
+    # Found by the worker itself, then on behalf of a peer, who is lent what comes before.
+    for num_corrupt, wrong in enumerate((5, 20)):
+        await evict(stack, orders, "decode-0", "prefill-0", seed=68 + num_corrupt)
+        flip_byte(pid, contents[wrong])
+        reader = ("decode-0", "prefill-0") if num_corrupt == 0 else ("decode-1", "prefill-1")
+        sources = [] if num_corrupt == 0 else [orders.source("prefill-0", 31, tier="host")]
+        tokens, usage = await orders.generate(prompt, *reader, sources)
+        assert (tokens, usage.num_cached_tokens) == (expected, wrong * 32)
+        assert [part.num_blocks for part in usage.fetched] == ([] if num_corrupt == 0 else [wrong])
+        assert series(stack, "prefill-0", "tandem:host_tier_corrupt_total") == num_corrupt + 1
+    stack.check_clean()
+
+
+def block_contents(model: Path, prompt: list[int]) -> list[bytes]:
+    """What a worker of the stack writes into the blocks of this prompt: its engine is this one, to the last bit."""
+    engine = Engine.from_config(EngineConfig(str(model), max_model_len=1200, num_gpu_blocks_override=64, num_threads=1))
+    request = Request("r", prompt, SamplingParams(temperature=0.0, max_tokens=1), hold_blocks=True)
+    engine.add_request(request)
+    while engine.has_work:
+        engine.step()
+    memory = engine.memory
+    assert isinstance(memory, HostMemory)
+    return [memory.view(block_id).tobytes() for block_id in request.block_table]
+
+
+def flip_byte(pid: int, content: bytes) -> None:
+    """Change one byte of a block wherever it lies in a process's memory."""
+    num_found = 0
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+        for line in maps:
+            span, access, _, _, inode, *_ = line.split()
+            first, end = (int(address, 16) for address in span.split("-"))
+            if access.startswith("rw") and inode == "0" and end - first >= 4 << 20:
+                memory.seek(first)
+                at = memory.read(end - first).find(content)
+                if at >= 0:
+                    memory.seek(first + at + 100)
+                    memory.write(bytes([content[100] ^ 1]))
+                    num_found += 1
+    assert num_found == 1, f"the block is in {num_found} places"
 
 
 async def test_the_index_tells_the_router_of_what_is_in_main_memory(served: tuple[Path, Stack]) -> None:
