@@ -22,6 +22,7 @@ from services.settings import (
     ENVIRONMENT_PREFIX,
     Given,
     Setting,
+    SettingsError,
     argv_of,
     build_settings,
     secret_environment,
@@ -82,6 +83,20 @@ def check_forwarded(
     decode = build_settings(DecodeConfig, _only(with_model, worker_settings(DecodeConfig)))
     store = build_settings(StoreConfig, _only(given, store_settings()))
     return router, prefill, decode, store
+
+
+def check_offloading(config: UpConfig, worker: WorkerConfig, available_bytes: int) -> None:
+    """Refuse a host tier that the workers of this machine have no memory for between them: each looks for itself only.
+
+    `available_bytes` 0: not known. Raises SettingsError.
+    """
+    wanted_gib = num_workers(config) * worker.kv_offloading_size
+    if available_bytes and wanted_gib * 2**30 > available_bytes:
+        raise SettingsError(
+            f"--kv-offloading-size: {num_workers(config)} workers want {wanted_gib:g} GiB between them,"
+            f" and {available_bytes / 2**30:.1f} GiB of memory are available",
+            "kv_offloading_size",
+        )
 
 
 def _only(given: Mapping[str, Given], items: Sequence[Setting]) -> dict[str, Given]:

@@ -12,7 +12,7 @@ from functools import partial
 from services.cli.config import DEMO_MODEL, UpConfig
 from services.cli.example import curl_line, example_request
 from services.cli.placement import available_cores, available_gpus, place_workers
-from services.cli.plan import check_forwarded, num_workers, plan_stack, up_settings
+from services.cli.plan import check_forwarded, check_offloading, num_workers, plan_stack, up_settings
 from services.cli.spec import Stack
 from services.settings import SettingsError, build_settings, collect_settings, make_parser, refuse
 
@@ -28,12 +28,15 @@ class StartFailed(Exception):
 
 def main(argv: Sequence[str]) -> int:
     """Runs until SIGINT, SIGTERM or SIGHUP; returns the exit status."""
+    from services.cli.checks.machine import available_memory_bytes  # which itself needs this module
+
     parser = make_parser(up_settings(), prog="tandem up", description=_DESCRIPTION)
     try:
         given = collect_settings(up_settings(), argv, os.environ, parser)
         config = build_settings(UpConfig, given)
         model, name = choose_model(config.model)
         router, _, decode, _ = check_forwarded(given, model)
+        check_offloading(config, decode, available_memory_bytes())
     except SettingsError as error:
         refuse(parser.prog, error)
     # Here and not above: --help must not pay for them.

@@ -28,7 +28,7 @@ from kvstore.registry import Membership, Registrar
 from kvstore.timeouts import ExchangeTimeouts
 from kvstore.transport.select import make_transports
 from kvstore.worker_record import WorkerRecord, new_incarnation
-from services.engine.config import EngineConfig
+from services.engine.config import EngineConfig, InvalidConfig
 from services.engine.engine import Engine
 from services.logs import configure_logging, report_progress, report_ready
 from services.worker.config import WorkerConfig
@@ -95,7 +95,11 @@ def run_worker(config: WorkerConfig, role: Role, build: Callable[[WorkerParts], 
     """Serve until SIGTERM or SIGINT; returns the exit status, 1 if the engine crashed."""
     configure_logging(config.log_level, config.log_format)
     started_s = time.monotonic()
-    engine = Engine.from_config(engine_config(config), progress=report_progress)
+    try:
+        engine = Engine.from_config(engine_config(config), progress=report_progress)
+    except InvalidConfig as error:
+        log.error("%s worker cannot start: %s", role, error)
+        return 1
     log.info(
         "model %s (%s) loaded in %.1f s: %d blocks of %d tokens, %d more in main memory",
         config.model,

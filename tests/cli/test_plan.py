@@ -8,7 +8,15 @@ import pytest
 
 from services.cli.config import UpConfig
 from services.cli.placement import Placement
-from services.cli.plan import num_workers, plan_stack, router_settings, store_settings, up_settings, worker_settings
+from services.cli.plan import (
+    check_offloading,
+    num_workers,
+    plan_stack,
+    router_settings,
+    store_settings,
+    up_settings,
+    worker_settings,
+)
 from services.cli.spec import ChildSpec, Stack
 from services.decode.config import DecodeConfig
 from services.prefill.config import PrefillConfig
@@ -159,3 +167,17 @@ def test_settings_of_the_same_name_mean_the_same_to_router_and_workers() -> None
     for item in [*worker_settings(PrefillConfig), *worker_settings(DecodeConfig), *store_settings()]:
         if item.name in router:
             assert (item.hint, item.choices) == (router[item.name].hint, router[item.name].choices), item.name
+
+
+def test_every_worker_gets_a_host_tier_of_the_size_that_was_asked_for() -> None:
+    stack = plan("--kv-offloading-size", "1.5")
+    assert prefill_of(stack.workers[0]).kv_offloading_size == decode_of(stack.workers[1]).kv_offloading_size == 1.5
+
+
+def test_host_tiers_must_fit_into_the_machine_between_them() -> None:
+    config, worker = UpConfig(prefill=2, decode=2), DecodeConfig(model="m", kv_offloading_size=2.0)
+    check_offloading(config, worker, 8 << 30)
+    check_offloading(config, worker, 0)
+    with pytest.raises(SettingsError, match=r"4 workers want 8 GiB between them, and 7\.0 GiB") as caught:
+        check_offloading(config, worker, 7 << 30)
+    assert caught.value.setting == "kv_offloading_size"

@@ -19,6 +19,10 @@ from services.worker.process import engine_config, exchange_timeouts
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"kv_port": 65_536}, "kv_port"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
+        ({"kv_offloading_size": -1.0}, "kv_offloading_size"),
+        ({"kv_offloading_size": float("inf")}, "kv_offloading_size"),
+        ({"kv_offloading_size": float("nan")}, "kv_offloading_size"),
+        ({"kv_offloading_size": 1.0, "enable_prefix_caching": False}, "kv_offloading_size"),
         ({"model": ""}, "model"),
     ],
 )
