@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -135,6 +136,7 @@ class Lease:
 
     def __init__(self, session: OwnerSession, transfer_id: bytes, num_blocks: int) -> None:
         self.transfer_id = transfer_id
+        self._context = contextvars.copy_context()  # what is logged of a transfer names the request that began it
         self._session = session
         self._opened_at = session.clock()
         self._machine = LeaseMachine(transfer_id, num_blocks, session.timeouts, self._opened_at)
@@ -202,9 +204,12 @@ class Lease:
     def _send_ended(self, read_id: int, done: asyncio.Future[None]) -> None:
         if (error := done.exception()) is not None:
             peer_id = self._session.peer.peer_id
-            logger.warning("transfer %s: a send to %s failed: %s", self.transfer_id.hex(), peer_id, error)
+            self._warn("transfer %s: a send to %s failed: %s", self.transfer_id.hex(), peer_id, error)
             self._session.connection.close(f"a send failed: {error}")
         self.handle(SendEnded(read_id))
+
+    def _warn(self, message: str, *arguments: object) -> None:
+        self._context.run(logger.warning, message, *arguments)
 
     def _close(self, outcome: LeaseOutcome) -> None:
         session = self._session
@@ -212,7 +217,7 @@ class Lease:
         duration_s = session.clock() - self._opened_at
         session.observer.lease_ended(session.peer.peer_id, outcome, self.num_announced, duration_s)
         if outcome in (LeaseOutcome.EXPIRED, LeaseOutcome.PEER_LOST):
-            logger.warning(
+            self._warn(
                 "lease of transfer %s for %s ended after %.1f s: %s, %d of %d blocks announced",
                 self.transfer_id.hex(),
                 session.peer.peer_id,

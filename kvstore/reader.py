@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import logging
 from collections import deque
@@ -179,6 +180,7 @@ class Fetch:
     ) -> None:
         loop, tools = asyncio.get_running_loop(), session.tools
         self.transfer_id = transfer_id
+        self._context = contextvars.copy_context()  # what is logged of a transfer names the request that began it
         self._session = session
         self._tools = tools
         self._reserve = reserve
@@ -275,6 +277,9 @@ class Fetch:
                 self._session.fetches.pop(self.transfer_id, None)
                 self._quiesced.set_result(block_ids)
 
+    def _log(self, level: int, what: str, error: BaseException) -> None:
+        self._context.run(logger.log, level, "transfer %s: %s", self.transfer_id.hex(), what, exc_info=error)
+
     async def _ask_for_room(self, num_blocks: int) -> None:
         try:
             reservation = await self._reserve(num_blocks)
@@ -285,7 +290,7 @@ class Fetch:
             self.handle(ReserveFailed(str(error)))
         except Exception as error:
             # The caller's function: whatever it raises ends this fetch, visibly, and nothing else.
-            logger.exception("transfer %s: reserving failed", self.transfer_id.hex())
+            self._log(logging.ERROR, "reserving failed", error)
             self.handle(ReserveFailed(repr(error)))
         else:
             self.handle(Reserved(reservation))
@@ -313,7 +318,7 @@ class Fetch:
             self.handle(ReadEnded(read_id))
             return
         if not isinstance(error, ReadFailed):
-            logger.error("transfer %s: a read broke", self.transfer_id.hex(), exc_info=error)
+            self._log(logging.ERROR, "a read broke", error)
         self.handle(ReadEnded(read_id, FetchCause.READ_FAILED, str(error)))
         # What else is half done on this link cannot be trusted to end well: start afresh.
         session.connection.close(f"a read failed: {error}")
@@ -331,7 +336,7 @@ class Fetch:
         if done.cancelled():
             self.handle(DigestsComputed(read_id, None, "the exchange is closing"))
         elif (error := done.exception()) is not None:
-            logger.error("transfer %s: computing digests failed", self.transfer_id.hex(), exc_info=error)
+            self._log(logging.ERROR, "computing digests failed", error)
             self.handle(DigestsComputed(read_id, None, repr(error)))
         else:
             self.handle(DigestsComputed(read_id, done.result()))

@@ -1,7 +1,9 @@
 """Logs: text for people, JSON lines for machines; and the lines by which a process tells its launcher how far it is.
 
 Every process calls `configure_logging` once, in `main()`. Code logs through `logging.getLogger(__name__)` and hands
-facts over by `extra=`; `bound(logger, request_id=…)` gives a logger that carries them along. Standard library only.
+facts over by `extra=`; `bound(logger, request_id=…)` gives a logger that carries them along. What is logged within
+`request_scope(id)`, and in tasks begun there, names the request by itself. Never log a prompt's text or tokens, an
+answer's, or a key: an error's message may quote them, so its code is logged instead. Standard library only.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TextIO
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -22,6 +26,7 @@ LAUNCHER_VARIABLE = "TANDEM_LAUNCHER"
 _PROGRESS_MARK = "TANDEM-PROGRESS"
 _READY_MARK = "TANDEM-READY"
 _STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+_REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 _COLORS = {
     logging.DEBUG: "\x1b[2m",
     logging.WARNING: "\x1b[33m",
@@ -71,9 +76,21 @@ def bound(logger: logging.Logger, **fields: object) -> BoundLogger:
     return BoundLogger(logger, fields)
 
 
+@contextmanager
+def request_scope(request_id: str) -> Iterator[None]:
+    """What is logged within, and in tasks that are begun within, carries the request's id."""
+    token = _REQUEST_ID.set(request_id)
+    try:
+        yield
+    finally:
+        _REQUEST_ID.reset(token)
+
+
 def extra_fields(record: logging.LogRecord) -> dict[str, object]:
-    """What the caller handed over by `extra=`."""
-    return {name: value for name, value in vars(record).items() if name not in _STANDARD_FIELDS}
+    """What the caller handed over by `extra=`, and the request that it is about. Called where the record was made."""
+    fields = {name: value for name, value in vars(record).items() if name not in _STANDARD_FIELDS}
+    request_id = _REQUEST_ID.get()
+    return {"request_id": request_id, **fields} if request_id else fields
 
 
 class TextFormatter(logging.Formatter):

@@ -143,8 +143,8 @@ class Stack:
         for record in self.records():
             workers[record.worker_id].debug_url = f"http://{record.http_address}"
         router = self.services["router"]
-        self.wait_for(lambda: re.search(r"listening on (\S+)", router.log) is not None, "the router to listen")
-        self.url = re.findall(r"listening on (\S+)", router.log)[-1]
+        self.wait_for(lambda: re.search(r'listening on ([^\s"]+)', router.log) is not None, "the router to listen")
+        self.url = re.findall(r'listening on ([^\s"]+)', router.log)[-1]
         with httpx.Client() as client:
             self.wait_for(lambda: client.get(f"{self.url}/ready").status_code == 200, "the router to be ready")
             num_known = sum(service.role != "store" for service in workers.values())

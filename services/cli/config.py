@@ -1,7 +1,8 @@
-"""Settings of the commands that run nothing themselves: `tandem up` and `tandem doctor`."""
+"""Settings of the commands that serve nothing themselves: `tandem up`, `tandem doctor` and `tandem size`."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,3 +61,43 @@ class DoctorConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
             raise SettingsError(f"must be a port number, got {self.port}", "port")
+
+
+@dataclass(frozen=True)
+class SizeConfig:
+    """A deployment to be sized: one model, and what is to be done with it."""
+
+    model: str = setting(
+        "", help="directory of a Hugging Face model, or its name on the hub; the default is the demo model"
+    )
+    revision: str = setting("", help="of a model on the hub")
+    dtype: str = setting(
+        "auto",
+        help="of weights and KV; auto: the checkpoint's",
+        choices=("auto", "bfloat16", "float16", "half", "float32", "float"),
+    )
+    block_size: int = setting(32, help="tokens per KV block")
+    max_model_len: int = setting(0, help="tokens of the longest request; 0: the model's context")
+    max_num_seqs: int = setting(64, help="requests that one decode worker runs at once")
+    gpu_memory_bytes: int = setting(80 << 30, help="memory of one worker's device")
+    gpu_memory_utilization: float = setting(0.9, help="the part of it that weights and KV may take")
+    kv_cache_memory_bytes: int = setting(0, help="memory for KV blocks; 0: what the weights leave")
+    prompt_tokens: int = setting(2048, help="length of a typical prompt")
+    bandwidth_gbit_per_s: float = setting(100.0, help="between prefill and decode workers")
+    num_workers: int = setting(2, help="workers and store nodes that hold blocks")
+    store_dram_bytes: int = setting(64 << 30, help="memory of the store nodes, all together")
+    request_rate: float = setting(1.0, help="requests per second, for the store's window")
+    json: bool = setting(False, help="print one JSON object")
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_seqs", "gpu_memory_bytes", "prompt_tokens", "num_workers"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"must be at least 1, got {getattr(self, name)}", name)
+        for name in ("bandwidth_gbit_per_s", "request_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingsError(f"must be positive, got {getattr(self, name)}", name)
+        for name in ("max_model_len", "kv_cache_memory_bytes", "store_dram_bytes"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"must not be negative, got {getattr(self, name)}", name)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise SettingsError(f"must be in (0, 1], got {self.gpu_memory_utilization}", "gpu_memory_utilization")

@@ -25,6 +25,7 @@ _COMMANDS = {
     "decode": _Command("run a decode worker", "services.decode.__main__", "services.decode.config:DecodeConfig"),
     "store": _Command("run a store node for KV blocks", "services.store.__main__", "services.store.config:StoreConfig"),
     "doctor": _Command("check this machine: packages, Redis, UCX, ports, model", "services.cli.doctor"),
+    "size": _Command("size a deployment: KV memory, handoff, index, store", "services.cli.size"),
     "version": _Command("print the versions of Tandem and of what it runs on", "services.cli.version"),
 }
 

@@ -73,7 +73,7 @@ class Admission:
                 try:
                     return await self._prefill_elsewhere(live, target, hashes)
                 except HandoffFailed as failure:
-                    log.warning("%s: prefill by %s failed: %s", live.order.request_id, target.worker_id, failure)
+                    log.warning("prefill by %s failed (%s): %s", target.worker_id, failure.cause, failure)
                     self._parts.metrics.handoff_failed(failure.cause)
                     self._parts.metrics.recomputed("handoff")
                     live.usage.num_recomputes += 1

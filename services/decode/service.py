@@ -33,6 +33,7 @@ from services.engine.batch import Batch
 from services.engine.engine import StepOutput
 from services.engine.request import FinishReason, InvalidRequest, QueueFull, Request, RequestUpdate
 from services.lifecycle import Event, Timeline
+from services.logs import request_scope
 from services.worker import convert
 from services.worker.engine_thread import EngineCrashed
 from services.worker.metrics import Refusal
@@ -129,6 +130,7 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         if refusal is not None:
             session.push([_error_output(order.handle, refusal)])
             self._parts.metrics.refused(_REFUSALS[refusal.code])
+            _log_refusal(order, refusal.code)
             return
         timeline = Timeline(self._clock)
         timeline.mark(Event.RECEIVED)
@@ -137,6 +139,7 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         except InvalidRequest as error:
             session.push([_error_output(order.handle, pb.Error(code=pb.ERROR_CODE_INVALID, message=str(error)))])
             self._parts.metrics.refused("invalid")
+            _log_refusal(order, pb.ERROR_CODE_INVALID)
             return
         self._sessions[session][order.handle] = live
         self._num_live += 1
@@ -159,6 +162,10 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
     # ---- one request ------------------------------------------------------
 
     async def _admit(self, live: LiveRequest) -> None:
+        with request_scope(live.order.request_id):
+            await self._bring_in(live)
+
+    async def _bring_in(self, live: LiveRequest) -> None:
         self._num_admitting += 1
         try:
             admitted = await self._admission.admit(live)
@@ -175,7 +182,7 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         except EngineCrashed as error:
             self._fail(live, pb.ERROR_CODE_UNAVAILABLE, f"the engine of {self._parts.worker_id} stopped: {error}")
         except Exception as error:
-            log.exception("%s: admission failed", live.order.request_id)
+            log.exception("admission failed")
             self._fail(live, pb.ERROR_CODE_INTERNAL, f"{type(error).__name__}: {error}")
         finally:
             self._num_admitting -= 1
@@ -200,7 +207,7 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
             self._deliver([(live, self._output(live, dataclasses.replace(update, new_tokens=())))])
 
     def _abort(self, live: LiveRequest, reason: str) -> None:
-        log.debug("%s: aborted: %s", live.order.request_id, reason)
+        log.debug("aborted: %s", reason, extra={"request_id": live.order.request_id})
         self._withdraw(live)
         self._finish(live, pb.Output(handle=live.order.handle, finish_reason=pb.FINISH_REASON_ABORT))
 
@@ -234,6 +241,7 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         output.stamps.extend(convert.stamps_to_proto(live.timeline))
         live.session.push([output])
         self._parts.metrics.finished(live.timeline, live.usage, output.finish_reason)
+        _log_end(live, output)
 
     def _deliver(self, outputs: list[tuple[LiveRequest, pb.Output]]) -> None:
         for live, output in outputs:
@@ -341,6 +349,34 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
 
     async def settle(self) -> None:
         await self._admission.close()
+
+
+def _log_refusal(order: pb.GenerateRequest, code: pb.ErrorCode) -> None:
+    log.info("request refused", extra={"request_id": order.request_id, "error": _word(code)})
+
+
+def _word(code: pb.ErrorCode) -> str:
+    return pb.ErrorCode.Name(code).removeprefix("ERROR_CODE_").lower()
+
+
+def _log_end(live: LiveRequest, output: pb.Output) -> None:
+    """One line per request. An error's code, not its message, which may quote the request."""
+    usage, reason = live.usage, pb.FinishReason.Name(output.finish_reason).removeprefix("FINISH_REASON_").lower()
+    seconds = live.timeline.seconds_between(Event.RECEIVED, Event.FINISHED)
+    facts = {
+        "request_id": live.order.request_id,
+        "finish_reason": reason,
+        "error": _word(output.error.code) if output.HasField("error") else None,
+        "prompt_tokens": usage.num_prompt_tokens,
+        "cached_tokens": usage.num_cached_tokens,
+        "generated_tokens": usage.num_generated_tokens,
+        "prefilled_by": "itself" if usage.prefilled_locally else usage.prefill_worker_id or None,
+        "handoff_blocks": usage.num_transferred_blocks,
+        "recomputes": usage.num_recomputes,
+        "seconds": round(seconds or 0.0, 4),
+    }
+    level = logging.WARNING if output.finish_reason == pb.FINISH_REASON_ERROR else logging.INFO
+    log.log(level, "request ended", extra={name: value for name, value in facts.items() if value is not None})
 
 
 def _error_output(handle: int, error: pb.Error) -> pb.Output:

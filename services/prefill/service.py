@@ -38,6 +38,7 @@ from services.engine.batch import Batch
 from services.engine.engine import StepOutput
 from services.engine.request import FinishReason, InvalidRequest, QueueFull, Request, RequestUpdate
 from services.lifecycle import Timeline
+from services.logs import request_scope
 from services.worker import convert
 from services.worker.engine_thread import EngineCrashed
 from services.worker.metrics import OrderOutcome
@@ -109,13 +110,16 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         if self._draining:
             self._parts.metrics.refused("draining")
             self._parts.metrics.order_ended("refused")
+            log.info("prefill refused", extra={"request_id": message.request_id, "error": "draining"})
             await context.write(_failed(pb.ERROR_CODE_UNAVAILABLE, f"{self._parts.worker_id} is draining"))
             return
         self._num_orders += 1
+        started_s = self._clock()
         self._idle.clear()
         outcome: OrderOutcome = "cancelled"
         try:
-            await self._run(self._make_order(message), context.write)
+            with request_scope(message.request_id):
+                await self._run(self._make_order(message), context.write)
             outcome = "finished"
         except InvalidRequest as error:
             outcome = "refused"
@@ -133,6 +137,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
             await context.write(_failed(pb.ERROR_CODE_UNAVAILABLE, str(error)))
         finally:
             self._parts.metrics.order_ended(outcome)
+            log.info("prefill %s", outcome, extra=_facts(message, started_s, self._clock()))
             self._num_orders -= 1
             if not self._num_orders:
                 self._idle.set()
@@ -218,7 +223,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
 
     async def _settle_after(self, lease: Lease, order: _Order) -> None:
         outcome = await lease.closed
-        log.debug("%s: lease closed: %s", order.request.request_id, outcome.name)
+        log.debug("lease of transfer %s closed: %s", order.transfer_id.hex(), outcome.name)
         await self._parts.thread.call(self._settle, order)
 
     def _load(self) -> pb.Load:
@@ -296,6 +301,17 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         if finished:
             engine.release_blocks(request.block_table)  # left to us by hold_blocks; the order's own pins stay
         return _Computed(first, blocks, _finished(update, order.fetched) if finished else None)
+
+
+def _facts(message: pb.PrefillRequest, started_s: float, now_s: float) -> dict[str, object]:
+    """What the log says of an order beside its outcome."""
+    return {
+        "request_id": message.request_id,
+        "prompt_tokens": len(message.prompt_token_ids),
+        "reader": message.reader_peer_id.partition("/")[0],
+        "transfer": message.transfer_id.hex(),
+        "seconds": round(now_s - started_s, 4),
+    }
 
 
 def _finished(update: RequestUpdate, fetched: list[pb.FetchedPrefix]) -> pb.PrefillFinished:

@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 import services
 from services.router import fields
+from services.router.access import CLIENT_GONE
 from services.router.chat import tokenize_chat
 from services.router.errors import ApiError, ClientDisconnected, internal, invalid, model_not_found, unavailable
 from services.router.http import FAILED, App, Edge, read_body
@@ -48,7 +49,8 @@ def make_app(parts: RouterParts) -> App:
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    return Edge(app, Keyring(parts.config.api_key), parts.metrics)
+    logs_requests = not parts.config.disable_uvicorn_access_log
+    return Edge(app, Keyring(parts.config.api_key), parts.metrics, logs_requests)
 
 
 def _json(content: object, status: int = 200) -> Response:
@@ -157,30 +159,32 @@ def _add_debug_routes(app: FastAPI, parts: RouterParts) -> None:
 
 
 def _add_error_handlers(app: FastAPI, parts: RouterParts) -> None:
-    def respond(error: ApiError) -> Response:
+    def respond(request: Request, error: ApiError) -> Response:
         parts.metrics.count_error(error.status)
+        request.scope["state"]["access"].failed(error)
         headers = {name.decode(): value.decode() for name, value in error.headers()}
         return Response(error.body(), error.status, headers)
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:
-        return respond(error)
+        return respond(request, error)
 
     @app.exception_handler(ClientDisconnected)
     async def on_disconnect(request: Request, error: ClientDisconnected) -> Response:
         parts.metrics.count_disconnect()
-        return Response(status_code=499)  # nobody reads it
+        request.scope["state"]["access"].left()
+        return Response(status_code=CLIENT_GONE)  # nobody reads it
 
     @app.exception_handler(Exception)
     async def on_crash(request: Request, error: Exception) -> Response:
-        return respond(internal(FAILED))  # `Edge` logs it
+        return respond(request, internal(FAILED))  # `Edge` logs it
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         if error.status_code == 404:
             message = f"Unknown request URL: {request.method} {request.url.path}."
-            return respond(ApiError(404, message, code="unknown_url"))
+            return respond(request, ApiError(404, message, code="unknown_url"))
         if error.status_code == 405:
             message = f"Not allowed to {request.method} on {request.url.path}."
-            return respond(ApiError(405, message, code="method_not_allowed"))
-        return respond(ApiError(error.status_code, str(error.detail)))
+            return respond(request, ApiError(405, message, code="method_not_allowed"))
+        return respond(request, ApiError(error.status_code, str(error.detail)))

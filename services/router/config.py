@@ -91,6 +91,9 @@ class RouterConfig:
     log_format: str = setting(
         "auto", help="text, json, or auto: text on a terminal", choices=("auto", "text", "json"), group="logs"
     )
+    disable_uvicorn_access_log: bool = setting(
+        False, help="no line per request; those that failed by our fault are logged all the same", group="logs"
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -135,12 +135,12 @@ class Dispatch:
             try:
                 self._send(sequence, placement)
             except SessionDown as error:
-                log.info("request %s: %s", request_id, error)
+                log.info("%s", error, extra={"request_id": request_id})
                 retried_after = "session down"
                 continue
             decision = placement.decision
             self._metrics.count_decision(decision.policy.value, decision.cause, decision.prefills_locally)
-            log.debug("request %s: %s", request_id, decision.reason)
+            log.debug("%s", decision.reason, extra={"request_id": request_id})
             return None
 
     def _send(self, sequence: _Sequence, placement: Placement) -> None:
@@ -179,7 +179,8 @@ class Dispatch:
             return False
         if self._submit(sequence, pb.ErrorCode.Name(error.code)) is not None:
             return False
-        log.info("request %s is tried on another worker: %s", sequence.ask.order.request_id, error.message)
+        extra = {"request_id": sequence.ask.order.request_id}
+        log.info("tried on another worker: %s", error.message, extra=extra)
         self._metrics.count_retry()
         if sequence.num_tokens:
             sequence.num_tokens = 0

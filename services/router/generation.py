@@ -126,6 +126,7 @@ class Generation:
         self._choices = [self._new_choice(index) for index in range(plan.num_sequences)]
         self._last_token_s: list[float | None] = [None] * plan.num_sequences
         self._num_unfinished = plan.num_sequences
+        self._finish_reasons: list[str | None] = [None] * plan.num_sequences
         self._started = False
 
     def start(self) -> None:
@@ -184,6 +185,27 @@ class Generation:
         """Of one sequence, for continuous_usage_stats."""
         return UsageCount(len(self.plan.prompts[index // self.plan.request.n]), self._choices[index].num_tokens)
 
+    def facts(self) -> dict[str, object]:
+        """What the log says of the request: counts, seconds, ids of workers; nothing that the client wrote."""
+        usage, timeline = self.usage(), self._timeline
+        served = [by for by in map(self._dispatch.served_by, range(self.plan.num_sequences)) if by is not None]
+        prefilled_by = {receipt.prefill_worker_id for receipt in self._receipts if receipt is not None}
+        facts: dict[str, object] = {
+            "model": self.plan.model.name,
+            "stream": self.plan.request.stream,
+            "prompt_tokens": usage.num_prompt_tokens,
+            "cached_tokens": usage.num_cached_tokens,
+            "generated_tokens": usage.num_generated_tokens,
+            "finish_reason": ",".join(reason for reason in self._finish_reasons if reason) or None,
+            "ttft_seconds": timeline.seconds_between(Event.ARRIVED, Event.FIRST_TOKEN),
+            "decoded_by": ",".join(sorted({by.placement.decision.decode.worker_id for by in served})) or None,
+            "prefilled_by": ",".join(sorted(prefilled_by)) or None,
+            "attempts": max((by.num_attempts for by in served), default=0),
+        }
+        if isinstance(facts["ttft_seconds"], float):
+            facts["ttft_seconds"] = round(facts["ttft_seconds"], 4)
+        return {name: value for name, value in facts.items() if value is not None}
+
     def close(self, error: BaseException | None) -> None:
         """Ends what still runs; `error` is what ended the request early, None after its regular end."""
         early = "the client has gone, or a deadline has passed" if error is not None and not str(error) else str(error)
@@ -231,6 +253,7 @@ class Generation:
 
     def _finish(self, choice: Choice, delta: Delta, output: pb.Output) -> None:
         self._num_unfinished -= 1
+        self._finish_reasons[choice.index] = delta.finish_reason or "stop"
         if not output.finish_reason:
             self._dispatch.abort(choice.index, "a stop string was generated")
         self._timeline.mark(Event.FINISHED)
@@ -269,4 +292,4 @@ class Generation:
         self._receipts[choice.index] = receipt
         self._metrics.count_receipt(receipt)
         self._on_receipt(receipt, served_by)
-        log.debug("request %s: %s", self.plan.request_id, receipt)
+        log.debug("%s", receipt)

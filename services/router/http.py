@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from services.logs import request_scope
+from services.router.access import AccessRecord
 from services.router.errors import ApiError, ClientDisconnected, internal, invalid
 from services.router.metrics import RouterMetrics
 from services.router.sse import Message, Receive, Send
@@ -23,9 +25,6 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _BODY_TIMEOUT_S = 60.0
-_ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize")
-CLIENT_GONE = 499
-"""The status in our own books of a request whose client did not wait; as nginx counts it."""
 _GUARDED = ("/v1/", "/tokenize", "/detokenize", "/debug/")
 
 
@@ -106,10 +105,12 @@ class Edge:
     Plain ASGI: nothing stands between an endpoint and its client's disconnect.
     """
 
-    def __init__(self, app: App, keyring: Keyring, metrics: RouterMetrics) -> None:
+    def __init__(self, app: App, keyring: Keyring, metrics: RouterMetrics, logs_requests: bool = True) -> None:
+        """`logs_requests`: one line per request; failures of ours are logged in any case."""
         self._app = app
         self._keyring = keyring
         self._metrics = metrics
+        self._logs_requests = logs_requests
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -117,8 +118,13 @@ class Edge:
             return
         given = header(scope, b"x-request-id")
         request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        with request_scope(request_id):
+            await self._serve(scope, receive, send, request_id)
+
+    async def _serve(self, scope: Message, receive: Receive, send: Send, request_id: str) -> None:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        state["access"] = access = AccessRecord(scope["method"], scope["path"])
         started = finished = False
 
         async def send_with_id(message: Message) -> None:
@@ -126,7 +132,7 @@ class Edge:
             finished = message["type"] == "http.response.body" and not message.get("more_body", False)
             if message["type"] == "http.response.start":
                 started = True
-                state["status"] = message["status"]
+                access.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", state["request_id"].encode())]
             await send(message)
 
@@ -136,17 +142,17 @@ class Edge:
         except ApiError as error:
             self._metrics.count_error(error.status)
             await send_error(send_with_id, error)
+            access.failed(error)
         except Exception:
-            log.exception("request %s crashed", state["request_id"])
+            log.exception("the request crashed")
             if not started:
                 self._metrics.count_error(500)
                 await send_error(send_with_id, internal(FAILED))
             elif not finished:
-                state["status"] = 500
+                access.status = 500
                 raise  # the server cuts the connection, so that the client does not take the answer for whole
         finally:
-            endpoint = scope["path"] if scope["path"] in _ENDPOINTS else "other"
-            self._metrics.count_request(endpoint, state.get("status", CLIENT_GONE))
+            access.close(state["request_id"], self._metrics, self._logs_requests)
 
     def _tenant(self, scope: Message) -> Tenant | None:
         """Whose key came with the request; None where none is needed. Raises ApiError 401."""

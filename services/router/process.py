@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 def run_router(config: RouterConfig) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit status."""
-    configure_logging(config.log_level, config.log_format)
+    configure_logging(config.log_level, config.log_format, fields={"role": "router"})
     # The pool has its own threads; the library's would fight the event loop for the cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return uvloop.run(_serve(config))

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from services.lifecycle import Event, Timeline
+from services.logs import request_scope
 from services.router import sse
+from services.router.access import AccessRecord
 from services.router.admission import Admission
 from services.router.chat import ChatRenderer, plan_chat
 from services.router.choice import Delta
@@ -24,7 +26,7 @@ from services.router.dispatch import Dispatch
 from services.router.errors import ApiError, ClientDisconnected, internal, timed_out
 from services.router.fields import parse_object, string
 from services.router.generation import Generation, GenerationPlan, Receipts, UsageCount
-from services.router.http import CLIENT_GONE, FAILED, header, read_body, request_id_of, send_error, send_json
+from services.router.http import FAILED, header, read_body, request_id_of, send_error, send_json
 from services.router.metrics import RouterMetrics
 from services.router.models import ModelDirectory
 from services.router.openai_requests import parse_chat, parse_completion
@@ -101,6 +103,7 @@ class GenerateEndpoint:
     async def __call__(self, scope: sse.Message, receive: sse.Receive, send: sse.Send) -> None:
         timeline = Timeline(time.time)
         timeline.mark(Event.ARRIVED)
+        access: AccessRecord = scope["state"]["access"]
         stream = sse.EventStream(send)
         try:
             try:
@@ -109,20 +112,21 @@ class GenerateEndpoint:
                     body.setdefault("receipt", True)
                 async with sse.cancelled_on_disconnect(receive):
                     tenant: Tenant | None = scope["state"].get("tenant")
-                    await self._serve(body, request_id_of(scope, body), tenant, timeline, stream, send)
+                    request_id = request_id_of(scope, body)
+                    with request_scope(request_id):
+                        await self._serve(body, request_id, tenant, timeline, stream, send, access)
             except ApiError as error:
-                scope["state"]["status"] = error.status  # whatever the head of a stream has said
                 await self._fail(error, stream, send)
+                access.failed(error)
             except ClientDisconnected:
                 raise
             except Exception:
-                log.exception("request %s crashed", scope["state"]["request_id"])
-                scope["state"]["status"] = 500
+                log.exception("the request crashed")
                 await self._fail(internal(FAILED), stream, send)
+                access.failed(internal(FAILED))
         except ClientDisconnected:
             self._parts.metrics.count_disconnect()
-            scope["state"]["status"] = CLIENT_GONE
-            log.info("request %s: the client has gone", scope["state"]["request_id"])
+            access.left()
 
     async def _fail(self, error: ApiError, stream: sse.EventStream, send: sse.Send) -> None:
         self._parts.metrics.count_error(error.status)
@@ -131,7 +135,6 @@ class GenerateEndpoint:
                 if not stream.started:
                     await send_error(send, error)
                 else:
-                    log.warning("a stream ends with an error: %s", error)
                     await stream.write(sse.error_event(error))
                     await stream.end()
         except TimeoutError:  # it does not read any more
@@ -145,6 +148,7 @@ class GenerateEndpoint:
         timeline: Timeline,
         stream: sse.EventStream,
         send: sse.Send,
+        access: AccessRecord,
     ) -> None:
         timeout_s = self._parts.config.request_timeout_s or None
         try:
@@ -154,7 +158,10 @@ class GenerateEndpoint:
                 async with self._parts.admission.admit(plan.num_sequences):
                     asks = await self._make_asks(plan, tenant)
                     generation = self._make_generation(plan, asks, timeline)
-                    await self._generate(generation, make_renderer, stream, send)
+                    try:
+                        await self._generate(generation, make_renderer, stream, send)
+                    finally:
+                        access.facts = generation.facts()
         except TimeoutError as error:
             raise timed_out(f"The request was not finished within {timeout_s:g} s.") from error
 

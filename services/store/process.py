@@ -45,7 +45,7 @@ class Stopped(Exception):
 
 def run_store(config: StoreConfig) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status, 1 if the node cannot start."""
-    configure_logging(config.log_level, config.log_format)
+    configure_logging(config.log_level, config.log_format, fields={"role": "store", "worker_id": config.worker_id})
     return uvloop.run(_serve(config))
 
 
@@ -56,6 +56,8 @@ async def _serve(config: StoreConfig) -> int:
     try:
         worker, layout = await wait_for_layout(config, stop)
         async with open_store(config, worker, layout) as record:
+            fields = {"role": "store", "worker_id": record.worker_id}  # known now, given or made of the port
+            configure_logging(config.log_level, config.log_format, fields=fields)
             log.info(
                 "%s serves blocks on %s, debug http://%s", record.worker_id, record.kv_address, record.http_address
             )

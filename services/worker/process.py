@@ -93,7 +93,7 @@ class WorkerService(StepListener, Protocol):
 
 def run_worker(config: WorkerConfig, role: Role, build: Callable[[WorkerParts], WorkerService]) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status, 1 if the engine crashed."""
-    configure_logging(config.log_level, config.log_format)
+    configure_logging(config.log_level, config.log_format, fields={"role": role, "worker_id": config.worker_id})
     started_s = time.monotonic()
     try:
         engine = Engine.from_config(engine_config(config), progress=report_progress)
@@ -276,6 +276,8 @@ async def _serve(
     try:
         async with open_worker(config, role, engine, build) as worker:
             parts, record = worker.parts, worker.record
+            # The id is known now, given or made of the port.
+            configure_logging(config.log_level, config.log_format, fields={"role": role, "worker_id": parts.worker_id})
             registrar = Registrar(config.redis, record, lease_s=config.lease_s)
             parts.metrics.index.watch_registry(lambda: registrar.connected)
             await registrar.start()

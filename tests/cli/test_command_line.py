@@ -21,7 +21,7 @@ HEAVY = ("torch", "numpy", "fastapi", "uvicorn", "grpc", "google.protobuf", "red
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], [], *([command, "--help"] for command in ("up", "router", "prefill", "decode", "doctor"))],
+    [["--help"], [], *([command, "--help"] for command in ("up", "router", "prefill", "decode", "doctor", "size"))],
     ids=lambda argv: " ".join(argv),
 )
 def test_help_imports_nothing_heavy(argv: list[str]) -> None:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
+from services.router.access import AccessRecord
 from services.router.config import RouterConfig
 from services.router.serving import GenerateEndpoint, plan_completion_request
 from tests.router.fake_worker import FakeWorker, Script, endless, failing
@@ -257,7 +258,8 @@ async def test_a_slow_reader_does_not_hold_the_others_up_and_gets_what_piled_up_
             return messages.pop() if messages else {"type": "http.disconnect"}
 
         endpoint = GenerateEndpoint(running.parts, plan_completion_request)
-        serving = asyncio.create_task(endpoint({"headers": [], "state": {"request_id": "slow"}}, receive, send))
+        state = {"request_id": "slow", "access": AccessRecord("POST", "/v1/completions")}
+        serving = asyncio.create_task(endpoint({"headers": [], "state": state}, receive, send))
         await until(lambda: bodies and not worker.live)  # the worker is done, the client has read one event
         assert (await http.post("/v1/completions", json=BODY)).status_code == 200
         reads_on.set()

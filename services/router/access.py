@@ -1,0 +1,63 @@
+"""The router's one line per HTTP request, and its count: what it came to, by whom and when. No text, no keys.
+
+`Edge` begins a record with each request and closes it with its end, however it ends; on the way the endpoints write
+down what they know. Of an error the code is logged and not the message, which may quote the request.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from services.router.errors import ApiError
+from services.router.metrics import RouterMetrics
+
+log = logging.getLogger(__name__)
+
+CLIENT_GONE = 499
+"""The status in our own books of a request whose client did not wait; as nginx counts it."""
+
+_ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize")
+
+
+@dataclass
+class AccessRecord:
+    """One HTTP request. `path` is what the client wrote; only those that we serve are shown."""
+
+    method: str
+    path: str
+    clock: Callable[[], float] = time.monotonic
+    status: int = CLIENT_GONE
+    """How it went in the end, which for a stream that broke is not what its head says."""
+    error: str | None = None
+    facts: dict[str, object] = field(default_factory=dict)
+    started_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started_s = self.clock()
+
+    def failed(self, error: ApiError) -> None:
+        """It ends with this error, whatever was sent before."""
+        self.status, self.error = error.status, error.code or error.type
+
+    def left(self) -> None:
+        """The client has gone."""
+        self.status, self.error = CLIENT_GONE, "client_gone"
+
+    @property
+    def endpoint(self) -> str:
+        """Of a few words."""
+        return self.path if self.path in _ENDPOINTS else "other"
+
+    def close(self, request_id: str, metrics: RouterMetrics, is_shown: bool) -> None:
+        """Count and log it."""
+        metrics.count_request(self.endpoint, self.status)
+        extra = {"request_id": request_id, "status": self.status, "seconds": round(self.clock() - self.started_s, 4)}
+        if self.error is not None:
+            extra["error"] = self.error
+        level = logging.INFO if is_shown and self.endpoint != "other" else logging.DEBUG
+        if self.status >= 500 and self.endpoint != "other":
+            level = logging.WARNING
+        log.log(level, "%s %s", self.method, self.endpoint, extra=extra | self.facts)

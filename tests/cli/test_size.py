@@ -1,0 +1,123 @@
+"""`tandem size`: known models give known bytes, and they are the engine's."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from services.cli.config import DEMO_MODEL, SizeConfig
+from services.cli.main import main
+from services.cli.sizing import Sizes, num_parameters, size
+from services.engine.model import load_model
+from services.engine.model_config import ModelConfig, parse_config, read_config
+from tests.hf_models import FAMILIES, write_model
+
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 32,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def llama() -> ModelConfig:
+    return parse_config(LLAMA_3_8B, None)
+
+
+def test_llama_3_8b(llama: ModelConfig) -> None:
+    sizes = size(llama, SizeConfig(max_num_seqs=10, prompt_tokens=2000, request_rate=2.0, num_workers=3))
+    assert num_parameters(llama) == 8_030_261_248  # what its model card says
+    assert sizes.kv_bytes_per_token == 131_072  # 2 * 32 layers * 8 heads * 128 * 2 bytes
+    assert sizes.block_bytes == 32 * 131_072
+    budget = int((80 << 30) * 0.9) - 2 * 8_030_261_248
+    assert sizes.num_blocks_per_worker == budget // sizes.block_bytes
+    assert sizes.max_concurrent_at_context == sizes.num_blocks_per_worker // 256
+    assert sizes.kv_bytes_for_max_num_seqs == 10 * 8192 * 131_072
+    assert (sizes.handoff_blocks, sizes.handoff_bytes) == (63, 63 * sizes.block_bytes)
+    assert sizes.handoff_seconds == pytest.approx(63 * 4 * 2**20 * 8 / 100e9)
+    assert sizes.store_blocks == (64 << 30) // sizes.block_bytes
+    assert sizes.index_blocks == 3 * sizes.num_blocks_per_worker + sizes.store_blocks
+    assert sizes.store_window_seconds == pytest.approx(sizes.store_blocks / 126)
+
+
+def test_the_dtype_is_the_checkpoints_unless_it_is_said(llama: ModelConfig) -> None:
+    assert size(llama, SizeConfig(dtype="float")).kv_bytes_per_token == 2 * 131_072
+    assert size(llama, SizeConfig(dtype="half")).dtype == "float16"
+    assert size(llama, SizeConfig()).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_is_the_engines_and_the_weights_are_those_on_disk(family: str, tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "model", family)
+    config = read_config(directory)
+    model = load_model(str(directory), dtype="float32", device="cpu")
+    assert size(config, SizeConfig(dtype="float32")).block_bytes == model.block_layout(32).block_bytes
+    num_on_disk = 0
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "numpy") as tensors:
+            num_on_disk += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    assert num_parameters(config) == num_on_disk
+
+
+@given(
+    block_size=st.sampled_from([16, 32, 64]),
+    memory=st.integers(1, 1 << 40),
+    context=st.integers(1, 1 << 20),
+    prompt=st.integers(1, 1 << 20),
+)
+def test_what_is_promised_fits(block_size: int, memory: int, context: int, prompt: int) -> None:
+    config = SizeConfig(
+        block_size=block_size, kv_cache_memory_bytes=memory, max_model_len=context, prompt_tokens=prompt
+    )
+    sizes = size(parse_config(LLAMA_3_8B, None), config)
+    assert sizes.kv_pool_bytes_per_worker <= memory
+    assert sizes.max_concurrent_at_context * context <= sizes.num_tokens_per_worker
+    assert sizes.max_concurrent_at_prompt * sizes.handoff_bytes <= memory
+    assert prompt <= sizes.handoff_blocks * block_size < prompt + block_size
+
+
+def test_the_table_and_the_json_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["size", "--json", "--gpu-memory-bytes", "1GiB"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    expected = size(read_config(DEMO_MODEL), SizeConfig(gpu_memory_bytes=1 << 30))
+    assert Sizes(**told) == expected
+    assert told.keys() == asdict(expected).keys()
+    assert main(["size", "--gpu-memory-bytes", "1GiB"]) == 0
+    text = capsys.readouterr().out
+    assert f"{expected.num_blocks_per_worker:,} blocks" in text
+    assert "64 KiB" in text
+    assert main(["size", "--gpu-memory-bytes", "4MiB"]) == 0
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_what_cannot_be_sized_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["size", "--model", str(tmp_path)]) == 1
+    assert "has no config.json" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')
+    assert main(["size", "--model", str(tmp_path)]) == 1
+    assert "MambaForCausalLM" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["size", "--bandwidth-gbit-per-s", "0"])
+    assert "--bandwidth-gbit-per-s" in capsys.readouterr().err
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys; from services.cli.main import main; main(['size']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
