@@ -45,6 +45,7 @@ class EvictedBlock(NamedTuple):
     block_id: int
     block_hash: BlockHash
     parent_hash: BlockHash | None
+    digest: int | None = None  # of the payload, as it was noted; None: it was not
 
 
 @dataclass
@@ -54,6 +55,7 @@ class PoolStats:
     num_queried: int = 0  # hashes given to match_prefix
     num_hits: int = 0  # of these, found
     num_evictions: int = 0  # cached blocks that lost their content to an allocation
+    num_corrupt: int = 0  # cached blocks that were dropped since their bytes had changed
 
 
 class BlockPool:
@@ -80,6 +82,7 @@ class BlockPool:
         self._was_reused = [False] * num_blocks
         self._shared_tokens = SharedTokenIndex()  # of findable blocks, as far as their tokens were told
         self._parent_of: list[BlockHash | None] = [None] * num_blocks  # of findable blocks, as far as it was told
+        self._digest_of: list[int | None] = [None] * num_blocks  # of findable blocks, as far as it was noted
         self._on_evict = on_evict
         self._evicted: list[EvictedBlock] = []  # by the call in progress, not handed to `on_evict` yet
         self._changes: deque[CacheChange] = deque(maxlen=4 * num_blocks)
@@ -217,9 +220,33 @@ class BlockPool:
             self._hash_of[block_id] = block_hash
             self._was_reused[block_id] = False
             self._parent_of[block_id] = parent_hash
+            self._digest_of[block_id] = None
             self._changes.append(CacheChange(block_hash, CacheEvent.PUBLISHED, parent_hash))
         if tokens is not None:
             self._shared_tokens.add(self._block_of[block_hash], tokens)
+
+    def note_digests(self, ids: Sequence[int], digests: Sequence[int]) -> None:
+        """Keep the payload digests of those blocks that can be found: nobody writes to them, so what differs is wrong.
+
+        The first word on a block counts.
+        """
+        for block_id, digest in zip(ids, digests, strict=True):
+            if self._hash_of[block_id] is not None and self._digest_of[block_id] is None:
+                self._digest_of[block_id] = digest
+
+    def noted_digests(self, ids: Sequence[int]) -> list[int | None]:
+        """Return the digest that was noted of each block, None where none was."""
+        return [None if self._hash_of[block_id] is None else self._digest_of[block_id] for block_id in ids]
+
+    def drop_corrupt(self, ids: Sequence[int]) -> int:
+        """Make blocks unfindable whose bytes have changed, of those that the caller refers to; returns how many."""
+        for block_id in ids:
+            self._check_referenced(block_id, "drop_corrupt")
+        found = [block_id for block_id in ids if self._hash_of[block_id] is not None]
+        for block_id in found:
+            self._unlink(block_id)
+        self.stats.num_corrupt += len(found)
+        return len(found)
 
     def take_changes(self) -> list[CacheChange]:
         """What happened to findable blocks since the last call, in order.
@@ -319,14 +346,19 @@ class BlockPool:
         return block_id
 
     def _forget(self, block_id: int) -> None:
+        block_hash = self._unlink(block_id)
+        if self._on_evict is not None:
+            evicted = EvictedBlock(block_id, block_hash, self._parent_of[block_id], self._digest_of[block_id])
+            self._evicted.append(evicted)
+
+    def _unlink(self, block_id: int) -> BlockHash:
         block_hash = self._hash_of[block_id]
         assert block_hash is not None, f"block {block_id} is not cached"
         del self._block_of[block_hash]
         self._shared_tokens.discard(block_id)
         self._changes.append(CacheChange(block_hash, CacheEvent.EVICTED))
         self._hash_of[block_id] = None
-        if self._on_evict is not None:
-            self._evicted.append(EvictedBlock(block_id, block_hash, self._parent_of[block_id]))
+        return block_hash
 
     def _hand_over_evicted(self) -> None:
         if self._on_evict is not None and self._evicted:

@@ -172,7 +172,9 @@ class HostTier:
             for slot, block, digest in zip(batch.slots, batch.blocks, batch.digests.result(), strict=True):
                 if self._batch_of.get(block.block_hash) is batch.digests:
                     del self._batch_of[block.block_hash]
-                    self._tier.publish(slot, block.block_hash, block.parent_hash, digest)
+                    # A digest noted before outweighs that of the copy: the bytes may have changed in between.
+                    noted = digest if block.digest is None else block.digest
+                    self._tier.publish(slot, block.block_hash, block.parent_hash, noted)
                 else:
                     self._tier.abandon([slot])  # forgotten meanwhile
 

@@ -294,10 +294,9 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         # A block that the first token fills up is still the prompt's partial block: it has no identity yet.
         num_full = request.num_prompt_tokens // engine.layout.block_size
         hashes = [*request.block_hashes[:num_full], None][first:end]
-        blocks = [
-            AnnouncedBlock(block_id, block_hash, digest)
-            for block_id, block_hash, digest in zip(block_ids, hashes, engine.memory.digests(block_ids), strict=True)
-        ]
+        digests = engine.memory.digests(block_ids)
+        engine.pool.note_digests(block_ids, digests)
+        blocks = [AnnouncedBlock(*block) for block in zip(block_ids, hashes, digests, strict=True)]
         if finished:
             engine.release_blocks(request.block_table)  # left to us by hold_blocks; the order's own pins stay
         return _Computed(first, blocks, _finished(update, order.fetched) if finished else None)

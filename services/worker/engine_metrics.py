@@ -64,6 +64,8 @@ class EngineCollector(Collector):
         yield gauge("tandem:kv_blocks", "KV blocks in the pool.", load.num_blocks)
         yield gauge("tandem:kv_blocks_free", "KV blocks free or evictable.", load.num_free_blocks)
         yield gauge("tandem:kv_blocks_cached", "KV blocks that can be found by their prefix.", load.num_cached_blocks)
+        corrupt_help = "Cached KV blocks whose bytes had changed in memory."
+        yield counter("tandem:kv_blocks_corrupt", corrupt_help, self._engine.pool.stats.num_corrupt)
         yield gauge("tandem:kv_blocks_lent", "References on KV blocks held by transfers.", load.num_lent_blocks)
         yield gauge("tandem:waiting_tokens", "Tokens of prompts not computed yet.", load.num_waiting_tokens)
 

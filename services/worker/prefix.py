@@ -56,6 +56,9 @@ class NoRoom(KVStoreError):
 class CacheLender:
     """Lends the paged cache's blocks to readers that name them by hash. Digests are computed off loop and engine.
 
+    Once per block: a digest is kept for as long as the block can be found, so that bytes which change in our memory
+    meanwhile are noticed by whoever reads them, and dropped here.
+
     What the host tier has comes into the paged cache first, as far as there is room.
     """
 
@@ -66,14 +69,33 @@ class CacheLender:
 
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
         await self._host.restore(hashes)
-        block_ids = await self._thread.call(self._engine.lend_prefix, hashes)
-        if not block_ids:
-            return []
-        digests = await asyncio.to_thread(self._engine.memory.digests, block_ids)
-        return [AnnouncedBlock(*block) for block in zip(block_ids, hashes, digests, strict=False)]
+        block_ids, noted = await self._thread.call(self._lend, hashes)
+        digest_of = {block_id: digest for block_id, digest in zip(block_ids, noted, strict=True) if digest is not None}
+        unknown = [block_id for block_id in block_ids if block_id not in digest_of]
+        if unknown:
+            digests = await asyncio.to_thread(self._engine.memory.digests, unknown)
+            await self._thread.call(self._engine.pool.note_digests, unknown, digests)
+            digest_of.update(zip(unknown, digests, strict=True))
+        return [AnnouncedBlock(each, hashes[index], digest_of[each]) for index, each in enumerate(block_ids)]
 
     async def take_back(self, blocks: Sequence[AnnouncedBlock], was_confirmed: bool) -> None:
-        await self._thread.call(self._engine.release_blocks, [block.block_id for block in blocks])
+        """Where the reader did not confirm, look whether our memory has changed under us, and drop what has."""
+        try:
+            if not was_confirmed:
+                await self._drop_corrupt(blocks)
+        finally:
+            await self._thread.call(self._engine.release_blocks, [block.block_id for block in blocks])
+
+    def _lend(self, hashes: Sequence[BlockHash]) -> tuple[list[int], list[int | None]]:  # engine thread
+        block_ids = self._engine.lend_prefix(hashes)
+        return block_ids, self._engine.pool.noted_digests(block_ids)
+
+    async def _drop_corrupt(self, blocks: Sequence[AnnouncedBlock]) -> None:
+        digests = await asyncio.to_thread(self._engine.memory.digests, [block.block_id for block in blocks])
+        changed = [block.block_id for block, digest in zip(blocks, digests, strict=True) if digest != block.digest]
+        if changed:
+            num_dropped = await self._thread.call(self._engine.pool.drop_corrupt, changed)
+            log.error("%d blocks have changed in memory, and are dropped: %s", num_dropped, changed)
 
 
 class IndexFeed:

@@ -287,3 +287,48 @@ def test_the_first_hit_of_a_block_since_its_publication_is_told_once():
     pool.release(pool.match_prefix(hashes))
     pool.release(pool.match_prefix(hashes))
     assert pool.take_changes() == [CacheChange(each, CacheEvent.REUSED) for each in hashes]
+
+
+def test_a_digest_is_kept_for_as_long_as_its_block_can_be_found():
+    pool = BlockPool(2)
+    (first,) = cached_chain(pool, chain("a", 1))
+    (unpublished,) = pool.allocate(1)
+    pool.note_digests([first, unpublished], [11, 12])
+    pool.note_digests([first], [13])
+    assert pool.noted_digests([first, unpublished]) == [11, None], "the first word counts, and only of findable blocks"
+    (again,) = pool.allocate(1)
+    assert again == first, "evicted"
+    assert pool.noted_digests([again]) == [None]
+    pool.publish(again, *chain("b", 1))
+    assert pool.noted_digests([again]) == [None], "other content, not digested yet"
+    pool.reset_prefix_cache()
+    pool.publish(again, *chain("c", 1))
+    assert pool.noted_digests([again]) == [None]
+
+
+def test_an_evicted_block_takes_its_digest_along():
+    evicted = []
+    pool = BlockPool(1, on_evict=evicted.extend)
+    ids = cached_chain(pool, chain("a", 1))
+    pool.note_digests(ids, [11])
+    pool.allocate(1)
+    assert [(block.block_hash, block.digest) for block in evicted] == [(*chain("a", 1), 11)]
+
+
+def test_a_block_that_has_changed_is_found_no_more_and_offered_to_nobody():
+    evicted = []
+    pool = BlockPool(4, on_evict=evicted.extend)
+    hashes = chain("a", 3)
+    ids = cached_chain(pool, hashes)
+    pool.take_changes()
+    held = pool.match_prefix(hashes)
+    assert pool.drop_corrupt([ids[1]]) == 1
+    assert pool.drop_corrupt([ids[1]]) == 0
+    assert CacheChange(hashes[1], CacheEvent.EVICTED) in pool.take_changes()
+    assert (pool.peek_prefix(hashes), pool.stats.num_corrupt) == (1, 1)
+    pool.release(held)
+    pool.check_integrity({})
+    pool.allocate(4)
+    assert [block.block_hash for block in evicted] == [hashes[2], hashes[0]], "what has changed goes nowhere"
+    with pytest.raises(IntegrityError, match="to which nobody refers"):
+        BlockPool(1).drop_corrupt([0])
