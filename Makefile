@@ -15,12 +15,22 @@ UP_ARGS ?=
 # Two processes: the end-to-end tests wait as much as they compute. PYTEST_ARGS= runs everything in one.
 PYTEST_ARGS ?= -n 2 --dist loadscope
 # What `make bench` runs, and with which flags:
-#   make bench BENCHES=loadtest/bench_serve.py BENCH_ARGS="--model /models/qwen2-0.5b --rate 2"
-BENCHES ?= tests/bench/bench_transfer.py loadtest/bench_serve.py
+#   make bench BENCH_ARGS="--help"
+BENCHES ?= tests/bench/bench_transfer.py
 BENCH_ARGS ?=
 TRACE ?=
 # Which of them `make compat` runs; empty: all
 TOOLS ?=
+# What `make loadtest` compares: stacks that it starts (`disaggregated`, `colocated`), and a server that runs at URL.
+#   make loadtest MODEL=/models/qwen2-0.5b TRACE=azure_conv.csv RATES=0.5,1,1.5 GOODPUT=ttft:2000,tpot:150
+#   make loadtest TARGETS= URL=http://gpu-box:8000 RATES=1,2,4,8
+TARGETS ?= disaggregated colocated
+URL ?=
+RATES ?= 3,6,9,12
+DURATION ?= 30
+GOODPUT ?= ttft:500,tpot:50
+SCALE ?= 0.25
+LOADTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,7 +41,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow lint types imports format proto proto-check bench bench-prefix bench-index compat agreement clean
+.PHONY: help install serve doctor test test-slow lint types imports format proto proto-check bench bench-prefix bench-index compat agreement loadtest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -80,6 +90,12 @@ proto-check: $(INSTALLED) ## the committed stubs are what the generator gives
 
 bench: $(INSTALLED) ## run BENCHES with BENCH_ARGS; each prints a table
 	for bench in $(BENCHES); do $(BIN)/python -m $$(echo $${bench%.py} | tr / .) $(BENCH_ARGS) || exit 1; done
+
+loadtest: $(INSTALLED) ## rate sweep over TARGETS and URL; writes build/loadtest/report.html (RATES, TRACE, MODEL, …)
+	$(BIN)/python -m loadtest sweep $(foreach target,$(TARGETS),--target $(target)) $(if $(URL),--target server=$(URL)) \
+		--rates $(RATES) --duration-s $(DURATION) --goodput $(GOODPUT) --scale $(SCALE) \
+		$(if $(TRACE),--trace $(TRACE),--workload azure) $(if $(MODEL),--up-model $(MODEL)) \
+		$(if $(UP_ARGS),--up-args "$(UP_ARGS)") $(LOADTEST_ARGS)
 
 bench-prefix: $(INSTALLED) ## hit rate and TTFT by routing policy: make bench-prefix TRACE=mooncake_conversation.jsonl
 	$(BIN)/python -m loadtest.bench_prefix $(if $(TRACE),--trace $(TRACE)) $(BENCH_ARGS)

@@ -13,7 +13,9 @@ def gamma(rate: float, burstiness: float, num_requests: int, rng: random.Random)
     """Gaps of mean 1/rate from a Gamma distribution whose shape is `burstiness`, as `vllm bench serve` has it.
 
     Shape 1 is a Poisson process; below 1 arrivals come in bursts, above 1 they are more even than at random. The
-    coefficient of variation of the gaps is burstiness ** -0.5.
+    coefficient of variation of the gaps is burstiness ** -0.5. All times are then stretched a little, so that the last
+    one is at num_requests / rate and a short run has the rate that it was asked for (a Poisson process under the
+    condition that it has this many arrivals); `vllm bench serve` does the same.
     """
     _check_rate(rate)
     if burstiness <= 0:
@@ -22,7 +24,8 @@ def gamma(rate: float, burstiness: float, num_requests: int, rng: random.Random)
     for _ in range(num_requests):
         now += rng.gammavariate(burstiness, 1 / (rate * burstiness))
         times.append(now)
-    return times
+    factor = num_requests / rate / now if now else 1.0
+    return [time * factor for time in times]
 
 
 def constant(rate: float, num_requests: int) -> list[float]:

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import httpx
 
-from loadtest.local_stack import percentile, start_stack, stop_stack
+from loadtest.local_stack import start_stack, stop_stack
 from loadtest.prompts import PromptMaker, Scale
+from loadtest.summary import Spread
 from loadtest.traces import BLOCK_TOKENS, infinite_cache_hits, make_conversations, read_mooncake
 
 _POLICIES = ("kv", "prefix-hash", "least-loaded", "round-robin")
@@ -97,7 +98,8 @@ def main() -> int:
             ttft_s, num_cached, num_errors = asyncio.run(replay(stack.url, prompts, times_s, options.output_tokens))
         finally:
             stop_stack(stack)
-        times = f"{percentile(ttft_s, 0.5) * 1e3:.0f} / {percentile(ttft_s, 0.9) * 1e3:.0f}"
+        ttft = Spread.of(ttft_s)
+        times = "-" if ttft.p50 is None or ttft.p90 is None else f"{ttft.p50 * 1e3:.0f} / {ttft.p90 * 1e3:.0f}"
         print(f"| {policy} | {num_cached / num_tokens:.1%} | {times} | {num_errors} |", flush=True)
     return 0
 

@@ -21,6 +21,7 @@ from loadtest.prompts import PromptMaker, Scale
 from loadtest.records import Outcome, RequestRecord
 from loadtest.sse import BadStream, parse_line
 
+API_KEY_VARIABLE = "OPENAI_API_KEY"
 _PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 _REFUSALS = (429, 503)
 _MAX_ERROR_CHARS = 300

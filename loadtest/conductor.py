@@ -8,15 +8,15 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from locust.env import Environment
 from locust.rpc.protocol import Message
 from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
-from loadtest.client import ServedModel, TargetError, look_up_model
-from loadtest.options import LoadOptions
+from loadtest.client import API_KEY_VARIABLE, ServedModel, TargetError, look_up_model
+from loadtest.job import Job
 from loadtest.performer import Assignment, Performer
 from loadtest.plan import Plan, make_plan
 from loadtest.records import RequestRecord
@@ -25,20 +25,9 @@ from loadtest.scrape import Scraper
 
 log = logging.getLogger(__name__)
 
-API_KEY_VARIABLE = "OPENAI_API_KEY"
 _PART, _RECORDS = "loadtest_part", "loadtest_records"
 # How long after the order a run starts: the parts must have arrived and been planned by then.
 _LEAD_LOCAL_S, _LEAD_DISTRIBUTED_S = 0.2, 2.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to load and how: settled when a run starts. `metrics_urls` are pages of gauges, by their process's name."""
-
-    target: str
-    url: str
-    options: LoadOptions
-    metrics_urls: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass

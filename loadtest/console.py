@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -9,40 +10,81 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from loadtest import dispatch
 from loadtest.result import RunResult
-from loadtest.summary import Spread, Summary
+from loadtest.summary import Spread, Summary, summarize
+from loadtest.sweep import SweepWatcher
+from loadtest.targets import Target
 
 
 class RunProgress:
     """A bar on a terminal; nothing where there is none."""
 
     def __init__(self, console: Console, name: str) -> None:
-        self._bars = Progress(
+        self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[in_flight]} in flight, {task.fields[late]} late"),
+            TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bars.add_task(name, total=None, in_flight=0, late=0)
+        self._task = self.bars.add_task(name, total=None, note="")
 
     def __enter__(self) -> RunProgress:
-        self._bars.start()
+        self.bars.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._bars.stop()
+        self.bars.stop()
 
     def show(self, progress: dispatch.Progress) -> None:
-        self._bars.update(
+        self.bars.update(
             self._task,
             total=progress.num_planned,
             completed=progress.num_done,
-            in_flight=progress.num_in_flight,
-            late=progress.num_late,
+            note=f"{progress.num_in_flight} in flight, {progress.num_late} late",
         )
+
+    def rename(self, name: str) -> None:
+        """Another run begins."""
+        self.bars.update(self._task, description=name, total=None, completed=0, note="")
+
+
+class SweepProgress(SweepWatcher):
+    """Two bars on a terminal: all runs, and the one under way. A line for each run that has ended, everywhere."""
+
+    def __init__(self, console: Console, num_runs: int) -> None:
+        self._console = console
+        self._run = RunProgress(console, "")
+        self._all = self._run.bars.add_task("sweep", total=num_runs, note="")
+        self.results: list[RunResult] = []
+
+    def __enter__(self) -> SweepProgress:
+        self._run.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._run.__exit__(kind, error, tb)
+
+    def preparing(self, target: Target) -> None:
+        self._run.rename(f"{target.name} starts")
+        self._console.print(f"{target.name}: {target.description}", highlight=False, markup=False)
+
+    def running(self, target: Target, rate: float) -> Callable[[dispatch.Progress], None]:
+        self._run.rename(f"{target.name} at {rate:g}/s")
+        return self._run.show
+
+    def finished(self, result: RunResult) -> None:
+        self.results.append(result)
+        self._run.bars.advance(self._all)
+        summary = summarize(result)
+        line = f"{summary.target} at {summary.rate:g}/s: goodput {summary.goodput:.2f}/s ({summary.good:.0%})"
+        if summary.ttft.p90 is not None and summary.itl.p99 is not None:
+            line += f", TTFT p90 {summary.ttft.p90 * 1000:.0f} ms, ITL p99 {summary.itl.p99 * 1000:.0f} ms"
+        doubts = {"refused": summary.num_refusals, "errors": summary.num_errors, "late": summary.num_late}
+        line += "".join(f", {number} {name}" for name, number in doubts.items() if number)
+        self._console.print(line, highlight=False, markup=False)
 
 
 def summary_lines(result: RunResult, summary: Summary) -> list[str]:

@@ -1,4 +1,4 @@
-"""A `tandem up` of this machine for a benchmark, and the figures that every table needs."""
+"""A `tandem up` of this machine for a benchmark: started, watched until it serves, stopped."""
 
 from __future__ import annotations
 
@@ -6,52 +6,78 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 60.0
+_NUM_LINES_KEPT = 40
+
+
+class StackFailed(Exception):
+    """The stack did not come up; the message has its last lines."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A running `tandem up`."""
+    """A running `tandem up`. `debug_urls` are its workers' pages, by the workers' names."""
 
     name: str
     process: subprocess.Popen[str]
     url: str
-    debug_urls: tuple[str, ...]
+    debug_urls: Mapping[str, str]
 
 
 def start_stack(name: str, flags: Sequence[str]) -> Stack:
-    """Start it and wait for the line that prints its URL."""
+    """Starts it and waits for the line that prints its URL. Raises StackFailed."""
     command = [sys.executable, "-m", "services.cli.main", "up", "--port", "0", "--log-format", "text", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    lines: list[str] = []
-    debug_urls: list[str] = []
-    for line in process.stdout:
-        lines.append(line)
-        if found := re.search(r"decode-\S+ serves on .* debug (http://\S+?)\)?$", line):
-            debug_urls.append(found[1])
-        if found := re.search(r"Tandem serves .* at (http://\S+)/v1", line):
-            return Stack(name, process, found[1], tuple(debug_urls))
-        if time.monotonic() > deadline:
-            break
-    process.kill()
-    raise RuntimeError(f"{name} did not come up:\n{''.join(lines[-20:])}")
+    output = _Output(process)
+    if not output.settled.wait(_START_TIMEOUT_S) or not output.url:
+        _stop(process)
+        raise StackFailed(f"{name} did not come up:\n{''.join(output.last_lines)}")
+    return Stack(name, process, output.url, dict(output.debug_urls))
 
 
 def stop_stack(stack: Stack) -> None:
-    stack.process.send_signal(signal.SIGINT)
+    _stop(stack.process)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGINT)
     try:
-        stack.process.communicate(timeout=_STOP_TIMEOUT_S)
+        process.wait(timeout=_STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        stack.process.kill()
+        process.kill()
+        process.wait()
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+@dataclass
+class _Output:
+    """What the stack prints, read to its end by a thread, or the pipe would fill and the stack stand still.
+
+    `settled` is set when the stack serves, and when it has ended.
+    """
+
+    process: subprocess.Popen[str]
+    url: str = ""
+    debug_urls: dict[str, str] = field(default_factory=dict)
+    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=_NUM_LINES_KEPT))
+    settled: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            for line in lines:
+                self.last_lines.append(line)
+                if found := re.search(r"((?:decode|prefill)-\d+) serves on .* debug (http://\S+?)\)?$", line):
+                    self.debug_urls[found[1]] = found[2]
+                if found := re.search(r"Tandem serves .* at (http://\S+)/v1", line):
+                    self.url = found[1]
+                    self.settled.set()
+        self.settled.set()

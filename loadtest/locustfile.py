@@ -18,8 +18,9 @@ from pathlib import Path
 from locust import events
 from locust.env import Environment
 
-from loadtest.conductor import Conductor, Job
+from loadtest.conductor import Conductor
 from loadtest.console import summary_lines
+from loadtest.job import Job
 from loadtest.options import add_flags, options_from
 from loadtest.result import RunResult, write_result
 from loadtest.summary import summarize

@@ -79,5 +79,8 @@ def read_result(path: Path) -> RunResult:
 
 
 def write_result(path: Path, result: RunResult, summary: dict[str, object]) -> None:
+    """The file is there when it is complete, and not before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result.to_json() | {"summary": summary}), encoding="utf-8")
+    incomplete = path.with_name(path.name + ".incomplete")
+    incomplete.write_text(json.dumps(result.to_json() | {"summary": summary}), encoding="utf-8")
+    incomplete.rename(path)

@@ -7,16 +7,13 @@ from collections.abc import Callable
 import gevent
 from locust.env import Environment
 
-from loadtest.conductor import Conductor, Job
+from loadtest.conductor import Conductor
 from loadtest.dispatch import Progress
+from loadtest.job import Job, RunFailed
 from loadtest.result import RunResult
 from loadtest.users import OpenLoopUser, attach
 
 _POLL_S = 0.1
-
-
-class RunFailed(Exception):
-    """The run could not start; the message says why."""
 
 
 def run(job: Job, watch: Callable[[Progress], None]) -> RunResult:

@@ -113,7 +113,7 @@ def summarize(result: RunResult) -> Summary:
         output_tokens=num_output_tokens / max(1, len(done)),
         cached_share=sum(each.num_cached_tokens for each in done) / max(1, num_prompt_tokens),
         **_latencies(done),
-        classes=tuple(_class_summary(kind, records, slo) for kind in sorted({each.kind for each in records})),
+        classes=tuple(_class_summary(kind, records, slo) for kind in _kinds(records)),
         first_error=next((each.error for each in records if not each.ok), ""),
     )
 
@@ -124,6 +124,14 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     below = int(place)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def _kinds(records: Sequence[RequestRecord]) -> list[str]:
+    """The classes, those with the shortest prompts first."""
+    lengths: dict[str, list[int]] = {}
+    for each in records:
+        lengths.setdefault(each.kind, []).append(each.num_prompt_tokens)
+    return sorted(lengths, key=lambda kind: sum(lengths[kind]) / len(lengths[kind]))
 
 
 def _class_summary(kind: str, records: Sequence[RequestRecord], slo: Slo) -> ClassSummary:

@@ -1,0 +1,22 @@
+"""What one run is given: a target and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from loadtest.options import LoadOptions
+
+
+class RunFailed(Exception):
+    """The run could not start; the message says why."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to load and how: settled when a run starts. `metrics_urls` are pages of gauges, by their process's name."""
+
+    target: str
+    url: str
+    options: LoadOptions
+    metrics_urls: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,52 @@
+"""The files beside a report: a CSV with a line per run, one with a line per request, and all figures as JSON."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from loadtest.records import RequestRecord
+from loadtest.result import RunResult
+from loadtest.summary import Spread, Summary, summarize
+from loadtest.verdict import judge
+
+_SPREADS = ("ttft", "tpot", "itl", "e2e")
+
+
+def write_tables(folder: Path, results: Sequence[RunResult]) -> None:
+    """summary.csv, requests.csv and summary.json."""
+    summaries = [summarize(result) for result in results]
+    with (folder / "summary.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = [_flat(summary) for summary in summaries]
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with (folder / "requests.csv").open("w", newline="", encoding="utf-8") as file:
+        requests = [_request_row(result, record) for result in results for record in result.records]
+        writer = csv.DictWriter(file, list(requests[0]) if requests else [])
+        writer.writeheader()
+        writer.writerows(requests)
+    document = {"verdict": asdict(judge(summaries)), "runs": [each.to_json() for each in summaries]}
+    (folder / "summary.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+
+
+def _flat(summary: Summary) -> dict[str, object]:
+    """A run as one line: each percentile a column, classes left to the JSON file."""
+    row: dict[str, object] = {}
+    for each in fields(summary):
+        if each.name in _SPREADS:
+            spread: Spread = getattr(summary, each.name)
+            row |= {f"{each.name}_{name}_s": value for name, value in asdict(spread).items()}
+        elif each.name != "classes":
+            row[each.name] = getattr(summary, each.name)
+    return row
+
+
+def _request_row(result: RunResult, record: RequestRecord) -> dict[str, object]:
+    row = {"target": result.target, "rate": result.options.rate} | record.to_dict()
+    del row["gaps_s"]
+    row |= {"ttft_s": record.ttft_s, "tpot_s": record.tpot_s, "e2e_s": record.e2e_s, "late_s": record.late_s}
+    return row | {"itl_max_s": max(record.gaps_s, default=None), "good": result.options.slo.is_met(record)}
