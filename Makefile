@@ -41,10 +41,11 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow lint types imports format proto proto-check bench bench-prefix bench-index compat agreement loadtest clean
+.PHONY: help install serve doctor test test-slow validate-deploy render-deploy test-images lint types imports format proto proto-check \
+	bench bench-prefix bench-index compat agreement loadtest clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## make .venv and install everything, pinned by constraints.txt
 
@@ -69,6 +70,16 @@ test-slow: $(INSTALLED) ## the tests that take minutes
 lint: $(INSTALLED) ## style
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+
+validate-deploy: $(INSTALLED) ## deploy/ against schemas, linters and a running stack; needs kubectl and promtool
+	$(BIN)/python -m deploy.validate
+	$(BIN)/pytest tests/deploy -m "not slow"
+
+render-deploy: $(INSTALLED) ## remake deploy/'s generated files: PrometheusRule, dashboard
+	$(BIN)/python -m deploy.monitoring.render
+
+test-images: $(INSTALLED) ## every Dockerfile's install lines in a new venv, and its command (minutes)
+	$(BIN)/pytest tests/deploy/test_images.py -m slow
 
 types: $(INSTALLED) ## mypy --strict
 	$(BIN)/mypy $(TYPED)

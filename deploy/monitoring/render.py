@@ -1,6 +1,6 @@
 """Writes the files that are made from others: the PrometheusRule from `rules/`, the Grafana dashboard from `PANELS`.
 
-    python -m deploy.monitoring.render
+    make render-deploy
 
 The validator compares what lies there with what this gives.
 """
@@ -324,8 +324,9 @@ def prometheus_rule(directory: Path = DIRECTORY) -> str:
         "metadata": {"name": "tandem"},
         "spec": {"groups": groups},
     }
-    head = "# Made from rules/ by `python -m deploy.monitoring.render`.\n"
-    return head + yaml.safe_dump(manifest, sort_keys=False, width=116)
+    head = "# Made from rules/ by `make render-deploy`.\n"
+    text: str = yaml.safe_dump(manifest, sort_keys=False, width=116)
+    return head + text
 
 
 def outputs(directory: Path = DIRECTORY) -> dict[Path, str]:

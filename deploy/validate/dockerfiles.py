@@ -12,7 +12,20 @@ from deploy.validate.tools import run_tool
 # Images that must not have torch, whatever else they have.
 _WITHOUT_TORCH = ("router", "store")
 _KEYWORDS = frozenset(
-    {"ARG", "CMD", "COPY", "ENTRYPOINT", "ENV", "EXPOSE", "HEALTHCHECK", "LABEL", "RUN", "STOPSIGNAL", "USER", "WORKDIR"}
+    {
+        "ARG",
+        "CMD",
+        "COPY",
+        "ENTRYPOINT",
+        "ENV",
+        "EXPOSE",
+        "HEALTHCHECK",
+        "LABEL",
+        "RUN",
+        "STOPSIGNAL",
+        "USER",
+        "WORKDIR",
+    }
 )
 
 

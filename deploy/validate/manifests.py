@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterator, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import yaml
+from jsonschema import Draft202012Validator
+from referencing import Registry, Resource
 
 from deploy.validate.environment import complaints, role_of_image
 from deploy.validate.schemas import load_schema, violations
@@ -15,7 +19,8 @@ from deploy.validate.tools import run_tool
 
 Manifest = dict[str, Any]
 
-KUBERNETES_VERSION = "1.32"
+KUBERNETES_VERSION = "1.32.0"
+_KUBERNETES_SCHEMAS = files("kubernetes_validate") / f"kubernetes-json-schema/v{KUBERNETES_VERSION}-local-strict"
 _OVERLAYS = "deploy/kustomize/overlays"
 # Kinds of operators: Kubernetes' own schemas do not have them.
 _CUSTOM = frozenset({"ScaledObject", "ServiceMonitor", "PodMonitor", "PrometheusRule"})
@@ -56,11 +61,26 @@ def _schema(manifest: Manifest) -> Iterator[str]:
         yield from violations(manifest, load_schema(str(manifest["kind"]).lower()))
         return
     try:
-        kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
-    except kubernetes_validate.ValidationError as error:
-        yield f"{'.'.join(str(part) for part in error.absolute_path) or 'top level'}: {error.message}"
-    except kubernetes_validate.SchemaNotFoundError as error:
-        yield error.message
+        validator = _validator(str(manifest.get("apiVersion")), str(manifest.get("kind")))
+    except FileNotFoundError:
+        yield f"Kubernetes {KUBERNETES_VERSION} has no {manifest.get('apiVersion')} {manifest.get('kind')}"
+        return
+    yield from violations(manifest, validator)
+
+
+@functools.cache
+def _validator(api_version: str, kind: str) -> Draft202012Validator:
+    """Of a kind of Kubernetes' own, with strict fields; the schemas are those that kubernetes-validate carries."""
+    group, _, version = api_version.rpartition("/")
+    name = "-".join([kind.lower(), *([group.partition(".")[0]] if group else []), version])
+    schema = json.loads((_KUBERNETES_SCHEMAS / f"{name}.json").read_text(encoding="utf-8"))
+    return Draft202012Validator(schema, registry=_definitions())
+
+
+@functools.cache
+def _definitions() -> Registry[Any]:
+    contents = json.loads((_KUBERNETES_SCHEMAS / "_definitions.json").read_text(encoding="utf-8"))
+    return Resource.from_contents(contents) @ Registry()
 
 
 def _pods(manifests: list[Manifest]) -> dict[str, Manifest]:
@@ -93,7 +113,9 @@ def _pod_references(pod: Manifest, manifests: list[Manifest]) -> Iterator[str]:
     names = {label(item) for item in manifests}
     volumes = {volume["name"] for volume in pod["spec"].get("volumes", [])}
     volumes |= {
-        claim["metadata"]["name"] for item in manifests for claim in item.get("spec", {}).get("volumeClaimTemplates", [])
+        claim["metadata"]["name"]
+        for item in manifests
+        for claim in item.get("spec", {}).get("volumeClaimTemplates", [])
     }
     for container in pod["spec"]["containers"]:
         for mount in container.get("volumeMounts", []):

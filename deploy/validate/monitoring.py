@@ -88,7 +88,7 @@ def _rendered(root: Path) -> Iterator[str]:
     for path, text in outputs(root / "deploy/monitoring").items():
         name = str(path.relative_to(root))
         if path.read_text(encoding="utf-8") != text:
-            yield f"{name}: is not what deploy/monitoring/render.py gives: run `python -m deploy.monitoring.render`"
+            yield f"{name}: is not what deploy/monitoring/render.py gives: `make render-deploy`"
     board = "deploy/monitoring/grafana/tandem.json"
     document = json.loads((root / board).read_text(encoding="utf-8"))
     yield from (f"{board}: {line}" for line in violations(document, load_schema("dashboard")))

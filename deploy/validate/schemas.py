@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+from jsonschema.protocols import Validator
 
 SCHEMAS = Path(__file__).parents[1] / "schemas"
 
@@ -18,9 +19,9 @@ def load_schema(name: str) -> dict[str, Any]:
     return loaded
 
 
-def violations(document: object, schema: Mapping[str, Any]) -> Iterator[str]:
+def violations(document: object, schema: Mapping[str, Any] | Validator) -> Iterator[str]:
     """One line per violation: where, and what."""
-    validator = jsonschema.validators.validator_for(schema)(schema)
+    validator = schema if isinstance(schema, Validator) else jsonschema.validators.validator_for(schema)(schema)
     for error in sorted(validator.iter_errors(document), key=lambda error: [str(part) for part in error.absolute_path]):
         cause = jsonschema.exceptions.best_match([error]) or error
         where = ".".join(str(part) for part in cause.absolute_path) or "top level"

@@ -1,0 +1,203 @@
+"""deploy/ passes its validator, and a typo planted in a file of any kind does not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from deploy.validate.__main__ import CHECKS, main
+from deploy.validate.dockerfile import parse
+from deploy.validate.monitoring import check_monitoring, check_queries
+from deploy.validate.tools import ToolMissing, run_tool
+
+ROOT = Path(__file__).parents[2]
+# What the checks look at outside of deploy/.
+NEEDED = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "kvstore", "services", "proto", "docs")
+
+# By file below deploy/: what stands there, the typo in its place, and words that one line of the validator has.
+TYPOS = {
+    "docker/router.Dockerfile": [("HEALTHCHECK --", "HELTHCHECK --", "router.Dockerfile HELTHCHECK")],
+    "docker/prefill.Dockerfile": [("USER 10001", "USER 0", "prefill.Dockerfile root")],
+    "docker/decode.Dockerfile": [
+        ('"tandem", "decode"', '"tandem", "decod"', "decode.Dockerfile ENTRYPOINT"),
+        ("COPY proto", "COPY prot", "decode.Dockerfile prot"),
+    ],
+    "docker/store.Dockerfile": [
+        ("WORKDIR /src", "WORKDIR src", "store.Dockerfile DL3000"),
+        ("EXTRAS=store\n", "EXTRAS=store,worker\n", "store.Dockerfile worker torch"),
+    ],
+    "compose/compose.yaml": [
+        ("healthcheck:", "healthchek:", "compose.yaml healthchek"),
+        ("TANDEM_DRAIN_TIMEOUT_S", "TANDEM_DRAIN_TIMEOT_S", "compose.yaml prefill TANDEM_DRAIN_TIMEOT_S"),
+        ("prefill-0: {condition", "prefil-0: {condition", "compose.yaml router prefil-0"),
+        ("- ./prometheus.yml", "- ./prometeus.yml", "compose.yaml prometheus prometeus.yml"),
+        ("read_only: true", "read_only: false", "compose.yaml read_only"),
+        ("limits: {cpus", "limit: {cpus", "compose.yaml limit"),
+    ],
+    "compose/prometheus.yml": [
+        ("scrape_configs", "scrape_config", "prometheus.yml scrape_config"),
+        ("store-0:7080", "stor-0:7080", "prometheus.yml stor-0:7080"),
+    ],
+    "compose/grafana/datasource.yaml": [("access:", "acces:", "datasource.yaml acces")],
+    "compose/grafana/dashboards.yaml": [("folder:", "foldr:", "dashboards.yaml foldr")],
+    "kustomize/base/kustomization.yaml": [("configMapGenerator", "configMapGenerater", "cpu-demo configMapGenerater")],
+    "kustomize/base/router.yaml": [
+        ("readinessProbe", "readynessProbe", "cpu-demo Deployment tandem-router readynessProbe"),
+        ("averageUtilization", "averageUse", "cpu-demo HorizontalPodAutoscaler tandem-router averageUse"),
+        ("minAvailable", "minAvailabl", "cpu-demo PodDisruptionBudget tandem-router minAvailabl"),
+        ("targetPort: http", "targetPort: htp", "cpu-demo Service tandem-router htp"),
+        ("GracePeriodSeconds: 140", "GracePeriodSeconds: 14", "cpu-demo Deployment tandem-router drain"),
+        ("port: http\n            periodSeconds: 5", "port: htp\n            periodSeconds: 5", "readinessProbe htp"),
+    ],
+    "kustomize/base/prefill.yaml": [("port: 7000", "port: 7007", "cpu-demo Deployment tandem-prefill 7007")],
+    "kustomize/base/decode.yaml": [("TANDEM_WORKER_ID", "TANDEM_WORKERID", "cpu-demo tandem-decode TANDEM_WORKERID")],
+    "kustomize/base/store.yaml": [("serviceName", "servicName", "cpu-demo StatefulSet tandem-store servicName")],
+    "kustomize/base/redis.yaml": [("port: 6379", "port: redis", "cpu-demo Service tandem-redis redis")],
+    "kustomize/base/network-policies.yaml": [
+        ("policyTypes", "policyType", "cpu-demo NetworkPolicy tandem-router policyType"),
+        ("component: redis\n", "component: reddis\n", "cpu-demo NetworkPolicy tandem-redis reddis"),
+    ],
+    "kustomize/overlays/cpu-demo/kustomization.yaml": [
+        ("\nimages:", "\nimags:", "cpu-demo imags"),
+        ("TANDEM_NUM_THREADS", "TANDEM_NUM_THREAD", "cpu-demo tandem-decode TANDEM_NUM_THREAD"),
+        ("/spec/template/", "/spec/templat/", "cpu-demo templat"),
+    ],
+    "kustomize/overlays/cpu-demo/namespace.yaml": [("labels:", "lables:", "cpu-demo Namespace tandem lables")],
+    "kustomize/overlays/gpu-rdma/kustomization.yaml": [("\ncomponents:", "\ncomponent:", "gpu-rdma component")],
+    "kustomize/overlays/gpu-rdma/namespace.yaml": [("kind: Namespace", "kind: Namespac", "gpu-rdma Namespac")],
+    "kustomize/overlays/gpu-rdma/worker-devices.yaml": [("medium:", "medum:", "gpu-rdma Deployment medum")],
+    "kustomize/overlays/gpu-rdma/store-devices.yaml": [
+        ("name: shm, mount", "name: shn, mount", "gpu-rdma tandem-store shn")
+    ],
+    "kustomize/components/model-volume/claim.yaml": [("accessModes", "accesModes", "PersistentVolumeClaim accesModes")],
+    "kustomize/components/model-volume/kustomization.yaml": [
+        ("tandem-models", "tandem-model", "gpu-rdma tandem-model")
+    ],
+    "kustomize/components/keda/kustomization.yaml": [("op: remove", "op: remov", "gpu-rdma remov")],
+    "kustomize/components/keda/prefill.yaml": [
+        ("serverAddress", "serverAdress", "gpu-rdma ScaledObject tandem-prefill serverAdress"),
+        ("tandem:waiting_tokens", "tandem:waiting_token", "keda/prefill.yaml queued-tokens tandem:waiting_token"),
+        ("sum(tandem:waiting_tokens", "sum((tandem:waiting_tokens", "keda/prefill.yaml queued-tokens"),
+    ],
+    "kustomize/components/keda/decode.yaml": [
+        (
+            "scaleTargetRef:\n    name: tandem-decode",
+            "scaleTargetRef:\n    name: tandem-decod",
+            "ScaledObject tandem-decod",
+        ),
+    ],
+    "monitoring/kustomization.yaml": [("options:", "option:", "gpu-rdma option")],
+    "monitoring/monitors.yaml": [
+        (" endpoints:", " endpoint:", "gpu-rdma ServiceMonitor tandem-router endpoint"),
+        ("podMetricsEndpoints", "podMetricEndpoints", "gpu-rdma PodMonitor podMetricEndpoints"),
+        ("component: store", "component: stor", "gpu-rdma PodMonitor tandem-store stor"),
+    ],
+    "monitoring/prometheusrule.yaml": [
+        ("annotations", "anotations", "gpu-rdma PrometheusRule anotations"),
+    ],
+    "monitoring/rules/recording.yml": [
+        ("record:", "recod:", "recording.yml recod"),
+        ("histogram_quantile", "histogram_quantil", "recording.yml histogram_quantil"),
+        ("tandem:prefills_total", "tandem:prefill_total", "recording.yml tandem:prefill_total"),
+    ],
+    "monitoring/rules/alerts.yml": [
+        ("labels:", "lables:", "alerts.yml lables"),
+        (
+            "tandem:store_disk_paused",
+            "tandem:store_disk_pause",
+            "alerts.yml TandemStoreDiskPaused tandem:store_disk_pause",
+        ),
+        ("alert: TandemKVCacheFull", "alert: TandemKvCacheFull", "operations.md TandemKvCacheFull"),
+        ("== 0", "!= 0", "rules.yml TandemRegistryDown"),
+    ],
+    "monitoring/tests/rules.yml": [
+        ("input_series", "input_serie", "rules.yml input_serie"),
+        ("alertname: TandemKVCacheFull", "alertname: TandemKVCacheFul", "TandemKVCacheFull"),
+    ],
+    "monitoring/grafana/tandem.json": [
+        ('"legendFormat"', '"legendFormt"', "tandem.json legendFormt"),
+        ("tandem:recomputes_total", "tandem:recompute_total", "tandem.json tandem:recompute_total"),
+    ],
+}
+
+
+def check_of(path: str) -> str:
+    """The name of the check that looks at a file."""
+    if path.startswith("docker/"):
+        return "Dockerfiles"
+    if path.startswith("compose/"):
+        return "compose"
+    is_manifest = path.startswith("kustomize/") or path.count("/") == 1
+    return "kustomize" if is_manifest else "rules and dashboards"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A repository with a deploy/ of its own."""
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in NEEDED:
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def test_everything_passes(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(copy)]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "words"),
+    [
+        pytest.param(path, *typo, id=f"{path}-{number}")
+        for path, typos in TYPOS.items()
+        for number, typo in enumerate(typos)
+    ],
+)
+def test_a_typo_is_named(copy: Path, path: str, old: str, new: str, words: str) -> None:
+    file = copy / "deploy" / path
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), encoding="utf-8")
+    found = [*CHECKS[check_of(path)](copy)]
+    if path.startswith("kustomize/components/keda/"):
+        found += check_queries(copy)
+    assert [line for line in found if all(word in line for word in words.split())], found
+
+
+def test_a_generated_file_that_is_out_of_date_is_named(copy: Path) -> None:
+    file = copy / "deploy/monitoring/prometheusrule.yaml"
+    file.write_text(file.read_text(encoding="utf-8").replace("> 0.95", "> 0.59"), encoding="utf-8")
+    found = list(check_monitoring(copy))
+    assert len(found) == 1
+    assert "prometheusrule.yaml" in found[0]
+    assert "make render-deploy" in found[0]
+
+
+def test_every_file_of_deploy_has_a_typo_planted() -> None:
+    kinds = {".yaml", ".yml", ".json", ".Dockerfile"}
+    files = {path.relative_to(ROOT / "deploy") for path in (ROOT / "deploy").rglob("*") if path.suffix in kinds}
+    validated = {str(path) for path in files if path.parts[0] not in {"demo_model", "schemas"}}
+    assert validated == set(TYPOS)
+
+
+def test_a_missing_tool_is_named_with_where_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ToolMissing, match=r"promtool is not on the PATH \(.*prometheus"):
+        run_tool("promtool", ["--version"], tmp_path)
+
+
+def test_a_dockerfile_is_read_as_docker_reads_it() -> None:
+    dockerfile = parse(
+        "ARG KIND=a\nFROM base AS kind-a\nENV ONE=1 TWO='2 3'\n\nFROM base AS kind-b\n"
+        "# a comment\nFROM kind-${KIND} AS build\nRUN --mount=type=cache one \\\n  # between\n  && two\n"
+        'FROM build\nHEALTHCHECK --interval=5s CMD ["true", "x y"]\n'
+    )
+    assert [stage.name for stage in dockerfile.chain(None, {})] == ["kind-a", "build", ""]
+    assert [stage.name for stage in dockerfile.chain("build", {"KIND": "b"})] == ["kind-b", "build"]
+    environment, run, health = [item for stage in dockerfile.chain(None, {}) for item in stage.instructions]
+    assert environment.words == ["ONE=1", "TWO=2 3"]
+    assert (run.line, run.flags, run.text.split()) == (8, {"mount": "type=cache"}, ["one", "&&", "two"])
+    assert health.words == ["true", "x y"]
+    with pytest.raises(ValueError, match="no FROM"):
+        parse("ARG A=1\n")
