@@ -2,17 +2,15 @@
 
     cache changes -> chain book -> (50 ms, so that a prompt's chunks join) -> the node of each chain -> `have`
 
-The engine takes no part in it and never waits for it. A chain belongs to the node that rendezvous hashing gives for its
-first block (Thaler and Ravishankar 1998), the same on every worker, so that chains stay whole and nodes may come and
-go. A node that is new, or that was restarted and has forgotten, is offered all that is cached here.
+The engine takes no part in it and never waits for it. Every worker offers a chain to the same node
+(chain_placement.py). A node that is new, or that was restarted and has forgotten, is offered all that is cached here.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from kvstore.block_hash import BlockHash
@@ -22,6 +20,7 @@ from kvstore.exchange import BlockExchange
 from kvstore.registry import Membership
 from kvstore.worker_record import WorkerRecord
 from services.worker.chain_book import ChainBook, ChainOffer
+from services.worker.chain_placement import node_of_chain
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +31,6 @@ _BURST: Final = 64  # offers between two pauses, so that neither side's event lo
 _PAUSE_S: Final = 0.01
 
 Count = Callable[[str, int], None]
-
-
-def node_of_chain(head: BlockHash, node_ids: Iterable[str]) -> str:
-    """The store node that keeps the chain which begins with this block. There must be one."""
-    return max(node_ids, key=lambda node_id: hashlib.blake2b(node_id.encode() + b"\0" + head, digest_size=8).digest())
 
 
 class StoreFeed:
@@ -121,8 +115,7 @@ class StoreFeed:
                 self._book.forget_growth()  # the first node to come is offered everything
                 continue
             for offer in self._book.take_grown():
-                head = offer.parent_hash or offer.hashes[0]
-                self._nodes[node_of_chain(head, self._nodes)].put(offer)
+                self._nodes[node_of_chain(offer, self._nodes)].put(offer)
 
 
 def _log_crash(task: asyncio.Task[None]) -> None:

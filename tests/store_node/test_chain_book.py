@@ -5,7 +5,6 @@ from __future__ import annotations
 from kvstore.block_hash import BlockHash
 from kvstore.block_pool import CacheChange, CacheEvent
 from services.worker.chain_book import ChainBook, ChainOffer
-from services.worker.store_feed import node_of_chain
 from tests.store_node.store_world import chain
 
 
@@ -81,14 +80,3 @@ def test_the_book_is_bounded_where_news_of_evictions_were_lost() -> None:
         book.apply(published(chain(name, 1)))
     assert len(book) == 3
     assert [offer.hashes for offer in book.take_grown()] == [tuple(chain(name, 1)) for name in "def"]
-
-
-def test_a_chain_stays_with_its_node_when_others_come_and_moves_only_when_it_goes() -> None:
-    heads = [chain(f"head{i}", 1)[0] for i in range(300)]
-    nodes = ["store-0", "store-1", "store-2"]
-    before = {head: node_of_chain(head, nodes) for head in heads}
-    assert all(sum(node == each for node in before.values()) > 60 for each in nodes), "they share the load"
-    after = {head: node_of_chain(head, [*nodes, "store-3"]) for head in heads}
-    assert all(after[head] in (before[head], "store-3") for head in heads)
-    without = {head: node_of_chain(head, nodes[:2]) for head in heads}
-    assert all(without[head] == before[head] for head in heads if before[head] != "store-2")
