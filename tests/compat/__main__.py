@@ -93,15 +93,15 @@ def main() -> int:
     flags = parser.parse_args()
     if unknown := set(flags.tools) - set(names):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    chosen = [check for check in CHECKS if not flags.tools or check.tool.name in flags.tools]
+    for check in chosen:
+        check.install(flags.torch_index)
     table = Table("tool", "version", "outcome", "figures")
     failures: list[str] = []
     with running_target(flags.url) as target:
-        for check in CHECKS:
-            if flags.tools and check.tool.name not in flags.tools:
-                continue
+        for check in chosen:
             print(f"{check.tool.name}: running", flush=True)
             try:
-                check.install(flags.torch_index)
                 outcome, figures = "ok", check.run(target)
             except (ToolFailed, AssertionError) as error:
                 outcome, figures = "FAILED", "see above"

@@ -57,7 +57,7 @@ class Tool:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._log.unlink(missing_ok=True)
         self._execute([sys.executable, "-m", "venv", "--clear", str(BUILD / self.name)], _INSTALL_TIMEOUT_S, {})
-        pip = [self.program("python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        pip = [self.program("python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile"]
         for torch in re.findall(r"^torch==\S+", self._requirements, re.MULTILINE):
             # First and with its own dependencies: which they are depends on the build (CPU, CUDA).
             index = ["--index-url", torch_index] if torch_index else []
