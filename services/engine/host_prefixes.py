@@ -60,6 +60,8 @@ def end_restore(tier: HostTier, scheduler: Scheduler, restore: Restore, copied: 
     # Peers ask for what they lack: that may begin in the middle of a chain.
     parent_hash = tier.parent_of(restore.hashes[0]) if restore.num_present == 0 else None
     scheduler.publish_lent(restore.block_ids[:end], restore.hashes[:end], parent_hash)
+    whole = slice(copied.num_whole)
+    scheduler.pool.note_digests(restore.missing_ids[whole], [block.digest for block in restore.pinned[whole]])
     scheduler.release_lent(restore.block_ids)
     tier.unpin(restore.pinned, copied)
 

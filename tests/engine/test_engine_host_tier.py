@@ -103,6 +103,7 @@ def test_an_evicted_prefix_comes_back_before_the_prompt_is_queued(model: Path, e
     engine.end_restore(restore, copied)
     assert all(copied.is_whole)
     assert engine.pool.peek_prefix(hashes) == 20
+    assert engine.pool.noted_digests(restore.missing_ids) == [block.digest for block in restore.pinned]
     second = serve(engine, shared + tails[1], "second")
     assert (second.output_token_ids, second.num_cached_tokens) == (expected[1], 320)
 
