@@ -4,7 +4,8 @@
     make bench-prefix                                     # conversations made up by traces.py
 
 Lengths are scaled: a trace block becomes `--tokens-per-block` tokens. The hit rate is prompt tokens not computed over
-prompt tokens, as usage reports them; the first row is what one shared cache without bounds would have.
+prompt tokens, as usage reports them; the first row is what one shared cache without bounds would
+have, in whole blocks.
 """
 
 from __future__ import annotations

@@ -55,6 +55,21 @@ async def test_a_prefix_is_fetched_from_a_peer_by_prefill_and_by_decode_workers(
     stack.check_clean()
 
 
+async def test_another_holder_goes_on_where_the_first_one_ends(served: tuple[Path, Stack]) -> None:
+    model, stack = served
+    orders = Orders(stack, NUM_NEW_TOKENS)
+    prompt = random_prompts([970], seed=35)[0]
+    expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
+    await orders.generate(prompt[:330], "decode-0", "prefill-0", [])
+    await orders.generate(prompt, "decode-0", "prefill-1", [])
+    # The index may say more than is there: "prefill-0" has a third of it.
+    sources = [orders.source("prefill-0", 30), orders.source("prefill-1", 30)]
+    tokens, usage = await orders.generate(prompt, "decode-1", None, sources)
+    assert [(part.holder_id, part.num_blocks) for part in usage.fetched] == [("prefill-0", 10), ("prefill-1", 20)]
+    assert (tokens, usage.num_cached_tokens) == (expected, 960)
+    stack.check_clean()
+
+
 async def test_a_hint_that_is_wrong_costs_nothing_but_the_computing(served: tuple[Path, Stack]) -> None:
     model, stack = served
     orders = Orders(stack, NUM_NEW_TOKENS)
