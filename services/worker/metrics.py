@@ -140,7 +140,7 @@ class WorkerMetrics:
         self._recomputes = counter("recomputes", "Prompts that had to be computed again, by cause.", "cause")
         self._handoff_blocks = counter("handoff_blocks", "Blocks taken over from prefill workers.")
         self._handoff_bytes = counter("handoff_bytes", "Bytes of these blocks.")
-        self._prefix_fetches = counter("prefix_fetches", "Pieces of prefixes asked of other holders.", "tier", "outcome")
+        self._prefix_fetches = counter("prefix_fetches", "Pieces of prefixes asked of others.", "tier", "outcome")
         self._prefix_blocks = counter("prefix_fetched_blocks", "Blocks of prefixes that came from them.", "tier")
         self._prefix_bytes = counter("prefix_fetched_bytes", "Bytes of these blocks.", "tier")
         self._offers = counter("offers", "Chains that this worker told store nodes of.", "outcome")
