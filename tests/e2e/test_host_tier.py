@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from kvstore.block_hash import BlockHash
 from kvstore.memory import HostMemory
+from kvstore.prefix_index import Holding, IndexReader, Tier
 from services.engine.config import EngineConfig
 from services.engine.engine import Engine
 from services.engine.request import Request, SamplingParams
@@ -136,28 +140,73 @@ def flip_byte(pid: int, content: bytes) -> None:
     assert num_found == 1, f"the block is in {num_found} places"
 
 
-async def test_the_index_tells_the_router_of_what_is_in_main_memory(served: tuple[Path, Stack]) -> None:
+async def test_a_decode_worker_finds_its_own_evicted_blocks_those_it_generated_too(served: tuple[Path, Stack]) -> None:
+    model, stack = served
+    orders = Orders(stack, NUM_NEW_TOKENS)
+    prompt = random_prompts([1023 - NUM_NEW_TOKENS], seed=70)[0]
+    tokens, usage = await orders.generate(prompt, "decode-1", None, [])
+    assert (tokens, usage.prefilled_locally) == (
+        reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0],
+        True,
+    )
+    before = num_kept(stack, "decode-1")
+    await orders.generate(random_prompts([1150], seed=71)[0], "decode-1", None, [])
+    stack.wait_for(lambda: num_kept(stack, "decode-1") > before, "decode-1 to keep what it evicted")
+    turn = [*prompt, *tokens, *random_prompts([30], seed=72)[0]]
+    next_tokens, usage = await orders.generate(turn, "decode-1", None, [])
+    assert next_tokens == reference_greedy(model, [turn], NUM_NEW_TOKENS, ignore_eos=True)[0]
+    assert usage.num_cached_tokens >= 992
+    stack.check_clean()
+
+
+async def test_many_prompts_over_a_pool_that_holds_few_lose_neither_tokens_nor_blocks(
+    served: tuple[Path, Stack],
+) -> None:
+    model, stack = served
+    shared, tails = random_prompts([480] * 4, seed=73), random_prompts([20] * 6, seed=74)
+    prompts = [prefix + tail for tail in tails for prefix in shared]
+    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    limits = httpx.Limits(max_connections=len(prompts))
+    async with httpx.AsyncClient(base_url=stack.url, timeout=120, limits=limits) as client:
+        answers = await asyncio.gather(*(complete(client, prompt) for prompt in prompts))
+    assert [answer["choices"][0]["token_ids"] for answer in answers] == expected
+    stack.check_clean()
+
+
+async def test_the_router_learns_from_the_index_what_is_in_main_memory(served: tuple[Path, Stack]) -> None:
     model, stack = served
     orders = Orders(stack, NUM_NEW_TOKENS)
     prompt = random_prompts([1000], seed=65)[0]
     expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
     await orders.generate(prompt, "decode-0", "prefill-0", [])
     await evict(stack, orders, "decode-0", "prefill-0", seed=66)
-    stack.wait_for(lambda: is_in_index(stack, "prefill-0"), "the index to have been told")
-    body = {"model": "m", "prompt": prompt, "max_tokens": NUM_NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    held = await until_in_index(stack, orders.hashes(prompt), "prefill-0", num_blocks=31)
+    assert held.num_per_tier[Tier.HOST] > 0
+    assert held.num_per_tier[Tier.DEVICE] + held.num_per_tier[Tier.HOST] == 31
     async with httpx.AsyncClient(base_url=stack.url, timeout=60) as client:
-        response = await client.post(
-            "/v1/completions", json=body | {"return_token_ids": True}, headers={"X-Request-Id": "host"}
-        )
-        assert response.status_code == 200, response.text
-        explained = (await client.get("/debug/routing/host")).json()
-    answer = response.json()
+        answer = await complete(client, prompt)
     assert answer["choices"][0]["token_ids"] == expected
-    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= 31 * 32, explained
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= 31 * 32, answer["receipt"]
     stack.check_clean()
 
 
-def is_in_index(stack: Stack, name: str) -> bool:
-    index = stack.debug_state(name)["index"]
-    assert isinstance(index, dict)
-    return bool(index["synced"])
+async def complete(client: httpx.AsyncClient, prompt: list[int]) -> dict[str, Any]:
+    body = {"model": "m", "prompt": prompt, "max_tokens": NUM_NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    response = await client.post("/v1/completions", json=body | {"return_token_ids": True, "receipt": True})
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+async def until_in_index(stack: Stack, hashes: list[BlockHash], holder_id: str, num_blocks: int) -> Holding:
+    """What the index says of the holder, once that is so many blocks."""
+    reader = IndexReader(stack.redis.url)
+    await reader.start()
+    found: list[Holding] = []
+    try:
+        async with asyncio.timeout(30):
+            while not any((held.holder_id, held.num_blocks) == (holder_id, num_blocks) for held in found):
+                await asyncio.sleep(0.05)
+                found = await reader.lookup(hashes, timeout_s=5)
+    finally:
+        await reader.close()
+    return next(held for held in found if held.holder_id == holder_id)
