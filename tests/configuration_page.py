@@ -1,4 +1,4 @@
-"""docs/configuration.md, made of the settings that the code declares: `python -m tests.configuration_page` writes it."""
+"""docs/configuration.md, made of the settings in the code: `python -m tests.configuration_page` writes it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from services.worker.config import WorkerConfig
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 _HEAD = """# Configuration
 
-Every setting is a flag, a variable and a key of the `--config` file (YAML or TOML, also named by `TANDEM_CONFIG`): `--max-num-seqs` (or
-`--max_num_seqs`), `TANDEM_MAX_NUM_SEQS`, `max-num-seqs`. Default < file < environment < flag. Anything unknown or malformed stops the
-process with status 2 and a message that names the setting, where the value came from and what is allowed.
+Every setting is a flag, a variable and a key of the `--config` file (YAML or TOML, also named by `TANDEM_CONFIG`):
+`--max-num-seqs` (or `--max_num_seqs`), `TANDEM_MAX_NUM_SEQS`, `max-num-seqs`. Default < file < environment < flag.
+Anything unknown or malformed stops the process with status 2 and a message that names the setting, where the value
+came from and what is allowed.
 
-One file and one environment may serve a whole deployment: a name that another service declares is passed over, a name that no service
-declares is refused. `tandem up` takes the flags of the router, the workers and the store nodes beside its own. A switch `--x` has a
-`--no-x`. Settings named `…-bytes`, `…-tokens` and `…-len` understand 4GiB, 4G (both 1024-based), 4GB, 4g and 32k (1000-based). Settings that
-may be given several times take a list in the file and commas in the variable. Flags have vLLM's names where they mean what vLLM means.
-Secrets (*) appear in no log, no help, no error and no process's arguments. [operations.md](operations.md) says which of them to tune.
+One file and one environment may serve a whole deployment: a name that another service declares is passed over, a name
+that no service declares is refused. `tandem up` takes the flags of the router, the workers and the store nodes beside
+its own. A switch `--x` has a `--no-x`. Settings named `…-bytes`, `…-tokens` and `…-len` understand 4GiB, 4G (both
+1024-based), 4GB, 4g and 32k (1000-based). Settings that may be given several times take a list in the file and commas
+in the variable. Flags have vLLM's names where they mean what vLLM means. Secrets (*) appear in no log, no help, no
+error and no process's arguments. [operations.md](operations.md) says which of them to tune.
 
 This page is made of the code by `python -m tests.configuration_page`; a test compares them.
 """
@@ -50,7 +52,9 @@ def _without(cls: type[SettingsClass], names: set[str]) -> tuple[Setting, ...]:
 
 def _section(title: str, whose: str, settings: tuple[Setting, ...]) -> str:
     rows = [f"| {_flags(setting)} | {_default(setting)} | {_help(setting)} |" for setting in settings]
-    return "\n".join([f"## {title}", "", f"{whose}.", "", "| flag | default | what it does |", "|---|---|---|", *rows, ""])
+    return "\n".join(
+        [f"## {title}", "", f"{whose}.", "", "| flag | default | what it does |", "|---|---|---|", *rows, ""]
+    )
 
 
 def _flags(setting: Setting) -> str:

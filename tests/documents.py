@@ -1,0 +1,58 @@
+"""The documents' code blocks and links, as data."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+COMMANDS = ("bash", "python")
+"""Languages of blocks that are run; the info string may say `no-test: why not` behind it."""
+TEXTS = ("text", "yaml", "json", "toml", "promql")
+"""Languages of blocks that show something."""
+_FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class CodeBlock:
+    """A fenced block of a document."""
+
+    page: Path
+    line: int
+    info: str
+    text: str
+
+    @property
+    def language(self) -> str:
+        return self.info.partition(" ")[0]
+
+    @property
+    def reason_not_to_run(self) -> str:
+        _, mark, reason = self.info.partition(" no-test: ")
+        return reason.strip() if mark else ""
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def code_blocks() -> list[CodeBlock]:
+    """Of all pages, in order."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in _FENCE.finditer(text):
+            found.append(CodeBlock(page, text.count("\n", 0, match.start()) + 1, match[1], match[2]))
+    return found
+
+
+def prose_of(page: Path) -> str:
+    """The page without its code blocks."""
+    return _FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.+)$", prose_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
