@@ -41,8 +41,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow validate-deploy render-deploy test-images lint types imports format proto proto-check \
-	bench bench-prefix bench-index compat agreement loadtest clean
+.PHONY: help install serve doctor test test-slow validate-deploy render-deploy test-images lint types imports format proto proto-check bench bench-prefix bench-index compat agreement loadtest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'

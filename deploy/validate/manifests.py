@@ -15,7 +15,7 @@ from referencing import Registry, Resource
 
 from deploy.validate.environment import complaints, role_of_image
 from deploy.validate.schemas import load_schema, violations
-from deploy.validate.tools import run_tool
+from deploy.validate.tools import run_kustomize
 
 Manifest = dict[str, Any]
 
@@ -31,7 +31,7 @@ def check_manifests(root: Path) -> Iterator[str]:
     """One line per problem, with the overlay's name, and the manifest's."""
     for directory in sorted((root / _OVERLAYS).iterdir()):
         name = str(directory.relative_to(root))
-        ok, output, errors = run_tool("kubectl", ["kustomize", name], root)
+        ok, output, errors = run_kustomize(name, root)
         if not ok:
             yield f"{name}: {' '.join(errors.split())}"
             continue
@@ -41,14 +41,6 @@ def check_manifests(root: Path) -> Iterator[str]:
         # References only of what has the right form.
         yield from (f"{name}: {line}" for line in _references(manifests))
         yield from (f"{name}: {line}" for line in _settings(root, manifests))
-
-
-def rendered(root: Path, overlay: str) -> list[Manifest]:
-    """The manifests of an overlay, by its directory's name."""
-    ok, output, errors = run_tool("kubectl", ["kustomize", f"{_OVERLAYS}/{overlay}"], root)
-    if not ok:
-        raise ValueError(errors)
-    return [document for document in yaml.safe_load_all(output) if document]
 
 
 def label(manifest: Manifest) -> str:
@@ -129,9 +121,8 @@ def _pod_references(pod: Manifest, manifests: list[Manifest]) -> Iterator[str]:
             for check in container.get(probe, {}).values():
                 if isinstance(check, dict) and "port" in check and check["port"] not in ports:
                     yield f"{probe}: the container has no port {check['port']}"
-        for promise in ("readOnlyRootFilesystem",):
-            if container.get("securityContext", {}).get(promise) is not True:
-                yield f"{promise} is not true"
+        if container.get("securityContext", {}).get("readOnlyRootFilesystem") is not True:
+            yield "readOnlyRootFilesystem is not true"
     for volume in pod["spec"].get("volumes", []):
         claim = volume.get("persistentVolumeClaim", {}).get("claimName")
         if claim is not None and f"PersistentVolumeClaim {claim}" not in names:
