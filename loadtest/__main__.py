@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from loadtest.client import API_KEY_VARIABLE
 from loadtest.console import RunProgress, SweepProgress, summary_lines
-from loadtest.job import Job, RunFailed
+from loadtest.job import Job, RunFailed, base_url
 from loadtest.options import OptionError, add_flags, options_from
 from loadtest.report import write_report
 from loadtest.result import read_result, write_result
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_sweep_command(commands.add_parser("sweep", help="every target at every rate, and a report"))
     _add_report_command(commands.add_parser("report", help="a report of runs made before"))
     flags = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stacks that were started are stopped in either case
     logging.getLogger("locust").setLevel(logging.WARNING)
     command: Callable[[argparse.Namespace], int] = {"run": _run, "sweep": _sweep, "report": _report}[flags.command]
     try:
@@ -89,7 +91,7 @@ def _run(flags: argparse.Namespace) -> int:
     options = options_from(flags)
     pages = dict(_named(each, "--metrics-url") for each in flags.metrics_url)
     with RunProgress(Console(stderr=True), flags.name) as progress:
-        result = run(Job(flags.name, flags.url.rstrip("/").removesuffix("/v1"), options, pages), progress.show)
+        result = run(Job(flags.name, base_url(flags.url), options, pages), progress.show)
     summary = summarize(result)
     for line in summary_lines(result, summary):
         print(line)

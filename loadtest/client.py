@@ -45,7 +45,8 @@ def look_up_model(url: str, name: str, api_key: str) -> ServedModel:
     where = f"{url}/v1/models"
     try:
         http = HTTPClient.from_url(url, connection_timeout=_CONNECT_TIMEOUT_S, network_timeout=_CONNECT_TIMEOUT_S)
-        response = http.request("GET", _path(url, "/v1/models"), headers=_headers(api_key))
+        headers = _headers(api_key) | {"Connection": "close"}
+        response = http.request("GET", _path(url, "/v1/models"), headers=headers)
         status, text = response.status_code, response.read()
     except (OSError, HTTPParseError, ValueError) as error:
         raise TargetError(f"no answer from {where}: {error}") from error

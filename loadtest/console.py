@@ -69,7 +69,7 @@ class SweepProgress(SweepWatcher):
 
     def preparing(self, target: Target) -> None:
         self._run.rename(f"{target.name} starts")
-        self._console.print(f"{target.name}: {target.description}", highlight=False, markup=False)
+        self._console.print(f"{target.name}: {target.description}", highlight=False, markup=False, soft_wrap=True)
 
     def running(self, target: Target, rate: float) -> Callable[[dispatch.Progress], None]:
         self._run.rename(f"{target.name} at {rate:g}/s")
@@ -84,7 +84,7 @@ class SweepProgress(SweepWatcher):
             line += f", TTFT p90 {summary.ttft.p90 * 1000:.0f} ms, ITL p99 {summary.itl.p99 * 1000:.0f} ms"
         doubts = {"refused": summary.num_refusals, "errors": summary.num_errors, "late": summary.num_late}
         line += "".join(f", {number} {name}" for name, number in doubts.items() if number)
-        self._console.print(line, highlight=False, markup=False)
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def summary_lines(result: RunResult, summary: Summary) -> list[str]:

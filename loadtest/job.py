@@ -12,6 +12,11 @@ class RunFailed(Exception):
     """The run could not start; the message says why."""
 
 
+def base_url(text: str) -> str:
+    """A server's URL as people write it, with or without /v1 and a slash, as we need it: without."""
+    return text.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
 @dataclass(frozen=True)
 class Job:
     """What to load and how: settled when a run starts. `metrics_urls` are pages of gauges, by their process's name."""

@@ -20,7 +20,7 @@ from locust.env import Environment
 
 from loadtest.conductor import Conductor
 from loadtest.console import summary_lines
-from loadtest.job import Job
+from loadtest.job import Job, base_url
 from loadtest.options import add_flags, options_from
 from loadtest.result import RunResult, write_result
 from loadtest.summary import summarize
@@ -47,7 +47,7 @@ def _set_up(environment: Environment, **_: object) -> None:
         if not environment.host:
             raise ValueError("no target: set --host, or the host in the form")
         pages = dict(each.split("=", 1) for each in filter(None, flags.metrics_url.split(",")))
-        return Job(flags.target_name, environment.host.rstrip("/"), options_from(flags), pages)
+        return Job(flags.target_name, base_url(environment.host), options_from(flags), pages)
 
     def failed(reason: str) -> None:
         log.error("the run cannot start: %s", reason)

@@ -19,7 +19,7 @@ h1 { font-size: 1.5rem; margin-bottom: 0.2rem; } h2 { font-size: 1.15rem; margin
 .verdict { font-size: 1.2rem; border-left: 6px solid #009E73; background: #f1f8f5; padding: 0.7rem 1rem; }
 .doubt { border-left: 6px solid #E69F00; background: #fdf6e7; padding: 0.4rem 1rem; }
 .note { color: #57606a; font-size: 0.9rem; }
-table { margin: 0.8rem 0; border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
+table { margin: 0.8rem 0; border-collapse: collapse; font-size: 0.83rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.45rem; border-bottom: 1px solid #d8dee4; text-align: right; white-space: nowrap; }
 th { font-weight: 600; background: #f6f8fa; vertical-align: bottom; }
 td.name, th.name { text-align: left; } tr.first td { border-top: 2px solid #afb8c1; }

@@ -83,10 +83,16 @@ class RequestRecord:
         if values["first_token_s"] is not None:
             values["first_token_s"] = _number(values["first_token_s"])
         for name in ("index", "turn", "num_prompt_tokens", "num_cached_tokens", "num_output_tokens"):
-            values[name] = int(_number(values[name]))
+            values[name] = _integer(values[name])
         values |= {"kind": str(values["kind"]), "error": str(values["error"]), "is_warmup": bool(values["is_warmup"])}
         values["outcome"] = Outcome(str(values["outcome"]))
         return cls(**values)  # type: ignore[arg-type]
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"no record of a request: {value!r} is no whole number")
+    return value
 
 
 def _number(value: object) -> float:

@@ -66,14 +66,19 @@ def render(results: Sequence[RunResult], machine: str) -> str:
 def _doubts(page: Page) -> str:
     """What a reader must know before believing a figure."""
     doubts = []
+    late = [each for each in page.summaries if each.num_late]
+    if late:
+        where = "; ".join(
+            f"{each.target} at {each.rate:g}/s: {each.num_late} of {each.num_requests} requests, by at most "
+            f"{each.latest_send_s * 1000:.0f} ms"
+            for each in late
+        )
+        doubts.append(
+            f"Requests left late, since the load generator was short of CPU ({where}). Latencies count from when a "
+            "request was due, so they include it."
+        )
     for result, summary in zip(page.results, page.summaries, strict=True):
         where = f"{summary.target} at {summary.rate:g}/s"
-        if summary.num_late:
-            doubts.append(
-                f"{where}: {summary.num_late} of {summary.num_requests} requests left late (at most "
-                f"{summary.latest_send_s * 1000:.0f} ms): the load generator was short of CPU. Latencies count from "
-                "the time when a request was due, so nothing is hidden."
-            )
         if summary.num_errors:
             doubts.append(f"{where}: {summary.num_errors} errors, the first: {summary.first_error}")
         if summary.num_lost:
@@ -143,6 +148,6 @@ def _method(page: Page) -> str:
         "which they were due; token rates count to the last token.",
         f"Prompt tokens that the server took from a cache, at {page.rates[-1]:g}/s: {hits}.",
         f"Targets: {servers}.",
-        "Beside this page: summary.csv (a line per run), requests.csv (a line per request), summary.json.",
+        "Beside this page: summary.csv and summary.md (a line per run), requests.csv (one per request), summary.json.",
     )
     return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"

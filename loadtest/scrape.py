@@ -37,7 +37,7 @@ class Sample:
 def parse_gauges(text: str) -> dict[str, float]:
     """The gauges in a page of Prometheus text; several series of one name (models, engines) are added up.
 
-    KV usage is a share, so of several the largest counts.
+    KV usage is a share, so of several the largest counts. Raises ValueError for a gauge that is no number.
     """
     found: dict[str, float] = {}
     for name, value in _LINE.findall(text):
@@ -83,9 +83,9 @@ class Scraper:
                 path = "/" + "/".join(url.split("/")[3:])
                 response = http.request("GET", path, headers={"Connection": "close"})
                 text = response.read().decode(errors="replace") if response.status_code == 200 else ""
-        except (OSError, HTTPParseError):
-            text = ""
-        found = parse_gauges(text)
+            found = parse_gauges(text)
+        except (OSError, HTTPParseError, ValueError):
+            found = {}
         if not found:
             self.num_missed += 1
             return

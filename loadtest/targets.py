@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from loadtest.job import base_url
 from loadtest.local_stack import start_stack, stop_stack
 from loadtest.options import OptionError
 
@@ -47,7 +48,7 @@ def parse_target(text: str) -> Target:
     if not separator and name in PRESETS:
         return Target(name, up_flags=PRESETS[name])
     if name and value.startswith(("http://", "https://")):
-        return Target(name, url=value.rstrip("/").removesuffix("/v1"))
+        return Target(name, url=base_url(value))
     if name and value.startswith("--"):
         return Target(name, up_flags=tuple(shlex.split(value)))
     raise OptionError(

@@ -73,7 +73,7 @@ class Stub:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         for index in range(int(str(body["max_tokens"]))):
             if index:
-                await asyncio.sleep(flags.token_s)
+                await asyncio.sleep(flags.token_s * (100 if number in flags.slow else 1))
                 await self._while_stalled()
             if number in flags.cut and index == 2:
                 return
@@ -107,6 +107,7 @@ async def main() -> None:
     parser.add_argument("--stall-s", type=float, default=2.0)
     parser.add_argument("--refuse", type=int, nargs="*", default=[], help="numbers of requests to answer with 503")
     parser.add_argument("--fail", type=int, nargs="*", default=[], help="numbers of requests to answer with 500")
+    parser.add_argument("--slow", type=int, nargs="*", default=[], help="numbers of requests with 100 times --token-s")
     parser.add_argument("--cut", type=int, nargs="*", default=[], help="numbers of requests to cut after two tokens")
     stub = Stub(parser.parse_args())
     server = await asyncio.start_server(stub.serve, "127.0.0.1", 0, backlog=1024)

@@ -88,7 +88,7 @@ def test_doubts_are_shown_before_the_figures() -> None:
     late = [replace(each, sent_s=each.scheduled_s + 0.2) if each.index == 3 else each for each in records(9, 9.0, 0.4)]
     run = replace(result("a", 9.0, late), num_planned=10, notes=("worker w went away",))
     html = render([run], "here")
-    assert "1 of 9 requests left late (at most 200 ms)" in html
+    assert "a at 9/s: 1 of 9 requests, by at most 200 ms" in html
     assert "1 requests without a record" in html
     assert html.index("worker w went away") < html.index("Over the rates")
 
@@ -109,6 +109,10 @@ def test_the_tables_beside_the_page_have_every_run_and_every_request(tmp_path: P
         requests = list(csv.DictReader(file))
     assert len(requests) == 80
     assert {row["good"] for row in requests} == {"True", "False"}
+    table = (tmp_path / "new" / "summary.md").read_text().splitlines()
+    assert table[2] == "| 5.00 | disaggregated | 5.00 | 100% | 200 / 200 | 50 / 50 | 50 | 24 | 0 / 0 / 0 |"
+    assert len(table) == 6
+    assert {line.count("|") for line in table} == {10}
     document = json.loads((tmp_path / "new" / "summary.json").read_text())
     assert document["verdict"]["winner"] == "disaggregated"
     assert len(document["runs"]) == 4

@@ -53,6 +53,15 @@ def test_refusals_errors_and_cut_streams_are_told_apart_and_stop_nobody(tmp_path
     assert summary.good == pytest.approx(0.8)
 
 
+def test_a_slow_answer_holds_up_no_other(tmp_path: Path) -> None:
+    with stub_server("--slow", "0", "--token-s", "0.02") as url:
+        result = run_against(url, tmp_path, "--rate", "20", "--num-requests", "20", "--warmup-requests", "0")
+    slowest, *others = sorted(result.measured, key=lambda each: each.finished_s, reverse=True)
+    assert slowest.index == 0
+    assert min(slowest.gaps_s) > 1.5, "its chunks have the times at which they came"
+    assert slowest.finished_s - max(each.finished_s for each in others) > 2
+
+
 def test_records_hold_tokens_gaps_and_usage_and_warm_up_is_left_out(tmp_path: Path) -> None:
     with stub_server() as url:
         flags = ("--rate", "50", "--num-requests", "10", "--warmup-requests", "5")

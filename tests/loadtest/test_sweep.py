@@ -27,7 +27,7 @@ def test_a_sweep_of_two_servers_reports_which_is_better(tmp_path: Path) -> None:
     assert "fast at 10/s: goodput" in err
     assert sorted(path.name for path in folder.rglob("*.*")) == [
         "fast-10.json", "fast-5.json", "report.html", "requests.csv", "slow-10.json", "slow-5.json", "summary.csv",
-        "summary.json",
+        "summary.json", "summary.md",
     ]  # fmt: skip
     assert json.loads((folder / "summary.json").read_text())["verdict"]["winner"] == "fast"
     assert "fast is better" in (folder / "report.html").read_text()
