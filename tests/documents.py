@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "deploy/README.md", *sorted((ROOT / "docs").glob("*.md")))
 COMMANDS = ("bash", "python")
 """Languages of blocks that are run; the info string may say `no-test: why not` behind it."""
 TEXTS = ("text", "yaml", "json", "toml", "promql")
