@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -9,7 +10,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from services.logs import bound, configure_logging, parse_progress, parse_ready, report_progress, report_ready
+from services.logs import (
+    bound,
+    configure_logging,
+    parse_progress,
+    parse_ready,
+    report_progress,
+    report_ready,
+    request_scope,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +50,21 @@ def test_json_lines_carry_message_fields_and_extras() -> None:
         "request_id": "r1",
         "num_blocks": 3,
     }
+
+
+async def test_lines_name_the_request_that_they_are_about() -> None:
+    log, stream = logged("json")
+
+    async def work(name: str) -> None:
+        await asyncio.sleep(0)
+        log.info(name)
+
+    with request_scope("r1"):
+        begun_within = asyncio.create_task(work("within"))
+        log.info("of another", extra={"request_id": "r2"})
+    await asyncio.gather(begun_within, work("without"))
+    entries = {entry["message"]: entry.get("request_id") for entry in map(json.loads, stream.getvalue().splitlines())}
+    assert entries == {"of another": "r2", "within": "r1", "without": None}
 
 
 def test_json_lines_carry_the_exception() -> None:

@@ -279,3 +279,18 @@ def test_the_decision_depends_on_the_snapshot_alone_and_never_takes_the_dead_or_
     assert decision.prefilled_by.worker_id not in decision.sources
     if policy is Policy.KV:
         assert decision.decode_terms[0].total == min(terms.total for terms in decision.decode_terms)
+
+
+# ---- why, in one word ---------------------------------------------------------------
+
+
+def test_a_decision_says_in_one_word_what_decided():
+    two = [decode("d1"), decode("d2")]
+    holder, other = prefill("p1"), prefill("p2")
+    assert chosen(request(), [decode("d1")], [holder]).cause == "only"
+    assert chosen(request(), two, [holder, other]).cause == "load"
+    assert chosen(request(held={"p1": on_device(40)}), two, [holder, other]).cause == "prefix"
+    assert chosen(request(held={"s1": on_device(40)}), two, [holder, other]).cause == "fetch"
+    words = {Policy.LEAST_LOADED: "load", Policy.ROUND_ROBIN: "turn", Policy.PREFIX_HASH: "hash"}
+    for policy, word in words.items():
+        assert chosen(request(held={"p1": on_device(40)}), two, [holder, other], policy=policy).cause == word
