@@ -27,7 +27,8 @@ TOOLS ?=
 TARGETS ?= disaggregated colocated
 URL ?=
 RATES ?= 3,6,9,12
-DURATION ?= 30
+DURATION ?= 25
+TIMEOUT ?= 25
 GOODPUT ?= ttft:500,tpot:50
 SCALE ?= 0.25
 LOADTEST_ARGS ?=
@@ -103,7 +104,7 @@ bench: $(INSTALLED) ## run BENCHES with BENCH_ARGS; each prints a table
 
 loadtest: $(INSTALLED) ## rate sweep over TARGETS and URL; writes build/loadtest/report.html (RATES, TRACE, MODEL, …)
 	$(BIN)/python -m loadtest sweep $(foreach target,$(TARGETS),--target $(target)) $(if $(URL),--target server=$(URL)) \
-		--rates $(RATES) --duration-s $(DURATION) --goodput $(GOODPUT) --scale $(SCALE) \
+		--rates $(RATES) --duration-s $(DURATION) --timeout-s $(TIMEOUT) --goodput $(GOODPUT) --scale $(SCALE) \
 		$(if $(TRACE),--trace $(TRACE),--workload azure) $(if $(MODEL),--up-model $(MODEL)) \
 		$(if $(UP_ARGS),--up-args "$(UP_ARGS)") $(LOADTEST_ARGS)
 
