@@ -199,13 +199,23 @@ class Scheduler:
             parent_hash = block_hash
 
     def next_prefixes(self, max_requests: int) -> list[Sequence[BlockHash]]:
-        """Identities of the full blocks of those who wait, the next ones first; none where there is no place for them,
-        and none in mid-step. Requests that use no cached blocks are left out.
+        """Identities of the full blocks of those who wait, in order, for whoever can bring some of them back.
+
+        The first one's, and those of who could begin with it: what comes back for one must not cost another's. None
+        where there is no place for them, or in mid-step. Requests that use no cached blocks are left out.
         """
         if self._in_flight is not None or len(self._running) + len(self._reserved) >= self.config.max_rows:
             return []
         entries = sorted([*self._waiting[:max_requests], *self._reserving[:max_requests]])[:max_requests]
-        return [entry.request.block_hashes for entry in entries if not entry.request.wants_prompt_logprobs]
+        room = self.pool.num_free - len(self._running) - len(self._reserved)
+        prefixes: list[Sequence[BlockHash]] = []
+        for index, entry in enumerate(entries):
+            room -= self.config.num_blocks_for(entry.request.num_tokens) + 1
+            if index > 0 and room < 0:
+                break
+            if not entry.request.wants_prompt_logprobs:
+                prefixes.append(entry.request.block_hashes)
+        return prefixes
 
     def grant_reservations(self) -> list[GrantedReservation]:
         """Give blocks to the reservations whose turn it is. Between steps only: in mid-step it grants nothing."""

@@ -678,3 +678,32 @@ def test_blocks_of_a_request_aborted_in_mid_step_are_free_only_after_the_step() 
     assert bench.scheduler.update(batch, sampled) == []
     assert bench.pool.num_free == 100
     assert request.output_token_ids == []
+
+
+def test_the_next_prefixes_are_those_of_the_first_and_of_who_could_begin_with_it() -> None:
+    bench = Bench(num_blocks=12)
+    running = bench.add("r", 4)
+    assert bench.scheduler.next_prefixes(4) == [running.block_hashes]
+    batch = bench.scheduler.schedule()
+    assert batch is not None
+    late, logprobs = bench.add("b", 8, arrival_s=2.0), bench.add("l", 4, arrival_s=3.0, prompt_logprobs=1)
+    first, reserving = bench.add("a", 8, arrival_s=1.0), bench.reserve("d", 8, arrival_s=4.0)
+    assert bench.scheduler.next_prefixes(4) == [], "in mid-step"
+    bench.finish_step(batch)
+    # Of 11 free blocks one is the running request's next one; the four want 2, 2, 1 and 2, and one more each.
+    assert logprobs.wants_prompt_logprobs
+    assert bench.scheduler.next_prefixes(4) == [first.block_hashes, late.block_hashes]
+    assert bench.scheduler.next_prefixes(1) == [first.block_hashes]
+    bench.scheduler.abort("l")
+    assert bench.scheduler.next_prefixes(4) == [each.block_hashes for each in (first, late, reserving)]
+    taken = bench.scheduler.take_prefix(hash_blocks(namespace("ab"), [9] * 36, BLOCK_SIZE))
+    assert taken is not None
+    assert bench.scheduler.next_prefixes(4) == [first.block_hashes], "the others' might cost it its own"
+
+
+def test_there_is_no_next_prefix_without_a_place_in_the_batch() -> None:
+    bench = Bench(max_num_seqs=1)
+    bench.add("a", 4)
+    bench.step()
+    bench.add("b", 4)
+    assert bench.scheduler.next_prefixes(4) == []
