@@ -20,7 +20,7 @@ from loadtest.client import API_KEY_VARIABLE
 from loadtest.console import RunProgress, SweepProgress, summary_lines
 from loadtest.job import Job, RunFailed, base_url
 from loadtest.options import OptionError, add_flags, options_from
-from loadtest.report import write_report
+from loadtest.report import this_machine, write_report
 from loadtest.result import read_result, write_result
 from loadtest.run import run
 from loadtest.summary import summarize
@@ -107,14 +107,16 @@ def _sweep(flags: argparse.Namespace) -> int:
     stack_flags += shlex.split(flags.up_args)
     sweep = Sweep(targets, _rates(flags.rates), options_from(flags), tuple(stack_flags), flags.output / "runs")
     api_key = os.environ.get(API_KEY_VARIABLE, "")
+    # Taken before our own load: a reader must know whether the machine had other things to do.
+    machine = f"{this_machine()}, load average {os.getloadavg()[0]:.1f} before the sweep"
     with SweepProgress(Console(stderr=True), len(targets) * len(sweep.rates)) as progress:
         try:
             results = run_sweep(sweep, run, api_key, progress)
         except SweepFailed:
             if progress.results:
-                print(f"incomplete: {write_report(flags.output, progress.results)}", file=sys.stderr)
+                print(f"incomplete: {write_report(flags.output, progress.results, machine)}", file=sys.stderr)
             raise
-    print(write_report(flags.output, results))
+    print(write_report(flags.output, results, machine))
     return 0 if all(summarize(each).num_ok for each in results) else 1
 
 
