@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TextIO
 
 _COLORS = (36, 35, 33, 32, 34, 96, 95, 93, 92, 94)  # not red: that is for errors
@@ -37,6 +37,36 @@ def make_display(names: Sequence[str], json_lines: bool, stream: TextIO = sys.st
     if stream.isatty() and os.environ.get("TERM") != "dumb":
         return TerminalDisplay(names, stream)
     return PlainDisplay(names, stream)
+
+
+class WhileRead:
+    """Shows until nobody reads any more (the terminal is closed, the pipe's other end has gone), and then nothing.
+
+    What runs must go on and, above all, still stop when it is told to.
+    """
+
+    def __init__(self, shown: Display) -> None:
+        self._shown: Display | None = shown
+
+    def line(self, name: str, text: str) -> None:
+        self._show(lambda shown: shown.line(name, text))
+
+    def progress(self, name: str, fraction: float, what: str) -> None:
+        self._show(lambda shown: shown.progress(name, fraction, what))
+
+    def ready(self, name: str) -> None:
+        self._show(lambda shown: shown.ready(name))
+
+    def settled(self) -> None:
+        self._show(lambda shown: shown.settled())
+
+    def _show(self, show: Callable[[Display], None]) -> None:
+        if self._shown is None:
+            return
+        try:
+            show(self._shown)
+        except OSError:  # EPIPE of a pipe, EIO of a terminal
+            self._shown = None
 
 
 class PlainDisplay:

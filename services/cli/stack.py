@@ -126,8 +126,8 @@ def _catch_signals(children: Sequence[Child], display: Display) -> asyncio.Event
             for child in children:
                 child.kill()
             return
-        display.line("tandem", f"{number.name}: stopping; once more to stop at once")
         stop.set()
+        display.line("tandem", f"{number.name}: stopping; once more to stop at once")
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     from kvstore.embedded_redis import EmbeddedRedis
     from kvstore.errors import RedisServerError
     from services.cli.checks.registry import RedisUnusable, redis_version
-    from services.cli.console import make_display
+    from services.cli.console import WhileRead, make_display
     from services.cli.stack import run_stack
 
     with ExitStack() as cleanup:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"tandem up: {error}", file=sys.stderr)
             return 1
         names = ["tandem", "redis", stack.router.name, *(spec.name for spec in (*stack.workers, *stack.stores))]
-        display = make_display(names, config.log_format == "json")
+        display = WhileRead(make_display(names, config.log_format == "json"))
         announce = partial(print_example, stack, model)
         return asyncio.run(run_stack(stack, display, config.startup_timeout_s, announce, redis))
 

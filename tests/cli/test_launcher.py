@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.embedded_redis import EmbeddedRedis
+from services.cli.console import PlainDisplay, WhileRead
 from services.cli.private_redis import keep_redis
 from services.cli.spec import ChildSpec, Stack
 from services.cli.stack import run_stack
@@ -140,6 +142,19 @@ async def test_a_signal_during_the_start_stops_it() -> None:
     shown.on_line = lambda name, text: os.kill(os.getpid(), signal.SIGINT) if text == "loading" else None
     loading = spec("decode-0", "import signal; print('loading', flush=True); signal.pause()")
     assert await run_stack(stack(loading), shown, TIMEOUT_S, lambda: None) == 0
+
+
+async def test_a_stack_whose_output_nobody_reads_any_more_still_stops() -> None:
+    """As after `tandem up | head`, or when the terminal is closed."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with io.TextIOWrapper(io.FileIO(write_end, "w"), write_through=True) as unread:
+        shown = WhileRead(PlainDisplay(["router", "decode-0"], unread))
+        async with asyncio.timeout(TIMEOUT_S):
+            status = await run_stack(
+                stack(spec("decode-0", WORKER, grace_s=60.0)), shown, TIMEOUT_S, stop_with(signal.SIGHUP)
+            )
+    assert status == 0
 
 
 async def test_a_second_signal_kills_at_once() -> None:
