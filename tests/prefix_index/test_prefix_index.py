@@ -151,8 +151,8 @@ async def test_a_killed_holder_is_invisible_when_its_lease_ends_and_its_entries_
 
 
 async def test_many_dead_are_swept_together_in_small_steps_and_their_slots_are_used_again(world, client):
-    stays = await world.hold("stays", 40)
-    dying = [await world.hold(f"dies-{i}", 40) for i in range(40)]
+    stays = await world.hold("stays", 40, lease_s=60.0)
+    dying = [await world.hold(f"dies-{i}", 40, lease_s=60.0) for i in range(40)]
     assert client.hlen(f"{INDEX}:slots") == 41
     for holder in dying:
         await world.kill(holder)
@@ -300,9 +300,9 @@ async def test_a_full_index_refuses_new_blocks_and_takes_new_holders_of_known_on
 
 
 async def test_a_block_of_many_holders_keeps_its_bucket_compact_and_comes_back_into_it(world, client):
-    holders = [await world.hold(f"w{i}", 2) for i in range(32)]
+    holders = [await world.hold(f"w{i}", 2, lease_s=60.0) for i in range(32)]
     assert len(client.keys(BASE + b"*")) == 2
-    holders += [await world.hold(f"w{i}", 2) for i in range(32, 40)]
+    holders += [await world.hold(f"w{i}", 2, lease_s=60.0) for i in range(32, 40)]
     buckets = [BASE + block_hash[:2] for block_hash in HASHES[:2]]
     wide = [BASE + block_hash[:8] for block_hash in HASHES[:2]]
     assert sorted(client.keys(BASE + b"*")) == sorted(buckets + wide)
