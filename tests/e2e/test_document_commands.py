@@ -14,6 +14,8 @@ import pytest
 from tests.documents import COMMANDS, ROOT, CodeBlock, code_blocks
 from tests.stack import Stack
 
+pytestmark = pytest.mark.timeout(400)
+
 DEMO_MODEL = ROOT / "deploy" / "demo_model" / "tandem-demo"
 ROUTER = "127.0.0.1:8000"
 WORKER = "127.0.0.1:9100"
@@ -41,6 +43,6 @@ def test_a_command_of_the_documents_succeeds(block: CodeBlock, stack: Stack, tmp
     text = as_it_is_here(block.text, stack)
     argv = ["bash", "-euo", "pipefail", "-c", text] if block.language == "bash" else [sys.executable, "-c", text]
     environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}", "TMPDIR": str(tmp_path)}
-    done = subprocess.run(argv, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(argv, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert done.stdout.strip(), f"{block} shows something"

@@ -15,6 +15,8 @@ from tests.hf_models import random_prompts, write_model
 from tests.metrics_page import PAGE, documented_series
 from tests.stack import Stack
 
+pytestmark = pytest.mark.timeout(400)
+
 MAX_TOKENS = 8
 Scrape = dict[str, Metric]
 
@@ -53,6 +55,8 @@ def receipts(stack: Stack) -> list[dict]:
     assert len(found) == 12
     assert httpx.post(f"{stack.url}/v1/completions", json={"model": "m", "prompt": ""}).status_code == 400
     assert httpx.post(f"{stack.url}/v1/completions", json={"model": "nobody", "prompt": "x"}).status_code == 404
+    # A slow machine's Redis may have missed a lookup's deadline; it is asked again within a second.
+    stack.wait_for(lambda: stack.metric("router", "tandem:router_index_up") == 1, "the index to be up")
     return found
 
 
@@ -195,8 +199,12 @@ def test_transfers_steps_and_services_have_sane_values(scrapes: dict[str, Scrape
     num_reads = total(scrapes, "tandem:transfer_seconds_count", "decode")
     assert num_reads == total(scrapes, "tandem:transfer_bytes_per_second_count", "decode") > 0
     assert total(scrapes, "tandem:transfer_bytes_per_second_sum", "decode") > num_reads * 1e4
-    confirmed = total(scrapes, "tandem:leases_total", outcome="confirmed")
-    assert total(scrapes, "tandem:fetches_total", outcome="ok") == confirmed > 0
+    # Of the prefill worker the store node reads, too, and goes on while we look.
+    num_fetches = total(scrapes, "tandem:fetches_total", "decode", outcome="ok")
+    num_prefixes = total(scrapes, "tandem:prefix_fetches_total", "decode", outcome="ok")
+    assert num_fetches == total(scrapes, "tandem:prefills_total", way="handoff") + num_prefixes
+    num_leases = total(scrapes, "tandem:leases_total", "prefill", outcome="confirmed")
+    assert num_leases >= total(scrapes, "tandem:prefills_total", way="handoff") > 0
     for role in ("prefill", "decode"):
         num_steps = total(scrapes, "tandem:step_seconds_count", role)
         assert total(scrapes, "tandem:step_tokens_sum", role) >= total(scrapes, "tandem:step_sequences_sum", role)
