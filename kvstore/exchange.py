@@ -8,6 +8,7 @@ ends every lease and fetch on it.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -184,7 +185,8 @@ class BlockExchange:
             raise PeerUnreachable(f"{address}: we are closing")
         dial = self._dials.get(address)
         if dial is None:
-            dial = asyncio.ensure_future(self._dial(address))
+            # In a context of its own: a connection outlives the request that needed it first, and serves others.
+            dial = asyncio.get_running_loop().create_task(self._dial(address), context=contextvars.Context())
             self._dials[address] = dial
             dial.add_done_callback(lambda done: self._dial_ended(address, done))
         return await asyncio.shield(dial)

@@ -135,6 +135,12 @@ def test_each_request_has_one_line_at_the_router_however_it_ended(lines: Lines) 
     assert {line["request_id"] for line in lines["prefill-0"] if "request_id" in line} > {"named-in-the-body-0"}
 
 
+def test_what_serves_all_requests_is_not_in_the_name_of_one(lines: Lines) -> None:
+    connections = [line for of in lines.values() for line in of if line["logger"] == "kvstore.exchange"]
+    assert len(connections) >= 4
+    assert not [line for line in connections if "request_id" in line]
+
+
 def test_a_lost_worker_is_in_the_lines_of_the_requests_that_it_cost(lines: Lines) -> None:
     failures = [line for line in about(lines, "decode", "without-prefill-0") if line["level"] == "warning"]
     assert any("prefill by prefill-0 failed" in str(line["message"]) for line in failures)
