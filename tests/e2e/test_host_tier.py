@@ -35,7 +35,9 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     worker += ["--num-gpu-blocks-override", str(NUM_BLOCKS), "--max-model-len", "1200", "--prefix-fetch", "always"]
     worker += ["--kv-offloading-size", "0.05"]
     decode = ["--local-prefill-max-tokens", "0"]
-    with Stack(directory / "logs", [(), ()], [decode, decode], worker=worker) as stack:
+    # Every request goes to the next worker: what one needs, the other has.
+    router = ["--routing-policy", "round-robin", "--index-timeout", "5"]
+    with Stack(directory / "logs", [(), ()], [decode, decode], router=router, worker=worker) as stack:
         yield model, stack
 
 
@@ -86,6 +88,31 @@ async def test_an_evicted_prefix_is_a_local_hit_and_a_hit_of_other_workers(serve
     assert (part.holder_id, part.tier, part.num_blocks) == ("prefill-0", "host", SHARED_BLOCKS)
     assert series(stack, "prefill-0", "tandem:host_tier_hits_total") > hits
     assert series(stack, "prefill-0", "tandem:host_tier_corrupt_total") == 0
+    stack.check_clean()
+
+
+async def test_the_router_finds_in_the_index_what_only_main_memory_has(served: tuple[Path, Stack]) -> None:
+    model, stack = served
+    orders = Orders(stack, NUM_NEW_TOKENS)
+    shared, tails = random_prompts([SHARED_BLOCKS * 32], seed=91)[0], random_prompts([40] * 2, seed=92)
+    prompts = [shared + tail for tail in tails]
+    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    body = {"model": "m", "max_tokens": NUM_NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    body |= {"return_token_ids": True, "receipt": True}
+    answers: list[dict[str, Any]] = []
+    async with httpx.AsyncClient(base_url=stack.url, timeout=60) as client:
+        for prompt in prompts:
+            response = await client.post("/v1/completions", json=body | {"prompt": prompt})
+            assert response.status_code == 200, response.text
+            answers.append(response.json())
+            (receipt,) = answers[-1]["receipt"]["sequences"]
+            await evict(stack, orders, receipt["decode_worker_id"], receipt["prefill_worker_id"], seed=93)
+            await asyncio.to_thread(stack.wait_index_follows)
+    assert [answer["choices"][0]["token_ids"] for answer in answers] == expected
+    cold, warm = answers
+    assert cold["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert warm["usage"]["prompt_tokens_details"]["cached_tokens"] >= len(shared)
+    assert [part["tier"] for part in warm["receipt"]["sequences"][0]["fetched"]] == ["host"], warm["receipt"]
     stack.check_clean()
 
 
