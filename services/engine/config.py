@@ -31,6 +31,8 @@ class EngineConfig:
     long_prefill_token_threshold: int = 0  # tokens of one prompt in one step; 0: max_num_batched_tokens
     max_num_waiting: int = 1024
     enable_prefix_caching: bool = True
+    quantization: str = "none"  # or "int8": the layers' projections, on CPUs with the C kernels
+    cpu_kernels: str = "auto"  # "auto": the C kernels where they can compute the model; "torch": never
     num_threads: int = 0  # compute threads (CPU); 0: torch's default
 
     def __post_init__(self) -> None:

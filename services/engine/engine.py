@@ -107,6 +107,8 @@ class Engine:
             revision=config.revision or None,
             num_threads=config.num_threads or None,
             max_model_len=config.max_model_len or None,
+            quantization=config.quantization,
+            cpu_kernels=config.cpu_kernels,
             progress=progress,
         )
         block_bytes = model.block_layout(config.block_size).block_bytes

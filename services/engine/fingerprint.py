@@ -36,10 +36,17 @@ class FingerprintBuilder:
         assert name not in self._tensors, name
         self._tensors[name] = f"{dtype}{list(shape)}:{tensor_digest(data)}"
 
-    def finish(self, config: ModelConfig, dtype: str) -> str:
-        """Return the fingerprint, 32 hex digits, of the model computed and stored in `dtype`."""
+    def finish(self, config: ModelConfig, dtype: str, quantization: str = "none") -> str:
+        """Return the fingerprint, 32 hex digits, of the model computed and stored in `dtype`.
+
+        Quantized weights are other weights, so a quantized worker shares no block with one that is not. What computes
+        (which kernels, which device) is left out: results differ in rounding alone, and workers on unlike machines
+        are to share blocks.
+        """
         fields = {name: value for name, value in asdict(config).items() if name not in _IRRELEVANT_FIELDS}
         identity = {"layout": LAYOUT_VERSION, "dtype": dtype, "config": fields, "weights": self._tensors}
+        if quantization != "none":
+            identity["quantization"] = quantization
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(canonical.encode(), digest_size=16, person=b"tandem.model").hexdigest()
 

@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kvstore.layout import BlockLayout
-from services.engine.attention import Attention, GatherAttention
 from services.engine.fingerprint import FingerprintBuilder
 from services.engine.forward import ForwardBatch
+from services.engine.kernels.choice import choose_kernels
+from services.engine.kernels.library import KernelLibrary
+from services.engine.kernels.transformer import read_kernel_transformer
 from services.engine.linear import compute_dtype
 from services.engine.memory import allocate_kv_cache
 from services.engine.model_config import DTYPES, ModelConfig, ModelError, UnsupportedModel, read_config
-from services.engine.transformer import Transformer, read_transformer
+from services.engine.transformer import read_transformer
 from services.engine.weights import WeightReader, check_tensors, find_model, open_checkpoint, stored_dtype
+
+
+_logger = logging.getLogger(__name__)
+
+
+class Computation(Protocol):
+    """A model's weights and the arithmetic over them: torch's (`Transformer`) or the C kernels' (`KernelTransformer`)."""
+
+    def use_cache(self, kv_cache: Tensor) -> None:
+        """Prepare for the one cache that `forward` will be given. Raises `UnsupportedModel`."""
+
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        """Store the batch's keys and values; return float32 logits `[n, vocab_size]` of the rows asked for."""
+
+
+@dataclass(frozen=True)
+class ComputePath:
+    """What computes a model here, for logs and metrics."""
+
+    kernels: str  # "amx", "avx512"; "torch" where the C kernels are not used
+    quantization: str  # "int8" or "none"
+    reason: str  # one line for a person
 
 
 class LoadedModel:
@@ -30,7 +57,8 @@ class LoadedModel:
         device: torch.device,
         fingerprint: str,
         max_model_len: int,
-        transformer: Transformer,
+        computation: Computation,
+        compute_path: ComputePath,
     ) -> None:
         self.directory = directory
         self.config = config
@@ -39,8 +67,8 @@ class LoadedModel:
         self.fingerprint = fingerprint
         self.max_model_len = max_model_len
         self.eos_token_ids = config.eos_token_ids
-        self._transformer = transformer
-        self._attention: Attention = GatherAttention(config.sliding_windows)
+        self.compute_path = compute_path
+        self._computation = computation
 
     def block_layout(self, block_size: int) -> BlockLayout:
         """Return what one block of this model's cache is."""
@@ -63,15 +91,12 @@ class LoadedModel:
         config = self.config
         shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
         kv_cache = allocate_kv_cache(shape, getattr(torch, self.dtype), torch.device(self.device))
-        if kv_cache.is_cuda:
-            from services.engine.varlen_attention import choose_cuda_attention  # CUDA builds of torch
-
-            self._attention = choose_cuda_attention(config.sliding_windows, kv_cache, config.num_heads)
+        self._computation.use_cache(kv_cache)
         return kv_cache
 
     def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         """Store the batch's keys and values; return float32 logits `[n, vocab_size]` of the rows asked for."""
-        return self._transformer.forward(batch, kv_cache, self._attention)
+        return self._computation.forward(batch, kv_cache)
 
 
 def load_model(
@@ -82,13 +107,16 @@ def load_model(
     revision: str | None = None,
     num_threads: int | None = None,
     max_model_len: int | None = None,
+    quantization: str = "none",
+    cpu_kernels: str = "auto",
     progress: Callable[[float], None] | None = None,
 ) -> LoadedModel:
     """Load `model`, a directory in HuggingFace format or a name on its hub.
 
     `dtype` "auto" is the checkpoint's own. `max_model_len` defaults to the longest context that the model's positions
-    are made for, and cannot exceed it. `num_threads` sets torch's thread count for the process. `progress` is called
-    with 0..1 while weights are read.
+    are made for, and cannot exceed it. `num_threads` sets torch's thread count for the process. `quantization` is
+    "none" or "int8". `cpu_kernels` "auto" takes the C kernels where they can compute the model, "torch" never.
+    `progress` is called with 0..1 while weights are read.
 
     Raises `ModelNotFound`, or `UnsupportedModel` naming what is not supported.
     """
@@ -107,9 +135,36 @@ def load_model(
             raise UnsupportedModel(f"dtype {dtype!r} is not supported (only auto, {', '.join(DTYPES)})")
         builder = FingerprintBuilder()
         computed_in = compute_dtype(getattr(torch, resolved), target)
-        transformer = read_transformer(config, WeightReader(checkpoint, builder, computed_in, target, progress))
-    fingerprint = builder.finish(config, resolved)
-    return LoadedModel(directory, config, resolved, target, fingerprint, max_model_len or longest, transformer)
+        library, reason = _choose_kernels(resolved, computed_in, target, cpu_kernels)
+        if quantization != "none" and (quantization != "int8" or library is None):
+            raise UnsupportedModel(f"quantization {quantization!r} needs the CPU kernels, int8 only: here computes {reason}")
+        reader = WeightReader(checkpoint, builder, computed_in, target, progress)
+        computation: Computation
+        if library is None:
+            computation = read_transformer(config, reader)
+        else:
+            int8 = quantization == "int8"
+            computation = read_kernel_transformer(library, torch.get_num_threads(), config, reader, int8=int8)
+    path = ComputePath("torch" if library is None else library.name, quantization, reason)
+    _logger.info("computing with %s%s", reason, "" if quantization == "none" else f", {quantization} weights")
+    fingerprint = builder.finish(config, resolved, quantization)
+    longest = max_model_len or longest
+    return LoadedModel(directory, config, resolved, target, fingerprint, longest, computation, path)
+
+
+def _choose_kernels(
+    dtype: str, computed_in: torch.dtype, device: torch.device, cpu_kernels: str
+) -> tuple[KernelLibrary | None, str]:
+    """Return the C kernels that compute a model, None where torch does, and why."""
+    if device.type != "cpu":
+        return None, f"torch, on {device}"
+    if cpu_kernels == "torch":
+        return None, "torch, as cpu_kernels says"
+    if computed_in != torch.bfloat16:
+        computed = str(computed_in).removeprefix("torch.")
+        return None, f"torch: in {computed}, and the CPU kernels are for bfloat16 (dtype {dtype})"
+    choice = choose_kernels()
+    return choice.library, choice.reason
 
 
 def _device(name: str) -> torch.device:

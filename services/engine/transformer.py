@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.attention import Attention, AttentionStep
+from services.engine.attention import Attention, AttentionStep, GatherAttention
 from services.engine.forward import ForwardBatch
 from services.engine.linear import Linear, make_linear
 from services.engine.model_config import ModelConfig
@@ -55,14 +55,22 @@ class Transformer:
         self._norm = norm
         self._lm_head = lm_head
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(embedding.device)
+        self._attention: Attention = GatherAttention(config.sliding_windows)
+
+    def use_cache(self, kv_cache: Tensor) -> None:
+        """Choose the attention that is fastest for this cache's device and block size."""
+        if kv_cache.is_cuda:
+            from services.engine.varlen_attention import choose_cuda_attention  # CUDA builds of torch
+
+            self._attention = choose_cuda_attention(self.config.sliding_windows, kv_cache, self.config.num_heads)
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, kv_cache: Tensor, attention: Attention) -> Tensor:
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         """Store the batch's keys and values and return float32 logits `[n, vocab_size]` of the rows it asks for."""
         x = F.embedding(batch.token_ids, self._embedding)
         rope = self.config.rope
         cos, sin = cos_sin(batch.positions, self._frequencies, rope.attention_factor, x.dtype)
-        step = attention.begin(batch, kv_cache)
+        step = self._attention.begin(batch, kv_cache)
         wanted = batch.logits_indices
         for index, layer in enumerate(self._layers):
             q = self._project(index, layer, x, cos, sin, step)

@@ -32,6 +32,20 @@ class WorkerConfig:
         choices=("auto", "float32", "float16", "bfloat16", "half", "float"),
         group="model",
     )
+    quantization: str = setting(
+        "none",
+        help="int8 computes the layers' projections in 8 bits (W8A8): half the memory, less exact; on CPUs with the"
+        " C kernels only",
+        choices=("none", "int8"),
+        group="model",
+    )
+    cpu_kernels: str = setting(
+        "auto",
+        help="what computes bfloat16 on a CPU: auto takes the C kernels where the processor has AVX-512 BF16 or AMX,"
+        " else torch",
+        choices=("auto", "torch"),
+        group="model",
+    )
     device: str = setting(
         "auto", help="auto takes cuda where there is one, else cpu", choices=("auto", "cpu", "cuda"), group="model"
     )

@@ -1,0 +1,2 @@
+#include "panel_amx.h"
+#include "library.h"

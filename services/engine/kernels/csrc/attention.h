@@ -1,0 +1,297 @@
+/* Attention over paged keys and values, for any mix of prefill chunks and decode tokens.
+ *
+ * The query heads of one KV head are folded into the query axis: a sequence with T new tokens and G heads to a KV head has
+ * T * G rows there, row r being token r / G and head r % G. A task is one sequence, one KV head and up to 256 such rows.
+ * It walks the context in chunks of 128 tokens, at the same places whatever the batch, packs a chunk's keys and values
+ * once (both are B of a panel, see kernels.h), and lets each panel of 32 rows that sees some of it take it in:
+ *
+ *     S = Q K^T                       [rows][128], panel by panel of 32 tokens
+ *     P = exp(S - max), l, O          online softmax: when the largest score grows, l and O shrink
+ *     O += P V                        [rows][head_dim], panel by panel of 32 dimensions
+ *
+ * What a row must not see weighs exactly 0, and a chunk of such weights leaves l and O as they were, bit for bit: so it
+ * does not matter which rows share a panel. (That holds because O is never denormal nor -0: see `rescale`.) */
+#ifndef TANDEM_ATTENTION_H
+#define TANDEM_ATTENTION_H
+
+#include "threads.h"
+
+enum {
+    CHUNK = 128,                       /* tokens */
+    CHUNK_BLOCKS = CHUNK / BF16_DEPTH, /* depth blocks of P V, and panels of S */
+    TASK_ROWS = 256,
+};
+
+#define NO_SCORE (-1e30f) /* the largest of none: finite, so that differences are */
+
+/* One call. Mirrored by `_AttentionCall` in library.py. Strides are in elements. */
+struct attention_call {
+    const bf16 *q; /* [T][num_heads][head_dim] within rows of q_stride */
+    int64_t q_stride;
+    bf16 *out; /* [T][num_heads][head_dim], contiguous */
+    const bf16 *cache; /* this layer of block 0: [2][num_kv_heads][block_size][head_dim] */
+    int64_t block_stride;
+    const int32_t *block_tables; /* [num_sequences][table_stride] */
+    int64_t table_stride;
+    const int32_t *query_start;  /* [num_sequences + 1] */
+    const int32_t *context_lens; /* [num_sequences] */
+    int64_t num_sequences, num_heads, num_kv_heads, head_dim, block_size;
+    int64_t window; /* keys that a token sees, itself included; 0: all */
+    float scale;    /* of scores */
+};
+
+/* What a thread works in. The arrays have num_depth = ceil(head_dim / 32) blocks where [D] stands. */
+struct attention_space {
+    bf16 *queries;  /* panels of [D][rows][32] */
+    float *outputs; /* panels of [D][rows][32] */
+    bf16 *keys;     /* [CHUNK_BLOCKS][D][2 tiles] */
+    bf16 *values;   /* [D][CHUNK_BLOCKS][2 tiles] */
+    float *scores;  /* [CHUNK_BLOCKS][rows][32] */
+    bf16 *weights;  /* [CHUNK_BLOCKS][rows][32] */
+    float *largest; /* [TASK_ROWS] */
+    float *sums;    /* [TASK_ROWS] */
+};
+
+static int64_t attention_space_bytes(int64_t head_dim) {
+    const int64_t padded = round_up(head_dim, BF16_DEPTH);
+    return TASK_ROWS * padded * 2 + TASK_ROWS * padded * 4 + 2 * CHUNK * padded * 2 + ROWS * CHUNK * 4
+           + ROWS * CHUNK * 2 + 2 * TASK_ROWS * 4;
+}
+
+static struct attention_space attention_space(void *workspace, int thread, int64_t head_dim) {
+    const int64_t padded = round_up(head_dim, BF16_DEPTH);
+    struct attention_space space;
+    char *next = (char *)workspace + thread * attention_space_bytes(head_dim);
+    space.queries = (bf16 *)next, next += TASK_ROWS * padded * 2;
+    space.outputs = (float *)next, next += TASK_ROWS * padded * 4;
+    space.keys = (bf16 *)next, next += CHUNK * padded * 2;
+    space.values = (bf16 *)next, next += CHUNK * padded * 2;
+    space.scores = (float *)next, next += ROWS * CHUNK * 4;
+    space.weights = (bf16 *)next, next += ROWS * CHUNK * 2;
+    space.largest = (float *)next, next += TASK_ROWS * 4;
+    space.sums = (float *)next;
+    return space;
+}
+
+/* The 16 rows of tokens `token` to `token + 15` of a sequence (a multiple of 16) in the keys, or, `values` true, values. */
+static const bf16 *token_rows(const struct attention_call *call, const int32_t *table, int64_t head, int64_t token,
+                              bool values) {
+    const int64_t block = token / call->block_size, offset = token % call->block_size;
+    const int64_t plane = (values ? call->num_kv_heads : 0) + head;
+    return call->cache + table[block] * call->block_stride + (plane * call->block_size + offset) * call->head_dim;
+}
+
+static void prefetch_rows(const bf16 *rows, int64_t head_dim) {
+    for (int64_t i = 0; i < 16 * head_dim; i += LINE / 2) __builtin_prefetch(rows + i, 0, 2);
+}
+
+/* Keys of 16 tokens as a tile for each block of depth; the blocks are `stride` elements apart. */
+static void pack_keys(bf16 *out, ptrdiff_t stride, const bf16 *rows, int64_t head_dim) {
+    int64_t d = 0;
+    for (; d + BF16_DEPTH <= head_dim; d += BF16_DEPTH, out += stride)
+        transpose16((uint32_t *)(void *)out, rows + d, head_dim * (ptrdiff_t)sizeof *rows);
+    if (d == head_dim) return;
+    bf16 padded[16][BF16_DEPTH] ALIGNED = {{0}};
+    for (int token = 0; token < 16; token++)
+        memcpy(padded[token], rows + token * head_dim + d, (size_t)(head_dim - d) * sizeof *rows);
+    transpose16((uint32_t *)(void *)out, padded, LINE);
+}
+
+/* Values of 16 tokens, of which `count` exist, as 8 lines in a tile for each 16 dimensions; the tiles of a pair are 512
+ * elements apart, the pairs `stride`. A missing token's values are zeros, whatever stands in the cache. */
+static void pack_values(bf16 *out, ptrdiff_t stride, const bf16 *rows, int64_t head_dim, int64_t count) {
+    for (int64_t d = 0; d < round_up(head_dim, COLUMNS); d += 16) {
+        uint32_t *tile = (uint32_t *)(void *)(out + d / COLUMNS * stride + d % COLUMNS / 16 * 512);
+        const int64_t width = max64(0, min64(16, head_dim - d));
+        for (int pair = 0; pair < 8; pair++, tile += 16) {
+            bf16 even[16] = {0}, odd[16] = {0};
+            if (width == 16) {
+                if (2 * pair < count) memcpy(even, rows + 2 * pair * head_dim + d, sizeof even);
+                if (2 * pair + 1 < count) memcpy(odd, rows + (2 * pair + 1) * head_dim + d, sizeof odd);
+            } else if (width > 0) {
+                const size_t bytes = (size_t)width * sizeof *rows;
+                if (2 * pair < count) memcpy(even, rows + 2 * pair * head_dim + d, bytes);
+                if (2 * pair + 1 < count) memcpy(odd, rows + (2 * pair + 1) * head_dim + d, bytes);
+            }
+            for (int i = 0; i < 16; i++) tile[i] = even[i] | (uint32_t)odd[i] << 16;
+        }
+    }
+}
+
+/* Keys and values of tokens `start` to `stop`, of which those before `context_len` exist, padded to whole panels. */
+static void pack_chunk(const struct attention_call *call, const struct attention_space *space, const int32_t *table,
+                       int64_t head, int64_t start, int64_t stop, int64_t context_len) {
+    const int64_t d = call->head_dim, num_depth = ceil_div(d, BF16_DEPTH);
+    for (int64_t token = start; token < round_up(stop, COLUMNS); token += 16) {
+        const int64_t panel = (token - start) / COLUMNS, half = (token - start) % COLUMNS / 16;
+        const int64_t count = max64(0, min64(16, context_len - token));
+        bf16 *keys = space->keys + panel * num_depth * (B_BLOCK / 2) + half * 512;
+        bf16 *values = space->values + panel * (B_BLOCK / 2) + half * 256;
+        if (token + 16 < context_len) {
+            prefetch_rows(token_rows(call, table, head, token + 16, false), d);
+            prefetch_rows(token_rows(call, table, head, token + 16, true), d);
+        }
+        if (count == 0) {
+            for (int64_t k = 0; k < num_depth; k++) memset(keys + k * (B_BLOCK / 2), 0, B_BLOCK / 2);
+            pack_values(values, CHUNK_BLOCKS * (B_BLOCK / 2), space->keys, d, 0); /* reads nothing */
+            continue;
+        }
+        pack_keys(keys, B_BLOCK / 2, token_rows(call, table, head, token, false), d);
+        pack_values(values, CHUNK_BLOCKS * (B_BLOCK / 2), token_rows(call, table, head, token, true), d, count);
+    }
+}
+
+/* O *= factor, without what would make adding 0 to it visible: denormals, which the dot products flush, and -0. */
+static inline void rescale(float *o, float factor) {
+    for (int i = 0; i < COLUMNS; i++) {
+        float value = o[i] * factor;
+        o[i] = fabsf(value) < FLT_MIN ? 0.0f : value;
+    }
+}
+
+/* Rows `row` to `row + rows` of the task's. */
+struct row_panel {
+    int64_t row;
+    int rows;
+    int64_t first_position, last_position; /* of its tokens */
+};
+
+/* Let a panel take in `num_panels * 32` tokens from `start` on. Row r stands at `position_of(r)`. */
+static void attend_chunk(const struct attention_call *call, const struct attention_space *space,
+                         const struct row_panel *panel, int64_t row_offset, int64_t first_query, int64_t start,
+                         int64_t num_panels) {
+    const int64_t num_depth = ceil_div(call->head_dim, BF16_DEPTH), group = call->num_heads / call->num_kv_heads;
+    const int rows = panel->rows;
+    const float scale = call->scale * 1.44269504f;
+    const bf16 *queries = space->queries + panel->row * num_depth * BF16_DEPTH;
+    float *outputs = space->outputs + panel->row * num_depth * COLUMNS;
+    for (int64_t i = 0; i < num_panels; i++)
+        panel_bf16(space->scores + i * rows * COLUMNS, queries, space->keys + i * num_depth * (B_BLOCK / 2), num_depth,
+                   rows, false);
+    for (int row = 0; row < rows; row++) {
+        /* Tokens of the chunk that this row sees: first to last. */
+        const int64_t position = first_query + (row_offset + panel->row + row) / group;
+        const int first = (int)(call->window == 0 ? 0 : max64(0, min64(CHUNK, position - call->window + 1 - start)));
+        const int last = (int)min64(CHUNK - 1, position - start);
+        float lanes[COLUMNS] ALIGNED, *largest = space->largest + panel->row + row, *sum = space->sums + panel->row + row;
+        for (int i = 0; i < COLUMNS; i++) lanes[i] = NO_SCORE;
+        for (int64_t p = 0; p < num_panels; p++) {
+            float *scores = space->scores + (p * rows + row) * COLUMNS;
+            const int base = (int)p * COLUMNS;
+            if (base < first || base + COLUMNS - 1 > last)
+                for (int i = 0; i < COLUMNS; i++)
+                    scores[i] = base + i < first || base + i > last ? -INFINITY : scores[i];
+            for (int i = 0; i < COLUMNS; i++) lanes[i] = scores[i] > lanes[i] ? scores[i] : lanes[i];
+        }
+        const float before = *largest;
+        float now = before;
+        for (int i = 0; i < 16; i++) lanes[i] = lanes[i] > lanes[i + 16] ? lanes[i] : lanes[i + 16];
+        now = fmaxf(before, max16(lanes));
+        *largest = now;
+        for (int i = 0; i < COLUMNS; i++) lanes[i] = 0;
+        for (int64_t p = 0; p < num_panels; p++) {
+            const float *scores = space->scores + (p * rows + row) * COLUMNS;
+            bf16 *weights = space->weights + (p * rows + row) * COLUMNS;
+            for (int i = 0; i < COLUMNS; i++) {
+                const float weight = exp2_of_nonpositive((scores[i] - now) * scale);
+                lanes[i] += weight;
+                weights[i] = to_bf16(weight);
+            }
+        }
+        for (int i = 0; i < 16; i++) lanes[i] += lanes[i + 16];
+        const float factor = exp2_of_nonpositive((before - now) * scale);
+        *sum = *sum * factor + sum16(lanes);
+        if (factor != 1.0f)
+            for (int64_t k = 0; k < num_depth; k++) rescale(outputs + (k * rows + row) * COLUMNS, factor);
+    }
+    for (int64_t k = 0; k < num_depth; k++)
+        panel_bf16(outputs + k * rows * COLUMNS, space->weights, space->values + k * CHUNK_BLOCKS * (B_BLOCK / 2),
+                   num_panels, rows, true);
+}
+
+struct attention_job {
+    const struct attention_call *call;
+    void *workspace;
+};
+
+static int64_t num_row_groups(const struct attention_call *call, int64_t sequence) {
+    const int64_t num_queries = call->query_start[sequence + 1] - call->query_start[sequence];
+    return ceil_div(num_queries * (call->num_heads / call->num_kv_heads), TASK_ROWS);
+}
+
+static void attend_task(void *argument, int64_t task, int thread) {
+    const struct attention_job *job = argument;
+    const struct attention_call *call = job->call;
+    int64_t sequence = 0;
+    while (task >= num_row_groups(call, sequence) * call->num_kv_heads)
+        task -= num_row_groups(call, sequence++) * call->num_kv_heads;
+    const int64_t head = task % call->num_kv_heads, row_offset = task / call->num_kv_heads * TASK_ROWS;
+
+    const struct attention_space space = attention_space(job->workspace, thread, call->head_dim);
+    const int64_t d = call->head_dim, num_depth = ceil_div(d, BF16_DEPTH);
+    const int64_t group = call->num_heads / call->num_kv_heads, start_row = call->query_start[sequence];
+    const int64_t num_queries = call->query_start[sequence + 1] - start_row;
+    const int64_t context_len = call->context_lens[sequence], first_query = context_len - num_queries;
+    const int64_t num_rows = min64(TASK_ROWS, num_queries * group - row_offset);
+    const int32_t *table = call->block_tables + sequence * call->table_stride;
+
+    struct row_panel panels[TASK_ROWS / ROWS];
+    const int64_t num_panels = ceil_div(num_rows, ROWS);
+    for (int64_t i = 0; i < num_panels; i++) {
+        struct row_panel *panel = &panels[i];
+        panel->row = i * ROWS;
+        panel->rows = (int)min64(ROWS, num_rows - panel->row);
+        panel->first_position = first_query + (row_offset + panel->row) / group;
+        panel->last_position = first_query + (row_offset + panel->row + panel->rows - 1) / group;
+        for (int row = 0; row < panel->rows; row++) {
+            const int64_t r = row_offset + panel->row + row;
+            const bf16 *q = call->q + (start_row + r / group) * call->q_stride + (head * group + r % group) * d;
+            bf16 *out = space.queries + panel->row * num_depth * BF16_DEPTH + row * BF16_DEPTH;
+            for (int64_t k = 0; k < d; k += BF16_DEPTH, out += panel->rows * BF16_DEPTH) {
+                if (d - k < BF16_DEPTH) memset(out, 0, LINE);
+                memcpy(out, q + k, (size_t)min64(BF16_DEPTH, d - k) * sizeof *q);
+            }
+            space.largest[panel->row + row] = NO_SCORE;
+            space.sums[panel->row + row] = 0;
+        }
+    }
+    memset(space.outputs, 0, (size_t)(num_rows * num_depth * COLUMNS) * sizeof *space.outputs);
+
+    const int64_t first_seen = call->window == 0 ? 0 : max64(0, panels[0].first_position - call->window + 1);
+    const int64_t end = panels[num_panels - 1].last_position + 1;
+    for (int64_t start = first_seen / CHUNK * CHUNK; start < end; start += CHUNK) {
+        pack_chunk(call, &space, table, head, start, min64(end, start + CHUNK), context_len);
+        for (int64_t i = 0; i < num_panels; i++) {
+            const struct row_panel *panel = &panels[i];
+            const bool has_passed = call->window != 0 && panel->first_position - call->window + 1 >= start + CHUNK;
+            if (panel->last_position < start || has_passed) continue;
+            const int64_t stop = min64(panel->last_position + 1, start + CHUNK);
+            attend_chunk(call, &space, panel, row_offset, first_query, start, ceil_div(stop - start, COLUMNS));
+        }
+    }
+    for (int64_t i = 0; i < num_panels; i++)
+        for (int row = 0; row < panels[i].rows; row++) {
+            const int64_t r = row_offset + panels[i].row + row;
+            bf16 *out = call->out + ((start_row + r / group) * call->num_heads + head * group + r % group) * d;
+            const float *o = space.outputs + panels[i].row * num_depth * COLUMNS + row * COLUMNS;
+            const float inverse = 1.0f / space.sums[panels[i].row + row];
+            for (int64_t k = 0; k < d; k++)
+                out[k] = to_bf16(o[k / COLUMNS * panels[i].rows * COLUMNS + k % COLUMNS] * inverse);
+        }
+}
+
+/* Bytes of workspace, aligned to 64, that `tandem_attention` needs. */
+EXPORT int64_t tandem_attention_workspace(int64_t head_dim, int num_threads) {
+    return attention_space_bytes(head_dim) * num_threads;
+}
+
+/* Let each query see its sequence up to itself. block_size is a multiple of 16, head_dim even. */
+EXPORT void tandem_attention(const struct attention_call *call, void *workspace, int num_threads) {
+    struct attention_job job = {call, workspace};
+    int64_t num_tasks = 0;
+    for (int64_t sequence = 0; sequence < call->num_sequences; sequence++)
+        num_tasks += num_row_groups(call, sequence) * call->num_kv_heads;
+    run_tasks(attend_task, &job, num_tasks, num_threads);
+}
+
+#endif

@@ -1,0 +1,237 @@
+/* y = x W^T with whatever follows at once: bias, residual, activation.
+ *
+ * W is packed once, into panels of 32 of its rows (the columns of B): [n / 32][depth blocks][2 tiles][1 KiB]. A call packs
+ * x too, into panels of up to 32 of its rows, as many as half of L2 holds at a time; each panel of W then meets them all,
+ * so that W comes from memory once for that many rows. */
+#ifndef TANDEM_LINEAR_H
+#define TANDEM_LINEAR_H
+
+#include <unistd.h>
+
+#include "threads.h"
+
+enum epilogue {
+    WRITE = 0,          /* y = x W^T + bias, bf16 */
+    ADD = 1,            /* y += x W^T + bias: the residual stream, bf16 */
+    WRITE_FLOAT = 2,    /* y = x W^T + bias, float: logits */
+    GATE_SILU = 3,      /* y = act(gate) * up, bf16: W's panels hold 16 rows of gate, then 16 of up */
+    GATE_GELU_TANH = 4,
+    GATE_GELU_ERF = 5,
+};
+
+/* A projection's weights. Mirrored by `_Weights` in library.py. */
+struct weights {
+    const void *panels;
+    const float *bias;        /* [columns] or NULL */
+    const float *scales;      /* [columns]: int8; NULL: bf16 */
+    const int32_t *sums;      /* [columns], of int8 weights over the depth */
+    int64_t num_columns;      /* a multiple of 32: W's rows in packed order, padded */
+    int64_t depth;            /* not padded: what a row of x has */
+    int64_t num_outputs;      /* what a row of y has */
+};
+
+static inline float sigmoid(float x) {
+    /* exp(-|x|) cannot overflow */
+    float e = exp2_of_nonpositive(-fabsf(x) * 1.44269504f);
+    return x >= 0 ? 1.0f / (1.0f + e) : e / (1.0f + e);
+}
+
+/* Abramowitz and Stegun 7.1.26: off by 1.5e-7 at most. */
+static inline float error_function(float x) {
+    float a = fabsf(x), t = 1.0f / (1.0f + 0.3275911f * a);
+    float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    return copysignf(1.0f - p * exp2_of_nonpositive(-a * a * 1.44269504f), x);
+}
+
+static inline float activate(float gate, enum epilogue epilogue) {
+    if (epilogue == GATE_SILU) return gate * sigmoid(gate);
+    if (epilogue == GATE_GELU_TANH) /* tanh(u) = 2 sigmoid(2 u) - 1 */
+        return gate * sigmoid(1.5957691216f * (gate + 0.044715f * gate * gate * gate));
+    return 0.5f * gate * (1.0f + error_function(gate * 0.70710678f));
+}
+
+struct linear_job {
+    const struct weights *weights;
+    const bf16 *x;
+    int64_t x_stride; /* elements from row to row, as y_stride */
+    int64_t num_rows;
+    void *y;
+    int64_t y_stride;
+    enum epilogue epilogue;
+    int64_t num_blocks;  /* of depth */
+    int64_t first, stop; /* the rows packed now */
+    char *packed;        /* panels of x: [rows of the panel][64] for each block of depth */
+    float *row_scales;   /* int8: of the packed rows */
+};
+
+static inline int64_t num_depth_blocks(const struct weights *weights) {
+    return ceil_div(weights->depth, weights->scales ? INT8_DEPTH : BF16_DEPTH);
+}
+
+/* Rows that are packed at a time: whole panels, half of L2. */
+static int64_t rows_at_once(int64_t num_blocks) {
+    static int64_t l2_bytes; /* the same whoever writes it */
+    if (l2_bytes == 0) {
+        int64_t known = sysconf(_SC_LEVEL2_CACHE_SIZE);
+        l2_bytes = known > 0 ? known : 1 << 20;
+    }
+    return max64(ROWS, l2_bytes / 2 / (num_blocks * LINE) / ROWS * ROWS);
+}
+
+static void pack_row_bf16(char *out, ptrdiff_t block_bytes, const bf16 *x, int64_t depth) {
+    for (int64_t k = 0; k < depth; k += BF16_DEPTH, out += block_bytes) {
+        int64_t count = min64(BF16_DEPTH, depth - k);
+        if (count < BF16_DEPTH) memset(out, 0, LINE);
+        memcpy(out, x + k, (size_t)count * sizeof *x);
+    }
+}
+
+/* A row in int8: x = scale * q, with q from -127 to 127, rounded to nearest. Returns the scale. */
+static float pack_row_int8(char *out, ptrdiff_t block_bytes, const bf16 *x, int64_t depth) {
+    float largest = 0;
+    float lanes[16] = {0};
+    int64_t k = 0;
+    for (; k + 16 <= depth; k += 16)
+        for (int i = 0; i < 16; i++) {
+            float value = fabsf(from_bf16(x[k + i]));
+            lanes[i] = value > lanes[i] ? value : lanes[i];
+        }
+    for (; k < depth; k++) largest = fmaxf(largest, fabsf(from_bf16(x[k])));
+    largest = fmaxf(largest, max16(lanes));
+    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    for (k = 0; k < depth; k += INT8_DEPTH, out += block_bytes) {
+        int64_t count = min64(INT8_DEPTH, depth - k);
+        if (count < INT8_DEPTH) memset(out, PANEL_INT8_OFFSET, LINE);
+        for (int i = 0; i < (int)count; i++) {
+            float scaled = from_bf16(x[k + i]) * inverse;
+            /* Adding 1.5 * 2^23 rounds, and leaves the whole number in the low bits. */
+            out[i] = (char)(uint8_t)(bits_of(scaled + 12582912.0f) + PANEL_INT8_OFFSET);
+        }
+    }
+    return largest / 127.0f;
+}
+
+static void pack_rows(void *argument, int64_t panel, int thread) {
+    (void)thread;
+    struct linear_job *job = argument;
+    const int64_t first = panel * ROWS, rows = min64(ROWS, job->stop - job->first - first);
+    char *out = job->packed + first * job->num_blocks * LINE;
+    for (int64_t row = 0; row < rows; row++, out += LINE) {
+        const bf16 *x = job->x + (job->first + first + row) * job->x_stride;
+        if (job->weights->scales)
+            job->row_scales[first + row] = pack_row_int8(out, rows * LINE, x, job->weights->depth);
+        else
+            pack_row_bf16(out, rows * LINE, x, job->weights->depth);
+    }
+}
+
+/* Finish one row of a panel: `c` has its 32 sums. */
+static inline __attribute__((always_inline)) void finish_row(
+    const struct linear_job *job, const float *c, int64_t column, int64_t row, const enum epilogue epilogue) {
+    float sums[COLUMNS];
+    const float *bias = job->weights->bias;
+    for (int i = 0; i < COLUMNS; i++) sums[i] = bias ? c[i] + bias[column + i] : c[i];
+    const bool gated = epilogue >= GATE_SILU;
+    const int64_t width = gated ? COLUMNS / 2 : COLUMNS, output = column * width / COLUMNS;
+    bf16 *y = (bf16 *)job->y + row * job->y_stride + output;
+    float values[COLUMNS];
+    if (gated)
+        for (int i = 0; i < COLUMNS / 2; i++) values[i] = activate(sums[i], epilogue) * sums[i + 16];
+    else
+        for (int i = 0; i < COLUMNS; i++) values[i] = sums[i];
+    const int count = (int)min64(width, job->weights->num_outputs - output);
+    if (epilogue == WRITE_FLOAT) {
+        memcpy((float *)job->y + row * job->y_stride + output, values, (size_t)count * sizeof *values);
+        return;
+    }
+    bf16 result[COLUMNS] = {0};
+    if (epilogue == ADD) {
+        memcpy(result, y, (size_t)count * sizeof *y);
+        for (int i = 0; i < COLUMNS; i++) values[i] += from_bf16(result[i]);
+    }
+    for (int i = 0; i < (int)width; i++) result[i] = to_bf16(values[i]);
+    memcpy(y, result, (size_t)count * sizeof *y);
+}
+
+/* One panel of W with all the rows that are packed. */
+static void multiply_panel(void *argument, int64_t panel, int thread) {
+    (void)thread;
+    const struct linear_job *job = argument;
+    const struct weights *weights = job->weights;
+    const char *b = (const char *)weights->panels + panel * job->num_blocks * B_BLOCK;
+    const int64_t column = panel * COLUMNS;
+    for (int64_t first = job->first; first < job->stop; first += ROWS) {
+        const int rows = (int)min64(ROWS, job->stop - first);
+        const char *a = job->packed + (first - job->first) * job->num_blocks * LINE;
+        float c[ROWS * COLUMNS] ALIGNED;
+        if (weights->scales) {
+            int32_t exact[ROWS * COLUMNS] ALIGNED;
+            panel_int8(exact, (const int8_t *)a, (const int8_t *)b, job->num_blocks, rows);
+            for (int row = 0; row < rows; row++) {
+                const float scale = job->row_scales[first - job->first + row];
+                for (int i = 0; i < COLUMNS; i++) {
+                    int32_t sum = exact[row * COLUMNS + i] - PANEL_INT8_OFFSET * weights->sums[column + i];
+                    c[row * COLUMNS + i] = (float)sum * (scale * weights->scales[column + i]);
+                }
+            }
+        } else {
+            panel_bf16(c, (const bf16 *)a, (const bf16 *)b, job->num_blocks, rows, false);
+        }
+#define FINISH(kind) \
+    case kind: for (int row = 0; row < rows; row++) finish_row(job, c + row * COLUMNS, column, first + row, kind); break;
+        switch (job->epilogue) {
+            FINISH(WRITE)
+            FINISH(ADD)
+            FINISH(WRITE_FLOAT)
+            FINISH(GATE_SILU)
+            FINISH(GATE_GELU_TANH)
+            FINISH(GATE_GELU_ERF)
+        }
+#undef FINISH
+    }
+}
+
+/* Bytes of workspace, aligned to 64, that `tandem_linear` needs for `num_rows` rows. */
+EXPORT int64_t tandem_linear_workspace(const struct weights *weights, int64_t num_rows) {
+    const int64_t num_blocks = num_depth_blocks(weights), rows = min64(num_rows, rows_at_once(num_blocks));
+    return rows * num_blocks * LINE + round_up(rows * (int64_t)sizeof(float), LINE);
+}
+
+/* x [num_rows][depth] in bf16; y [num_rows][num_outputs], of the epilogue's type. */
+EXPORT void tandem_linear(const struct weights *weights, const bf16 *x, int64_t x_stride, int64_t num_rows, void *y,
+                          int64_t y_stride, int epilogue, void *workspace, int num_threads) {
+    const int64_t num_blocks = num_depth_blocks(weights), step = rows_at_once(num_blocks);
+    struct linear_job job = {weights, x, x_stride, num_rows, y, y_stride, (enum epilogue)epilogue, num_blocks, 0, 0,
+                             workspace, NULL};
+    job.row_scales = (float *)(job.packed + min64(num_rows, step) * num_blocks * LINE);
+    for (job.first = 0; job.first < num_rows; job.first = job.stop) {
+        job.stop = min64(num_rows, job.first + step);
+        run_tasks(pack_rows, &job, ceil_div(job.stop - job.first, ROWS), num_threads);
+        run_tasks(multiply_panel, &job, weights->num_columns / COLUMNS, num_threads);
+    }
+}
+
+/* Bytes that the panels of W [..][depth] take with `num_columns` packed columns. */
+EXPORT int64_t tandem_packed_bytes(int64_t num_columns, int64_t depth, int element_bytes) {
+    return num_columns / COLUMNS * ceil_div(depth * element_bytes, LINE) * B_BLOCK;
+}
+
+/* Pack the panels of W [..][depth], of 1 or 2 bytes an element. Packed column i is row order[i] of W; -1: zeros. */
+EXPORT void tandem_pack(const void *matrix, int64_t depth, int element_bytes, const int64_t *order,
+                        int64_t num_columns, void *panels) {
+    const int64_t row_bytes = depth * element_bytes, num_blocks = ceil_div(row_bytes, LINE);
+    for (int64_t tile = 0; tile < num_columns / 16; tile++)
+        for (int64_t block = 0; block < num_blocks; block++) {
+            const int64_t start = block * LINE, count = min64(LINE, row_bytes - start);
+            char rows[16][LINE] ALIGNED;
+            for (int column = 0; column < 16; column++) {
+                const int64_t source = order[tile * 16 + column];
+                if (source < 0 || count < LINE) memset(rows[column], 0, LINE);
+                if (source >= 0) memcpy(rows[column], (const char *)matrix + source * row_bytes + start, (size_t)count);
+            }
+            char *out = (char *)panels + (tile / 2 * num_blocks + block) * B_BLOCK + tile % 2 * (B_BLOCK / 2);
+            transpose16((uint32_t *)(void *)out, rows, LINE);
+        }
+}
+
+#endif

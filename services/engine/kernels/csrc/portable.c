@@ -1,0 +1,2 @@
+#include "panel_portable.h"
+#include "library.h"
