@@ -42,14 +42,14 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow validate-deploy render-deploy test-images lint types imports format proto proto-check bench bench-prefix bench-index compat agreement loadtest clean
+.PHONY: help install serve doctor test test-slow validate-deploy render-deploy test-images lint types imports format proto proto-check kernels kernels-asan bench bench-prefix bench-index compat agreement loadtest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## make .venv and install everything, pinned by constraints.txt
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard services/engine/kernels/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,nixl,dev]"
@@ -98,6 +98,16 @@ proto-check: $(INSTALLED) ## the committed stubs are what the generator gives
 	rm -rf build/proto && mkdir -p build/proto
 	$(PROTOC) --python_out=build/proto --grpc_python_out=build/proto --pyi_out=build/proto
 	for stub in build/proto/tandem/v1/*; do cmp $$stub proto/tandem/v1/$$(basename $$stub) || { echo "run 'make proto'"; exit 1; }; done
+
+kernels: $(INSTALLED) ## build the CPU kernels again, after a change to their sources
+	$(BIN)/python setup.py --quiet build_ext --inplace --force
+
+# Address and undefined-behaviour sanitizers, on the portable, AVX-512 and emulated AMX kernels. The libraries are built
+# for the tests alone. Leaks are not looked for: the interpreter's own would drown ours, and the kernels allocate nothing.
+kernels-asan: $(INSTALLED) ## the kernels' tests under AddressSanitizer and UBSan
+	TANDEM_KERNEL_TEST_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g" \
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	$(BIN)/pytest tests/kernels -p no:cacheprovider
 
 bench: $(INSTALLED) ## run BENCHES with BENCH_ARGS; each prints a table
 	for bench in $(BENCHES); do $(BIN)/python -m $$(echo $${bench%.py} | tr / .) $(BENCH_ARGS) || exit 1; done

@@ -23,12 +23,11 @@ from services.engine.model_config import DTYPES, ModelConfig, ModelError, Unsupp
 from services.engine.transformer import read_transformer
 from services.engine.weights import WeightReader, check_tensors, find_model, open_checkpoint, stored_dtype
 
-
 _logger = logging.getLogger(__name__)
 
 
 class Computation(Protocol):
-    """A model's weights and the arithmetic over them: torch's (`Transformer`) or the C kernels' (`KernelTransformer`)."""
+    """A model's weights and the arithmetic over them: torch's (`Transformer`), or the C kernels'."""
 
     def use_cache(self, kv_cache: Tensor) -> None:
         """Prepare for the one cache that `forward` will be given. Raises `UnsupportedModel`."""
@@ -137,7 +136,9 @@ def load_model(
         computed_in = compute_dtype(getattr(torch, resolved), target)
         library, reason = _choose_kernels(resolved, computed_in, target, cpu_kernels)
         if quantization != "none" and (quantization != "int8" or library is None):
-            raise UnsupportedModel(f"quantization {quantization!r} needs the CPU kernels, int8 only: here computes {reason}")
+            raise UnsupportedModel(
+                f"quantization {quantization!r} needs the CPU kernels, int8 only: here computes {reason}"
+            )
         reader = WeightReader(checkpoint, builder, computed_in, target, progress)
         computation: Computation
         if library is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_uint32, c_void_p
 from enum import IntEnum
 from pathlib import Path
 from typing import Final
@@ -15,9 +15,10 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from services.engine.kernels.build import source_digest
+
 PANEL_COLUMNS: Final = 32
 _ALIGNMENT_BYTES: Final = 2 << 20  # a huge page: weights stream through memory, and the TLB would miss at every page
-_VERSION: Final = 1
 
 
 class KernelError(Exception):
@@ -92,7 +93,7 @@ class AppendCall(Structure):
 
 
 _SIGNATURES: Final = {
-    "tandem_version": ((), c_int),
+    "tandem_source_digest": ((), c_uint32),
     "tandem_name": ((), c_char_p),
     "tandem_start": ((), c_int),
     "tandem_packed_bytes": ((c_int64, c_int64, c_int), c_int64),
@@ -135,8 +136,10 @@ class KernelLibrary:
                 function.argtypes, function.restype = arguments, result
         except (OSError, AttributeError) as error:
             raise KernelError(f"{path.name} does not load: {error}") from error
-        if self._library.tandem_version() != _VERSION:
-            raise KernelError(f"{path.name} was built from other sources: build it again (`make kernels`)")
+        if self._library.tandem_source_digest() != source_digest():
+            raise KernelError(
+                f"{path.name} was built from other sources than are here: build it again (`make kernels`)"
+            )
         if not self._library.tandem_start():
             raise KernelError(f"the system does not let this process use what {path.name} needs")
         self.name: str = self._library.tandem_name().decode()

@@ -63,9 +63,9 @@ class Projection:
 
     def __call__(self, x: Tensor, y: Tensor, epilogue: Epilogue, workspace: Workspace, num_threads: int) -> None:
         """Multiply `x` `[T, in]`, bfloat16 with contiguous rows, into `y` `[T, num_outputs]`: see `Epilogue`."""
-        assert x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.shape[1] == self._weights.depth
-        assert y.shape == (x.shape[0], self.num_outputs) and y.stride(1) == 1
-        assert y.dtype == (torch.float32 if epilogue is Epilogue.WRITE_FLOAT else torch.bfloat16)
+        assert (x.dtype, x.shape[1], x.stride(1)) == (torch.bfloat16, self._weights.depth, 1)
+        dtype = torch.float32 if epilogue is Epilogue.WRITE_FLOAT else torch.bfloat16
+        assert (y.dtype, *y.shape, y.stride(1)) == (dtype, x.shape[0], self.num_outputs, 1)
         self._library.linear(
             self._weights,
             x.data_ptr(),
@@ -89,7 +89,7 @@ def _plain_order(num_rows: int) -> npt.NDArray[np.int64]:
 def _gated_order(num_outputs: int) -> npt.NDArray[np.int64]:
     """In each panel 16 rows of the gate, then the 16 rows that these gate."""
     half = PANEL_COLUMNS // 2
-    gate = np.full(-(-num_outputs // half) * half, -1, dtype=np.int64)
-    gate[:num_outputs] = np.arange(num_outputs)
-    gate = gate.reshape(-1, half)
-    return np.stack((gate, np.where(gate >= 0, gate + num_outputs, -1)), axis=1).reshape(-1)
+    panels = np.full((-(-num_outputs // half), 2, half), -1, dtype=np.int64)
+    for output in range(num_outputs):
+        panels[output // half, :, output % half] = (output, num_outputs + output)
+    return panels.reshape(-1)

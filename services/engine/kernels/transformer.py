@@ -81,7 +81,8 @@ class KernelTransformer:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         """Store the batch's keys and values and return float32 logits `[n, vocab_size]` of the rows it asks for."""
-        assert kv_cache.is_contiguous() and kv_cache.dtype == torch.bfloat16
+        assert kv_cache.is_contiguous()
+        assert kv_cache.dtype == torch.bfloat16
         config = self._config
         x = F.embedding(batch.token_ids, self._embedding)
         step = _Step(self, batch, kv_cache)
@@ -110,7 +111,8 @@ class KernelTransformer:
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         y = torch.empty_like(x)
         eps = self._config.rms_norm_eps
-        self._library.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape, eps, self._num_threads)
+        num_rows, size = x.shape
+        self._library.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), num_rows, size, eps, self._num_threads)
         return y
 
 
@@ -222,6 +224,4 @@ def read_kernel_transformer(
     norm = reader.read("model.norm.weight")
     lm_head = reader.read("lm_head.weight") if reader.has("lm_head.weight") else embedding
     assert reader.num_left == 0, f"{reader.num_left} tensors were checked but not read"
-    return KernelTransformer(
-        library, num_threads, config, embedding, layers, norm, Projection(library, lm_head, None)
-    )
+    return KernelTransformer(library, num_threads, config, embedding, layers, norm, Projection(library, lm_head, None))

@@ -3,8 +3,8 @@
 #include "linear.h"
 #include "tokens.h"
 
-/* The version of the calls: library.py refuses a library that was built from other sources. */
-EXPORT int tandem_version(void) { return 1; }
+/* Which sources this was built from: library.py refuses a library that was built from others. */
+EXPORT uint32_t tandem_source_digest(void) { return TANDEM_SOURCE_DIGEST; }
 
 EXPORT const char *tandem_name(void) { return PANEL_NAME; }
 

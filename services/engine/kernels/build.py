@@ -1,0 +1,40 @@
+"""How the libraries are compiled: for setup.py, which runs this file by itself, and for tests. Nothing is imported."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Final
+
+SOURCES: Final = Path(__file__).parent / "csrc"
+
+# A fused multiply-add here and not there would make a token depend on its place in the batch: no contraction.
+FLAGS: Final = (
+    "-std=c11",
+    "-D_GNU_SOURCE",
+    "-O3",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+)
+_AVX512: Final = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512")
+VARIANT_FLAGS: Final = {
+    "portable": (),
+    "avx512": _AVX512,
+    "amx": (*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+}
+
+
+def source_digest() -> int:
+    """Return a number that changes with the sources: a library that was built from others is refused."""
+    digest = 0
+    for path in sorted(SOURCES.iterdir()):
+        digest = zlib.crc32(path.name.encode() + path.read_bytes(), digest)
+    return digest
+
+
+def compile_flags(variant: str) -> list[str]:
+    """Return what the compiler is told for `variant`."""
+    return [*FLAGS, *VARIANT_FLAGS[variant], f"-DTANDEM_SOURCE_DIGEST={source_digest()}u"]

@@ -1,0 +1,67 @@
+"""The kernels under test are built from the sources here, every variant that this machine can run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+
+from services.engine.kernels.build import SOURCES, compile_flags
+from services.engine.kernels.choice import REQUIRED_FLAGS, load_checked, processor_flags
+from services.engine.kernels.library import KernelError, KernelLibrary
+
+# What is tested: the library's variant, and flags beside its own.
+BUILDS = {
+    "portable": ("portable", ()),
+    "amx-emulated": ("amx", ("-march=x86-64", "-mno-avx512f", "-DTANDEM_EMULATE_AMX")),
+    "avx512": ("avx512", ()),
+    "amx": ("amx", ()),
+}
+
+Libraries = Callable[[str], KernelLibrary]
+
+
+def runs_here(name: str) -> bool:
+    """Whether the processor has the instructions; the portable and the emulated one run anywhere."""
+    return REQUIRED_FLAGS.get(name, frozenset()) <= processor_flags()
+
+
+RUNNABLE = [name for name in BUILDS if runs_here(name)]
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
+    """Builds and loads a library by its name in `BUILDS`, once. Sanitizers come by TANDEM_KERNEL_TEST_FLAGS.
+
+    A library that would not be chosen here, because it fails its check at start, is not tested further.
+    """
+    directory = tmp_path_factory.mktemp("kernels")
+    compiler = shutil.which("gcc")
+
+    @cache
+    def get(name: str) -> KernelLibrary:
+        if compiler is None:
+            pytest.skip("no gcc: the kernels cannot be built here, and torch computes")
+        variant, flags = BUILDS[name]
+        path = directory / f"{name}.so"
+        extra = os.environ.get("TANDEM_KERNEL_TEST_FLAGS", "").split()
+        command = [compiler, *compile_flags(variant), *flags, "-Werror", *extra, "-shared", "-fPIC"]
+        subprocess.run([*command, "-o", path, SOURCES / f"{variant}.c", "-lm"], check=True, timeout=300)
+        try:
+            return load_checked(name, path)
+        except KernelError as error:
+            if name != "amx":
+                raise
+            pytest.skip(f"not chosen here: {error}")
+
+    return get
+
+
+@pytest.fixture(params=RUNNABLE)
+def library(request: pytest.FixtureRequest, libraries: Libraries) -> KernelLibrary:
+    """Each variant that this machine can run."""
+    return libraries(request.param)

@@ -1,0 +1,116 @@
+"""Which kernels a machine gets, and what it is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.engine.kernels.choice import REQUIRED_FLAGS, choose, processor_flags
+from services.engine.kernels.library import AttentionCall, KernelError, KernelLibrary
+from services.engine.kernels.self_check import check
+from tests.kernels.conftest import Libraries
+
+AVX512, AMX = REQUIRED_FLAGS["avx512"], REQUIRED_FLAGS["amx"]
+
+
+def choice_of(flags: frozenset[str], built: set[str], faulty: set[str], library: KernelLibrary) -> tuple[bool, str]:
+    def load(variant: str, path: Path) -> KernelLibrary:
+        assert path == Path(variant)
+        if variant in faulty:
+            raise KernelError(f"{variant} gives a wrong product")
+        return library
+
+    chosen = choose(flags, lambda variant: Path(variant) if variant in built else None, load)
+    return chosen.library is library, chosen.reason
+
+
+@pytest.mark.parametrize(
+    ("flags", "built", "faulty", "expected"),
+    [
+        (AMX, {"amx", "avx512"}, set(), (True, "amx kernels")),
+        (AMX, {"amx", "avx512"}, {"amx"}, (True, "avx512 kernels; amx gives a wrong product")),
+        (AVX512, {"amx", "avx512"}, set(), (True, "avx512 kernels")),
+        (
+            AVX512,
+            set(),
+            set(),
+            (
+                False,
+                "torch, since avx512 kernels are not built (a C compiler was missing when tandem was installed)",
+            ),
+        ),
+        (
+            AMX,
+            {"amx", "avx512"},
+            {"amx", "avx512"},
+            (False, "torch, since amx gives a wrong product; avx512 gives a wrong product"),
+        ),
+        (
+            frozenset({"avx2"}),
+            {"amx", "avx512"},
+            set(),
+            (False, "torch, since the processor has neither AMX nor AVX-512 with bfloat16"),
+        ),
+    ],
+    ids=["amx", "amx is wrong", "no amx", "not built", "all wrong", "old processor"],
+)
+def test_the_fastest_library_that_is_built_and_right_is_chosen(
+    libraries: Libraries, flags: frozenset[str], built: set[str], faulty: set[str], expected: tuple[bool, str]
+) -> None:
+    assert choice_of(flags, built, faulty, libraries("portable")) == expected
+
+
+def test_every_library_that_runs_here_passes_its_check(library: KernelLibrary) -> None:
+    check(library)
+
+
+def test_a_wrong_sum_is_found(libraries: Libraries, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = libraries("portable")
+    linear = KernelLibrary.linear
+
+    def off_by_a_row(self: KernelLibrary, *arguments: Any, **settings: Any) -> None:
+        weights, x, x_stride, num_rows, *rest = arguments
+        linear(self, weights, x, x_stride, num_rows - 1, *rest, **settings)
+
+    monkeypatch.setattr(KernelLibrary, "linear", off_by_a_row)
+    with pytest.raises(KernelError, match="portable gives a wrong product of 1 rows and a bfloat16 matrix"):
+        check(library)
+
+
+def test_wrong_attention_is_found(libraries: Libraries, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = libraries("portable")
+    attention = KernelLibrary.attention
+
+    def forgets_the_window(self: KernelLibrary, call: AttentionCall, *arguments: Any, **settings: Any) -> None:
+        call.window = 0
+        attention(self, call, *arguments, **settings)
+
+    monkeypatch.setattr(KernelLibrary, "attention", forgets_the_window)
+    with pytest.raises(KernelError, match=r"portable is off by 0\.\d+ in attention with window 40"):
+        check(library)
+
+
+def test_a_library_of_other_sources_is_refused(libraries: Libraries, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(libraries("portable")._library._name)
+    monkeypatch.setattr("services.engine.kernels.library.source_digest", lambda: 1)
+    with pytest.raises(KernelError, match="other sources than are here"):
+        KernelLibrary(path)
+
+
+def test_what_is_no_library_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "empty.so"
+    path.write_bytes(b"")
+    with pytest.raises(KernelError, match=r"empty\.so does not load"):
+        KernelLibrary(path)
+
+
+def test_the_flags_are_the_first_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu avx512f\nprocessor\t: 1\nflags\t\t: fpu\n", encoding="utf-8")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert processor_flags(cpuinfo) == {"fpu", "avx512f"}
+    assert processor_flags(tmp_path / "missing") == frozenset()
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert processor_flags(cpuinfo) == frozenset()

@@ -1,0 +1,180 @@
+"""Whole models on the C kernels: the logits of `transformers`, and the same bits however a sequence is computed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from services.engine import linear, model
+from services.engine.kernels.choice import REQUIRED_FLAGS, KernelChoice
+from services.engine.model import LoadedModel, load_model
+from services.engine.model_config import UnsupportedModel
+from tests.engine_model.paged_run import PagedRun, Sequenced
+from tests.hf_models import FAMILIES, random_prompts, reference_logits, write_model
+from tests.kernels.conftest import RUNNABLE, Libraries
+
+# Largest and mean difference from `transformers` in float32 over the same weights; logits have a deviation of 5.
+TOLERANCES = {"none": (1.2, 0.09), "int8": (3.0, 0.25)}
+# What runs on the processor's own instructions is tried at length; what emulates them, in plain C, on one model.
+BIT_CASES = [
+    (kernels, family)
+    for kernels in RUNNABLE
+    for family in (["qwen3", "mistral", "llama_bias"] if kernels in REQUIRED_FLAGS else ["mistral"])
+]
+
+Models = Callable[..., LoadedModel]
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    @cache
+    def get(family: str, **overrides: object) -> Path:
+        directory = tmp_path_factory.mktemp(family) / "model"
+        return write_model(directory, family, dtype="bfloat16", **overrides)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def models(libraries: Libraries, model_dirs: Callable[..., Path]) -> Iterator[Models]:
+    """Loads a model onto the named kernels, each once. `num_threads` is the kernels', not torch's."""
+    patch = pytest.MonkeyPatch()
+    num_threads = torch.get_num_threads()
+
+    @cache
+    def get(
+        kernels: str, family: str, quantization: str = "none", num_threads: int = 1, **overrides: object
+    ) -> LoadedModel:
+        library = libraries(kernels)
+        with patch.context() as here:
+            here.setattr(linear, "cpu_has_bfloat16", lambda: True)
+            here.setattr(model, "choose_kernels", lambda: KernelChoice(library, "as the test says"))
+            path = str(model_dirs(family, **overrides))
+            loaded = load_model(path, quantization=quantization, num_threads=num_threads)
+        torch.set_num_threads(1)
+        assert loaded.compute_path.kernels == library.name
+        return loaded
+
+    yield get
+    torch.set_num_threads(num_threads)
+
+
+@pytest.mark.parametrize("quantization", TOLERANCES)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kernels", RUNNABLE)
+def test_logits_are_those_of_transformers(
+    models: Models, model_dirs: Callable[..., Path], kernels: str, family: str, quantization: str
+) -> None:
+    (token_ids,) = random_prompts([170])
+    exact = reference_logits(model_dirs(family), token_ids)
+    difference = (PagedRun(models(kernels, family, quantization)).whole(token_ids, chunk=64) - exact).abs()
+    largest, mean = TOLERANCES[quantization]
+    assert difference.max() < largest
+    assert difference.mean() < mean
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_pytorch_tanh"])
+def test_other_activations_are_those_of_transformers(
+    models: Models, model_dirs: Callable[..., Path], hidden_act: str
+) -> None:
+    (token_ids,) = random_prompts([80])
+    exact = reference_logits(model_dirs("llama2", hidden_act=hidden_act), token_ids)
+    difference = (PagedRun(models("portable", "llama2", hidden_act=hidden_act)).whole(token_ids) - exact).abs()
+    assert difference.max() < TOLERANCES["none"][0]
+
+
+@pytest.mark.parametrize("quantization", TOLERANCES)
+@pytest.mark.parametrize(("kernels", "family"), BIT_CASES)
+def test_no_bit_of_logits_or_cache_depends_on_how_a_sequence_is_computed(
+    models: Models, kernels: str, family: str, quantization: str
+) -> None:
+    (token_ids,) = random_prompts([210], seed=3)
+    expected, expected_cache = compute(models(kernels, family, quantization), token_ids, [210], 0)
+
+    @settings(max_examples=15 if kernels in REQUIRED_FLAGS else 4, deadline=None)
+    @given(
+        cuts=st.sets(st.integers(1, 209), max_size=12),
+        placement=st.integers(0, 10_000),
+        num_threads=st.integers(1, 3),
+        num_others=st.integers(0, 4),
+    )
+    def check(cuts: set[int], placement: int, num_threads: int, num_others: int) -> None:
+        stops = [*sorted(cuts), 210]
+        pieces = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
+        other = models(kernels, family, quantization, num_threads)
+        logits, cache = compute(other, token_ids, pieces, placement, num_others)
+        assert torch.equal(logits, expected)
+        assert torch.equal(cache, expected_cache)
+
+    check()
+
+
+def compute(
+    model: LoadedModel, token_ids: list[int], pieces: list[int], placement: int, num_others: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Compute the tokens in pieces, each in a batch with chunks of other sequences, before and after it.
+
+    Returns the logits `[T, vocab_size]`, and the bytes of the keys and values. Fresh blocks hold NaN.
+    """
+    chance = random.Random(placement)
+    run = PagedRun(model, num_blocks=220, block_size=chance.choice([16, 32]), seed=placement)
+    run.kv_cache.fill_(torch.nan)
+    others = [Sequenced() for _ in range(num_others)]
+    subject = Sequenced()
+    logits = []
+    start = 0
+    for size in pieces:
+        work: list[tuple[Sequenced, list[int]]] = [(subject, token_ids[start : start + size])]
+        for number, other in enumerate(others):
+            (new,) = random_prompts([chance.choice([1, 1, 5, 40])], seed=placement + start + number)
+            work.insert(chance.randrange(len(work) + 1), (other, new))
+        results = run.step(work)
+        logits.append(results[[sequence for sequence, _ in work].index(subject)])
+        start += size
+    blocks = run.kv_cache[subject.block_table].permute(1, 2, 3, 0, 4, 5)  # layers, 2, KV heads, blocks, tokens, dims
+    keys_values = blocks.flatten(3, 4)[:, :, :, : len(token_ids)]
+    return torch.cat(logits), keys_values.contiguous().view(torch.int16)
+
+
+def test_int8_has_a_fingerprint_of_its_own_and_the_kernels_have_not(models: Models) -> None:
+    portable, emulated = models("portable", "qwen2"), models("amx-emulated", "qwen2")
+    assert portable.fingerprint == emulated.fingerprint
+    assert models("portable", "qwen2", "int8").fingerprint != portable.fingerprint
+
+
+def test_blocks_that_the_kernels_cannot_read_are_refused(models: Models) -> None:
+    with pytest.raises(UnsupportedModel, match="block_size 24 is no multiple of 16"):
+        models("portable", "qwen2").new_kv_cache(2, 24)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"dtype": "float32"}, "torch: in float32, and the CPU kernels are for bfloat16"),
+        ({"cpu_kernels": "torch"}, "torch, as cpu_kernels says"),
+    ],
+)
+def test_int8_without_the_kernels_is_refused(
+    model_dirs: Callable[..., Path], asked: dict[str, str], reason: str
+) -> None:
+    path = str(model_dirs("qwen2"))
+    assert load_model(path, **asked).compute_path.reason.startswith(reason)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModel, match=f"quantization 'int8' needs the CPU kernels.*{reason}"):
+        load_model(path, quantization="int8", **asked)  # type: ignore[arg-type]
+
+
+def test_a_machine_without_kernels_computes_with_torch(
+    model_dirs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(model, "choose_kernels", lambda: KernelChoice(None, "torch, since nothing is built"))
+    loaded = load_model(str(model_dirs("qwen2")))
+    assert (loaded.compute_path.kernels, loaded.compute_path.reason) == ("torch", "torch, since nothing is built")
