@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 def examine(config: DoctorConfig) -> Iterable[Finding]:
     """All findings, one after the other, the quick ones first."""
     # Here and not above: --help must not pay for them.
-    from services.cli.checks.machine import check_memory, check_port, check_processor, check_torch
+    from services.cli.checks.machine import check_kernels, check_memory, check_port, check_processor, check_torch
     from services.cli.checks.model import check_model
     from services.cli.checks.packages import check_packages
     from services.cli.checks.registry import check_redis
@@ -45,6 +45,7 @@ def examine(config: DoctorConfig) -> Iterable[Finding]:
 
     yield from check_packages()
     yield from check_processor()
+    yield from check_kernels()
     yield from check_memory()
     yield from check_port(config.host, config.port)
     yield from check_redis(config.redis)

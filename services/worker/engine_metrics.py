@@ -54,6 +54,9 @@ class EngineCollector(Collector):
             "enable_prefix_caching": str(engine.config.enable_prefix_caching),
         }
         yield gauge("vllm:cache_config_info", "The KV cache, in its labels.", 1, info)
+        path = engine.model.compute_path
+        compute = {"device": engine.model.device, "kernels": path.kernels, "quantization": path.quantization}
+        yield gauge("tandem:compute_info", "What computes the model, in its labels.", 1, compute)
         yield counter("vllm:num_preemptions", "Requests preempted for want of blocks.", stats.num_preemptions)
         yield counter("vllm:prefix_cache_queries", "Prompt tokens looked up here.", stats.num_prefix_queries)
         yield counter("vllm:prefix_cache_hits", "Prompt tokens found here.", stats.num_prefix_hits)

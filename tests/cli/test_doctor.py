@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.checks.machine import available_memory_bytes, check_memory, check_port, check_processor
+from services.cli.checks.machine import available_memory_bytes, check_kernels, check_memory, check_port, check_processor
 from services.cli.checks.model import check_model
 from services.cli.checks.packages import check_packages
 from services.cli.checks.registry import check_redis, without_password
@@ -111,6 +111,28 @@ def test_a_processor_without_bfloat16_is_told_to_use_float32(tmp_path: Path) -> 
     assert check_processor(tmp_path / "cpuinfo")[-1].detail == "in hardware (amx_bf16, avx512_bf16)"
 
 
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [
+        ({"kernels": True, "expected": True, "reason": "avx512 kernels"}, Verdict.GOOD),
+        ({"kernels": False, "expected": False, "reason": "torch, since the processor is old"}, Verdict.GOOD),
+        ({"kernels": False, "expected": True, "reason": "torch, since nothing is built"}, Verdict.WORSE),
+    ],
+)
+def test_kernels_are_missed_where_the_processor_could_run_them(
+    said: dict[str, object], verdict: Verdict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.cli.checks.machine.probe", lambda code: said)
+    finding = only(check_kernels())
+    assert (finding.verdict, finding.detail) == (verdict, said["reason"])
+
+
+def test_this_machines_kernels_are_reported() -> None:
+    finding = only(check_kernels())
+    assert finding.verdict is not Verdict.BROKEN
+    assert finding.detail.startswith(("avx512 kernels", "amx kernels", "torch"))
+
+
 def test_memory_is_bounded_by_the_control_group(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 2048 kB\nMemAvailable: 1024 kB\n")
     assert available_memory_bytes(tmp_path / "meminfo", tmp_path) == 1 << 20
@@ -187,6 +209,7 @@ def test_a_whole_examination_covers_every_subject(tmp_path: Path) -> None:
         "python",
         "packages",
         "cores",
+        "CPU kernels",
         "memory",
         "port",
         "private Redis",

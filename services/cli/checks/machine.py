@@ -23,6 +23,14 @@ if torch.cuda.is_available():
 print(json.dumps({"version": torch.__version__, "built_for": torch.version.cuda, "gpus": gpus}))
 """
 
+_KERNEL_PROBE = """
+import json
+from services.engine.kernels.choice import REQUIRED_FLAGS, choose_kernels, processor_flags
+choice = choose_kernels()
+expected = any(flags <= processor_flags() for flags in REQUIRED_FLAGS.values())
+print(json.dumps({"kernels": choice.library is not None, "reason": choice.reason, "expected": expected}))
+"""
+
 
 def check_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Finding]:
     """Cores, and the instructions that decide how fast bfloat16 is."""
@@ -52,6 +60,18 @@ def check_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Finding]:
             )
         )
     return findings
+
+
+def check_kernels() -> list[Finding]:
+    """What computes bfloat16 on this CPU, and why nothing faster: what a worker finds when it starts."""
+    try:
+        said = probe(_KERNEL_PROBE)
+    except ProbeFailed as error:
+        return [worse("CPU kernels", f"cannot be tried: {error}", "make install")]
+    assert isinstance(said, dict)
+    if said["kernels"] or not said["expected"]:
+        return [good("CPU kernels", said["reason"])]
+    return [worse("CPU kernels", said["reason"], "install gcc 11 or later, then `make kernels`")]
 
 
 def check_memory(shm: Path = Path("/dev/shm")) -> list[Finding]:
