@@ -20,10 +20,15 @@ ENV TORCH_INDEX=${TORCH_INDEX} EXTRAS=worker,nixl
 FROM variant-${VARIANT} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/tandem/bin:$PATH
 WORKDIR /src
-RUN python -m venv /opt/tandem
+# The compiler builds the CPU kernels.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/* \
+    && python -m venv /opt/tandem
 COPY constraints.txt ./
 RUN pip install --constraint constraints.txt torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY proto proto
 COPY kvstore kvstore
 COPY services services
