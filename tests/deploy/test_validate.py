@@ -14,7 +14,17 @@ from deploy.validate.tools import ToolMissing, run_tool
 
 ROOT = Path(__file__).parents[2]
 # What the checks look at outside of deploy/.
-NEEDED = ("pyproject.toml", "setup.py", "constraints.txt", "README.md", "LICENSE", "kvstore", "services", "proto", "docs")
+NEEDED = (
+    "pyproject.toml",
+    "setup.py",
+    "constraints.txt",
+    "README.md",
+    "LICENSE",
+    "kvstore",
+    "services",
+    "proto",
+    "docs",
+)
 
 # By file below deploy/: what stands there, the typo in its place, and words that one line of the validator has.
 TYPOS = {
