@@ -42,7 +42,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow validate-deploy render-deploy test-images lint types imports format proto proto-check kernels kernels-asan bench bench-prefix bench-index compat agreement loadtest clean
+.PHONY: help install serve doctor test test-slow validate-deploy render-deploy test-images lint types imports format proto proto-check kernels kernels-asan bench bench-engine bench-prefix bench-index compat agreement loadtest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -117,6 +117,9 @@ loadtest: $(INSTALLED) ## rate sweep over TARGETS and URL; writes build/loadtest
 		--rates $(RATES) --duration-s $(DURATION) --timeout-s $(TIMEOUT) --goodput $(GOODPUT) --scale $(SCALE) \
 		$(if $(TRACE),--trace $(TRACE),--workload azure) $(if $(MODEL),--up-model $(MODEL)) \
 		$(if $(UP_ARGS),--up-args "$(UP_ARGS)") $(LOADTEST_ARGS)
+
+bench-engine: $(INSTALLED) ## decode steps and prefill of one engine, beside the machine's floors (BENCH_ARGS)
+	$(BIN)/python -m tests.bench.bench_engine $(BENCH_ARGS)
 
 bench-prefix: $(INSTALLED) ## hit rate and TTFT by routing policy: make bench-prefix TRACE=mooncake_conversation.jsonl
 	$(BIN)/python -m loadtest.bench_prefix $(if $(TRACE),--trace $(TRACE)) $(BENCH_ARGS)
