@@ -6,6 +6,7 @@ second instead of ten; each then runs the very `main` that the command line runs
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -80,7 +81,8 @@ class Stack:
     def __exit__(self, *_: object) -> None:
         for service in reversed(self.services.values()):
             if service.process.is_alive():
-                os.kill(service.process.pid or 0, signal.SIGCONT)
+                with contextlib.suppress(ProcessLookupError):  # just dead, which its parent does not know yet
+                    os.kill(service.process.pid or 0, signal.SIGCONT)
                 service.process.terminate()
         for service in self.services.values():
             service.process.join(_STOP_TIMEOUT_S)
