@@ -200,7 +200,8 @@ async def handshake_refusal(stack: Stack) -> str:
             if any(output.finish_reason for output in frame.outputs):
                 break
         session.cancel()
-    lines = [line for line in stack.services["decode-0"].log.splitlines() if "misfit: prefill by" in line]
+    warnings = [line for line in stack.services["decode-0"].log.splitlines() if "prefill by prefill-0 failed" in line]
+    lines = [line for line in warnings if "request_id=misfit" in line]
     assert lines, stack.services["decode-0"].log
     return lines[-1]
 
