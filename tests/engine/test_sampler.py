@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -48,19 +49,21 @@ def reference_gumbel(seed: int, position: int, token_id: int) -> float:
     return -math.log(-math.log(uniform))
 
 
-def reference_edit(logits: list[float], r: SamplingRow, eos_token_ids: Sequence[int]) -> list[float]:
-    s = r.sampling
-    edited = list(logits)
+def reference_edit(logits: list[float], r: SamplingRow, eos_token_ids: Sequence[int]) -> list[np.float32]:
+    """In float32, as the sampler: whether two edited logits are equal decides what the filters keep."""
+    s, single = r.sampling, np.float32
+    edited = [single(value) for value in logits]
     for t in range(len(edited)):
         if s.allowed_token_ids and t not in s.allowed_token_ids:
-            edited[t] = -math.inf
+            edited[t] = single(-math.inf)
         if len(r.output_token_ids) < s.min_tokens and (t in eos_token_ids or t in s.stop_token_ids):
-            edited[t] = -math.inf
-        edited[t] += s.logit_bias.get(t, 0.0)
+            edited[t] = single(-math.inf)
+        edited[t] += single(s.logit_bias.get(t, 0.0))
         if t in r.prompt_token_ids or t in r.output_token_ids:
-            edited[t] *= 1 / s.repetition_penalty if edited[t] > 0 else s.repetition_penalty
+            penalty = single(s.repetition_penalty)
+            edited[t] = edited[t] / penalty if edited[t] > 0 else edited[t] * penalty
         count = list(r.output_token_ids).count(t)
-        edited[t] -= s.frequency_penalty * count + s.presence_penalty * (count > 0)
+        edited[t] -= single(s.frequency_penalty * count + s.presence_penalty * (count > 0))
     return edited
 
 
@@ -93,7 +96,8 @@ def reference_kept(scaled: list[float], s: SamplingParams) -> set[int]:
 
 
 def reference_filtered_draw(logits: list[float], r: SamplingRow, eos_token_ids: Sequence[int] = ()) -> int:
-    scaled = [value / r.sampling.temperature for value in reference_edit(logits, r, eos_token_ids)]
+    temperature = np.float32(r.sampling.temperature)
+    scaled = [float(value / temperature) for value in reference_edit(logits, r, eos_token_ids)]
     kept = reference_kept(scaled, r.sampling)
     return max(kept, key=lambda t: scaled[t] + reference_gumbel(r.sampling.seed, r.position, t))
 
