@@ -1,7 +1,9 @@
 /* A panel on AVX-512: BF16's and VNNI's dot products of a line of B with one broadcast dword of A.
  *
  * C stays in registers: two for each row. Twelve rows at once leave room for two lines of B and the broadcasts, and take
- * 14 loads for 24 dot products. A row's sum is the same chain of operations however many rows go together. */
+ * 14 loads for 24 dot products. A row's sum is the same chain of operations however many rows go together.
+ *
+ * B is asked for 4 KiB ahead: its two tiles are two streams that the processor's own prefetching does not follow. */
 #ifndef TANDEM_PANEL_H
 #define TANDEM_PANEL_H
 
@@ -35,10 +37,8 @@ static inline __attribute__((always_inline)) void rows_bf16(
         for (int line = 0; line < 16; line++) {
             __m512bh b_left = (__m512bh)_mm512_load_si512(b + line * LINE);
             __m512bh b_right = (__m512bh)_mm512_load_si512(b + line * LINE + B_BLOCK / 2);
-            if (rows <= 4) { /* memory-bound: weights are read once and come late */
-                _mm_prefetch(b + line * LINE + PREFETCH_BYTES, _MM_HINT_T0);
-                _mm_prefetch(b + line * LINE + B_BLOCK / 2 + PREFETCH_BYTES, _MM_HINT_T0);
-            }
+            _mm_prefetch(b + line * LINE + PREFETCH_BYTES, _MM_HINT_T0);
+            _mm_prefetch(b + line * LINE + B_BLOCK / 2 + PREFETCH_BYTES, _MM_HINT_T0);
             EACH_ROW(rows) {
                 __m512bh x = (__m512bh)broadcast(a + row * LINE + line * 4);
                 left[row] = _mm512_dpbf16_ps(left[row], x, b_left);
@@ -59,10 +59,8 @@ static inline __attribute__((always_inline)) void rows_int8(
         for (int line = 0; line < 16; line++) {
             __m512i b_left = _mm512_load_si512(b + line * LINE);
             __m512i b_right = _mm512_load_si512(b + line * LINE + B_BLOCK / 2);
-            if (rows <= 4) {
-                _mm_prefetch(b + line * LINE + PREFETCH_BYTES, _MM_HINT_T0);
-                _mm_prefetch(b + line * LINE + B_BLOCK / 2 + PREFETCH_BYTES, _MM_HINT_T0);
-            }
+            _mm_prefetch(b + line * LINE + PREFETCH_BYTES, _MM_HINT_T0);
+            _mm_prefetch(b + line * LINE + B_BLOCK / 2 + PREFETCH_BYTES, _MM_HINT_T0);
             EACH_ROW(rows) {
                 __m512i x = broadcast(a + row * LINE + line * 4);
                 left[row] = _mm512_dpbusd_epi32(left[row], x, b_left);
