@@ -23,8 +23,10 @@ def measure(target: Target, load: Load) -> Figures:
     command += ["--workers-max", "1", "--no-gpu-telemetry", "--ui", "none", "--output-artifact-dir", str(directory)]
     TOOL.run(command, offline=False)  # offline it takes a tokenizer from the hub's cache only, and no directory
     report = json.loads((directory / "profile_export_aiperf.json").read_text())
+    num_ok = round(report["request_count"]["avg"])
     return Figures(
-        num_ok=round(report["request_count"]["avg"]),
+        num_ok=num_ok,
+        num_failed=round(report["completed_request_count"]["avg"]) - num_ok,
         num_output_tokens=round(report["total_osl"]["avg"]),
         ttft_ms=report["time_to_first_token"]["p50"],
         tpot_ms=report["inter_token_latency"]["p50"],

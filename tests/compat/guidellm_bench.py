@@ -22,9 +22,11 @@ def measure(target: Target, load: Load) -> Figures:
     command += ["--output", f"kind=json,path={report}"]
     TOOL.run(command)
     (benchmark,) = json.loads(report.read_text())["benchmarks"]
+    totals = benchmark["metrics"]["request_totals"]
     metrics = {name: each["successful"] for name, each in benchmark["metrics"].items() if "successful" in (each or ())}
     return Figures(
-        num_ok=metrics["request_totals"],
+        num_ok=totals["successful"],
+        num_failed=totals["errored"] + totals["incomplete"],
         num_output_tokens=round(metrics["output_token_count"]["total_sum"]),
         ttft_ms=metrics["time_to_first_token_ms"]["median"],
         # What guidellm calls the time per output token has the first token in it.

@@ -23,6 +23,7 @@ def measure(target: Target, load: Load) -> Figures:
     summary = json.loads(report.read_text())["summary"]
     return Figures(
         num_ok=summary["num_ok"],
+        num_failed=summary["num_errors"] + summary["num_refusals"] + summary["num_lost"],
         num_output_tokens=round(summary["num_ok"] * summary["output_tokens"]),
         ttft_ms=summary["ttft"]["p50"] * 1000,
         tpot_ms=summary["tpot"]["p50"] * 1000,

@@ -42,16 +42,22 @@ def test_the_paced_server_keeps_its_timetable():
 
 def test_the_comparison_takes_the_best_rounds_and_finds_the_farthest_ratio():
     def rounds(*ttft_ms: float) -> list[Figures]:
-        return [Figures(4, 8, value, 20.0, 100.0) for value in ttft_ms]
+        return [Figures(4, 0, 8, value, 20.0, 100.0) for value in ttft_ms]
 
     table, farthest = compare("t", {OURS: rounds(210, 200, 900), "other": rounds(999, 206, 230)})
     assert farthest == pytest.approx(0.03)
     assert list(table.columns[2].cells) == ["1.000", "1.030"]
 
 
-def test_a_tool_that_lost_a_request_or_a_token_fails():
-    load = Load(num_requests=4, rate=1, prompt_tokens=10, output_tokens=2)
-    Figures(4, 8, 200.0, 20.0, 100.0).check(load)
-    for figures in (Figures(3, 6, 200.0, 20.0, 100.0), Figures(4, 7, 200.0, 20.0, 100.0), Figures(4, 8, 0.0, 1.0, 1.0)):
+def test_a_failed_request_a_short_answer_and_a_figure_of_nothing_fail():
+    load = Load(num_requests=40, rate=1, prompt_tokens=10, output_tokens=2)
+    Figures(40, 0, 80, 200.0, 20.0, 100.0).check(load)
+    Figures(39, 0, 78, 200.0, 20.0, 100.0).check(load)
+    for wrong in (
+        Figures(39, 1, 78, 200.0, 20.0, 100.0),
+        Figures(37, 0, 74, 200.0, 20.0, 100.0),
+        Figures(40, 0, 79, 200.0, 20.0, 100.0),
+        Figures(40, 0, 80, 0.0, 20.0, 100.0),
+    ):
         with pytest.raises(AssertionError):
-            figures.check(load)
+            wrong.check(load)

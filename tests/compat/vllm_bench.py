@@ -35,6 +35,7 @@ def measure(target: Target, load: Load) -> Figures:
     report = json.loads(result.read_text())
     return Figures(
         num_ok=report["completed"],
+        num_failed=report["failed"],
         num_output_tokens=report["total_output_tokens"],
         ttft_ms=report["median_ttft_ms"],
         tpot_ms=report["median_tpot_ms"],
