@@ -15,7 +15,7 @@ import logging
 from argparse import ArgumentParser
 from pathlib import Path
 
-from locust import events
+from locust import events, runners
 from locust.env import Environment
 
 from loadtest.conductor import Conductor
@@ -29,6 +29,10 @@ from loadtest.users import OpenLoopUser, PlannedShape, attach
 __all__ = ["OpenLoopUser", "PlannedShape"]
 
 log = logging.getLogger(__name__)
+
+# Heartbeats, one a second, that the master misses before it gives a worker up. Locust's 3 are few where a worker shares
+# its cores with the server that it overloads.
+runners.HEARTBEAT_LIVENESS = 10
 
 
 @events.init_command_line_parser.add_listener
