@@ -26,7 +26,7 @@ TOOLS ?=
 #   make loadtest TARGETS= URL=http://gpu-box:8000 RATES=1,2,4,8
 TARGETS ?= disaggregated colocated
 URL ?=
-RATES ?= 3,6,9,12
+RATES ?= 10,20,30,40
 DURATION ?= 25
 TIMEOUT ?= 25
 GOODPUT ?= ttft:500,tpot:50
