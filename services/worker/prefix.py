@@ -222,12 +222,12 @@ class PrefixFetcher:
     def _choose(
         self, hashes: Sequence[BlockHash], num_present: int, sources: Sequence[pb.PrefixSource]
     ) -> pb.PrefixSource | None:
-        layout = self._engine.layout
+        layout, shunned = self._engine.layout, self.shunned
         worthwhile = [
             source
             for source in sources
             if source.holder_id != self._worker_id
-            and self._shunned_until.get(source.holder_id, 0.0) <= self._clock()
+            and source.holder_id not in shunned
             and num_present < source.num_blocks <= len(hashes)
             and self.costs.fetching_pays(
                 source.holder_id,
@@ -313,6 +313,12 @@ class PrefixFetcher:
         fetch.abort("abandoned")
         leftovers = await fetch.leftovers()
         await self._thread.call(self._engine.release_blocks, head + leftovers)
+
+    @property
+    def shunned(self) -> list[str]:
+        """The holders that nothing is fetched from at present."""
+        now_s = self._clock()
+        return [holder_id for holder_id, until_s in self._shunned_until.items() if until_s > now_s]
 
     async def settle(self) -> None:
         """With the exchange closed: wait until all that fetches held has been given back."""

@@ -355,6 +355,7 @@ def _state(parts: WorkerParts, role: Role, service: WorkerService) -> dict[str, 
         "engine": parts.engine.load().as_dict(),
         "host_tier": parts.engine.host_tier.state() if parts.engine.host_tier is not None else None,
         "exchange": parts.exchange.state(),
+        "shunned_holders": parts.fetcher.shunned,
         **service.state(),
     }
 

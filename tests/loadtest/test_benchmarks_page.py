@@ -10,10 +10,10 @@ from tests.loadtest.stubs import loadtest
 
 _ROOT = Path(__file__).parents[2]
 _PAGE = (_ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-# Of `tandem up`, of locust and of pip.
+# Of `tandem up`, of locust, of pip and of `make bench-prefix`.
 _FOREIGN = {
     "--model", "--prefill", "--decode", "--routing-policy", "--host", "--headless", "--master", "--worker",
-    "--expect-workers", "--master-host", "--result",
+    "--expect-workers", "--master-host", "--result", "--up-args", "--prefix-fetch",
 }  # fmt: skip
 
 
