@@ -58,8 +58,8 @@ def answers(stack: Stack) -> dict[str, str]:
         both = json.loads(complete("overruled", request_id="named-in-the-body", n=2))["choices"]
         answers["named-in-the-body"] = both[0]["text"]
         messages = [{"role": "user", "content": PROMPT}]
-        chat = {"model": "m", "messages": messages, "max_tokens": 24, "request_id": "chat", "logprobs": True}
-        client.post("/v1/chat/completions", json=chat)
+        chat = {"model": "m", "messages": messages, "max_tokens": 24, "ignore_eos": True, "logprobs": True}
+        client.post("/v1/chat/completions", json=chat | {"request_id": "chat"})
 
         complete("bad-json", 400, prompt={"text": MARKER})
         complete("bad-type", 400, temperature=MARKER)
