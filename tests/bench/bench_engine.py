@@ -13,10 +13,11 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,49 +30,114 @@ from services.engine.model import LoadedModel, load_model
 from tests.bench.bench_model import write_bench_model
 
 _BLOCK_SIZE = 32
-_CHUNK = 512  # tokens of a prefill step, as workers take by default
+CHUNK = 512  # tokens of a prefill step, as workers take by default
 DECODE = [(batch, context) for context in (64, 1024, 4096) for batch in (1, 8, 32)]
 PREFILL = (256, 2048, 4096)
 
+Run = Callable[[], float]
+"""Computes once and returns the seconds that it took."""
 
-@dataclass
-class Column:
-    """One way to compute, with its own model and cache."""
+
+class Column(Protocol):
+    """One way to compute. Both methods make ready and return what is timed."""
+
+    @property
+    def name(self) -> str: ...
+
+    def decode(self, num_sequences: int, context: int) -> Run: ...
+
+    def prefill(self, length: int) -> Run: ...
+
+
+@dataclass(frozen=True)
+class EngineColumn:
+    """Our model with a cache of its own. A run is `forward`: from batches at hand to logits."""
 
     name: str
     model: LoadedModel
     kv_cache: Tensor
 
+    def decode(self, num_sequences: int, context: int) -> Run:
+        return self._run([make_batch(num_sequences, context, 1, self.model.config.vocab_size)])
+
+    def prefill(self, length: int) -> Run:
+        return self._run(prefill_batches(length, self.model.config.vocab_size))
+
+    def _run(self, batches: list[ForwardBatch]) -> Run:
+        return lambda: sum(_seconds(partial(self.model.forward, batch, self.kv_cache)) for batch in batches)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is measured: decode steps of so many sequences and tokens of context, prompts of so many tokens."""
+
+    decode: list[tuple[int, int]]
+    prefill: list[int]
+
+    @classmethod
+    def select(cls, quick: bool, text: str) -> Rows:
+        """Those whose name contains `text`; `quick`: without decode steps and prompts of 4,096 tokens."""
+        longest = 2048 if quick else 4096
+        rows = cls(
+            [shape for shape in DECODE if shape[1] <= longest and text in decode_name(*shape)],
+            [length for length in PREFILL if length <= longest and text in prefill_name(length)],
+        )
+        if not rows.decode and not rows.prefill:
+            raise SystemExit(f"no row is named like {text!r}")
+        return rows
+
+    @property
+    def num_tokens(self) -> int:
+        """The most that lie in a cache at once."""
+        return max([batch * context for batch, context in self.decode] + self.prefill)
+
+
+def decode_name(num_sequences: int, context: int) -> str:
+    return f"B = {num_sequences}, context {context:,}"
+
+
+def prefill_name(length: int) -> str:
+    return f"{length:,} tokens"
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argument_parser(__doc__ or "").parse_args()
+    rows = Rows.select(arguments.quick, arguments.rows)
+    with tempfile.TemporaryDirectory() as directory:
+        model = arguments.model or str(write_bench_model(Path(directory)))
+        columns = engine_columns(model, rows, arguments.num_threads)
+        floors = measure_floors(arguments.num_threads)
+        print_conditions(floors, arguments.num_threads, arguments.repetitions)
+        decode_table(columns, columns[0].model, floors, rows, arguments.repetitions)
+        prefill_table(columns, columns[0].model, floors, rows, arguments.repetitions)
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="", help="a bfloat16 model; default: a random one of 0.39 B parameters")
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="no context of 4,096 tokens")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        model = arguments.model or str(write_bench_model(Path(directory)))
-        contexts = 1024 if arguments.quick else 4096
-        columns = [
-            _column("kernels bf16", model, contexts, arguments.num_threads),
-            _column("kernels int8", model, contexts, arguments.num_threads, quantization="int8"),
-            _column("torch bf16", model, contexts, arguments.num_threads, cpu_kernels="torch"),
-        ]
-        floors = _floors(arguments.num_threads)
-        print(f"\nkernels: {choose_kernels().reason}; {arguments.num_threads} thread(s); medians of", end=" ")
-        print(f"{arguments.repetitions}; DRAM {floors.dram_gb_per_s:.1f} GB/s,", end=" ")
-        print(f"peak bf16 {floors.bf16_gflops:.0f} and int8 {floors.int8_gflops:.0f} G operations/s\n")
-        _print_decode(columns, floors, contexts, arguments.repetitions)
-        _print_prefill(columns, floors, contexts, arguments.repetitions)
+    parser.add_argument("--quick", action="store_true", help="no context and no prompt of 4,096 tokens")
+    parser.add_argument("--rows", default="", help='only rows whose name contains this, e.g. "context 64"')
+    return parser
 
 
-def _column(name: str, model: str, contexts: int, num_threads: int, **settings: str) -> Column:
+def engine_columns(model: str, rows: Rows, num_threads: int) -> list[EngineColumn]:
+    """The first is bfloat16 and the second int8, both by the C kernels."""
+    return [
+        _engine_column("kernels bf16", model, rows, num_threads),
+        _engine_column("kernels int8", model, rows, num_threads, quantization="int8"),
+        _engine_column("torch bf16", model, rows, num_threads, cpu_kernels="torch"),
+    ]
+
+
+def _engine_column(name: str, model: str, rows: Rows, num_threads: int, **settings: str) -> EngineColumn:
     started = time.perf_counter()
     loaded = load_model(model, num_threads=num_threads, **settings)  # type: ignore[arg-type]
     print(f"{name}: loaded in {time.perf_counter() - started:.1f} s", flush=True)
-    num_blocks = max(batch * -(-context // _BLOCK_SIZE) for batch, context in DECODE if context <= contexts)
-    return Column(name, loaded, loaded.new_kv_cache(num_blocks, _BLOCK_SIZE))
+    kv_cache = loaded.new_kv_cache(-(-rows.num_tokens // _BLOCK_SIZE), _BLOCK_SIZE)
+    kv_cache.copy_(torch.randn(kv_cache.shape[1:]))  # the same in each block: what a context might have left
+    return EngineColumn(name, loaded, kv_cache)
 
 
 def make_batch(batch: int, context: int, num_new: int, vocab_size: int) -> ForwardBatch:
@@ -92,49 +158,64 @@ def make_batch(batch: int, context: int, num_new: int, vocab_size: int) -> Forwa
     )
 
 
-def _print_decode(columns: list[Column], floors: Floors, contexts: int, repetitions: int) -> None:
+def prefill_batches(length: int, vocab_size: int) -> list[ForwardBatch]:
+    """The steps of one prompt."""
+    ends = [min(length, start + CHUNK) for start in range(0, length, CHUNK)]
+    return [make_batch(1, end, end - start, vocab_size) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def print_conditions(floors: Floors, num_threads: int, repetitions: int) -> None:
+    print(f"\nkernels: {choose_kernels().reason}; {num_threads} thread(s); medians of {repetitions};", end=" ")
+    print(f"DRAM {floors.dram_gb_per_s:.1f} GB/s,", end=" ")
+    print(f"peak bf16 {floors.bf16_gflops:.0f} and int8 {floors.int8_gflops:.0f} G operations/s\n")
+
+
+def decode_table(
+    columns: Sequence[Column], model: LoadedModel, floors: Floors, rows: Rows, repetitions: int
+) -> dict[str, list[float]]:
+    """Print it; return each row's medians in seconds."""
+    if not rows.decode:
+        return {}
     print("| decode step | " + " | ".join(f"{c.name}, ms" for c in columns) + " | DRAM floor bf16 / int8, ms |")
     print("|---|" + "---|" * (len(columns) + 1))
-    for num_sequences, context in DECODE:
-        if context > contexts:
-            continue
-        batch = make_batch(num_sequences, context, 1, columns[0].model.config.vocab_size)
-        times = _medians([partial(c.model.forward, batch, c.kv_cache) for c in columns], repetitions)
-        floor = [floors.decode_ms(columns[0].model, num_sequences, context, size) for size in (2, 1)]
-        cells = " | ".join(f"{1e3 * t:.1f}" for t in times)
-        print(f"| B = {num_sequences}, context {context:,} | {cells} | {floor[0]:.1f} / {floor[1]:.1f} |", flush=True)
+    measured = {}
+    for num_sequences, context in rows.decode:
+        times = _medians([column.decode(num_sequences, context) for column in columns], repetitions)
+        floor = [floors.decode_ms(model, num_sequences, context, size) for size in (2, 1)]
+        name = decode_name(num_sequences, context)
+        cells = " | ".join(f"{1e3 * t:,.1f}" for t in times)
+        print(f"| {name} | {cells} | {floor[0]:.1f} / {floor[1]:.1f} |", flush=True)
+        measured[name] = times
+    return measured
 
 
-def _print_prefill(columns: list[Column], floors: Floors, contexts: int, repetitions: int) -> None:
+def prefill_table(
+    columns: Sequence[Column], model: LoadedModel, floors: Floors, rows: Rows, repetitions: int
+) -> dict[str, list[float]]:
+    """Print it; return each row's medians in seconds. The first two columns are the kernels in bfloat16 and int8."""
+    if not rows.prefill:
+        return {}
     print("\n| prefill | " + " | ".join(f"{c.name}, tok/s" for c in columns) + " | share of peak, bf16 / int8 |")
     print("|---|" + "---|" * (len(columns) + 1))
-    for length in PREFILL:
-        if length > max(contexts, 2048):
-            continue
-
-        times = _medians([partial(_prefill, column, length) for column in columns], max(1, repetitions // 2))
-        work = _operations(columns[0].model, length)
+    measured = {}
+    for length in rows.prefill:
+        times = _medians([column.prefill(length) for column in columns], max(1, repetitions // 2))
+        work = _operations(model, length)
         shares = (work / times[0] / 1e9 / floors.bf16_gflops, work / times[1] / 1e9 / floors.int8_gflops)
         cells = " | ".join(f"{length / t:,.0f}" for t in times)
-        print(f"| {length:,} tokens | {cells} | {shares[0]:.0%} / {shares[1]:.0%} |", flush=True)
+        print(f"| {prefill_name(length)} | {cells} | {shares[0]:.0%} / {shares[1]:.0%} |", flush=True)
+        measured[prefill_name(length)] = times
+    return measured
 
 
-def _prefill(column: Column, length: int) -> None:
-    for start in range(0, length, _CHUNK):
-        end = min(length, start + _CHUNK)
-        batch = make_batch(1, end, end - start, column.model.config.vocab_size)
-        column.model.forward(batch, column.kv_cache)
-
-
-def _medians(runs: list[Callable[[], object]], repetitions: int) -> list[float]:
+def _medians(runs: list[Run], repetitions: int) -> list[float]:
     """Median seconds of each run; they take turns, after one each to warm up."""
     times: list[list[float]] = [[] for _ in runs]
     for repetition in range(repetitions + 1):
         for run, seconds in zip(runs, times, strict=True):
-            started = time.perf_counter()
-            run()
+            took_s = run()
             if repetition > 0:
-                seconds.append(time.perf_counter() - started)
+                seconds.append(took_s)
     return [statistics.median(seconds) for seconds in times]
 
 
@@ -167,7 +248,7 @@ def _operations(model: LoadedModel, length: int) -> float:
     return 2.0 * _num_weights(model)[0] * length + attention
 
 
-def _floors(num_threads: int) -> Floors:
+def measure_floors(num_threads: int) -> Floors:
     library = choose_kernels().library
     bf16, int8 = (0.0, 0.0) if library is None else (_peak(library, int8, num_threads) for int8 in (False, True))
     return Floors(_dram_gb_per_s(num_threads), bf16, int8)
