@@ -56,6 +56,9 @@ class Batch:
     copies: tuple[BlockCopy, ...] = ()
     new_block_ids: tuple[int, ...] = ()  # hold unknown bytes: zeroed before use; no destination of a copy
     preempted: tuple[Request, ...] = ()
+    held_block_ids: tuple[
+        int, ...
+    ] = ()  # one reference each until the step has ended: what copies read must stay as it is
 
     @property
     def num_tokens(self) -> int:
@@ -72,6 +75,17 @@ class BatchBuilder:
         self.copies: list[BlockCopy] = []
         self.new_block_ids: list[int] = []
         self.preempted: list[Request] = []
+        self.held_block_ids: list[int] = []
+
+    def add_chunk(self, request: Request, max_tokens: int) -> bool:
+        """Schedule what the budgets allow of the request's uncomputed tokens; False if that is nothing."""
+        num_tokens = min(request.num_tokens - request.num_computed_tokens, self.budget, max_tokens)
+        if request.wants_prompt_logprobs:
+            num_tokens = min(num_tokens, self.prompt_logprob_rows)
+            self.prompt_logprob_rows -= num_tokens
+        if num_tokens > 0:
+            self.add(request, num_tokens)
+        return num_tokens > 0
 
     def add(self, request: Request, num_tokens: int) -> None:
         """Schedule the request's next `num_tokens` uncomputed tokens."""
@@ -91,7 +105,13 @@ class BatchBuilder:
         request.was_scheduled = True
 
     def build(self) -> Batch:
-        return Batch(tuple(self.sequences), tuple(self.copies), tuple(self.new_block_ids), tuple(self.preempted))
+        return Batch(
+            sequences=tuple(self.sequences),
+            copies=tuple(self.copies),
+            new_block_ids=tuple(self.new_block_ids),
+            preempted=tuple(self.preempted),
+            held_block_ids=tuple(self.held_block_ids),
+        )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from kvstore.block_pool import BlockPool
+from services.engine.admission import GrantedReservation
 from services.engine.batch import Batch
 from services.engine.limits import SchedulerConfig
 from services.engine.request import (
@@ -22,7 +23,7 @@ from services.engine.request import (
     SampledToken,
     SamplingParams,
 )
-from services.engine.scheduler import GrantedReservation, Scheduler
+from services.engine.scheduler import Scheduler
 from tests.engine.paged_world import EOS, PagedWorld, expected_outputs, next_token
 
 BLOCK_SIZE = 4
