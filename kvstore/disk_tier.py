@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ from kvstore.disk_slots import Claim, Entry, Place, SlotTable
 from kvstore.errors import IntegrityError, KVStoreError
 from kvstore.eviction import DEFAULT_PROTECTED_SHARE
 from kvstore.layout import BlockLayout
+from kvstore.pause import Pause
 from kvstore.segment_file import FileCalls, Record, SegmentFile, SegmentShape
 from kvstore.store_directory import StoreDirectory
 
@@ -43,10 +44,6 @@ logger = logging.getLogger(__name__)
 
 WritableBuffer = bytearray | memoryview | npt.NDArray[np.uint8]
 ReadableBuffer = bytes | WritableBuffer
-
-_MIN_SEGMENT_BYTES: Final = 64 * 1024 * 1024
-_MAX_NUM_SEGMENTS: Final = 256  # each is an open file; many processes may open no more than 1,024
-_MIN_NUM_SEGMENTS: Final = 16  # so that a small store grows and shrinks in small steps
 
 
 class DiskTierClosed(KVStoreError):
@@ -113,10 +110,8 @@ class DiskTier:
         self.stats = DiskStats()
         self.recovery = RecoveryReport()
         self._directory = directory
-        self._shape = choose_shape(layout.block_bytes, max_bytes)
+        self._shape = SegmentShape.filling(layout.block_bytes, max_bytes)
         self._calls = calls
-        self._clock = clock
-        self._retry_after_s = retry_after_s
         # The lock guards all that follows. `_grow_lock` is taken before it, and held while a file is made.
         self._lock = threading.Lock()
         self._grow_lock = threading.Lock()
@@ -124,8 +119,8 @@ class DiskTier:
         self._slots = SlotTable(max(1, max_bytes // layout.block_bytes), protected_share)
         self._segments: dict[int, SegmentFile] = {}
         self._sequence = 0
-        self._writes_paused_until: float | None = None
-        self._growth_paused_until: float | None = None
+        self._write_pause = Pause(clock, retry_after_s)
+        self._growth_pause = Pause(clock, retry_after_s)
         self._num_operations = 0
         self._is_closed = False
 
@@ -146,7 +141,7 @@ class DiskTier:
         `max_bytes` bounds the sum of the sizes of our files. After the disk refused a write, the next is tried
         `retry_after_s` later. Raises `DirectoryLocked` if another process has it, ValueError if no block fits, OSError.
         """
-        choose_shape(layout.block_bytes, max_bytes)  # before anything is made or removed
+        SegmentShape.filling(layout.block_bytes, max_bytes)  # before anything is made or removed
         where = StoreDirectory.open(directory)
         tier = cls(where, layout, max_bytes, calls or FileCalls(), clock, retry_after_s, protected_share)
         try:
@@ -175,7 +170,7 @@ class DiskTier:
     @property
     def is_paused(self) -> bool:
         """Whether the disk refused the last write."""
-        return self._writes_paused_until is not None
+        return self._write_pause.is_begun
 
     def contains(self, block_hash: BlockHash) -> bool:
         """Return whether the block is here, as far as one knows without reading it."""
@@ -295,7 +290,7 @@ class DiskTier:
 
     def _claim(self, block_hash: BlockHash, parent_hash: BlockHash | None) -> Claim | PutOutcome:
         """Find the slot to write, which then is claimed; evict, or make another file, if none is free."""
-        if self._is_waiting(self._writes_paused_until):
+        if self._write_pause.holds:
             return PutOutcome.PAUSED
         has_grown = True
         while True:
@@ -313,7 +308,7 @@ class DiskTier:
 
     def _may_grow(self) -> bool:
         fits = self.size_bytes + self._shape.size_bytes <= self.max_bytes
-        return fits and not self._is_waiting(self._growth_paused_until)
+        return fits and not self._growth_pause.holds
 
     def _grow(self) -> bool:
         """Make one more file, unless another thread just did; False if the disk refuses: then slots are recycled."""
@@ -326,13 +321,13 @@ class DiskTier:
                 segment = SegmentFile.create(path, segment_id, self._shape, self.layout.fingerprint, self._calls)
             except OSError as error:
                 with self._lock:
-                    self._growth_paused_until = self._clock() + self._retry_after_s
+                    self._growth_pause.begin()
                     if not self._segments:
                         self._pause_writes(error)
                 logger.warning("disk tier %s cannot grow: %s", self._directory.path, error)
                 return False
             with self._lock:
-                self._growth_paused_until = None
+                self._growth_pause.end()
                 self._segments[segment_id] = segment
                 self._slots.add_free(segment_id, range(self._shape.num_slots))
             return True
@@ -360,20 +355,17 @@ class DiskTier:
         logger.warning("slot %d of %s is corrupt: its block is dropped", entry.place.slot, segment.path)
         return False
 
-    def _is_waiting(self, until: float | None) -> bool:
-        return until is not None and self._clock() < until
-
     def _pause_writes(self, error: OSError) -> None:
-        if self._writes_paused_until is None:
+        if not self._write_pause.is_begun:
             why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "the disk fails"
             logger.warning("%s: %s, no block is written until it recovers: %s", self._directory.path, why, error)
         self.stats.num_write_errors += 1
-        self._writes_paused_until = self._clock() + self._retry_after_s
+        self._write_pause.begin()
 
     def _resume_writes(self) -> None:
-        if self._writes_paused_until is not None:
+        if self._write_pause.is_begun:
             logger.info("%s: blocks are written again", self._directory.path)
-            self._writes_paused_until = None
+            self._write_pause.end()
 
     # -- life --
 
@@ -408,15 +400,6 @@ class DiskTier:
         for segment in self._segments.values():
             segment.close()
         self._directory.close()
-
-
-def choose_shape(block_bytes: int, max_bytes: int) -> SegmentShape:
-    """Return the shape of new files: 16 to 256 fill `max_bytes`. Raises ValueError if not even one block fits."""
-    target_bytes = min(max(_MIN_SEGMENT_BYTES, max_bytes // _MAX_NUM_SEGMENTS), max_bytes // _MIN_NUM_SEGMENTS)
-    shape = SegmentShape.of_size(block_bytes, target_bytes)
-    if shape.size_bytes > max_bytes:
-        raise ValueError(f"a disk tier of {max_bytes} bytes has no room for one block of {block_bytes} bytes")
-    return shape
 
 
 def _as_bytes(buffer: ReadableBuffer) -> memoryview:

@@ -31,6 +31,10 @@ FORMAT_VERSION: Final = 1
 _PAGE_BYTES: Final = 4096
 _CHECKSUM_BYTES: Final = 8
 
+_MIN_SEGMENT_BYTES: Final = 64 * 1024 * 1024
+_MAX_NUM_SEGMENTS: Final = 256  # each is an open file; many processes may open no more than 1,024
+_MIN_NUM_SEGMENTS: Final = 16  # so that a small store grows and shrinks in small steps
+
 _FILE_MAGIC: Final = b"TANDEMKV"
 _FILE_HEAD: Final = struct.Struct("<8sHHIQQ32s")  # magic, version, 0, num_slots, segment id, block bytes, fingerprint
 
@@ -76,6 +80,15 @@ class SegmentShape:
     def of_size(cls, block_bytes: int, size_bytes: int) -> SegmentShape:
         """Return the largest shape of at most `size_bytes`, or else that of one block."""
         return cls(max(1, (size_bytes - 2 * _PAGE_BYTES) // (block_bytes + HEADER_BYTES)), block_bytes)
+
+    @classmethod
+    def filling(cls, block_bytes: int, max_bytes: int) -> SegmentShape:
+        """Return the shape of which 16 to 256 fill `max_bytes`. Raises ValueError if not even one block fits."""
+        target_bytes = min(max(_MIN_SEGMENT_BYTES, max_bytes // _MAX_NUM_SEGMENTS), max_bytes // _MIN_NUM_SEGMENTS)
+        shape = cls.of_size(block_bytes, target_bytes)
+        if shape.size_bytes > max_bytes:
+            raise ValueError(f"a disk tier of {max_bytes} bytes has no room for one block of {block_bytes} bytes")
+        return shape
 
     @property
     def payload_offset(self) -> int:

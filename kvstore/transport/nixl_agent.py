@@ -21,13 +21,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import ReadFailed, TransportError
 from kvstore.memory import BlockMemory
 from kvstore.transport.host import has_rdma
+from kvstore.transport.nixl_pool import PoolAddress, all_blocks, memory_kind
 
 if TYPE_CHECKING:
     from nixl_cu12._api import nixl_agent, nixl_prepped_dlist_handle, nixl_xfer_handle
@@ -59,20 +59,6 @@ def import_nixl() -> type[nixl_agent]:
         raise TransportError(f"nixl cannot be loaded (pip install tandem[nixl]): {error}") from error
     agent_class: type[nixl_agent] = nixl_agent
     return agent_class
-
-
-class PoolAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a reader needs to know of an owner's pool, to reach every block of it."""
-
-    metadata: bytes
-    memory_kind: str
-    device_id: int
-    address: int
-    num_blocks: int
-    block_bytes: int
-    token_address: int
-    token: bytes
-    """At `token_address`, in main memory: reading it proves that the path works."""
 
 
 @dataclass
@@ -231,14 +217,14 @@ class AgentThread:
         memory, tokens = self._memory, self._tokens
         name = f"{self._role}-{os.getpid()}-{time.time_ns()}"  # a name that was used before confuses peers
         agent = self._agent_class(name, nixl_agent_config(enable_prog_thread=False))
-        kind, device_id = _memory_kind(memory.device)
+        kind, device_id = memory_kind(memory.device)
         size_bytes = memory.num_blocks * memory.block_bytes
         self._registered = [
             agent.register_memory([(memory.address, size_bytes, device_id, "")], kind),
             agent.register_memory([(tokens.ctypes.data, tokens.nbytes, 0, "")], "DRAM"),
         ]
         self._local_blocks = agent.prep_xfer_dlist(
-            "NIXL_INIT_AGENT", _all_blocks(memory.address, device_id, memory.num_blocks, memory.block_bytes), kind
+            "NIXL_INIT_AGENT", all_blocks(memory.address, device_id, memory.num_blocks, memory.block_bytes), kind
         )
         self._agent = agent
         self._address = PoolAddress(
@@ -259,7 +245,7 @@ class AgentThread:
         name = agent.add_remote_agent(address.metadata)
         name = name.decode() if isinstance(name, bytes) else name  # bytes, whatever its annotation says
         if name not in self._remote_blocks:
-            blocks = _all_blocks(address.address, address.device_id, address.num_blocks, address.block_bytes)
+            blocks = all_blocks(address.address, address.device_id, address.num_blocks, address.block_bytes)
             self._remote_blocks[name] = agent.prep_xfer_dlist(name, blocks, address.memory_kind)
             agent.make_connection(name)
         self._num_users[name] = self._num_users.get(name, 0) + 1
@@ -408,14 +394,3 @@ class AgentThread:
         if remote is not None and remote.generation != self._generation:
             raise TransportError(f"the agent was reset since {remote.agent_name} was connected")
         return self._agent
-
-
-def _memory_kind(device: str) -> tuple[str, int]:
-    if device == "cpu":
-        return "DRAM", 0
-    return "VRAM", int(device.partition(":")[2] or 0)
-
-
-def _all_blocks(address: int, device_id: int, num_blocks: int, block_bytes: int) -> npt.NDArray[np.uint64]:
-    """One strided descriptor, which NIXL expands: (address, length, device, stride, count)."""
-    return np.array([[address, block_bytes, device_id, block_bytes, num_blocks]], np.uint64)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from services.engine.gumbel import gumbel, noise_keys
 from services.engine.request import PositionLogprobs, SampledToken, SamplingParams, TokenLogprob
 
 # The most likely tokens that min_p, top_k and top_p look at first. They hold nearly all of the mass nearly always;
@@ -31,11 +32,6 @@ NUM_CANDIDATES = 256
 _GROUP = 256
 # Counters of groups start here, far above any token id.
 _GROUP_COUNTER = 1 << 40
-
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
 
 
 @dataclass(frozen=True)
@@ -241,12 +237,12 @@ def _draw_from_all(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     num_rows, device = len(rows), logits.device
     groups = _scale(logits, rows).view(num_rows, -1, _GROUP)
     sums = _group_log_sums(groups)
-    keys = _keys(rows, device)
+    keys = _noise_keys(rows, device)
     counters = torch.arange(groups.shape[1], device=device) + _GROUP_COUNTER
-    group = (sums.double() + _gumbel(keys, counters)).argmax(dim=1)
+    group = (sums.double() + gumbel(keys, counters)).argmax(dim=1)
     in_group = groups[torch.arange(num_rows, device=device), group]
     token_ids = group.unsqueeze(1) * _GROUP + torch.arange(_GROUP, device=device)
-    best = (in_group.double() + _gumbel(keys, token_ids)).argmax(dim=1)
+    best = (in_group.double() + gumbel(keys, token_ids)).argmax(dim=1)
     found: list[int] = (group * _GROUP + best).tolist()
     return found
 
@@ -256,8 +252,8 @@ def _draw_from_filtered(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int
     scaled = _scale(logits, rows)
     values, token_ids = scaled.topk(min(NUM_CANDIDATES, scaled.shape[1]), dim=1)
     thresholds, is_certain = _thresholds(values, _filters(rows, scaled.device), scaled)
-    keys = _keys(rows, scaled.device)
-    scores = torch.where(values >= thresholds, values.double() + _gumbel(keys, token_ids), -math.inf)
+    keys = _noise_keys(rows, scaled.device)
+    scores = torch.where(values >= thresholds, values.double() + gumbel(keys, token_ids), -math.inf)
     chosen: list[int] = token_ids.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1).tolist()
     for i, certain in enumerate(is_certain):
         if not certain:
@@ -270,7 +266,7 @@ def _draw_sorted(scaled: Tensor, rows: Sequence[SamplingRow]) -> int:
     values = scaled.sort(dim=1, descending=True).values
     threshold, _ = _thresholds(values, _filters(rows, scaled.device), scaled)
     token_ids = (scaled >= threshold)[0].nonzero().T
-    scores = scaled.gather(1, token_ids).double() + _gumbel(_keys(rows, scaled.device), token_ids)
+    scores = scaled.gather(1, token_ids).double() + gumbel(_noise_keys(rows, scaled.device), token_ids)
     return int(token_ids[0, scores.argmax(dim=1)])
 
 
@@ -329,7 +325,11 @@ def _thresholds(values: Tensor, filters: _Filters, scaled: Tensor) -> tuple[Tens
     return torch.maximum(threshold, nucleus), is_certain.squeeze(1).tolist()
 
 
-# ---- sums and noise -------------------------------------------------------------
+# ---- rows and sums --------------------------------------------------------------
+
+
+def _noise_keys(rows: Sequence[SamplingRow], device: torch.device) -> Tensor:
+    return noise_keys(((row.sampling.seed, row.position) for row in rows), device)
 
 
 def _select(logits: Tensor, indices: Sequence[int]) -> Tensor:
@@ -363,43 +363,3 @@ def _log_sum_exp(padded: Tensor) -> Tensor:
     sums = _group_log_sums(padded.view(padded.shape[0], -1, _GROUP))
     largest = sums.amax(dim=1, keepdim=True)
     return ((sums - largest).exp().sum(dim=1, keepdim=True).log() + largest).squeeze(1)
-
-
-def _mix(value: int) -> int:
-    """splitmix64's output function (Steele, Lea, Flood 2014), on Python integers."""
-    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK
-    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK
-    return value ^ (value >> 31)
-
-
-def _row_key(seed: int, position: int) -> int:
-    return _mix((_mix((seed + _GOLDEN) & _MASK) + (position + 1) * _GOLDEN) & _MASK)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _keys(rows: Sequence[SamplingRow], device: torch.device) -> Tensor:
-    """int64 `[n, 1]`, a hash of seed and position."""
-    keys = [_signed(_row_key(row.sampling.seed, row.position)) for row in rows]
-    return torch.tensor(keys, dtype=torch.int64, device=device).unsqueeze(1)
-
-
-def _gumbel(keys: Tensor, counters: Tensor) -> Tensor:
-    """Standard Gumbel variates, float64: one per key `[n, 1]` and counter `[m]` or `[n, m]`.
-
-    `_mix` of key + (counter + 1) * golden ratio, in int64 arithmetic that wraps, the same on CPU and CUDA.
-    """
-    mixed = keys + (counters + 1) * _signed(_GOLDEN)
-    mixed = (mixed ^ _shift_right(mixed, 30)) * _signed(_MIX_1)
-    mixed = (mixed ^ _shift_right(mixed, 27)) * _signed(_MIX_2)
-    mixed = mixed ^ _shift_right(mixed, 31)
-    # 52 bits and a half: never 0, never 1, and exact in float64.
-    uniform = (_shift_right(mixed, 12).double() + 0.5) * 2.0**-52
-    return -(-uniform.log()).log()
-
-
-def _shift_right(values: Tensor, num_bits: int) -> Tensor:
-    """Logical shift; torch's own extends the sign."""
-    return (values >> num_bits) & ((1 << (64 - num_bits)) - 1)

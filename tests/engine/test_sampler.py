@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from services.engine import sampler
+from services.engine.gumbel import gumbel, noise_keys
 from services.engine.request import SampledToken, SamplingParams
 from services.engine.sampler import NoToken, SamplingRow, position_logprobs, sample
 
@@ -245,14 +246,11 @@ def test_tokens_come_as_often_as_they_should(vocab_size: int, options: dict[str,
 
 
 def test_the_noise_is_the_documented_hash() -> None:
-    rows = [row(seed=seed, prompt=range(position)) for seed, position in [(0, 0), (1, 5), (MASK, 900)]]
-    keys = sampler._keys(rows, torch.device("cpu"))
-    noise = sampler._gumbel(keys, torch.tensor([0, 1, 31999, sampler._GROUP_COUNTER + 3]))
-    for i, r in enumerate(rows):
-        for j, counter in enumerate([0, 1, 31999, sampler._GROUP_COUNTER + 3]):
-            assert noise[i, j].item() == pytest.approx(
-                reference_gumbel(r.sampling.seed, r.position, counter), rel=1e-12
-            )
+    drawn, counters = [(0, 0), (1, 5), (MASK, 900)], [0, 1, 31999, (1 << 40) + 3]
+    noise = gumbel(noise_keys(drawn, torch.device("cpu")), torch.tensor(counters))
+    for i, (seed, position) in enumerate(drawn):
+        for j, counter in enumerate(counters):
+            assert noise[i, j].item() == pytest.approx(reference_gumbel(seed, position, counter), rel=1e-12)
 
 
 # ---- rows stand alone ---------------------------------------------------------------------

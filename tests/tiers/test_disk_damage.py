@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvstore.block_hash import BlockHash
-from kvstore.disk_tier import DiskTier, PutOutcome, StoredBlock, choose_shape
-from kvstore.segment_file import HEADER_BYTES, FileCalls
+from kvstore.disk_tier import DiskTier, PutOutcome, StoredBlock
+from kvstore.segment_file import HEADER_BYTES, FileCalls, SegmentShape
 from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, digest, named_hash, parents, payload
 
 BLOCKS = chain("a", 6)
 MAX_BYTES = 16 * 12 * 1024
-SHAPE = choose_shape(BLOCK_BYTES, MAX_BYTES)
+SHAPE = SegmentShape.filling(BLOCK_BYTES, MAX_BYTES)
 PAYLOADS_AT = SHAPE.payload_offset
 HEAD_BYTES = 72
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kvstore.block_hash import BlockHash
-from kvstore.disk_tier import DiskTier, DiskTierClosed, GetFailure, PutOutcome, PutResult, StoredBlock, choose_shape
+from kvstore.disk_tier import DiskTier, DiskTierClosed, GetFailure, PutOutcome, PutResult, StoredBlock
 from kvstore.segment_file import FileCalls, SegmentShape
 from kvstore.store_directory import DirectoryLocked
 from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, OTHER_LAYOUT, chain, digest, named_hash, parents, payload
@@ -351,7 +351,7 @@ def test_malformed_blocks_and_impossible_bounds_are_refused(tmp_path):
 @pytest.mark.parametrize("block_bytes", [32_768, 393_216, 4_000_000])
 @pytest.mark.parametrize("max_bytes", [100_000_000, 10 * 2**30, 2**40])
 def test_a_store_of_any_size_is_a_moderate_number_of_files_and_mostly_payload(block_bytes, max_bytes):
-    shape = choose_shape(block_bytes, max_bytes)
+    shape = SegmentShape.filling(block_bytes, max_bytes)
     num_files = max_bytes // shape.size_bytes
     assert 16 <= num_files <= 260
     assert num_files * shape.num_slots * block_bytes > 0.6 * max_bytes
