@@ -5,7 +5,7 @@
     down    written behind, soon after publication, or when evicted from DRAM, as `DiskWrites` says
 
 A block may be in both tiers, and mostly is: one whose copy is on disk already leaves DRAM at no cost. A slot belongs
-at every moment to DRAM, to a caller, or to one disk job (`_Job`), and a job lives until its thread has let go of the
+at every moment to DRAM, to a caller, or to one disk job (`Job`), and a job lives until its thread has let go of the
 slot: neither a deadline nor a cancelled caller ends it.
 """
 
@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
@@ -29,7 +29,9 @@ from kvstore.disk_tier import DiskTier, StoredBlock
 from kvstore.dram_tier import DramTier, PinnedBlock, ResidentBlock
 from kvstore.errors import IntegrityError
 from kvstore.eviction import DEFAULT_PROTECTED_SHARE
+from kvstore.job_table import Job, JobTable, wait_for_jobs
 from kvstore.memory import HostMemory
+from kvstore.write_behind import DiskWrites, WriteBehind
 
 logger = logging.getLogger(__name__)
 
@@ -47,19 +49,6 @@ class StoreTier(Enum):
     DISK = "disk"
 
 
-class DiskWrites(Enum):
-    """Which blocks go to disk, and when.
-
-    ALL: every block soon after its publication, so that little is lost with the process. REUSED: a block that was used
-    at least once, soon after that use. EVICTED: a block that leaves DRAM, then. NONE: the disk is only read.
-    """
-
-    ALL = "all"
-    REUSED = "reused"
-    EVICTED = "evicted"
-    NONE = "none"
-
-
 @dataclass
 class StoreStats:
     """Counts since the start, in blocks."""
@@ -70,15 +59,6 @@ class StoreStats:
     num_promoted: int = 0
     num_written: int = 0  # blocks given to the disk tier, whether it took them or not
     num_lost: int = 0  # evicted from DRAM, wanted on disk and not there: the disk was full, failing or busy
-
-
-class _Job:
-    """One batch in a disk thread. `task` ends when the thread has, and never by cancellation."""
-
-    def __init__(self, hashes: list[BlockHash], slots: list[int], task: asyncio.Task[None]) -> None:
-        self.hashes = hashes
-        self.slots = slots
-        self.task = task
 
 
 class TieredStore:
@@ -111,12 +91,9 @@ class TieredStore:
         self._blocks_per_job = max(1, _JOB_BYTES // memory.block_bytes)
         self._blocks_per_promotion = max(1, _PROMOTE_BYTES // memory.block_bytes)
         self._reported_on_disk: set[BlockHash] = set(disk.hashes()) if disk is not None else set()
-        self._busy: dict[BlockHash, _Job] = {}  # on its way up, or down after its eviction
         self._reserving: dict[BlockHash, asyncio.Event] = {}  # by the first block that memory is reserved to promote
-        self._unwritten: dict[BlockHash, None] = {}  # in DRAM, to be written behind; in order
-        self._write_behind: asyncio.Task[None] | None = None
-        self._batch_written: asyncio.Event | None = None  # while a batch is pinned to be written behind
-        self._jobs: set[asyncio.Task[None]] = set()
+        self._jobs = JobTable()
+        self._write_behind = WriteBehind(self.dram, self._jobs, self._write, self._blocks_per_job)
         self._is_closed = False
 
     # -- what is there --
@@ -125,7 +102,7 @@ class TieredStore:
         """Return the best tier that has the block. No I/O, no use. DISK may turn out to be wrong when it is read."""
         if self.dram.contains(block_hash):
             return StoreTier.DRAM
-        if self.disk is not None and (block_hash in self._busy or self.disk.contains(block_hash)):
+        if self.disk is not None and (self._jobs.job_for(block_hash) is not None or self.disk.contains(block_hash)):
             return StoreTier.DISK
         return None
 
@@ -156,9 +133,12 @@ class TieredStore:
         slots = await self._reserve_evictable(num_blocks, deadline, after)
         try:
             # What is pinned only to be written behind can be evicted in a moment.
-            while len(slots) < num_blocks and self._batch_written is not None and loop.time() < deadline:
+            while len(slots) < num_blocks and loop.time() < deadline:
+                batch_written = self._write_behind.batch_written
+                if batch_written is None:
+                    break
                 async with asyncio.timeout_at(deadline):
-                    await self._batch_written.wait()
+                    await batch_written.wait()
                 slots += await self._reserve_evictable(num_blocks - len(slots), deadline, after)
         except TimeoutError:
             pass  # fewer, then
@@ -176,7 +156,7 @@ class TieredStore:
             evicted = self.dram.evict(keep=after)
             if evicted is None:
                 break
-            self._unwritten.pop(evicted.block_hash, None)
+            self._write_behind.forget(evicted.block_hash)
             if self._belongs_on_disk(evicted, is_leaving=True):
                 to_write.append(evicted)
             else:
@@ -184,9 +164,9 @@ class TieredStore:
         if not to_write:
             return slots
         jobs = [self._start_demotion(batch) for batch in self._batches(to_write)]
-        ended: list[_Job] = []
+        ended: list[Job] = []
         try:
-            await _wait(jobs, deadline - asyncio.get_running_loop().time())
+            await wait_for_jobs(jobs, deadline - asyncio.get_running_loop().time())
             ended = [job for job in jobs if job.task.done()]
         except asyncio.CancelledError:
             self.dram.abandon(slots)
@@ -265,14 +245,13 @@ class TieredStore:
         """Wait until all that is to be written behind is written and durable; False if at the deadline it is not."""
         try:
             async with asyncio.timeout(timeout_s):
-                while self._write_behind is not None:
-                    await asyncio.wait([self._write_behind])
+                await self._write_behind.wait_until_idle()
                 if self._disk_jobs is not None:
                     await self._disk_jobs.sync()
         except (TimeoutError, OSError) as error:
-            logger.warning("%d blocks are not written yet: %r", len(self._unwritten), error)
+            logger.warning("%d blocks are not written yet: %r", self._write_behind.num_queued, error)
             return False
-        return not self._unwritten
+        return self._write_behind.num_queued == 0
 
     async def close(self, timeout_s: float = 30.0) -> None:
         """Write what belongs on disk until the deadline, let every job end, close the disk. Again: does nothing.
@@ -285,16 +264,15 @@ class TieredStore:
         self._is_closed = True
         self._write_soon(list(self.dram.hashes()), is_leaving=True)
         await self.flush(timeout_s)
-        self._unwritten.clear()
-        while self._jobs:
-            await asyncio.wait(list(self._jobs))  # each as long as the disk takes for a batch
+        self._write_behind.clear()
+        await self._jobs.wait_until_idle()
         if self._disk_jobs is not None:
             await self._disk_jobs.close()
 
     def check_integrity(self, expected_pins: int | None = None) -> None:
         """Raise `IntegrityError` unless both tiers are sound and agree with what was reported. While no job runs."""
-        if self._jobs or self._busy:
-            raise IntegrityError(f"{len(self._jobs)} disk jobs run, for {len(self._busy)} blocks")
+        if self._jobs.num_running or self._jobs.num_busy_blocks:
+            raise IntegrityError(f"{self._jobs.num_running} disk jobs run, for {self._jobs.num_busy_blocks} blocks")
         self.dram.check_integrity(expected_pins)
         if self.disk is not None:
             self.disk.check_integrity()
@@ -312,10 +290,9 @@ class TieredStore:
             return is_leaving
         return block.was_reused or self._disk_writes is DiskWrites.ALL
 
-    def _start_demotion(self, blocks: list[ResidentBlock]) -> _Job:
+    def _start_demotion(self, blocks: list[ResidentBlock]) -> Job:
         hashes = [block.block_hash for block in blocks]
-        job = _Job(hashes, [block.slot for block in blocks], self._spawn(self._write(blocks)))
-        self._note_busy(job)
+        job = self._jobs.start(hashes, [block.slot for block in blocks], self._write(blocks))
 
         def count_lost(_: object) -> None:
             self.stats.num_lost += sum(self.tier_of(block_hash) is None for block_hash in hashes)
@@ -323,52 +300,31 @@ class TieredStore:
         job.task.add_done_callback(count_lost)
         return job
 
-    def _abandon_at_end(self, job: _Job) -> None:
+    def _abandon_at_end(self, job: Job) -> None:
         job.task.add_done_callback(lambda _: self.dram.abandon(job.slots))
 
     def _write_soon(self, hashes: Iterable[BlockHash], is_leaving: bool = False) -> None:
-        for block_hash in hashes:
-            block = self.dram.find(block_hash)
-            if block is not None and self._belongs_on_disk(block, is_leaving):
-                self._unwritten[block_hash] = None
-        if self._unwritten and self._write_behind is None:
-            self._write_behind = self._spawn(self._write_all_behind())
+        found = map(self.dram.find, hashes)
+        self._write_behind.add(
+            block.block_hash for block in found if block is not None and self._belongs_on_disk(block, is_leaving)
+        )
 
-    async def _write_all_behind(self) -> None:
-        try:
-            while self._unwritten:
-                pins: list[PinnedBlock] = []
-                while self._unwritten and len(pins) < self._blocks_per_job:
-                    block_hash = next(iter(self._unwritten))
-                    del self._unwritten[block_hash]
-                    pins += self.dram.pin([block_hash], is_use=False)
-                blocks = [block for block in (self.dram.find(pin.block_hash) for pin in pins) if block is not None]
-                written = self._batch_written = asyncio.Event()
-                try:
-                    await self._write(blocks)
-                finally:
-                    self.dram.unpin(pin.slot for pin in pins)
-                    self._batch_written = None
-                    written.set()
-                if self.disk is not None and self.disk.is_paused:
-                    self._unwritten.clear()  # they are tried again when they leave DRAM
-        finally:
-            self._write_behind = None
-
-    async def _write(self, blocks: list[ResidentBlock]) -> None:
+    async def _write(self, blocks: list[ResidentBlock]) -> bool:
+        """Put blocks on disk, as far as it takes them; whether it takes more."""
         assert self._disk_jobs is not None, "nothing belongs on a disk that is not there"
         changed = await self._disk_jobs.write(blocks)
         self.stats.num_written += len(blocks)
         self._report_disk(changed)
+        return not self._disk_jobs.disk.is_paused
 
     # -- up --
 
     async def _promote(self, hashes: Sequence[BlockHash], deadline: float) -> bool:
         """Bring a part of the prefix to DRAM, starting with the first block; False: no use to try again."""
         loop = asyncio.get_running_loop()
-        under_way = self._busy.get(hashes[0])
+        under_way = self._jobs.job_for(hashes[0])
         if under_way is not None:
-            await _wait([under_way], deadline - loop.time())
+            await wait_for_jobs([under_way], deadline - loop.time())
             return under_way.task.done()
         reserving = self._reserving.get(hashes[0])
         if reserving is not None:  # by somebody who wants the same: two reservations would starve each other
@@ -383,7 +339,7 @@ class TieredStore:
         if not wanted:
             return bool(slots)
         jobs = [self._start_promotion(batch) for batch in self._batches(wanted)]
-        await _wait(jobs, deadline - loop.time())
+        await wait_for_jobs(jobs, deadline - loop.time())
         return all(job.task.done() for job in jobs)
 
     async def _reserve_for(self, hashes: Sequence[BlockHash], deadline: float) -> list[int]:
@@ -396,15 +352,14 @@ class TieredStore:
 
     def _promotable(self, hashes: Sequence[BlockHash]) -> list[BlockHash]:
         def is_on_disk_only(block_hash: BlockHash) -> bool:
-            return self.tier_of(block_hash) is StoreTier.DISK and block_hash not in self._busy
+            return self.tier_of(block_hash) is StoreTier.DISK and self._jobs.job_for(block_hash) is None
 
         return list(itertools.islice(itertools.takewhile(is_on_disk_only, hashes), self._blocks_per_promotion))
 
-    def _start_promotion(self, wanted: list[tuple[BlockHash, int]]) -> _Job:
-        hashes, slots = [block_hash for block_hash, _ in wanted], [slot for _, slot in wanted]
-        job = _Job(hashes, slots, self._spawn(self._read(wanted)))
-        self._note_busy(job)
-        return job
+    def _start_promotion(self, wanted: list[tuple[BlockHash, int]]) -> Job:
+        return self._jobs.start(
+            [block_hash for block_hash, _ in wanted], [slot for _, slot in wanted], self._read(wanted)
+        )
 
     async def _read(self, wanted: list[tuple[BlockHash, int]]) -> None:
         assert self._disk_jobs is not None, "nothing is found on a disk that is not there"
@@ -419,28 +374,7 @@ class TieredStore:
             self.dram.abandon(private)
             self._report_disk(block_hash for block_hash, _ in wanted)
 
-    # -- jobs and reports --
-
-    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._jobs.add(task)
-        task.add_done_callback(self._job_ended)
-        return task
-
-    def _job_ended(self, task: asyncio.Task[None]) -> None:
-        self._jobs.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            logger.error("a disk job failed", exc_info=task.exception())
-
-    def _note_busy(self, job: _Job) -> None:
-        self._busy.update(dict.fromkeys(job.hashes, job))
-
-        def forget(_: object) -> None:
-            for block_hash in job.hashes:
-                if self._busy.get(block_hash) is job:
-                    del self._busy[block_hash]
-
-        job.task.add_done_callback(forget)
+    # -- batches and reports --
 
     def _batches(self, items: list[_Item]) -> Iterator[list[_Item]]:
         for start in range(0, len(items), self._blocks_per_job):
@@ -463,8 +397,3 @@ class TieredStore:
                 self._reported_on_disk.remove(block_hash)
             if self._on_change is not None:
                 self._on_change(block_hash, StoreTier.DISK, is_present)
-
-
-async def _wait(jobs: list[_Job], timeout_s: float) -> None:
-    """Wait for jobs without ever cancelling one."""
-    await asyncio.wait([job.task for job in jobs], timeout=max(0.0, timeout_s))

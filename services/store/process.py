@@ -24,10 +24,11 @@ from kvstore.memory import HostMemory
 from kvstore.prefix_index import IndexWriter, Tier
 from kvstore.registry import Membership, Registrar
 from kvstore.store_node import StoreNode, StoreTooSmall
-from kvstore.tiered_store import DiskWrites, StoreTier, TieredStore
+from kvstore.tiered_store import StoreTier, TieredStore
 from kvstore.timeouts import ExchangeTimeouts
 from kvstore.transport.select import make_transports
 from kvstore.worker_record import WorkerRecord, new_incarnation
+from kvstore.write_behind import DiskWrites
 from services.logs import configure_logging, report_progress, report_ready
 from services.store.config import StoreConfig
 from services.store.metrics import StoreMetrics

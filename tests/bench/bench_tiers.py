@@ -24,7 +24,8 @@ from kvstore.disk_tier import DiskTier, PutOutcome, StoredBlock
 from kvstore.dram_tier import DramTier
 from kvstore.layout import BlockLayout
 from kvstore.memory import HostMemory
-from kvstore.tiered_store import DiskWrites, TieredStore
+from kvstore.tiered_store import TieredStore
+from kvstore.write_behind import DiskWrites
 from tests.tiers.blocks import chain, parents
 from tests.tiers.conversation_trace import (
     hit_rate_of_plain_lru,

@@ -19,7 +19,8 @@ from kvstore.dram_tier import PinnedBlock
 from kvstore.errors import IntegrityError
 from kvstore.memory import HostMemory
 from kvstore.segment_file import FileCalls
-from kvstore.tiered_store import DiskWrites, StoreTier, TieredStore
+from kvstore.tiered_store import StoreTier, TieredStore
+from kvstore.write_behind import DiskWrites
 from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, digest, named_hash, parents, payload
 
 DRAM, DISK = StoreTier.DRAM, StoreTier.DISK
@@ -70,8 +71,7 @@ async def open_store(
     try:
         yield store
         async with asyncio.timeout(20):
-            while store._jobs:
-                await asyncio.wait(list(store._jobs))
+            await store._jobs.wait_until_idle()
         store.check_integrity(expected_pins)
         assert store.dram.num_private == 0
     finally:
@@ -284,7 +284,7 @@ async def test_a_cancelled_pin_gives_back_its_pins_and_its_slots(tmp_path):
         gate.may_read.clear()
         task = asyncio.create_task(store.pin(a))
         await asyncio.sleep(0)
-        assert store._jobs
+        assert store._jobs.num_running
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -332,7 +332,7 @@ async def test_blocks_that_are_pinned_to_be_written_behind_are_waited_for(tmp_pa
         gate.may_write.clear()
         await insert(store, chain("a", 4))
         await asyncio.sleep(0)
-        assert not store._unwritten, "all four are being written"
+        assert not store._write_behind.num_queued, "all four are being written"
         assert await store.reserve(2, timeout_s=0.05) == []
         waiting = asyncio.create_task(store.reserve(2))
         await asyncio.sleep(0)
@@ -349,7 +349,7 @@ async def test_a_cancelled_reservation_leaks_nothing(tmp_path):
         gate.may_write.clear()
         task = asyncio.create_task(store.reserve(8))
         await asyncio.sleep(0)
-        assert store._jobs
+        assert store._jobs.num_running
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

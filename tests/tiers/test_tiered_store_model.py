@@ -20,7 +20,8 @@ from kvstore.disk_tier import DiskTier
 from kvstore.dram_tier import PinnedBlock
 from kvstore.memory import HostMemory
 from kvstore.segment_file import FileCalls
-from kvstore.tiered_store import DiskWrites, StoreTier, TieredStore
+from kvstore.tiered_store import StoreTier, TieredStore
+from kvstore.write_behind import DiskWrites
 from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, digest, parents, payload
 
 _HEAD = chain("head", 3)
@@ -71,8 +72,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
 
         async def to_the_end() -> _Result:
             result = await work
-            while self.store._jobs:
-                await asyncio.wait(list(self.store._jobs))
+            await self.store._jobs.wait_until_idle()
             await asyncio.sleep(0)
             return result
 
