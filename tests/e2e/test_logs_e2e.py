@@ -136,7 +136,7 @@ def test_each_request_has_one_line_at_the_router_however_it_ended(lines: Lines) 
 
 
 def test_what_serves_all_requests_is_not_in_the_name_of_one(lines: Lines) -> None:
-    connections = [line for of in lines.values() for line in of if line["logger"] == "kvstore.exchange"]
+    connections = [line for of in lines.values() for line in of if line["logger"] == "kvstore.peer_sessions"]
     assert len(connections) >= 4
     assert not [line for line in connections if "request_id" in line]
 
