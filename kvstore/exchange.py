@@ -8,6 +8,7 @@ tie-break. A connection's death ends every lease and fetch on it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 OnHave = Callable[[PeerIdentity, Have], None]
 """Hears of blocks that a reader of ours holds; called in the event loop, and must return at once."""
 
+RequestScope = Callable[[str], contextlib.AbstractContextManager[None]]
+"""Makes what is logged within, and in tasks begun there, name a request."""
+
 
 class BlockExchange:
     """Lends our blocks to readers and fetches blocks from owners. All methods belong to the event loop.
@@ -52,6 +56,7 @@ class BlockExchange:
         limits: ReadLimits | None = None,
         lender: PrefixLender | None = None,
         on_have: OnHave | None = None,
+        request_scope: RequestScope | None = None,
     ) -> None:
         if memory.block_bytes != identity.layout.block_bytes:
             raise ValueError(
@@ -67,6 +72,7 @@ class BlockExchange:
         self._address = ""
         self._lender = lender
         self._on_have = on_have
+        self._request_scope = request_scope or (lambda _: contextlib.nullcontext())
         self._sessions = PeerSessions(
             identity, self._transports, self._timeouts, clock, self._observer, self._as_reader, self._as_owner
         )
@@ -138,6 +144,7 @@ class BlockExchange:
                 {
                     "transfer_id": lease.transfer_id.hex(),
                     "reader": session.peer.peer_id,
+                    "request_id": lease.request_id,
                     "state": lease.state,
                     "num_announced": lease.num_announced,
                 }
@@ -181,19 +188,22 @@ class BlockExchange:
 
     # ---- owner ----
 
-    def open_lease(self, transfer_id: bytes, reader_peer_id: str, num_blocks: int) -> Lease:
+    def open_lease(self, transfer_id: bytes, reader_peer_id: str, num_blocks: int, request_id: str = "") -> Lease:
         """Offer `num_blocks` blocks, to be announced as they are computed, to a reader that has dialled us.
 
-        Raises `PeerLost` where it is not connected.
+        `request_id` is what `state` names it by. Raises `PeerLost` where it is not connected.
         """
         session = self._sessions.reader(reader_peer_id)
         if session is None:
             raise PeerLost(f"transfer {transfer_id.hex()}: reader {reader_peer_id} is not connected")
-        return session.open_lease(transfer_id, num_blocks)
+        return session.open_lease(transfer_id, num_blocks, request_id)
 
     def _lend(self, session: OwnerSession, want: Want) -> None:
         assert self._lender is not None
-        self._sessions.start_task(lend(session, want, self._lender))
+        # A session's own context is nobody's: without an id nothing is to be named.
+        scope = self._request_scope(want.request_id) if want.request_id else contextlib.nullcontext()
+        with scope:
+            self._sessions.start_task(lend(session, want, self._lender))
 
     def _heard_of(self, session: OwnerSession, have: Have) -> None:
         assert self._on_have is not None
@@ -238,14 +248,16 @@ class BlockExchange:
         hashes: Sequence[BlockHash],
         reserve: ReserveFunction,
         owner_incarnation: str | None = None,
+        request_id: str = "",
     ) -> Fetch:
         """Ask an owner for the longest prefix of these blocks that it holds, and read it; errors as `fetch`.
 
         `reserve` is called with the number of blocks that it offers; a failure with cause `revoked` means it has none.
+        `request_id` says whose prompt it is for, to the owner's log.
         """
         fetch = self.fetch(transfer_id, owner_peer_id, hashes, reserve, owner_incarnation, may_be_fewer=True)
         if not fetch.has_result:
-            self._sessions.owners[owner_peer_id].connection.send(Want(transfer_id, list(hashes)))
+            self._sessions.owners[owner_peer_id].want(transfer_id, hashes, request_id)
         return fetch
 
     def tell_have(

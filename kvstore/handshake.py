@@ -19,7 +19,7 @@ from typing import TypeVar
 from kvstore.errors import ExchangeError, IncompatibleLayout, IncompatiblePeer, InvalidLayout, ProtocolViolation
 from kvstore.framing import FrameStream
 from kvstore.layout import BlockLayout
-from kvstore.messages import PROTOCOL_VERSION, Choose, Hello, Message, Ready, Reject, TransportOffer
+from kvstore.messages import FEATURES, PROTOCOL_VERSION, Choose, Hello, Message, Ready, Reject, TransportOffer
 from kvstore.transport.base import Link, LinkPeer, Transport
 from kvstore.transport.select import choose
 
@@ -38,11 +38,12 @@ class PeerIdentity:
 
 @dataclass(frozen=True)
 class Introduction:
-    """What a handshake has found out, and the link that it made."""
+    """What a handshake has found out, and the link that it made. `features`: what the peer knows of `FEATURES`."""
 
     peer: PeerIdentity
     transport: Transport
     link: Link
+    features: frozenset[str] = frozenset()
 
 
 async def introduce_as_reader(stream: FrameStream, us: PeerIdentity, transports: Sequence[Transport]) -> Introduction:
@@ -60,7 +61,7 @@ async def introduce_as_reader(stream: FrameStream, us: PeerIdentity, transports:
     link_id = secrets.token_bytes(16)
     stream.send(Choose(transport.name, link_id))
     link_peer = LinkPeer(peer.peer_id, offers[transport.name], link_id, stream.peer_host, dialled=True)
-    return await _link_up(stream, peer, transport, link_peer)
+    return await _link_up(stream, peer, transport, link_peer, hello)
 
 
 async def introduce_as_owner(stream: FrameStream, us: PeerIdentity, transports: Sequence[Transport]) -> Introduction:
@@ -78,7 +79,7 @@ async def introduce_as_owner(stream: FrameStream, us: PeerIdentity, transports: 
     if transport is None or choice.transport not in {offer.name for offer in hello.transports}:
         raise ProtocolViolation(f"{peer.peer_id} chose transport {choice.transport!r}, which is not offered both ways")
     link_peer = LinkPeer(peer.peer_id, b"", choice.link_id, stream.peer_host, dialled=False)
-    return await _link_up(stream, peer, transport, link_peer)
+    return await _link_up(stream, peer, transport, link_peer, hello)
 
 
 def check_peer(us: PeerIdentity, hello: Hello) -> PeerIdentity:
@@ -100,10 +101,12 @@ def check_peer(us: PeerIdentity, hello: Hello) -> PeerIdentity:
 
 
 def _hello(us: PeerIdentity, offers: list[TransportOffer]) -> Hello:
-    return Hello(PROTOCOL_VERSION, us.peer_id, us.role, us.incarnation, us.layout.to_wire(), offers)
+    return Hello(PROTOCOL_VERSION, us.peer_id, us.role, us.incarnation, us.layout.to_wire(), offers, list(FEATURES))
 
 
-async def _link_up(stream: FrameStream, peer: PeerIdentity, transport: Transport, link_peer: LinkPeer) -> Introduction:
+async def _link_up(
+    stream: FrameStream, peer: PeerIdentity, transport: Transport, link_peer: LinkPeer, hello: Hello
+) -> Introduction:
     link = await transport.connect(link_peer)
     try:
         if link_peer.dialled:
@@ -117,7 +120,7 @@ async def _link_up(stream: FrameStream, peer: PeerIdentity, transport: Transport
     except (ExchangeError, asyncio.CancelledError):
         await link.close()
         raise
-    return Introduction(peer, transport, link)
+    return Introduction(peer, transport, link, frozenset(hello.features).intersection(FEATURES))
 
 
 async def _expect(stream: FrameStream, expected: type[_Expected]) -> _Expected:

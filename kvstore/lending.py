@@ -37,6 +37,7 @@ async def lend(session: OwnerSession, want: Want, lender: PrefixLender) -> None:
     """Serve one `want` from its arrival until the lease has closed."""
     blocks = await lender.lend_prefix([BlockHash(block_hash) for block_hash in want.hashes])
     if not blocks:
+        logger.debug("transfer %s: %s wants blocks, none is here", want.transfer_id.hex(), session.peer.peer_id)
         session.connection.send(Revoke(want.transfer_id, "none of these blocks is here"))
         return
     outcome: LeaseOutcome | None = None
@@ -44,8 +45,10 @@ async def lend(session: OwnerSession, want: Want, lender: PrefixLender) -> None:
         if not session.connection.is_open or want.transfer_id in session.leases:
             logger.warning("transfer %s: wanted, and gone before it was lent", want.transfer_id.hex())
             return
-        lease = session.open_lease(want.transfer_id, len(blocks))
+        lease = session.open_lease(want.transfer_id, len(blocks), want.request_id)
         lease.announce(0, blocks, last=True)
         outcome = await lease.closed
+        transfer, wanted, reader = want.transfer_id.hex(), len(want.hashes), session.peer.peer_id
+        logger.debug("transfer %s: lent %d of %d blocks to %s: %s", transfer, len(blocks), wanted, reader, outcome.name)
     finally:
         await lender.take_back(blocks, outcome is LeaseOutcome.CONFIRMED)

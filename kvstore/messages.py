@@ -17,6 +17,10 @@ import msgspec
 from kvstore.errors import ProtocolViolation
 
 PROTOCOL_VERSION: Final = 1
+WANTS_NAME_REQUESTS: Final = "want.request_id"
+FEATURES: Final = (WANTS_NAME_REQUESTS,)
+"""What was added within this version: optional fields, which are sent only to a peer whose Hello names them."""
+MAX_REQUEST_ID_CHARS: Final = 256
 LENGTH_BYTES: Final = 4
 MAX_FRAME_BYTES: Final = 4 * 1024 * 1024
 
@@ -52,6 +56,7 @@ class Hello(msgspec.Struct, frozen=True, tag_field="type", tag="hello"):
     incarnation: _Name
     layout: dict[_Name, int | str]
     transports: Annotated[list[TransportOffer], msgspec.Meta(max_length=8)]
+    features: Annotated[list[_Name], msgspec.Meta(max_length=64)] = []
 
 
 class Reject(_Message, frozen=True, tag="reject"):
@@ -71,13 +76,17 @@ class Ready(_Message, frozen=True, tag="ready"):
     """Both ways: the sender's end of the transport link is up."""
 
 
-class Want(_Message, frozen=True, tag="want"):
-    """Reader: lend the longest prefix of these blocks that you hold; answered by `offer`, or by `revoke` for none."""
+class Want(_Message, frozen=True, tag="want", omit_defaults=True):
+    """Reader: lend the longest prefix of these blocks that you hold; answered by `offer`, or by `revoke` for none.
+
+    `request_id`: whose prompt needs them, for logs; empty where it is nobody's, or the owner does not know the field.
+    """
 
     transfer_id: _TransferId
     hashes: Annotated[
         list[Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]], msgspec.Meta(max_length=65536)
     ]
+    request_id: Annotated[str, msgspec.Meta(max_length=MAX_REQUEST_ID_CHARS)] = ""
 
 
 class Have(_Message, frozen=True, tag="have"):

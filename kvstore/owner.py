@@ -75,11 +75,13 @@ class OwnerSession:
         self._on_want = on_want
         self._on_have = on_have
 
-    def open_lease(self, transfer_id: bytes, num_blocks: int) -> Lease:
-        """Open a lease and offer it. Raises ValueError where the transfer has one."""
+    def open_lease(self, transfer_id: bytes, num_blocks: int, request_id: str = "") -> Lease:
+        """Open a lease, in the name of a request if it is one's, and offer it. Raises ValueError where the transfer has
+        one.
+        """
         if transfer_id in self.leases:
             raise ValueError(f"transfer {transfer_id.hex()} has a lease already")
-        lease = Lease(self, transfer_id, num_blocks)
+        lease = Lease(self, transfer_id, num_blocks, request_id)
         self.leases[transfer_id] = lease
         lease.start()
         return lease
@@ -134,8 +136,9 @@ class OwnerSession:
 class Lease:
     """Blocks that one reader may read. They stay the lease's until `closed` resolves; then the caller frees them."""
 
-    def __init__(self, session: OwnerSession, transfer_id: bytes, num_blocks: int) -> None:
+    def __init__(self, session: OwnerSession, transfer_id: bytes, num_blocks: int, request_id: str) -> None:
         self.transfer_id = transfer_id
+        self.request_id = request_id  # for people
         self._context = contextvars.copy_context()  # what is logged of a transfer names the request that began it
         self._session = session
         self._opened_at = session.clock()

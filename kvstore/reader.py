@@ -46,6 +46,8 @@ from kvstore.fetch_events import (
 from kvstore.handshake import Introduction
 from kvstore.memory import BlockMemory
 from kvstore.messages import (
+    MAX_REQUEST_ID_CHARS,
+    WANTS_NAME_REQUESTS,
     Announce,
     Confirmed,
     Heartbeat,
@@ -56,6 +58,7 @@ from kvstore.messages import (
     ReadRequest,
     Release,
     Revoke,
+    Want,
 )
 from kvstore.observer import ExchangeObserver
 from kvstore.timeouts import ExchangeTimeouts
@@ -96,6 +99,7 @@ class ReaderSession:
         self.two_sided = introduction.transport.two_sided
         self.connection = connection
         self.tools = tools
+        self._features = introduction.features
         self.fetches: dict[bytes, Fetch] = {}
         self.next_read_id = itertools.count(1).__next__
         self._max_run_blocks = max(1, _MAX_RUN_BYTES // tools.memory.block_bytes)
@@ -130,6 +134,14 @@ class ReaderSession:
                 fetch.handle(ReadEnded(read_id, FetchCause.REFUSED, reason))
             case _:
                 raise ProtocolViolation(f"an owner sent {type(message).__name__}")
+
+    def want(self, transfer_id: bytes, hashes: Sequence[BlockHash], request_id: str) -> None:
+        """Ask the owner for the longest prefix of these blocks that it holds, in the name of a request if it is one's.
+
+        An owner that does not know that field would take it for a violation; then it is left out.
+        """
+        known = request_id[:MAX_REQUEST_ID_CHARS] if WANTS_NAME_REQUESTS in self._features else ""
+        self.connection.send(Want(transfer_id, list(hashes), known))
 
     def start_read(self, fetch: Fetch, action: StartRead) -> None:
         """Read over the link; two-sided links need the owner's grant first."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from kvstore.block_hash import BlockHash
 from kvstore.errors import KVStoreError
-from kvstore.exchange import BlockExchange
+from kvstore.exchange import BlockExchange, RequestScope
 from kvstore.handshake import PeerIdentity
 from kvstore.messages import AnnouncedBlock, Have
 from kvstore.observer import ExchangeObserver
@@ -75,6 +75,7 @@ class StoreNode:
         observer: ExchangeObserver | None = None,
         limits: IntakeLimits | None = None,
         lend_timeout_s: float = 2.0,
+        request_scope: RequestScope | None = None,
     ) -> None:
         """`lend_timeout_s`: how long a reader waits for blocks to come from disk; then it gets what came."""
         self.identity = identity
@@ -88,6 +89,7 @@ class StoreNode:
             observer=observer,
             lender=self.lender,
             on_have=self._on_have,
+            request_scope=request_scope,
         )
         self.intake = Intake(self.exchange, store, limits)
 

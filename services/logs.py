@@ -86,6 +86,11 @@ def request_scope(request_id: str) -> Iterator[None]:
         _REQUEST_ID.reset(token)
 
 
+def current_request_id() -> str:
+    """The request whose `request_scope` we are in; empty outside of any."""
+    return _REQUEST_ID.get()
+
+
 def extra_fields(record: logging.LogRecord) -> dict[str, object]:
     """What the caller handed over by `extra=`, and the request that it is about. Called where the record was made."""
     fields = {name: value for name, value in vars(record).items() if name not in _STANDARD_FIELDS}

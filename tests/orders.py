@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import grpc
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
@@ -9,6 +11,8 @@ from tandem.v1 import worker_pb2_grpc
 from kvstore.block_hash import BlockHash, hash_blocks, namespace
 from kvstore.worker_record import WorkerRecord
 from tests.stack import Stack
+
+REQUEST_ID = "ordered"
 
 
 class Orders:
@@ -38,13 +42,19 @@ class Orders:
             tier=tier,
         )
 
+    def were_lent_for_ours(self, holder: str) -> bool:
+        """Whether the holder's log (JSON, debug) has it that it lent blocks, and only ever for our orders."""
+        lines = map(json.loads, self._stack.services[holder].log.splitlines())
+        lent = [line for line in lines if line["logger"] == "kvstore.lending" and ": lent " in line["message"]]
+        return bool(lent) and all(line.get("request_id") == REQUEST_ID for line in lent)
+
     async def generate(
         self, prompt: list[int], decode: str, prefill: str | None, sources: list[pb.PrefixSource]
     ) -> tuple[list[int], pb.Usage]:
         """Have a decode worker serve a prompt, which `prefill` (None: the decode worker itself) computes."""
         order = pb.GenerateRequest(
             handle=1,
-            request_id="ordered",
+            request_id=REQUEST_ID,
             prompt_token_ids=prompt,
             sampling=pb.SamplingParams(top_p=1, repetition_penalty=1, max_tokens=self._num_new_tokens, ignore_eos=True),
             prefill_targets=[] if prefill is None else [_target(self.record(prefill))],

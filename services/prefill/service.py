@@ -38,7 +38,7 @@ from services.engine.batch import Batch
 from services.engine.engine import StepOutput
 from services.engine.request import FinishReason, InvalidRequest, QueueFull, Request, RequestUpdate
 from services.lifecycle import Timeline
-from services.logs import request_scope
+from services.logs import current_request_id, request_scope
 from services.worker import convert
 from services.worker.engine_thread import EngineCrashed
 from services.worker.metrics import OrderOutcome
@@ -215,7 +215,9 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
 
     def _lend(self, order: _Order) -> Lease:
         """Open the lease, and see to it that the order is settled when it has closed."""
-        lease = self._parts.exchange.open_lease(order.transfer_id, order.reader_peer_id, order.num_blocks)
+        lease = self._parts.exchange.open_lease(
+            order.transfer_id, order.reader_peer_id, order.num_blocks, current_request_id()
+        )
         loan = asyncio.create_task(self._settle_after(lease, order), name=f"loan-{order.request.request_id}")
         self._loans.add(loan)
         loan.add_done_callback(self._loans.discard)

@@ -29,7 +29,7 @@ from kvstore.timeouts import ExchangeTimeouts
 from kvstore.transport.select import make_transports
 from kvstore.worker_record import WorkerRecord, new_incarnation
 from kvstore.write_behind import DiskWrites
-from services.logs import configure_logging, report_progress, report_ready
+from services.logs import configure_logging, report_progress, report_ready, request_scope
 from services.store.config import StoreConfig
 from services.store.metrics import StoreMetrics
 from services.store.whose import choose_worker
@@ -131,7 +131,9 @@ async def open_store(config: StoreConfig, worker: WorkerRecord, layout: BlockLay
         transports = make_transports(config.kv_transport, memory, name)
         identity = PeerIdentity(f"{name}/{incarnation}", "store", incarnation, layout)
         timeouts = ExchangeTimeouts(peer_timeout_s=config.peer_timeout_s, offer_s=config.peer_timeout_s)
-        node = StoreNode(identity, store, transports, timeouts=timeouts, observer=metrics.exchange)
+        node = StoreNode(
+            identity, store, transports, timeouts=timeouts, observer=metrics.exchange, request_scope=request_scope
+        )
         cleanup.push_async_callback(node.close, config.drain_timeout_s)
         await node.start(config.host, config.kv_port)
         metrics.watch(node)

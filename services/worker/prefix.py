@@ -34,6 +34,7 @@ from kvstore.messages import AnnouncedBlock
 from kvstore.prefix_index import IndexWriter, Tier
 from kvstore.reader import Fetch
 from services.engine.engine import Engine
+from services.logs import current_request_id
 from services.worker.engine_thread import EngineThread
 from services.worker.fetch_costs import FetchCosts
 from services.worker.host_prefixes import HostPrefixes
@@ -285,7 +286,9 @@ class PrefixFetcher:
                 raise NoRoom(f"of {start} blocks that were here, {reservation.num_present} are left")
             return Reservation(tail, reservation.num_present - start)
 
-        fetch = self._exchange.fetch_prefix(os.urandom(16), owner, hashes[start:], reserve, source.incarnation or None)
+        fetch = self._exchange.fetch_prefix(
+            os.urandom(16), owner, hashes[start:], reserve, source.incarnation or None, current_request_id()
+        )
         taken = False
         try:
             result = await fetch.result

@@ -30,7 +30,7 @@ from kvstore.transport.select import make_transports
 from kvstore.worker_record import WorkerRecord, new_incarnation
 from services.engine.config import EngineConfig, InvalidConfig
 from services.engine.engine import Engine
-from services.logs import configure_logging, report_progress, report_ready
+from services.logs import configure_logging, report_progress, report_ready, request_scope
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread, StepListener
 from services.worker.fetch_costs import FetchCosts, FetchPolicy
@@ -170,6 +170,7 @@ async def open_worker(
             exchange_timeouts(config),
             observer=metrics.exchange,
             lender=CacheLender(engine, thread, host_prefixes),
+            request_scope=request_scope,
         )
         store_feed = _store_feed(config, engine, exchange, metrics)
         if store_feed is not None:

@@ -21,6 +21,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model = write_model(directory / "model", "qwen2")
     worker = ["--model", str(model), "--served-model-name", "m", "--kv-transport", request.param]
     worker += ["--num-gpu-blocks-override", "256", "--prefix-fetch", "always", "--prefix-fetch-timeout-s", "30"]
+    worker += ["--log-level", "debug", "--log-format", "json"]
     decode = ["--local-prefill-max-tokens", "0"]
     with Stack(directory / "logs", [(), ()], [decode, decode], worker=worker) as stack:
         yield model, stack
@@ -44,6 +45,7 @@ async def test_a_prefix_is_fetched_from_a_peer_by_prefill_and_by_decode_workers(
     assert (part.holder_id, part.num_blocks, usage.num_cached_tokens) == ("prefill-0", num_blocks, len(shared))
     assert part.lane
     assert part.num_bytes > 0
+    stack.wait_for(lambda: orders.were_lent_for_ours("prefill-0"), "the holder's lines to name the request")
 
     # From the decode worker's own cache, by another decode worker that prefills by itself.
     await orders.generate(prompts[0], "decode-0", "prefill-0", [])

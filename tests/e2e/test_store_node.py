@@ -24,7 +24,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     worker = ["--model", str(model), "--served-model-name", "m", "--num-gpu-blocks-override", "256", *transport]
     worker += ["--prefix-fetch", "always", "--prefix-fetch-timeout-s", "30"]
     store = [*transport, "--store-dram-bytes", "64MiB", "--store-disk-dir", str(directory / "disk")]
-    store += ["--store-disk-bytes", "64MiB"]
+    store += ["--store-disk-bytes", "64MiB", "--log-level", "debug", "--log-format", "json"]
     decode = ["--local-prefill-max-tokens", "0"]
     router = ["--index-timeout", "5"]
     with Stack(directory / "logs", [(), ()], [decode] * 2, store=[store], router=router, worker=worker) as stack:
@@ -78,6 +78,7 @@ async def test_a_prefix_is_a_hit_on_every_replica_whoever_of_them_has_it_and_whe
         await is_fetched("decode-0", "prefill-0", "store-0", tier)
         await is_fetched("decode-1", "prefill-1", "store-0", tier)
     stack.wait_for(lambda: num_lent(stack) == 0, "the store to have its blocks back")
+    assert orders.were_lent_for_ours("store-0")
     stack.check_clean()
 
 

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 import numpy as np
 
 from kvstore.block_hash import BlockHash
-from kvstore.exchange import BlockExchange
+from kvstore.exchange import BlockExchange, RequestScope
 from kvstore.fetch_events import ReadLimits, Reservation
 from kvstore.handshake import PeerIdentity
 from kvstore.layout import BlockLayout
@@ -34,6 +34,7 @@ class Worker:
         faults: Faults | None = None,
         timeouts: ExchangeTimeouts = QUICK,
         lender: PrefixLender | None = None,
+        request_scope: RequestScope | None = None,
     ) -> None:
         self.memory = HostMemory.allocate(64, layout.block_bytes)
         self.memory.array[:] = np.random.default_rng(len(name)).integers(0, 256, self.memory.array.shape, np.uint8)
@@ -46,6 +47,7 @@ class Worker:
             timeouts,
             limits=ReadLimits(max_reads=2, max_blocks=4),
             lender=lender,
+            request_scope=request_scope,
         )
 
     def announced(self, block_ids: list[int], hashes: list[BlockHash | None]) -> list[AnnouncedBlock]:

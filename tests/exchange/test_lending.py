@@ -1,7 +1,10 @@
 """Prefix fetches: a reader names hashes, an owner lends the longest prefix of them that it holds."""
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import StringIO
 
 import numpy as np
 
@@ -9,6 +12,7 @@ from kvstore.block_hash import BlockHash
 from kvstore.fetch_events import FetchCause, Reservation
 from kvstore.messages import AnnouncedBlock
 from kvstore.transport.memory import Faults, Switchboard
+from services.logs import TextFormatter, current_request_id, request_scope
 from tests.exchange.exchange_worker import TRANSFER, Worker, room, running
 
 HASHES = [BlockHash(bytes([i]) * 16) for i in range(10)]
@@ -22,8 +26,10 @@ class Shelf:
         self.wrong_digest = wrong_digest
         self.worker: Worker | None = None
         self.num_pinned = 0
+        self.asked_for: list[str] = []  # the requests
 
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
+        self.asked_for.append(current_request_id())
         held = []
         for block_hash in hashes:
             if block_hash not in self.slots:
@@ -43,9 +49,24 @@ class Shelf:
 
 def make_pair(shelf: Shelf, faults: Faults | None = None) -> tuple[Worker, Worker]:
     switchboard = Switchboard()
-    owner = Worker("store-0", switchboard, lender=shelf)
+    owner = Worker("store-0", switchboard, lender=shelf, request_scope=request_scope)
     shelf.worker = owner
     return owner, Worker("prefill-0", switchboard, faults=faults)
+
+
+@contextmanager
+def debug_log(of: str) -> Iterator[StringIO]:
+    """What a logger writes, as the services write it."""
+    text, logger = StringIO(), logging.getLogger(of)
+    handler = logging.StreamHandler(text)
+    handler.setFormatter(TextFormatter())
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield text
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
 
 
 async def settled(shelf: Shelf) -> bool:
@@ -73,6 +94,40 @@ async def test_the_longest_held_prefix_is_lent_and_read() -> None:
         assert result.block_ids == list(range(6))
         np.testing.assert_array_equal(reader.memory.array[:6], owner.memory.array[20:26])
         assert await settled(shelf)
+
+
+async def test_a_holder_knows_whose_prompt_it_lends_for_and_says_so_in_its_log_and_its_state() -> None:
+    shelf = Shelf(num_held=2)
+    owner, reader = make_pair(shelf)
+    leases: list[object] = []
+
+    async def reserve(num_blocks: int) -> Reservation:
+        leases.extend(owner.exchange.state()["leases"])
+        return Reservation(list(range(num_blocks)), 0)
+
+    with debug_log("kvstore.lending") as log:
+        async with running(owner, reader):
+            await reader.exchange.connect(owner.exchange.address)
+            for request_id in ("chatcmpl-7", "", "x" * 500):
+                fetch = reader.exchange.fetch_prefix(TRANSFER, "store-0", HASHES[:2], reserve, request_id=request_id)
+                assert (await fetch.result).ok
+                assert await settled(shelf)
+    assert shelf.asked_for == ["chatcmpl-7", "", "x" * 256]
+    assert [lease["request_id"] for lease in leases] == shelf.asked_for
+    first, second, _ = log.getvalue().splitlines()
+    assert first.endswith("lent 2 of 2 blocks to prefill-0: CONFIRMED  request_id=chatcmpl-7")
+    assert "request_id" not in second
+
+
+async def test_a_holder_of_an_older_version_is_not_told_whose_prompt_it_lends_for(monkeypatch) -> None:
+    monkeypatch.setattr("kvstore.handshake.FEATURES", ())
+    shelf = Shelf(num_held=2)
+    owner, reader = make_pair(shelf)
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        fetch = reader.exchange.fetch_prefix(TRANSFER, "store-0", HASHES, room([1, 2]), request_id="chatcmpl-7")
+        assert (await fetch.result).ok
+    assert shelf.asked_for == [""]
 
 
 async def test_a_holder_that_has_evicted_it_all_says_so_at_once() -> None:

@@ -47,6 +47,7 @@ MESSAGES = [
     Release(TRANSFER, "aborted"),
     Revoke(TRANSFER, "lease expired"),
     Want(TRANSFER, [bytes(16), TRANSFER]),
+    Want(TRANSFER, [TRANSFER], "chatcmpl-7"),
     Have("127.0.0.1:5002", None, [TRANSFER]),
     Have("127.0.0.1:5002", bytes(16), [TRANSFER, bytes(16)]),
 ]
@@ -91,6 +92,7 @@ def wire(**fields: object) -> bytes:
         wire(type="announce", transfer_id=TRANSFER, first_index=0, blocks=[[1, b"short", 0]], last=False),
         wire(type="choose", transport="ucxx", link_id=bytes(15)),
         wire(type="confirmed", transfer_id=TRANSFER, held=1),
+        wire(type="want", transfer_id=TRANSFER, hashes=[], request_id="x" * 257),
         encode(Ready())[LENGTH_BYTES:] + b"\x00",
         encode(MESSAGES[0])[LENGTH_BYTES:-1],
     ],
@@ -106,6 +108,19 @@ def test_a_newer_peers_hello_with_more_fields_can_be_read_so_that_it_can_be_refu
     hello = decode(msgspec.msgpack.encode(fields))
     assert isinstance(hello, Hello)
     assert hello.protocol_version == 2
+
+
+def test_an_older_peer_reads_our_want_without_a_request_and_its_hello_names_no_features():
+    assert msgspec.msgpack.decode(encode(Want(TRANSFER, [TRANSFER]))[LENGTH_BYTES:]) == {
+        "type": "want",
+        "transfer_id": TRANSFER,
+        "hashes": [TRANSFER],
+    }
+    fields = msgspec.to_builtins(MESSAGES[0]) | {"transports": []}
+    del fields["features"]
+    hello = decode(msgspec.msgpack.encode(fields))
+    assert isinstance(hello, Hello)
+    assert hello.features == []
 
 
 def test_a_message_too_large_for_a_frame_is_our_error():
