@@ -46,9 +46,9 @@ ENV PATH=/opt/tandem/bin:$PATH \
     TANDEM_HTTP_PORT=7080 \
     TANDEM_LOG_FORMAT=json
 USER 10001
-# Block protocol, /metrics and /health. UCX listens on ports of its own choice besides.
+# Block protocol, /metrics, /health and /ready. UCX listens on ports of its own choice besides.
 EXPOSE 7001 7080
-# A store answers once the first worker has told it what a block is.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=600s \
+# Healthy while it waits for the first worker, too, which tells it what a block is; /ready answers 200 from then on.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import os, urllib.request as http; http.urlopen('http://127.0.0.1:' + os.environ['TANDEM_HTTP_PORT'] + '/health', timeout=4)"]
 ENTRYPOINT ["tandem", "store"]

@@ -1,4 +1,7 @@
-"""A store node from its settings to its exit: learn the layout, open the tiers, serve, announce, flush on SIGTERM."""
+"""A store node from its settings to its exit: learn the layout, open the tiers, serve, announce, flush on SIGTERM.
+
+The HTTP port (`http.py`) is open all the time.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,29 +18,26 @@ from typing import Any
 import uvloop
 
 import services
-from kvstore.block_hash import BlockHash
 from kvstore.disk_tier import DiskTier
 from kvstore.errors import KVStoreError
 from kvstore.handshake import PeerIdentity
 from kvstore.layout import BlockLayout
 from kvstore.memory import HostMemory
-from kvstore.prefix_index import IndexWriter, Tier
 from kvstore.registry import Membership, Registrar
 from kvstore.store_node import StoreNode, StoreTooSmall
-from kvstore.tiered_store import StoreTier, TieredStore
+from kvstore.tiered_store import TieredStore
 from kvstore.timeouts import ExchangeTimeouts
 from kvstore.transport.select import make_transports
 from kvstore.worker_record import WorkerRecord, new_incarnation
 from kvstore.write_behind import DiskWrites
 from services.logs import configure_logging, report_progress, report_ready, request_scope
 from services.store.config import StoreConfig
+from services.store.http import StoreHttp
+from services.store.index_feed import StoreIndexFeed
 from services.store.metrics import StoreMetrics
 from services.store.whose import choose_worker
-from services.worker.http import DebugServer
 
 log = logging.getLogger(__name__)
-
-_INDEX_TIERS = {StoreTier.DRAM: Tier.STORE, StoreTier.DISK: Tier.DISK}
 
 
 class Stopped(Exception):
@@ -54,17 +54,14 @@ async def _serve(config: StoreConfig) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    metrics = StoreMetrics()
+    http = StoreHttp(config.worker_id, metrics)
     try:
-        worker, layout = await wait_for_layout(config, stop)
-        async with open_store(config, worker, layout) as record:
-            fields = {"role": "store", "worker_id": record.worker_id}  # known now, given or made of the port
-            configure_logging(config.log_level, config.log_format, fields=fields)
-            log.info(
-                "%s serves blocks on %s, debug http://%s", record.worker_id, record.kv_address, record.http_address
-            )
-            report_ready(worker_id=record.worker_id, kv=record.kv_address, http=record.http_address)
-            await stop.wait()
-            log.info("%s stops", record.worker_id)
+        await http.start(config.host, config.http_port)
+        try:
+            await _serve_blocks(config, metrics, http, stop)
+        finally:
+            await http.close()
     except Stopped:
         return 0
     except (KVStoreError, OSError, ValueError) as error:
@@ -73,13 +70,32 @@ async def _serve(config: StoreConfig) -> int:
     return 0
 
 
-async def wait_for_layout(config: StoreConfig, stop: asyncio.Event) -> tuple[WorkerRecord, BlockLayout]:
+async def _serve_blocks(config: StoreConfig, metrics: StoreMetrics, http: StoreHttp, stop: asyncio.Event) -> None:
+    http.not_ready = f"waiting for a worker of {', '.join(config.served_model_name) or 'any model'}"
+    log.info("%s; debug http://%s", http.not_ready, http.address)
+    worker, layout = await wait_for_layout(config, metrics, stop)
+    http.not_ready = "opening memory and disk"
+    async with open_store(config, worker, layout, metrics, http) as record:
+        fields = {"role": "store", "worker_id": record.worker_id}  # known now, given or made of the port
+        configure_logging(config.log_level, config.log_format, fields=fields)
+        log.info("%s serves blocks on %s, debug http://%s", record.worker_id, record.kv_address, record.http_address)
+        report_ready(worker_id=record.worker_id, kv=record.kv_address, http=record.http_address)
+        http.not_ready = ""
+        await stop.wait()
+        http.not_ready = "stopping"
+        log.info("%s stops", record.worker_id)
+
+
+async def wait_for_layout(
+    config: StoreConfig, metrics: StoreMetrics, stop: asyncio.Event
+) -> tuple[WorkerRecord, BlockLayout]:
     """Wait for a worker that serves our model, and take over its layout. Raises Stopped, `RegistryError`.
 
     A layout needs the model's configuration and a fingerprint of its weights: workers have both, and a store that read
     them itself could only come to another conclusion.
     """
     membership = Membership(config.redis, grace_s=config.lease_s)
+    metrics.index.watch_registry(lambda: membership.connected)
     chosen: asyncio.Future[tuple[WorkerRecord, BlockLayout]] = asyncio.get_running_loop().create_future()
 
     def look(records: tuple[WorkerRecord, ...]) -> None:
@@ -92,7 +108,6 @@ async def wait_for_layout(config: StoreConfig, stop: asyncio.Event) -> tuple[Wor
     stopped = asyncio.ensure_future(stop.wait())
     either: list[asyncio.Future[Any]] = [chosen, stopped]
     try:
-        log.info("waiting for a worker of %s", ", ".join(config.served_model_name) or "any model")
         report_progress(0.0, "waiting for a worker")
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -104,77 +119,35 @@ async def wait_for_layout(config: StoreConfig, stop: asyncio.Event) -> tuple[Wor
 
 
 @asynccontextmanager
-async def open_store(config: StoreConfig, worker: WorkerRecord, layout: BlockLayout) -> AsyncIterator[WorkerRecord]:
+async def open_store(
+    config: StoreConfig, worker: WorkerRecord, layout: BlockLayout, metrics: StoreMetrics, http: StoreHttp
+) -> AsyncIterator[WorkerRecord]:
     """The node, listening, in the index and announced; closed at the end, from the outside in.
 
     Raises `StoreTooSmall`, `DirectoryLocked`, `TransportError`, OSError, ValueError.
     """
     async with contextlib.AsyncExitStack() as cleanup:
-        incarnation, metrics = new_incarnation(), StoreMetrics()
-        num_slots = config.store_dram_bytes // layout.block_bytes
-        if num_slots < 1:
-            raise StoreTooSmall(
-                f"--store-dram-bytes {config.store_dram_bytes} holds no block of {layout.block_bytes} bytes"
-            )
-        memory = HostMemory.allocate(num_slots, layout.block_bytes)
-        disk = await asyncio.to_thread(_open_disk, config, layout) if config.store_disk_dir else None
-        feed: list[IndexWriter] = []  # there is none before the node has a name, and nothing changes before that
-
-        def changed(block_hash: BlockHash, tier: StoreTier, is_present: bool) -> None:
-            for writer in feed:
-                (writer.added if is_present else writer.removed)([block_hash], _INDEX_TIERS[tier])
-
-        store = TieredStore(memory, disk, disk_writes=DiskWrites(config.store_disk_writes), on_change=changed)
+        incarnation = new_incarnation()
+        name = config.worker_id or f"store-{_host(config)}-{config.kv_port or incarnation[-8:]}"
+        feed = StoreIndexFeed(config.redis, name, incarnation, config.lease_s, metrics.index)
+        store = await _open_tiers(config, layout, feed)
         cleanup.push_async_callback(store.close, config.drain_timeout_s)
-        host = config.advertise_host or config.host
-        name = config.worker_id or f"store-{host}-{config.kv_port or incarnation[-8:]}"
-        transports = make_transports(config.kv_transport, memory, name)
-        identity = PeerIdentity(f"{name}/{incarnation}", "store", incarnation, layout)
-        timeouts = ExchangeTimeouts(peer_timeout_s=config.peer_timeout_s, offer_s=config.peer_timeout_s)
+        transports = make_transports(config.kv_transport, store.dram.memory, name)
         node = StoreNode(
-            identity, store, transports, timeouts=timeouts, observer=metrics.exchange, request_scope=request_scope
+            PeerIdentity(f"{name}/{incarnation}", "store", incarnation, layout),
+            store,
+            transports,
+            timeouts=ExchangeTimeouts(peer_timeout_s=config.peer_timeout_s, offer_s=config.peer_timeout_s),
+            observer=metrics.exchange,
+            request_scope=request_scope,
         )
         cleanup.push_async_callback(node.close, config.drain_timeout_s)
         await node.start(config.host, config.kv_port)
         metrics.watch(node)
-
-        def contents() -> Iterator[tuple[BlockHash, Tier]]:
-            return ((block_hash, _INDEX_TIERS[tier]) for block_hash, tier in store.contents())
-
-        writer = IndexWriter(config.redis, name, incarnation, contents, lease_s=config.lease_s, observer=metrics.index)
-        metrics.index.watch_index(lambda: writer.connected, lambda: writer.num_pending)
-        feed.append(writer)
-        await writer.start()
-        cleanup.push_async_callback(writer.close)
-        debug = DebugServer(
-            metrics.registry,
-            state=lambda: node.state() | {"index": {"redis": writer.connection_state.value, "synced": writer.synced}},
-            check_integrity=lambda: _check(node),
-            is_healthy=lambda: True,
-        )
-        http_address = await debug.start(config.host, config.http_port)
-        cleanup.push_async_callback(debug.close)
-        record = WorkerRecord(
-            worker_id=name,
-            role="store",
-            incarnation=incarnation,
-            served_model_names=worker.served_model_names,
-            model_path=worker.model_path,
-            tokenizer_path=worker.tokenizer_path,
-            model_fingerprint=layout.model_fingerprint,
-            grpc_address="",
-            kv_address=f"{host}:{node.exchange.address.rsplit(':', 1)[1]}",
-            http_address=f"{host}:{http_address.rsplit(':', 1)[1]}",
-            block_size=layout.block_size,
-            num_blocks=num_slots,
-            max_model_len=0,
-            max_num_seqs=0,
-            dtype=layout.dtype,
-            transports=tuple(transport.name for transport in transports),
-            version=services.__version__,
-            started_unix_s=time.time(),
-            layout=layout.to_wire(),
-        )
+        http.watch(node, feed)
+        await feed.start(store)
+        cleanup.push_async_callback(feed.close)
+        record = _record(config, name, node, worker, http.address, tuple(transport.name for transport in transports))
         registrar = Registrar(config.redis, record, lease_s=config.lease_s)
         metrics.index.watch_registry(lambda: registrar.connected)
         await registrar.start()
@@ -183,11 +156,22 @@ async def open_store(config: StoreConfig, worker: WorkerRecord, layout: BlockLay
             "%s keeps blocks of %s: %d of %d bytes in memory, %s",
             name,
             ", ".join(worker.served_model_names),
-            num_slots,
+            store.dram.num_slots,
             layout.block_bytes,
-            "no disk" if disk is None else f"{len(disk)} found on disk",
+            "no disk" if store.disk is None else f"{len(store.disk)} found on disk",
         )
         yield record
+
+
+async def _open_tiers(config: StoreConfig, layout: BlockLayout, feed: StoreIndexFeed) -> TieredStore:
+    num_slots = config.store_dram_bytes // layout.block_bytes
+    if num_slots < 1:
+        raise StoreTooSmall(
+            f"--store-dram-bytes {config.store_dram_bytes} holds no block of {layout.block_bytes} bytes"
+        )
+    memory = HostMemory.allocate(num_slots, layout.block_bytes)
+    disk = await asyncio.to_thread(_open_disk, config, layout) if config.store_disk_dir else None
+    return TieredStore(memory, disk, disk_writes=DiskWrites(config.store_disk_writes), on_change=feed.changed)
 
 
 def _open_disk(config: StoreConfig, layout: BlockLayout) -> DiskTier:
@@ -197,5 +181,39 @@ def _open_disk(config: StoreConfig, layout: BlockLayout) -> DiskTier:
     return disk
 
 
-async def _check(node: StoreNode) -> None:
-    node.check_integrity()
+def _record(
+    config: StoreConfig,
+    name: str,
+    node: StoreNode,
+    worker: WorkerRecord,
+    http_address: str,
+    transports: tuple[str, ...],
+) -> WorkerRecord:
+    """What the node says of itself in the registry; of the model, what the worker says."""
+    layout, host = node.identity.layout, _host(config)
+    return WorkerRecord(
+        worker_id=name,
+        role="store",
+        incarnation=node.identity.incarnation,
+        served_model_names=worker.served_model_names,
+        model_path=worker.model_path,
+        tokenizer_path=worker.tokenizer_path,
+        model_fingerprint=layout.model_fingerprint,
+        grpc_address="",
+        kv_address=f"{host}:{node.exchange.address.rsplit(':', 1)[1]}",
+        http_address=f"{host}:{http_address.rsplit(':', 1)[1]}",
+        block_size=layout.block_size,
+        num_blocks=node.store.dram.num_slots,
+        max_model_len=0,
+        max_num_seqs=0,
+        dtype=layout.dtype,
+        transports=transports,
+        version=services.__version__,
+        started_unix_s=time.time(),
+        layout=layout.to_wire(),
+    )
+
+
+def _host(config: StoreConfig) -> str:
+    """Under which workers reach us."""
+    return config.advertise_host or config.host

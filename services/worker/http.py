@@ -1,4 +1,4 @@
-"""The worker's small HTTP server: `/metrics` and `/health`, and `/debug/*` for whoever looks for a leak."""
+"""The HTTP server of workers and store nodes: `/metrics` and `/health`, and `/debug/*` for whoever looks for a leak."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class DebugServer:
         state: Callable[[], Mapping[str, object]],
         check_integrity: Callable[[], Awaitable[None]],
         is_healthy: Callable[[], bool],
+        not_ready: Callable[[], str] | None = None,
     ) -> None:
+        """`not_ready` says why the process does not serve, empty when it does; without it there is no `/ready`."""
         app = FastAPI(openapi_url=None)
 
         @app.get("/metrics")
@@ -32,6 +34,14 @@ class DebugServer:
         @app.get("/health")
         async def health() -> Response:
             return Response(status_code=200 if is_healthy() else 503)
+
+        if not_ready is not None:
+
+            @app.get("/ready")
+            async def ready() -> JSONResponse:
+                if why := not_ready():
+                    return JSONResponse({"status": "not ready", "reason": why}, status_code=503)
+                return JSONResponse({"status": "ready"})
 
         @app.get("/debug/state")
         async def debug_state() -> JSONResponse:

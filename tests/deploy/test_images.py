@@ -108,6 +108,8 @@ def test_every_service_starts_by_its_dockerfile_serves_and_stops(
     before = {role: files(images[role].root) for role in ROLES}
     url = f"http://127.0.0.1:{variables['router']['TANDEM_PORT']}"
     wait_for(lambda: httpx.get(f"{url}/ready").status_code == 200, "router", services["router"], tmp_path)
+    store_url = f"http://127.0.0.1:{variables['store']['TANDEM_HTTP_PORT']}"
+    wait_for(lambda: httpx.get(f"{store_url}/ready").status_code == 200, "store", services["store"], tmp_path)
     request = {"model": "tandem-demo", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
     answer = httpx.post(f"{url}/v1/completions", json=request, timeout=120)
     assert answer.status_code == 200, answer.text

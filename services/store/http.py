@@ -1,0 +1,52 @@
+"""A store node's HTTP port: open from the process's start to its end, however long the first worker takes to come.
+
+`/health` says that the process lives, `/ready` whether it lends blocks: what Kubernetes' liveness and readiness ask.
+"""
+
+from __future__ import annotations
+
+from kvstore.store_node import StoreNode
+from services.store.index_feed import StoreIndexFeed
+from services.store.metrics import StoreMetrics
+from services.worker.http import DebugServer
+
+
+class StoreHttp:
+    """Serves metrics, health and state of a node that may not be there yet."""
+
+    def __init__(self, worker_id: str, metrics: StoreMetrics) -> None:
+        self.address = ""
+        """`host:port` that we listen on."""
+        self.not_ready = "starting"
+        """Why the node does not lend blocks; empty when it does."""
+        self._worker_id = worker_id
+        self._node: StoreNode | None = None
+        self._feed: StoreIndexFeed | None = None
+        self._server = DebugServer(
+            metrics.registry,
+            state=self._state,
+            check_integrity=self._check_integrity,
+            is_healthy=lambda: True,
+            not_ready=lambda: self.not_ready,
+        )
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen; port 0 takes a free one. Raises OSError."""
+        self.address = await self._server.start(host, port)
+
+    async def close(self) -> None:
+        await self._server.close()
+
+    def watch(self, node: StoreNode, feed: StoreIndexFeed) -> None:
+        """Tell of this node from now on, after its end, too."""
+        self._node, self._feed = node, feed
+
+    def _state(self) -> dict[str, object]:
+        why = {"not_ready": self.not_ready}
+        if self._node is None or self._feed is None:
+            return {"worker_id": self._worker_id, "role": "store", **why}
+        return self._node.state() | {"index": self._feed.state(), **why}
+
+    async def _check_integrity(self) -> None:
+        if self._node is not None:
+            self._node.check_integrity()

@@ -1,0 +1,128 @@
+"""A store node's process before, during and after its time as a node, as whoever probes it over HTTP sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from kvstore.embedded_redis import EmbeddedRedis
+from kvstore.registry import Registrar
+from kvstore.worker_record import WorkerRecord
+from tests.store_node.store_world import LAYOUT
+
+WORKER = WorkerRecord(
+    worker_id="decode-0",
+    role="decode",
+    incarnation="7",
+    served_model_names=("m",),
+    model_path="/m",
+    tokenizer_path="/m",
+    model_fingerprint=LAYOUT.model_fingerprint,
+    grpc_address="127.0.0.1:1",
+    kv_address="127.0.0.1:2",
+    http_address="127.0.0.1:3",
+    block_size=LAYOUT.block_size,
+    num_blocks=4,
+    max_model_len=64,
+    max_num_seqs=1,
+    dtype=LAYOUT.dtype,
+    transports=("ucxx",),
+    layout=LAYOUT.to_wire(),
+)
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    redis = EmbeddedRedis.start()
+    yield redis.url
+    redis.close()
+
+
+class StoreProcess:
+    """A store node that was started; its log is `log_path`."""
+
+    def __init__(self, redis_url: str, log_path: Path, *flags: str) -> None:
+        self._log_path = log_path
+        command = [sys.executable, "-m", "services.store", "--redis", redis_url, "--worker-id", "store-0", *flags]
+        with log_path.open("w") as log:
+            self.process = subprocess.Popen(command, stderr=log)
+        self.wait_for(lambda: "debug http://" in self.log, "it to listen")
+        (self.url, *_) = re.findall(r"debug (http://[\w.:]+)", self.log)
+
+    @property
+    def log(self) -> str:
+        return self._log_path.read_text()
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=20)
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert self.process.poll() is None, self.log
+            assert time.monotonic() < deadline, f"waited for {what}:\n{self.log}"
+            time.sleep(0.02)
+
+
+@contextmanager
+def store_process(redis_url: str, log_path: Path, *flags: str) -> Iterator[StoreProcess]:
+    store = StoreProcess(redis_url, log_path, *flags)
+    try:
+        yield store
+    finally:
+        store.process.kill()
+        store.process.wait()
+
+
+async def test_a_node_lives_from_its_start_and_is_ready_when_a_worker_has_come(redis_url: str, tmp_path: Path) -> None:
+    with store_process(redis_url, tmp_path / "log", "--served-model-name", "m") as store:
+        assert store.get("/health").status_code == 200
+        early = store.get("/ready")
+        assert (early.status_code, early.json()["reason"]) == (503, "waiting for a worker of m")
+        metrics = store.get("/metrics").text
+        assert "tandem:store_blocks" not in metrics
+        store.wait_for(lambda: 'tandem:registry_up{role="store"} 1.0' in store.get("/metrics").text, "the registry")
+        assert store.get("/debug/integrity").json() == {"ok": True}
+        state = {"worker_id": "store-0", "role": "store", "not_ready": "waiting for a worker of m"}
+        assert store.get("/debug/state").json() == state
+
+        registrar = Registrar(redis_url, WORKER)
+        await registrar.start()
+        await asyncio.to_thread(store.wait_for, lambda: store.get("/ready").status_code == 200, "it to be ready")
+        await registrar.close()
+        assert store.get("/ready").json() == {"status": "ready"}
+        assert store.get("/health").status_code == 200
+        assert 'tandem:store_blocks{role="store",tier="dram"} 0.0' in store.get("/metrics").text
+        assert (store.get("/debug/state").json()["not_ready"], store.get("/debug/integrity").json()) == (
+            "",
+            {"ok": True},
+        )
+
+        store.process.send_signal(signal.SIGTERM)
+        assert store.process.wait(30) == 0
+
+
+def test_a_node_that_is_told_to_stop_before_any_worker_came_ends_well(redis_url: str, tmp_path: Path) -> None:
+    with store_process(redis_url, tmp_path / "log", "--served-model-name", "other") as store:
+        store.process.send_signal(signal.SIGTERM)
+        assert store.process.wait(30) == 0
+
+
+def test_a_port_that_is_taken_ends_the_process_with_a_line_that_names_it(redis_url: str, tmp_path: Path) -> None:
+    with store_process(redis_url, tmp_path / "log", "--served-model-name", "other") as first:
+        port = first.url.rsplit(":", 1)[1]
+        command = [sys.executable, "-m", "services.store", "--redis", redis_url, "--http-port", port]
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert second.returncode == 1
+        assert "store node cannot start" in second.stderr
+        assert port in second.stderr
