@@ -25,6 +25,7 @@ class Script:
     error: pb.Error | None = None
     stop_token_id: int | None = None
     pause_s: float = 0.0  # before each frame
+    permits: asyncio.Semaphore | None = None  # each frame takes one, and waits for it
     num_cached_tokens: int = 0
     usage: pb.Usage | None = None  # with the first frame and, completed, with the last; None: with the last only
     stamps: Sequence[tuple[int, float]] = ()  # event, unix seconds
@@ -48,6 +49,12 @@ def endless(token_ids: Sequence[int], eos_token_id: int | None = None, tokens_pe
         return Script(frames, finish)
 
     return reply
+
+
+def permit(permits: asyncio.Semaphore, number: int) -> None:
+    """Let so many frames go."""
+    for _ in range(number):
+        permits.release()
 
 
 def failing(code: int, message: str = "as the test wants it", after: Sequence[Sequence[int]] = ()) -> Reply:
@@ -165,6 +172,8 @@ class FakeWorker(DecodeServiceServicer):
         num_frames = len(script.frames)
         for index, token_ids in enumerate(script.frames):
             await asyncio.sleep(script.pause_s)
+            if script.permits is not None:
+                await script.permits.acquire()
             num_generated += len(token_ids)
             output = pb.Output(handle=request.handle, token_ids=token_ids)
             if request.sampling.HasField("logprobs"):

@@ -12,7 +12,7 @@ from tandem.v1 import worker_pb2 as pb
 from services.router.access import AccessRecord
 from services.router.config import RouterConfig
 from services.router.serving import GenerateEndpoint, plan_completion_request
-from tests.router.fake_worker import FakeWorker, Script, endless, failing
+from tests.router.fake_worker import FakeWorker, Script, endless, failing, permit
 from tests.router.harness import running_router, until
 
 CONFIG = RouterConfig(reconnect_max_s=0.2)
@@ -181,20 +181,28 @@ async def test_a_worker_that_gives_a_request_up_by_itself_loses_it(make_worker):
 
 
 async def test_concurrent_requests_spread_over_equal_workers(make_worker, sentence):
-    workers = [make_worker(lambda request: Script([sentence[:4]], pause_s=0.2)) for _ in range(2)]
+    permits = asyncio.Semaphore(0)
+    workers = [make_worker(lambda request: Script([sentence[:4]], permits=permits)) for _ in range(2)]
     async with running_router(CONFIG, *workers) as running, client(running) as http:
-        answers = await asyncio.gather(*(http.post("/v1/completions", json=BODY) for _ in range(8)))
+        asking = [asyncio.create_task(http.post("/v1/completions", json=BODY)) for _ in range(8)]
+        await until(lambda: sum(len(worker.requests) for worker in workers) == 8)
+        permit(permits, 8)
+        answers = await asyncio.gather(*asking)
     assert {answer.status_code for answer in answers} == {200}
     assert [len(worker.requests) for worker in workers] == [4, 4]
 
 
 async def test_orders_name_the_prefill_workers_with_least_work_first(make_worker, sentence):
-    decode = make_worker(lambda request: Script([sentence[:4]], pause_s=0.2))
+    permits = asyncio.Semaphore(0)
+    decode = make_worker(lambda request: Script([sentence[:4]], permits=permits))
     prefills = [FakeWorker(endless(sentence), worker_id=f"prefill-{name}") for name in "ab"]
     records = tuple(worker.record("prefill") for worker in prefills)
     async with running_router(CONFIG, decode, extra_records=records) as running, client(running) as http:
         body = {**BODY, "prompt": list(range(30))}  # too long for the decode worker to prefill it by itself
-        await asyncio.gather(*(http.post("/v1/completions", json=body) for _ in range(2)))
+        asking = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(2)]
+        await until(lambda: len(decode.requests) == 2)
+        permit(permits, 2)
+        await asyncio.gather(*asking)
         first = [request.prefill_targets[0].worker_id for request in decode.requests]
         assert sorted(first) == ["prefill-a", "prefill-b"]
         target = decode.requests[0].prefill_targets[0]
@@ -205,18 +213,21 @@ async def test_orders_name_the_prefill_workers_with_least_work_first(make_worker
 
 async def test_the_waiting_room_is_bounded(make_worker):
     config = RouterConfig(max_concurrent_requests=1, max_queue=1)
-    worker = make_worker(first_then(Script([[300]], pause_s=0.3), endless([300])))
+    permits = asyncio.Semaphore(0)
+    worker = make_worker(first_then(Script([[300]], permits=permits), endless([300])))
     async with running_router(config, worker) as running, client(running) as http:
         asking = [asyncio.create_task(http.post("/v1/completions", json=BODY)) for _ in range(3)]
-        answers = await asyncio.gather(*asking)
-        assert sorted(answer.status_code for answer in answers) == [200, 200, 429]
-        refused = next(answer for answer in answers if answer.status_code == 429)
+        (done,), waiting = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+        refused = done.result()
+        assert (refused.status_code, len(worker.requests)) == (429, 1)
+        permit(permits, 1)
+        assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200, 200]
         assert int(refused.headers["retry-after"]) >= 1
         assert (await http.get("/load")).json()["server_load"] == 0
 
 
 async def test_cut_streams_leave_nothing_behind(make_worker, sentence):
-    worker = make_worker(lambda request: Script([[token] for token in sentence] * 3, pause_s=0.005))
+    worker = make_worker(lambda request: Script([[token] for token in sentence] * 8, pause_s=0.005))
     async with running_router(CONFIG, worker) as running:
 
         async def ask(number: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import openai
 import pytest
 from tandem.v1 import worker_pb2 as pb
@@ -22,7 +24,8 @@ def test_the_suite(behaviour, client, worker):
 
 
 def test_a_cut_stream_aborts_at_the_worker(client, router, worker):
-    worker.reply = lambda request: Script([[300]] * 200, pause_s=0.01)
+    permits = asyncio.Semaphore(2)
+    worker.reply = lambda request: Script([[300]] * 200, permits=permits)
     stream = client.completions.create(model="tiny", prompt="x", max_tokens=200, n=2, stream=True)
     next(iter(stream))
     stream.close()

@@ -11,7 +11,7 @@ from tandem.v1 import worker_pb2 as pb
 from kvstore.block_hash import hash_blocks, namespace
 from kvstore.prefix_index import Holding, IndexReader, IndexWriter, Tier
 from services.router.config import RouterConfig
-from tests.router.fake_worker import FakeWorker, Script, endless, failing
+from tests.router.fake_worker import FakeWorker, Script, endless, failing, permit
 from tests.router.harness import FakeIndex, running_router, until
 
 FINGERPRINT = "f" * 32
@@ -36,12 +36,15 @@ def sample(text: str, name: str) -> float:
 
 
 async def test_identical_cold_prompts_at_once_all_name_one_prefill_worker(make_worker, sentence):
-    decodes = [make_worker(lambda request: Script([sentence[:2]], pause_s=0.3)) for _ in range(2)]
+    permits = asyncio.Semaphore(0)
+    decodes = [make_worker(lambda request: Script([sentence[:2]], permits=permits)) for _ in range(2)]
     records = prefill_records(sentence)
     async with running_router(RouterConfig(), *decodes, extra_records=records) as running, client(running) as http:
-        await asyncio.gather(*(http.post("/v1/completions", json=BODY) for _ in range(32)))
+        asking = [asyncio.create_task(http.post("/v1/completions", json=BODY)) for _ in range(32)]
+        await until(lambda: sum(len(worker.requests) for worker in decodes) == 32)
+        permit(permits, 32)
+        await asyncio.gather(*asking)
         orders = [order for worker in decodes for order in worker.requests]
-        assert len(orders) == 32
         assert len({order.prefill_targets[0].worker_id for order in orders}) == 1
         assert all(worker.num_outstanding_tokens == 0 for worker in running.parts.workers.prefill_candidates())
         assert [len(worker.requests) for worker in decodes] == [16, 16]
@@ -179,13 +182,14 @@ async def test_with_the_real_index(make_worker, sentence, redis_url):
     blocks = [*((block_hash, Tier.DEVICE) for block_hash in hashes[:3]), (hashes[3], Tier.HOST)]
     writer = IndexWriter(redis_url, holder.worker_id, holder.incarnation, lambda: blocks)
     index = IndexReader(redis_url)
+    config = RouterConfig(index_timeout_s=5.0)
     await writer.start()
     await index.start()
     try:
         await writer.wait_until(lambda: writer.synced, 10)
         await index.wait_until(lambda: index.available, 10)
         async with (
-            running_router(RouterConfig(), decode, extra_records=(other, holder), index=index) as running,
+            running_router(config, decode, extra_records=(other, holder), index=index) as running,
             client(running) as http,
         ):
             await http.post("/v1/completions", json={**BODY, "request_id": "r"})
