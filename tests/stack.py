@@ -26,6 +26,7 @@ from kvstore.worker_record import WorkerRecord, decode_record
 
 _READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 20.0
+_HTTP_TIMEOUT_S = 30.0
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
 # Nothing that starts threads or opens UCX or gRPC when imported.
@@ -64,6 +65,9 @@ class Stack:
     def __enter__(self) -> Stack:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.redis = EmbeddedRedis.start()
+        # One for all questions: making a client takes 20 times the CPU time of a question, which the workers lack.
+        # Each has a connection of its own, which nobody but us ends.
+        self._http = httpx.Client(timeout=_HTTP_TIMEOUT_S, limits=httpx.Limits(max_keepalive_connections=0))
         try:
             common = self.common
             for role, workers in (("prefill", self.prefill), ("decode", self.decode)):
@@ -89,6 +93,7 @@ class Stack:
             if service.process.is_alive():
                 service.process.kill()
                 service.process.join()
+        self._http.close()
         self.redis.close()
 
     @property
@@ -147,14 +152,11 @@ class Stack:
         router = self.services["router"]
         self.wait_for(lambda: re.search(r'listening on ([^\s"]+)', router.log) is not None, "the router to listen")
         self.url = re.findall(r'listening on ([^\s"]+)', router.log)[-1]
-        with httpx.Client() as client:
-            self.wait_for(lambda: client.get(f"{self.url}/ready").status_code == 200, "the router to be ready")
-            num_known = sum(service.role != "store" for service in workers.values())
-            self.wait_for(lambda: self._num_workers_known(client) == num_known, "the router to know every worker")
-
-    def _num_workers_known(self, client: httpx.Client) -> int:
-        lines = client.get(f"{self.url}/metrics").text.splitlines()
-        return sum(int(float(line.split()[-1])) for line in lines if line.startswith("tandem:router_workers_known{"))
+        self.wait_for(lambda: self._http.get(f"{self.url}/ready").status_code == 200, "the router to be ready")
+        num_known = sum(service.role != "store" for service in workers.values())
+        self.wait_for(
+            lambda: self.metric("router", "tandem:router_workers_known") == num_known, "the router to know every worker"
+        )
 
     def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = _READY_TIMEOUT_S) -> None:
         deadline = time.monotonic() + timeout_s
@@ -178,14 +180,20 @@ class Stack:
             return [decode_record(data) for data in client.hgetall("{tandem}:workers").values()]
 
     def debug_state(self, name: str) -> dict[str, object]:
-        response = httpx.get(f"{self.services[name].debug_url}/debug/state")
+        response = self._http.get(f"{self.services[name].debug_url}/debug/state")
         response.raise_for_status()
         return dict(response.json())
 
+    def metrics(self, name: str) -> str:
+        """A process's page of metrics."""
+        service = self.services[name]
+        response = self._http.get(f"{self.url if service.role == 'router' else service.debug_url}/metrics")
+        response.raise_for_status()
+        return response.text
+
     def metric(self, name: str, series: str, **labels: str) -> float:
         """The sum of a process's samples of one series; 0 if there is none. `labels`: only samples that have these."""
-        service = self.services[name]
-        text = httpx.get(f"{self.url if service.role == 'router' else service.debug_url}/metrics").text
+        text = self.metrics(name)
         wanted = {f'{label}="{value}"' for label, value in labels.items()}
         samples = re.findall(rf"^{re.escape(series)}(?:{{(.*)}})? (\S+)$", text, re.MULTILINE)
         return sum(float(value) for found, value in samples if wanted <= set(found.split(",")))
@@ -206,10 +214,9 @@ class Stack:
         for service in self.services.values():
             if service.role in ("prefill", "decode") and service.process.is_alive():
                 self.wait_for(lambda name=service.name: self._is_at_rest(name), f"{service.name} to rest", timeout_s)
-                response = httpx.get(f"{service.debug_url}/debug/integrity")
+                response = self._http.get(f"{service.debug_url}/debug/integrity")
                 assert response.status_code == 200, f"{service.name}: {response.text}"
-                metrics = httpx.get(f"{service.debug_url}/metrics").text
-                blocks = re.findall(r"^tandem:kv_blocks(?:_free)?{.*} (.*)$", metrics, re.MULTILINE)
+                blocks = re.findall(r"^tandem:kv_blocks(?:_free)?{.*} (.*)$", self.metrics(service.name), re.MULTILINE)
                 assert len(blocks) == 2, f"{service.name}: {blocks}"
                 assert blocks[0] == blocks[1], f"{service.name}: {blocks} blocks free and in all"
 

@@ -74,8 +74,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
             assert answer.status_code == 200, answer.text
         found = Exported()
         for service in stack.services.values():
-            text = httpx.get(f"{service.debug_url or stack.url}/metrics").text
-            found.add(f"tandem-{service.role}", text)
+            found.add(f"tandem-{service.role}", stack.metrics(service.name))
             found.add_series("up", {"job": f"tandem-{service.role}", "instance": "localhost:1"})
         yield found
 

@@ -33,7 +33,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model = write_model(directory / "model", "qwen2")
     worker = ["--model", str(model), "--served-model-name", "m", "--kv-transport", request.param]
     worker += ["--num-gpu-blocks-override", str(NUM_BLOCKS), "--max-model-len", "1200", "--prefix-fetch", "always"]
-    worker += ["--kv-offloading-size", "0.05"]
+    worker += ["--prefix-fetch-timeout-s", "30", "--kv-offloading-size", "0.05"]
     decode = ["--local-prefill-max-tokens", "0"]
     # Every request goes to the next worker: what one needs, the other has.
     router = ["--routing-policy", "round-robin", "--index-timeout", "5"]
@@ -42,8 +42,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def series(stack: Stack, name: str, metric: str) -> float:
-    text = httpx.get(f"{stack.services[name].debug_url}/metrics").text
-    found = re.findall(rf"^{re.escape(metric)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+    found = re.findall(rf"^{re.escape(metric)}(?:{{.*}})? (\S+)$", stack.metrics(name), re.MULTILINE)
     assert found, f"{name} has no {metric}"
     return float(found[0])
 

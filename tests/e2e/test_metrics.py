@@ -63,12 +63,11 @@ def receipts(stack: Stack) -> list[dict]:
 @pytest.fixture(scope="module")
 def scrapes(stack: Stack, receipts: list[dict]) -> dict[str, Scrape]:
     """By process."""
-    urls = {service.name: service.debug_url or stack.url for service in stack.services.values()}
-    return {name: families_of(f"{url}/metrics") for name, url in urls.items()}
+    return {name: families_of(stack.metrics(name)) for name in stack.services}
 
 
-def families_of(url: str) -> Scrape:
-    families = list(text_string_to_metric_families(httpx.get(url).text))
+def families_of(page: str) -> Scrape:
+    families = list(text_string_to_metric_families(page))
     return {family.name: family for family in families if not family.name.startswith("process_")}
 
 

@@ -73,7 +73,7 @@ def num_computed_tokens(stack: Stack) -> int:
     total = 0
     for service in stack.services.values():
         if service.role != "router":
-            for line in httpx.get(f"{service.debug_url}/metrics").text.splitlines():
+            for line in stack.metrics(service.name).splitlines():
                 if line.startswith("vllm:prompt_tokens_total{"):
                     total += int(float(line.split()[-1]))
     return total

@@ -55,7 +55,7 @@ def worker_counters(stack: Stack) -> Counter[str]:
     counters: Counter[str] = Counter()
     for service in stack.services.values():
         if service.role != "router":
-            for line in httpx.get(f"{service.debug_url}/metrics").text.splitlines():
+            for line in stack.metrics(service.name).splitlines():
                 name = line.split("{")[0]
                 if name in SERIES:
                     counters[name] += int(float(line.split()[-1]))

@@ -95,8 +95,7 @@ def handed_off(stack: Stack) -> dict[str, int]:
     counts = {}
     for name, service in stack.services.items():
         if service.role == "decode":
-            metrics = httpx.get(f"{service.debug_url}/metrics").text
-            for line in metrics.splitlines():
+            for line in stack.metrics(name).splitlines():
                 if re.match(r'tandem:prefills_total\{.*way="handoff"', line):
                     counts[name] = int(float(line.split()[-1]))
     return {name: count for name, count in counts.items() if count}

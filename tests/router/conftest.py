@@ -53,7 +53,9 @@ def make_worker(model_directory, sentence):
 @pytest.fixture(scope="module")
 def router(model_directory, sentence):
     """A router in a thread, for the whole module. Tests that change its worker's reply put it back."""
-    with ThreadedRouter(RouterConfig(), lambda: [FakeWorker(endless(sentence), model_path=str(model_directory))]) as threaded:
+    with ThreadedRouter(
+        RouterConfig(), lambda: [FakeWorker(endless(sentence), model_path=str(model_directory))]
+    ) as threaded:
         yield threaded
 
 
