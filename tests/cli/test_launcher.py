@@ -21,7 +21,7 @@ from services.cli.private_redis import keep_redis
 from services.cli.spec import ChildSpec, Stack
 from services.cli.stack import run_stack
 from services.cli.supervise import Child, ChildFailed, describe_exit, restart_delay_s
-from services.cli.up import claim_port
+from tests.ports import free_port
 
 TIMEOUT_S = 30.0
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
@@ -55,6 +55,12 @@ from services.logs import report_ready
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 report_ready()
 while True: signal.pause()
+"""
+
+LEAVING = """
+import pathlib, subprocess, sys, time
+print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
+while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)
 """
 
 ROUTER = """
@@ -96,7 +102,7 @@ def spec(name: str, code: str, *arguments: str, cores: tuple[int, ...] = (), gra
 
 
 def stack(*workers: ChildSpec) -> Stack:
-    port = claim_port("127.0.0.1", 0)
+    port = free_port()
     return Stack(spec("router", ROUTER, str(port)), workers, "127.0.0.1", port, False, False, "m")
 
 
@@ -205,11 +211,15 @@ async def test_a_stop_before_the_process_is_there_stops_it_too() -> None:
 
 
 @needs_linux
-async def test_what_a_child_leaves_running_goes_with_it() -> None:
-    code = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(0.1)"
+async def test_what_a_child_leaves_running_goes_with_it(tmp_path: Path) -> None:
     descriptors: list[int] = []
-    shown = Recorder(on_line=lambda name, text: descriptors.append(os.pidfd_open(int(text))))
-    child = Child(spec("decode-0", code), shown)
+    is_known = tmp_path / "known"
+
+    def note(name: str, text: str) -> None:
+        descriptors.append(os.pidfd_open(int(text)))
+        is_known.touch()
+
+    child = Child(spec("decode-0", LEAVING, str(is_known)), Recorder(on_line=note))
     with pytest.raises(ChildFailed):  # it would wait for the end of the output for ever, did `sleep` hold the pipe
         await asyncio.wait_for(child.run(), TIMEOUT_S)
     await wait_until_gone(descriptors[0])

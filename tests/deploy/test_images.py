@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import httpx
 import pytest
 
 from tests.deploy.image import ROOT, Image, build, install_lines
+from tests.ports import free_port
 
 DOCKERFILES = ROOT / "deploy/docker"
 # What a user says who has no access to torch's own index; and the demo model, in the image.
@@ -38,12 +38,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Image]:
             roots[lines] = tmp_path_factory.mktemp(role)
         found[role] = build(dockerfile, roots[lines], ARGUMENTS, install=is_new)
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def files(root: Path) -> dict[str, int]:

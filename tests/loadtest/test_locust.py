@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import time
 import urllib.parse
@@ -13,18 +12,11 @@ from pathlib import Path
 
 from loadtest.result import read_result
 from tests.loadtest.stubs import TIMEOUT_S, read_json, start, stub_server
+from tests.ports import free_port
 
 _FILE = ("locust", "-f", "loadtest/locustfile.py")
 _LOAD = ("--rate", "30", "--num-requests", "90", "--warmup-requests", "3")
 _LOAD += ("--prompt-tokens", "20", "--output-tokens", "4", "--target-name", "stub")
-
-
-def free_ports(number: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def end(process: subprocess.Popen[str]) -> None:
@@ -33,7 +25,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def test_one_master_and_two_workers_send_one_plan_and_give_one_result(tmp_path: Path) -> None:
-    (port,) = free_ports(1)
+    port = free_port()
     at_master = ("--master-port", str(port))
     with stub_server() as url, ExitStack() as processes:
         master = start(
@@ -55,7 +47,7 @@ def test_one_master_and_two_workers_send_one_plan_and_give_one_result(tmp_path: 
 
 
 def test_a_worker_that_dies_is_missed_and_the_rest_is_kept(tmp_path: Path) -> None:
-    (port,) = free_ports(1)
+    port = free_port()
     with stub_server() as url, ExitStack() as processes:
         master = start(
             *_FILE, "--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", str(port), "--headless",
@@ -78,7 +70,7 @@ def test_a_worker_that_dies_is_missed_and_the_rest_is_kept(tmp_path: Path) -> No
 
 
 def test_the_web_ui_shows_our_settings_and_runs_again_and_again(tmp_path: Path) -> None:
-    (port,) = free_ports(1)
+    port = free_port()
     page = f"http://127.0.0.1:{port}"
     with stub_server() as url, ExitStack() as processes:
         locust = start(

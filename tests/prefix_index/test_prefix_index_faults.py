@@ -6,10 +6,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import random
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -21,6 +19,7 @@ import redis
 from kvstore.embedded_redis import EmbeddedRedis, find_redis_server
 from kvstore.prefix_index import IndexReader, LookupOutcome, ResyncReason, Tier
 from kvstore.redis_session import ConnectionState
+from tests.ports import free_port
 from tests.prefix_index.index_world import (
     BASE,
     INDEX,
@@ -276,17 +275,6 @@ async def test_tls_is_spoken_where_the_url_says_so(tls_port, certificate):
     await world.close()
 
 
-def cluster_port() -> int:
-    """A free port whose cluster bus port, 10,000 higher, exists and is free as well."""
-    for _ in range(100):
-        port = random.randrange(15_000, 55_000)
-        with socket.socket() as listener, socket.socket() as bus, contextlib.suppress(OSError):
-            listener.bind(("127.0.0.1", port))
-            bus.bind(("127.0.0.1", port + 10_000))
-            return port
-    raise AssertionError("no port for a cluster node")
-
-
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[list[str]]:
     """URLs of a cluster's two nodes; the first has no slot of ours."""
@@ -295,7 +283,7 @@ def cluster(tmp_path: Path) -> Iterator[list[str]]:
         for number in range(2):
             directory = tmp_path / str(number)
             directory.mkdir()
-            port = cluster_port()
+            port = free_port(also_above=10_000)  # where the cluster's bus is
             command = [find_redis_server(), "--port", str(port), "--bind", "127.0.0.1", "--cluster-enabled", "yes"]
             command += ["--save", "", "--dir", str(directory), "--logfile", str(directory / "log")]
             processes.append(subprocess.Popen(command))
