@@ -131,7 +131,7 @@ async def world() -> AsyncIterator[World]:
         await made.close()
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     """Wait for something that other tasks of this loop bring about."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 -- what is waited for sets no event
