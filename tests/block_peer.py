@@ -116,8 +116,17 @@ async def _serve(connection: Connection, layout: BlockLayout) -> None:
     await peer.exchange.start("127.0.0.1", 0)
     connection.send((peer.exchange.address, peer.incarnation))
     try:
-        while True:
-            name, arguments = await asyncio.to_thread(connection.recv)
+        while (order := await asyncio.to_thread(_next_order, connection)) is not None:
+            name, arguments = order
             connection.send(await getattr(peer, name)(*arguments))
+    finally:
+        await peer.exchange.close()  # else the process of a peer that failed would not end, and the test would wait
+
+
+def _next_order(connection: Connection) -> tuple[str, tuple[object, ...]] | None:
+    """None: the test needs no peer any more."""
+    try:
+        name, arguments = connection.recv()
     except EOFError:
-        await peer.exchange.close()
+        return None
+    return name, arguments

@@ -200,8 +200,7 @@ async def test_a_full_disk_stops_writing_and_nothing_else(stack: Stack, model: P
         resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
 
     num_before = num_on_disk(stack)
-    prompts = iter(random_prompts([2 * BLOCK_TOKENS] * 200, seed=210))
-
+    prompts = iter(random_prompts([2 * BLOCK_TOKENS] * 2000, seed=210))
     while num_on_disk(stack) <= num_before:  # ended by the test's own time limit
         await kept.orders.generate(next(prompts), "decode-0", "prefill-0", [])
     assert stack.metric("store-0", "tandem:store_disk_paused") == 0

@@ -8,7 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from kvstore.prefix_index import Tier
 from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.index_view import until_held
 from tests.orders import Orders
 from tests.stack import Stack
 
@@ -90,10 +92,8 @@ async def test_the_router_finds_in_the_index_what_only_the_store_has(served: tup
     model, stack = served
     prompt = random_prompts([700], seed=52)[0]
     expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
-    before = num_kept(stack, "disk")
-    num_blocks = (len(prompt) + NUM_NEW_TOKENS - 1) // 32
     assert await ask(stack, prompt) == (expected, 0)
-    stack.wait_for(lambda: num_kept(stack, "disk") == before + num_blocks, "the store to have all blocks")
+    await until_held(stack, Orders(stack, NUM_NEW_TOKENS).hashes(prompt), "store-0", Tier.STORE)
     stack.restart(*WORKERS)
     stack.wait_ready()
     tokens, num_cached = await ask(stack, prompt)
