@@ -173,7 +173,10 @@ def names_of_all_services() -> frozenset[str]:
 
 
 def _is_setting(node: ast.expr | None) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setting"
+    """`setting(...)`, or a declaration that services share: a call of a module's function, `node_settings.host()`."""
+    if not isinstance(node, ast.Call):
+        return False
+    return isinstance(node.func, ast.Attribute) or (isinstance(node.func, ast.Name) and node.func.id == "setting")
 
 
 def closest(name: str, names: Iterable[str]) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.settings import SettingsError, setting
+from services.settings import setting
+from services.worker import node_settings
 
 
 @dataclass(frozen=True)
@@ -27,41 +28,20 @@ class StoreConfig:
         choices=("all", "reused", "evicted", "none"),
         group="store",
     )
-    host: str = setting("127.0.0.1", help="address to listen on", group="network")
-    kv_port: int = setting(0, help="block-protocol port; 0 chooses a free one", group="network")
-    http_port: int = setting(
-        0, help="port of /metrics, /health and /debug/state; 0 chooses a free one", group="network"
-    )
-    advertise_host: str = setting(
-        "", help="address under which workers reach this node; the default is --host", group="network"
-    )
-    redis: str = setting("redis://127.0.0.1:6379/0", help="URL of the registry", group="network", secret=True)
-    worker_id: str = setting(
-        "", help="name of this node, unique in the deployment; the default is store-HOST-PORT", group="network"
-    )
-    kv_transport: str = setting(
-        "auto",
-        help="how blocks travel; auto takes nixl on RDMA and shared memory, ucxx on TCP",
-        choices=("auto", "ucxx", "nixl"),
-        group="network",
-    )
-    lease_s: float = setting(5.0, help="registry lease: a node silent for so long is forgotten", group="network")
-    peer_timeout_s: float = setting(5.0, help="a block-protocol peer silent for so long is lost", group="network")
-    drain_timeout_s: float = setting(
-        30.0, help="how long SIGTERM waits for blocks to be written to disk", group="network"
-    )
-    log_level: str = setting("info", help="what to log", choices=("debug", "info", "warning", "error"), group="logs")
-    log_format: str = setting(
-        "auto", help="text, json, or auto: text on a terminal", choices=("auto", "text", "json"), group="logs"
-    )
+    host: str = node_settings.host()
+    kv_port: int = node_settings.kv_port()
+    http_port: int = node_settings.http_port()
+    advertise_host: str = node_settings.advertise_host("workers reach this node")
+    redis: str = node_settings.redis()
+    worker_id: str = node_settings.worker_id("this node", "store-HOST-PORT")
+    kv_transport: str = node_settings.kv_transport("RDMA and shared memory")
+    lease_s: float = node_settings.lease_s("a node")
+    peer_timeout_s: float = node_settings.peer_timeout_s()
+    drain_timeout_s: float = node_settings.drain_timeout_s("blocks to be written to disk")
+    log_level: str = node_settings.log_level()
+    log_format: str = node_settings.log_format()
 
     def __post_init__(self) -> None:
-        for name in ("store_dram_bytes", "store_disk_bytes"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"must be positive, got {getattr(self, name)}", name)
-        for name in ("kv_port", "http_port"):
-            if not 0 <= getattr(self, name) <= 65535:
-                raise SettingsError(f"must be a port number, got {getattr(self, name)}", name)
-        for name in ("lease_s", "peer_timeout_s", "drain_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise SettingsError(f"must be positive, got {getattr(self, name)}", name)
+        node_settings.check_positive(self, "store_dram_bytes", "store_disk_bytes")
+        node_settings.check_ports(self, "kv_port", "http_port")
+        node_settings.check_positive(self, "lease_s", "peer_timeout_s", "drain_timeout_s")

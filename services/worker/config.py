@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from services.settings import SettingsError, setting
+from services.worker import node_settings
 
 # Of the block protocol; see kvstore.timeouts.
 _HEARTBEAT_S = 1.0
@@ -77,27 +78,16 @@ class WorkerConfig:
     )
     enable_prefix_caching: bool = setting(True, help="reuse the KV blocks of equal prefixes", group="KV cache")
     num_threads: int = setting(0, help="compute threads (CPU); 0: as many as the process may use", group="model")
-    host: str = setting("127.0.0.1", help="address to listen on", group="network")
+    host: str = node_settings.host()
     port: int = setting(0, help="gRPC port; 0 chooses a free one", group="network")
-    kv_port: int = setting(0, help="block-protocol port; 0 chooses a free one", group="network")
-    http_port: int = setting(
-        0, help="port of /metrics, /health and /debug/state; 0 chooses a free one", group="network"
-    )
-    advertise_host: str = setting(
-        "", help="address under which others reach this worker; the default is --host", group="network"
-    )
-    redis: str = setting("redis://127.0.0.1:6379/0", help="URL of the registry", group="network", secret=True)
-    worker_id: str = setting(
-        "", help="name of this worker, unique in the deployment; the default is ROLE-HOST-PORT", group="network"
-    )
-    kv_transport: str = setting(
-        "auto",
-        help="how blocks travel; auto takes nixl on RDMA, CUDA IPC and shared memory, ucxx on TCP",
-        choices=("auto", "ucxx", "nixl"),
-        group="network",
-    )
-    lease_s: float = setting(5.0, help="registry lease: a worker silent for so long is forgotten", group="network")
-    peer_timeout_s: float = setting(5.0, help="a block-protocol peer silent for so long is lost", group="network")
+    kv_port: int = node_settings.kv_port()
+    http_port: int = node_settings.http_port()
+    advertise_host: str = node_settings.advertise_host("others reach this worker")
+    redis: str = node_settings.redis()
+    worker_id: str = node_settings.worker_id("this worker", "ROLE-HOST-PORT")
+    kv_transport: str = node_settings.kv_transport("RDMA, CUDA IPC and shared memory")
+    lease_s: float = node_settings.lease_s("a worker")
+    peer_timeout_s: float = node_settings.peer_timeout_s()
     prefix_fetch_timeout_s: float = setting(
         5.0, help="how long a prefix that another worker holds may take to come; then it is computed", group="network"
     )
@@ -114,11 +104,9 @@ class WorkerConfig:
         choices=("all", "reused", "none"),
         group="KV cache",
     )
-    drain_timeout_s: float = setting(30.0, help="how long SIGTERM waits for running requests", group="network")
-    log_level: str = setting("info", help="what to log", choices=("debug", "info", "warning", "error"), group="logs")
-    log_format: str = setting(
-        "auto", help="text, json, or auto: text on a terminal", choices=("auto", "text", "json"), group="logs"
-    )
+    drain_timeout_s: float = node_settings.drain_timeout_s("running requests")
+    log_level: str = node_settings.log_level()
+    log_format: str = node_settings.log_format()
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -135,12 +123,8 @@ class WorkerConfig:
             )
         if self.kv_offloading_size and not self.enable_prefix_caching:
             raise SettingsError("needs prefix caching: what it keeps is found by prefix", "kv_offloading_size")
-        for name in ("port", "kv_port", "http_port"):
-            if not 0 <= getattr(self, name) <= 65535:
-                raise SettingsError(f"must be a port number, got {getattr(self, name)}", name)
-        for name in ("lease_s", "peer_timeout_s", "prefix_fetch_timeout_s", "drain_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise SettingsError(f"must be positive, got {getattr(self, name)}", name)
+        node_settings.check_ports(self, "port", "kv_port", "http_port")
+        node_settings.check_positive(self, "lease_s", "peer_timeout_s", "prefix_fetch_timeout_s", "drain_timeout_s")
         if self.peer_timeout_s <= _HEARTBEAT_S:
             message = f"must be longer than the heartbeat of {_HEARTBEAT_S:g} s, got {self.peer_timeout_s}"
             raise SettingsError(message, "peer_timeout_s")
