@@ -42,7 +42,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow validate-deploy render-deploy test-images lint types imports format proto proto-check kernels kernels-asan bench bench-engine bench-prefix bench-index compat agreement loadtest clean
+.PHONY: help install serve doctor test test-slow validate-deploy render-deploy test-images lint types imports format proto proto-check kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index compat agreement loadtest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -120,6 +120,9 @@ loadtest: $(INSTALLED) ## rate sweep over TARGETS and URL; writes build/loadtest
 
 bench-engine: $(INSTALLED) ## decode steps and prefill of one engine, beside the machine's floors (BENCH_ARGS)
 	$(BIN)/python -m tests.bench.bench_engine $(BENCH_ARGS)
+
+bench-peer: $(INSTALLED) ## bench-engine with vLLM beside it, in an environment of its own (2 GB), and our targets (BENCH_ARGS)
+	$(BIN)/python -m tests.bench.bench_peer $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(BENCH_ARGS)
 
 bench-prefix: $(INSTALLED) ## hit rate and TTFT by routing policy: make bench-prefix TRACE=mooncake_conversation.jsonl
 	$(BIN)/python -m loadtest.bench_prefix $(if $(TRACE),--trace $(TRACE)) $(BENCH_ARGS)

@@ -105,7 +105,7 @@ def main() -> None:
     rows = Rows.select(arguments.quick, arguments.rows)
     with tempfile.TemporaryDirectory() as directory:
         model = arguments.model or str(write_bench_model(Path(directory)))
-        columns = engine_columns(model, rows, arguments.num_threads)
+        columns = engine_columns(model, rows.num_tokens, arguments.num_threads)
         floors = measure_floors(arguments.num_threads)
         print_conditions(floors, arguments.num_threads, arguments.repetitions)
         decode_table(columns, columns[0].model, floors, rows, arguments.repetitions)
@@ -122,20 +122,20 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def engine_columns(model: str, rows: Rows, num_threads: int) -> list[EngineColumn]:
-    """The first is bfloat16 and the second int8, both by the C kernels."""
+def engine_columns(model: str, num_tokens: int, num_threads: int) -> list[EngineColumn]:
+    """With room for `num_tokens` in each cache. The first is bfloat16 and the second int8, both by the C kernels."""
     return [
-        _engine_column("kernels bf16", model, rows, num_threads),
-        _engine_column("kernels int8", model, rows, num_threads, quantization="int8"),
-        _engine_column("torch bf16", model, rows, num_threads, cpu_kernels="torch"),
+        _engine_column("kernels bf16", model, num_tokens, num_threads),
+        _engine_column("kernels int8", model, num_tokens, num_threads, quantization="int8"),
+        _engine_column("torch bf16", model, num_tokens, num_threads, cpu_kernels="torch"),
     ]
 
 
-def _engine_column(name: str, model: str, rows: Rows, num_threads: int, **settings: str) -> EngineColumn:
+def _engine_column(name: str, model: str, num_tokens: int, num_threads: int, **settings: str) -> EngineColumn:
     started = time.perf_counter()
     loaded = load_model(model, num_threads=num_threads, **settings)  # type: ignore[arg-type]
     print(f"{name}: loaded in {time.perf_counter() - started:.1f} s", flush=True)
-    kv_cache = loaded.new_kv_cache(-(-rows.num_tokens // _BLOCK_SIZE), _BLOCK_SIZE)
+    kv_cache = loaded.new_kv_cache(-(-num_tokens // _BLOCK_SIZE), _BLOCK_SIZE)
     kv_cache.copy_(torch.randn(kv_cache.shape[1:]))  # the same in each block: what a context might have left
     return EngineColumn(name, loaded, kv_cache)
 
@@ -186,6 +186,7 @@ def decode_table(
         cells = " | ".join(f"{1e3 * t:,.1f}" for t in times)
         print(f"| {name} | {cells} | {floor[0]:.1f} / {floor[1]:.1f} |", flush=True)
         measured[name] = times
+    print()
     return measured
 
 
@@ -195,7 +196,7 @@ def prefill_table(
     """Print it; return each row's medians in seconds. The first two columns are the kernels in bfloat16 and int8."""
     if not rows.prefill:
         return {}
-    print("\n| prefill | " + " | ".join(f"{c.name}, tok/s" for c in columns) + " | share of peak, bf16 / int8 |")
+    print("| prefill | " + " | ".join(f"{c.name}, tok/s" for c in columns) + " | share of peak, bf16 / int8 |")
     print("|---|" + "---|" * (len(columns) + 1))
     measured = {}
     for length in rows.prefill:
@@ -205,6 +206,7 @@ def prefill_table(
         cells = " | ".join(f"{length / t:,.0f}" for t in times)
         print(f"| {prefill_name(length)} | {cells} | {shares[0]:.0%} / {shares[1]:.0%} |", flush=True)
         measured[prefill_name(length)] = times
+    print()
     return measured
 
 

@@ -69,6 +69,10 @@ class Tool:
         """Its standard output. Runs in the repository's root. Raises ToolFailed."""
         return self._execute(command, timeout_s, _OFFLINE if offline else {"DO_NOT_TRACK": "1"})
 
+    def environment(self) -> dict[str, str]:
+        """The variables of a program that this process starts by itself: offline, and with none of our packages."""
+        return self._inherited() | _OFFLINE
+
     def scratch(self, name: str) -> Path:
         """An empty place for an output file or directory."""
         path = BUILD / "output" / f"{self.name}-{name}"
@@ -78,14 +82,13 @@ class Tool:
         return path
 
     def _execute(self, command: Sequence[str], timeout_s: float, environ: dict[str, str]) -> str:
-        inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("a") as log:
             try:
                 done = subprocess.run(
                     command,
                     cwd=REPOSITORY,
-                    env=inherited | environ,
+                    env=self._inherited() | environ,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -99,6 +102,10 @@ class Tool:
             tail = self._log.read_text(errors="replace")[-_TAIL_CHARACTERS:]
             raise ToolFailed(f"{' '.join(command)} ended with {done.returncode}:\n{tail}")
         return done.stdout
+
+    @staticmethod
+    def _inherited() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
 
     @property
     def _file(self) -> Path:
