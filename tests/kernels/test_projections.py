@@ -47,7 +47,9 @@ def multiply(
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize(("num_outputs", "depth"), [(1, 1), (5, 31), (33, 32), (32, 100), (70, 129), (48, 65)])
+@pytest.mark.parametrize(
+    ("num_outputs", "depth"), [(1, 1), (5, 31), (33, 32), (32, 100), (70, 129), (48, 65), (20, 600)]
+)
 def test_products_of_whole_numbers_are_exact(library: KernelLibrary, num_outputs: int, depth: int, int8: bool) -> None:
     weight = whole_numbers(num_outputs, depth)
     weight[:, 0] = 127  # the largest of each row: the int8 scale is 1
@@ -116,8 +118,8 @@ def test_int8_takes_rows_and_weights_of_zeros(library: KernelLibrary) -> None:
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_neither_other_rows_nor_threads_show_in_any_bit(library: KernelLibrary, int8: bool) -> None:
-    projection = Projection(library, normal(170, 131, seed=1), None, int8=int8)
-    x = normal(150, 131, seed=2)
+    projection = Projection(library, normal(170, 601, seed=1), None, int8=int8)
+    x = normal(150, 601, seed=2)
     together = multiply(projection, x, Epilogue.WRITE_FLOAT)
     assert torch.equal(multiply(projection, x, Epilogue.WRITE_FLOAT, num_threads=3), together)
     for first, stop in [(0, 1), (1, 13), (13, 45), (45, 78), (78, 150)]:

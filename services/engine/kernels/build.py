@@ -21,6 +21,7 @@ FLAGS: Final = (
     "-pthread",
     "-Wall",
     "-Wextra",
+    "-Wno-psabi",
 )
 _AVX512: Final = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512")
 VARIANT_FLAGS: Final = {

@@ -52,7 +52,7 @@ def from_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 
 
 def _projection_is_exact(library: KernelLibrary, num_rows: int, int8: bool) -> bool:
-    depth, num_outputs = 83, 41  # neither is a whole block
+    depth, num_outputs = 601, 41  # neither is a whole block; weights of either type are taken in several chunks
     random = np.random.default_rng(num_rows)
     matrix = random.integers(-9, 10, (num_outputs, depth))
     x = random.integers(-9, 10, (num_rows, depth))

@@ -15,6 +15,7 @@
 #define TANDEM_ATTENTION_H
 
 #include "threads.h"
+#include "vector.h"
 
 enum {
     CHUNK = 128,                       /* tokens */
@@ -81,8 +82,14 @@ static const bf16 *token_rows(const struct attention_call *call, const int32_t *
     return call->cache + table[block] * call->block_stride + (plane * call->block_size + offset) * call->head_dim;
 }
 
-static void prefetch_rows(const bf16 *rows, int64_t head_dim) {
-    for (int64_t i = 0; i < 16 * head_dim; i += LINE / 2) __builtin_prefetch(rows + i, 0, 2);
+/* Ask memory for keys and values of 16 tokens. Inlined, or GCC drops it: it has no effect that a compiler knows of. */
+static inline __attribute__((always_inline)) void prefetch_tokens(const struct attention_call *call,
+                                                                  const int32_t *table, int64_t head, int64_t token) {
+    const bf16 *keys = token_rows(call, table, head, token, false), *values = token_rows(call, table, head, token, true);
+    for (int64_t i = 0; i < 16 * call->head_dim; i += LINE / (int64_t)sizeof *keys) {
+        __builtin_prefetch(keys + i, 0, 3);
+        __builtin_prefetch(values + i, 0, 3);
+    }
 }
 
 /* Keys of 16 tokens as a tile for each block of depth; the blocks are `stride` elements apart. */
@@ -97,40 +104,40 @@ static void pack_keys(bf16 *out, ptrdiff_t stride, const bf16 *rows, int64_t hea
     transpose16((uint32_t *)(void *)out, padded, LINE);
 }
 
+/* Two rows of 16 dimensions as a line: bfloat16 is the upper half of a float, the even token's goes into the lower. */
+static inline void pack_pair(bf16 *line, floats even, floats odd) {
+    const words pairs = (words)even >> 16 | (words)odd;
+    memcpy(line, &pairs, sizeof pairs);
+}
+
 /* Values of 16 tokens, of which `count` exist, as 8 lines in a tile for each 16 dimensions; the tiles of a pair are 512
  * elements apart, the pairs `stride`. A missing token's values are zeros, whatever stands in the cache. */
 static void pack_values(bf16 *out, ptrdiff_t stride, const bf16 *rows, int64_t head_dim, int64_t count) {
-    for (int64_t d = 0; d < round_up(head_dim, COLUMNS); d += 16) {
-        uint32_t *tile = (uint32_t *)(void *)(out + d / COLUMNS * stride + d % COLUMNS / 16 * 512);
-        const int64_t width = max64(0, min64(16, head_dim - d));
-        for (int pair = 0; pair < 8; pair++, tile += 16) {
-            bf16 even[16] = {0}, odd[16] = {0};
-            if (width == 16) {
-                if (2 * pair < count) memcpy(even, rows + 2 * pair * head_dim + d, sizeof even);
-                if (2 * pair + 1 < count) memcpy(odd, rows + (2 * pair + 1) * head_dim + d, sizeof odd);
-            } else if (width > 0) {
-                const size_t bytes = (size_t)width * sizeof *rows;
-                if (2 * pair < count) memcpy(even, rows + 2 * pair * head_dim + d, bytes);
-                if (2 * pair + 1 < count) memcpy(odd, rows + (2 * pair + 1) * head_dim + d, bytes);
-            }
-            for (int i = 0; i < 16; i++) tile[i] = even[i] | (uint32_t)odd[i] << 16;
+    for (int64_t d = 0; d < round_up(head_dim, COLUMNS); d += LANES) {
+        bf16 *tile = out + d / COLUMNS * stride + d % COLUMNS / LANES * 512;
+        const int64_t width = max64(0, head_dim - d);
+        for (int64_t token = 0; token < 16; token += 2, tile += 2 * LANES) {
+            const bf16 *even = rows + token * head_dim + d, *odd = even + head_dim;
+            if (token + 1 < count && width >= LANES)
+                pack_pair(tile, load_bf16(even, LANES), load_bf16(odd, LANES));
+            else
+                pack_pair(tile, load_bf16(even, token < count ? width : 0), load_bf16(odd, token + 1 < count ? width : 0));
         }
     }
 }
 
-/* Keys and values of tokens `start` to `stop`, of which those before `context_len` exist, padded to whole panels. */
+/* Keys and values of the chunk from `start` on, up to `end` at most, padded to whole panels; those before `context_len`
+ * exist. */
 static void pack_chunk(const struct attention_call *call, const struct attention_space *space, const int32_t *table,
-                       int64_t head, int64_t start, int64_t stop, int64_t context_len) {
+                       int64_t head, int64_t start, int64_t end, int64_t context_len) {
+    const int64_t stop = min64(end, start + CHUNK);
     const int64_t d = call->head_dim, num_depth = ceil_div(d, BF16_DEPTH);
     for (int64_t token = start; token < round_up(stop, COLUMNS); token += 16) {
         const int64_t panel = (token - start) / COLUMNS, half = (token - start) % COLUMNS / 16;
         const int64_t count = max64(0, min64(16, context_len - token));
         bf16 *keys = space->keys + panel * num_depth * (B_BLOCK / 2) + half * 512;
         bf16 *values = space->values + panel * (B_BLOCK / 2) + half * 256;
-        if (token + 16 < context_len) {
-            prefetch_rows(token_rows(call, table, head, token + 16, false), d);
-            prefetch_rows(token_rows(call, table, head, token + 16, true), d);
-        }
+        if (token + 16 < end) prefetch_tokens(call, table, head, token + 16);
         if (count == 0) {
             for (int64_t k = 0; k < num_depth; k++) memset(keys + k * (B_BLOCK / 2), 0, B_BLOCK / 2);
             pack_values(values, CHUNK_BLOCKS * (B_BLOCK / 2), space->keys, d, 0); /* reads nothing */
@@ -143,9 +150,9 @@ static void pack_chunk(const struct attention_call *call, const struct attention
 
 /* O *= factor, without what would make adding 0 to it visible: denormals, which the dot products flush, and -0. */
 static inline void rescale(float *o, float factor) {
-    for (int i = 0; i < COLUMNS; i++) {
-        float value = o[i] * factor;
-        o[i] = fabsf(value) < FLT_MIN ? 0.0f : value;
+    for (int i = 0; i < COLUMNS; i += LANES) {
+        const floats values = load_floats(o + i) * factor;
+        store_floats(o + i, (floats)((ints)values & (absolute(values) >= FLT_MIN)));
     }
 }
 
@@ -156,7 +163,7 @@ struct row_panel {
     int64_t first_position, last_position; /* of its tokens */
 };
 
-/* Let a panel take in `num_panels * 32` tokens from `start` on. Row r stands at `position_of(r)`. */
+/* Let a panel take in `num_panels * 32` tokens from `start` on. */
 static void attend_chunk(const struct attention_call *call, const struct attention_space *space,
                          const struct row_panel *panel, int64_t row_offset, int64_t first_query, int64_t start,
                          int64_t num_panels) {
@@ -165,48 +172,40 @@ static void attend_chunk(const struct attention_call *call, const struct attenti
     const float scale = call->scale * 1.44269504f;
     const bf16 *queries = space->queries + panel->row * num_depth * BF16_DEPTH;
     float *outputs = space->outputs + panel->row * num_depth * COLUMNS;
+    const ints token_of_lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int64_t i = 0; i < num_panels; i++)
         panel_bf16(space->scores + i * rows * COLUMNS, queries, space->keys + i * num_depth * (B_BLOCK / 2), num_depth,
-                   rows, false);
+                   rows, false, (struct ahead){NULL, 0});
     for (int row = 0; row < rows; row++) {
         /* Tokens of the chunk that this row sees: first to last. */
         const int64_t position = first_query + (row_offset + panel->row + row) / group;
         const int first = (int)(call->window == 0 ? 0 : max64(0, min64(CHUNK, position - call->window + 1 - start)));
         const int last = (int)min64(CHUNK - 1, position - start);
-        float lanes[COLUMNS] ALIGNED, *largest = space->largest + panel->row + row, *sum = space->sums + panel->row + row;
-        for (int i = 0; i < COLUMNS; i++) lanes[i] = NO_SCORE;
-        for (int64_t p = 0; p < num_panels; p++) {
-            float *scores = space->scores + (p * rows + row) * COLUMNS;
-            const int base = (int)p * COLUMNS;
-            if (base < first || base + COLUMNS - 1 > last)
-                for (int i = 0; i < COLUMNS; i++)
-                    scores[i] = base + i < first || base + i > last ? -INFINITY : scores[i];
-            for (int i = 0; i < COLUMNS; i++) lanes[i] = scores[i] > lanes[i] ? scores[i] : lanes[i];
-        }
-        const float before = *largest;
-        float now = before;
-        for (int i = 0; i < 16; i++) lanes[i] = lanes[i] > lanes[i + 16] ? lanes[i] : lanes[i + 16];
-        now = fmaxf(before, max16(lanes));
-        *largest = now;
-        for (int i = 0; i < COLUMNS; i++) lanes[i] = 0;
-        for (int64_t p = 0; p < num_panels; p++) {
-            const float *scores = space->scores + (p * rows + row) * COLUMNS;
-            bf16 *weights = space->weights + (p * rows + row) * COLUMNS;
-            for (int i = 0; i < COLUMNS; i++) {
-                const float weight = exp2_of_nonpositive((scores[i] - now) * scale);
-                lanes[i] += weight;
-                weights[i] = to_bf16(weight);
+        float *largest = space->largest + panel->row + row, *sum = space->sums + panel->row + row;
+        floats scores[CHUNK / LANES], greatest = all(*largest), total = {0};
+        for (int i = 0; i < num_panels * COLUMNS / LANES; i++) {
+            scores[i] = load_floats(space->scores + (i / 2 * rows + row) * COLUMNS + i % 2 * LANES);
+            if (i * LANES < first || i * LANES + LANES - 1 > last) {
+                const ints token = token_of_lane + i * LANES;
+                scores[i] = select_floats((token >= first) & (token <= last), scores[i], all(-INFINITY));
             }
+            greatest = larger(scores[i], greatest);
         }
-        for (int i = 0; i < 16; i++) lanes[i] += lanes[i + 16];
-        const float factor = exp2_of_nonpositive((before - now) * scale);
-        *sum = *sum * factor + sum16(lanes);
+        const float before = *largest, now = max16(greatest);
+        *largest = now;
+        for (int i = 0; i < num_panels * COLUMNS / LANES; i++) {
+            const floats weights = exp2_of_nonpositive((scores[i] - now) * scale);
+            total += weights;
+            store_bf16(space->weights + (i / 2 * rows + row) * COLUMNS + i % 2 * LANES, weights, LANES);
+        }
+        const float factor = exp2_of_nonpositive(all((before - now) * scale))[0];
+        *sum = *sum * factor + sum16(total);
         if (factor != 1.0f)
             for (int64_t k = 0; k < num_depth; k++) rescale(outputs + (k * rows + row) * COLUMNS, factor);
     }
     for (int64_t k = 0; k < num_depth; k++)
         panel_bf16(outputs + k * rows * COLUMNS, space->weights, space->values + k * CHUNK_BLOCKS * (B_BLOCK / 2),
-                   num_panels, rows, true);
+                   num_panels, rows, true, (struct ahead){NULL, 0});
 }
 
 struct attention_job {
@@ -235,6 +234,10 @@ static void attend_task(void *argument, int64_t task, int thread) {
     const int64_t num_rows = min64(TASK_ROWS, num_queries * group - row_offset);
     const int32_t *table = call->block_tables + sequence * call->table_stride;
 
+    const int64_t first_position = first_query + row_offset / group;
+    const int64_t first_seen = call->window == 0 ? 0 : max64(0, first_position - call->window + 1);
+    const int64_t first_chunk = first_seen / CHUNK * CHUNK, end = first_query + (row_offset + num_rows - 1) / group + 1;
+
     struct row_panel panels[TASK_ROWS / ROWS];
     const int64_t num_panels = ceil_div(num_rows, ROWS);
     for (int64_t i = 0; i < num_panels; i++) {
@@ -257,10 +260,8 @@ static void attend_task(void *argument, int64_t task, int thread) {
     }
     memset(space.outputs, 0, (size_t)(num_rows * num_depth * COLUMNS) * sizeof *space.outputs);
 
-    const int64_t first_seen = call->window == 0 ? 0 : max64(0, panels[0].first_position - call->window + 1);
-    const int64_t end = panels[num_panels - 1].last_position + 1;
-    for (int64_t start = first_seen / CHUNK * CHUNK; start < end; start += CHUNK) {
-        pack_chunk(call, &space, table, head, start, min64(end, start + CHUNK), context_len);
+    for (int64_t start = first_chunk; start < end; start += CHUNK) {
+        pack_chunk(call, &space, table, head, start, end, context_len);
         for (int64_t i = 0; i < num_panels; i++) {
             const struct row_panel *panel = &panels[i];
             const bool has_passed = call->window != 0 && panel->first_position - call->window + 1 >= start + CHUNK;
@@ -275,8 +276,8 @@ static void attend_task(void *argument, int64_t task, int thread) {
             bf16 *out = call->out + ((start_row + r / group) * call->num_heads + head * group + r % group) * d;
             const float *o = space.outputs + panels[i].row * num_depth * COLUMNS + row * COLUMNS;
             const float inverse = 1.0f / space.sums[panels[i].row + row];
-            for (int64_t k = 0; k < d; k++)
-                out[k] = to_bf16(o[k / COLUMNS * panels[i].rows * COLUMNS + k % COLUMNS] * inverse);
+            for (int64_t k = 0; k < d; k += LANES)
+                store_bf16(out + k, load_floats(o + k / COLUMNS * panels[i].rows * COLUMNS + k % COLUMNS) * inverse, d - k);
         }
 }
 

@@ -64,42 +64,11 @@ static inline float float_of(uint32_t bits) {
 
 static inline float from_bf16(bf16 value) { return float_of((uint32_t)value << 16); }
 
-/* Round to nearest, ties to even. A NaN stays one: adding to its bits could make it an infinity or a zero. */
-static inline bf16 to_bf16(float value) {
-    uint32_t bits = bits_of(value);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (bf16)(value == value ? rounded : 0x7fc0);
-}
-
-/* 2^x for x <= 0, to 2 units in the last place; 0 below 2^-126. A polynomial on [-1/2, 1/2] (Cephes' coefficients) and
- * the whole part put into the exponent: adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits. */
-static inline float exp2_of_nonpositive(float x) {
-    float clamped = x < -126.0f ? -126.0f : x;
-    float shifted = clamped + 12582912.0f;
-    float f = clamped - (shifted - 12582912.0f);
-    float p = 1.535336188319500e-4f;
-    p = p * f + 1.339887440266574e-3f;
-    p = p * f + 9.618437357674640e-3f;
-    p = p * f + 5.550332471162809e-2f;
-    p = p * f + 2.402264791363012e-1f;
-    p = p * f + 6.931472028550421e-1f;
-    p = p * f + 1.0f;
-    float result = p * float_of((bits_of(shifted) << 23) + 0x3f800000u);
-    return x < -126.0f ? 0.0f : result;
-}
-
-/* The sum and the largest of 16 lanes, always in this order. */
-static inline float sum16(const float *lanes) {
-    float sums[8];
-    for (int i = 0; i < 8; i++) sums[i] = lanes[i] + lanes[i + 8];
-    for (int i = 0; i < 4; i++) sums[i] += sums[i + 4];
-    return (sums[0] + sums[2]) + (sums[1] + sums[3]);
-}
-
-static inline float max16(const float *lanes) {
-    float largest = lanes[0];
-    for (int i = 1; i < 16; i++) largest = lanes[i] > largest ? lanes[i] : largest;
-    return largest;
-}
+/* What a panel asks memory for on the side, while it computes: for each block of depth so many of the lines that come
+ * next. Weights stream from memory, and arrive at an even pace so. NULL and 0: nothing. */
+struct ahead {
+    const char *next;
+    int lines;
+};
 
 #endif

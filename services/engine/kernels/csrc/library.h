@@ -1,7 +1,6 @@
 /* All kernels, on whichever panel was included before. */
-#include "attention.h"
-#include "linear.h"
-#include "tokens.h"
+#include "model.h"
+#include "peak.h"
 
 /* Which sources this was built from: library.py refuses a library that was built from others. */
 EXPORT uint32_t tandem_source_digest(void) { return TANDEM_SOURCE_DIGEST; }

@@ -2,13 +2,14 @@
  *
  * W is packed once, into panels of 32 of its rows (the columns of B): [n / 32][depth blocks][2 tiles][1 KiB]. A call packs
  * x too, into panels of up to 32 of its rows, as many as half of L2 holds at a time; each panel of W then meets them all,
- * so that W comes from memory once for that many rows. */
+ * so that W comes from memory once for that many rows, and from L2 once. */
 #ifndef TANDEM_LINEAR_H
 #define TANDEM_LINEAR_H
 
 #include <unistd.h>
 
 #include "threads.h"
+#include "vector.h"
 
 enum epilogue {
     WRITE = 0,          /* y = x W^T + bias, bf16 */
@@ -30,20 +31,21 @@ struct weights {
     int64_t num_outputs;      /* what a row of y has */
 };
 
-static inline float sigmoid(float x) {
+static inline floats sigmoid(floats x) {
     /* exp(-|x|) cannot overflow */
-    float e = exp2_of_nonpositive(-fabsf(x) * 1.44269504f);
-    return x >= 0 ? 1.0f / (1.0f + e) : e / (1.0f + e);
+    const floats e = exp2_of_nonpositive(absolute(x) * -1.44269504f);
+    return select_floats(x < 0.0f, e, all(1.0f)) / (e + 1.0f);
 }
 
 /* Abramowitz and Stegun 7.1.26: off by 1.5e-7 at most. */
-static inline float error_function(float x) {
-    float a = fabsf(x), t = 1.0f / (1.0f + 0.3275911f * a);
-    float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
-    return copysignf(1.0f - p * exp2_of_nonpositive(-a * a * 1.44269504f), x);
+static inline floats error_function(floats x) {
+    const floats a = absolute(x), t = 1.0f / (0.3275911f * a + 1.0f);
+    const floats p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    const floats positive = 1.0f - p * exp2_of_nonpositive(a * a * -1.44269504f);
+    return select_floats(x < 0.0f, -positive, positive);
 }
 
-static inline float activate(float gate, enum epilogue epilogue) {
+static inline floats activate(floats gate, enum epilogue epilogue) {
     if (epilogue == GATE_SILU) return gate * sigmoid(gate);
     if (epilogue == GATE_GELU_TANH) /* tanh(u) = 2 sigmoid(2 u) - 1 */
         return gate * sigmoid(1.5957691216f * (gate + 0.044715f * gate * gate * gate));
@@ -68,6 +70,13 @@ static inline int64_t num_depth_blocks(const struct weights *weights) {
     return ceil_div(weights->depth, weights->scales ? INT8_DEPTH : BF16_DEPTH);
 }
 
+enum {
+    WEIGHT_CHUNK = 8,      /* blocks of depth: 16 KiB of W, a third of L1 */
+    FEW_ROWS = 12,         /* that pass once: memory sets the pace, and is asked for what is */
+    FEW_ROWS_AHEAD = 2,    /* so many blocks ahead; a whole chunk ahead is a tenth slower */
+    MAX_PACKED_ROWS = 256, /* C of a panel takes 32 KiB */
+};
+
 /* Rows that are packed at a time: whole panels, half of L2. */
 static int64_t rows_at_once(int64_t num_blocks) {
     static int64_t l2_bytes; /* the same whoever writes it */
@@ -75,7 +84,7 @@ static int64_t rows_at_once(int64_t num_blocks) {
         int64_t known = sysconf(_SC_LEVEL2_CACHE_SIZE);
         l2_bytes = known > 0 ? known : 1 << 20;
     }
-    return max64(ROWS, l2_bytes / 2 / (num_blocks * LINE) / ROWS * ROWS);
+    return min64(MAX_PACKED_ROWS, max64(ROWS, l2_bytes / 2 / (num_blocks * LINE) / ROWS * ROWS));
 }
 
 static void pack_row_bf16(char *out, ptrdiff_t block_bytes, const bf16 *x, int64_t depth) {
@@ -88,26 +97,17 @@ static void pack_row_bf16(char *out, ptrdiff_t block_bytes, const bf16 *x, int64
 
 /* A row in int8: x = scale * q, with q from -127 to 127, rounded to nearest. Returns the scale. */
 static float pack_row_int8(char *out, ptrdiff_t block_bytes, const bf16 *x, int64_t depth) {
-    float largest = 0;
-    float lanes[16] = {0};
-    int64_t k = 0;
-    for (; k + 16 <= depth; k += 16)
-        for (int i = 0; i < 16; i++) {
-            float value = fabsf(from_bf16(x[k + i]));
-            lanes[i] = value > lanes[i] ? value : lanes[i];
-        }
-    for (; k < depth; k++) largest = fmaxf(largest, fabsf(from_bf16(x[k])));
-    largest = fmaxf(largest, max16(lanes));
-    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    for (k = 0; k < depth; k += INT8_DEPTH, out += block_bytes) {
-        int64_t count = min64(INT8_DEPTH, depth - k);
-        if (count < INT8_DEPTH) memset(out, PANEL_INT8_OFFSET, LINE);
-        for (int i = 0; i < (int)count; i++) {
-            float scaled = from_bf16(x[k + i]) * inverse;
+    floats lanes = {0};
+    for (int64_t k = 0; k < depth; k += LANES) lanes = larger(absolute(load_bf16(x + k, depth - k)), lanes);
+    const float largest = max16(lanes), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    for (int64_t k = 0; k < depth; k += INT8_DEPTH, out += block_bytes)
+        for (int64_t i = 0; i < INT8_DEPTH; i += LANES) {
+            const floats values = load_bf16(x + k + i, max64(0, depth - k - i));
             /* Adding 1.5 * 2^23 rounds, and leaves the whole number in the low bits. */
-            out[i] = (char)(uint8_t)(bits_of(scaled + 12582912.0f) + PANEL_INT8_OFFSET);
+            const ints whole = (ints)(values * inverse + 12582912.0f) + PANEL_INT8_OFFSET;
+            const quarters packed = __builtin_convertvector(whole, quarters);
+            memcpy(out + i, &packed, sizeof packed);
         }
-    }
     return largest / 127.0f;
 }
 
@@ -125,69 +125,77 @@ static void pack_rows(void *argument, int64_t panel, int thread) {
     }
 }
 
-/* Finish one row of a panel: `c` has its 32 sums. */
-static inline __attribute__((always_inline)) void finish_row(
-    const struct linear_job *job, const float *c, int64_t column, int64_t row, const enum epilogue epilogue) {
-    float sums[COLUMNS];
-    const float *bias = job->weights->bias;
-    for (int i = 0; i < COLUMNS; i++) sums[i] = bias ? c[i] + bias[column + i] : c[i];
-    const bool gated = epilogue >= GATE_SILU;
-    const int64_t width = gated ? COLUMNS / 2 : COLUMNS, output = column * width / COLUMNS;
-    bf16 *y = (bf16 *)job->y + row * job->y_stride + output;
-    float values[COLUMNS];
-    if (gated)
-        for (int i = 0; i < COLUMNS / 2; i++) values[i] = activate(sums[i], epilogue) * sums[i + 16];
-    else
-        for (int i = 0; i < COLUMNS; i++) values[i] = sums[i];
-    const int count = (int)min64(width, job->weights->num_outputs - output);
-    if (epilogue == WRITE_FLOAT) {
-        memcpy((float *)job->y + row * job->y_stride + output, values, (size_t)count * sizeof *values);
-        return;
+/* The sums of 16 columns of a row, as they stand in C: floats, or whole numbers that still lack their scales. */
+static inline floats sums_of(const struct linear_job *job, const void *c, int64_t column, float row_scale) {
+    const struct weights *weights = job->weights;
+    floats sums = load_floats(c);
+    if (weights->scales) {
+        ints totals;
+        memcpy(&totals, weights->sums + column, sizeof totals);
+        totals = (ints)sums - PANEL_INT8_OFFSET * totals;
+        sums = __builtin_convertvector(totals, floats) * (row_scale * load_floats(weights->scales + column));
     }
-    bf16 result[COLUMNS] = {0};
-    if (epilogue == ADD) {
-        memcpy(result, y, (size_t)count * sizeof *y);
-        for (int i = 0; i < COLUMNS; i++) values[i] += from_bf16(result[i]);
-    }
-    for (int i = 0; i < (int)width; i++) result[i] = to_bf16(values[i]);
-    memcpy(y, result, (size_t)count * sizeof *y);
+    return weights->bias ? sums + load_floats(weights->bias + column) : sums;
 }
 
-/* One panel of W with all the rows that are packed. */
+/* Write up to 16 outputs of a row of y. */
+static inline void put(const struct linear_job *job, floats values, int64_t row, int64_t output, enum epilogue epilogue) {
+    const int64_t count = min64(LANES, job->weights->num_outputs - output);
+    if (count <= 0) return;
+    if (epilogue == WRITE_FLOAT) {
+        memcpy((float *)job->y + row * job->y_stride + output, &values, (size_t)count * sizeof(float));
+        return;
+    }
+    bf16 *y = (bf16 *)job->y + row * job->y_stride + output;
+    if (epilogue == ADD) values += load_bf16(y, count);
+    store_bf16(y, values, count);
+}
+
+/* Finish a panel: C has the sums of all packed rows. */
+static inline __attribute__((always_inline)) void finish_panel(
+    const struct linear_job *job, const float *c, int64_t column, const enum epilogue epilogue) {
+    for (int64_t row = job->first; row < job->stop; row++, c += COLUMNS) {
+        const float scale = job->weights->scales ? job->row_scales[row - job->first] : 1.0f;
+        const floats left = sums_of(job, c, column, scale), right = sums_of(job, c + LANES, column + LANES, scale);
+        if (epilogue >= GATE_SILU) {
+            put(job, activate(left, epilogue) * right, row, column / 2, epilogue);
+        } else {
+            put(job, left, row, column, epilogue);
+            put(job, right, row, column + LANES, epilogue);
+        }
+    }
+}
+
+/* One panel of W with all the rows that are packed. Each chunk of it stays in L1 while all rows pass over it, and each
+ * pass asks memory for a share of the next chunk: of this panel or, at its end, of the next one. */
 static void multiply_panel(void *argument, int64_t panel, int thread) {
     (void)thread;
     const struct linear_job *job = argument;
     const struct weights *weights = job->weights;
+    const int64_t num_rows = job->stop - job->first, column = panel * COLUMNS;
     const char *b = (const char *)weights->panels + panel * job->num_blocks * B_BLOCK;
-    const int64_t column = panel * COLUMNS;
-    for (int64_t first = job->first; first < job->stop; first += ROWS) {
-        const int rows = (int)min64(ROWS, job->stop - first);
-        const char *a = job->packed + (first - job->first) * job->num_blocks * LINE;
-        float c[ROWS * COLUMNS] ALIGNED;
-        if (weights->scales) {
-            int32_t exact[ROWS * COLUMNS] ALIGNED;
-            panel_int8(exact, (const int8_t *)a, (const int8_t *)b, job->num_blocks, rows);
-            for (int row = 0; row < rows; row++) {
-                const float scale = job->row_scales[first - job->first + row];
-                for (int i = 0; i < COLUMNS; i++) {
-                    int32_t sum = exact[row * COLUMNS + i] - PANEL_INT8_OFFSET * weights->sums[column + i];
-                    c[row * COLUMNS + i] = (float)sum * (scale * weights->scales[column + i]);
-                }
-            }
-        } else {
-            panel_bf16(c, (const bf16 *)a, (const bf16 *)b, job->num_blocks, rows, false);
+    float c[MAX_PACKED_ROWS * COLUMNS] ALIGNED; /* int32 for int8 */
+    const int lines = (int)ceil_div(B_BLOCK / LINE, ceil_div(num_rows, ROWS));
+    for (int64_t block = 0; block < job->num_blocks; block += WEIGHT_CHUNK, b += WEIGHT_CHUNK * B_BLOCK) {
+        const int64_t num_blocks = min64(WEIGHT_CHUNK, job->num_blocks - block);
+        struct ahead ahead = {b + (num_rows > FEW_ROWS ? num_blocks : FEW_ROWS_AHEAD) * B_BLOCK, lines};
+        for (int64_t first = 0; first < num_rows; first += ROWS, ahead.next += num_blocks * lines * LINE) {
+            const int rows = (int)min64(ROWS, num_rows - first);
+            const char *a = job->packed + (first * job->num_blocks + block * rows) * LINE;
+            float *sums = c + first * COLUMNS;
+            if (weights->scales)
+                panel_int8((int32_t *)sums, (const int8_t *)a, (const int8_t *)b, num_blocks, rows, block > 0, ahead);
+            else
+                panel_bf16(sums, (const bf16 *)a, (const bf16 *)b, num_blocks, rows, block > 0, ahead);
         }
-#define FINISH(kind) \
-    case kind: for (int row = 0; row < rows; row++) finish_row(job, c + row * COLUMNS, column, first + row, kind); break;
-        switch (job->epilogue) {
-            FINISH(WRITE)
-            FINISH(ADD)
-            FINISH(WRITE_FLOAT)
-            FINISH(GATE_SILU)
-            FINISH(GATE_GELU_TANH)
-            FINISH(GATE_GELU_ERF)
-        }
-#undef FINISH
+    }
+    switch (job->epilogue) {
+        case WRITE: finish_panel(job, c, column, WRITE); break;
+        case ADD: finish_panel(job, c, column, ADD); break;
+        case WRITE_FLOAT: finish_panel(job, c, column, WRITE_FLOAT); break;
+        case GATE_SILU: finish_panel(job, c, column, GATE_SILU); break;
+        case GATE_GELU_TANH: finish_panel(job, c, column, GATE_GELU_TANH); break;
+        case GATE_GELU_ERF: finish_panel(job, c, column, GATE_GELU_ERF); break;
     }
 }
 

@@ -32,8 +32,6 @@ struct tile_config {
     uint8_t rows[16];
 } ALIGNED;
 
-enum { PREFETCH_BYTES = 4096 };
-
 static _Thread_local int configured_rows; /* 0: not yet, in this thread */
 
 static void configure_tiles(int rows) {
@@ -56,9 +54,8 @@ static void configure_tiles(int rows) {
     const char *x = (const char *)a, *w = (const char *)b;               \
     COMPILER_BARRIER(a);                                                 \
     for (int64_t block = 0; block < num_blocks; block++) {               \
-        if (rows <= 16) /* memory-bound */                               \
-            for (int line = 0; line < B_BLOCK; line += LINE)             \
-                __builtin_prefetch(w + PREFETCH_BYTES + line, 0, 2);     \
+        for (int line = 0; line < ahead.lines; line++, ahead.next += LINE) \
+            __builtin_prefetch(ahead.next, 0, 2);                        \
         _tile_loadd(6, w, LINE);                                         \
         _tile_loadd(7, w + B_BLOCK / 2, LINE);                           \
         _tile_loadd(4, x, LINE);                                         \
@@ -90,27 +87,32 @@ static void store_tiles(void *c, int rows) {
     }
 }
 
-/* C [rows][32] (+)= A B: see kernels.h for A and B. C is replaced unless `accumulate`. */
-static void panel_bf16(float *c, const bf16 *a, const bf16 *b, int64_t num_blocks, int rows, bool accumulate) {
+static void start_tiles(const void *c, int rows, bool accumulate) {
     configure_tiles(rows);
     zero_tiles();
-    if (accumulate) {
-        COMPILER_BARRIER(c);
-        _tile_loadd(0, c, COLUMNS * 4);
-        _tile_loadd(1, c + 16, COLUMNS * 4);
-        if (rows > 16) {
-            _tile_loadd(2, c + 16 * COLUMNS, COLUMNS * 4);
-            _tile_loadd(3, c + 16 * COLUMNS + 16, COLUMNS * 4);
-        }
+    if (!accumulate) return;
+    const char *sums = c;
+    COMPILER_BARRIER(c);
+    _tile_loadd(0, sums, COLUMNS * 4);
+    _tile_loadd(1, sums + LINE, COLUMNS * 4);
+    if (rows > 16) {
+        _tile_loadd(2, sums + 16 * COLUMNS * 4, COLUMNS * 4);
+        _tile_loadd(3, sums + 16 * COLUMNS * 4 + LINE, COLUMNS * 4);
     }
+}
+
+/* C [rows][32] (+)= A B: see kernels.h for A and B. C is replaced unless `accumulate`. */
+static void panel_bf16(float *c, const bf16 *a, const bf16 *b, int64_t num_blocks, int rows, bool accumulate,
+                       struct ahead ahead) {
+    start_tiles(c, rows, accumulate);
     AMX_PANEL(_tile_dpbf16ps)
     store_tiles(c, rows);
 }
 
-/* C [rows][32] = A B, exactly. */
-static void panel_int8(int32_t *c, const int8_t *a, const int8_t *b, int64_t num_blocks, int rows) {
-    configure_tiles(rows);
-    zero_tiles();
+/* The same in whole numbers. */
+static void panel_int8(int32_t *c, const int8_t *a, const int8_t *b, int64_t num_blocks, int rows, bool accumulate,
+                       struct ahead ahead) {
+    start_tiles(c, rows, accumulate);
     AMX_PANEL(_tile_dpbssd)
     store_tiles(c, rows);
 }

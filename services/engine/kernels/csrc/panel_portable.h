@@ -23,7 +23,9 @@ static inline float dot_bf16(const bf16 *row, const bf16 *column, ptrdiff_t stri
 }
 
 /* C [rows][32] (+)= A B: see kernels.h for A and B. C is replaced unless `accumulate`. */
-static void panel_bf16(float *c, const bf16 *a, const bf16 *b, int64_t num_blocks, int rows, bool accumulate) {
+static void panel_bf16(float *c, const bf16 *a, const bf16 *b, int64_t num_blocks, int rows, bool accumulate,
+                       struct ahead ahead) {
+    (void)ahead;
     if (!accumulate) memset(c, 0, sizeof(float) * COLUMNS * (size_t)rows);
     for (int64_t block = 0; block < num_blocks; block++, b += B_BLOCK / 2)
         for (int row = 0; row < rows; row++, a += BF16_DEPTH)
@@ -33,9 +35,11 @@ static void panel_bf16(float *c, const bf16 *a, const bf16 *b, int64_t num_block
             }
 }
 
-/* C [rows][32] = A B, exactly. */
-static void panel_int8(int32_t *c, const int8_t *a, const int8_t *b, int64_t num_blocks, int rows) {
-    memset(c, 0, sizeof(int32_t) * COLUMNS * (size_t)rows);
+/* The same in whole numbers. */
+static void panel_int8(int32_t *c, const int8_t *a, const int8_t *b, int64_t num_blocks, int rows, bool accumulate,
+                       struct ahead ahead) {
+    (void)ahead;
+    if (!accumulate) memset(c, 0, sizeof(int32_t) * COLUMNS * (size_t)rows);
     for (int64_t block = 0; block < num_blocks; block++, b += B_BLOCK)
         for (int row = 0; row < rows; row++, a += INT8_DEPTH)
             for (int column = 0; column < COLUMNS; column++) {

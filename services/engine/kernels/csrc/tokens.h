@@ -3,19 +3,23 @@
 #define TANDEM_TOKENS_H
 
 #include "threads.h"
+#include "vector.h"
 
 enum { TOKENS_PER_TASK = 16 };
 
 /* y = x / rms(x) * weight, rounded to bf16 before the weight as well as after: the order that `transformers` rounds in. */
 static void norm_row(const bf16 *x, const bf16 *weight, bf16 *y, int64_t size, float eps) {
-    float lanes[16] ALIGNED = {0};
-    int64_t k = 0;
-    for (; k + 16 <= size; k += 16)
-        for (int i = 0; i < 16; i++) lanes[i] += from_bf16(x[k + i]) * from_bf16(x[k + i]);
-    for (; k < size; k++) lanes[k % 16] += from_bf16(x[k]) * from_bf16(x[k]);
-    const float scale = 1.0f / sqrtf(sum16(lanes) / (float)size + eps);
-    for (k = 0; k < size; k++)
-        y[k] = to_bf16(from_bf16(to_bf16(from_bf16(x[k]) * scale)) * from_bf16(weight[k]));
+    floats even = {0}, odd = {0};
+    for (int64_t k = 0; k < size; k += 2 * LANES) {
+        const floats a = load_bf16(x + k, size - k), b = load_bf16(x + k + LANES, max64(0, size - k - LANES));
+        even = fused(a, a, even);
+        odd = fused(b, b, odd);
+    }
+    const float scale = 1.0f / sqrtf(sum16(even + odd) / (float)size + eps);
+    for (int64_t k = 0; k < size; k += LANES) {
+        const floats normed = widen(round_to_bf16(load_bf16(x + k, size - k) * scale));
+        store_bf16(y + k, normed * load_bf16(weight + k, size - k), size - k);
+    }
 }
 
 struct norm_job {
@@ -74,10 +78,11 @@ static void append_task(void *argument, int64_t task, int thread) {
         for (int64_t head = 0; head < num_rotated; head++) {
             bf16 *first = qkv + head * d, *second = first + half;
             if (call->norm) norm_row(first, call->norm + head * d, first, d, call->eps);
-            for (int64_t k = 0; k < half; k++) {
-                const float a = from_bf16(first[k]), b = from_bf16(second[k]);
-                first[k] = to_bf16(a * cosine[k] - b * sine[k]);
-                second[k] = to_bf16(b * cosine[k] + a * sine[k]);
+            for (int64_t k = 0; k < half; k += LANES) {
+                const floats a = load_bf16(first + k, half - k), b = load_bf16(second + k, half - k);
+                const floats c = load_some_floats(cosine + k, half - k), s = load_some_floats(sine + k, half - k);
+                store_bf16(first + k, a * c - b * s, half - k);
+                store_bf16(second + k, b * c + a * s, half - k);
             }
         }
         const int64_t block = call->slots[token] / call->block_size, offset = call->slots[token] % call->block_size;

@@ -1,0 +1,21 @@
+/* How fast a panel is when it waits for nothing: what benchmarks hold the kernels against. */
+#ifndef TANDEM_PEAK_H
+#define TANDEM_PEAK_H
+
+#include "linear.h"
+
+/* Multiply 32 rows by a chunk of weights, both in L1, `repetitions` times. Returns the operations done. */
+EXPORT double tandem_peak(int int8, int64_t repetitions) {
+    static _Thread_local char a[WEIGHT_CHUNK * ROWS * LINE] ALIGNED, b[WEIGHT_CHUNK * B_BLOCK] ALIGNED;
+    static _Thread_local float c[ROWS * COLUMNS] ALIGNED;
+    const struct ahead nothing = {NULL, 0};
+    for (int64_t i = 0; i < repetitions; i++) {
+        if (int8)
+            panel_int8((int32_t *)(void *)c, (const int8_t *)a, (const int8_t *)b, WEIGHT_CHUNK, ROWS, true, nothing);
+        else
+            panel_bf16(c, (const bf16 *)(void *)a, (const bf16 *)(void *)b, WEIGHT_CHUNK, ROWS, true, nothing);
+    }
+    return 2.0 * ROWS * COLUMNS * WEIGHT_CHUNK * (int8 ? INT8_DEPTH : BF16_DEPTH) * (double)repetitions;
+}
+
+#endif

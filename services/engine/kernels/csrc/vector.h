@@ -1,0 +1,117 @@
+/* Sixteen elements at once, in GCC's vector types: registers of AVX-512 where there are any, pieces of them elsewhere.
+ *
+ * Whatever is rounded here is rounded the same for each element, wherever it stands: loops have no remainder that is
+ * computed otherwise, because what is left over at an end goes through these too, padded. */
+#ifndef TANDEM_VECTOR_H
+#define TANDEM_VECTOR_H
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+enum { LANES = 16 };
+
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef bf16 halves __attribute__((vector_size(32)));
+typedef int8_t quarters __attribute__((vector_size(16)));
+
+static inline floats all(float value) { return value - (floats){0}; }
+
+static inline floats widen(halves values) { return (floats)(__builtin_convertvector(values, words) << 16); }
+
+static inline floats load_floats(const float *from) {
+    floats values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+/* The first `count` (at most 16) elements, then zeros. */
+static inline floats load_some_floats(const float *from, int64_t count) {
+    floats values = {0};
+    if (count >= LANES) return load_floats(from);
+    memcpy(&values, from, (size_t)count * sizeof *from);
+    return values;
+}
+
+static inline void store_floats(float *to, floats values) { memcpy(to, &values, sizeof values); }
+
+/* The first `count` (at most 16) elements, then zeros. */
+static inline floats load_bf16(const bf16 *from, int64_t count) {
+    halves values = {0};
+    if (count >= LANES)
+        memcpy(&values, from, sizeof values);
+    else
+        memcpy(&values, from, (size_t)count * sizeof *from);
+    return widen(values);
+}
+
+static inline floats select_floats(ints mask, floats yes, floats no) {
+    return (floats)((mask & (ints)yes) | (~mask & (ints)no));
+}
+
+#ifdef __AVX512BF16__
+static inline floats larger(floats a, floats b) { return _mm512_max_ps(a, b); }
+static inline floats fused(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
+static inline halves round_to_bf16(floats values) { return (halves)_mm512_cvtneps_pbh(values); }
+static inline float sum16(floats lanes) { return _mm512_reduce_add_ps(lanes); }
+static inline float max16(floats lanes) { return _mm512_reduce_max_ps(lanes); }
+#else
+static inline floats larger(floats a, floats b) { return select_floats(a > b, a, b); }
+
+static inline floats fused(floats a, floats b, floats c) {
+    floats result;
+    for (int i = 0; i < LANES; i++) result[i] = fmaf(a[i], b[i], c[i]);
+    return result;
+}
+
+/* To nearest, ties to even. A NaN stays one: adding to its bits could make it an infinity or a zero. */
+static inline halves round_to_bf16(floats values) {
+    const words bits = (words)values, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return __builtin_convertvector((words)select_floats(values == values, (floats)rounded, (floats)(bits | 0x400000)) >> 16,
+                                   halves);
+}
+
+static inline float sum16(floats lanes) {
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+static inline float max16(floats lanes) {
+    float largest = lanes[0];
+    for (int i = 1; i < LANES; i++) largest = lanes[i] > largest ? lanes[i] : largest;
+    return largest;
+}
+#endif
+
+/* Store the first `count` (at most 16) elements. */
+static inline void store_bf16(bf16 *to, floats values, int64_t count) {
+    const halves rounded = round_to_bf16(values);
+    if (count >= LANES)
+        memcpy(to, &rounded, sizeof rounded);
+    else
+        memcpy(to, &rounded, (size_t)count * sizeof *to);
+}
+
+static inline floats absolute(floats values) { return (floats)((words)values & 0x7fffffffu); }
+
+/* 2^x for x <= 0, to 2 units in the last place; 0 below 2^-126. A polynomial on [-1/2, 1/2] (Cephes' coefficients) and
+ * the whole part put into the exponent: adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits. */
+static inline floats exp2_of_nonpositive(floats x) {
+    const floats clamped = larger(all(-126.0f), x), shifted = clamped + 12582912.0f; /* a NaN stays one */
+    const floats f = clamped - (shifted - 12582912.0f);
+    floats p = fused(all(1.535336188319500e-4f), f, all(1.339887440266574e-3f));
+    p = fused(p, f, all(9.618437357674640e-3f));
+    p = fused(p, f, all(5.550332471162809e-2f));
+    p = fused(p, f, all(2.402264791363012e-1f));
+    p = fused(p, f, all(6.931472028550421e-1f));
+    p = fused(p, f, all(1.0f));
+    const floats result = p * (floats)(((words)shifted << 23) + 0x3f800000u);
+    return (floats)((ints)result & ~(x < -126.0f));
+}
+
+#endif
