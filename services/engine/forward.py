@@ -31,7 +31,7 @@ class ForwardBatch:
     query_start: list[int]  # [B + 1], prefix sums of tokens per sequence
     context_lens: list[int]  # [B], tokens in the cache after this step
     block_tables: Tensor  # int32 [B, max_blocks], padded with 0
-    logits_indices: Tensor  # int64 [n], rows of T whose logits are wanted
+    logits_indices: Tensor  # int64 [n], rows of T whose logits are wanted, ascending
 
     def __post_init__(self) -> None:
         num_tokens, num_sequences = self.token_ids.shape[0], len(self.context_lens)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int64, c_uint32, c_void_p
 from enum import IntEnum
 from pathlib import Path
 from typing import Final
@@ -92,6 +92,64 @@ class AppendCall(Structure):
     )
 
 
+class Layer(Structure):
+    """`struct layer` of csrc/model.h."""
+
+    _fields_ = (
+        ("qkv", Weights),
+        ("o", Weights),
+        ("gate_up", Weights),
+        ("down", Weights),
+        ("input_norm", c_void_p),
+        ("post_attention_norm", c_void_p),
+        ("qk_norm", c_void_p),
+        ("window", c_int64),
+    )
+
+
+class Stage(IntEnum):
+    """Where a step's time goes (csrc/model.h)."""
+
+    EMBED = 0
+    NORM = 1
+    QKV = 2
+    APPEND = 3
+    ATTENTION = 4
+    OUTPUT = 5
+    GATE_UP = 6
+    DOWN = 7
+    LOGITS = 8
+
+
+class ForwardCall(Structure):
+    """`struct forward_call` of csrc/model.h."""
+
+    _fields_ = (
+        ("layers", c_void_p),
+        ("lm_head", c_void_p),
+        ("embedding", c_void_p),
+        ("norm", c_void_p),
+        ("num_layers", c_int64),
+        ("hidden_size", c_int64),
+        ("layer_stride", c_int64),
+        ("gate", c_int64),
+        ("token_ids", c_void_p),
+        ("positions", c_void_p),
+        ("frequencies", c_void_p),
+        ("rope_factor", c_float),
+        ("wanted", c_void_p),
+        ("num_wanted", c_int64),
+        ("logits", c_void_p),
+        ("append", AppendCall),
+        ("attention", AttentionCall),
+        ("x", c_void_p),
+        ("normed", c_void_p),
+        ("gated", c_void_p),
+        ("angles", c_void_p),
+        ("seconds", c_double * len(Stage)),
+    )
+
+
 _SIGNATURES: Final = {
     "tandem_source_digest": ((), c_uint32),
     "tandem_name": ((), c_char_p),
@@ -108,6 +166,9 @@ _SIGNATURES: Final = {
     "tandem_rms_norm": ((c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int), None),
     "tandem_rope_table": ((c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p), None),
     "tandem_rope_append": ((POINTER(AppendCall), c_int), None),
+    "tandem_forward_workspace": ((POINTER(ForwardCall), c_int), c_int64),
+    "tandem_peak": ((c_int, c_int64), c_double),
+    "tandem_forward": ((POINTER(ForwardCall), c_void_p, c_int), None),
 }
 
 
@@ -190,6 +251,15 @@ class KernelLibrary:
     def rope_append(self, call: AppendCall, num_threads: int) -> None:
         """Normalize and rotate queries and keys in place; store keys and values."""
         self._library.tandem_rope_append(byref(call), num_threads)
+
+    def forward(self, call: ForwardCall, workspace: Workspace, num_threads: int) -> None:
+        """Do one step of a model: keys and values into the cache, logits of the wanted tokens, seconds by stage."""
+        scratch = workspace.address(self._library.tandem_forward_workspace(byref(call), num_threads))
+        self._library.tandem_forward(byref(call), scratch, num_threads)
+
+    def multiply_at_peak(self, int8: bool, repetitions: int) -> float:
+        """Multiply what lies in L1, `repetitions` times; return the number of operations. For benchmarks."""
+        return float(self._library.tandem_peak(int8, repetitions))
 
 
 def aligned_bytes(num_bytes: int) -> npt.NDArray[np.uint8]:

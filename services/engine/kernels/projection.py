@@ -32,23 +32,23 @@ class Projection:
         self._library = library
         order = _gated_order(num_rows // 2) if gated else _plain_order(num_rows)
         self.num_outputs = num_rows // 2 if gated else num_rows
-        self._weights = Weights(num_columns=order.size, depth=depth, num_outputs=self.num_outputs)
-        self._arrays: list[npt.NDArray[np.generic]] = []  # whose addresses `_weights` has
+        self.weights: Final = Weights(num_columns=order.size, depth=depth, num_outputs=self.num_outputs)
+        self._arrays: list[npt.NDArray[np.generic]] = []  # whose addresses `weights` has
         if int8:
             assert depth <= MAX_INT8_DEPTH, depth
             scales = weight.float().abs().amax(dim=1) / 127
             quantized = (weight.float() / scales.clamp(min=1e-30)[:, None]).round_().to(torch.int8)
-            self._weights.scales = self._in_order(scales.numpy(), order)
-            self._weights.sums = self._in_order(quantized.sum(dim=1, dtype=torch.int32).numpy(), order)
+            self.weights.scales = self._in_order(scales.numpy(), order)
+            self.weights.sums = self._in_order(quantized.sum(dim=1, dtype=torch.int32).numpy(), order)
             weight = quantized
         else:
             assert weight.dtype == torch.bfloat16, weight.dtype
         weight = weight.contiguous()
         panels = library.pack(weight.data_ptr(), depth, weight.element_size(), order)
-        self._weights.panels = panels.ctypes.data
+        self.weights.panels = panels.ctypes.data
         self._arrays.append(panels)
         if bias is not None:
-            self._weights.bias = self._in_order(bias.float().numpy(), order)
+            self.weights.bias = self._in_order(bias.float().numpy(), order)
 
     @property
     def num_bytes(self) -> int:
@@ -63,11 +63,11 @@ class Projection:
 
     def __call__(self, x: Tensor, y: Tensor, epilogue: Epilogue, workspace: Workspace, num_threads: int) -> None:
         """Multiply `x` `[T, in]`, bfloat16 with contiguous rows, into `y` `[T, num_outputs]`: see `Epilogue`."""
-        assert (x.dtype, x.shape[1], x.stride(1)) == (torch.bfloat16, self._weights.depth, 1)
+        assert (x.dtype, x.shape[1], x.stride(1)) == (torch.bfloat16, self.weights.depth, 1)
         dtype = torch.float32 if epilogue is Epilogue.WRITE_FLOAT else torch.bfloat16
         assert (y.dtype, *y.shape, y.stride(1)) == (dtype, x.shape[0], self.num_outputs, 1)
         self._library.linear(
-            self._weights,
+            self.weights,
             x.data_ptr(),
             x.stride(0),
             x.shape[0],

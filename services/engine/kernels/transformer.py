@@ -1,23 +1,34 @@
 """The model on the C kernels: the arithmetic of `services.engine.transformer`, with fewer passes over the activations.
 
-Bias, residual and activation belong to the projection before them; keys and values are rotated and stored in one call.
+Bias, residual and activation belong to the projection before them; keys and values are rotated and stored in one pass.
+A step is one call of the library, all layers.
 A token's results do not depend, in any bit, on how its sequence was cut up, on what else is in the batch, on which
 blocks it lies in, or on the number of threads.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.forward import ForwardBatch
-from services.engine.kernels.library import AppendCall, AttentionCall, Epilogue, KernelLibrary, Workspace
+from services.engine.kernels.library import (
+    AppendCall,
+    AttentionCall,
+    Epilogue,
+    ForwardCall,
+    KernelLibrary,
+    Layer,
+    Stage,
+    Workspace,
+)
 from services.engine.kernels.projection import MAX_INT8_DEPTH, Projection
 from services.engine.model_config import ModelConfig, UnsupportedModel
 from services.engine.rope import inverse_frequencies
@@ -67,7 +78,12 @@ class KernelTransformer:
         self._norm = norm
         self._lm_head = lm_head
         self._frequencies = inverse_frequencies(config.rope, config.head_dim)
+        self._layer_structs = (Layer * len(layers))(
+            *(_struct(layer, window) for layer, window in zip(layers, config.sliding_windows, strict=True))
+        )
         self._workspace = Workspace()
+        self._activations = _Activations(config, 0)
+        self.stage_seconds: Final = dict.fromkeys(Stage, 0.0)  # computed so far
 
     def use_cache(self, kv_cache: Tensor) -> None:
         """Check that the kernels can read this cache. Raises `UnsupportedModel`."""
@@ -83,71 +99,23 @@ class KernelTransformer:
         """Store the batch's keys and values and return float32 logits `[n, vocab_size]` of the rows it asks for."""
         assert kv_cache.is_contiguous()
         assert kv_cache.dtype == torch.bfloat16
-        config = self._config
-        x = F.embedding(batch.token_ids, self._embedding)
-        step = _Step(self, batch, kv_cache)
-        wanted = batch.logits_indices
-        inner = torch.empty((len(x), config.intermediate_size), dtype=x.dtype)
-        for index, layer in enumerate(self._layers):
-            self._multiply(layer.qkv, self._rms_norm(x, layer.input_norm), step.qkv)
-            step.append(index, layer.qk_norm)
-            if index == len(self._layers) - 1 and len(wanted) == 0:
-                return torch.empty((0, config.vocab_size), dtype=torch.float32)
-            attended = step.attend(index)
-            if index == len(self._layers) - 1:  # from here on, only these rows are of use to anybody
-                x, attended = x[wanted], attended[wanted]
-            self._multiply(layer.o, attended, x, Epilogue.ADD)
-            gated = inner[: len(x)]
-            normed = self._rms_norm(x, layer.post_attention_norm)
-            self._multiply(layer.gate_up, normed, gated, _GATES[config.hidden_act])
-            self._multiply(layer.down, gated, x, Epilogue.ADD)
+        config, num_tokens = self._config, len(batch.token_ids)
+        if num_tokens > len(self._activations.x):
+            self._activations = _Activations(config, num_tokens)
+        room = self._activations
+        # Contiguous and of the very type that the kernels read; named, because only their addresses go along.
+        token_ids, positions = batch.token_ids.contiguous(), batch.positions.contiguous()
+        slots, wanted = batch.slot_mapping.contiguous(), batch.logits_indices.contiguous()
+        tables = batch.block_tables.to(torch.int32).contiguous()
+        query_start = np.array(batch.query_start, dtype=np.int32)
+        context_lens = np.array(batch.context_lens, dtype=np.int32)
+        _check_indices(token_ids.numpy(), len(self._embedding), wanted.numpy(), num_tokens)
         logits = torch.empty((len(wanted), config.vocab_size), dtype=torch.float32)
-        self._multiply(self._lm_head, self._rms_norm(x, self._norm), logits, Epilogue.WRITE_FLOAT)
-        return logits
-
-    def _multiply(self, projection: Projection, x: Tensor, y: Tensor, epilogue: Epilogue = Epilogue.WRITE) -> None:
-        projection(x, y, epilogue, self._workspace, self._num_threads)
-
-    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        y = torch.empty_like(x)
-        eps = self._config.rms_norm_eps
-        num_rows, size = x.shape
-        self._library.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), num_rows, size, eps, self._num_threads)
-        return y
-
-
-class _Step:
-    """What the layers of one step share: the batch in the arrays that the kernels read, and room for their results."""
-
-    def __init__(self, model: KernelTransformer, batch: ForwardBatch, kv_cache: Tensor) -> None:
-        config = model._config
-        num_tokens = len(batch.token_ids)
-        half = config.head_dim // 2
-        self._model = model
-        self._cache = kv_cache
-        self.qkv = torch.empty(
-            (num_tokens, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim), dtype=kv_cache.dtype
-        )
-        self._attended = torch.empty((num_tokens, config.num_heads * config.head_dim), dtype=kv_cache.dtype)
-        # Contiguous and of the very type that the kernels read; kept, because only their addresses go along.
-        self._positions = batch.positions.contiguous()
-        self._slots = batch.slot_mapping.contiguous()
-        self._tables = batch.block_tables.to(torch.int32).contiguous()
-        self._query_start = np.array(batch.query_start, dtype=np.int32)
-        self._context_lens = np.array(batch.context_lens, dtype=np.int32)
-        self._angles = torch.empty((num_tokens, 2, half), dtype=torch.float32)
-        model._library.rope_table(
-            self._positions.data_ptr(),
-            model._frequencies.data_ptr(),
-            config.rope.attention_factor,
-            num_tokens,
-            half,
-            self._angles.data_ptr(),
-        )
-        self._append = AppendCall(
-            qkv=self.qkv.data_ptr(),
-            table=self._angles.data_ptr(),
-            slots=self._slots.data_ptr(),
+        append = AppendCall(
+            qkv=room.qkv.data_ptr(),
+            table=room.angles.data_ptr(),
+            slots=slots.data_ptr(),
+            cache=kv_cache.data_ptr(),
             block_stride=kv_cache.stride(0),
             num_tokens=num_tokens,
             num_heads=config.num_heads,
@@ -156,15 +124,15 @@ class _Step:
             block_size=kv_cache.shape[4],
             eps=config.rms_norm_eps,
         )
-        self._attend = AttentionCall(
-            q=self.qkv.data_ptr(),
-            q_stride=self.qkv.stride(0),
-            out=self._attended.data_ptr(),
+        attention = AttentionCall(
+            q=room.qkv.data_ptr(),
+            q_stride=room.qkv.stride(0),
+            out=room.attended.data_ptr(),
             block_stride=kv_cache.stride(0),
-            block_tables=self._tables.data_ptr(),
-            table_stride=self._tables.shape[1],
-            query_start=self._query_start.ctypes.data,
-            context_lens=self._context_lens.ctypes.data,
+            block_tables=tables.data_ptr(),
+            table_stride=tables.shape[1],
+            query_start=query_start.ctypes.data,
+            context_lens=context_lens.ctypes.data,
             num_sequences=len(batch.context_lens),
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
@@ -172,19 +140,75 @@ class _Step:
             block_size=kv_cache.shape[4],
             scale=config.head_dim**-0.5,
         )
+        call = ForwardCall(
+            layers=ctypes.addressof(self._layer_structs),
+            lm_head=ctypes.addressof(self._lm_head.weights),
+            embedding=self._embedding.data_ptr(),
+            norm=self._norm.data_ptr(),
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            layer_stride=kv_cache.stride(1),
+            gate=_GATES[config.hidden_act],
+            token_ids=token_ids.data_ptr(),
+            positions=positions.data_ptr(),
+            frequencies=self._frequencies.data_ptr(),
+            rope_factor=config.rope.attention_factor,
+            wanted=wanted.data_ptr(),
+            num_wanted=len(wanted),
+            logits=logits.data_ptr(),
+            append=append,
+            attention=attention,
+            x=room.x.data_ptr(),
+            normed=room.normed.data_ptr(),
+            gated=room.gated.data_ptr(),
+            angles=room.angles.data_ptr(),
+        )
+        self._library.forward(call, self._workspace, self._num_threads)
+        for stage in Stage:
+            self.stage_seconds[stage] += call.seconds[stage]
+        return logits
 
-    def append(self, layer: int, qk_norm: Tensor | None) -> None:
-        """Normalize and rotate what `qkv` holds, in place, and store its keys and values."""
-        self._append.cache = self._cache[0, layer].data_ptr()
-        self._append.norm = None if qk_norm is None else qk_norm.data_ptr()
-        self._model._library.rope_append(self._append, self._model._num_threads)
 
-    def attend(self, layer: int) -> Tensor:
-        """Return `[T, num_heads * head_dim]`; overwritten by the next layer's."""
-        self._attend.cache = self._cache[0, layer].data_ptr()
-        self._attend.window = self._model._config.sliding_windows[layer] or 0
-        self._model._library.attention(self._attend, self._model._workspace, self._model._num_threads)
-        return self._attended
+class _Activations:
+    """Room for what a layer hands on, a row for each token; the next layer overwrites it.
+
+    Kept from step to step: memory that is fresh from the system costs a page fault for each 4 KiB.
+    """
+
+    def __init__(self, config: ModelConfig, num_tokens: int) -> None:
+        def room(width: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.empty((num_tokens, width), dtype=dtype)
+
+        self.x = room(config.hidden_size)
+        self.normed = room(config.hidden_size)
+        self.qkv = room((config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+        self.attended = room(config.num_heads * config.head_dim)
+        self.gated = room(config.intermediate_size)
+        self.angles = room(config.head_dim, torch.float32)
+
+
+def _check_indices(
+    token_ids: npt.NDArray[np.int64], vocab_size: int, wanted: npt.NDArray[np.int64], num_tokens: int
+) -> None:
+    """Raise `IndexError` for what C would read beyond an array."""
+    if token_ids.min() < 0 or token_ids.max() >= vocab_size:
+        raise IndexError(f"token ids from {token_ids.min()} to {token_ids.max()}: the vocabulary has {vocab_size}")
+    if wanted.size and not (wanted[0] >= 0 and wanted[-1] < num_tokens and (np.diff(wanted) > 0).all()):
+        raise IndexError(f"logits_indices must ascend below {num_tokens}")
+
+
+def _struct(layer: KernelLayer, window: int | None) -> Layer:
+    """Return what points to the layer's weights; `layer` must outlive it."""
+    return Layer(
+        qkv=layer.qkv.weights,
+        o=layer.o.weights,
+        gate_up=layer.gate_up.weights,
+        down=layer.down.weights,
+        input_norm=layer.input_norm.data_ptr(),
+        post_attention_norm=layer.post_attention_norm.data_ptr(),
+        qk_norm=None if layer.qk_norm is None else layer.qk_norm.data_ptr(),
+        window=window or 0,
+    )
 
 
 def read_kernel_transformer(
