@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -34,6 +34,10 @@ class Computation(Protocol):
 
     def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         """Store the batch's keys and values; return float32 logits `[n, vocab_size]` of the rows asked for."""
+
+    @property
+    def stage_seconds(self) -> Mapping[str, float]:
+        """Where the time of all steps so far went, by stage; empty where nobody counts."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,11 @@ class LoadedModel:
     def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         """Store the batch's keys and values; return float32 logits `[n, vocab_size]` of the rows asked for."""
         return self._computation.forward(batch, kv_cache)
+
+    @property
+    def stage_seconds(self) -> Mapping[str, float]:
+        """Where the time of all steps so far went, by stage; empty where nobody counts."""
+        return self._computation.stage_seconds
 
 
 def load_model(

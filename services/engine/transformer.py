@@ -64,6 +64,11 @@ class Transformer:
 
             self._attention = choose_cuda_attention(self.config.sliding_windows, kv_cache, self.config.num_heads)
 
+    @property
+    def stage_seconds(self) -> Mapping[str, float]:
+        """Nothing: a GPU's work is done after the call that asked for it."""
+        return {}
+
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         """Store the batch's keys and values and return float32 logits `[n, vocab_size]` of the rows it asks for."""

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,7 @@ from torch import Tensor
 
 from services.engine.forward import ForwardBatch
 from services.engine.kernels.choice import choose_kernels
-from services.engine.kernels.library import Epilogue, KernelLibrary, Workspace
-from services.engine.kernels.projection import Projection
+from services.engine.kernels.library import KernelLibrary
 from services.engine.model import LoadedModel, load_model
 from tests.bench.bench_model import write_bench_model
 
@@ -101,7 +101,9 @@ def prefill_name(length: int) -> str:
 
 
 def main() -> None:
-    arguments = argument_parser(__doc__ or "").parse_args()
+    parser = argument_parser(__doc__ or "")
+    parser.add_argument("--profile", action="store_true", help="also where the time of each row goes")
+    arguments = parser.parse_args()
     rows = Rows.select(arguments.quick, arguments.rows)
     with tempfile.TemporaryDirectory() as directory:
         model = arguments.model or str(write_bench_model(Path(directory)))
@@ -110,6 +112,9 @@ def main() -> None:
         print_conditions(floors, arguments.num_threads, arguments.repetitions)
         decode_table(columns, columns[0].model, floors, rows, arguments.repetitions)
         prefill_table(columns, columns[0].model, floors, rows, arguments.repetitions)
+        if arguments.profile:
+            for column in columns:
+                profile_table(column, rows, arguments.repetitions)
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -210,6 +215,27 @@ def prefill_table(
     return measured
 
 
+def profile_table(column: EngineColumn, rows: Rows, repetitions: int) -> None:
+    """Print what each stage of a row takes, on average; nothing where the stages are not counted."""
+    stages = list(column.model.stage_seconds)
+    if not stages:
+        return
+    print(f"| {column.name}, ms | " + " | ".join(stages) + " |")
+    print("|---|" + "---|" * len(stages))
+    for name, run in [
+        *((decode_name(*shape), column.decode(*shape)) for shape in rows.decode),
+        *((prefill_name(length), column.prefill(length)) for length in rows.prefill),
+    ]:
+        run()
+        before = column.model.stage_seconds
+        for _ in range(repetitions):
+            run()
+        after = column.model.stage_seconds
+        cells = " | ".join(f"{1e3 * (after[stage] - before[stage]) / repetitions:,.1f}" for stage in stages)
+        print(f"| {name} | {cells} |", flush=True)
+    print()
+
+
 def _medians(runs: list[Run], repetitions: int) -> list[float]:
     """Median seconds of each run; they take turns, after one each to warm up."""
     times: list[list[float]] = [[] for _ in runs]
@@ -264,13 +290,14 @@ def _dram_gb_per_s(num_threads: int) -> float:
 
 
 def _peak(library: KernelLibrary, int8: bool, num_threads: int) -> float:
-    """The kernels' own product of 32 rows and weights that L2 holds, the best of 200: as fast as they can be fed."""
-    weight = torch.randn(256 * num_threads, 512).bfloat16()
-    projection = Projection(library, weight, None, int8=int8)
-    x, y = torch.randn(32, 512).bfloat16(), torch.empty((32, len(weight)), dtype=torch.bfloat16)
-    workspace = Workspace()
-    best = min(_seconds(lambda: projection(x, y, Epilogue.WRITE, workspace, num_threads)) for _ in range(200))
-    return 2 * x.shape[0] * weight.numel() / best / 1e9
+    """The kernels' own product of operands in L1, on all threads at once, the best of 20: they wait for nothing."""
+    with ThreadPoolExecutor(num_threads) as threads:
+
+        def multiply() -> float:
+            return sum(threads.map(lambda _: library.multiply_at_peak(int8, 5000), range(num_threads)))
+
+        operations = multiply()
+        return operations / min(_seconds(multiply) for _ in range(20)) / 1e9
 
 
 def _seconds(run: Callable[[], object]) -> float:

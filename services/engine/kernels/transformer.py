@@ -9,7 +9,7 @@ blocks it lies in, or on the number of threads.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -83,7 +83,7 @@ class KernelTransformer:
         )
         self._workspace = Workspace()
         self._activations = _Activations(config, 0)
-        self.stage_seconds: Final = dict.fromkeys(Stage, 0.0)  # computed so far
+        self._stage_seconds = {stage.name.lower(): 0.0 for stage in Stage}
 
     def use_cache(self, kv_cache: Tensor) -> None:
         """Check that the kernels can read this cache. Raises `UnsupportedModel`."""
@@ -165,8 +165,13 @@ class KernelTransformer:
         )
         self._library.forward(call, self._workspace, self._num_threads)
         for stage in Stage:
-            self.stage_seconds[stage] += call.seconds[stage]
+            self._stage_seconds[stage.name.lower()] += call.seconds[stage]
         return logits
+
+    @property
+    def stage_seconds(self) -> Mapping[str, float]:
+        """Where the time of all steps so far went."""
+        return dict(self._stage_seconds)
 
 
 class _Activations:
