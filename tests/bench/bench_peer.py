@@ -86,7 +86,7 @@ def main() -> None:
         model = arguments.model or str(write_bench_model(Path(directory)))
         ours = engine_columns(model, max(rows.num_tokens, CHECKED_TOKENS + 1), arguments.num_threads)
         try:
-            with vllm_column(ours[0].model, rows, arguments.num_threads) as vllm:
+            with vllm_column(ours[0].model, rows, arguments.repetitions, arguments.num_threads) as vllm:
                 libraries = " and ".join(Path(library).name for library in preloaded()) or "nothing"
                 print(f"vLLM {vllm_bench.TOOL.version}, {libraries} preloaded; both on processors {processors}")
                 _check_logits(ours[0], vllm)

@@ -56,7 +56,7 @@ class StepProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def close(self, grace_s: float = 10.0) -> None:
+    def close(self, grace_s: float = 30.0) -> None:
         """End its input, and the process with it; kill it if a step keeps it from noticing for so long."""
         self._answers.close()
         try:

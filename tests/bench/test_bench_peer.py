@@ -11,9 +11,11 @@ from typing import cast
 import pytest
 
 from tests.bench.bench_engine import DECODE, PREFILL, Rows, decode_name, prefill_batches, prefill_name
-from tests.bench.bench_peer import TARGETS, Target, ratio_table
+from tests.bench.bench_peer import TARGETS, Target, main, ratio_table
 from tests.bench.step_process import StepProcess, StepProcessFailed
 from tests.bench.vllm_peer import VllmColumn
+from tests.compat import vllm_bench
+from tests.compat.tool import ToolFailed
 
 _TIMEOUT_S = 30.0
 # Answers each order with the order itself; some orders make it misbehave.
@@ -104,6 +106,16 @@ def test_vllm_is_sent_our_shapes_and_prompts_and_its_whole_steps_are_a_column() 
         {"order": "step"},
         {"order": "prefill", "token_ids": prompt},
     ]
+
+
+def test_an_environment_that_cannot_be_made_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(torch_index: str) -> None:
+        raise ToolFailed(f"no index at {torch_index}")
+
+    monkeypatch.setattr(vllm_bench, "install", fail)
+    monkeypatch.setattr(sys, "argv", ["bench_peer", "--torch-index", "nowhere"])
+    with pytest.raises(SystemExit, match=r"vLLM cannot be installed.*no index at nowhere"):
+        main()
 
 
 def test_rows_are_chosen_by_name() -> None:

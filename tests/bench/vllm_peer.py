@@ -67,12 +67,13 @@ class VllmColumn:
 
 
 @contextmanager
-def vllm_column(model: LoadedModel, rows: Rows, num_threads: int) -> Iterator[VllmColumn]:
+def vllm_column(model: LoadedModel, rows: Rows, repetitions: int, num_threads: int) -> Iterator[VllmColumn]:
     """Start vLLM, which must be installed. Raises StepProcessFailed."""
     longest = max([context for _, context in rows.decode] + rows.prefill + [CHECKED_TOKENS + 1])
     command = [vllm_bench.TOOL.program("python"), str(_SCRIPT), "--model", str(model.directory), "--chunk", str(CHUNK)]
     command += ["--num-sequences", str(max([batch for batch, _ in rows.decode], default=1))]
     command += ["--num-tokens", str(max(rows.num_tokens, longest)), "--longest", str(longest)]
+    command += ["--num-steps", str(repetitions + 1)]
     with StepProcess(command, _environment(num_threads), BUILD / "logs" / "vllm_steps.log") as process:
         process.answer("start", _START_TIMEOUT_S)
         yield VllmColumn(process, model.config.vocab_size)

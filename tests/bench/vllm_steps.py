@@ -22,18 +22,16 @@ import torch
 from vllm import EngineArgs, LLMEngine, SamplingParams
 
 _BLOCK_SIZE = 128  # what vLLM takes on a CPU where nobody chooses
-_MAX_STEPS = 128  # decode steps of one batch
 
 
 class Steps:
     """The engine, and the seconds of its model in the step that runs."""
 
-    def __init__(self, model: str, chunk: int, num_sequences: int, num_tokens: int, longest: int) -> None:
-        self._chunk = chunk
-        self._longest = longest
-        blocks = -(-num_tokens // _BLOCK_SIZE) + num_sequences * (1 + _MAX_STEPS // _BLOCK_SIZE) + 1
+    def __init__(self, limits: argparse.Namespace) -> None:
+        self._limits = limits
+        grown = limits.num_sequences * -(-(limits.num_steps + _BLOCK_SIZE) // _BLOCK_SIZE)  # blocks
         arguments = EngineArgs(
-            model=model,
+            model=limits.model,
             dtype="bfloat16",
             enforce_eager=True,
             skip_tokenizer_init=True,
@@ -41,11 +39,11 @@ class Steps:
             enable_prefix_caching=False,
             enable_chunked_prefill=True,
             block_size=_BLOCK_SIZE,
-            num_gpu_blocks_override=blocks,
+            num_gpu_blocks_override=-(-limits.num_tokens // _BLOCK_SIZE) + grown + 1,  # and one that stands for none
             kv_cache_memory_bytes=1 << 30,  # overridden by the number of blocks; without it a warm-up run is made
-            max_model_len=longest + _MAX_STEPS,
-            max_num_seqs=num_sequences,
-            max_num_batched_tokens=max(num_tokens, chunk),  # of a step; `_limit` lowers it
+            max_model_len=limits.longest + limits.num_steps,
+            max_num_seqs=limits.num_sequences,
+            max_num_batched_tokens=max(limits.num_tokens, limits.chunk),  # for `decode`; else the scheduler is limited
         )
         self._engine = LLMEngine.from_engine_args(arguments)
         core: Any = self._engine.engine_core.engine_core
@@ -64,7 +62,9 @@ class Steps:
         self._scheduler.max_num_scheduled_tokens = num_sequences * context
         generator = random.Random(context)
         for _ in range(num_sequences):
-            self._add([generator.randrange(3, self._vocab_size) for _ in range(context - 1)], _MAX_STEPS)
+            self._add(
+                [generator.randrange(3, self._vocab_size) for _ in range(context - 1)], 1 + self._limits.num_steps
+            )
         self._skip_layers = True
         self._engine.step()
         self._skip_layers = False
@@ -83,7 +83,7 @@ class Steps:
     def prefill(self, token_ids: list[int]) -> dict[str, object]:
         """A prompt alone, in as many steps as it takes."""
         self._clear()
-        self._scheduler.max_num_scheduled_tokens = self._chunk
+        self._scheduler.max_num_scheduled_tokens = self._limits.chunk
         self._model_s = 0.0
         self._add(token_ids, 1)
         started = time.perf_counter()
@@ -94,7 +94,7 @@ class Steps:
     def logits(self, token_ids: list[int]) -> dict[str, object]:
         """Of the prompt's last token and, after a decode step, of the token chosen then, which is named too."""
         self._clear()
-        self._scheduler.max_num_scheduled_tokens = self._chunk
+        self._scheduler.max_num_scheduled_tokens = self._limits.chunk
         self._add(token_ids, 2)
         while self._engine.has_unfinished_requests():
             self._engine.step()
@@ -138,8 +138,6 @@ class Steps:
             raise RuntimeError("requests are left from the run before")
 
     def _add(self, token_ids: list[int], max_tokens: int) -> None:
-        if len(token_ids) > self._longest:
-            raise ValueError(f"{len(token_ids)} tokens, and there is room for {self._longest}")
         self._num_requests += 1
         name = str(self._num_requests)
         parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
@@ -155,6 +153,7 @@ def main() -> None:
     parser.add_argument("--num-sequences", type=int, required=True, help="the most of them in a step")
     parser.add_argument("--num-tokens", type=int, required=True, help="the most that lie in the cache at once")
     parser.add_argument("--longest", type=int, required=True, help="tokens of the longest context")
+    parser.add_argument("--num-steps", type=int, required=True, help="decode steps of a batch")
     arguments = parser.parse_args()
     with open(arguments.answers, "w", encoding="utf-8") as answers:
 
@@ -162,8 +161,7 @@ def main() -> None:
             answers.write(json.dumps(content) + "\n")
             answers.flush()
 
-        chunk, longest = arguments.chunk, arguments.longest
-        steps = Steps(arguments.model, chunk, arguments.num_sequences, arguments.num_tokens, longest)
+        steps = Steps(arguments)
         answer({})
         for line in sys.stdin:
             order = json.loads(line)
