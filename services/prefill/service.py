@@ -81,6 +81,7 @@ class _Order:
     steps: asyncio.Queue[_Step] = field(default_factory=asyncio.Queue)
     fetched: list[pb.FetchedPrefix] = field(default_factory=list)
     pinned: list[int] = field(default_factory=list)  # engine thread: blocks announced, one reference each
+    is_computed: bool = False
 
 
 class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
@@ -117,10 +118,17 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         started_s = self._clock()
         self._idle.clear()
         outcome: OrderOutcome = "cancelled"
+        order: _Order | None = None
         try:
+            order = self._make_order(message)
             with request_scope(message.request_id):
-                await self._run(self._make_order(message), context.write)
+                await self._run(order, context.write)
             outcome = "finished"
+        except asyncio.CancelledError:
+            # The decode worker hangs up once it has the last event, perhaps before we hear that this was sent.
+            if order is not None and order.is_computed:
+                outcome = "finished"
+            raise
         except InvalidRequest as error:
             outcome = "refused"
             self._parts.metrics.refused("invalid")
@@ -177,6 +185,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
                 finished = step.finished is not None
                 lease.announce(step.first_index, step.blocks, last=finished)
                 if step.finished is not None:
+                    order.is_computed = True
                     self._parts.metrics.requests.prefilled(order.request.timeline)
                     step.finished.load.CopyFrom(self._load())
                     await send(pb.PrefillEvent(finished=step.finished))
