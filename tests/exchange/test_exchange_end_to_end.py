@@ -1,6 +1,7 @@
 """The whole block protocol over real TCP connections, with blocks moving through the in-memory transport."""
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,15 +11,17 @@ from kvstore.exchange import BlockExchange
 from kvstore.fetch_events import FetchCause, Reservation
 from kvstore.layout import BlockLayout
 from kvstore.lease import LeaseOutcome
+from kvstore.timeouts import ExchangeTimeouts
 from kvstore.transport.memory import Faults, MemoryTransport, Switchboard
-from tests.exchange.exchange_worker import LAYOUT, QUICK, TRANSFER, Worker, room, running, some_hashes
+from tests.exchange.exchange_worker import LAYOUT, PATIENT, TRANSFER, Worker, room, running, some_hashes
 
 SOURCE, TARGET = [9, 10, 11, 3, 40, 41, 7, 8, 63, 0], [5, 6, 7, 20, 30, 31, 1, 2, 3, 4]
 
 
-def make_pair(faults: Faults | None = None) -> tuple[Worker, Worker]:
+def make_pair(faults: Faults | None = None, timeouts: ExchangeTimeouts = PATIENT) -> tuple[Worker, Worker]:
     switchboard = Switchboard()
-    return Worker("prefill-0", switchboard), Worker("decode-0", switchboard, faults=faults)
+    reader = Worker("decode-0", switchboard, faults=faults, timeouts=timeouts)
+    return Worker("prefill-0", switchboard, timeouts=timeouts), reader
 
 
 def start_transfer(owner: Worker, reader: Worker, reserve=None, transfer_id: bytes = TRANSFER):
@@ -93,7 +96,7 @@ async def test_a_flipped_bit_fails_the_fetch_with_cause_digest_and_the_blocks_co
 
 
 async def test_a_hanging_read_times_out_is_ended_with_its_link_and_the_next_connection_works():
-    owner, reader = make_pair(Faults(stall=1.0))
+    owner, reader = make_pair(Faults(stall=1.0), replace(PATIENT, read_s=1.0))
     async with running(owner, reader):
         await reader.exchange.connect(owner.exchange.address)
         fetch, lease = start_transfer(owner, reader)
@@ -249,14 +252,14 @@ async def test_a_transport_that_cannot_start_is_left_out_unless_it_is_the_only_o
     owner, reader = make_pair()
     broken = BrokenTransport(owner.memory, Switchboard())
     identity = owner.exchange.identity
-    fallback = BlockExchange(identity, owner.memory, [broken, owner.transport], QUICK)
+    fallback = BlockExchange(identity, owner.memory, [broken, owner.transport], PATIENT)
     async with running(reader):
         await fallback.start("127.0.0.1", 0)
         await reader.exchange.connect(fallback.address)
         assert [peer["transport"] for peer in reader.exchange.state()["owners"]] == ["memory"]
         await fallback.close()
     with pytest.raises(TransportError, match="no device"):
-        await BlockExchange(identity, owner.memory, [broken], QUICK).start("127.0.0.1", 0)
+        await BlockExchange(identity, owner.memory, [broken], PATIENT).start("127.0.0.1", 0)
 
 
 async def test_two_workers_of_one_name_are_refused():

@@ -29,7 +29,7 @@ from kvstore.messages import (
     encode,
 )
 from kvstore.transport.memory import Switchboard
-from tests.exchange.exchange_worker import LAYOUT, QUICK, TRANSFER, Worker, room, running
+from tests.exchange.exchange_worker import LAYOUT, PATIENT, TRANSFER, Worker, room, running
 
 BOUND_S = 10.0
 
@@ -132,7 +132,7 @@ async def test_garbage_at_the_port_closes_that_connection_with_one_line_and_othe
 
 
 async def test_a_stranger_that_drips_bytes_is_cut_off_after_the_handshakes_deadline():
-    owner = Worker("prefill-0", Switchboard())
+    owner = Worker("prefill-0", Switchboard(), timeouts=replace(PATIENT, connect_s=0.8))
     async with running(owner), dialled(owner) as script:
         frame = encode(hello())
         closed = asyncio.ensure_future(script.read_until_closed())
@@ -166,7 +166,7 @@ async def test_a_reader_that_sends_what_only_owners_send_is_cut_off_and_its_leas
 
 async def test_a_frozen_readers_leases_end_in_time():
     # That the lease is over long before the peer is given up shows on a machine that stands still for a while, too.
-    owner = Worker("prefill-0", Switchboard(), timeouts=replace(QUICK, peer_timeout_s=3.0))
+    owner = Worker("prefill-0", Switchboard(), timeouts=replace(PATIENT, lease_ttl_s=0.5, peer_timeout_s=3.0))
     async with running(owner), dialled(owner) as script:
         await script.introduce_as_reader()
         lease = owner.exchange.open_lease(TRANSFER, "script-0", 1)
@@ -176,7 +176,7 @@ async def test_a_frozen_readers_leases_end_in_time():
 
 
 async def test_a_lease_that_heartbeats_do_not_name_expires_and_its_confirmation_is_refused():
-    owner = Worker("prefill-0", Switchboard())
+    owner = Worker("prefill-0", Switchboard(), timeouts=replace(PATIENT, lease_ttl_s=1.0))
     async with running(owner), dialled(owner) as script:
         await script.introduce_as_reader()
         forgotten = owner.exchange.open_lease(TRANSFER, "script-0", 1)
@@ -210,7 +210,8 @@ async def test_a_reader_that_connects_anew_replaces_its_old_connection():
 
 async def test_an_owner_that_freezes_is_noticed_and_the_fetch_fails():
     switchboard = Switchboard()
-    reader, ghost = Worker("decode-0", switchboard), Worker("ghost", switchboard)
+    reader = Worker("decode-0", switchboard, timeouts=replace(PATIENT, peer_timeout_s=0.8))
+    ghost = Worker("ghost", switchboard)
 
     ordered = asyncio.Event()
 
@@ -252,9 +253,10 @@ async def test_a_port_that_says_nothing_is_unreachable_after_the_deadline():
     async def play(script: Script) -> None:
         pass
 
-    reader = Worker("decode-0", Switchboard())
+    timeouts = replace(PATIENT, connect_s=0.8)
+    reader = Worker("decode-0", Switchboard(), timeouts=timeouts)
     async with running(reader), scripted_owner(play) as address:
-        with pytest.raises(PeerUnreachable, match=f"{address}: handshake failed: not done within {QUICK.connect_s} s"):
+        with pytest.raises(PeerUnreachable, match=f"{address}: handshake failed: not done within 0.8 s"):
             await asyncio.wait_for(reader.exchange.connect(address), BOUND_S)
 
 

@@ -24,7 +24,7 @@ from services.engine.scheduler import Scheduler
 from services.worker.fetch_costs import FetchCosts, FetchPolicy
 from services.worker.host_prefixes import HostPrefixes
 from services.worker.prefix import PrefixFetcher
-from tests.store_node.store_world import LAYOUT, QUICK, Worker, World, chain, world
+from tests.store_node.store_world import LAYOUT, PATIENT, Worker, World, chain, world
 
 NUM_BLOCKS = 40
 PIECE = 4
@@ -63,7 +63,9 @@ class Reader:
         self.memory = HostMemory.allocate(num_blocks, LAYOUT.block_bytes)
         self.cache = Cache(num_blocks)
         transport = MemoryTransport(self.memory, made.switchboard, None, seed=9)
-        self.exchange = BlockExchange(PeerIdentity("reader/1", "prefill", "1", LAYOUT), self.memory, [transport], QUICK)
+        self.exchange = BlockExchange(
+            PeerIdentity("reader/1", "prefill", "1", LAYOUT), self.memory, [transport], PATIENT
+        )
         self.outcomes: Counter[tuple[str, str]] = Counter()
         costs = FetchCosts(FetchPolicy.ALWAYS, min_piece_bytes=PIECE * LAYOUT.block_bytes, piece_s=0.0)
         cache: Any = self.cache
