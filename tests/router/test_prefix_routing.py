@@ -181,17 +181,17 @@ async def test_with_the_real_index(make_worker, sentence, redis_url):
     hashes = hash_blocks(namespace(FINGERPRINT), PROMPT, 32)
     blocks = [*((block_hash, Tier.DEVICE) for block_hash in hashes[:3]), (hashes[3], Tier.HOST)]
     writer = IndexWriter(redis_url, holder.worker_id, holder.incarnation, lambda: blocks)
-    index = IndexReader(redis_url)
+    index = IndexReader(redis_url, timeout_s=10.0)
     config = RouterConfig(index_timeout_s=5.0)
     await writer.start()
     await index.start()
     try:
         await writer.wait_until(lambda: writer.synced, 10)
-        await index.wait_until(lambda: index.available, 10)
         async with (
             running_router(config, decode, extra_records=(other, holder), index=index) as running,
             client(running) as http,
         ):
+            await index.wait_until(lambda: index.available, 10)
             await http.post("/v1/completions", json={**BODY, "request_id": "r"})
             (decision,) = (await http.get("/debug/routing/r")).json()["decisions"]
     finally:
