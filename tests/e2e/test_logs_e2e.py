@@ -26,7 +26,7 @@ Lines = dict[str, list[dict[str, object]]]
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     logs = ["--log-format", "json", "--log-level", "debug"]
-    worker = [*logs, "--model", str(DEMO_MODEL), "--served-model-name", "m", "--lease-s", "1", "--peer-timeout-s", "2"]
+    worker = [*logs, "--model", str(DEMO_MODEL), "--served-model-name", "m", "--peer-timeout-s", "2"]
     worker += ["--num-gpu-blocks-override", "512"]
     directory = tmp_path_factory.mktemp("logs")
     prefill, decode = [["--max-num-batched-tokens", "64"]], [["--local-prefill-max-tokens", "0"]] * 2
@@ -80,10 +80,10 @@ def answers(stack: Stack) -> dict[str, str]:
         prefill, decode = stack.services["prefill-0"].process, stack.services["decode-0"].process
         os.kill(prefill.pid or 0, signal.SIGSTOP)
         complete("without-prefill-0", max_tokens=8, prompt=f"prefill {PROMPT}")
+        os.kill(prefill.pid or 0, signal.SIGCONT)
         decode.kill()
         decode.join()
         complete("without-decode-0", max_tokens=8, prompt=f"decode {PROMPT}")
-        os.kill(prefill.pid or 0, signal.SIGCONT)
     return answers
 
 
