@@ -194,7 +194,7 @@ static void attend_chunk(const struct attention_call *call, const struct attenti
         const float before = *largest, now = max16(greatest);
         *largest = now;
         for (int i = 0; i < num_panels * COLUMNS / LANES; i++) {
-            const floats weights = exp2_of_nonpositive((scores[i] - now) * scale);
+            const floats weights = exp2_of_nonpositive(fused(scores[i], all(scale), all(-now * scale)));
             total += weights;
             store_bf16(space->weights + (i / 2 * rows + row) * COLUMNS + i % 2 * LANES, weights, LANES);
         }
