@@ -26,7 +26,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     directory = tmp_path_factory.mktemp("metrics")
     model = write_model(directory / "model", "qwen2")
     worker = ["--model", str(model), "--served-model-name", "m", "--num-gpu-blocks-override", "256"]
-    worker += ["--kv-offloading-size", "0.01"]
+    worker += ["--kv-offloading-size", "0.01", "--prefix-fetch-timeout-s", "30"]
     store = ["--store-dram-bytes", "16MiB", "--store-disk-dir", str(directory / "disk"), "--store-disk-bytes", "16MiB"]
     with Stack(directory / "logs", [()], [(), ()], store=[store], worker=worker) as stack:
         yield stack
@@ -55,8 +55,14 @@ def receipts(stack: Stack) -> list[dict]:
     assert len(found) == 12
     assert httpx.post(f"{stack.url}/v1/completions", json={"model": "m", "prompt": ""}).status_code == 400
     assert httpx.post(f"{stack.url}/v1/completions", json={"model": "nobody", "prompt": "x"}).status_code == 404
-    # A slow machine's Redis may have missed a lookup's deadline; it is asked again within a second.
-    stack.wait_for(lambda: stack.metric("router", "tandem:router_index_up") == 1, "the index to be up")
+    # A slow machine's Redis may have missed a deadline; it is asked again within a second.
+    series = {name: "tandem:router_" if name == "router" else "tandem:" for name in stack.services}
+    stack.wait_for(
+        lambda: all(
+            stack.metric(name, f"{series[name]}{what}_up") == 1 for name in series for what in ("index", "registry")
+        ),
+        "everybody to have index and registry",
+    )
     return found
 
 
