@@ -71,7 +71,7 @@ static inline int64_t num_depth_blocks(const struct weights *weights) {
 }
 
 enum {
-    WEIGHT_CHUNK = 8,      /* blocks of depth: 16 KiB of W, a third of L1 */
+    WEIGHT_CHUNK = 4,      /* blocks of depth: 8 KiB of W; the next chunk, x and C must fit L1 beside it */
     FEW_ROWS = 12,         /* that pass once: memory sets the pace, and is asked for what is */
     FEW_ROWS_AHEAD = 2,    /* so many blocks ahead; a whole chunk ahead is a tenth slower */
     MAX_PACKED_ROWS = 256, /* C of a panel takes 32 KiB */

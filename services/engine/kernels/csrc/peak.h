@@ -4,18 +4,20 @@
 
 #include "linear.h"
 
-/* Multiply 32 rows by a chunk of weights, both in L1, `repetitions` times. Returns the operations done. */
+enum { PEAK_BLOCKS = 8 }; /* of depth */
+
+/* Multiply 32 rows by weights, both in L1, `repetitions` times. Returns the operations done. */
 EXPORT double tandem_peak(int int8, int64_t repetitions) {
-    static _Thread_local char a[WEIGHT_CHUNK * ROWS * LINE] ALIGNED, b[WEIGHT_CHUNK * B_BLOCK] ALIGNED;
+    static _Thread_local char a[PEAK_BLOCKS * ROWS * LINE] ALIGNED, b[PEAK_BLOCKS * B_BLOCK] ALIGNED;
     static _Thread_local float c[ROWS * COLUMNS] ALIGNED;
     const struct ahead nothing = {NULL, 0};
     for (int64_t i = 0; i < repetitions; i++) {
         if (int8)
-            panel_int8((int32_t *)(void *)c, (const int8_t *)a, (const int8_t *)b, WEIGHT_CHUNK, ROWS, true, nothing);
+            panel_int8((int32_t *)(void *)c, (const int8_t *)a, (const int8_t *)b, PEAK_BLOCKS, ROWS, true, nothing);
         else
-            panel_bf16(c, (const bf16 *)(void *)a, (const bf16 *)(void *)b, WEIGHT_CHUNK, ROWS, true, nothing);
+            panel_bf16(c, (const bf16 *)(void *)a, (const bf16 *)(void *)b, PEAK_BLOCKS, ROWS, true, nothing);
     }
-    return 2.0 * ROWS * COLUMNS * WEIGHT_CHUNK * (int8 ? INT8_DEPTH : BF16_DEPTH) * (double)repetitions;
+    return 2.0 * ROWS * COLUMNS * PEAK_BLOCKS * (int8 ? INT8_DEPTH : BF16_DEPTH) * (double)repetitions;
 }
 
 #endif
