@@ -23,7 +23,7 @@ from services.decode.live import LiveRequest
 from services.engine.request import EngineError, Request, RequestUpdate, SampledToken
 from services.lifecycle import Event
 from services.worker import convert
-from services.worker.process import WorkerParts
+from services.worker.assembly import WorkerParts
 from services.worker.settling import settled
 
 log = logging.getLogger(__name__)

@@ -35,9 +35,9 @@ from services.engine.request import FinishReason, InvalidRequest, QueueFull, Req
 from services.lifecycle import Event, Timeline
 from services.logs import request_scope
 from services.worker import convert
+from services.worker.assembly import WorkerParts
 from services.worker.engine_thread import EngineCrashed
 from services.worker.metrics import Refusal
-from services.worker.process import WorkerParts
 
 log = logging.getLogger(__name__)
 

@@ -40,9 +40,9 @@ from services.engine.request import FinishReason, InvalidRequest, QueueFull, Req
 from services.lifecycle import Timeline
 from services.logs import current_request_id, request_scope
 from services.worker import convert
+from services.worker.assembly import WorkerParts
 from services.worker.engine_thread import EngineCrashed
 from services.worker.metrics import OrderOutcome
-from services.worker.process import WorkerParts
 from services.worker.settling import settled
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import grpc
 import msgspec
@@ -20,29 +20,18 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 import services
-from kvstore.block_pool import CacheChange
 from kvstore.errors import TransportError
-from kvstore.exchange import BlockExchange
-from kvstore.handshake import PeerIdentity
-from kvstore.registry import Membership, Registrar
-from kvstore.timeouts import ExchangeTimeouts
-from kvstore.transport.select import make_transports
+from kvstore.registry import Registrar
 from kvstore.worker_record import WorkerRecord, new_incarnation
 from services.engine.config import EngineConfig, InvalidConfig
 from services.engine.engine import Engine
-from services.logs import configure_logging, report_progress, report_ready, request_scope
+from services.logs import configure_logging, report_progress, report_ready
+from services.worker.assembly import Assembly, Role, WorkerParts, assemble, served_names
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread, StepListener
-from services.worker.fetch_costs import FetchCosts, FetchPolicy
-from services.worker.host_prefixes import HostPrefixes
 from services.worker.http import DebugServer
-from services.worker.metrics import WorkerMetrics
-from services.worker.prefix import CacheLender, IndexFeed, PrefixFetcher
-from services.worker.store_feed import StoreFeed
 
 log = logging.getLogger(__name__)
-
-Role: TypeAlias = Literal["prefill", "decode"]
 
 # How long calls that are still open may take to end by themselves when the worker closes.
 _GRPC_GRACE_S = 1.0
@@ -59,19 +48,6 @@ GRPC_OPTIONS = (
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.so_reuseport", 0),
 )
-
-
-@dataclass(frozen=True)
-class WorkerParts:
-    """What a service is built from; the process owns and closes all of it."""
-
-    worker_id: str
-    incarnation: str
-    engine: Engine
-    thread: EngineThread
-    exchange: BlockExchange
-    fetcher: PrefixFetcher
-    metrics: WorkerMetrics
 
 
 class WorkerService(StepListener, Protocol):
@@ -149,85 +125,76 @@ async def open_worker(
     Raises CannotListen, TransportError.
     """
     async with contextlib.AsyncExitStack() as cleanup:
-        incarnation = new_incarnation()
         host = config.advertise_host or config.host
         server = grpc.aio.server(options=GRPC_OPTIONS)
         grpc_port = _add_port(server, config.host, config.port)
         worker_id = config.worker_id or f"{role}-{host}-{grpc_port}"
-        metrics = WorkerMetrics(engine, _names(config)[0], role)
-        transports = make_transports(config.kv_transport, engine.memory, worker_id)
-        identity = PeerIdentity(f"{worker_id}/{incarnation}", role, incarnation, engine.layout)
-        feed = IndexFeed(config.redis, worker_id, incarnation, engine, metrics.index)
-        followers = [feed.changed]
-        thread = EngineThread(
-            engine, lambda changes: _tell_all(followers, changes), feed.host_changed, metrics.steps.ended
-        )
-        host_prefixes = HostPrefixes(engine, thread, config.prefix_fetch_timeout_s)
-        exchange = BlockExchange(
-            identity,
-            engine.memory,
-            transports,
-            exchange_timeouts(config),
-            observer=metrics.exchange,
-            lender=CacheLender(engine, thread, host_prefixes),
-            request_scope=request_scope,
-        )
-        store_feed = _store_feed(config, engine, exchange, metrics)
-        if store_feed is not None:
-            followers.append(store_feed.changed)
-        costs = FetchCosts(FetchPolicy(config.prefix_fetch))
-        fetcher = PrefixFetcher(
-            worker_id,
-            engine,
-            thread,
-            exchange,
-            host_prefixes,
-            costs,
-            config.prefix_fetch_timeout_s,
-            metrics.prefix_fetched,
-        )
-        parts = WorkerParts(worker_id, incarnation, engine, thread, exchange, fetcher, metrics)
+        assembly = assemble(config, role, engine, worker_id, new_incarnation())
+        parts, store_feed = assembly.parts, assembly.store_feed
         service = build(parts)
-        if engine.host_tier is not None:
-            cleanup.callback(engine.host_tier.close)
-        for close in (thread.stop, host_prefixes.settle, fetcher.settle, service.settle, exchange.close):
-            cleanup.push_async_callback(close)
-        cleanup.push_async_callback(server.stop, _GRPC_GRACE_S)
-        cleanup.push_async_callback(service.close)
+        _close_at_the_end(cleanup, assembly, service, server)
 
         try:
-            await exchange.start(config.host, config.kv_port)
+            await parts.exchange.start(config.host, config.kv_port)
         except OSError as error:
             raise CannotListen(f"block-protocol port: {error}") from error
-        thread.start(service)
-        service.register(server)
-        health_service = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
-        await server.start()
-        await health_service.set("", health_pb2.HealthCheckResponse.SERVING)
-        debug = DebugServer(
-            metrics.registry,
-            state=lambda: (
-                _state(parts, role, service) | {"index": feed.state(), "store_feed": store_feed and store_feed.state()}
-            ),
-            check_integrity=lambda: thread.call(engine.check_integrity),
-            is_healthy=lambda: not thread.crashed.done(),
-        )
+        parts.thread.start(service)
+        health_service = await _serve_grpc(server, service)
+        debug = _debug_server(assembly, role, service)
         try:
             http_address = await debug.start(config.host, config.http_port)
         except OSError as error:
             raise CannotListen(f"http port: {error}") from error
         cleanup.push_async_callback(debug.close)
-        await feed.start()
-        cleanup.push_async_callback(feed.close)
-        kv_address = f"{host}:{exchange.address.rsplit(':', 1)[1]}"
+        await assembly.index_feed.start()
+        cleanup.push_async_callback(assembly.index_feed.close)
+        kv_address = f"{host}:{parts.exchange.address.rsplit(':', 1)[1]}"
         if store_feed is not None:
             await store_feed.start(kv_address)
             cleanup.push_async_callback(store_feed.close)
 
         addresses = _Addresses(f"{host}:{grpc_port}", kv_address, f"{host}:{http_address.rsplit(':', 1)[1]}")
-        record = _record(config, role, parts, addresses, tuple(transport.name for transport in transports))
-        yield RunningWorker(parts, service, record, health_service)
+        yield RunningWorker(parts, service, _record(config, role, assembly, addresses), health_service)
+
+
+def _close_at_the_end(
+    cleanup: contextlib.AsyncExitStack, assembly: Assembly, service: WorkerService, server: grpc.aio.Server
+) -> None:
+    """From the last to the first: calls end, then transfers, then what they held is settled, then the engine."""
+    parts = assembly.parts
+    if parts.engine.host_tier is not None:
+        cleanup.callback(parts.engine.host_tier.close)
+    cleanup.push_async_callback(parts.thread.stop)
+    cleanup.push_async_callback(assembly.host_prefixes.settle)
+    cleanup.push_async_callback(parts.fetcher.settle)
+    cleanup.push_async_callback(service.settle)
+    cleanup.push_async_callback(parts.exchange.close)
+    cleanup.push_async_callback(server.stop, _GRPC_GRACE_S)
+    cleanup.push_async_callback(service.close)
+
+
+async def _serve_grpc(server: grpc.aio.Server, service: WorkerService) -> health.aio.HealthServicer:
+    service.register(server)
+    health_service = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+    await server.start()
+    await health_service.set("", health_pb2.HealthCheckResponse.SERVING)
+    return health_service
+
+
+def _debug_server(assembly: Assembly, role: Role, service: WorkerService) -> DebugServer:
+    parts, store_feed = assembly.parts, assembly.store_feed
+
+    def state() -> dict[str, object]:
+        feeds = {"index": assembly.index_feed.state(), "store_feed": store_feed and store_feed.state()}
+        return _state(parts, role, service) | feeds
+
+    return DebugServer(
+        parts.metrics.registry,
+        state=state,
+        check_integrity=lambda: parts.thread.call(parts.engine.check_integrity),
+        is_healthy=lambda: not parts.thread.crashed.done(),
+    )
 
 
 @dataclass(frozen=True)
@@ -239,16 +206,14 @@ class _Addresses:
     http: str
 
 
-def _record(
-    config: WorkerConfig, role: Role, parts: WorkerParts, addresses: _Addresses, transports: tuple[str, ...]
-) -> WorkerRecord:
+def _record(config: WorkerConfig, role: Role, assembly: Assembly, addresses: _Addresses) -> WorkerRecord:
     """What the worker says of itself in the registry."""
-    engine = parts.engine
+    engine = assembly.parts.engine
     return WorkerRecord(
-        worker_id=parts.worker_id,
+        worker_id=assembly.parts.worker_id,
         role=role,
-        incarnation=parts.incarnation,
-        served_model_names=_names(config),
+        incarnation=assembly.parts.incarnation,
+        served_model_names=served_names(config),
         model_path=shared_path(config.model),
         tokenizer_path=shared_path(config.tokenizer or config.model),
         model_fingerprint=engine.layout.model_fingerprint,
@@ -260,7 +225,7 @@ def _record(
         max_model_len=engine.max_model_len,
         max_num_seqs=config.max_num_seqs,
         dtype=engine.layout.dtype,
-        transports=transports,
+        transports=assembly.transports,
         colocated=bool(getattr(config, "colocated", False)),
         version=services.__version__,
         started_unix_s=time.time(),
@@ -325,29 +290,6 @@ def _add_port(server: grpc.aio.Server, host: str, port: int) -> int:
         raise CannotListen(f"gRPC port: cannot listen on {host}:{port}") from error
 
 
-def _store_feed(
-    config: WorkerConfig, engine: Engine, exchange: BlockExchange, metrics: WorkerMetrics
-) -> StoreFeed | None:
-    if config.store_write_through == "none" or not config.enable_prefix_caching:
-        return None
-    return StoreFeed(
-        Membership(config.redis, grace_s=config.lease_s),
-        exchange,
-        engine.pool.num_blocks,
-        only_reused=config.store_write_through == "reused",
-        count=metrics.store_offered,
-    )
-
-
-def _tell_all(followers: Sequence[Callable[[list[CacheChange]], None]], changes: list[CacheChange]) -> None:
-    for follower in followers:
-        follower(changes)
-
-
-def _names(config: WorkerConfig) -> tuple[str, ...]:
-    return config.served_model_name or (config.model,)
-
-
 def _state(parts: WorkerParts, role: Role, service: WorkerService) -> dict[str, object]:
     return {
         "worker_id": parts.worker_id,
@@ -359,18 +301,3 @@ def _state(parts: WorkerParts, role: Role, service: WorkerService) -> dict[str, 
         "shunned_holders": parts.fetcher.shunned,
         **service.state(),
     }
-
-
-def exchange_timeouts(config: WorkerConfig) -> ExchangeTimeouts:
-    """The exchange's deadlines: those that a setting names, else its own defaults."""
-    named = {
-        "peer_timeout_s": config.peer_timeout_s,
-        "offer_s": getattr(config, "prefill_queue_timeout_s", None),
-        "reserve_s": getattr(config, "handoff_timeout_s", None),
-        "announce_s": getattr(config, "handoff_timeout_s", None),
-        "read_s": getattr(config, "handoff_timeout_s", None),
-        "confirm_s": getattr(config, "handoff_timeout_s", None),
-        "lease_max_s": getattr(config, "lease_max_s", None),
-        "lease_ttl_s": getattr(config, "lease_ttl_s", None),
-    }
-    return ExchangeTimeouts(**{name: value for name, value in named.items() if value is not None})

@@ -7,8 +7,9 @@ import pytest
 from services.decode.config import DecodeConfig
 from services.prefill.config import PrefillConfig
 from services.settings import SettingsError
+from services.worker.assembly import exchange_timeouts
 from services.worker.config import WorkerConfig
-from services.worker.process import engine_config, exchange_timeouts
+from services.worker.process import engine_config
 
 
 @pytest.mark.parametrize(

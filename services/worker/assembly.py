@@ -1,0 +1,127 @@
+"""The parts of a worker and how they hang together. Nothing here listens or runs yet: see `process.open_worker`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from kvstore.block_pool import CacheChange
+from kvstore.exchange import BlockExchange
+from kvstore.handshake import PeerIdentity
+from kvstore.registry import Membership
+from kvstore.timeouts import ExchangeTimeouts
+from kvstore.transport.select import make_transports
+from services.engine.engine import Engine
+from services.logs import request_scope
+from services.worker.config import WorkerConfig
+from services.worker.engine_thread import EngineThread
+from services.worker.fetch_costs import FetchCosts, FetchPolicy
+from services.worker.host_prefixes import HostPrefixes
+from services.worker.metrics import WorkerMetrics
+from services.worker.prefix import CacheLender, IndexFeed, PrefixFetcher
+from services.worker.store_feed import StoreFeed
+
+Role: TypeAlias = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class WorkerParts:
+    """What a service is built from; the process owns and closes all of it."""
+
+    worker_id: str
+    incarnation: str
+    engine: Engine
+    thread: EngineThread
+    exchange: BlockExchange
+    fetcher: PrefixFetcher
+    metrics: WorkerMetrics
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """All parts, those included that no service needs to know."""
+
+    parts: WorkerParts
+    host_prefixes: HostPrefixes
+    index_feed: IndexFeed
+    store_feed: StoreFeed | None
+    transports: tuple[str, ...]
+
+
+def assemble(config: WorkerConfig, role: Role, engine: Engine, worker_id: str, incarnation: str) -> Assembly:
+    """Build them. What the engine's cache gains and loses is told to the index and, if there is one, the store feed.
+
+    Raises TransportError.
+    """
+    metrics = WorkerMetrics(engine, served_names(config)[0], role)
+    transports = make_transports(config.kv_transport, engine.memory, worker_id)
+    index_feed = IndexFeed(config.redis, worker_id, incarnation, engine, metrics.index)
+    followers = [index_feed.changed]
+    thread = EngineThread(
+        engine, lambda changes: _tell_all(followers, changes), index_feed.host_changed, metrics.steps.ended
+    )
+    host_prefixes = HostPrefixes(engine, thread, config.prefix_fetch_timeout_s)
+    exchange = BlockExchange(
+        PeerIdentity(f"{worker_id}/{incarnation}", role, incarnation, engine.layout),
+        engine.memory,
+        transports,
+        exchange_timeouts(config),
+        observer=metrics.exchange,
+        lender=CacheLender(engine, thread, host_prefixes),
+        request_scope=request_scope,
+    )
+    store_feed = _store_feed(config, engine, exchange, metrics)
+    if store_feed is not None:
+        followers.append(store_feed.changed)
+    fetcher = PrefixFetcher(
+        worker_id,
+        engine,
+        thread,
+        exchange,
+        host_prefixes,
+        FetchCosts(FetchPolicy(config.prefix_fetch)),
+        config.prefix_fetch_timeout_s,
+        metrics.prefix_fetched,
+    )
+    parts = WorkerParts(worker_id, incarnation, engine, thread, exchange, fetcher, metrics)
+    return Assembly(parts, host_prefixes, index_feed, store_feed, tuple(transport.name for transport in transports))
+
+
+def served_names(config: WorkerConfig) -> tuple[str, ...]:
+    """Under which clients ask for the model; the first is the one in metrics."""
+    return config.served_model_name or (config.model,)
+
+
+def exchange_timeouts(config: WorkerConfig) -> ExchangeTimeouts:
+    """The exchange's deadlines: those that a setting names, else its own defaults."""
+    named = {
+        "peer_timeout_s": config.peer_timeout_s,
+        "offer_s": getattr(config, "prefill_queue_timeout_s", None),
+        "reserve_s": getattr(config, "handoff_timeout_s", None),
+        "announce_s": getattr(config, "handoff_timeout_s", None),
+        "read_s": getattr(config, "handoff_timeout_s", None),
+        "confirm_s": getattr(config, "handoff_timeout_s", None),
+        "lease_max_s": getattr(config, "lease_max_s", None),
+        "lease_ttl_s": getattr(config, "lease_ttl_s", None),
+    }
+    return ExchangeTimeouts(**{name: value for name, value in named.items() if value is not None})
+
+
+def _store_feed(
+    config: WorkerConfig, engine: Engine, exchange: BlockExchange, metrics: WorkerMetrics
+) -> StoreFeed | None:
+    if config.store_write_through == "none" or not config.enable_prefix_caching:
+        return None
+    return StoreFeed(
+        Membership(config.redis, grace_s=config.lease_s),
+        exchange,
+        engine.pool.num_blocks,
+        only_reused=config.store_write_through == "reused",
+        count=metrics.store_offered,
+    )
+
+
+def _tell_all(followers: Sequence[Callable[[list[CacheChange]], None]], changes: list[CacheChange]) -> None:
+    for follower in followers:
+        follower(changes)
