@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def flip_byte(pid: int, content: bytes, offset: int) -> int:
-    """Flip one bit at `offset` in every copy of `content` that the process can write; returns how many there were."""
+def flip_byte(pid: int, content: bytes, offset: int, *, num_copies: int | None = None, min_map_bytes: int = 0) -> None:
+    """Flip one bit at `offset` in every copy of `content` that the process can write.
+
+    There must be `num_copies` of them, or at least one where that is not said: buffers may have copies of their own.
+    Only maps of `min_map_bytes` and more are searched, so that a pool can be told from what is around it.
+    """
     num_flipped = 0
     with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
         for start, end in _writable_maps(pid):
+            if end - start < min_map_bytes:
+                continue
             memory.seek(start)
             mapped = memory.read(end - start)
             at = mapped.find(content)
@@ -18,7 +24,8 @@ def flip_byte(pid: int, content: bytes, offset: int) -> int:
                 memory.write(bytes([content[offset] ^ 1]))
                 num_flipped += 1
                 at = mapped.find(content, at + 1)
-    return num_flipped
+    is_right = num_flipped > 0 if num_copies is None else num_flipped == num_copies
+    assert is_right, f"found {num_flipped} times in process {pid}, expected {num_copies or 'it at least once'}"
 
 
 def _writable_maps(pid: int) -> list[tuple[int, int]]:

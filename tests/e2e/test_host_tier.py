@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from services.engine.engine import Engine
 from services.engine.request import Request, SamplingParams
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.orders import Orders
+from tests.process_memory import flip_byte
 from tests.stack import Stack
 
 # 41 blocks of 32 tokens: room for one prompt of 1,000 tokens, and for no second one beside it.
@@ -39,12 +39,6 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     router = ["--routing-policy", "round-robin", "--index-timeout", "5"]
     with Stack(directory / "logs", [(), ()], [decode, decode], router=router, worker=worker) as stack:
         yield model, stack
-
-
-def series(stack: Stack, name: str, metric: str) -> float:
-    found = re.findall(rf"^{re.escape(metric)}(?:{{.*}})? (\S+)$", stack.metrics(name), re.MULTILINE)
-    assert found, f"{name} has no {metric}"
-    return float(found[0])
 
 
 def num_kept(stack: Stack, name: str) -> int:
@@ -72,21 +66,21 @@ async def test_an_evicted_prefix_is_a_local_hit_and_a_hit_of_other_workers(serve
     await evict(stack, orders, "decode-0", "prefill-0", seed=63)
 
     # By the worker itself.
-    hits = series(stack, "prefill-0", "tandem:host_tier_hits_total")
+    hits = stack.metric("prefill-0", "tandem:host_tier_hits_total")
     tokens, usage = await orders.generate(prompts[1], "decode-0", "prefill-0", [])
     assert (tokens, usage.num_cached_tokens, len(usage.fetched)) == (expected[1], len(shared), 0)
-    assert series(stack, "prefill-0", "tandem:host_tier_hits_total") > hits
+    assert stack.metric("prefill-0", "tandem:host_tier_hits_total") > hits
     await evict(stack, orders, "decode-0", "prefill-0", seed=64)
 
     # By another one.
-    hits = series(stack, "prefill-0", "tandem:host_tier_hits_total")
+    hits = stack.metric("prefill-0", "tandem:host_tier_hits_total")
     source = orders.source("prefill-0", SHARED_BLOCKS, tier="host")
     tokens, usage = await orders.generate(prompts[2], "decode-1", "prefill-1", [source])
     assert (tokens, usage.num_cached_tokens) == (expected[2], len(shared))
     (part,) = usage.fetched
     assert (part.holder_id, part.tier, part.num_blocks) == ("prefill-0", "host", SHARED_BLOCKS)
-    assert series(stack, "prefill-0", "tandem:host_tier_hits_total") > hits
-    assert series(stack, "prefill-0", "tandem:host_tier_corrupt_total") == 0
+    assert stack.metric("prefill-0", "tandem:host_tier_hits_total") > hits
+    assert stack.metric("prefill-0", "tandem:host_tier_corrupt_total") == 0
     stack.check_clean()
 
 
@@ -127,13 +121,14 @@ async def test_a_byte_flipped_in_main_memory_costs_a_recomputation_and_no_token(
     # Found by the worker itself, then on behalf of a peer, who is lent what comes before.
     for num_corrupt, wrong in enumerate((5, 20)):
         await evict(stack, orders, "decode-0", "prefill-0", seed=68 + num_corrupt)
-        flip_byte(pid, contents[wrong])
+        # Where it was evicted to: the tier, whose memory is by far larger than the paged cache's.
+        flip_byte(pid, contents[wrong], offset=100, num_copies=1, min_map_bytes=4 << 20)
         reader = ("decode-0", "prefill-0") if num_corrupt == 0 else ("decode-1", "prefill-1")
         sources = [] if num_corrupt == 0 else [orders.source("prefill-0", 31, tier="host")]
         tokens, usage = await orders.generate(prompt, *reader, sources)
         assert (tokens, usage.num_cached_tokens) == (expected, wrong * 32)
         assert [part.num_blocks for part in usage.fetched] == ([] if num_corrupt == 0 else [wrong])
-        assert series(stack, "prefill-0", "tandem:host_tier_corrupt_total") == num_corrupt + 1
+        assert stack.metric("prefill-0", "tandem:host_tier_corrupt_total") == num_corrupt + 1
     stack.check_clean()
 
 
@@ -147,23 +142,6 @@ def block_contents(model: Path, prompt: list[int]) -> list[bytes]:
     memory = engine.memory
     assert isinstance(memory, HostMemory)
     return [memory.view(block_id).tobytes() for block_id in request.block_table]
-
-
-def flip_byte(pid: int, content: bytes) -> None:
-    """Change one byte of a block wherever it lies in a process's memory."""
-    num_found = 0
-    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
-        for line in maps:
-            span, access, _, _, inode, *_ = line.split()
-            first, end = (int(address, 16) for address in span.split("-"))
-            if access.startswith("rw") and inode == "0" and end - first >= 4 << 20:
-                memory.seek(first)
-                at = memory.read(end - first).find(content)
-                if at >= 0:
-                    memory.seek(first + at + 100)
-                    memory.write(bytes([content[100] ^ 1]))
-                    num_found += 1
-    assert num_found == 1, f"the block is in {num_found} places"
 
 
 async def test_a_decode_worker_finds_its_own_evicted_blocks_those_it_generated_too(served: tuple[Path, Stack]) -> None:

@@ -120,7 +120,7 @@ async def test_a_flipped_bit_in_memory_is_not_used_and_the_copy_on_disk_is(
     kept = Kept(stack, model, peer, seed=201)
     await kept.keep()
     before = num_corrupt(stack, "dram")
-    assert flip_byte(stack.services["store-0"].process.pid or 0, kept.payloads[30], offset=12_345) > 0
+    flip_byte(stack.services["store-0"].process.pid or 0, kept.payloads[30], offset=12_345)
     assert await kept.ask(1, "decode-0", "prefill-1", "store") == 0, "what does not fit its digest is not used"
     await asyncio.to_thread(
         stack.wait_for, lambda: num_corrupt(stack, "dram") == before + 1, "the store to find what has changed"
