@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from services.engine.kernels.choice import REQUIRED_FLAGS
 from services.engine.kernels.library import KernelLibrary
 from tests.kernels.conftest import RUNNABLE, Libraries
-from tests.kernels.paged import PagedCase
+from tests.kernels.paged import LAYER, PagedCase
 
 # Weights and outputs are rounded to bfloat16 (8 bits), of values up to 4.
 TOLERANCE = 0.02
@@ -36,6 +36,36 @@ def test_a_sliding_window_ends_where_it_should(library: KernelLibrary, window: i
 def test_every_remainder_of_a_chunk(library: KernelLibrary, context: int) -> None:
     case = PagedCase([(context, min(context, new)) for new in (1, 11, 12, 65)], block_size=64, head_dim=80)
     torch.testing.assert_close(case.attend(library).double(), case.oracle(), rtol=0, atol=TOLERANCE)
+
+
+def test_a_nan_among_the_values_stays_one_when_scores_grow_later(library: KernelLibrary) -> None:
+    case = PagedCase([(200, 1)])
+    for token in range(200):
+        block, offset = case.tables[0][token // 16], token % 16
+        case.cache[block, LAYER, 0, :, offset] *= 0.01 if token < 150 else 4
+        if token == 3:
+            case.cache[block, LAYER, 1, 0, offset, 5] = torch.nan
+    result = case.attend(library)
+    assert result[0, :3, 5].isnan().all(), "the heads that share its KV head"
+    assert result[0, 3:].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e5, 1e10])
+def test_scores_may_be_large(library: KernelLibrary, size: float) -> None:
+    case = PagedCase(RAGGED)
+    case.cache[:, :, 0] *= size
+    for keys_values in case.keys_values:
+        keys_values[0] *= size
+    torch.testing.assert_close(case.attend(library).double(), case.oracle(), rtol=0, atol=TOLERANCE)
+
+
+def test_what_a_row_does_not_see_changes_no_sign_of_a_zero(library: KernelLibrary) -> None:
+    alone, among_others = PagedCase([(128, 1)]), PagedCase([(130, 130)])
+    for case in (alone, among_others):
+        case.q[:] = 0.25
+        case.cache[:, :, 0] = 0
+        case.cache[:, :, 1] = -(2**-126)
+    assert torch.equal(alone.attend(library)[0].view(torch.int16), among_others.attend(library)[127].view(torch.int16))
 
 
 @SHARED

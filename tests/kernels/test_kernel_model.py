@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -148,6 +149,25 @@ def test_int8_has_a_fingerprint_of_its_own_and_the_kernels_have_not(models: Mode
     portable, emulated = models("portable", "qwen2"), models("amx-emulated", "qwen2")
     assert portable.fingerprint == emulated.fingerprint
     assert models("portable", "qwen2", "int8").fingerprint != portable.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "message"),
+    [
+        ("token_ids", [1, 100_000, 2], "token id is not below"),
+        ("token_ids", [1, -1, 2], "token id is not below"),
+        ("slot_mapping", [0, 1, 160 * 16], "slot is not below 2560"),
+        ("block_tables", [[160]], "block id is not below 160"),
+        ("logits_indices", [3], "row of logits is not below 3"),
+        ("logits_indices", [1, 1], "must ascend"),
+    ],
+)
+def test_what_lies_beyond_an_array_is_refused(models: Models, field: str, values: list[int], message: str) -> None:
+    run = PagedRun(models("portable", "qwen2"))
+    batch = run.batch([(Sequenced(), [1, 2, 3])])
+    wrong = torch.tensor(values, dtype=getattr(batch, field).dtype)
+    with pytest.raises(IndexError, match=message):
+        run.model.forward(replace(batch, **{field: wrong}), run.kv_cache)
 
 
 def test_blocks_that_the_kernels_cannot_read_are_refused(models: Models) -> None:

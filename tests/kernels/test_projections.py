@@ -117,6 +117,16 @@ def test_int8_takes_rows_and_weights_of_zeros(library: KernelLibrary) -> None:
 
 
 @pytest.mark.parametrize("int8", [False, True])
+def test_a_nan_is_in_all_that_is_computed_from_it(library: KernelLibrary, int8: bool) -> None:
+    x = normal(20, 70, seed=2)
+    x[3, 69] = torch.nan
+    y = multiply(Projection(library, normal(40, 70, seed=1), None, int8=int8), x, Epilogue.WRITE_FLOAT)
+    assert y[3].isnan().all()
+    assert y[:3].isfinite().all()
+    assert y[4:].isfinite().all()
+
+
+@pytest.mark.parametrize("int8", [False, True])
 def test_neither_other_rows_nor_threads_show_in_any_bit(library: KernelLibrary, int8: bool) -> None:
     projection = Projection(library, normal(170, 601, seed=1), None, int8=int8)
     x = normal(150, 601, seed=2)

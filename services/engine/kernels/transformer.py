@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -109,7 +108,13 @@ class KernelTransformer:
         tables = batch.block_tables.to(torch.int32).contiguous()
         query_start = np.array(batch.query_start, dtype=np.int32)
         context_lens = np.array(batch.context_lens, dtype=np.int32)
-        _check_indices(token_ids.numpy(), len(self._embedding), wanted.numpy(), num_tokens)
+        assert positions.dtype == torch.int64, positions.dtype
+        _check_below("token id", token_ids, len(self._embedding))
+        _check_below("slot", slots, kv_cache.shape[0] * kv_cache.shape[4])
+        _check_below("block id", tables, kv_cache.shape[0])
+        _check_below("row of logits", wanted, num_tokens)
+        if not bool((wanted.diff() > 0).all()):
+            raise IndexError("rows of logits must ascend")
         logits = torch.empty((len(wanted), config.vocab_size), dtype=torch.float32)
         append = AppendCall(
             qkv=room.qkv.data_ptr(),
@@ -192,14 +197,11 @@ class _Activations:
         self.angles = room(config.head_dim, torch.float32)
 
 
-def _check_indices(
-    token_ids: npt.NDArray[np.int64], vocab_size: int, wanted: npt.NDArray[np.int64], num_tokens: int
-) -> None:
-    """Raise `IndexError` for what C would read beyond an array."""
-    if token_ids.min() < 0 or token_ids.max() >= vocab_size:
-        raise IndexError(f"token ids from {token_ids.min()} to {token_ids.max()}: the vocabulary has {vocab_size}")
-    if wanted.size and not (wanted[0] >= 0 and wanted[-1] < num_tokens and (np.diff(wanted) > 0).all()):
-        raise IndexError(f"logits_indices must ascend below {num_tokens}")
+def _check_below(what: str, indices: Tensor, end: int) -> None:
+    """Raise `IndexError` for what C would read or write beyond an array. `indices` int64, tables of blocks int32."""
+    assert indices.dtype == (torch.int32 if indices.dim() == 2 else torch.int64), (what, indices.dtype)
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < end:
+        raise IndexError(f"a {what} is not below {end}: {int(indices.min())} to {int(indices.max())}")
 
 
 def _struct(layer: KernelLayer, window: int | None) -> Layer:

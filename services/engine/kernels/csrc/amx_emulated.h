@@ -32,6 +32,8 @@ static inline void _tile_loadconfig(const void *config) {
     }
 }
 
+static inline void _tile_release(void) { memset(emulated, 0, sizeof emulated); }
+
 static inline void _tile_zero(int tile) {
     require(emulated[tile].rows > 0);
     memset(emulated[tile].data, 0, sizeof emulated[tile].data);

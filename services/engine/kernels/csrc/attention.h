@@ -10,7 +10,8 @@
  *     O += P V                        [rows][head_dim], panel by panel of 32 dimensions
  *
  * What a row must not see weighs exactly 0, and a chunk of such weights leaves l and O as they were, bit for bit: so it
- * does not matter which rows share a panel. (That holds because O is never denormal nor -0: see `rescale`.) */
+ * does not matter which rows share a panel. (That holds because O is never denormal, see `rescale`; a -0, which may become
+ * +0 so, is made +0 at the end.) */
 #ifndef TANDEM_ATTENTION_H
 #define TANDEM_ATTENTION_H
 
@@ -25,7 +26,7 @@ enum {
 
 #define NO_SCORE (-1e30f) /* the largest of none: finite, so that differences are */
 
-/* One call. Mirrored by `_AttentionCall` in library.py. Strides are in elements. */
+/* One call. Mirrored by `AttentionCall` in library.py. Strides are in elements. */
 struct attention_call {
     const bf16 *q; /* [T][num_heads][head_dim] within rows of q_stride */
     int64_t q_stride;
@@ -148,11 +149,11 @@ static void pack_chunk(const struct attention_call *call, const struct attention
     }
 }
 
-/* O *= factor, without what would make adding 0 to it visible: denormals, which the dot products flush, and -0. */
+/* O *= factor, without denormals: the dot products would flush them, so that adding 0 showed. */
 static inline void rescale(float *o, float factor) {
     for (int i = 0; i < COLUMNS; i += LANES) {
         const floats values = load_floats(o + i) * factor;
-        store_floats(o + i, (floats)((ints)values & (absolute(values) >= FLT_MIN)));
+        store_floats(o + i, (floats)((ints)values & ~(absolute(values) < FLT_MIN))); /* a NaN stays one */
     }
 }
 
@@ -171,11 +172,12 @@ static void attend_chunk(const struct attention_call *call, const struct attenti
     const int rows = panel->rows;
     const float scale = call->scale * 1.44269504f;
     const bf16 *queries = space->queries + panel->row * num_depth * BF16_DEPTH;
+    const struct ahead nothing_ahead = {(const char *)queries, 0};
     float *outputs = space->outputs + panel->row * num_depth * COLUMNS;
     const ints token_of_lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int64_t i = 0; i < num_panels; i++)
         panel_bf16(space->scores + i * rows * COLUMNS, queries, space->keys + i * num_depth * (B_BLOCK / 2), num_depth,
-                   rows, false, (struct ahead){NULL, 0});
+                   rows, false, nothing_ahead);
     for (int row = 0; row < rows; row++) {
         /* Tokens of the chunk that this row sees: first to last. */
         const int64_t position = first_query + (row_offset + panel->row + row) / group;
@@ -194,7 +196,7 @@ static void attend_chunk(const struct attention_call *call, const struct attenti
         const float before = *largest, now = max16(greatest);
         *largest = now;
         for (int i = 0; i < num_panels * COLUMNS / LANES; i++) {
-            const floats weights = exp2_of_nonpositive(fused(scores[i], all(scale), all(-now * scale)));
+            const floats weights = exp2_of_nonpositive((scores[i] - now) * scale);
             total += weights;
             store_bf16(space->weights + (i / 2 * rows + row) * COLUMNS + i % 2 * LANES, weights, LANES);
         }
@@ -205,7 +207,7 @@ static void attend_chunk(const struct attention_call *call, const struct attenti
     }
     for (int64_t k = 0; k < num_depth; k++)
         panel_bf16(outputs + k * rows * COLUMNS, space->weights, space->values + k * CHUNK_BLOCKS * (B_BLOCK / 2),
-                   num_panels, rows, true, (struct ahead){NULL, 0});
+                   num_panels, rows, true, nothing_ahead);
 }
 
 struct attention_job {
@@ -277,7 +279,7 @@ static void attend_task(void *argument, int64_t task, int thread) {
             const float *o = space.outputs + panels[i].row * num_depth * COLUMNS + row * COLUMNS;
             const float inverse = 1.0f / space.sums[panels[i].row + row];
             for (int64_t k = 0; k < d; k += LANES)
-                store_bf16(out + k, load_floats(o + k / COLUMNS * panels[i].rows * COLUMNS + k % COLUMNS) * inverse, d - k);
+                store_bf16(out + k, load_floats(o + k / COLUMNS * panels[i].rows * COLUMNS + k % COLUMNS) * inverse + 0.0f, d - k);
         }
 }
 

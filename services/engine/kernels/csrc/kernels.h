@@ -65,7 +65,7 @@ static inline float float_of(uint32_t bits) {
 static inline float from_bf16(bf16 value) { return float_of((uint32_t)value << 16); }
 
 /* What a panel asks memory for on the side, while it computes: for each block of depth so many of the lines that come
- * next. Weights stream from memory, and arrive at an even pace so. NULL and 0: nothing. */
+ * next. Weights stream from memory, and arrive at an even pace so. 0 lines: nothing. */
 struct ahead {
     const char *next;
     int lines;

@@ -20,7 +20,7 @@ enum epilogue {
     GATE_GELU_ERF = 5,
 };
 
-/* A projection's weights. Mirrored by `_Weights` in library.py. */
+/* A projection's weights. Mirrored by `Weights` in library.py. */
 struct weights {
     const void *panels;
     const float *bias;        /* [columns] or NULL */
@@ -79,10 +79,12 @@ enum {
 
 /* Rows that are packed at a time: whole panels, half of L2. */
 static int64_t rows_at_once(int64_t num_blocks) {
-    static int64_t l2_bytes; /* the same whoever writes it */
+    static _Atomic int64_t known; /* the same whoever writes it */
+    int64_t l2_bytes = atomic_load_explicit(&known, memory_order_relaxed);
     if (l2_bytes == 0) {
-        int64_t known = sysconf(_SC_LEVEL2_CACHE_SIZE);
-        l2_bytes = known > 0 ? known : 1 << 20;
+        l2_bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+        if (l2_bytes <= 0) l2_bytes = 1 << 20;
+        atomic_store_explicit(&known, l2_bytes, memory_order_relaxed);
     }
     return min64(MAX_PACKED_ROWS, max64(ROWS, l2_bytes / 2 / (num_blocks * LINE) / ROWS * ROWS));
 }
@@ -97,9 +99,10 @@ static void pack_row_bf16(char *out, ptrdiff_t block_bytes, const bf16 *x, int64
 
 /* A row in int8: x = scale * q, with q from -127 to 127, rounded to nearest. Returns the scale. */
 static float pack_row_int8(char *out, ptrdiff_t block_bytes, const bf16 *x, int64_t depth) {
-    floats lanes = {0};
-    for (int64_t k = 0; k < depth; k += LANES) lanes = larger(absolute(load_bf16(x + k, depth - k)), lanes);
-    const float largest = max16(lanes), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    /* As whole numbers, positive floats have the same order, and a NaN is larger than all: it becomes the scale. */
+    ints lanes = {0};
+    for (int64_t k = 0; k < depth; k += LANES) lanes = larger_ints((ints)absolute(load_bf16(x + k, depth - k)), lanes);
+    const float largest = float_of((uint32_t)max16_ints(lanes)), inverse = largest > 0 ? 127.0f / largest : 0.0f;
     for (int64_t k = 0; k < depth; k += INT8_DEPTH, out += block_bytes)
         for (int64_t i = 0; i < INT8_DEPTH; i += LANES) {
             const floats values = load_bf16(x + k + i, max64(0, depth - k - i));
@@ -128,7 +131,8 @@ static void pack_rows(void *argument, int64_t panel, int thread) {
 /* The sums of 16 columns of a row, as they stand in C: floats, or whole numbers that still lack their scales. */
 static inline floats sums_of(const struct linear_job *job, const void *c, int64_t column, float row_scale) {
     const struct weights *weights = job->weights;
-    floats sums = load_floats(c);
+    floats sums;
+    memcpy(&sums, c, sizeof sums);
     if (weights->scales) {
         ints totals;
         memcpy(&totals, weights->sums + column, sizeof totals);
@@ -153,10 +157,11 @@ static inline void put(const struct linear_job *job, floats values, int64_t row,
 
 /* Finish a panel: C has the sums of all packed rows. */
 static inline __attribute__((always_inline)) void finish_panel(
-    const struct linear_job *job, const float *c, int64_t column, const enum epilogue epilogue) {
-    for (int64_t row = job->first; row < job->stop; row++, c += COLUMNS) {
+    const struct linear_job *job, const void *sums, int64_t column, const enum epilogue epilogue) {
+    const char *c = sums; /* numbers of four bytes, of either kind */
+    for (int64_t row = job->first; row < job->stop; row++, c += 4 * COLUMNS) {
         const float scale = job->weights->scales ? job->row_scales[row - job->first] : 1.0f;
-        const floats left = sums_of(job, c, column, scale), right = sums_of(job, c + LANES, column + LANES, scale);
+        const floats left = sums_of(job, c, column, scale), right = sums_of(job, c + 4 * LANES, column + LANES, scale);
         if (epilogue >= GATE_SILU) {
             put(job, activate(left, epilogue) * right, row, column / 2, epilogue);
         } else {
@@ -174,7 +179,10 @@ static void multiply_panel(void *argument, int64_t panel, int thread) {
     const struct weights *weights = job->weights;
     const int64_t num_rows = job->stop - job->first, column = panel * COLUMNS;
     const char *b = (const char *)weights->panels + panel * job->num_blocks * B_BLOCK;
-    float c[MAX_PACKED_ROWS * COLUMNS] ALIGNED; /* int32 for int8 */
+    union {
+        float floats[MAX_PACKED_ROWS * COLUMNS];
+        int32_t ints[MAX_PACKED_ROWS * COLUMNS]; /* for int8 */
+    } c ALIGNED;
     const int lines = (int)ceil_div(B_BLOCK / LINE, ceil_div(num_rows, ROWS));
     for (int64_t block = 0; block < job->num_blocks; block += WEIGHT_CHUNK, b += WEIGHT_CHUNK * B_BLOCK) {
         const int64_t num_blocks = min64(WEIGHT_CHUNK, job->num_blocks - block);
@@ -182,20 +190,19 @@ static void multiply_panel(void *argument, int64_t panel, int thread) {
         for (int64_t first = 0; first < num_rows; first += ROWS, ahead.next += num_blocks * lines * LINE) {
             const int rows = (int)min64(ROWS, num_rows - first);
             const char *a = job->packed + (first * job->num_blocks + block * rows) * LINE;
-            float *sums = c + first * COLUMNS;
             if (weights->scales)
-                panel_int8((int32_t *)sums, (const int8_t *)a, (const int8_t *)b, num_blocks, rows, block > 0, ahead);
+                panel_int8(c.ints + first * COLUMNS, (const int8_t *)a, (const int8_t *)b, num_blocks, rows, block > 0, ahead);
             else
-                panel_bf16(sums, (const bf16 *)a, (const bf16 *)b, num_blocks, rows, block > 0, ahead);
+                panel_bf16(c.floats + first * COLUMNS, (const bf16 *)a, (const bf16 *)b, num_blocks, rows, block > 0, ahead);
         }
     }
     switch (job->epilogue) {
-        case WRITE: finish_panel(job, c, column, WRITE); break;
-        case ADD: finish_panel(job, c, column, ADD); break;
-        case WRITE_FLOAT: finish_panel(job, c, column, WRITE_FLOAT); break;
-        case GATE_SILU: finish_panel(job, c, column, GATE_SILU); break;
-        case GATE_GELU_TANH: finish_panel(job, c, column, GATE_GELU_TANH); break;
-        case GATE_GELU_ERF: finish_panel(job, c, column, GATE_GELU_ERF); break;
+        case WRITE: finish_panel(job, &c, column, WRITE); break;
+        case ADD: finish_panel(job, &c, column, ADD); break;
+        case WRITE_FLOAT: finish_panel(job, &c, column, WRITE_FLOAT); break;
+        case GATE_SILU: finish_panel(job, &c, column, GATE_SILU); break;
+        case GATE_GELU_TANH: finish_panel(job, &c, column, GATE_GELU_TANH); break;
+        case GATE_GELU_ERF: finish_panel(job, &c, column, GATE_GELU_ERF); break;
     }
 }
 

@@ -117,6 +117,14 @@ static void panel_int8(int32_t *c, const int8_t *a, const int8_t *b, int64_t num
     store_tiles(c, rows);
 }
 
+/* Around the tasks that a thread does: others (torch) use the tiles too, and change their shapes. */
+static void panel_begin(void) { configured_rows = 0; }
+
+static void panel_end(void) {
+    if (configured_rows != 0) _tile_release();
+    configured_rows = 0;
+}
+
 /* Make the processor's tiles usable; false if the system does not grant them. */
 static bool panel_start(void) {
 #ifdef TANDEM_EMULATE_AMX

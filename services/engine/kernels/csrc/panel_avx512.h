@@ -121,6 +121,10 @@ static void panel_int8(int32_t *c, const int8_t *a, const int8_t *b, int64_t num
     EACH_PART(rows_int8, c, a, b)
 }
 
+/* Around the tasks that a thread does. */
+static void panel_begin(void) {}
+static void panel_end(void) {}
+
 /* Make the processor's tiles usable; false if the system does not grant them. */
 static bool panel_start(void) { return true; }
 

@@ -38,11 +38,13 @@ static inline void pause_briefly(void) {
 }
 
 static void take_tasks(int thread) {
+    panel_begin();
     for (;;) {
         int64_t index = atomic_fetch_add(&pool.next_task, 1);
-        if (index >= pool.num_tasks) return;
+        if (index >= pool.num_tasks) break;
         pool.function(pool.job, index, thread);
     }
+    panel_end();
 }
 
 static void *work(void *argument) {
@@ -77,7 +79,9 @@ static int start_workers(int num_threads) {
 static void run_tasks(task_function function, void *job, int64_t num_tasks, int num_threads) {
     num_threads = num_threads > MAX_THREADS ? MAX_THREADS : num_threads;
     if (num_threads <= 1 || num_tasks <= 1 || pthread_mutex_trylock(&pool.callers) != 0) {
+        panel_begin();
         for (int64_t index = 0; index < num_tasks; index++) function(job, index, 0);
+        panel_end();
         return;
     }
     pool.num_wanted = start_workers(num_threads);

@@ -55,7 +55,7 @@ EXPORT void tandem_rope_table(const int64_t *positions, const float *frequencies
         }
 }
 
-/* One call. Mirrored by `_AppendCall` in library.py. Strides are in elements. */
+/* One call. Mirrored by `AppendCall` in library.py. Strides are in elements. */
 struct append_call {
     bf16 *qkv;          /* [T][num_heads + 2 * num_kv_heads][head_dim]: queries and keys are changed in place */
     const float *table; /* of tandem_rope_table */

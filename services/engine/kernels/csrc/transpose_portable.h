@@ -9,7 +9,7 @@ static inline void transpose16(uint32_t *out, const void *rows, ptrdiff_t stride
     for (int j = 0; j < 16; j++) {
         uint32_t row[16];
         memcpy(row, (const char *)rows + j * stride, sizeof row);
-        for (int i = 0; i < 16; i++) out[i * 16 + j] = row[i];
+        for (int i = 0; i < 16; i++) memcpy(out + i * 16 + j, row + i, sizeof *row);
     }
 }
 

@@ -61,6 +61,8 @@ static inline floats round_to_whole(floats x) { return _mm512_roundscale_ps(x, _
 static inline floats times_power_of_two(floats x, floats power) { return _mm512_scalef_ps(x, power); }
 static inline float sum16(floats lanes) { return _mm512_reduce_add_ps(lanes); }
 static inline float max16(floats lanes) { return _mm512_reduce_max_ps(lanes); }
+static inline ints larger_ints(ints a, ints b) { return (ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+static inline int32_t max16_ints(ints lanes) { return _mm512_reduce_max_epi32((__m512i)lanes); }
 #else
 static inline floats larger(floats a, floats b) { return select_floats(a > b, a, b); }
 
@@ -89,6 +91,14 @@ static inline float sum16(floats lanes) {
     for (int half = LANES / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
     return lanes[0];
+}
+
+static inline ints larger_ints(ints a, ints b) { return (ints)select_floats(a > b, (floats)a, (floats)b); }
+
+static inline int32_t max16_ints(ints lanes) {
+    int32_t largest = lanes[0];
+    for (int i = 1; i < LANES; i++) largest = lanes[i] > largest ? lanes[i] : largest;
+    return largest;
 }
 
 static inline float max16(floats lanes) {
