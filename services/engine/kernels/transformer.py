@@ -98,31 +98,28 @@ class KernelTransformer:
         """Store the batch's keys and values and return float32 logits `[n, vocab_size]` of the rows it asks for."""
         assert kv_cache.is_contiguous()
         assert kv_cache.dtype == torch.bfloat16
-        config, num_tokens = self._config, len(batch.token_ids)
+        num_tokens = len(batch.token_ids)
         if num_tokens > len(self._activations.x):
-            self._activations = _Activations(config, num_tokens)
-        room = self._activations
-        # Contiguous and of the very type that the kernels read; named, because only their addresses go along.
-        token_ids, positions = batch.token_ids.contiguous(), batch.positions.contiguous()
-        slots, wanted = batch.slot_mapping.contiguous(), batch.logits_indices.contiguous()
-        tables = batch.block_tables.to(torch.int32).contiguous()
-        query_start = np.array(batch.query_start, dtype=np.int32)
-        context_lens = np.array(batch.context_lens, dtype=np.int32)
-        assert positions.dtype == torch.int64, positions.dtype
-        _check_below("token id", token_ids, len(self._embedding))
-        _check_below("slot", slots, kv_cache.shape[0] * kv_cache.shape[4])
-        _check_below("block id", tables, kv_cache.shape[0])
-        _check_below("row of logits", wanted, num_tokens)
-        if not bool((wanted.diff() > 0).all()):
-            raise IndexError("rows of logits must ascend")
-        logits = torch.empty((len(wanted), config.vocab_size), dtype=torch.float32)
+            self._activations = _Activations(self._config, num_tokens)
+        inputs = _Inputs(batch)
+        inputs.check(len(self._embedding), kv_cache)
+        logits = torch.empty((len(inputs.wanted), self._config.vocab_size), dtype=torch.float32)
+        call = self._call(inputs, kv_cache, logits)
+        self._library.forward(call, self._workspace, self._num_threads)
+        for stage in Stage:
+            self._stage_seconds[stage.name.lower()] += call.seconds[stage]
+        return logits
+
+    def _call(self, inputs: _Inputs, kv_cache: Tensor, logits: Tensor) -> ForwardCall:
+        """The step in the addresses that the library takes; what they point to must outlive it."""
+        config, room = self._config, self._activations
         append = AppendCall(
             qkv=room.qkv.data_ptr(),
             table=room.angles.data_ptr(),
-            slots=slots.data_ptr(),
+            slots=inputs.slots.data_ptr(),
             cache=kv_cache.data_ptr(),
             block_stride=kv_cache.stride(0),
-            num_tokens=num_tokens,
+            num_tokens=len(inputs.token_ids),
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
@@ -134,18 +131,18 @@ class KernelTransformer:
             q_stride=room.qkv.stride(0),
             out=room.attended.data_ptr(),
             block_stride=kv_cache.stride(0),
-            block_tables=tables.data_ptr(),
-            table_stride=tables.shape[1],
-            query_start=query_start.ctypes.data,
-            context_lens=context_lens.ctypes.data,
-            num_sequences=len(batch.context_lens),
+            block_tables=inputs.tables.data_ptr(),
+            table_stride=inputs.tables.shape[1],
+            query_start=inputs.query_start.ctypes.data,
+            context_lens=inputs.context_lens.ctypes.data,
+            num_sequences=len(inputs.context_lens),
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             block_size=kv_cache.shape[4],
             scale=config.head_dim**-0.5,
         )
-        call = ForwardCall(
+        return ForwardCall(
             layers=ctypes.addressof(self._layer_structs),
             lm_head=ctypes.addressof(self._lm_head.weights),
             embedding=self._embedding.data_ptr(),
@@ -154,12 +151,12 @@ class KernelTransformer:
             hidden_size=config.hidden_size,
             layer_stride=kv_cache.stride(1),
             gate=_GATES[config.hidden_act],
-            token_ids=token_ids.data_ptr(),
-            positions=positions.data_ptr(),
+            token_ids=inputs.token_ids.data_ptr(),
+            positions=inputs.positions.data_ptr(),
             frequencies=self._frequencies.data_ptr(),
             rope_factor=config.rope.attention_factor,
-            wanted=wanted.data_ptr(),
-            num_wanted=len(wanted),
+            wanted=inputs.wanted.data_ptr(),
+            num_wanted=len(inputs.wanted),
             logits=logits.data_ptr(),
             append=append,
             attention=attention,
@@ -168,15 +165,34 @@ class KernelTransformer:
             gated=room.gated.data_ptr(),
             angles=room.angles.data_ptr(),
         )
-        self._library.forward(call, self._workspace, self._num_threads)
-        for stage in Stage:
-            self._stage_seconds[stage.name.lower()] += call.seconds[stage]
-        return logits
 
     @property
     def stage_seconds(self) -> Mapping[str, float]:
         """Where the time of all steps so far went."""
         return dict(self._stage_seconds)
+
+
+class _Inputs:
+    """A batch in arrays that are contiguous and of the very types that the kernels read."""
+
+    def __init__(self, batch: ForwardBatch) -> None:
+        self.token_ids = batch.token_ids.contiguous()
+        self.positions = batch.positions.contiguous()
+        self.slots = batch.slot_mapping.contiguous()
+        self.wanted = batch.logits_indices.contiguous()
+        self.tables = batch.block_tables.to(torch.int32).contiguous()
+        self.query_start = np.array(batch.query_start, dtype=np.int32)
+        self.context_lens = np.array(batch.context_lens, dtype=np.int32)
+
+    def check(self, vocab_size: int, kv_cache: Tensor) -> None:
+        """Raise `IndexError` for what C would read or write beyond an array."""
+        assert self.positions.dtype == torch.int64, self.positions.dtype
+        _check_below("token id", self.token_ids, vocab_size)
+        _check_below("slot", self.slots, kv_cache.shape[0] * kv_cache.shape[4])
+        _check_below("block id", self.tables, kv_cache.shape[0])
+        _check_below("row of logits", self.wanted, len(self.token_ids))
+        if not bool((self.wanted.diff() > 0).all()):
+            raise IndexError("rows of logits must ascend")
 
 
 class _Activations:
@@ -198,7 +214,7 @@ class _Activations:
 
 
 def _check_below(what: str, indices: Tensor, end: int) -> None:
-    """Raise `IndexError` for what C would read or write beyond an array. `indices` int64, tables of blocks int32."""
+    """Raise `IndexError` for an index that is not. `indices` int64, tables of blocks int32."""
     assert indices.dtype == (torch.int32 if indices.dim() == 2 else torch.int64), (what, indices.dtype)
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < end:
         raise IndexError(f"a {what} is not below {end}: {int(indices.min())} to {int(indices.max())}")
