@@ -42,7 +42,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow validate-deploy render-deploy test-images lint types imports format proto proto-check kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index compat agreement loadtest clean
+.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index compat agreement loadtest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -61,7 +61,7 @@ serve: $(INSTALLED) ## serve MODEL (the demo model) on PORT with PREFILL and DEC
 doctor: $(INSTALLED) ## check this machine: packages, Redis, UCX, ports, model
 	$(BIN)/tandem doctor --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
 
-test: lint types imports proto-check ## everything that CI checks
+test: lint types imports proto-check promtool ## everything that CI checks
 	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED) ## the tests that take minutes
@@ -71,7 +71,10 @@ lint: $(INSTALLED) ## style
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 
-validate-deploy: $(INSTALLED) ## deploy/ against schemas, linters and a running stack; needs kubectl and promtool
+promtool: ## fetch it into build/tools where this machine has none
+	@deploy/get_promtool.sh
+
+validate-deploy: $(INSTALLED) promtool ## deploy/ against schemas, linters and a running stack
 	$(BIN)/python -m deploy.validate
 	$(BIN)/pytest tests/deploy -m "not slow"
 

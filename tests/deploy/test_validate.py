@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from deploy.validate.__main__ import CHECKS, main
+from deploy.validate.__main__ import CHECKS, main, problems
 from deploy.validate.dockerfile import parse
 from deploy.validate.monitoring import check_monitoring, check_queries
 from deploy.validate.tools import ToolMissing, run_tool
@@ -152,8 +153,17 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_everything_passes(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(copy)]) == 0, capsys.readouterr().out
+def test_everything_passes(copy: Path) -> None:
+    assert list(problems(copy)) == []
+
+
+@pytest.mark.parametrize(("found", "status"), [([], 0), (["a.yaml is wrong"], 1), (ToolMissing("no promtool"), 1)])
+def test_the_exit_status_says_whether_all_was_looked_at_and_good(
+    found: list[str] | ToolMissing, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check = Mock(side_effect=[found])
+    monkeypatch.setattr("deploy.validate.__main__.CHECKS", {"a kind": check})
+    assert main([str(tmp_path)]) == status
 
 
 @pytest.mark.parametrize(
@@ -192,8 +202,9 @@ def test_every_file_of_deploy_has_a_typo_planted() -> None:
 
 
 def test_a_missing_tool_is_named_with_where_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("deploy.validate.tools._PLACES", ())
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ToolMissing, match=r"promtool is not on the PATH \(.*prometheus"):
+    with pytest.raises(ToolMissing, match=r"promtool is missing \(.*prometheus"):
         run_tool("promtool", ["--version"], tmp_path)
 
 
