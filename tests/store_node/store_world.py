@@ -101,13 +101,14 @@ class World:
         faults: Faults | None = None,
         limits: IntakeLimits | None = None,
         incarnation: str = "1",
+        timeouts: ExchangeTimeouts = PATIENT,
     ) -> StoreNode:
         memory = HostMemory.allocate(num_slots, LAYOUT.block_bytes)
         tier = DiskTier.open(disk, LAYOUT, 4 << 20) if disk is not None else None
         store = TieredStore(memory, tier, on_change=lambda *change: self.changes.append(change), timeout_s=2.0)
         identity = PeerIdentity(f"store-0/{incarnation}", "store", incarnation, LAYOUT)
         transport = MemoryTransport(memory, self.switchboard, faults, seed=3)
-        node = StoreNode(identity, store, [transport], timeouts=PATIENT, limits=limits)
+        node = StoreNode(identity, store, [transport], timeouts=timeouts, limits=limits)
         await node.start("127.0.0.1", 0)
         self._open.append(node.close)
         return node

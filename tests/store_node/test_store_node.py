@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvstore.fetch_events import FetchCause
+from kvstore.handshake import PeerIdentity
+from kvstore.messages import Have
 from kvstore.store_intake import IntakeLimits
 from kvstore.tiered_store import StoreTier
-from kvstore.transport.memory import Faults
-from tests.store_node.store_world import chain, idle, until, world
+from kvstore.transport.memory import Faults, MemoryLink
+from tests.store_node.store_world import LAYOUT, PATIENT, chain, idle, until, world
 
 
 async def test_an_offered_chain_is_pulled_and_lent_byte_for_byte() -> None:
@@ -118,7 +124,7 @@ async def test_an_offer_of_what_was_evicted_meanwhile_brings_the_part_that_is_le
 @pytest.mark.parametrize("faults", [Faults(stall=1.0), Faults(fail=1.0), Faults(cut=1.0), Faults(corrupt=1.0)])
 async def test_reads_that_go_wrong_cost_no_slot(faults: Faults) -> None:
     async with world() as made:
-        node, giver = await made.node(faults=faults, limits=IntakeLimits(timeout_s=0.5)), await made.worker()
+        node, giver = await made.node(faults=faults, timeouts=replace(PATIENT, read_s=0.5)), await made.worker()
         hashes = chain("a", 4)
         giver.hold(hashes)
         await giver.offer(node, hashes)
@@ -164,6 +170,7 @@ async def test_of_too_many_offers_the_oldest_are_dropped_and_counted() -> None:
         for hashes in chains:
             giver.hold(hashes)
             await giver.offer(node, hashes)
+            await until(lambda: bool(giver.wanted))
         await until(lambda: node.intake.stats.num_offers == 5)
         giver.may_lend.set()
         await idle(node, 5)
@@ -232,3 +239,87 @@ async def test_a_worker_ignores_what_is_offered_to_it() -> None:
         giver.exchange.tell_have(peer_id, giver.exchange.address, None, chain("a", 2))
         assert await giver.exchange.connect(other.exchange.address) == peer_id
         assert giver.exchange.is_connected(peer_id)
+
+
+@asynccontextmanager
+async def mute_address() -> AsyncIterator[str]:
+    """Where somebody listens and never says a word: what a host that vanished looks like until a timeout passes."""
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(listen, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    try:
+        yield f"{host}:{port}"
+    finally:
+        server.close()
+
+
+async def test_the_offers_of_vanished_hosts_hold_nobody_elses() -> None:
+    """A dial takes twenty seconds to give up here: what comes earlier was not behind one."""
+    async with mute_address() as address, world() as made:
+        node, giver = await made.node(), await made.worker()
+        for host in range(10):
+            vanished = PeerIdentity(f"vanished-{host}/1", "prefill", "1", LAYOUT)
+            for number in range(20):
+                node.intake.offered(vanished, Have(address, None, list(chain(f"{host}.{number}", 2))))
+        hashes = chain("a", 4)
+        giver.hold(hashes)
+        await giver.offer(node, hashes)
+        await until(lambda: node.store.locate(hashes) == [StoreTier.DRAM] * 4, timeout_s=15.0)
+        assert (node.intake.num_queued, dict(node.intake.stats.failures)) == (200, {})
+
+
+async def test_a_vanished_host_is_dialled_once_for_all_that_it_has_offered() -> None:
+    async with mute_address() as address, world() as made:
+        node = await made.node(timeouts=replace(PATIENT, connect_s=0.2))
+        vanished = PeerIdentity("vanished/1", "prefill", "1", LAYOUT)
+        for number in range(200):
+            node.intake.offered(vanished, Have(address, None, list(chain(str(number), 2))))
+        await idle(node, 200)
+        assert dict(node.intake.stats.failures) == {"unreachable": 200}
+
+
+async def test_a_chain_that_a_dead_worker_was_to_give_is_taken_from_the_next_that_has_offered_it() -> None:
+    async with world() as made:
+        node, dying, other = await made.node(), await made.worker(), await made.worker("prefill-1", seed=2)
+        hashes = chain("a", 4)
+        for worker in (dying, other):
+            worker.hold(hashes)
+        dying.may_lend.clear()
+        await dying.offer(node, hashes)
+        await until(lambda: bool(dying.wanted))
+        await other.offer(node, hashes)
+        await until(lambda: node.intake.num_queued == 1)
+        closing = asyncio.create_task(dying.exchange.close())
+        await asyncio.sleep(0)
+        dying.may_lend.set()
+        await closing
+        await idle(node, 2)
+        slots = [node.store.dram.find(each).slot for each in hashes]
+        assert [node.store.dram.memory.view(slot).tobytes() for slot in slots] == [other.bytes_of(e) for e in hashes]
+
+
+async def test_a_read_that_never_ends_does_not_keep_what_is_here_from_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world() as made:
+        node, giver = await made.node(disk=tmp_path, limits=IntakeLimits(settle_s=0.2)), await made.worker()
+        here, stuck = chain("here", 3), chain("stuck", 3)
+        giver.hold([*here, *stuck])
+        await giver.offer(node, here)
+        await idle(node, 1)
+        reads: list[asyncio.Future[None]] = []
+
+        def never(link: MemoryLink, read_id: int, runs: object) -> asyncio.Future[None]:
+            reads.append(asyncio.get_running_loop().create_future())
+            return reads[-1]
+
+        monkeypatch.setattr(MemoryLink, "read", never)
+        await giver.offer(node, stuck)
+        await until(lambda: bool(reads))
+        await node.close()
+        again = await made.node(disk=tmp_path, incarnation="2")
+        assert again.store.locate(here) == [StoreTier.DISK] * 3
