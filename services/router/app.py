@@ -15,7 +15,7 @@ from services.router import fields
 from services.router.access import CLIENT_GONE
 from services.router.chat import tokenize_chat
 from services.router.errors import ApiError, ClientDisconnected, internal, invalid, model_not_found, unavailable
-from services.router.http import FAILED, App, Edge, read_body
+from services.router.http import FAILED, App, Edge, Guard, read_body
 from services.router.openai_requests import parse_chat_input
 from services.router.serving import GenerateEndpoint, RouterParts, plan_chat_request, plan_completion_request
 from services.router.tenants import Keyring, Tenant, name_of
@@ -23,10 +23,33 @@ from services.router.tenants import Keyring, Tenant, name_of
 
 def make_app(parts: RouterParts) -> App:
     """The ASGI application."""
+    config = parts.config
+    api = make_api(parts)
+    roots = {route.path.split("/")[1] for route in api.routes if isinstance(route, Route)}
+    app: App = Guard(api, Keyring(config.api_key), parts.metrics)
+    if config.allowed_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=list(config.allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return Edge(
+        app,
+        parts.metrics,
+        root_path=config.root_path,
+        roots=roots,
+        logs_requests=not config.disable_uvicorn_access_log,
+    )
+
+
+def make_api(parts: RouterParts) -> FastAPI:
+    """All routes, without who may use them."""
+    # No root_path here: `Edge` has taken the proxy's prefix off.
     app = FastAPI(
         title="Tandem",
         version=services.__version__,
-        root_path=parts.config.root_path,
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
@@ -41,16 +64,7 @@ def make_app(parts: RouterParts) -> App:
     _add_status_routes(app, parts)
     _add_debug_routes(app, parts)
     _add_error_handlers(app, parts)
-    if parts.config.allowed_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(parts.config.allowed_origins),
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
-        )
-    logs_requests = not parts.config.disable_uvicorn_access_log
-    return Edge(app, Keyring(parts.config.api_key), parts.metrics, logs_requests)
+    return app
 
 
 def _json(content: object, status: int = 200) -> Response:
@@ -177,7 +191,7 @@ def _add_error_handlers(app: FastAPI, parts: RouterParts) -> None:
 
     @app.exception_handler(Exception)
     async def on_crash(request: Request, error: Exception) -> Response:
-        return respond(request, internal(FAILED))  # `Edge` logs it
+        return respond(request, internal(FAILED))  # `Guard` logs it
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:

@@ -20,7 +20,9 @@ class RouterConfig:
         group="HTTP",
     )
     allowed_origins: tuple[str, ...] = setting((), help="origins that browsers may ask from (CORS)", group="HTTP")
-    root_path: str = setting("", help="path prefix that a proxy in front of the router strips", group="HTTP")
+    root_path: str = setting(
+        "", help="path prefix behind a proxy, such as /llm; the proxy may strip it or not", group="HTTP"
+    )
     ssl_keyfile: str = setting("", help="TLS key; with --ssl-certfile the API is served over HTTPS", group="HTTP")
     ssl_certfile: str = setting("", help="TLS certificate chain", group="HTTP")
     max_body_bytes: int = setting(32 << 20, help="largest request body; larger ones get a 413", group="HTTP")
@@ -98,6 +100,8 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise SettingsError(f"must be a port number, got {self.port}", "port")
+        if self.root_path and not self.root_path.startswith("/"):
+            raise SettingsError(f"must start with a slash, got {self.root_path!r}", "root_path")
         if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
             raise SettingsError("give both --ssl-keyfile and --ssl-certfile, or neither", "ssl_keyfile")
         if any(not key for key in self.api_key):

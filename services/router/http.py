@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 from services.logs import request_scope
@@ -25,7 +25,9 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _BODY_TIMEOUT_S = 60.0
-_GUARDED = ("/v1/", "/tokenize", "/detokenize", "/debug/")
+
+OPEN = frozenset({"/health", "/ready", "/version", "/load", "/metrics"})
+"""What needs no API key: for probes and scrapers. All else does, also what is not there."""
 
 
 def header(scope: Message, name: bytes) -> str | None:
@@ -100,64 +102,89 @@ async def send_error(send: Send, error: ApiError) -> None:
 
 
 class Edge:
-    """Wraps the whole application: gives every request an id and its tenant, and turns a crash into a 500.
+    """Wraps the whole application: gives every request an id, its path without the proxy's prefix, and its log line.
 
     Plain ASGI: nothing stands between an endpoint and its client's disconnect.
     """
 
-    def __init__(self, app: App, keyring: Keyring, metrics: RouterMetrics, logs_requests: bool = True) -> None:
-        """`logs_requests`: one line per request; failures of ours are logged in any case."""
+    def __init__(
+        self, app: App, metrics: RouterMetrics, *, root_path: str, roots: Collection[str], logs_requests: bool
+    ) -> None:
+        """`roots`: the first segments of our paths. `logs_requests`: one line per request; failures of ours are logged
+        in any case."""
         self._app = app
-        self._keyring = keyring
         self._metrics = metrics
+        self._prefix = root_path.rstrip("/")
+        self._roots = roots
         self._logs_requests = logs_requests
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+        scope["path"], scope["root_path"] = self._own_path(scope["path"]), ""
         given = header(scope, b"x-request-id")
         request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         with request_scope(request_id):
             await self._serve(scope, receive, send, request_id)
 
+    def _own_path(self, path: str) -> str:
+        """The path as our routes have it. Everyone behind sees this one alone: guard, routes and log cannot differ."""
+        rest = path.removeprefix(self._prefix)
+        # A proxy may strip the prefix or not; and one of /v1 is no reason to strip our own /v1.
+        return rest if rest[:1] == "/" and rest[1:].partition("/")[0] in self._roots else path
+
     async def _serve(self, scope: Message, receive: Receive, send: Send, request_id: str) -> None:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["access"] = access = AccessRecord(scope["method"], scope["path"])
-        started = finished = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started, finished
-            finished = message["type"] == "http.response.body" and not message.get("more_body", False)
             if message["type"] == "http.response.start":
-                started = True
                 access.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", state["request_id"].encode())]
             await send(message)
 
         try:
-            state["tenant"] = self._tenant(scope)
             await self._app(scope, receive, send_with_id)
+        finally:
+            access.close(state["request_id"], self._metrics, self._logs_requests)
+
+
+class Guard:
+    """Lets in who has a key, and turns a crash into a 500. Stands inside of CORS, so that browsers can read both."""
+
+    def __init__(self, app: App, keyring: Keyring, metrics: RouterMetrics) -> None:
+        self._app = app
+        self._keyring = keyring
+        self._metrics = metrics
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        access: AccessRecord = scope["state"]["access"]
+        started = finished = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started, finished
+            started = True
+            finished = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        try:
+            scope["state"]["tenant"] = self._tenant(scope)
+            await self._app(scope, receive, watched_send)
         except ApiError as error:
             self._metrics.count_error(error.status)
-            await send_error(send_with_id, error)
+            await send_error(send, error)
             access.failed(error)
         except Exception:
             log.exception("the request crashed")
             if not started:
                 self._metrics.count_error(500)
-                await send_error(send_with_id, internal(FAILED))
+                await send_error(send, internal(FAILED))
             elif not finished:
                 access.status = 500
                 raise  # the server cuts the connection, so that the client does not take the answer for whole
-        finally:
-            access.close(state["request_id"], self._metrics, self._logs_requests)
 
     def _tenant(self, scope: Message) -> Tenant | None:
         """Whose key came with the request; None where none is needed. Raises ApiError 401."""
-        path: str = scope["path"]
-        if not self._keyring or scope["method"] == "OPTIONS" or not path.startswith(_GUARDED):
+        if not self._keyring or scope["path"] in OPEN:
             return None
         kind, _, key = (header(scope, b"authorization") or "").partition(" ")
         given = key.strip().encode("latin-1") if kind.lower() == "bearer" else b""

@@ -118,7 +118,7 @@ async def _serve(config: RouterConfig) -> int:
     try:
         async with open_parts(config, membership, _router_id(config, port), index) as parts:
             parts.metrics.watch_registry(lambda: membership.connected)
-            server = _Server(_uvicorn_config(config, parts))
+            server = _Server(server_config(config, parts))
             serving = asyncio.create_task(server.serve([listener]), name="http")
             stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
             scheme = "https" if config.ssl_certfile else "http"
@@ -143,14 +143,15 @@ def _router_id(config: RouterConfig, port: int) -> str:
     return f"{name}-{secrets.token_hex(4)}"
 
 
-def _uvicorn_config(config: RouterConfig, parts: RouterParts) -> uvicorn.Config:
+def server_config(config: RouterConfig, parts: RouterParts) -> uvicorn.Config:
+    """How the application is served. The proxy's prefix is not uvicorn's business: `Edge` takes it off."""
     return uvicorn.Config(
         make_app(parts),
         log_config=None,
         access_log=False,
         lifespan="off",
+        ws="none",
         server_header=False,
-        root_path=config.root_path,
         ssl_keyfile=config.ssl_keyfile or None,
         ssl_certfile=config.ssl_certfile or None,
         timeout_graceful_shutdown=int(config.shutdown_timeout_s),

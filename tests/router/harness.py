@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import uvicorn
@@ -15,10 +15,9 @@ import uvicorn
 from kvstore.block_hash import BlockHash
 from kvstore.prefix_index import Holding
 from kvstore.registry import WorkerRecord
-from services.router.app import make_app
 from services.router.config import RouterConfig
 from services.router.prefixes import PrefixIndex
-from services.router.process import bind, open_parts
+from services.router.process import bind, open_parts, server_config
 from services.router.serving import RouterParts
 from tests.router.fake_worker import FakeWorker
 
@@ -91,8 +90,7 @@ async def running_router(
     listener = bind("127.0.0.1", 0)
     try:
         async with open_parts(config, membership, "router-under-test", index) as parts:
-            options = {"log_config": None, "access_log": False, "lifespan": "off"}
-            server = uvicorn.Server(uvicorn.Config(make_app(parts), timeout_graceful_shutdown=2, **options))
+            server = uvicorn.Server(server_config(replace(config, shutdown_timeout_s=2), parts))
             server.capture_signals = nullcontext  # type: ignore[assignment,method-assign]
             serving = asyncio.create_task(server.serve([listener]))
             names = {name for worker in workers for name in worker.model_names}
