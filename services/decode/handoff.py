@@ -13,8 +13,10 @@ attempt leaves behind is freed by `dispose`, after the last byte that could stil
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,9 @@ from kvstore.exchange import BlockExchange
 from kvstore.fetch_events import FetchResult, Reservation
 from kvstore.reader import Fetch
 from services.worker.process import GRPC_OPTIONS
+
+# More prefill workers than one decode worker orders from at a time; old addresses of restarted ones count, too.
+_MAX_CHANNELS = 64
 
 
 class HandoffFailed(Exception):
@@ -50,30 +55,68 @@ class Handoff:
     fetched: FetchResult | None
 
 
+class OrderBroken(Exception):
+    """An order's stream ended without a result, by the peer's doing or the network's."""
+
+
+@dataclass(eq=False)
+class _Channel:
+    grpc: grpc.aio.Channel
+    num_calls: int = 0
+
+
 class PrefillClients:
-    """One gRPC channel per prefill worker, made at first use."""
+    """A gRPC channel per prefill worker, made at first use; the least recently used ones are not kept."""
 
     def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels: OrderedDict[str, _Channel] = OrderedDict()
 
-    def prefill(self, address: str, order: pb.PrefillRequest) -> grpc.aio.UnaryStreamCall[Any, pb.PrefillEvent]:
-        """Send an order; iterate over the call for its events."""
-        if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=GRPC_OPTIONS)
-        stub = worker_pb2_grpc.PrefillServiceStub(self._channels[address])  # type: ignore[no-untyped-call]
+    async def prefill(self, address: str, order: pb.PrefillRequest) -> AsyncGenerator[pb.PrefillEvent, None]:
+        """Send an order and read its events; closing the iterator cancels it. Raises OrderBroken."""
+        channel = self._channel(address)
+        channel.num_calls += 1
+        stub = worker_pb2_grpc.PrefillServiceStub(channel.grpc)  # type: ignore[no-untyped-call]
         call: grpc.aio.UnaryStreamCall[Any, pb.PrefillEvent] = stub.Prefill(order)
-        return call
+        try:
+            if len(self._channels) > _MAX_CHANNELS:
+                await self.forget(next(iter(self._channels)))
+            async for event in call:
+                yield event
+        except grpc.aio.AioRpcError as error:
+            raise OrderBroken(f"{error.code().name}: {error.details()}") from error
+        except asyncio.CancelledError as error:
+            if _is_ordered():
+                raise
+            raise OrderBroken("its channel was closed") from error
+        finally:
+            call.cancel()
+            channel.num_calls -= 1
+            if not channel.num_calls and self._channels.get(address) is not channel:
+                await channel.grpc.close()
 
     async def forget(self, address: str) -> None:
-        """Close the channel to a worker that is gone; calls that still hang on it fail."""
+        """Begin afresh with a worker that was gone. Orders that run go on: they know best whether theirs is lost."""
         channel = self._channels.pop(address, None)
-        if channel is not None:
-            await channel.close()
+        if channel is not None and not channel.num_calls:
+            await channel.grpc.close()
 
     async def close(self) -> None:
+        """Close all channels; orders that still run break."""
         for channel in self._channels.values():
-            await channel.close()
+            await channel.grpc.close()
         self._channels.clear()
+
+    def _channel(self, address: str) -> _Channel:
+        if address not in self._channels:
+            self._channels[address] = _Channel(grpc.aio.insecure_channel(address, options=GRPC_OPTIONS))
+        self._channels.move_to_end(address)
+        return self._channels[address]
+
+
+def _is_ordered() -> bool:
+    """Whether somebody cancels the current task; a CancelledError that nobody ordered is grpc's word for "closed"."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def prefill_remotely(
@@ -104,8 +147,10 @@ async def prefill_remotely(
         fetch = exchange.fetch(order.transfer_id, owner, expected_hashes, reserve, target.incarnation or None)
     except PeerLost as error:
         raise HandoffFailed("peer_lost", str(error)) from error
-    call = clients.prefill(target.grpc_address, order)
-    events = asyncio.create_task(_finished(call, target.worker_id), name=f"prefill-{order.request_id}")
+    orders = clients.prefill(target.grpc_address, order)
+    events = asyncio.create_task(_finished(orders, target.worker_id), name=f"prefill-{order.request_id}")
+    # An error that comes after the attempt's own end is nobody's news.
+    events.add_done_callback(lambda done: done.cancelled() or done.exception())
     taken = False
     try:
         # A transfer that fails ends the order at once, an order that fails ends the transfer.
@@ -121,7 +166,6 @@ async def prefill_remotely(
         return Handoff(finished, fetched)
     finally:
         events.cancel()
-        call.cancel()
         if not taken:
             dispose(fetch)
 
@@ -144,19 +188,23 @@ def _check(result: FetchResult) -> FetchResult:
     return result
 
 
-async def _finished(call: AsyncIterable[pb.PrefillEvent], worker_id: str) -> pb.PrefillFinished:
+async def _finished(orders: AsyncGenerator[pb.PrefillEvent, None], worker_id: str) -> pb.PrefillFinished:
     """Read the order's events to its end."""
     try:
-        async for event in call:
-            kind = event.WhichOneof("kind")
-            if kind == "finished":
-                return event.finished
-            if kind == "failed":
-                error = event.failed
-                if error.code == pb.ERROR_CODE_INVALID:
-                    raise PromptRefused(error.message)
-                cause = "overloaded" if error.code == pb.ERROR_CODE_OVERLOADED else "refused"
-                raise HandoffFailed(cause, f"prefill worker {worker_id}: {error.message}")
-    except grpc.aio.AioRpcError as error:
-        raise HandoffFailed("rpc", f"prefill worker {worker_id}: {error.code().name}: {error.details()}") from error
+        async with contextlib.aclosing(orders) as events:
+            async for event in events:
+                kind = event.WhichOneof("kind")
+                if kind == "finished":
+                    return event.finished
+                if kind == "failed":
+                    raise _refusal(event.failed, worker_id)
+    except OrderBroken as error:
+        raise HandoffFailed("rpc", f"prefill worker {worker_id}: {error}") from error
     raise HandoffFailed("rpc", f"prefill worker {worker_id} ended the order without a result")
+
+
+def _refusal(error: pb.Error, worker_id: str) -> Exception:
+    if error.code == pb.ERROR_CODE_INVALID:
+        return PromptRefused(error.message)
+    cause = "overloaded" if error.code == pb.ERROR_CODE_OVERLOADED else "refused"
+    return HandoffFailed(cause, f"prefill worker {worker_id}: {error.message}")

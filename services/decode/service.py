@@ -137,7 +137,7 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         try:
             live = LiveRequest(order, convert.sampling_from_proto(order.sampling), session, timeline)
         except InvalidRequest as error:
-            session.push([_error_output(order.handle, pb.Error(code=pb.ERROR_CODE_INVALID, message=str(error)))])
+            session.push([_error_output(order.handle, _error(pb.ERROR_CODE_INVALID, str(error)))])
             self._parts.metrics.refused("invalid")
             _log_refusal(order, pb.ERROR_CODE_INVALID)
             return
@@ -151,12 +151,12 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
     def _refusal(self, session: RouterSession, order: pb.GenerateRequest) -> pb.Error | None:
         worker = self._parts.worker_id
         if order.handle in self._sessions[session]:
-            return pb.Error(code=pb.ERROR_CODE_INTERNAL, message=f"handle {order.handle} is in use in this session")
+            return _error(pb.ERROR_CODE_INTERNAL, f"handle {order.handle} is in use in this session")
         if self._draining:
-            return pb.Error(code=pb.ERROR_CODE_UNAVAILABLE, message=f"decode worker {worker} is draining")
+            return _error(pb.ERROR_CODE_UNAVAILABLE, f"decode worker {worker} is draining")
         limit = self._config.max_num_waiting + self._config.max_num_seqs
         if self._num_live >= limit:
-            return pb.Error(code=pb.ERROR_CODE_OVERLOADED, message=f"decode worker {worker} has {limit} live requests")
+            return _error(pb.ERROR_CODE_OVERLOADED, f"decode worker {worker} has {limit} live requests")
         return None
 
     # ---- one request ------------------------------------------------------
@@ -167,25 +167,31 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
 
     async def _bring_in(self, live: LiveRequest) -> None:
         self._num_admitting += 1
+        error: pb.Error | None = _error(pb.ERROR_CODE_INTERNAL, "its admission was cancelled, which nobody had ordered")
         try:
             admitted = await self._admission.admit(live)
             if admitted is not None:
                 self._emit_first(live, admitted.first)
             if admitted is not None and admitted.joined is not None:
                 self._check_joined(live, await admitted.joined)
-        except (InvalidRequest, PromptRefused) as error:
+            error = None
+        except (InvalidRequest, PromptRefused) as refusal:
             self._parts.metrics.refused("invalid")
-            self._fail(live, pb.ERROR_CODE_INVALID, str(error))
-        except QueueFull as error:
+            error = _error(pb.ERROR_CODE_INVALID, str(refusal))
+        except QueueFull as refusal:
             self._parts.metrics.refused("full")
-            self._fail(live, pb.ERROR_CODE_OVERLOADED, str(error))
-        except EngineCrashed as error:
-            self._fail(live, pb.ERROR_CODE_UNAVAILABLE, f"the engine of {self._parts.worker_id} stopped: {error}")
-        except Exception as error:
+            error = _error(pb.ERROR_CODE_OVERLOADED, str(refusal))
+        except EngineCrashed as crash:
+            message = f"the engine of {self._parts.worker_id} stopped: {crash}"
+            error = _error(pb.ERROR_CODE_UNAVAILABLE, message)
+        except Exception as failure:
             log.exception("admission failed")
-            self._fail(live, pb.ERROR_CODE_INTERNAL, f"{type(error).__name__}: {error}")
+            error = _error(pb.ERROR_CODE_INTERNAL, f"{type(failure).__name__}: {failure}")
         finally:
             self._num_admitting -= 1
+            if error is not None and not live.is_finished:
+                self._parts.thread.call(self._leave, live)
+                self._fail(live, error)
 
     def _emit_first(self, live: LiveRequest, first: pb.PrefillFinished) -> None:
         """Send the token that came with the handoff; the engine's own outputs come after it, by the loop's order."""
@@ -214,7 +220,7 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
     def _expire(self, live: LiveRequest) -> None:
         self._withdraw(live)
         message = f"no end after {live.order.timeout_s:g} s; stage: {live.stage}"
-        self._fail(live, pb.ERROR_CODE_DEADLINE, message)
+        self._fail(live, _error(pb.ERROR_CODE_DEADLINE, message))
 
     def _withdraw(self, live: LiveRequest) -> None:
         """Stop the request wherever it is."""
@@ -223,8 +229,8 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         # After whatever the admission task has sent to the engine thread: commands run in order.
         self._parts.thread.call(self._leave, live)
 
-    def _fail(self, live: LiveRequest, code: pb.ErrorCode, message: str) -> None:
-        self._finish(live, _error_output(live.order.handle, pb.Error(code=code, message=message)))
+    def _fail(self, live: LiveRequest, error: pb.Error) -> None:
+        self._finish(live, _error_output(live.order.handle, error))
 
     def _finish(self, live: LiveRequest, output: pb.Output) -> None:
         if live.is_finished:
@@ -308,7 +314,7 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
             output.stop_token_id = update.stop_token_id
         if update.finish_reason is FinishReason.ERROR:
             output.finish_reason = pb.FINISH_REASON_ERROR
-            output.error.CopyFrom(pb.Error(code=pb.ERROR_CODE_INTERNAL, message=update.failure or "no token to sample"))
+            output.error.CopyFrom(_error(pb.ERROR_CODE_INTERNAL, update.failure or "no token to sample"))
         elif update.finish_reason is not None:
             output.finish_reason = convert.FINISH_REASONS[update.finish_reason]
         if len(update.request.output_token_ids) <= 1:
@@ -340,10 +346,11 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
 
     async def close(self) -> None:
         self._draining = True
+        worker_id = self._parts.worker_id
         for lives in list(self._sessions.values()):
             for live in list(lives.values()):
                 self._withdraw(live)
-                self._fail(live, pb.ERROR_CODE_UNAVAILABLE, f"decode worker {self._parts.worker_id} is shutting down")
+                self._fail(live, _error(pb.ERROR_CODE_UNAVAILABLE, f"decode worker {worker_id} is shutting down"))
         for session in self._sessions:
             session.close()
 
@@ -377,6 +384,10 @@ def _log_end(live: LiveRequest, output: pb.Output) -> None:
     }
     level = logging.WARNING if output.finish_reason == pb.FINISH_REASON_ERROR else logging.INFO
     log.log(level, "request ended", extra={name: value for name, value in facts.items() if value is not None})
+
+
+def _error(code: pb.ErrorCode, message: str) -> pb.Error:
+    return pb.Error(code=code, message=message)
 
 
 def _error_output(handle: int, error: pb.Error) -> pb.Output:
