@@ -79,7 +79,6 @@ class BlockExchange:
         self._digest_executor = ThreadPoolExecutor(1, thread_name_prefix="kv-digest")
         self._tools = ReaderTools(
             memory,
-            self._timeouts,
             clock,
             self._observer,
             self._digest_executor,
@@ -219,6 +218,7 @@ class BlockExchange:
         reserve: ReserveFunction,
         owner_incarnation: str | None = None,
         may_be_fewer: bool = False,
+        stage_s: float | None = None,
     ) -> Fetch:
         """Wait for an owner's Offer, then read its blocks; call this before ordering them from the owner.
 
@@ -226,15 +226,16 @@ class BlockExchange:
         offered. `reserve(num_blocks)` is called on the Offer. It must end by itself in bounded time: it is not
         cancelled when the fetch fails (a granted reservation would be lost), so whoever aborts a fetch also withdraws
         what `reserve` waits for. With `owner_incarnation`, a connection to any other start of that worker fails the
-        fetch. Raises `PeerLost` where we have no connection to the owner, ValueError where the transfer is being
-        fetched already.
+        fetch. `stage_s` takes the place of the exchange's own deadlines of each stage and each read. Raises
+        `PeerLost` where we have no connection to the owner, ValueError where the transfer is being fetched already.
         """
         session = self._sessions.owner(owner_peer_id)
         if session is None:
             raise PeerLost(f"transfer {transfer_id.hex()}: owner {owner_peer_id} is not connected")
         if transfer_id in session.fetches:
             raise ValueError(f"transfer {transfer_id.hex()} is being fetched already")
-        fetch = Fetch(session, transfer_id, expected_hashes, reserve, may_be_fewer)
+        timeouts = self._timeouts if stage_s is None else self._timeouts.with_stages_of(stage_s)
+        fetch = Fetch(session, transfer_id, expected_hashes, reserve, timeouts, may_be_fewer)
         session.fetches[transfer_id] = fetch
         if owner_incarnation is not None and session.peer.incarnation != owner_incarnation:
             detail = f"{owner_peer_id} is incarnation {session.peer.incarnation}, not {owner_incarnation}"
@@ -249,13 +250,16 @@ class BlockExchange:
         reserve: ReserveFunction,
         owner_incarnation: str | None = None,
         request_id: str = "",
+        stage_s: float | None = None,
     ) -> Fetch:
         """Ask an owner for the longest prefix of these blocks that it holds, and read it; errors as `fetch`.
 
         `reserve` is called with the number of blocks that it offers; a failure with cause `revoked` means it has none.
         `request_id` says whose prompt it is for, to the owner's log.
         """
-        fetch = self.fetch(transfer_id, owner_peer_id, hashes, reserve, owner_incarnation, may_be_fewer=True)
+        fetch = self.fetch(
+            transfer_id, owner_peer_id, hashes, reserve, owner_incarnation, may_be_fewer=True, stage_s=stage_s
+        )
         if not fetch.has_result:
             self._sessions.owners[owner_peer_id].want(transfer_id, hashes, request_id)
         return fetch

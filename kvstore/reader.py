@@ -80,7 +80,6 @@ class ReaderTools:
     """What all fetches of a worker share."""
 
     memory: BlockMemory
-    timeouts: ExchangeTimeouts
     clock: Callable[[], float]
     observer: ExchangeObserver
     digest_executor: Executor
@@ -188,6 +187,7 @@ class Fetch:
         transfer_id: bytes,
         expected_hashes: Sequence[BlockHash | None],
         reserve: ReserveFunction,
+        timeouts: ExchangeTimeouts,
         may_be_fewer: bool = False,
     ) -> None:
         loop, tools = asyncio.get_running_loop(), session.tools
@@ -201,7 +201,7 @@ class Fetch:
             transfer_id,
             expected_hashes,
             tools.memory.block_bytes,
-            tools.timeouts,
+            timeouts,
             session.next_read_id,
             self._ordered_at,
             tools.limits,

@@ -89,7 +89,9 @@ class WorkerConfig:
     lease_s: float = node_settings.lease_s("a worker")
     peer_timeout_s: float = node_settings.peer_timeout_s()
     prefix_fetch_timeout_s: float = setting(
-        5.0, help="how long a prefix that another worker holds may take to come; then it is computed", group="network"
+        5.0,
+        help="how long nothing may come of a prefix that another worker holds; then it is computed",
+        group="network",
     )
     prefix_fetch: str = setting(
         "measured",

@@ -17,6 +17,8 @@ from enum import Enum
 _WEIGHT = 0.3
 # Smaller fetches tell more about the overhead than about bandwidth, and the other way round.
 _OVERHEAD_BYTES = 256 * 1024
+# Holders come and go with every restart.
+_MAX_HOLDERS = 1024
 
 
 class FetchPolicy(Enum):
@@ -66,7 +68,10 @@ class FetchCosts:
             return
         bandwidth = num_bytes / max(1e-6, seconds - self.overhead_s)
         old = self._bandwidth_of.get(holder_id, bandwidth)
-        self._bandwidth_of[holder_id] = old + _WEIGHT * (bandwidth - old)
+        self._bandwidth_of.pop(holder_id, None)
+        self._bandwidth_of[holder_id] = old + _WEIGHT * (bandwidth - old)  # last: of too many, the first is forgotten
+        if len(self._bandwidth_of) > _MAX_HOLDERS:
+            del self._bandwidth_of[next(iter(self._bandwidth_of))]
 
     def computed(self, num_tokens: int, seconds: float) -> None:
         """A step that computed prompts has taken so long."""

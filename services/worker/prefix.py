@@ -15,7 +15,6 @@ too slow) costs the same. Blocks taken for a fetch that fails are freed when no 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import os
@@ -28,7 +27,7 @@ from kvstore.block_hash import BlockHash
 from kvstore.block_pool import CacheChange, CacheEvent
 from kvstore.errors import IncompatiblePeer, KVStoreError, PeerLost, PeerUnreachable
 from kvstore.exchange import BlockExchange
-from kvstore.fetch_events import FetchResult, Reservation
+from kvstore.fetch_events import FetchCause, FetchFailure, FetchResult, FetchState, Reservation
 from kvstore.host_tier import HostChange
 from kvstore.messages import AnnouncedBlock
 from kvstore.prefix_index import IndexWriter, Tier
@@ -47,7 +46,16 @@ log = logging.getLogger(__name__)
 _MAX_SOURCES = 3
 # A holder is left alone for so long after one of these.
 _SHUN_S = 5.0
-_BAD_OUTCOMES = frozenset({"timeout", "unreachable", "peer_lost", "digest", "hash", "protocol", "read_failed"})
+_HOLDERS_FAULTS = frozenset(
+    {
+        FetchCause.TIMEOUT,
+        FetchCause.PEER_LOST,
+        FetchCause.DIGEST_MISMATCH,
+        FetchCause.HASH_MISMATCH,
+        FetchCause.PROTOCOL,
+        FetchCause.READ_FAILED,
+    }
+)
 
 
 class NoRoom(KVStoreError):
@@ -159,7 +167,10 @@ class PrefixFetcher:
         count: Callable[[str, str, int, int], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`count(tier, outcome, num_blocks, num_bytes)` is called once for every fetch that was tried."""
+        """`timeout_s` is how long nothing may come of a fetch until it is given up.
+
+        `count(tier, outcome, num_blocks, num_bytes)` is called once for every fetch that was tried.
+        """
         self.costs = costs
         self._worker_id = worker_id
         self._engine = engine
@@ -177,14 +188,10 @@ class PrefixFetcher:
         """Bring the longest useful prefix of `hashes` into the cache: our own tiers' part, then what others have of the
         rest. Returns what was brought from others.
 
-        Never raises for a failed fetch, and takes no longer than the timeout.
+        Never raises for a failed fetch, and gives up a holder of which nothing has come for the timeout.
         """
         await self.restore(hashes)
-        parts: list[pb.FetchedPrefix] = []
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._timeout_s):
-                await self._fetch_parts(hashes, sources, parts)
-        return parts
+        return await self._fetch_parts(hashes, sources)
 
     async def restore(self, hashes: Sequence[BlockHash]) -> None:
         """Bring what this worker's host tier has of the prefix into the cache, where that takes no longer than a fetch
@@ -193,16 +200,17 @@ class PrefixFetcher:
         await self._host.restore(hashes)
 
     async def _fetch_parts(
-        self, hashes: Sequence[BlockHash], sources: Sequence[pb.PrefixSource], parts: list[pb.FetchedPrefix]
-    ) -> None:
+        self, hashes: Sequence[BlockHash], sources: Sequence[pb.PrefixSource]
+    ) -> list[pb.FetchedPrefix]:
         """Piece by piece from the holder of the longest prefix; what it does not give, from another from there on."""
+        parts: list[pb.FetchedPrefix] = []
         exhausted: set[str] = set()
         while len(exhausted) < _MAX_SOURCES:
             # A hint, read from outside the engine thread; `take_prefix` looks again.
             num_present = self._engine.pool.peek_prefix(hashes)
             source = self._choose(hashes, num_present, [s for s in sources if s.holder_id not in exhausted])
             if source is None:
-                return
+                break
             first = hashes[num_present]
             if first in self._under_way:
                 await asyncio.wait([self._under_way[first]])
@@ -219,6 +227,7 @@ class PrefixFetcher:
                 _add_part(parts, part)
             if self._engine.pool.peek_prefix(hashes) < end:
                 exhausted.add(source.holder_id)
+        return parts
 
     def _choose(
         self, hashes: Sequence[BlockHash], num_present: int, sources: Sequence[pb.PrefixSource]
@@ -243,21 +252,27 @@ class PrefixFetcher:
     ) -> pb.FetchedPrefix | None:
         """Bring `hashes[start:]`, or as much of it as the holder has, to the blocks before, which are here."""
         started_s = self._clock()
-        outcome, num_blocks, num_bytes = "timeout", 0, 0
+        outcome, num_blocks, num_bytes = "unknown", 0, 0
         try:
-            owner = await self._exchange.connect(source.kv_address)
+            async with asyncio.timeout(self._timeout_s):
+                owner = await self._exchange.connect(source.kv_address)
             result = await self._run(source, owner, hashes, start)
-            outcome = "ok" if result.failure is None else result.failure.cause.value
             if result.failure is None:
-                num_blocks, num_bytes = result.num_blocks, result.num_bytes
-        except (PeerUnreachable, PeerLost, IncompatiblePeer) as error:
+                outcome, num_blocks, num_bytes = "ok", result.num_blocks, result.num_bytes
+            else:
+                outcome = result.failure.cause.value
+                log.info("blocks %d .. %d from %s: %s", start, len(hashes), source.holder_id, result.failure)
+                if _is_holders_fault(result.failure):
+                    self._shun(source.holder_id)
+        except (PeerUnreachable, PeerLost, IncompatiblePeer, TimeoutError) as error:
             outcome = "unreachable"
-            log.info("prefix of %d blocks from %s: %s", len(hashes), source.holder_id, error)
+            log.info("prefix of %d blocks from %s: %r", len(hashes), source.holder_id, error)
+            self._shun(source.holder_id)
+        except asyncio.CancelledError:
+            outcome = "aborted"  # nobody waits for the prompt any more, which says nothing about the holder
+            raise
         finally:
             self._count(source.tier, outcome, num_blocks, num_bytes)
-            if outcome in _BAD_OUTCOMES:
-                # Prompts with the same prefix wait for this one: they should not all try the same holder in turn.
-                self._shunned_until[source.holder_id] = self._clock() + _SHUN_S
         if outcome != "ok":
             return None
         seconds = self._clock() - started_s
@@ -287,13 +302,18 @@ class PrefixFetcher:
             return Reservation(tail, reservation.num_present - start)
 
         fetch = self._exchange.fetch_prefix(
-            os.urandom(16), owner, hashes[start:], reserve, source.incarnation or None, current_request_id()
+            os.urandom(16),
+            owner,
+            hashes[start:],
+            reserve,
+            source.incarnation or None,
+            current_request_id(),
+            stage_s=self._timeout_s,
         )
         taken = False
         try:
             result = await fetch.result
             if result.failure is not None:
-                log.info("blocks %d .. %d from %s: %s", start, len(hashes), source.holder_id, result.failure)
                 return result
             # No await before the call, which runs even if we are cancelled: the blocks are ours to give back.
             taken = True
@@ -317,6 +337,12 @@ class PrefixFetcher:
         leftovers = await fetch.leftovers()
         await self._thread.call(self._engine.release_blocks, head + leftovers)
 
+    def _shun(self, holder_id: str) -> None:
+        """Prompts with the same prefix wait for this one: they should not all try the same holder in turn."""
+        now_s = self._clock()
+        self._shunned_until = {each: until_s for each, until_s in self._shunned_until.items() if until_s > now_s}
+        self._shunned_until[holder_id] = now_s + _SHUN_S
+
     @property
     def shunned(self) -> list[str]:
         """The holders that nothing is fetched from at present."""
@@ -326,6 +352,11 @@ class PrefixFetcher:
     async def settle(self) -> None:
         """With the exchange closed: wait until all that fetches held has been given back."""
         await settled(self._disposals, "prefix fetches")
+
+
+def _is_holders_fault(failure: FetchFailure) -> bool:
+    """Whether others should leave the holder alone for a while; that our own pool took too long is not its doing."""
+    return failure.cause in _HOLDERS_FAULTS and failure.stage != FetchState.RESERVING.value
 
 
 def _add_part(parts: list[pb.FetchedPrefix], part: pb.FetchedPrefix) -> None:

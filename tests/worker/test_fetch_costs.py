@@ -47,3 +47,11 @@ def test_the_policy_can_decide_without_looking_at_the_costs():
     slow = {"overhead_s": 100.0, "prefill_tokens_per_s": 1e6}
     assert FetchCosts(FetchPolicy.ALWAYS, **slow).fetching_pays("peer", num_tokens=32, num_bytes=100 * MB)
     assert not FetchCosts(FetchPolicy.NEVER).fetching_pays("peer", num_tokens=32, num_bytes=1)
+
+
+def test_of_holders_without_end_the_latest_are_remembered() -> None:
+    costs = FetchCosts()
+    for number in range(5000):
+        costs.fetched(f"holder-{number}", 1 << 20, 0.01)
+    assert len(costs._bandwidth_of) == 1024
+    assert "holder-4999" in costs._bandwidth_of

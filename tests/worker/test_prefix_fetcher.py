@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block_hash import BlockHash
@@ -95,19 +96,23 @@ class Reader:
 
 
 class Holder(Worker):
-    """Holds the first blocks of CHAIN. With `num_wants` it stops to answer after so many."""
+    """Holds the first blocks of CHAIN. With `num_wants` it stops to answer after so many; takes `lend_s` for each."""
 
-    def __init__(self, name: str, made: World, num_held: int, num_wants: int | None = None) -> None:
+    def __init__(
+        self, name: str, made: World, num_held: int, num_wants: int | None = None, lend_s: float = 0.0
+    ) -> None:
         super().__init__(name, made.switchboard)
         self.name = name
         self.hold(CHAIN[:num_held])
         self.num_wants = num_wants
+        self.lend_s = lend_s
         self.is_stuck = asyncio.Event()
 
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
         if self.num_wants is not None and len(self.wanted) == self.num_wants:
             self.is_stuck.set()
             self.may_lend.clear()
+        await asyncio.sleep(self.lend_s)
         return await super().lend_prefix(hashes)
 
     def source(self, num_blocks: int | None = None, tier: str = "device") -> pb.PrefixSource:
@@ -230,9 +235,58 @@ async def test_what_came_before_the_deadline_is_kept() -> None:
             parts = await reader.fetcher.fetch(CHAIN, [slow.source()])
             assert parts_of(parts) == [("slow", 4, 4)]
             assert reader.outcomes == {("device", "ok"): 1, ("device", "timeout"): 1}
+            assert reader.fetcher.shunned == ["slow"]
             slow.may_lend.set()
             await reader.fetcher.settle()
             reader.check(CHAIN[:4], slow)
+
+
+async def test_a_client_that_hangs_up_gets_no_holder_shunned() -> None:
+    async with world() as made:
+        holder = Holder("holder", made, 20, num_wants=1)
+        async with running(made, holder) as reader:
+            fetching = asyncio.create_task(reader.fetcher.fetch(CHAIN, [holder.source()]))
+            await holder.is_stuck.wait()
+            fetching.cancel()
+            await asyncio.wait([fetching])
+            assert reader.fetcher.shunned == []
+            assert reader.outcomes == {("device", "ok"): 1, ("device", "aborted"): 1}
+            holder.may_lend.set()
+            assert parts_of(await reader.fetcher.fetch(CHAIN, [holder.source()])) == [("holder", 16, 16)]
+            reader.check(CHAIN, holder)
+
+
+async def test_no_deadline_ends_a_fetch_whose_blocks_still_flow() -> None:
+    """Five pieces of half a second each, and nothing may come for 1.8 s."""
+    async with world() as made:
+        holder = Holder("holder", made, 20, lend_s=0.5)
+        async with running(made, holder, timeout_s=1.8) as reader:
+            assert parts_of(await reader.fetcher.fetch(CHAIN, [holder.source()])) == [("holder", 20, 20)]
+            assert reader.fetcher.shunned == []
+            reader.check(CHAIN, holder)
+
+
+async def test_no_holder_is_shunned_because_our_own_pool_took_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with world() as made:
+        holder = Holder("holder", made, 20)
+        async with running(made, holder, timeout_s=0.3) as reader:
+            busy: asyncio.Future[Reservation | None] = asyncio.get_running_loop().create_future()
+            monkeypatch.setattr(reader.fetcher._thread, "call", lambda *_: busy)
+            assert await reader.fetcher.fetch(CHAIN, [holder.source()]) == []
+            assert (reader.outcomes, reader.fetcher.shunned) == ({("device", "timeout"): 1}, [])
+            monkeypatch.undo()
+            busy.set_result(None)  # at last: there is no room
+
+
+async def test_holders_that_were_shunned_long_ago_are_forgotten() -> None:
+    async with world() as made, running(made) as reader:
+        now_s = 0.0
+        reader.fetcher._clock = lambda: now_s
+        for number in range(100):
+            now_s += 10.0
+            source = pb.PrefixSource(holder_id=str(number), kv_address="127.0.0.1:1", num_blocks=20)
+            assert await reader.fetcher.fetch(CHAIN, [source]) == []
+        assert list(reader.fetcher._shunned_until) == ["99"]
 
 
 async def test_a_liar_gives_nothing_and_another_goes_on() -> None:
