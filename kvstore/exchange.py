@@ -122,10 +122,16 @@ class BlockExchange:
         if self._server is not None:
             await self._server.wait_closed()
 
+    @property
+    def can_move_blocks(self) -> bool:
+        """Whether a transport works; where none does, no new peer gets anything from us, nor we from it."""
+        return any(transport.problem() is None for transport in self._transports)
+
     def state(self) -> dict[str, object]:
         """Return what goes on, as plain values, for a debug endpoint."""
         return {
             "address": self._address,
+            "transports": {transport.name: transport.problem() or "ok" for transport in self._transports},
             "owners": [_describe(session) for session in self._sessions.owners.values()],
             "readers": [_describe(session) for session in self._sessions.readers.values()],
             "fetches": [

@@ -49,6 +49,7 @@ class Introduction:
 async def introduce_as_reader(stream: FrameStream, us: PeerIdentity, transports: Sequence[Transport]) -> Introduction:
     """Run the side that dialled. Raises `ExchangeError`, `IncompatiblePeer` being one; the caller closes the stream."""
     # Nobody reads from a reader over this connection: its Hello names its transports and gives no way in.
+    transports = _usable(transports)
     stream.send(_hello(us, [TransportOffer(transport.name, b"") for transport in transports]))
     hello = await _expect(stream, Hello)
     try:
@@ -67,6 +68,7 @@ async def introduce_as_reader(stream: FrameStream, us: PeerIdentity, transports:
 async def introduce_as_owner(stream: FrameStream, us: PeerIdentity, transports: Sequence[Transport]) -> Introduction:
     """Run the side that accepted. Raises like the other side; the caller closes the stream."""
     hello = await _expect(stream, Hello)
+    transports = _usable(transports)
     try:
         peer = check_peer(us, hello)
     except IncompatiblePeer as error:
@@ -98,6 +100,10 @@ def check_peer(us: PeerIdentity, hello: Hello) -> PeerIdentity:
     except (InvalidLayout, IncompatibleLayout) as error:
         raise IncompatiblePeer(f"{us.peer_id}: {error}") from error
     return PeerIdentity(hello.peer_id, hello.role, hello.incarnation, layout)
+
+
+def _usable(transports: Sequence[Transport]) -> list[Transport]:
+    return [transport for transport in transports if transport.problem() is None]
 
 
 def _hello(us: PeerIdentity, offers: list[TransportOffer]) -> Hello:

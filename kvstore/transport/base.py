@@ -104,6 +104,9 @@ class Transport(Protocol):
     def lane_to(self, descriptor: bytes) -> str | None:
         """On which lane we would read from the peer with this descriptor; None: not at all. Never raises."""
 
+    def problem(self) -> str | None:
+        """Why no new link can be made at present; None: one can. A transport with a problem is not offered to peers."""
+
     async def connect(self, peer: LinkPeer) -> Link:
         """Make our end of a link; both ends call this, at about the same time. Raises `TransportError`.
 

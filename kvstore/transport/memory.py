@@ -83,6 +83,10 @@ class MemoryTransport:
         """`memory` where the pool is at our switchboard."""
         return "memory" if self._switchboard.pool(descriptor) is not None else None
 
+    def problem(self) -> str | None:
+        """None: nothing of it can break for good."""
+        return None
+
     async def connect(self, peer: LinkPeer) -> MemoryLink:
         """Make our end of a link."""
         if peer.dialled and self._switchboard.pool(peer.descriptor) is None:

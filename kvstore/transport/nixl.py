@@ -68,6 +68,10 @@ class NixlTransport:
                 return "cma"
         return "rdma" if self._host.has_rdma and peer.host.has_rdma else "tcp"
 
+    def problem(self) -> str | None:
+        """That the agent is gone, until it could be made anew."""
+        return self._thread.problem
+
     async def connect(self, peer: LinkPeer) -> NixlLink:
         """Load the owner's metadata, and read its token as a proof; the owner's end has nothing to do."""
         if not peer.dialled:

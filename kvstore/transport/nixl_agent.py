@@ -39,11 +39,14 @@ _BUSY_POLL_S: Final = 50e-6
 _IDLE_POLL_S: Final = 1e-3
 _BUSY_S: Final = 0.1  # a read older than this is not worth a core: poll it as if idle
 _JOIN_S: Final = 10.0
+_FIRST_RETRY_S: Final = 0.5  # until an agent that could not be made is tried again; doubled each time
+_MAX_RETRY_S: Final = 30.0
 _TOKEN_BYTES: Final = 16
 _NUM_CHECK_TOKENS: Final = 64
 _LAST_REFERENCE: Final = 2  # what sys.getrefcount gives for an object with one name: the name and its own argument
 
 _Answer = TypeVar("_Answer")
+_Handle = TypeVar("_Handle")
 
 
 def import_nixl() -> type[nixl_agent]:
@@ -96,6 +99,7 @@ class AgentThread:
         self._check_rows = itertools.cycle(range(1, 1 + _NUM_CHECK_TOKENS))
         self._tokens[0] = np.frombuffer(secrets.token_bytes(_TOKEN_BYTES), np.uint8)
         self._address: PoolAddress | None = None
+        self._problem: str | None = "not started"
         # From here on: touched by the thread only.
         self._generation = 0
         self._agent: nixl_agent | None = None
@@ -105,6 +109,8 @@ class AgentThread:
         self._num_users: dict[str, int] = {}
         self._reads: list[_Read] = []
         self._busy_until = 0.0
+        self._retry_s = _FIRST_RETRY_S
+        self._retry_at: float | None = None  # when to make an agent in place of the one that is gone
 
     # ---- from any thread ----
 
@@ -119,6 +125,11 @@ class AgentThread:
         if self._address is None:
             raise TransportError("nixl: not started")
         return self._address
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing can be read at present; None: all is well."""
+        return self._problem
 
     def add_remote(self, address: PoolAddress) -> Future[Remote]:
         """Make an owner's pool readable. Raises `TransportError`."""
@@ -161,10 +172,10 @@ class AgentThread:
             try:
                 answer.set_result(work())
             except TransportError as error:
-                answer.set_exception(error)
+                answer.set_exception(error.with_traceback(None))
             except Exception as error:  # NIXL's errors have no common base
                 translated = TransportError(f"nixl: {error!r}")
-                translated.__cause__ = error
+                translated.__cause__ = error.with_traceback(None)  # its frames would keep the agent alive
                 answer.set_exception(translated)
 
         self._commands.put(run)
@@ -179,7 +190,7 @@ class AgentThread:
                 work(done)
             except Exception as error:  # nothing has been started
                 translated = ReadFailed(f"nixl: {error}" if isinstance(error, TransportError) else f"nixl: {error!r}")
-                translated.__cause__ = error
+                translated.__cause__ = error.with_traceback(None)
                 done.set_exception(translated)
 
         self._commands.put(run)
@@ -207,6 +218,8 @@ class AgentThread:
             self._agent.get_new_notifs()  # makes progress; nobody sends us any
             if self._poll_reads():
                 self._reset()
+        elif self._retry_at is not None and time.monotonic() >= self._retry_at:
+            self._revive()
 
     def _order_stop(self) -> None:
         self._stopping = True
@@ -219,15 +232,14 @@ class AgentThread:
         agent = self._agent_class(name, nixl_agent_config(enable_prog_thread=False))
         kind, device_id = memory_kind(memory.device)
         size_bytes = memory.num_blocks * memory.block_bytes
-        self._registered = [
+        registered = [
             agent.register_memory([(memory.address, size_bytes, device_id, "")], kind),
             agent.register_memory([(tokens.ctypes.data, tokens.nbytes, 0, "")], "DRAM"),
         ]
-        self._local_blocks = agent.prep_xfer_dlist(
+        local_blocks = agent.prep_xfer_dlist(
             "NIXL_INIT_AGENT", all_blocks(memory.address, device_id, memory.num_blocks, memory.block_bytes), kind
         )
-        self._agent = agent
-        self._address = PoolAddress(
+        address = PoolAddress(
             agent.get_agent_metadata(),
             kind,
             device_id,
@@ -237,6 +249,8 @@ class AgentThread:
             tokens.ctypes.data,
             tokens[0].tobytes(),
         )
+        self._agent, self._registered, self._local_blocks, self._address = agent, registered, local_blocks, address
+        self._problem = None
 
     def _add_remote(self, address: PoolAddress) -> Remote:
         agent = self._living_agent()
@@ -258,8 +272,8 @@ class AgentThread:
         if self._num_users[remote.agent_name] == 0:
             del self._num_users[remote.agent_name]
             agent = self._living_agent()
-            agent.release_dlist_handle(self._remote_blocks.pop(remote.agent_name))
-            agent.remove_remote_agent(remote.agent_name)
+            _release(agent.release_dlist_handle, self._remote_blocks.pop(remote.agent_name))
+            _release(agent.remove_remote_agent, remote.agent_name)
 
     def _start_check(self, remote: Remote, address: PoolAddress, done: Future[None]) -> None:
         agent = self._living_agent(remote)
@@ -306,7 +320,7 @@ class AgentThread:
         try:
             state = self._living_agent().transfer(handle)
         except Exception as error:
-            logger.warning("nixl: posting a read from %s failed: %r", remote.agent_name, error)
+            logger.warning("nixl: posting a read from %s failed: %s", remote.agent_name, repr(error))
             state = "PROC"
         if state == "DONE":
             self._end(read, None)
@@ -316,26 +330,24 @@ class AgentThread:
 
     def _poll_reads(self) -> bool:
         """End what has ended; return whether a read has outstayed its limit."""
-        agent, going_on, overdue = self._living_agent(), list[_Read](), False
-        reads, self._reads = self._reads, []
-        for read in reads:
+        agent, overdue = self._living_agent(), False
+        for read in list(self._reads):
+            problem: str | None = None
             try:
                 state = agent.check_xfer_state(read.handle)
             except Exception as error:  # how NIXL says that a transfer went wrong
-                self._end(read, f"{error!r}")
-                continue
+                state = problem = f"{error!r}"
             if state == "PROC":
-                going_on.append(read)
                 overdue |= read.give_up_at is not None and time.monotonic() > read.give_up_at
             else:
-                self._end(read, None if state == "DONE" else state)
-        self._reads += going_on
+                self._reads.remove(read)
+                self._end(read, None if state == "DONE" else problem or state)
         if not self._reads:
             self._busy_until = 0.0
         return overdue
 
     def _end(self, read: _Read, problem: str | None) -> None:
-        self._living_agent().release_xfer_handle(read.handle)
+        _release(self._living_agent().release_xfer_handle, read.handle)
         if problem is None:
             read.done.set_result(None)
         else:
@@ -349,8 +361,21 @@ class AgentThread:
     def _reset(self) -> None:
         """End reads that do not end by themselves: NIXL stops a transfer only together with its agent."""
         logger.error("nixl: %d reads do not end; the agent is reset, all peers must connect again", len(self._reads))
+        self._problem = "the agent is being reset"
         self._destroy_agent("the agent was reset")
-        self._create_agent()
+        self._revive()
+
+    def _revive(self) -> None:
+        """Make an agent in place of one that is gone; where that fails, try again after a while, without end."""
+        try:
+            self._create_agent()
+        except Exception as error:
+            self._problem = f"the agent is gone, and no other could be made: {error!r}"
+            self._retry_at = time.monotonic() + self._retry_s
+            logger.error("nixl: %s; trying again in %g s", self._problem, self._retry_s)
+            self._retry_s = min(2 * self._retry_s, _MAX_RETRY_S)
+            return
+        self._retry_at, self._retry_s = None, _FIRST_RETRY_S
 
     def _destroy_agent(self, reason: str) -> None:
         """Destroy the agent, and with it everything that it might still write; only then end the reads."""
@@ -375,17 +400,17 @@ class AgentThread:
     def _release_all(self, agent: nixl_agent) -> None:
         """Drop everything that refers to the agent. Releasing a transfer does not end it; destroying the agent will."""
         for read in self._reads:
-            agent.release_xfer_handle(read.handle)
+            _release(agent.release_xfer_handle, read.handle)
         self._reads.clear()
         for blocks in self._remote_blocks.values():
-            agent.release_dlist_handle(blocks)
+            _release(agent.release_dlist_handle, blocks)
         self._remote_blocks.clear()
         self._num_users.clear()
         if self._local_blocks is not None:
-            agent.release_dlist_handle(self._local_blocks)
+            _release(agent.release_dlist_handle, self._local_blocks)
             self._local_blocks = None
         for registered in self._registered:
-            agent.deregister_memory(registered)
+            _release(agent.deregister_memory, registered)
         self._registered.clear()
 
     def _living_agent(self, remote: Remote | None = None) -> nixl_agent:
@@ -394,3 +419,11 @@ class AgentThread:
         if remote is not None and remote.generation != self._generation:
             raise TransportError(f"the agent was reset since {remote.agent_name} was connected")
         return self._agent
+
+
+def _release(release: Callable[[_Handle], object], handle: _Handle) -> None:
+    """Give something back to NIXL. That it will not have it costs its memory, and nobody else's read."""
+    try:
+        release(handle)
+    except Exception as error:
+        logger.warning("nixl: %s failed: %s", release.__name__, repr(error))

@@ -107,6 +107,10 @@ class UcxxTransport:
             return None
         return "tcp"
 
+    def problem(self) -> str | None:
+        """That it is not running: started, nothing of it breaks for good."""
+        return None if self._is_running else "not running"
+
     async def connect(self, peer: LinkPeer) -> UcxxLink:
         """Make an endpoint to the owner's listener, or wait for the reader's to arrive at ours."""
         if peer.dialled:

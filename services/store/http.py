@@ -1,6 +1,7 @@
 """A store node's HTTP port: open from the process's start to its end, however long the first worker takes to come.
 
-`/health` says that the process lives, `/ready` whether it lends blocks: what Kubernetes' liveness and readiness ask.
+`/health` says that the process lives and can move blocks, `/ready` whether it lends them: what Kubernetes' liveness and
+readiness ask.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class StoreHttp:
             metrics.registry,
             state=self._state,
             check_integrity=self._check_integrity,
-            is_healthy=lambda: True,
+            is_healthy=lambda: self._node is None or self._node.exchange.can_move_blocks,
             not_ready=lambda: self.not_ready,
         )
 

@@ -133,6 +133,7 @@ async def open_store(
         store = await _open_tiers(config, layout, feed)
         cleanup.push_async_callback(store.close, config.drain_timeout_s)
         transports = make_transports(config.kv_transport, store.dram.memory, name)
+        metrics.exchange.watch(transports)
         node = StoreNode(
             PeerIdentity(f"{name}/{incarnation}", "store", incarnation, layout),
             store,

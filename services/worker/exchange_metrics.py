@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+import functools
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from kvstore.fetch_events import FetchCause, FetchResult
 from kvstore.lease import LeaseOutcome
 from kvstore.observer import ExchangeObserver
+from kvstore.transport.base import Transport
 from services.exposition import READ_S, SPEED_BYTES_PER_S, STAGE_S
 
 
@@ -38,11 +42,19 @@ class ExchangeMetrics(ExchangeObserver):
         self._lease_s = histogram("lease_seconds", "Life of a lease.", STAGE_S)
         self._refused_peers = counter("peers_refused", "Incompatible peers refused.")
         self._lost_peers = counter("peers_lost", "Block-protocol connections that ended.")
+        self._transport_up = Gauge(
+            "tandem:transport_up", "Whether blocks can travel over a transport.", ["transport"], registry=registry
+        )
         for cause in ("ok", *(each.value for each in FetchCause)):
             self._fetches.labels(cause)
         for outcome in LeaseOutcome:
             self._leases.labels(outcome.value)
             self._lent_blocks.labels(outcome.value)
+
+    def watch(self, transports: Sequence[Transport]) -> None:
+        """Where to read from, at scrape time, whether transports work."""
+        for transport in transports:
+            self._transport_up.labels(transport.name).set_function(functools.partial(_is_up, transport))
 
     def peer_refused(self, peer: str, reason: str) -> None:
         self._refused_peers.inc()
@@ -69,3 +81,7 @@ class ExchangeMetrics(ExchangeObserver):
         self._leases.labels(outcome.value).inc()
         self._lent_blocks.labels(outcome.value).inc(num_blocks)
         self._lease_s.observe(duration_s)
+
+
+def _is_up(transport: Transport) -> bool:
+    return transport.problem() is None

@@ -193,7 +193,7 @@ def _debug_server(assembly: Assembly, role: Role, service: WorkerService) -> Deb
         parts.metrics.registry,
         state=state,
         check_integrity=lambda: parts.thread.call(parts.engine.check_integrity),
-        is_healthy=lambda: not parts.thread.crashed.done(),
+        is_healthy=lambda: parts.exchange.can_move_blocks and not parts.thread.crashed.done(),
     )
 
 

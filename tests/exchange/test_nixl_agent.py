@@ -1,0 +1,192 @@
+"""The thread that owns a NIXL agent, over an agent that fails where it is told to: nothing is lost by it for good."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from kvstore.errors import IncompatiblePeer, ReadFailed, TransportError
+from kvstore.exchange import BlockExchange
+from kvstore.handshake import PeerIdentity
+from kvstore.memory import HostMemory
+from kvstore.transport import nixl_agent
+from kvstore.transport.nixl_agent import AgentThread
+from kvstore.transport.nixl_pool import PoolAddress
+from tests.store_node.store_world import LAYOUT, PATIENT, until
+
+pytest.importorskip("nixl_cu12")
+
+
+class Nixl:
+    """What all agents of a test share: what fails, and how often; and the state of every transfer."""
+
+    def __init__(self) -> None:
+        self.fails: Counter[str] = Counter()  # calls of these still to fail
+        self.states: dict[int, str] = {}
+        self.numbers = itertools.count()
+        self.num_agents = 0
+
+    def call(self, name: str) -> int:
+        if self.fails[name]:
+            self.fails[name] -= 1
+            raise RuntimeError(f"{name} fails")
+        return next(self.numbers)
+
+    def make(self, name: str, config: object) -> FakeAgent:
+        self.call("make")
+        self.num_agents += 1
+        return FakeAgent(self, name)
+
+
+class FakeAgent:
+    """Transfers begin in state PROC and stay there until the test says otherwise."""
+
+    def __init__(self, nixl: Nixl, name: str) -> None:
+        self.agent = object()  # the binding
+        self.name = name
+        self._nixl = nixl
+
+    def get_agent_metadata(self) -> bytes:
+        return self.name.encode()
+
+    def add_remote_agent(self, metadata: bytes) -> str:
+        return metadata.decode()
+
+    def get_new_notifs(self) -> None: ...
+
+    def make_prepped_xfer(self, *_: object) -> int:
+        return self._nixl.call("make_prepped_xfer")
+
+    def transfer(self, handle: int) -> str:
+        self._nixl.states[handle] = "PROC"
+        return "PROC"
+
+    def check_xfer_state(self, handle: int) -> str:
+        state = self._nixl.states[handle]
+        if state == "BROKEN":
+            raise RuntimeError("the transfer broke")
+        return state
+
+    def register_memory(self, *_: object) -> int:
+        return self._nixl.call("register_memory")
+
+    def prep_xfer_dlist(self, *_: object) -> int:
+        return self._nixl.call("prep_xfer_dlist")
+
+    def make_connection(self, _: str) -> None: ...
+
+    def release_xfer_handle(self, handle: int) -> None:
+        self._nixl.call("release_xfer_handle")
+
+    def release_dlist_handle(self, handle: int) -> None:
+        self._nixl.call("release_dlist_handle")
+
+    def deregister_memory(self, handle: int) -> None:
+        self._nixl.call("deregister_memory")
+
+
+@asynccontextmanager
+async def running(nixl: Nixl) -> AsyncIterator[AgentThread]:
+    agent_class: Any = nixl.make
+    thread = AgentThread(agent_class, "test", HostMemory.allocate(8, 512))
+    await asyncio.wrap_future(thread.start())
+    try:
+        yield thread
+    finally:
+        await asyncio.to_thread(thread.stop)
+
+
+def peer() -> PoolAddress:
+    return PoolAddress(b"peer", "DRAM", 0, 4096, 8, 512, 8192, bytes(16))
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl_agent, "_FIRST_RETRY_S", 0.01)
+
+
+async def test_a_release_that_raises_loses_no_other_read() -> None:
+    nixl = Nixl()
+    async with running(nixl) as thread, asyncio.timeout(20):
+        remote = await asyncio.wrap_future(thread.add_remote(peer()))
+        reads = [asyncio.wrap_future(thread.read(remote, [i], [i])) for i in range(4)]
+        await until(lambda: len(nixl.states) == 4)
+        nixl.fails["release_xfer_handle"] = 2
+        first, second, third, last = nixl.states
+        nixl.states |= {first: "DONE", second: "BROKEN", third: "DONE"}
+        await reads[0]
+        with pytest.raises(ReadFailed, match="the transfer broke"):
+            await reads[1]
+        await reads[2]
+        nixl.states[last] = "DONE"
+        await reads[3]
+        assert nixl.num_agents == 1
+
+
+async def test_a_reset_that_fails_ends_its_reads_and_is_tried_until_an_agent_lives() -> None:
+    nixl = Nixl()
+    async with running(nixl) as thread, asyncio.timeout(20):
+        remote = await asyncio.wrap_future(thread.add_remote(peer()))
+        reads = [asyncio.wrap_future(thread.read(remote, [i], [i])) for i in range(2)]
+        await until(lambda: len(nixl.states) == 2)
+        for name in ("release_xfer_handle", "release_dlist_handle", "deregister_memory"):
+            nixl.fails[name] = 1
+        nixl.fails |= Counter(make=2, register_memory=1, prep_xfer_dlist=1)
+        thread.give_up(remote, 0.0)
+        for reading in reads:
+            with pytest.raises(ReadFailed, match="the agent was reset"):
+                await reading
+        await until(lambda: thread.problem is None)
+        assert (nixl.num_agents, sum(nixl.fails.values())) == (4, 0)  # one lived at first, two died young
+        with pytest.raises(TransportError, match="reset since"):
+            await asyncio.wrap_future(thread.read(remote, [0], [0]))
+        remote = await asyncio.wrap_future(thread.add_remote(peer()))
+        num_known = len(nixl.states)
+        reading = asyncio.wrap_future(thread.read(remote, [0], [0]))
+        await until(lambda: len(nixl.states) > num_known)
+        nixl.states[list(nixl.states)[-1]] = "DONE"
+        await reading
+
+
+class Broken:
+    """A transport whose agent is gone."""
+
+    name, two_sided = "broken", False
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    def problem(self) -> str | None:
+        return "the agent is gone"
+
+    def descriptor(self) -> bytes:
+        raise AssertionError("what is broken is not offered")
+
+    def lane_to(self, descriptor: bytes) -> str | None:
+        raise AssertionError("what is broken is not chosen")
+
+
+async def test_a_transport_that_is_broken_is_not_offered_and_the_exchange_says_so() -> None:
+    def exchange(name: str) -> BlockExchange:
+        broken: Any = Broken()
+        identity = PeerIdentity(name, "prefill", "1", LAYOUT)
+        return BlockExchange(identity, HostMemory.allocate(4, LAYOUT.block_bytes), [broken], PATIENT)
+
+    ours, theirs = exchange("ours"), exchange("theirs")
+    for each in (ours, theirs):
+        await each.start("127.0.0.1", 0)
+    try:
+        with pytest.raises(IncompatiblePeer, match="no KV transport connects us"):
+            await ours.connect(theirs.address)
+        assert not ours.can_move_blocks
+        assert ours.state()["transports"] == {"broken": "the agent is gone"}
+    finally:
+        for each in (ours, theirs):
+            await each.close()
