@@ -24,7 +24,7 @@ from services.engine.request import EngineError, Request, RequestUpdate, Sampled
 from services.lifecycle import Event
 from services.worker import convert
 from services.worker.assembly import WorkerParts
-from services.worker.settling import settled
+from services.worker.settling import Settlements
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Admission:
         self._entered = entered
         self._clock = clock
         self._clients = PrefillClients()
-        self._disposals: set[asyncio.Task[None]] = set()
+        self._disposals = Settlements("failed handoffs")
 
     async def admit(self, live: LiveRequest) -> Admitted | None:
         """Bring the request into the engine, by whichever way works.
@@ -82,7 +82,7 @@ class Admission:
 
     async def close(self) -> None:
         """Wait for what failed handoffs left, and close the channels. Bounded, since the exchange is closed by then."""
-        await settled(self._disposals, "failed handoffs")
+        await self._disposals.settled()
         await self._clients.close()
 
     def _hashes(self, live: LiveRequest) -> list[BlockHash]:
@@ -122,6 +122,8 @@ class Admission:
         self, live: LiveRequest, target: pb.PrefillTarget, hashes: list[BlockHash]
     ) -> Admitted:
         request = live.new_attempt(self._clock())
+        # Before anybody computes it: what our own engine cannot serve is no other worker's failure.
+        self._parts.engine.check(request)
         pending = _PendingReservation(self._parts, request)
         num_blocks = -(-request.num_prompt_tokens // self._parts.engine.layout.block_size)
         order = pb.PrefillRequest(
@@ -183,9 +185,7 @@ class Admission:
                 live.timeline.unix_s[event] = at_s + offset_s
 
     def _dispose(self, fetch: Fetch, pending: _PendingReservation) -> None:
-        task = asyncio.create_task(self._free_after(fetch, pending), name="dispose-fetch")
-        self._disposals.add(task)
-        task.add_done_callback(self._disposals.discard)
+        self._disposals.start(self._free_after(fetch, pending), name="dispose-fetch")
 
     async def _free_after(self, fetch: Fetch, pending: _PendingReservation) -> None:
         """Free what an abandoned fetch leaves, once no late byte can arrive in it."""
@@ -216,7 +216,13 @@ class _PendingReservation:
         return await self._granted
 
     def _on_granted(self, reservation: Reservation) -> None:  # engine thread
-        self._loop.call_soon_threadsafe(self._granted.set_result, reservation)
+        self._loop.call_soon_threadsafe(self._grant, reservation)
+
+    def _grant(self, reservation: Reservation) -> None:
+        if self._granted.done():  # the exchange has closed meanwhile: nobody waits for these blocks
+            self._parts.thread.post(self._parts.engine.release_reservation, self.request, reservation.block_ids)
+        else:
+            self._granted.set_result(reservation)
 
     async def cancel(self) -> None:
         """Give up waiting. A reservation granted before stands, and its blocks are the fetch's to give back."""

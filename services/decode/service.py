@@ -155,8 +155,8 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         if self._draining:
             return _error(pb.ERROR_CODE_UNAVAILABLE, f"decode worker {worker} is draining")
         limit = self._config.max_num_waiting + self._config.max_num_seqs
-        if self._num_live >= limit:
-            return _error(pb.ERROR_CODE_OVERLOADED, f"decode worker {worker} has {limit} live requests")
+        if self._num_live >= limit or self._parts.thread.is_behind:
+            return _error(pb.ERROR_CODE_OVERLOADED, f"decode worker {worker} has {self._num_live} live requests")
         return None
 
     # ---- one request ------------------------------------------------------
@@ -190,7 +190,7 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         finally:
             self._num_admitting -= 1
             if error is not None and not live.is_finished:
-                self._parts.thread.call(self._leave, live)
+                self._parts.thread.post(self._leave, live)
                 self._fail(live, error)
 
     def _emit_first(self, live: LiveRequest, first: pb.PrefillFinished) -> None:
@@ -227,7 +227,7 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         if live.admission is not None:
             live.admission.cancel()
         # After whatever the admission task has sent to the engine thread: commands run in order.
-        self._parts.thread.call(self._leave, live)
+        self._parts.thread.post(self._leave, live)
 
     def _fail(self, live: LiveRequest, error: pb.Error) -> None:
         self._finish(live, _error_output(live.order.handle, error))

@@ -25,7 +25,7 @@ from services.engine.capacity import choose_num_blocks, choose_num_host_slots
 from services.engine.config import EngineConfig
 from services.engine.host_copies import open_host_tier
 from services.engine.host_prefixes import Restore, begin_restore, bring_back, end_restore
-from services.engine.limits import SchedulerConfig
+from services.engine.limits import SchedulerConfig, check_fits
 from services.engine.memory import block_memory
 from services.engine.model import LoadedModel, load_model
 from services.engine.request import InvalidRequest, Request, RequestUpdate, SampledToken, SamplingParams
@@ -118,9 +118,20 @@ class Engine:
 
     # ---- commands, between steps ----------------------------------------------
 
+    def check(self, request: Request) -> None:
+        """Raise `InvalidRequest` if the request can never run here. On any thread: it reads constants only."""
+        vocab_size = self.model.config.vocab_size
+        _check_token_ids("prompt", request.prompt_token_ids, vocab_size)
+        sampling = request.sampling
+        _check_token_ids("logit_bias", tuple(sampling.logit_bias), vocab_size)
+        _check_token_ids("allowed_token_ids", sampling.allowed_token_ids, vocab_size)
+        _check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
+        _check_allows_any(sampling, self.model.eos_token_ids)
+        check_fits(request, self._scheduler.config, self.pool.num_blocks)
+
     def add_request(self, request: Request) -> None:
         """Queue a request to be computed here. Raises `InvalidRequest` or `QueueFull`."""
-        self._check(request)
+        self.check(request)
         self._scheduler.add(request)
         request.timeline.mark(Event.PREFILL_QUEUED)
 
@@ -129,9 +140,9 @@ class Engine:
 
         `callback` is called once, here or within a later call, on this thread; never after `cancel_reservation` or
         `abort`. The blocks are then the caller's: they go to `add_prefilled`, or back through `release_reservation`.
-        Raises as `add_request`.
+        Raises `InvalidRequest`.
         """
-        self._check(request)
+        self.check(request)
         self._scheduler.reserve(request)
         self._on_grant[request.request_id] = callback
         self._grant_reservations()
@@ -308,15 +319,6 @@ class Engine:
             granted.request.timeline.mark(Event.BLOCKS_RESERVED)
             callback = self._on_grant.pop(granted.request.request_id)
             callback(Reservation(granted.block_ids, granted.num_present))
-
-    def _check(self, request: Request) -> None:
-        vocab_size = self.model.config.vocab_size
-        _check_token_ids("prompt", request.prompt_token_ids, vocab_size)
-        sampling = request.sampling
-        _check_token_ids("logit_bias", tuple(sampling.logit_bias), vocab_size)
-        _check_token_ids("allowed_token_ids", sampling.allowed_token_ids, vocab_size)
-        _check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
-        _check_allows_any(sampling, self.model.eos_token_ids)
 
 
 def _choose_device(name: str) -> str:

@@ -88,7 +88,11 @@ class Scheduler:
         self._admission.note_change()
 
     def reserve(self, request: Request) -> None:
-        """Queue a request for blocks to read its prompt into; `grant_reservations` returns them. Errors as `add`."""
+        """Queue a request for blocks to read its prompt into; `grant_reservations` returns them.
+
+        Raises `InvalidRequest`. Never `QueueFull`: another worker has computed some of the prompt by now, so whoever
+        orders that bounds how many there are.
+        """
         self._enter(request, RequestStatus.RESERVING)
 
     def cancel_reservation(self, request: Request) -> bool:
@@ -247,7 +251,7 @@ class Scheduler:
     def _enter(self, request: Request, status: RequestStatus) -> None:
         """Make the request live."""
         check_fits(request, self.config, self.pool.num_blocks)
-        if self._queues.num_queued >= self.config.max_num_waiting:
+        if status is RequestStatus.WAITING and self._queues.num_queued >= self.config.max_num_waiting:
             raise QueueFull(f"{self._queues.num_queued} requests wait, which is the limit")
         self._queues.enter(request, status)
         extend_block_hashes(request, self.config)

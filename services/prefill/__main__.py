@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from services.prefill.service import PrefillService
     from services.worker.process import run_worker
 
-    return run_worker(config, "prefill", lambda parts: PrefillService(parts))
+    return run_worker(config, "prefill", lambda parts: PrefillService(config, parts))
 
 
 if __name__ == "__main__":

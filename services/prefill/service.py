@@ -24,7 +24,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Literal, TypeAlias
 
 import grpc
 from tandem.v1 import worker_pb2 as pb
@@ -39,11 +39,12 @@ from services.engine.engine import StepOutput
 from services.engine.request import FinishReason, InvalidRequest, QueueFull, Request, RequestUpdate
 from services.lifecycle import Timeline
 from services.logs import current_request_id, request_scope
+from services.prefill.config import PrefillConfig
 from services.worker import convert
 from services.worker.assembly import WorkerParts
 from services.worker.engine_thread import EngineCrashed
 from services.worker.metrics import OrderOutcome
-from services.worker.settling import settled
+from services.worker.settling import Settlements
 
 log = logging.getLogger(__name__)
 
@@ -78,21 +79,32 @@ class _Order:
     transfer_id: bytes
     num_blocks: int
     sources: tuple[pb.PrefixSource, ...] = ()
-    steps: asyncio.Queue[_Step] = field(default_factory=asyncio.Queue)
+    steps: list[_Step] = field(default_factory=list)  # that wait to be sent
+    has_step: asyncio.Event = field(default_factory=asyncio.Event)  # or the lease has closed
     fetched: list[pb.FetchedPrefix] = field(default_factory=list)
     pinned: list[int] = field(default_factory=list)  # engine thread: blocks announced, one reference each
     is_computed: bool = False
+
+    def add_step(self, step: _Step) -> None:
+        """Have it sent; what was computed while the reader did not listen goes in one piece."""
+        newest = self.steps[-1] if self.steps else None
+        if isinstance(newest, _Computed) and isinstance(step, _Computed):
+            step = _Computed(newest.first_index, newest.blocks + step.blocks, step.finished)
+            self.steps.pop()
+        self.steps.append(step)
+        self.has_step.set()
 
 
 class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
     """One per prefill worker."""
 
-    def __init__(self, parts: WorkerParts, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, config: PrefillConfig, parts: WorkerParts, clock: Callable[[], float] = time.time) -> None:
+        self._max_num_orders = config.max_num_waiting + config.max_num_seqs
         self._parts = parts
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._num_orders = 0
-        self._loans: set[asyncio.Task[None]] = set()
+        self._loans = Settlements("loans")
         self._active: dict[str, _Order] = {}  # engine thread: by engine request id, until settled
         self._draining = False
         self._idle = asyncio.Event()
@@ -109,10 +121,10 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
     ) -> None:
         """Run one order; see worker.proto."""
         if self._draining:
-            self._parts.metrics.refused("draining")
-            self._parts.metrics.order_ended("refused")
-            log.info("prefill refused", extra={"request_id": message.request_id, "error": "draining"})
-            await context.write(_failed(pb.ERROR_CODE_UNAVAILABLE, f"{self._parts.worker_id} is draining"))
+            await self._refuse(message, context, "draining")
+            return
+        if self._num_orders >= self._max_num_orders or self._parts.thread.is_behind:
+            await self._refuse(message, context, "full")
             return
         self._num_orders += 1
         started_s = self._clock()
@@ -149,6 +161,18 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
             self._num_orders -= 1
             if not self._num_orders:
                 self._idle.set()
+
+    async def _refuse(
+        self,
+        message: pb.PrefillRequest,
+        context: grpc.aio.ServicerContext[pb.PrefillRequest, pb.PrefillEvent],
+        reason: Literal["draining", "full"],
+    ) -> None:
+        self._parts.metrics.refused(reason)
+        self._parts.metrics.order_ended("refused")
+        log.info("prefill refused", extra={"request_id": message.request_id, "error": reason})
+        code = pb.ERROR_CODE_UNAVAILABLE if reason == "draining" else pb.ERROR_CODE_OVERLOADED
+        await context.write(_failed(code, f"{self._parts.worker_id} is {reason} ({self._num_orders} orders)"))
 
     def _make_order(self, message: pb.PrefillRequest) -> _Order:
         if len(message.transfer_id) != 16:
@@ -191,9 +215,9 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
                     await send(pb.PrefillEvent(finished=step.finished))
         finally:
             if lease is None:
-                thread.call(self._settle, order)
+                thread.post(self._settle, order)
             elif not finished:
-                thread.call(self._parts.engine.abort, order.request.request_id)
+                thread.post(self._parts.engine.abort, order.request.request_id)
                 lease.revoke("the prefill was abandoned")
 
     async def _fetch_prefix(self, order: _Order) -> None:
@@ -206,18 +230,15 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
 
     async def _next_step(self, order: _Order, lease: Lease | None) -> _Scheduled | _Computed:
         """The order's next step; PeerLost if the lease closes first."""
-        next_step = asyncio.ensure_future(order.steps.get())
-        waiting: list[asyncio.Future[Any]] = [next_step] if lease is None else [next_step, lease.closed]
-        try:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if lease is not None and lease.closed.done():
-                raise PeerLost(
-                    f"{order.request.request_id}: the lease for {order.reader_peer_id} closed during prefill "
-                    f"({lease.closed.result().name})"
-                )
-            step = next_step.result()
-        finally:
-            next_step.cancel()
+        await order.has_step.wait()
+        if lease is not None and lease.closed.done():
+            raise PeerLost(
+                f"{order.request.request_id}: the lease for {order.reader_peer_id} closed during prefill "
+                f"({lease.closed.result().name})"
+            )
+        step = order.steps.pop(0)
+        if not order.steps:
+            order.has_step.clear()
         if isinstance(step, PrefillFailed):
             raise step
         return step
@@ -227,9 +248,8 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         lease = self._parts.exchange.open_lease(
             order.transfer_id, order.reader_peer_id, order.num_blocks, current_request_id()
         )
-        loan = asyncio.create_task(self._settle_after(lease, order), name=f"loan-{order.request.request_id}")
-        self._loans.add(loan)
-        loan.add_done_callback(self._loans.discard)
+        lease.closed.add_done_callback(lambda _: order.has_step.set())
+        self._loans.start(self._settle_after(lease, order), name=f"loan-{order.request.request_id}")
         return lease
 
     async def _settle_after(self, lease: Lease, order: _Order) -> None:
@@ -248,8 +268,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
-                while self._loans:
-                    await asyncio.wait(self._loans)
+                await self._loans.ended()
         except TimeoutError:
             log.warning("still %d orders and %d loans after %g s", self._num_orders, len(self._loans), timeout_s)
 
@@ -258,7 +277,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         self._draining = True
 
     async def settle(self) -> None:
-        await settled(self._loans, "loans")
+        await self._loans.settled()
 
     # ---- engine thread ----------------------------------------------------
 
@@ -291,7 +310,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
 
     def _deliver(self, request: Request, step: _Step) -> None:
         order = self._active[request.request_id]
-        self._loop.call_soon_threadsafe(order.steps.put_nowait, step)
+        self._loop.call_soon_threadsafe(order.add_step, step)
 
     def _computed(self, order: _Order, update: RequestUpdate) -> _Computed:
         """Pin and digest what became announceable: the full blocks, and with the last chunk the partial one too."""

@@ -24,6 +24,10 @@ T = TypeVar("T")
 
 # How long an idle thread sleeps at most; commands wake it at once.
 _IDLE_WAIT_S = 1.0
+# So many commands wait for the end of a step only where clients come and go in masses meanwhile.
+_MAX_COMMANDS = 16_384
+# How long the step in progress may take to end when the worker stops.
+_STOP_TIMEOUT_S = 30.0
 
 
 class StepListener(Protocol):
@@ -38,7 +42,8 @@ class EngineThread:
     """Runs `engine.schedule`, `run` and `postprocess` in a loop for as long as there is work.
 
     A step that raises ends the thread: `crashed` then holds the exception, and every pending and later call fails
-    with it. The engine's state is unknown after that, so the process should stop.
+    with it, as it does once the thread was stopped. The engine's state is unknown after a crash, so the process should
+    stop.
     """
 
     def __init__(
@@ -60,7 +65,7 @@ class EngineThread:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self.crashed: asyncio.Future[BaseException] = self._loop.create_future()
-        self._crash: BaseException | None = None
+        self._ended: str | None = None  # why the thread takes no more commands
         self._pending: set[asyncio.Future[object]] = set()
 
     def start(self, listener: StepListener) -> None:
@@ -73,8 +78,8 @@ class EngineThread:
         Cancelling the future does not stop the function, which runs in any case.
         """
         future: asyncio.Future[T] = self._loop.create_future()
-        if self._crash is not None:
-            future.set_exception(EngineCrashed(str(self._crash)))
+        if self._ended is not None:
+            future.set_exception(EngineCrashed(self._ended))
             return future
         tracked: set[asyncio.Future[T]] = self._pending  # type: ignore[assignment]
         tracked.add(future)
@@ -91,6 +96,22 @@ class EngineThread:
         self._commands.put(command)
         return future
 
+    def post(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """The same for what nobody waits for: an exception is logged."""
+
+        def command() -> None:
+            try:
+                function(*args, **kwargs)
+            except Exception:
+                log.exception("%s failed on the engine's thread: what it was to free may be lost", function)
+
+        self._commands.put(command)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether so many commands wait that a worker should take no more work on."""
+        return self._commands.qsize() >= _MAX_COMMANDS
+
     def wake(self) -> None:
         """Have the thread look after its engine, if it is idle. From any thread."""
         self._commands.put(lambda: None)
@@ -100,7 +121,9 @@ class EngineThread:
         self._stopping = True
         self.wake()
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, _STOP_TIMEOUT_S)
+            if self._thread.is_alive():
+                log.error("the engine's step has not ended within %g s; leaving it", _STOP_TIMEOUT_S)
 
     def _run(self, listener: StepListener) -> None:
         try:
@@ -111,8 +134,11 @@ class EngineThread:
                 self._report_cache_changes()
         except BaseException as error:
             log.exception("the engine crashed")
-            self._crash = error
+            self._ended = str(error)
             self._loop.call_soon_threadsafe(self._report_crash, error)
+        else:
+            self._ended = "the engine's thread has stopped"
+            self._loop.call_soon_threadsafe(self._fail_pending)
 
     def _step(self, listener: StepListener) -> None:
         batch = self._engine.schedule()
@@ -147,13 +173,16 @@ class EngineThread:
     def _report_crash(self, error: BaseException) -> None:
         if not self.crashed.done():
             self.crashed.set_result(error)
+        self._fail_pending()
+
+    def _fail_pending(self) -> None:
         for future in list(self._pending):
             if not future.done():
-                future.set_exception(EngineCrashed(str(error)))
+                future.set_exception(EngineCrashed(self._ended))
 
 
 class EngineCrashed(Exception):
-    """A step raised; the worker is about to stop."""
+    """A step raised, and the worker is about to stop; or it has stopped."""
 
 
 def _set_result(future: asyncio.Future[T], result: T) -> None:

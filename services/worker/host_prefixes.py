@@ -19,7 +19,7 @@ from kvstore.block_hash import BlockHash
 from kvstore.host_tier import NOTHING_COPIED, HostTier
 from services.engine.engine import Engine
 from services.engine.host_prefixes import Restore
-from services.worker.engine_thread import EngineThread
+from services.worker.engine_thread import EngineCrashed, EngineThread
 from services.worker.settling import settled
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,12 @@ class HostPrefixes:
             if restore is None:
                 return 0
             return await self._fill(tier, restore)
+        except EngineCrashed:
+            raise
+        except Exception:
+            # Whatever it is costs a recompute, and no request: all of them may be waiting for this one run.
+            log.exception("a prefix could not be brought back from the host tier")
+            return 0
         finally:
             del self._under_way[first]
 

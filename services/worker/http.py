@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 
@@ -11,6 +12,8 @@ import uvicorn
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+log = logging.getLogger(__name__)
 
 
 class DebugServer:
@@ -63,12 +66,18 @@ class DebugServer:
         """Listen and return "host:port"."""
         sock = socket.create_server((host, port))
         self._task = asyncio.create_task(self._server.serve(sockets=[sock]), name="debug-http")
+        self._task.add_done_callback(_report_crash)
         return f"{host}:{sock.getsockname()[1]}"
 
     async def close(self) -> None:
         if self._task is not None:
             self._server.should_exit = True
             await self._task
+
+
+def _report_crash(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("the debug server broke; probes find nobody there", exc_info=error)
 
 
 class _Server(uvicorn.Server):

@@ -279,7 +279,8 @@ async def _drain(worker: RunningWorker, timeout_s: float) -> bool:
     draining = asyncio.create_task(worker.service.drain(timeout_s), name="drain")
     either: list[asyncio.Future[Any]] = [draining, worker.parts.thread.crashed]
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-    draining.cancel()
+    if not draining.cancel():
+        draining.result()  # an error there is ours, and no end of the work
     return not worker.parts.thread.crashed.done()
 
 

@@ -1,10 +1,10 @@
-"""The last wait of a worker's shutdown, bounded like every other."""
+"""Tasks that give back what transfers held, and the last wait of a worker's shutdown, bounded like every other."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -21,3 +21,34 @@ async def settled(tasks: Collection[asyncio.Task[Any]], what: str) -> None:
             log.error(
                 "%d %s hold blocks still, %g s after the exchange was closed", len(pending), what, _SETTLE_TIMEOUT_S
             )
+
+
+class Settlements:
+    """Such tasks, until they have ended. One that breaks is logged: nobody else hears of it."""
+
+    def __init__(self, what: str) -> None:
+        """`what` they are, in the plural, for the log."""
+        self._what = what
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_ended)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    async def ended(self) -> None:
+        """Wait until there are none."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def settled(self) -> None:
+        """Wait for the last ones, with the exchange closed."""
+        await settled(self._tasks, self._what)
+
+    def _on_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s broke: blocks that it held may be lost", task.get_name(), exc_info=error)

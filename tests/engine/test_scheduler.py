@@ -446,8 +446,14 @@ def test_the_queue_is_bounded() -> None:
     bench.reserve("b", 1)
     with pytest.raises(QueueFull, match="2 requests wait"):
         bench.add("c", 1)
-    with pytest.raises(QueueFull):
-        bench.reserve("c", 1)
+
+
+def test_a_reservation_is_not_refused_for_others_who_wait_since_its_prompt_is_being_computed() -> None:
+    bench = Bench(max_num_waiting=1)
+    bench.add("a", 1)
+    bench.reserve("b", 1)
+    with pytest.raises(InvalidRequest):
+        bench.reserve("c", 10_000)
 
 
 def test_an_id_in_use_is_refused() -> None:

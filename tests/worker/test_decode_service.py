@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +11,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.decode.config import DecodeConfig
 from services.decode.service import DecodeService
+from services.engine.request import InvalidRequest
 
 
 class MetricsOfTheTest:
@@ -23,15 +24,9 @@ class MetricsOfTheTest:
 class ThreadOfTheTest:
     """An engine's thread that runs nothing."""
 
-    def call(self, *_: object) -> asyncio.Future[None]:
-        return asyncio.get_running_loop().create_future()
+    is_behind = False
 
-
-class FetcherOfTheTest:
-    """Its channel was closed: what grpc.aio raises then looks like an order to stop."""
-
-    async def restore(self, hashes: object) -> None:
-        raise asyncio.CancelledError
+    def post(self, *_: object) -> None: ...
 
 
 class RouterOfTheTest:
@@ -51,32 +46,56 @@ class RouterOfTheTest:
             self.outputs.put_nowait(output)
 
 
-async def test_a_cancellation_that_nobody_ordered_does_not_leave_a_request_without_an_end() -> None:
-    parts = SimpleNamespace(
-        worker_id="decode-0",
-        incarnation="1",
-        engine=SimpleNamespace(
-            layout=SimpleNamespace(model_fingerprint="model", block_size=16), load=lambda: pb.Load(num_blocks=1)
-        ),
-        thread=ThreadOfTheTest(),
-        fetcher=FetcherOfTheTest(),
-        metrics=MetricsOfTheTest(),
-    )
-    service = DecodeService(DecodeConfig(model="model"), parts)  # type: ignore[arg-type]
+async def last_output(order: pb.GenerateRequest, **parts: object) -> pb.Output:
+    """What a router hears of one order from a decode worker of these parts."""
+    common = {"worker_id": "decode-0", "incarnation": "1", "thread": ThreadOfTheTest(), "metrics": MetricsOfTheTest()}
+    service = DecodeService(DecodeConfig(model="model"), SimpleNamespace(**common, **parts))  # type: ignore[arg-type]
     service._load = pb.Load  # type: ignore[method-assign]
-    order = pb.GenerateRequest(
-        handle=1,
-        request_id="r",
-        prompt_token_ids=[1, 2, 3],
-        sampling=pb.SamplingParams(top_p=1, repetition_penalty=1, max_tokens=1),
-        timeout_s=600,
-    )
     router = RouterOfTheTest(order)
     session = asyncio.create_task(service.Session(router.orders(), router))  # type: ignore[arg-type]
     async with asyncio.timeout(30):
         output = await router.outputs.get()
-        assert (output.finish_reason, output.error.code) == (pb.FINISH_REASON_ERROR, pb.ERROR_CODE_INTERNAL)
-        assert "nobody had ordered" in output.error.message
         await service.drain(1)
         session.cancel()
         await asyncio.wait([session])
+    return output
+
+
+def order(**fields: object) -> pb.GenerateRequest:
+    sampling = pb.SamplingParams(top_p=1, repetition_penalty=1, max_tokens=1)
+    return pb.GenerateRequest(
+        handle=1, request_id="r", prompt_token_ids=range(40), sampling=sampling, timeout_s=600, **fields
+    )
+
+
+def engine(check: Callable[[object], None] = lambda request: None) -> SimpleNamespace:
+    layout = SimpleNamespace(model_fingerprint="model", block_size=16)
+    return SimpleNamespace(layout=layout, check=check, pool=SimpleNamespace(peek_prefix=lambda hashes: 0))
+
+
+async def test_a_cancellation_that_nobody_ordered_does_not_leave_a_request_without_an_end() -> None:
+    async def restore(hashes: object) -> None:
+        raise asyncio.CancelledError  # as grpc.aio does where a channel was closed
+
+    output = await last_output(order(), engine=engine(), fetcher=SimpleNamespace(restore=restore))
+    assert (output.finish_reason, output.error.code) == (pb.FINISH_REASON_ERROR, pb.ERROR_CODE_INTERNAL)
+    assert "nobody had ordered" in output.error.message
+
+
+async def test_what_our_own_engine_cannot_serve_is_not_computed_elsewhere_first() -> None:
+    async def restore(hashes: object) -> None: ...
+
+    async def connect(address: str) -> str:
+        raise AssertionError("a prefill worker was asked")
+
+    def refuse(request: object) -> None:
+        raise InvalidRequest("max_tokens", "this pool is too small")
+
+    output = await last_output(
+        order(prefill_targets=[pb.PrefillTarget(worker_id="prefill-0")]),
+        engine=engine(refuse),
+        fetcher=SimpleNamespace(restore=restore),
+        exchange=SimpleNamespace(connect=connect),
+    )
+    assert output.error.code == pb.ERROR_CODE_INVALID
+    assert "too small" in output.error.message

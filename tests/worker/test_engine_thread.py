@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from services.engine.engine import StepOutput
+from services.worker import engine_thread
 from services.worker.engine_thread import EngineCrashed, EngineThread
 
 
@@ -120,6 +121,35 @@ async def test_a_crash_fails_pending_and_later_calls(engine: ScriptedEngine, thr
     assert isinstance(await thread.crashed, RuntimeError)
     with pytest.raises(EngineCrashed, match="the step burst"):
         await thread.call(lambda: "never")
+
+
+async def test_an_error_that_nobody_waits_for_is_not_lost(
+    thread: EngineThread, caplog: pytest.LogCaptureFixture
+) -> None:
+    thread.post(lambda: 1 // 0)
+    await thread.call(lambda: None)
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_call_after_the_end_does_not_wait_for_ever(engine: ScriptedEngine, thread: EngineThread) -> None:
+    await thread.stop()
+    with pytest.raises(EngineCrashed, match="has stopped"):
+        await thread.call(lambda: None)
+
+
+async def test_commands_that_pile_up_during_a_step_are_seen(
+    engine: ScriptedEngine, thread: EngineThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_thread, "_MAX_COMMANDS", 2)
+    await thread.call(engine.work, 1)
+    assert await asyncio.to_thread(engine.in_step.wait, 10)
+    assert not thread.is_behind
+    thread.post(engine.log.append, "first")
+    thread.post(engine.log.append, "second")
+    assert thread.is_behind
+    engine.may_finish.set()
+    await thread.call(lambda: None)
+    assert not thread.is_behind
 
 
 async def test_cache_changes_reach_the_loop(engine: ScriptedEngine) -> None:

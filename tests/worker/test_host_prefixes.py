@@ -197,7 +197,9 @@ async def test_a_peer_is_lent_what_was_evicted(world: World) -> None:
     await lender.take_back(blocks, True)
 
 
-async def test_a_failed_copy_gives_everything_back(world: World) -> None:
+async def test_a_failed_copy_gives_everything_back_and_fails_no_request(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     class BrokenCopies(SlowCopies):
         def copy_in(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
             raise RuntimeError("no such device")
@@ -205,6 +207,6 @@ async def test_a_failed_copy_gives_everything_back(world: World) -> None:
     await world.cache(CHAIN)
     await world.evict()
     BrokenCopies(world.tier)
-    with pytest.raises(RuntimeError, match="no such device"):
-        await world.prefixes.restore(CHAIN)
+    await world.prefixes.restore(CHAIN)
     assert world.num_cached == 0
+    assert "no such device" in caplog.text

@@ -14,7 +14,9 @@ from tandem.v1 import worker_pb2 as pb
 from kvstore.lease import LeaseOutcome
 from services.engine.config import EngineConfig
 from services.engine.engine import Engine
-from services.prefill.service import PrefillService
+from services.engine.request import Request, SamplingParams
+from services.prefill.config import PrefillConfig
+from services.prefill.service import PrefillService, _Computed, _Order, _Scheduled
 from services.worker.engine_thread import EngineThread
 from services.worker.fetch_costs import FetchCosts
 from tests.hf_models import random_prompts, write_model
@@ -41,6 +43,7 @@ class Caller:
 
     async def write(self, event: pb.PrefillEvent) -> None:
         if event.WhichOneof("kind") == self._hangs_up_at:
+            self.heard = event
             self.has_heard.set()
             await asyncio.Event().wait()
 
@@ -56,48 +59,86 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     assert engine.load().num_lent_blocks == 0
 
 
+class World:
+    """A prefill service over a real engine; its leases are the test's to close."""
+
+    def __init__(self, engine: Engine, max_num_waiting: int = 1024) -> None:
+        self.outcomes: list[str] = []
+        self.leases: list[LeaseOfTheTest] = []
+        self.thread = EngineThread(engine)
+        metrics = SimpleNamespace(
+            order_ended=self.outcomes.append,
+            refused=lambda reason: None,
+            watch_service=lambda *_: None,
+            requests=SimpleNamespace(prefilled=lambda timeline: None),
+        )
+        parts = SimpleNamespace(
+            worker_id="prefill-0",
+            engine=engine,
+            thread=self.thread,
+            exchange=SimpleNamespace(open_lease=self.open_lease),
+            fetcher=SimpleNamespace(costs=FetchCosts()),
+            metrics=metrics,
+        )
+        config = PrefillConfig(model="model", max_num_waiting=max_num_waiting, max_num_seqs=1)
+        self.service = PrefillService(config, parts)  # type: ignore[arg-type]
+        self.thread.start(self.service)
+
+    def open_lease(self, *_: object) -> LeaseOfTheTest:
+        self.leases.append(LeaseOfTheTest())
+        return self.leases[-1]
+
+    def order(self, caller: Caller, transfer_id: bytes = bytes(16)) -> asyncio.Task[None]:
+        order = pb.PrefillRequest(
+            request_id="r",
+            prompt_token_ids=random_prompts([100])[0],
+            sampling=pb.SamplingParams(top_p=1, repetition_penalty=1, max_tokens=1),
+            transfer_id=transfer_id,
+            reader_peer_id="decode-0/1",
+        )
+        return asyncio.create_task(self.service.Prefill(order, caller))  # type: ignore[arg-type]
+
+    async def close(self) -> None:
+        for lease in self.leases:
+            if not lease.closed.done():
+                lease.closed.set_result(LeaseOutcome.RELEASED)
+        await self.service.settle()
+        await self.thread.stop()
+
+
 @pytest.mark.parametrize(("hangs_up_at", "outcome"), [("finished", "finished"), ("scheduled", "cancelled")])
 async def test_an_order_counts_as_finished_from_its_last_event_on(
     engine: Engine, hangs_up_at: str, outcome: str
 ) -> None:
-    outcomes: list[str] = []
-    leases: list[LeaseOfTheTest] = []
-
-    def open_lease(*_: object) -> LeaseOfTheTest:
-        leases.append(LeaseOfTheTest())
-        return leases[-1]
-
-    thread = EngineThread(engine)
-    requests = SimpleNamespace(prefilled=lambda timeline: None)
-    metrics = SimpleNamespace(order_ended=outcomes.append, watch_service=lambda *_: None, requests=requests)
-    service = PrefillService(
-        SimpleNamespace(
-            worker_id="prefill-0",
-            engine=engine,
-            thread=thread,
-            exchange=SimpleNamespace(open_lease=open_lease),
-            fetcher=SimpleNamespace(costs=FetchCosts()),
-            metrics=metrics,
-        )  # type: ignore[arg-type]
-    )
-    thread.start(service)
-    order = pb.PrefillRequest(
-        request_id="r",
-        prompt_token_ids=random_prompts([100])[0],
-        sampling=pb.SamplingParams(top_p=1, repetition_penalty=1, max_tokens=1),
-        transfer_id=bytes(16),
-        reader_peer_id="decode-0/1",
-    )
-    caller = Caller(hangs_up_at)
-    call = asyncio.create_task(service.Prefill(order, caller))  # type: ignore[arg-type]
+    world, caller = World(engine), Caller(hangs_up_at)
     async with asyncio.timeout(30):
+        call = world.order(caller)
         await caller.has_heard.wait()
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        assert outcomes == [outcome]
-        (lease,) = leases
-        if not lease.closed.done():
-            lease.closed.set_result(LeaseOutcome.RELEASED)
-        await service.settle()
-        await thread.stop()
+        assert world.outcomes == [outcome]
+        await world.close()
+
+
+async def test_orders_are_bounded_before_they_reach_the_queue(engine: Engine) -> None:
+    world, slow, late = World(engine, max_num_waiting=1), Caller("scheduled"), Caller("failed")
+    async with asyncio.timeout(30):
+        calls = [world.order(slow, bytes([number]) * 16) for number in range(2)]
+        await slow.has_heard.wait()
+        calls.append(world.order(late))
+        await late.has_heard.wait()
+        assert late.heard.failed.code == pb.ERROR_CODE_OVERLOADED
+        for call in calls:
+            call.cancel()
+        await asyncio.wait(calls)
+        assert world.outcomes == ["refused", "cancelled", "cancelled"]
+        await world.close()
+
+
+async def test_what_a_slow_reader_has_not_heard_of_does_not_pile_up() -> None:
+    order = _Order(Request("r", [1], SamplingParams()), "decode-0/1", bytes(16), num_blocks=4)
+    finished = pb.PrefillFinished(token_id=7)
+    for step in (_Scheduled(), _Computed(0, [], None), _Computed(0, [], None), _Computed(0, [], finished)):
+        order.add_step(step)
+    assert order.steps == [_Scheduled(), _Computed(0, [], finished)]
