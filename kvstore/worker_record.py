@@ -44,6 +44,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     colocated: bool = False
     version: str = ""
     started_unix_s: float = 0.0
+    revision: str = ""  # of model_path on the hub; empty: its default
     layout: dict[str, int | str] | None = None  # `BlockLayout.to_wire()`
 
     def __post_init__(self) -> None:

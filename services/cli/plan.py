@@ -133,7 +133,7 @@ def plan_stack(
         cls: type[WorkerConfig] = PrefillConfig if role == "prefill" else DecodeConfig
         own = _placed(values, placement)
         argv = [*argv_of(worker_settings(cls), own), f"--worker-id={worker_prefix}{role}-{index}", log_flag]
-        if role == "decode" and config.colocated:
+        if role == "decode" and not any(other == "prefill" for other, _ in roles):
             argv.append("--colocated")
         workers.append(
             ChildSpec(

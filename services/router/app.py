@@ -17,6 +17,7 @@ from services.router.chat import tokenize_chat
 from services.router.errors import ApiError, ClientDisconnected, internal, invalid, model_not_found, unavailable
 from services.router.http import FAILED, App, Edge, Guard, read_body
 from services.router.openai_requests import parse_chat_input
+from services.router.readiness import readiness
 from services.router.serving import GenerateEndpoint, RouterParts, plan_chat_request, plan_completion_request
 from services.router.tenants import Keyring, Tenant, name_of
 
@@ -129,24 +130,17 @@ def _add_tokenizer_routes(app: FastAPI, parts: RouterParts) -> None:
 
 
 def _add_status_routes(app: FastAPI, parts: RouterParts) -> None:
-    def servable() -> list[str]:
-        """The models for which a request would find a decode worker now."""
-        reachable: set[str] = set()
-        for worker in parts.workers.decode_candidates():
-            if worker.connected and not worker.draining:
-                reachable.update(worker.model_names)
-        return [name for name in parts.models.names() if name in reachable]
-
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         return Response(status_code=200)
 
     @app.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> Response:
-        models = servable()
+        models, not_ready = readiness(parts.models, parts.workers)
         if not models:
-            raise unavailable("No model can be served yet: no decode worker of a loaded model is connected.")
-        return _json({"status": "ready", "models": models})
+            reasons = "; ".join(f"`{name}`: {reason}" for name, reason in not_ready.items())
+            raise unavailable(f"No model can be served yet: {reasons or 'no decode worker is registered'}.")
+        return _json({"status": "ready", "models": models, "not_ready": not_ready})
 
     @app.get("/version")
     async def version() -> Response:

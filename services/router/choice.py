@@ -59,7 +59,9 @@ class Choice:
             self.usage = output.usage
         if delta.finish_reason is None and output.finish_reason:
             delta.finish_reason = "stop" if output.finish_reason == pb.FINISH_REASON_STOP else "length"
-            delta.stop_reason = output.stop_token_id if output.HasField("stop_token_id") else None
+            # An end of sequence that we added to the order is no stop token of the client's.
+            stopped_by = output.stop_token_id if output.HasField("stop_token_id") else None
+            delta.stop_reason = stopped_by if stopped_by in self._request.sampling.stop_token_ids else None
         self.finished = delta.finish_reason is not None
         if self._discard:
             delta.text, delta.finish_reason = "", "length" if self.finished else None

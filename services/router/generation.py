@@ -51,7 +51,7 @@ class GenerationPlan:
                 else f"{self.request_id}-{prompt * request.n + i}",
                 model=self.model.name,
                 prompt_token_ids=token_ids,
-                sampling=request.sampling_for(i, self.max_tokens[prompt]),
+                sampling=self._sampling(i, self.max_tokens[prompt]),
                 priority=request.priority,
                 cache_salt=cache_salt,
                 timeout_s=timeout_s,
@@ -59,6 +59,14 @@ class GenerationPlan:
             for prompt, token_ids in enumerate(self.prompts)
             for i in range(request.n)
         ]
+
+    def _sampling(self, choice: int, max_tokens: int) -> pb.SamplingParams:
+        sampling = self.request.sampling_for(choice, max_tokens)
+        eos_token_id = self.model.tokenizer.eos_token_id
+        # Workers read the model's configuration only; the tokenizer's may name another end, as base models' often do.
+        if eos_token_id is not None and not sampling.ignore_eos:
+            sampling.stop_token_ids.append(eos_token_id)
+        return sampling
 
 
 def tokens_to_generate(num_prompt_tokens: int, asked: int | None, default: int | None, max_model_len: int) -> int:
@@ -215,6 +223,7 @@ class Generation:
         reason = "error" if isinstance(error, ApiError) else "abort"
         for choice in self._choices:
             if not choice.finished:
+                self._count_whole(choice)
                 self._gauge(choice.index).dec()
                 self._metrics.count_finished(reason)
 
@@ -224,8 +233,16 @@ class Generation:
         return Choice(index, self.plan.request, self.plan.model, self.plan.discard_generated)
 
     def _restart(self, index: int) -> None:
+        """The attempt before is void, and so is what was measured of it."""
+        if self._last_token_s[index] is not None:
+            self._metrics.num_running.dec()
+            self._metrics.num_waiting.inc()
         self._choices[index] = self._new_choice(index)
-        self._first_token_s[index] = None
+        self._first_token_s[index] = self._last_token_s[index] = None
+        self._timeline.unix_s.pop(Event.FIRST_TOKEN, None)
+        others = [first_s for first_s in self._first_token_s if first_s is not None]
+        if others:
+            self._timeline.unix_s[Event.FIRST_TOKEN] = min(others)
 
     def _feed(self, choice: Choice, output: pb.Output) -> Delta:
         if output.token_ids:
@@ -243,13 +260,25 @@ class Generation:
         if last is None:
             if Event.FIRST_TOKEN not in self._timeline.unix_s:
                 self._timeline.mark(Event.FIRST_TOKEN)
-            self._metrics.time_to_first_token.observe(now - self._timeline.unix_s[Event.ARRIVED])
+            if self.plan.request.stream:
+                self._observe_first_token(now)
             self._metrics.num_waiting.dec()
             self._metrics.num_running.inc()
         else:
             self._metrics.inter_token_latency.observe((now - last) / num_tokens)
         self._last_token_s[index] = now
-        self._metrics.generation_tokens.inc(num_tokens)
+        if self.plan.request.stream:
+            self._metrics.generation_tokens.inc(num_tokens)
+
+    def _count_whole(self, choice: Choice) -> None:
+        """What is not streamed counts at its end: until then a new attempt may make it void."""
+        first_token_s = self._first_token_s[choice.index]
+        if first_token_s is not None and not self.plan.request.stream:
+            self._metrics.generation_tokens.inc(choice.num_tokens)
+            self._observe_first_token(first_token_s)
+
+    def _observe_first_token(self, first_token_s: float) -> None:
+        self._metrics.time_to_first_token.observe(first_token_s - self._timeline.unix_s[Event.ARRIVED])
 
     def _finish(self, choice: Choice, delta: Delta, output: pb.Output) -> None:
         self._num_unfinished -= 1
@@ -257,6 +286,7 @@ class Generation:
         if not output.finish_reason:
             self._dispatch.abort(choice.index, "a stop string was generated")
         self._timeline.mark(Event.FINISHED)
+        self._count_whole(choice)
         self._gauge(choice.index).dec()
         self._metrics.count_finished(delta.finish_reason or "stop")
         self._metrics.e2e_request_latency.observe(

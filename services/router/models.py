@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from kvstore.registry import WorkerRecord
 from services.router.chat_template import ChatTemplate, ChatTemplateError
@@ -23,8 +24,8 @@ from services.router.tokenizer import (
 
 log = logging.getLogger(__name__)
 
-_RETRY_S = 10.0
-_LOAD_TIMEOUT_S = 300.0
+_FIRST_RETRY_S = 1.0
+_LONGEST_RETRY_S = 60.0
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -68,14 +69,23 @@ class ServedModel:
         return templates["default"]
 
 
-def load_model_files(model_path: str, tokenizer_path: str, chat_template: str, use_defaults: bool) -> ModelFiles:
+class ModelSource(NamedTuple):
+    """Where a model's files come from."""
+
+    model_path: str
+    tokenizer_path: str
+    revision: str = ""
+    """On the hub, of the model; and of the tokenizer where that is the model's own."""
+
+
+def load_model_files(source: ModelSource, chat_template: str, use_defaults: bool) -> ModelFiles:
     """Reads everything. Blocks; raises TokenizerError or ChatTemplateError."""
-    tokenizer_directory = locate_model_files(tokenizer_path)
+    model_path, tokenizer_path, revision = source
+    is_own = tokenizer_path == model_path
+    tokenizer_directory = locate_model_files(tokenizer_path, revision if is_own else "")
     try:
-        directory = locate_model_files(model_path)
+        directory = tokenizer_directory if is_own else locate_model_files(model_path, revision)
     except TokenizerError:
-        if tokenizer_path == model_path:
-            raise
         log.warning("%s is not to be had here: its generation_config.json is not used", model_path)
         directory = tokenizer_directory
     tokenizer = ModelTokenizer(tokenizer_directory)
@@ -87,7 +97,9 @@ def load_model_files(model_path: str, tokenizer_path: str, chat_template: str, u
         tokenizer=tokenizer,
         templates=load_chat_templates(tokenizer_directory, tokenizer.special_tokens, chat_template),
         vocab_size=vocab_size if isinstance(vocab_size, int) else tokenizer.vocab_size,
-        eos_token_ids=_ids(config.get("eos_token_id")) | _ids(generation.get("eos_token_id")),
+        eos_token_ids=_ids(config.get("eos_token_id"))
+        | _ids(generation.get("eos_token_id"))
+        | _ids(tokenizer.eos_token_id),
         sampling_defaults=_sampling_defaults(generation, directory) if use_defaults else {},
     )
 
@@ -114,7 +126,7 @@ class ModelDirectory:
     """Loads the files of each model that a decode worker serves, and finds models by name.
 
     A model becomes visible when its files are loaded, and stays while a worker of it is registered. Loading runs in a
-    thread; what fails is logged and tried again while the model is registered.
+    thread; what fails, however it fails, is logged, told to clients and tried again while the model is registered.
     """
 
     def __init__(
@@ -131,22 +143,20 @@ class ModelDirectory:
         self._use_generation_config = use_generation_config
         self._only = only
         self._clock = clock
-        self._files: dict[tuple[str, str], ModelFiles] = {}
-        self._loads: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._wanted: set[tuple[str, str]] = set()
+        self._files: dict[ModelSource, ModelFiles] = {}
+        self._loads: dict[ModelSource, asyncio.Task[None]] = {}
+        self._failures: dict[ModelSource, str] = {}
+        self._wanted: set[ModelSource] = set()
         self._models: dict[str, ServedModel] = {}
         self._records: tuple[WorkerRecord, ...] = ()
 
     def follow(self, records: tuple[WorkerRecord, ...]) -> None:
         """Takes over who serves what. Call it in the event loop."""
         self._records = tuple(record for record in records if record.role == "decode")
-        self._wanted = {self._key(record) for record in self._records}
-        for key in self._wanted:
-            if key not in self._files and key not in self._loads:
-                self._loads[key] = asyncio.create_task(self._load(key), name=f"load {key[0]}")
-        for key in list(self._loads):
-            if key not in self._wanted:
-                self._loads.pop(key).cancel()
+        self._wanted = {self._source(record) for record in self._records}
+        for source in self._wanted:
+            if source not in self._files and source not in self._loads:
+                self._loads[source] = asyncio.create_task(self._load(source), name=f"load {source.model_path}")
         self._rebuild()
 
     def names(self) -> list[str]:
@@ -164,6 +174,15 @@ class ModelDirectory:
             raise self._missing(name)
         return model
 
+    def not_loaded(self) -> dict[str, str]:
+        """Why each model that is registered, and that we are to serve, is not among `names`."""
+        return {
+            name: self._failures.get(self._source(record), "its tokenizer is being loaded")
+            for record in self._records
+            for name in record.served_model_names
+            if name not in self._models and (not self._only or name in self._only)
+        }
+
     async def close(self) -> None:
         """Stops loading."""
         loads = list(self._loads.values())
@@ -172,34 +191,53 @@ class ModelDirectory:
         await asyncio.gather(*loads, return_exceptions=True)
 
     def _missing(self, name: str) -> ApiError:
-        registered = any(name in record.served_model_names for record in self._records)
-        if registered and not (self._only and name not in self._only):
-            return unavailable(f"Model `{name}` is being loaded by the router. Try again later.")
-        return model_not_found(name)
+        reason = self.not_loaded().get(name)
+        if reason is None:
+            return model_not_found(name)
+        return unavailable(f"The router cannot serve model `{name}` yet: {reason}. Try again later.")
 
-    def _key(self, record: WorkerRecord) -> tuple[str, str]:
-        return record.model_path, self._tokenizer or record.tokenizer_path or record.model_path
+    def _source(self, record: WorkerRecord) -> ModelSource:
+        tokenizer_path = self._tokenizer or record.tokenizer_path or record.model_path
+        return ModelSource(record.model_path, tokenizer_path, record.revision)
 
-    async def _load(self, key: tuple[str, str]) -> None:
-        while True:
+    async def _load(self, source: ModelSource) -> None:
+        """Tries until it has the files, or nobody wants them any more. A thread cannot be cancelled, so a worker that
+        goes and comes back finds the attempt that still runs."""
+        pause_s = _FIRST_RETRY_S
+        while source in self._wanted:
             try:
-                async with asyncio.timeout(_LOAD_TIMEOUT_S):
-                    files = await asyncio.to_thread(
-                        load_model_files, *key, self._chat_template, self._use_generation_config
-                    )
+                files = await asyncio.to_thread(
+                    load_model_files, source, self._chat_template, self._use_generation_config
+                )
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # the tokenizers library panics with one that is no Exception
+                self._failed(source, error, pause_s)
+            else:
+                log.info("model %s: tokenizer loaded, %d tokens", source.model_path, files.vocab_size)
+                self._files[source] = files
                 break
-            except (TokenizerError, ChatTemplateError, TimeoutError) as error:
-                log.error("model %s cannot be served, next try in %g s: %s", key[0], _RETRY_S, error)
-            await asyncio.sleep(_RETRY_S)
-        log.info("model %s: tokenizer loaded, %d tokens", key[0], files.vocab_size)
-        self._files[key] = files
-        del self._loads[key]
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_RETRY_S)
+        self._failures.pop(source, None)
+        del self._loads[source]
         self._rebuild()
+
+    def _failed(self, source: ModelSource, error: BaseException, pause_s: float) -> None:
+        is_known = isinstance(error, TokenizerError | ChatTemplateError)
+        reason = self._failures[source] = str(error) if is_known else f"{type(error).__name__}: {error}"
+        log.error(
+            "model %s cannot be served, next try in %g s: %s",
+            source.model_path,
+            pause_s,
+            reason,
+            exc_info=None if is_known else error,
+        )
 
     def _rebuild(self) -> None:
         known, self._models = self._models, {}
         for record in self._records:
-            files = self._files.get(self._key(record))
+            files = self._files.get(self._source(record))
             if files is None:
                 continue
             for name in record.served_model_names:
@@ -213,4 +251,4 @@ class ModelDirectory:
                     created_unix_s=before.created_unix_s if before else int(self._clock()),
                     root=record.model_path,
                 )
-        self._files = {key: files for key, files in self._files.items() if key in self._wanted}
+        self._files = {source: files for source, files in self._files.items() if source in self._wanted}

@@ -36,7 +36,7 @@ class TokenizerError(Exception):
     """The model has no tokenizer that we can use."""
 
 
-def locate_model_files(path_or_name: str, revision: str | None = None) -> Path:
+def locate_model_files(path_or_name: str, revision: str = "") -> Path:
     """The directory with the model's small files, fetched from the hub if need be. Blocks; raises TokenizerError."""
     directory = Path(path_or_name).expanduser()
     if directory.is_dir():
@@ -45,8 +45,9 @@ def locate_model_files(path_or_name: str, revision: str | None = None) -> Path:
         raise TokenizerError(f"{path_or_name} is not a directory")
     import huggingface_hub  # imports slowly, and local directories do not need it
 
+    download = huggingface_hub.snapshot_download
     try:
-        return Path(huggingface_hub.snapshot_download(path_or_name, revision=revision, allow_patterns=list(_FILES)))
+        return Path(download(path_or_name, revision=revision or None, allow_patterns=list(_FILES)))
     except (OSError, ValueError) as error:  # the hub's errors are HTTP errors (OSError) and bad names (ValueError)
         raise TokenizerError(
             f"{path_or_name!r} is neither a directory nor a model that the hub gives us: {error}"
@@ -55,15 +56,22 @@ def locate_model_files(path_or_name: str, revision: str | None = None) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file, empty if there is none. Raises TokenizerError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as error:
+    try:
+        content = json.loads(_read_text(path))
+    except ValueError as error:
         raise TokenizerError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise TokenizerError(f"{path} is not a JSON object")
     return content
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} cannot be read: {error}") from error
 
 
 class ModelTokenizer:
@@ -86,6 +94,7 @@ class ModelTokenizer:
         self._tokenizer.no_truncation()
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.special_tokens = _special_tokens(directory)
+        self.eos_token_id: int | None = self._tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
         definition = json.loads(self._tokenizer.to_str())
         kinds = _kinds(definition.get("decoder"))
         self._is_byte_level = "ByteLevel" in kinds
@@ -180,22 +189,29 @@ def load_chat_templates(directory: Path, special_tokens: dict[str, str], overrid
     sources: dict[str, str] = {}
     if override:
         is_text = any(mark in override for mark in ("{{", "{%", "\n"))
-        try:
-            sources["default"] = override if is_text else Path(override).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TokenizerError(f"--chat-template {override}: {error}") from error
+        sources["default"] = override if is_text else _read_text(Path(override).expanduser())
     else:
         declared = read_json(directory / "tokenizer_config.json").get("chat_template")
-        declared = declared or read_json(directory / "chat_template.json").get("chat_template")
-        if isinstance(declared, str):
-            sources["default"] = declared
-        elif isinstance(declared, list):
-            sources |= {str(item["name"]): str(item["template"]) for item in declared}
+        sources |= _declared_templates(declared or read_json(directory / "chat_template.json").get("chat_template"))
         for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
-            sources[path.stem] = path.read_text(encoding="utf-8")
+            sources[path.stem] = _read_text(path)
         if (directory / "chat_template.jinja").is_file():
-            sources["default"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+            sources["default"] = _read_text(directory / "chat_template.jinja")
     return {name: ChatTemplate(source, special_tokens) for name, source in sources.items()}
+
+
+def _declared_templates(declared: object) -> dict[str, str]:
+    """The value of `chat_template`: nothing, a template, or a list of named ones. Raises TokenizerError."""
+    if declared is None:
+        return {}
+    if isinstance(declared, str):
+        return {"default": declared}
+    try:
+        return {str(item["name"]): str(item["template"]) for item in declared}  # type: ignore[attr-defined]
+    except (TypeError, KeyError) as error:
+        raise TokenizerError(
+            f"chat_template must be a template, or a list of objects with `name` and `template`, not {declared!r:.200}"
+        ) from error
 
 
 class TokenizerPool:

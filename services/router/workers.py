@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -19,6 +21,7 @@ from services.router.session import WorkerSession
 log = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S = 1.0
+_PREFILL_WAIT_S = 30.0
 
 
 class MembershipView(Protocol):
@@ -39,16 +42,19 @@ class Workers:
         router_id: str,
         reconnect_max_s: float,
         serves: Callable[[WorkerRecord], bool] = lambda record: True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._membership = membership
         self._router_id = router_id
         self._reconnect_max_s = reconnect_max_s
         self._serves = serves
+        self._clock = clock
         self._records: tuple[WorkerRecord, ...] = ()
         self._registered: dict[WorkerKey, WorkerRecord] = {}
         self._sessions: dict[WorkerKey, WorkerSession] = {}
-        self._tasks: dict[WorkerKey, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._queued_tokens: dict[WorkerKey, int] = {}
+        self._prefill_awaited_until_s: dict[str, float] = {}  # by model fingerprint
 
     def start(self) -> None:
         """Reads the membership and follows it from now on. Call it in the event loop."""
@@ -71,6 +77,25 @@ class Workers:
             if key not in listed:
                 self.retire_if_idle(self._sessions[key])
         self._queued_tokens = {key: count for key, count in self._queued_tokens.items() if key in listed}
+        self._await_prefill()
+
+    def _await_prefill(self) -> None:
+        found = {record.model_fingerprint for record in self._records if record.role == "prefill"}
+        until_s = self._clock() + _PREFILL_WAIT_S
+        self._prefill_awaited_until_s = {
+            model: -math.inf if model in found else self._prefill_awaited_until_s.get(model, until_s)
+            for model in {record.model_fingerprint for record in self._records}
+        }
+
+    def awaits_prefill(self, worker: DecodeCandidate) -> bool:
+        """Whether the prefill workers of a decode worker that was started to have some are still to come.
+
+        A fleet starts in any order, and prompts that come before the first prefill worker are all prefilled by the
+        decode workers. Not so when it is colocated; nor once a prefill worker of the model has been registered, here or
+        gone; nor half a minute after the model was first seen: then the decode workers are all there is.
+        """
+        until_s = self._prefill_awaited_until_s.get(worker.model_fingerprint, -math.inf)
+        return not worker.colocated and self._clock() < until_s
 
     def retire_if_idle(self, session: WorkerSession) -> None:
         """Closes the session of a worker that has left the registry, once nothing runs on it any more."""
@@ -145,7 +170,7 @@ class Workers:
         """Ends all sessions; what still runs on them ends with a retryable error."""
         for session in self._sessions.values():
             session.close()
-        tasks = list(self._tasks.values())
+        tasks = list(self._tasks)
         if tasks:
             # One that waits for a worker's first frame does not look up before its deadline.
             _, late = await asyncio.wait(tasks, timeout=_CLOSE_TIMEOUT_S)
@@ -163,11 +188,11 @@ class Workers:
         session = WorkerSession(record, self._router_id, self._reconnect_max_s)
         self._sessions[key] = session
         task = asyncio.create_task(session.run(), name=f"session with {record.worker_id}")
-        self._tasks[key] = task
-        task.add_done_callback(lambda done: self._on_session_ended(key, done))
+        self._tasks.add(task)
+        task.add_done_callback(self._on_session_ended)
 
-    def _on_session_ended(self, key: WorkerKey, task: asyncio.Task[None]) -> None:
-        self._tasks.pop(key, None)
+    def _on_session_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             # A bug of ours: the worker stays unused until its next incarnation, and the log says why.
-            log.error("the session with %s crashed", key[0], exc_info=error)
+            log.error("the %s crashed", task.get_name(), exc_info=error)

@@ -216,6 +216,7 @@ def _record(config: WorkerConfig, role: Role, assembly: Assembly, addresses: _Ad
         served_model_names=served_names(config),
         model_path=shared_path(config.model),
         tokenizer_path=shared_path(config.tokenizer or config.model),
+        revision=config.revision,
         model_fingerprint=engine.layout.model_fingerprint,
         grpc_address=addresses.grpc,
         kv_address=addresses.kv,

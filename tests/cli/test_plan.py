@@ -80,8 +80,9 @@ def test_as_many_workers_as_asked_for() -> None:
     assert names == ["prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2"]
 
 
-def test_colocated_has_no_prefill_workers() -> None:
-    stack = plan("--colocated", "--decode", "2")
+@pytest.mark.parametrize("flags", [("--colocated",), ("--prefill", "0")])
+def test_colocated_has_no_prefill_workers(flags: tuple[str, ...]) -> None:
+    stack = plan(*flags, "--decode", "2")
     assert [spec.name for spec in stack.workers] == ["decode-0", "decode-1"]
     assert all(decode_of(spec).colocated for spec in stack.workers)
 

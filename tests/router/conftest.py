@@ -54,7 +54,7 @@ def make_worker(model_directory, sentence):
 def router(model_directory, sentence):
     """A router in a thread, for the whole module. Tests that change its worker's reply put it back."""
     with ThreadedRouter(
-        RouterConfig(), lambda: [FakeWorker(endless(sentence), model_path=str(model_directory))]
+        RouterConfig(), lambda: [FakeWorker(endless(sentence), model_path=str(model_directory), colocated=True)]
     ) as threaded:
         yield threaded
 

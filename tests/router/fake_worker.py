@@ -86,6 +86,7 @@ class FakeWorker(DecodeServiceServicer):
     model_path: str = ""
     max_model_len: int = 256
     worker_id: str = ""
+    colocated: bool = False
     load: pb.Load = field(default_factory=pb.Load)
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     aborts: list[pb.AbortRequest] = field(default_factory=list)
@@ -130,6 +131,7 @@ class FakeWorker(DecodeServiceServicer):
             max_num_seqs=8,
             dtype="float32",
             transports=("memory",),
+            colocated=self.colocated,
         )
 
     async def wait_for_abort(self, num_aborts: int) -> None:

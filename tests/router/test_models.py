@@ -8,10 +8,11 @@ import json
 import shutil
 import threading
 
+import msgspec
 import pytest
 
 from services.router.errors import ApiError
-from services.router.models import ModelDirectory, load_model_files
+from services.router.models import ModelDirectory, ModelSource, load_model_files
 from services.router.tokenizer import ModelTokenizer, TokenizerError, TokenizerPool, load_chat_templates
 from tests.router.fake_worker import FakeWorker, endless
 from tests.router.harness import until
@@ -87,21 +88,95 @@ async def test_a_model_that_cannot_be_loaded_is_said_so_and_harms_no_other(
     assert "no tokenizer.json" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer_config.json", json.dumps({"chat_template": [{"template": "x"}]}), "`name` and `template`"),
+        ("tokenizer_config.json", json.dumps({"chat_template": 5}), "`name` and `template`"),
+        ("chat_template.jinja", "{% if %}", "chat template cannot be parsed"),
+        ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja cannot be read"),
+        ("config.json", json.dumps({"text_config": [1]}), "AttributeError"),  # nobody expected that
+    ],
+)
+async def test_whatever_is_wrong_with_a_model_s_files_is_said_and_tried_again(
+    directory, copy, monkeypatch, file, content, words
+):
+    monkeypatch.setattr("services.router.models._FIRST_RETRY_S", 0.01)
+    good = (copy / file).read_bytes() if (copy / file).exists() else None
+    (copy / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    directory.follow((record(copy),))
+    await until(lambda: words in directory.not_loaded().get("m", ""))
+    with pytest.raises(ApiError, match=words) as caught:
+        directory.get("m")
+    assert caught.value.status == 503
+    (copy / file).unlink()
+    if good is not None:
+        (copy / file).write_bytes(good)
+    await until(lambda: directory.names() == ["m"])
+    assert directory.not_loaded() == {}
+
+
+async def test_a_panic_of_the_library_does_not_end_the_loading(directory, model_directory, monkeypatch):
+    class Panic(BaseException):
+        """As pyo3 has it."""
+
+    def panic(*_):
+        raise Panic("index out of bounds")
+
+    monkeypatch.setattr("services.router.models.ModelTokenizer", panic)
+    directory.follow((record(model_directory),))
+    await until(lambda: "Panic: index out of bounds" in directory.not_loaded().get("m", ""))
+
+
+async def test_a_worker_that_comes_and_goes_does_not_fill_the_threads(directory, model_directory, monkeypatch):
+    gate, calls = threading.Event(), []
+
+    def slow(*arguments):
+        calls.append(arguments)
+        gate.wait(10)
+        return load_model_files(*arguments)
+
+    monkeypatch.setattr("services.router.models.load_model_files", slow)
+    for _ in range(5):
+        directory.follow((record(model_directory),))
+        await until(lambda: calls)
+        directory.follow(())
+    directory.follow((record(model_directory),))
+    gate.set()
+    await until(lambda: directory.names() == ["m"])
+    assert len(calls) == 1
+
+
+async def test_tokenizer_and_template_are_of_the_worker_s_revision(directory, model_directory, monkeypatch):
+    asked = []
+
+    def download(name, *, revision, allow_patterns):
+        asked.append((name, revision))
+        return str(model_directory)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    own = msgspec.structs.replace(record("org/model"), revision="v2")
+    directory.follow((own, msgspec.structs.replace(own, tokenizer_path="org/other", served_model_names=("n",))))
+    await until(lambda: directory.names() == ["m", "n"])
+    # A revision is one of the model's repository; another tokenizer has its own.
+    assert sorted(asked, key=str) == [("org/model", "v2"), ("org/model", "v2"), ("org/other", None)]
+
+
 def test_reads_sizes_and_ends_of_sequence_from_both_files(copy):
-    (copy / "config.json").write_text(json.dumps({"vocab_size": 1000, "eos_token_id": 1}))
+    (copy / "config.json").write_text(json.dumps({"vocab_size": 1000, "eos_token_id": 3}))
     (copy / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [7, 8], "temperature": 0.6, "top_k": 20, "max_new_tokens": 99, "do_sample": True})
     )
-    files = load_model_files(str(copy), str(copy), "", use_defaults=True)
+    files = load_model_files(ModelSource(str(copy), str(copy)), "", use_defaults=True)
     assert files.vocab_size == 1000
-    assert files.eos_token_ids == {1, 7, 8}
+    assert files.eos_token_ids == {1, 3, 7, 8}  # 1: the tokenizer's own
     assert files.sampling_defaults == {"temperature": 0.6, "top_k": 20, "max_tokens": 99}
-    assert load_model_files(str(copy), str(copy), "", use_defaults=False).sampling_defaults == {}
+    assert load_model_files(ModelSource(str(copy), str(copy)), "", use_defaults=False).sampling_defaults == {}
 
 
 def test_defaults_that_are_no_numbers_are_passed_over(copy, caplog):
     (copy / "generation_config.json").write_text(json.dumps({"temperature": "hot", "top_p": -1, "top_k": None}))
-    assert load_model_files(str(copy), str(copy), "", use_defaults=True).sampling_defaults == {}
+    assert load_model_files(ModelSource(str(copy), str(copy)), "", use_defaults=True).sampling_defaults == {}
     assert "temperature='hot'" in caplog.text
 
 
@@ -130,7 +205,7 @@ def test_a_broken_file_is_named(copy):
     with pytest.raises(TokenizerError, match=r"tokenizer_config\.json cannot be read"):
         load_chat_templates(copy, {}, "")
     with pytest.raises(TokenizerError, match="is not a directory"):
-        load_model_files("/no/such/model", "/no/such/model", "", True)
+        load_model_files(ModelSource("/no/such/model", "/no/such/model"), "", True)
 
 
 # ---- the tokenizer ------------------------------------------------------------------
@@ -176,4 +251,4 @@ async def test_the_pool_is_bounded_even_when_callers_give_up():
 
 def test_served_models_are_immutable(model_directory):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        load_model_files(str(model_directory), str(model_directory), "", True).vocab_size = 5
+        load_model_files(ModelSource(str(model_directory), str(model_directory)), "", True).vocab_size = 5

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.router.errors import ApiError
-from services.router.models import ServedModel, load_model_files
+from services.router.models import ModelSource, ServedModel, load_model_files
 from services.router.openai_requests import parse_chat, parse_completion
 
 USER = {"role": "user", "content": "hi"}
 
 
 def served(directory, **defaults) -> ServedModel:
-    files = load_model_files(str(directory), str(directory), "", use_defaults=False)
+    files = load_model_files(ModelSource(str(directory), str(directory)), "", use_defaults=False)
     files.sampling_defaults.update(defaults)
     return ServedModel("tiny", files, max_model_len=256, created_unix_s=0, root=str(directory))
 

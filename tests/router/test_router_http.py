@@ -37,7 +37,7 @@ def error_of(response: httpx.Response) -> dict[str, object]:
 
 def test_status_endpoints(http):
     assert http.get("/health").status_code == 200
-    assert http.get("/ready").json() == {"status": "ready", "models": ["tiny"]}
+    assert http.get("/ready").json() == {"status": "ready", "models": ["tiny"], "not_ready": {}}
     assert http.get("/version").json() == {"version": services.__version__}
     assert http.get("/load").json()["server_load"] == 0
 
@@ -139,6 +139,16 @@ def test_the_end_of_sequence_token_does_not_show(http, worker, tokenizer):
     assert choice["text"] == "How are"
     assert choice["token_ids"] == [*text, eos]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", None)
+
+
+def test_the_tokenizer_s_end_of_sequence_is_one_though_the_model_s_configuration_names_another(http, worker, tokenizer):
+    eos = tokenizer.eos_token_id
+    worker.reply = lambda request: Script([[70, eos]], pb.FINISH_REASON_STOP, stop_token_id=eos)
+    choice = http.post("/v1/completions", json={"prompt": "x", "stop_token_ids": [70]}).json()["choices"][0]
+    assert list(worker.requests[-1].sampling.stop_token_ids) == [70, eos]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (tokenizer.decode([70]), "stop", None)
+    http.post("/v1/completions", json={"prompt": "x", "ignore_eos": True})
+    assert list(worker.requests[-1].sampling.stop_token_ids) == []
 
 
 def test_a_stop_token_is_named(http, worker, tokenizer):
@@ -362,7 +372,7 @@ def test_a_key_is_needed_where_answers_are(guarded):
     for key in ("key-one", "schlüssel"):
         assert http.get("/v1/models", headers=bearer(key)).status_code == 200
     for url in ("/health", "/ready", "/version", "/metrics", "/load"):
-        assert http.get(url).status_code == 200
+        assert http.get(url).status_code != 401
 
 
 def test_model_names_may_hold_slashes(guarded):

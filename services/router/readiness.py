@@ -1,0 +1,33 @@
+"""Which models a request could be served with now, and why the others cannot."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from services.router.models import ModelDirectory
+from services.router.workers import Workers
+
+
+class Readiness(NamedTuple):
+    """What `/ready` says."""
+
+    models: list[str]
+    not_ready: dict[str, str]
+    """The reason by model."""
+
+
+def readiness(models: ModelDirectory, workers: Workers) -> Readiness:
+    """A model is ready when its files are loaded, a decode worker of it is connected and not draining, and that worker
+    has who prefills for it (`Workers.awaits_prefill`)."""
+    reachable: set[str] = set()
+    waiting: set[str] = set()
+    for worker in workers.decode_candidates():
+        if worker.connected and not worker.draining:
+            (waiting if workers.awaits_prefill(worker) else reachable).update(worker.model_names)
+    not_ready = models.not_loaded()
+    for name in models.names():
+        if name in waiting - reachable:
+            not_ready[name] = "no prefill worker of it has registered yet"
+        elif name not in reachable:
+            not_ready[name] = "no decode worker of it is connected"
+    return Readiness([name for name in models.names() if name in reachable], not_ready)
