@@ -59,7 +59,12 @@ class _Sequence:
         return self.ask.index
 
     def deliver(self, output: pb.Output) -> None:
-        self.dispatch._on_output(self, output)
+        try:
+            self.dispatch._on_output(self, output)
+        except Exception:
+            # It ends this sequence, not the session and all that runs on it.
+            log.exception("an output could not be taken", extra={"request_id": self.ask.order.request_id})
+            self.dispatch._break_off(self)
 
 
 class Dispatch:
@@ -171,6 +176,13 @@ class Dispatch:
                 self._metrics.count_refusal("workers_full")
         sequence.num_tokens += len(output.token_ids)
         self._arrive(Arrival(sequence.index, output))
+
+    def _break_off(self, sequence: _Sequence) -> None:
+        sequence.ended = True
+        error = pb.Error(code=pb.ERROR_CODE_INTERNAL, message="the router failed to take an output")
+        output = pb.Output(handle=sequence.handle, finish_reason=pb.FINISH_REASON_ERROR, error=error)
+        self._arrive(Arrival(sequence.index, output))
+        self._leave(sequence, "the router failed")
 
     def _retry(self, sequence: _Sequence, error: pb.Error) -> bool:
         if not is_retryable(error) or len(sequence.tried) >= self._max_attempts:

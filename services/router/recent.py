@@ -31,7 +31,12 @@ class RecentPrefixes:
         # Last block first: the oldest entry is then a chain's last, and a chain is forgotten from its end.
         for block_hash in reversed(hashes):
             workers = self._sent.setdefault(block_hash, {})
+            workers.pop(worker, None)
             workers[worker] = now_s
+            # What is sent again and again never ages as a whole: its oldest worker goes, one at a time.
+            oldest = next(iter(workers))
+            if now_s - workers[oldest] > self._max_age_s:
+                del workers[oldest]
             self._sent.move_to_end(block_hash)
         while len(self._sent) > self._max_blocks:
             self._sent.popitem(last=False)

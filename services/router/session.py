@@ -54,6 +54,12 @@ class _StreamEnded(Exception):
     """The session's stream is over; the message says why."""
 
 
+def is_cancelled() -> bool:
+    """Whether somebody has cancelled the current task; a CancelledError without that is an error like any other."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class WorkerSession:
     """The session with one incarnation of one decode worker. `run()` is its life, a task that its owner awaits."""
 
@@ -111,6 +117,14 @@ class WorkerSession:
 
     async def run(self) -> None:
         """Connects, serves, reconnects after a pause that doubles up to the limit, until `close`."""
+        try:
+            await self._run()
+        finally:
+            # Cancelled by its owner, or broken: nobody shall wait for what does not come any more.
+            if self._live:
+                self._lose("the router has given it up")
+
+    async def _run(self) -> None:
         backoff_s = _FIRST_BACKOFF_S
         while not self._closing.is_set():
             try:
@@ -122,6 +136,10 @@ class WorkerSession:
                 reason = f"{error.code().name}: {error.details()}"
             except TimeoutError:
                 reason = f"no first frame within {HELLO_TIMEOUT_S:g} s"
+            except asyncio.CancelledError:
+                if is_cancelled():
+                    raise
+                reason = "the call was cancelled"  # by the other end: grpc says it so
             except Exception as error:
                 # A bug of ours must not cost the router this worker for ever.
                 log.exception("the session with decode worker %s crashed", self.record.worker_id)

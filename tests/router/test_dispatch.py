@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 
+import grpc
 import httpx
+import msgspec
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
@@ -17,6 +20,7 @@ from tests.router.harness import running_router, until
 
 CONFIG = RouterConfig(reconnect_max_s=0.2)
 BODY = {"model": "tiny", "prompt": "x", "max_tokens": 4}
+UNAVAILABLE = pb.Error(code=pb.ERROR_CODE_UNAVAILABLE)
 
 
 def client(running) -> httpx.AsyncClient:
@@ -120,6 +124,126 @@ async def test_a_worker_that_comes_back_is_used_again(make_worker):
         await worker.start()
         await until(lambda: running.parts.workers.num_sessions_up == 1)
         assert (await http.post("/v1/completions", json=BODY)).status_code == 200
+
+
+async def test_a_session_that_the_other_end_cancels_ends_its_requests_and_is_opened_again(make_worker):
+    class Cancelling(FakeWorker):
+        """Ends each session with status CANCELLED, which grpc.aio raises here as a CancelledError."""
+
+        async def Session(self, request_iterator, context):
+            self.ending = asyncio.Event()
+            async for frame in super().Session(request_iterator, context):
+                yield frame
+                if self.requests:
+                    await context.abort(grpc.StatusCode.CANCELLED, "a proxy has had enough")
+
+    original = make_worker(lambda request: Script([[300]], pb.FINISH_REASON_UNSPECIFIED))
+    worker = Cancelling(original.reply, model_path=original.model_path)
+    async with running_router(CONFIG, worker) as running, client(running) as http:
+        assert (await http.post("/v1/completions", json=BODY)).status_code == 503
+        worker.requests.clear()
+        await until(lambda: running.parts.workers.num_sessions_up == 1)
+
+
+async def test_a_session_is_owned_to_its_end_though_its_worker_is_back_already(make_worker):
+    """Out of the registry and in again, before the old session's task has ended."""
+    worker = make_worker()
+    async with running_router(CONFIG, worker) as running:
+        workers, record = running.parts.workers, worker.record()
+        for _ in range(3):
+            running.membership.set()
+            running.membership.set(record)
+        sessions = {task for task in asyncio.all_tasks() if task.get_name() == f"session with {worker.worker_id}"}
+        assert len(sessions) == 4
+        assert workers._tasks == sessions
+        await until(lambda: len(workers._tasks) == 1 and workers.num_sessions_up == 1)
+        (left,) = workers._tasks
+    assert left.done()
+
+
+async def test_a_request_that_cannot_take_its_output_ends_alone(make_worker, sentence, monkeypatch):
+    permits = asyncio.Semaphore(0)
+    worker = make_worker(lambda request: Script([sentence[:2], sentence[2:4]], permits=permits))
+    async with running_router(CONFIG, worker) as running, client(running) as http:
+        asking = [asyncio.create_task(http.post("/v1/completions", json=BODY)) for _ in range(2)]
+        await until(lambda: len(worker.requests) == 2)
+        placer, calls = running.parts.placer, []
+
+        def prefilled(placement, usage):
+            calls.append(placement)
+            if len(calls) == 1:
+                raise ValueError("a bug")
+
+        monkeypatch.setattr(placer, "prefilled", prefilled)
+        permit(permits, 4)
+        assert sorted(answer.status_code for answer in await asyncio.gather(*asking)) == [200, 500]
+        assert running.parts.workers.num_sessions_up == 1
+        assert all(candidate.num_outstanding == 0 for candidate in running.parts.workers.decode_candidates())
+
+
+def sample(text: str, name: str) -> float:
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
+
+
+async def test_tokens_of_a_void_attempt_are_in_no_counter(make_worker, sentence):
+    permits = asyncio.Semaphore(0)
+    dying = make_worker(lambda request: Script([sentence[:3]], pb.FINISH_REASON_ERROR, UNAVAILABLE))
+    other = make_worker(
+        lambda request: Script([sentence[:2], sentence[2:4]], permits=permits), load=pb.Load(num_running=5)
+    )
+    async with running_router(CONFIG, dying, other) as running, client(running) as http:
+        asking = asyncio.create_task(http.post("/v1/completions", json=BODY))
+        await until(lambda: other.requests)
+        text = (await http.get("/metrics")).text
+        assert sample(text, "vllm:num_requests_waiting{") == 1
+        assert sample(text, "vllm:num_requests_running{") == 0
+        permit(permits, 2)
+        assert (await asking).status_code == 200
+        text = (await http.get("/metrics")).text
+    assert sample(text, "vllm:generation_tokens_total{") == 4
+    assert sample(text, "vllm:time_to_first_token_seconds_count{") == 1
+    assert sample(text, "vllm:num_requests_running{") == 0
+
+
+async def test_the_router_is_not_ready_before_a_prefill_worker_has_registered(make_worker, sentence):
+    worker = make_worker()
+    prefill = FakeWorker(endless(sentence), worker_id="p").record("prefill")
+    async with running_router(CONFIG, worker) as running, client(running) as http:
+        early = await http.get("/ready")
+        assert early.status_code == 503
+        assert "`tiny`: no prefill worker of it has registered yet" in early.json()["error"]["message"]
+        assert (await http.post("/v1/completions", json=BODY)).status_code == 200  # who asks is served all the same
+        running.membership.set(worker.record(), msgspec.structs.replace(prefill, model_fingerprint="other"))
+        assert (await http.get("/ready")).status_code == 503
+        running.membership.set(worker.record(), prefill)
+        assert (await http.get("/ready")).status_code == 200
+        running.membership.set(worker.record())  # gone again: the decode worker prefills by itself
+        assert (await http.get("/ready")).status_code == 200
+
+
+async def test_a_fleet_without_prefill_workers_is_ready_when_it_says_so_or_after_a_while(make_worker):
+    worker = make_worker()
+    async with running_router(CONFIG, worker) as running, client(running) as http:
+        running.membership.set(msgspec.structs.replace(worker.record(), colocated=True))
+        assert (await http.get("/ready")).status_code == 200
+        running.membership.set(worker.record())
+        assert (await http.get("/ready")).status_code == 503
+        running.parts.workers._clock = lambda: math.inf
+        assert (await http.get("/ready")).json() == {"status": "ready", "models": ["tiny"], "not_ready": {}}
+
+
+async def test_ready_names_the_model_that_cannot_be_loaded(make_worker, tmp_path):
+    broken = FakeWorker(endless([1]), worker_id="b", model_names=("broken",), model_path=str(tmp_path)).record()
+    worker = make_worker(colocated=True)
+    async with running_router(CONFIG, worker, extra_records=(broken,)) as running, client(running) as http:
+        await until(lambda: "json" in running.parts.models.not_loaded()["broken"])
+        answer = (await http.get("/ready")).json()
+        assert answer["models"] == ["tiny"]
+        assert "has no tokenizer.json" in answer["not_ready"]["broken"]
+        running.membership.set(broken)
+        answer = await http.get("/ready")
+        assert answer.status_code == 503
+        assert "has no tokenizer.json" in answer.json()["error"]["message"]
 
 
 async def test_an_impostor_at_a_worker_s_address_gets_no_requests(make_worker):

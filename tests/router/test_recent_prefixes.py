@@ -48,6 +48,14 @@ def test_is_bounded_and_drops_the_ends_of_old_chains_first():
     assert recent.num_held(old, 1.0) == {A: 4}
 
 
+def test_a_prefix_that_everybody_sends_does_not_remember_every_worker_there_ever_was():
+    recent, hashes = RecentPrefixes(max_age_s=30), chain(2)
+    for incarnation in range(1000):
+        recent.add(("w", str(incarnation)), hashes, float(incarnation))
+    assert len(recent.num_held(hashes, 999.0)) == 31
+    assert max(map(len, recent._sent.values())) < 40
+
+
 steps = st.lists(
     st.tuples(st.booleans(), st.sampled_from([A, B]), st.integers(0, 2), st.integers(0, 6)), min_size=1, max_size=30
 )
