@@ -216,8 +216,15 @@ class Stack:
     def check_clean(self, timeout_s: float = 15.0) -> None:
         """Every worker comes to rest with all its blocks free, and its pool's books are right."""
         for service in self.services.values():
-            if service.role in ("prefill", "decode") and service.process.is_alive():
-                self.wait_for(lambda name=service.name: self._is_at_rest(name), f"{service.name} to rest", timeout_s)
+            if service.role not in ("prefill", "decode"):
+                continue
+            # One that a test has killed may be dying still, or dead without its parent knowing.
+            self.wait_for(
+                lambda name=service.name, process=service.process: not process.is_alive() or self._is_at_rest(name),
+                f"{service.name} to rest",
+                timeout_s,
+            )
+            if service.process.is_alive():
                 response = self._http.get(f"{service.debug_url}/debug/integrity")
                 assert response.status_code == 200, f"{service.name}: {response.text}"
 

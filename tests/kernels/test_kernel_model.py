@@ -195,6 +195,7 @@ def test_a_machine_without_kernels_computes_with_torch(
     model_dirs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(linear, "_has_onednn", lambda: False)  # it packs no bfloat16 on a processor without AVX-512
     monkeypatch.setattr(model, "choose_kernels", lambda: KernelChoice(None, "torch, since nothing is built"))
     loaded = load_model(str(model_dirs("qwen2")))
     assert (loaded.compute_path.kernels, loaded.compute_path.reason) == ("torch", "torch, since nothing is built")
