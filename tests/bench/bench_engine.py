@@ -26,6 +26,7 @@ from torch import Tensor
 from services.engine.forward import ForwardBatch
 from services.engine.kernels.choice import choose_kernels
 from services.engine.kernels.library import KernelLibrary
+from services.engine.linear import cpu_has_bfloat16
 from services.engine.model import LoadedModel, load_model
 from tests.bench.bench_model import write_bench_model
 
@@ -128,12 +129,13 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 
 
 def engine_columns(model: str, num_tokens: int, num_threads: int) -> list[EngineColumn]:
-    """With room for `num_tokens` in each cache. The first is bfloat16 and the second int8, both by the C kernels."""
-    return [
-        _engine_column("kernels bf16", model, num_tokens, num_threads),
-        _engine_column("kernels int8", model, num_tokens, num_threads, quantization="int8"),
-        _engine_column("torch bf16", model, num_tokens, num_threads, cpu_kernels="torch"),
-    ]
+    """With room for `num_tokens` in each cache: the C kernels in bfloat16 and int8, if they run here, and torch."""
+    columns = []
+    if choose_kernels().library is not None:
+        columns.append(_engine_column("kernels bf16", model, num_tokens, num_threads))
+        columns.append(_engine_column("kernels int8", model, num_tokens, num_threads, quantization="int8"))
+    torch_name = "torch bf16" if cpu_has_bfloat16() else "torch fp32"
+    return [*columns, _engine_column(torch_name, model, num_tokens, num_threads, cpu_kernels="torch")]
 
 
 def _engine_column(name: str, model: str, num_tokens: int, num_threads: int, **settings: str) -> EngineColumn:
@@ -171,8 +173,8 @@ def prefill_batches(length: int, vocab_size: int) -> list[ForwardBatch]:
 
 def print_conditions(floors: Floors, num_threads: int, repetitions: int) -> None:
     print(f"\nkernels: {choose_kernels().reason}; {num_threads} thread(s); medians of {repetitions};", end=" ")
-    print(f"DRAM {floors.dram_gb_per_s:.1f} GB/s,", end=" ")
-    print(f"peak bf16 {floors.bf16_gflops:.0f} and int8 {floors.int8_gflops:.0f} G operations/s\n")
+    peaks = " and ".join(f"{peak:.0f}" for peak in floors.gflops) or "unknown"
+    print(f"DRAM {floors.dram_gb_per_s:.1f} GB/s, peak bf16 and int8 {peaks} G operations/s\n")
 
 
 def decode_table(
@@ -198,7 +200,7 @@ def decode_table(
 def prefill_table(
     columns: Sequence[Column], model: LoadedModel, floors: Floors, rows: Rows, repetitions: int
 ) -> dict[str, list[float]]:
-    """Print it; return each row's medians in seconds. The first two columns are the kernels in bfloat16 and int8."""
+    """Print it; return each row's medians in seconds. Columns come in the order of the floors' peaks."""
     if not rows.prefill:
         return {}
     print("| prefill | " + " | ".join(f"{c.name}, tok/s" for c in columns) + " | share of peak, bf16 / int8 |")
@@ -207,9 +209,9 @@ def prefill_table(
     for length in rows.prefill:
         times = _medians([column.prefill(length) for column in columns], max(1, repetitions // 2))
         work = _operations(model, length)
-        shares = (work / times[0] / 1e9 / floors.bf16_gflops, work / times[1] / 1e9 / floors.int8_gflops)
+        shares = [f"{work / t / 1e9 / peak:.0%}" for t, peak in zip(times, floors.gflops, strict=False)]
         cells = " | ".join(f"{length / t:,.0f}" for t in times)
-        print(f"| {prefill_name(length)} | {cells} | {shares[0]:.0%} / {shares[1]:.0%} |", flush=True)
+        print(f"| {prefill_name(length)} | {cells} | {' / '.join(shares)} |", flush=True)
         measured[prefill_name(length)] = times
     print()
     return measured
@@ -252,8 +254,7 @@ class Floors:
     """What the machine can do at best, measured here and now with as many threads."""
 
     dram_gb_per_s: float
-    bf16_gflops: float
-    int8_gflops: float
+    gflops: list[float]  # of the kernels, bfloat16 and int8; none without kernels
 
     def decode_ms(self, model: LoadedModel, num_sequences: int, context: int, weight_bytes: int) -> float:
         """A decode step reads every layer's weights once (`weight_bytes` each), the output projection's, and the KV."""
@@ -278,8 +279,8 @@ def _operations(model: LoadedModel, length: int) -> float:
 
 def measure_floors(num_threads: int) -> Floors:
     library = choose_kernels().library
-    bf16, int8 = (0.0, 0.0) if library is None else (_peak(library, int8, num_threads) for int8 in (False, True))
-    return Floors(_dram_gb_per_s(num_threads), bf16, int8)
+    peaks = [] if library is None else [_peak(library, int8, num_threads) for int8 in (False, True)]
+    return Floors(_dram_gb_per_s(num_threads), peaks)
 
 
 def _dram_gb_per_s(num_threads: int) -> float:

@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from services.engine.kernels.choice import choose_kernels
 from services.engine.model import LoadedModel, load_model
 from tests.engine_model.paged_run import PagedRun, Sequenced
 from tests.hf_models import random_prompts, reference_logits, write_model
@@ -38,6 +39,8 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=50)
     parser.add_argument("--prompt-tokens", type=int, default=1000)
     arguments = parser.parse_args()
+    if choose_kernels().library is None:
+        raise SystemExit(f"int8 needs the CPU kernels, and here computes {choose_kernels().reason}")
     recall = _load_recall()
     tokenizer = Tokenizer.from_file(str(_DEMO / "tokenizer.json"))
     prompts = [

@@ -108,7 +108,8 @@ def _measure(
     columns: list[Column] = [*ours, vllm, vllm.whole]
     decode = decode_table(columns, ours[0].model, floors, rows, arguments.repetitions)
     prefill = prefill_table(columns, ours[0].model, floors, rows, arguments.repetitions)
-    print(ratio_table(decode, prefill, targets))
+    if floors.gflops:
+        print(ratio_table(decode, prefill, targets))
 
 
 def _pin(num_threads: int) -> list[int]:
