@@ -36,9 +36,11 @@ class DiskJobs:
         await asyncio.get_running_loop().run_in_executor(self._executor, self.disk.sync)
 
     async def close(self) -> None:
-        """Close the disk tier, once all jobs have ended."""
-        await asyncio.get_running_loop().run_in_executor(self._executor, self.disk.close)
-        self._executor.shutdown()
+        """Close the disk tier, once all jobs have ended. May be given up: then it closes when the disk lets it."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._executor, self.disk.close)
+        finally:
+            self._executor.shutdown(wait=False)
 
     def _put_all(self, blocks: tuple[ResidentBlock, ...]) -> list[BlockHash]:
         changed: list[BlockHash] = []

@@ -40,6 +40,7 @@ _Item = TypeVar("_Item")
 _JOB_BYTES = 2 * 1024 * 1024  # of one hop to a thread: long against the hop, short against a deadline
 _PROMOTE_BYTES = 64 * 1024 * 1024  # reserved at a time by one `pin`: what DRAM gives up for it at once
 _MAX_FRUITLESS_ROUNDS = 3  # of one `pin`, when others evict what it promotes
+_CLOSE_S = 5.0  # after the flush: for the jobs under way to end, and for the disk to be closed
 
 
 class StoreTier(Enum):
@@ -256,6 +257,7 @@ class TieredStore:
     async def close(self, timeout_s: float = 30.0) -> None:
         """Write what belongs on disk until the deadline, let every job end, close the disk. Again: does nothing.
 
+        A disk that hangs is left as it is: what it has been given so far, the next process finds.
         Under `DiskWrites.EVICTED` all of DRAM belongs there now. From here on `reserve` and `pin` give nothing; the
         memory stays as it is, for leases that have not ended.
         """
@@ -265,9 +267,13 @@ class TieredStore:
         self._write_soon(list(self.dram.hashes()), is_leaving=True)
         await self.flush(timeout_s)
         self._write_behind.clear()
-        await self._jobs.wait_until_idle()
-        if self._disk_jobs is not None:
-            await self._disk_jobs.close()
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                await self._jobs.wait_until_idle()
+                if self._disk_jobs is not None:
+                    await self._disk_jobs.close()
+        except TimeoutError:
+            logger.error("the disk hangs: not closed, %g s after the last write was asked for", _CLOSE_S)
 
     def check_integrity(self, expected_pins: int | None = None) -> None:
         """Raise `IntegrityError` unless both tiers are sound and agree with what was reported. While no job runs."""

@@ -389,6 +389,17 @@ async def test_after_closing_nothing_is_given_and_what_was_lent_stays_readable(t
     await store.close()
 
 
+async def test_a_disk_that_hangs_does_not_keep_the_store_from_closing(tmp_path, monkeypatch):
+    monkeypatch.setattr("kvstore.tiered_store._CLOSE_S", 0.1)
+    gate = Gate()
+    async with open_store(tmp_path, disk_writes=DiskWrites.ALL, gate=gate) as store:
+        gate.may_write.clear()
+        await insert(store, chain("a", 3))
+        async with asyncio.timeout(20):  # a write hangs for 30
+            await store.close(0.1)
+        gate.open_all()
+
+
 async def test_memory_and_disk_must_hold_blocks_of_one_size(tmp_path):
     with DiskTier.open(tmp_path, LAYOUT, 100_000) as disk, pytest.raises(ValueError, match="256 on disk"):
         TieredStore(HostMemory.allocate(2, 512), disk)
