@@ -13,13 +13,14 @@ Every operation is O(1) per block.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
 from kvstore.block_hash import BlockHash
 from kvstore.errors import DoubleFree, IntegrityError, OutOfBlocks
+from kvstore.proof import Proof
 from kvstore.shared_tokens import BlockTokens, SharedTokenIndex, SharedTokens
 
 
@@ -39,13 +40,20 @@ class CacheChange(NamedTuple):
     parent_hash: BlockHash | None = None
 
 
+class CachedBlock(NamedTuple):
+    """A findable block."""
+
+    block_id: int
+    proof: Proof
+
+
 class EvictedBlock(NamedTuple):
     """A block that has just ceased to be findable, since its memory is wanted; the content is still there."""
 
     block_id: int
     block_hash: BlockHash
     parent_hash: BlockHash | None
-    digest: int | None = None  # of the payload, as it was noted; None: it was not
+    proof: Proof
 
 
 @dataclass
@@ -82,7 +90,9 @@ class BlockPool:
         self._was_reused = [False] * num_blocks
         self._shared_tokens = SharedTokenIndex()  # of findable blocks, as far as their tokens were told
         self._parent_of: list[BlockHash | None] = [None] * num_blocks  # of findable blocks, as far as it was told
-        self._digest_of: list[int | None] = [None] * num_blocks  # of findable blocks, as far as it was noted
+        self._proof_of: list[Proof | None] = [None] * num_blocks  # of findable blocks; None: not computed yet
+        self._unproven: list[int] = []  # made findable without a proof since `take_unproven`
+        self._corrupt: set[int] = set()  # dropped, and still referred to: never findable again with this content
         self._on_evict = on_evict
         self._evicted: list[EvictedBlock] = []  # by the call in progress, not handed to `on_evict` yet
         self._changes: deque[CacheChange] = deque(maxlen=4 * num_blocks)
@@ -148,6 +158,7 @@ class BlockPool:
             self._num_references[block_id] -= 1
             if self._num_references[block_id] == 0:
                 if self._hash_of[block_id] is None:
+                    self._corrupt.discard(block_id)
                     self._free.append(block_id)
                 else:
                     self._evictable[block_id] = None
@@ -202,14 +213,17 @@ class BlockPool:
         block_hash: BlockHash,
         parent_hash: BlockHash | None = None,
         tokens: BlockTokens | None = None,
+        proof: Proof | None = None,
     ) -> None:
         """Make a full, verified block findable. The caller holds a reference and will not write to the block again.
 
-        If another block is cached under that hash already, that one stays the findable one. `tokens`, where they are
-        known, make parts of the block findable; they may come later than the block, by a second call. Raises
-        `IntegrityError` for a block that nobody refers to, or that is findable under another hash.
+        If another block is cached under that hash already, that one stays the findable one; a block that was dropped as
+        corrupt is not made findable again. `tokens`, where they are known, make parts of the block findable; they may
+        come later than the block, by a second call. `proof` is what the block came with; without one the block was just
+        computed, and `take_unproven` names it. Raises `IntegrityError` for a block that nobody refers to, or that is
+        findable under another hash.
         """
-        if not self.enable_prefix_caching:
+        if not self.enable_prefix_caching or block_id in self._corrupt:
             return
         self._check_referenced(block_id, "publish")
         known = self._hash_of[block_id]
@@ -220,31 +234,42 @@ class BlockPool:
             self._hash_of[block_id] = block_hash
             self._was_reused[block_id] = False
             self._parent_of[block_id] = parent_hash
-            self._digest_of[block_id] = None
+            self._proof_of[block_id] = proof
+            if proof is None:
+                self._unproven.append(block_id)
             self._changes.append(CacheChange(block_hash, CacheEvent.PUBLISHED, parent_hash))
         if tokens is not None:
             self._shared_tokens.add(self._block_of[block_hash], tokens)
 
-    def note_digests(self, ids: Sequence[int], digests: Sequence[int]) -> None:
-        """Keep the payload digests of those blocks that can be found: nobody writes to them, so what differs is wrong.
+    def take_unproven(self) -> list[int]:
+        """Blocks that were made findable without a proof since the last call, and are so still."""
+        unproven, self._unproven = self._unproven, []
+        return [each for each in unproven if self._hash_of[each] is not None and self._proof_of[each] is None]
 
-        The first word on a block counts.
-        """
-        for block_id, digest in zip(ids, digests, strict=True):
-            if self._hash_of[block_id] is not None and self._digest_of[block_id] is None:
-                self._digest_of[block_id] = digest
+    def set_proofs(self, ids: Sequence[int], proofs: Sequence[Proof]) -> None:
+        """Keep the proofs of blocks that `take_unproven` named."""
+        for block_id, proof in zip(ids, proofs, strict=True):
+            self._proof_of[block_id] = proof
 
-    def noted_digests(self, ids: Sequence[int]) -> list[int | None]:
-        """Return the digest that was noted of each block, None where none was."""
-        return [None if self._hash_of[block_id] is None else self._digest_of[block_id] for block_id in ids]
+    def proofs(self, ids: Sequence[int]) -> list[Proof | None]:
+        """The proof of each block; None for one that cannot be found."""
+        return [None if self._hash_of[block_id] is None else self._proof_of[block_id] for block_id in ids]
+
+    def find(self, hashes: Iterable[BlockHash]) -> list[CachedBlock]:
+        """Those of these blocks that can be found. No use, no reference."""
+        ids = [self._block_of[block_hash] for block_hash in hashes if block_hash in self._block_of]
+        return [CachedBlock(block_id, proof) for block_id in ids if (proof := self._proof_of[block_id]) is not None]
 
     def drop_corrupt(self, ids: Sequence[int]) -> int:
-        """Make blocks unfindable whose bytes have changed, of those that the caller refers to; returns how many."""
-        for block_id in ids:
-            self._check_referenced(block_id, "drop_corrupt")
+        """Make blocks unfindable whose bytes have changed, for good; returns how many could be found."""
         found = [block_id for block_id in ids if self._hash_of[block_id] is not None]
         for block_id in found:
             self._unlink(block_id)
+            if self._num_references[block_id]:
+                self._corrupt.add(block_id)
+            else:
+                del self._evictable[block_id]
+                self._free.append(block_id)
         self.stats.num_corrupt += len(found)
         return len(found)
 
@@ -346,10 +371,9 @@ class BlockPool:
         return block_id
 
     def _forget(self, block_id: int) -> None:
-        block_hash = self._unlink(block_id)
-        if self._on_evict is not None:
-            evicted = EvictedBlock(block_id, block_hash, self._parent_of[block_id], self._digest_of[block_id])
-            self._evicted.append(evicted)
+        block_hash, proof = self._unlink(block_id), self._proof_of[block_id]
+        if self._on_evict is not None and proof is not None:  # what nobody vouches for is not kept elsewhere
+            self._evicted.append(EvictedBlock(block_id, block_hash, self._parent_of[block_id], proof))
 
     def _unlink(self, block_id: int) -> BlockHash:
         block_hash = self._hash_of[block_id]

@@ -46,7 +46,7 @@ class DiskJobs:
         changed: list[BlockHash] = []
         for block in blocks:
             payload = self._memory.view(block.slot)
-            result = self.disk.put(block.block_hash, block.parent_hash, block.digest, payload)
+            result = self.disk.put(block.block_hash, block.parent_hash, block.proof, payload)
             changed += (block.block_hash, *result.evicted)
         return changed
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from kvstore.block_hash import BlockHash
 from kvstore.errors import IntegrityError
 from kvstore.eviction import SegmentedLru
+from kvstore.proof import Proof
 
 
 class Place(NamedTuple):
@@ -30,7 +31,7 @@ class Entry(NamedTuple):
 
     place: Place
     parent_hash: BlockHash | None
-    digest: int
+    proof: Proof
 
 
 class Claim(NamedTuple):
@@ -82,9 +83,9 @@ class SlotTable:
         self._claimed[block_hash] = place
         return Claim(place, evicted)
 
-    def finish_claim(self, block_hash: BlockHash, parent_hash: BlockHash | None, digest: int) -> None:
+    def finish_claim(self, block_hash: BlockHash, parent_hash: BlockHash | None, proof: Proof) -> None:
         """Make a claimed block findable: it is written."""
-        self.add_stored(block_hash, Entry(self._claimed.pop(block_hash), parent_hash, digest))
+        self.add_stored(block_hash, Entry(self._claimed.pop(block_hash), parent_hash, proof))
 
     def undo_claim(self, block_hash: BlockHash) -> None:
         """Free a claimed slot: it could not be written."""

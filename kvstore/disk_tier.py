@@ -5,7 +5,7 @@ read cold blocks 5 to 12 times faster from our files, writing them was 1.5 to 3 
 bound, and a flipped byte or a truncated file costs the blocks that it hit, not the process (docs/architecture.md).
 
 What is durable: nothing until `sync` or `close`, except against the death of this process. What is never served: bytes
-whose digest is not the one that was put, whatever happened to them.
+whose proof is not the one that was put, whatever happened to them.
 
 Threads: `put`, `get`, `delete` and `sync` block on the disk and may be called from any threads at once; a lock is held
 for bookkeeping and never during I/O. `contains`, `len` and the properties take no lock and never block: an event loop
@@ -30,13 +30,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.block_hash import HASH_BYTES, BlockHash
-from kvstore.digest import digest_rows
 from kvstore.disk_recovery import RecoveryReport, recover
 from kvstore.disk_slots import Claim, Entry, Place, SlotTable
 from kvstore.errors import IntegrityError, KVStoreError
 from kvstore.eviction import DEFAULT_PROTECTED_SHARE
 from kvstore.layout import BlockLayout
 from kvstore.pause import Pause
+from kvstore.proof import MAX_PROOF, Proof, proves
 from kvstore.segment_file import FileCalls, Record, SegmentFile, SegmentShape
 from kvstore.store_directory import StoreDirectory
 
@@ -70,7 +70,7 @@ class StoredBlock(NamedTuple):
     """What `get` found and verified."""
 
     parent_hash: BlockHash | None
-    digest: int
+    proof: Proof
 
 
 class GetFailure(Enum):
@@ -182,7 +182,7 @@ class DiskTier:
             return list(self._slots.stored)
 
     def put(
-        self, block_hash: BlockHash, parent_hash: BlockHash | None, digest: int, payload: ReadableBuffer
+        self, block_hash: BlockHash, parent_hash: BlockHash | None, proof: Proof, payload: ReadableBuffer
     ) -> PutResult:
         """Write a block, evicting others if need be. The caller keeps `payload` unchanged until this returns.
 
@@ -191,8 +191,8 @@ class DiskTier:
         `DiskTierClosed`.
         """
         data = _as_bytes(payload)
-        if len(data) != self.layout.block_bytes or len(block_hash) != HASH_BYTES or not 0 <= digest < 1 << 64:
-            raise ValueError(f"put of block {block_hash.hex()}: {len(data)} bytes, digest {digest}")
+        if len(data) != self.layout.block_bytes or len(block_hash) != HASH_BYTES or not 0 <= proof <= MAX_PROOF:
+            raise ValueError(f"put of block {block_hash.hex()}: {len(data)} bytes, proof {proof}")
         with self._operation():
             claim = self._claim(block_hash, parent_hash)
             if isinstance(claim, PutOutcome):
@@ -200,7 +200,7 @@ class DiskTier:
             evicted = () if claim.evicted is None else (claim.evicted,)
             with self._lock:
                 self._sequence += 1
-                record = Record(self._sequence, digest, block_hash, parent_hash)
+                record = Record(self._sequence, proof, block_hash, parent_hash)
             try:
                 self._segments[claim.place.segment_id].write(claim.place.slot, record, data)
             except OSError as error:
@@ -209,7 +209,7 @@ class DiskTier:
                     self._pause_writes(error)
                 return PutResult(PutOutcome.PAUSED, evicted)
             with self._lock:
-                self._slots.finish_claim(block_hash, parent_hash, digest)
+                self._slots.finish_claim(block_hash, parent_hash, proof)
                 self.stats.num_stored += 1
                 self._resume_writes()
             return PutResult(PutOutcome.STORED, evicted)
@@ -240,7 +240,7 @@ class DiskTier:
                     self._drop(block_hash)
                 with self._lock:
                     self._slots.unpin(block_hash)
-            return StoredBlock(entry.parent_hash, entry.digest) if is_right else GetFailure.CORRUPT
+            return StoredBlock(entry.parent_hash, entry.proof) if is_right else GetFailure.CORRUPT
 
     def delete(self, block_hash: BlockHash) -> bool:
         """Drop a block; False if it is not here. Reads of it that are under way end well. Raises `DiskTierClosed`."""
@@ -338,7 +338,7 @@ class DiskTier:
             place = self._slots.doom(block_hash)
         if place is None:
             return
-        # Where this fails a restart finds it again; then it is what its digest says, or is dropped again.
+        # Where this fails a restart finds it again; then it is what its proof says, or is dropped again.
         self._segments[place.segment_id].try_to_erase(place.slot)
 
     # -- I/O --
@@ -350,7 +350,7 @@ class DiskTier:
         except OSError as error:
             logger.warning("reading %s failed: %s", segment.path, error)
             return False
-        if is_whole and digest_rows(np.frombuffer(target, dtype="<i8").reshape(1, -1)) == [entry.digest]:
+        if is_whole and proves(entry.proof, target):
             return True
         logger.warning("slot %d of %s is corrupt: its block is dropped", entry.place.slot, segment.path)
         return False
@@ -393,7 +393,7 @@ class DiskTier:
             self._slots.add_free(segment.segment_id, set(range(segment.shape.num_slots)).difference(records))
             found += [(record, Place(segment.segment_id, slot)) for slot, record in records.items()]
         for record, place in sorted(found, key=lambda item: item[0].sequence):
-            self._slots.add_stored(record.block_hash, Entry(place, record.parent_hash, record.digest))
+            self._slots.add_stored(record.block_hash, Entry(place, record.parent_hash, record.proof))
             self._sequence = record.sequence
 
     def _close_files(self) -> None:

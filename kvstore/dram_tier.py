@@ -20,6 +20,7 @@ from kvstore.block_hash import BlockHash
 from kvstore.errors import DoubleFree, IntegrityError
 from kvstore.eviction import DEFAULT_PROTECTED_SHARE, SegmentedLru
 from kvstore.memory import HostMemory
+from kvstore.proof import Proof
 
 
 class PinnedBlock(NamedTuple):
@@ -27,7 +28,7 @@ class PinnedBlock(NamedTuple):
 
     slot: int
     block_hash: BlockHash
-    digest: int
+    proof: Proof
 
 
 class ResidentBlock(NamedTuple):
@@ -36,7 +37,7 @@ class ResidentBlock(NamedTuple):
     slot: int
     block_hash: BlockHash
     parent_hash: BlockHash | None
-    digest: int
+    proof: Proof
     was_reused: bool
 
 
@@ -54,7 +55,7 @@ class DramStats:
 class _Published(NamedTuple):
     slot: int
     parent_hash: BlockHash | None
-    digest: int
+    proof: Proof
 
 
 class DramTier:
@@ -124,7 +125,7 @@ class DramTier:
         if entry is None:
             return None
         return ResidentBlock(
-            entry.slot, block_hash, entry.parent_hash, entry.digest, self._policy.was_reused(block_hash)
+            entry.slot, block_hash, entry.parent_hash, entry.proof, self._policy.was_reused(block_hash)
         )
 
     # -- in --
@@ -167,9 +168,9 @@ class DramTier:
         self._private.add(entry.slot)
         self.stats.num_evicted += 1
         self._report(victim.block_hash, False)
-        return ResidentBlock(entry.slot, victim.block_hash, entry.parent_hash, entry.digest, victim.was_reused)
+        return ResidentBlock(entry.slot, victim.block_hash, entry.parent_hash, entry.proof, victim.was_reused)
 
-    def publish(self, slot: int, block_hash: BlockHash, parent_hash: BlockHash | None, digest: int) -> bool:
+    def publish(self, slot: int, block_hash: BlockHash, parent_hash: BlockHash | None, proof: Proof) -> bool:
         """Make a private slot findable. The caller has filled and verified it, and writes to it no more.
 
         `parent_hash` is None for the first block of a chain (the namespace is no block). If the block is here already,
@@ -181,7 +182,7 @@ class DramTier:
             self._free.append(slot)
             return False
         self._policy.insert(block_hash, parent_hash)
-        self._published[block_hash] = _Published(slot, parent_hash, digest)
+        self._published[block_hash] = _Published(slot, parent_hash, proof)
         self._hash_of[slot] = block_hash
         self.stats.num_published += 1
         self._report(block_hash, True)
@@ -206,7 +207,7 @@ class DramTier:
         for block_hash in found:
             self._policy.pin(block_hash)
             entry = self._published[block_hash]
-            pinned.append(PinnedBlock(entry.slot, block_hash, entry.digest))
+            pinned.append(PinnedBlock(entry.slot, block_hash, entry.proof))
         if is_use:
             self._policy.touch(found)
             self.stats.num_queried += len(hashes)
@@ -237,16 +238,6 @@ class DramTier:
             self._forget_dropped(block_hash)
         self._report(block_hash, False)
         return True
-
-    def drop_if_corrupt(self, block_hash: BlockHash) -> bool:
-        """Compute a findable block's digest anew (a pass over its bytes) and drop it if it has changed.
-
-        Returns whether the block was dropped. What an owner calls when a reader reports a wrong digest.
-        """
-        entry = self._published.get(block_hash)
-        if entry is None or self.memory.digests([entry.slot]) == [entry.digest]:
-            return False
-        return self.drop(block_hash)
 
     def check_integrity(self, expected_pins: int | None = None) -> None:
         """Raise `IntegrityError` unless each slot is in one state, and maps and policy agree. O(num_slots).

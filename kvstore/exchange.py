@@ -22,7 +22,7 @@ from kvstore.framing import STREAM_BUFFER_BYTES
 from kvstore.handshake import Introduction, PeerIdentity
 from kvstore.lending import PrefixLender, lend
 from kvstore.memory import BlockMemory
-from kvstore.messages import Have, Want
+from kvstore.messages import Have, Suspect, Want
 from kvstore.observer import ExchangeObserver
 from kvstore.owner import Lease, OwnerSession
 from kvstore.peer_sessions import PeerSessions
@@ -171,6 +171,7 @@ class BlockExchange:
             self._observer,
             self._lend if self._lender else None,
             self._heard_of if self._on_have else None,
+            self._suspected if self._lender else None,
         )
 
     # ---- connections ----
@@ -209,6 +210,11 @@ class BlockExchange:
         scope = self._request_scope(want.request_id) if want.request_id else contextlib.nullcontext()
         with scope:
             self._sessions.start_task(lend(session, want, self._lender))
+
+    def _suspected(self, session: OwnerSession, suspect: Suspect) -> None:
+        assert self._lender is not None
+        logger.warning("%s read other bytes than we announced, of %d blocks", session.peer.peer_id, len(suspect.hashes))
+        self._sessions.start_task(self._lender.recheck([BlockHash(block_hash) for block_hash in suspect.hashes]))
 
     def _heard_of(self, session: OwnerSession, have: Have) -> None:
         assert self._on_have is not None

@@ -18,9 +18,7 @@ from kvstore.fetch_events import (
     AbortOrdered,
     AbortReads,
     BlocksAnnounced,
-    ComputeDigests,
     ConfirmAnswered,
-    DigestsComputed,
     FetchAction,
     FetchCause,
     FetchEvent,
@@ -42,8 +40,10 @@ from kvstore.fetch_events import (
     Revoked,
     SendMessage,
     StartRead,
+    Verified,
+    Verify,
 )
-from kvstore.messages import AnnouncedBlock, Confirm, Release
+from kvstore.messages import AnnouncedBlock, Confirm, Release, Suspect
 from kvstore.timeouts import ExchangeTimeouts
 from kvstore.transitions import History
 
@@ -191,22 +191,26 @@ class FetchMachine:
             return self._fail(event.cause, f"{_describe(read)}: {event.detail}", now)
         self.stamps = replace(self.stamps, last_read=now)
         read.verifying = True
-        return [ComputeDigests(event.read_id, read.local_ids)]
+        proofs = tuple(self._progress.announced[index].proof for index in read.indexes)
+        return [Verify(event.read_id, read.local_ids, proofs)]
 
-    def _digests_computed(self, event: DigestsComputed, now: float) -> list[FetchAction]:
+    def _verified(self, event: Verified, now: float) -> list[FetchAction]:
         read = self.reads.pop(event.read_id)
-        if event.digests is None or len(event.digests) != len(read.indexes):
-            return self._fail(FetchCause.READ_FAILED, f"{_describe(read)}: no digests: {event.detail}", now)
-        for index, local_id, digest in zip(read.indexes, read.local_ids, event.digests, strict=True):
-            announced = self._progress.announced[index]
-            if digest != announced.digest:
-                detail = (
-                    f"block {index} (the owner's {announced.block_id}, our {local_id}): "
-                    f"expected {announced.digest:016x}, got {digest:016x}"
-                )
-                return self._fail(FetchCause.DIGEST_MISMATCH, detail, now)
+        if event.wrong is None:
+            return self._fail(FetchCause.READ_FAILED, f"{_describe(read)}: not verified: {event.detail}", now)
+        if event.wrong:
+            return self._report_wrong(read, event.wrong, now)
         self._progress.num_verified += len(read.indexes)
         return self._go_on(now)
+
+    def _report_wrong(self, read: _Read, wrong: Sequence[int], now: float) -> list[FetchAction]:
+        """Fail, and have the owner look at what it holds: before all else, so that it does not offer it again."""
+        indexes = [read.indexes[position] for position in wrong]
+        announced = [self._progress.announced[index] for index in indexes]
+        detail = f"blocks {indexes} (the owner's {[block.block_id for block in announced]}) do not fit their proofs"
+        failing = self._fail(FetchCause.DIGEST_MISMATCH, detail, now)
+        hashes = [block.block_hash for block in announced if block.block_hash is not None]
+        return [SendMessage(Suspect(hashes)), *failing] if hashes else failing
 
     def _go_on(self, now: float) -> list[FetchAction]:
         """Start what reads we may; when nothing is left to read, confirm."""
@@ -296,7 +300,8 @@ class FetchMachine:
 
     def _result(self, block_ids: list[int], failure: FetchFailure | None) -> FetchResult:
         num_blocks = self._progress.num_verified
-        return FetchResult(block_ids, num_blocks, num_blocks * self._block_bytes, self.stamps, failure)
+        proofs = [block.proof for block in self._progress.announced[: len(block_ids)]]
+        return FetchResult(block_ids, num_blocks, num_blocks * self._block_bytes, self.stamps, failure, proofs)
 
     # -- DRAINING --
 
@@ -309,7 +314,7 @@ class FetchMachine:
         self._reserve_pending = False
         return self._drained()
 
-    def _drain_read(self, event: ReadEnded | DigestsComputed, now: float) -> list[FetchAction]:
+    def _drain_read(self, event: ReadEnded | Verified, now: float) -> list[FetchAction]:
         del self.reads[event.read_id]
         return self._drained()
 
@@ -366,7 +371,7 @@ TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler | None]]] = {
         ReserveFailed: _ILLEGAL,
         BlocksAnnounced: _UNEXPECTED,
         ReadEnded: _ILLEGAL,
-        DigestsComputed: _ILLEGAL,
+        Verified: _ILLEGAL,
         ConfirmAnswered: _UNEXPECTED,
         **_FAILING,
     },
@@ -376,7 +381,7 @@ TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler | None]]] = {
         ReserveFailed: FetchMachine._reserve_failed,
         BlocksAnnounced: FetchMachine._announced,
         ReadEnded: _ILLEGAL,
-        DigestsComputed: _ILLEGAL,
+        Verified: _ILLEGAL,
         ConfirmAnswered: _UNEXPECTED,
         **_FAILING,
     },
@@ -386,7 +391,7 @@ TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler | None]]] = {
         ReserveFailed: _ILLEGAL,
         BlocksAnnounced: FetchMachine._announced,
         ReadEnded: FetchMachine._read_ended,
-        DigestsComputed: FetchMachine._digests_computed,
+        Verified: FetchMachine._verified,
         ConfirmAnswered: _UNEXPECTED,
         **_FAILING,
     },
@@ -396,7 +401,7 @@ TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler | None]]] = {
         ReserveFailed: _ILLEGAL,
         BlocksAnnounced: _UNEXPECTED,
         ReadEnded: _ILLEGAL,
-        DigestsComputed: _ILLEGAL,
+        Verified: _ILLEGAL,
         ConfirmAnswered: FetchMachine._confirm_answered,
         **_FAILING,
     },
@@ -405,7 +410,7 @@ TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler | None]]] = {
         Reserved: _ILLEGAL,
         ReserveFailed: _ILLEGAL,
         ReadEnded: _ILLEGAL,
-        DigestsComputed: _ILLEGAL,
+        Verified: _ILLEGAL,
         FetchTimer: _IGNORE,
     },
     FetchState.DRAINING: {
@@ -413,7 +418,7 @@ TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler | None]]] = {
         Reserved: FetchMachine._drain_reserved,
         ReserveFailed: FetchMachine._drain_reserve_failed,
         ReadEnded: FetchMachine._drain_read,
-        DigestsComputed: FetchMachine._drain_read,
+        Verified: FetchMachine._drain_read,
         FetchTimer: FetchMachine._drain_timer,
     },
     FetchState.FAILED: {
@@ -421,7 +426,7 @@ TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler | None]]] = {
         Reserved: _ILLEGAL,
         ReserveFailed: _ILLEGAL,
         ReadEnded: _ILLEGAL,
-        DigestsComputed: _ILLEGAL,
+        Verified: _ILLEGAL,
         FetchTimer: _IGNORE,
     },
 }

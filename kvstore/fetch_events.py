@@ -8,6 +8,7 @@ from enum import Enum
 from typing import TypeAlias
 
 from kvstore.messages import AnnouncedBlock, ReaderMessage
+from kvstore.proof import Proof
 
 
 class FetchState(Enum):
@@ -82,6 +83,8 @@ class FetchResult:
     num_bytes: int
     stamps: FetchStamps
     failure: FetchFailure | None = None
+    proofs: Sequence[Proof] = ()
+    """Of `block_ids`, as the owner announced them: what these blocks are known by from here on."""
 
     @property
     def ok(self) -> bool:
@@ -140,11 +143,11 @@ class ReadEnded:
 
 
 @dataclass(frozen=True)
-class DigestsComputed:
-    """Local: the payload digests of a read's blocks, in its order; None with a `detail` where computing them failed."""
+class Verified:
+    """Local: the positions in a read of blocks that do not fit their proofs; None with a `detail` where it failed."""
 
     read_id: int
-    digests: Sequence[int] | None
+    wrong: Sequence[int] | None
     detail: str = ""
 
 
@@ -188,7 +191,7 @@ FetchEvent: TypeAlias = (
     | ReserveFailed
     | BlocksAnnounced
     | ReadEnded
-    | DigestsComputed
+    | Verified
     | ConfirmAnswered
     | Revoked
     | AbortOrdered
@@ -224,11 +227,12 @@ class StartRead:
 
 
 @dataclass(frozen=True)
-class ComputeDigests:
-    """Compute the digests of our blocks. `DigestsComputed` must follow, always."""
+class Verify:
+    """Hold our blocks against their proofs. `Verified` must follow, always."""
 
     read_id: int
     local_ids: tuple[int, ...]
+    proofs: tuple[Proof, ...]
 
 
 @dataclass(frozen=True)
@@ -252,4 +256,4 @@ class Quiesced:
     block_ids: list[int]
 
 
-FetchAction: TypeAlias = SendMessage | Reserve | StartRead | ComputeDigests | AbortReads | Resolve | Quiesced
+FetchAction: TypeAlias = SendMessage | Reserve | StartRead | Verify | AbortReads | Resolve | Quiesced

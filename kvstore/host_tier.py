@@ -1,12 +1,12 @@
 """The host-memory tier of one worker: what its paged cache evicts is copied here, and comes back from here.
 
-    paged block is evicted -> copied into a slot, within the allocation that evicts it -> digested by a thread of ours
-    -> findable -> pinned, copied into a paged block, digested there, unpinned -> still findable
+    paged block is evicted -> copied into a slot, within the allocation that evicts it: findable again
+    -> pinned, copied into a paged block, verified there, unpinned -> still findable
 
 The copy is made at the eviction and not ahead of it: then each block is in one place rather than in two, which makes
 the capacities of both tiers add up; nothing is copied that is never evicted; and no copy can be torn by the block's
 next user. What it costs the step that evicts is one pass over as many bytes as this step, or the next ones, are going
-to compute. The digest, a second pass, is left to a thread; until it is known a block cannot be found.
+to compute.
 
 All methods belong to the thread of the paged pool (the engine's), except where they say otherwise.
 """
@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from kvstore.block_hash import BlockHash
 from kvstore.block_pool import EvictedBlock
 from kvstore.dram_tier import DramTier, PinnedBlock
-from kvstore.errors import IntegrityError
 from kvstore.memory import BlockMemory, HostMemory
+from kvstore.proof import find_wrong
 
 
 class BlockCopier(Protocol):
@@ -49,7 +48,7 @@ class HostTierStats:
     """Counts since the start."""
 
     num_offloaded: int = 0  # blocks copied in
-    num_lost: int = 0  # evicted by the paged cache and not taken: every slot was pinned or being digested
+    num_lost: int = 0  # evicted by the paged cache and not taken: every slot was pinned
     num_restored: int = 0  # blocks copied back and found whole: the hits
     num_corrupt: int = 0  # blocks whose bytes had changed here, found on their way back
     offload_s: float = 0.0  # spent copying, on the engine's thread
@@ -71,16 +70,8 @@ class CopiedBack(NamedTuple):
 NOTHING_COPIED = CopiedBack([], 0.0)
 
 
-class _Batch(NamedTuple):
-    """Blocks evicted together, on their way to be digested."""
-
-    slots: list[int]
-    blocks: list[EvictedBlock]
-    digests: Future[list[int]]
-
-
 class HostTier:
-    """A `DramTier` that a paged pool evicts into. `close` ends its thread."""
+    """A `DramTier` that a paged pool evicts into."""
 
     def __init__(
         self,
@@ -97,11 +88,7 @@ class HostTier:
         self._paged = paged
         self._copier = copier
         self._clock = clock
-        self._digester = ThreadPoolExecutor(1, thread_name_prefix="host-digest")
-        self._batches: deque[_Batch] = deque()
-        self._batch_of: dict[BlockHash, Future[list[int]]] = {}  # blocks that are not findable yet
         self._num_pins = 0
-        self._on_digested: Callable[[], None] = lambda: None
 
     @property
     def num_slots(self) -> int:
@@ -123,13 +110,9 @@ class HostTier:
         """Blocks given up for others, since the start. From any thread."""
         return self._tier.stats.num_evicted
 
-    def notify(self, on_digested: Callable[[], None]) -> None:
-        """Have `on_digested` called, on any thread, when `settle` has something to do."""
-        self._on_digested = on_digested
-
     def may_have(self, block_hash: BlockHash) -> bool:
-        """Whether the block is here or about to be. A hint, from any thread."""
-        return self._tier.contains(block_hash) or block_hash in self._batch_of
+        """Whether the block is here. A hint, from any thread."""
+        return self._tier.contains(block_hash)
 
     def hashes(self) -> list[BlockHash]:
         """Identities of all findable blocks. From any thread: one atomic copy of the keys."""
@@ -145,10 +128,8 @@ class HostTier:
     def take_evicted(self, blocks: Sequence[EvictedBlock]) -> None:
         """Copy in what the paged pool is evicting. Waits for nothing: where there is no slot, a block is lost."""
         unknown = [block for block in blocks if not self._is_known(block.block_hash)]
-        # Room for undigested blocks is bounded: else a flood would push out everything that can be found. The last ones
-        # are the heads of their chains.
-        room = max(1, self.num_slots // 2) - self._tier.num_private
-        chosen = unknown[max(0, len(unknown) - room) :]
+        # Bounded: else one eviction of many would push out all that is here. The last ones are heads of chains.
+        chosen = unknown[-max(1, self.num_slots // 2) :]
         slots: list[int] = []
         for block in chosen:
             slots += self._tier.begin_insert(1, after=block.parent_hash)
@@ -160,35 +141,13 @@ class HostTier:
         self._copier.copy_out([block.block_id for block in chosen], slots)
         self.stats.offload_s += self._clock() - started_s
         self.stats.num_offloaded += len(slots)
-        digests = self._digester.submit(self._tier.memory.digests, slots)
-        self._batches.append(_Batch(slots, chosen, digests))
-        self._batch_of.update({block.block_hash: digests for block in chosen})
-        digests.add_done_callback(lambda _: self._on_digested())
-
-    def settle(self) -> None:
-        """Make findable what was digested since the last call."""
-        while self._batches and self._batches[0].digests.done():
-            batch = self._batches.popleft()
-            for slot, block, digest in zip(batch.slots, batch.blocks, batch.digests.result(), strict=True):
-                if self._batch_of.get(block.block_hash) is batch.digests:
-                    del self._batch_of[block.block_hash]
-                    # A digest noted before outweighs that of the copy: the bytes may have changed in between.
-                    noted = digest if block.digest is None else block.digest
-                    self._tier.publish(slot, block.block_hash, block.parent_hash, noted)
-                else:
-                    self._tier.abandon([slot])  # forgotten meanwhile
-
-    def digesting(self, hashes: Iterable[BlockHash]) -> Future[list[int]] | None:
-        """What to wait for until those of the blocks are findable that are being digested; None if none is."""
-        pending = [self._batch_of[block_hash] for block_hash in hashes if block_hash in self._batch_of]
-        latest = next((batch.digests for batch in reversed(self._batches) if batch.digests in pending), None)
-        return None if latest is None or latest.done() else latest
+        for block, slot in zip(chosen, slots, strict=True):
+            self._tier.publish(slot, block.block_hash, block.parent_hash, block.proof)
 
     # -- out --
 
     def pin(self, hashes: Sequence[BlockHash]) -> list[PinnedBlock]:
         """Pin the longest prefix of `hashes` that is here, as a use of it; `unpin` gives it back."""
-        self.settle()
         pinned = self._tier.pin(hashes)
         self._num_pins += len(pinned)
         return pinned
@@ -197,8 +156,8 @@ class HostTier:
         """Copy pinned blocks into paged blocks of the caller's, and verify them there. On any thread."""
         started_s = self._clock()
         self._copier.copy_in([block.slot for block in pinned], block_ids)
-        digests = self._paged.digests(block_ids)
-        is_whole = [digest == block.digest for digest, block in zip(digests, pinned, strict=True)]
+        wrong = set(find_wrong(self._paged, block_ids, [block.proof for block in pinned]))
+        is_whole = [position not in wrong for position in range(len(pinned))]
         return CopiedBack(is_whole, self._clock() - started_s)
 
     def unpin(self, pinned: Sequence[PinnedBlock], copied: CopiedBack = NOTHING_COPIED) -> None:
@@ -216,14 +175,12 @@ class HostTier:
         hashes = self.hashes()
         for block_hash in hashes:
             self._tier.drop(block_hash)
-        self._batch_of.clear()
         return len(hashes)
 
     # -- state --
 
     def take_changes(self) -> list[HostChange]:
         """What became findable, or ceased to be, since the last call, in order."""
-        self.settle()
         changes = list(self._changes)
         self._changes.clear()
         return changes
@@ -231,24 +188,16 @@ class HostTier:
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless each slot is in one state and accounted for. O(num_slots)."""
         self._tier.check_integrity(self._num_pins)
-        num_private = sum(len(batch.slots) for batch in self._batches)
-        if self._tier.num_private != num_private:
-            raise IntegrityError(f"host tier: {self._tier.num_private} private slots, {num_private} being digested")
 
     def state(self) -> dict[str, object]:
         """For `/debug/state`. From any thread: lengths and counts, each right for some moment."""
         return {
             "num_slots": self.num_slots,
             "num_blocks": self.num_blocks,
-            "num_digesting": len(self._batch_of),
             "num_pins": self._num_pins,
             "num_evicted": self.num_evicted,
             **vars(self.stats),
         }
-
-    def close(self) -> None:
-        """End the digesting thread. From any thread, when the engine's has ended."""
-        self._digester.shutdown(wait=True)
 
     def _note_change(self, block_hash: BlockHash, is_present: bool) -> None:
         self._changes.append(HostChange(block_hash, is_present))
@@ -257,4 +206,4 @@ class HostTier:
         """Whether the block is here already, from an earlier eviction; then it is now as fresh as a new one."""
         known = self._tier.pin([block_hash])
         self._tier.unpin(block.slot for block in known)
-        return bool(known) or block_hash in self._batch_of
+        return bool(known)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from kvstore.block_hash import BlockHash
-from kvstore.lease import LeaseOutcome
 from kvstore.messages import AnnouncedBlock, Revoke, Want
 from kvstore.owner import OwnerSession
 
@@ -24,12 +23,14 @@ class PrefixLender(Protocol):
     """Whoever holds findable blocks: a worker's paged cache, a host-memory tier, a store node."""
 
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
-        """Pin the longest held prefix of `hashes` and return it, with ids and payload digests; may be empty."""
+        """Pin the longest held prefix of `hashes` and return it, with ids and proofs; may be empty."""
 
-    async def take_back(self, blocks: Sequence[AnnouncedBlock], was_confirmed: bool) -> None:
-        """Unpin what `lend_prefix` returned; called exactly once for each of its answers that was not empty.
+    async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None:
+        """Unpin what `lend_prefix` returned; called exactly once for each of its answers that was not empty."""
 
-        `was_confirmed`: the reader has found all bytes to be what the digests say. It may have no reason not to.
+    async def recheck(self, hashes: Sequence[BlockHash]) -> None:
+        """Hold these blocks against their proofs, as far as they are here, and drop what has changed: a reader got
+        other bytes than were announced.
         """
 
 
@@ -40,7 +41,6 @@ async def lend(session: OwnerSession, want: Want, lender: PrefixLender) -> None:
         logger.debug("transfer %s: %s wants blocks, none is here", want.transfer_id.hex(), session.peer.peer_id)
         session.connection.send(Revoke(want.transfer_id, "none of these blocks is here"))
         return
-    outcome: LeaseOutcome | None = None
     try:
         if not session.connection.is_open or want.transfer_id in session.leases:
             logger.warning("transfer %s: wanted, and gone before it was lent", want.transfer_id.hex())
@@ -51,4 +51,4 @@ async def lend(session: OwnerSession, want: Want, lender: PrefixLender) -> None:
         transfer, wanted, reader = want.transfer_id.hex(), len(want.hashes), session.peer.peer_id
         logger.debug("transfer %s: lent %d of %d blocks to %s: %s", transfer, len(blocks), wanted, reader, outcome.name)
     finally:
-        await lender.take_back(blocks, outcome is LeaseOutcome.CONFIRMED)
+        await lender.take_back(blocks)

@@ -15,11 +15,13 @@ import msgpack
 import msgspec
 
 from kvstore.errors import ProtocolViolation
+from kvstore.proof import Proof
 
 PROTOCOL_VERSION: Final = 1
 WANTS_NAME_REQUESTS: Final = "want.request_id"
-FEATURES: Final = (WANTS_NAME_REQUESTS,)
-"""What was added within this version: optional fields, which are sent only to a peer whose Hello names them."""
+HEARS_SUSPICIONS: Final = "suspect"
+FEATURES: Final = (WANTS_NAME_REQUESTS, HEARS_SUSPICIONS)
+"""What was added within this version: optional fields and messages, sent only to a peer whose Hello names them."""
 MAX_REQUEST_ID_CHARS: Final = 256
 LENGTH_BYTES: Final = 4
 MAX_FRAME_BYTES: Final = 4 * 1024 * 1024
@@ -29,7 +31,7 @@ _Text = Annotated[str, msgspec.Meta(max_length=4096)]
 _TransferId = Annotated[bytes, msgspec.Meta(min_length=1, max_length=64)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 32)]
 _ReadId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
-_Digest = Annotated[int, msgspec.Meta(ge=0)]
+_Proof = Annotated[Proof, msgspec.Meta(ge=0)]
 
 
 class _Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
@@ -116,11 +118,11 @@ class Offer(_Message, frozen=True, tag="offer"):
 
 
 class AnnouncedBlock(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A computed block: its id in the owner's pool, its identity (None: the partial last block), its payload digest."""
+    """A computed block: its id in the owner's pool, its identity (None: the partial last block), its proof."""
 
     block_id: _Count
     block_hash: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)] | None
-    digest: _Digest
+    proof: _Proof
 
 
 class Announce(_Message, frozen=True, tag="announce"):
@@ -177,6 +179,14 @@ class Release(_Message, frozen=True, tag="release"):
     reason: _Text
 
 
+class Suspect(_Message, frozen=True, tag="suspect"):
+    """Reader: the bytes that came of these blocks are not what you announced; look whether yours have changed."""
+
+    hashes: Annotated[
+        list[Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]], msgspec.Meta(min_length=1, max_length=256)
+    ]
+
+
 class Revoke(_Message, frozen=True, tag="revoke"):
     """Owner: the lease is over; whatever was or is being read must be discarded."""
 
@@ -185,7 +195,7 @@ class Revoke(_Message, frozen=True, tag="revoke"):
 
 
 HandshakeMessage: TypeAlias = Hello | Reject | Choose | Ready
-ReaderMessage: TypeAlias = Heartbeat | Want | Have | ReadRequest | Confirm | Release
+ReaderMessage: TypeAlias = Heartbeat | Want | Have | ReadRequest | Confirm | Suspect | Release
 OwnerMessage: TypeAlias = Heartbeat | Offer | Announce | ReadGranted | ReadRefused | Confirmed | Revoke
 Message: TypeAlias = HandshakeMessage | ReaderMessage | OwnerMessage
 

@@ -42,6 +42,7 @@ from kvstore.messages import (
     ReadRequest,
     Release,
     Revoke,
+    Suspect,
     Want,
 )
 from kvstore.observer import ExchangeObserver
@@ -62,6 +63,7 @@ class OwnerSession:
         observer: ExchangeObserver,
         on_want: Callable[[OwnerSession, Want], None] | None = None,
         on_have: Callable[[OwnerSession, Have], None] | None = None,
+        on_suspect: Callable[[OwnerSession, Suspect], None] | None = None,
     ) -> None:
         self.peer = introduction.peer
         self.link = introduction.link
@@ -74,6 +76,7 @@ class OwnerSession:
         self.observer = observer
         self._on_want = on_want
         self._on_have = on_have
+        self._on_suspect = on_suspect
 
     def open_lease(self, transfer_id: bytes, num_blocks: int, request_id: str = "") -> Lease:
         """Open a lease, in the name of a request if it is one's, and offer it. Raises ValueError where the transfer has
@@ -105,6 +108,9 @@ class OwnerSession:
             case Have():
                 if self._on_have is not None:  # else: we keep nothing for others, and nobody waits for an answer
                     self._on_have(self, message)
+            case Suspect():
+                if self._on_suspect is not None:
+                    self._on_suspect(self, message)
             case ReadRequest() if not self.two_sided:
                 raise ProtocolViolation(f"a read request over {self.transport_name}, which is one-sided")
             case ReadRequest(read_id, transfer_id, runs):

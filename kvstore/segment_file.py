@@ -4,9 +4,9 @@
     | head   | header 0 | header 1 | ...   | payload 0 | payload 1 | ...                     |
 
 A header stands far from its payload so that a start reads one small run per file. Each header is checksummed together
-with its place, and carries the payload's digest. A slot is rewritten in the order erase header, write payload, write
+with its place, and carries the payload's proof. A slot is rewritten in the order erase header, write payload, write
 header, without fsync: a killed process leaves an erased header; a lost power supply may leave any mixture, which the
-checksum and the digest tell from a record. Data can be lost, never wrong.
+checksum and the proof tell from a record. Data can be lost, never wrong.
 
 No lock here: `kvstore.disk_tier` sees to it that a slot has one writer, or readers.
 """
@@ -24,6 +24,7 @@ from typing import Final, NamedTuple
 
 from kvstore.block_hash import HASH_BYTES, BlockHash
 from kvstore.errors import KVStoreError
+from kvstore.proof import Proof
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ _FILE_HEAD: Final = struct.Struct("<8sHHIQQ32s")  # magic, version, 0, num_slots
 
 _RECORD_MAGIC: Final = b"TKVR"
 _HAS_PARENT: Final = 1
-_RECORD: Final = struct.Struct("<4sHHQQQ16s16s")  # magic, version, flags, length, sequence, digest, hash, parent
+_RECORD: Final = struct.Struct("<4sHHQQQ16s16s")  # magic, version, flags, length, sequence, proof, hash, parent
 HEADER_BYTES: Final = _RECORD.size + _CHECKSUM_BYTES
 _ERASED: Final = bytes(HEADER_BYTES)
 _NO_PARENT: Final = bytes(HASH_BYTES)
@@ -64,7 +65,7 @@ class Record(NamedTuple):
     """What a header says. `sequence` counts the writes of a store: higher is newer."""
 
     sequence: int
-    digest: int
+    proof: Proof
     block_hash: BlockHash
     parent_hash: BlockHash | None
 
@@ -172,7 +173,7 @@ class SegmentFile:
             logger.warning("%s: slot %d cannot be erased: %s", self.path, slot, error)
 
     def read(self, slot: int, into: memoryview) -> bool:
-        """Fill `into` with a slot's payload; False if the file ends before. Whether it is right, the digest says."""
+        """Fill `into` with a slot's payload; False if the file ends before. Whether it is right, the proof says."""
         offset = self.shape.payload_end(slot) - self.shape.block_bytes
         num_read = 0
         while num_read < len(into):
@@ -272,7 +273,7 @@ def _encode_record(record: Record, segment_id: int, slot: int, block_bytes: int)
         flags,
         block_bytes,
         record.sequence,
-        record.digest,
+        record.proof,
         record.block_hash,
         parent,
     )
@@ -283,7 +284,7 @@ def _decode_record(header: bytes, segment_id: int, slot: int, block_bytes: int) 
     body, checksum = header[: _RECORD.size], header[_RECORD.size :]
     if checksum != _checksum(body, struct.pack("<QI", segment_id, slot)):
         return None
-    magic, version, flags, length, sequence, digest, block_hash, parent = _RECORD.unpack(body)
+    magic, version, flags, length, sequence, proof, block_hash, parent = _RECORD.unpack(body)
     if (magic, version, length) != (_RECORD_MAGIC, FORMAT_VERSION, block_bytes):
         return None
-    return Record(sequence, digest, BlockHash(block_hash), BlockHash(parent) if flags & _HAS_PARENT else None)
+    return Record(sequence, Proof(proof), BlockHash(block_hash), BlockHash(parent) if flags & _HAS_PARENT else None)

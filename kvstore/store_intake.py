@@ -282,11 +282,9 @@ class Intake:
             if result.failure is not None:
                 self._failed(offer, len(hashes), result.failure.cause.value, result.failure.detail)
                 return 0
-            # Verified against the owner's digests; computed once more, since the result does not carry them.
-            digests = await asyncio.to_thread(self._store.dram.memory.digests, result.block_ids)
-            for slot, block_hash, digest in zip(result.block_ids, hashes, digests, strict=False):
+            for slot, block_hash, proof in zip(result.block_ids, hashes, result.proofs, strict=False):
                 unpublished.discard(slot)
-                self._store.publish(slot, block_hash, parent_hash, digest)
+                self._store.publish(slot, block_hash, parent_hash, proof)
                 parent_hash = block_hash
             self.stats.num_pulled_blocks += len(result.block_ids)
             self.stats.num_pulled_bytes += result.num_bytes

@@ -16,6 +16,7 @@ from kvstore.exchange import BlockExchange, RequestScope
 from kvstore.handshake import PeerIdentity
 from kvstore.messages import AnnouncedBlock, Have
 from kvstore.observer import ExchangeObserver
+from kvstore.proof import find_wrong
 from kvstore.store_intake import Intake, IntakeLimits
 from kvstore.tiered_store import TieredStore
 from kvstore.timeouts import ExchangeTimeouts
@@ -41,25 +42,25 @@ class StoreLender:
         """Pin the longest prefix that the tiers give in time."""
         pinned = await self._store.pin(hashes, self._timeout_s)
         self.num_lent += len(pinned)
-        return [AnnouncedBlock(block.slot, block.block_hash, block.digest) for block in pinned]
+        return [AnnouncedBlock(block.slot, block.block_hash, block.proof) for block in pinned]
 
-    async def take_back(self, blocks: Sequence[AnnouncedBlock], was_confirmed: bool) -> None:
-        """Unpin. Where the reader did not confirm, look whether our memory has changed under us, and drop what has."""
-        try:
-            if not was_confirmed:
-                await self._drop_corrupt(blocks)
-        finally:
-            self.num_lent -= len(blocks)
-            self._store.unpin(block.block_id for block in blocks)
+    async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None:
+        """Unpin."""
+        self.num_lent -= len(blocks)
+        self._store.unpin(block.block_id for block in blocks)
 
-    async def _drop_corrupt(self, blocks: Sequence[AnnouncedBlock]) -> None:
-        """While they are pinned. A good copy on disk stays, and is what the next reader gets."""
+    async def recheck(self, hashes: Sequence[BlockHash]) -> None:
+        """Drop what has changed in memory. A good copy on disk stays, and is what the next reader gets."""
         dram = self._store.dram
-        digests = await asyncio.to_thread(dram.memory.digests, [block.block_id for block in blocks])
-        for block, digest in zip(blocks, digests, strict=True):
-            if digest != block.digest and block.block_hash is not None:
-                self.num_corrupt += dram.drop(BlockHash(block.block_hash))
-                logger.error("block %s has changed in memory, slot %d", block.block_hash.hex(), block.block_id)
+        pinned = [block for block_hash in hashes for block in dram.pin([block_hash], is_use=False)]
+        try:
+            ids, proofs = [block.slot for block in pinned], [block.proof for block in pinned]
+            for position in await asyncio.to_thread(find_wrong, dram.memory, ids, proofs):
+                block_hash, slot = pinned[position].block_hash, pinned[position].slot
+                self.num_corrupt += dram.drop(block_hash)
+                logger.error("block %s has changed in memory, slot %d", block_hash.hex(), slot)
+        finally:
+            dram.unpin(block.slot for block in pinned)
 
 
 class StoreNode:

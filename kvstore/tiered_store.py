@@ -31,6 +31,7 @@ from kvstore.errors import IntegrityError
 from kvstore.eviction import DEFAULT_PROTECTED_SHARE
 from kvstore.job_table import Job, JobTable, wait_for_jobs
 from kvstore.memory import HostMemory
+from kvstore.proof import Proof
 from kvstore.write_behind import DiskWrites, WriteBehind
 
 logger = logging.getLogger(__name__)
@@ -178,9 +179,9 @@ class TieredStore:
                     self._abandon_at_end(job)
         return slots + [slot for job in ended for slot in job.slots]
 
-    def publish(self, slot: int, block_hash: BlockHash, parent_hash: BlockHash | None, digest: int) -> bool:
+    def publish(self, slot: int, block_hash: BlockHash, parent_hash: BlockHash | None, proof: Proof) -> bool:
         """Make a private slot findable, as `DramTier.publish`, and see to its copy on disk."""
-        is_new = self.dram.publish(slot, block_hash, parent_hash, digest)
+        is_new = self.dram.publish(slot, block_hash, parent_hash, proof)
         if is_new and self._disk_writes is DiskWrites.ALL and not self._is_closed:
             self._write_soon([block_hash])
         return is_new
@@ -193,7 +194,7 @@ class TieredStore:
         self,
         block_hash: BlockHash,
         parent_hash: BlockHash | None,
-        digest: int,
+        proof: Proof,
         payload: npt.NDArray[np.uint8],
         timeout_s: float | None = None,
     ) -> bool:
@@ -203,7 +204,7 @@ class TieredStore:
         slots = await self.reserve(1, timeout_s, after=parent_hash)
         for slot in slots:
             self.dram.memory.view(slot)[:] = payload
-            return self.publish(slot, block_hash, parent_hash, digest)
+            return self.publish(slot, block_hash, parent_hash, proof)
         return False
 
     # -- out --
@@ -375,7 +376,7 @@ class TieredStore:
             for (block_hash, slot), result in zip(wanted, results, strict=True):
                 if isinstance(result, StoredBlock):
                     private.remove(slot)
-                    self.stats.num_promoted += self.dram.publish(slot, block_hash, result.parent_hash, result.digest)
+                    self.stats.num_promoted += self.dram.publish(slot, block_hash, result.parent_hash, result.proof)
         finally:
             self.dram.abandon(private)
             self._report_disk(block_hash for block_hash, _ in wanted)

@@ -16,6 +16,7 @@ from kvstore.handshake import PeerIdentity
 from kvstore.layout import BlockLayout
 from kvstore.memory import HostMemory
 from kvstore.messages import AnnouncedBlock
+from kvstore.proof import Proof
 from kvstore.registry import new_incarnation
 from kvstore.transport.select import make_transports
 from kvstore.worker_record import WorkerRecord
@@ -52,6 +53,10 @@ class BlockPeer:
         """What is sent of this block from now on is not what is announced."""
         self._order("flip", block_hash, offset)
 
+    def suspected(self) -> list[BlockHash]:
+        """The blocks of which readers said that the bytes are wrong."""
+        return list(self._order("suspected"))
+
     def source(self, num_blocks: int) -> pb.PrefixSource:
         """The hint that we have the first blocks of a prompt."""
         return pb.PrefixSource(
@@ -72,11 +77,12 @@ class BlockPeer:
 
 
 class _Peer:
-    """Lends what it has taken over under the digests that it came with. Every public coroutine is an order."""
+    """Lends what it has taken over under the proofs that it came with. Every public coroutine is an order."""
 
     def __init__(self, layout: BlockLayout) -> None:
         self._memory = HostMemory.allocate(_NUM_SLOTS, layout.block_bytes)
-        self._slots: dict[BlockHash, tuple[int, int]] = {}  # with the digest
+        self._slots: dict[BlockHash, tuple[int, Proof]] = {}
+        self._suspected: list[BlockHash] = []
         self.incarnation = new_incarnation()
         identity = PeerIdentity(f"peer/{self.incarnation}", "store", self.incarnation, layout)
         self.exchange = BlockExchange(
@@ -92,8 +98,8 @@ class _Peer:
         owner = await self.exchange.connect(address)
         result = await self.exchange.fetch_prefix(first.to_bytes(16, "big"), owner, hashes, reserve).result
         assert result.failure is None, result.failure
-        for block_hash, slot in zip(hashes, result.block_ids, strict=True):
-            self._slots[block_hash] = (slot, *self._memory.digests([slot]))
+        for block_hash, slot, proof in zip(hashes, result.block_ids, result.proofs, strict=True):
+            self._slots[block_hash] = (slot, proof)
         return [self._memory.view(slot).tobytes() for slot in result.block_ids]
 
     async def flip(self, block_hash: BlockHash, offset: int) -> None:
@@ -101,10 +107,16 @@ class _Peer:
 
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
         held = hashes[: next((i for i, each in enumerate(hashes) if each not in self._slots), len(hashes))]
-        return [AnnouncedBlock(slot, each, digest) for each in held for slot, digest in [self._slots[each]]]
+        return [AnnouncedBlock(slot, each, proof) for each in held for slot, proof in [self._slots[each]]]
 
-    async def take_back(self, blocks: Sequence[AnnouncedBlock], was_confirmed: bool) -> None:
+    async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None:
         """What is lent stays where it is."""
+
+    async def recheck(self, hashes: Sequence[BlockHash]) -> None:
+        self._suspected += hashes
+
+    async def suspected(self) -> list[BlockHash]:
+        return self._suspected
 
 
 def _run(connection: Connection, layout: dict[str, Any]) -> None:

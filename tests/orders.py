@@ -49,15 +49,18 @@ class Orders:
         return bool(lent) and all(line.get("request_id") == REQUEST_ID for line in lent)
 
     async def generate(
-        self, prompt: list[int], decode: str, prefill: str | None, sources: list[pb.PrefixSource]
+        self, prompt: list[int], decode: str, prefill: str | None, sources: list[pb.PrefixSource], num_attempts: int = 1
     ) -> tuple[list[int], pb.Usage]:
-        """Have a decode worker serve a prompt, which `prefill` (None: the decode worker itself) computes."""
+        """Have a decode worker serve a prompt, which `prefill` (None: the decode worker itself) computes.
+
+        Where a handoff fails, that worker is asked again: `num_attempts` times in all.
+        """
         order = pb.GenerateRequest(
             handle=1,
             request_id=REQUEST_ID,
             prompt_token_ids=prompt,
             sampling=pb.SamplingParams(top_p=1, repetition_penalty=1, max_tokens=self._num_new_tokens, ignore_eos=True),
-            prefill_targets=[] if prefill is None else [_target(self.record(prefill))],
+            prefill_targets=[] if prefill is None else [_target(self.record(prefill))] * num_attempts,
             prefix_sources=sources,
         )
         tokens: list[int] = []

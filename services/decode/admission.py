@@ -167,7 +167,7 @@ class Admission:
 
         def enter() -> RequestUpdate:
             try:
-                update = self._parts.engine.add_prefilled(request, fetched.block_ids, token)
+                update = self._parts.engine.add_prefilled(request, fetched.block_ids, fetched.proofs, token)
             except EngineError:
                 self._parts.engine.release_reservation(request, fetched.block_ids)
                 raise

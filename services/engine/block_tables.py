@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvstore.block_hash import BlockHash, extend_hashes, namespace
 from kvstore.block_pool import BlockPool
+from kvstore.proof import Proof
 from kvstore.shared_tokens import BlockTokens, SharedTokens
 from services.engine.limits import SchedulerConfig
 from services.engine.request import Request
@@ -64,8 +65,13 @@ def _root(request: Request, config: SchedulerConfig) -> BlockHash:
     return namespace(config.model_fingerprint, request.cache_salt)
 
 
-def publish_full_blocks(pool: BlockPool, request: Request, config: SchedulerConfig) -> None:
-    """Make the blocks findable that are full of computed tokens; only after the step that wrote them has ended."""
+def publish_full_blocks(
+    pool: BlockPool, request: Request, config: SchedulerConfig, proofs: Sequence[Proof] = ()
+) -> None:
+    """Make the blocks findable that are full of computed tokens; only after the step that wrote them has ended.
+
+    `proofs`: of the table's blocks, where they came with any: then nobody need compute them here.
+    """
     num_full = request.num_computed_tokens // config.block_size
     if num_full <= request.num_published_blocks:
         return
@@ -78,5 +84,6 @@ def publish_full_blocks(pool: BlockPool, request: Request, config: SchedulerConf
         parent_hash = request.block_hashes[index - 1] if index > 0 else None
         start = index * config.block_size
         token_ids = request.token_ids[start : start + config.block_size]
-        pool.publish(block_id, block_hash, parent_hash, BlockTokens(_parent_hash(request, index, config), token_ids))
+        tokens = BlockTokens(_parent_hash(request, index, config), token_ids)
+        pool.publish(block_id, block_hash, parent_hash, tokens, proofs[index] if proofs else None)
     request.num_published_blocks = num_full

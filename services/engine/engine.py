@@ -20,6 +20,7 @@ from kvstore.fetch_events import Reservation
 from kvstore.host_tier import CopiedBack, HostChange
 from kvstore.layout import BlockLayout
 from kvstore.memory import BlockMemory
+from kvstore.proof import Proof, find_wrong, prove
 from services.engine.batch import Batch, SampledBatch
 from services.engine.capacity import choose_num_blocks, choose_num_host_slots
 from services.engine.config import EngineConfig
@@ -160,16 +161,19 @@ class Engine:
         self._scheduler.release_reservation(request, block_ids)
         self._grant_reservations()
 
-    def add_prefilled(self, request: Request, block_ids: Sequence[int], first_token: SampledToken) -> RequestUpdate:
+    def add_prefilled(
+        self, request: Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken
+    ) -> RequestUpdate:
         """Join a request whose prompt another worker computed to the running batch.
 
-        `block_ids` are those of its granted reservation; they hold the verified KV of the whole prompt, and become the
-        request's. The update carries the first token, which later steps do not repeat, and says whether it was the
-        last. Raises `NotReserved` (aborted meanwhile, for one), `NotLent` or `InvalidRequest`, changing nothing.
+        `block_ids` are those of its granted reservation; they hold the KV of the whole prompt, verified by `proofs`,
+        and become the request's. The update carries the first token, which later steps do not repeat, and says whether
+        it was the last. Raises `NotReserved` (aborted meanwhile, for one), `NotLent` or `InvalidRequest`, changing
+        nothing.
         """
         if not 0 <= first_token.token_id < self.model.config.vocab_size:
             raise InvalidRequest("prompt", f"first token {first_token.token_id} is not in the vocabulary")
-        update = self._scheduler.add_prefilled(request, block_ids, first_token)
+        update = self._scheduler.add_prefilled(request, block_ids, proofs, first_token)
         request.timeline.mark(Event.DECODE_JOINED)
         self._grant_reservations()
         return update
@@ -209,9 +213,32 @@ class Engine:
         taken = self._scheduler.take_prefix(hashes)
         return None if taken is None else Reservation(taken.block_ids, taken.num_present)
 
-    def publish_blocks(self, block_ids: Sequence[int], hashes: Sequence[BlockHash]) -> None:
-        """Make lent, verified blocks findable in the prefix cache: a chain from its head. Raises `NotLent`."""
-        self._scheduler.publish_lent(block_ids, hashes)
+    def publish_blocks(
+        self,
+        block_ids: Sequence[int],
+        hashes: Sequence[BlockHash],
+        proofs: Sequence[Proof],
+        parent_hash: BlockHash | None = None,
+    ) -> None:
+        """Make lent blocks, verified by `proofs`, findable in the prefix cache: the run of a chain that follows
+        `parent_hash`, or its head. Raises `NotLent`.
+        """
+        self._scheduler.publish_lent(block_ids, hashes, proofs, parent_hash)
+
+    def proofs(self, block_ids: Sequence[int]) -> list[Proof]:
+        """The proofs of blocks that the caller lends; computed here for those that were just made and are not findable
+        (a prompt's partial block), and never for a cached one.
+        """
+        known = self.pool.proofs(block_ids)
+        fresh = [block_id for block_id, proof in zip(block_ids, known, strict=True) if proof is None]
+        made = dict(zip(fresh, prove(self.memory, fresh), strict=True))
+        return [made[block_id] if proof is None else proof for block_id, proof in zip(block_ids, known, strict=True)]
+
+    def recheck(self, hashes: Sequence[BlockHash]) -> int:
+        """Hold cached blocks against their proofs and drop those that have changed; returns how many."""
+        found = self.pool.find(hashes)
+        wrong = find_wrong(self.memory, [block.block_id for block in found], [block.proof for block in found])
+        return self.pool.drop_corrupt([found[position].block_id for position in wrong])
 
     def begin_restore(self, hashes: Sequence[BlockHash]) -> Restore | None:
         """Begin to bring back from the host tier what follows the cached prefix of `hashes`; None: nothing, or no room.
@@ -268,6 +295,9 @@ class Engine:
     def postprocess(self, batch: Batch, sampled: SampledBatch) -> StepOutput:
         """Book the step's results."""
         updates = self._scheduler.update(batch, sampled)
+        born = self.pool.take_unproven()
+        if born:
+            self.pool.set_proofs(born, prove(self.memory, born))
         for update in updates:
             timeline = update.request.timeline
             if update.new_tokens and len(update.request.output_token_ids) == 1:

@@ -56,12 +56,11 @@ def begin_restore(tier: HostTier, scheduler: Scheduler, hashes: Sequence[BlockHa
 
 def end_restore(tier: HostTier, scheduler: Scheduler, restore: Restore, copied: CopiedBack) -> None:
     """Publish what came back whole, up to the first block that did not; give back everything else."""
-    end = restore.num_present + copied.num_whole
+    start, end = restore.num_present, restore.num_present + copied.num_whole
     # Peers ask for what they lack: that may begin in the middle of a chain.
-    parent_hash = tier.parent_of(restore.hashes[0]) if restore.num_present == 0 else None
-    scheduler.publish_lent(restore.block_ids[:end], restore.hashes[:end], parent_hash)
-    whole = slice(copied.num_whole)
-    scheduler.pool.note_digests(restore.missing_ids[whole], [block.digest for block in restore.pinned[whole]])
+    parent_hash = restore.hashes[start - 1] if start else tier.parent_of(restore.hashes[0])
+    proofs = [block.proof for block in restore.pinned[: copied.num_whole]]
+    scheduler.publish_lent(restore.block_ids[start:end], restore.hashes[start:end], proofs, parent_hash)
     scheduler.release_lent(restore.block_ids)
     tier.unpin(restore.pinned, copied)
 

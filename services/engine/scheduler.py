@@ -24,6 +24,7 @@ from dataclasses import replace
 
 from kvstore.block_hash import BlockHash
 from kvstore.block_pool import BlockPool
+from kvstore.proof import Proof
 from services.engine.admission import Admission, GrantedReservation
 from services.engine.batch import Batch, BatchBuilder, SampledBatch, SampledSequence, ScheduledSequence
 from services.engine.block_tables import TakenBlocks, extend_block_hashes, publish_full_blocks
@@ -150,15 +151,19 @@ class Scheduler:
         return blocks
 
     def publish_lent(
-        self, block_ids: Sequence[int], hashes: Sequence[BlockHash], parent_hash: BlockHash | None = None
+        self,
+        block_ids: Sequence[int],
+        hashes: Sequence[BlockHash],
+        proofs: Sequence[Proof],
+        parent_hash: BlockHash | None = None,
     ) -> None:
         """Make lent blocks findable that the caller filled and verified: a run of a chain. Raises `NotLent`.
 
         `parent_hash` is that of the block before them; None where they begin at the head of the chain.
         """
         self.loans.check(block_ids)
-        for block_id, block_hash in zip(block_ids, hashes, strict=True):
-            self.pool.publish(block_id, block_hash, parent_hash)
+        for block_id, block_hash, proof in zip(block_ids, hashes, proofs, strict=True):
+            self.pool.publish(block_id, block_hash, parent_hash, proof=proof)
             parent_hash = block_hash
 
     def next_prefixes(self, max_requests: int) -> list[Sequence[BlockHash]]:
@@ -172,8 +177,10 @@ class Scheduler:
             self.loans.pass_over(reservation.block_ids)
         return granted
 
-    def add_prefilled(self, request: Request, block_ids: Sequence[int], first_token: SampledToken) -> RequestUpdate:
-        """Run a request on from its first token: its prompt's KV is in `block_ids`, verified, in order.
+    def add_prefilled(
+        self, request: Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken
+    ) -> RequestUpdate:
+        """Run a request on from its first token: its prompt's KV is in `block_ids`, verified by `proofs`, in order.
 
         The request must be RESERVED; `block_ids` are the lent blocks of its reservation and become the request's.
         Raises `NotReserved` or `NotLent`, changing nothing, otherwise. The update says whether the first token was also
@@ -191,7 +198,7 @@ class Scheduler:
         request.block_table = list(block_ids)
         request.was_scheduled = True
         request.num_computed_tokens = request.num_prompt_tokens
-        publish_full_blocks(self.pool, request, self.config)
+        publish_full_blocks(self.pool, request, self.config, proofs)
         return self._book_token(ScheduledSequence(request, 0, 0, False, True, None), first_token)
 
     def schedule(self) -> Batch | None:

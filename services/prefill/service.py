@@ -3,7 +3,7 @@
 An order's life, with the side that each step happens on (E: engine thread, L: event loop):
 
     accepted (L) -> queued (E) -> first chunk scheduled (E) -> lease opened, blocks offered (L)
-    -> per step: newly full blocks referenced and digested (E), announced (L)
+    -> per step: newly full blocks referenced (E), announced (L)
     -> last chunk computed, first token sampled (E) -> rest announced, `finished` sent (L)
     -> lease closes (L) -> settled (E)
 
@@ -313,7 +313,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         self._loop.call_soon_threadsafe(order.add_step, step)
 
     def _computed(self, order: _Order, update: RequestUpdate) -> _Computed:
-        """Pin and digest what became announceable: the full blocks, and with the last chunk the partial one too."""
+        """Pin what became announceable: the full blocks, and with the last chunk the partial one too."""
         request, engine = update.request, self._parts.engine
         finished = bool(update.new_tokens)
         first = len(order.pinned)
@@ -324,9 +324,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         # A block that the first token fills up is still the prompt's partial block: it has no identity yet.
         num_full = request.num_prompt_tokens // engine.layout.block_size
         hashes = [*request.block_hashes[:num_full], None][first:end]
-        digests = engine.memory.digests(block_ids)
-        engine.pool.note_digests(block_ids, digests)
-        blocks = [AnnouncedBlock(*block) for block in zip(block_ids, hashes, digests, strict=True)]
+        blocks = list(map(AnnouncedBlock, block_ids, hashes, engine.proofs(block_ids)))
         if finished:
             engine.release_blocks(request.block_table)  # left to us by hold_blocks; the order's own pins stay
         return _Computed(first, blocks, _finished(update, order.fetched) if finished else None)

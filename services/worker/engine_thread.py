@@ -112,14 +112,10 @@ class EngineThread:
         """Whether so many commands wait that a worker should take no more work on."""
         return self._commands.qsize() >= _MAX_COMMANDS
 
-    def wake(self) -> None:
-        """Have the thread look after its engine, if it is idle. From any thread."""
-        self._commands.put(lambda: None)
-
     async def stop(self) -> None:
         """Finish the step in progress and end the thread; requests that still run are left as they are."""
         self._stopping = True
-        self.wake()
+        self._commands.put(lambda: None)
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, _STOP_TIMEOUT_S)
             if self._thread.is_alive():

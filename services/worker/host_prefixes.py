@@ -1,6 +1,6 @@
 """Brings prefixes back from this worker's host tier into its paged cache: for prompts that come, and for peers.
 
-    wait until what was just evicted is digested -> take blocks (engine) -> copy, verify (a thread) -> publish (engine)
+    take blocks (engine) -> copy, verify (a thread) -> publish (engine)
 
 No UCX, and no step waits for it. A peer that wants such blocks gets them the same way, since lending reads the paged
 pool: so its transfer is like any other, on the lane that the paged pools have, and one memory is registered for it.
@@ -37,8 +37,6 @@ class HostPrefixes:
         self._under_way: dict[BlockHash, asyncio.Task[int]] = {}  # by the first block that is being brought back
         # One at a time: they share the memory's bandwidth with the steps.
         self._copying = ThreadPoolExecutor(1, thread_name_prefix="host-restore")
-        if self._tier is not None:
-            self._tier.notify(thread.wake)
 
     async def restore(self, hashes: Sequence[BlockHash]) -> None:
         """Make as much of the prefix cached as the host tier has, if there is room.
@@ -67,9 +65,6 @@ class HostPrefixes:
     async def _restore(self, tier: HostTier, first: BlockHash, hashes: Sequence[BlockHash]) -> int:
         """Bring one run back; the number of its blocks."""
         try:
-            digesting = await self._thread.call(tier.digesting, hashes)
-            if digesting is not None:
-                await asyncio.wrap_future(digesting)
             restore = await self._thread.call(self._engine.begin_restore, hashes)
             if restore is None:
                 return 0

@@ -63,12 +63,8 @@ class NoRoom(KVStoreError):
 
 
 class CacheLender:
-    """Lends the paged cache's blocks to readers that name them by hash. Digests are computed off loop and engine.
-
-    Once per block: a digest is kept for as long as the block can be found, so that bytes which change in our memory
-    meanwhile are noticed by whoever reads them, and dropped here.
-
-    What the host tier has comes into the paged cache first, as far as there is room.
+    """Lends the paged cache's blocks, each with the proof that it was published with, to readers that name them by
+    hash. What the host tier has comes into the paged cache first, as far as there is room.
     """
 
     def __init__(self, engine: Engine, thread: EngineThread, host: HostPrefixes) -> None:
@@ -78,33 +74,20 @@ class CacheLender:
 
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
         await self._host.restore(hashes)
-        block_ids, noted = await self._thread.call(self._lend, hashes)
-        digest_of = {block_id: digest for block_id, digest in zip(block_ids, noted, strict=True) if digest is not None}
-        unknown = [block_id for block_id in block_ids if block_id not in digest_of]
-        if unknown:
-            digests = await asyncio.to_thread(self._engine.memory.digests, unknown)
-            await self._thread.call(self._engine.pool.note_digests, unknown, digests)
-            digest_of.update(zip(unknown, digests, strict=True))
-        return [AnnouncedBlock(each, hashes[index], digest_of[each]) for index, each in enumerate(block_ids)]
+        return await self._thread.call(self._lend, hashes)
 
-    async def take_back(self, blocks: Sequence[AnnouncedBlock], was_confirmed: bool) -> None:
-        """Where the reader did not confirm, look whether our memory has changed under us, and drop what has."""
-        try:
-            if not was_confirmed:
-                await self._drop_corrupt(blocks)
-        finally:
-            await self._thread.call(self._engine.release_blocks, [block.block_id for block in blocks])
+    async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None:
+        await self._thread.call(self._engine.release_blocks, [block.block_id for block in blocks])
 
-    def _lend(self, hashes: Sequence[BlockHash]) -> tuple[list[int], list[int | None]]:  # engine thread
+    async def recheck(self, hashes: Sequence[BlockHash]) -> None:
+        """Between two steps, so that nobody is lent or handed the blocks again before we have looked."""
+        num_dropped = await self._thread.call(self._engine.recheck, hashes)
+        if num_dropped:
+            log.error("%d of %d blocks have changed in memory, and are dropped", num_dropped, len(hashes))
+
+    def _lend(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:  # engine thread
         block_ids = self._engine.lend_prefix(hashes)
-        return block_ids, self._engine.pool.noted_digests(block_ids)
-
-    async def _drop_corrupt(self, blocks: Sequence[AnnouncedBlock]) -> None:
-        digests = await asyncio.to_thread(self._engine.memory.digests, [block.block_id for block in blocks])
-        changed = [block.block_id for block, digest in zip(blocks, digests, strict=True) if digest != block.digest]
-        if changed:
-            num_dropped = await self._thread.call(self._engine.pool.drop_corrupt, changed)
-            log.error("%d blocks have changed in memory, and are dropped: %s", num_dropped, changed)
+        return list(map(AnnouncedBlock, block_ids, hashes, self._engine.proofs(block_ids)))
 
 
 class IndexFeed:
@@ -317,15 +300,18 @@ class PrefixFetcher:
                 return result
             # No await before the call, which runs even if we are cancelled: the blocks are ours to give back.
             taken = True
-            await self._thread.call(self._cache, head + result.block_ids, hashes[: start + len(result.block_ids)])
+            await self._thread.call(self._cache, head, hashes[start - 1] if start else None, result, hashes[start:])
             return result
         finally:
             if not taken:
                 self._dispose(fetch, head)
 
-    def _cache(self, block_ids: list[int], hashes: Sequence[BlockHash]) -> None:  # engine thread
-        self._engine.publish_blocks(block_ids, hashes)
-        self._engine.release_blocks(block_ids)
+    def _cache(
+        self, head: list[int], parent_hash: BlockHash | None, result: FetchResult, hashes: Sequence[BlockHash]
+    ) -> None:  # engine thread
+        fetched = hashes[: len(result.block_ids)]
+        self._engine.publish_blocks(result.block_ids, fetched, result.proofs, parent_hash)
+        self._engine.release_blocks(head + result.block_ids)
 
     def _dispose(self, fetch: Fetch, head: list[int]) -> None:
         task = asyncio.create_task(self._free_after(fetch, head), name="dispose-prefix-fetch")

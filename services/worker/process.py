@@ -162,8 +162,6 @@ def _close_at_the_end(
 ) -> None:
     """From the last to the first: calls end, then transfers, then what they held is settled, then the engine."""
     parts = assembly.parts
-    if parts.engine.host_tier is not None:
-        cleanup.callback(parts.engine.host_tier.close)
     cleanup.push_async_callback(parts.thread.stop)
     cleanup.push_async_callback(assembly.host_prefixes.settle)
     cleanup.push_async_callback(parts.fetcher.settle)

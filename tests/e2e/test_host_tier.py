@@ -11,14 +11,9 @@ import httpx
 import pytest
 
 from kvstore.block_hash import BlockHash
-from kvstore.memory import HostMemory
 from kvstore.prefix_index import Holding, IndexReader, Tier
-from services.engine.config import EngineConfig
-from services.engine.engine import Engine
-from services.engine.request import Request, SamplingParams
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.orders import Orders
-from tests.process_memory import flip_byte
 from tests.stack import Stack
 
 # 41 blocks of 32 tokens: room for one prompt of 1,000 tokens, and for no second one beside it.
@@ -107,41 +102,6 @@ async def test_the_router_finds_in_the_index_what_only_main_memory_has(served: t
     assert warm["usage"]["prompt_tokens_details"]["cached_tokens"] >= len(shared)
     assert [part["tier"] for part in warm["receipt"]["sequences"][0]["fetched"]] == ["host"], warm["receipt"]
     stack.check_clean()
-
-
-async def test_a_byte_flipped_in_main_memory_costs_a_recomputation_and_no_token(served: tuple[Path, Stack]) -> None:
-    model, stack = served
-    orders = Orders(stack, NUM_NEW_TOKENS)
-    prompt = random_prompts([1000], seed=67)[0]
-    expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
-    pid = stack.services["prefill-0"].process.pid
-    assert pid is not None
-    await orders.generate(prompt, "decode-0", "prefill-0", [])
-    contents = block_contents(model, prompt)
-    # Found by the worker itself, then on behalf of a peer, who is lent what comes before.
-    for num_corrupt, wrong in enumerate((5, 20)):
-        await evict(stack, orders, "decode-0", "prefill-0", seed=68 + num_corrupt)
-        # Where it was evicted to: the tier, whose memory is by far larger than the paged cache's.
-        flip_byte(pid, contents[wrong], offset=100, num_copies=1, min_map_bytes=4 << 20)
-        reader = ("decode-0", "prefill-0") if num_corrupt == 0 else ("decode-1", "prefill-1")
-        sources = [] if num_corrupt == 0 else [orders.source("prefill-0", 31, tier="host")]
-        tokens, usage = await orders.generate(prompt, *reader, sources)
-        assert (tokens, usage.num_cached_tokens) == (expected, wrong * 32)
-        assert [part.num_blocks for part in usage.fetched] == ([] if num_corrupt == 0 else [wrong])
-        assert stack.metric("prefill-0", "tandem:host_tier_corrupt_total") == num_corrupt + 1
-    stack.check_clean()
-
-
-def block_contents(model: Path, prompt: list[int]) -> list[bytes]:
-    """What a worker of the stack writes into the blocks of this prompt: its engine is this one, to the last bit."""
-    engine = Engine.from_config(EngineConfig(str(model), max_model_len=1200, num_gpu_blocks_override=64, num_threads=1))
-    request = Request("r", prompt, SamplingParams(temperature=0.0, max_tokens=1), hold_blocks=True)
-    engine.add_request(request)
-    while engine.has_work:
-        engine.step()
-    memory = engine.memory
-    assert isinstance(memory, HostMemory)
-    return [memory.view(block_id).tobytes() for block_id in request.block_table]
 
 
 async def test_a_decode_worker_finds_its_own_evicted_blocks_those_it_generated_too(served: tuple[Path, Stack]) -> None:

@@ -14,7 +14,6 @@ from tests.block_peer import BlockPeer
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.index_view import num_held, until_held
 from tests.orders import Orders
-from tests.process_memory import flip_byte
 from tests.stack import Stack
 
 NUM_NEW_TOKENS = 8
@@ -99,10 +98,6 @@ def takes_nothing_in(stack: Stack) -> bool:
     return bool(intake["is_idle"])
 
 
-def num_corrupt(stack: Stack, tier: str) -> float:
-    return stack.metric("store-0", "tandem:store_corrupt_blocks_total", tier=tier)
-
-
 def are_on_disk(disk: Path, payloads: list[bytes]) -> bool:
     content = b"".join(path.read_bytes() for path in disk.glob("*.blocks"))
     return all(payload in content for payload in payloads)
@@ -112,44 +107,6 @@ def find(disk: Path, payload: bytes) -> tuple[Path, int]:
     """Where on disk a block is."""
     (found,) = ((path, at) for path in disk.glob("*.blocks") if (at := path.read_bytes().find(payload)) >= 0)
     return found
-
-
-async def test_a_flipped_bit_in_memory_is_not_used_and_the_copy_on_disk_is(
-    stack: Stack, model: Path, peer: BlockPeer
-) -> None:
-    kept = Kept(stack, model, peer, seed=201)
-    await kept.keep()
-    before = num_corrupt(stack, "dram")
-    flip_byte(stack.services["store-0"].process.pid or 0, kept.payloads[30], offset=12_345)
-    assert await kept.ask(1, "decode-0", "prefill-1", "store") == 0, "what does not fit its digest is not used"
-    await asyncio.to_thread(
-        stack.wait_for, lambda: num_corrupt(stack, "dram") == before + 1, "the store to find what has changed"
-    )
-    from_disk = stack.metric("store-0", "tandem:store_queries_total", tier="disk")
-    assert await kept.ask(2, "decode-1", None, "store") == NUM_SHARED_BLOCKS
-    assert stack.metric("store-0", "tandem:store_queries_total", tier="disk") > from_disk
-    stack.check_clean()
-
-
-async def test_a_flipped_bit_on_disk_costs_what_comes_after_it(
-    stack: Stack, disk: Path, model: Path, peer: BlockPeer
-) -> None:
-    kept = Kept(stack, model, peer, seed=202)
-    await kept.keep()
-
-    def damage() -> None:
-        path, at = find(disk, kept.payloads[20])
-        with path.open("r+b") as file:
-            file.seek(at + 77)
-            file.write(bytes([kept.payloads[20][77] ^ 16]))
-
-    stack.restart(*WORKERS, "store-0", meanwhile=damage)
-    assert await kept.ask(1, "decode-0", "prefill-1", "disk") == 20
-    assert num_corrupt(stack, "disk") == 1
-    # What was computed instead is offered to the store, which has all of it then.
-    await until_held(stack, kept.hashes, "store-0", Tier.DISK)
-    assert await kept.ask(2, "decode-1", None, "disk") == NUM_SHARED_BLOCKS
-    stack.check_clean()
 
 
 async def test_of_a_truncated_file_the_blocks_that_are_whole_are_used(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kvstore.fetch_events import Reservation
+from kvstore.proof import prove
 from services.engine import capacity
 from services.engine.capacity import choose_num_blocks
 from services.engine.config import EngineConfig, InvalidConfig
@@ -256,8 +257,10 @@ def hand_off(prefill: Engine, decode: Engine, request: Request) -> Request:
     (reservation,) = granted
     for index in range(reservation.num_present, len(reservation.block_ids)):
         decode.kv_cache[reservation.block_ids[index]] = prefill.kv_cache[source.block_table[index]]
+    proofs = prefill.proofs(source.block_table)
+    assert proofs == prove(prefill.memory, source.block_table), "as the blocks were made"
     prefill.release_blocks(source.block_table)
-    update = decode.add_prefilled(request, reservation.block_ids, last.new_tokens[0])
+    update = decode.add_prefilled(request, reservation.block_ids, proofs, last.new_tokens[0])
     assert (update.new_tokens, update.finish_reason) == (last.new_tokens, None)
     prefill.check_integrity()
     decode.check_integrity()
@@ -333,7 +336,7 @@ def test_the_ends_of_a_reservation(models: Models) -> None:
     assert engine.abort(third.request_id)
     assert engine.abort(first.request_id)
     with pytest.raises(NotReserved):
-        engine.add_prefilled(first, granted[0].block_ids, SampledToken(3))
+        engine.add_prefilled(first, granted[0].block_ids, [1, 2], SampledToken(3))
     engine.release_reservation(first, granted[0].block_ids)
     with pytest.raises(NotLent):
         engine.release_reservation(first, granted[0].block_ids)

@@ -49,8 +49,6 @@ def make_engine(model: Path, num_blocks: int = NUM_BLOCKS, size_gib: float = 0.0
     engine = Engine.from_config(config)
     yield engine
     engine.check_integrity()
-    if engine.host_tier is not None:
-        engine.host_tier.close()
 
 
 def serve(engine: Engine, prompt: list[int], name: str = "r", **sampling: object) -> Request:
@@ -67,17 +65,9 @@ def run(engine: Engine) -> None:
         engine.check_integrity()
 
 
-def wait_digested(engine: Engine) -> None:
-    assert engine.host_tier is not None
-    for batch in list(engine.host_tier._batches):
-        batch.digests.result(timeout=30)
-    engine.take_host_changes()
-
-
 def evict(engine: Engine) -> None:
     """Let a prompt take all the pool's blocks."""
     serve(engine, random_prompts([387], seed=99)[0], "evictor")
-    wait_digested(engine)
 
 
 def flip_byte(engine: Engine, block_hash: BlockHash) -> None:
@@ -103,7 +93,7 @@ def test_an_evicted_prefix_comes_back_before_the_prompt_is_queued(model: Path, e
     engine.end_restore(restore, copied)
     assert all(copied.is_whole)
     assert engine.pool.peek_prefix(hashes) == 20
-    assert engine.pool.noted_digests(restore.missing_ids) == [block.digest for block in restore.pinned]
+    assert engine.pool.proofs(restore.missing_ids) == [block.proof for block in restore.pinned]
     second = serve(engine, shared + tails[1], "second")
     assert (second.output_token_ids, second.num_cached_tokens) == (expected[1], 320)
 
@@ -145,8 +135,6 @@ def test_preempted_requests_get_their_blocks_back_and_compute_less(model: Path) 
             while engine.has_work:
                 engine.step()
                 engine.check_integrity()
-                if engine.host_tier is not None:
-                    wait_digested(engine)
             assert [request.output_token_ids for request in requests] == expected
             assert engine.stats.num_preemptions > 0
             num_computed.append(engine.stats.num_prompt_tokens)
@@ -226,4 +214,3 @@ def test_the_memory_is_aligned_touched_and_copied_block_by_block() -> None:
     copier.copy_in([1], [3])
     assert kv_cache[3].tolist() == list(range(128, 192))
     assert not kv_cache[:3].any()
-    tier.close()

@@ -24,6 +24,8 @@ from tests.engine.paged_world import PagedWorld, expected_outputs
 
 BLOCK_SIZE = 4
 
+PROOFS = list(range(100))  # of blocks that came from elsewhere: nobody here looks
+
 
 class Bench:
     """A scheduler, its pool and a world to run its batches in."""
@@ -368,7 +370,7 @@ def test_parts_of_fetched_blocks_are_found_once_a_prompt_has_used_them() -> None
     assert taken is not None
     for index, block_id in enumerate(taken.block_ids):
         bench.world.blocks[block_id] = list(prompt[BLOCK_SIZE * index : BLOCK_SIZE * (index + 1)])
-    bench.scheduler.publish_lent(taken.block_ids, hashes)
+    bench.scheduler.publish_lent(taken.block_ids, hashes, taken.block_ids)
     bench.scheduler.release_lent(taken.block_ids)
     *_, third = run_to_end(bench, [[*prompt, 1], [*prompt[:7], 1]])
     assert third.num_cached_tokens == 7
@@ -526,7 +528,7 @@ def test_a_reservation_brings_what_the_prefix_cache_has_and_joins_the_batch() ->
     bench.scheduler.check_integrity()
     bench.world.transfer(request, grant.block_ids, grant.num_present)
     outputs = expected_outputs(request.prompt_token_ids, request.sampling, 64)
-    update = bench.scheduler.add_prefilled(request, grant.block_ids, SampledToken(outputs[0]))
+    update = bench.scheduler.add_prefilled(request, grant.block_ids, PROOFS, SampledToken(outputs[0]))
     assert (update.finish_reason, update.new_tokens[0].token_id) == (None, outputs[0])
     assert bench.shapes(1) == [{"b": 1}]
     bench.run_all()
@@ -540,7 +542,7 @@ def test_transferred_blocks_are_found_by_later_prompts() -> None:
     bench.world.transfer(request, grant.block_ids, 0)
     root = namespace("ab")
     assert bench.pool.peek_prefix(hash_blocks(root, request.prompt_token_ids, BLOCK_SIZE)) == 0
-    bench.scheduler.add_prefilled(request, grant.block_ids, SampledToken(1))
+    bench.scheduler.add_prefilled(request, grant.block_ids, PROOFS, SampledToken(1))
     assert bench.pool.peek_prefix(hash_blocks(root, request.prompt_token_ids, BLOCK_SIZE)) == 2
 
 
@@ -552,7 +554,7 @@ def test_a_prefilled_request_that_is_preempted_computes_its_prompt_here() -> Non
     (grant,) = bench.scheduler.grant_reservations()
     bench.world.transfer(request, grant.block_ids, 0)
     outputs = expected_outputs(request.prompt_token_ids, request.sampling, 64)
-    bench.scheduler.add_prefilled(request, grant.block_ids, SampledToken(outputs[0]))
+    bench.scheduler.add_prefilled(request, grant.block_ids, PROOFS, SampledToken(outputs[0]))
     bench.run_all()
     assert request.num_preemptions > 0
     assert request.output_token_ids == outputs
@@ -632,7 +634,7 @@ def test_a_request_aborted_during_its_transfer_cannot_join_and_leaves_its_blocks
     (grant,) = bench.scheduler.grant_reservations()
     assert bench.scheduler.abort("a")
     with pytest.raises(NotReserved, match="a is FINISHED"):
-        bench.scheduler.add_prefilled(request, grant.block_ids, SampledToken(1))
+        bench.scheduler.add_prefilled(request, grant.block_ids, PROOFS, SampledToken(1))
     bench.scheduler.check_integrity()
     assert bench.pool.num_free == 97
     bench.scheduler.release_reservation(request, grant.block_ids)
@@ -644,9 +646,9 @@ def test_blocks_of_another_cannot_be_joined() -> None:
     request = bench.reserve("a", 9)
     (grant,) = bench.scheduler.grant_reservations()
     with pytest.raises(NotLent):
-        bench.scheduler.add_prefilled(request, [50, 51, 52], SampledToken(1))
+        bench.scheduler.add_prefilled(request, [50, 51, 52], PROOFS, SampledToken(1))
     with pytest.raises(NotReserved, match="2 blocks"):
-        bench.scheduler.add_prefilled(request, grant.block_ids[:2], SampledToken(1))
+        bench.scheduler.add_prefilled(request, grant.block_ids[:2], PROOFS, SampledToken(1))
     bench.scheduler.check_integrity()
 
 

@@ -127,7 +127,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if request.status is RequestStatus.RESERVED and data.draw(st.booleans()):
             self.world.transfer(request, grant.block_ids, grant.num_present)
             first_token = SampledToken(next_token(request.prompt_token_ids))
-            update = self.scheduler.add_prefilled(request, grant.block_ids, first_token)
+            update = self.scheduler.add_prefilled(request, grant.block_ids, grant.block_ids, first_token)
             assert update.new_tokens == (first_token,)
             assert (update.finish_reason is not None) == request.is_finished
         else:
@@ -229,7 +229,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if grant.request.status is RequestStatus.RESERVED:
                     self.world.transfer(grant.request, grant.block_ids, grant.num_present)
                     token = SampledToken(next_token(grant.request.prompt_token_ids))
-                    self.scheduler.add_prefilled(grant.request, grant.block_ids, token)
+                    self.scheduler.add_prefilled(grant.request, grant.block_ids, grant.block_ids, token)
                 else:
                     self.scheduler.release_reservation(grant.request, grant.block_ids)
             elif self.lent:

@@ -11,9 +11,7 @@ from kvstore.fetch_events import (
     AbortOrdered,
     AbortReads,
     BlocksAnnounced,
-    ComputeDigests,
     ConfirmAnswered,
-    DigestsComputed,
     FetchCause,
     FetchEvent,
     FetchState,
@@ -31,8 +29,10 @@ from kvstore.fetch_events import (
     Revoked,
     SendMessage,
     StartRead,
+    Verified,
+    Verify,
 )
-from kvstore.messages import AnnouncedBlock, Confirm, Release
+from kvstore.messages import AnnouncedBlock, Confirm, Release, Suspect
 from kvstore.timeouts import ExchangeTimeouts
 
 TRANSFER = b"transfer-0000001"
@@ -63,7 +63,7 @@ class Transcript:
         steps = [
             [Offered(5)],
             [Reserved(Reservation(ROOM, self.num_present))],
-            [BlocksAnnounced(0, ANNOUNCED, True), ReadEnded(1), DigestsComputed(1, [1000, 1001, 1002, 1003, 1004])],
+            [BlocksAnnounced(0, ANNOUNCED, True), ReadEnded(1), Verified(1, [])],
             [ConfirmAnswered(True)],
         ]
         if state in path:
@@ -86,7 +86,7 @@ EVENTS: list[FetchEvent] = [
     ReserveFailed("full"),
     BlocksAnnounced(0, ANNOUNCED[:2], False),
     ReadEnded(1),
-    DigestsComputed(1, [0] * 5),
+    Verified(1, [4]),
     ConfirmAnswered(True),
     Revoked("expired"),
     AbortOrdered("enough"),
@@ -113,13 +113,14 @@ def test_a_transfer_in_two_chunks_from_order_to_confirmation():
     assert t.tell(BlocksAnnounced(0, ANNOUNCED[:3], False), 1.0) == []  # no room yet: remembered
     assert t.tell(Reserved(Reservation(ROOM, 1)), 1.0) == [StartRead(1, (1, 2), (41, 42), (8, 9))]  # 0 is present
     assert t.tell(BlocksAnnounced(3, ANNOUNCED[3:], True), 1.0) == [StartRead(2, (3, 4), (43, 44), (3, 1))]
-    assert t.tell(ReadEnded(2), 1.0) == [ComputeDigests(2, (3, 1))]
-    assert t.tell(ReadEnded(1), 1.0) == [ComputeDigests(1, (8, 9))]
-    assert t.tell(DigestsComputed(1, [1001, 1002]), 1.0) == []
-    assert t.tell(DigestsComputed(2, [1003, 1004]), 1.0) == [SendMessage(Confirm(TRANSFER))]
+    assert t.tell(ReadEnded(2), 1.0) == [Verify(2, (3, 1), (1003, 1004))]
+    assert t.tell(ReadEnded(1), 1.0) == [Verify(1, (8, 9), (1001, 1002))]
+    assert t.tell(Verified(1, []), 1.0) == []
+    assert t.tell(Verified(2, []), 1.0) == [SendMessage(Confirm(TRANSFER))]
     resolved, quiesced = t.tell(ConfirmAnswered(True), 1.0)
     result = resolved.result
     assert (result.ok, result.block_ids, result.num_blocks, result.num_bytes) == (True, ROOM, 4, 4 * 4096)
+    assert result.proofs == [1000, 1001, 1002, 1003, 1004]
     stamps = result.stamps
     assert (stamps.offered, stamps.reserved, stamps.first_read, stamps.last_read) == (1.0, 3.0, 3.0, 6.0)
     assert (stamps.verified, stamps.confirmed) == (8.0, 9.0)
@@ -139,7 +140,7 @@ def test_outstanding_reads_are_bounded_in_number_and_size():
         StartRead(2, (2, 3), (42, 43), (9, 3)),
     ]
     t.tell(ReadEnded(1))
-    assert t.tell(DigestsComputed(1, [1000, 1001])) == [StartRead(3, (4,), (44,), (1,))]
+    assert t.tell(Verified(1, [])) == [StartRead(3, (4,), (44,), (1,))]
 
 
 def test_a_block_of_another_identity_is_never_read():
@@ -152,13 +153,14 @@ def test_a_block_of_another_identity_is_never_read():
     assert isinstance(only(actions, SendMessage).message, Release)
 
 
-def test_a_wrong_digest_fails_the_fetch_and_other_reads_keep_the_blocks_in_quarantine():
+def test_wrong_bytes_fail_the_fetch_are_reported_and_other_reads_keep_the_blocks_in_quarantine():
     t = Transcript(limits=ReadLimits(max_reads=2, max_blocks=3)).to(FetchState.READING)
     t.tell(BlocksAnnounced(0, ANNOUNCED, True))
     t.tell(ReadEnded(1))
-    actions = t.tell(DigestsComputed(1, [1000, 999, 1002]))
+    actions = t.tell(Verified(1, [1]))
+    assert actions[0] == SendMessage(Suspect([HASHES[1]])), "before the lease is given up"
     assert failure_of(actions) == ("read", FetchCause.DIGEST_MISMATCH)
-    assert "block 1 (the owner's 41, our 8)" in only(actions, Resolve).result.failure.detail
+    assert "blocks [1] (the owner's [41])" in only(actions, Resolve).result.failure.detail
     assert t.fetch.quarantined == ROOM
     assert t.tell(ReadEnded(2)) == [Quiesced(ROOM)]
     assert t.fetch.quarantined == []
@@ -239,7 +241,7 @@ def test_every_event_in_every_state_is_handled_ignored_or_refused_with_the_histo
         with pytest.raises(IllegalTransition, match="History: "):
             t.tell(event)
         return
-    if isinstance(event, ReadEnded | DigestsComputed) and state is FetchState.READING:
+    if isinstance(event, ReadEnded | Verified) and state is FetchState.READING:
         t.tell(BlocksAnnounced(0, ANNOUNCED, True))
     over = state in (FetchState.DONE, FetchState.FAILED, FetchState.DRAINING)
     actions = t.tell(event)

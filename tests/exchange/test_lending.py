@@ -27,6 +27,7 @@ class Shelf:
         self.wrong_digest = wrong_digest
         self.worker: Worker | None = None
         self.num_pinned = 0
+        self.suspected: list[BlockHash] = []
         self.asked_for: list[str] = []  # the requests
 
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
@@ -44,8 +45,11 @@ class Shelf:
             for block_id, block_hash, digest in zip(block_ids, held, digests, strict=True)
         ]
 
-    async def take_back(self, blocks: Sequence[AnnouncedBlock], was_confirmed: bool) -> None:
+    async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None:
         self.num_pinned -= len(blocks)
+
+    async def recheck(self, hashes: Sequence[BlockHash]) -> None:
+        self.suspected += hashes
 
 
 def make_pair(shelf: Shelf, faults: Faults | None = None) -> tuple[Worker, Worker]:
@@ -162,6 +166,20 @@ async def test_a_holder_that_lies_is_found_out_and_its_blocks_are_unpinned() -> 
         assert result.failure.cause is FetchCause.DIGEST_MISMATCH
         assert await fetch.quiesced == [1, 2, 3]
         await settled(shelf)
+    assert shelf.suspected == HASHES[:3], "the holder is told"
+
+
+async def test_a_holder_of_an_older_version_is_not_told_what_is_wrong(monkeypatch) -> None:
+    monkeypatch.setattr("kvstore.handshake.FEATURES", ())
+    shelf = Shelf(num_held=3, wrong_digest=True)
+    owner, reader = make_pair(shelf)
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        result = await reader.exchange.fetch_prefix(TRANSFER, "store-0", HASHES, room([1, 2, 3])).result
+        assert result.failure.cause is FetchCause.DIGEST_MISMATCH
+        await settled(shelf)
+        assert reader.exchange.is_connected("store-0")
+    assert shelf.suspected == []
 
 
 async def test_a_reader_that_goes_away_leaves_nothing_pinned() -> None:

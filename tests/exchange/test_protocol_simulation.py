@@ -255,11 +255,13 @@ class World:
                     self.at(self.random.choice([0, 0.5, 4, 14]) * self.random.random(), self.grant_room, "reader")
                 case f.StartRead():
                     self.start_read(action)
-                case f.ComputeDigests(read_id, local_ids):
+                case f.Verify(read_id, local_ids, proofs):
                     self.at(
                         self.random.uniform(0, 0.2),
-                        lambda read_id=read_id, local_ids=local_ids: self.tell_fetch(
-                            f.DigestsComputed(read_id, [self.reader_pool[i] for i in local_ids])
+                        lambda read_id=read_id, local_ids=local_ids, proofs=proofs: self.tell_fetch(
+                            f.Verified(
+                                read_id, [n for n, i in enumerate(local_ids) if self.reader_pool[i] != proofs[n]]
+                            )
                         ),
                         "reader",
                     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ from kvstore.block_hash import BlockHash
 from kvstore.block_pool import BlockPool
 from kvstore.host_tier import HostTier
 from kvstore.memory import HostMemory
-from tests.tiers.blocks import BLOCK_BYTES, payload
+from tests.tiers.blocks import BLOCK_BYTES, payload, proof
 
 
 class PlainCopier:
@@ -28,24 +27,12 @@ class PlainCopier:
             self._paged.view(block_id)[:] = self._slots.view(slot)
 
 
-class _StoppableMemory(HostMemory):
-    """Its digests wait while they are held."""
-
-    may_digest: threading.Event
-
-    def digests(self, block_ids: Sequence[int]) -> list[int]:
-        assert self.may_digest.wait(30)
-        return super().digests(block_ids)
-
-
 class PagedPool:
     """Blocks have the content that follows from their hash (`tests.tiers.blocks.payload`), and garbage once taken."""
 
     def __init__(self, num_blocks: int, num_slots: int, slot_bytes: int = BLOCK_BYTES) -> None:
         self.memory = HostMemory.allocate(num_blocks, BLOCK_BYTES)
-        self.slots = _StoppableMemory(np.zeros((num_slots, slot_bytes), dtype=np.uint8))
-        self.slots.may_digest = threading.Event()
-        self.slots.may_digest.set()
+        self.slots = HostMemory.allocate(num_slots, slot_bytes)
         self.tier = HostTier(self.slots, self.memory, PlainCopier(self.memory, self.slots))
         self.pool = BlockPool(num_blocks, on_evict=self.tier.take_evicted)
 
@@ -54,7 +41,7 @@ class PagedPool:
         ids = self.take(len(hashes))
         for block_id, block_hash in zip(ids, hashes, strict=True):
             self.memory.view(block_id)[:] = payload(block_hash)
-            self.pool.publish(block_id, block_hash, parent)
+            self.pool.publish(block_id, block_hash, parent, proof=proof(block_hash))
             parent = block_hash
         self.pool.release(ids)
 
@@ -82,7 +69,7 @@ class PagedPool:
         copied = self.tier.copy_back(pinned, ids)
         parent = hashes[num_cached - 1] if num_cached else None
         for block_id, block_hash in zip(ids[: copied.num_whole], hashes[num_cached:], strict=False):
-            self.pool.publish(block_id, block_hash, parent)
+            self.pool.publish(block_id, block_hash, parent, proof=proof(block_hash))
             parent = block_hash
         self.pool.release(present + ids)
         self.tier.unpin(pinned, copied)
@@ -99,18 +86,6 @@ class PagedPool:
         (pinned,) = self.tier._tier.pin([block_hash], is_use=False)
         self.tier._tier.unpin([pinned.slot])
         self.slots.view(pinned.slot)[17] ^= 1
-
-    def hold_digests(self) -> None:
-        self.slots.may_digest.clear()
-
-    def release_digests(self) -> None:
-        self.slots.may_digest.set()
-
-    def wait_digested(self) -> None:
-        """Until all that was evicted can be found."""
-        while self.tier._batches:
-            self.tier._batches[-1].digests.result(timeout=30)
-            self.tier.settle()
 
     def check_integrity(self) -> None:
         self.pool.check_integrity({})

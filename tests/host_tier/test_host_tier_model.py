@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvstore.block_hash import BlockHash
 from kvstore.dram_tier import PinnedBlock
 from tests.host_tier.paged_pool import PagedPool
-from tests.tiers.blocks import chain, payload
+from tests.tiers.blocks import chain, payload, proof
 
 # Few chains with few blocks, two of them with a common head, so that they meet in both tiers.
 CHAINS = [chain("a", 5), chain("a", 3) + chain("a'", 2), chain("b", 5), chain("c", 4)]
@@ -21,7 +21,6 @@ class HostTierMachine(RuleBasedStateMachine):
     @initialize(num_blocks=st.integers(5, 12), num_slots=st.integers(1, 12))
     def start(self, num_blocks: int, num_slots: int) -> None:
         self.world = PagedPool(num_blocks, num_slots)
-        self.world.hold_digests()  # `digest` alone lets them go on: a run must not depend on a thread's speed
         self.requests: list[list[int]] = []
         self.pinned: list[list[PinnedBlock]] = []
         self.found: set[BlockHash] = set()  # as an index is told
@@ -43,7 +42,7 @@ class HostTierMachine(RuleBasedStateMachine):
         fresh = self.world.take(len(hashes) - len(ids))
         for index, block_id in enumerate(fresh, start=len(ids)):
             self.world.memory.view(block_id)[:] = payload(hashes[index])
-            pool.publish(block_id, hashes[index], hashes[index - 1] if index else None)
+            pool.publish(block_id, hashes[index], hashes[index - 1] if index else None, proof=proof(hashes[index]))
         self.ever_computed.update(hashes)
         if goes:
             pool.release(ids + fresh)
@@ -55,24 +54,15 @@ class HostTierMachine(RuleBasedStateMachine):
     def finish(self, data: st.DataObject) -> None:
         self.world.pool.release(self.requests.pop(data.draw(st.integers(0, len(self.requests) - 1))))
 
-    @rule(share=st.integers(1, 4), is_digested=st.booleans())
-    def others_want_memory(self, share: int, is_digested: bool) -> None:
+    @rule(share=st.integers(1, 4))
+    def others_want_memory(self, share: int) -> None:
         self.world.pool.release(self.world.take(self.world.pool.num_free // share))
-        if is_digested:
-            self.digest()
 
     @rule(hashes=st.sampled_from(CHAINS))
     def serve_and_forget(self, hashes: list[BlockHash]) -> None:
         """What is served is evicted at once, and can be found in main memory."""
         self.serve(hashes, len(hashes), goes=1)
         self.world.evict_all()
-        self.digest()
-
-    @rule()
-    def digest(self) -> None:
-        self.world.release_digests()
-        self.world.wait_digested()
-        self.world.hold_digests()
 
     @rule(hashes=st.sampled_from(CHAINS))
     def a_restore_begins(self, hashes: list[BlockHash]) -> None:
@@ -113,11 +103,6 @@ class HostTierMachine(RuleBasedStateMachine):
         assert self.found <= self.ever_computed
         self.flipped &= self.found
         assert tier.num_blocks <= tier.num_slots
-
-    def teardown(self) -> None:
-        if hasattr(self, "world"):
-            self.world.release_digests()
-            self.world.tier.close()
 
 
 HostTierMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

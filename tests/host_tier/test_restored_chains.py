@@ -16,7 +16,6 @@ def test_a_run_from_the_middle_of_a_chain_keeps_its_parent() -> None:
     a = chain("a", 5)
     world.cache(a)
     world.evict_all()
-    world.wait_digested()
     for start in (2, 0):  # a peer that has the first two asks for the rest; then a prompt wants all
         world.pool.take_changes()
         restore = begin_restore(world.tier, scheduler, a[start:])

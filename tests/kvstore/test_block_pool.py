@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvstore.block_hash import BlockHash
-from kvstore.block_pool import BlockPool, CacheChange, CacheEvent
+from kvstore.block_pool import BlockPool, CacheChange, CachedBlock, CacheEvent
 from kvstore.errors import DoubleFree, IntegrityError, OutOfBlocks
 
 
@@ -289,30 +289,31 @@ def test_the_first_hit_of_a_block_since_its_publication_is_told_once():
     assert pool.take_changes() == [CacheChange(each, CacheEvent.REUSED) for each in hashes]
 
 
-def test_a_digest_is_kept_for_as_long_as_its_block_can_be_found():
+def test_a_block_published_without_a_proof_gets_one_once_and_keeps_it_while_it_can_be_found():
     pool = BlockPool(2)
-    (first,) = cached_chain(pool, chain("a", 1))
-    (unpublished,) = pool.allocate(1)
-    pool.note_digests([first, unpublished], [11, 12])
-    pool.note_digests([first], [13])
-    assert pool.noted_digests([first, unpublished]) == [11, None], "the first word counts, and only of findable blocks"
+    first, second = cached_chain(pool, chain("a", 2))
+    assert pool.take_unproven() == [first, second]
+    assert (pool.take_unproven(), pool.find(chain("a", 2))) == ([], [])
+    pool.set_proofs([first, second], [11, 12])
+    assert pool.proofs([first, second]) == [11, 12]
+    assert pool.find([*chain("a", 2), *chain("b", 1)]) == [CachedBlock(first, 11), CachedBlock(second, 12)]
     (again,) = pool.allocate(1)
-    assert again == first, "evicted"
-    assert pool.noted_digests([again]) == [None]
-    pool.publish(again, *chain("b", 1))
-    assert pool.noted_digests([again]) == [None], "other content, not digested yet"
+    assert pool.proofs([again]) == [None], "evicted"
+    pool.publish(again, *chain("b", 1), proof=13)
+    pool.publish(again, *chain("b", 1), proof=14)
+    assert (pool.proofs([again]), pool.take_unproven()) == ([13], []), "the first word counts"
     pool.reset_prefix_cache()
     pool.publish(again, *chain("c", 1))
-    assert pool.noted_digests([again]) == [None]
+    assert pool.proofs([again]) == [None]
 
 
-def test_an_evicted_block_takes_its_digest_along():
+def test_an_evicted_block_takes_its_proof_along_and_one_without_goes_nowhere():
     evicted = []
-    pool = BlockPool(1, on_evict=evicted.extend)
-    ids = cached_chain(pool, chain("a", 1))
-    pool.note_digests(ids, [11])
-    pool.allocate(1)
-    assert [(block.block_hash, block.digest) for block in evicted] == [(*chain("a", 1), 11)]
+    pool = BlockPool(2, on_evict=evicted.extend)
+    ids = cached_chain(pool, chain("a", 2))
+    pool.set_proofs(ids[:1], [11])
+    pool.allocate(2)
+    assert [(block.block_hash, block.proof) for block in evicted] == [(chain("a", 1)[0], 11)]
 
 
 def test_a_block_that_has_changed_is_found_no_more_and_offered_to_nobody():
@@ -321,14 +322,24 @@ def test_a_block_that_has_changed_is_found_no_more_and_offered_to_nobody():
     hashes = chain("a", 3)
     ids = cached_chain(pool, hashes)
     pool.take_changes()
+    pool.set_proofs(ids, [11, 12, 13])
     held = pool.match_prefix(hashes)
     assert pool.drop_corrupt([ids[1]]) == 1
     assert pool.drop_corrupt([ids[1]]) == 0
+    pool.publish(ids[1], hashes[1], hashes[0])
     assert CacheChange(hashes[1], CacheEvent.EVICTED) in pool.take_changes()
     assert (pool.peek_prefix(hashes), pool.stats.num_corrupt) == (1, 1)
     pool.release(held)
     pool.check_integrity({})
     pool.allocate(4)
     assert [block.block_hash for block in evicted] == [hashes[2], hashes[0]], "what has changed goes nowhere"
-    with pytest.raises(IntegrityError, match="to which nobody refers"):
-        BlockPool(1).drop_corrupt([0])
+    pool.publish(ids[1], hashes[1], hashes[0])
+    assert pool.peek_prefix(hashes[1:]) == 1, "other content now"
+
+
+def test_a_block_that_has_changed_and_that_nobody_holds_is_free_at_once():
+    pool = BlockPool(2)
+    ids = cached_chain(pool, chain("a", 2))
+    assert pool.drop_corrupt(ids[:1]) == 1
+    assert (pool.num_free, pool.num_cached) == (2, 1)
+    pool.check_integrity({})

@@ -66,7 +66,9 @@ class Worker:
         digests = self.memory.digests(ids)
         return [AnnouncedBlock(*each) for each in zip(ids, held, (d ^ self.lies for d in digests), strict=True)]
 
-    async def take_back(self, blocks: Sequence[AnnouncedBlock], was_confirmed: bool) -> None: ...
+    async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None: ...
+
+    async def recheck(self, hashes: Sequence[BlockHash]) -> None: ...
 
     async def offer(
         self, node: StoreNode, hashes: Sequence[BlockHash], parent: BlockHash | None = None, address: str = ""

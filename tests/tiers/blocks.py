@@ -10,6 +10,7 @@ import numpy.typing as npt
 from kvstore.block_hash import BlockHash
 from kvstore.digest import digest_rows
 from kvstore.layout import BlockLayout
+from kvstore.proof import Proof
 
 LAYOUT = BlockLayout(num_layers=1, num_kv_heads=1, block_size=4, head_dim=8, dtype="float32", model_fingerprint="m1")
 OTHER_LAYOUT = BlockLayout(
@@ -35,5 +36,5 @@ def payload(block_hash: BlockHash, block_bytes: int = BLOCK_BYTES) -> npt.NDArra
     return np.frombuffer(hashlib.shake_128(block_hash).digest(block_bytes), dtype=np.uint8)
 
 
-def digest(block_hash: BlockHash, block_bytes: int = BLOCK_BYTES) -> int:
-    return digest_rows(payload(block_hash, block_bytes).view("<i8").reshape(1, -1))[0]
+def proof(block_hash: BlockHash, block_bytes: int = BLOCK_BYTES) -> Proof:
+    return Proof(digest_rows(payload(block_hash, block_bytes).view("<i8").reshape(1, -1))[0])

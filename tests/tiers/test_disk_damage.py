@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kvstore.block_hash import BlockHash
 from kvstore.disk_tier import DiskTier, PutOutcome, StoredBlock
 from kvstore.segment_file import HEADER_BYTES, FileCalls, SegmentShape
-from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, digest, named_hash, parents, payload
+from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, named_hash, parents, payload, proof
 
 BLOCKS = chain("a", 6)
 MAX_BYTES = 16 * 12 * 1024
@@ -31,7 +31,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("intact")
     with DiskTier.open(directory, LAYOUT, MAX_BYTES) as tier:
         for block_hash, parent in zip(BLOCKS, parents(BLOCKS), strict=True):
-            assert tier.put(block_hash, parent, digest(block_hash), payload(block_hash)).outcome is PutOutcome.STORED
+            assert tier.put(block_hash, parent, proof(block_hash), payload(block_hash)).outcome is PutOutcome.STORED
         assert tier.size_bytes == SHAPE.size_bytes
     return directory
 
@@ -56,14 +56,14 @@ def read_all(tier: DiskTier) -> dict[BlockHash, bool]:
         served[block_hash] = isinstance(found, StoredBlock)
         if isinstance(found, StoredBlock):
             assert bytes(buffer) == payload(block_hash).tobytes()
-            assert found == StoredBlock(parent, digest(block_hash))
+            assert found == StoredBlock(parent, proof(block_hash))
     return served
 
 
 def rewrite_all(tier: DiskTier) -> None:
     """What was lost can be stored again, and nothing is out of place."""
     for block_hash, parent in zip(BLOCKS, parents(BLOCKS), strict=True):
-        outcome = tier.put(block_hash, parent, digest(block_hash), payload(block_hash)).outcome
+        outcome = tier.put(block_hash, parent, proof(block_hash), payload(block_hash)).outcome
         assert outcome in (PutOutcome.STORED, PutOutcome.PRESENT)
     assert all(read_all(tier).values())
     tier.check_integrity()
@@ -216,12 +216,12 @@ WRITER = """
 import sys
 from pathlib import Path
 from kvstore.disk_tier import DiskTier
-from tests.tiers.blocks import LAYOUT, digest, named_hash, payload
+from tests.tiers.blocks import LAYOUT, proof, named_hash, payload
 tier = DiskTier.open(Path(sys.argv[1]), LAYOUT, 400_000)
 number = int(sys.argv[2])
 while True:
     block_hash = named_hash(f"written{number}")
-    tier.put(block_hash, None, digest(block_hash), payload(block_hash))
+    tier.put(block_hash, None, proof(block_hash), payload(block_hash))
     print(number, flush=True)
     number += 1
 """

@@ -16,7 +16,7 @@ from kvstore.block_hash import BlockHash
 from kvstore.disk_tier import DiskTier, DiskTierClosed, GetFailure, PutOutcome, PutResult, StoredBlock
 from kvstore.segment_file import FileCalls, SegmentShape
 from kvstore.store_directory import DirectoryLocked
-from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, OTHER_LAYOUT, chain, digest, named_hash, parents, payload
+from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, OTHER_LAYOUT, chain, named_hash, parents, payload, proof
 
 MAX_BYTES = 16 * 12 * 1024  # 16 files of at most 12 KiB
 
@@ -57,7 +57,7 @@ def open_tier(directory: Path, max_bytes: int = MAX_BYTES, layout=LAYOUT, disk: 
 
 
 def put(tier: DiskTier, block_hash: BlockHash, parent: BlockHash | None = None) -> PutResult:
-    return tier.put(block_hash, parent, digest(block_hash), payload(block_hash))
+    return tier.put(block_hash, parent, proof(block_hash), payload(block_hash))
 
 
 def put_chain(tier: DiskTier, hashes: list[BlockHash]) -> None:
@@ -67,7 +67,7 @@ def put_chain(tier: DiskTier, hashes: list[BlockHash]) -> None:
 
 def assert_reads(tier: DiskTier, block_hash: BlockHash, parent: BlockHash | None = None) -> None:
     buffer = np.full(BLOCK_BYTES, 0xEE, np.uint8)
-    assert tier.get(block_hash, buffer) == StoredBlock(parent, digest(block_hash))
+    assert tier.get(block_hash, buffer) == StoredBlock(parent, proof(block_hash))
     assert buffer.tobytes() == payload(block_hash).tobytes()
 
 
@@ -254,10 +254,10 @@ def test_an_unreadable_block_is_dropped_and_its_slot_used_again(tmp_path):
         tier.check_integrity()
 
 
-def test_a_block_whose_digest_was_never_right_is_not_served(tmp_path):
+def test_a_block_whose_proof_was_never_right_is_not_served(tmp_path):
     (a,) = chain("a", 1)
     with open_tier(tmp_path) as tier:
-        tier.put(a, None, digest(a) ^ 1, payload(a))
+        tier.put(a, None, proof(a) ^ 1, payload(a))
         assert tier.get(a, bytearray(BLOCK_BYTES)) is GetFailure.CORRUPT
         assert not tier.contains(a)
 
@@ -339,7 +339,7 @@ def test_malformed_blocks_and_impossible_bounds_are_refused(tmp_path):
     with open_tier(tmp_path) as tier:
         with pytest.raises(ValueError, match="8 bytes"):
             tier.put(named_hash("a"), None, 0, bytes(8))
-        with pytest.raises(ValueError, match="digest -1"):
+        with pytest.raises(ValueError, match="proof -1"):
             tier.put(named_hash("a"), None, -1, bytes(BLOCK_BYTES))
         with pytest.raises(ValueError, match="into 8 bytes"):
             tier.get(named_hash("a"), bytearray(8))

@@ -21,7 +21,7 @@ from kvstore.memory import HostMemory
 from kvstore.segment_file import FileCalls
 from kvstore.tiered_store import StoreTier, TieredStore
 from kvstore.write_behind import DiskWrites
-from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, digest, named_hash, parents, payload
+from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, named_hash, parents, payload, proof
 
 DRAM, DISK = StoreTier.DRAM, StoreTier.DISK
 
@@ -82,7 +82,7 @@ async def open_store(
 
 async def insert(store: TieredStore, hashes: list[BlockHash]) -> None:
     for block_hash, parent in zip(hashes, parents(hashes), strict=True):
-        assert await store.insert(block_hash, parent, digest(block_hash), payload(block_hash))
+        assert await store.insert(block_hash, parent, proof(block_hash), payload(block_hash))
 
 
 async def take_in(store: TieredStore, hashes: list[BlockHash]) -> None:
@@ -90,11 +90,11 @@ async def take_in(store: TieredStore, hashes: list[BlockHash]) -> None:
     for block_hash, parent in zip(hashes, parents(hashes), strict=True):
         (slot,) = await store.reserve(1)
         store.dram.memory.view(slot)[:] = payload(block_hash)
-        assert store.publish(slot, block_hash, parent, digest(block_hash))
+        assert store.publish(slot, block_hash, parent, proof(block_hash))
 
 
 def assert_right(store: TieredStore, pinned: list[PinnedBlock], hashes: list[BlockHash]) -> None:
-    assert [(pin.block_hash, pin.digest) for pin in pinned] == [(h, digest(h)) for h in hashes]
+    assert [(pin.block_hash, pin.proof) for pin in pinned] == [(h, proof(h)) for h in hashes]
     for pin in pinned:
         assert store.dram.memory.view(pin.slot).tobytes() == payload(pin.block_hash).tobytes()
 
@@ -154,7 +154,7 @@ async def test_written_behind_blocks_leave_dram_at_no_cost(tmp_path):
         assert store.stats.num_written == num_written
         for slot, block_hash, parent in zip(taken, b, parents(b), strict=True):
             store.dram.memory.view(slot)[:] = payload(block_hash)
-            store.publish(slot, block_hash, parent, digest(block_hash))
+            store.publish(slot, block_hash, parent, proof(block_hash))
         assert await store.flush(20)
         assert store.locate(a) == [DISK] * 8
 
@@ -238,7 +238,7 @@ async def test_a_chain_longer_than_dram_is_kept_as_far_as_it_fits_rather_than_wi
     a = chain("a", 10)
     async with open_store(None) as store:
         await insert(store, a[:8])
-        assert not await store.insert(a[8], a[7], digest(a[8]), payload(a[8]))
+        assert not await store.insert(a[8], a[7], proof(a[8]), payload(a[8]))
         assert store.locate(a) == [DRAM] * 8
 
 
@@ -433,7 +433,7 @@ async def test_many_users_at_once_always_read_the_right_bytes(tmp_path, disk_wri
                 await asyncio.sleep(0.001)
             assert_right(store, pinned, prompt[: len(pinned)])
             for block_hash, parent in list(zip(prompt, parents(prompt), strict=True))[len(pinned) :]:
-                await store.insert(block_hash, parent, digest(block_hash), payload(block_hash), timeout_s=0.5)
+                await store.insert(block_hash, parent, proof(block_hash), payload(block_hash), timeout_s=0.5)
             store.unpin(slots(pinned))
         return num_found
 

@@ -22,7 +22,7 @@ from kvstore.memory import HostMemory
 from kvstore.segment_file import FileCalls
 from kvstore.tiered_store import StoreTier, TieredStore
 from kvstore.write_behind import DiskWrites
-from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, digest, parents, payload
+from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, parents, payload, proof
 
 _HEAD = chain("head", 3)
 PROMPTS = [_HEAD + chain("x", 3), _HEAD + chain("y", 4), _HEAD[:1] + chain("z", 3), chain("w", 6), chain("v", 4)]
@@ -92,7 +92,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
         for block_hash, parent in list(zip(prompt, parents(prompt), strict=True))[:length]:
             had_room = not self.pins and len(prompt) <= NUM_SLOTS
             is_new = not self.store.dram.contains(block_hash)
-            is_in = self.run(self.store.insert(block_hash, parent, digest(block_hash), payload(block_hash)))
+            is_in = self.run(self.store.insert(block_hash, parent, proof(block_hash), payload(block_hash)))
             assert is_in == is_new or not had_room
             if is_in:
                 self.known.add(block_hash)

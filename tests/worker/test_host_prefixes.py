@@ -12,6 +12,7 @@ import torch
 
 from kvstore.block_hash import BlockHash
 from kvstore.host_tier import HostTier
+from kvstore.proof import prove
 from services.engine.batch import Batch
 from services.engine.config import EngineConfig
 from services.engine.engine import Engine, StepOutput
@@ -50,14 +51,12 @@ class World:
         assert taken is not None
         for block_id, block_hash in zip(taken.block_ids, hashes, strict=True):
             self.engine.kv_cache[block_id].view(torch.uint8).fill_(block_hash[1] + 1)
-        self.engine.publish_blocks(taken.block_ids, hashes)
+        self.engine.publish_blocks(taken.block_ids, hashes, prove(self.engine.memory, taken.block_ids))
         self.engine.release_blocks(taken.block_ids)
 
     async def evict(self, num_blocks: int = NUM_BLOCKS) -> None:
-        """Others take so many blocks, and it is over when what they evict can be found."""
+        """Others take so many blocks, and what they evict can be found."""
         await self.thread.call(self._take, num_blocks)
-        while (digesting := await self.thread.call(self.tier.digesting, CHAIN)) is not None:
-            await asyncio.wrap_future(digesting)
 
     def _take(self, num_blocks: int) -> None:
         taken = self.engine.take_prefix(JUNK[:num_blocks])
@@ -81,7 +80,6 @@ class World:
         assert self.engine.load().num_lent_blocks == 0
         await self.thread.stop()
         self.check_content()
-        self.tier.close()
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +124,7 @@ class SlowCopies:
 async def test_a_prefix_comes_back_right_after_its_eviction(world: World) -> None:
     await world.cache(CHAIN)
     await world.thread.call(world._take, NUM_BLOCKS)
-    await world.prefixes.restore(CHAIN)  # waits for the digests
+    await world.prefixes.restore(CHAIN)
     assert world.num_cached == 20
 
 
@@ -193,8 +191,22 @@ async def test_a_peer_is_lent_what_was_evicted(world: World) -> None:
     lender = CacheLender(world.engine, world.thread, world.prefixes)
     blocks = await lender.lend_prefix(CHAIN)
     assert [block.block_hash for block in blocks] == CHAIN
-    assert [block.digest for block in blocks] == world.engine.memory.digests([block.block_id for block in blocks])
-    await lender.take_back(blocks, True)
+    assert [block.proof for block in blocks] == prove(world.engine.memory, [block.block_id for block in blocks])
+    await lender.take_back(blocks)
+
+
+async def test_what_a_reader_suspects_is_looked_at_and_dropped_only_if_it_has_changed(world: World) -> None:
+    await world.cache(CHAIN)
+    lender = CacheLender(world.engine, world.thread, world.prefixes)
+    blocks = await lender.lend_prefix(CHAIN)
+    await lender.recheck(CHAIN)
+    assert world.num_cached == 20
+    world.engine.kv_cache[blocks[7].block_id].view(torch.uint8)[:] ^= 1
+    await lender.recheck([*CHAIN[5:9], JUNK[0]])
+    assert (world.num_cached, world.engine.pool.stats.num_corrupt) == (7, 1)
+    await world.thread.call(world.engine.publish_blocks, [blocks[7].block_id], [CHAIN[7]], [blocks[7].proof], CHAIN[6])
+    assert world.num_cached == 7, "whoever still holds it cannot make it findable again"
+    await lender.take_back(blocks)
 
 
 async def test_a_failed_copy_gives_everything_back_and_fails_no_request(

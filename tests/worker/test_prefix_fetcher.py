@@ -19,6 +19,7 @@ from kvstore.fetch_events import Reservation
 from kvstore.handshake import PeerIdentity
 from kvstore.memory import HostMemory
 from kvstore.messages import AnnouncedBlock
+from kvstore.proof import prove
 from kvstore.transport.memory import MemoryTransport
 from services.engine.limits import SchedulerConfig
 from services.engine.scheduler import Scheduler
@@ -81,7 +82,7 @@ class Reader:
         """Have computed these."""
         taken = self.cache.take_prefix(hashes)
         assert taken is not None
-        self.cache.publish_blocks(taken.block_ids, hashes)
+        self.cache.publish_blocks(taken.block_ids, hashes, prove(self.memory, taken.block_ids))
         self.cache.release_blocks(taken.block_ids)
 
     def check(self, hashes: Sequence[BlockHash], holder: Holder, first: int = 0) -> None:
