@@ -22,7 +22,7 @@ async def plan_chat(request: ChatRequest, model: ServedModel, request_id: str, p
     prompt = await tokenize_chat(request.chat, model, pool)
     default = model.files.sampling_defaults.get("max_tokens")
     max_tokens = tokens_to_generate(
-        len(prompt), request.common.max_tokens, int(default) if default else None, model.max_model_len
+        request.common, len(prompt), "messages", int(default) if default else None, model.max_model_len
     )
     return GenerationPlan(
         model=model, request=request.common, request_id=request_id, prompts=[prompt], max_tokens=[max_tokens]

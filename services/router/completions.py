@@ -39,7 +39,8 @@ async def plan_completion(
         request_id=request_id,
         prompts=prompts,
         max_tokens=[
-            tokens_to_generate(len(prompt), asked, DEFAULT_COMPLETION_TOKENS, model.max_model_len) for prompt in prompts
+            tokens_to_generate(request.common, len(prompt), "prompt", DEFAULT_COMPLETION_TOKENS, model.max_model_len)
+            for prompt in prompts
         ],
         discard_generated=asked == 0,
     )

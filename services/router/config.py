@@ -73,6 +73,15 @@ class RouterConfig:
     max_logprobs: int = setting(20, help="most alternatives per token that a client may ask for", group="models")
 
     max_concurrent_requests: int = setting(1024, help="sequences in flight; further ones queue", group="limits")
+    max_sequences_per_request: int = setting(
+        1024, help="prompts times n of one request; more get a 400", group="limits"
+    )
+    scheduling_policy: str = setting(
+        "fcfs",
+        help="fcfs: first come, first served, and a `priority` in a request is a 400; priority: smaller is sooner",
+        choices=("fcfs", "priority"),
+        group="limits",
+    )
     max_queue: int = setting(1024, help="sequences that may queue for that; more get a 429", group="limits")
     request_timeout_s: float = setting(
         600.0, flags=("--request-timeout",), help="seconds from arrival to the last byte; 0: no limit", group="limits"
@@ -110,6 +119,7 @@ class RouterConfig:
             "max_body_bytes",
             "max_attempts",
             "max_concurrent_requests",
+            "max_sequences_per_request",
             "tokenizer_pool_size",
             "tokenizer_queue",
         ):

@@ -1,24 +1,26 @@
 """A request's way through the workers: choose, submit, and try another worker while nothing is lost by it.
 
 One HTTP request becomes one or more sequences (prompts times n); each is an order of its own, and all of them report
-to one `Dispatch`, which one consumer drains. What arrives while the consumer is busy piles up here, at most the
-sequences' max_tokens, and is taken in one piece.
+to one `Dispatch`, which one consumer drains. Sequences begin as the request's room grants it, a breath between two.
+What arrives while the consumer is busy piles up here, at most the sequences' max_tokens, and is taken in one piece.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tandem.v1 import worker_pb2 as pb
 
-from services.router.errors import ApiError, from_worker, internal, is_retryable, unavailable
+from services.router.admission import Room
+from services.router.errors import ApiError, from_worker, internal, is_retryable, overloaded, unavailable
 from services.router.metrics import RouterMetrics
 from services.router.placement import Ask, Placement, Placer
 from services.router.routing import Refusal
-from services.router.session import SessionDown, WorkerSession
+from services.router.session import SessionDown, SessionFull, WorkerSession
 from services.router.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ class ServedBy:
 
     placement: Placement
     num_attempts: int
+    routed_unix_s: float
+    """When it was first sent."""
 
 
 @dataclass
@@ -51,7 +55,10 @@ class _Sequence:
     placement: Placement | None = None
     awaits_prefill: bool = False
     tried: list[str] = field(default_factory=list)
+    routed_unix_s: float = 0.0
     num_tokens: int = 0
+    was_full: bool = False
+    """The last worker had no room for the order itself."""
     ended: bool = False
 
     @property
@@ -75,13 +82,16 @@ class Dispatch:
         workers: Workers,
         placer: Placer,
         metrics: RouterMetrics,
-        asks: Sequence[Ask],
+        room: Room,
+        make_ask: Callable[[int], Ask],
         *,
         max_attempts: int,
         restartable: bool,
+        unix_clock: Callable[[], float] = time.time,
     ) -> None:
-        """The asks' orders lack handle, prefill targets and prefix sources. `restartable`: a sequence may start afresh
-        after tokens were seen (nothing of it has reached the client)."""
+        """`make_ask`: what the sequence of that index asks for, called when it begins; its order lacks handle, prefill
+        targets and prefix sources. `restartable`: a sequence may start afresh after tokens were seen (nothing of it has
+        reached the client)."""
         self._workers = workers
         self._placer = placer
         self._metrics = metrics
@@ -89,19 +99,24 @@ class Dispatch:
         self._restartable = restartable
         self._arrivals: list[Arrival] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._sequences = [_Sequence(self, ask) for ask in asks]
-
-    def start(self) -> None:
-        """Submits every sequence. Raises ApiError when there is no worker for one; then close it."""
-        for sequence in self._sequences:
-            refusal = self._submit(sequence)
-            if refusal is not None:
-                self._metrics.count_refusal(refusal.value)
-                raise _refused(refusal, sequence.ask.order.model)
+        self._unix_clock = unix_clock
+        self._make_ask = make_ask
+        self._room = room
+        room.on_grant = self._wake
+        self._sequences: list[_Sequence] = []  # those that have begun, by index
 
     async def arrivals(self) -> list[Arrival]:
-        """All that arrived since the last call, in order; waits for the first. One caller at a time."""
-        while not self._arrivals:
+        """All that arrived since the last call, in order; waits for the first, and begins what there is room for.
+
+        One caller at a time. Raises ApiError when there is no worker for a sequence; then close it.
+        """
+        while True:
+            while self._room.num_free:
+                session = self._begin()
+                await asyncio.sleep(0)  # others are served between two
+                await session.drained()
+            if self._arrivals:
+                break
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
@@ -112,15 +127,17 @@ class Dispatch:
 
     def served_by(self, index: int) -> ServedBy | None:
         """Who serves, or has served, a sequence; None before it was submitted."""
-        sequence = self._sequences[index]
-        return ServedBy(sequence.placement, len(sequence.tried)) if sequence.placement is not None else None
+        sequence = self._sequences[index] if index < len(self._sequences) else None
+        if sequence is None or sequence.placement is None:
+            return None
+        return ServedBy(sequence.placement, len(sequence.tried), sequence.routed_unix_s)
 
     def abort(self, index: int, reason: str) -> None:
         """Ends one sequence at its worker, if it still runs."""
         sequence = self._sequences[index]
         if not sequence.ended:
-            sequence.ended = True
             self._leave(sequence, reason)
+            self._end(sequence)
 
     def close(self, reason: str = "the request has ended") -> None:
         """Ends what still runs. Safe to call again."""
@@ -128,6 +145,21 @@ class Dispatch:
             self.abort(sequence.index, reason)
 
     # ---- one sequence ---------------------------------------------------------
+
+    def _begin(self) -> WorkerSession:
+        self._room.begin()
+        sequence = _Sequence(self, self._make_ask(len(self._sequences)))
+        self._sequences.append(sequence)
+        refusal = self._submit(sequence)
+        if refusal is not None:
+            raise self._refused(refusal, sequence)
+        assert sequence.session is not None
+        sequence.routed_unix_s = self._unix_clock()
+        return sequence.session
+
+    def _end(self, sequence: _Sequence) -> None:
+        sequence.ended = True
+        self._room.end()
 
     def _submit(self, sequence: _Sequence, retried_after: str = "") -> Refusal | None:
         request_id = sequence.ask.order.request_id
@@ -139,9 +171,10 @@ class Dispatch:
             sequence.tried.append(placement.decision.decode.worker_id)
             try:
                 self._send(sequence, placement)
-            except SessionDown as error:
+            except (SessionDown, SessionFull) as error:
                 log.info("%s", error, extra={"request_id": request_id})
-                retried_after = "session down"
+                sequence.was_full = isinstance(error, SessionFull)
+                retried_after = "session full" if sequence.was_full else "session down"
                 continue
             decision = placement.decision
             self._metrics.count_decision(decision.policy.value, decision.cause, decision.prefills_locally)
@@ -171,7 +204,7 @@ class Dispatch:
             self._leave(sequence, "")
             if output.finish_reason == pb.FINISH_REASON_ERROR and self._retry(sequence, output.error):
                 return
-            sequence.ended = True
+            self._end(sequence)
             if output.error.code == pb.ERROR_CODE_OVERLOADED:
                 self._metrics.count_refusal("workers_full")
         sequence.num_tokens += len(output.token_ids)
@@ -217,8 +250,25 @@ class Dispatch:
         else:
             self._placer.withdraw(placement)
 
+    def _refused(self, refusal: Refusal, sequence: _Sequence) -> ApiError:
+        model = sequence.ask.order.model
+        if sequence.was_full:
+            self._metrics.count_refusal("workers_full")
+            return overloaded(f"Model `{model}`: the workers do not take orders fast enough. Try again later.")
+        self._metrics.count_refusal(refusal.value)
+        words = {
+            Refusal.NO_WORKER: "no decode worker is registered",
+            Refusal.NOT_CONNECTED: "no decode worker can be reached",
+            Refusal.DRAINING: "every decode worker is shutting down",
+            Refusal.ALL_TRIED: "every decode worker was tried",
+        }
+        return unavailable(f"Model `{model}`: {words[refusal]}. Try again later.")
+
     def _arrive(self, arrival: Arrival) -> None:
         self._arrivals.append(arrival)
+        self._wake()
+
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -226,13 +276,3 @@ class Dispatch:
 def error_of(output: pb.Output) -> ApiError:
     """The error that an output with FINISH_REASON_ERROR carries, as the client sees it."""
     return from_worker(output.error) if output.HasField("error") else internal("the worker gave no reason")
-
-
-def _refused(refusal: Refusal, model: str) -> ApiError:
-    words = {
-        Refusal.NO_WORKER: "no decode worker is registered",
-        Refusal.NOT_CONNECTED: "no decode worker can be reached",
-        Refusal.DRAINING: "every decode worker is shutting down",
-        Refusal.ALL_TRIED: "every decode worker was tried",
-    }
-    return unavailable(f"Model `{model}`: {words[refusal]}. Try again later.")

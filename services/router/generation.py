@@ -41,24 +41,18 @@ class GenerationPlan:
     def num_sequences(self) -> int:
         return len(self.prompts) * self.request.n
 
-    def orders(self, timeout_s: float, cache_salt: str) -> list[pb.GenerateRequest]:
-        """One order per sequence, in order of index. `cache_salt` is the workers', not the client's."""
-        request = self.request
-        return [
-            pb.GenerateRequest(
-                request_id=self.request_id
-                if self.num_sequences == 1
-                else f"{self.request_id}-{prompt * request.n + i}",
-                model=self.model.name,
-                prompt_token_ids=token_ids,
-                sampling=self._sampling(i, self.max_tokens[prompt]),
-                priority=request.priority,
-                cache_salt=cache_salt,
-                timeout_s=timeout_s,
-            )
-            for prompt, token_ids in enumerate(self.prompts)
-            for i in range(request.n)
-        ]
+    def order(self, index: int, timeout_s: float, cache_salt: str) -> pb.GenerateRequest:
+        """What the worker of a sequence gets. `cache_salt` is the workers', not the client's."""
+        prompt, choice = divmod(index, self.request.n)
+        return pb.GenerateRequest(
+            request_id=self.request_id if self.num_sequences == 1 else f"{self.request_id}-{index}",
+            model=self.model.name,
+            prompt_token_ids=self.prompts[prompt],
+            sampling=self._sampling(choice, self.max_tokens[prompt]),
+            priority=self.request.priority,
+            cache_salt=cache_salt,
+            timeout_s=timeout_s,
+        )
 
     def _sampling(self, choice: int, max_tokens: int) -> pb.SamplingParams:
         sampling = self.request.sampling_for(choice, max_tokens)
@@ -69,21 +63,24 @@ class GenerationPlan:
         return sampling
 
 
-def tokens_to_generate(num_prompt_tokens: int, asked: int | None, default: int | None, max_model_len: int) -> int:
+def tokens_to_generate(
+    request: GenerationRequest, num_prompt_tokens: int, prompt_field: str, default: int | None, max_model_len: int
+) -> int:
     """max_tokens of a sequence: what the client asked for, else the default as far as it fits, else all that fits.
 
-    Raises ApiError with OpenAI's context_length_exceeded where prompt and answer do not fit into the context.
+    Raises ApiError with OpenAI's context_length_exceeded where prompt and answer do not fit into the context; it names
+    what the client wrote: `prompt_field`, or the number of tokens where a smaller one would do.
     """
-    room = max_model_len - num_prompt_tokens
+    room, asked = max_model_len - num_prompt_tokens, request.max_tokens
     wanted = max(asked if asked is not None else min(default or room, room), 1)
     if num_prompt_tokens == 0:
-        raise invalid("The prompt has no tokens.", "prompt")
+        raise invalid("The prompt has no tokens.", prompt_field)
     if wanted > room:
         asked_words = f" ({num_prompt_tokens} in the prompt; {wanted} for the completion)"
         raise invalid(
             f"This model's maximum context length is {max_model_len} tokens. However, you requested"
             f" {num_prompt_tokens + wanted} tokens{asked_words}. Please reduce the length of the prompt or completion.",
-            "messages" if asked is None and default is None else "max_tokens",
+            prompt_field if asked is None or room < 1 else request.max_tokens_field,
             "context_length_exceeded",
         )
     return wanted
@@ -138,13 +135,9 @@ class Generation:
         self._started = False
 
     def start(self) -> None:
-        """Submits all sequences. Raises ApiError."""
+        """From now on its sequences count as waiting, here or at a worker."""
         self._started = True
         self._metrics.num_waiting.inc(len(self._choices))
-        self._dispatch.start()
-        self._timeline.mark(Event.ROUTED)
-        for prompt in self.plan.prompts:
-            self._metrics.prompt_tokens.inc(len(prompt))
 
     @property
     def finished(self) -> bool:
@@ -304,8 +297,9 @@ class Generation:
         served_by = self._dispatch.served_by(choice.index)
         if choice.usage is None or served_by is None:
             return
-        own = (Event.ARRIVED, Event.TOKENIZED, Event.ROUTED, Event.FINISHED)
+        own = (Event.ARRIVED, Event.TOKENIZED, Event.FINISHED)
         router_unix_s = {event: self._timeline.unix_s[event] for event in own}
+        router_unix_s[Event.ROUTED] = served_by.routed_unix_s
         first_token_s = self._first_token_s[choice.index]
         if first_token_s is not None:
             router_unix_s[Event.FIRST_TOKEN] = first_token_s

@@ -151,7 +151,10 @@ class RouterMetrics:
             "vllm:num_requests_running", "Sequences that have had a token.", by_model, registry=self.registry
         )
         self.num_waiting = Gauge(
-            "vllm:num_requests_waiting", "Sequences without a token yet.", by_model, registry=self.registry
+            "vllm:num_requests_waiting",
+            "Sequences without a token yet, those that wait in the router too.",
+            by_model,
+            registry=self.registry,
         )
 
     def for_model(self, model: str) -> ModelMetrics:

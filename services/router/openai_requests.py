@@ -16,11 +16,11 @@ import orjson
 from tandem.v1 import worker_pb2 as pb
 
 from services.router import fields
+from services.router.config import RouterConfig
 from services.router.errors import invalid, not_supported
 from services.router.models import ServedModel
 
 MAX_CHOICES = 128
-MAX_PROMPTS = 1024
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 MAX_CACHE_SALT_LENGTH = 1024
@@ -54,6 +54,8 @@ class GenerationRequest:
     sampling: pb.SamplingParams
     """All but seed and max_tokens, which differ per sequence."""
     max_tokens: int | None
+    max_tokens_field: str
+    """Where the client wrote it."""
     n: int
     seed: int | None
     stops: tuple[str, ...]
@@ -109,25 +111,27 @@ class ChatRequest:
     chat: ChatInput
 
 
-def parse_completion(body: dict[str, Any], model: ServedModel, max_logprobs: int) -> CompletionRequest:
+def parse_completion(body: dict[str, Any], model: ServedModel, config: RouterConfig) -> CompletionRequest:
     """Raises ApiError."""
     _refuse_unsupported(body)
     echo = fields.boolean(body, "echo")
-    logprobs = fields.integer(body, "logprobs", 0, max_logprobs)
-    prompt_logprobs = fields.integer(body, "prompt_logprobs", 0, max_logprobs)
+    logprobs = fields.integer(body, "logprobs", 0, config.max_logprobs)
+    prompt_logprobs = fields.integer(body, "prompt_logprobs", 0, config.max_logprobs)
     if prompt_logprobs is None and echo:
         prompt_logprobs = logprobs
     max_tokens = fields.integer(body, "max_tokens", 0 if echo else 1, fields.INT32_MAX)
-    common = _parse_common(body, model, max_tokens, logprobs, prompt_logprobs)
+    common = _parse_common(body, model, config, "max_tokens", max_tokens, logprobs, prompt_logprobs)
+    prompts = parse_prompts(body, model.files.vocab_size)
+    _check_num_sequences(len(prompts), common.n, config.max_sequences_per_request)
     return CompletionRequest(
         common=common,
-        prompts=parse_prompts(body, model.files.vocab_size),
+        prompts=prompts,
         echo=echo,
         add_special_tokens=fields.boolean(body, "add_special_tokens", True),
     )
 
 
-def parse_chat(body: dict[str, Any], model: ServedModel, max_logprobs: int) -> ChatRequest:
+def parse_chat(body: dict[str, Any], model: ServedModel, config: RouterConfig) -> ChatRequest:
     """Raises ApiError."""
     _refuse_unsupported(body)
     _check_tool_choice(body)
@@ -135,19 +139,20 @@ def parse_chat(body: dict[str, Any], model: ServedModel, max_logprobs: int) -> C
     if modalities is not None and modalities != ["text"]:
         raise not_supported("modalities", "this server makes text only")
     wants_logprobs = fields.boolean(body, "logprobs")
-    top_logprobs = fields.integer(body, "top_logprobs", 0, max_logprobs)
+    top_logprobs = fields.integer(body, "top_logprobs", 0, config.max_logprobs)
     if top_logprobs and not wants_logprobs:
         raise invalid("`top_logprobs` needs `logprobs` to be true.", "top_logprobs")
-    max_tokens = fields.integer(body, "max_completion_tokens", 1, fields.INT32_MAX)
-    if max_tokens is None:
-        max_tokens = fields.integer(body, "max_tokens", 1, fields.INT32_MAX)
+    max_tokens_field = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
     common = _parse_common(
         body,
         model,
-        max_tokens,
+        config,
+        max_tokens_field,
+        fields.integer(body, max_tokens_field, 1, fields.INT32_MAX),
         (top_logprobs or 0) if wants_logprobs else None,
-        fields.integer(body, "prompt_logprobs", 0, max_logprobs),
+        fields.integer(body, "prompt_logprobs", 0, config.max_logprobs),
     )
+    _check_num_sequences(1, common.n, config.max_sequences_per_request)
     return ChatRequest(common=common, chat=parse_chat_input(body))
 
 
@@ -183,8 +188,6 @@ def parse_prompts(body: dict[str, Any], vocab_size: int) -> tuple[str | list[int
         raise invalid("`prompt` must not be empty.", "prompt")
     if not isinstance(prompt[0], str | list):
         return (fields.check_token_ids(prompt, "prompt", vocab_size),)
-    if len(prompt) > MAX_PROMPTS:
-        raise invalid(f"`prompt` may hold {MAX_PROMPTS} prompts at most, got {len(prompt)}.", "prompt")
     prompts: list[str | list[int]] = []
     for member in prompt:
         if isinstance(member, str) and isinstance(prompt[0], str):
@@ -199,8 +202,29 @@ def parse_prompts(body: dict[str, Any], vocab_size: int) -> tuple[str | list[int
 # ---- the parts --------------------------------------------------------------
 
 
+def _check_num_sequences(num_prompts: int, n: int, limit: int) -> None:
+    if num_prompts * n > limit:
+        raise invalid(
+            f"{num_prompts} prompts with n={n} make {num_prompts * n} sequences; a request may have {limit} at most.",
+            "n" if n > 1 else "prompt",
+        )
+
+
+def _parse_priority(body: dict[str, Any], config: RouterConfig) -> int:
+    priority = fields.integer(body, "priority", -(2**31), fields.INT32_MAX) or 0
+    if priority and config.scheduling_policy != "priority":
+        raise not_supported("priority", "this server serves first come, first served (see --scheduling-policy)")
+    return priority
+
+
 def _parse_common(
-    body: dict[str, Any], model: ServedModel, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+    body: dict[str, Any],
+    model: ServedModel,
+    config: RouterConfig,
+    max_tokens_field: str,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
 ) -> GenerationRequest:
     stream = fields.boolean(body, "stream")
     options = fields.mapping(body, "stream_options")
@@ -226,6 +250,7 @@ def _parse_common(
     return GenerationRequest(
         sampling=sampling,
         max_tokens=max_tokens,
+        max_tokens_field=max_tokens_field,
         n=n,
         seed=fields.integer(body, "seed", fields.INT64_MIN, 2**64 - 1),
         stops=_parse_stops(body),
@@ -236,7 +261,7 @@ def _parse_common(
         continuous_usage=fields.boolean(options, "continuous_usage_stats"),
         return_token_ids=fields.boolean(body, "return_token_ids"),
         return_tokens_as_token_ids=fields.boolean(body, "return_tokens_as_token_ids"),
-        priority=fields.integer(body, "priority", -(2**31), fields.INT32_MAX) or 0,
+        priority=_parse_priority(body, config),
         cache_salt=cache_salt or "",
         receipt=fields.boolean(body, "receipt"),
     )

@@ -61,7 +61,7 @@ async def open_parts(
         config.tokenizer_pool_size, config.tokenizer_queue, lambda: metrics.count_refusal("tokenizer_full")
     )
     admission = Admission(config.max_concurrent_requests, config.max_queue, lambda: metrics.count_refusal("queue_full"))
-    prefixes = PrefixFinder(index, pool, metrics, config.index_timeout_s)
+    prefixes = PrefixFinder(index, metrics, config.index_timeout_s)
     placer = Placer(workers, Policy(config.routing_policy), DecisionLog(config.routing_history))
     metrics.registry.register(FleetCollector(workers))
     workers.start()

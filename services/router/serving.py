@@ -17,7 +17,7 @@ from services.lifecycle import Event, Timeline
 from services.logs import request_scope
 from services.router import sse
 from services.router.access import AccessRecord
-from services.router.admission import Admission
+from services.router.admission import Admission, Room
 from services.router.chat import ChatRenderer, plan_chat
 from services.router.choice import Delta
 from services.router.completions import CompletionRenderer, plan_completion
@@ -78,7 +78,7 @@ async def plan_completion_request(
 ) -> tuple[GenerationPlan, MakeRenderer]:
     """The plan of a /v1/completions body. Raises ApiError."""
     model = parts.models.get(string(body, "model"))
-    request = parse_completion(body, model, parts.config.max_logprobs)
+    request = parse_completion(body, model, parts.config)
     completion = await plan_completion(request, model, request_id, parts.pool)
     return completion.plan, lambda generation, created: CompletionRenderer(completion, generation, created)
 
@@ -88,7 +88,7 @@ async def plan_chat_request(
 ) -> tuple[GenerationPlan, MakeRenderer]:
     """The plan of a /v1/chat/completions body. Raises ApiError."""
     model = parts.models.get(string(body, "model"))
-    request = parse_chat(body, model, parts.config.max_logprobs)
+    request = parse_chat(body, model, parts.config)
     plan = await plan_chat(request, model, request_id, parts.pool)
     return plan, lambda generation, created: ChatRenderer(plan, generation, created)
 
@@ -155,9 +155,9 @@ class GenerateEndpoint:
             async with asyncio.timeout(timeout_s):
                 plan, make_renderer = await self._plan(self._parts, body, request_id)
                 timeline.mark(Event.TOKENIZED)
-                async with self._parts.admission.admit(plan.num_sequences):
-                    asks = await self._make_asks(plan, tenant)
-                    generation = self._make_generation(plan, asks, timeline)
+                with self._parts.admission.admit(plan.num_sequences) as room:
+                    make_ask = await self._find_prefixes(plan, tenant)
+                    generation = self._make_generation(plan, room, make_ask, timeline)
                     try:
                         await self._generate(generation, make_renderer, stream, send)
                     finally:
@@ -165,8 +165,8 @@ class GenerateEndpoint:
         except TimeoutError as error:
             raise timed_out(f"The request was not finished within {timeout_s:g} s.") from error
 
-    async def _make_asks(self, plan: GenerationPlan, tenant: Tenant | None) -> list[Ask]:
-        """The plan's sequences with all that placing them may depend on, in order of index."""
+    async def _find_prefixes(self, plan: GenerationPlan, tenant: Tenant | None) -> Callable[[int], Ask]:
+        """Makes a sequence's order, by its index, with all that placing it may depend on."""
         parts, request = self._parts, plan.request
         cache_salt = request.cache_salt
         if tenant is not None and parts.config.cache_sharing == "tenant":
@@ -175,19 +175,28 @@ class GenerateEndpoint:
         reuses = not request.sampling.HasField("prompt_logprobs")
         spaces = parts.placer.spaces(plan.model.name) if reuses else []
         blocks = await parts.prefixes.find(plan.prompts, cache_salt, spaces)
-        keys = [routing_key(prompt, cache_salt) for prompt in plan.prompts]
-        return [
-            Ask(name_of(tenant), plan.request_id, index, order, blocks[index // request.n], keys[index // request.n])
-            for index, order in enumerate(plan.orders(parts.config.request_timeout_s, cache_salt))
-        ]
+        num_prompt_tokens = parts.metrics.for_model(plan.model.name).prompt_tokens
 
-    def _make_generation(self, plan: GenerationPlan, asks: Sequence[Ask], timeline: Timeline) -> Generation:
+        def make_ask(index: int) -> Ask:
+            prompt, choice = divmod(index, request.n)
+            if choice == 0:
+                num_prompt_tokens.inc(len(plan.prompts[prompt]))
+            order = plan.order(index, parts.config.request_timeout_s, cache_salt)
+            key = routing_key(plan.prompts[prompt], cache_salt)
+            return Ask(name_of(tenant), plan.request_id, index, order, blocks[prompt], key)
+
+        return make_ask
+
+    def _make_generation(
+        self, plan: GenerationPlan, room: Room, make_ask: Callable[[int], Ask], timeline: Timeline
+    ) -> Generation:
         parts = self._parts
         dispatch = Dispatch(
             parts.workers,
             parts.placer,
             parts.metrics,
-            asks,
+            room,
+            make_ask,
             max_attempts=parts.config.max_attempts,
             restartable=not plan.request.stream,
         )

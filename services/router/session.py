@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 PROTOCOL_VERSION = "1"
 HELLO_TIMEOUT_S = 10.0
+MAX_OUTBOX_BYTES = 64 << 20
+"""Of orders that the connection has not taken yet. Who has several waits from a part of that on."""
+_DRAINED_BYTES = 8 << 20
 _FIRST_BACKOFF_S = 0.1
 _CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
@@ -50,6 +53,10 @@ class SessionDown(Exception):
     """The worker cannot be reached now."""
 
 
+class SessionFull(Exception):
+    """The worker does not read its orders as fast as they come."""
+
+
 class _StreamEnded(Exception):
     """The session's stream is over; the message says why."""
 
@@ -73,8 +80,11 @@ class WorkerSession:
         self._last_handle = 0
         self._num_sent_since_load = 0
         self._num_tokens_since_load = 0
-        self._outbox: deque[pb.SessionRequest] = deque()
+        self._outbox: deque[tuple[pb.SessionRequest, int]] = deque()
+        self._outbox_bytes = 0
         self._outbox_filled = asyncio.Event()
+        self._outbox_drained = asyncio.Event()
+        self._outbox_drained.set()
         self._closing = asyncio.Event()
 
     @property
@@ -98,9 +108,11 @@ class WorkerSession:
         return max(self.load.num_free_blocks - num_taken, 0)
 
     def submit(self, request: pb.GenerateRequest, sink: OutputSink) -> int:
-        """Sends the order; returns the handle that names it here. Raises SessionDown."""
+        """Sends the order; returns the handle that names it here. Raises SessionDown, SessionFull."""
         if not self.connected:
             raise SessionDown(f"decode worker {self.record.worker_id} is not connected")
+        if self._outbox_bytes >= MAX_OUTBOX_BYTES:
+            raise SessionFull(f"{self._outbox_bytes} bytes of orders wait for decode worker {self.record.worker_id}")
         handle = self._next_handle()
         request.handle = handle
         self._live[handle] = sink
@@ -114,6 +126,10 @@ class WorkerSession:
         if self._live.pop(handle, None) is not None:
             self._forget_one_sent()
             self._send(pb.SessionRequest(abort=pb.AbortRequest(handle=handle, reason=reason)))
+
+    async def drained(self) -> None:
+        """Returns once few orders are on their way, or the session is lost."""
+        await self._outbox_drained.wait()
 
     async def run(self) -> None:
         """Connects, serves, reconnects after a pause that doubles up to the limit, until `close`."""
@@ -205,8 +221,10 @@ class WorkerSession:
         while True:
             await self._outbox_filled.wait()
             while self._outbox:
+                message, num_bytes = self._outbox.popleft()
+                self._count_outbox(-num_bytes)
                 try:
-                    await call.write(self._outbox.popleft())
+                    await call.write(message)
                 except asyncio.InvalidStateError as error:  # how grpc says that the stream is over
                     raise _StreamEnded("the worker ended the session") from error
             self._outbox_filled.clear()
@@ -248,6 +266,7 @@ class WorkerSession:
             log.debug("decode worker %s cannot be reached: %s", self.record.worker_id, reason)
         self.connected = False
         self._outbox.clear()
+        self._count_outbox(-self._outbox_bytes)
         self._outbox_filled.clear()
         self._num_sent_since_load = 0
         self._num_tokens_since_load = 0
@@ -261,8 +280,17 @@ class WorkerSession:
             sink.deliver(pb.Output(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=error))
 
     def _send(self, message: pb.SessionRequest) -> None:
-        self._outbox.append(message)
+        num_bytes = message.ByteSize()
+        self._outbox.append((message, num_bytes))
+        self._count_outbox(num_bytes)
         self._outbox_filled.set()
+
+    def _count_outbox(self, num_bytes: int) -> None:
+        self._outbox_bytes += num_bytes
+        if self._outbox_bytes > _DRAINED_BYTES:
+            self._outbox_drained.clear()
+        else:
+            self._outbox_drained.set()
 
     def _next_handle(self) -> int:
         while True:

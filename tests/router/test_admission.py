@@ -1,101 +1,137 @@
-"""The bounded entrance: room, queue, refusal."""
+"""The bounded entrance: room, queue, refusal, and turns among those who wait."""
 
 from __future__ import annotations
 
-import asyncio
+from contextlib import ExitStack
 
 import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from services.router.admission import Admission
+from services.router.admission import Admission, Room
 from services.router.errors import ApiError
-from tests.router.harness import until
 
 
 class Visitor:
-    """A task that enters, and stays until told to go."""
+    """A request that begins whatever it may."""
 
-    def __init__(self, admission: Admission, weight: int = 1) -> None:
-        self.inside = False
-        self._go = asyncio.Event()
-        self.task = asyncio.create_task(self._visit(admission, weight))
+    def __init__(self, admission: Admission, num_sequences: int = 1) -> None:
+        self._stack = ExitStack()
+        self.room: Room = self._stack.enter_context(admission.admit(num_sequences))
+        self.room.on_grant = self.begin
+        self.begin()
 
-    async def _visit(self, admission: Admission, weight: int) -> None:
-        async with admission.admit(weight):
-            self.inside = True
-            await self._go.wait()
-        self.inside = False
+    def begin(self) -> None:
+        while self.room.num_free:
+            self.room.begin()
 
-    async def leave(self) -> None:
-        self._go.set()
-        await self.task
+    @property
+    def num_inside(self) -> int:
+        return self.room.num_begun
 
-
-async def settle() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
+    def leave(self) -> None:
+        self._stack.close()
 
 
-async def test_lets_in_in_order_as_room_comes():
+def test_lets_in_in_order_as_room_comes():
     admission = Admission(2, max_queue=5)
     visitors = [Visitor(admission) for _ in range(4)]
-    await settle()
-    assert [visitor.inside for visitor in visitors] == [True, True, False, False]
+    assert [visitor.num_inside for visitor in visitors] == [1, 1, 0, 0]
     assert (admission.num_running, admission.num_waiting) == (2, 2)
-    await visitors[1].leave()
-    await settle()
-    assert [visitor.inside for visitor in visitors] == [True, False, True, False]
-    for visitor in visitors[:1] + visitors[2:]:
-        await until(lambda visitor=visitor: visitor.inside)
-        await visitor.leave()
+    visitors[1].leave()
+    assert [visitor.num_inside for visitor in visitors[2:]] == [1, 0]
+    for visitor in (visitors[0], *visitors[2:]):
+        visitor.leave()
     assert (admission.num_running, admission.num_waiting) == (0, 0)
 
 
-async def test_refuses_when_the_queue_is_full():
-    admission = Admission(1, max_queue=0)
-    visitor = Visitor(admission)
-    await settle()
+def test_refuses_when_the_queue_is_full():
+    admission = Admission(1, max_queue=2)
+    Visitor(admission)
+    Visitor(admission, 2)
     with pytest.raises(ApiError) as caught:
-        async with admission.admit(1):
-            pass
+        Visitor(admission)
     assert caught.value.status == 429
     assert caught.value.retry_after_s is not None
-    await visitor.leave()
+    assert admission.num_waiting == 2
 
 
-async def test_a_big_request_is_not_overtaken_and_one_bigger_than_all_room_gets_in_alone():
-    admission = Admission(2, max_queue=10)
-    small, big, later = Visitor(admission), Visitor(admission, 7), Visitor(admission)
-    await settle()
-    assert (small.inside, big.inside, later.inside) == (True, False, False)
-    await small.leave()
-    await settle()
-    assert (big.inside, later.inside) == (True, False)
-    await big.leave()
-    await until(lambda: later.inside)
-    await later.leave()
-    assert admission.num_running == 0
+def test_a_request_of_the_largest_weight_holds_nobody_up():
+    admission = Admission(4, max_queue=100)
+    small = [Visitor(admission) for _ in range(4)]
+    big, *later = Visitor(admission, 50), *(Visitor(admission) for _ in range(3))
+    small[0].leave()
+    assert big.num_inside == 1
+    for visitor in small[1:]:
+        visitor.leave()
+    assert [visitor.num_inside for visitor in (big, *later)] == [1, 1, 1, 1]
+    big.room.end()
+    assert big.num_inside == 1
+    assert big.room.num_waiting == 48
+    big.leave()
+    assert (admission.num_running, admission.num_waiting) == (3, 0)
 
 
-async def test_one_who_gives_up_waiting_leaves_no_trace():
+def test_one_bigger_than_all_room_and_queue_begins_with_what_there_is_and_leaves_the_queue_to_others():
+    admission = Admission(2, max_queue=1)
+    big, other = Visitor(admission, 7), Visitor(admission)
+    assert (big.num_inside, other.num_inside) == (2, 0)
+    with pytest.raises(ApiError):
+        Visitor(admission)
+    for expected in (2, 1, 1, 1, 1, 1, 0):
+        big.room.end()
+        assert big.num_inside == expected
+    assert other.num_inside == 1
+
+
+def test_one_who_gives_up_waiting_leaves_no_trace():
     admission = Admission(1, max_queue=5)
-    first, waiting, last = Visitor(admission), Visitor(admission), Visitor(admission)
-    await settle()
-    waiting.task.cancel()
-    await settle()
+    first, waiting, last = Visitor(admission), Visitor(admission, 3), Visitor(admission)
+    waiting.leave()
     assert admission.num_waiting == 1
-    await first.leave()
-    await until(lambda: last.inside)
-    await last.leave()
+    first.leave()
+    assert last.num_inside == 1
+    last.leave()
     assert (admission.num_running, admission.num_waiting) == (0, 0)
 
 
-async def test_one_who_gives_up_at_the_moment_of_being_let_in_passes_the_room_on():
-    admission = Admission(1, max_queue=5)
-    first, unlucky, last = Visitor(admission), Visitor(admission), Visitor(admission)
-    await settle()
-    first._go.set()
-    await first.task  # has let `unlucky` in, which has not run since
-    unlucky.task.cancel()
-    await until(lambda: last.inside)
-    await last.leave()
-    assert (admission.num_running, admission.num_waiting) == (0, 0)
+class AdmissionMachine(RuleBasedStateMachine):
+    """Whatever comes and goes: the room is never exceeded, never idle while somebody waits, and nothing leaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.admission = Admission(3, max_queue=6)
+        self.visitors: list[Visitor] = []
+
+    @rule(num_sequences=st.integers(1, 9))
+    def come(self, num_sequences):
+        try:
+            self.visitors.append(Visitor(self.admission, num_sequences))
+        except ApiError:
+            assert self.admission.num_running == 3
+
+    @precondition(lambda self: self.visitors)
+    @rule(data=st.data())
+    def go(self, data):
+        self.visitors.pop(data.draw(st.integers(0, len(self.visitors) - 1))).leave()
+
+    @precondition(lambda self: any(visitor.num_inside for visitor in self.visitors))
+    @rule(data=st.data())
+    def end_one(self, data):
+        data.draw(st.sampled_from([visitor for visitor in self.visitors if visitor.num_inside])).room.end()
+
+    @invariant()
+    def counts_add_up(self):
+        running = sum(visitor.num_inside for visitor in self.visitors)
+        waiting = sum(visitor.room.num_waiting for visitor in self.visitors)
+        assert (self.admission.num_running, self.admission.num_waiting) == (running, waiting)
+        assert running <= 3
+        assert running == 3 or not waiting
+
+    def teardown(self):
+        for visitor in self.visitors:
+            visitor.leave()
+        assert (self.admission.num_running, self.admission.num_waiting) == (0, 0)
+
+
+TestAdmissionMachine = AdmissionMachine.TestCase

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.router.config import RouterConfig
 from services.router.errors import ApiError
 from services.router.models import ModelSource, ServedModel, load_model_files
 from services.router.openai_requests import parse_chat, parse_completion
 
+CONFIG = RouterConfig(max_logprobs=20)
 USER = {"role": "user", "content": "hi"}
 
 
@@ -27,11 +29,11 @@ def model(model_directory):
 
 
 def completion(model, **fields):
-    return parse_completion({"prompt": "x", **fields}, model, max_logprobs=20)
+    return parse_completion({"prompt": "x", **fields}, model, CONFIG)
 
 
 def chat(model, **fields):
-    return parse_chat({"messages": [USER], **fields}, model, max_logprobs=20)
+    return parse_chat({"messages": [USER], **fields}, model, CONFIG)
 
 
 def test_neutral_values_where_nothing_is_asked(model):
@@ -142,13 +144,14 @@ BAD_COMMON = [
     ("top_p", 0), ("top_p", 1.01), ("top_k", -2), ("top_k", 1.5), ("top_k", 2**40), ("min_p", 2), ("min_p", -1),
     ("presence_penalty", 3), ("frequency_penalty", -2.5), ("repetition_penalty", 0), ("repetition_penalty", -1),
     ("n", 0), ("n", 129), ("n", True), ("n", "2"), ("max_tokens", -1), ("max_tokens", 1e30), ("max_tokens", "9"),
-    ("min_tokens", -1), ("seed", 2**70), ("seed", 1.5), ("seed", "x"), ("priority", 2**40), ("stream", "yes"),
+    ("min_tokens", -1), ("seed", 2**70), ("seed", 1.5), ("seed", "x"), ("priority", 2**40), ("priority", 1),
+    ("stream", "yes"), ("user", 5),
     ("stop", 5), ("stop", [1]), ("stop", [None]), ("stop", ["x"] * 17), ("stop", ""), ("stop", "x" * 2000),
     ("stop_token_ids", [-1]), ("stop_token_ids", [10**9]), ("stop_token_ids", "5"), ("stop_token_ids", [True]),
     ("allowed_token_ids", []), ("allowed_token_ids", [1.5]),
     ("logit_bias", {"x": 1}), ("logit_bias", {"1": 101}), ("logit_bias", {"99999": 1}), ("logit_bias", [1]),
     ("logit_bias", {"1": True}), ("logit_bias", {"²": 1}), ("logit_bias", {"-1": 1}),
-    ("stream_options", {"include_usage": True}), ("stream_options", []), ("ignore_eos", 1), ("user", 5),
+    ("stream_options", {"include_usage": True}), ("stream_options", []), ("ignore_eos", 1),
     ("cache_salt", ""), ("cache_salt", 5), ("cache_salt", "x" * 1025), ("prompt_logprobs", -1), ("prompt_logprobs", 21),
     ("use_beam_search", True), ("structured_outputs", {"json": {}}), ("guided_choice", ["a"]), ("bad_words", ["x"]),
     ("response_format", {"type": "json_object"}), ("response_format", {"type": "x"}), ("response_format", "x"),
@@ -239,7 +242,7 @@ NAMES = st.sampled_from(sorted({name for name, _ in BAD_COMMON} | {"prompt", "me
 def test_garbage_is_read_or_refused_and_never_crashes(model, parse, body):
     def read() -> int:
         try:
-            request = parse(body, model, 20)
+            request = parse(body, model, CONFIG)
         except ApiError as error:
             return error.status if json.loads(error.body())["error"]["message"] else 0
         return 200 if request.common.sampling_for(0, 1).SerializeToString() else 0

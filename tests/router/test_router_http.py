@@ -100,12 +100,12 @@ def test_tokenize_and_detokenize(http, tokenizer):
         assert http.post(url, json=body).status_code == 400
 
 
-def test_the_prompt_arrives_as_tokens_with_its_salt_priority_and_id(http, worker, tokenizer):
-    body = {"prompt": "the quick", "max_tokens": 2, "cache_salt": "s", "priority": -3, "request_id": "r-1", "seed": 9}
+def test_the_prompt_arrives_as_tokens_with_its_salt_and_id(http, worker, tokenizer):
+    body = {"prompt": "the quick", "max_tokens": 2, "cache_salt": "s", "request_id": "r-1", "seed": 9}
     response = http.post("/v1/completions", json=body)
     (request,) = worker.requests
     assert list(request.prompt_token_ids) == tokenizer.encode(["the quick"], True)[0]
-    assert (request.model, request.cache_salt, request.priority, request.request_id) == ("tiny", "s", -3, "r-1")
+    assert (request.model, request.cache_salt, request.request_id) == ("tiny", "s", "r-1")
     assert (request.sampling.seed, request.sampling.max_tokens) == (9, 2)
     assert response.headers["x-request-id"] == "r-1"
     assert response.json()["id"] == "cmpl-r-1"
