@@ -158,8 +158,9 @@ class Dispatch:
         return sequence.session
 
     def _end(self, sequence: _Sequence) -> None:
-        sequence.ended = True
-        self._room.end()
+        if not sequence.ended:
+            sequence.ended = True
+            self._room.end()
 
     def _submit(self, sequence: _Sequence, retried_after: str = "") -> Refusal | None:
         request_id = sequence.ask.order.request_id
@@ -211,7 +212,7 @@ class Dispatch:
         self._arrive(Arrival(sequence.index, output))
 
     def _break_off(self, sequence: _Sequence) -> None:
-        sequence.ended = True
+        self._end(sequence)
         error = pb.Error(code=pb.ERROR_CODE_INTERNAL, message="the router failed to take an output")
         output = pb.Output(handle=sequence.handle, finish_reason=pb.FINISH_REASON_ERROR, error=error)
         self._arrive(Arrival(sequence.index, output))

@@ -137,7 +137,7 @@ class WorkerSession:
             await self._run()
         finally:
             # Cancelled by its owner, or broken: nobody shall wait for what does not come any more.
-            if self._live:
+            if self._live or self._outbox:
                 self._lose("the router has given it up")
 
     async def _run(self) -> None:
