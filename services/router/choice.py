@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tandem.v1 import worker_pb2 as pb
 
-from services.router.detokenizer import IncrementalDetokenizer, StopMatcher
+from services.router.detokenizer import StopMatcher
 from services.router.models import ServedModel
 from services.router.openai_requests import GenerationRequest
 
@@ -47,7 +47,7 @@ class Choice:
         self._request = request
         self._eos_token_ids = model.files.eos_token_ids
         self._discard = discard
-        self._text = IncrementalDetokenizer(model.tokenizer.decoder(request.skip_special_tokens))
+        self._text = model.tokenizer.detokenizer(request.skip_special_tokens)
         self._stops = StopMatcher(request.stops, request.include_stop) if request.stops else None
 
     def feed(self, output: pb.Output) -> Delta:

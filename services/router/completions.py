@@ -48,8 +48,8 @@ async def plan_completion(
 
 
 def _texts(request: CompletionRequest, model: ServedModel) -> list[str]:
-    decode = model.tokenizer.decoder(request.common.skip_special_tokens)
-    return [prompt if isinstance(prompt, str) else decode(prompt) for prompt in request.prompts]
+    decode, skips = model.tokenizer.decode, request.common.skip_special_tokens
+    return [prompt if isinstance(prompt, str) else decode(prompt, skips) for prompt in request.prompts]
 
 
 async def _tokenize(request: CompletionRequest, model: ServedModel, pool: TokenizerPool) -> list[list[int]]:

@@ -1,74 +1,77 @@
 """Token ids to text, a few at a time, so that the pieces put together are what decoding all of them at once gives.
 
-A character may spread over several tokens; until its last byte is there, decoding shows U+FFFD. Such a tail is held
-back. `StopMatcher` behind it cuts the text at the first stop string and never lets a part of one out.
+A character may spread over several tokens and is held back until its last byte is there. `StopMatcher` behind it cuts
+the text at the first stop string and never lets a part of one out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 
-REPLACEMENT = "\ufffd"
-# The window is cut when it gets longer than this, at a point where the text was whole.
-_WINDOW_TOKENS = 24
-# Text that is never whole (broken bytes, or tokens that all end inside a character) is cut here, ...
-_LONGEST_WINDOW_TOKENS = 64
-# ... and so many tokens stay, which is enough for the characters at its end.
-_KEPT_TOKENS = 12
-# A character has four bytes at most, so later than this its missing bytes do not come any more, ...
-_MOST_UNFINISHED_TOKENS = 8
-# ... and of a run of replacement characters all but the last three are final.
-_MOST_UNFINISHED = 3
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+# Where so many tokens have made no whole text the bytes are broken, and are shown as such, ...
+_MOST_PENDING_TOKENS = 32
+# ... but for the last ones, which may be the beginning of a character: it has four bytes at most.
+_MOST_UNFINISHED_TOKENS = 3
 
 
-class IncrementalDetokenizer:
-    """Text of a growing token sequence. `decode` turns a list of ids into text, as `Tokenizer.decode` does.
+class Detokenizer:
+    """Text of a growing token sequence, by the library's `DecodeStream`. The cost per token does not grow with it.
 
-    Each token decodes a window of the last tokens anew; what is new and final in it is returned. The window is cut
-    where the text was whole, never inside a character: decoders with byte fallback decode a run of bytes as one, and
-    make nothing of it if it begins in the middle of a character. The cost per token does not depend on the length of
-    the sequence.
+    The stream has three faults, which are mended here:
+    - it decodes all tokens since its last text at each step, so that broken bytes without end, or skipped special
+      tokens, cost more with each (`_MOST_PENDING_TOKENS`; special tokens do not reach it);
+    - it raises where bytes spoil text that it has given already: byte fallback shows a run of bytes with one broken
+      among them as U+FFFD throughout;
+    - it does not give what it holds back at the end.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode = decode
-        self._window: list[int] = []
-        self._num_emitted = 0  # characters of the window's text that have been returned
-        self._whole_at = 0  # length of the window when its text was last whole
+    def __init__(self, tokenizer: Tokenizer, skipped: Collection[int] = ()) -> None:
+        """`skipped`: ids that give no text."""
+        self._tokenizer = tokenizer
+        self._skipped = skipped
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._context: list[int] = []  # what gave the newest text: decoders look at what is before a token
+        self._pending: list[int] = []  # what came since
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete."""
-        return "".join([self._feed_one(token_id) for token_id in token_ids])
+        new = [token_id for token_id in token_ids if token_id not in self._skipped]
+        if not new:
+            return ""
+        self._pending += new
+        try:
+            text: str | None = self._stream.step(self._tokenizer, new)
+        except Exception:  # the library raises bare Exception
+            return self._take(len(self._pending))
+        if text is not None:
+            self._context, self._pending = self._pending, []
+            return text
+        if len(self._pending) > _MOST_PENDING_TOKENS:
+            return self._take(len(self._pending) - _MOST_UNFINISHED_TOKENS)
+        return ""
 
     def flush(self) -> str:
         """What was held back, with U+FFFD where characters stayed unfinished. Nothing may be fed after this."""
-        text = self._decode(self._window) if self._window else ""
-        new = text[self._num_emitted :]
-        self._num_emitted = len(text)
-        return new
+        return self._take(len(self._pending)) if self._pending else ""
 
-    def _feed_one(self, token_id: int) -> str:
-        self._window.append(token_id)
-        text = self._decode(self._window)
-        is_whole = not text.endswith(REPLACEMENT)
-        final = len(text) if is_whole else len(text.rstrip(REPLACEMENT))
-        if len(self._window) - self._whole_at > _MOST_UNFINISHED_TOKENS:
-            final = max(final, len(text) - _MOST_UNFINISHED)
-        new = text[self._num_emitted : final]
-        self._num_emitted = max(self._num_emitted, final)
-        if is_whole:
-            if len(self._window) > _WINDOW_TOKENS:
-                self._cut(self._whole_at, num_held=0)
-            self._whole_at = len(self._window)
-        elif len(self._window) > _LONGEST_WINDOW_TOKENS:
-            self._cut(len(self._window) - _KEPT_TOKENS, len(text) - self._num_emitted)
-            self._whole_at = 0
-        return new
+    def _take(self, num_tokens: int) -> str:
+        """The text of the first pending tokens, whole or not. A new stream goes on behind them."""
+        taken, self._pending = self._pending[:num_tokens], self._pending[num_tokens:]
+        text = self._decode(self._context + taken)[len(self._decode(self._context)) :]
+        if text and not text.endswith("\ufffd"):
+            self._context = taken
+        self._stream = DecodeStream(skip_special_tokens=False)
+        for token_ids in (self._context, self._pending):
+            if token_ids:
+                self._stream.step(self._tokenizer, token_ids)
+        return text
 
-    def _cut(self, start: int, num_held: int) -> None:
-        # Count what has been returned from the end: there the text does not depend on where the window begins.
-        del self._window[:start]
-        self._num_emitted = max(len(self._decode(self._window)) - num_held, 0)
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        return text
 
 
 class StopMatcher:

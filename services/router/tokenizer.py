@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from tokenizers import Tokenizer
 
 from services.router.chat_template import ChatTemplate
+from services.router.detokenizer import Detokenizer
 from services.router.errors import overloaded
 
 T = TypeVar("T")
@@ -116,9 +117,9 @@ class ModelTokenizer:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
-    def decoder(self, skip_special_tokens: bool) -> Callable[[Sequence[int]], str]:
-        """`decode` with the choice made."""
-        return functools.partial(self._tokenizer.decode, skip_special_tokens=skip_special_tokens)
+    def detokenizer(self, skip_special_tokens: bool) -> Detokenizer:
+        """`decode` for tokens that come one after the other."""
+        return Detokenizer(self._tokenizer, self._special_ids if skip_special_tokens else ())
 
     def is_special(self, token_id: int) -> bool:
         """Whether `skip_special_tokens` leaves it out."""
