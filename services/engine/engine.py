@@ -127,7 +127,7 @@ class Engine:
         _check_token_ids("logit_bias", tuple(sampling.logit_bias), vocab_size)
         _check_token_ids("allowed_token_ids", sampling.allowed_token_ids, vocab_size)
         _check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
-        _check_allows_any(sampling, self.model.eos_token_ids)
+        _check_allows_any(sampling, self.model.eos_token_ids, vocab_size)
         check_fits(request, self._scheduler.config, self.pool.num_blocks)
 
     def add_request(self, request: Request) -> None:
@@ -377,8 +377,11 @@ def _check_token_ids(param: str, token_ids: Sequence[int], vocab_size: int) -> N
         raise InvalidRequest(param, f"token id {wrong} is not in the vocabulary of {vocab_size}")
 
 
-def _check_allows_any(sampling: SamplingParams, eos_token_ids: Sequence[int]) -> None:
-    if sampling.min_tokens and sampling.allowed_token_ids:
-        left = set(sampling.allowed_token_ids) - set(eos_token_ids) - set(sampling.stop_token_ids)
-        if not left:
-            raise InvalidRequest("allowed_token_ids", "min_tokens forbids all of them, they end the output")
+def _check_allows_any(sampling: SamplingParams, eos_token_ids: Sequence[int], vocab_size: int) -> None:
+    if not sampling.min_tokens:
+        return
+    ends = sampling.ends(eos_token_ids)
+    if sampling.allowed_token_ids and ends.issuperset(sampling.allowed_token_ids):
+        raise InvalidRequest("allowed_token_ids", "min_tokens forbids all of them, they end the output")
+    if len(ends) >= vocab_size:
+        raise InvalidRequest("stop_token_ids", "min_tokens forbids all of them, which is the whole vocabulary")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -21,6 +21,8 @@ GREEDY_TEMPERATURE = 1e-5
 _MAX_SEED = 2**64 - 1
 _MAX_LOGIT_BIAS = 100.0
 _MAX_PENALTY = 2.0
+# Parameters travel, and logits are computed, in float32: its normal range.
+_MIN_FACTOR, _MAX_FACTOR = 1e-37, 1e37
 
 
 class EngineError(Exception):
@@ -71,7 +73,7 @@ class SamplingParams:
         _check_float("min_p", self.min_p, 0.0, 1.0)
         _check_float("presence_penalty", self.presence_penalty, -_MAX_PENALTY, _MAX_PENALTY)
         _check_float("frequency_penalty", self.frequency_penalty, -_MAX_PENALTY, _MAX_PENALTY)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, math.inf, exclude_low=True)
+        _check_float("repetition_penalty", self.repetition_penalty, _MIN_FACTOR, _MAX_FACTOR)
         for token_id, bias in self.logit_bias.items():
             _check_int("logit_bias", token_id, 0, 2**32 - 1)
             _check_float("logit_bias", bias, -_MAX_LOGIT_BIAS, _MAX_LOGIT_BIAS)
@@ -90,6 +92,10 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature < GREEDY_TEMPERATURE
+
+    def ends(self, eos_token_ids: Iterable[int]) -> set[int]:
+        """The tokens that end the output, and that `min_tokens` therefore forbids at first."""
+        return {*self.stop_token_ids, *(() if self.ignore_eos else eos_token_ids)}
 
 
 def _check_float(name: str, value: float, low: float, high: float, *, exclude_low: bool = False) -> None:

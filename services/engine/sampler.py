@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,8 @@ from services.engine.request import PositionLogprobs, SampledToken, SamplingPara
 NUM_CANDIDATES = 256
 # Log-sums and unfiltered draws go by groups of so many neighbouring tokens.
 _GROUP = 256
+# Edited logits stay within this, so that no temperature above greedy takes them out of float32's range.
+_LARGEST_LOGIT = 1e33
 # Counters of groups start here, far above any token id.
 _GROUP_COUNTER = 1 << 40
 
@@ -165,7 +167,7 @@ def _edit(logits: Tensor, row: SamplingRow, eos_token_ids: Sequence[int]) -> Non
     """Apply allowed_token_ids, min_tokens, logit_bias and penalties to one row `[vocab_size]`, in place."""
     sampling, device = row.sampling, logits.device
 
-    def index(token_ids: Sequence[int]) -> Tensor:
+    def index(token_ids: Iterable[int]) -> Tensor:
         known = [token_id for token_id in token_ids if token_id < logits.shape[0]]
         return torch.tensor(known, dtype=torch.int64, device=device)
 
@@ -175,7 +177,7 @@ def _edit(logits: Tensor, row: SamplingRow, eos_token_ids: Sequence[int]) -> Non
         logits.fill_(-math.inf)
         logits[allowed] = kept
     if len(row.output_token_ids) < sampling.min_tokens:
-        logits[index([*eos_token_ids, *sampling.stop_token_ids])] = -math.inf
+        logits[index(sampling.ends(eos_token_ids))] = -math.inf
     for token_id, bias in sampling.logit_bias.items():
         if token_id < logits.shape[0]:
             logits[token_id] += bias
@@ -183,7 +185,10 @@ def _edit(logits: Tensor, row: SamplingRow, eos_token_ids: Sequence[int]) -> Non
         seen = index(sorted({*row.prompt_token_ids, *row.output_token_ids}))
         values = logits[seen]
         penalty = sampling.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        penalized = torch.where(values > 0, values / penalty, values * penalty)
+        # What is forbidden stays so, and a NaN is seen by whoever looks at the row.
+        bounded = penalized.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+        logits[seen] = torch.where(values.isfinite(), bounded, values)
     if (sampling.frequency_penalty or sampling.presence_penalty) and row.output_token_ids:
         counts = Counter(row.output_token_ids)
         penalties = [sampling.frequency_penalty * count + sampling.presence_penalty for count in counts.values()]

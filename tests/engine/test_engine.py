@@ -400,7 +400,8 @@ def test_logprobs_of_prompt_and_output_are_those_of_transformers(models: Models,
         ([3], {"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias"),
         ([3], {"allowed_token_ids": (VOCAB_SIZE,)}, "allowed_token_ids"),
         ([3], {"stop_token_ids": (VOCAB_SIZE,)}, "stop_token_ids"),
-        ([3], {"allowed_token_ids": EOS_TOKEN_IDS, "min_tokens": 1}, "allowed_token_ids"),
+        ([3], {"allowed_token_ids": EOS_TOKEN_IDS, "min_tokens": 1, "ignore_eos": False}, "allowed_token_ids"),
+        ([3], {"stop_token_ids": tuple(range(VOCAB_SIZE)), "min_tokens": 1}, "stop_token_ids"),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_the_door(

@@ -30,7 +30,7 @@ NO_EOS: frozenset[int] = frozenset()
         ("min_p", [-0.01, 1.01]),
         ("presence_penalty", [-2.1, 2.1]),
         ("frequency_penalty", [-2.1, 2.1]),
-        ("repetition_penalty", [0.0, -1.0, math.inf]),
+        ("repetition_penalty", [0.0, -1.0, 1e-38, 1e38, math.inf]),
         ("logit_bias", [{-1: 0.0}, {1: 101.0}, {1: math.nan}]),
         ("allowed_token_ids", [(-1,)]),
         ("stop_token_ids", [(3, -1)]),

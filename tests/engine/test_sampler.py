@@ -141,6 +141,16 @@ def test_min_tokens_forbids_ends_until_it_is_reached() -> None:
     assert tokens(sample(logits, [row(outputs=[3, 3], **params)], eos_token_ids=(0,))) == [0]
 
 
+def test_min_tokens_does_not_forbid_an_end_that_is_ignored() -> None:
+    logits = torch.zeros(1, 8)
+    logits[0, 5] = 9.0
+    for temperature in (0.0, 1e-5):
+        ignoring = row(min_tokens=3, ignore_eos=True, temperature=temperature)
+        assert tokens(sample(logits, [ignoring], eos_token_ids=[5])) == [5]
+        also_a_stop = row(min_tokens=3, ignore_eos=True, temperature=temperature, stop_token_ids=(5,))
+        assert tokens(sample(logits, [also_a_stop], eos_token_ids=[5])) != [5]
+
+
 def test_penalties_act_on_what_was_said() -> None:
     logits = torch.tensor([[2.0, 1.9, -1.0, -1.2]])
     assert tokens(sample(logits, [row(temperature=0.0, prompt=[0], repetition_penalty=1.2)])) == [1]
@@ -285,6 +295,41 @@ def test_a_millionth_in_the_logits_does_not_change_the_tokens() -> None:
     rows = mixed_rows(270)
     nudged = logits + (torch.rand(logits.shape, generator=torch.Generator().manual_seed(1)) - 0.5) * 2e-6
     assert tokens(sample(logits, rows)) == tokens(sample(nudged, rows))
+
+
+extremes = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([0.0, 1e-44, 1e-30, 1e-5, 1.0, 1e10, 3e38]),
+        "repetition_penalty": st.sampled_from([1e-37, 1e-36, 1e-20, 1e-3, 1e6, 1e37]),
+        "frequency_penalty": st.sampled_from([-2.0, 2.0]),
+        "presence_penalty": st.sampled_from([-2.0, 2.0]),
+        "top_p": st.sampled_from([1e-44, 1e-7, 0.5]),
+        "top_k": st.sampled_from([-1, 1, 3, 2**31 - 1]),
+        "min_p": st.sampled_from([1e-44, 1e-7, 1.0]),
+        "logit_bias": st.just({3: 100.0, 4: -100.0, 5: -100.0}),
+        "allowed_token_ids": st.sampled_from([(4,), (2, 4, 5), tuple(range(300))]),
+    },
+)
+
+
+@given(options=extremes, scale=st.sampled_from([0.0, 1e-30, 1.0, 1e4, 1e9]), seed=st.integers(0, 9))
+@settings(max_examples=300, deadline=None)
+def test_no_legal_parameter_leaves_a_row_without_a_token(options: dict[str, object], scale: float, seed: int) -> None:
+    logits = random_logits(2, 300, seed, scale)
+    extreme, plain = row([2, 4, 7], [4, 4, 9], **options, seed=seed), row([1], seed=seed)
+    token, plain_token = tokens(sample(logits, [extreme, plain]))
+    assert token is not None
+    assert token in (extreme.sampling.allowed_token_ids or range(300))
+    assert [plain_token] == tokens(sample(logits[1:], [plain]))
+
+
+def test_a_tiny_repetition_penalty_prefers_the_largest_of_what_was_said() -> None:
+    logits = torch.tensor([[9.0, 1.0, 2.0, 8.0]])
+    for penalty in (1e-37, 1e-30, 1e-10):
+        for temperature in (0.0, 1e-5, 1.0):
+            said = row([1, 2], repetition_penalty=penalty, temperature=temperature)
+            assert tokens(sample(logits, [said])) in ([[2]] if penalty >= 1e-30 else [[1], [2]])
 
 
 def test_what_is_not_finite_fails_alone() -> None:
