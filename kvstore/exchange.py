@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 from kvstore.block_hash import BlockHash
 from kvstore.connection import Connection
@@ -22,7 +23,7 @@ from kvstore.framing import STREAM_BUFFER_BYTES
 from kvstore.handshake import Introduction, PeerIdentity
 from kvstore.lending import PrefixLender, lend
 from kvstore.memory import BlockMemory
-from kvstore.messages import Have, Suspect, Want
+from kvstore.messages import MAX_HASHES, Have, Revoke, Suspect, Want
 from kvstore.observer import ExchangeObserver
 from kvstore.owner import Lease, OwnerSession
 from kvstore.peer_sessions import PeerSessions
@@ -31,6 +32,9 @@ from kvstore.timeouts import ExchangeTimeouts
 from kvstore.transport.base import Transport
 
 logger = logging.getLogger(__name__)
+
+# Prefixes that one reader may be lent at a time; each pins blocks and has a task.
+_MAX_WANTS: Final = 256
 
 OnHave = Callable[[PeerIdentity, Have], None]
 """Hears of blocks that a reader of ours holds; called in the event loop, and must return at once."""
@@ -206,10 +210,15 @@ class BlockExchange:
 
     def _lend(self, session: OwnerSession, want: Want) -> None:
         assert self._lender is not None
+        if len(session.wants) >= _MAX_WANTS:
+            session.connection.send(Revoke(want.transfer_id, f"{_MAX_WANTS} transfers are being lent to you already"))
+            return
+        session.wants.add(want.transfer_id)
         # A session's own context is nobody's: without an id nothing is to be named.
         scope = self._request_scope(want.request_id) if want.request_id else contextlib.nullcontext()
         with scope:
-            self._sessions.start_task(lend(session, want, self._lender))
+            lending = self._sessions.start_task(lend(session, want, self._lender))
+        lending.add_done_callback(lambda _: session.wants.discard(want.transfer_id))
 
     def _suspected(self, session: OwnerSession, suspect: Suspect) -> None:
         assert self._lender is not None
@@ -286,7 +295,7 @@ class BlockExchange:
         session = self._sessions.owner(owner_peer_id)
         if session is None:
             raise PeerLost(f"{owner_peer_id} is not connected, and cannot be told of {len(hashes)} blocks")
-        session.connection.send(Have(address, parent_hash, list(hashes)))
+        session.connection.send(Have(address, parent_hash, list(hashes[:MAX_HASHES])))
 
 
 def _describe(session: ReaderSession | OwnerSession) -> dict[str, object]:

@@ -252,8 +252,7 @@ class LeaseMachine:
         )
 
     def _confirm(self, event: ConfirmReceived, now: float) -> list[LeaseAction]:
-        if now >= self.expires_at:  # the timer is late: the lease is over all the same
-            return [SendMessage(Confirmed(self.transfer_id, False)), *self._end(LeaseOutcome.EXPIRED, now)]
+        # Even after `expires_at`, where the timer is late: the blocks are held until we end the lease, and not before.
         return [SendMessage(Confirmed(self.transfer_id, True)), *self._end(LeaseOutcome.CONFIRMED, now)]
 
     def _release(self, event: ReleaseReceived, now: float) -> list[LeaseAction]:

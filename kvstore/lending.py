@@ -36,7 +36,11 @@ class PrefixLender(Protocol):
 
 async def lend(session: OwnerSession, want: Want, lender: PrefixLender) -> None:
     """Serve one `want` from its arrival until the lease has closed."""
-    blocks = await lender.lend_prefix([BlockHash(block_hash) for block_hash in want.hashes])
+    try:
+        blocks = await lender.lend_prefix([BlockHash(block_hash) for block_hash in want.hashes])
+    except Exception:  # whatever is wrong here: the reader is to know now, rather than to wait and blame us for it
+        session.connection.send(Revoke(want.transfer_id, "nothing can be lent"))
+        raise
     if not blocks:
         logger.debug("transfer %s: %s wants blocks, none is here", want.transfer_id.hex(), session.peer.peer_id)
         session.connection.send(Revoke(want.transfer_id, "none of these blocks is here"))

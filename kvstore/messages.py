@@ -23,6 +23,7 @@ HEARS_SUSPICIONS: Final = "suspect"
 FEATURES: Final = (WANTS_NAME_REQUESTS, HEARS_SUSPICIONS)
 """What was added within this version: optional fields and messages, sent only to a peer whose Hello names them."""
 MAX_REQUEST_ID_CHARS: Final = 256
+MAX_HASHES: Final = 65536
 LENGTH_BYTES: Final = 4
 MAX_FRAME_BYTES: Final = 4 * 1024 * 1024
 
@@ -86,7 +87,7 @@ class Want(_Message, frozen=True, tag="want", omit_defaults=True):
 
     transfer_id: _TransferId
     hashes: Annotated[
-        list[Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]], msgspec.Meta(max_length=65536)
+        list[Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]], msgspec.Meta(max_length=MAX_HASHES)
     ]
     request_id: Annotated[str, msgspec.Meta(max_length=MAX_REQUEST_ID_CHARS)] = ""
 
@@ -100,7 +101,8 @@ class Have(_Message, frozen=True, tag="have"):
     address: _Name
     parent: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)] | None
     hashes: Annotated[
-        list[Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]], msgspec.Meta(min_length=1, max_length=65536)
+        list[Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]],
+        msgspec.Meta(min_length=1, max_length=MAX_HASHES),
     ]
 
 

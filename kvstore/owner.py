@@ -71,6 +71,7 @@ class OwnerSession:
         self.two_sided = introduction.transport.two_sided
         self.connection = connection
         self.leases: dict[bytes, Lease] = {}
+        self.wants: set[bytes] = set()  # transfers that a prefix is being looked up or lent for
         self.timeouts = timeouts
         self.clock = clock
         self.observer = observer

@@ -82,7 +82,12 @@ class PeerSessions:
             dial = asyncio.get_running_loop().create_task(self._dial(address), context=contextvars.Context())
             self._dials[address] = dial
             dial.add_done_callback(lambda done: self._dial_ended(address, done))
-        return await asyncio.shield(dial)
+        try:
+            return await asyncio.shield(dial)
+        except asyncio.CancelledError:
+            if dial.cancelled() and self._closing:  # the dial, and not whoever waits for it
+                raise PeerUnreachable(f"{address}: we are closing") from None
+            raise
 
     async def close(self) -> None:
         """Turn newcomers away and end all connections, with what goes over them. Bounded in time."""
@@ -206,6 +211,8 @@ class PeerSessions:
             logger.info("connection to %s has ended: %s", session.connection.name, reason)
             if sessions.get(peer_id) is session:
                 del sessions[peer_id]
+                if we_read:
+                    self._owner_at = {address: each for address, each in self._owner_at.items() if each != peer_id}
             try:
                 session.connection_lost(reason)
             finally:

@@ -162,8 +162,10 @@ class IndexWriter(IndexSession):
                     await self._send(client, b"")
         except MovedError:
             raise
-        except ResponseError:  # retrying the same would be refused again; a new claim repairs what it can
-            self._resync_reason = ResyncReason.ERROR
+        except Exception as error:
+            if isinstance(error, ResponseError) or not isinstance(error, REDIS_FAILURES):
+                # Retrying the same would be refused, or go wrong, again; a new claim repairs what it can.
+                self._resync_reason = ResyncReason.ERROR
             raise
 
     async def _wait_for_pending(self, deadline_s: float) -> bool:

@@ -48,6 +48,7 @@ from kvstore.handshake import Introduction
 from kvstore.memory import BlockMemory
 from kvstore.messages import (
     HEARS_SUSPICIONS,
+    MAX_HASHES,
     MAX_REQUEST_ID_CHARS,
     WANTS_NAME_REQUESTS,
     Announce,
@@ -145,7 +146,7 @@ class ReaderSession:
         An owner that does not know that field would take it for a violation; then it is left out.
         """
         known = request_id[:MAX_REQUEST_ID_CHARS] if WANTS_NAME_REQUESTS in self._features else ""
-        self.connection.send(Want(transfer_id, list(hashes), known))
+        self.connection.send(Want(transfer_id, list(hashes[:MAX_HASHES]), known))
 
     def send(self, message: ReaderMessage) -> None:
         """Send what a fetch says; a suspicion only to an owner that knows what to do with it."""

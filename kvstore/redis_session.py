@@ -40,7 +40,9 @@ class ConnectionState(enum.Enum):
 class RedisSession:
     """Keeps one session with Redis going until closed: reconnects with backoff, says so once, never gives up.
 
-    A subclass says in `_session` what to do while connected. All methods belong to the event loop's thread.
+    What is not Redis's failure is a bug of ours or of redis-py's, a cancellation that nobody ordered included: it is
+    logged whole, and costs one session. A subclass says in `_session` what to do while connected. All methods belong to
+    the event loop's thread.
     """
 
     def __init__(self, redis_url: str, name: str, timeout_s: float, max_backoff_s: float) -> None:
@@ -70,13 +72,11 @@ class RedisSession:
         if self._task is not None:
             raise RegistryError(f"{self._name} was started twice")
         self._task = asyncio.create_task(self._run(), name=self._name)
-        self._task.add_done_callback(self._report_crash)
 
     async def close(self) -> None:
         """Stop the task. Returns within the timeout of a few calls, whether Redis is there or not."""
         if self._task is not None:
             self._task.cancel()
-            # A crash was logged when it happened; whoever closes has nothing left to do about it.
             await asyncio.wait([self._task])
         self._set_state(ConnectionState.CLOSED)
 
@@ -96,12 +96,17 @@ class RedisSession:
             try:
                 async with open_client(self._redis_url, self._timeout_s) as client:
                     await self._session(client)
-            except REDIS_FAILURES as error:
+            except (Exception, asyncio.CancelledError) as error:
+                task = asyncio.current_task()
+                if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
+                    raise
                 if self.connected:
                     num_failures = 0
                 if num_failures == 0:
                     where = describe_url(self._redis_url)
-                    logger.warning("%s: Redis at %s failed, trying again: %s", self._name, where, describe(error))
+                    is_ours = not isinstance(error, REDIS_FAILURES)
+                    text = "%s: Redis at %s failed, trying again: %s"
+                    logger.warning(text, self._name, where, describe(error), exc_info=error if is_ours else None)
                 num_failures += 1
                 self._set_state(ConnectionState.DISCONNECTED)
             await asyncio.sleep(min(self._max_backoff_s, _FIRST_BACKOFF_S * 2 ** min(num_failures - 1, 20)))
@@ -117,11 +122,6 @@ class RedisSession:
         """Wake everyone in `wait_until`."""
         self._news.set()
         self._news = asyncio.Event()
-
-    def _report_crash(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and task.exception() is not None:
-            logger.critical("%s crashed and is no longer running", self._name, exc_info=task.exception())
-            self._set_state(ConnectionState.DISCONNECTED)
 
 
 @contextlib.asynccontextmanager

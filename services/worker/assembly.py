@@ -57,7 +57,7 @@ def assemble(config: WorkerConfig, role: Role, engine: Engine, worker_id: str, i
     metrics = WorkerMetrics(engine, served_names(config)[0], role)
     transports = make_transports(config.kv_transport, engine.memory, worker_id)
     metrics.exchange.watch(transports)
-    index_feed = IndexFeed(config.redis, worker_id, incarnation, engine, metrics.index)
+    index_feed = IndexFeed(config.redis, worker_id, incarnation, config.lease_s, engine, metrics.index)
     followers = [index_feed.changed]
     thread = EngineThread(
         engine, lambda changes: _tell_all(followers, changes), index_feed.host_changed, metrics.steps.ended

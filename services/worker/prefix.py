@@ -93,9 +93,11 @@ class CacheLender:
 class IndexFeed:
     """Tells the prefix index what the paged cache and the host tier hold."""
 
-    def __init__(self, redis_url: str, worker_id: str, incarnation: str, engine: Engine, metrics: IndexMetrics) -> None:
+    def __init__(
+        self, redis_url: str, worker_id: str, incarnation: str, lease_s: float, engine: Engine, metrics: IndexMetrics
+    ) -> None:
         self._writer = writer = IndexWriter(
-            redis_url, worker_id, incarnation, lambda: _holdings(engine), observer=metrics
+            redis_url, worker_id, incarnation, lambda: _holdings(engine), lease_s=lease_s, observer=metrics
         )
         metrics.watch_index(lambda: writer.connected, lambda: writer.num_pending)
 
@@ -316,7 +318,12 @@ class PrefixFetcher:
     def _dispose(self, fetch: Fetch, head: list[int]) -> None:
         task = asyncio.create_task(self._free_after(fetch, head), name="dispose-prefix-fetch")
         self._disposals.add(task)
-        task.add_done_callback(self._disposals.discard)
+        task.add_done_callback(self._disposed)
+
+    def _disposed(self, task: asyncio.Task[None]) -> None:
+        self._disposals.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("what a prefix fetch held could not be given back", exc_info=error)
 
     async def _free_after(self, fetch: Fetch, head: list[int]) -> None:
         fetch.abort("abandoned")

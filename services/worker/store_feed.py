@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from kvstore.block_hash import BlockHash
@@ -56,8 +56,7 @@ class StoreFeed:
         self._address = address
         self._membership.on_change(self._follow)
         await self._membership.start()
-        self._task = asyncio.create_task(self._run(), name="store-feed")
-        self._task.add_done_callback(_log_crash)
+        self._task = asyncio.create_task(_keep_going(self._run, "the store feed"), name="store-feed")
 
     async def close(self) -> None:
         """Stop offering."""
@@ -118,9 +117,14 @@ class StoreFeed:
                 self._nodes[node_of_chain(offer, self._nodes)].put(offer)
 
 
-def _log_crash(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("%s broke: this worker's blocks reach no store until it restarts", task.get_name(), exc_info=error)
+async def _keep_going(run: Callable[[], Awaitable[None]], what: str) -> None:
+    """Run a loop that ends by cancellation alone: a bug of ours costs the offers that it met, and not all to come."""
+    while True:
+        try:
+            await run()
+        except Exception:
+            log.exception("%s broke, and begins again", what)
+        await asyncio.sleep(_RETRY_S)
 
 
 class _NodeLine:
@@ -133,8 +137,8 @@ class _NodeLine:
         self._our_address = our_address
         self._count = count
         self._has_queued = asyncio.Event()
-        self.task = asyncio.create_task(self._run(), name=f"offers to {record.worker_id}")
-        self.task.add_done_callback(_log_crash)
+        name = f"offers to {record.worker_id}"
+        self.task = asyncio.create_task(_keep_going(self._run, name), name=name)
 
     def put(self, offer: ChainOffer) -> None:
         self.queue.pop(offer.hashes[-1], None)
@@ -153,8 +157,12 @@ class _NodeLine:
                 while self.queue and num_sent < _BURST:
                     end = next(iter(self.queue))
                     offer = self.queue[end]
-                    self._exchange.tell_have(peer_id, self._our_address, offer.parent_hash, offer.hashes)
                     del self.queue[end]
+                    try:
+                        self._exchange.tell_have(peer_id, self._our_address, offer.parent_hash, offer.hashes)
+                    except PeerLost:
+                        self.queue = {end: offer} | self.queue
+                        raise
                     num_sent += 1
             except (PeerUnreachable, PeerLost, IncompatiblePeer) as error:
                 log.info("store node %s cannot be told of our blocks: %s", self.record.worker_id, error)

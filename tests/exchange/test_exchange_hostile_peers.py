@@ -1,6 +1,7 @@
 """What an exchange makes of peers that die, freeze, stall or talk nonsense: played by a script over a plain socket."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -26,6 +27,7 @@ from kvstore.messages import (
     Reject,
     Revoke,
     TransportOffer,
+    Want,
     encode,
 )
 from kvstore.transport.memory import Switchboard
@@ -194,6 +196,102 @@ async def test_a_lease_that_heartbeats_do_not_name_expires_and_its_confirmation_
         script.stream.send(Confirm(b"renewed"))
         assert await script.expect(Confirmed) == Confirmed(b"renewed", held=True)
         assert await renewed.closed is LeaseOutcome.CONFIRMED
+
+
+async def test_a_stall_of_our_own_loop_ends_no_lease_that_its_reader_renewed_meanwhile():
+    owner = Worker("prefill-0", Switchboard(), timeouts=replace(PATIENT, lease_ttl_s=0.5))
+    async with running(owner), dialled(owner) as script:
+        await script.introduce_as_reader()
+        lease = owner.exchange.open_lease(TRANSFER, "script-0", 1)
+        lease.announce(0, owner.announced([3], [None]), last=True)
+        script.stream.send(Heartbeat([TRANSFER]))
+        time.sleep(1.0)  # noqa: ASYNC251 -- the stall: the heartbeat waits in the socket, and the lease's end passes
+        await asyncio.sleep(0.3)
+        assert not lease.closed.done()
+        script.stream.send(Confirm(TRANSFER))
+        assert await lease.closed is LeaseOutcome.CONFIRMED
+
+
+async def test_a_stall_of_our_own_loop_ends_no_fetch_whose_owner_was_in_time():
+    switchboard = Switchboard()
+    pool = Worker("script-0", switchboard)
+    reader = Worker("decode-0", switchboard, timeouts=replace(PATIENT, offer_s=0.5))
+    scripts: list[Script] = []
+
+    async def play(script: Script) -> None:
+        await script.introduce_as_owner(pool)
+        scripts.append(script)
+
+    async with running(reader), scripted_owner(play) as address:
+        await reader.exchange.connect(address)
+        fetch = reader.exchange.fetch(TRANSFER, "script-0", [None], room([5]))
+        scripts[0].stream.send(Offer(TRANSFER, 1))
+        time.sleep(1.0)  # noqa: ASYNC251
+        await asyncio.sleep(0.3)
+        assert not fetch.has_result
+        fetch.abort("seen enough")
+
+
+async def test_wants_without_end_are_refused_beyond_a_bound():
+    num_asked, may_lend = 0, asyncio.Event()
+
+    class Slow:
+        async def lend_prefix(self, hashes):
+            nonlocal num_asked
+            num_asked += 1
+            await may_lend.wait()
+            return []
+
+    owner = Worker("prefill-0", Switchboard(), lender=Slow())
+    async with running(owner), dialled(owner) as script:
+        await script.introduce_as_reader()
+        for number in range(300):
+            script.stream.send(Want(number.to_bytes(2, "big"), [bytes(16)]))
+        refused = [await script.expect(Revoke) for _ in range(44)]
+        assert [revoke.transfer_id for revoke in refused] == [n.to_bytes(2, "big") for n in range(256, 300)]
+        assert num_asked == 256
+        may_lend.set()
+        for _ in range(256):
+            await script.expect(Revoke)
+        script.stream.send(Want(b"again", [bytes(16)]))
+        assert (await script.expect(Revoke)).reason == "none of these blocks is here"
+
+
+async def test_a_lender_that_breaks_says_so_at_once():
+    class Broken:
+        async def lend_prefix(self, hashes):
+            raise RuntimeError("of all things")
+
+    owner = Worker("prefill-0", Switchboard(), lender=Broken())
+    async with running(owner), dialled(owner) as script:
+        await script.introduce_as_reader()
+        script.stream.send(Want(TRANSFER, [bytes(16)]))
+        assert await script.expect(Revoke) == Revoke(TRANSFER, "nothing can be lent")
+
+
+async def test_owners_that_come_and_go_leave_nothing_behind():
+    switchboard = Switchboard()
+    reader = Worker("decode-0", switchboard)
+    async with running(reader):
+        for number in range(5):
+            owner = Worker(f"prefill-{number}", switchboard)
+            async with running(owner):
+                await reader.exchange.connect(owner.exchange.address)
+            while reader.exchange._sessions.owners:  # noqa: ASYNC110 -- a connection that ends sets no event
+                await asyncio.sleep(0.01)
+        assert reader.exchange._sessions._owner_at == {}
+
+
+async def test_closing_cancels_nobody_who_waits_for_a_connection():
+    async def silent(script: Script) -> None: ...
+
+    reader = Worker("decode-0", Switchboard())
+    async with scripted_owner(silent) as address:
+        async with running(reader):
+            connecting = asyncio.create_task(reader.exchange.connect(address))
+            await asyncio.sleep(0.1)
+        with pytest.raises(PeerUnreachable, match="we are closing"):
+            await connecting
 
 
 async def test_a_reader_that_connects_anew_replaces_its_old_connection():

@@ -160,6 +160,25 @@ async def test_the_last_worker_killed_leaves_nothing_in_redis(cluster):
     await wait_for_redis(cluster.url, lambda client: client.dbsize(), 0)
 
 
+@pytest.mark.parametrize("error", [KeyError("a bug of ours"), asyncio.CancelledError()])
+async def test_a_registrar_survives_an_error_that_is_not_redis(cluster, monkeypatch, caplog, error):
+    membership = await cluster.follow()
+    registrar = await cluster.join(make_record("prefill-0"))
+    announce, failures = registrar._announce, iter([error, error])
+
+    async def announce_in_the_end(client: redis.asyncio.Redis) -> None:
+        for failure in failures:
+            raise failure
+        await announce(client)
+
+    monkeypatch.setattr(registrar, "_announce", announce_in_the_end)
+    await registrar.wait_until(lambda: not registrar.connected, WAIT_S)
+    await registrar.wait_until(lambda: registrar.connected, WAIT_S)
+    registrar.update(msgspec.structs.replace(registrar.record, draining=True))
+    await membership.wait_until(lambda: [each.draining for each in membership.snapshot()] == [True], WAIT_S)
+    assert sum("trying again" in record.message for record in caplog.records) == 1
+
+
 async def test_an_update_is_seen_at_once(cluster):
     registrar = await cluster.join(make_record(), lease_s=60)
     membership = await cluster.follow()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
+import pytest
 
 from kvstore.block_hash import BlockHash
 from kvstore.block_pool import CacheChange, CacheEvent
@@ -119,4 +122,34 @@ async def test_a_node_that_cannot_be_reached_costs_a_bounded_queue_and_no_one_el
         await until(lambda: node.intake.stats.num_pulled_blocks > 0 and node.intake.is_idle)
         await until(lambda: counts["sent"] + feed.state()["nodes"]["store-9"]["num_queued"] == 16)  # type: ignore[index]
         assert counts["sent"] > 0
+        await feed.close()
+
+
+def break_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    failures = iter([RuntimeError("a bug of ours")])
+
+    def broken(*args: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return function(*args)
+
+    return broken
+
+
+async def test_a_feed_that_breaks_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.worker.store_feed._RETRY_S", 0.01)
+    async with world() as made:
+        worker, node = await made.worker(), await made.node()
+        feed, registry = make_feed(worker, Counter())
+        monkeypatch.setattr(worker.exchange, "tell_have", break_once(worker.exchange.tell_have))
+        monkeypatch.setattr(feed._book, "take_grown", break_once(feed._book.take_grown))
+        await feed.start(worker.exchange.address)
+        registry.list(record_of(node))
+        last = chain("last", 2)
+        compute(worker, feed, chain("first", 2))
+        async with asyncio.timeout(20):
+            while node.store.locate(last) == []:
+                compute(worker, feed, last)
+                feed._book.grow_all()
+                await asyncio.sleep(0.05)
         await feed.close()
