@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
@@ -100,9 +101,15 @@ def _add_tokenizer_routes(app: FastAPI, parts: RouterParts) -> None:
     async def body_of(request: Request) -> dict[str, Any]:
         return fields.parse_object(await read_body(request.scope, request.receive, parts.config.max_body_bytes))
 
-    @app.post("/tokenize")
-    async def tokenize(request: Request) -> Response:
-        body = await body_of(request)
+    def in_time(answer: Callable[[dict[str, Any]], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            body = await body_of(request)
+            async with parts.deadline():
+                return await answer(body)
+
+        return endpoint
+
+    async def tokenize(body: dict[str, Any]) -> Response:
         model = parts.models.get(fields.string(body, "model"))
         wants_names = fields.boolean(body, "return_token_strs")
         if body.get("messages") is not None:
@@ -118,15 +125,16 @@ def _add_tokenizer_routes(app: FastAPI, parts: RouterParts) -> None:
             {"count": len(token_ids), "max_model_len": model.max_model_len, "tokens": token_ids, "token_strs": names}
         )
 
-    @app.post("/detokenize")
-    async def detokenize(request: Request) -> Response:
-        body = await body_of(request)
+    async def detokenize(body: dict[str, Any]) -> Response:
         model = parts.models.get(fields.string(body, "model"))
         if not isinstance(body.get("tokens"), list):
             raise invalid("`tokens` must be a list of token ids.", "tokens")
         token_ids = fields.check_token_ids(body["tokens"], "tokens", model.files.vocab_size)
         text = await parts.pool.run(lambda: model.tokenizer.decode(token_ids, skip_special_tokens=False))
         return _json({"prompt": text})
+
+    app.post("/tokenize")(in_time(tokenize))
+    app.post("/detokenize")(in_time(detokenize))
 
 
 def _add_status_routes(app: FastAPI, parts: RouterParts) -> None:
@@ -157,7 +165,7 @@ def _add_status_routes(app: FastAPI, parts: RouterParts) -> None:
 
 
 def _add_debug_routes(app: FastAPI, parts: RouterParts) -> None:
-    @app.get("/debug/routing/{request_id}")
+    @app.get("/debug/routing/{request_id:path}")
     async def explain_routing(request: Request, request_id: str) -> Response:
         tenant: Tenant | None = request.scope["state"]["tenant"]
         entries = parts.placer.log.find(name_of(tenant), request_id)
@@ -171,7 +179,7 @@ def _add_error_handlers(app: FastAPI, parts: RouterParts) -> None:
         parts.metrics.count_error(error.status)
         request.scope["state"]["access"].failed(error)
         headers = {name.decode(): value.decode() for name, value in error.headers()}
-        return Response(error.body(), error.status, headers)
+        return Response(error.body(), error.status, headers, media_type="application/json")
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:

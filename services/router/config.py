@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.router.tenants import split_key
 from services.settings import SettingsError, setting
 
 
@@ -115,6 +116,9 @@ class RouterConfig:
             raise SettingsError("give both --ssl-keyfile and --ssl-certfile, or neither", "ssl_keyfile")
         if any(not key for key in self.api_key):
             raise SettingsError("must not be empty", "api_key")
+        keys = [split_key(entry)[1] for entry in self.api_key]
+        if len(set(keys)) < len(keys):
+            raise SettingsError("has the same key twice", "api_key")
         for name in (
             "max_body_bytes",
             "max_attempts",

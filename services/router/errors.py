@@ -37,8 +37,8 @@ class ApiError(Exception):
         return orjson.dumps({"error": error})
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Content type and, where it helps, Retry-After and WWW-Authenticate."""
-        headers = [(b"content-type", b"application/json")]
+        """Where they help, Retry-After and WWW-Authenticate."""
+        headers = []
         if self.retry_after_s is not None:
             headers.append((b"retry-after", str(self.retry_after_s).encode()))
         if self.status == 401:

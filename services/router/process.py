@@ -130,6 +130,9 @@ async def _serve(config: RouterConfig) -> int:
             stopped.cancel()
             server.should_exit = True
             await serving
+            if not stop.is_set():
+                log.error("the HTTP server ended by itself")
+                return 1
     finally:
         await index.close()
         await membership.close()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,6 +56,16 @@ class RouterParts:
     metrics: RouterMetrics
     prefixes: PrefixFinder
     placer: Placer
+
+    @asynccontextmanager
+    async def deadline(self) -> AsyncIterator[None]:
+        """What is done under it ends in time: with ApiError 504."""
+        timeout_s = self.config.request_timeout_s or None
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError as error:
+            raise timed_out(f"The request was not finished within {timeout_s:g} s.") from error
 
 
 class Renderer(Protocol):
@@ -150,20 +161,16 @@ class GenerateEndpoint:
         send: sse.Send,
         access: AccessRecord,
     ) -> None:
-        timeout_s = self._parts.config.request_timeout_s or None
-        try:
-            async with asyncio.timeout(timeout_s):
-                plan, make_renderer = await self._plan(self._parts, body, request_id)
-                timeline.mark(Event.TOKENIZED)
-                with self._parts.admission.admit(plan.num_sequences) as room:
-                    make_ask = await self._find_prefixes(plan, tenant)
-                    generation = self._make_generation(plan, room, make_ask, timeline)
-                    try:
-                        await self._generate(generation, make_renderer, stream, send)
-                    finally:
-                        access.facts = generation.facts()
-        except TimeoutError as error:
-            raise timed_out(f"The request was not finished within {timeout_s:g} s.") from error
+        async with self._parts.deadline():
+            plan, make_renderer = await self._plan(self._parts, body, request_id)
+            timeline.mark(Event.TOKENIZED)
+            with self._parts.admission.admit(plan.num_sequences) as room:
+                make_ask = await self._find_prefixes(plan, tenant)
+                generation = self._make_generation(plan, room, make_ask, timeline)
+                try:
+                    await self._generate(generation, make_renderer, stream, send)
+                finally:
+                    access.facts = generation.facts()
 
     async def _find_prefixes(self, plan: GenerationPlan, tenant: Tenant | None) -> Callable[[int], Ask]:
         """Makes a sequence's order, by its index, with all that placing it may depend on."""

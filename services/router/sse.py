@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from types import TracebackType
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import orjson
 
 from services.router.errors import ApiError, ClientDisconnected
+
+log = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -81,7 +84,10 @@ class cancelled_on_disconnect:  # lower case as asyncio.timeout
         await asyncio.gather(self._watcher, return_exceptions=True)
 
     async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        try:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+        except Exception:
+            log.exception("the watch for a disconnect failed")  # nobody would notice that the client has gone
         self._disconnected = True
         self._task.cancel()

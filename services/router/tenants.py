@@ -53,10 +53,16 @@ class Keyring:
         return matches[0] if matches else None
 
 
-def _parse(index: int, entry: str) -> tuple[bytes, Tenant]:
+def split_key(entry: str) -> tuple[str, str]:
+    """Tenant and key of an entry of `--api-key`; the tenant is empty where the key is one of its own."""
     match = _NAMED_KEY.fullmatch(entry)
-    if match is None:
+    return (match[1], match[2]) if match is not None else ("", entry)
+
+
+def _parse(index: int, entry: str) -> tuple[bytes, Tenant]:
+    name, key = split_key(entry)
+    if not name:
         # "#" keeps it apart from any name that can be given.
-        return entry.encode(), Tenant(f"#{index + 1}", hashlib.sha256(b"key\0" + entry.encode()).digest())
+        return key.encode(), Tenant(f"#{index + 1}", hashlib.sha256(b"key\0" + key.encode()).digest())
     # By name and not by key, so that a tenant keeps its cache when its key is changed.
-    return match[2].encode(), Tenant(match[1], hashlib.sha256(b"tenant\0" + match[1].encode()).digest())
+    return key.encode(), Tenant(name, hashlib.sha256(b"tenant\0" + name.encode()).digest())

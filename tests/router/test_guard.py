@@ -20,7 +20,7 @@ ORIGIN = "https://chat.example"
 def routes_of(parts) -> list[tuple[str, str]]:
     """Method and path of every route, with something in its parameters."""
     return [
-        (method, route.path.replace("{name:path}", "tiny").replace("{request_id}", "mine"))
+        (method, route.path.replace("{name:path}", "tiny").replace("{request_id:path}", "mine"))
         for route in make_api(parts).routes
         if isinstance(route, Route)
         for method in sorted(route.methods or ())
@@ -107,3 +107,29 @@ async def test_browsers_can_read_refusals_and_crashes(make_worker):
     for answer in answers:
         assert answer.headers["access-control-allow-origin"] == ORIGIN
         assert answer.headers["x-request-id"]
+
+
+async def test_an_error_has_one_content_type(make_worker):
+    async with (
+        running_router(RouterConfig(api_key=("secret",)), make_worker()) as running,
+        httpx.AsyncClient(base_url=running.base_url, timeout=20) as http,
+    ):
+        refusals = [await http.get("/v1/models"), await http.post("/v1/completions", json={}, headers=KEY),
+                    await http.post("/tokenize", json={}, headers=KEY)]  # fmt: skip
+    assert [answer.headers.get_list("content-type") for answer in refusals] == [["application/json"]] * 3
+    assert refusals[0].headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("keys", [("a", "a"), ("acme:a", "other:a"), ("acme:a", "a")])
+def test_a_key_of_two_tenants_is_refused_at_start(keys):
+    with pytest.raises(SettingsError, match="twice"):
+        RouterConfig(api_key=keys)
+
+
+async def test_a_request_id_with_slashes_can_be_explained(make_worker):
+    async with (
+        running_router(RouterConfig(), make_worker()) as running,
+        httpx.AsyncClient(base_url=running.base_url, timeout=20) as http,
+    ):
+        await http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1, "request_id": "a/b"})
+        assert (await http.get("/debug/routing/a/b")).json()["request_id"] == "a/b"

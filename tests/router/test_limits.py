@@ -10,7 +10,9 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.router import session as session_module
 from services.router.config import RouterConfig
+from services.router.errors import ClientDisconnected
 from services.router.session import SessionFull, WorkerSession
+from services.router.sse import cancelled_on_disconnect
 from tests.router.fake_worker import Script, permit
 from tests.router.harness import running_router, until
 
@@ -162,3 +164,26 @@ async def test_a_priority_counts_only_where_the_operator_chose_so(make_worker):
 def test_what_does_not_fit_the_context_is_called_as_the_client_wrote_it(router, url, fields, param):
     error = httpx.post(router.base_url + url, json=fields, timeout=20).json()["error"]
     assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+
+
+@pytest.mark.parametrize("url", ["/tokenize", "/detokenize"])
+async def test_a_tokenizer_that_hangs_holds_nobody_for_ever(make_worker, monkeypatch, url):
+    async with running_router(RouterConfig(request_timeout_s=0.1), make_worker()) as running, client(running) as http:
+
+        async def hangs(function):
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(running.parts.pool, "run", hangs)
+        answer = await http.post(url, json={"prompt": "x", "tokens": [5]})
+    assert answer.status_code == 504
+    assert "0.1 s" in answer.json()["error"]["message"]
+
+
+async def test_a_watch_for_disconnects_that_fails_ends_the_request(caplog):
+    async def receive():
+        raise RuntimeError("the server is broken")
+
+    with pytest.raises(ClientDisconnected):
+        async with cancelled_on_disconnect(receive):
+            await asyncio.Event().wait()
+    assert "the watch for a disconnect failed" in caplog.text
