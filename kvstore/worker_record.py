@@ -42,6 +42,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     transports: tuple[str, ...]
     draining: bool = False
     colocated: bool = False
+    local_prefill_max_tokens: int = 0  # a decode worker prefills by itself what lacks no more than so many
     version: str = ""
     started_unix_s: float = 0.0
     revision: str = ""  # of model_path on the hub; empty: its default

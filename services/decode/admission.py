@@ -149,6 +149,7 @@ class Admission:
         live.usage.prefill_worker_id = target.worker_id
         live.usage.num_cached_tokens = handoff.finished.num_cached_tokens
         live.usage.fetched.extend(handoff.finished.fetched)
+        live.usage.prefill_rates.CopyFrom(handoff.finished.rates)
         convert.copy_stamps(handoff.finished.stamps, live.timeline)
         if handoff.fetched is None:
             return Admitted(handoff.finished, None)

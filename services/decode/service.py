@@ -94,7 +94,13 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
             message = f"session protocol {version!r}; this decode worker speaks {PROTOCOL_VERSION!r}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
             return
-        session = RouterSession(first.hello.router_id, next(self._session_numbers), self._parts.incarnation, self._load)
+        session = RouterSession(
+            first.hello.router_id,
+            next(self._session_numbers),
+            self._parts.incarnation,
+            self._load,
+            lambda: self._parts.rates.rates,
+        )
         self._sessions[session] = {}
         reader = asyncio.create_task(self._read_orders(session, orders), name=f"session-{session.router_id}")
         try:
@@ -291,8 +297,6 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         """Nothing to do: the router hears of a request with its first token."""
 
     def on_step(self, output: StepOutput) -> None:
-        if output.num_tokens > len(output.updates):
-            self._parts.fetcher.costs.computed(output.num_tokens, output.duration_s)
         outputs = []
         for update in output.updates:
             live = self._in_engine.get(update.request.request_id)

@@ -8,6 +8,9 @@ from collections.abc import Awaitable, Callable, Iterable
 
 from tandem.v1 import worker_pb2 as pb
 
+from services.rates import Rates
+from services.worker import convert
+
 # A router that reads nothing while this many outputs pile up is hung; its session ends.
 MAX_PENDING_OUTPUTS = 65_536
 # How soon a router learns of a load that changed without outputs of its own.
@@ -21,12 +24,22 @@ class SessionOverflow(Exception):
 class RouterSession:
     """The outgoing half of a session. All methods run on the event loop."""
 
-    def __init__(self, router_id: str, number: int, incarnation: str, load: Callable[[], pb.Load]) -> None:
-        """`number` is unique among the worker's sessions, past ones included."""
+    def __init__(
+        self,
+        router_id: str,
+        number: int,
+        incarnation: str,
+        load: Callable[[], pb.Load],
+        rates: Callable[[], Rates],
+    ) -> None:
+        """`number` is unique among the worker's sessions, past ones included. `rates` gives the same object until there
+        is news, and goes out with the load when there is.
+        """
         self.router_id = router_id
         self.number = number
         self._incarnation = incarnation
         self._load = load
+        self._rates = rates
         self._pending: list[pb.Output] = []
         self._wake = asyncio.Event()
         self._closed = False
@@ -62,15 +75,20 @@ class RouterSession:
             raise SessionOverflow(f"router {self.router_id}: more than {MAX_PENDING_OUTPUTS} outputs unread")
 
     async def _send_frames(self, send: Callable[[pb.SessionFrame], Awaitable[None]]) -> None:
-        last_load = self._load()
-        await send(pb.SessionFrame(load=last_load, incarnation=self._incarnation))
+        last_load, last_rates = self._load(), self._rates()
+        frame = pb.SessionFrame(load=last_load, incarnation=self._incarnation)
+        frame.load.rates.CopyFrom(convert.rates_to_proto(last_rates))
+        await send(frame)
         while not (self._closed and not self._pending) and not self._overflowed:
             await self._wait()
             load = self._load()
             if self._pending or load != last_load:
                 frame = pb.SessionFrame(outputs=self._pending, load=load)
+                rates = self._rates()
+                if rates is not last_rates:
+                    frame.load.rates.CopyFrom(convert.rates_to_proto(rates))
                 self._pending = []
-                last_load = load
+                last_load, last_rates = load, rates
                 await send(frame)
 
     async def _wait(self) -> None:

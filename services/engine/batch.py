@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from services.engine.request import PositionLogprobs, Request, SampledToken
+from services.rates import StepShape, num_pairs
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,18 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(sequence.num_tokens for sequence in self.sequences)
+
+    @property
+    def shape(self) -> StepShape:
+        """What decides how long the step takes."""
+        prompts = [sequence for sequence in self.sequences if sequence.num_tokens > 1]
+        contexts = [sequence.end for sequence in self.sequences if sequence.num_tokens == 1]
+        return StepShape(
+            num_prompt_tokens=sum(sequence.num_tokens for sequence in prompts),
+            num_prompt_pairs=sum(num_pairs(sequence.start, sequence.num_tokens) for sequence in prompts),
+            num_running=len(contexts),
+            num_context_tokens=sum(contexts),
+        )
 
 
 class BatchBuilder:

@@ -34,6 +34,7 @@ from services.engine.runner import ModelRunner
 from services.engine.scheduler import Scheduler
 from services.engine.stats import SchedulerStats
 from services.lifecycle import Event
+from services.rates import NO_STEP, StepShape
 
 # As `vllm serve` spells them.
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
@@ -63,6 +64,7 @@ class StepOutput:
     updates: tuple[RequestUpdate, ...] = ()
     preempted: tuple[Request, ...] = ()
     num_tokens: int = 0  # computed
+    shape: StepShape = NO_STEP
     duration_s: float = 0.0  # from schedule to the end of postprocess, by the engine's clock
 
 
@@ -306,7 +308,7 @@ class Engine:
                     timeline.mark(Event.DECODE_JOINED)
         self._grant_reservations()
         duration_s = self._clock() - self._step_started_s
-        return StepOutput(tuple(updates), batch.preempted, batch.num_tokens, duration_s)
+        return StepOutput(tuple(updates), batch.preempted, batch.num_tokens, batch.shape, duration_s)
 
     def step(self) -> StepOutput:
         """The three in a row; empty where nothing can run."""

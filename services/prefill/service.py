@@ -203,7 +203,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
                 step = await self._next_step(order, lease)
                 if isinstance(step, _Scheduled):
                     lease = self._lend(order)
-                    await send(pb.PrefillEvent(scheduled=pb.PrefillScheduled(load=self._load())))
+                    await send(pb.PrefillEvent(scheduled=pb.PrefillScheduled()))
                     continue
                 assert lease is not None, f"{order.request.request_id}: computed before it was scheduled"
                 finished = step.finished is not None
@@ -211,7 +211,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
                 if step.finished is not None:
                     order.is_computed = True
                     self._parts.metrics.requests.prefilled(order.request.timeline)
-                    step.finished.load.CopyFrom(self._load())
+                    step.finished.rates.CopyFrom(convert.rates_to_proto(self._parts.rates.rates))
                     await send(pb.PrefillEvent(finished=step.finished))
         finally:
             if lease is None:
@@ -257,9 +257,6 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         log.debug("lease of transfer %s closed: %s", order.transfer_id.hex(), outcome.name)
         await self._parts.thread.call(self._settle, order)
 
-    def _load(self) -> pb.Load:
-        return convert.load_to_proto(self._parts.engine.load(), draining=self._draining)
-
     def state(self) -> dict[str, object]:
         return {"orders": self._num_orders, "loans": len(self._loans), "draining": self._draining}
 
@@ -298,7 +295,6 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
                 self._deliver(scheduled.request, _Scheduled())
 
     def on_step(self, output: StepOutput) -> None:
-        self._parts.fetcher.costs.computed(output.num_tokens, output.duration_s)
         for update in output.updates:
             order = self._active.get(update.request.request_id)
             if order is None:

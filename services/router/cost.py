@@ -1,34 +1,27 @@
 """What a prompt would cost at a worker: a pure function of what is known of its prefix and of the worker's load.
 
-The unit is the time that the prefill of one token takes, so a term of 100 is as bad as 100 more tokens to compute. Only
-ratios of rates matter: how much faster a token's KV is fetched than computed, which `learn` corrects by what the
-receipts of finished requests say.
+The unit is the time that the prefill of one token takes, so a term of 100 is as bad as 100 more tokens to compute. The
+times are those of `services.rates`, by what the workers that compute a model's prompts have learnt; they are taken for
+equally fast, so that equal candidates stay equal.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import truediv
 
-TIERS = ("device", "host", "store", "disk")
-"""Fastest first, in the order of `Held.num_per_tier`. The words are those of worker.proto."""
-
-PerTier = tuple[float, float, float, float]
+from services.rates import GUESSED, TIERS, PerTier, Rates
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """The parameters. Rates are of one model on this deployment: `learn` moves them, the rest is fixed."""
+    """The parameters. `rates` are of one model on this deployment, the rest is fixed."""
 
-    prefill_tokens_per_s: float = 5_000.0
-    """How fast a worker computes a prompt."""
-    fetch_tokens_per_s: PerTier = (50_000.0, 50_000.0, 30_000.0, 10_000.0)
-    """How fast KV comes from another holder's tier."""
+    rates: Rates = GUESSED
     load_tokens_per_s: PerTier = (math.inf, 200_000.0, 200_000.0, 20_000.0)
     """How fast a worker brings KV from a tier of its own into its paged cache."""
-    fetch_latency_s: float = 0.005
-    """What a fetch takes beside its bytes."""
     new_work_weight: float = 2.0
     """A token to be computed, against one that is merely waited for: it also delays all who come later. At 1 a prompt
     would as soon be computed a second time elsewhere as wait for an equal one in front of it."""
@@ -38,14 +31,16 @@ class CostModel:
     """Each request beyond the worker's batch: a new one waits until so many have ended."""
     kv_use_tokens: float = 256.0
     """A full pool against an empty one, in steps of a tenth: preemption comes nearer, cached prefixes get evicted."""
-    local_prefill_max_tokens: int = 16
-    """What a decode worker computes by itself; the default of its setting of this name."""
     bounded_load_factor: float = 1.25
     """prefix-hash: a worker may have so many times the mean load, plus the slack below."""
     bounded_load_slack_tokens: int = 4096
     """prefix-hash, prefill workers."""
     bounded_load_slack_requests: int = 4
     """prefix-hash, decode workers."""
+
+    def tokens(self, seconds: float) -> float:
+        """A time in the unit of costs."""
+        return seconds / self.rates.prompt_token_s
 
 
 @dataclass(frozen=True)
@@ -111,7 +106,7 @@ class PrefillTerms:
     fetch: float
     num_computed_tokens: int
     compute: float
-    """num_computed_tokens times new_work_weight."""
+    """What the prefill of num_computed_tokens takes, times new_work_weight."""
 
     @property
     def total(self) -> float:
@@ -150,9 +145,8 @@ def prefill_terms(
     cost: CostModel, worker_id: str, num_queued_tokens: int, num_prompt_tokens: int, prefix: KnownPrefix
 ) -> PrefillTerms:
     """The terms of one worker: after its own hit it fetches from the best other holder, if that beats computing."""
-    own = prefix.own(worker_id)
-    load = sum(map(_tokens_for, own.num_per_tier, cost.load_tokens_per_s)) * cost.prefill_tokens_per_s
-    load *= prefix.block_size
+    own, rates = prefix.own(worker_id), cost.rates
+    load = cost.tokens(sum(map(truediv, own.num_per_tier, cost.load_tokens_per_s)) * prefix.block_size)
 
     def terms(num_fetched: int, holder_id: str, fetch: float) -> PrefillTerms:
         num_cached = (own.num_blocks + num_fetched) * prefix.block_size
@@ -166,59 +160,33 @@ def prefill_terms(
             fetched_from=holder_id,
             fetch=fetch,
             num_computed_tokens=num_computed,
-            compute=num_computed * cost.new_work_weight,
+            compute=cost.tokens(rates.prompt_s(num_computed, num_prompt_tokens - num_computed)) * cost.new_work_weight,
         )
 
     options = [terms(0, "", 0.0)]
     for holder_id, held in prefix.held.items():
-        if holder_id != worker_id and held.num_blocks > own.num_blocks:
-            fetch = fetch_tokens(cost, held.tail(own.num_blocks), prefix.block_size)
+        tail = _tokens(held.tail(own.num_blocks), prefix.block_size)
+        if holder_id != worker_id and rates.fetching_pays(tail, own.num_blocks * prefix.block_size):
+            fetch = cost.tokens(rates.fetch_s(tail))
             options.append(terms(held.num_blocks - own.num_blocks, holder_id, fetch))
     return min(options, key=lambda option: (option.total, option.fetched_from))
 
 
-def fetch_tokens(cost: CostModel, num_per_tier: tuple[int, int, int, int], block_size: int) -> float:
-    """What it costs to fetch so many blocks from another holder's tiers."""
-    seconds = sum(map(_tokens_for, num_per_tier, cost.fetch_tokens_per_s)) * block_size
-    return (cost.fetch_latency_s + seconds) * cost.prefill_tokens_per_s
+def handoff_tokens(cost: CostModel, num_blocks: int, block_size: int) -> float:
+    """What it costs to read so many blocks from the prefill worker."""
+    return cost.tokens(cost.rates.fetch_s(_tokens((num_blocks, 0, 0, 0), block_size)))
 
 
-def _tokens_for(num_blocks: int, tokens_per_s: float) -> float:
-    return num_blocks / tokens_per_s
+def _tokens(num_blocks: Sequence[int], block_size: int) -> list[int]:
+    return [count * block_size for count in num_blocks]
 
 
 def useful_sources(cost: CostModel, prefix: KnownPrefix, except_worker: str) -> tuple[str, ...]:
     """The holders that are worth fetching from for someone who has nothing, the most useful first."""
 
     def gain(held: Held) -> float:
-        saved = held.num_blocks * prefix.block_size * cost.new_work_weight
-        return saved - fetch_tokens(cost, held.num_per_tier, prefix.block_size)
+        num_tokens = _tokens(held.num_per_tier, prefix.block_size)
+        return cost.rates.prompt_s(sum(num_tokens)) - cost.rates.fetch_s(num_tokens)
 
     gains = {holder_id: gain(held) for holder_id, held in prefix.held.items() if holder_id != except_worker}
     return tuple(sorted((key for key in gains if gains[key] > 0), key=lambda key: (-gains[key], key)))
-
-
-_LEARNING_RATE = 0.1
-_MIN_LEARNED_TOKENS = 64  # shorter ones measure latency, not a rate
-_MIN_RATE, _MAX_RATE = 1.0, 1e9  # tokens per second
-
-
-def learn_prefill(cost: CostModel, num_tokens: int, seconds: float) -> CostModel:
-    """The model after a prompt of which so many tokens were computed in so long. An exponential moving average."""
-    if num_tokens < _MIN_LEARNED_TOKENS or seconds <= 0:
-        return cost
-    return replace(cost, prefill_tokens_per_s=_moved(cost.prefill_tokens_per_s, num_tokens / seconds))
-
-
-def learn_fetch(cost: CostModel, tier: str, num_tokens: int, seconds: float) -> CostModel:
-    """The same after a fetch."""
-    if tier not in TIERS or num_tokens < _MIN_LEARNED_TOKENS or seconds <= 0:
-        return cost
-    index = TIERS.index(tier)
-    rates = list(cost.fetch_tokens_per_s)
-    rates[index] = _moved(rates[index], num_tokens / max(seconds - cost.fetch_latency_s, seconds / 2))
-    return replace(cost, fetch_tokens_per_s=(rates[0], rates[1], rates[2], rates[3]))
-
-
-def _moved(average: float, observed: float) -> float:
-    return average + _LEARNING_RATE * (min(max(observed, _MIN_RATE), _MAX_RATE) - average)

@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from services.router.cost import CostModel, DecodeTerms, Held, PrefillTerms
+from services.rates import Rates
+from services.router.cost import DecodeTerms, Held, PrefillTerms
 from services.router.routing import Decision, Refusal
 
 MAX_CANDIDATES = 16
@@ -34,7 +35,7 @@ class DecisionEntry:
     held: Mapping[str, Held]
     expected: Mapping[str, int]
     outcome: Decision | Refusal
-    cost: CostModel
+    rates: Rates
     retried_after: str = ""
     """What the worker before said: an error code of worker.proto."""
 
@@ -56,10 +57,7 @@ class DecisionEntry:
             },
             "expected_blocks": dict(self.expected),
             **_outcome(self.outcome),
-            "rates": {
-                "prefill_tokens_per_s": self.cost.prefill_tokens_per_s,
-                "fetch_tokens_per_s": self.cost.fetch_tokens_per_s,
-            },
+            "rates": self.rates.to_wire(),
         }
 
 

@@ -11,7 +11,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.lifecycle import Event, Timeline
 from services.router.choice import Choice, Delta
-from services.router.dispatch import Dispatch, ServedBy, error_of
+from services.router.dispatch import Dispatch, error_of
 from services.router.errors import ApiError, invalid
 from services.router.metrics import ModelMetrics
 from services.router.models import ServedModel
@@ -116,16 +116,13 @@ class Generation:
         metrics: ModelMetrics,
         timeline: Timeline,
         clock: Callable[[], float],
-        on_receipt: Callable[[Receipt, ServedBy], None],
     ) -> None:
-        """`clock` gives unix seconds, as the timeline's does. `on_receipt` is called once for each sequence that ends
-        regularly, and whose worker has said what it cost."""
+        """`clock` gives unix seconds, as the timeline's does."""
         self.plan = plan
         self._dispatch = dispatch
         self._metrics = metrics
         self._timeline = timeline
         self._clock = clock
-        self._on_receipt = on_receipt
         self._receipts: list[Receipt | None] = [None] * plan.num_sequences
         self._first_token_s: list[float | None] = [None] * plan.num_sequences
         self._choices = [self._new_choice(index) for index in range(plan.num_sequences)]
@@ -315,5 +312,4 @@ class Generation:
         )
         self._receipts[choice.index] = receipt
         self._metrics.count_receipt(receipt)
-        self._on_receipt(receipt, served_by)
         log.debug("%s", receipt)

@@ -1,7 +1,7 @@
-"""Carries the pure choice (routing.py) out: takes the snapshot, remembers what was sent where, learns from receipts.
+"""Carries the pure choice (routing.py) out: takes the snapshot, and remembers what was sent where.
 
-All of the router's mutable routing state is here: the policy's, the prefixes just sent, the observed rates, the log of
-decisions. It belongs to the event loop.
+All of the router's mutable routing state is here: the policy's, the prefixes just sent, the log of decisions. It
+belongs to the event loop.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block_hash import BlockHash
-from services.lifecycle import Event
-from services.router.cost import CostModel, Held, KnownPrefix, learn_fetch, learn_prefill
+from services.router.cost import CostModel, Held, KnownPrefix
 from services.router.explain import MAX_CANDIDATES, DecisionEntry, DecisionLog, bounded
 from services.router.prefixes import BlockSpace, PromptBlocks
-from services.router.receipt import Receipt
 from services.router.recent import RecentPrefixes, WorkerKey
 from services.router.routing import (
     Decision,
@@ -97,7 +95,6 @@ class Placer:
         self._unix_clock = unix_clock
         self._state = PolicyState()
         self._recent = RecentPrefixes()
-        self._cost: dict[str, CostModel] = {}  # by model fingerprint
 
     def spaces(self, model: str) -> list[BlockSpace]:
         """The block spaces of the workers that serve the model; usually one."""
@@ -114,7 +111,7 @@ class Placer:
         """Chooses workers. Nothing is counted before `sent`."""
         spaces = {space.model_fingerprint: space for space in self.spaces(ask.order.model)}
         prefixes = {fingerprint: self._known(ask, space) for fingerprint, space in spaces.items()}
-        cost = self._cost_of(next(iter(spaces), ""))
+        cost = CostModel(self._workers.rates(next(iter(spaces), "")))
         request = RoutedRequest(ask.order.model, len(ask.order.prompt_token_ids), ask.key, prefixes)
         decision = choose(
             request,
@@ -140,7 +137,7 @@ class Placer:
                 held=dict(sorted(known.held.items(), key=lambda item: -item[1].num_blocks)[:MAX_CANDIDATES]),
                 expected=dict(sorted(known.expected.items(), key=lambda item: -item[1])[:MAX_CANDIDATES]),
                 outcome=bounded(decision),
-                cost=cost,
+                rates=cost.rates,
                 retried_after=retried_after,
             )
         )
@@ -186,6 +183,8 @@ class Placer:
         done_by = expected[0]
         if usage is not None:
             done_by = decode[0] if usage.prefilled_locally else usage.prefill_worker_id
+            if usage.HasField("prefill_rates"):
+                self._workers.prefill_rates(usage.prefill_worker_id, usage.prefill_rates)
         if done_by == expected[0]:
             self._remember(expected, placement)
         else:
@@ -198,21 +197,6 @@ class Placer:
         """Its prefill has ended, or never will begin. Safe to call again."""
         num_tokens, placement.num_counted_tokens = placement.num_counted_tokens, 0
         self._workers.count_prefill(placement.prefill_key, -num_tokens)
-
-    def learn(self, receipt: Receipt, placement: Placement) -> None:
-        """Takes a finished sequence's rates over."""
-        fingerprint, block_size = placement.space
-        cost = self._cost_of(fingerprint)
-        prefill_s = receipt.seconds_between(Event.PREFILL_SCHEDULED, Event.PREFILL_FINISHED)
-        if prefill_s is not None:
-            cost = learn_prefill(cost, receipt.num_computed_tokens, prefill_s)
-        for part in receipt.fetched:
-            cost = learn_fetch(cost, part.tier, part.num_blocks * block_size, part.seconds)
-        listed = {record.model_fingerprint for record in self._workers.records}
-        self._cost = {key: model for key, model in self._cost.items() if key in listed} | {fingerprint: cost}
-
-    def _cost_of(self, model_fingerprint: str) -> CostModel:
-        return self._cost.get(model_fingerprint) or CostModel()
 
     def _known(self, ask: Ask, space: BlockSpace) -> KnownPrefix:
         hashes = ask.blocks.hashes.get(space, ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter
 
-from services.router.cost import TIERS
+from services.rates import TIERS
 from services.router.receipt import Receipt
 
 

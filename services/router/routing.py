@@ -19,7 +19,7 @@ from services.router.cost import (
     DecodeTerms,
     KnownPrefix,
     PrefillTerms,
-    fetch_tokens,
+    handoff_tokens,
     prefill_terms,
     useful_sources,
 )
@@ -60,6 +60,8 @@ class DecodeCandidate:
     """Evictable ones included; as last reported, less what was sent since."""
     colocated: bool = False
     """It prefills everything by itself."""
+    local_prefill_max_tokens: int = 0
+    """It prefills by itself what lacks no more than so many."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,7 @@ def _score_decode(
     own = prefix.own(worker.worker_id)
     # What the worker brings into its paged cache before it decides whether to prefill.
     num_missing = max(request.num_prompt_tokens - sum(own.num_per_tier[:2]) * prefix.block_size, 1)
-    prefills = worker.colocated or not targets or num_missing <= cost.local_prefill_max_tokens
+    prefills = worker.colocated or not targets or num_missing <= worker.local_prefill_max_tokens
     num_new_blocks = max(-(-request.num_prompt_tokens // prefix.block_size) - own.num_blocks, 0)
     num_waiting = max(worker.num_outstanding + 1 - worker.max_num_seqs, 0) if worker.max_num_seqs else 0
     use = 1 - worker.num_free_blocks / worker.num_blocks if worker.num_blocks else 0.0
@@ -292,7 +294,7 @@ def _score_decode(
         worker_id=worker.worker_id,
         prefills=prefills,
         prefill=local.total if prefills else targets[0].terms.total,
-        handoff=0.0 if prefills else fetch_tokens(cost, (num_new_blocks, 0, 0, 0), prefix.block_size),
+        handoff=0.0 if prefills else handoff_tokens(cost, num_new_blocks, prefix.block_size),
         running=worker.num_outstanding * cost.request_tokens,
         queued=num_waiting * cost.queued_request_tokens,
         # In steps, so that a few blocks more or less leave a tie a tie.

@@ -213,7 +213,6 @@ class GenerateEndpoint:
             parts.metrics.for_model(plan.model.name),
             timeline,
             time.time,
-            on_receipt=lambda receipt, served_by: parts.placer.learn(receipt, served_by.placement),
         )
 
     async def _generate(

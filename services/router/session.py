@@ -19,6 +19,7 @@ from tandem.v1 import worker_pb2 as pb
 from tandem.v1.worker_pb2_grpc import DecodeServiceStub
 
 from kvstore.registry import WorkerRecord
+from services.rates import GUESSED, Rates
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,11 @@ class SessionFull(Exception):
     """The worker does not read its orders as fast as they come."""
 
 
+def rates_from_proto(message: pb.Rates) -> Rates:
+    """What a worker says of its speed, checked."""
+    return Rates.from_wire({field.name: value for field, value in message.ListFields()})
+
+
 class _StreamEnded(Exception):
     """The session's stream is over; the message says why."""
 
@@ -74,6 +80,7 @@ class WorkerSession:
         self.record = record
         self.connected = False
         self.load = pb.Load()
+        self.rates = GUESSED
         self._router_id = router_id
         self._reconnect_max_s = reconnect_max_s
         self._live: dict[int, OutputSink] = {}
@@ -239,6 +246,8 @@ class WorkerSession:
     def _on_frame(self, frame: pb.SessionFrame) -> None:
         if frame.HasField("load"):
             self.load = frame.load
+            if frame.load.HasField("rates"):
+                self.rates = rates_from_proto(frame.load.rates)
             self._num_sent_since_load = 0
             self._num_tokens_since_load = 0
         for output in frame.outputs:

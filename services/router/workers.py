@@ -13,10 +13,13 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from tandem.v1 import worker_pb2 as pb
+
 from kvstore.registry import WorkerRecord
+from services.rates import Rates, mean_rates
 from services.router.recent import WorkerKey
 from services.router.routing import DecodeCandidate, PrefillCandidate
-from services.router.session import WorkerSession
+from services.router.session import WorkerSession, rates_from_proto
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ class Workers:
         self._tasks: set[asyncio.Task[None]] = set()
         self._queued_tokens: dict[WorkerKey, int] = {}
         self._prefill_awaited_until_s: dict[str, float] = {}  # by model fingerprint
+        self._prefill_rates: dict[str, Rates] = {}  # by worker id, as the last answer of that worker had them
 
     def start(self) -> None:
         """Reads the membership and follows it from now on. Call it in the event loop."""
@@ -78,6 +82,8 @@ class Workers:
                 self.retire_if_idle(self._sessions[key])
         self._queued_tokens = {key: count for key, count in self._queued_tokens.items() if key in listed}
         self._await_prefill()
+        worker_ids = {worker_id for worker_id, _ in listed}
+        self._prefill_rates = {each: rates for each, rates in self._prefill_rates.items() if each in worker_ids}
 
     def _await_prefill(self) -> None:
         found = {record.model_fingerprint for record in self._records if record.role == "prefill"}
@@ -133,6 +139,7 @@ class Workers:
                 num_blocks=session.load.num_blocks,
                 num_free_blocks=session.num_free_blocks,
                 colocated=record.colocated,
+                local_prefill_max_tokens=record.local_prefill_max_tokens,
             )
             for record, session in self._decode_sessions()
         ]
@@ -152,6 +159,19 @@ class Workers:
             for record in self._records
             if record.role == "prefill"
         ]
+
+    def prefill_rates(self, worker_id: str, rates: pb.Rates) -> None:
+        """A prefill worker has said how fast it is, with the answer to one of our prompts."""
+        if any(record.worker_id == worker_id and record.role == "prefill" for record in self._records):
+            self._prefill_rates[worker_id] = rates_from_proto(rates)
+
+    def rates(self, model_fingerprint: str) -> Rates:
+        """How fast the workers are that compute this model's prompts; where there are no such, its decode workers."""
+        of_model = [record for record in self._records if record.model_fingerprint == model_fingerprint]
+        prefill = [record for record in of_model if record.role == "prefill"]
+        known = [self._prefill_rates[record.worker_id] for record in prefill if record.worker_id in self._prefill_rates]
+        decode = [pair for pair in self._decode_sessions() if pair[0].model_fingerprint == model_fingerprint]
+        return mean_rates(known + [session.rates for record, session in decode if record.colocated or not prefill])
 
     def registered(self, worker: WorkerKey) -> WorkerRecord | None:
         """The registry's record of a holder of blocks, whatever it serves; None if this incarnation is not there."""

@@ -12,8 +12,9 @@ from kvstore.handshake import PeerIdentity
 from kvstore.registry import Membership
 from kvstore.timeouts import ExchangeTimeouts
 from kvstore.transport.select import make_transports
-from services.engine.engine import Engine
+from services.engine.engine import Engine, StepOutput
 from services.logs import request_scope
+from services.rates import RateLearner
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread
 from services.worker.fetch_costs import FetchCosts, FetchPolicy
@@ -35,6 +36,7 @@ class WorkerParts:
     thread: EngineThread
     exchange: BlockExchange
     fetcher: PrefixFetcher
+    rates: RateLearner
     metrics: WorkerMetrics
 
 
@@ -59,9 +61,13 @@ def assemble(config: WorkerConfig, role: Role, engine: Engine, worker_id: str, i
     metrics.exchange.watch(transports)
     index_feed = IndexFeed(config.redis, worker_id, incarnation, config.lease_s, engine, metrics.index)
     followers = [index_feed.changed]
-    thread = EngineThread(
-        engine, lambda changes: _tell_all(followers, changes), index_feed.host_changed, metrics.steps.ended
-    )
+    rates = RateLearner()
+
+    def step_ended(output: StepOutput) -> None:
+        metrics.steps.ended(output)
+        rates.step_ended(output.shape, output.duration_s)
+
+    thread = EngineThread(engine, lambda changes: _tell_all(followers, changes), index_feed.host_changed, step_ended)
     host_prefixes = HostPrefixes(engine, thread, config.prefix_fetch_timeout_s)
     exchange = BlockExchange(
         PeerIdentity(f"{worker_id}/{incarnation}", role, incarnation, engine.layout),
@@ -81,11 +87,11 @@ def assemble(config: WorkerConfig, role: Role, engine: Engine, worker_id: str, i
         thread,
         exchange,
         host_prefixes,
-        FetchCosts(FetchPolicy(config.prefix_fetch)),
+        FetchCosts(rates, engine.layout.block_bytes // engine.layout.block_size, FetchPolicy(config.prefix_fetch)),
         config.prefix_fetch_timeout_s,
         metrics.prefix_fetched,
     )
-    parts = WorkerParts(worker_id, incarnation, engine, thread, exchange, fetcher, metrics)
+    parts = WorkerParts(worker_id, incarnation, engine, thread, exchange, fetcher, rates, metrics)
     return Assembly(parts, host_prefixes, index_feed, store_feed, tuple(transport.name for transport in transports))
 
 

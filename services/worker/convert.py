@@ -9,6 +9,7 @@ from tandem.v1 import worker_pb2 as pb
 from services.engine.engine import EngineLoad
 from services.engine.request import FinishReason, PositionLogprobs, SamplingParams, TokenLogprob
 from services.lifecycle import Event, Timeline
+from services.rates import Rates
 
 FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -65,6 +66,10 @@ def load_to_proto(load: EngineLoad, num_waiting_elsewhere: int = 0, draining: bo
         num_waiting_tokens=load.num_waiting_tokens,
         draining=draining,
     )
+
+
+def rates_to_proto(rates: Rates) -> pb.Rates:
+    return pb.Rates(**rates.to_wire())
 
 
 def stamps_to_proto(timeline: Timeline) -> list[pb.Stamp]:

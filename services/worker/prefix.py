@@ -200,7 +200,8 @@ class PrefixFetcher:
             if first in self._under_way:
                 await asyncio.wait([self._under_way[first]])
                 continue
-            piece = max(1, self.costs.piece_bytes(source.holder_id) // self._engine.layout.block_bytes)
+            num_tokens = self.costs.piece_tokens(source.holder_id, source.tier)
+            piece = max(1, num_tokens // self._engine.layout.block_size)
             end = min(source.num_blocks, num_present + piece)
             done = self._under_way[first] = asyncio.get_running_loop().create_future()
             try:
@@ -226,8 +227,9 @@ class PrefixFetcher:
             and num_present < source.num_blocks <= len(hashes)
             and self.costs.fetching_pays(
                 source.holder_id,
+                source.tier,
                 num_tokens=(source.num_blocks - num_present) * layout.block_size,
-                num_bytes=(source.num_blocks - num_present) * layout.block_bytes,
+                start=num_present * layout.block_size,
             )
         ]
         return max(worthwhile, key=lambda source: source.num_blocks, default=None)
@@ -261,7 +263,8 @@ class PrefixFetcher:
         if outcome != "ok":
             return None
         seconds = self._clock() - started_s
-        self.costs.fetched(source.holder_id, result.num_bytes, seconds)
+        num_tokens = result.num_blocks * self._engine.layout.block_size
+        self.costs.learner.fetched(source.holder_id, source.tier, num_tokens, seconds)
         return pb.FetchedPrefix(
             holder_id=source.holder_id,
             tier=source.tier,

@@ -98,6 +98,15 @@ async def test_a_prefix_computed_on_one_replica_is_a_hit_on_every_other(model: P
     spread.check_clean()
 
 
+async def test_the_router_reckons_with_what_prefill_workers_have_learnt_of_their_speed(spread: Stack) -> None:
+    async with client_of(spread) as client:
+        for prompt in random_prompts([400] * 4, seed=49):
+            request_id = str((await complete(client, prompt))["id"])
+        (decision,) = (await client.get(f"/debug/routing/{request_id.removeprefix('cmpl-')}")).json()["decisions"]
+    assert decision["rates"]["num_steps"] > 0
+    assert decision["rates"]["spread"] < 1
+
+
 async def test_each_turn_of_a_chat_computes_only_what_is_new(model: Path, spread: Stack) -> None:
     history: list[int] = []
     async with client_of(spread) as client:

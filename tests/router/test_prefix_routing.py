@@ -10,6 +10,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block_hash import hash_blocks, namespace
 from kvstore.prefix_index import Holding, IndexReader, IndexWriter, Tier
+from services.rates import GUESSED
 from services.router.config import RouterConfig
 from tests.router.fake_worker import FakeWorker, Script, endless, failing, permit
 from tests.router.harness import FakeIndex, running_router, until
@@ -164,16 +165,28 @@ async def test_the_memory_of_what_was_sent_follows_who_really_prefilled(make_wor
         assert decode.worker_id not in await expected_after(http, at_once)
 
 
-async def test_rates_are_learned_from_receipts(make_worker):
-    stamps = [(7, 100.0), (9, 100.1)]
-    usage = pb.Usage(num_cached_tokens=0)
-    decode = make_worker(lambda request: Script([[300], [301]], usage=usage, stamps=stamps))
-    async with running_router(RouterConfig(), decode) as running, client(running) as http:
-        for number in range(2):
-            await http.post("/v1/completions", json={**BODY, "request_id": f"r{number}"})
-        first, second = [(await http.get(f"/debug/routing/r{number}")).json()["decisions"][0] for number in range(2)]
-    default, learned = first["rates"]["prefill_tokens_per_s"], second["rates"]["prefill_tokens_per_s"]
-    assert learned == pytest.approx(default + 0.1 * (193 / 0.1 - default), rel=1e-3)
+async def rates_of(http, request_id: str) -> dict[str, float]:
+    await http.post("/v1/completions", json={**BODY, "request_id": request_id})
+    return (await http.get(f"/debug/routing/{request_id}")).json()["decisions"][0]["rates"]
+
+
+async def test_the_router_reckons_with_the_rates_in_its_decode_workers_load(make_worker):
+    rates = pb.Rates(prompt_token_s=0.5, num_steps=20)
+    decodes = [make_worker(load=pb.Load(rates=rates)), make_worker(load=pb.Load())]
+    async with running_router(RouterConfig(), *decodes) as running, client(running) as http:
+        told = await rates_of(http, "r")
+    assert (told["prompt_token_s"], told["base_s"], told["num_steps"]) == (0.5, GUESSED.base_s, 20)
+
+
+async def test_the_router_reckons_with_what_prefill_workers_say_with_their_answers(make_worker, sentence):
+    said = pb.Rates(prompt_token_s=0.5, num_steps=20)
+    usage = pb.Usage(prefill_worker_id="prefill-a", num_transferred_blocks=7, prefill_rates=said)
+    decode = make_worker(lambda request: Script([[300], [301]], usage=usage), load=pb.Load(rates=pb.Rates(num_steps=9)))
+    records = prefill_records(sentence)
+    async with running_router(RouterConfig(), decode, extra_records=records) as running, client(running) as http:
+        first, second = await rates_of(http, "first"), await rates_of(http, "second")
+    assert (first["prompt_token_s"], first["num_steps"]) == (GUESSED.prompt_token_s, 0)
+    assert (second["prompt_token_s"], second["num_steps"]) == (0.5, 20)
 
 
 async def test_with_the_real_index(make_worker, sentence, redis_url):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.block_hash import hash_blocks, namespace
+from services.rates import Rates
 from services.router.cost import CostModel, Held, KnownPrefix
 from services.router.recent import RecentPrefixes
 from services.router.routing import (
@@ -70,8 +71,8 @@ def chosen(asked, decodes, prefills=(), **options) -> Decision:
 )
 def test_the_worker_with_the_prefix_is_preferred_unless_its_queue_costs_more(num_tokens, share, queue, key):
     num_held = max(int(num_tokens // BLOCK * share), 1)
-    # No fetch pays, so that the other worker would have to compute it all.
-    cost = dataclasses.replace(COST, fetch_tokens_per_s=(1.0, 1.0, 1.0, 1.0))
+    # No fetch pays, so that the other worker would have to compute it all; and all tokens of a prompt cost the same.
+    cost = CostModel(Rates(fetch_device_s=1.0, prompt_pair_s=0.0))
     asked = request(num_tokens, {"holder": on_device(num_held)}, key=key)
     decision = chosen(asked, [decode("d")], [prefill("holder", queue), prefill("other")], cost=cost)
     saved = (num_tokens - max(num_tokens - num_held * BLOCK, 1)) * cost.new_work_weight
@@ -89,7 +90,7 @@ def test_a_hit_that_others_can_fetch_is_worth_only_what_the_fetch_costs():
 
 
 def test_a_fetch_from_a_slow_tier_does_not_pay_where_computing_is_faster():
-    fast = dataclasses.replace(COST, prefill_tokens_per_s=100_000.0)
+    fast = CostModel(Rates(prompt_token_s=1e-5, prompt_pair_s=0.0))
     asked = request(1500, {"store": on_disk(46)})
     decision = chosen(asked, [decode("d")], [prefill("p")], cost=fast)
     assert (decision.prefilled_by.fetched_from, decision.sources) == ("", ())
@@ -105,11 +106,19 @@ def test_the_faster_tier_is_the_better_source():
 
 def test_a_decode_worker_that_lacks_next_to_nothing_prefills_by_itself():
     asked = request(64 + 10, {"d-1": on_device(2)})
-    decision = chosen(asked, [decode("d-1", 2), decode("d-2")], [prefill("p")])
+    busy = decode("d-1", 2, local_prefill_max_tokens=10)
+    decision = chosen(asked, [busy, decode("d-2", local_prefill_max_tokens=10)], [prefill("p")])
     assert decision.decode.worker_id == "d-1"
     assert decision.prefills_locally
     assert decision.prefilled_by.num_computed_tokens == 10
     assert [target.worker_id for target in decision.prefill] == ["p"]  # should it be wrong
+
+
+@pytest.mark.parametrize(("max_tokens", "is_local"), [(0, False), (9, False), (10, True), (500, True)])
+def test_the_router_expects_a_local_prefill_by_the_worker_s_own_setting_and_no_constant(max_tokens, is_local):
+    asked = request(64 + 10, {"d": on_device(2)})
+    decision = chosen(asked, [decode("d", local_prefill_max_tokens=max_tokens)], [prefill("p")])
+    assert decision.prefills_locally == is_local
 
 
 def test_without_prefill_workers_and_when_colocated_the_decode_worker_s_own_queue_counts():

@@ -17,8 +17,8 @@ from services.engine.engine import Engine
 from services.engine.request import Request, SamplingParams
 from services.prefill.config import PrefillConfig
 from services.prefill.service import PrefillService, _Computed, _Order, _Scheduled
+from services.rates import RateLearner
 from services.worker.engine_thread import EngineThread
-from services.worker.fetch_costs import FetchCosts
 from tests.hf_models import random_prompts, write_model
 
 
@@ -77,7 +77,7 @@ class World:
             engine=engine,
             thread=self.thread,
             exchange=SimpleNamespace(open_lease=self.open_lease),
-            fetcher=SimpleNamespace(costs=FetchCosts()),
+            rates=RateLearner(),
             metrics=metrics,
         )
         config = PrefillConfig(model="model", max_num_waiting=max_num_waiting, max_num_seqs=1)

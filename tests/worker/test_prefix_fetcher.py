@@ -23,6 +23,7 @@ from kvstore.proof import prove
 from kvstore.transport.memory import MemoryTransport
 from services.engine.limits import SchedulerConfig
 from services.engine.scheduler import Scheduler
+from services.rates import RateLearner
 from services.worker.fetch_costs import FetchCosts, FetchPolicy
 from services.worker.host_prefixes import HostPrefixes
 from services.worker.prefix import PrefixFetcher
@@ -69,7 +70,8 @@ class Reader:
             PeerIdentity("reader/1", "prefill", "1", LAYOUT), self.memory, [transport], PATIENT
         )
         self.outcomes: Counter[tuple[str, str]] = Counter()
-        costs = FetchCosts(FetchPolicy.ALWAYS, min_piece_bytes=PIECE * LAYOUT.block_bytes, piece_s=0.0)
+        bytes_per_token = LAYOUT.block_bytes // LAYOUT.block_size
+        costs = FetchCosts(RateLearner(), bytes_per_token, FetchPolicy.ALWAYS, PIECE * LAYOUT.block_bytes, piece_s=0.0)
         cache: Any = self.cache
         thread: Any = Thread()
         host = HostPrefixes(cache, thread, timeout_s)

@@ -9,6 +9,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.decode import session as session_module
 from services.decode.session import RouterSession, SessionOverflow
+from services.rates import GUESSED, RateLearner, StepShape
 
 
 def output(token_id: int) -> pb.Output:
@@ -21,7 +22,7 @@ async def test_outputs_of_one_step_are_one_frame_and_a_close_sends_what_is_pendi
     async def send(frame: pb.SessionFrame) -> None:
         frames.append(frame)
 
-    session = RouterSession("router", 1, "incarnation-1", lambda: pb.Load(num_running=1))
+    session = RouterSession("router", 1, "incarnation-1", lambda: pb.Load(num_running=1), lambda: GUESSED)
     sending = asyncio.create_task(session.send_frames(send))
     await asyncio.sleep(0)
     session.push([output(1), output(2)])
@@ -36,11 +37,28 @@ async def test_outputs_of_one_step_are_one_frame_and_a_close_sends_what_is_pendi
 async def test_a_changed_load_is_told_without_outputs() -> None:
     frames: asyncio.Queue[pb.SessionFrame] = asyncio.Queue()
     load = pb.Load(num_running=1)
-    session = RouterSession("router", 1, "incarnation-1", lambda: pb.Load(num_running=load.num_running))
+    session = RouterSession(
+        "router", 1, "incarnation-1", lambda: pb.Load(num_running=load.num_running), lambda: GUESSED
+    )
     sending = asyncio.create_task(session.send_frames(frames.put))
     assert (await frames.get()).load.num_running == 1
     load.num_running = 5
     assert (await frames.get()).load.num_running == 5
+    session.close()
+    await sending
+
+
+async def test_rates_are_told_at_first_and_again_when_there_is_news() -> None:
+    frames: asyncio.Queue[pb.SessionFrame] = asyncio.Queue()
+    learner = RateLearner()
+    session = RouterSession("router", 1, "incarnation-1", pb.Load, lambda: learner.rates)
+    sending = asyncio.create_task(session.send_frames(frames.put))
+    assert (await frames.get()).load.rates.base_s == GUESSED.base_s
+    session.push([output(1)])
+    assert not (await frames.get()).load.HasField("rates")
+    learner.step_ended(StepShape(num_running=3, num_context_tokens=100), 0.5)
+    session.push([output(2)])
+    assert (await frames.get()).load.rates.running_s == learner.rates.running_s != GUESSED.running_s
     session.close()
     await sending
 
@@ -50,7 +68,7 @@ async def test_a_router_that_does_not_read_loses_its_session(monkeypatch: pytest
 
     async def send(frame: pb.SessionFrame) -> None: ...
 
-    session = RouterSession("router", 1, "incarnation-1", pb.Load)
+    session = RouterSession("router", 1, "incarnation-1", pb.Load, lambda: GUESSED)
     session.push(output(token_id) for token_id in range(11))
     with pytest.raises(SessionOverflow, match="more than 10 outputs"):
         await session.send_frames(send)
@@ -62,7 +80,7 @@ async def test_a_router_that_hangs_in_mid_frame_loses_its_session(monkeypatch: p
     async def send(frame: pb.SessionFrame) -> None:
         await asyncio.get_running_loop().create_future()  # never
 
-    session = RouterSession("router", 1, "incarnation-1", pb.Load)
+    session = RouterSession("router", 1, "incarnation-1", pb.Load, lambda: GUESSED)
     sending = asyncio.create_task(session.send_frames(send))
     await asyncio.sleep(0)
     session.push(output(token_id) for token_id in range(11))

@@ -244,7 +244,7 @@ class Output(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., stamps: _Optional[_Iterable[_Union[Stamp, _Mapping]]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "num_transferred_blocks", "num_transferred_bytes", "prefilled_locally", "prefill_worker_id", "num_recomputes", "fetched")
+    __slots__ = ("num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "num_transferred_blocks", "num_transferred_bytes", "prefilled_locally", "prefill_worker_id", "num_recomputes", "fetched", "prefill_rates")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +254,7 @@ class Usage(_message.Message):
     PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_RECOMPUTES_FIELD_NUMBER: _ClassVar[int]
     FETCHED_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_RATES_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_generated_tokens: int
     num_cached_tokens: int
@@ -263,7 +264,8 @@ class Usage(_message.Message):
     prefill_worker_id: str
     num_recomputes: int
     fetched: _containers.RepeatedCompositeFieldContainer[FetchedPrefix]
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_transferred_bytes: _Optional[int] = ..., prefilled_locally: _Optional[bool] = ..., prefill_worker_id: _Optional[str] = ..., num_recomputes: _Optional[int] = ..., fetched: _Optional[_Iterable[_Union[FetchedPrefix, _Mapping]]] = ...) -> None: ...
+    prefill_rates: Rates
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_transferred_bytes: _Optional[int] = ..., prefilled_locally: _Optional[bool] = ..., prefill_worker_id: _Optional[str] = ..., num_recomputes: _Optional[int] = ..., fetched: _Optional[_Iterable[_Union[FetchedPrefix, _Mapping]]] = ..., prefill_rates: _Optional[_Union[Rates, _Mapping]] = ...) -> None: ...
 
 class FetchedPrefix(_message.Message):
     __slots__ = ("holder_id", "tier", "lane", "num_blocks", "num_bytes", "seconds")
@@ -281,21 +283,53 @@ class FetchedPrefix(_message.Message):
     seconds: float
     def __init__(self, holder_id: _Optional[str] = ..., tier: _Optional[str] = ..., lane: _Optional[str] = ..., num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
+class Rates(_message.Message):
+    __slots__ = ("base_s", "prompt_token_s", "prompt_pair_s", "running_s", "context_token_s", "fetch_latency_s", "fetch_device_s", "fetch_host_s", "fetch_store_s", "fetch_disk_s", "spread", "num_steps", "num_fetches")
+    BASE_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_PAIR_S_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_S_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    FETCH_LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    FETCH_DEVICE_S_FIELD_NUMBER: _ClassVar[int]
+    FETCH_HOST_S_FIELD_NUMBER: _ClassVar[int]
+    FETCH_STORE_S_FIELD_NUMBER: _ClassVar[int]
+    FETCH_DISK_S_FIELD_NUMBER: _ClassVar[int]
+    SPREAD_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FETCHES_FIELD_NUMBER: _ClassVar[int]
+    base_s: float
+    prompt_token_s: float
+    prompt_pair_s: float
+    running_s: float
+    context_token_s: float
+    fetch_latency_s: float
+    fetch_device_s: float
+    fetch_host_s: float
+    fetch_store_s: float
+    fetch_disk_s: float
+    spread: float
+    num_steps: float
+    num_fetches: float
+    def __init__(self, base_s: _Optional[float] = ..., prompt_token_s: _Optional[float] = ..., prompt_pair_s: _Optional[float] = ..., running_s: _Optional[float] = ..., context_token_s: _Optional[float] = ..., fetch_latency_s: _Optional[float] = ..., fetch_device_s: _Optional[float] = ..., fetch_host_s: _Optional[float] = ..., fetch_store_s: _Optional[float] = ..., fetch_disk_s: _Optional[float] = ..., spread: _Optional[float] = ..., num_steps: _Optional[float] = ..., num_fetches: _Optional[float] = ...) -> None: ...
+
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_blocks", "num_waiting_tokens", "draining")
+    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_blocks", "num_waiting_tokens", "draining", "rates")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    RATES_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_free_blocks: int
     num_blocks: int
     num_waiting_tokens: int
     draining: bool
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    rates: Rates
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., draining: _Optional[bool] = ..., rates: _Optional[_Union[Rates, _Mapping]] = ...) -> None: ...
 
 class SessionFrame(_message.Message):
     __slots__ = ("outputs", "load", "incarnation")
@@ -328,13 +362,11 @@ class PrefillRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., reader_peer_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ...) -> None: ...
 
 class PrefillScheduled(_message.Message):
-    __slots__ = ("load",)
-    LOAD_FIELD_NUMBER: _ClassVar[int]
-    load: Load
-    def __init__(self, load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class PrefillFinished(_message.Message):
-    __slots__ = ("token_id", "logprobs", "finish_reason", "stop_token_id", "prompt_logprobs", "num_cached_tokens", "stamps", "load", "fetched")
+    __slots__ = ("token_id", "logprobs", "finish_reason", "stop_token_id", "prompt_logprobs", "num_cached_tokens", "stamps", "rates", "fetched")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
@@ -342,7 +374,7 @@ class PrefillFinished(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STAMPS_FIELD_NUMBER: _ClassVar[int]
-    LOAD_FIELD_NUMBER: _ClassVar[int]
+    RATES_FIELD_NUMBER: _ClassVar[int]
     FETCHED_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     logprobs: PositionLogprobs
@@ -351,9 +383,9 @@ class PrefillFinished(_message.Message):
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PositionLogprobs]
     num_cached_tokens: int
     stamps: _containers.RepeatedCompositeFieldContainer[Stamp]
-    load: Load
+    rates: Rates
     fetched: _containers.RepeatedCompositeFieldContainer[FetchedPrefix]
-    def __init__(self, token_id: _Optional[int] = ..., logprobs: _Optional[_Union[PositionLogprobs, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., num_cached_tokens: _Optional[int] = ..., stamps: _Optional[_Iterable[_Union[Stamp, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., fetched: _Optional[_Iterable[_Union[FetchedPrefix, _Mapping]]] = ...) -> None: ...
+    def __init__(self, token_id: _Optional[int] = ..., logprobs: _Optional[_Union[PositionLogprobs, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., num_cached_tokens: _Optional[int] = ..., stamps: _Optional[_Iterable[_Union[Stamp, _Mapping]]] = ..., rates: _Optional[_Union[Rates, _Mapping]] = ..., fetched: _Optional[_Iterable[_Union[FetchedPrefix, _Mapping]]] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
     __slots__ = ("scheduled", "finished", "failed")
