@@ -182,11 +182,11 @@ def _tokens(num_blocks: Sequence[int], block_size: int) -> list[int]:
 
 
 def useful_sources(cost: CostModel, prefix: KnownPrefix, except_worker: str) -> tuple[str, ...]:
-    """The holders that are worth fetching from for someone who has nothing, the most useful first."""
+    """The holders of a prefix, best first for someone who has nothing. Whether to fetch, the worker decides."""
 
     def gain(held: Held) -> float:
         num_tokens = _tokens(held.num_per_tier, prefix.block_size)
         return cost.rates.prompt_s(sum(num_tokens)) - cost.rates.fetch_s(num_tokens)
 
     gains = {holder_id: gain(held) for holder_id, held in prefix.held.items() if holder_id != except_worker}
-    return tuple(sorted((key for key in gains if gains[key] > 0), key=lambda key: (-gains[key], key)))
+    return tuple(sorted(gains, key=lambda key: (-gains[key], key)))

@@ -12,6 +12,7 @@ from tandem.v1 import worker_pb2 as pb
 from services.decode.config import DecodeConfig
 from services.decode.service import DecodeService
 from services.engine.request import InvalidRequest
+from services.rates import RateLearner
 
 
 class MetricsOfTheTest:
@@ -49,7 +50,7 @@ class RouterOfTheTest:
 async def last_output(order: pb.GenerateRequest, **parts: object) -> pb.Output:
     """What a router hears of one order from a decode worker of these parts."""
     common = {"worker_id": "decode-0", "incarnation": "1", "thread": ThreadOfTheTest(), "metrics": MetricsOfTheTest()}
-    service = DecodeService(DecodeConfig(model="model"), SimpleNamespace(**common, **parts))  # type: ignore[arg-type]
+    service = DecodeService(DecodeConfig(model="model"), SimpleNamespace(**common, **parts, rates=RateLearner()))  # type: ignore[arg-type]
     service._load = pb.Load  # type: ignore[method-assign]
     router = RouterOfTheTest(order)
     session = asyncio.create_task(service.Session(router.orders(), router))  # type: ignore[arg-type]
