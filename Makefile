@@ -49,7 +49,7 @@ help: ## list the targets
 
 install: $(INSTALLED) ## make .venv and install everything, pinned by constraints.txt
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard services/engine/kernels/csrc/*)
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard services/engine/native/kernels/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,nixl,dev]"

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = Path("services/engine/kernels/csrc")
-build = runpy.run_path("services/engine/kernels/build.py")
+SOURCES = Path("services/engine/native/kernels/csrc")
+build = runpy.run_path("services/engine/native/kernels/build.py")
 
 setup(
     ext_modules=[
         Extension(
-            f"services.engine.kernels._{variant}",
+            f"services.engine.native.kernels._{variant}",
             [str(SOURCES / f"{variant}.c")],
             depends=sorted(str(path) for path in SOURCES.iterdir()),
             extra_compile_args=build["compile_flags"](variant),

@@ -16,16 +16,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from loadtest.client import API_KEY_VARIABLE
-from loadtest.console import RunProgress, SweepProgress, summary_lines
-from loadtest.job import Job, RunFailed, base_url
-from loadtest.options import OptionError, add_flags, options_from
-from loadtest.report import this_machine, write_report
-from loadtest.result import read_result, write_result
+from loadtest.figures import read_result, summarize, write_result
+from loadtest.plan import Job, OptionError, RunFailed, add_flags, base_url, options_from
+from loadtest.report import RunProgress, SweepProgress, summary_lines, this_machine, write_report
 from loadtest.run import run
-from loadtest.summary import summarize
-from loadtest.sweep import Sweep, SweepFailed, run_sweep
-from loadtest.targets import PRESETS, parse_target
+from loadtest.send import API_KEY_VARIABLE, PRESETS, Sweep, SweepFailed, parse_target, run_sweep
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,10 +20,16 @@ from pathlib import Path
 
 import httpx
 
-from loadtest.local_stack import start_stack, stop_stack
-from loadtest.prompts import PromptMaker, Scale
-from loadtest.summary import Spread
-from loadtest.traces import BLOCK_TOKENS, infinite_cache_hits, make_conversations, read_mooncake
+from loadtest.figures import Spread
+from loadtest.plan import (
+    BLOCK_TOKENS,
+    PromptMaker,
+    Scale,
+    infinite_cache_hits,
+    make_conversations,
+    read_mooncake,
+)
+from loadtest.send import start_stack, stop_stack
 
 _POLICIES = ("kv", "prefix-hash", "least-loaded", "round-robin")
 _BLOCK_SIZE = 32

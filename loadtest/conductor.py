@@ -15,13 +15,15 @@ from locust.env import Environment
 from locust.rpc.protocol import Message
 from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
-from loadtest.client import API_KEY_VARIABLE, ServedModel, TargetError, look_up_model
-from loadtest.job import Job
+from loadtest.figures import RunResult, Scraper
 from loadtest.performer import Assignment, Performer
-from loadtest.plan import Plan, make_plan
-from loadtest.records import RequestRecord
-from loadtest.result import RunResult
-from loadtest.scrape import Scraper
+from loadtest.plan import Job, Plan, RequestRecord, make_plan
+from loadtest.send import (
+    API_KEY_VARIABLE,
+    ServedModel,
+    TargetError,
+    look_up_model,
+)
 
 log = logging.getLogger(__name__)
 

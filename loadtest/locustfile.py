@@ -19,11 +19,9 @@ from locust import events, runners
 from locust.env import Environment
 
 from loadtest.conductor import Conductor
-from loadtest.console import summary_lines
-from loadtest.job import Job, base_url
-from loadtest.options import add_flags, options_from
-from loadtest.result import RunResult, write_result
-from loadtest.summary import summarize
+from loadtest.figures import RunResult, summarize, write_result
+from loadtest.plan import Job, add_flags, base_url, options_from
+from loadtest.report import summary_lines
 from loadtest.users import OpenLoopUser, PlannedShape, attach
 
 __all__ = ["OpenLoopUser", "PlannedShape"]

@@ -12,11 +12,8 @@ from dataclasses import asdict, dataclass
 import gevent
 from locust.env import Environment
 
-from loadtest.client import Client
-from loadtest.dispatch import Dispatcher, Progress
-from loadtest.options import LoadOptions
-from loadtest.plan import make_plan
-from loadtest.records import RequestRecord
+from loadtest.plan import LoadOptions, RequestRecord, make_plan
+from loadtest.send import Client, Dispatcher, Progress
 
 _REPORT_INTERVAL_S = 0.5
 

@@ -8,9 +8,9 @@ import gevent
 from locust.env import Environment
 
 from loadtest.conductor import Conductor
-from loadtest.dispatch import Progress
-from loadtest.job import Job, RunFailed
-from loadtest.result import RunResult
+from loadtest.figures import RunResult
+from loadtest.plan import Job, RunFailed
+from loadtest.send import Progress
 from loadtest.users import OpenLoopUser, attach
 
 _POLL_S = 0.1

@@ -9,17 +9,11 @@ from typing import Any
 
 from tandem.v1 import worker_pb2 as pb
 
-from kvstore.block_hash import BlockHash
-from kvstore.exchange import BlockExchange
-from kvstore.fetch_events import Reservation
-from kvstore.handshake import PeerIdentity
-from kvstore.layout import BlockLayout
-from kvstore.memory import HostMemory
-from kvstore.messages import AnnouncedBlock
-from kvstore.proof import Proof
-from kvstore.registry import new_incarnation
-from kvstore.transport.select import make_transports
-from kvstore.worker_record import WorkerRecord
+from kvstore.block import BlockHash, BlockLayout, HostMemory, Proof
+from kvstore.exchange import BlockExchange, PeerIdentity
+from kvstore.protocol import AnnouncedBlock, Reservation
+from kvstore.registry import WorkerRecord, new_incarnation
+from kvstore.transport import make_transports
 from tests.stack import FORK_SERVER
 
 _NUM_SLOTS = 512

@@ -9,8 +9,8 @@ import pytest
 import redis
 from hypothesis import HealthCheck, settings
 
-from kvstore import embedded_redis
-from kvstore.embedded_redis import EmbeddedRedis
+from services.cli import embedded_redis
+from services.cli.embedded_redis import EmbeddedRedis
 
 # No test depends on how fast the machine is, nor on what else runs on it.
 settings.register_profile("tandem", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from kvstore.block_hash import BlockHash
-from kvstore.prefix_index import Holding, IndexReader, Tier
+from kvstore.block import BlockHash
+from kvstore.index import IndexReader, Tier
+from kvstore.index.entries import Holding
 from tests.stack import Stack
 
 _WAIT_S = 60.0

@@ -21,8 +21,9 @@ from pathlib import Path
 import httpx
 import redis
 
-from kvstore.embedded_redis import EmbeddedRedis
-from kvstore.worker_record import WorkerRecord, decode_record
+from kvstore.registry import WorkerRecord
+from kvstore.registry.worker_record import decode_record
+from services.cli.embedded_redis import EmbeddedRedis
 
 _READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 20.0

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.rates import GUESSED, RateLearner, Rates, StepShape, mean_rates, num_pairs, tokens_of
+from services.rates import (
+    GUESSED,
+    RateLearner,
+    Rates,
+    StepShape,
+    mean_rates,
+    num_pairs,
+    tokens_of,
+)
 
 CPU = Rates(0.05, 7e-4, 2.4e-7, 8e-4, 1.5e-6)
 GPU = Rates(0.011, 6.4e-5, 3e-9, 6e-5, 8.5e-8)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.block import BlockMemory
 from kvstore.errors import ReadFailed, TransportError
-from kvstore.memory import BlockMemory
 from kvstore.transport.base import LinkPeer, Run
 
 

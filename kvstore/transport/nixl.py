@@ -14,10 +14,15 @@ from typing import Final
 
 import msgspec
 
+from kvstore.block import BlockMemory
 from kvstore.errors import ReadFailed, TransportError
-from kvstore.memory import BlockMemory
 from kvstore.transport.base import LinkPeer, Run
-from kvstore.transport.host import HostFacts, can_read_memory, host_facts, on_same_host
+from kvstore.transport.host import (
+    HostFacts,
+    can_read_memory,
+    host_facts,
+    on_same_host,
+)
 from kvstore.transport.nixl_agent import AgentThread, Remote, import_nixl
 from kvstore.transport.nixl_pool import PoolAddress
 

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.block import BlockMemory
 from kvstore.errors import ReadFailed, TransportError
-from kvstore.memory import BlockMemory
 from kvstore.transport.host import has_rdma
 from kvstore.transport.nixl_pool import PoolAddress, all_blocks, memory_kind
 

@@ -6,8 +6,8 @@ import ctypes
 
 import numpy as np
 
+from kvstore.block import BlockMemory
 from kvstore.errors import TransportError
-from kvstore.memory import BlockMemory
 
 
 class CudaRegion:

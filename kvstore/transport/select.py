@@ -6,8 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from kvstore.block import BlockMemory
 from kvstore.errors import IncompatiblePeer, TransportError
-from kvstore.memory import BlockMemory
 from kvstore.transport.base import Transport
 
 logger = logging.getLogger(__name__)

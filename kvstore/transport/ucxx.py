@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from kvstore.block import BlockMemory
 from kvstore.errors import ReadFailed, TransportError
-from kvstore.memory import BlockMemory
 from kvstore.transport.base import LinkPeer, Run
 from kvstore.transport.region import region
 

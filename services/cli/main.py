@@ -19,13 +19,13 @@ class _Command:
 
 
 _COMMANDS = {
-    "up": _Command("serve a model on this machine: everything in one command", "services.cli.up"),
+    "up": _Command("serve a model on this machine: everything in one command", "services.cli.up.up"),
     "router": _Command("run a router: the HTTP API", "services.router.__main__", "services.router.config:RouterConfig"),
     "prefill": _Command("run a prefill worker", "services.prefill.__main__", "services.prefill.config:PrefillConfig"),
     "decode": _Command("run a decode worker", "services.decode.__main__", "services.decode.config:DecodeConfig"),
     "store": _Command("run a store node for KV blocks", "services.store.__main__", "services.store.config:StoreConfig"),
-    "doctor": _Command("check this machine: packages, Redis, UCX, ports, model", "services.cli.doctor"),
-    "size": _Command("size a deployment: KV memory, handoff, index, store", "services.cli.size"),
+    "doctor": _Command("check this machine: packages, Redis, UCX, ports, model", "services.cli.doctor.doctor"),
+    "size": _Command("size a deployment: KV memory, handoff, index, store", "services.cli.size.size"),
     "version": _Command("print the versions of Tandem and of what it runs on", "services.cli.version"),
 }
 

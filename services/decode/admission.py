@@ -13,14 +13,19 @@ from dataclasses import dataclass
 
 from tandem.v1 import worker_pb2 as pb
 
-from kvstore.block_hash import BlockHash, hash_blocks, namespace
+from kvstore.block import BlockHash, hash_blocks, namespace
 from kvstore.errors import KVStoreError
-from kvstore.fetch_events import FetchResult, FetchStamps, Reservation
-from kvstore.reader import Fetch
+from kvstore.exchange import Fetch
+from kvstore.protocol import FetchResult, FetchStamps, Reservation
 from services.decode.config import DecodeConfig
 from services.decode.handoff import HandoffFailed, PrefillClients, prefill_remotely
 from services.decode.live import LiveRequest
-from services.engine.request import EngineError, Request, RequestUpdate, SampledToken
+from services.engine.native import (
+    EngineError,
+    Request,
+    RequestUpdate,
+    SampledToken,
+)
 from services.lifecycle import Event
 from services.worker import convert
 from services.worker.assembly import WorkerParts

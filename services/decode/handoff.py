@@ -24,11 +24,10 @@ import grpc
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
 
-from kvstore.block_hash import BlockHash
+from kvstore.block import BlockHash
 from kvstore.errors import IncompatiblePeer, PeerLost, PeerUnreachable
-from kvstore.exchange import BlockExchange
-from kvstore.fetch_events import FetchResult, Reservation
-from kvstore.reader import Fetch
+from kvstore.exchange import BlockExchange, Fetch
+from kvstore.protocol import FetchResult, Reservation
 from services.worker.process import GRPC_OPTIONS
 
 # More prefill workers than one decode worker orders from at a time; old addresses of restarted ones count, too.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tandem.v1 import worker_pb2 as pb
 
 from services.decode.session import RouterSession
-from services.engine.request import Request, SamplingParams
+from services.engine.native import Request, SamplingParams
 from services.lifecycle import Timeline
 
 

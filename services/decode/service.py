@@ -29,9 +29,15 @@ from services.decode.config import DecodeConfig
 from services.decode.handoff import PromptRefused
 from services.decode.live import LiveRequest
 from services.decode.session import RouterSession, SessionOverflow
-from services.engine.batch import Batch
-from services.engine.engine import StepOutput
-from services.engine.request import FinishReason, InvalidRequest, QueueFull, Request, RequestUpdate
+from services.engine.native import (
+    Batch,
+    FinishReason,
+    InvalidRequest,
+    QueueFull,
+    Request,
+    RequestUpdate,
+    StepOutput,
+)
 from services.lifecycle import Event, Timeline
 from services.logs import request_scope
 from services.worker import convert

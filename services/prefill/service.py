@@ -30,13 +30,19 @@ import grpc
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
 
-from kvstore.block_hash import hash_blocks, namespace
+from kvstore.block import hash_blocks, namespace
 from kvstore.errors import PeerLost
-from kvstore.messages import AnnouncedBlock
-from kvstore.owner import Lease
-from services.engine.batch import Batch
-from services.engine.engine import StepOutput
-from services.engine.request import FinishReason, InvalidRequest, QueueFull, Request, RequestUpdate
+from kvstore.exchange import Lease
+from kvstore.protocol import AnnouncedBlock
+from services.engine.native import (
+    Batch,
+    FinishReason,
+    InvalidRequest,
+    QueueFull,
+    Request,
+    RequestUpdate,
+    StepOutput,
+)
 from services.lifecycle import Timeline
 from services.logs import current_request_id, request_scope
 from services.prefill.config import PrefillConfig

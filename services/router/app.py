@@ -12,14 +12,28 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 import services
-from services.router import fields
-from services.router.access import CLIENT_GONE
-from services.router.chat import tokenize_chat
-from services.router.errors import ApiError, ClientDisconnected, internal, invalid, model_not_found, unavailable
-from services.router.http import FAILED, App, Edge, Guard, read_body
-from services.router.openai_requests import parse_chat_input
+from services.router.edge import (
+    CLIENT_GONE,
+    FAILED,
+    App,
+    Edge,
+    GenerateEndpoint,
+    Guard,
+    RouterParts,
+    plan_chat_request,
+    plan_completion_request,
+    read_body,
+)
+from services.router.errors import (
+    ApiError,
+    ClientDisconnected,
+    internal,
+    invalid,
+    model_not_found,
+    unavailable,
+)
+from services.router.openai import fields, parse_chat_input, tokenize_chat
 from services.router.readiness import readiness
-from services.router.serving import GenerateEndpoint, RouterParts, plan_chat_request, plan_completion_request
 from services.router.tenants import Keyring, Tenant, name_of
 
 

@@ -8,8 +8,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from services.exposition import gauge
+from services.router.fleet import Workers
 from services.router.routing import DecodeCandidate
-from services.router.workers import Workers
 
 
 class FleetCollector(Collector):

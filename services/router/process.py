@@ -16,22 +16,17 @@ import uvicorn
 import uvloop
 
 from kvstore.errors import RegistryError
-from kvstore.prefix_index import IndexReader
+from kvstore.index import IndexReader
 from kvstore.registry import Membership, WorkerRecord
 from services.logs import configure_logging, report_ready
-from services.router.admission import Admission
 from services.router.app import make_app
 from services.router.config import RouterConfig
-from services.router.explain import DecisionLog
+from services.router.edge import Admission, RouterParts
+from services.router.fleet import MembershipView, Placer, PrefixFinder, PrefixIndex, Workers
 from services.router.fleet_metrics import FleetCollector
 from services.router.metrics import RouterMetrics
-from services.router.models import ModelDirectory
-from services.router.placement import Placer
-from services.router.prefixes import PrefixFinder, PrefixIndex
-from services.router.routing import Policy
-from services.router.serving import RouterParts
-from services.router.tokenizer import TokenizerPool
-from services.router.workers import MembershipView, Workers
+from services.router.routing import DecisionLog, Policy
+from services.router.text import ModelDirectory, TokenizerPool
 
 log = logging.getLogger(__name__)
 

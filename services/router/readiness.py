@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from services.router.models import ModelDirectory
-from services.router.workers import Workers
+from services.router.fleet import Workers
+from services.router.text import ModelDirectory
 
 
 class Readiness(NamedTuple):

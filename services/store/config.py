@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.node import config as node_settings
 from services.settings import setting
-from services.worker import node_settings
 
 
 @dataclass(frozen=True)

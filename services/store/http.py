@@ -6,10 +6,10 @@ readiness ask.
 
 from __future__ import annotations
 
-from kvstore.store_node import StoreNode
+from kvstore.store import StoreNode
+from services.node import DebugServer
 from services.store.index_feed import StoreIndexFeed
 from services.store.metrics import StoreMetrics
-from services.worker.http import DebugServer
 
 
 class StoreHttp:

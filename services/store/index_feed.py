@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvstore.block_hash import BlockHash
-from kvstore.prefix_index import IndexWriter, Tier
-from kvstore.tiered_store import StoreTier, TieredStore
-from services.worker.index_metrics import IndexMetrics
+from kvstore.block import BlockHash
+from kvstore.index import IndexWriter, Tier
+from kvstore.store import StoreTier, TieredStore
+from services.node import IndexMetrics
 
 _INDEX_TIERS = {StoreTier.DRAM: Tier.STORE, StoreTier.DISK: Tier.DISK}
 

@@ -8,10 +8,14 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvstore.store_node import StoreNode
-from services.exposition import ExposedRegistry, add_process_series, counter, gauge
-from services.worker.exchange_metrics import ExchangeMetrics
-from services.worker.index_metrics import IndexMetrics
+from kvstore.store import StoreNode
+from services.exposition import (
+    ExposedRegistry,
+    add_process_series,
+    counter,
+    gauge,
+)
+from services.node import ExchangeMetrics, IndexMetrics
 
 
 class StoreMetrics:

@@ -18,19 +18,19 @@ from typing import Any
 import uvloop
 
 import services
-from kvstore.disk_tier import DiskTier
+from kvstore.block import BlockLayout, HostMemory
 from kvstore.errors import KVStoreError
-from kvstore.handshake import PeerIdentity
-from kvstore.layout import BlockLayout
-from kvstore.memory import HostMemory
-from kvstore.registry import Membership, Registrar
-from kvstore.store_node import StoreNode, StoreTooSmall
-from kvstore.tiered_store import TieredStore
-from kvstore.timeouts import ExchangeTimeouts
-from kvstore.transport.select import make_transports
-from kvstore.worker_record import WorkerRecord, new_incarnation
-from kvstore.write_behind import DiskWrites
-from services.logs import configure_logging, report_progress, report_ready, request_scope
+from kvstore.exchange import PeerIdentity
+from kvstore.protocol import ExchangeTimeouts
+from kvstore.registry import Membership, Registrar, WorkerRecord, new_incarnation
+from kvstore.store import DiskTier, DiskWrites, StoreNode, StoreTooSmall, TieredStore
+from kvstore.transport import make_transports
+from services.logs import (
+    configure_logging,
+    report_progress,
+    report_ready,
+    request_scope,
+)
 from services.store.config import StoreConfig
 from services.store.http import StoreHttp
 from services.store.index_feed import StoreIndexFeed

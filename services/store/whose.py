@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from kvstore.block import BlockLayout
 from kvstore.errors import InvalidLayout
-from kvstore.layout import BlockLayout
-from kvstore.worker_record import WorkerRecord
+from kvstore.registry import WorkerRecord
 
 log = logging.getLogger(__name__)
 

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from kvstore.block_pool import CacheChange
-from kvstore.exchange import BlockExchange
-from kvstore.handshake import PeerIdentity
+from kvstore.exchange import BlockExchange, PeerIdentity
+from kvstore.pool import CacheChange
+from kvstore.protocol import ExchangeTimeouts
 from kvstore.registry import Membership
-from kvstore.timeouts import ExchangeTimeouts
-from kvstore.transport.select import make_transports
-from services.engine.engine import Engine, StepOutput
+from kvstore.transport import make_transports
+from services.engine.native import Engine, StepOutput
 from services.logs import request_scope
 from services.rates import RateLearner
 from services.worker.config import WorkerConfig
@@ -21,7 +20,7 @@ from services.worker.fetch_costs import FetchCosts, FetchPolicy
 from services.worker.host_prefixes import HostPrefixes
 from services.worker.metrics import WorkerMetrics
 from services.worker.prefix import CacheLender, IndexFeed, PrefixFetcher
-from services.worker.store_feed import StoreFeed
+from services.worker.store import StoreFeed
 
 Role: TypeAlias = Literal["prefill", "decode"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from services.node import config as node_settings
 from services.settings import SettingsError, setting
-from services.worker import node_settings
 
-# Of the block protocol; see kvstore.timeouts.
+# Of the block protocol; see kvstore.protocol.timeouts.
 _HEARTBEAT_S = 1.0
 _WILDCARDS = ("", "0.0.0.0", "::", "[::]")
 

@@ -6,8 +6,13 @@ from collections.abc import Iterable
 
 from tandem.v1 import worker_pb2 as pb
 
-from services.engine.engine import EngineLoad
-from services.engine.request import FinishReason, PositionLogprobs, SamplingParams, TokenLogprob
+from services.engine.native import (
+    EngineLoad,
+    FinishReason,
+    PositionLogprobs,
+    SamplingParams,
+    TokenLogprob,
+)
 from services.lifecycle import Event, Timeline
 from services.rates import Rates
 

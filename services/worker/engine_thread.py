@@ -12,10 +12,8 @@ import threading
 from collections.abc import Callable
 from typing import ParamSpec, Protocol, TypeVar
 
-from kvstore.block_pool import CacheChange
-from kvstore.host_tier import HostChange
-from services.engine.batch import Batch
-from services.engine.engine import Engine, StepOutput
+from kvstore.pool import CacheChange, HostChange
+from services.engine.native import Batch, Engine, StepOutput
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,9 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from kvstore.block_hash import BlockHash
-from kvstore.host_tier import NOTHING_COPIED, HostTier
-from services.engine.engine import Engine
-from services.engine.host_prefixes import Restore
+from kvstore.block import BlockHash
+from kvstore.pool import NOTHING_COPIED, HostTier
+from services.engine.native import Engine, Restore
 from services.worker.engine_thread import EngineCrashed, EngineThread
 from services.worker.settling import settled
 

@@ -23,21 +23,30 @@ from collections.abc import Callable, Sequence
 
 from tandem.v1 import worker_pb2 as pb
 
-from kvstore.block_hash import BlockHash
-from kvstore.block_pool import CacheChange, CacheEvent
-from kvstore.errors import IncompatiblePeer, KVStoreError, PeerLost, PeerUnreachable
-from kvstore.exchange import BlockExchange
-from kvstore.fetch_events import FetchCause, FetchFailure, FetchResult, FetchState, Reservation
-from kvstore.host_tier import HostChange
-from kvstore.messages import AnnouncedBlock
-from kvstore.prefix_index import IndexWriter, Tier
-from kvstore.reader import Fetch
-from services.engine.engine import Engine
+from kvstore.block import BlockHash
+from kvstore.errors import (
+    IncompatiblePeer,
+    KVStoreError,
+    PeerLost,
+    PeerUnreachable,
+)
+from kvstore.exchange import BlockExchange, Fetch
+from kvstore.index import IndexWriter, Tier
+from kvstore.pool import CacheChange, CacheEvent, HostChange
+from kvstore.protocol import (
+    AnnouncedBlock,
+    FetchCause,
+    FetchFailure,
+    FetchResult,
+    FetchState,
+    Reservation,
+)
+from services.engine.native import Engine
 from services.logs import current_request_id
+from services.node import IndexMetrics
 from services.worker.engine_thread import EngineThread
 from services.worker.fetch_costs import FetchCosts
 from services.worker.host_prefixes import HostPrefixes
-from services.worker.index_metrics import IndexMetrics
 from services.worker.settling import settled
 
 log = logging.getLogger(__name__)

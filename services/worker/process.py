@@ -21,15 +21,19 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 import services
 from kvstore.errors import TransportError
-from kvstore.registry import Registrar
-from kvstore.worker_record import WorkerRecord, new_incarnation
-from services.engine.config import EngineConfig, InvalidConfig
-from services.engine.engine import Engine
+from kvstore.registry import Registrar, WorkerRecord, new_incarnation
+from services.engine.native import Engine, EngineConfig, InvalidConfig
 from services.logs import configure_logging, report_progress, report_ready
-from services.worker.assembly import Assembly, Role, WorkerParts, assemble, served_names
+from services.node import DebugServer
+from services.worker.assembly import (
+    Assembly,
+    Role,
+    WorkerParts,
+    assemble,
+    served_names,
+)
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread, StepListener
-from services.worker.http import DebugServer
 
 log = logging.getLogger(__name__)
 

@@ -23,11 +23,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from services.engine.forward import ForwardBatch
-from services.engine.kernels.choice import choose_kernels
-from services.engine.kernels.library import KernelLibrary
-from services.engine.linear import cpu_has_bfloat16
-from services.engine.model import LoadedModel, load_model
+from services.engine.native.attention.forward import ForwardBatch
+from services.engine.native.kernels.choice import choose_kernels
+from services.engine.native.kernels.library import KernelLibrary
+from services.engine.native.model.linear import cpu_has_bfloat16
+from services.engine.native.model.model import LoadedModel, load_model
 from tests.bench.bench_model import write_bench_model
 
 _BLOCK_SIZE = 32

@@ -14,9 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from services.engine.config import EngineConfig
-from services.engine.engine import Engine
-from services.engine.request import Request, SamplingParams
+from services.engine.native import Engine, EngineConfig, Request, SamplingParams
 from tests.hf_models import random_prompts, write_model
 
 _SHAPE = {

@@ -21,10 +21,11 @@ from collections.abc import Awaitable, Callable, Iterator
 import numpy as np
 import redis.asyncio
 
-from kvstore.block_hash import BlockHash
-from kvstore.embedded_redis import EmbeddedRedis
-from kvstore.prefix_index import Holding, IndexReader, IndexWriter, Tier
-from kvstore.redis_session import open_client
+from kvstore.block import BlockHash
+from kvstore.index import IndexReader, IndexWriter, Tier
+from kvstore.index.entries import Holding
+from kvstore.registry import open_client
+from services.cli.embedded_redis import EmbeddedRedis
 
 SHARED_BLOCKS = 32
 CHAIN_BLOCKS = 1024

@@ -17,8 +17,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from services.engine.kernels.choice import choose_kernels
-from services.engine.model import LoadedModel, load_model
+from services.engine.native.kernels.choice import choose_kernels
+from services.engine.native.model.model import LoadedModel, load_model
 from tests.engine_model.paged_run import PagedRun, Sequenced
 from tests.hf_models import random_prompts, reference_logits, write_model
 

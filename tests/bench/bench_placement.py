@@ -12,11 +12,11 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kvstore.block_hash import BlockHash
-from kvstore.eviction import SegmentedLru
-from loadtest.traces import BLOCK_TOKENS, make_conversations, read_mooncake
-from services.worker.chain_book import ChainOffer
-from services.worker.chain_placement import node_of_chain
+from kvstore.block import BlockHash
+from kvstore.pool import SegmentedLru
+from loadtest.plan import BLOCK_TOKENS, make_conversations, read_mooncake
+from services.worker.store.chain_book import ChainOffer
+from services.worker.store.chain_placement import node_of_chain
 
 _TIMES = BLOCK_TOKENS // 32
 

@@ -18,14 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kvstore.block_hash import BlockHash
-from kvstore.digest import digest_rows
-from kvstore.disk_tier import DiskTier, PutOutcome, StoredBlock
-from kvstore.dram_tier import DramTier
-from kvstore.layout import BlockLayout
-from kvstore.memory import HostMemory
-from kvstore.tiered_store import TieredStore
-from kvstore.write_behind import DiskWrites
+from kvstore.block import BlockHash, BlockLayout, HostMemory
+from kvstore.block.digest import digest_rows
+from kvstore.pool import DramTier
+from kvstore.store import DiskTier, DiskWrites, TieredStore
+from kvstore.store.disk_tier import PutOutcome, StoredBlock
 from tests.tiers.blocks import chain, parents
 from tests.tiers.conversation_trace import (
     hit_rate_of_plain_lru,

@@ -21,13 +21,10 @@ from typing import IO
 
 import numpy as np
 
-from kvstore.exchange import BlockExchange
-from kvstore.fetch_events import Reservation
-from kvstore.handshake import PeerIdentity
-from kvstore.layout import BlockLayout
-from kvstore.memory import HostMemory
-from kvstore.messages import AnnouncedBlock
-from kvstore.transport.select import make_transports
+from kvstore.block import BlockLayout, HostMemory
+from kvstore.exchange import BlockExchange, PeerIdentity
+from kvstore.protocol import AnnouncedBlock, Reservation
+from kvstore.transport import make_transports
 
 _POOL_FACTOR = 4  # pools hold so many transfers, so that blocks are scattered and caches cold
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.engine import linear
-from services.engine.kernels import choice
+from services.engine.native.kernels import choice
+from services.engine.native.model import linear
 from tests.bench import bench_engine, bench_int8_error
 from tests.hf_models import write_model
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from services.engine.model import LoadedModel
+from services.engine.native.model.model import LoadedModel
 from tests.bench.bench_engine import CHUNK, Rows, Run, prefill_batches
 from tests.bench.step_process import StepProcess
 from tests.compat import vllm_bench

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.example import curl_line, example_request
 from services.cli.main import main
 from services.cli.up import StartFailed, choose_model, claim_port
+from services.cli.up.example import curl_line, example_request
 from services.settings import SettingsError
 
 HEAVY = ("torch", "numpy", "fastapi", "uvicorn", "grpc", "google.protobuf", "redis", "ucxx", "rich", "yaml", "asyncio")

@@ -5,7 +5,12 @@ from __future__ import annotations
 import io
 import json
 
-from services.cli.console import JsonDisplay, PlainDisplay, TerminalDisplay, make_display
+from services.cli.up.console import (
+    JsonDisplay,
+    PlainDisplay,
+    TerminalDisplay,
+    make_display,
+)
 
 
 def test_plain_lines_have_aligned_prefixes() -> None:

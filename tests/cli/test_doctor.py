@@ -8,14 +8,33 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.checks.machine import available_memory_bytes, check_kernels, check_memory, check_port, check_processor
-from services.cli.checks.model import check_model
-from services.cli.checks.packages import check_packages
-from services.cli.checks.registry import check_redis, without_password
-from services.cli.checks.transports import check_cross_memory_attach, check_rdma, ucx_resources
 from services.cli.config import DoctorConfig
-from services.cli.doctor import examine, format_finding, main, report
-from services.cli.findings import Finding, ProbeFailed, Verdict, broken, good, probe, worse
+from services.cli.doctor import available_memory_bytes
+from services.cli.doctor.doctor import (
+    examine,
+    format_finding,
+    main,
+    report,
+)
+from services.cli.doctor.findings import (
+    Finding,
+    ProbeFailed,
+    Verdict,
+    broken,
+    good,
+    probe,
+    worse,
+)
+from services.cli.doctor.machine import (
+    check_kernels,
+    check_memory,
+    check_port,
+    check_processor,
+)
+from services.cli.doctor.model import check_model
+from services.cli.doctor.packages import check_packages
+from services.cli.doctor.registry import check_redis, without_password
+from services.cli.doctor.transports import check_cross_memory_attach, check_rdma, ucx_resources
 from services.cli.up import claim_port
 
 LLAMA = {
@@ -122,7 +141,7 @@ def test_a_processor_without_bfloat16_is_told_to_use_float32(tmp_path: Path) -> 
 def test_kernels_are_missed_where_the_processor_could_run_them(
     said: dict[str, object], verdict: Verdict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.cli.checks.machine.probe", lambda code: said)
+    monkeypatch.setattr("services.cli.doctor.machine.probe", lambda code: said)
     finding = only(check_kernels())
     assert (finding.verdict, finding.detail) == (verdict, said["reason"])
 
@@ -194,7 +213,7 @@ def test_findings_read_as_lines_with_the_remedy_below() -> None:
 def test_exit_status_is_1_only_where_something_would_not_serve(
     finding: Finding, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("services.cli.doctor.examine", lambda config: [good("x", "y"), finding])
+    monkeypatch.setattr("services.cli.doctor.doctor.examine", lambda config: [good("x", "y"), finding])
     assert main(["--json"]) == status
     assert json.loads(capsys.readouterr().out)["serves"] is (status == 0)
     assert main([]) == status

@@ -15,12 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.embedded_redis import EmbeddedRedis
-from services.cli.console import PlainDisplay, WhileRead
-from services.cli.private_redis import keep_redis
-from services.cli.spec import ChildSpec, Stack
-from services.cli.stack import run_stack
-from services.cli.supervise import Child, ChildFailed, describe_exit, restart_delay_s
+from services.cli.embedded_redis import EmbeddedRedis
+from services.cli.up.console import PlainDisplay, WhileRead
+from services.cli.up.private_redis import keep_redis
+from services.cli.up.spec import ChildSpec, Stack
+from services.cli.up.stack import run_stack
+from services.cli.up.supervise import (
+    Child,
+    ChildFailed,
+    describe_exit,
+    restart_delay_s,
+)
 from tests.ports import free_port
 
 TIMEOUT_S = 30.0

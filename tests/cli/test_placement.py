@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.placement import Core, Placement, cpu_quota, place_workers
+from services.cli.up.placement import (
+    Core,
+    Placement,
+    cpu_quota,
+    place_workers,
+)
 
 
 def cores(num_physical: int, threads: int = 1) -> list[Core]:

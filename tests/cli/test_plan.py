@@ -7,8 +7,8 @@ import os
 import pytest
 
 from services.cli.config import UpConfig
-from services.cli.placement import Placement
-from services.cli.plan import (
+from services.cli.up.placement import Placement
+from services.cli.up.plan import (
     check_offloading,
     num_workers,
     plan_stack,
@@ -17,11 +17,17 @@ from services.cli.plan import (
     up_settings,
     worker_settings,
 )
-from services.cli.spec import ChildSpec, Stack
+from services.cli.up.spec import ChildSpec, Stack
 from services.decode.config import DecodeConfig
 from services.prefill.config import PrefillConfig
 from services.router.config import RouterConfig
-from services.settings import SettingsError, build_settings, collect_settings, make_parser, resolve_settings
+from services.settings import (
+    SettingsError,
+    build_settings,
+    collect_settings,
+    make_parser,
+    resolve_settings,
+)
 from services.store.config import StoreConfig
 
 ENVIRON = {"PATH": os.environ["PATH"], "TANDEM_PORT": "9999", "TANDEM_MAX_NUM_SEQS": "8"}

@@ -16,9 +16,9 @@ from safetensors import safe_open
 
 from services.cli.config import DEMO_MODEL, SizeConfig
 from services.cli.main import main
-from services.cli.sizing import Sizes, num_parameters, size
-from services.engine.model import load_model
+from services.cli.size.sizing import Sizes, num_parameters, size
 from services.engine.model_config import ModelConfig, parse_config, read_config
+from services.engine.native.model.model import load_model
 from tests.hf_models import FAMILIES, write_model
 
 LLAMA_3_8B = {

@@ -22,7 +22,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from loadtest.local_stack import start_stack, stop_stack
+from loadtest.send import start_stack, stop_stack
 from tests.compat import aiperf_bench, guidellm_bench, lm_eval_scores, vllm_bench
 from tests.compat.load import Load, Measure, Target
 from tests.compat.tool import REPOSITORY, Tool, ToolFailed

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.memory import HostMemory
-from kvstore.prefix_index import Tier
-from services.engine.config import EngineConfig
-from services.engine.engine import Engine
-from services.engine.request import Request, SamplingParams
+from kvstore.block import HostMemory
+from kvstore.index import Tier
+from services.engine.native import Engine, EngineConfig, Request, SamplingParams
 from tests.block_peer import BlockPeer
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.index_view import until_held

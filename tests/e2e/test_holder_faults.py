@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.fetch_events import FetchState
-from kvstore.prefix_index import Tier
+from kvstore.index import Tier
+from kvstore.protocol import FetchState
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.index_view import until_held
 from tests.orders import Orders

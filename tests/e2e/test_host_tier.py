@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from kvstore.block_hash import BlockHash
-from kvstore.prefix_index import Holding, IndexReader, Tier
+from kvstore.block import BlockHash
+from kvstore.index import IndexReader, Tier
+from kvstore.index.entries import Holding
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.orders import Orders
 from tests.stack import Stack

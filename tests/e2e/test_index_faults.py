@@ -14,8 +14,8 @@ import httpx
 import pytest
 import redis
 
-from kvstore.prefix_index_scripts import IndexKeys
-from kvstore.worker_record import WorkerRecord
+from kvstore.index.scripts import IndexKeys
+from kvstore.registry import WorkerRecord
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.index_view import num_held
 from tests.orders import Orders

@@ -122,7 +122,7 @@ def test_a_request_is_found_by_its_id_in_the_logs_of_router_decode_and_prefill(l
 
 
 def test_each_request_has_one_line_at_the_router_however_it_ended(lines: Lines) -> None:
-    accesses = [line for line in lines["router"] if line["logger"] == "services.router.access" and "error" in line]
+    accesses = [line for line in lines["router"] if line["logger"] == "services.router.edge.access" and "error" in line]
     found = {line["request_id"]: (line["status"], line["error"]) for line in accesses}
     assert found["cut"] == (499, "client_gone")
     assert found["bad-model"] == (404, "model_not_found")
@@ -136,7 +136,7 @@ def test_each_request_has_one_line_at_the_router_however_it_ended(lines: Lines) 
 
 
 def test_what_serves_all_requests_is_not_in_the_name_of_one(lines: Lines) -> None:
-    connections = [line for of in lines.values() for line in of if line["logger"] == "kvstore.peer_sessions"]
+    connections = [line for of in lines.values() for line in of if line["logger"] == "kvstore.exchange.peer_sessions"]
     assert len(connections) >= 4
     assert not [line for line in connections if "request_id" in line]
 

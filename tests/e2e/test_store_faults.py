@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.prefix_index import Tier
+from kvstore.index import Tier
 from tests.block_peer import BlockPeer
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.index_view import num_held, until_held

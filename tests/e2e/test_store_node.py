@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kvstore.prefix_index import Tier
+from kvstore.index import Tier
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.index_view import until_held
 from tests.orders import Orders

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvstore.block_pool import BlockPool
-from services.engine.batch import Batch, SampledBatch, SampledSequence, ScheduledSequence
-from services.engine.limits import SchedulerConfig
-from services.engine.request import PositionLogprobs, Request, SampledToken, SamplingParams, TokenLogprob
+from kvstore.pool import BlockPool
+from services.engine.native import (
+    Batch,
+    PositionLogprobs,
+    Request,
+    SampledToken,
+    SamplingParams,
+    TokenLogprob,
+)
+from services.engine.native.scheduling.batch import SampledBatch, SampledSequence, ScheduledSequence
+from services.engine.native.scheduling.limits import SchedulerConfig
 
 VOCAB_SIZE = 7
 EOS = 6

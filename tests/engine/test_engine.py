@@ -11,25 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore.fetch_events import Reservation
-from kvstore.proof import prove
-from services.engine import capacity
-from services.engine.capacity import choose_num_blocks
-from services.engine.config import EngineConfig, InvalidConfig
-from services.engine.engine import Engine
-from services.engine.loans import NotLent
-from services.engine.model import load_model
-from services.engine.request import (
+from kvstore.block import prove
+from kvstore.protocol import Reservation
+from services.engine.native import (
+    Engine,
+    EngineConfig,
     FinishReason,
+    InvalidConfig,
     InvalidRequest,
     PositionLogprobs,
     Request,
-    RequestStatus,
     RequestUpdate,
     SampledToken,
     SamplingParams,
 )
-from services.engine.scheduler import NotReserved
+from services.engine.native.memory import capacity
+from services.engine.native.memory.capacity import choose_num_blocks
+from services.engine.native.model.model import load_model
+from services.engine.native.scheduling.loans import NotLent
+from services.engine.native.scheduling.request import RequestStatus
+from services.engine.native.scheduling.scheduler import NotReserved
 from services.lifecycle import Event, Timeline
 from tests.hf_models import EOS_TOKEN_IDS, VOCAB_SIZE, random_prompts, reference_greedy, reference_logits, write_model
 

@@ -8,16 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore.block_hash import BlockHash
-from kvstore.fetch_events import Reservation
-from kvstore.host_tier import NOTHING_COPIED
-from services.engine import capacity
-from services.engine.capacity import choose_num_host_slots
-from services.engine.config import EngineConfig, InvalidConfig
-from services.engine.engine import Engine
-from services.engine.host_copies import open_host_tier
-from services.engine.memory import DeviceMemory
-from services.engine.request import Request, SamplingParams
+from kvstore.block import BlockHash
+from kvstore.pool import NOTHING_COPIED
+from kvstore.protocol import Reservation
+from services.engine.native import Engine, EngineConfig, InvalidConfig, Request, SamplingParams
+from services.engine.native.memory import capacity
+from services.engine.native.memory.capacity import choose_num_host_slots
+from services.engine.native.memory.host_copies import open_host_tier
+from services.engine.native.memory.kv_memory import DeviceMemory
 from tests.hf_models import random_prompts, reference_greedy, write_model
 
 NUM_OUTPUTS = 12

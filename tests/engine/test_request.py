@@ -7,16 +7,16 @@ import math
 
 import pytest
 
-from services.engine.config import EngineConfig, InvalidConfig
-from services.engine.limits import SchedulerConfig, check_fits
-from services.engine.request import (
+from services.engine.native import (
+    EngineConfig,
     FinishReason,
-    IllegalTransition,
+    InvalidConfig,
     InvalidRequest,
     Request,
-    RequestStatus,
     SamplingParams,
 )
+from services.engine.native.scheduling.limits import SchedulerConfig, check_fits
+from services.engine.native.scheduling.request import IllegalTransition, RequestStatus
 
 NO_EOS: frozenset[int] = frozenset()
 

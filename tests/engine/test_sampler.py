@@ -13,10 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from services.engine import sampler
-from services.engine.gumbel import gumbel, noise_keys
-from services.engine.request import SampledToken, SamplingParams
-from services.engine.sampler import NoToken, SamplingRow, position_logprobs, sample
+from services.engine.native import SampledToken, SamplingParams
+from services.engine.native.sampling import sampler
+from services.engine.native.sampling.gumbel import gumbel, noise_keys
+from services.engine.native.sampling.sampler import (
+    NoToken,
+    SamplingRow,
+    position_logprobs,
+    sample,
+)
 
 torch.set_num_threads(1)
 

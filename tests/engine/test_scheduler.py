@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.block_hash import hash_blocks, namespace
-from kvstore.block_pool import BlockPool
-from services.engine.batch import Batch, SampledBatch, SampledSequence
-from services.engine.limits import SchedulerConfig
-from services.engine.loans import NotLent
-from services.engine.request import (
+from kvstore.block import hash_blocks, namespace
+from kvstore.pool import BlockPool
+from services.engine.native import (
+    Batch,
     FinishReason,
     InvalidRequest,
     QueueFull,
     Request,
-    RequestStatus,
     RequestUpdate,
     SampledToken,
     SamplingParams,
 )
-from services.engine.scheduler import NotReserved, Scheduler
+from services.engine.native.scheduling.batch import SampledBatch, SampledSequence
+from services.engine.native.scheduling.limits import SchedulerConfig
+from services.engine.native.scheduling.loans import NotLent
+from services.engine.native.scheduling.request import RequestStatus
+from services.engine.native.scheduling.scheduler import NotReserved, Scheduler
 from tests.engine.paged_world import PagedWorld, expected_outputs
 
 BLOCK_SIZE = 4

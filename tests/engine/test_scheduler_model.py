@@ -10,20 +10,20 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
-from kvstore.block_pool import BlockPool
-from services.engine.admission import GrantedReservation
-from services.engine.batch import Batch
-from services.engine.limits import SchedulerConfig
-from services.engine.request import (
+from kvstore.pool import BlockPool
+from services.engine.native import (
+    Batch,
     FinishReason,
     InvalidRequest,
     QueueFull,
     Request,
-    RequestStatus,
     SampledToken,
     SamplingParams,
 )
-from services.engine.scheduler import Scheduler
+from services.engine.native.scheduling.admission import GrantedReservation
+from services.engine.native.scheduling.limits import SchedulerConfig
+from services.engine.native.scheduling.request import RequestStatus
+from services.engine.native.scheduling.scheduler import Scheduler
 from tests.engine.paged_world import EOS, PagedWorld, expected_outputs, next_token
 
 BLOCK_SIZE = 4

@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.block_pool import BlockPool
-from services.engine.limits import SchedulerConfig
-from services.engine.request import Request, SamplingParams
-from services.engine.scheduler import Scheduler
+from kvstore.pool import BlockPool
+from services.engine.native import Request, SamplingParams
+from services.engine.native.scheduling.limits import SchedulerConfig
+from services.engine.native.scheduling.scheduler import Scheduler
 from tests.engine.paged_world import PagedWorld, expected_outputs
 
 BLOCK_SIZE = 4

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from services.engine.model import LoadedModel, load_model
+from services.engine.native.model.model import LoadedModel, load_model
 from tests.hf_models import write_model
 
 ModelDir = Callable[..., Path]

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from services.engine.forward import ForwardBatch
-from services.engine.model import LoadedModel
+from services.engine.native.attention.forward import ForwardBatch
+from services.engine.native.model.model import LoadedModel
 
 
 @dataclass

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from services.engine.attention import Attention, GatherAttention, group_by_length
-from services.engine.forward import ForwardBatch
-from services.engine.varlen_attention import VarlenAttention, choose_cuda_attention
+from services.engine.native.attention.attention import Attention, GatherAttention, group_by_length
+from services.engine.native.attention.forward import ForwardBatch
+from services.engine.native.attention.varlen_attention import VarlenAttention, choose_cuda_attention
 
 NUM_LAYERS, NUM_KV_HEADS, GROUP, HEAD_DIM = 2, 2, 3, 16
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvstore.digest import digest_rows
-from kvstore.memory import HostMemory
-from services.engine.memory import DeviceMemory, allocate_kv_cache, block_memory
+from kvstore.block import HostMemory
+from kvstore.block.digest import digest_rows
+from services.engine.native.memory.kv_memory import DeviceMemory, allocate_kv_cache, block_memory
 
 SHAPE = (40, 3, 2, 2, 16, 8)
 

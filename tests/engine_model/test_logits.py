@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.engine import linear
-from services.engine.model import LoadedModel, load_model
+from services.engine.native.model import linear
+from services.engine.native.model.model import LoadedModel, load_model
 from tests.engine_model.paged_run import PagedRun, Sequenced
 from tests.hf_models import FAMILIES, random_prompts, reference_greedy, reference_logits
 

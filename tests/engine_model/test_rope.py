@@ -10,7 +10,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from services.engine.model_config import parse_config
-from services.engine.rope import cos_sin, inverse_frequencies, rotate
+from services.engine.native.model.rope import cos_sin, inverse_frequencies, rotate
 
 BASE: dict[str, Any] = {
     "vocab_size": 64,

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from services.engine.fingerprint import tensor_digest
-from services.engine.model import LoadedModel, load_model
 from services.engine.model_config import ModelError, ModelNotFound, UnsupportedModel
-from services.engine.weights import find_model
+from services.engine.native.model.fingerprint import tensor_digest
+from services.engine.native.model.model import LoadedModel, load_model
+from services.engine.native.model.weights import find_model
 from tests.engine_model.paged_run import PagedRun
 from tests.hf_models import random_prompts
 

@@ -10,16 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from kvstore.block import BlockLayout, HostMemory
 from kvstore.errors import KVStoreError
-from kvstore.exchange import BlockExchange
-from kvstore.fetch_events import Reservation
-from kvstore.handshake import PeerIdentity
-from kvstore.layout import BlockLayout
-from kvstore.memory import HostMemory
-from kvstore.messages import AnnouncedBlock
-from kvstore.reader import Fetch
-from kvstore.timeouts import ExchangeTimeouts
-from kvstore.transport.select import make_transports
+from kvstore.exchange import BlockExchange, Fetch, PeerIdentity
+from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, Reservation
+from kvstore.transport import make_transports
 
 LAYOUT = BlockLayout(4, 2, 32, 64, "bfloat16", "ab12")  # 64 KiB a block
 NUM_BLOCKS = 256

@@ -5,15 +5,10 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 
-from kvstore.block_hash import BlockHash
-from kvstore.exchange import BlockExchange, RequestScope
-from kvstore.fetch_events import ReadLimits, Reservation
-from kvstore.handshake import PeerIdentity
-from kvstore.layout import BlockLayout
-from kvstore.lending import PrefixLender
-from kvstore.memory import HostMemory
-from kvstore.messages import AnnouncedBlock
-from kvstore.timeouts import ExchangeTimeouts
+from kvstore.block import BlockHash, BlockLayout, HostMemory
+from kvstore.exchange import BlockExchange, PeerIdentity, RequestScope
+from kvstore.exchange.lending import PrefixLender
+from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, ReadLimits, Reservation
 from kvstore.transport.memory import Faults, MemoryTransport, Switchboard
 
 LAYOUT = BlockLayout(num_layers=2, num_kv_heads=1, block_size=8, head_dim=4, dtype="float32", model_fingerprint="ab12")

@@ -6,12 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvstore.errors import IncompatiblePeer, PeerLost, PeerUnreachable, TransportError
+from kvstore.block import BlockLayout
+from kvstore.errors import (
+    IncompatiblePeer,
+    PeerLost,
+    PeerUnreachable,
+    TransportError,
+)
 from kvstore.exchange import BlockExchange
-from kvstore.fetch_events import FetchCause, Reservation
-from kvstore.layout import BlockLayout
-from kvstore.lease import LeaseOutcome
-from kvstore.timeouts import ExchangeTimeouts
+from kvstore.protocol import ExchangeTimeouts, FetchCause, LeaseOutcome, Reservation
 from kvstore.transport.memory import Faults, MemoryTransport, Switchboard
 from tests.exchange.exchange_worker import LAYOUT, PATIENT, TRANSFER, Worker, room, running, some_hashes
 

@@ -9,19 +9,18 @@ from dataclasses import replace
 import pytest
 
 from kvstore.errors import PeerUnreachable
-from kvstore.fetch_events import FetchCause
-from kvstore.framing import FrameStream
-from kvstore.lease import LeaseOutcome
-from kvstore.messages import (
-    MAX_FRAME_BYTES,
+from kvstore.exchange.framing import FrameStream
+from kvstore.protocol import (
     PROTOCOL_VERSION,
     Announce,
     AnnouncedBlock,
     Choose,
     Confirm,
     Confirmed,
+    FetchCause,
     Heartbeat,
     Hello,
+    LeaseOutcome,
     Offer,
     Ready,
     Reject,
@@ -30,6 +29,7 @@ from kvstore.messages import (
     Want,
     encode,
 )
+from kvstore.protocol.messages import MAX_FRAME_BYTES
 from kvstore.transport.memory import Switchboard
 from tests.exchange.exchange_worker import LAYOUT, PATIENT, TRANSFER, Worker, room, running
 

@@ -4,16 +4,19 @@ import itertools
 
 import pytest
 
-from kvstore.block_hash import BlockHash
+from kvstore.block import BlockHash
 from kvstore.errors import IllegalTransition
-from kvstore.fetch import TRANSITIONS, FetchMachine
-from kvstore.fetch_events import (
+from kvstore.protocol import (
     AbortOrdered,
     AbortReads,
+    AnnouncedBlock,
     BlocksAnnounced,
+    Confirm,
     ConfirmAnswered,
+    ExchangeTimeouts,
     FetchCause,
     FetchEvent,
+    FetchMachine,
     FetchState,
     FetchTimer,
     Offered,
@@ -21,6 +24,7 @@ from kvstore.fetch_events import (
     Quiesced,
     ReadEnded,
     ReadLimits,
+    Release,
     Reservation,
     Reserve,
     Reserved,
@@ -29,11 +33,11 @@ from kvstore.fetch_events import (
     Revoked,
     SendMessage,
     StartRead,
+    Suspect,
     Verified,
     Verify,
 )
-from kvstore.messages import AnnouncedBlock, Confirm, Release, Suspect
-from kvstore.timeouts import ExchangeTimeouts
+from kvstore.protocol.fetch import TRANSITIONS
 
 TRANSFER = b"transfer-0000001"
 TIMEOUTS = ExchangeTimeouts(offer_s=10, reserve_s=20, announce_s=30, read_s=4, confirm_s=5, drain_s=7)

@@ -5,28 +5,33 @@ import itertools
 import pytest
 
 from kvstore.errors import IllegalTransition, ProtocolViolation
-from kvstore.lease import (
-    TRANSITIONS,
+from kvstore.protocol import (
     AbortSends,
+    Announce,
+    AnnouncedBlock,
     BlocksComputed,
     Closed,
+    Confirmed,
     ConfirmReceived,
+    ExchangeTimeouts,
     LeaseEvent,
     LeaseMachine,
     LeaseOutcome,
-    LeaseState,
     LeaseTimer,
+    Offer,
     ReaderLost,
+    ReadGranted,
+    ReadRefused,
     ReadRequested,
     ReleaseReceived,
     Renewed,
+    Revoke,
     RevokeOrdered,
     SendEnded,
     SendMessage,
     StartSend,
 )
-from kvstore.messages import Announce, AnnouncedBlock, Confirmed, Offer, ReadGranted, ReadRefused, Revoke
-from kvstore.timeouts import ExchangeTimeouts
+from kvstore.protocol.lease import TRANSITIONS, LeaseState
 
 TRANSFER = b"transfer-0000001"
 TIMEOUTS = ExchangeTimeouts(heartbeat_s=1, lease_ttl_s=10, lease_max_s=25, drain_s=5)

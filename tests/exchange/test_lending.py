@@ -8,9 +8,8 @@ from io import StringIO
 
 import numpy as np
 
-from kvstore.block_hash import BlockHash
-from kvstore.fetch_events import FetchCause, FetchState, Reservation
-from kvstore.messages import AnnouncedBlock
+from kvstore.block import BlockHash
+from kvstore.protocol import AnnouncedBlock, FetchCause, FetchState, Reservation
 from kvstore.transport.memory import Faults, Switchboard
 from services.logs import TextFormatter, current_request_id, request_scope
 from tests.exchange.exchange_worker import TRANSFER, Worker, room, running
@@ -112,7 +111,7 @@ async def test_a_holder_knows_whose_prompt_it_lends_for_and_says_so_in_its_log_a
         leases.extend(owner.exchange.state()["leases"])
         return Reservation(list(range(num_blocks)), 0)
 
-    with debug_log("kvstore.lending") as log:
+    with debug_log("kvstore.exchange.lending") as log:
         async with running(owner, reader):
             await reader.exchange.connect(owner.exchange.address)
             for request_id in ("chatcmpl-7", "", "x" * 500):
@@ -127,7 +126,7 @@ async def test_a_holder_knows_whose_prompt_it_lends_for_and_says_so_in_its_log_a
 
 
 async def test_a_holder_of_an_older_version_is_not_told_whose_prompt_it_lends_for(monkeypatch) -> None:
-    monkeypatch.setattr("kvstore.handshake.FEATURES", ())
+    monkeypatch.setattr("kvstore.exchange.handshake.FEATURES", ())
     shelf = Shelf(num_held=2)
     owner, reader = make_pair(shelf)
     async with running(owner, reader):
@@ -170,7 +169,7 @@ async def test_a_holder_that_lies_is_found_out_and_its_blocks_are_unpinned() -> 
 
 
 async def test_a_holder_of_an_older_version_is_not_told_what_is_wrong(monkeypatch) -> None:
-    monkeypatch.setattr("kvstore.handshake.FEATURES", ())
+    monkeypatch.setattr("kvstore.exchange.handshake.FEATURES", ())
     shelf = Shelf(num_held=3, wrong_digest=True)
     owner, reader = make_pair(shelf)
     async with running(owner, reader):

@@ -4,9 +4,8 @@ import msgspec
 import pytest
 
 from kvstore.errors import ProtocolViolation
-from kvstore.messages import (
+from kvstore.protocol import (
     LENGTH_BYTES,
-    MAX_FRAME_BYTES,
     Announce,
     AnnouncedBlock,
     Choose,
@@ -29,6 +28,7 @@ from kvstore.messages import (
     decode_length,
     encode,
 )
+from kvstore.protocol.messages import MAX_FRAME_BYTES
 
 TRANSFER = bytes(range(16))
 MESSAGES = [

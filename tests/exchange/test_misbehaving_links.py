@@ -2,9 +2,7 @@
 
 import asyncio
 
-from kvstore.fetch_events import FetchCause
-from kvstore.lease import LeaseOutcome
-from kvstore.messages import ReadRequest
+from kvstore.protocol import FetchCause, LeaseOutcome, ReadRequest
 from kvstore.transport.memory import Switchboard
 from tests.exchange.exchange_worker import TRANSFER, Worker, room, running, some_hashes
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
+from kvstore.block import HostMemory
 from kvstore.errors import IncompatiblePeer, ReadFailed, TransportError
-from kvstore.exchange import BlockExchange
-from kvstore.handshake import PeerIdentity
-from kvstore.memory import HostMemory
+from kvstore.exchange import BlockExchange, PeerIdentity
 from kvstore.transport import nixl_agent
 from kvstore.transport.nixl_agent import AgentThread
 from kvstore.transport.nixl_pool import PoolAddress

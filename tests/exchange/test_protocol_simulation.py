@@ -12,13 +12,12 @@ from collections.abc import Callable
 
 import pytest
 
-from kvstore import fetch_events as f
-from kvstore import lease as le
-from kvstore import messages as m
-from kvstore.block_hash import BlockHash
-from kvstore.fetch import FetchMachine
-from kvstore.timeouts import ExchangeTimeouts
-from kvstore.transport.base import coalesce
+from kvstore.block import BlockHash
+from kvstore.protocol import ExchangeTimeouts, FetchMachine
+from kvstore.protocol import fetch_events as f
+from kvstore.protocol import lease as le
+from kvstore.protocol import messages as m
+from kvstore.transport import coalesce
 
 TIMEOUTS = ExchangeTimeouts(
     heartbeat_s=1.0,

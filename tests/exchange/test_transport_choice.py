@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.block import HostMemory
 from kvstore.errors import IncompatiblePeer, TransportError
-from kvstore.memory import HostMemory
-from kvstore.timeouts import ExchangeTimeouts
-from kvstore.transport.base import Run, coalesce
+from kvstore.protocol import ExchangeTimeouts
+from kvstore.transport import Run, choose, coalesce, make_transports
 from kvstore.transport.host import can_read_memory, host_facts, on_same_host
 from kvstore.transport.memory import MemoryTransport, Switchboard
 from kvstore.transport.region import region
-from kvstore.transport.select import choose, make_transports
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from kvstore.errors import TransportError
-from kvstore.transport.base import coalesce
+from kvstore.transport import coalesce
 from kvstore.transport.memory import Faults, MemoryTransport, Switchboard
 from tests.exchange.transport_peer import BLOCK_BYTES, NUM_BLOCKS, TransportPeer, content
 

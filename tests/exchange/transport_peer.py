@@ -11,9 +11,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from kvstore.block import HostMemory
 from kvstore.errors import TransportError
-from kvstore.memory import HostMemory
-from kvstore.transport.base import Link, LinkPeer, Run, Transport
+from kvstore.transport import (
+    Link,
+    LinkPeer,
+    Run,
+    Transport,
+)
 
 NUM_BLOCKS = 320
 BLOCK_BYTES = 16 * 1024

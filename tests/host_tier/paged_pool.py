@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvstore.block_hash import BlockHash
-from kvstore.block_pool import BlockPool
-from kvstore.host_tier import HostTier
-from kvstore.memory import HostMemory
+from kvstore.block import BlockHash, HostMemory
+from kvstore.pool import BlockPool, HostTier
 from tests.tiers.blocks import BLOCK_BYTES, payload, proof
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvstore.block_hash import BlockHash
+from kvstore.block import BlockHash
 from kvstore.errors import IntegrityError
-from kvstore.host_tier import HostChange
+from kvstore.pool import HostChange
 from tests.host_tier.paged_pool import PagedPool
 from tests.tiers.blocks import chain, parents
 

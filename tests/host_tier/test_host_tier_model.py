@@ -6,8 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstore.block_hash import BlockHash
-from kvstore.dram_tier import PinnedBlock
+from kvstore.block import BlockHash
+from kvstore.pool import PinnedBlock
 from tests.host_tier.paged_pool import PagedPool
 from tests.tiers.blocks import chain, payload, proof
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kvstore.block_pool import CacheChange, CacheEvent
-from services.engine.host_prefixes import begin_restore, end_restore
-from services.engine.limits import SchedulerConfig
-from services.engine.scheduler import Scheduler
+from kvstore.pool import CacheChange, CacheEvent
+from services.engine.native.memory.host_prefixes import begin_restore, end_restore
+from services.engine.native.scheduling.limits import SchedulerConfig
+from services.engine.native.scheduling.scheduler import Scheduler
 from tests.host_tier.paged_pool import PagedPool
 from tests.tiers.blocks import chain
 

@@ -10,9 +10,9 @@ from functools import cache
 
 import pytest
 
-from services.engine.kernels.build import SOURCES, compile_flags
-from services.engine.kernels.choice import REQUIRED_FLAGS, load_checked, processor_flags
-from services.engine.kernels.library import KernelError, KernelLibrary
+from services.engine.native.kernels.build import SOURCES, compile_flags
+from services.engine.native.kernels.choice import REQUIRED_FLAGS, load_checked, processor_flags
+from services.engine.native.kernels.library import KernelError, KernelLibrary
 
 # What is tested: the library's variant, and flags beside its own.
 BUILDS = {

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.engine.kernels.library import AttentionCall, KernelLibrary, Workspace
+from services.engine.native.kernels.library import AttentionCall, KernelLibrary, Workspace
 
 NUM_LAYERS, LAYER = 2, 1
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.engine.kernels.choice import REQUIRED_FLAGS
-from services.engine.kernels.library import KernelLibrary
+from services.engine.native.kernels.choice import REQUIRED_FLAGS
+from services.engine.native.kernels.library import KernelLibrary
 from tests.kernels.conftest import RUNNABLE, Libraries
 from tests.kernels.paged import LAYER, PagedCase
 

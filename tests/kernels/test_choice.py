@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from services.engine.kernels.choice import REQUIRED_FLAGS, choose, processor_flags
-from services.engine.kernels.library import AttentionCall, KernelError, KernelLibrary
-from services.engine.kernels.self_check import check
+from services.engine.native.kernels.choice import REQUIRED_FLAGS, choose, processor_flags
+from services.engine.native.kernels.library import AttentionCall, KernelError, KernelLibrary
+from services.engine.native.kernels.self_check import check
 from tests.kernels.conftest import Libraries
 
 AVX512, AMX = REQUIRED_FLAGS["avx512"], REQUIRED_FLAGS["amx"]
@@ -94,7 +94,7 @@ def test_wrong_attention_is_found(libraries: Libraries, monkeypatch: pytest.Monk
 
 def test_a_library_of_other_sources_is_refused(libraries: Libraries, monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path(libraries("portable")._library._name)
-    monkeypatch.setattr("services.engine.kernels.library.source_digest", lambda: 1)
+    monkeypatch.setattr("services.engine.native.kernels.library.source_digest", lambda: 1)
     with pytest.raises(KernelError, match="other sources than are here"):
         KernelLibrary(path)
 

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from services.engine import linear, model
-from services.engine.kernels.choice import REQUIRED_FLAGS, KernelChoice
-from services.engine.model import LoadedModel, load_model
 from services.engine.model_config import UnsupportedModel
+from services.engine.native.kernels.choice import REQUIRED_FLAGS, KernelChoice
+from services.engine.native.model import linear, model
+from services.engine.native.model.model import LoadedModel, load_model
 from tests.engine_model.paged_run import PagedRun, Sequenced
 from tests.hf_models import FAMILIES, random_prompts, reference_logits, write_model
 from tests.kernels.conftest import RUNNABLE, Libraries

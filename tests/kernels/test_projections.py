@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.kernels.library import Epilogue, KernelLibrary, Workspace
-from services.engine.kernels.projection import Projection
+from services.engine.native.kernels.library import Epilogue, KernelLibrary, Workspace
+from services.engine.native.kernels.projection import Projection
 from tests.kernels.conftest import Libraries
 
 ROWS = [1, 2, 5, 11, 12, 13, 16, 17, 31, 32, 33, 64, 75]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.engine.attention import store
-from services.engine.kernels.library import AppendCall, KernelLibrary
-from services.engine.rope import cos_sin, rotate
+from services.engine.native.attention.attention import store
+from services.engine.native.kernels.library import AppendCall, KernelLibrary
+from services.engine.native.model.rope import cos_sin, rotate
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

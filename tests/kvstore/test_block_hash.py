@@ -11,7 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.block_hash import HASH_BYTES, extend_hashes, hash_blocks, namespace
+from kvstore.block import (
+    HASH_BYTES,
+    extend_hashes,
+    hash_blocks,
+    namespace,
+)
 
 ROOT = namespace("f" * 32)
 
@@ -40,7 +45,7 @@ def test_golden_values_hold_for_ever():
 
 
 def test_another_process_with_another_hash_seed_computes_the_same_values():
-    code = "from kvstore.block_hash import *; print(hash_blocks(namespace('abc'), list(range(64)), 32)[-1].hex())"
+    code = "from kvstore.block.hash import *; print(hash_blocks(namespace('abc'), list(range(64)), 32)[-1].hex())"
     printed = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONHASHSEED": "7"},

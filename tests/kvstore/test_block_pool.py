@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.block_hash import BlockHash
-from kvstore.block_pool import BlockPool, CacheChange, CachedBlock, CacheEvent
+from kvstore.block import BlockHash
 from kvstore.errors import DoubleFree, IntegrityError, OutOfBlocks
+from kvstore.pool import BlockPool, CacheChange, CacheEvent
+from kvstore.pool.block_pool import CachedBlock
 
 
 def chain(name: str, length: int) -> list[BlockHash]:

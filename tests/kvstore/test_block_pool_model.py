@@ -9,10 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstore.block_hash import BlockHash
-from kvstore.block_pool import BlockPool
+from kvstore.block import BlockHash, BlockTokens
 from kvstore.errors import OutOfBlocks
-from kvstore.shared_tokens import BlockTokens
+from kvstore.pool import BlockPool
 
 # Few chains with few blocks, so that requests meet in the cache.
 CHAINS = [[BlockHash(f"{name}{i}".encode().ljust(16, b".")) for i in range(5)] for name in "abc"]

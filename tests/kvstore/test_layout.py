@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore.block import BlockLayout
 from kvstore.errors import IncompatibleLayout, InvalidLayout, KVStoreError
-from kvstore.layout import BlockLayout
 
 LAYOUT = BlockLayout(
     num_layers=24, num_kv_heads=2, block_size=32, head_dim=64, dtype="bfloat16", model_fingerprint="0123abcd"

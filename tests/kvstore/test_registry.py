@@ -13,9 +13,15 @@ import pytest
 import redis
 import redis.asyncio
 
-from kvstore.embedded_redis import EmbeddedRedis
 from kvstore.errors import RegistryError
-from kvstore.registry import ConnectionState, Membership, Registrar, WorkerRecord, new_incarnation
+from kvstore.registry import (
+    ConnectionState,
+    Membership,
+    Registrar,
+    WorkerRecord,
+    new_incarnation,
+)
+from services.cli.embedded_redis import EmbeddedRedis
 
 WAIT_S = 20.0  # an upper bound for waits on events, far above what any of them takes
 LEASE_S = 0.6

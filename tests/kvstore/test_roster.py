@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.roster import Roster, Sighting
-from kvstore.worker_record import WorkerRecord
+from kvstore.registry import WorkerRecord
+from kvstore.registry.roster import Roster, Sighting
 
 RECORD = WorkerRecord(
     worker_id="w",

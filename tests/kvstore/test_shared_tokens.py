@@ -7,8 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.block_hash import BlockHash, namespace
-from kvstore.shared_tokens import BlockTokens, SharedTokenIndex, SharedTokens
+from kvstore.block import BlockHash, BlockTokens, SharedTokenIndex, SharedTokens, namespace
 
 PARENTS = [namespace("model", salt) for salt in ("", "tenant")]
 BLOCK_SIZE = 4

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.errors import InvalidRecord
-from kvstore.worker_record import MAX_RECORD_BYTES, WorkerRecord, decode_record, encode_record, new_incarnation
+from kvstore.registry import WorkerRecord, new_incarnation
+from kvstore.registry.worker_record import MAX_RECORD_BYTES, decode_record, encode_record
 
 RECORD = WorkerRecord(
     worker_id="prefill-0",

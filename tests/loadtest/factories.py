@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from loadtest.options import LoadOptions
-from loadtest.records import Outcome, RequestRecord
-from loadtest.result import RunResult
-from loadtest.scrape import Sample
+from loadtest.figures import RunResult
+from loadtest.figures.scrape import Sample
+from loadtest.plan import LoadOptions, Outcome, RequestRecord
 
 RECORD = RequestRecord(
     index=0,

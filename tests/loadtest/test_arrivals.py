@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest import arrivals
+from loadtest.plan import arrivals
 
 
 @pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from loadtest.options import WORKLOADS
+from loadtest.plan.options import WORKLOADS
 from tests.loadtest.stubs import loadtest
 
 _ROOT = Path(__file__).parents[2]

@@ -10,14 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest import timeline
-from loadtest.records import Outcome, RequestRecord
-from loadtest.result import read_result, write_result
-from loadtest.scrape import Sample, parse_gauges
-from loadtest.slo import Slo
-from loadtest.sse import BadStream, Chunk, parse_line
-from loadtest.summary import Spread, percentile, summarize
-from loadtest.verdict import compare, judge
+from loadtest.figures import Spread, compare, judge, read_result, summarize, timeline, write_result
+from loadtest.figures.scrape import Sample, parse_gauges
+from loadtest.figures.summary import percentile
+from loadtest.plan import Outcome, RequestRecord, Slo
+from loadtest.send.sse import BadStream, Chunk, parse_line
 from tests.loadtest.factories import RECORD, records, result
 
 

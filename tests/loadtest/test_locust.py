@@ -10,7 +10,7 @@ import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
-from loadtest.result import read_result
+from loadtest.figures import read_result
 from tests.loadtest.stubs import TIMEOUT_S, read_json, start, stub_server
 from tests.ports import free_port
 

@@ -7,7 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from loadtest.options import LoadOptions, OptionError, add_flags, options_from
+from loadtest.plan import (
+    LoadOptions,
+    OptionError,
+    add_flags,
+    options_from,
+)
 
 
 def parse(*flags: str) -> LoadOptions:

@@ -9,9 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadtest.options import LoadOptions, OptionError
-from loadtest.plan import make_plan
-from loadtest.prompts import PromptMaker
+from loadtest.plan import LoadOptions, OptionError, PromptMaker, make_plan
 
 _AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
     f"2023-11-16 18:15:{second:02}.0000000,{length},{length // 4}\n"

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 
-from loadtest import arrivals
-from loadtest.published import MOONCAKE, Percentiles, azure_like
-from loadtest.traces import TraceRequest
+from loadtest.plan import arrivals
+from loadtest.plan.published import MOONCAKE, Percentiles, azure_like
+from loadtest.plan.traces import TraceRequest
 
 
 def percentiles(values: list[int], percents: tuple[int, ...]) -> list[int]:

@@ -12,9 +12,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from loadtest.report import render, write_report
-from loadtest.result import RunResult
-from loadtest.svg import Chart, Series, draw, nice_step
+from loadtest.figures import RunResult
+from loadtest.report import write_report
+from loadtest.report.report import render
+from loadtest.report.svg import (
+    Chart,
+    Series,
+    draw,
+    nice_step,
+)
 from tests.loadtest.factories import records, result
 
 _VOID = {"meta", "br"}

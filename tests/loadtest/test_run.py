@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.records import Outcome
-from loadtest.result import RunResult, read_result
-from loadtest.summary import summarize
+from loadtest.figures import RunResult, read_result, summarize
+from loadtest.plan import Outcome
 from tests.loadtest.stubs import loadtest, read_json, stub_server
 
 _LOAD = ("--prompt-tokens", "40", "--output-tokens", "6")

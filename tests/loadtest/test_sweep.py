@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.options import LoadOptions, OptionError
-from loadtest.sweep import Sweep
-from loadtest.targets import Target, parse_target
+from loadtest.plan import LoadOptions, OptionError
+from loadtest.send import Sweep, Target, parse_target
 from tests.loadtest.stubs import loadtest, read_json, stub_server
 
 _LOAD = ("--num-requests", "12", "--prompt-tokens", "20", "--output-tokens", "5")

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.prompts import PromptMaker, Scale, word
-from loadtest.traces import TraceRequest, infinite_cache_hits, make_conversations, read_trace
+from loadtest.plan import PromptMaker, Scale, infinite_cache_hits, make_conversations
+from loadtest.plan.prompts import word
+from loadtest.plan.traces import TraceRequest, read_trace
 
 _SCALE = Scale(32 / 512, 10_000, 100)
 

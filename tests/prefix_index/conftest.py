@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import redis
 
-from kvstore.embedded_redis import EmbeddedRedis
+from services.cli.embedded_redis import EmbeddedRedis
 from tests.prefix_index.index_world import World
 
 

@@ -9,9 +9,17 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import redis
 
-from kvstore.block_hash import BlockHash
-from kvstore.prefix_index import Holding, IndexObserver, IndexReader, IndexWriter, LookupOutcome, ResyncReason, Tier
-from kvstore.prefix_index_scripts import SWEEP, IndexKeys
+from kvstore.block import BlockHash
+from kvstore.index import (
+    IndexObserver,
+    IndexReader,
+    IndexWriter,
+    ResyncReason,
+    Tier,
+)
+from kvstore.index.entries import Holding
+from kvstore.index.scripts import SWEEP, IndexKeys
+from kvstore.index.session import LookupOutcome
 from kvstore.registry import new_incarnation
 
 WAIT_S = 20.0  # an upper bound for waits on events, far above what any of them takes

@@ -8,8 +8,14 @@ import pytest
 import redis.asyncio
 
 from kvstore.errors import RegistryError
-from kvstore.prefix_index import Holding, IndexReader, IndexWriter, LookupOutcome, ResyncReason, Tier
-from kvstore.prefix_index_session import redirect
+from kvstore.index import (
+    IndexReader,
+    IndexWriter,
+    ResyncReason,
+    Tier,
+)
+from kvstore.index.entries import Holding
+from kvstore.index.session import LookupOutcome, redirect
 from tests.prefix_index.index_world import (
     BASE,
     INDEX,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.prefix_index import Holding, Tier
-from kvstore.prefix_index_entries import (
+from kvstore.index import Tier
+from kvstore.index.entries import (
+    Holding,
     PendingChanges,
     decode_holders,
     decode_holdings,

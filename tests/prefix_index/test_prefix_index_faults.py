@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from kvstore.embedded_redis import EmbeddedRedis, find_redis_server
-from kvstore.prefix_index import IndexReader, LookupOutcome, ResyncReason, Tier
-from kvstore.redis_session import ConnectionState
+from kvstore.index import IndexReader, ResyncReason, Tier
+from kvstore.index.session import LookupOutcome
+from kvstore.registry import ConnectionState
+from services.cli.embedded_redis import EmbeddedRedis, find_redis_server
 from tests.ports import free_port
 from tests.prefix_index.index_world import (
     BASE,

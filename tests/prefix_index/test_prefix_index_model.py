@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from kvstore.prefix_index import IndexWriter, Tier
-from kvstore.prefix_index_scripts import WRITE, Script
+from kvstore.index import IndexWriter, Tier
+from kvstore.index.scripts import WRITE, Script
 from tests.prefix_index.index_world import (
     BASE,
     INDEX,

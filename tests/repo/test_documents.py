@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore import messages
-from kvstore.timeouts import ExchangeTimeouts
+from kvstore.protocol import ExchangeTimeouts, messages
 from services.settings.declare import names_of_all_services
 from tests.configuration_page import PAGE, page
 from tests.documents import COMMANDS, PAGES, ROOT, TEXTS, anchors_of, code_blocks, prose_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.router.config import RouterConfig
-from services.router.tokenizer import ModelTokenizer
+from services.router.text import ModelTokenizer
 from tests.router.fake_worker import FakeWorker, endless
 from tests.router.harness import ThreadedRouter
 from tests.router.tiny_model import byte_fallback_tokenizer, byte_level_tokenizer, write_tiny_model

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 import uvicorn
 
-from kvstore.block_hash import BlockHash
-from kvstore.prefix_index import Holding
+from kvstore.block import BlockHash
+from kvstore.index.entries import Holding
 from kvstore.registry import WorkerRecord
 from services.router.config import RouterConfig
-from services.router.prefixes import PrefixIndex
+from services.router.edge import RouterParts
+from services.router.fleet import PrefixIndex
 from services.router.process import bind, open_parts, server_config
-from services.router.serving import RouterParts
 from tests.router.fake_worker import FakeWorker
 
 T = TypeVar("T")

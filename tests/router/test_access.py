@@ -9,8 +9,8 @@ import httpx
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
-from services.router.access import AccessRecord
 from services.router.config import RouterConfig
+from services.router.edge.access import AccessRecord
 from services.router.errors import invalid
 from services.router.metrics import RouterMetrics
 from tests.router.fake_worker import Script, failing
@@ -32,7 +32,7 @@ def ended(metrics: str) -> dict[tuple[str, str], int]:
 
 async def test_requests_count_by_how_they_ended(make_worker, caplog):
     worker = make_worker()
-    caplog.set_level(logging.INFO, "services.router.access")
+    caplog.set_level(logging.INFO, "services.router.edge.access")
     async with (
         running_router(RouterConfig(api_key=("secret",)), worker) as running,
         httpx.AsyncClient(base_url=running.base_url, headers={"Authorization": "Bearer secret"}) as http,

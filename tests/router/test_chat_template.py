@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from services.router.chat_template import ChatTemplate, ChatTemplateError
+from services.router.text import ChatTemplateError
+from services.router.text.chat_template import ChatTemplate
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 MESSAGES = [

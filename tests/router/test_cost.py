@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.rates import Rates
-from services.router.cost import CostModel, Held, KnownPrefix, handoff_tokens, prefill_terms
+from services.router.routing import CostModel, Held, KnownPrefix
+from services.router.routing.cost import handoff_tokens, prefill_terms
 
 COST = CostModel()
 

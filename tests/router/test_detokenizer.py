@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 
-from services.router.detokenizer import Detokenizer, StopMatcher
+from services.router.text import StopMatcher
+from services.router.text.detokenizer import Detokenizer
 from tests.router.tiny_model import byte_fallback_tokenizer, byte_level_tokenizer
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=60) | st.text("hello wrd  日🙂é\n", max_size=60)

@@ -12,9 +12,9 @@ import msgspec
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
-from services.router.access import AccessRecord
 from services.router.config import RouterConfig
-from services.router.serving import GenerateEndpoint, plan_completion_request
+from services.router.edge import GenerateEndpoint, plan_completion_request
+from services.router.edge.access import AccessRecord
 from tests.router.fake_worker import FakeWorker, Script, endless, failing, permit
 from tests.router.harness import running_router, until
 

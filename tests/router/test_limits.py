@@ -8,10 +8,10 @@ import httpx
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
-from services.router import session as session_module
 from services.router.config import RouterConfig
 from services.router.errors import ClientDisconnected
-from services.router.session import SessionFull, WorkerSession
+from services.router.fleet import session as session_module
+from services.router.fleet.session import SessionFull, WorkerSession
 from services.router.sse import cancelled_on_disconnect
 from tests.router.fake_worker import Script, permit
 from tests.router.harness import running_router, until

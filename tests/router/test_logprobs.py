@@ -7,7 +7,12 @@ import math
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
-from services.router.logprobs import CompletionLogprobs, TokenNamer, chat_logprobs, prompt_logprobs
+from services.router.openai.logprobs import (
+    CompletionLogprobs,
+    TokenNamer,
+    chat_logprobs,
+    prompt_logprobs,
+)
 from tests.router.fake_worker import position
 
 

@@ -12,8 +12,9 @@ import msgspec
 import pytest
 
 from services.router.errors import ApiError
-from services.router.models import ModelDirectory, ModelSource, load_model_files
-from services.router.tokenizer import ModelTokenizer, TokenizerError, TokenizerPool, load_chat_templates
+from services.router.text import ModelDirectory, ModelTokenizer, TokenizerPool
+from services.router.text.models import ModelSource, load_model_files
+from services.router.text.tokenizer import TokenizerError, load_chat_templates
 from tests.router.fake_worker import FakeWorker, endless
 from tests.router.harness import until
 
@@ -101,7 +102,7 @@ async def test_a_model_that_cannot_be_loaded_is_said_so_and_harms_no_other(
 async def test_whatever_is_wrong_with_a_model_s_files_is_said_and_tried_again(
     directory, copy, monkeypatch, file, content, words
 ):
-    monkeypatch.setattr("services.router.models._FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr("services.router.text.models._FIRST_RETRY_S", 0.01)
     good = (copy / file).read_bytes() if (copy / file).exists() else None
     (copy / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     directory.follow((record(copy),))
@@ -123,7 +124,7 @@ async def test_a_panic_of_the_library_does_not_end_the_loading(directory, model_
     def panic(*_):
         raise Panic("index out of bounds")
 
-    monkeypatch.setattr("services.router.models.ModelTokenizer", panic)
+    monkeypatch.setattr("services.router.text.models.ModelTokenizer", panic)
     directory.follow((record(model_directory),))
     await until(lambda: "Panic: index out of bounds" in directory.not_loaded().get("m", ""))
 
@@ -136,7 +137,7 @@ async def test_a_worker_that_comes_and_goes_does_not_fill_the_threads(directory,
         gate.wait(10)
         return load_model_files(*arguments)
 
-    monkeypatch.setattr("services.router.models.load_model_files", slow)
+    monkeypatch.setattr("services.router.text.models.load_model_files", slow)
     for _ in range(5):
         directory.follow((record(model_directory),))
         await until(lambda: calls)

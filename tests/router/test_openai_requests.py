@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from services.router.config import RouterConfig
 from services.router.errors import ApiError
-from services.router.models import ModelSource, ServedModel, load_model_files
-from services.router.openai_requests import parse_chat, parse_completion
+from services.router.openai import parse_chat, parse_completion
+from services.router.text import ServedModel
+from services.router.text.models import ModelSource, load_model_files
 
 CONFIG = RouterConfig(max_logprobs=20)
 USER = {"role": "user", "content": "hi"}

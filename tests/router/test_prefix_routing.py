@@ -8,8 +8,9 @@ import httpx
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
-from kvstore.block_hash import hash_blocks, namespace
-from kvstore.prefix_index import Holding, IndexReader, IndexWriter, Tier
+from kvstore.block import hash_blocks, namespace
+from kvstore.index import IndexReader, IndexWriter, Tier
+from kvstore.index.entries import Holding
 from services.rates import GUESSED
 from services.router.config import RouterConfig
 from tests.router.fake_worker import FakeWorker, Script, endless, failing, permit

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.block_hash import BlockHash, hash_blocks, namespace
-from services.router.recent import RecentPrefixes
+from kvstore.block import BlockHash, hash_blocks, namespace
+from services.router.routing import RecentPrefixes
 
 A, B = ("a", "1"), ("b", "1")
 

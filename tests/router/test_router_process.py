@@ -12,7 +12,12 @@ import httpx
 import pytest
 
 from services.router.config import RouterConfig
-from services.settings import SettingsError, load_settings, to_argv, visible_settings
+from services.settings import (
+    SettingsError,
+    load_settings,
+    to_argv,
+    visible_settings,
+)
 
 NO_REDIS = "redis://127.0.0.1:1/0"
 

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from services.router.placement import routing_key
-from services.router.routing import Decision, DecodeCandidate, PrefillCandidate, Refusal, RoutedRequest, choose
+from services.router.fleet import routing_key
+from services.router.routing import (
+    Decision,
+    DecodeCandidate,
+    PrefillCandidate,
+    Refusal,
+    RoutedRequest,
+    choose,
+)
 
 REQUEST = RoutedRequest("m", num_prompt_tokens=100, key=b"key")
 

@@ -9,16 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.block_hash import hash_blocks, namespace
+from kvstore.block import hash_blocks, namespace
 from services.rates import Rates
-from services.router.cost import CostModel, Held, KnownPrefix
-from services.router.recent import RecentPrefixes
 from services.router.routing import (
+    CostModel,
     Decision,
     DecodeCandidate,
+    Held,
+    KnownPrefix,
     Policy,
     PolicyState,
     PrefillCandidate,
+    RecentPrefixes,
     RoutedRequest,
     choose,
     next_state,

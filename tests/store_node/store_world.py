@@ -9,18 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kvstore.block_hash import BlockHash
-from kvstore.disk_tier import DiskTier
-from kvstore.exchange import BlockExchange
-from kvstore.fetch_events import FetchResult, Reservation
-from kvstore.handshake import PeerIdentity
-from kvstore.layout import BlockLayout
-from kvstore.memory import HostMemory
-from kvstore.messages import AnnouncedBlock
-from kvstore.store_intake import IntakeLimits
-from kvstore.store_node import StoreNode
-from kvstore.tiered_store import StoreTier, TieredStore
-from kvstore.timeouts import ExchangeTimeouts
+from kvstore.block import BlockHash, BlockLayout, HostMemory
+from kvstore.exchange import BlockExchange, PeerIdentity
+from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, FetchResult, Reservation
+from kvstore.store import DiskTier, StoreNode, StoreTier, TieredStore
+from kvstore.store.intake import IntakeLimits
 from kvstore.transport.memory import Faults, MemoryTransport, Switchboard
 
 LAYOUT = BlockLayout(num_layers=2, num_kv_heads=1, block_size=8, head_dim=4, dtype="float32", model_fingerprint="ab12")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kvstore.block_hash import BlockHash
-from kvstore.block_pool import CacheChange, CacheEvent
-from services.worker.chain_book import ChainBook, ChainOffer
+from kvstore.block import BlockHash
+from kvstore.pool import CacheChange, CacheEvent
+from services.worker.store.chain_book import ChainBook, ChainOffer
 from tests.store_node.store_world import chain
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from kvstore.block_hash import BlockHash
-from services.worker.chain_book import ChainOffer
-from services.worker.chain_placement import node_of_chain
+from kvstore.block import BlockHash
+from services.worker.store.chain_book import ChainOffer
+from services.worker.store.chain_placement import node_of_chain
 from tests.store_node.store_world import chain
 
 NODES = ["store-0", "store-1", "store-2"]

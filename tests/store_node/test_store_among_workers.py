@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvstore.worker_record import WorkerRecord
-from services.router.workers import Workers
+from kvstore.registry import WorkerRecord
+from services.router.fleet import Workers
 from tests.router.harness import FakeMembership
 from tests.store_node.store_world import LAYOUT
 

@@ -10,12 +10,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvstore.block_hash import BlockHash
-from kvstore.block_pool import CacheChange, CacheEvent
-from kvstore.store_node import StoreNode
-from kvstore.tiered_store import StoreTier
-from kvstore.worker_record import WorkerRecord
-from services.worker.store_feed import StoreFeed
+from kvstore.block import BlockHash
+from kvstore.pool import CacheChange, CacheEvent
+from kvstore.registry import WorkerRecord
+from kvstore.store import StoreNode, StoreTier
+from services.worker.store import StoreFeed
 from tests.store_node.store_world import LAYOUT, Worker, chain, until, world
 
 
@@ -137,7 +136,7 @@ def break_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 async def test_a_feed_that_breaks_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.worker.store_feed._RETRY_S", 0.01)
+    monkeypatch.setattr("services.worker.store.store_feed._RETRY_S", 0.01)
     async with world() as made:
         worker, node = await made.worker(), await made.node()
         feed, registry = make_feed(worker, Counter())

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.fetch_events import FetchCause
-from kvstore.handshake import PeerIdentity
-from kvstore.messages import Have
-from kvstore.store_intake import IntakeLimits
-from kvstore.tiered_store import StoreTier
+from kvstore.exchange import PeerIdentity
+from kvstore.protocol import FetchCause, Have
+from kvstore.store import StoreTier
+from kvstore.store.intake import IntakeLimits
 from kvstore.transport.memory import Faults, MemoryLink
 from tests.store_node.store_world import LAYOUT, PATIENT, chain, idle, until, world
 

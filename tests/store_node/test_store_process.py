@@ -15,9 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kvstore.embedded_redis import EmbeddedRedis
-from kvstore.registry import Registrar
-from kvstore.worker_record import WorkerRecord
+from kvstore.registry import Registrar, WorkerRecord
+from services.cli.embedded_redis import EmbeddedRedis
 from tests.store_node.store_world import LAYOUT
 
 WORKER = WorkerRecord(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from kvstore.layout import BlockLayout
-from kvstore.worker_record import WorkerRecord
+from kvstore.block import BlockLayout
+from kvstore.registry import WorkerRecord
 from services.store.whose import choose_worker
 from tests.store_node.store_world import LAYOUT
 

@@ -7,10 +7,8 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.block_hash import BlockHash
-from kvstore.digest import digest_rows
-from kvstore.layout import BlockLayout
-from kvstore.proof import Proof
+from kvstore.block import BlockHash, BlockLayout, Proof
+from kvstore.block.digest import digest_rows
 
 LAYOUT = BlockLayout(num_layers=1, num_kv_heads=1, block_size=4, head_dim=8, dtype="float32", model_fingerprint="m1")
 OTHER_LAYOUT = BlockLayout(

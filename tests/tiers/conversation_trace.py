@@ -10,8 +10,8 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from kvstore.block_hash import BlockHash
-from kvstore.eviction import SegmentedLru
+from kvstore.block import BlockHash
+from kvstore.pool import SegmentedLru
 from tests.tiers.blocks import chain
 
 

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvstore.block_hash import BlockHash
-from kvstore.disk_tier import DiskTier, PutOutcome, StoredBlock
-from kvstore.segment_file import HEADER_BYTES, FileCalls, SegmentShape
+from kvstore.block import BlockHash
+from kvstore.store import DiskTier
+from kvstore.store.disk_tier import PutOutcome, StoredBlock
+from kvstore.store.segment_file import HEADER_BYTES, FileCalls, SegmentShape
 from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, named_hash, parents, payload, proof
 
 BLOCKS = chain("a", 6)
@@ -204,7 +205,7 @@ def test_a_file_under_another_segments_name_is_removed(damaged):
 
 
 def test_an_older_format_is_removed(damaged, monkeypatch):
-    monkeypatch.setattr("kvstore.segment_file.FORMAT_VERSION", 2)
+    monkeypatch.setattr("kvstore.store.segment_file.FORMAT_VERSION", 2)
     with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
         assert (tier.recovery.num_unusable_segments, len(tier)) == (1, 0)
         rewrite_all(tier)

@@ -12,10 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvstore.block_hash import BlockHash
-from kvstore.disk_tier import DiskTier, DiskTierClosed, GetFailure, PutOutcome, PutResult, StoredBlock
-from kvstore.segment_file import FileCalls, SegmentShape
-from kvstore.store_directory import DirectoryLocked
+from kvstore.block import BlockHash
+from kvstore.store import DiskTier
+from kvstore.store.directory import DirectoryLocked
+from kvstore.store.disk_tier import (
+    DiskTierClosed,
+    GetFailure,
+    PutOutcome,
+    PutResult,
+    StoredBlock,
+)
+from kvstore.store.segment_file import FileCalls, SegmentShape
 from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, OTHER_LAYOUT, chain, named_hash, parents, payload, proof
 
 MAX_BYTES = 16 * 12 * 1024  # 16 files of at most 12 KiB
@@ -171,7 +178,7 @@ def test_a_second_opener_is_refused_in_this_process_and_in_another(tmp_path):
         with pytest.raises(DirectoryLocked, match=f"{tmp_path} is in use by another store, process {os.getpid()}"):
             open_tier(tmp_path)
         script = (
-            "import sys; from pathlib import Path; from kvstore.store_directory import *\n"
+            "import sys; from pathlib import Path; from kvstore.store.directory import *\n"
             "try: StoreDirectory.open(Path(sys.argv[1]))\n"
             "except DirectoryLocked as error: print(error)"
         )

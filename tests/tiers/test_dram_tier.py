@@ -7,10 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstore.block_hash import BlockHash
-from kvstore.dram_tier import DramTier, PinnedBlock, ResidentBlock
+from kvstore.block import BlockHash, HostMemory
 from kvstore.errors import DoubleFree, IntegrityError
-from kvstore.memory import HostMemory
+from kvstore.pool import DramTier, PinnedBlock, ResidentBlock
 from tests.tiers.blocks import BLOCK_BYTES, chain, named_hash, parents, payload, proof
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.block_hash import BlockHash
+from kvstore.block import BlockHash
 from kvstore.errors import DoubleFree, IntegrityError
-from kvstore.eviction import SegmentedLru, Victim
+from kvstore.pool import SegmentedLru
+from kvstore.pool.eviction import Victim
 from tests.tiers.blocks import chain, named_hash, parents
 from tests.tiers.conversation_trace import (
     hit_rate_of_plain_lru,

@@ -8,8 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstore.block_hash import BlockHash
-from kvstore.eviction import SegmentedLru, Victim
+from kvstore.block import BlockHash
+from kvstore.pool import SegmentedLru
+from kvstore.pool.eviction import Victim
 from tests.tiers.blocks import chain
 
 # A tree: three chains that share a head, and one apart.

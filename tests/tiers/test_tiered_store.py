@@ -13,14 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvstore.block_hash import BlockHash
-from kvstore.disk_tier import DiskTier
-from kvstore.dram_tier import PinnedBlock
+from kvstore.block import BlockHash, HostMemory
 from kvstore.errors import IntegrityError
-from kvstore.memory import HostMemory
-from kvstore.segment_file import FileCalls
-from kvstore.tiered_store import StoreTier, TieredStore
-from kvstore.write_behind import DiskWrites
+from kvstore.pool import PinnedBlock
+from kvstore.store import DiskTier, DiskWrites, StoreTier, TieredStore
+from kvstore.store.segment_file import FileCalls
 from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, named_hash, parents, payload, proof
 
 DRAM, DISK = StoreTier.DRAM, StoreTier.DISK
@@ -390,7 +387,7 @@ async def test_after_closing_nothing_is_given_and_what_was_lent_stays_readable(t
 
 
 async def test_a_disk_that_hangs_does_not_keep_the_store_from_closing(tmp_path, monkeypatch):
-    monkeypatch.setattr("kvstore.tiered_store._CLOSE_S", 0.1)
+    monkeypatch.setattr("kvstore.store.tiered_store._CLOSE_S", 0.1)
     gate = Gate()
     async with open_store(tmp_path, disk_writes=DiskWrites.ALL, gate=gate) as store:
         gate.may_write.clear()

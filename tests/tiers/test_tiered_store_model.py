@@ -15,13 +15,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstore.block_hash import BlockHash
-from kvstore.disk_tier import DiskTier
-from kvstore.dram_tier import PinnedBlock
-from kvstore.memory import HostMemory
-from kvstore.segment_file import FileCalls
-from kvstore.tiered_store import StoreTier, TieredStore
-from kvstore.write_behind import DiskWrites
+from kvstore.block import BlockHash, HostMemory
+from kvstore.pool import PinnedBlock
+from kvstore.store import DiskTier, DiskWrites, StoreTier, TieredStore
+from kvstore.store.segment_file import FileCalls
 from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, parents, payload, proof
 
 _HEAD = chain("head", 3)

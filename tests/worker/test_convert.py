@@ -3,7 +3,12 @@
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
-from services.engine.request import InvalidRequest, PositionLogprobs, SamplingParams, TokenLogprob
+from services.engine.native import (
+    InvalidRequest,
+    PositionLogprobs,
+    SamplingParams,
+    TokenLogprob,
+)
 from services.lifecycle import Event, Timeline
 from services.worker import convert
 

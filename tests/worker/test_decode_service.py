@@ -11,7 +11,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.decode.config import DecodeConfig
 from services.decode.service import DecodeService
-from services.engine.request import InvalidRequest
+from services.engine.native import InvalidRequest
 from services.rates import RateLearner
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from services.engine.engine import StepOutput
+from services.engine.native import StepOutput
 from services.worker import engine_thread
 from services.worker.engine_thread import EngineCrashed, EngineThread
 

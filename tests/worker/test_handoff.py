@@ -14,9 +14,14 @@ from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
 
 from kvstore.errors import PeerUnreachable
-from kvstore.fetch_events import FetchResult, Reservation
+from kvstore.protocol import FetchResult, Reservation
 from services.decode import handoff as handoff_module
-from services.decode.handoff import Handoff, HandoffFailed, PrefillClients, prefill_remotely
+from services.decode.handoff import (
+    Handoff,
+    HandoffFailed,
+    PrefillClients,
+    prefill_remotely,
+)
 
 
 class PrefillWorkerOfTheTest(worker_pb2_grpc.PrefillServiceServicer):

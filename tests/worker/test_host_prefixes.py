@@ -10,12 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore.block_hash import BlockHash
-from kvstore.host_tier import HostTier
-from kvstore.proof import prove
-from services.engine.batch import Batch
-from services.engine.config import EngineConfig
-from services.engine.engine import Engine, StepOutput
+from kvstore.block import BlockHash, prove
+from kvstore.pool import HostTier
+from services.engine.native import Batch, Engine, EngineConfig, StepOutput
 from services.worker.engine_thread import EngineThread
 from services.worker.host_prefixes import HostPrefixes
 from services.worker.prefix import CacheLender

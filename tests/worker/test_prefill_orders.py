@@ -11,12 +11,15 @@ import pytest
 import torch
 from tandem.v1 import worker_pb2 as pb
 
-from kvstore.lease import LeaseOutcome
-from services.engine.config import EngineConfig
-from services.engine.engine import Engine
-from services.engine.request import Request, SamplingParams
+from kvstore.protocol import LeaseOutcome
+from services.engine.native import Engine, EngineConfig, Request, SamplingParams
 from services.prefill.config import PrefillConfig
-from services.prefill.service import PrefillService, _Computed, _Order, _Scheduled
+from services.prefill.service import (
+    PrefillService,
+    _Computed,
+    _Order,
+    _Scheduled,
+)
 from services.rates import RateLearner
 from services.worker.engine_thread import EngineThread
 from tests.hf_models import random_prompts, write_model

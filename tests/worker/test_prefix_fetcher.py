@@ -12,17 +12,13 @@ import numpy as np
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
-from kvstore.block_hash import BlockHash
-from kvstore.block_pool import BlockPool
-from kvstore.exchange import BlockExchange
-from kvstore.fetch_events import Reservation
-from kvstore.handshake import PeerIdentity
-from kvstore.memory import HostMemory
-from kvstore.messages import AnnouncedBlock
-from kvstore.proof import prove
+from kvstore.block import BlockHash, HostMemory, prove
+from kvstore.exchange import BlockExchange, PeerIdentity
+from kvstore.pool import BlockPool
+from kvstore.protocol import AnnouncedBlock, Reservation
 from kvstore.transport.memory import MemoryTransport
-from services.engine.limits import SchedulerConfig
-from services.engine.scheduler import Scheduler
+from services.engine.native.scheduling.limits import SchedulerConfig
+from services.engine.native.scheduling.scheduler import Scheduler
 from services.rates import RateLearner
 from services.worker.fetch_costs import FetchCosts, FetchPolicy
 from services.worker.host_prefixes import HostPrefixes

@@ -1,0 +1,32 @@
+"""What a block is: its identity, its shape, its bytes, and the proof that they are the ones that were computed.
+
+Everything else in kvstore is about where blocks live and how they move."""
+
+from kvstore.block.digest import multipliers
+from kvstore.block.hash import HASH_BYTES, BlockHash, extend_hashes, hash_blocks, namespace
+from kvstore.block.layout import DTYPE_BYTES, LAYOUT_VERSION, BlockLayout
+from kvstore.block.memory import BlockMemory, HostMemory
+from kvstore.block.proof import MAX_PROOF, Proof, find_wrong, prove, proves
+from kvstore.block.shared_tokens import BlockTokens, SharedTokenIndex, SharedTokens
+
+__all__ = [
+    "DTYPE_BYTES",
+    "HASH_BYTES",
+    "LAYOUT_VERSION",
+    "MAX_PROOF",
+    "BlockHash",
+    "BlockLayout",
+    "BlockMemory",
+    "BlockTokens",
+    "HostMemory",
+    "Proof",
+    "SharedTokenIndex",
+    "SharedTokens",
+    "extend_hashes",
+    "find_wrong",
+    "hash_blocks",
+    "multipliers",
+    "namespace",
+    "prove",
+    "proves",
+]

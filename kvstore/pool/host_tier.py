@@ -1,0 +1,207 @@
+"""The host-memory tier of one worker: what its paged cache evicts is copied here, and comes back from here.
+
+    paged block is evicted -> copied into a slot, within the allocation that evicts it: findable again
+    -> pinned, copied into a paged block, verified there, unpinned -> still findable
+
+The copy is made at the eviction and not ahead of it: then each block is in one place rather than in two, which makes
+the capacities of both tiers add up; nothing is copied that is never evicted; and no copy can be torn by the block's
+next user. What it costs the step that evicts is one pass over as many bytes as this step, or the next ones, are going
+to compute.
+
+All methods belong to the thread of the paged pool (the engine's), except where they say otherwise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from kvstore.block import BlockHash, BlockMemory, HostMemory, find_wrong
+from kvstore.pool.block_pool import EvictedBlock
+from kvstore.pool.dram_tier import DramTier, PinnedBlock
+
+
+class BlockCopier(Protocol):
+    """Copies whole blocks between the paged pool and the host tier's slots."""
+
+    def copy_out(self, block_ids: Sequence[int], slots: Sequence[int]) -> None:
+        """Copy paged blocks into slots; on return the paged blocks may be overwritten."""
+
+    def copy_in(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
+        """Copy slots into paged blocks; on return the bytes are there. Called on any thread."""
+
+
+class HostChange(NamedTuple):
+    """A block has become findable in the host tier, or has ceased to be."""
+
+    block_hash: BlockHash
+    is_present: bool
+
+
+@dataclass
+class HostTierStats:
+    """Counts since the start."""
+
+    num_offloaded: int = 0  # blocks copied in
+    num_lost: int = 0  # evicted by the paged cache and not taken: every slot was pinned
+    num_restored: int = 0  # blocks copied back and found whole: the hits
+    num_corrupt: int = 0  # blocks whose bytes had changed here, found on their way back
+    offload_s: float = 0.0  # spent copying, on the engine's thread
+    restore_s: float = 0.0  # spent copying back and verifying, mostly on other threads
+
+
+class CopiedBack(NamedTuple):
+    """What came of pinned blocks: for each whether its bytes are right, and the seconds that it all took."""
+
+    is_whole: list[bool]
+    seconds: float
+
+    @property
+    def num_whole(self) -> int:
+        """Blocks before the first one that is not right."""
+        return [*self.is_whole, False].index(False)
+
+
+NOTHING_COPIED = CopiedBack([], 0.0)
+
+
+class HostTier:
+    """A `DramTier` that a paged pool evicts into."""
+
+    def __init__(
+        self,
+        memory: HostMemory,
+        paged: BlockMemory,
+        copier: BlockCopier,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if memory.block_bytes != paged.block_bytes:
+            raise ValueError(f"slots of {memory.block_bytes} bytes for blocks of {paged.block_bytes}")
+        self.stats = HostTierStats()
+        self._changes: deque[HostChange] = deque(maxlen=4 * memory.num_blocks)  # for an index of hints
+        self._tier = DramTier(memory, on_change=self._note_change)
+        self._paged = paged
+        self._copier = copier
+        self._clock = clock
+        self._num_pins = 0
+
+    @property
+    def num_slots(self) -> int:
+        """Capacity in blocks."""
+        return self._tier.num_slots
+
+    @property
+    def block_bytes(self) -> int:
+        """Size of a block."""
+        return self._tier.memory.block_bytes
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that can be found. From any thread."""
+        return len(self._tier)
+
+    @property
+    def num_evicted(self) -> int:
+        """Blocks given up for others, since the start. From any thread."""
+        return self._tier.stats.num_evicted
+
+    def may_have(self, block_hash: BlockHash) -> bool:
+        """Whether the block is here. A hint, from any thread."""
+        return self._tier.contains(block_hash)
+
+    def hashes(self) -> list[BlockHash]:
+        """Identities of all findable blocks. From any thread: one atomic copy of the keys."""
+        return list(self._tier.hashes())
+
+    def parent_of(self, block_hash: BlockHash) -> BlockHash | None:
+        """The parent of a findable block, as far as it was told."""
+        resident = self._tier.find(block_hash)
+        return resident.parent_hash if resident is not None else None
+
+    # -- in --
+
+    def take_evicted(self, blocks: Sequence[EvictedBlock]) -> None:
+        """Copy in what the paged pool is evicting. Waits for nothing: where there is no slot, a block is lost."""
+        unknown = [block for block in blocks if not self._is_known(block.block_hash)]
+        # Bounded: else one eviction of many would push out all that is here. The last ones are heads of chains.
+        chosen = unknown[-max(1, self.num_slots // 2) :]
+        slots: list[int] = []
+        for block in chosen:
+            slots += self._tier.begin_insert(1, after=block.parent_hash)
+        chosen = chosen[len(chosen) - len(slots) :]
+        self.stats.num_lost += len(unknown) - len(chosen)
+        if not slots:
+            return
+        started_s = self._clock()
+        self._copier.copy_out([block.block_id for block in chosen], slots)
+        self.stats.offload_s += self._clock() - started_s
+        self.stats.num_offloaded += len(slots)
+        for block, slot in zip(chosen, slots, strict=True):
+            self._tier.publish(slot, block.block_hash, block.parent_hash, block.proof)
+
+    # -- out --
+
+    def pin(self, hashes: Sequence[BlockHash]) -> list[PinnedBlock]:
+        """Pin the longest prefix of `hashes` that is here, as a use of it; `unpin` gives it back."""
+        pinned = self._tier.pin(hashes)
+        self._num_pins += len(pinned)
+        return pinned
+
+    def copy_back(self, pinned: Sequence[PinnedBlock], block_ids: Sequence[int]) -> CopiedBack:
+        """Copy pinned blocks into paged blocks of the caller's, and verify them there. On any thread."""
+        started_s = self._clock()
+        self._copier.copy_in([block.slot for block in pinned], block_ids)
+        wrong = set(find_wrong(self._paged, block_ids, [block.proof for block in pinned]))
+        is_whole = [position not in wrong for position in range(len(pinned))]
+        return CopiedBack(is_whole, self._clock() - started_s)
+
+    def unpin(self, pinned: Sequence[PinnedBlock], copied: CopiedBack = NOTHING_COPIED) -> None:
+        """Give pins back; `copied` is what `copy_back` said of them. What has changed in memory is dropped."""
+        self.stats.num_restored += sum(copied.is_whole)
+        self.stats.restore_s += copied.seconds
+        for block, whole in zip(pinned, copied.is_whole, strict=False):
+            if not whole:
+                self.stats.num_corrupt += self._tier.drop(block.block_hash)
+        self._num_pins -= len(pinned)
+        self._tier.unpin(block.slot for block in pinned)
+
+    def reset(self) -> int:
+        """Forget all blocks; the number of those that could be found."""
+        hashes = self.hashes()
+        for block_hash in hashes:
+            self._tier.drop(block_hash)
+        return len(hashes)
+
+    # -- state --
+
+    def take_changes(self) -> list[HostChange]:
+        """What became findable, or ceased to be, since the last call, in order."""
+        changes = list(self._changes)
+        self._changes.clear()
+        return changes
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` unless each slot is in one state and accounted for. O(num_slots)."""
+        self._tier.check_integrity(self._num_pins)
+
+    def state(self) -> dict[str, object]:
+        """For `/debug/state`. From any thread: lengths and counts, each right for some moment."""
+        return {
+            "num_slots": self.num_slots,
+            "num_blocks": self.num_blocks,
+            "num_pins": self._num_pins,
+            "num_evicted": self.num_evicted,
+            **vars(self.stats),
+        }
+
+    def _note_change(self, block_hash: BlockHash, is_present: bool) -> None:
+        self._changes.append(HostChange(block_hash, is_present))
+
+    def _is_known(self, block_hash: BlockHash) -> bool:
+        """Whether the block is here already, from an earlier eviction; then it is now as fresh as a new one."""
+        known = self._tier.pin([block_hash])
+        self._tier.unpin(block.slot for block in known)
+        return bool(known)

@@ -1,0 +1,356 @@
+"""The owner's end of a transfer: a lease on blocks that a reader may read.
+
+Sans-I/O: `LeaseMachine.handle(event, now)` returns what to do; the shell (`owner.py`) does it. The blocks stay pinned
+until the lease has an outcome *and* no two-sided send of them is in progress; only then does `Closed` come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final, TypeAlias
+
+from kvstore.errors import ProtocolViolation
+from kvstore.protocol.messages import (
+    Announce,
+    AnnouncedBlock,
+    Confirmed,
+    Offer,
+    ReadGranted,
+    ReadRefused,
+    Revoke,
+)
+from kvstore.protocol.timeouts import ExchangeTimeouts
+from kvstore.protocol.transitions import History, SendMessage
+
+
+class LeaseState(Enum):
+    """Where a lease is. OPEN: blocks are still being announced. COMPLETE: all are. CLOSING: over, sends go on."""
+
+    OPEN = "open"
+    COMPLETE = "complete"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+class LeaseOutcome(Enum):
+    """How a lease ended."""
+
+    CONFIRMED = "confirmed"
+    RELEASED = "released"
+    EXPIRED = "expired"
+    PEER_LOST = "peer_lost"
+    REVOKED = "revoked"
+
+
+# ---- events -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlocksComputed:
+    """Local: the next blocks are ready. `first_index` must be the number announced so far."""
+
+    first_index: int
+    blocks: Sequence[AnnouncedBlock]
+    last: bool
+
+
+@dataclass(frozen=True)
+class ReadRequested:
+    """Peer, two-sided transports: send these runs `(first_index, num_blocks)` of lease indexes."""
+
+    read_id: int
+    runs: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class SendEnded:
+    """Transport: a send has really ended, well or badly."""
+
+    read_id: int
+
+
+@dataclass(frozen=True)
+class Renewed:
+    """Peer: a heartbeat named this transfer."""
+
+
+@dataclass(frozen=True)
+class ConfirmReceived:
+    """Peer: everything is read and verified."""
+
+
+@dataclass(frozen=True)
+class ReleaseReceived:
+    """Peer: it wants no more."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class RevokeOrdered:
+    """Local: the owner aborts the transfer."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class ReaderLost:
+    """The connection is gone."""
+
+    detail: str
+
+
+@dataclass(frozen=True)
+class LeaseTimer:
+    """The time of `next_deadline` has come, perhaps."""
+
+
+LeaseEvent: TypeAlias = (
+    BlocksComputed
+    | ReadRequested
+    | SendEnded
+    | Renewed
+    | ConfirmReceived
+    | ReleaseReceived
+    | RevokeOrdered
+    | ReaderLost
+    | LeaseTimer
+)
+
+# ---- actions ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StartSend:
+    """Send blocks; each run is `(first_block_id, num_blocks)`. `SendEnded` must follow, always."""
+
+    read_id: int
+    runs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class AbortSends:
+    """Sends outlived the lease by `drain_s`: abort the link, which ends them."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The lease is over and nothing of ours touches its blocks any more: the caller frees them."""
+
+    outcome: LeaseOutcome
+
+
+LeaseAction: TypeAlias = SendMessage | StartSend | AbortSends | Closed
+
+
+class LeaseMachine:
+    """One lease. Create it, carry out `open()`, then feed it events; call it with `LeaseTimer` at `next_deadline`."""
+
+    def __init__(self, transfer_id: bytes, num_blocks: int, timeouts: ExchangeTimeouts, now: float) -> None:
+        if num_blocks < 1:
+            raise ValueError(f"transfer {transfer_id.hex()}: a lease needs at least one block, not {num_blocks}")
+        self.transfer_id = transfer_id
+        self.num_blocks = num_blocks
+        self.state = LeaseState.OPEN
+        self.outcome: LeaseOutcome | None = None
+        self.blocks: list[AnnouncedBlock] = []
+        self.sends: set[int] = set()
+        self.expires_at = now + timeouts.lease_ttl_s
+        self._hard_end = now + timeouts.lease_max_s
+        self._drain_end: float | None = None
+        self._timeouts = timeouts
+        self._history = History(f"lease of transfer {transfer_id.hex()}")
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When to call `handle(LeaseTimer())`, on the clock of `now`; None: never."""
+        if self.state in (LeaseState.OPEN, LeaseState.COMPLETE):
+            return self.expires_at
+        return self._drain_end if self.state is LeaseState.CLOSING else None
+
+    def open(self) -> list[LeaseAction]:
+        """Return the actions that start the lease."""
+        return [SendMessage(Offer(self.transfer_id, self.num_blocks))]
+
+    def handle(self, event: LeaseEvent, now: float) -> list[LeaseAction]:
+        """Return what `event` makes us do.
+
+        Raises `IllegalTransition` for a bug of ours, `ProtocolViolation` for one of the peer's, and ValueError where
+        the caller announces blocks out of order or too many.
+        """
+        self._history.note(now, self.state, event)
+        handler = TRANSITIONS[self.state][type(event)]
+        if handler is None:
+            raise self._history.illegal(self.state, event)
+        return handler(self, event, now)
+
+    # -- held --
+
+    def _announce(self, event: BlocksComputed, now: float) -> list[LeaseAction]:
+        num_announced = len(self.blocks) + len(event.blocks)
+        if event.first_index != len(self.blocks) or num_announced > self.num_blocks:
+            raise ValueError(
+                f"transfer {self.transfer_id.hex()}: blocks {event.first_index} to {num_announced} announced, "
+                f"but {len(self.blocks)} of {self.num_blocks} were so far"
+            )
+        if event.last != (num_announced == self.num_blocks):
+            raise ValueError(
+                f"transfer {self.transfer_id.hex()}: {num_announced} of {self.num_blocks} blocks announced "
+                f"with last={event.last}"
+            )
+        self.blocks += event.blocks
+        if event.last:
+            self.state = LeaseState.COMPLETE
+        return [SendMessage(Announce(self.transfer_id, event.first_index, list(event.blocks), event.last))]
+
+    def _grant(self, event: ReadRequested, now: float) -> list[LeaseAction]:
+        if event.read_id in self.sends:
+            raise ProtocolViolation(f"transfer {self.transfer_id.hex()}: read {event.read_id} requested twice")
+        runs = tuple(self._block_run(first_index, num_blocks) for first_index, num_blocks in event.runs)
+        self.sends.add(event.read_id)
+        return [SendMessage(ReadGranted(event.read_id)), StartSend(event.read_id, runs)]
+
+    def _block_run(self, first_index: int, num_blocks: int) -> tuple[int, int]:
+        # lease index   first_index .. first_index + num_blocks      must have been announced, and
+        # block id      b           .. b + num_blocks                must be neighbours
+        end = first_index + num_blocks
+        if num_blocks < 1 or end > len(self.blocks):
+            raise ProtocolViolation(
+                f"transfer {self.transfer_id.hex()}: blocks {first_index} to {end} requested, "
+                f"{len(self.blocks)} are announced"
+            )
+        first_id = self.blocks[first_index].block_id
+        if any(self.blocks[first_index + i].block_id != first_id + i for i in range(num_blocks)):
+            raise ProtocolViolation(
+                f"transfer {self.transfer_id.hex()}: blocks {first_index} to {end} are no run of neighbours"
+            )
+        return first_id, num_blocks
+
+    def _send_ended(self, event: SendEnded, now: float) -> list[LeaseAction]:
+        self.sends.remove(event.read_id)
+        return []
+
+    def _renew(self, event: Renewed, now: float) -> list[LeaseAction]:
+        self.expires_at = min(now + self._timeouts.lease_ttl_s, self._hard_end)
+        return []
+
+    def _early_confirm(self, event: ConfirmReceived, now: float) -> list[LeaseAction]:
+        raise ProtocolViolation(
+            f"transfer {self.transfer_id.hex()}: confirmed with {len(self.blocks)} of {self.num_blocks} announced"
+        )
+
+    def _confirm(self, event: ConfirmReceived, now: float) -> list[LeaseAction]:
+        # Even after `expires_at`, where the timer is late: the blocks are held until we end the lease, and not before.
+        return [SendMessage(Confirmed(self.transfer_id, True)), *self._end(LeaseOutcome.CONFIRMED, now)]
+
+    def _release(self, event: ReleaseReceived, now: float) -> list[LeaseAction]:
+        return self._end(LeaseOutcome.RELEASED, now)
+
+    def _revoke(self, event: RevokeOrdered, now: float) -> list[LeaseAction]:
+        return [SendMessage(Revoke(self.transfer_id, event.reason)), *self._end(LeaseOutcome.REVOKED, now)]
+
+    def _reader_lost(self, event: ReaderLost, now: float) -> list[LeaseAction]:
+        return self._end(LeaseOutcome.PEER_LOST, now)
+
+    def _expire(self, event: LeaseTimer, now: float) -> list[LeaseAction]:
+        if now < self.expires_at:
+            return []
+        return [SendMessage(Revoke(self.transfer_id, "lease expired")), *self._end(LeaseOutcome.EXPIRED, now)]
+
+    def _end(self, outcome: LeaseOutcome, now: float) -> list[LeaseAction]:
+        self.outcome = outcome
+        if self.sends:
+            self.state = LeaseState.CLOSING
+            self._drain_end = now + self._timeouts.drain_s
+            return []
+        self.state = LeaseState.CLOSED
+        return [Closed(outcome)]
+
+    # -- over --
+
+    def _late_send_ended(self, event: SendEnded, now: float) -> list[LeaseAction]:
+        self.sends.remove(event.read_id)
+        if self.sends:
+            return []
+        assert self.outcome is not None
+        self.state = LeaseState.CLOSED
+        return [Closed(self.outcome)]
+
+    def _refuse_read(self, event: ReadRequested, now: float) -> list[LeaseAction]:
+        return [SendMessage(ReadRefused(event.read_id, self._over()))]
+
+    def _refuse_confirm(self, event: ConfirmReceived, now: float) -> list[LeaseAction]:
+        return [SendMessage(Confirmed(self.transfer_id, False))]
+
+    def _abort_sends(self, event: LeaseTimer, now: float) -> list[LeaseAction]:
+        if self._drain_end is None or now < self._drain_end:
+            return []
+        self._drain_end = None
+        return [
+            AbortSends(f"{len(self.sends)} sends of transfer {self.transfer_id.hex()} go on, {self._over()}"),
+        ]
+
+    def _ignore(self, event: LeaseEvent, now: float) -> list[LeaseAction]:
+        return []
+
+    def _over(self) -> str:
+        assert self.outcome is not None
+        return f"the lease is over: {self.outcome.value}"
+
+
+_Handler: TypeAlias = Callable[[LeaseMachine, Any, float], list[LeaseAction]]
+_ILLEGAL: Final = None  # a bug of ours: raises with the history
+_IGNORE: Final = LeaseMachine._ignore  # met on purpose: a race that has been decided already
+
+# Every state has a row for every event. `ReaderLost` is the lost peer, `LeaseTimer` the deadline, `RevokeOrdered` and
+# `ReleaseReceived` the two ends' aborts.
+TRANSITIONS: Final[Mapping[LeaseState, Mapping[type, _Handler | None]]] = {
+    LeaseState.OPEN: {
+        BlocksComputed: LeaseMachine._announce,
+        ReadRequested: LeaseMachine._grant,
+        SendEnded: LeaseMachine._send_ended,
+        Renewed: LeaseMachine._renew,
+        ConfirmReceived: LeaseMachine._early_confirm,
+        ReleaseReceived: LeaseMachine._release,
+        RevokeOrdered: LeaseMachine._revoke,
+        ReaderLost: LeaseMachine._reader_lost,
+        LeaseTimer: LeaseMachine._expire,
+    },
+    LeaseState.COMPLETE: {
+        BlocksComputed: _ILLEGAL,
+        ReadRequested: LeaseMachine._grant,
+        SendEnded: LeaseMachine._send_ended,
+        Renewed: LeaseMachine._renew,
+        ConfirmReceived: LeaseMachine._confirm,
+        ReleaseReceived: LeaseMachine._release,
+        RevokeOrdered: LeaseMachine._revoke,
+        ReaderLost: LeaseMachine._reader_lost,
+        LeaseTimer: LeaseMachine._expire,
+    },
+    LeaseState.CLOSING: {
+        BlocksComputed: _IGNORE,
+        ReadRequested: LeaseMachine._refuse_read,
+        SendEnded: LeaseMachine._late_send_ended,
+        Renewed: _IGNORE,
+        ConfirmReceived: LeaseMachine._refuse_confirm,
+        ReleaseReceived: _IGNORE,
+        RevokeOrdered: _IGNORE,
+        ReaderLost: _IGNORE,  # the link goes with the connection: the sends end
+        LeaseTimer: LeaseMachine._abort_sends,
+    },
+    LeaseState.CLOSED: {
+        BlocksComputed: _IGNORE,
+        ReadRequested: LeaseMachine._refuse_read,
+        SendEnded: _ILLEGAL,
+        Renewed: _IGNORE,
+        ConfirmReceived: LeaseMachine._refuse_confirm,
+        ReleaseReceived: _IGNORE,
+        RevokeOrdered: _IGNORE,
+        ReaderLost: _IGNORE,
+        LeaseTimer: _IGNORE,
+    },
+}

@@ -1,0 +1,19 @@
+"""Who is alive: workers and store nodes announce themselves in Redis under a lease, routers follow.
+
+Also the session with Redis that the prefix index uses."""
+
+from kvstore.registry.redis_session import REDIS_FAILURES, ConnectionState, RedisSession, describe, open_client
+from kvstore.registry.registry import Membership, Registrar
+from kvstore.registry.worker_record import WorkerRecord, new_incarnation
+
+__all__ = [
+    "REDIS_FAILURES",
+    "ConnectionState",
+    "Membership",
+    "RedisSession",
+    "Registrar",
+    "WorkerRecord",
+    "describe",
+    "new_incarnation",
+    "open_client",
+]

@@ -1,0 +1,10 @@
+"""What a store node keeps: blocks in DRAM over blocks on disk, and the intake that fetches what workers offer.
+
+`services.store` is the process around it."""
+
+from kvstore.store.disk_tier import DiskTier
+from kvstore.store.node import StoreNode, StoreTooSmall
+from kvstore.store.tiered_store import StoreTier, TieredStore
+from kvstore.store.write_behind import DiskWrites
+
+__all__ = ["DiskTier", "DiskWrites", "StoreNode", "StoreTier", "StoreTooSmall", "TieredStore"]

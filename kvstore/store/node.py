@@ -1,0 +1,135 @@
+"""A store node: keeps blocks in DRAM and on disk, lends them to whoever names them, and outlives the workers.
+
+A node is a block exchange like a worker's, over the memory of a `TieredStore`: it lends by pinning, and fills itself
+by fetching what workers offer (`store_intake`). It knows neither Redis nor settings; `services.store` runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from kvstore.block import BlockHash, find_wrong
+from kvstore.errors import KVStoreError
+from kvstore.exchange import BlockExchange, ExchangeObserver, PeerIdentity, RequestScope
+from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, Have
+from kvstore.store.intake import Intake, IntakeLimits
+from kvstore.store.tiered_store import TieredStore
+from kvstore.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+
+class StoreTooSmall(KVStoreError):
+    """The memory given to a store holds no block; the message has the numbers."""
+
+
+class StoreLender:
+    """Lends a store's blocks; those on disk come to DRAM first, as far as `timeout_s` allows."""
+
+    def __init__(self, store: TieredStore, timeout_s: float) -> None:
+        self._store = store
+        self._timeout_s = timeout_s
+        self.num_lent = 0  # blocks, at present
+        self.num_corrupt = 0  # blocks whose bytes had changed in memory
+
+    async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
+        """Pin the longest prefix that the tiers give in time."""
+        pinned = await self._store.pin(hashes, self._timeout_s)
+        self.num_lent += len(pinned)
+        return [AnnouncedBlock(block.slot, block.block_hash, block.proof) for block in pinned]
+
+    async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None:
+        """Unpin."""
+        self.num_lent -= len(blocks)
+        self._store.unpin(block.block_id for block in blocks)
+
+    async def recheck(self, hashes: Sequence[BlockHash]) -> None:
+        """Drop what has changed in memory. A good copy on disk stays, and is what the next reader gets."""
+        dram = self._store.dram
+        pinned = [block for block_hash in hashes for block in dram.pin([block_hash], is_use=False)]
+        try:
+            ids, proofs = [block.slot for block in pinned], [block.proof for block in pinned]
+            for position in await asyncio.to_thread(find_wrong, dram.memory, ids, proofs):
+                block_hash, slot = pinned[position].block_hash, pinned[position].slot
+                self.num_corrupt += dram.drop(block_hash)
+                logger.error("block %s has changed in memory, slot %d", block_hash.hex(), slot)
+        finally:
+            dram.unpin(block.slot for block in pinned)
+
+
+class StoreNode:
+    """Owns the exchange, the intake and the store, and closes them. All methods belong to the event loop."""
+
+    def __init__(
+        self,
+        identity: PeerIdentity,
+        store: TieredStore,
+        transports: Sequence[Transport],
+        *,
+        timeouts: ExchangeTimeouts | None = None,
+        observer: ExchangeObserver | None = None,
+        limits: IntakeLimits | None = None,
+        lend_timeout_s: float = 2.0,
+        request_scope: RequestScope | None = None,
+    ) -> None:
+        """`lend_timeout_s`: how long a reader waits for blocks to come from disk; then it gets what came."""
+        self.identity = identity
+        self.store = store
+        self.lender = StoreLender(store, lend_timeout_s)
+        self.exchange = BlockExchange(
+            identity,
+            store.dram.memory,
+            transports,
+            timeouts,
+            observer=observer,
+            lender=self.lender,
+            on_have=self._on_have,
+            request_scope=request_scope,
+        )
+        self.intake = Intake(self.exchange, store, limits)
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen; port 0 takes a free one. Raises `TransportError`, OSError."""
+        await self.exchange.start(host, port)
+
+    async def close(self, flush_timeout_s: float = 30.0) -> None:
+        """End all transfers, write to disk what belongs there until the deadline, close the disk."""
+        self.intake.close()
+        await self.exchange.close()
+        await self.intake.settle()
+        await self.store.close(flush_timeout_s)
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` unless the tiers' books are right. While nothing is lent, fetched or written."""
+        self.store.check_integrity()
+
+    def state(self) -> dict[str, object]:
+        """Return what is here and what goes on, as plain values, for a debug endpoint."""
+        dram, disk = self.store.dram, self.store.disk
+        return {
+            "worker_id": self.identity.peer_id.partition("/")[0],
+            "incarnation": self.identity.incarnation,
+            "role": self.identity.role,
+            "dram": {"num_slots": dram.num_slots, "num_blocks": len(dram), "num_private": dram.num_private},
+            "disk": None
+            if disk is None
+            else {
+                "num_blocks": len(disk),
+                "size_bytes": disk.size_bytes,
+                "max_bytes": disk.max_bytes,
+                "is_paused": disk.is_paused,
+            },
+            "num_lent_blocks": self.lender.num_lent,
+            "intake": {
+                "is_idle": self.intake.is_idle,
+                "num_queued": self.intake.num_queued,
+                **{name: value for name, value in vars(self.intake.stats).items() if name != "failures"},
+                "failures": dict(self.intake.stats.failures),
+            },
+            "exchange": self.exchange.state(),
+        }
+
+    def _on_have(self, peer: PeerIdentity, have: Have) -> None:
+        self.intake.offered(peer, have)

@@ -1,0 +1,85 @@
+"""A finished run: its settings, all its records and samples, to and from a JSON file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from loadtest.figures.scrape import Sample
+from loadtest.plan import LoadOptions, RequestRecord
+
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One target under one load. `measured_from_s` and `measured_s` are the window in which the requests that count
+    were due; the records of warm-up requests are there, marked, and no figure counts them."""
+
+    target: str
+    url: str
+    model: str
+    workload: str
+    started_unix_s: float
+    options: LoadOptions
+    num_planned: int
+    num_cut: int
+    measured_from_s: float
+    measured_s: float
+    records: tuple[RequestRecord, ...]
+    samples: tuple[Sample, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def measured(self) -> list[RequestRecord]:
+        """The records that count, in the order in which they were due."""
+        return sorted((each for each in self.records if not each.is_warmup), key=lambda each: each.index)
+
+    @property
+    def num_lost(self) -> int:
+        """Planned requests without a record: the run was stopped, or a worker of a distributed run went away."""
+        return self.num_planned - len(self.records)
+
+    def to_json(self) -> dict[str, object]:
+        data = {name: value for name, value in vars(self).items() if name not in ("records", "samples", "options")}
+        return {
+            "schema": _SCHEMA,
+            **data,
+            "notes": list(self.notes),
+            "options": asdict(self.options),
+            "records": [each.to_dict() for each in self.records],
+            "samples": [each.to_dict() for each in self.samples],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, object]) -> RunResult:
+        """Raises ValueError for what `to_json` has not written."""
+        values = dict(data)
+        if values.pop("schema", None) != _SCHEMA:
+            raise ValueError(f"no result of a run of this version: schema {data.get('schema')!r}")
+        values.pop("summary", None)
+        try:
+            values["options"] = LoadOptions(**values["options"])  # type: ignore[arg-type]
+            values["records"] = tuple(map(RequestRecord.from_dict, values["records"]))  # type: ignore[call-overload]
+            values["samples"] = tuple(Sample(**each) for each in values["samples"])  # type: ignore[attr-defined]
+            values["notes"] = tuple(values["notes"])  # type: ignore[arg-type]
+            return cls(**values)  # type: ignore[arg-type]
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"no result of a run: {error}") from error
+
+
+def read_result(path: Path) -> RunResult:
+    """Raises ValueError that names the file."""
+    try:
+        return RunResult.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_result(path: Path, result: RunResult, summary: dict[str, object]) -> None:
+    """The file is there when it is complete, and not before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    incomplete = path.with_name(path.name + ".incomplete")
+    incomplete.write_text(json.dumps(result.to_json() | {"summary": summary}), encoding="utf-8")
+    incomplete.rename(path)

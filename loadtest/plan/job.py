@@ -1,0 +1,27 @@
+"""What one run is given: a target and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from loadtest.plan.options import LoadOptions
+
+
+class RunFailed(Exception):
+    """The run could not start; the message says why."""
+
+
+def base_url(text: str) -> str:
+    """A server's URL as people write it, with or without /v1 and a slash, as we need it: without."""
+    return text.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to load and how: settled when a run starts. `metrics_urls` are pages of gauges, by their process's name."""
+
+    target: str
+    url: str
+    options: LoadOptions
+    metrics_urls: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,6 @@
+"""What a person sees of a run: the page, its charts and tables, the terminal."""
+
+from loadtest.report.console import RunProgress, SweepProgress, summary_lines
+from loadtest.report.report import this_machine, write_report
+
+__all__ = ["RunProgress", "SweepProgress", "summary_lines", "this_machine", "write_report"]

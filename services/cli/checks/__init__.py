@@ -1,1 +1,0 @@
-"""The examinations of `tandem doctor`; each is a function that returns findings."""

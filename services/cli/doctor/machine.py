@@ -1,0 +1,153 @@
+"""What the machine has: processors, memory, limits, GPUs, and whether the router's port is free."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+from services.cli.doctor.findings import (
+    Finding,
+    ProbeFailed,
+    broken,
+    good,
+    probe,
+    worse,
+)
+from services.cli.up import StartFailed, available_cores, claim_port
+
+_MIN_SHM_BYTES = 64 << 20
+_MIN_OPEN_FILES = 4096
+
+_TORCH_PROBE = """
+import json, torch
+gpus = []
+if torch.cuda.is_available():
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append({"name": properties.name, "bytes": properties.total_memory})
+print(json.dumps({"version": torch.__version__, "built_for": torch.version.cuda, "gpus": gpus}))
+"""
+
+_KERNEL_PROBE = """
+import json
+from services.engine.kernels.choice import REQUIRED_FLAGS, choose_kernels, processor_flags
+choice = choose_kernels()
+expected = any(flags <= processor_flags() for flags in REQUIRED_FLAGS.values())
+print(json.dumps({"kernels": choice.library is not None, "reason": choice.reason, "expected": expected}))
+"""
+
+
+def check_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Finding]:
+    """Cores, and the instructions that decide how fast bfloat16 is."""
+    cores = available_cores()
+    num_cores = len(cores) or os.cpu_count() or 1
+    findings = [
+        good("cores", f"{num_cores} usable")
+        if num_cores > 1
+        else worse(
+            "cores", "1 usable: prefill and decode take turns on it", "use `tandem up --colocated`, or more cores"
+        )
+    ]
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return findings
+    flags = next(
+        (set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), set()
+    )
+    if flags & {"amx_bf16", "avx512_bf16", "bf16"}:
+        which = ", ".join(name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in flags)
+        findings.append(good("bfloat16", f"in hardware ({which})"))
+    else:
+        findings.append(
+            worse(
+                "bfloat16", "not in hardware: emulated, and slow, on this processor", "give CPU workers --dtype float32"
+            )
+        )
+    return findings
+
+
+def check_kernels() -> list[Finding]:
+    """What computes bfloat16 on this CPU, and why nothing faster: what a worker finds when it starts."""
+    try:
+        said = probe(_KERNEL_PROBE)
+    except ProbeFailed as error:
+        return [worse("CPU kernels", f"cannot be tried: {error}", "make install")]
+    assert isinstance(said, dict)
+    if said["kernels"] or not said["expected"]:
+        return [good("CPU kernels", said["reason"])]
+    return [worse("CPU kernels", said["reason"], "install gcc 11 or later, then `make kernels`")]
+
+
+def check_memory(shm: Path = Path("/dev/shm")) -> list[Finding]:
+    """Memory to load into, shared memory to exchange blocks through, and the limits that get in the way."""
+    findings = [good("memory", f"{available_memory_bytes() / 2**30:.1f} GiB available")]
+    if shm.is_dir():
+        stat = os.statvfs(shm)
+        free = stat.f_bavail * stat.f_frsize
+        if free < _MIN_SHM_BYTES:
+            findings.append(
+                worse(
+                    "shared memory", f"{free >> 20} MiB free in {shm}", "docker run --shm-size=1g, or a larger emptyDir"
+                )
+            )
+        else:
+            findings.append(good("shared memory", f"{free >> 20} MiB free in {shm}"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES:
+        findings.append(worse("open files", f"at most {soft}: few clients at a time", f"ulimit -n {min(hard, 65536)}"))
+    else:
+        findings.append(good("open files", f"at most {soft}"))
+    return findings
+
+
+def available_memory_bytes(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
+    """What can be allocated without swapping, within the control group's limit; 0 where that cannot be known."""
+    available = 0
+    try:
+        for line in meminfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    except OSError:
+        return 0
+    try:
+        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
+        if limit != "max":
+            used = int((group / "memory.current").read_text(encoding="utf-8"))
+            available = min(available, max(0, int(limit) - used))
+    except OSError:
+        pass  # no control group, no limit
+    return available
+
+
+def check_torch() -> list[Finding]:
+    """Whether torch loads, and whether it sees the GPUs that are there."""
+    try:
+        said = probe(_TORCH_PROBE)
+    except ProbeFailed as error:
+        return [broken("torch", f"does not load: {error}", "make install")]
+    assert isinstance(said, dict)
+    findings = [good("torch", str(said["version"]))]
+    devices = sorted(Path("/dev").glob("nvidia[0-9]*"))
+    if said["gpus"]:
+        names = ", ".join(f"{gpu['name']} ({gpu['bytes'] >> 30} GiB)" for gpu in said["gpus"])
+        findings.append(good("GPU", f"{names}, CUDA {said['built_for']}"))
+    elif devices and said["built_for"] is None:
+        remedy = "make install TORCH_INDEX=https://download.pytorch.org/whl/cu130, after removing .venv"
+        findings.append(worse("GPU", f"{len(devices)} there, but this torch is built for CPUs", remedy))
+    elif devices:
+        detail = f"{len(devices)} there, but torch (CUDA {said['built_for']}) cannot use them"
+        findings.append(worse("GPU", detail, "compare the driver's CUDA version in `nvidia-smi`"))
+    else:
+        findings.append(good("GPU", "none: the workers run on the CPU"))
+    return findings
+
+
+def check_port(host: str, port: int) -> list[Finding]:
+    """Whether the router can listen where it is told to."""
+    try:
+        claim_port(host, port)
+    except StartFailed as error:
+        return [broken("port", str(error), "stop what listens there (`ss -ltnp`), or give the router another --port")]
+    return [good("port", f"{host}:{port} is free")]

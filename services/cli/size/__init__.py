@@ -1,0 +1,1 @@
+"""`tandem size`: what a deployment needs of memory, network and index."""

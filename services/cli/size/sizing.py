@@ -1,0 +1,115 @@
+"""How much memory and bandwidth a deployment needs: arithmetic over a model's configuration, nothing else.
+
+The bytes of a block are `kvstore.block.layout`'s, so they are what the engine allocates and what travels. No torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from kvstore.block import DTYPE_BYTES, BlockLayout
+from services.cli.config import SizeConfig
+from services.engine.model_config import ModelConfig
+
+INDEX_BYTES_PER_BLOCK: Final = 25
+"""Redis's memory for a block that one holder has (docs/architecture.md has the measurement)."""
+INDEX_BYTES_PER_HOLDER: Final = 8 << 10
+STORE_BYTES_PER_BLOCK: Final = 650
+"""A tier's bookkeeping, beside the block itself."""
+_DTYPE_ALIASES: Final = {"half": "float16", "float": "float32"}
+_DEFAULT_DTYPE: Final = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The answer. Field names say the unit; what is per worker says so."""
+
+    dtype: str
+    context_tokens: int
+    block_tokens: int
+    kv_bytes_per_token: int
+    block_bytes: int
+    weight_bytes: int
+    kv_pool_bytes_per_worker: int
+    num_blocks_per_worker: int
+    num_tokens_per_worker: int
+    max_concurrent_at_context: int
+    """Requests of full length that fit into one worker's blocks."""
+    max_concurrent_at_prompt: int
+    """Requests of the typical prompt's length."""
+    kv_bytes_for_max_num_seqs: int
+    """What `max_num_seqs` requests of full length need."""
+    handoff_blocks: int
+    handoff_bytes: int
+    handoff_seconds: float
+    """The bytes over the bandwidth; all but the last chunk's travel while the prompt is computed."""
+    max_handoffs_per_s: float
+    index_blocks: int
+    index_bytes: int
+    store_blocks: int
+    store_bookkeeping_bytes: int
+    store_window_seconds: float
+    """How long prompts at the request rate stay in the stores if no block of theirs is shared."""
+
+
+def size(model: ModelConfig, config: SizeConfig) -> Sizes:
+    """The sizes of a deployment. Raises `InvalidLayout` for a block size that gives no block."""
+    dtype = model.dtype or _DEFAULT_DTYPE if config.dtype == "auto" else _DTYPE_ALIASES.get(config.dtype, config.dtype)
+    layout = BlockLayout(
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        block_size=config.block_size,
+        head_dim=model.head_dim,
+        dtype=dtype,
+        model_fingerprint="sizing",
+    )
+    context = config.max_model_len or model.max_context_len
+    weight_bytes = num_parameters(model) * DTYPE_BYTES[dtype]
+    budget = int(config.gpu_memory_bytes * config.gpu_memory_utilization) - weight_bytes
+    num_blocks = max(0, config.kv_cache_memory_bytes or budget) // layout.block_bytes
+
+    def blocks_of(num_tokens: int) -> int:
+        return -(-num_tokens // config.block_size)
+
+    handoff_blocks = blocks_of(config.prompt_tokens)
+    handoff_bytes = handoff_blocks * layout.block_bytes
+    handoff_s = handoff_bytes * 8 / (config.bandwidth_gbit_per_s * 1e9)
+    store_blocks = config.store_dram_bytes // layout.block_bytes
+    index_blocks = num_blocks * config.num_workers + store_blocks
+    return Sizes(
+        dtype=dtype,
+        context_tokens=context,
+        block_tokens=config.block_size,
+        kv_bytes_per_token=layout.block_bytes // config.block_size,
+        block_bytes=layout.block_bytes,
+        weight_bytes=weight_bytes,
+        kv_pool_bytes_per_worker=num_blocks * layout.block_bytes,
+        num_blocks_per_worker=num_blocks,
+        num_tokens_per_worker=num_blocks * config.block_size,
+        max_concurrent_at_context=num_blocks // blocks_of(context),
+        max_concurrent_at_prompt=num_blocks // handoff_blocks,
+        kv_bytes_for_max_num_seqs=config.max_num_seqs * blocks_of(context) * layout.block_bytes,
+        handoff_blocks=handoff_blocks,
+        handoff_bytes=handoff_bytes,
+        handoff_seconds=handoff_s,
+        max_handoffs_per_s=1 / handoff_s,
+        index_blocks=index_blocks,
+        index_bytes=index_blocks * INDEX_BYTES_PER_BLOCK + config.num_workers * INDEX_BYTES_PER_HOLDER,
+        store_blocks=store_blocks,
+        store_bookkeeping_bytes=store_blocks * STORE_BYTES_PER_BLOCK,
+        store_window_seconds=store_blocks / (config.request_rate * handoff_blocks),
+    )
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Weights of a dense transformer of the Llama shape."""
+    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    attention = model.hidden_size * (2 * q + 2 * kv)
+    attention += (q + 2 * kv) * model.qkv_bias + model.hidden_size * model.o_bias
+    attention += 2 * model.head_dim * model.qk_norm
+    mlp = 3 * model.hidden_size * model.intermediate_size
+    mlp += (2 * model.intermediate_size + model.hidden_size) * model.mlp_bias
+    layer = attention + mlp + 2 * model.hidden_size
+    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    return embeddings + model.num_layers * layer + model.hidden_size

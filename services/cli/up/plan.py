@@ -1,0 +1,229 @@
+"""From the settings of `tandem up` to the processes that it starts: who runs, with which flags, where. No I/O.
+
+The other processes' settings are not declared again: `up` takes the declarations from their config classes, and passes
+on what was given. What the launcher decides itself (addresses, names, the registry) it does not take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from services.cli.config import UpConfig
+from services.cli.up.placement import Placement
+from services.cli.up.spec import ChildSpec, Stack
+from services.decode.config import DecodeConfig
+from services.logs import LAUNCHER_VARIABLE
+from services.prefill.config import PrefillConfig
+from services.router.config import RouterConfig
+from services.settings import (
+    ENVIRONMENT_PREFIX,
+    Given,
+    Setting,
+    SettingsError,
+    argv_of,
+    build_settings,
+    secret_environment,
+    settings_of,
+)
+from services.store.config import StoreConfig
+from services.worker.config import WorkerConfig
+
+_DECIDED_HERE = frozenset({"redis", "worker_id", "router_id", "colocated", "log_format"})
+_WORKER_ADDRESSES = frozenset({"host", "port", "kv_port", "http_port", "advertise_host"})
+_EXTRA_GRACE_S = 5.0
+
+
+def router_settings() -> list[Setting]:
+    """The router's settings that `up` passes on."""
+    return [item for item in settings_of(RouterConfig) if item.name not in _DECIDED_HERE]
+
+
+def worker_settings(cls: type[WorkerConfig]) -> list[Setting]:
+    """The workers' settings that `up` passes on."""
+    return [item for item in settings_of(cls) if item.name not in _DECIDED_HERE | _WORKER_ADDRESSES]
+
+
+def store_settings() -> list[Setting]:
+    """The store nodes' settings that `up` passes on."""
+    return [item for item in settings_of(StoreConfig) if item.name not in _DECIDED_HERE | _WORKER_ADDRESSES]
+
+
+def up_settings() -> list[Setting]:
+    """Everything that `tandem up` accepts, for its parser: its own, the router's, the workers', the store nodes'."""
+    own, router = list(settings_of(UpConfig)), router_settings()
+    workers = {item.name: item for cls in (PrefillConfig, DecodeConfig) for item in worker_settings(cls)}
+    in_router = {item.name for item in router}
+    items = {item.name: item for item in own}
+    for item in workers.values():
+        items.setdefault(item.name, _in_group(item, "router and workers" if item.name in in_router else "workers"))
+    for item in router:
+        items.setdefault(item.name, _in_group(item, f"router: {item.declared.group}"))
+    for item in store_settings():
+        items.setdefault(item.name, _in_group(item, "store nodes"))
+    return list(items.values())
+
+
+def _in_group(item: Setting, group: str) -> Setting:
+    return dataclasses.replace(item, declared=dataclasses.replace(item.declared, group=group))
+
+
+def check_forwarded(
+    given: Mapping[str, Given], model: str
+) -> tuple[RouterConfig, PrefillConfig, DecodeConfig, StoreConfig]:
+    """The configurations that the processes will make of `given`, so that a mistake shows before anything starts.
+
+    Raises SettingsError.
+    """
+    router = build_settings(RouterConfig, _only(given, router_settings()))
+    with_model = dict(given) | {"model": Given(model, "--model")}
+    prefill = build_settings(PrefillConfig, _only(with_model, worker_settings(PrefillConfig)))
+    decode = build_settings(DecodeConfig, _only(with_model, worker_settings(DecodeConfig)))
+    store = build_settings(StoreConfig, _only(given, store_settings()))
+    return router, prefill, decode, store
+
+
+def check_offloading(config: UpConfig, worker: WorkerConfig, available_bytes: int) -> None:
+    """Refuse a host tier that the workers of this machine have no memory for between them: each looks for itself only.
+
+    `available_bytes` 0: not known. Raises SettingsError.
+    """
+    wanted_gib = num_workers(config) * worker.kv_offloading_size
+    if available_bytes and wanted_gib * 2**30 > available_bytes:
+        raise SettingsError(
+            f"--kv-offloading-size: {num_workers(config)} workers want {wanted_gib:g} GiB between them,"
+            f" and {available_bytes / 2**30:.1f} GiB of memory are available",
+            "kv_offloading_size",
+        )
+
+
+def _only(given: Mapping[str, Given], items: Sequence[Setting]) -> dict[str, Given]:
+    return {item.name: given[item.name] for item in items if item.name in given}
+
+
+def plan_stack(
+    config: UpConfig,
+    given: Mapping[str, Given],
+    *,
+    model: str,
+    served_model_name: str,
+    redis: str,
+    port: int,
+    placements: Sequence[Placement],
+    environ: Mapping[str, str],
+    worker_prefix: str = "",
+) -> Stack:
+    """The processes to start.
+
+    `given` is what the user gave, `port` the free one that the router will take, `placements` one place per worker,
+    prefill workers first. `worker_prefix` makes the workers' names unique where the registry is shared with other
+    machines. Raises SettingsError.
+    """
+    router, prefill, decode, store = check_forwarded(given, model)
+    roles = _roles(config)
+    assert len(placements) == len(roles)
+    values = {name: value.value for name, value in given.items()} | {"model": model}
+    values.setdefault("served_model_name", (served_model_name,))
+    log_flag = f"--log-format={'json' if config.log_format == 'json' else 'text'}"
+    base = _base_environment(environ, redis)
+    workers = []
+    for (role, index), placement in zip(roles, placements, strict=True):
+        cls: type[WorkerConfig] = PrefillConfig if role == "prefill" else DecodeConfig
+        own = _placed(values, placement)
+        argv = [*argv_of(worker_settings(cls), own), f"--worker-id={worker_prefix}{role}-{index}", log_flag]
+        if role == "decode" and not any(other == "prefill" for other, _ in roles):
+            argv.append("--colocated")
+        workers.append(
+            ChildSpec(
+                name=f"{role}-{index}",
+                argv=(sys.executable, "-m", f"services.{role}", *argv),
+                environ=base | _threads(own) | _gpu(placement) | secret_environment(worker_settings(cls), own),
+                cores=placement.cores,
+                grace_s=(prefill if role == "prefill" else decode).drain_timeout_s + _EXTRA_GRACE_S,
+            )
+        )
+    router_values = values | {"port": port}
+    return Stack(
+        router=ChildSpec(
+            name="router",
+            argv=(sys.executable, "-m", "services.router", *argv_of(router_settings(), router_values), log_flag),
+            environ=base | secret_environment(router_settings(), router_values),
+            grace_s=router.shutdown_timeout_s + _EXTRA_GRACE_S,
+        ),
+        workers=tuple(workers),
+        stores=tuple(_store(index, store, values, base, log_flag, worker_prefix) for index in range(config.stores)),
+        host=router.host,
+        port=port,
+        has_tls=bool(router.ssl_certfile),
+        needs_key=bool(router.api_key),
+        served_model_name=(decode.served_model_name or (served_model_name,))[0],
+    )
+
+
+def _store(
+    index: int,
+    config: StoreConfig,
+    values: Mapping[str, object],
+    base: Mapping[str, str],
+    log_flag: str,
+    worker_prefix: str,
+) -> ChildSpec:
+    """One store node. It has no cores of its own: it waits for the network and the disk most of the time."""
+    name, own = f"store-{index}", dict(values)
+    if config.store_disk_dir:
+        own["store_disk_dir"] = str(Path(config.store_disk_dir).absolute() / name)
+    return ChildSpec(
+        name=name,
+        argv=(
+            sys.executable,
+            "-m",
+            "services.store",
+            *argv_of(store_settings(), own),
+            f"--worker-id={worker_prefix}{name}",
+            log_flag,
+        ),
+        environ=dict(base),
+        grace_s=config.drain_timeout_s + _EXTRA_GRACE_S,
+    )
+
+
+def num_workers(config: UpConfig) -> int:
+    return len(_roles(config))
+
+
+def _roles(config: UpConfig) -> list[tuple[str, int]]:
+    prefill = 0 if config.colocated else config.prefill
+    return [("prefill", index) for index in range(prefill)] + [("decode", index) for index in range(config.decode)]
+
+
+def _base_environment(environ: Mapping[str, str], redis: str) -> dict[str, str]:
+    """The launcher's environment without our settings: those are resolved already, and come as flags.
+
+    TANDEM_PORT, for one, is the router's here, and must not become a worker's. The registry's URL may hold a password,
+    so it is not a flag.
+    """
+    kept = {name: value for name, value in environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
+    return kept | {LAUNCHER_VARIABLE: "1", "PYTHONUNBUFFERED": "1", "TANDEM_REDIS": redis}
+
+
+def _placed(values: Mapping[str, object], placement: Placement) -> dict[str, object]:
+    """The values with what follows from the place, where the user did not say otherwise."""
+    placed = dict(values)
+    if placement.num_threads is not None:
+        placed.setdefault("num_threads", placement.num_threads)
+    if placement.gpu_share is not None and placement.gpu_share < 1:
+        default = next(item.default for item in settings_of(DecodeConfig) if item.name == "gpu_memory_utilization")
+        assert isinstance(default, float)
+        placed.setdefault("gpu_memory_utilization", round(default * placement.gpu_share, 3))
+    return placed
+
+
+def _threads(values: Mapping[str, object]) -> dict[str, str]:
+    """For the thread pools that native libraries open before they can be told otherwise."""
+    return {"OMP_NUM_THREADS": str(values["num_threads"])} if values.get("num_threads") else {}
+
+
+def _gpu(placement: Placement) -> dict[str, str]:
+    return {} if placement.gpu is None else {"CUDA_VISIBLE_DEVICES": placement.gpu}

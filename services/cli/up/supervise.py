@@ -1,0 +1,184 @@
+"""Keeps the processes of `tandem up` running: starts them, reads their output, restarts the one that dies, stops them.
+
+A process that ends before it has ever served raises `ChildFailed`: something is wrong that trying again does not cure.
+One that ends later is started again, after a pause that doubles with each failure in a row. On Linux no child outlives
+the launcher, even if that is killed (see child.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.cli.up.console import Display
+from services.cli.up.spec import ChildSpec
+from services.logs import parse_progress, parse_ready
+
+_SHIM = str(Path(__file__).with_name("child.py"))
+_MAX_LINE_BYTES = 1 << 20
+_KEPT_LINES = 20
+_LAST_OUTPUT_S = 2.0
+STABLE_S = 60.0
+"""A process that has run for so long before it died starts again with the shortest pause."""
+
+
+class ChildFailed(Exception):
+    """A process ended before it ever served."""
+
+    def __init__(self, name: str, status: int, lines: list[str]) -> None:
+        super().__init__(f"{name} {describe_exit(status)} before it was ready")
+        self.name, self.status, self.lines = name, status, lines
+
+
+def restart_delay_s(num_failures: int) -> float:
+    """The pause before the next start, after so many failures in a row (at least 1): 1, 2, 4, … 30 seconds."""
+    return float(min(2 ** (num_failures - 1), 30))
+
+
+def describe_exit(status: int) -> str:
+    """`exited with status 1`, `was killed by SIGSEGV`."""
+    if status >= 0:
+        return f"exited with status {status}"
+    hint = " (out of memory?)" if -status == signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-status).name}{hint}"
+
+
+@dataclass
+class Child:
+    """One supervised program. `run()` owns the process; `stop()` makes `run()` return."""
+
+    spec: ChildSpec
+    display: Display
+    delay_s: Callable[[int], float] = restart_delay_s
+    clock: Callable[[], float] = time.monotonic
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    num_restarts: int = 0
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    _process: asyncio.subprocess.Process | None = None
+    _lines: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
+
+    @property
+    def pid(self) -> int | None:
+        """The process id, None while no process runs."""
+        return self._process.pid if self._process is not None else None
+
+    async def run(self) -> None:
+        """Starts the program, again and again, until `stop()`. Raises ChildFailed if it never became ready."""
+        num_failures = 0
+        while not self._stopping.is_set():
+            started_s = self.clock()
+            status = await self._run_once()
+            if self._stopping.is_set():
+                return
+            if not self.ready.is_set():
+                raise ChildFailed(self.spec.name, status, list(self._lines))
+            num_failures = 1 if self.clock() - started_s > STABLE_S else num_failures + 1
+            pause_s = self.delay_s(num_failures)
+            self.display.line(self.spec.name, f"{describe_exit(status)}; starting it again in {pause_s:g} s")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause_s)
+            self.num_restarts += 1
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """SIGTERM, and after `grace_s` SIGKILL; returns when the process is gone."""
+        self._stopping.set()
+        process = self._process
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        grace_s = self.spec.grace_s if grace_s is None else grace_s
+        try:
+            await asyncio.wait_for(process.wait(), grace_s)
+        except TimeoutError:
+            self.display.line(self.spec.name, f"did not stop within {grace_s:g} s: killed")
+            _kill_group(process)
+            await process.wait()
+
+    def kill(self) -> None:
+        """SIGKILL, to the program and whatever it has started. `run()` returns soon after."""
+        self._stopping.set()
+        if self._process is not None:
+            _kill_group(self._process)
+
+    async def _run_once(self) -> int:
+        """From start to exit; returns the exit status, negative for a signal."""
+        cores = ",".join(str(core) for core in self.spec.cores)
+        # Our own pipe: with asyncio's, wait() would last until everybody who inherited it had closed it.
+        read_end, write_end = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", _SHIM, str(os.getpid()), cores, *self.spec.argv),
+                env=dict(self.spec.environ),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=write_end,
+                stderr=write_end,
+                start_new_session=True,  # a terminal's Ctrl-C is for the launcher alone, which then stops the others
+            )
+        except BaseException:
+            os.close(read_end)
+            raise
+        finally:
+            os.close(write_end)
+        self._process = process
+        if self._stopping.is_set():  # stop() came while it started, and found nothing to stop
+            _kill_group(process)
+        output = asyncio.create_task(self._read_all(read_end), name=f"read {self.spec.name}")
+        try:
+            return await process.wait()
+        finally:
+            _kill_group(process)  # and whatever it left running
+            await process.wait()
+            self._process = None
+            with contextlib.suppress(TimeoutError):  # somebody who left the group may still hold the pipe
+                await asyncio.wait_for(output, _LAST_OUTPUT_S)
+
+    async def _read_all(self, read_end: int) -> None:
+        reader = asyncio.StreamReader()
+        with os.fdopen(read_end, "rb") as pipe:
+            transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+                lambda: asyncio.StreamReaderProtocol(reader), pipe
+            )
+            try:
+                async for line in _lines(reader):
+                    self._read(line)
+            finally:
+                transport.close()
+
+    def _read(self, line: str) -> None:
+        progress = parse_progress(line)
+        if progress is not None:
+            self.display.progress(self.spec.name, *progress)
+        elif parse_ready(line) is not None:
+            self.ready.set()
+            self.display.ready(self.spec.name)
+        else:
+            self._lines.append(line)
+            self.display.line(self.spec.name, line)
+
+
+def _kill_group(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):  # all gone already
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """The lines of a process's output. One that is too long is cut in pieces, the last may lack its end."""
+    rest = b""
+    while chunk := await stream.read(1 << 16):
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield line.decode(errors="replace").rstrip("\r")
+        if len(rest) > _MAX_LINE_BYTES:
+            yield rest.decode(errors="replace")
+            rest = b""
+    if rest:
+        yield rest.decode(errors="replace")

@@ -1,0 +1,130 @@
+"""`tandem up`: the whole stack on this machine, from a private Redis to the URL to ask."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+
+from services.cli.config import DEMO_MODEL, UpConfig
+from services.cli.up.example import curl_line, example_request
+from services.cli.up.placement import available_cores, available_gpus, place_workers
+from services.cli.up.plan import (
+    check_forwarded,
+    check_offloading,
+    num_workers,
+    plan_stack,
+    up_settings,
+)
+from services.cli.up.spec import Stack
+from services.settings import (
+    SettingsError,
+    build_settings,
+    collect_settings,
+    make_parser,
+    refuse,
+)
+
+_DESCRIPTION = (
+    "Serves a model on this machine: a private Redis, prefill and decode workers, and a router, each a process of its "
+    "own. Ends by printing a request to try; Ctrl-C stops everything in order, a second one at once."
+)
+
+
+class StartFailed(Exception):
+    """The stack cannot start; the message says what to do about it."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs until SIGINT, SIGTERM or SIGHUP; returns the exit status."""
+    from services.cli.doctor import available_memory_bytes  # which itself needs this module
+
+    parser = make_parser(up_settings(), prog="tandem up", description=_DESCRIPTION)
+    try:
+        given = collect_settings(up_settings(), argv, os.environ, parser)
+        config = build_settings(UpConfig, given)
+        model, name = choose_model(config.model)
+        router, _, decode, _ = check_forwarded(given, model)
+        check_offloading(config, decode, available_memory_bytes())
+    except SettingsError as error:
+        refuse(parser.prog, error)
+    # Here and not above: --help must not pay for them.
+    import asyncio
+
+    from kvstore.errors import RedisServerError
+    from services.cli.doctor import RedisUnusable, redis_version
+    from services.cli.embedded_redis import EmbeddedRedis
+    from services.cli.up.console import WhileRead, make_display
+    from services.cli.up.stack import run_stack
+
+    with ExitStack() as cleanup:
+        try:
+            port = claim_port(router.host, router.port)
+            if config.redis:
+                redis_version(config.redis)
+            redis = None if config.redis else cleanup.enter_context(EmbeddedRedis.start())
+            placements = place_workers(
+                num_workers(config),
+                available_cores() if config.pin else [],
+                [] if decode.device == "cpu" else available_gpus(),
+            )
+            stack = plan_stack(
+                config,
+                given,
+                model=model,
+                served_model_name=name,
+                redis=redis.url if redis else config.redis,
+                port=port,
+                placements=placements,
+                environ=os.environ,
+                worker_prefix="" if redis else f"{socket.gethostname()}-",
+            )
+        except (StartFailed, RedisServerError, RedisUnusable) as error:
+            print(f"tandem up: {error}", file=sys.stderr)
+            return 1
+        names = ["tandem", "redis", stack.router.name, *(spec.name for spec in (*stack.workers, *stack.stores))]
+        display = WhileRead(make_display(names, config.log_format == "json"))
+        announce = partial(print_example, stack, model)
+        return asyncio.run(run_stack(stack, display, config.startup_timeout_s, announce, redis))
+
+
+def choose_model(model: str) -> tuple[str, str]:
+    """The model to load and the name to serve it under. Raises SettingsError where there is nothing to load."""
+    if not model:
+        if not (DEMO_MODEL / "config.json").is_file():
+            raise SettingsError("--model is required: the demo model is part of a checkout, and this is not one")
+        return str(DEMO_MODEL), DEMO_MODEL.name
+    looks_like_path = model.startswith((".", "/", "~")) or os.path.isdir(model)
+    path = os.path.expanduser(model)
+    if looks_like_path and not os.path.isfile(os.path.join(path, "config.json")):
+        raise SettingsError(f"--model: {model} has no config.json; expected a Hugging Face model directory")
+    return (path, model) if looks_like_path else (model, model)
+
+
+def claim_port(host: str, port: int) -> int:
+    """`port` if it is free, or a free one if it is 0. Raises StartFailed: better now than after loading the model."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            claimed: int = probe.getsockname()[1]
+            return claimed
+    except OSError as error:
+        raise StartFailed(f"cannot listen on {host}:{port}: {error}; choose another port with --port") from error
+
+
+def print_example(stack: Stack, model: str) -> None:
+    """The URL, and a request to try, on standard output."""
+    url = stack.url
+    num_prefill = sum(1 for spec in stack.workers if spec.name.startswith("prefill"))
+    print(f"\nTandem serves {stack.served_model_name} at {url}/v1", end=" ")
+    counts = f"{num_prefill} prefill, {len(stack.workers) - num_prefill} decode"
+    if stack.stores:
+        counts += f", {len(stack.stores)} store nodes" if len(stack.stores) > 1 else ", 1 store node"
+    print(f"({counts}; Ctrl-C stops it). Try:\n")
+    path, body = example_request(stack.served_model_name, model)
+    print(curl_line(url, path, body, stack.needs_key) + "\n", flush=True)

@@ -1,0 +1,105 @@
+"""Which kernels this machine computes with, and why: decided once, at start, and said in one line."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+from services.engine.native.kernels.library import KernelError, KernelLibrary, library_path
+from services.engine.native.kernels.self_check import check
+
+# What each library's instructions are called in /proc/cpuinfo, fastest first.
+_AVX512: Final = frozenset(
+    {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma", "bmi2"}
+)
+REQUIRED_FLAGS: Final = {"amx": _AVX512 | {"amx_tile", "amx_bf16", "amx_int8"}, "avx512": _AVX512}
+
+_TRIAL_TIMEOUT_S: Final = 60.0
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """A library that has passed its check here, or None; `reason` is one line for a person."""
+
+    library: KernelLibrary | None
+    reason: str
+
+
+def choose_kernels() -> KernelChoice:
+    """Return this machine's choice; made once in a process."""
+    return _choice()
+
+
+@lru_cache(maxsize=1)
+def _choice() -> KernelChoice:
+    return choose(processor_flags(), library_path, load_checked)
+
+
+def choose(
+    flags: Set[str], find: Callable[[str], Path | None], load: Callable[[str, Path], KernelLibrary]
+) -> KernelChoice:
+    """Return the fastest library that the processor can run, that is built, and that computes what it should.
+
+    `flags` are the processor's; `find` says where a variant's library lies; `load` loads and checks it, or raises
+    `KernelError`.
+    """
+    notes: list[str] = []
+    for variant, required in REQUIRED_FLAGS.items():
+        if not required <= flags:
+            continue
+        path = find(variant)
+        if path is None:
+            notes.append(f"{variant} kernels are not built (a C compiler was missing when tandem was installed)")
+            continue
+        try:
+            library = load(variant, path)
+        except KernelError as error:
+            notes.append(str(error))
+            continue
+        return KernelChoice(library, "; ".join([f"{variant} kernels", *notes]))
+    if not notes:
+        notes.append("the processor has neither AMX nor AVX-512 with bfloat16")
+    return KernelChoice(None, "torch, since " + "; ".join(notes))
+
+
+def load_checked(variant: str, path: Path) -> KernelLibrary:
+    """Load and check a library. Raises `KernelError`.
+
+    AMX is tried in a process of its own first: an instruction that faults would take this one along.
+    """
+    if variant == "amx":
+        _try_apart(path)
+    library = KernelLibrary(path)
+    check(library)
+    return library
+
+
+def _try_apart(path: Path) -> None:
+    command = [sys.executable, "-m", "services.engine.native.kernels.self_check", str(path)]
+    root = Path(__file__).parents[3]  # where `services` is found
+    try:
+        done = subprocess.run(
+            command, cwd=root, capture_output=True, text=True, timeout=_TRIAL_TIMEOUT_S, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelError(f"{path.name} could not be tried: {error}") from error
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise KernelError(f"{path.name} failed its trial: {said[0]}")
+
+
+def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Return what the processor can do and the system allows; empty where that is not known (not Linux on x86)."""
+    if platform.machine() != "x86_64":
+        return frozenset()
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), ()))

@@ -1,0 +1,18 @@
+"""Where the engine's KV blocks are: the paged pool on the device, the host tier beside it, and how much of each."""
+
+from services.engine.native.memory.capacity import choose_num_blocks, choose_num_host_slots
+from services.engine.native.memory.host_copies import open_host_tier
+from services.engine.native.memory.host_prefixes import Restore, begin_restore, bring_back, end_restore
+from services.engine.native.memory.kv_memory import allocate_kv_cache, block_memory
+
+__all__ = [
+    "Restore",
+    "allocate_kv_cache",
+    "begin_restore",
+    "block_memory",
+    "bring_back",
+    "choose_num_blocks",
+    "choose_num_host_slots",
+    "end_restore",
+    "open_host_tier",
+]

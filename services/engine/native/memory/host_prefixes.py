@@ -1,0 +1,78 @@
+"""Prefixes that come back from the host tier: blocks are taken, filled, verified, then published.
+
+    begin (engine) -> copy and verify (any thread) -> end (engine): cached blocks, which the prompt finds
+
+A prompt's prefix comes back before it is queued, beside the steps of others (`services.worker.host_prefixes`). What it
+lacks all the same when its turn is near (evicted again while it waited, or its own blocks after a preemption) comes
+back between two steps (`bring_back`): that takes a small part of the time that computing it would.
+
+What is on its way holds lent blocks and pinned slots; both go back in `end`, which whoever began must call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvstore.block import BlockHash
+from kvstore.pool import CopiedBack, HostTier, PinnedBlock
+from services.engine.native.scheduling import Scheduler
+
+# As many requests may begin in one step at most with blocks that come back right before it.
+_MAX_NEXT = 4
+
+
+@dataclass(frozen=True)
+class Restore:
+    """A prefix on its way back. `block_ids` are lent, one per hash; those after `num_present` await their content."""
+
+    hashes: tuple[BlockHash, ...]
+    block_ids: tuple[int, ...]
+    num_present: int
+    pinned: tuple[PinnedBlock, ...]  # what comes into block_ids[num_present:]
+
+    @property
+    def missing_ids(self) -> tuple[int, ...]:
+        """The blocks to be filled."""
+        return self.block_ids[self.num_present :]
+
+
+def begin_restore(tier: HostTier, scheduler: Scheduler, hashes: Sequence[BlockHash]) -> Restore | None:
+    """Pin and take what is needed to bring back the blocks that follow the cached prefix of `hashes`.
+
+    None, taking nothing, where the tier has none of them, or where the running requests need the room.
+    """
+    num_cached = scheduler.pool.peek_prefix(hashes)
+    # Pinned first: taking blocks may evict others into the tier, and these must not give way to them.
+    pinned = tier.pin(hashes[num_cached:])
+    wanted = hashes[: num_cached + len(pinned)]
+    taken = scheduler.take_prefix(wanted) if pinned else None
+    if taken is None:
+        tier.unpin(pinned)
+        return None
+    return Restore(tuple(wanted), tuple(taken.block_ids), taken.num_present, tuple(pinned))
+
+
+def end_restore(tier: HostTier, scheduler: Scheduler, restore: Restore, copied: CopiedBack) -> None:
+    """Publish what came back whole, up to the first block that did not; give back everything else."""
+    start, end = restore.num_present, restore.num_present + copied.num_whole
+    # Peers ask for what they lack: that may begin in the middle of a chain.
+    parent_hash = restore.hashes[start - 1] if start else tier.parent_of(restore.hashes[0])
+    proofs = [block.proof for block in restore.pinned[: copied.num_whole]]
+    scheduler.publish_lent(restore.block_ids[start:end], restore.hashes[start:end], proofs, parent_hash)
+    scheduler.release_lent(restore.block_ids)
+    tier.unpin(restore.pinned, copied)
+
+
+def bring_back(tier: HostTier, scheduler: Scheduler) -> None:
+    """Bring back at once what the requests lack whose turn comes next. Between steps only: it writes to free blocks,
+    and those may be what a step that was scheduled copies from.
+    """
+    for hashes in scheduler.next_prefixes(_MAX_NEXT):
+        num_cached = scheduler.pool.peek_prefix(hashes)
+        if num_cached == len(hashes) or not tier.may_have(hashes[num_cached]):
+            continue
+        restore = begin_restore(tier, scheduler, hashes)
+        if restore is None:
+            return
+        end_restore(tier, scheduler, restore, tier.copy_back(restore.pinned, restore.missing_ids))

@@ -1,0 +1,275 @@
+"""The model on the C kernels: the arithmetic of `services.engine.native.model.transformer`, with fewer passes over the activations.
+
+Bias, residual and activation belong to the projection before them; keys and values are rotated and stored in one pass.
+A step is one call of the library, all layers.
+A token's results do not depend, in any bit, on how its sequence was cut up, on what else is in the batch, on which
+blocks it lies in, or on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from services.engine.model_config import ModelConfig, UnsupportedModel
+from services.engine.native.attention import ForwardBatch
+from services.engine.native.kernels import (
+    MAX_INT8_DEPTH,
+    AppendCall,
+    AttentionCall,
+    Epilogue,
+    ForwardCall,
+    KernelLibrary,
+    Layer,
+    Projection,
+    Stage,
+    Workspace,
+)
+from services.engine.native.model.rope import inverse_frequencies
+from services.engine.native.model.weights import WeightReader
+
+_GATES: Final = {
+    "silu": Epilogue.GATE_SILU,
+    "swish": Epilogue.GATE_SILU,
+    "gelu": Epilogue.GATE_GELU_ERF,
+    "gelu_new": Epilogue.GATE_GELU_TANH,
+    "gelu_pytorch_tanh": Epilogue.GATE_GELU_TANH,
+}
+_TOKENS_TOGETHER: Final = 16  # attention reads so many rows of a block at once
+
+
+@dataclass(frozen=True)
+class KernelLayer:
+    """One layer's weights, packed."""
+
+    input_norm: Tensor  # [hidden_size]
+    qkv: Projection
+    qk_norm: Tensor | None  # [num_heads + num_kv_heads, head_dim]
+    o: Projection
+    post_attention_norm: Tensor
+    gate_up: Projection
+    down: Projection
+
+
+class KernelTransformer:
+    """The weights as the kernels want them, and one step over them. Used by one thread."""
+
+    def __init__(
+        self,
+        library: KernelLibrary,
+        num_threads: int,
+        config: ModelConfig,
+        embedding: Tensor,
+        layers: Sequence[KernelLayer],
+        norm: Tensor,
+        lm_head: Projection,
+    ) -> None:
+        self._library = library
+        self._num_threads = num_threads
+        self._config = config
+        self._embedding = embedding
+        self._layers = layers
+        self._norm = norm
+        self._lm_head = lm_head
+        self._frequencies = inverse_frequencies(config.rope, config.head_dim)
+        self._layer_structs = (Layer * len(layers))(
+            *(_struct(layer, window) for layer, window in zip(layers, config.sliding_windows, strict=True))
+        )
+        self._workspace = Workspace()
+        self._activations = _Activations(config, 0)
+        self._stage_seconds = {stage.name.lower(): 0.0 for stage in Stage}
+
+    def use_cache(self, kv_cache: Tensor) -> None:
+        """Check that the kernels can read this cache. Raises `UnsupportedModel`."""
+        block_size = kv_cache.shape[4]
+        if block_size % _TOKENS_TOGETHER:
+            raise UnsupportedModel(
+                f"block_size {block_size} is no multiple of {_TOKENS_TOGETHER}, which the CPU kernels need; "
+                "choose another, or set cpu_kernels to torch"
+            )
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        """Store the batch's keys and values and return float32 logits `[n, vocab_size]` of the rows it asks for."""
+        assert kv_cache.is_contiguous()
+        assert kv_cache.dtype == torch.bfloat16
+        num_tokens = len(batch.token_ids)
+        if num_tokens > len(self._activations.x):
+            self._activations = _Activations(self._config, num_tokens)
+        inputs = _Inputs(batch)
+        inputs.check(len(self._embedding), kv_cache)
+        logits = torch.empty((len(inputs.wanted), self._config.vocab_size), dtype=torch.float32)
+        call = self._call(inputs, kv_cache, logits)
+        self._library.forward(call, self._workspace, self._num_threads)
+        for stage in Stage:
+            self._stage_seconds[stage.name.lower()] += call.seconds[stage]
+        return logits
+
+    def _call(self, inputs: _Inputs, kv_cache: Tensor, logits: Tensor) -> ForwardCall:
+        """The step in the addresses that the library takes; what they point to must outlive it."""
+        config, room = self._config, self._activations
+        append = AppendCall(
+            qkv=room.qkv.data_ptr(),
+            table=room.angles.data_ptr(),
+            slots=inputs.slots.data_ptr(),
+            cache=kv_cache.data_ptr(),
+            block_stride=kv_cache.stride(0),
+            num_tokens=len(inputs.token_ids),
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=kv_cache.shape[4],
+            eps=config.rms_norm_eps,
+        )
+        attention = AttentionCall(
+            q=room.qkv.data_ptr(),
+            q_stride=room.qkv.stride(0),
+            out=room.attended.data_ptr(),
+            block_stride=kv_cache.stride(0),
+            block_tables=inputs.tables.data_ptr(),
+            table_stride=inputs.tables.shape[1],
+            query_start=inputs.query_start.ctypes.data,
+            context_lens=inputs.context_lens.ctypes.data,
+            num_sequences=len(inputs.context_lens),
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=kv_cache.shape[4],
+            scale=config.head_dim**-0.5,
+        )
+        return ForwardCall(
+            layers=ctypes.addressof(self._layer_structs),
+            lm_head=ctypes.addressof(self._lm_head.weights),
+            embedding=self._embedding.data_ptr(),
+            norm=self._norm.data_ptr(),
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            layer_stride=kv_cache.stride(1),
+            gate=_GATES[config.hidden_act],
+            token_ids=inputs.token_ids.data_ptr(),
+            positions=inputs.positions.data_ptr(),
+            frequencies=self._frequencies.data_ptr(),
+            rope_factor=config.rope.attention_factor,
+            wanted=inputs.wanted.data_ptr(),
+            num_wanted=len(inputs.wanted),
+            logits=logits.data_ptr(),
+            append=append,
+            attention=attention,
+            x=room.x.data_ptr(),
+            normed=room.normed.data_ptr(),
+            gated=room.gated.data_ptr(),
+            angles=room.angles.data_ptr(),
+        )
+
+    @property
+    def stage_seconds(self) -> Mapping[str, float]:
+        """Where the time of all steps so far went."""
+        return dict(self._stage_seconds)
+
+
+class _Inputs:
+    """A batch in arrays that are contiguous and of the very types that the kernels read."""
+
+    def __init__(self, batch: ForwardBatch) -> None:
+        self.token_ids = batch.token_ids.contiguous()
+        self.positions = batch.positions.contiguous()
+        self.slots = batch.slot_mapping.contiguous()
+        self.wanted = batch.logits_indices.contiguous()
+        self.tables = batch.block_tables.to(torch.int32).contiguous()
+        self.query_start = np.array(batch.query_start, dtype=np.int32)
+        self.context_lens = np.array(batch.context_lens, dtype=np.int32)
+
+    def check(self, vocab_size: int, kv_cache: Tensor) -> None:
+        """Raise `IndexError` for what C would read or write beyond an array."""
+        assert self.positions.dtype == torch.int64, self.positions.dtype
+        _check_below("token id", self.token_ids, vocab_size)
+        _check_below("slot", self.slots, kv_cache.shape[0] * kv_cache.shape[4])
+        _check_below("block id", self.tables, kv_cache.shape[0])
+        _check_below("row of logits", self.wanted, len(self.token_ids))
+        if not bool((self.wanted.diff() > 0).all()):
+            raise IndexError("rows of logits must ascend")
+
+
+class _Activations:
+    """Room for what a layer hands on, a row for each token; the next layer overwrites it.
+
+    Kept from step to step: memory that is fresh from the system costs a page fault for each 4 KiB.
+    """
+
+    def __init__(self, config: ModelConfig, num_tokens: int) -> None:
+        def room(width: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.empty((num_tokens, width), dtype=dtype)
+
+        self.x = room(config.hidden_size)
+        self.normed = room(config.hidden_size)
+        self.qkv = room((config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+        self.attended = room(config.num_heads * config.head_dim)
+        self.gated = room(config.intermediate_size)
+        self.angles = room(config.head_dim, torch.float32)
+
+
+def _check_below(what: str, indices: Tensor, end: int) -> None:
+    """Raise `IndexError` for an index that is not. `indices` int64, tables of blocks int32."""
+    assert indices.dtype == (torch.int32 if indices.dim() == 2 else torch.int64), (what, indices.dtype)
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < end:
+        raise IndexError(f"a {what} is not below {end}: {int(indices.min())} to {int(indices.max())}")
+
+
+def _struct(layer: KernelLayer, window: int | None) -> Layer:
+    """Return what points to the layer's weights; `layer` must outlive it."""
+    return Layer(
+        qkv=layer.qkv.weights,
+        o=layer.o.weights,
+        gate_up=layer.gate_up.weights,
+        down=layer.down.weights,
+        input_norm=layer.input_norm.data_ptr(),
+        post_attention_norm=layer.post_attention_norm.data_ptr(),
+        qk_norm=None if layer.qk_norm is None else layer.qk_norm.data_ptr(),
+        window=window or 0,
+    )
+
+
+def read_kernel_transformer(
+    library: KernelLibrary, num_threads: int, config: ModelConfig, reader: WeightReader, *, int8: bool
+) -> KernelTransformer:
+    """Read a checked checkpoint of bfloat16 tensors, one projection at a time: unpacked weights are never all there.
+
+    `int8` quantizes the layers' projections; the output projection stays in bfloat16, as vLLM leaves it.
+    """
+    deepest = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+    if int8 and deepest > MAX_INT8_DEPTH:
+        raise UnsupportedModel(f"quantization int8: {deepest} inputs to a projection are more than {MAX_INT8_DEPTH}")
+
+    def read_layer(prefix: str) -> KernelLayer:
+        def projection(has_bias: bool, *names: str, gated: bool = False) -> Projection:
+            weight = reader.read(*(f"{prefix}{name}.weight" for name in names))
+            bias = reader.read(*(f"{prefix}{name}.bias" for name in names)) if has_bias else None
+            return Projection(library, weight, bias, int8=int8, gated=gated)
+
+        qk_norm = None
+        if config.qk_norm:
+            q_norm = reader.read(prefix + "self_attn.q_norm.weight").expand(config.num_heads, -1)
+            k_norm = reader.read(prefix + "self_attn.k_norm.weight").expand(config.num_kv_heads, -1)
+            qk_norm = torch.cat((q_norm, k_norm))
+        return KernelLayer(
+            input_norm=reader.read(prefix + "input_layernorm.weight"),
+            qkv=projection(config.qkv_bias, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            qk_norm=qk_norm,
+            o=projection(config.o_bias, "self_attn.o_proj"),
+            post_attention_norm=reader.read(prefix + "post_attention_layernorm.weight"),
+            gate_up=projection(config.mlp_bias, "mlp.gate_proj", "mlp.up_proj", gated=True),
+            down=projection(config.mlp_bias, "mlp.down_proj"),
+        )
+
+    embedding = reader.read("model.embed_tokens.weight")
+    layers = [read_layer(f"model.layers.{index}.") for index in range(config.num_layers)]
+    norm = reader.read("model.norm.weight")
+    lm_head = reader.read("lm_head.weight") if reader.has("lm_head.weight") else embedding
+    assert reader.num_left == 0, f"{reader.num_left} tensors were checked but not read"
+    return KernelTransformer(library, num_threads, config, embedding, layers, norm, Projection(library, lm_head, None))

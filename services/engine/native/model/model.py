@@ -1,0 +1,204 @@
+"""Loading a model and running it: what the engine knows of models is in this file's public names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvstore.block import BlockLayout
+from services.engine.model_config import (
+    DTYPES,
+    ModelConfig,
+    ModelError,
+    UnsupportedModel,
+    read_config,
+)
+from services.engine.native.attention import ForwardBatch
+from services.engine.native.kernels import KernelLibrary, choose_kernels
+from services.engine.native.memory import allocate_kv_cache
+from services.engine.native.model.fingerprint import FingerprintBuilder
+from services.engine.native.model.kernel_transformer import read_kernel_transformer
+from services.engine.native.model.linear import compute_dtype
+from services.engine.native.model.transformer import read_transformer
+from services.engine.native.model.weights import (
+    WeightReader,
+    check_tensors,
+    find_model,
+    open_checkpoint,
+    stored_dtype,
+)
+
+_logger = logging.getLogger(__name__)
+
+
+class Computation(Protocol):
+    """A model's weights and the arithmetic over them: torch's (`Transformer`), or the C kernels'."""
+
+    def use_cache(self, kv_cache: Tensor) -> None:
+        """Prepare for the one cache that `forward` will be given. Raises `UnsupportedModel`."""
+
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        """Store the batch's keys and values; return float32 logits `[n, vocab_size]` of the rows asked for."""
+
+    @property
+    def stage_seconds(self) -> Mapping[str, float]:
+        """Where the time of all steps so far went, by stage; empty where nobody counts."""
+
+
+@dataclass(frozen=True)
+class ComputePath:
+    """What computes a model here, for logs and metrics."""
+
+    kernels: str  # "amx", "avx512"; "torch" where the C kernels are not used
+    quantization: str  # "int8" or "none"
+    reason: str  # one line for a person
+
+
+class LoadedModel:
+    """A model in memory, ready to run on one device. Used by one thread."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: ModelConfig,
+        dtype: str,
+        device: torch.device,
+        fingerprint: str,
+        max_model_len: int,
+        computation: Computation,
+        compute_path: ComputePath,
+    ) -> None:
+        self.directory = directory
+        self.config = config
+        self.dtype = dtype  # of keys and values; what is computed in, see `linear.compute_dtype`
+        self.device = str(device)
+        self.fingerprint = fingerprint
+        self.max_model_len = max_model_len
+        self.eos_token_ids = config.eos_token_ids
+        self.compute_path = compute_path
+        self._computation = computation
+
+    def block_layout(self, block_size: int) -> BlockLayout:
+        """Return what one block of this model's cache is."""
+        config = self.config
+        return BlockLayout(
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            block_size=block_size,
+            head_dim=config.head_dim,
+            dtype=self.dtype,
+            model_fingerprint=self.fingerprint,
+        )
+
+    def new_kv_cache(self, num_blocks: int, block_size: int) -> Tensor:
+        """Return zeros `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]` of the model's dtype.
+
+        Contiguous; on CPU aligned to pages. The caller owns it, and zeroes a block again before it is used anew.
+        A model runs on one cache: the attention kernel is chosen here, by the cache's block size.
+        """
+        config = self.config
+        shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
+        kv_cache = allocate_kv_cache(shape, getattr(torch, self.dtype), torch.device(self.device))
+        self._computation.use_cache(kv_cache)
+        return kv_cache
+
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        """Store the batch's keys and values; return float32 logits `[n, vocab_size]` of the rows asked for."""
+        return self._computation.forward(batch, kv_cache)
+
+    @property
+    def stage_seconds(self) -> Mapping[str, float]:
+        """Where the time of all steps so far went, by stage; empty where nobody counts."""
+        return self._computation.stage_seconds
+
+
+def load_model(
+    model: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    num_threads: int | None = None,
+    max_model_len: int | None = None,
+    quantization: str = "none",
+    cpu_kernels: str = "auto",
+    progress: Callable[[float], None] | None = None,
+) -> LoadedModel:
+    """Load `model`, a directory in HuggingFace format or a name on its hub.
+
+    `dtype` "auto" is the checkpoint's own. `max_model_len` defaults to the longest context that the model's positions
+    are made for, and cannot exceed it. `num_threads` sets torch's thread count for the process. `quantization` is
+    "none" or "int8". `cpu_kernels` "auto" takes the C kernels where they can compute the model, "torch" never.
+    `progress` is called with 0..1 while weights are read.
+
+    Raises `ModelNotFound`, or `UnsupportedModel` naming what is not supported.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    directory = find_model(model, revision)
+    config = read_config(directory)
+    target = _device(device)
+    longest = config.max_context_len
+    if max_model_len is not None and max_model_len > longest:
+        raise UnsupportedModel(f"max_model_len {max_model_len} exceeds the model's context of {longest} tokens")
+    with open_checkpoint(directory) as checkpoint:
+        check_tensors(checkpoint.tensors, config)
+        resolved = (config.dtype or stored_dtype(checkpoint)) if dtype == "auto" else dtype
+        if resolved not in DTYPES:
+            raise UnsupportedModel(f"dtype {dtype!r} is not supported (only auto, {', '.join(DTYPES)})")
+        builder = FingerprintBuilder()
+        computed_in = compute_dtype(getattr(torch, resolved), target)
+        library, reason = _choose_kernels(resolved, computed_in, target, cpu_kernels)
+        if quantization != "none" and (quantization != "int8" or library is None):
+            raise UnsupportedModel(
+                f"quantization {quantization!r} needs the CPU kernels, int8 only: here computes {reason}"
+            )
+        reader = WeightReader(checkpoint, builder, computed_in, target, progress)
+        computation: Computation
+        if library is None:
+            computation = read_transformer(config, reader)
+        else:
+            int8 = quantization == "int8"
+            computation = read_kernel_transformer(library, torch.get_num_threads(), config, reader, int8=int8)
+    path = ComputePath("torch" if library is None else library.name, quantization, reason)
+    _logger.info("computing with %s%s", reason, "" if quantization == "none" else f", {quantization} weights")
+    fingerprint = builder.finish(config, resolved, quantization)
+    longest = max_model_len or longest
+    return LoadedModel(directory, config, resolved, target, fingerprint, longest, computation, path)
+
+
+def _choose_kernels(
+    dtype: str, computed_in: torch.dtype, device: torch.device, cpu_kernels: str
+) -> tuple[KernelLibrary | None, str]:
+    """Return the C kernels that compute a model, None where torch does, and why."""
+    if device.type != "cpu":
+        return None, f"torch, on {device}"
+    if cpu_kernels == "torch":
+        return None, "torch, as cpu_kernels says"
+    if computed_in != torch.bfloat16:
+        computed = str(computed_in).removeprefix("torch.")
+        return None, f"torch: in {computed}, and the CPU kernels are for bfloat16 (dtype {dtype})"
+    choice = choose_kernels()
+    return choice.library, choice.reason
+
+
+def _device(name: str) -> torch.device:
+    """Return "cpu", "cuda" or "cuda:N" as a device that exists."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device {name!r} is unknown: {error}") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ModelError(f"device {name!r} is not supported (only cpu, cuda, cuda:N)")
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        raise ModelError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", index)

@@ -1,0 +1,158 @@
+"""Runs one batch: prepares blocks, computes, samples. The only part of the engine that makes tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from services.engine.native.attention import ForwardBatch
+from services.engine.native.sampling import (
+    NoToken,
+    SamplingRow,
+    position_logprobs,
+    sample,
+)
+from services.engine.native.scheduling import (
+    Batch,
+    BlockCopy,
+    PositionLogprobs,
+    SampledBatch,
+    SampledSequence,
+    SampledToken,
+    ScheduledSequence,
+)
+
+
+class ForwardModel(Protocol):
+    """What the runner needs of a model."""
+
+    @property
+    def device(self) -> str:
+        """Where tensors are made: "cpu", "cuda:0"."""
+
+    @property
+    def eos_token_ids(self) -> Sequence[int]:
+        """What min_tokens forbids, besides the request's stop tokens."""
+
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        """Store keys and values in the cache, return float32 logits `[len(batch.logits_indices), vocab_size]`."""
+
+
+class ModelRunner:
+    """Owns the KV cache's content, `[num_blocks, ...]`, but not which block is whose: that is the scheduler's."""
+
+    def __init__(self, model: ForwardModel, kv_cache: Tensor, block_size: int) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._block_size = block_size
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> SampledBatch:
+        """Compute the batch's tokens; sample where a sequence asks for it."""
+        for copy in batch.copies:
+            self._copy(copy)
+        self._zero(batch.new_block_ids)
+        logits_of, indices = _logits_rows(batch.sequences)
+        logits = self._model.forward(self._forward_batch(batch.sequences, indices), self._kv_cache)
+        samples = self._sample(batch.sequences, logits, logits_of)
+        return SampledBatch(
+            tuple(
+                SampledSequence(
+                    token=None if isinstance(token, NoToken) else token,
+                    failure=token.reason if isinstance(token, NoToken) else None,
+                    prompt_logprobs=tuple(_prompt_logprobs(sequence, logits[rows.start :])),
+                )
+                for sequence, rows, token in zip(batch.sequences, logits_of, samples, strict=True)
+            )
+        )
+
+    def _copy(self, copy: BlockCopy) -> None:
+        # [num_layers, 2, num_kv_heads, block_size, head_dim]
+        source, destination = self._kv_cache[copy.source], self._kv_cache[copy.destination]
+        destination[..., : copy.num_tokens, :].copy_(source[..., : copy.num_tokens, :])
+        destination[..., copy.num_tokens :, :].zero_()
+
+    def _zero(self, block_ids: Sequence[int]) -> None:
+        """Clear blocks, neighbours together. Attention masks what is not written yet, but 0 * NaN is NaN."""
+        ordered = sorted(block_ids)
+        start = 0
+        for end in range(1, len(ordered) + 1):
+            if end == len(ordered) or ordered[end] != ordered[end - 1] + 1:
+                self._kv_cache[ordered[start] : ordered[end - 1] + 1].zero_()
+                start = end
+
+    def _forward_batch(self, sequences: Sequence[ScheduledSequence], logits_indices: Sequence[int]) -> ForwardBatch:
+        token_ids: list[int] = []
+        positions: list[int] = []
+        query_start = [0]
+        max_blocks = max(-(-sequence.end // self._block_size) for sequence in sequences)
+        block_tables = np.zeros((len(sequences), max_blocks), dtype=np.int32)
+        slots = []
+        for i, sequence in enumerate(sequences):
+            token_ids += sequence.request.token_ids[sequence.start : sequence.end]
+            positions += range(sequence.start, sequence.end)
+            query_start.append(len(token_ids))
+            num_blocks = -(-sequence.end // self._block_size)
+            block_tables[i, :num_blocks] = sequence.request.block_table[:num_blocks]
+            span = np.arange(sequence.start, sequence.end)
+            slots.append(
+                block_tables[i, span // self._block_size].astype(np.int64) * self._block_size + span % self._block_size
+            )
+        device = self._model.device
+        return ForwardBatch(
+            token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
+            positions=torch.tensor(positions, dtype=torch.int64, device=device),
+            slot_mapping=torch.from_numpy(np.concatenate(slots)).to(device),
+            query_start=query_start,
+            context_lens=[sequence.end for sequence in sequences],
+            block_tables=torch.from_numpy(block_tables).to(device),
+            logits_indices=torch.tensor(logits_indices, dtype=torch.int64, device=device),
+        )
+
+    def _sample(
+        self, sequences: Sequence[ScheduledSequence], logits: Tensor, logits_of: Sequence[range]
+    ) -> list[SampledToken | NoToken | None]:
+        sampled = [i for i, sequence in enumerate(sequences) if sequence.needs_sample]
+        results: list[SampledToken | NoToken | None] = [None] * len(sequences)
+        if not sampled:
+            return results
+        rows = [
+            SamplingRow(request.sampling, request.prompt_token_ids, request.output_token_ids)
+            for request in (sequences[i].request for i in sampled)
+        ]
+        last_rows = [logits_of[i][-1] for i in sampled]
+        chosen = logits if last_rows == list(range(logits.shape[0])) else logits[last_rows]
+        for i, token in zip(sampled, sample(chosen, rows, self._model.eos_token_ids), strict=True):
+            results[i] = token
+        return results
+
+
+def _logits_rows(sequences: Sequence[ScheduledSequence]) -> tuple[list[range], list[int]]:
+    """Which logits are wanted: per sequence its rows among them, and in all the rows of the batch's token axis.
+
+    A sequence wants those of its prompt logprobs, from its first token on, then that of its last token to sample from.
+    """
+    logits_of: list[range] = []
+    indices: list[int] = []
+    first = 0
+    for sequence in sequences:
+        begin = len(indices)
+        indices += range(first, first + sequence.num_prompt_rows)
+        if sequence.needs_sample:
+            indices.append(first + sequence.num_tokens - 1)
+        logits_of.append(range(begin, len(indices)))
+        first += sequence.num_tokens
+    return logits_of, indices
+
+
+def _prompt_logprobs(sequence: ScheduledSequence, logits: Tensor) -> list[PositionLogprobs]:
+    """Logprobs of the prompt tokens after each of this chunk's; `logits` begin with the sequence's rows."""
+    num_rows = sequence.num_prompt_rows
+    if num_rows == 0 or sequence.num_prompt_logprobs is None:
+        return []
+    following = sequence.request.token_ids[sequence.start + 1 : sequence.start + 1 + num_rows]
+    return position_logprobs(logits[:num_rows], following, sequence.num_prompt_logprobs)

@@ -1,0 +1,146 @@
+"""What one step computes: the scheduler's order to the runner, and the runner's answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from services.engine.native.scheduling.request import PositionLogprobs, Request, SampledToken
+from services.rates import StepShape, num_pairs
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """A run of one request's tokens, `token_ids[start : start + num_tokens]`, to be computed in this step.
+
+    token_ids   |-- computed before --|-- this step --|-- later --|
+                0                   start           end       num_tokens
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    is_first: bool  # the request has never been in a step before
+    needs_sample: bool  # this step reaches the newest token: sample the one after it
+    num_prompt_logprobs: int | None  # alternatives to report for prompt tokens; None: not asked for
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def num_prompt_rows(self) -> int:
+        """Number of positions here whose next token stands in the prompt: each gives one prompt logprob."""
+        if self.num_prompt_logprobs is None:
+            return 0
+        return max(0, min(self.end, self.request.num_prompt_tokens - 1) - self.start)
+
+
+class BlockCopy(NamedTuple):
+    """The KV of the first `num_tokens` tokens goes from one block to another; the rest of the other is cleared.
+
+    Not the whole block: what follows in the source belongs to other tokens. Nobody would attend to it, but attention
+    multiplies it by zero, and were it not finite, neither would the result be.
+    """
+
+    source: int
+    destination: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's work. The runner first copies, in order, then zeroes, then computes: a copy's source may be among
+    the new blocks, evicted and given out again by this very schedule."""
+
+    sequences: tuple[ScheduledSequence, ...]  # decode rows first, then prefill chunks
+    copies: tuple[BlockCopy, ...] = ()
+    new_block_ids: tuple[int, ...] = ()  # hold unknown bytes: zeroed before use; no destination of a copy
+    preempted: tuple[Request, ...] = ()
+    held_block_ids: tuple[
+        int, ...
+    ] = ()  # one reference each until the step has ended: what copies read must stay as it is
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(sequence.num_tokens for sequence in self.sequences)
+
+    @property
+    def shape(self) -> StepShape:
+        """What decides how long the step takes."""
+        prompts = [sequence for sequence in self.sequences if sequence.num_tokens > 1]
+        contexts = [sequence.end for sequence in self.sequences if sequence.num_tokens == 1]
+        return StepShape(
+            num_prompt_tokens=sum(sequence.num_tokens for sequence in prompts),
+            num_prompt_pairs=sum(num_pairs(sequence.start, sequence.num_tokens) for sequence in prompts),
+            num_running=len(contexts),
+            num_context_tokens=sum(contexts),
+        )
+
+
+class BatchBuilder:
+    """A batch while the scheduler puts it together, and what is left of the step's budgets."""
+
+    def __init__(self, num_tokens: int, num_prompt_logprob_rows: int) -> None:
+        self.budget = num_tokens
+        self.prompt_logprob_rows = num_prompt_logprob_rows
+        self.sequences: list[ScheduledSequence] = []
+        self.copies: list[BlockCopy] = []
+        self.new_block_ids: list[int] = []
+        self.preempted: list[Request] = []
+        self.held_block_ids: list[int] = []
+
+    def add_chunk(self, request: Request, max_tokens: int) -> bool:
+        """Schedule what the budgets allow of the request's uncomputed tokens; False if that is nothing."""
+        num_tokens = min(request.num_tokens - request.num_computed_tokens, self.budget, max_tokens)
+        if request.wants_prompt_logprobs:
+            num_tokens = min(num_tokens, self.prompt_logprob_rows)
+            self.prompt_logprob_rows -= num_tokens
+        if num_tokens > 0:
+            self.add(request, num_tokens)
+        return num_tokens > 0
+
+    def add(self, request: Request, num_tokens: int) -> None:
+        """Schedule the request's next `num_tokens` uncomputed tokens."""
+        assert 0 < num_tokens <= self.budget, f"{num_tokens} tokens of {request.request_id}, budget {self.budget}"
+        start = request.num_computed_tokens
+        self.budget -= num_tokens
+        self.sequences.append(
+            ScheduledSequence(
+                request=request,
+                start=start,
+                num_tokens=num_tokens,
+                is_first=not request.was_scheduled,
+                needs_sample=start + num_tokens == request.num_tokens,
+                num_prompt_logprobs=request.sampling.prompt_logprobs if request.wants_prompt_logprobs else None,
+            )
+        )
+        request.was_scheduled = True
+
+    def build(self) -> Batch:
+        return Batch(
+            sequences=tuple(self.sequences),
+            copies=tuple(self.copies),
+            new_block_ids=tuple(self.new_block_ids),
+            preempted=tuple(self.preempted),
+            held_block_ids=tuple(self.held_block_ids),
+        )
+
+
+@dataclass(frozen=True)
+class SampledSequence:
+    """The runner's answer for one sequence of the batch.
+
+    `token` is None where the batch asked for no sample, and where none could be had: then `failure` says why.
+    """
+
+    token: SampledToken | None = None
+    failure: str | None = None
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()  # for the tokens at start + 1, start + 2, ...
+
+
+@dataclass(frozen=True)
+class SampledBatch:
+    """One answer per sequence, in the batch's order."""
+
+    sequences: tuple[SampledSequence, ...]

@@ -1,0 +1,87 @@
+"""Which blocks a request gets from the pool, and when they become findable for others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvstore.block import BlockHash, BlockTokens, Proof, SharedTokens, extend_hashes, namespace
+from kvstore.pool import BlockPool
+from services.engine.native.scheduling.limits import SchedulerConfig
+from services.engine.native.scheduling.request import Request
+
+
+@dataclass(frozen=True)
+class TakenBlocks:
+    """A new block table, one reference each; the first `num_present` are cached ones and hold their content."""
+
+    block_ids: list[int]
+    num_present: int
+
+
+def take_blocks(pool: BlockPool, hashes: Sequence[BlockHash], num_blocks: int, *, headroom: int) -> TakenBlocks | None:
+    """Take `num_blocks`, as many of them from the prefix cache as it has of `hashes`.
+
+    None, taking nothing, unless `headroom` blocks are left afterwards.
+    """
+    block_ids = pool.match_prefix(hashes)
+    num_missing = num_blocks - len(block_ids)
+    # After a full hit the last block is written to. If others hold it, too, that takes one more, to copy it to.
+    num_copies = int(num_missing == 0 and pool.num_references(block_ids[-1]) > 1)
+    if num_missing + num_copies + headroom > pool.num_free:
+        pool.release(block_ids)
+        return None
+    return TakenBlocks(block_ids + pool.allocate(num_missing), len(block_ids))
+
+
+def extend_block_hashes(request: Request, config: SchedulerConfig) -> None:
+    """Bring `request.block_hashes` up to date with its tokens."""
+    extend_hashes(_root(request, config), request.block_hashes, request.token_ids, config.block_size)
+
+
+def match_next_block(
+    pool: BlockPool, request: Request, num_present: int, config: SchedulerConfig
+) -> SharedTokens | None:
+    """The cached block that shares the most with the request's first block that is not cached, with a reference on it.
+
+    None for a request that may not reuse anything. The last token is left out: its logits are wanted, so it is computed
+    in any case.
+    """
+    if request.wants_prompt_logprobs:
+        return None
+    start = num_present * config.block_size
+    token_ids = request.token_ids[start : min(start + config.block_size, request.num_tokens - 1)]
+    return pool.match_shared_tokens(BlockTokens(_parent_hash(request, num_present, config), token_ids))
+
+
+def _parent_hash(request: Request, index: int, config: SchedulerConfig) -> BlockHash:
+    """What the block at `index` comes after; its parent's hash must be known."""
+    return request.block_hashes[index - 1] if index > 0 else _root(request, config)
+
+
+def _root(request: Request, config: SchedulerConfig) -> BlockHash:
+    return namespace(config.model_fingerprint, request.cache_salt)
+
+
+def publish_full_blocks(
+    pool: BlockPool, request: Request, config: SchedulerConfig, proofs: Sequence[Proof] = ()
+) -> None:
+    """Make the blocks findable that are full of computed tokens; only after the step that wrote them has ended.
+
+    `proofs`: of the table's blocks, where they came with any: then nobody need compute them here.
+    """
+    num_full = request.num_computed_tokens // config.block_size
+    if num_full <= request.num_published_blocks:
+        return
+    extend_block_hashes(request, config)
+    for index in range(request.num_published_blocks, num_full):
+        block_id, block_hash = request.block_table[index], request.block_hashes[index]
+        if pool.knows_tokens(block_id):
+            continue
+        # A block that was fetched is findable already; here, where its tokens are known, parts of it become so, too.
+        parent_hash = request.block_hashes[index - 1] if index > 0 else None
+        start = index * config.block_size
+        token_ids = request.token_ids[start : start + config.block_size]
+        tokens = BlockTokens(_parent_hash(request, index, config), token_ids)
+        pool.publish(block_id, block_hash, parent_hash, tokens, proofs[index] if proofs else None)
+    request.num_published_blocks = num_full

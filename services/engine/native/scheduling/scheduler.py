@@ -1,0 +1,366 @@
+"""Continuous batching: decides what each step computes, and which request holds which block.
+
+Pure: no clock, no tensors, no threads. A step is `schedule` (takes blocks, returns a Batch), then the runner, then
+`update` (books the result, publishes full blocks, frees finished requests). Where each request stands is kept in
+`queues.py`, who enters next and with which blocks is decided in `admission.py`. The rules, in order:
+
+1.  One order for everything: (priority, arrival, order of coming). Smaller is sooner.
+2.  Running requests that decode get one token each. Where a block is missing, the running request that comes last in
+    the order is preempted: it gives back all its blocks, returns to the queue and later computes its tokens again.
+3.  Then prompts, in chunks, while the token budget lasts: those that run already, then the queue. A prompt takes the
+    blocks for all its tokens when it enters, so a started prompt never waits for memory. One whose next block a running
+    prompt is computing waits for that block instead of computing it again; others pass it.
+4.  Who enters leaves one free block for each request that runs (it will want it within block_size steps), or there
+    would be a preemption right away. With nothing running, it may take everything: progress is certain.
+5.  Reservations (blocks to read a prompt into that another worker computes) enter by the same order and the same
+    rule, at any moment and without token budget. Neither they nor the queue pass an earlier one of the other kind that
+    waits for memory or a place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kvstore.block import BlockHash, Proof
+from kvstore.pool import BlockPool
+from services.engine.native.scheduling.admission import Admission, GrantedReservation
+from services.engine.native.scheduling.batch import (
+    Batch,
+    BatchBuilder,
+    SampledBatch,
+    SampledSequence,
+    ScheduledSequence,
+)
+from services.engine.native.scheduling.block_tables import TakenBlocks, extend_block_hashes, publish_full_blocks
+from services.engine.native.scheduling.limits import SchedulerConfig, check_fits
+from services.engine.native.scheduling.loans import Loans
+from services.engine.native.scheduling.queues import RequestQueues
+from services.engine.native.scheduling.request import (
+    EngineError,
+    FinishReason,
+    QueueFull,
+    Request,
+    RequestStatus,
+    RequestUpdate,
+    SampledToken,
+)
+from services.engine.native.scheduling.stats import SchedulerStats
+
+
+class NotReserved(EngineError):
+    """A request was to join the running ones that has no place among them: it was aborted, or never granted one."""
+
+
+class Scheduler:
+    """Owns the queues and, with the pool, every block reference that is not lent to a caller. One thread only."""
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+        self.config = config
+        self.pool = pool
+        self.loans = Loans(pool)
+        self.stats = SchedulerStats()
+        self._queues = RequestQueues()
+        self._admission = Admission(config, pool, self._queues, self.stats)
+        self._in_flight: Batch | None = None
+        self._dying: list[list[int]] = []  # block tables of requests aborted in mid-step; freed by `update`
+
+    # ---- what the outside asks ----------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `schedule` can be expected to return a batch."""
+        return bool(self._queues.running) or self._admission.may_admit
+
+    @property
+    def num_running(self) -> int:
+        return len(self._queues.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a place: waiting, preempted, or waiting for blocks or bytes of a transfer."""
+        return self._queues.num_queued + len(self._queues.reserved)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens (and tokens to compute again) that are not computed yet, here."""
+        entries = (*self._queues.waiting, *self._queues.running)
+        remaining = [e.request.num_tokens - e.request.num_computed_tokens for e in entries]
+        return sum(num_tokens for num_tokens in remaining if num_tokens > 1)  # 1: a decode row
+
+    def add(self, request: Request) -> None:
+        """Queue a request to be computed here. Raises `InvalidRequest` or `QueueFull`, changing nothing."""
+        self._enter(request, RequestStatus.WAITING)
+        self._admission.note_change()
+
+    def reserve(self, request: Request) -> None:
+        """Queue a request for blocks to read its prompt into; `grant_reservations` returns them.
+
+        Raises `InvalidRequest`. Never `QueueFull`: another worker has computed some of the prompt by now, so whoever
+        orders that bounds how many there are.
+        """
+        self._enter(request, RequestStatus.RESERVING)
+
+    def cancel_reservation(self, request: Request) -> bool:
+        """Stop waiting for blocks; the request is NEW again. False, changing nothing, where it does not wait for any:
+        blocks that were granted already are given back by `release_reservation`.
+        """
+        if request.status is not RequestStatus.RESERVING:
+            return False
+        self._queues.move(request, RequestStatus.NEW)
+        self._admission.note_change()
+        return True
+
+    def release_reservation(self, request: Request, block_ids: Sequence[int]) -> None:
+        """Give back a granted reservation that came to nothing: its blocks, and its place if it has one still.
+
+        The request, unless it was aborted, is NEW again. Raises `NotLent` as `release_lent`.
+        """
+        self.release_lent(block_ids)
+        if request.status is RequestStatus.RESERVED:
+            self._queues.move(request, RequestStatus.NEW)
+
+    def abort(self, request_id: str) -> bool:
+        """End a live request, whatever its status, and free what it holds. Returns whether there was one.
+
+        Blocks that are lent (a granted reservation's) are the caller's to release. Blocks that the step in progress
+        writes to are freed when it ends.
+        """
+        request = self._queues.live(request_id)
+        if request is None:
+            return False
+        if request.status is RequestStatus.RUNNING:
+            self._free_blocks(request)
+        self._end(request, FinishReason.ABORT)
+        return True
+
+    def release_lent(self, block_ids: Sequence[int]) -> None:
+        """Take back references that were lent. Raises `NotLent`, changing nothing, for one that was not."""
+        self.loans.release(block_ids)
+        self._admission.note_change()
+
+    def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
+        """Lend the longest cached prefix of `hashes` to the caller: one reference on each block; may be none."""
+        block_ids = self.pool.match_prefix(hashes)
+        self.loans.pass_over(block_ids)
+        return block_ids
+
+    def take_prefix(self, hashes: Sequence[BlockHash]) -> TakenBlocks | None:
+        """Lend the caller a block per hash: the cached ones, and new ones to bring the others' content into.
+
+        None, taking nothing, where the running requests need the room. `publish_lent` makes filled ones findable.
+        """
+        blocks = self._admission.take_prefix(hashes)
+        if blocks is not None:
+            self.loans.pass_over(blocks.block_ids)
+        return blocks
+
+    def publish_lent(
+        self,
+        block_ids: Sequence[int],
+        hashes: Sequence[BlockHash],
+        proofs: Sequence[Proof],
+        parent_hash: BlockHash | None = None,
+    ) -> None:
+        """Make lent blocks findable that the caller filled and verified: a run of a chain. Raises `NotLent`.
+
+        `parent_hash` is that of the block before them; None where they begin at the head of the chain.
+        """
+        self.loans.check(block_ids)
+        for block_id, block_hash, proof in zip(block_ids, hashes, proofs, strict=True):
+            self.pool.publish(block_id, block_hash, parent_hash, proof=proof)
+            parent_hash = block_hash
+
+    def next_prefixes(self, max_requests: int) -> list[Sequence[BlockHash]]:
+        """The block hashes of those whose turn comes next (`Admission.next_prefixes`); none in mid-step."""
+        return self._admission.next_prefixes(max_requests) if self._in_flight is None else []
+
+    def grant_reservations(self) -> list[GrantedReservation]:
+        """Give blocks to the reservations whose turn it is. Between steps only: in mid-step it grants nothing."""
+        granted = self._admission.grant_reservations() if self._in_flight is None else []
+        for reservation in granted:
+            self.loans.pass_over(reservation.block_ids)
+        return granted
+
+    def add_prefilled(
+        self, request: Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken
+    ) -> RequestUpdate:
+        """Run a request on from its first token: its prompt's KV is in `block_ids`, verified by `proofs`, in order.
+
+        The request must be RESERVED; `block_ids` are the lent blocks of its reservation and become the request's.
+        Raises `NotReserved` or `NotLent`, changing nothing, otherwise. The update says whether the first token was also
+        the last.
+        """
+        num_needed = self.config.num_blocks_for(request.num_prompt_tokens)
+        is_reserved = request.status is RequestStatus.RESERVED and self._queues.live(request.request_id) is request
+        if not is_reserved or len(block_ids) != num_needed:
+            raise NotReserved(
+                f"request {request.request_id} is {request.status.name} and comes with {len(block_ids)} blocks; "
+                f"it must be RESERVED and needs {num_needed}"
+            )
+        self.loans.take_over(block_ids)
+        self._queues.move(request, RequestStatus.RUNNING)
+        request.block_table = list(block_ids)
+        request.was_scheduled = True
+        request.num_computed_tokens = request.num_prompt_tokens
+        publish_full_blocks(self.pool, request, self.config, proofs)
+        return self._book_token(ScheduledSequence(request, 0, 0, False, True, None), first_token)
+
+    def schedule(self) -> Batch | None:
+        """Choose the next step's work and take its blocks; None where nothing can run. `update` must follow."""
+        assert self._in_flight is None, "schedule was called twice without update"
+        step = BatchBuilder(self.config.max_num_batched_tokens, self.config.max_prompt_logprob_rows)
+        self._schedule_decodes(step)
+        self._schedule_started_prompts(step)
+        self._admission.admit_queue(step)
+        if not step.sequences:
+            assert not self._queues.running or step.preempted, "requests run and none could be scheduled"
+            assert not step.held_block_ids, "copies were ordered for a step without sequences"
+            return None
+        self._in_flight = step.build()
+        return self._in_flight
+
+    def update(self, batch: Batch, sampled: SampledBatch) -> list[RequestUpdate]:
+        """Book a finished step: tokens, full blocks into the prefix cache, finished requests out.
+
+        One update per sequence of the batch, except for requests that were aborted meanwhile.
+        """
+        assert batch is self._in_flight, "update of a batch that is not in flight"
+        self._in_flight = None
+        for block_table in self._dying:
+            self.pool.release(block_table)
+        self._dying.clear()
+        self.pool.release(batch.held_block_ids)
+        self.stats.num_steps += 1
+        return [
+            self._book_sequence(sequence, result)
+            for sequence, result in zip(batch.sequences, sampled.sequences, strict=True)
+            if sequence.request.status is RequestStatus.RUNNING
+        ]
+
+    def check_integrity(self) -> None:
+        """Raise unless every request is in one place that fits its status, and every reference has a holder."""
+        held = self.loans.references()
+        for block_table in self._dying:
+            held.update(block_table)
+        for entry in self._queues.running:
+            held.update(entry.request.block_table)
+        if self._in_flight is not None:
+            held.update(self._in_flight.held_block_ids)
+        self.pool.check_integrity(held)
+        self._queues.check_integrity()
+        problems = [
+            f"{entry.request.request_id} has {len(entry.request.block_table)} blocks for "
+            f"{entry.request.num_computed_tokens} computed tokens"
+            for entry in self._queues.running
+            if len(entry.request.block_table) < self.config.num_blocks_for(entry.request.num_computed_tokens)
+        ]
+        if problems:
+            raise EngineError(f"scheduler: {'; '.join(problems[:8])}")
+
+    # ---- entering and leaving -----------------------------------------------
+
+    def _enter(self, request: Request, status: RequestStatus) -> None:
+        """Make the request live."""
+        check_fits(request, self.config, self.pool.num_blocks)
+        if status is RequestStatus.WAITING and self._queues.num_queued >= self.config.max_num_waiting:
+            raise QueueFull(f"{self._queues.num_queued} requests wait, which is the limit")
+        self._queues.enter(request, status)
+        extend_block_hashes(request, self.config)
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        """Make it live no more; what it held must be free, or its caller's."""
+        request.finish_reason = reason
+        self.stats.num_finished[reason] += 1
+        self._queues.move(request, RequestStatus.FINISHED)
+        self._admission.note_change()
+
+    def _free_blocks(self, request: Request) -> None:
+        """Free a running request's blocks; those that the step in progress writes to when it ends."""
+        in_flight = self._in_flight.sequences if self._in_flight is not None else ()
+        if any(sequence.request is request for sequence in in_flight):
+            self._dying.append(request.block_table)
+        else:
+            self.pool.release(request.block_table)
+        request.block_table = []
+
+    def _preempt(self, request: Request, step: BatchBuilder) -> None:
+        self._free_blocks(request)
+        self._queues.move(request, RequestStatus.PREEMPTED)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self.stats.num_preemptions += 1
+        step.preempted.append(request)
+
+    # ---- one step -------------------------------------------------------------
+
+    def _schedule_decodes(self, step: BatchBuilder) -> None:
+        for entry in list(self._queues.running):
+            request = entry.request
+            if request.num_tokens - request.num_computed_tokens != 1 or request.status is not RequestStatus.RUNNING:
+                continue
+            num_missing = self.config.num_blocks_for(request.num_tokens) - len(request.block_table)
+            # The last in the order goes first. As `entry` walks in that order, nobody who is in the step is preempted.
+            while num_missing > self.pool.num_free and request.status is RequestStatus.RUNNING:
+                self._preempt(self._queues.running[-1].request, step)
+            if request.status is RequestStatus.RUNNING:
+                new_block_ids = self.pool.allocate(num_missing)
+                request.block_table += new_block_ids
+                step.new_block_ids += new_block_ids
+                step.add(request, 1)
+
+    def _schedule_started_prompts(self, step: BatchBuilder) -> None:
+        for entry in self._queues.running:
+            if step.budget == 0:
+                return
+            if entry.request.num_tokens - entry.request.num_computed_tokens > 1:
+                step.add_chunk(entry.request, self.config.max_chunk_tokens)
+
+    # ---- booking a step's results -----------------------------------------------
+
+    def _book_sequence(self, sequence: ScheduledSequence, result: SampledSequence) -> RequestUpdate:
+        request = sequence.request
+        if result.failure is not None:
+            # What these logits came from is not worth keeping.
+            return replace(self._finish(sequence, FinishReason.ERROR, None), failure=result.failure)
+        request.num_computed_tokens = sequence.end
+        if sequence.num_tokens > 1 or sequence.start < request.num_prompt_tokens:
+            self.stats.num_prompt_tokens += sequence.num_tokens
+        if sequence.num_prompt_logprobs is not None:
+            request.prompt_logprobs += result.prompt_logprobs
+        publish_full_blocks(self.pool, request, self.config)
+        if not sequence.needs_sample:
+            return RequestUpdate(request, sequence.is_first, request.num_computed_tokens)
+        assert result.token is not None, f"{request.request_id}: the runner returned no token"
+        self.stats.num_generated_tokens += 1
+        return self._book_token(sequence, result.token)
+
+    def _book_token(self, sequence: ScheduledSequence, token: SampledToken) -> RequestUpdate:
+        request = sequence.request
+        request.append_output(token.token_id)
+        finish_reason = request.stop_reason(self.config.eos_token_ids, self.config.max_model_len)
+        if finish_reason is not None:
+            return self._finish(sequence, finish_reason, token)
+        return self._update_with(request, sequence, token)
+
+    def _finish(self, sequence: ScheduledSequence, reason: FinishReason, token: SampledToken | None) -> RequestUpdate:
+        request = sequence.request
+        if request.hold_blocks and token is not None:
+            self.loans.pass_over(request.block_table)
+        else:
+            self._free_blocks(request)
+        self._end(request, reason)
+        return self._update_with(request, sequence, token)
+
+    @staticmethod
+    def _update_with(request: Request, sequence: ScheduledSequence, token: SampledToken | None) -> RequestUpdate:
+        reports_prompt = sequence.num_prompt_logprobs is not None and token is not None
+        return RequestUpdate(
+            request=request,
+            first_scheduled=sequence.is_first,
+            num_computed_tokens=request.num_computed_tokens,
+            new_tokens=() if token is None else (token,),
+            finish_reason=request.finish_reason,
+            stop_token_id=request.stop_token_id,
+            prompt_logprobs=tuple(request.prompt_logprobs) if reports_prompt else None,
+        )

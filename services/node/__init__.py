@@ -1,0 +1,7 @@
+"""What workers and store nodes share: settings, the debug HTTP server, the metrics of exchange and index."""
+
+from services.node.exchange_metrics import ExchangeMetrics
+from services.node.http import DebugServer
+from services.node.index_metrics import IndexMetrics
+
+__all__ = ["DebugServer", "ExchangeMetrics", "IndexMetrics"]

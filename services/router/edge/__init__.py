@@ -1,0 +1,21 @@
+"""The HTTP edge: who may come in, how many at a time, and one line for each when it leaves."""
+
+from services.router.edge.access import CLIENT_GONE
+from services.router.edge.admission import Admission, Room
+from services.router.edge.http import FAILED, App, Edge, Guard, read_body
+from services.router.edge.serving import GenerateEndpoint, RouterParts, plan_chat_request, plan_completion_request
+
+__all__ = [
+    "CLIENT_GONE",
+    "FAILED",
+    "Admission",
+    "App",
+    "Edge",
+    "GenerateEndpoint",
+    "Guard",
+    "Room",
+    "RouterParts",
+    "plan_chat_request",
+    "plan_completion_request",
+    "read_body",
+]

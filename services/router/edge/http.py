@@ -1,0 +1,204 @@
+"""The HTTP edge that every endpoint shares: bodies, answers, request ids, keys, and errors in one shape."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Any
+
+from services.logs import request_scope
+from services.router.edge.access import AccessRecord
+from services.router.errors import (
+    ApiError,
+    ClientDisconnected,
+    internal,
+    invalid,
+)
+from services.router.metrics import RouterMetrics
+from services.router.sse import Message, Receive, Send
+from services.router.tenants import Keyring, Tenant
+
+log = logging.getLogger(__name__)
+
+FAILED = "The router failed; its log says why."
+"""What a client is told of a bug of ours."""
+
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_BODY_TIMEOUT_S = 60.0
+
+OPEN = frozenset({"/health", "/ready", "/version", "/load", "/metrics"})
+"""What needs no API key: for probes and scrapers. All else does, also what is not there."""
+
+
+def header(scope: Message, name: bytes) -> str | None:
+    """The first header of that (lower-case) name."""
+    for key, value in scope["headers"]:
+        if key == name:
+            text: str = value.decode("latin-1")
+            return text
+    return None
+
+
+async def read_body(scope: Message, receive: Receive, max_bytes: int) -> bytes:
+    """The request's body. Raises ApiError (400 for another content type, 408, 413) and ClientDisconnected."""
+    content_type = (header(scope, b"content-type") or "application/json").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise invalid(f"The Content-Type must be application/json, not {content_type[:80]!r}.")
+    length = header(scope, b"content-length")
+    if length is not None and length.isdigit() and int(length) > max_bytes:
+        raise _too_large(max_bytes)
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            return await _read_chunks(receive, max_bytes)
+    except TimeoutError as error:
+        raise ApiError(408, f"The request body did not arrive within {_BODY_TIMEOUT_S:g} s.", code="timeout") from error
+
+
+async def _read_chunks(receive: Receive, max_bytes: int) -> bytes:
+    chunks, num_bytes, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnected
+        chunk = message.get("body", b"")
+        num_bytes += len(chunk)
+        if num_bytes > max_bytes:
+            raise _too_large(max_bytes)
+        chunks.append(chunk)
+        more = message.get("more_body", False)
+    return b"".join(chunks)
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(413, f"The request body is larger than {max_bytes} bytes.", code="request_too_large")
+
+
+def request_id_of(scope: Message, body: dict[str, Any]) -> str:
+    """The client's id for the request: the body's `request_id`, else the header's, else ours (see `Edge`)."""
+    value = body.get("request_id")
+    if value is None:
+        request_id: str = scope["state"]["request_id"]
+        return request_id
+    if not isinstance(value, str) or not _REQUEST_ID.fullmatch(value):
+        raise invalid("`request_id` must have 1 to 128 printable ASCII characters and no space.", "request_id")
+    scope["state"]["request_id"] = value
+    return value
+
+
+async def send_json(send: Send, body: bytes, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """A whole answer."""
+    all_headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        *headers,
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": all_headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def send_error(send: Send, error: ApiError) -> None:
+    """An error in OpenAI's shape."""
+    await send_json(send, error.body(), error.status, error.headers())
+
+
+class Edge:
+    """Wraps the whole application: gives every request an id, its path without the proxy's prefix, and its log line.
+
+    Plain ASGI: nothing stands between an endpoint and its client's disconnect.
+    """
+
+    def __init__(
+        self, app: App, metrics: RouterMetrics, *, root_path: str, roots: Collection[str], logs_requests: bool
+    ) -> None:
+        """`roots`: the first segments of our paths. `logs_requests`: one line per request; failures of ours are logged
+        in any case."""
+        self._app = app
+        self._metrics = metrics
+        self._prefix = root_path.rstrip("/")
+        self._roots = roots
+        self._logs_requests = logs_requests
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        scope["path"], scope["root_path"] = self._own_path(scope["path"]), ""
+        given = header(scope, b"x-request-id")
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        with request_scope(request_id):
+            await self._serve(scope, receive, send, request_id)
+
+    def _own_path(self, path: str) -> str:
+        """The path as our routes have it. Everyone behind sees this one alone: guard, routes and log cannot differ."""
+        rest = path.removeprefix(self._prefix)
+        # A proxy may strip the prefix or not; and one of /v1 is no reason to strip our own /v1.
+        return rest if rest[:1] == "/" and rest[1:].partition("/")[0] in self._roots else path
+
+    async def _serve(self, scope: Message, receive: Receive, send: Send, request_id: str) -> None:
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["access"] = access = AccessRecord(scope["method"], scope["path"])
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                access.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", state["request_id"].encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            access.close(state["request_id"], self._metrics, self._logs_requests)
+
+
+class Guard:
+    """Lets in who has a key, and turns a crash into a 500. Stands inside of CORS, so that browsers can read both."""
+
+    def __init__(self, app: App, keyring: Keyring, metrics: RouterMetrics) -> None:
+        self._app = app
+        self._keyring = keyring
+        self._metrics = metrics
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        access: AccessRecord = scope["state"]["access"]
+        started = finished = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started, finished
+            started = True
+            finished = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        try:
+            scope["state"]["tenant"] = self._tenant(scope)
+            await self._app(scope, receive, watched_send)
+        except ApiError as error:
+            self._metrics.count_error(error.status)
+            await send_error(send, error)
+            access.failed(error)
+        except Exception:
+            log.exception("the request crashed")
+            if not started:
+                self._metrics.count_error(500)
+                await send_error(send, internal(FAILED))
+            elif not finished:
+                access.status = 500
+                raise  # the server cuts the connection, so that the client does not take the answer for whole
+
+    def _tenant(self, scope: Message) -> Tenant | None:
+        """Whose key came with the request; None where none is needed. Raises ApiError 401."""
+        if not self._keyring or scope["path"] in OPEN:
+            return None
+        kind, _, key = (header(scope, b"authorization") or "").partition(" ")
+        given = key.strip().encode("latin-1") if kind.lower() == "bearer" else b""
+        tenant = self._keyring.find(given)
+        if tenant is None:
+            raise ApiError(
+                401,
+                "Incorrect API key provided." if given else "You didn't provide an API key.",
+                param=None,
+                code="invalid_api_key",
+            )
+        return tenant

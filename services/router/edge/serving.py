@@ -1,0 +1,282 @@
+"""The generating endpoints as ASGI applications: read, plan, admit, generate, and answer whole or as a stream.
+
+One task serves one HTTP request from its first byte to its last. A client that goes away, at any point, cancels it;
+`Generation.close` in a `finally` then ends every sequence at its worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from services.lifecycle import Event, Timeline
+from services.logs import request_scope
+from services.router import sse
+from services.router.config import RouterConfig
+from services.router.edge.access import AccessRecord
+from services.router.edge.admission import Admission, Room
+from services.router.edge.http import (
+    FAILED,
+    header,
+    read_body,
+    request_id_of,
+    send_error,
+    send_json,
+)
+from services.router.errors import (
+    ApiError,
+    ClientDisconnected,
+    internal,
+    timed_out,
+)
+from services.router.fleet import Ask, Dispatch, Placer, PrefixFinder, Workers, routing_key
+from services.router.metrics import RouterMetrics
+from services.router.openai import (
+    ChatRenderer,
+    CompletionRenderer,
+    Delta,
+    Generation,
+    GenerationPlan,
+    Receipts,
+    UsageCount,
+    parse_chat,
+    parse_completion,
+    parse_object,
+    plan_chat,
+    plan_completion,
+    string,
+)
+from services.router.tenants import Tenant, name_of
+from services.router.text import ModelDirectory, TokenizerPool
+
+log = logging.getLogger(__name__)
+
+# How long a client may take to read the error that ends its request.
+_LAST_WORDS_TIMEOUT_S = 5.0
+_RECEIPT_HEADER = b"x-tandem-receipt"
+
+
+@dataclass(frozen=True)
+class RouterParts:
+    """What the endpoints work with. Built by `main`, which owns and closes it."""
+
+    config: RouterConfig
+    models: ModelDirectory
+    workers: Workers
+    pool: TokenizerPool
+    admission: Admission
+    metrics: RouterMetrics
+    prefixes: PrefixFinder
+    placer: Placer
+
+    @asynccontextmanager
+    async def deadline(self) -> AsyncIterator[None]:
+        """What is done under it ends in time: with ApiError 504."""
+        timeout_s = self.config.request_timeout_s or None
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError as error:
+            raise timed_out(f"The request was not finished within {timeout_s:g} s.") from error
+
+
+class Renderer(Protocol):
+    """One endpoint's way of writing an answer."""
+
+    def opening(self) -> bytes: ...
+
+    def event(self, delta: Delta) -> bytes: ...
+
+    def last_event(self, usage: UsageCount | None, receipt: Receipts | None) -> bytes: ...
+
+    def response(self, deltas: Sequence[Delta], usage: UsageCount, receipt: Receipts | None) -> bytes: ...
+
+
+MakeRenderer = Callable[[Generation, int], Renderer]
+Plan = Callable[[RouterParts, dict[str, Any], str], Awaitable[tuple[GenerationPlan, MakeRenderer]]]
+
+
+async def plan_completion_request(
+    parts: RouterParts, body: dict[str, Any], request_id: str
+) -> tuple[GenerationPlan, MakeRenderer]:
+    """The plan of a /v1/completions body. Raises ApiError."""
+    model = parts.models.get(string(body, "model"))
+    request = parse_completion(body, model, parts.config)
+    completion = await plan_completion(request, model, request_id, parts.pool)
+    return completion.plan, lambda generation, created: CompletionRenderer(completion, generation, created)
+
+
+async def plan_chat_request(
+    parts: RouterParts, body: dict[str, Any], request_id: str
+) -> tuple[GenerationPlan, MakeRenderer]:
+    """The plan of a /v1/chat/completions body. Raises ApiError."""
+    model = parts.models.get(string(body, "model"))
+    request = parse_chat(body, model, parts.config)
+    plan = await plan_chat(request, model, request_id, parts.pool)
+    return plan, lambda generation, created: ChatRenderer(plan, generation, created)
+
+
+class GenerateEndpoint:
+    """An ASGI application for one of the two. An instance, so that the router hands it the raw channel."""
+
+    def __init__(self, parts: RouterParts, plan: Plan) -> None:
+        self._parts = parts
+        self._plan = plan
+
+    async def __call__(self, scope: sse.Message, receive: sse.Receive, send: sse.Send) -> None:
+        timeline = Timeline(time.time)
+        timeline.mark(Event.ARRIVED)
+        access: AccessRecord = scope["state"]["access"]
+        stream = sse.EventStream(send)
+        try:
+            try:
+                body = parse_object(await read_body(scope, receive, self._parts.config.max_body_bytes))
+                if header(scope, _RECEIPT_HEADER) == "1":
+                    body.setdefault("receipt", True)
+                async with sse.cancelled_on_disconnect(receive):
+                    tenant: Tenant | None = scope["state"].get("tenant")
+                    request_id = request_id_of(scope, body)
+                    with request_scope(request_id):
+                        await self._serve(body, request_id, tenant, timeline, stream, send, access)
+            except ApiError as error:
+                await self._fail(error, stream, send)
+                access.failed(error)
+            except ClientDisconnected:
+                raise
+            except Exception:
+                log.exception("the request crashed")
+                await self._fail(internal(FAILED), stream, send)
+                access.failed(internal(FAILED))
+        except ClientDisconnected:
+            self._parts.metrics.count_disconnect()
+            access.left()
+
+    async def _fail(self, error: ApiError, stream: sse.EventStream, send: sse.Send) -> None:
+        self._parts.metrics.count_error(error.status)
+        try:
+            async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
+                if not stream.started:
+                    await send_error(send, error)
+                else:
+                    await stream.write(sse.error_event(error))
+                    await stream.end()
+        except TimeoutError:  # it does not read any more
+            raise ClientDisconnected from error
+
+    async def _serve(
+        self,
+        body: dict[str, Any],
+        request_id: str,
+        tenant: Tenant | None,
+        timeline: Timeline,
+        stream: sse.EventStream,
+        send: sse.Send,
+        access: AccessRecord,
+    ) -> None:
+        async with self._parts.deadline():
+            plan, make_renderer = await self._plan(self._parts, body, request_id)
+            timeline.mark(Event.TOKENIZED)
+            with self._parts.admission.admit(plan.num_sequences) as room:
+                make_ask = await self._find_prefixes(plan, tenant)
+                generation = self._make_generation(plan, room, make_ask, timeline)
+                try:
+                    await self._generate(generation, make_renderer, stream, send)
+                finally:
+                    access.facts = generation.facts()
+
+    async def _find_prefixes(self, plan: GenerationPlan, tenant: Tenant | None) -> Callable[[int], Ask]:
+        """Makes a sequence's order, by its index, with all that placing it may depend on."""
+        parts, request = self._parts, plan.request
+        cache_salt = request.cache_salt
+        if tenant is not None and parts.config.cache_sharing == "tenant":
+            cache_salt = tenant.salt(cache_salt)
+        # A prompt whose own log probabilities are wanted is computed afresh, whoever holds it.
+        reuses = not request.sampling.HasField("prompt_logprobs")
+        spaces = parts.placer.spaces(plan.model.name) if reuses else []
+        blocks = await parts.prefixes.find(plan.prompts, cache_salt, spaces)
+        num_prompt_tokens = parts.metrics.for_model(plan.model.name).prompt_tokens
+
+        def make_ask(index: int) -> Ask:
+            prompt, choice = divmod(index, request.n)
+            if choice == 0:
+                num_prompt_tokens.inc(len(plan.prompts[prompt]))
+            order = plan.order(index, parts.config.request_timeout_s, cache_salt)
+            key = routing_key(plan.prompts[prompt], cache_salt)
+            return Ask(name_of(tenant), plan.request_id, index, order, blocks[prompt], key)
+
+        return make_ask
+
+    def _make_generation(
+        self, plan: GenerationPlan, room: Room, make_ask: Callable[[int], Ask], timeline: Timeline
+    ) -> Generation:
+        parts = self._parts
+        dispatch = Dispatch(
+            parts.workers,
+            parts.placer,
+            parts.metrics,
+            room,
+            make_ask,
+            max_attempts=parts.config.max_attempts,
+            restartable=not plan.request.stream,
+        )
+        return Generation(
+            plan,
+            dispatch,
+            parts.metrics.for_model(plan.model.name),
+            timeline,
+            time.time,
+        )
+
+    async def _generate(
+        self, generation: Generation, make_renderer: MakeRenderer, stream: sse.EventStream, send: sse.Send
+    ) -> None:
+        renderer = make_renderer(generation, int(time.time()))
+        try:
+            generation.start()
+            if generation.plan.request.stream:
+                await _stream(generation, renderer, stream, self._parts.config.sse_keepalive_s)
+            else:
+                await send_json(send, await _collect(generation, renderer))
+        except BaseException as error:
+            generation.close(error)
+            raise
+        generation.close(None)
+
+
+async def _collect(generation: Generation, renderer: Renderer) -> bytes:
+    whole = [Delta(index) for index in range(generation.plan.num_sequences)]
+    while not generation.finished:
+        for delta in await generation.deltas():
+            if delta.restarted:
+                whole[delta.index] = delta
+            else:
+                whole[delta.index].extend(delta)
+    return renderer.response(whole, generation.usage(), generation.receipt())
+
+
+async def _stream(generation: Generation, renderer: Renderer, stream: sse.EventStream, keepalive_s: float) -> None:
+    # The response starts with the first news, so that a refusal by the workers is still a proper HTTP error.
+    opening = renderer.opening()
+    while not generation.finished:
+        try:
+            async with asyncio.timeout(keepalive_s):
+                deltas = await generation.deltas()
+        except TimeoutError:
+            await stream.write(opening + sse.KEEP_ALIVE)
+            opening = b""
+            continue
+        events = opening + b"".join(renderer.event(delta) for delta in deltas)
+        opening = b""
+        if events:
+            await stream.write(events)
+    usage = generation.usage() if generation.plan.request.include_usage else None
+    receipt = generation.receipt()
+    if usage is not None or receipt is not None:
+        await stream.write(renderer.last_event(usage, receipt))
+    await stream.write(sse.DONE)
+    await stream.end()

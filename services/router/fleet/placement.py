@@ -1,0 +1,220 @@
+"""Carries the pure choice (routing.py) out: takes the snapshot, and remembers what was sent where.
+
+All of the router's mutable routing state is here: the policy's, the prefixes just sent, the log of decisions. It
+belongs to the event loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from tandem.v1 import worker_pb2 as pb
+
+from kvstore.block import BlockHash
+from services.router.fleet.prefixes import BlockSpace, PromptBlocks
+from services.router.fleet.workers import Workers
+from services.router.routing import (
+    MAX_CANDIDATES,
+    CostModel,
+    Decision,
+    DecisionEntry,
+    DecisionLog,
+    Held,
+    KnownPrefix,
+    Policy,
+    PolicyState,
+    RecentPrefixes,
+    Refusal,
+    RoutedRequest,
+    WorkerKey,
+    bounded,
+    choose,
+    next_state,
+)
+
+MAX_PREFIX_SOURCES = 4
+_KEY_TOKENS = 256
+
+
+def routing_key(prompt_token_ids: Sequence[int], cache_salt: str) -> bytes:
+    """Equal for prompts that begin equally; see `routing.choose`."""
+    head = ",".join(map(str, prompt_token_ids[:_KEY_TOKENS]))
+    return hashlib.blake2b(f"{cache_salt}\0{head}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A sequence to be placed. `blocks` are its prompt's."""
+
+    tenant: str
+    request_id: str
+    """Of the HTTP request, which may have several sequences."""
+    index: int
+    order: pb.GenerateRequest
+    blocks: PromptBlocks
+    key: bytes
+
+
+@dataclass
+class Placement:
+    """A sequence at its workers: who serves it, and what is counted on its account until its prefill has ended."""
+
+    decision: Decision
+    space: BlockSpace
+    blocks: PromptBlocks
+    num_counted_tokens: int = 0
+
+    @property
+    def decode_key(self) -> WorkerKey:
+        return self.decision.decode.worker_id, self.decision.decode.incarnation
+
+    @property
+    def prefill_key(self) -> WorkerKey:
+        """Of the worker that is expected to prefill."""
+        if self.decision.prefills_locally:
+            return self.decode_key
+        return self.decision.prefill[0].worker_id, self.decision.prefill[0].incarnation
+
+    @property
+    def hashes(self) -> Sequence[BlockHash]:
+        return self.blocks.hashes.get(self.space, ())
+
+
+class Placer:
+    """Places sequences. One per router."""
+
+    def __init__(
+        self,
+        workers: Workers,
+        policy: Policy,
+        log: DecisionLog,
+        clock: Callable[[], float] = time.monotonic,
+        unix_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.log = log
+        self._workers = workers
+        self._policy = policy
+        self._clock = clock
+        self._unix_clock = unix_clock
+        self._state = PolicyState()
+        self._recent = RecentPrefixes()
+
+    def spaces(self, model: str) -> list[BlockSpace]:
+        """The block spaces of the workers that serve the model; usually one."""
+        found = [
+            BlockSpace(record.model_fingerprint, record.block_size)
+            for record in self._workers.records
+            if model in record.served_model_names
+        ]
+        return list(dict.fromkeys(found))
+
+    def place(
+        self, ask: Ask, exclude: Collection[str], *, attempt: int = 1, retried_after: str = ""
+    ) -> Placement | Refusal:
+        """Chooses workers. Nothing is counted before `sent`."""
+        spaces = {space.model_fingerprint: space for space in self.spaces(ask.order.model)}
+        prefixes = {fingerprint: self._known(ask, space) for fingerprint, space in spaces.items()}
+        cost = CostModel(self._workers.rates(next(iter(spaces), "")))
+        request = RoutedRequest(ask.order.model, len(ask.order.prompt_token_ids), ask.key, prefixes)
+        decision = choose(
+            request,
+            self._workers.decode_candidates(),
+            self._workers.prefill_candidates(),
+            exclude,
+            policy=self._policy,
+            state=self._state,
+            cost=cost,
+        )
+        fingerprint = next(iter(spaces), "") if isinstance(decision, Refusal) else decision.decode.model_fingerprint
+        known = prefixes.get(fingerprint, KnownPrefix(1))
+        self.log.add(
+            DecisionEntry(
+                tenant=ask.tenant,
+                request_id=ask.request_id,
+                index=ask.index,
+                attempt=attempt,
+                unix_s=self._unix_clock(),
+                num_prompt_tokens=request.num_prompt_tokens,
+                num_blocks=known.num_blocks,
+                index_s=ask.blocks.index_s,
+                held=dict(sorted(known.held.items(), key=lambda item: -item[1].num_blocks)[:MAX_CANDIDATES]),
+                expected=dict(sorted(known.expected.items(), key=lambda item: -item[1])[:MAX_CANDIDATES]),
+                outcome=bounded(decision),
+                rates=cost.rates,
+                retried_after=retried_after,
+            )
+        )
+        if isinstance(decision, Refusal):
+            return decision
+        return Placement(decision, spaces[fingerprint], ask.blocks)
+
+    def fill_order(self, order: pb.GenerateRequest, placement: Placement) -> None:
+        """Names the prefill workers and the other holders of the prefix in an order."""
+        for target in placement.decision.prefill:
+            order.prefill_targets.add(
+                worker_id=target.worker_id,
+                incarnation=target.incarnation,
+                grpc_address=target.grpc_address,
+                kv_address=target.kv_address,
+            )
+        holdings = {holding.holder_id: holding for holding in placement.blocks.holdings.get(placement.space, ())}
+        for holder_id in placement.decision.sources[:MAX_PREFIX_SOURCES]:
+            holding = holdings[holder_id]
+            record = self._workers.registered((holder_id, holding.incarnation))
+            if record is not None and record.kv_address:
+                held = Held(holding.num_blocks, holding.num_per_tier)
+                order.prefix_sources.add(
+                    holder_id=holder_id,
+                    incarnation=holding.incarnation,
+                    kv_address=record.kv_address,
+                    num_blocks=holding.num_blocks,
+                    tier=held.slowest_tier,
+                )
+
+    def sent(self, placement: Placement) -> None:
+        """The order is on its way: its prefill stands in front of later ones, and its prefix will be there."""
+        known = {record.worker_id for record in self._workers.records}
+        self._state = next_state(self._state, placement.decision, known)
+        placement.num_counted_tokens = placement.decision.prefilled_by.num_computed_tokens
+        self._workers.count_prefill(placement.prefill_key, placement.num_counted_tokens)
+        self._remember(placement.prefill_key, placement)
+
+    def prefilled(self, placement: Placement, usage: pb.Usage | None) -> None:
+        """The first token is here. `usage` says, if it is known, who did the prefill in the end."""
+        self.withdraw(placement)
+        decode, expected = placement.decode_key, placement.prefill_key
+        done_by = expected[0]
+        if usage is not None:
+            done_by = decode[0] if usage.prefilled_locally else usage.prefill_worker_id
+            if usage.HasField("prefill_rates"):
+                self._workers.prefill_rates(usage.prefill_worker_id, usage.prefill_rates)
+        if done_by == expected[0]:
+            self._remember(expected, placement)
+        else:
+            self._recent.forget(expected, placement.hashes)
+        # Where the first token was also the last, nothing was handed over.
+        if done_by == decode[0] or usage is None or usage.num_transferred_blocks:
+            self._remember(decode, placement)
+
+    def withdraw(self, placement: Placement) -> None:
+        """Its prefill has ended, or never will begin. Safe to call again."""
+        num_tokens, placement.num_counted_tokens = placement.num_counted_tokens, 0
+        self._workers.count_prefill(placement.prefill_key, -num_tokens)
+
+    def _known(self, ask: Ask, space: BlockSpace) -> KnownPrefix:
+        hashes = ask.blocks.hashes.get(space, ())
+        # An entry of another incarnation is of a process that is no more.
+        held = {
+            holding.holder_id: Held(holding.num_blocks, holding.num_per_tier)
+            for holding in ask.blocks.holdings.get(space, ())
+            if self._workers.registered((holding.holder_id, holding.incarnation)) is not None
+        }
+        recent = self._recent.num_held(hashes, self._clock())
+        expected = {key[0]: count for key, count in recent.items() if self._workers.registered(key) is not None}
+        return KnownPrefix(space.block_size, len(hashes), held, expected)
+
+    def _remember(self, worker: WorkerKey, placement: Placement) -> None:
+        self._recent.add(worker, placement.hashes, self._clock())

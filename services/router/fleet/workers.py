@@ -1,0 +1,217 @@
+"""The workers that the registry lists, and the session with each decode worker among them.
+
+A decode worker that leaves the registry gets no new requests, but keeps its session until its last one has ended: a
+lost lease may only mean that Redis had a bad moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from tandem.v1 import worker_pb2 as pb
+
+from kvstore.registry import WorkerRecord
+from services.rates import Rates, mean_rates
+from services.router.fleet.session import WorkerSession, rates_from_proto
+from services.router.routing import DecodeCandidate, PrefillCandidate, WorkerKey
+
+log = logging.getLogger(__name__)
+
+_CLOSE_TIMEOUT_S = 1.0
+_PREFILL_WAIT_S = 30.0
+
+
+class MembershipView(Protocol):
+    """The part of `kvstore.registry.registry.Membership` that the router uses."""
+
+    def snapshot(self) -> tuple[WorkerRecord, ...]: ...
+
+    def on_change(self, callback: Callable[[tuple[WorkerRecord, ...]], None]) -> None:
+        """`callback` is called in the event loop with each new snapshot."""
+
+
+class Workers:
+    """Follows the membership; owns the sessions and their tasks."""
+
+    def __init__(
+        self,
+        membership: MembershipView,
+        router_id: str,
+        reconnect_max_s: float,
+        serves: Callable[[WorkerRecord], bool] = lambda record: True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._membership = membership
+        self._router_id = router_id
+        self._reconnect_max_s = reconnect_max_s
+        self._serves = serves
+        self._clock = clock
+        self._records: tuple[WorkerRecord, ...] = ()
+        self._registered: dict[WorkerKey, WorkerRecord] = {}
+        self._sessions: dict[WorkerKey, WorkerSession] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._queued_tokens: dict[WorkerKey, int] = {}
+        self._prefill_awaited_until_s: dict[str, float] = {}  # by model fingerprint
+        self._prefill_rates: dict[str, Rates] = {}  # by worker id, as the last answer of that worker had them
+
+    def start(self) -> None:
+        """Reads the membership and follows it from now on. Call it in the event loop."""
+        self._membership.on_change(self._follow)
+        self._follow(self._membership.snapshot())
+
+    def _follow(self, snapshot: tuple[WorkerRecord, ...]) -> None:
+        """Opens sessions to new decode workers, ends those that are gone and done."""
+        self._registered = {(record.worker_id, record.incarnation): record for record in snapshot}
+        self._records = tuple(record for record in snapshot if self._serves(record))
+        listed = {(record.worker_id, record.incarnation): record for record in self._records}
+        for key, record in listed.items():
+            if record.role != "decode":
+                continue
+            if key in self._sessions:
+                self._sessions[key].record = record
+            else:
+                self._open(key, record)
+        for key in list(self._sessions):
+            if key not in listed:
+                self.retire_if_idle(self._sessions[key])
+        self._queued_tokens = {key: count for key, count in self._queued_tokens.items() if key in listed}
+        self._await_prefill()
+        worker_ids = {worker_id for worker_id, _ in listed}
+        self._prefill_rates = {each: rates for each, rates in self._prefill_rates.items() if each in worker_ids}
+
+    def _await_prefill(self) -> None:
+        found = {record.model_fingerprint for record in self._records if record.role == "prefill"}
+        until_s = self._clock() + _PREFILL_WAIT_S
+        self._prefill_awaited_until_s = {
+            model: -math.inf if model in found else self._prefill_awaited_until_s.get(model, until_s)
+            for model in {record.model_fingerprint for record in self._records}
+        }
+
+    def awaits_prefill(self, worker: DecodeCandidate) -> bool:
+        """Whether the prefill workers of a decode worker that was started to have some are still to come.
+
+        A fleet starts in any order, and prompts that come before the first prefill worker are all prefilled by the
+        decode workers. Not so when it is colocated; nor once a prefill worker of the model has been registered, here or
+        gone; nor half a minute after the model was first seen: then the decode workers are all there is.
+        """
+        until_s = self._prefill_awaited_until_s.get(worker.model_fingerprint, -math.inf)
+        return not worker.colocated and self._clock() < until_s
+
+    def retire_if_idle(self, session: WorkerSession) -> None:
+        """Closes the session of a worker that has left the registry, once nothing runs on it any more."""
+        key = (session.record.worker_id, session.record.incarnation)
+        listed = any((record.worker_id, record.incarnation) == key for record in self._records)
+        if not listed and session.num_live == 0 and self._sessions.get(key) is session:
+            del self._sessions[key]
+            session.close()
+
+    @property
+    def records(self) -> tuple[WorkerRecord, ...]:
+        """The registered workers that serve a model of ours."""
+        return self._records
+
+    @property
+    def num_sessions_up(self) -> int:
+        return sum(session.connected for session in self._sessions.values())
+
+    def session(self, worker_id: str, incarnation: str) -> WorkerSession:
+        """The session with a candidate of the current snapshot."""
+        return self._sessions[worker_id, incarnation]
+
+    def decode_candidates(self) -> list[DecodeCandidate]:
+        return [
+            DecodeCandidate(
+                worker_id=record.worker_id,
+                incarnation=record.incarnation,
+                model_names=record.served_model_names,
+                model_fingerprint=record.model_fingerprint,
+                connected=session.connected,
+                draining=record.draining or session.load.draining,
+                num_outstanding=session.num_outstanding,
+                num_waiting_tokens=max(session.load.num_waiting_tokens, self._num_queued_tokens(record)),
+                max_num_seqs=record.max_num_seqs,
+                num_blocks=session.load.num_blocks,
+                num_free_blocks=session.num_free_blocks,
+                colocated=record.colocated,
+                local_prefill_max_tokens=record.local_prefill_max_tokens,
+            )
+            for record, session in self._decode_sessions()
+        ]
+
+    def prefill_candidates(self) -> list[PrefillCandidate]:
+        return [
+            PrefillCandidate(
+                worker_id=record.worker_id,
+                incarnation=record.incarnation,
+                grpc_address=record.grpc_address,
+                kv_address=record.kv_address,
+                model_names=record.served_model_names,
+                model_fingerprint=record.model_fingerprint,
+                draining=record.draining,
+                num_outstanding_tokens=self._num_queued_tokens(record),
+            )
+            for record in self._records
+            if record.role == "prefill"
+        ]
+
+    def prefill_rates(self, worker_id: str, rates: pb.Rates) -> None:
+        """A prefill worker has said how fast it is, with the answer to one of our prompts."""
+        if any(record.worker_id == worker_id and record.role == "prefill" for record in self._records):
+            self._prefill_rates[worker_id] = rates_from_proto(rates)
+
+    def rates(self, model_fingerprint: str) -> Rates:
+        """How fast the workers are that compute this model's prompts; where there are no such, its decode workers."""
+        of_model = [record for record in self._records if record.model_fingerprint == model_fingerprint]
+        prefill = [record for record in of_model if record.role == "prefill"]
+        known = [self._prefill_rates[record.worker_id] for record in prefill if record.worker_id in self._prefill_rates]
+        decode = [pair for pair in self._decode_sessions() if pair[0].model_fingerprint == model_fingerprint]
+        return mean_rates(known + [session.rates for record, session in decode if record.colocated or not prefill])
+
+    def registered(self, worker: WorkerKey) -> WorkerRecord | None:
+        """The registry's record of a holder of blocks, whatever it serves; None if this incarnation is not there."""
+        return self._registered.get(worker)
+
+    def count_prefill(self, worker: WorkerKey, num_tokens: int) -> None:
+        """Adds prompt tokens to (or, negative, takes them from) what this router expects the worker to compute."""
+        count = self._queued_tokens.pop(worker, 0) + num_tokens
+        if count > 0:
+            self._queued_tokens[worker] = count
+
+    def _num_queued_tokens(self, record: WorkerRecord) -> int:
+        return self._queued_tokens.get((record.worker_id, record.incarnation), 0)
+
+    async def close(self) -> None:
+        """Ends all sessions; what still runs on them ends with a retryable error."""
+        for session in self._sessions.values():
+            session.close()
+        tasks = list(self._tasks)
+        if tasks:
+            # One that waits for a worker's first frame does not look up before its deadline.
+            _, late = await asyncio.wait(tasks, timeout=_CLOSE_TIMEOUT_S)
+            for task in late:
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # a crash was logged when it happened
+
+    def _decode_sessions(self) -> Iterable[tuple[WorkerRecord, WorkerSession]]:
+        for record in self._records:
+            session = self._sessions.get((record.worker_id, record.incarnation))
+            if session is not None:
+                yield record, session
+
+    def _open(self, key: WorkerKey, record: WorkerRecord) -> None:
+        session = WorkerSession(record, self._router_id, self._reconnect_max_s)
+        self._sessions[key] = session
+        task = asyncio.create_task(session.run(), name=f"session with {record.worker_id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._on_session_ended)
+
+    def _on_session_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # A bug of ours: the worker stays unused until its next incarnation, and the log says why.
+            log.error("the %s crashed", task.get_name(), exc_info=error)

@@ -1,0 +1,108 @@
+"""One answer in the making: a worker's outputs in, text deltas out. Detokenizes and applies stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tandem.v1 import worker_pb2 as pb
+
+from services.router.openai.requests import GenerationRequest
+from services.router.text import ServedModel, StopMatcher
+
+
+@dataclass(slots=True)
+class Delta:
+    """What is new in choice `index`. `restarted`: what earlier deltas said of it is void."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[pb.PositionLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[pb.PositionLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    restarted: bool = False
+
+    def extend(self, later: Delta) -> None:
+        """Takes a later delta of the same choice in."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.prompt_logprobs += later.prompt_logprobs
+        self.finish_reason = later.finish_reason
+        self.stop_reason = later.stop_reason
+
+
+class Choice:
+    """The state of one sequence on the router."""
+
+    def __init__(self, index: int, request: GenerationRequest, model: ServedModel, discard: bool = False) -> None:
+        """`discard`: the generated token is not wanted, only what comes with it (echo with max_tokens=0)."""
+        self.index = index
+        self.num_tokens = 0
+        self.finished = False
+        self.usage: pb.Usage | None = None
+        self._request = request
+        self._eos_token_ids = model.files.eos_token_ids
+        self._discard = discard
+        self._text = model.tokenizer.detokenizer(request.skip_special_tokens)
+        self._stops = StopMatcher(request.stops, request.include_stop) if request.stops else None
+
+    def feed(self, output: pb.Output) -> Delta:
+        """The delta that an output gives. It may finish the choice before the worker does: a stop string was found."""
+        delta = Delta(self.index, prompt_logprobs=list(output.prompt_logprobs))
+        token_ids = list(output.token_ids)
+        num_taken = self._take_text(delta, token_ids, self._num_hidden(output, token_ids), bool(output.finish_reason))
+        if output.HasField("usage"):
+            self.usage = output.usage
+        if delta.finish_reason is None and output.finish_reason:
+            delta.finish_reason = "stop" if output.finish_reason == pb.FINISH_REASON_STOP else "length"
+            # An end of sequence that we added to the order is no stop token of the client's.
+            stopped_by = output.stop_token_id if output.HasField("stop_token_id") else None
+            delta.stop_reason = stopped_by if stopped_by in self._request.sampling.stop_token_ids else None
+        self.finished = delta.finish_reason is not None
+        if self._discard:
+            delta.text, delta.finish_reason = "", "length" if self.finished else None
+            delta.stop_reason = None
+            return delta
+        delta.token_ids = token_ids[:num_taken]
+        delta.logprobs = list(output.logprobs[:num_taken])
+        self.num_tokens += num_taken
+        return delta
+
+    def _num_hidden(self, output: pb.Output, token_ids: Sequence[int]) -> int:
+        """1 if the last token ended the sequence and shall not show in the text, else 0."""
+        if output.finish_reason != pb.FINISH_REASON_STOP or not token_ids or self._request.include_stop:
+            return 0
+        stopped_by = output.stop_token_id if output.HasField("stop_token_id") else None
+        return int(token_ids[-1] == stopped_by or token_ids[-1] in self._eos_token_ids)
+
+    def _take_text(self, delta: Delta, token_ids: list[int], num_hidden: int, is_last: bool) -> int:
+        """Sets the delta's text; returns how many of the tokens belong to the answer."""
+        visible = token_ids[: len(token_ids) - num_hidden]
+        if self._stops is None:
+            delta.text = self._text.feed(visible) if visible else ""
+            if is_last:
+                delta.text += self._text.flush()
+            return len(token_ids)
+        # Token by token: the answer ends with the token that completes the stop string.
+        for position, token_id in enumerate(visible):
+            piece = self._text.feed((token_id,))
+            if self.num_tokens + position + 1 <= self._request.sampling.min_tokens:
+                delta.text += piece
+                continue
+            delta.text += self._stops.feed(piece)
+            if self._stopped(delta):
+                return position + 1
+        if is_last:
+            delta.text += self._stops.feed(self._text.flush())
+            if not self._stopped(delta):
+                delta.text += self._stops.flush()
+        return len(token_ids)
+
+    def _stopped(self, delta: Delta) -> bool:
+        if self._stops is None or self._stops.matched is None:
+            return False
+        delta.finish_reason, delta.stop_reason = "stop", self._stops.matched
+        return True

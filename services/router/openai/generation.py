@@ -1,0 +1,315 @@
+"""One HTTP request's generation: prompts times n sequences, from orders to deltas, with its metrics and its end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from prometheus_client import Gauge
+from tandem.v1 import worker_pb2 as pb
+
+from services.lifecycle import Event, Timeline
+from services.router.errors import ApiError, invalid
+from services.router.fleet import Dispatch, error_of
+from services.router.metrics import ModelMetrics
+from services.router.openai.choice import Choice, Delta
+from services.router.openai.requests import GenerationRequest
+from services.router.receipt import Receipt, make_receipt
+from services.router.text import ServedModel
+
+log = logging.getLogger(__name__)
+
+
+Receipts = dict[str, object]
+"""The `receipt` object of an answer."""
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """A checked and tokenized request. Sequence `index` is choice `index % n` of prompt `index // n`."""
+
+    model: ServedModel
+    request: GenerationRequest
+    request_id: str
+    prompts: Sequence[list[int]]
+    max_tokens: Sequence[int]
+    """Per prompt; at least 1."""
+    discard_generated: bool = False
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.prompts) * self.request.n
+
+    def order(self, index: int, timeout_s: float, cache_salt: str) -> pb.GenerateRequest:
+        """What the worker of a sequence gets. `cache_salt` is the workers', not the client's."""
+        prompt, choice = divmod(index, self.request.n)
+        return pb.GenerateRequest(
+            request_id=self.request_id if self.num_sequences == 1 else f"{self.request_id}-{index}",
+            model=self.model.name,
+            prompt_token_ids=self.prompts[prompt],
+            sampling=self._sampling(choice, self.max_tokens[prompt]),
+            priority=self.request.priority,
+            cache_salt=cache_salt,
+            timeout_s=timeout_s,
+        )
+
+    def _sampling(self, choice: int, max_tokens: int) -> pb.SamplingParams:
+        sampling = self.request.sampling_for(choice, max_tokens)
+        eos_token_id = self.model.tokenizer.eos_token_id
+        # Workers read the model's configuration only; the tokenizer's may name another end, as base models' often do.
+        if eos_token_id is not None and not sampling.ignore_eos:
+            sampling.stop_token_ids.append(eos_token_id)
+        return sampling
+
+
+def tokens_to_generate(
+    request: GenerationRequest, num_prompt_tokens: int, prompt_field: str, default: int | None, max_model_len: int
+) -> int:
+    """max_tokens of a sequence: what the client asked for, else the default as far as it fits, else all that fits.
+
+    Raises ApiError with OpenAI's context_length_exceeded where prompt and answer do not fit into the context; it names
+    what the client wrote: `prompt_field`, or the number of tokens where a smaller one would do.
+    """
+    room, asked = max_model_len - num_prompt_tokens, request.max_tokens
+    wanted = max(asked if asked is not None else min(default or room, room), 1)
+    if num_prompt_tokens == 0:
+        raise invalid("The prompt has no tokens.", prompt_field)
+    if wanted > room:
+        asked_words = f" ({num_prompt_tokens} in the prompt; {wanted} for the completion)"
+        raise invalid(
+            f"This model's maximum context length is {max_model_len} tokens. However, you requested"
+            f" {num_prompt_tokens + wanted} tokens{asked_words}. Please reduce the length of the prompt or completion.",
+            prompt_field if asked is None or room < 1 else request.max_tokens_field,
+            "context_length_exceeded",
+        )
+    return wanted
+
+
+@dataclass(frozen=True)
+class UsageCount:
+    """Tokens of the request so far."""
+
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_cached_tokens: int | None = None
+    """Reported with a sequence's last output; not known where a stop string ended one before that."""
+
+    def to_json(self) -> dict[str, object]:
+        usage: dict[str, object] = {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_generated_tokens,
+            "total_tokens": self.num_prompt_tokens + self.num_generated_tokens,
+        }
+        if self.num_cached_tokens is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": self.num_cached_tokens}
+        return usage
+
+
+class Generation:
+    """Runs a plan. The owner calls `start`, then `deltas` until `finished`, and `close` whatever happens."""
+
+    def __init__(
+        self,
+        plan: GenerationPlan,
+        dispatch: Dispatch,
+        metrics: ModelMetrics,
+        timeline: Timeline,
+        clock: Callable[[], float],
+    ) -> None:
+        """`clock` gives unix seconds, as the timeline's does."""
+        self.plan = plan
+        self._dispatch = dispatch
+        self._metrics = metrics
+        self._timeline = timeline
+        self._clock = clock
+        self._receipts: list[Receipt | None] = [None] * plan.num_sequences
+        self._first_token_s: list[float | None] = [None] * plan.num_sequences
+        self._choices = [self._new_choice(index) for index in range(plan.num_sequences)]
+        self._last_token_s: list[float | None] = [None] * plan.num_sequences
+        self._num_unfinished = plan.num_sequences
+        self._finish_reasons: list[str | None] = [None] * plan.num_sequences
+        self._started = False
+
+    def start(self) -> None:
+        """From now on its sequences count as waiting, here or at a worker."""
+        self._started = True
+        self._metrics.num_waiting.inc(len(self._choices))
+
+    @property
+    def finished(self) -> bool:
+        return self._num_unfinished == 0
+
+    async def deltas(self) -> list[Delta]:
+        """Waits for news; one delta per choice that has any, in order of their first news. Raises ApiError."""
+        merged: dict[int, Delta] = {}
+        for arrival in await self._dispatch.arrivals():
+            if arrival.output is None:
+                self._restart(arrival.index)
+                merged[arrival.index] = Delta(arrival.index, restarted=True)
+                continue
+            choice = self._choices[arrival.index]
+            if choice.finished:
+                continue
+            if arrival.output.finish_reason == pb.FINISH_REASON_ERROR:
+                raise error_of(arrival.output)
+            delta = self._feed(choice, arrival.output)
+            if arrival.index in merged:
+                merged[arrival.index].extend(delta)
+            else:
+                merged[arrival.index] = delta
+        return list(merged.values())
+
+    def usage(self) -> UsageCount:
+        """Of all sequences; a prompt counts once, however many answers it has."""
+        reports = [choice.usage for choice in self._choices[:: self.plan.request.n]]
+        cached = sum(report.num_cached_tokens for report in reports if report is not None)
+        return UsageCount(
+            sum(map(len, self.plan.prompts)),
+            sum(choice.num_tokens for choice in self._choices),
+            None if None in reports else cached,
+        )
+
+    def receipt(self) -> Receipts | None:
+        """What the client asked to be told, if it asked: one receipt per sequence, null where none is known."""
+        if not self.plan.request.receipt:
+            return None
+        return {
+            "request_id": self.plan.request_id,
+            "sequences": [receipt and receipt.to_json() for receipt in self._receipts],
+        }
+
+    def usage_of(self, index: int) -> UsageCount:
+        """Of one sequence, for continuous_usage_stats."""
+        return UsageCount(len(self.plan.prompts[index // self.plan.request.n]), self._choices[index].num_tokens)
+
+    def facts(self) -> dict[str, object]:
+        """What the log says of the request: counts, seconds, ids of workers; nothing that the client wrote."""
+        usage, timeline = self.usage(), self._timeline
+        served = [by for by in map(self._dispatch.served_by, range(self.plan.num_sequences)) if by is not None]
+        prefilled_by = {receipt.prefill_worker_id for receipt in self._receipts if receipt is not None}
+        facts: dict[str, object] = {
+            "model": self.plan.model.name,
+            "stream": self.plan.request.stream,
+            "prompt_tokens": usage.num_prompt_tokens,
+            "cached_tokens": usage.num_cached_tokens,
+            "generated_tokens": usage.num_generated_tokens,
+            "finish_reason": ",".join(reason for reason in self._finish_reasons if reason) or None,
+            "ttft_seconds": timeline.seconds_between(Event.ARRIVED, Event.FIRST_TOKEN),
+            "decoded_by": ",".join(sorted({by.placement.decision.decode.worker_id for by in served})) or None,
+            "prefilled_by": ",".join(sorted(prefilled_by)) or None,
+            "attempts": max((by.num_attempts for by in served), default=0),
+        }
+        if isinstance(facts["ttft_seconds"], float):
+            facts["ttft_seconds"] = round(facts["ttft_seconds"], 4)
+        return {name: value for name, value in facts.items() if value is not None}
+
+    def close(self, error: BaseException | None) -> None:
+        """Ends what still runs; `error` is what ended the request early, None after its regular end."""
+        early = "the client has gone, or a deadline has passed" if error is not None and not str(error) else str(error)
+        self._dispatch.close("the request has ended" if error is None else early)
+        if not self._started:
+            return
+        reason = "error" if isinstance(error, ApiError) else "abort"
+        for choice in self._choices:
+            if not choice.finished:
+                self._count_whole(choice)
+                self._gauge(choice.index).dec()
+                self._metrics.count_finished(reason)
+
+    # ---- one sequence ---------------------------------------------------------
+
+    def _new_choice(self, index: int) -> Choice:
+        return Choice(index, self.plan.request, self.plan.model, self.plan.discard_generated)
+
+    def _restart(self, index: int) -> None:
+        """The attempt before is void, and so is what was measured of it."""
+        if self._last_token_s[index] is not None:
+            self._metrics.num_running.dec()
+            self._metrics.num_waiting.inc()
+        self._choices[index] = self._new_choice(index)
+        self._first_token_s[index] = self._last_token_s[index] = None
+        self._timeline.unix_s.pop(Event.FIRST_TOKEN, None)
+        others = [first_s for first_s in self._first_token_s if first_s is not None]
+        if others:
+            self._timeline.unix_s[Event.FIRST_TOKEN] = min(others)
+
+    def _feed(self, choice: Choice, output: pb.Output) -> Delta:
+        if output.token_ids:
+            self._observe_tokens(choice.index, len(output.token_ids))
+        delta = choice.feed(output)
+        if choice.finished:
+            self._finish(choice, delta, output)
+        return delta
+
+    def _observe_tokens(self, index: int, num_tokens: int) -> None:
+        now = self._clock()
+        last = self._last_token_s[index]
+        if self._first_token_s[index] is None:
+            self._first_token_s[index] = now
+        if last is None:
+            if Event.FIRST_TOKEN not in self._timeline.unix_s:
+                self._timeline.mark(Event.FIRST_TOKEN)
+            if self.plan.request.stream:
+                self._observe_first_token(now)
+            self._metrics.num_waiting.dec()
+            self._metrics.num_running.inc()
+        else:
+            self._metrics.inter_token_latency.observe((now - last) / num_tokens)
+        self._last_token_s[index] = now
+        if self.plan.request.stream:
+            self._metrics.generation_tokens.inc(num_tokens)
+
+    def _count_whole(self, choice: Choice) -> None:
+        """What is not streamed counts at its end: until then a new attempt may make it void."""
+        first_token_s = self._first_token_s[choice.index]
+        if first_token_s is not None and not self.plan.request.stream:
+            self._metrics.generation_tokens.inc(choice.num_tokens)
+            self._observe_first_token(first_token_s)
+
+    def _observe_first_token(self, first_token_s: float) -> None:
+        self._metrics.time_to_first_token.observe(first_token_s - self._timeline.unix_s[Event.ARRIVED])
+
+    def _finish(self, choice: Choice, delta: Delta, output: pb.Output) -> None:
+        self._num_unfinished -= 1
+        self._finish_reasons[choice.index] = delta.finish_reason or "stop"
+        if not output.finish_reason:
+            self._dispatch.abort(choice.index, "a stop string was generated")
+        self._timeline.mark(Event.FINISHED)
+        self._count_whole(choice)
+        self._gauge(choice.index).dec()
+        self._metrics.count_finished(delta.finish_reason or "stop")
+        self._metrics.e2e_request_latency.observe(
+            self._timeline.unix_s[Event.FINISHED] - self._timeline.unix_s[Event.ARRIVED]
+        )
+        self._metrics.request_prompt_tokens.observe(len(self.plan.prompts[choice.index // self.plan.request.n]))
+        self._metrics.request_generation_tokens.observe(choice.num_tokens)
+        self._make_receipt(choice, output)
+
+    def _gauge(self, index: int) -> Gauge:
+        had_token = self._last_token_s[index] is not None
+        return self._metrics.num_running if had_token else self._metrics.num_waiting
+
+    def _make_receipt(self, choice: Choice, output: pb.Output) -> None:
+        served_by = self._dispatch.served_by(choice.index)
+        if choice.usage is None or served_by is None:
+            return
+        own = (Event.ARRIVED, Event.TOKENIZED, Event.FINISHED)
+        router_unix_s = {event: self._timeline.unix_s[event] for event in own}
+        router_unix_s[Event.ROUTED] = served_by.routed_unix_s
+        first_token_s = self._first_token_s[choice.index]
+        if first_token_s is not None:
+            router_unix_s[Event.FIRST_TOKEN] = first_token_s
+        receipt = make_receipt(
+            choice.index,
+            choice.usage,
+            output.stamps,
+            router_unix_s,
+            decode_worker_id=served_by.placement.decision.decode.worker_id,
+            block_size=served_by.placement.space.block_size,
+            num_attempts=served_by.num_attempts,
+            num_generated_tokens=choice.num_tokens,
+        )
+        self._receipts[choice.index] = receipt
+        self._metrics.count_receipt(receipt)
+        log.debug("%s", receipt)

@@ -1,0 +1,37 @@
+"""Which pair of workers computes a request. Pure: a snapshot in, a decision with its terms out."""
+
+from services.router.routing.cost import CostModel, Held, KnownPrefix
+from services.router.routing.explain import MAX_CANDIDATES, DecisionEntry, DecisionLog, bounded
+from services.router.routing.policies import (
+    Decision,
+    DecodeCandidate,
+    Policy,
+    PolicyState,
+    PrefillCandidate,
+    Refusal,
+    RoutedRequest,
+    choose,
+    next_state,
+)
+from services.router.routing.recent import RecentPrefixes, WorkerKey
+
+__all__ = [
+    "MAX_CANDIDATES",
+    "CostModel",
+    "Decision",
+    "DecisionEntry",
+    "DecisionLog",
+    "DecodeCandidate",
+    "Held",
+    "KnownPrefix",
+    "Policy",
+    "PolicyState",
+    "PrefillCandidate",
+    "RecentPrefixes",
+    "Refusal",
+    "RoutedRequest",
+    "WorkerKey",
+    "bounded",
+    "choose",
+    "next_state",
+]

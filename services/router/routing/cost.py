@@ -1,0 +1,197 @@
+"""What a prompt would cost at a worker: a pure function of what is known of its prefix and of the worker's load.
+
+The unit is the time that the prefill of one token takes, so a term of 100 is as bad as 100 more tokens to compute. The
+times are those of `services.rates`, by what the workers that compute a model's prompts have learnt; they are taken for
+equally fast, so that equal candidates stay equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import truediv
+
+from services.rates import (
+    GUESSED,
+    TIERS,
+    PerTier,
+    Rates,
+)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """The parameters. `rates` are of one model on this deployment, the rest is fixed."""
+
+    rates: Rates = GUESSED
+    load_tokens_per_s: PerTier = (math.inf, 200_000.0, 200_000.0, 20_000.0)
+    """How fast a worker brings KV from a tier of its own into its paged cache."""
+    new_work_weight: float = 2.0
+    """A token to be computed, against one that is merely waited for: it also delays all who come later. At 1 a prompt
+    would as soon be computed a second time elsewhere as wait for an equal one in front of it."""
+    request_tokens: float = 32.0
+    """Each request in front of a new one at a decode worker: it slows every step a little."""
+    queued_request_tokens: float = 512.0
+    """Each request beyond the worker's batch: a new one waits until so many have ended."""
+    kv_use_tokens: float = 256.0
+    """A full pool against an empty one, in steps of a tenth: preemption comes nearer, cached prefixes get evicted."""
+    bounded_load_factor: float = 1.25
+    """prefix-hash: a worker may have so many times the mean load, plus the slack below."""
+    bounded_load_slack_tokens: int = 4096
+    """prefix-hash, prefill workers."""
+    bounded_load_slack_requests: int = 4
+    """prefix-hash, decode workers."""
+
+    def tokens(self, seconds: float) -> float:
+        """A time in the unit of costs."""
+        return seconds / self.rates.prompt_token_s
+
+
+@dataclass(frozen=True)
+class Held:
+    """The first blocks of a prompt at one holder."""
+
+    num_blocks: int
+    num_per_tier: tuple[int, int, int, int]
+    """Adds up to num_blocks. Which of them lie in which tier is not known: the last ones are taken for the slowest."""
+
+    def tail(self, num_skipped: int) -> tuple[int, int, int, int]:
+        """The blocks per tier without the first `num_skipped`."""
+        left = max(self.num_blocks - num_skipped, 0)
+        counts = [0, 0, 0, 0]
+        for tier in reversed(range(len(TIERS))):
+            counts[tier] = min(self.num_per_tier[tier], left)
+            left -= counts[tier]
+        return counts[0], counts[1], counts[2], counts[3]
+
+    @property
+    def slowest_tier(self) -> str:
+        return TIERS[max((tier for tier, count in enumerate(self.num_per_tier) if count), default=0)]
+
+
+@dataclass(frozen=True)
+class KnownPrefix:
+    """Who has the first blocks of a prompt, under one model fingerprint."""
+
+    block_size: int
+    num_blocks: int = 0
+    """Full blocks of the prompt."""
+    held: Mapping[str, Held] = field(default_factory=dict)
+    """What the index says, by holder; of the incarnations that the registry names."""
+    expected: Mapping[str, int] = field(default_factory=dict)
+    """Blocks that a worker must have, or have soon: this router sent it such a prompt a moment ago."""
+
+    def own(self, worker_id: str) -> Held:
+        """What the worker itself has; what is expected of it comes into its paged cache."""
+        held = self.held.get(worker_id, _NOTHING)
+        num_soon = min(self.expected.get(worker_id, 0), self.num_blocks) - held.num_blocks
+        if num_soon <= 0:
+            return held
+        device, host, store, disk = held.num_per_tier
+        return Held(held.num_blocks + num_soon, (device + num_soon, host, store, disk))
+
+
+_NOTHING = Held(0, (0, 0, 0, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTerms:
+    """What a prompt costs at the worker that prefills it. All but the counts are in tokens."""
+
+    worker_id: str
+    queued: float
+    """Prompt tokens in front of it."""
+    num_own_blocks: int
+    load: float
+    """Bringing its own blocks from its slower tiers."""
+    num_fetched_blocks: int
+    fetched_from: str
+    """Empty: no fetch pays."""
+    fetch: float
+    num_computed_tokens: int
+    compute: float
+    """What the prefill of num_computed_tokens takes, times new_work_weight."""
+
+    @property
+    def total(self) -> float:
+        return self.queued + self.load + self.fetch + self.compute
+
+    def to_json(self) -> dict[str, object]:
+        return {**{name: getattr(self, name) for name in self.__slots__}, "total": self.total}
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTerms:
+    """What a request costs at a decode worker. All but `worker_id` and `prefills` are in tokens."""
+
+    worker_id: str
+    prefills: bool
+    """It computes the prompt's rest by itself."""
+    prefill: float
+    """The total of whoever prefills: this worker, or the best prefill worker."""
+    handoff: float
+    """Reading the blocks that it has not."""
+    running: float
+    queued: float
+    kv_use: float
+    kv_shortage: float
+    """Blocks of the prompt that it has no room for."""
+
+    @property
+    def total(self) -> float:
+        return self.prefill + self.handoff + self.running + self.queued + self.kv_use + self.kv_shortage
+
+    def to_json(self) -> dict[str, object]:
+        return {**{name: getattr(self, name) for name in self.__slots__}, "total": self.total}
+
+
+def prefill_terms(
+    cost: CostModel, worker_id: str, num_queued_tokens: int, num_prompt_tokens: int, prefix: KnownPrefix
+) -> PrefillTerms:
+    """The terms of one worker: after its own hit it fetches from the best other holder, if that beats computing."""
+    own, rates = prefix.own(worker_id), cost.rates
+    load = cost.tokens(sum(map(truediv, own.num_per_tier, cost.load_tokens_per_s)) * prefix.block_size)
+
+    def terms(num_fetched: int, holder_id: str, fetch: float) -> PrefillTerms:
+        num_cached = (own.num_blocks + num_fetched) * prefix.block_size
+        num_computed = max(num_prompt_tokens - num_cached, 1)
+        return PrefillTerms(
+            worker_id=worker_id,
+            queued=num_queued_tokens,
+            num_own_blocks=own.num_blocks,
+            load=load,
+            num_fetched_blocks=num_fetched,
+            fetched_from=holder_id,
+            fetch=fetch,
+            num_computed_tokens=num_computed,
+            compute=cost.tokens(rates.prompt_s(num_computed, num_prompt_tokens - num_computed)) * cost.new_work_weight,
+        )
+
+    options = [terms(0, "", 0.0)]
+    for holder_id, held in prefix.held.items():
+        tail = _tokens(held.tail(own.num_blocks), prefix.block_size)
+        if holder_id != worker_id and rates.fetching_pays(tail, own.num_blocks * prefix.block_size):
+            fetch = cost.tokens(rates.fetch_s(tail))
+            options.append(terms(held.num_blocks - own.num_blocks, holder_id, fetch))
+    return min(options, key=lambda option: (option.total, option.fetched_from))
+
+
+def handoff_tokens(cost: CostModel, num_blocks: int, block_size: int) -> float:
+    """What it costs to read so many blocks from the prefill worker."""
+    return cost.tokens(cost.rates.fetch_s(_tokens((num_blocks, 0, 0, 0), block_size)))
+
+
+def _tokens(num_blocks: Sequence[int], block_size: int) -> list[int]:
+    return [count * block_size for count in num_blocks]
+
+
+def useful_sources(cost: CostModel, prefix: KnownPrefix, except_worker: str) -> tuple[str, ...]:
+    """The holders of a prefix, best first for someone who has nothing. Whether to fetch, the worker decides."""
+
+    def gain(held: Held) -> float:
+        num_tokens = _tokens(held.num_per_tier, prefix.block_size)
+        return cost.rates.prompt_s(sum(num_tokens)) - cost.rates.fetch_s(num_tokens)
+
+    gains = {holder_id: gain(held) for holder_id, held in prefix.held.items() if holder_id != except_worker}
+    return tuple(sorted(gains, key=lambda key: (-gains[key], key)))

@@ -1,0 +1,259 @@
+"""The models that clients can ask for: what the registry says is served, with the files that the router needs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from kvstore.registry import WorkerRecord
+from services.router.errors import (
+    ApiError,
+    invalid,
+    model_not_found,
+    unavailable,
+)
+from services.router.text.chat_template import ChatTemplate, ChatTemplateError
+from services.router.text.tokenizer import (
+    ModelTokenizer,
+    TokenizerError,
+    load_chat_templates,
+    locate_model_files,
+    read_json,
+)
+
+log = logging.getLogger(__name__)
+
+_FIRST_RETRY_S = 1.0
+_LONGEST_RETRY_S = 60.0
+_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What is read from a model's directory, once for all its names."""
+
+    tokenizer: ModelTokenizer
+    templates: dict[str, ChatTemplate]
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    sampling_defaults: dict[str, float]
+    """From generation_config.json, by OpenAI's field names; `max_tokens` among them where it says max_new_tokens."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model under one of its names."""
+
+    name: str
+    files: ModelFiles
+    max_model_len: int
+    created_unix_s: int
+    root: str
+
+    @property
+    def tokenizer(self) -> ModelTokenizer:
+        return self.files.tokenizer
+
+    def chat_template(self, has_tools: bool) -> ChatTemplate:
+        """The template for a conversation. Raises ApiError where the model has none."""
+        templates = self.files.templates
+        if has_tools and "tool_use" in templates:
+            return templates["tool_use"]
+        if "default" not in templates:
+            raise invalid(
+                f"Model `{self.name}` has no chat template: use /v1/completions, or start the router with"
+                " --chat-template.",
+                code="no_chat_template",
+            )
+        return templates["default"]
+
+
+class ModelSource(NamedTuple):
+    """Where a model's files come from."""
+
+    model_path: str
+    tokenizer_path: str
+    revision: str = ""
+    """On the hub, of the model; and of the tokenizer where that is the model's own."""
+
+
+def load_model_files(source: ModelSource, chat_template: str, use_defaults: bool) -> ModelFiles:
+    """Reads everything. Blocks; raises TokenizerError or ChatTemplateError."""
+    model_path, tokenizer_path, revision = source
+    is_own = tokenizer_path == model_path
+    tokenizer_directory = locate_model_files(tokenizer_path, revision if is_own else "")
+    try:
+        directory = tokenizer_directory if is_own else locate_model_files(model_path, revision)
+    except TokenizerError:
+        log.warning("%s is not to be had here: its generation_config.json is not used", model_path)
+        directory = tokenizer_directory
+    tokenizer = ModelTokenizer(tokenizer_directory)
+    config = read_json(directory / "config.json")
+    generation = read_json(directory / "generation_config.json")
+    text_config = config.get("text_config")
+    vocab_size = config.get("vocab_size") or (text_config or {}).get("vocab_size")
+    return ModelFiles(
+        tokenizer=tokenizer,
+        templates=load_chat_templates(tokenizer_directory, tokenizer.special_tokens, chat_template),
+        vocab_size=vocab_size if isinstance(vocab_size, int) else tokenizer.vocab_size,
+        eos_token_ids=_ids(config.get("eos_token_id"))
+        | _ids(generation.get("eos_token_id"))
+        | _ids(tokenizer.eos_token_id),
+        sampling_defaults=_sampling_defaults(generation, directory) if use_defaults else {},
+    )
+
+
+def _ids(value: object) -> frozenset[int]:
+    members = value if isinstance(value, list) else [value]
+    return frozenset(member for member in members if isinstance(member, int))
+
+
+def _sampling_defaults(generation: dict[str, object], directory: Path) -> dict[str, float]:
+    defaults: dict[str, float] = {}
+    for name in (*_DEFAULTS, "max_new_tokens"):
+        value = generation.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            log.warning("%s: generation_config.json: %s=%r is not used", directory, name, value)
+            continue
+        defaults["max_tokens" if name == "max_new_tokens" else name] = value
+    return defaults
+
+
+class ModelDirectory:
+    """Loads the files of each model that a decode worker serves, and finds models by name.
+
+    A model becomes visible when its files are loaded, and stays while a worker of it is registered. Loading runs in a
+    thread; what fails, however it fails, is logged, told to clients and tried again while the model is registered.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        chat_template: str,
+        use_generation_config: bool,
+        only: frozenset[str] = frozenset(),
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`tokenizer` and `chat_template` override the model's own. `only`: the names to serve; empty: all."""
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._use_generation_config = use_generation_config
+        self._only = only
+        self._clock = clock
+        self._files: dict[ModelSource, ModelFiles] = {}
+        self._loads: dict[ModelSource, asyncio.Task[None]] = {}
+        self._failures: dict[ModelSource, str] = {}
+        self._wanted: set[ModelSource] = set()
+        self._models: dict[str, ServedModel] = {}
+        self._records: tuple[WorkerRecord, ...] = ()
+
+    def follow(self, records: tuple[WorkerRecord, ...]) -> None:
+        """Takes over who serves what. Call it in the event loop."""
+        self._records = tuple(record for record in records if record.role == "decode")
+        self._wanted = {self._source(record) for record in self._records}
+        for source in self._wanted:
+            if source not in self._files and source not in self._loads:
+                self._loads[source] = asyncio.create_task(self._load(source), name=f"load {source.model_path}")
+        self._rebuild()
+
+    def names(self) -> list[str]:
+        """The servable models, in order of name."""
+        return sorted(self._models)
+
+    def get(self, name: str | None) -> ServedModel:
+        """The model that a client asks for; None is the only one there is. Raises ApiError."""
+        if name is None:
+            if len({id(model.files) for model in self._models.values()}) == 1:
+                return self._models[self.names()[0]]
+            raise invalid("you must provide a model parameter", "model")
+        model = self._models.get(name)
+        if model is None:
+            raise self._missing(name)
+        return model
+
+    def not_loaded(self) -> dict[str, str]:
+        """Why each model that is registered, and that we are to serve, is not among `names`."""
+        return {
+            name: self._failures.get(self._source(record), "its tokenizer is being loaded")
+            for record in self._records
+            for name in record.served_model_names
+            if name not in self._models and (not self._only or name in self._only)
+        }
+
+    async def close(self) -> None:
+        """Stops loading."""
+        loads = list(self._loads.values())
+        for task in loads:
+            task.cancel()
+        await asyncio.gather(*loads, return_exceptions=True)
+
+    def _missing(self, name: str) -> ApiError:
+        reason = self.not_loaded().get(name)
+        if reason is None:
+            return model_not_found(name)
+        return unavailable(f"The router cannot serve model `{name}` yet: {reason}. Try again later.")
+
+    def _source(self, record: WorkerRecord) -> ModelSource:
+        tokenizer_path = self._tokenizer or record.tokenizer_path or record.model_path
+        return ModelSource(record.model_path, tokenizer_path, record.revision)
+
+    async def _load(self, source: ModelSource) -> None:
+        """Tries until it has the files, or nobody wants them any more. A thread cannot be cancelled, so a worker that
+        goes and comes back finds the attempt that still runs."""
+        pause_s = _FIRST_RETRY_S
+        while source in self._wanted:
+            try:
+                files = await asyncio.to_thread(
+                    load_model_files, source, self._chat_template, self._use_generation_config
+                )
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # the tokenizers library panics with one that is no Exception
+                self._failed(source, error, pause_s)
+            else:
+                log.info("model %s: tokenizer loaded, %d tokens", source.model_path, files.vocab_size)
+                self._files[source] = files
+                break
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_RETRY_S)
+        self._failures.pop(source, None)
+        del self._loads[source]
+        self._rebuild()
+
+    def _failed(self, source: ModelSource, error: BaseException, pause_s: float) -> None:
+        is_known = isinstance(error, TokenizerError | ChatTemplateError)
+        reason = self._failures[source] = str(error) if is_known else f"{type(error).__name__}: {error}"
+        log.error(
+            "model %s cannot be served, next try in %g s: %s",
+            source.model_path,
+            pause_s,
+            reason,
+            exc_info=None if is_known else error,
+        )
+
+    def _rebuild(self) -> None:
+        known, self._models = self._models, {}
+        for record in self._records:
+            files = self._files.get(self._source(record))
+            if files is None:
+                continue
+            for name in record.served_model_names:
+                if self._only and name not in self._only:
+                    continue
+                before, other = known.get(name), self._models.get(name)
+                self._models[name] = ServedModel(
+                    name=name,
+                    files=other.files if other else files,
+                    max_model_len=min(record.max_model_len, other.max_model_len if other else record.max_model_len),
+                    created_unix_s=before.created_unix_s if before else int(self._clock()),
+                    root=record.model_path,
+                )
+        self._files = {source: files for source, files in self._files.items() if source in self._wanted}

@@ -1,0 +1,245 @@
+"""The model's tokenizer, from its `tokenizer.json`, and the threads that do its long work off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tokenizers import Tokenizer
+
+from services.router.errors import overloaded
+from services.router.text.chat_template import ChatTemplate
+from services.router.text.detokenizer import Detokenizer
+
+T = TypeVar("T")
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "config.json",
+)
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class TokenizerError(Exception):
+    """The model has no tokenizer that we can use."""
+
+
+def locate_model_files(path_or_name: str, revision: str = "") -> Path:
+    """The directory with the model's small files, fetched from the hub if need be. Blocks; raises TokenizerError."""
+    directory = Path(path_or_name).expanduser()
+    if directory.is_dir():
+        return directory
+    if path_or_name.startswith(("/", ".", "~")):
+        raise TokenizerError(f"{path_or_name} is not a directory")
+    import huggingface_hub  # imports slowly, and local directories do not need it
+
+    download = huggingface_hub.snapshot_download
+    try:
+        return Path(download(path_or_name, revision=revision or None, allow_patterns=list(_FILES)))
+    except (OSError, ValueError) as error:  # the hub's errors are HTTP errors (OSError) and bad names (ValueError)
+        raise TokenizerError(
+            f"{path_or_name!r} is neither a directory nor a model that the hub gives us: {error}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file, empty if there is none. Raises TokenizerError."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(_read_text(path))
+    except ValueError as error:
+        raise TokenizerError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path} is not a JSON object")
+    return content
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} cannot be read: {error}") from error
+
+
+class ModelTokenizer:
+    """Text to token ids and back. Calls are thread-safe; encoding releases the interpreter lock."""
+
+    def __init__(self, directory: Path) -> None:
+        """Reads the files. Blocks for up to seconds; raises TokenizerError."""
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(
+                f"{directory} has no tokenizer.json. Save one with transformers:"
+                " AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+            )
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{path} cannot be loaded: {error}") from error
+        # A file may say to pad or to cut; a server must do neither.
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.special_tokens = _special_tokens(directory)
+        self.eos_token_id: int | None = self._tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
+        definition = json.loads(self._tokenizer.to_str())
+        kinds = _kinds(definition.get("decoder"))
+        self._is_byte_level = "ByteLevel" in kinds
+        self._has_byte_tokens = "ByteFallback" in kinds
+        self._word_mark = "▁" if {"Metaspace", "Replace"} & kinds else ""
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        # Per tokenizer and not per class, so that it goes away with it.
+        self.token_bytes = functools.lru_cache(maxsize=1 << 16)(self._token_bytes)
+
+    def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text."""
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of the ids; ids without a token, which padded vocabularies have, give none."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def detokenizer(self, skip_special_tokens: bool) -> Detokenizer:
+        """`decode` for tokens that come one after the other."""
+        return Detokenizer(self._tokenizer, self._special_ids if skip_special_tokens else ())
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether `skip_special_tokens` leaves it out."""
+        return token_id in self._special_ids
+
+    def token_name(self, token_id: int) -> str:
+        """The token as the vocabulary writes it."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def token_text(self, token_id: int) -> str:
+        """The token alone as text; a part of a character shows as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        """The token's own bytes, which may be a part of a character."""
+        name: str | None = self._tokenizer.id_to_token(token_id)
+        if name is None:
+            return b""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        if self._is_byte_level:
+            table = _byte_of_character()
+            if all(character in table for character in name):
+                return bytes(table[character] for character in name)
+        if self._has_byte_tokens and (match := _BYTE_TOKEN.fullmatch(name)):
+            return bytes([int(match[1], 16)])
+        if self._word_mark:
+            return name.replace(self._word_mark, " ").encode()
+        return self.decode([token_id], skip_special_tokens=False).encode()
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """The byte-level alphabet: GPT-2 writes the bytes that are no printable Latin-1 as characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+def _kinds(component: object) -> set[str]:
+    """The types of a component of tokenizer.json and of what it is a sequence of."""
+    if not isinstance(component, dict):
+        return set()
+    kinds = {str(component.get("type"))}
+    for member in component.get("decoders") or ():
+        kinds |= _kinds(member)
+    return kinds
+
+
+def _special_tokens(directory: Path) -> dict[str, str]:
+    config = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
+    found = {}
+    for name in _SPECIAL_TOKENS:
+        token = config.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            found[name] = token
+    return found
+
+
+def load_chat_templates(directory: Path, special_tokens: dict[str, str], override: str) -> dict[str, ChatTemplate]:
+    """The model's templates by name, `default` among them if it has any. `override` is a file or a template's text.
+
+    Raises TokenizerError, ChatTemplateError.
+    """
+    sources: dict[str, str] = {}
+    if override:
+        is_text = any(mark in override for mark in ("{{", "{%", "\n"))
+        sources["default"] = override if is_text else _read_text(Path(override).expanduser())
+    else:
+        declared = read_json(directory / "tokenizer_config.json").get("chat_template")
+        sources |= _declared_templates(declared or read_json(directory / "chat_template.json").get("chat_template"))
+        for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+            sources[path.stem] = _read_text(path)
+        if (directory / "chat_template.jinja").is_file():
+            sources["default"] = _read_text(directory / "chat_template.jinja")
+    return {name: ChatTemplate(source, special_tokens) for name, source in sources.items()}
+
+
+def _declared_templates(declared: object) -> dict[str, str]:
+    """The value of `chat_template`: nothing, a template, or a list of named ones. Raises TokenizerError."""
+    if declared is None:
+        return {}
+    if isinstance(declared, str):
+        return {"default": declared}
+    try:
+        return {str(item["name"]): str(item["template"]) for item in declared}  # type: ignore[attr-defined]
+    except (TypeError, KeyError) as error:
+        raise TokenizerError(
+            f"chat_template must be a template, or a list of objects with `name` and `template`, not {declared!r:.200}"
+        ) from error
+
+
+class TokenizerPool:
+    """A few threads with a bounded queue before them."""
+
+    def __init__(self, num_threads: int, max_queue: int, on_refusal: Callable[[], None] = lambda: None) -> None:
+        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
+        self._limit = num_threads + max_queue
+        self._num_pending = 0
+        self._on_refusal = on_refusal
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """The function's result. Raises ApiError 429 when the queue is full."""
+        if self._num_pending >= self._limit:
+            self._on_refusal()
+            raise overloaded(f"{self._num_pending} prompts wait for the tokenizer. Try again later.")
+        self._num_pending += 1
+        future = asyncio.get_running_loop().run_in_executor(self._executor, function)
+        future.add_done_callback(self._on_done)
+        # The thread works on even when the caller has gone: its place is free only when the work is done.
+        return await asyncio.shield(future)
+
+    def _on_done(self, future: asyncio.Future[Any]) -> None:
+        self._num_pending -= 1
+        if not future.cancelled():
+            future.exception()  # the caller has seen it, or has gone
+
+    def close(self) -> None:
+        """Waits for nothing: what has not begun is dropped."""
+        self._executor.shutdown(wait=False, cancel_futures=True)

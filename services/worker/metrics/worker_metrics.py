@@ -1,0 +1,236 @@
+"""A worker's Prometheus series, in a registry of its own. docs/metrics.md lists them all.
+
+Engine figures are read when scraped, all else is counted as it ends. What concerns a request comes from its timeline
+and from nothing else. Each request is counted by one worker only: its queue and prefill by whoever computed the prompt,
+the rest by the decode worker, which owns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from tandem.v1 import worker_pb2 as pb
+
+from services.engine.native import Engine
+from services.exposition import (
+    ITL_S,
+    REQUEST_S,
+    STAGE_S,
+    TOKENS,
+    TTFT_S,
+    ExposedRegistry,
+    add_process_series,
+)
+from services.lifecycle import Event, Timeline
+from services.node import ExchangeMetrics, IndexMetrics
+from services.worker.metrics.engine_metrics import EngineCollector, HostTierCollector, StepMetrics
+
+# A stage is the time between two events of a request's timeline. Those of a handoff follow each other without a gap.
+_HANDOFF_STAGES = {
+    "order": (Event.PREFILL_ORDERED, Event.PREFILL_QUEUED),
+    "prefill_queue": (Event.PREFILL_QUEUED, Event.PREFILL_SCHEDULED),
+    "prefill": (Event.PREFILL_SCHEDULED, Event.PREFILL_FINISHED),
+    "read": (Event.PREFILL_FINISHED, Event.BLOCKS_READ),
+    "confirm": (Event.BLOCKS_READ, Event.HANDOFF_CONFIRMED),
+    "join": (Event.HANDOFF_CONFIRMED, Event.DECODE_JOINED),
+    "handoff": (Event.PREFILL_FINISHED, Event.DECODE_JOINED),
+}
+_STAGES = {
+    "first_token": (Event.RECEIVED, Event.FIRST_TOKEN),
+    "decode": (Event.FIRST_TOKEN, Event.FINISHED),
+    "total": (Event.RECEIVED, Event.FINISHED),
+}
+_REGULAR_ENDS = frozenset({pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH})
+_FINISH_REASONS = ("stop", "length", "abort", "error")
+_TIERS = ("device", "host", "store", "disk")
+
+Refusal = Literal["draining", "full", "invalid", "protocol"]
+OrderOutcome = Literal["finished", "refused", "failed", "cancelled"]
+RecomputeCause = Literal["handoff", "preemption"]
+
+
+class RequestMetrics:
+    """What requests say as they pass."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def histogram(name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, help, labels, buckets=buckets, registry=registry)
+
+        self.first_token_s = histogram(
+            "vllm:time_to_first_token_seconds", "From the order's arrival here to its first token.", TTFT_S
+        )
+        self.gap_s = histogram("vllm:inter_token_latency_seconds", "Between two tokens of a request.", ITL_S)
+        self.token_s = histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean per token of a request after its first.", ITL_S
+        )
+        self.total_s = histogram(
+            "vllm:e2e_request_latency_seconds", "From the order's arrival here to its last token.", REQUEST_S
+        )
+        self.queue_s = histogram(
+            "vllm:request_queue_time_seconds", "In the queue here, for prompts computed here.", REQUEST_S
+        )
+        self.prefill_s = histogram(
+            "vllm:request_prefill_time_seconds",
+            "From first chunk to last, for prompts computed here.",
+            REQUEST_S,
+        )
+        self.decode_s = histogram(
+            "vllm:request_decode_time_seconds", "From a request's first token to its last.", REQUEST_S
+        )
+        self.num_prompt_tokens = histogram("vllm:request_prompt_tokens", "Prompt tokens per request.", TOKENS)
+        self.num_generated_tokens = histogram("vllm:request_generation_tokens", "Generated tokens per request.", TOKENS)
+        self.success = Counter(
+            "vllm:request_success", "Requests that ended here, by reason.", ["finished_reason"], registry=registry
+        )
+        self.stage_s = histogram(
+            "tandem:request_stage_seconds", "Time of each stage of a request; see docs/metrics.md.", STAGE_S, "stage"
+        )
+        for reason in _FINISH_REASONS:
+            self.success.labels(reason)
+        for stage in (*_HANDOFF_STAGES, *_STAGES):
+            self.stage_s.labels(stage)
+
+    def prefilled(self, timeline: Timeline) -> None:
+        """A prompt was computed here."""
+        _observe(self.queue_s, timeline.seconds_between(Event.PREFILL_QUEUED, Event.PREFILL_SCHEDULED))
+        _observe(self.prefill_s, timeline.seconds_between(Event.PREFILL_SCHEDULED, Event.PREFILL_FINISHED))
+
+    def finished(self, timeline: Timeline, usage: pb.Usage, finish_reason: pb.FinishReason) -> None:
+        """A decode worker's request has ended."""
+        self.success.labels(pb.FinishReason.Name(finish_reason).removeprefix("FINISH_REASON_").lower()).inc()
+        for stage, events in _STAGES.items():
+            _observe(self.stage_s.labels(stage), timeline.seconds_between(*events))
+        if usage.prefilled_locally:
+            self.prefilled(timeline)
+        elif usage.num_transferred_blocks:
+            for stage, events in _HANDOFF_STAGES.items():
+                _observe(self.stage_s.labels(stage), timeline.seconds_between(*events))
+        if finish_reason not in _REGULAR_ENDS:
+            return
+        decode_s = timeline.seconds_between(Event.FIRST_TOKEN, Event.FINISHED)
+        _observe(self.total_s, timeline.seconds_between(Event.RECEIVED, Event.FINISHED))
+        _observe(self.decode_s, decode_s)
+        if decode_s is not None and usage.num_generated_tokens > 1:
+            _observe(self.token_s, decode_s / (usage.num_generated_tokens - 1))
+        self.num_prompt_tokens.observe(usage.num_prompt_tokens)
+        self.num_generated_tokens.observe(usage.num_generated_tokens)
+
+
+class WorkerMetrics:
+    """Owns one worker process's series."""
+
+    def __init__(self, engine: Engine, model_name: str, role: str) -> None:
+        own = CollectorRegistry()
+        own.register(EngineCollector(engine))
+        if engine.host_tier is not None:
+            own.register(HostTierCollector(engine.host_tier))
+        add_process_series(own, role)
+        self.registry: CollectorRegistry = ExposedRegistry(own, {"model_name": model_name, "role": role})
+        self.exchange = ExchangeMetrics(own)
+        self.index = IndexMetrics(own)
+        self.steps = StepMetrics(own)
+        self.requests = RequestMetrics(own)
+
+        def counter(name: str, help: str, *labels: str) -> Counter:
+            return Counter(f"tandem:{name}", help, labels, registry=own)
+
+        self._in_handoff = Gauge(
+            "tandem:requests_in_handoff", "Requests whose prompt is being brought into the engine.", registry=own
+        )
+        self._draining = Gauge("tandem:draining", "Whether the worker refuses new work and will end.", registry=own)
+        self._refusals = counter("refusals", "Orders not taken on, by reason.", "reason")
+        self._orders = counter("prefill_orders", "Orders of decode workers to prefill a prompt, by outcome.", "outcome")
+        self._prefills = counter("prefills", "Prompts that came into the engine, by way.", "way")
+        self._handoff_failures = counter("handoff_failures", "Handoffs that came to nothing, by cause.", "cause")
+        self._recomputes = counter("recomputes", "Prompts that had to be computed again, by cause.", "cause")
+        self._handoff_blocks = counter("handoff_blocks", "Blocks taken over from prefill workers.")
+        self._handoff_bytes = counter("handoff_bytes", "Bytes of these blocks.")
+        self._prefix_fetches = counter("prefix_fetches", "Pieces of prefixes asked of others.", "tier", "outcome")
+        self._prefix_blocks = counter("prefix_fetched_blocks", "Blocks of prefixes that came from them.", "tier")
+        self._prefix_bytes = counter("prefix_fetched_bytes", "Bytes of these blocks.", "tier")
+        self._offers = counter("offers", "Chains that this worker told store nodes of.", "outcome")
+        self._preset()
+
+    def _preset(self) -> None:
+        """Rates see the first event of a series only if the series was there before it."""
+        for reason in ("draining", "full", "invalid", "protocol"):
+            self._refusals.labels(reason)
+        for outcome in ("finished", "refused", "failed", "cancelled"):
+            self._orders.labels(outcome)
+        for cause in ("handoff", "preemption"):
+            self._recomputes.labels(cause)
+        for cause in ("unreachable", "timeout", "digest", "peer_lost", "rpc", "overloaded"):
+            self._handoff_failures.labels(cause)
+        for way in ("local", "handoff"):
+            self._prefills.labels(way)
+        for outcome in ("sent", "dropped"):
+            self._offers.labels(outcome)
+        for tier in _TIERS:
+            self._prefix_fetches.labels(tier, "ok")
+            self._prefix_blocks.labels(tier)
+            self._prefix_bytes.labels(tier)
+
+    def watch_service(self, num_in_handoff: Callable[[], int], is_draining: Callable[[], bool]) -> None:
+        """Where to read the service's state from, at scrape time."""
+        self._in_handoff.set_function(num_in_handoff)
+        self._draining.set_function(is_draining)
+
+    # ---- decode ---------------------------------------------------------------
+
+    def refused(self, reason: Refusal) -> None:
+        """An order was not taken on."""
+        self._refusals.labels(reason).inc()
+
+    def first_token(self, timeline: Timeline) -> None:
+        """A request's first token goes to the router."""
+        _observe(self.requests.first_token_s, timeline.seconds_between(Event.RECEIVED, Event.FIRST_TOKEN))
+
+    def next_token(self, gap_s: float) -> None:
+        """A further token, `gap_s` after the one before it."""
+        self.requests.gap_s.observe(max(0.0, gap_s))
+
+    def finished(self, timeline: Timeline, usage: pb.Usage, finish_reason: pb.FinishReason) -> None:
+        """A decode worker's request has ended."""
+        self.requests.finished(timeline, usage, finish_reason)
+        if usage.prefilled_locally or usage.prefill_worker_id:
+            self._prefills.labels("local" if usage.prefilled_locally else "handoff").inc()
+
+    def handoff_failed(self, cause: str) -> None:
+        self._handoff_failures.labels(cause).inc()
+
+    def recomputed(self, cause: RecomputeCause, number: int = 1) -> None:
+        """A prompt, or what was generated from it, is computed again."""
+        self._recomputes.labels(cause).inc(number)
+
+    def handed_off(self, num_blocks: int, num_bytes: int) -> None:
+        self._handoff_blocks.inc(num_blocks)
+        self._handoff_bytes.inc(num_bytes)
+
+    # ---- prefill --------------------------------------------------------------
+
+    def order_ended(self, outcome: OrderOutcome) -> None:
+        """A decode worker's order has ended."""
+        self._orders.labels(outcome).inc()
+
+    # ---- both -----------------------------------------------------------------
+
+    def prefix_fetched(self, tier: str, outcome: str, num_blocks: int, num_bytes: int) -> None:
+        """A fetch was tried; the blocks are those that came and may be used."""
+        # The word is the router's; an unknown one must not become a series.
+        tier = tier if tier in _TIERS else "other"
+        self._prefix_fetches.labels(tier, outcome).inc()
+        if num_blocks:
+            self._prefix_blocks.labels(tier).inc(num_blocks)
+            self._prefix_bytes.labels(tier).inc(num_bytes)
+
+    def store_offered(self, outcome: str, number: int) -> None:
+        """Chains were offered to store nodes: `outcome` is "sent" or "dropped"."""
+        self._offers.labels(outcome).inc(number)
+
+
+def _observe(histogram: Histogram, seconds: float | None) -> None:
+    """Clocks of two machines may differ; time never runs backwards."""
+    if seconds is not None:
+        histogram.observe(max(0.0, seconds))

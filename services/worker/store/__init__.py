@@ -1,0 +1,5 @@
+"""How a worker's blocks come to store nodes: which chains it offers, and to which node."""
+
+from services.worker.store.store_feed import StoreFeed
+
+__all__ = ["StoreFeed"]
