@@ -3,7 +3,7 @@
     engine computes -> paged pool -> lease -> reader's pool, host tier, store's memory, disk -> lease -> ...
 
 Nobody on that way computes it anew: a bit that flips anywhere is seen by whoever reads the block next, and the holder
-that is told (`Suspect`) drops it. Today the proof is the payload digest (`kvstore.block.digest`); what it is made of is known
+that is told (`Suspect`) drops it. Today the proof is the payload digest (`digest`); what it is made of is known
 here alone.
 """
 

@@ -8,7 +8,8 @@ from enum import Enum
 from typing import TypeAlias
 
 from kvstore.block import Proof
-from kvstore.protocol.messages import AnnouncedBlock
+from kvstore.protocol.messages import AnnouncedBlock, ReaderMessage
+from kvstore.protocol.transitions import SendMessage
 
 
 class FetchState(Enum):
@@ -38,9 +39,6 @@ class FetchCause(Enum):
     HASH_MISMATCH = "hash"
     DIGEST_MISMATCH = "digest"
     PROTOCOL = "protocol"
-
-
-from kvstore.protocol.transitions import SendMessage
 
 
 @dataclass(frozen=True)
@@ -252,4 +250,4 @@ class Quiesced:
     block_ids: list[int]
 
 
-FetchAction: TypeAlias = SendMessage | Reserve | StartRead | Verify | AbortReads | Resolve | Quiesced
+FetchAction: TypeAlias = SendMessage[ReaderMessage] | Reserve | StartRead | Verify | AbortReads | Resolve | Quiesced

@@ -17,6 +17,7 @@ from kvstore.protocol.messages import (
     AnnouncedBlock,
     Confirmed,
     Offer,
+    OwnerMessage,
     ReadGranted,
     ReadRefused,
     Revoke,
@@ -144,7 +145,7 @@ class Closed:
     outcome: LeaseOutcome
 
 
-LeaseAction: TypeAlias = SendMessage | StartSend | AbortSends | Closed
+LeaseAction: TypeAlias = SendMessage[OwnerMessage] | StartSend | AbortSends | Closed
 
 
 class LeaseMachine:

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from kvstore.errors import IllegalTransition
-from kvstore.protocol.messages import OwnerMessage, ReaderMessage
+
+MessageT = TypeVar("MessageT")
 
 _HISTORY_LENGTH: Final = 32
 
 
 @dataclass(frozen=True)
-class SendMessage:
+class SendMessage(Generic[MessageT]):
     """Send this to the peer (nothing happens if the connection is gone)."""
 
-    message: OwnerMessage | ReaderMessage
+    message: MessageT
 
 
 class History:

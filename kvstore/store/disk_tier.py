@@ -1,6 +1,6 @@
 """The disk tier: blocks in files, found by hash, bounded in bytes, verified on every read, kept over restarts.
 
-Files of preallocated slots (`kvstore.store.segment_file`) rather than an embedded database, after measuring LMDB: the disk
+Files of preallocated slots (`segment_file`) rather than an embedded database, after measuring LMDB: the disk
 read cold blocks 5 to 12 times faster from our files, writing them was 1.5 to 3 times faster, no file outgrows its
 bound, and a flipped byte or a truncated file costs the blocks that it hit, not the process (docs/architecture.md).
 

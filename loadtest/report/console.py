@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from loadtest.figures import RunResult, Spread, Summary, summarize
-from loadtest.send import SweepWatcher, Target, dispatch
+from loadtest.send import Progress as Counts
+from loadtest.send import SweepWatcher, Target
 
 
 class RunProgress:
@@ -35,7 +36,7 @@ class RunProgress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.bars.stop()
 
-    def show(self, progress: dispatch.Progress) -> None:
+    def show(self, progress: Counts) -> None:
         self.bars.update(
             self._task,
             total=progress.num_planned,
@@ -68,7 +69,7 @@ class SweepProgress(SweepWatcher):
         self._run.rename(f"{target.name} starts")
         self._console.print(f"{target.name}: {target.description}", highlight=False, markup=False, soft_wrap=True)
 
-    def running(self, target: Target, rate: float) -> Callable[[dispatch.Progress], None]:
+    def running(self, target: Target, rate: float) -> Callable[[Counts], None]:
         self._run.rename(f"{target.name} at {rate:g}/s")
         return self._run.show
 

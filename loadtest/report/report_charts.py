@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from loadtest.figures import RunResult, Summary, timeline
+from loadtest.figures import RunResult, Summary, in_flight, kv_usage, tokens_per_second, waiting
 from loadtest.plan import RequestRecord
 from loadtest.report.page import Page
 from loadtest.report.svg import Chart, Series, draw
@@ -106,15 +106,15 @@ def _timelines(page: Page, runs: Sequence[tuple[RunResult, Summary]]) -> list[st
     tokens, queues, flight, usage = [], [], [], []
     for run, _ in runs:
         color = page.colors[run.target]
-        tokens.append(Series(run.target, color, timeline.tokens_per_second(run.records, bin_s)))
-        flight.append(Series(run.target, color, timeline.in_flight(run.records, bin_s)))
-        queues.append(Series(run.target, color, timeline.waiting(run.samples, bin_s)))
+        tokens.append(Series(run.target, color, tokens_per_second(run.records, bin_s)))
+        flight.append(Series(run.target, color, in_flight(run.records, bin_s)))
+        queues.append(Series(run.target, color, waiting(run.samples, bin_s)))
         roles = ("decode", "prefill") if any(each.process.startswith("prefill") for each in run.samples) else ("",)
         usage += [
             Series(
                 run.target,
                 color,
-                tuple((x, y * 100) for x, y in timeline.kv_usage(run.samples, role, bin_s)),
+                tuple((x, y * 100) for x, y in kv_usage(run.samples, role, bin_s)),
                 "5 4" if role == "prefill" else "",
             )
             for role in roles

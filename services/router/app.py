@@ -32,7 +32,7 @@ from services.router.errors import (
     model_not_found,
     unavailable,
 )
-from services.router.openai import fields, parse_chat_input, tokenize_chat
+from services.router.openai import boolean, check_token_ids, parse_chat_input, parse_object, string, tokenize_chat
 from services.router.readiness import readiness
 from services.router.tenants import Keyring, Tenant, name_of
 
@@ -113,7 +113,7 @@ def _add_model_routes(app: FastAPI, parts: RouterParts) -> None:
 
 def _add_tokenizer_routes(app: FastAPI, parts: RouterParts) -> None:
     async def body_of(request: Request) -> dict[str, Any]:
-        return fields.parse_object(await read_body(request.scope, request.receive, parts.config.max_body_bytes))
+        return parse_object(await read_body(request.scope, request.receive, parts.config.max_body_bytes))
 
     def in_time(answer: Callable[[dict[str, Any]], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
@@ -124,15 +124,15 @@ def _add_tokenizer_routes(app: FastAPI, parts: RouterParts) -> None:
         return endpoint
 
     async def tokenize(body: dict[str, Any]) -> Response:
-        model = parts.models.get(fields.string(body, "model"))
-        wants_names = fields.boolean(body, "return_token_strs")
+        model = parts.models.get(string(body, "model"))
+        wants_names = boolean(body, "return_token_strs")
         if body.get("messages") is not None:
             token_ids = await tokenize_chat(parse_chat_input(body), model, parts.pool)
         else:
-            prompt = fields.string(body, "prompt")
+            prompt = string(body, "prompt")
             if prompt is None:
                 raise invalid("Either `prompt` or `messages` is required.", "prompt")
-            add_special_tokens = fields.boolean(body, "add_special_tokens", True)
+            add_special_tokens = boolean(body, "add_special_tokens", True)
             (token_ids,) = await parts.pool.run(lambda: model.tokenizer.encode([prompt], add_special_tokens))
         names = [model.tokenizer.token_name(token_id) for token_id in token_ids] if wants_names else None
         return _json(
@@ -140,10 +140,10 @@ def _add_tokenizer_routes(app: FastAPI, parts: RouterParts) -> None:
         )
 
     async def detokenize(body: dict[str, Any]) -> Response:
-        model = parts.models.get(fields.string(body, "model"))
+        model = parts.models.get(string(body, "model"))
         if not isinstance(body.get("tokens"), list):
             raise invalid("`tokens` must be a list of token ids.", "tokens")
-        token_ids = fields.check_token_ids(body["tokens"], "tokens", model.files.vocab_size)
+        token_ids = check_token_ids(body["tokens"], "tokens", model.files.vocab_size)
         text = await parts.pool.run(lambda: model.tokenizer.decode(token_ids, skip_special_tokens=False))
         return _json({"prompt": text})
 

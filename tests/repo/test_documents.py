@@ -73,7 +73,7 @@ def test_the_protocol_page_names_every_message_and_deadline() -> None:
 
 
 def test_the_protocol_page_names_the_keys_in_redis() -> None:
-    scripts = (ROOT / "kvstore" / "prefix_index_scripts.py").read_text(encoding="utf-8")
+    scripts = (ROOT / "kvstore" / "index" / "scripts.py").read_text(encoding="utf-8")
     keys = set(re.findall(r"^    (\{tandem\}:\S+) ", scripts, re.MULTILINE))
     assert len(keys) == 10
     rows = set(re.findall(r"^\| `(\{tandem\}:\S+)` \|", PROTOCOL.read_text(encoding="utf-8"), re.MULTILINE))

@@ -3,7 +3,7 @@
 from services.router.openai.chat import ChatRenderer, plan_chat, tokenize_chat
 from services.router.openai.choice import Delta
 from services.router.openai.completions import CompletionRenderer, plan_completion
-from services.router.openai.fields import parse_object, string
+from services.router.openai.fields import boolean, check_token_ids, parse_object, string
 from services.router.openai.generation import Generation, GenerationPlan, Receipts, UsageCount
 from services.router.openai.requests import parse_chat, parse_chat_input, parse_completion
 
@@ -15,6 +15,8 @@ __all__ = [
     "GenerationPlan",
     "Receipts",
     "UsageCount",
+    "boolean",
+    "check_token_ids",
     "parse_chat",
     "parse_chat_input",
     "parse_completion",

@@ -82,7 +82,7 @@ def load_checked(variant: str, path: Path) -> KernelLibrary:
 
 def _try_apart(path: Path) -> None:
     command = [sys.executable, "-m", "services.engine.native.kernels.self_check", str(path)]
-    root = Path(__file__).parents[3]  # where `services` is found
+    root = Path(__file__).parents[4]  # where `services` is found
     try:
         done = subprocess.run(
             command, cwd=root, capture_output=True, text=True, timeout=_TRIAL_TIMEOUT_S, stdin=subprocess.DEVNULL

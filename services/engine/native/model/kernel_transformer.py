@@ -1,4 +1,4 @@
-"""The model on the C kernels: the arithmetic of `services.engine.native.model.transformer`, with fewer passes over the activations.
+"""The model on the C kernels: the arithmetic of `transformer`, with fewer passes over the activations.
 
 Bias, residual and activation belong to the projection before them; keys and values are rotated and stored in one pass.
 A step is one call of the library, all layers.
