@@ -29,6 +29,9 @@ _READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 20.0
 _HTTP_TIMEOUT_S = 30.0
 
+Flags = str | Sequence[str]
+"""Words of a command line, or a string of them."""
+
 FORK_SERVER = multiprocessing.get_context("forkserver")
 # Nothing that starts threads or opens UCX or gRPC when imported.
 FORK_SERVER.set_forkserver_preload(["tests.stack_preload"])
@@ -55,11 +58,12 @@ class Stack:
     """Start with `with Stack(...) as stack`; the router's URL is `stack.url`."""
 
     directory: Path
-    prefill: Sequence[Sequence[str]] = ()  # extra flags of each prefill worker
-    decode: Sequence[Sequence[str]] = ((),)
-    store: Sequence[Sequence[str]] = ()  # extra flags of each store node
-    router: Sequence[str] = ()
-    worker: Sequence[str] = ()  # extra flags of every worker, the model among them
+    prefill: Sequence[Flags] = ()  # extra flags of each prefill worker
+    decode: Sequence[Flags] = ("",)
+    store: Sequence[Flags] = ()  # extra flags of each store node; {disk} in them is `disk`
+    router: Flags = ""
+    worker: Flags = ""  # extra flags of every worker
+    model: Path = Path()  # which every worker serves as "m"
     environ: dict[str, str] = field(default_factory=dict)
     services: dict[str, Service] = field(default_factory=dict)
 
@@ -71,12 +75,17 @@ class Stack:
         self._http = httpx.Client(timeout=_HTTP_TIMEOUT_S, limits=httpx.Limits(max_keepalive_connections=0))
         try:
             common = self.common
+            model = ["--num-threads", "1", "--model", str(self.model), "--served-model-name", "m"]
             for role, workers in (("prefill", self.prefill), ("decode", self.decode)):
                 for index, flags in enumerate(workers):
-                    self.start(f"{role}-{index}", role, [*common, "--num-threads", "1", *self.worker, *flags])
+                    self.start(f"{role}-{index}", role, [*common, *model, *_words(self.worker), *_words(flags)])
             for index, flags in enumerate(self.store):
-                self.start(f"store-{index}", "store", [*common, *flags])
-            self.start("router", "router", [*common, "--port", "0", *self.router])
+                self.start(
+                    f"store-{index}",
+                    "store",
+                    [*common, *(word.replace("{disk}", str(self.disk)) for word in _words(flags))],
+                )
+            self.start("router", "router", [*common, "--port", "0", *_words(self.router)])
             self.wait_ready()
         except BaseException:
             self.__exit__(None, None, None)
@@ -96,6 +105,11 @@ class Stack:
                 service.process.join()
         self._http.close()
         self.redis.close()
+
+    @property
+    def disk(self) -> Path:
+        """Where a store node keeps its files."""
+        return self.directory / "disk"
 
     @property
     def common(self) -> list[str]:
@@ -214,7 +228,7 @@ class Stack:
         time.sleep(0.2)
         self.wait_for(is_synced, "the index to follow")
 
-    def check_clean(self, timeout_s: float = 15.0) -> None:
+    def check_clean(self, timeout_s: float = _READY_TIMEOUT_S) -> None:
         """Every worker comes to rest with all its blocks free, and its pool's books are right."""
         for service in self.services.values():
             if service.role not in ("prefill", "decode"):
@@ -240,6 +254,10 @@ class Stack:
             and engine["num_free_blocks"] == engine["num_blocks"]
             and engine["num_running"] == engine["num_waiting"] == engine["num_lent_blocks"] == 0
         )
+
+
+def _words(flags: Flags) -> Sequence[str]:
+    return flags.split() if isinstance(flags, str) else flags
 
 
 def _run_service(role: str, argv: list[str], log_path: str, environ: dict[str, str]) -> None:

@@ -65,9 +65,9 @@ def _matches(matcher: promql_parser.Matcher, labels: Labels) -> bool:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
     directory = tmp_path_factory.mktemp("queries")
-    worker = ["--model", str(DEMO_MODEL), "--served-model-name", "tandem-demo", "--num-gpu-blocks-override", "256"]
-    store = ["--store-dram-bytes", "64MiB", "--store-disk-dir", str(directory / "disk"), "--store-disk-bytes", "64MiB"]
-    with Stack(directory / "logs", prefill=[()], decode=[()], store=[store], worker=worker) as stack:
+    store = f"--store-dram-bytes 64MiB --store-disk-dir {directory / 'disk'} --store-disk-bytes 64MiB"
+    worker = "--served-model-name tandem-demo --num-gpu-blocks-override 256"
+    with Stack(directory / "logs", [""], [""], store=[store], worker=worker, model=DEMO_MODEL) as stack:
         for _ in range(2):
             body = {"model": "tandem-demo", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
             answer = httpx.post(f"{stack.url}/v1/completions", json=body, timeout=60)

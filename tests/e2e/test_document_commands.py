@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,9 +24,8 @@ RUN = [block for block in code_blocks() if block.language in COMMANDS and not bl
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    worker = ["--model", str(DEMO_MODEL), "--served-model-name", "tandem-demo"]
-    with Stack(tmp_path_factory.mktemp("documents"), [()], [()], worker=worker) as stack:
+def stack(new_stack: Callable[..., Stack]) -> Iterator[Stack]:
+    with new_stack(DEMO_MODEL, "--served-model-name tandem-demo", prefill=[""]) as stack:
         yield stack
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import pytest
 
+from tests.completions import Client
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.stack import Stack
 
@@ -22,50 +21,23 @@ NUM_STREAMED_TOKENS = 150
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("faults") / "model", "qwen3")
+def model(model_of: Callable[[str], Path]) -> Path:
+    return model_of("qwen3")
 
 
 @pytest.fixture
 def make_stack(model: Path, tmp_path: Path) -> Callable[..., Stack]:
-    def make(num_prefill: int = 1, num_decode: int = 1, transport: str = "auto", **fields: object) -> Stack:
-        worker = ["--model", str(model), "--served-model-name", "m", "--kv-transport", transport]
-        worker += ["--num-gpu-blocks-override", "256", "--peer-timeout-s", "1.5", "--lease-s", "1"]
-        prefill = [["--max-num-batched-tokens", "64"]] * num_prefill
-        decode = [["--local-prefill-max-tokens", "0"]] * num_decode
-        return Stack(tmp_path / "logs", prefill, decode, worker=worker, **fields)  # type: ignore[arg-type]
+    def make(num_prefill: int = 1, num_decode: int = 1, transport: str = "auto") -> Stack:
+        worker = f"--kv-transport {transport} --num-gpu-blocks-override 256 --peer-timeout-s 1.5 --lease-s 1"
+        prefill = ["--max-num-batched-tokens 64"] * num_prefill
+        decode = ["--local-prefill-max-tokens 0"] * num_decode
+        return Stack(tmp_path / "logs", prefill, decode, worker=worker, model=model)
 
     return make
 
 
-def body(prompt: list[int], num_tokens: int = NUM_NEW_TOKENS, **fields: object) -> dict[str, object]:
-    return {
-        "model": "m",
-        "prompt": prompt,
-        "max_tokens": num_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        **fields,
-    }
-
-
-async def complete(client: httpx.AsyncClient, prompt: list[int], **fields: object) -> list[int]:
-    response = await client.post("/v1/completions", json=body(prompt, **fields))
-    assert response.status_code == 200, response.text
-    return list(response.json()["choices"][0]["token_ids"])
-
-
-async def chunks(client: httpx.AsyncClient, prompt: list[int], **fields: object) -> AsyncIterator[dict[str, object]]:
-    async with client.stream("POST", "/v1/completions", json=body(prompt, stream=True, **fields)) as response:
-        assert response.status_code == 200, await response.aread()
-        async for line in response.aiter_lines():
-            if line.startswith("data: ") and line != "data: [DONE]":
-                yield json.loads(line.removeprefix("data: "))
-
-
-def client_of(stack: Stack) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=stack.url, timeout=60, limits=httpx.Limits(max_connections=100))
+async def complete(client: Client, prompt: list[int], **fields: object) -> list[int]:
+    return (await client.complete(prompt, **fields)).tokens
 
 
 @pytest.mark.parametrize("transport", ["ucxx", "nixl"])
@@ -76,7 +48,7 @@ async def test_a_lost_prefill_worker_costs_a_retry_and_no_answer(
     prompts = random_prompts([700] * 12, seed=11)
     expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
     with make_stack(num_prefill=2, transport=transport) as stack:
-        async with client_of(stack) as client:
+        async with Client(stack, NUM_NEW_TOKENS) as client:
             await complete(client, prompts[0][:70])  # connections are up
             requests = [asyncio.create_task(complete(client, prompt)) for prompt in prompts]
             await asyncio.sleep(0.15)  # in the midst of prefilling
@@ -95,7 +67,7 @@ async def test_without_any_prefill_worker_prompts_are_prefilled_locally(
     expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
     with make_stack() as stack:
         stack.services["prefill-0"].process.kill()
-        async with client_of(stack) as client:
+        async with Client(stack, NUM_NEW_TOKENS) as client:
             assert await asyncio.gather(*(complete(client, prompt) for prompt in prompts)) == expected
         stack.check_clean()
 
@@ -108,18 +80,19 @@ async def test_a_killed_decode_worker_fails_begun_streams_clearly_and_no_others(
     with make_stack(num_decode=2) as stack:
         begun = asyncio.Event()
 
-        async def follow(client: httpx.AsyncClient, prompt: list[int]) -> tuple[list[int], dict[str, object] | None]:
+        async def follow(client: Client, prompt: list[int]) -> tuple[list[int], dict[str, object] | None]:
             tokens: list[int] = []
-            async for chunk in chunks(client, prompt, num_tokens=NUM_STREAMED_TOKENS):
-                if "error" in chunk:
-                    return tokens, chunk["error"]  # type: ignore[return-value]
-                for choice in chunk["choices"]:  # type: ignore[attr-defined]
-                    tokens += choice["token_ids"]
-                if len(tokens) > 5:
-                    begun.set()
+            async with client.stream(prompt, max_tokens=NUM_STREAMED_TOKENS) as chunks:
+                async for chunk in chunks:
+                    if "error" in chunk:
+                        return tokens, chunk["error"]  # type: ignore[return-value]
+                    for choice in chunk["choices"]:  # type: ignore[attr-defined]
+                        tokens += choice["token_ids"]
+                    if len(tokens) > 5:
+                        begun.set()
             return tokens, None
 
-        async with client_of(stack) as client:
+        async with Client(stack, NUM_NEW_TOKENS) as client:
             streams = [asyncio.create_task(follow(client, prompt)) for prompt in prompts]
             await asyncio.wait_for(begun.wait(), 30)
             stack.services["decode-0"].process.kill()
@@ -128,7 +101,7 @@ async def test_a_killed_decode_worker_fails_begun_streams_clearly_and_no_others(
             for (tokens, error), reference in zip(results, expected, strict=True):
                 assert tokens == reference[: len(tokens)]
                 assert error is not None or len(tokens) == NUM_STREAMED_TOKENS
-            assert await complete(client, prompts[0], num_tokens=NUM_STREAMED_TOKENS) == expected[0]
+            assert await complete(client, prompts[0], max_tokens=NUM_STREAMED_TOKENS) == expected[0]
         stack.check_clean()
 
 
@@ -136,7 +109,7 @@ async def test_redis_gone_serving_goes_on(make_stack: Callable[..., Stack], mode
     prompts = random_prompts([150] * 2, seed=14)
     expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
     with make_stack() as stack:
-        async with client_of(stack) as client:
+        async with Client(stack, NUM_NEW_TOKENS) as client:
             assert await complete(client, prompts[0]) == expected[0]
             stack.redis.close()
             await asyncio.sleep(2.5)  # longer than every lease
@@ -147,22 +120,22 @@ async def test_redis_gone_serving_goes_on(make_stack: Callable[..., Stack], mode
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--block-size", "16"], "block_size"),
-        (["--dtype", "bfloat16"], "dtype"),
-        (["--model", "OTHER"], "model_fingerprint"),
+        ("--block-size 16", "block_size"),
+        ("--dtype bfloat16", "dtype"),
+        ("--model {other}", "model_fingerprint"),
     ],
     ids=["block size", "dtype", "model"],
 )
 async def test_a_worker_that_does_not_fit_is_refused_by_name(
-    make_stack: Callable[..., Stack], model: Path, tmp_path: Path, flags: list[str], named: str
+    make_stack: Callable[..., Stack], model: Path, tmp_path: Path, flags: str, named: str
 ) -> None:
     prompt = random_prompts([200], seed=15)[0]
     expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
     other = write_model(tmp_path / "other", "qwen3", seed=9)
     stack = make_stack()
-    stack.prefill = [[*stack.prefill[0], *(str(other) if flag == "OTHER" else flag for flag in flags)]]
+    stack.prefill = [f"{stack.prefill[0]} {flags.format(other=other)}"]
     with stack:
-        async with client_of(stack) as client:
+        async with Client(stack, NUM_NEW_TOKENS) as client:
             assert await complete(client, prompt) == expected, "the decode worker prefills by itself"
         # The router never pairs them; the handshake refuses them by itself, whoever asks.
         refusal = await handshake_refusal(stack)
@@ -220,7 +193,7 @@ async def test_garbage_on_every_port_harms_nobody(make_stack: Callable[..., Stac
             host, port = address.split(":")
             with socket.create_connection((host, int(port)), timeout=5) as sock:
                 sock.sendall(rng.randbytes(rng.choice([1, 4, 100, 70_000])))
-        async with client_of(stack) as client:
+        async with Client(stack, NUM_NEW_TOKENS) as client:
             assert await complete(client, prompt) == expected
         stack.check_clean()
 
@@ -229,8 +202,8 @@ async def test_sigterm_drains_before_it_ends(make_stack: Callable[..., Stack], m
     prompts = random_prompts([200] * 6, seed=17)
     expected = reference_greedy(model, prompts, NUM_STREAMED_TOKENS, ignore_eos=True)
     with make_stack(num_prefill=2, num_decode=2) as stack:
-        async with client_of(stack) as client:
-            work = [complete(client, prompt, num_tokens=NUM_STREAMED_TOKENS) for prompt in prompts]
+        async with Client(stack, NUM_NEW_TOKENS) as client:
+            work = [complete(client, prompt, max_tokens=NUM_STREAMED_TOKENS) for prompt in prompts]
             requests = [asyncio.create_task(each) for each in work]
             await asyncio.sleep(0.3)
             for name in ("prefill-0", "decode-0"):
@@ -240,5 +213,5 @@ async def test_sigterm_drains_before_it_ends(make_stack: Callable[..., Stack], m
                 process = stack.services[name].process
                 await asyncio.to_thread(process.join, 15)
                 assert process.exitcode == 0, stack.services[name].log
-            assert await complete(client, prompts[0], num_tokens=NUM_STREAMED_TOKENS) == expected[0]
+            assert await complete(client, prompts[0], max_tokens=NUM_STREAMED_TOKENS) == expected[0]
         stack.check_clean()

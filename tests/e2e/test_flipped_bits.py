@@ -12,7 +12,7 @@ from kvstore.block import HostMemory
 from kvstore.index import Tier
 from services.engine.native import Engine, EngineConfig, Request, SamplingParams
 from tests.block_peer import BlockPeer
-from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.hf_models import random_prompts, reference_greedy
 from tests.index_view import until_held
 from tests.orders import Orders
 from tests.process_memory import flip_byte
@@ -27,37 +27,26 @@ WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("flipped") / "model", "qwen2")
-
-
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("disk")
-
-
-@pytest.fixture(scope="module")
-def stack(model: Path, disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    worker = ["--model", str(model), "--served-model-name", "m", "--num-gpu-blocks-override", str(NUM_BLOCKS)]
-    worker += ["--max-model-len", "1800", "--kv-offloading-size", "0.05"]
-    worker += ["--prefix-fetch", "always", "--prefix-fetch-timeout-s", "30"]
-    decode = ["--local-prefill-max-tokens", "0"]
-    store = ["--store-dram-bytes", "16MiB", "--store-disk-dir", str(disk), "--store-disk-bytes", "64MiB"]
-    with Stack(tmp_path_factory.mktemp("logs"), [(), ()], [decode] * 2, store=[store], worker=worker) as stack:
+def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path]) -> Iterator[Stack]:
+    worker = f"--num-gpu-blocks-override {NUM_BLOCKS} --max-model-len 1800 --kv-offloading-size 0.05"
+    worker += " --prefix-fetch always --prefix-fetch-timeout-s 30"
+    store = "--store-dram-bytes 16MiB --store-disk-dir {disk} --store-disk-bytes 64MiB"
+    decode = ["--local-prefill-max-tokens 0"] * 2
+    with new_stack(model_of("qwen2"), worker, prefill=["", ""], decode=decode, store=[store]) as stack:
         yield stack
 
 
 class Case:
     """Prompts that begin alike, and what a worker writes into the first one's blocks."""
 
-    def __init__(self, stack: Stack, model: Path, seed: int, num_new_tokens: int = NUM_NEW_TOKENS) -> None:
+    def __init__(self, stack: Stack, seed: int, num_new_tokens: int = NUM_NEW_TOKENS) -> None:
         self.stack = stack
         self.orders = Orders(stack, num_new_tokens)
         (self.shared,) = random_prompts([NUM_SHARED_BLOCKS * BLOCK_TOKENS], seed=seed)
         self.prompts = [self.shared + tail for tail in random_prompts([20] * 3, seed=seed + 1000)]
-        self.expected = reference_greedy(model, self.prompts, num_new_tokens, ignore_eos=True)
+        self.expected = reference_greedy(stack.model, self.prompts, num_new_tokens, ignore_eos=True)
         self.hashes = self.orders.hashes(self.shared)
-        self.contents = block_contents(model, self.prompts[0] + self.expected[0][:-1])
+        self.contents = block_contents(stack.model, self.prompts[0] + self.expected[0][:-1])
 
     async def compute(self, decode: str, prefill: str | None) -> None:
         tokens, _ = await self.orders.generate(self.prompts[0], decode, prefill, [])
@@ -90,8 +79,8 @@ def block_contents(model: Path, prompt: list[int]) -> list[bytes]:
     return [memory.view(block_id).tobytes() for block_id in request.block_table]
 
 
-async def test_a_prefill_workers_block_is_not_handed_over_and_not_again_on_a_retry(stack: Stack, model: Path) -> None:
-    case = Case(stack, model, 11)
+async def test_a_prefill_workers_block_is_not_handed_over_and_not_again_on_a_retry(stack: Stack) -> None:
+    case = Case(stack, 11)
     await case.compute("decode-0", "prefill-0")
     case.flip("prefill-0")
     mismatches = stack.metric("decode-1", "tandem:handoff_failures_total", cause="digest")
@@ -104,8 +93,8 @@ async def test_a_prefill_workers_block_is_not_handed_over_and_not_again_on_a_ret
     stack.check_clean()
 
 
-async def test_a_prefill_workers_block_is_not_lent(stack: Stack, model: Path) -> None:
-    case = Case(stack, model, 12)
+async def test_a_prefill_workers_block_is_not_lent(stack: Stack) -> None:
+    case = Case(stack, 12)
     await case.compute("decode-0", "prefill-0")
     before = stack.metric("prefill-0", "tandem:kv_blocks_corrupt_total")
     case.flip("prefill-0")
@@ -119,8 +108,8 @@ async def test_a_prefill_workers_block_is_not_lent(stack: Stack, model: Path) ->
 
 
 @pytest.mark.parametrize("index", [WRONG, NUM_SHARED_BLOCKS], ids=["handed over", "generated"])
-async def test_a_decode_workers_block_is_not_lent(stack: Stack, model: Path, index: int) -> None:
-    case = Case(stack, model, 20 + index, num_new_tokens=16)
+async def test_a_decode_workers_block_is_not_lent(stack: Stack, index: int) -> None:
+    case = Case(stack, 20 + index, num_new_tokens=16)
     await case.compute("decode-0", "prefill-0")
     before = stack.metric("decode-0", "tandem:kv_blocks_corrupt_total")
     mismatches = stack.metric("prefill-1", "tandem:prefix_fetches_total", outcome="digest")
@@ -129,7 +118,7 @@ async def test_a_decode_workers_block_is_not_lent(stack: Stack, model: Path, ind
     source = case.orders.source("decode-0", NUM_SHARED_BLOCKS + 1)
     await case.until(lambda: shunned(stack, "prefill-1") == [], "decode-0 to be asked again")
     tokens, usage = await case.orders.generate(turn, "decode-1", "prefill-1", [source])
-    assert tokens == reference_greedy(model, [turn], 16, ignore_eos=True)[0]
+    assert tokens == reference_greedy(stack.model, [turn], 16, ignore_eos=True)[0]
     assert list(usage.fetched) == []
     assert stack.metric("prefill-1", "tandem:prefix_fetches_total", outcome="digest") == mismatches + 1
     await case.until(
@@ -142,8 +131,8 @@ def shunned(stack: Stack, name: str) -> object:
     return stack.debug_state(name)["shunned_holders"]
 
 
-async def test_a_block_in_main_memory_does_not_come_back(stack: Stack, model: Path) -> None:
-    case = Case(stack, model, 13)
+async def test_a_block_in_main_memory_does_not_come_back(stack: Stack) -> None:
+    case = Case(stack, 13)
     await case.compute("decode-0", "prefill-0")
     (junk,) = random_prompts([1700], seed=14)
     await case.orders.generate(junk, "decode-0", "prefill-0", [])
@@ -155,8 +144,8 @@ async def test_a_block_in_main_memory_does_not_come_back(stack: Stack, model: Pa
     stack.check_clean()
 
 
-async def test_a_block_that_flips_before_it_goes_to_main_memory_does_not_come_back(stack: Stack, model: Path) -> None:
-    case = Case(stack, model, 15)
+async def test_a_block_that_flips_before_it_goes_to_main_memory_does_not_come_back(stack: Stack) -> None:
+    case = Case(stack, 15)
     await case.compute("decode-0", "prefill-0")
     before = stack.metric("prefill-0", "tandem:host_tier_corrupt_total")
     case.flip("prefill-0")
@@ -168,13 +157,11 @@ async def test_a_block_that_flips_before_it_goes_to_main_memory_does_not_come_ba
     stack.check_clean()
 
 
-async def test_a_stores_block_in_memory_is_not_lent_and_its_copy_on_disk_is(
-    stack: Stack, model: Path, disk: Path
-) -> None:
-    case = Case(stack, model, 17)
+async def test_a_stores_block_in_memory_is_not_lent_and_its_copy_on_disk_is(stack: Stack) -> None:
+    case = Case(stack, 17)
     await case.compute("decode-0", "prefill-0")
     await until_held(stack, case.hashes, "store-0", Tier.STORE)
-    await case.until(lambda: len(places(disk, case)) == NUM_SHARED_BLOCKS, "all to be on disk")
+    await case.until(lambda: len(places(case)) == NUM_SHARED_BLOCKS, "all to be on disk")
     before = stack.metric("store-0", "tandem:store_corrupt_blocks_total", tier="dram")
     case.flip("store-0")
     assert await case.ask(1, "decode-1", "prefill-1", "store-0", "store") == 0
@@ -187,14 +174,14 @@ async def test_a_stores_block_in_memory_is_not_lent_and_its_copy_on_disk_is(
     stack.check_clean()
 
 
-async def test_a_block_on_disk_is_not_lent(stack: Stack, model: Path, disk: Path) -> None:
-    case = Case(stack, model, 18)
+async def test_a_block_on_disk_is_not_lent(stack: Stack) -> None:
+    case = Case(stack, 18)
     await case.compute("decode-0", "prefill-0")
     await until_held(stack, case.hashes, "store-0", Tier.STORE)
-    await case.until(lambda: len(places(disk, case)) == NUM_SHARED_BLOCKS, "all to be on disk")
+    await case.until(lambda: len(places(case)) == NUM_SHARED_BLOCKS, "all to be on disk")
 
     def damage() -> None:
-        path, at = places(disk, case)[WRONG]
+        path, at = places(case)[WRONG]
         with path.open("r+b") as file:
             file.seek(at + 77)
             file.write(bytes([case.contents[WRONG][77] ^ 16]))
@@ -208,20 +195,18 @@ async def test_a_block_on_disk_is_not_lent(stack: Stack, model: Path, disk: Path
     stack.check_clean()
 
 
-def places(disk: Path, case: Case) -> list[tuple[Path, int]]:
+def places(case: Case) -> list[tuple[Path, int]]:
     """Where on disk the shared blocks are, as far as they are there."""
-    content = {path: path.read_bytes() for path in disk.glob("*.blocks")}
+    content = {path: path.read_bytes() for path in case.stack.disk.glob("*.blocks")}
     payloads = case.contents[:NUM_SHARED_BLOCKS]
     found = ((path, content[path].find(payload)) for payload in payloads for path in content)
     return [(path, at) for path, at in found if at >= 0]
 
 
-async def test_bytes_that_change_in_flight_are_not_used_and_the_holder_keeps_the_block(
-    stack: Stack, model: Path
-) -> None:
+async def test_bytes_that_change_in_flight_are_not_used_and_the_holder_keeps_the_block(stack: Stack) -> None:
     # The holder is a process of the test. What it sends differs in one bit from what it announces, as after a flip on
     # the wire.
-    case = Case(stack, model, 19)
+    case = Case(stack, 19)
     await case.compute("decode-0", "prefill-0")
     mismatches = stack.metric("prefill-1", "tandem:digests_failed_total")
     with BlockPeer(case.orders.record("prefill-0")) as peer:

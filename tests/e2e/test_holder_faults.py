@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from kvstore.index import Tier
 from kvstore.protocol import FetchState
-from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.hf_models import random_prompts, reference_greedy
 from tests.index_view import until_held
 from tests.orders import Orders
 from tests.stack import Stack
@@ -23,31 +23,14 @@ NUM_SHARED_BLOCKS = 45
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("holder-faults") / "model", "llama3")
-
-
-@pytest.fixture(scope="module")
-def stack(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    directory = tmp_path_factory.mktemp("stack")
-    # Two-sided reads: no byte moves while the holder stands still.
-    worker = ["--model", str(model), "--served-model-name", "m", "--kv-transport", "ucxx"]
-    worker += ["--num-gpu-blocks-override", "256", "--prefix-fetch", "always"]
-    # That a peer is silent is noticed later than that a fetch takes too long.
-    worker += ["--prefix-fetch-timeout-s", "6", "--peer-timeout-s", "20"]
-    decode = ["--local-prefill-max-tokens", "0"]
-    store = [
-        "--kv-transport",
-        "ucxx",
-        "--peer-timeout-s",
-        "20",
-        "--store-dram-bytes",
-        "64MiB",
-        "--store-disk-dir",
-        str(directory / "disk"),
-    ]
-    store += ["--store-disk-bytes", "64MiB"]
-    with Stack(directory / "logs", [(), ()], [decode] * 2, store=[store], worker=worker) as stack:
+def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path]) -> Iterator[Stack]:
+    # Two-sided reads: no byte moves while the holder stands still. That a peer is silent is noticed later than that a
+    # fetch takes too long.
+    everywhere = "--kv-transport ucxx --peer-timeout-s 20"
+    worker = f"{everywhere} --num-gpu-blocks-override 256 --prefix-fetch always --prefix-fetch-timeout-s 6"
+    store = everywhere + " --store-dram-bytes 64MiB --store-disk-dir {disk} --store-disk-bytes 64MiB"
+    decode = ["--local-prefill-max-tokens 0"] * 2
+    with new_stack(model_of("llama3"), worker, prefill=["", ""], decode=decode, store=[store]) as stack:
         yield stack
 
 
@@ -96,9 +79,9 @@ def stop_in_mid_fetch(stack: Stack, holder: str, reader: str) -> None:
 @pytest.mark.parametrize("holder", ["prefill-0", "store-0"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 async def test_a_holder_lost_in_mid_fetch_costs_what_it_did_not_bring(
-    stack: Stack, orders: Orders, model: Path, holder: str, number: signal.Signals
+    stack: Stack, orders: Orders, holder: str, number: signal.Signals
 ) -> None:
-    case = Prompts(model, 101 + 10 * int(number) + len(holder), 3)
+    case = Prompts(stack.model, 101 + 10 * int(number) + len(holder), 3)
     # For a while after the fault before this one, nothing is fetched from that holder.
     await asyncio.to_thread(
         stack.wait_for, lambda: stack.debug_state("prefill-1")["shunned_holders"] == [], "the holder to be asked again"

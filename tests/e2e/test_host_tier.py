@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
 from kvstore.block import BlockHash
 from kvstore.index import IndexReader, Tier
 from kvstore.index.entries import Holding
-from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.completions import Answer, Client
+from tests.hf_models import random_prompts, reference_greedy
 from tests.orders import Orders
 from tests.stack import Stack
 
@@ -23,18 +22,15 @@ SHARED_BLOCKS = 30
 NUM_NEW_TOKENS = 8
 
 
-@pytest.fixture(scope="module", params=["ucxx", "nixl"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Stack]]:
-    directory = tmp_path_factory.mktemp(f"host-{request.param}")
-    model = write_model(directory / "model", "qwen2")
-    worker = ["--model", str(model), "--served-model-name", "m", "--kv-transport", request.param]
-    worker += ["--num-gpu-blocks-override", str(NUM_BLOCKS), "--max-model-len", "1200", "--prefix-fetch", "always"]
-    worker += ["--prefix-fetch-timeout-s", "30", "--kv-offloading-size", "0.05"]
-    decode = ["--local-prefill-max-tokens", "0"]
+@pytest.fixture(scope="module")
+def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path], transport: str) -> Iterator[Stack]:
+    worker = f"--kv-transport {transport} --num-gpu-blocks-override {NUM_BLOCKS} --max-model-len 1200"
+    worker += " --prefix-fetch always --prefix-fetch-timeout-s 30 --kv-offloading-size 0.05"
     # Every request goes to the next worker: what one needs, the other has.
-    router = ["--routing-policy", "round-robin", "--index-timeout", "5"]
-    with Stack(directory / "logs", [(), ()], [decode, decode], router=router, worker=worker) as stack:
-        yield model, stack
+    router = "--routing-policy round-robin --index-timeout 5"
+    decode = ["--local-prefill-max-tokens 0"] * 2
+    with new_stack(model_of("qwen2"), worker, prefill=["", ""], decode=decode, router=router) as stack:
+        yield stack
 
 
 def num_kept(stack: Stack, name: str) -> int:
@@ -50,12 +46,11 @@ async def evict(stack: Stack, orders: Orders, decode: str, prefill: str, seed: i
     stack.wait_for(lambda: num_kept(stack, prefill) > before, f"{prefill} to keep what it evicted")
 
 
-async def test_an_evicted_prefix_is_a_local_hit_and_a_hit_of_other_workers(served: tuple[Path, Stack]) -> None:
-    model, stack = served
+async def test_an_evicted_prefix_is_a_local_hit_and_a_hit_of_other_workers(stack: Stack) -> None:
     orders = Orders(stack, NUM_NEW_TOKENS)
     shared, tails = random_prompts([SHARED_BLOCKS * 32], seed=61)[0], random_prompts([40] * 3, seed=62)
     prompts = [shared + tail for tail in tails]
-    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    expected = reference_greedy(stack.model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
 
     tokens, usage = await orders.generate(prompts[0], "decode-0", "prefill-0", [])
     assert (tokens, usage.num_cached_tokens) == (expected[0], 0)
@@ -80,38 +75,32 @@ async def test_an_evicted_prefix_is_a_local_hit_and_a_hit_of_other_workers(serve
     stack.check_clean()
 
 
-async def test_the_router_finds_in_the_index_what_only_main_memory_has(served: tuple[Path, Stack]) -> None:
-    model, stack = served
+async def test_the_router_finds_in_the_index_what_only_main_memory_has(stack: Stack) -> None:
     orders = Orders(stack, NUM_NEW_TOKENS)
     shared, tails = random_prompts([SHARED_BLOCKS * 32], seed=91)[0], random_prompts([40] * 2, seed=92)
     prompts = [shared + tail for tail in tails]
-    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
-    body = {"model": "m", "max_tokens": NUM_NEW_TOKENS, "temperature": 0, "ignore_eos": True}
-    body |= {"return_token_ids": True, "receipt": True}
-    answers: list[dict[str, Any]] = []
-    async with httpx.AsyncClient(base_url=stack.url, timeout=60) as client:
+    expected = reference_greedy(stack.model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    answers: list[Answer] = []
+    async with Client(stack, NUM_NEW_TOKENS) as client:
         for prompt in prompts:
-            response = await client.post("/v1/completions", json=body | {"prompt": prompt})
-            assert response.status_code == 200, response.text
-            answers.append(response.json())
-            (receipt,) = answers[-1]["receipt"]["sequences"]
+            answers.append(await client.complete(prompt))
+            receipt = answers[-1].receipt
             await evict(stack, orders, receipt["decode_worker_id"], receipt["prefill_worker_id"], seed=93)
             await asyncio.to_thread(stack.wait_index_follows)
-    assert [answer["choices"][0]["token_ids"] for answer in answers] == expected
+    assert [answer.tokens for answer in answers] == expected
     cold, warm = answers
-    assert cold["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-    assert warm["usage"]["prompt_tokens_details"]["cached_tokens"] >= len(shared)
-    assert [part["tier"] for part in warm["receipt"]["sequences"][0]["fetched"]] == ["host"], warm["receipt"]
+    assert cold.num_cached == 0
+    assert warm.num_cached >= len(shared)
+    assert [part["tier"] for part in warm.receipt["fetched"]] == ["host"], warm
     stack.check_clean()
 
 
-async def test_a_decode_worker_finds_its_own_evicted_blocks_those_it_generated_too(served: tuple[Path, Stack]) -> None:
-    model, stack = served
+async def test_a_decode_worker_finds_its_own_evicted_blocks_those_it_generated_too(stack: Stack) -> None:
     orders = Orders(stack, NUM_NEW_TOKENS)
     prompt = random_prompts([1023 - NUM_NEW_TOKENS], seed=70)[0]
     tokens, usage = await orders.generate(prompt, "decode-1", None, [])
     assert (tokens, usage.prefilled_locally) == (
-        reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0],
+        reference_greedy(stack.model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0],
         True,
     )
     before = num_kept(stack, "decode-1")
@@ -119,47 +108,37 @@ async def test_a_decode_worker_finds_its_own_evicted_blocks_those_it_generated_t
     stack.wait_for(lambda: num_kept(stack, "decode-1") > before, "decode-1 to keep what it evicted")
     turn = [*prompt, *tokens, *random_prompts([30], seed=72)[0]]
     next_tokens, usage = await orders.generate(turn, "decode-1", None, [])
-    assert next_tokens == reference_greedy(model, [turn], NUM_NEW_TOKENS, ignore_eos=True)[0]
+    assert next_tokens == reference_greedy(stack.model, [turn], NUM_NEW_TOKENS, ignore_eos=True)[0]
     assert usage.num_cached_tokens >= 992
     stack.check_clean()
 
 
 async def test_many_prompts_over_a_pool_that_holds_few_lose_neither_tokens_nor_blocks(
-    served: tuple[Path, Stack],
+    stack: Stack,
 ) -> None:
-    model, stack = served
     shared, tails = random_prompts([480] * 4, seed=73), random_prompts([20] * 6, seed=74)
     prompts = [prefix + tail for tail in tails for prefix in shared]
-    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
-    limits = httpx.Limits(max_connections=len(prompts))
-    async with httpx.AsyncClient(base_url=stack.url, timeout=120, limits=limits) as client:
-        answers = await asyncio.gather(*(complete(client, prompt) for prompt in prompts))
-    assert [answer["choices"][0]["token_ids"] for answer in answers] == expected
+    expected = reference_greedy(stack.model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    async with Client(stack, NUM_NEW_TOKENS) as client:
+        answers = await asyncio.gather(*(client.complete(prompt) for prompt in prompts))
+    assert [answer.tokens for answer in answers] == expected
     stack.check_clean()
 
 
-async def test_the_router_learns_from_the_index_what_is_in_main_memory(served: tuple[Path, Stack]) -> None:
-    model, stack = served
+async def test_the_router_learns_from_the_index_what_is_in_main_memory(stack: Stack) -> None:
     orders = Orders(stack, NUM_NEW_TOKENS)
     prompt = random_prompts([1000], seed=65)[0]
-    expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
+    expected = reference_greedy(stack.model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
     await orders.generate(prompt, "decode-0", "prefill-0", [])
     await evict(stack, orders, "decode-0", "prefill-0", seed=66)
     held = await until_in_index(stack, orders.hashes(prompt), "prefill-0", num_blocks=31)
     assert held.num_per_tier[Tier.HOST] > 0
     assert held.num_per_tier[Tier.DEVICE] + held.num_per_tier[Tier.HOST] == 31
-    async with httpx.AsyncClient(base_url=stack.url, timeout=60) as client:
-        answer = await complete(client, prompt)
-    assert answer["choices"][0]["token_ids"] == expected
-    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= 31 * 32, answer["receipt"]
+    async with Client(stack, NUM_NEW_TOKENS) as client:
+        answer = await client.complete(prompt)
+    assert answer.tokens == expected
+    assert answer.num_cached >= 31 * 32, answer
     stack.check_clean()
-
-
-async def complete(client: httpx.AsyncClient, prompt: list[int]) -> dict[str, Any]:
-    body = {"model": "m", "prompt": prompt, "max_tokens": NUM_NEW_TOKENS, "temperature": 0, "ignore_eos": True}
-    response = await client.post("/v1/completions", json=body | {"return_token_ids": True, "receipt": True})
-    assert response.status_code == 200, response.text
-    return dict(response.json())
 
 
 async def until_in_index(stack: Stack, hashes: list[BlockHash], holder_id: str, num_blocks: int) -> Holding:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 import redis
 
 from kvstore.index.scripts import IndexKeys
 from kvstore.registry import WorkerRecord
-from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.completions import Client
+from tests.hf_models import random_prompts, reference_greedy
 from tests.index_view import num_held
 from tests.orders import Orders
 from tests.stack import Stack
@@ -27,49 +26,22 @@ NUM_CACHE_BLOCKS = 128
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("index-faults") / "model", "qwen2")
-
-
-@pytest.fixture(scope="module")
-def stack(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path]) -> Iterator[Stack]:
     """Requests alternate between the prefill workers, so that each needs what the other has."""
-    worker = ["--model", str(model), "--served-model-name", "m", "--prefix-fetch", "always"]
-    worker += ["--prefix-fetch-timeout-s", "30"]
-    prefill = ["--num-gpu-blocks-override", str(NUM_CACHE_BLOCKS)]
-    decode = ["--num-gpu-blocks-override", str(NUM_CACHE_BLOCKS), "--local-prefill-max-tokens", "0"]
+    worker = f"--num-gpu-blocks-override {NUM_CACHE_BLOCKS} --prefix-fetch always --prefix-fetch-timeout-s 30"
     # The first lookup that finds Redis away waits so long; those after it not at all.
-    router = ["--routing-policy", "round-robin", "--index-timeout", "2"]
-    with Stack(tmp_path_factory.mktemp("logs"), [prefill] * 2, [decode] * 2, router=router, worker=worker) as stack:
+    router = "--routing-policy round-robin --index-timeout 2"
+    decode = ["--local-prefill-max-tokens 0"] * 2
+    with new_stack(model_of("qwen2"), worker, prefill=["", ""], decode=decode, router=router) as stack:
         yield stack
 
 
 @pytest.fixture(scope="module")
-def load(model: Path) -> list[tuple[list[int], list[int]]]:
+def load(stack: Stack) -> list[tuple[list[int], list[int]]]:
     """Prompts that share prefixes, with their answers."""
     heads, tails = random_prompts([160] * 2, seed=61), random_prompts([20] * 8, seed=62)
     prompts = [heads[i % 2] + tail for i, tail in enumerate(tails)]
-    return list(zip(prompts, reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True), strict=True))
-
-
-async def complete(client: httpx.AsyncClient, prompt: list[int]) -> dict[str, Any]:
-    body = {"model": "m", "prompt": prompt, "max_tokens": NUM_NEW_TOKENS, "temperature": 0, "ignore_eos": True}
-    response = await client.post("/v1/completions", json={**body, "return_token_ids": True, "receipt": True})
-    assert response.status_code == 200, response.text
-    return dict(response.json())
-
-
-def tokens_of(answer: dict[str, Any]) -> list[int]:
-    return list(answer["choices"][0]["token_ids"])
-
-
-def sequence_of(answer: dict[str, Any]) -> dict[str, Any]:
-    (sequence,) = answer["receipt"]["sequences"]
-    return dict(sequence)
-
-
-def client_of(stack: Stack) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=stack.url, timeout=60, limits=httpx.Limits(max_connections=64))
+    return list(zip(prompts, reference_greedy(stack.model, prompts, NUM_NEW_TOKENS, ignore_eos=True), strict=True))
 
 
 class Load:
@@ -79,10 +51,10 @@ class Load:
         self.num_right = 0
         self.stop = asyncio.Event()
 
-    async def ask(self, client: httpx.AsyncClient, prompts: list[tuple[list[int], list[int]]]) -> None:
+    async def ask(self, client: Client, prompts: list[tuple[list[int], list[int]]]) -> None:
         while not self.stop.is_set():
             for prompt, expected in prompts:
-                assert tokens_of(await complete(client, prompt)) == expected
+                assert (await client.complete(prompt)).tokens == expected
                 self.num_right += 1
 
     async def goes_on(self, stack: Stack) -> None:
@@ -95,7 +67,7 @@ class Load:
 async def under_load(stack: Stack, prompts: list[tuple[list[int], list[int]]]) -> AsyncIterator[Load]:
     """Every request in here and around gets the right tokens."""
     load = Load()
-    async with client_of(stack) as client, asyncio.TaskGroup() as tasks:
+    async with Client(stack, NUM_NEW_TOKENS) as client, asyncio.TaskGroup() as tasks:
         for first in range(3):
             tasks.create_task(load.ask(client, prompts[first:] + prompts[:first]))
         try:
@@ -106,17 +78,17 @@ async def under_load(stack: Stack, prompts: list[tuple[list[int], list[int]]]) -
     stack.check_clean()
 
 
-async def a_new_prefix_is_fetched(stack: Stack, model: Path, seed: int) -> None:
+async def a_new_prefix_is_fetched(stack: Stack, seed: int) -> None:
     """The index works: what one prefill worker computes, the other one fetches, by way of the router."""
     (shared,), tails = random_prompts([320], seed=seed), random_prompts([20] * 2, seed=seed + 1000)
     prompts = [shared + tail for tail in tails]
-    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
-    async with client_of(stack) as client:
-        first = await complete(client, prompts[0])
+    expected = reference_greedy(stack.model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    async with Client(stack, NUM_NEW_TOKENS) as client:
+        first = await client.complete(prompts[0])
         await asyncio.to_thread(stack.wait_index_follows)
-        second = await complete(client, prompts[1])
-    assert [tokens_of(first), tokens_of(second)] == expected
-    assert sequence_of(second)["fetched_tokens"] == len(shared), second["receipt"]
+        second = await client.complete(prompts[1])
+    assert [first.tokens, second.tokens] == expected
+    assert second.receipt["fetched_tokens"] == len(shared), second
 
 
 async def index_is_back(stack: Stack) -> None:
@@ -127,9 +99,9 @@ async def index_is_back(stack: Stack) -> None:
 
 
 async def test_redis_killed_and_restarted_the_index_heals_by_itself(
-    stack: Stack, model: Path, load: list[tuple[list[int], list[int]]]
+    stack: Stack, load: list[tuple[list[int], list[int]]]
 ) -> None:
-    await a_new_prefix_is_fetched(stack, model, seed=71)
+    await a_new_prefix_is_fetched(stack, seed=71)
     async with under_load(stack, load) as running:
         stack.kill_redis()
         await running.goes_on(stack)
@@ -138,12 +110,12 @@ async def test_redis_killed_and_restarted_the_index_heals_by_itself(
         stack.start_redis()
         await running.goes_on(stack)
     await index_is_back(stack)
-    await a_new_prefix_is_fetched(stack, model, seed=72)
+    await a_new_prefix_is_fetched(stack, seed=72)
     stack.check_clean()
 
 
 async def test_redis_frozen_for_5_seconds_costs_hits_only(
-    stack: Stack, model: Path, load: list[tuple[list[int], list[int]]]
+    stack: Stack, load: list[tuple[list[int], list[int]]]
 ) -> None:
     unanswered = stack.metric("router", "tandem:router_index_lookups_total", outcome="no_answer")
     async with under_load(stack, load) as running:
@@ -157,12 +129,12 @@ async def test_redis_frozen_for_5_seconds_costs_hits_only(
         await running.goes_on(stack)
     assert stack.metric("router", "tandem:router_index_lookups_total", outcome="no_answer") > unanswered
     await index_is_back(stack)
-    await a_new_prefix_is_fetched(stack, model, seed=73)
+    await a_new_prefix_is_fetched(stack, seed=73)
     stack.check_clean()
 
 
 async def test_redis_flushed_again_and_again_costs_hits_only(
-    stack: Stack, model: Path, load: list[tuple[list[int], list[int]]]
+    stack: Stack, load: list[tuple[list[int], list[int]]]
 ) -> None:
     async with under_load(stack, load) as running:
         with redis.Redis.from_url(stack.redis.url) as server:
@@ -170,7 +142,7 @@ async def test_redis_flushed_again_and_again_costs_hits_only(
                 server.flushall()
                 await running.goes_on(stack)
     await index_is_back(stack)
-    await a_new_prefix_is_fetched(stack, model, seed=74)
+    await a_new_prefix_is_fetched(stack, seed=74)
     stack.check_clean()
 
 
@@ -179,11 +151,11 @@ async def evict(orders: Orders, prefill: str, seed: int) -> None:
     await orders.generate(random_prompts([8 * BLOCK_TOKENS], seed=seed)[0], "decode-0", prefill, [])
 
 
-async def test_a_block_that_was_reused_between_lookup_and_fetch_is_computed(stack: Stack, model: Path) -> None:
+async def test_a_block_that_was_reused_between_lookup_and_fetch_is_computed(stack: Stack) -> None:
     orders = Orders(stack, NUM_NEW_TOKENS)
     (shared,), tails = random_prompts([16 * BLOCK_TOKENS], seed=81), random_prompts([20] * 2, seed=82)
     prompts = [shared + tail for tail in tails]
-    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    expected = reference_greedy(stack.model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
     hashes = orders.hashes(shared)
 
     assert (await orders.generate(prompts[0], "decode-0", "prefill-0", []))[0] == expected[0]
@@ -205,11 +177,11 @@ async def test_a_block_that_was_reused_between_lookup_and_fetch_is_computed(stac
     stack.check_clean()
 
 
-async def test_entries_of_blocks_that_are_gone_cost_a_question_and_nothing_else(stack: Stack, model: Path) -> None:
+async def test_entries_of_blocks_that_are_gone_cost_a_question_and_nothing_else(stack: Stack) -> None:
     orders = Orders(stack, NUM_NEW_TOKENS)
     (shared,), tails = random_prompts([16 * BLOCK_TOKENS], seed=83), random_prompts([20] * 2, seed=84)
     prompts = [shared + tail for tail in tails]
-    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    expected = reference_greedy(stack.model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
     hashes = orders.hashes(shared)
 
     assert (await orders.generate(prompts[0], "decode-0", "prefill-0", []))[0] == expected[0]
@@ -226,13 +198,13 @@ async def test_entries_of_blocks_that_are_gone_cost_a_question_and_nothing_else(
     assert [await num_held(stack, hashes, holder) for holder in ("prefill-0", "decode-0")] == [16, 16], "a lie"
 
     refused = stack.metric("prefill-1", "tandem:prefix_fetches_total", outcome="revoked")
-    async with client_of(stack) as client:
+    async with Client(stack, NUM_NEW_TOKENS) as client:
         for filler in random_prompts([40] * 2, seed=85):
-            if sequence_of(await complete(client, filler))["prefill_worker_id"] == "prefill-0":
+            if (await client.complete(filler)).receipt["prefill_worker_id"] == "prefill-0":
                 break  # round-robin: the other one is next
-        answer = await complete(client, prompts[1])
-    assert tokens_of(answer) == expected[1]
-    sequence = sequence_of(answer)
+        answer = await client.complete(prompts[1])
+    assert answer.tokens == expected[1]
+    sequence = answer.receipt
     assert (sequence["prefill_worker_id"], sequence["computed_tokens"]) == ("prefill-1", len(prompts[1]))
     assert stack.metric("prefill-1", "tandem:prefix_fetches_total", outcome="revoked") == refused + 2
     stack.check_clean()
@@ -240,7 +212,7 @@ async def test_entries_of_blocks_that_are_gone_cost_a_question_and_nothing_else(
 
 @pytest.mark.parametrize("worker_id", ["prefill-0", "decode-0"])
 async def test_of_two_workers_with_one_id_the_newer_serves_and_the_older_takes_over(
-    stack: Stack, model: Path, load: list[tuple[list[int], list[int]]], worker_id: str
+    stack: Stack, load: list[tuple[list[int], list[int]]], worker_id: str
 ) -> None:
     service = stack.services[worker_id]
     worked = f"vllm:{'prompt' if service.role == 'prefill' else 'generation'}_tokens_total"
@@ -274,5 +246,5 @@ async def test_of_two_workers_with_one_id_the_newer_serves_and_the_older_takes_o
         await asyncio.to_thread(stack.wait_for, is_the_older_ones, "the older one to take over")
         await running.goes_on(stack)
     del stack.services["twin"]
-    await a_new_prefix_is_fetched(stack, model, seed=91 + len(worker_id))
+    await a_new_prefix_is_fetched(stack, seed=91 + len(worker_id))
     stack.check_clean()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -24,14 +24,16 @@ Lines = dict[str, list[dict[str, object]]]
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    logs = ["--log-format", "json", "--log-level", "debug"]
-    worker = [*logs, "--model", str(DEMO_MODEL), "--served-model-name", "m", "--peer-timeout-s", "2"]
-    worker += ["--num-gpu-blocks-override", "512"]
-    directory = tmp_path_factory.mktemp("logs")
-    prefill, decode = [["--max-num-batched-tokens", "64"]], [["--local-prefill-max-tokens", "0"]] * 2
-    router = [*logs, "--api-key", f"acme:{KEY}"]
-    with Stack(directory, prefill, decode, store=[logs], worker=worker, router=router) as stack:
+def stack(new_stack: Callable[..., Stack]) -> Iterator[Stack]:
+    logs = "--log-format json --log-level debug"
+    with new_stack(
+        DEMO_MODEL,
+        f"{logs} --peer-timeout-s 2 --num-gpu-blocks-override 512",
+        prefill=["--max-num-batched-tokens 64"],
+        decode=["--local-prefill-max-tokens 0"] * 2,
+        store=[logs],
+        router=f"{logs} --api-key acme:{KEY}",
+    ) as stack:
         yield stack
 
 

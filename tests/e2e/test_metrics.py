@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.hf_models import random_prompts, write_model
+from tests.hf_models import random_prompts
 from tests.metrics_page import PAGE, documented_series
 from tests.stack import Stack
 
@@ -22,13 +23,10 @@ Scrape = dict[str, Metric]
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    directory = tmp_path_factory.mktemp("metrics")
-    model = write_model(directory / "model", "qwen2")
-    worker = ["--model", str(model), "--served-model-name", "m", "--num-gpu-blocks-override", "256"]
-    worker += ["--kv-offloading-size", "0.01", "--prefix-fetch-timeout-s", "30"]
-    store = ["--store-dram-bytes", "16MiB", "--store-disk-dir", str(directory / "disk"), "--store-disk-bytes", "16MiB"]
-    with Stack(directory / "logs", [()], [(), ()], store=[store], worker=worker) as stack:
+def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path]) -> Iterator[Stack]:
+    worker = "--num-gpu-blocks-override 256 --kv-offloading-size 0.01 --prefix-fetch-timeout-s 30"
+    store = "--store-dram-bytes 16MiB --store-disk-dir {disk} --store-disk-bytes 16MiB"
+    with new_stack(model_of("qwen2"), worker, prefill=[""], decode=["", ""], store=[store]) as stack:
         yield stack
 
 

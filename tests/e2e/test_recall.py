@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +14,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.stack import Stack
+
+pytestmark = pytest.mark.timeout(400)
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo_model"
 MODEL = DEMO / "tandem-demo"
@@ -30,12 +32,12 @@ def load_recall() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module", params=["ucxx", "nixl"])
-def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    worker = ["--model", str(MODEL), "--served-model-name", "demo", "--kv-transport", request.param]
-    decode = ["--local-prefill-max-tokens", "0"]
-    with Stack(tmp_path_factory.mktemp(f"recall-{request.param}"), [()], [decode], worker=worker) as running:
-        yield running
+@pytest.fixture(scope="module")
+def stack(new_stack: Callable[..., Stack], transport: str) -> Iterator[Stack]:
+    with new_stack(
+        MODEL, f"--kv-transport {transport}", prefill=[""], decode=["--local-prefill-max-tokens 0"]
+    ) as stack:
+        yield stack
 
 
 def test_recall_at_full_context_disaggregated(stack: Stack) -> None:
@@ -50,7 +52,7 @@ def test_recall_at_full_context_disaggregated(stack: Stack) -> None:
     assert context - 128 <= longest + MAX_ANSWER_TOKENS <= context
 
     def answer(prompt: str) -> str:
-        body = {"model": "demo", "prompt": prompt, "max_tokens": MAX_ANSWER_TOKENS, "temperature": 0}
+        body = {"model": "m", "prompt": prompt, "max_tokens": MAX_ANSWER_TOKENS, "temperature": 0}
         response = httpx.post(f"{stack.url}/v1/completions", json=body, timeout=120)
         assert response.status_code == 200, response.text
         return str(response.json()["choices"][0]["text"])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.completions import Client
+from tests.hf_models import random_prompts, reference_greedy
 from tests.stack import Stack
 
 NUM_NEW_TOKENS = 4
@@ -26,51 +26,32 @@ SERIES = (
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("receipts") / "model", "qwen3")
-
-
-@pytest.fixture(scope="module")
-def stack(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    worker = ["--model", str(model), "--served-model-name", "m", "--num-gpu-blocks-override", "256"]
-    decode = ["--local-prefill-max-tokens", "30"]
-    with Stack(tmp_path_factory.mktemp("stack"), [()], [decode], worker=worker) as stack:
+def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path]) -> Iterator[Stack]:
+    decode = ["--local-prefill-max-tokens 30"]
+    with new_stack(model_of("qwen3"), "--num-gpu-blocks-override 256", prefill=[""], decode=decode) as stack:
         yield stack
 
 
-async def complete(client: httpx.AsyncClient, prompt: list[int], **fields: object) -> tuple[list[int], dict[str, Any]]:
+async def complete(client: Client, prompt: list[int], **fields: object) -> tuple[list[int], dict[str, Any]]:
     """The tokens of the answer, and its receipt, which agrees with its usage."""
-    body = {"model": "m", "prompt": prompt, "max_tokens": NUM_NEW_TOKENS, "temperature": 0, "ignore_eos": True}
-    response = await client.post("/v1/completions", json={**body, "return_token_ids": True, "receipt": True, **fields})
-    assert response.status_code == 200, response.text
-    answer = response.json()
-    (receipt,) = answer["receipt"]["sequences"]
-    cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-    assert cached == receipt["reused_tokens"] + receipt["fetched_tokens"] == len(prompt) - receipt["computed_tokens"]
-    return answer["choices"][0]["token_ids"], receipt
+    answer = await client.complete(prompt, **fields)
+    receipt = answer.receipt
+    reused = receipt["reused_tokens"] + receipt["fetched_tokens"]
+    assert answer.num_cached == reused == len(prompt) - receipt["computed_tokens"]
+    return answer.tokens, receipt
 
 
 def worker_counters(stack: Stack) -> Counter[str]:
     """The sum of each series over all workers."""
-    counters: Counter[str] = Counter()
-    for service in stack.services.values():
-        if service.role != "router":
-            for line in stack.metrics(service.name).splitlines():
-                name = line.split("{")[0]
-                if name in SERIES:
-                    counters[name] += int(float(line.split()[-1]))
-    return counters
+    workers = [name for name, service in stack.services.items() if service.role != "router"]
+    return Counter({series: int(sum(stack.metric(name, series) for name in workers)) for series in SERIES})
 
 
-def client_of(stack: Stack) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=stack.url, timeout=120)
-
-
-async def test_tokens_shared_inside_a_block_are_on_the_receipt(model: Path, stack: Stack) -> None:
+async def test_tokens_shared_inside_a_block_are_on_the_receipt(stack: Stack) -> None:
     shared, tails = random_prompts([100], seed=51)[0], random_prompts([40, 45], seed=52)
     prompts = [[*shared, *tails[0]], [*shared, *tails[1]], [*shared[:50], 7, 7, 7]]
-    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
-    async with client_of(stack) as client:
+    expected = reference_greedy(stack.model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    async with Client(stack, NUM_NEW_TOKENS) as client:
         answers = [await complete(client, prompt) for prompt in prompts]
         _, foreign = await complete(client, prompts[1], cache_salt="somebody else")
     assert [tokens for tokens, _ in answers] == expected
@@ -83,7 +64,7 @@ async def test_tokens_shared_inside_a_block_are_on_the_receipt(model: Path, stac
     stack.check_clean()
 
 
-async def test_the_workers_count_what_the_receipts_say(model: Path, stack: Stack) -> None:
+async def test_the_workers_count_what_the_receipts_say(stack: Stack) -> None:
     """Prompts that share heads of any length, many at once, with two salts."""
     rng = random.Random(53)
     prompts = random_prompts([300], seed=54)
@@ -92,15 +73,15 @@ async def test_the_workers_count_what_the_receipts_say(model: Path, stack: Stack
         prompt = [*before[: rng.randint(1, len(before))], *tail]
         # One that ends with a block may be there as a whole, and then its last token is computed for its logits.
         prompts.append(prompt if len(prompt) % BLOCK_TOKENS else prompt[:-1])
-    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    expected = reference_greedy(stack.model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
     before_counts = worker_counters(stack)
     limit = asyncio.Semaphore(12)
 
-    async def run(client: httpx.AsyncClient, number: int) -> tuple[list[int], dict[str, Any]]:
+    async def run(client: Client, number: int) -> tuple[list[int], dict[str, Any]]:
         async with limit:
             return await complete(client, prompts[number], **({"cache_salt": "salt"} if number % 4 == 3 else {}))
 
-    async with client_of(stack) as client:
+    async with Client(stack, NUM_NEW_TOKENS) as client:
         answers = await asyncio.gather(*(run(client, number) for number in range(len(prompts))))
     assert [tokens for tokens, _ in answers] == expected
     grown = worker_counters(stack)

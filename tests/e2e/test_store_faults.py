@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from kvstore.index import Tier
 from tests.block_peer import BlockPeer
-from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.hf_models import random_prompts, reference_greedy
 from tests.index_view import num_held, until_held
 from tests.orders import Orders
 from tests.stack import Stack
@@ -23,23 +23,12 @@ WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("store-faults") / "model", "qwen2")
-
-
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("disk")
-
-
-@pytest.fixture(scope="module")
-def stack(model: Path, disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    worker = ["--model", str(model), "--served-model-name", "m", "--num-gpu-blocks-override", "256"]
-    worker += ["--prefix-fetch", "always", "--prefix-fetch-timeout-s", "30"]
-    decode = ["--local-prefill-max-tokens", "0"]
+def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path]) -> Iterator[Stack]:
+    worker = "--num-gpu-blocks-override 256 --prefix-fetch always --prefix-fetch-timeout-s 30"
     # Memory for 170 blocks, files of 170 blocks.
-    store = ["--store-dram-bytes", "4MiB", "--store-disk-dir", str(disk), "--store-disk-bytes", "64MiB"]
-    with Stack(tmp_path_factory.mktemp("logs"), [(), ()], [decode] * 2, store=[store], worker=worker) as stack:
+    store = "--store-dram-bytes 4MiB --store-disk-dir {disk} --store-disk-bytes 64MiB"
+    decode = ["--local-prefill-max-tokens 0"] * 2
+    with new_stack(model_of("qwen2"), worker, prefill=["", ""], decode=decode, store=[store]) as stack:
         yield stack
 
 
@@ -52,14 +41,13 @@ def peer(stack: Stack) -> Iterator[BlockPeer]:
 class Kept:
     """A prefix that the store has in memory and on disk, prompts that begin with it, and its blocks' bytes."""
 
-    def __init__(self, stack: Stack, model: Path, peer: BlockPeer, seed: int) -> None:
+    def __init__(self, stack: Stack, peer: BlockPeer, seed: int) -> None:
         self.stack = stack
         self._peer = peer
-        self._disk = Path(stack.store[0][stack.store[0].index("--store-disk-dir") + 1])
         self.orders = Orders(stack, NUM_NEW_TOKENS)
         (self.shared,) = random_prompts([NUM_SHARED_BLOCKS * BLOCK_TOKENS], seed=seed)
         self.prompts = [self.shared + tail for tail in random_prompts([20] * 3, seed=seed + 100)]
-        self.expected = reference_greedy(model, self.prompts, NUM_NEW_TOKENS, ignore_eos=True)
+        self.expected = reference_greedy(stack.model, self.prompts, NUM_NEW_TOKENS, ignore_eos=True)
         self.hashes = self.orders.hashes(self.shared)
         self.payloads: list[bytes] = []
 
@@ -72,7 +60,7 @@ class Kept:
         num_wanted = num_before + NUM_SHARED_BLOCKS
         await asyncio.to_thread(
             self.stack.wait_for,
-            lambda: num_on_disk(self.stack) >= num_wanted and are_on_disk(self._disk, self.payloads),
+            lambda: num_on_disk(self.stack) >= num_wanted and are_on_disk(self.stack.disk, self.payloads),
             "all to be on disk",
         )
 
@@ -109,12 +97,10 @@ def find(disk: Path, payload: bytes) -> tuple[Path, int]:
     return found
 
 
-async def test_of_a_truncated_file_the_blocks_that_are_whole_are_used(
-    stack: Stack, disk: Path, model: Path, peer: BlockPeer
-) -> None:
-    kept = Kept(stack, model, peer, seed=203)
+async def test_of_a_truncated_file_the_blocks_that_are_whole_are_used(stack: Stack, peer: BlockPeer) -> None:
+    kept = Kept(stack, peer, seed=203)
     await kept.keep()
-    places = [find(disk, payload) for payload in kept.payloads]
+    places = [find(stack.disk, payload) for payload in kept.payloads]
     cut_path, cut_at = places[25]
     num_whole = next(i for i, (path, at) in enumerate(places) if path == cut_path and at >= cut_at)
     stack.restart(*WORKERS, "store-0", meanwhile=lambda: truncate(cut_path, cut_at + 1))
@@ -129,7 +115,7 @@ def truncate(path: Path, size: int) -> None:
         file.truncate(size)
 
 
-async def test_a_full_disk_stops_writing_and_nothing_else(stack: Stack, model: Path, peer: BlockPeer) -> None:
+async def test_a_full_disk_stops_writing_and_nothing_else(stack: Stack, peer: BlockPeer) -> None:
     # A limit on the size of files stands for the full disk: the same calls fail, and it takes no privileges.
     pid = stack.services["store-0"].process.pid or 0
     before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
@@ -138,7 +124,7 @@ async def test_a_full_disk_stops_writing_and_nothing_else(stack: Stack, model: P
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (200_000, before[1]))
     try:
         # More than fits into memory, so that blocks are evicted that cannot be written. What finds no room is not kept.
-        all_kept = [Kept(stack, model, peer, seed) for seed in range(204, 210)]
+        all_kept = [Kept(stack, peer, seed) for seed in range(204, 210)]
         for kept in all_kept:
             tokens, _ = await kept.orders.generate(kept.prompts[0], "decode-0", "prefill-0", [])
             assert tokens == kept.expected[0]

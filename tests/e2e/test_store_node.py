@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from kvstore.index import Tier
-from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.completions import Client
+from tests.hf_models import random_prompts, reference_greedy
 from tests.index_view import until_held
 from tests.orders import Orders
 from tests.stack import Stack
@@ -18,19 +18,16 @@ NUM_NEW_TOKENS = 40
 WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
 
-@pytest.fixture(scope="module", params=["ucxx", "nixl"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Stack]]:
-    directory = tmp_path_factory.mktemp(f"store-{request.param}")
-    model = write_model(directory / "model", "qwen2")
-    transport = ["--kv-transport", request.param]
-    worker = ["--model", str(model), "--served-model-name", "m", "--num-gpu-blocks-override", "256", *transport]
-    worker += ["--prefix-fetch", "always", "--prefix-fetch-timeout-s", "30"]
-    store = [*transport, "--store-dram-bytes", "64MiB", "--store-disk-dir", str(directory / "disk")]
-    store += ["--store-disk-bytes", "64MiB", "--log-level", "debug", "--log-format", "json"]
-    decode = ["--local-prefill-max-tokens", "0"]
-    router = ["--index-timeout", "5"]
-    with Stack(directory / "logs", [(), ()], [decode] * 2, store=[store], router=router, worker=worker) as stack:
-        yield model, stack
+@pytest.fixture(scope="module")
+def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path], transport: str) -> Iterator[Stack]:
+    worker = f"--kv-transport {transport} --num-gpu-blocks-override 256"
+    worker += " --prefix-fetch always --prefix-fetch-timeout-s 30"
+    store = f"--kv-transport {transport} --log-level debug --log-format json --store-dram-bytes 64MiB"
+    store += " --store-disk-dir {disk} --store-disk-bytes 64MiB"
+    decode = ["--local-prefill-max-tokens 0"] * 2
+    router = "--index-timeout 5"
+    with new_stack(model_of("qwen2"), worker, prefill=["", ""], decode=decode, store=[store], router=router) as stack:
+        yield stack
 
 
 def num_kept(stack: Stack, tier: str) -> int:
@@ -39,16 +36,13 @@ def num_kept(stack: Stack, tier: str) -> int:
     return int(found["num_blocks"])
 
 
-async def test_a_prefix_is_a_hit_on_every_replica_whoever_of_them_has_it_and_wherever(
-    served: tuple[Path, Stack],
-) -> None:
-    model, stack = served
+async def test_a_prefix_is_a_hit_on_every_replica_whoever_of_them_has_it_and_wherever(stack: Stack) -> None:
     orders = Orders(stack, NUM_NEW_TOKENS)
     (shared,), tails = random_prompts([1500], seed=51), random_prompts([30] * 12, seed=53)
     num_shared = len(shared) // 32
     prompts = [shared + tail for tail in tails]
     answers = dict(
-        zip(map(tuple, prompts), reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True), strict=True)
+        zip(map(tuple, prompts), reference_greedy(stack.model, prompts, NUM_NEW_TOKENS, ignore_eos=True), strict=True)
     )
 
     async def is_fetched(decode: str, prefill: str | None, holder: str, tier: str) -> None:
@@ -88,24 +82,15 @@ def num_lent(stack: Stack) -> object:
     return stack.debug_state("store-0")["num_lent_blocks"]
 
 
-async def test_the_router_finds_in_the_index_what_only_the_store_has(served: tuple[Path, Stack]) -> None:
-    model, stack = served
+async def test_the_router_finds_in_the_index_what_only_the_store_has(stack: Stack) -> None:
     prompt = random_prompts([700], seed=52)[0]
-    expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
-    assert await ask(stack, prompt) == (expected, 0)
+    expected = reference_greedy(stack.model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
+    async with Client(stack, NUM_NEW_TOKENS) as client:
+        answer = await client.complete(prompt)
+    assert (answer.tokens, answer.num_cached) == (expected, 0)
     await until_held(stack, Orders(stack, NUM_NEW_TOKENS).hashes(prompt), "store-0", Tier.STORE)
     stack.restart(*WORKERS)
     stack.wait_ready()
-    tokens, num_cached = await ask(stack, prompt)
-    assert tokens == expected
-    assert num_cached == len(prompt) // 32 * 32
-
-
-async def ask(stack: Stack, prompt: list[int]) -> tuple[list[int], int]:
-    """One completion through the router: its token ids, and how many of the prompt were not computed."""
-    body = {"model": "m", "prompt": prompt, "max_tokens": NUM_NEW_TOKENS, "temperature": 0, "ignore_eos": True}
-    async with httpx.AsyncClient(timeout=60) as client:
-        response = await client.post(f"{stack.url}/v1/completions", json=body | {"return_token_ids": True})
-    response.raise_for_status()
-    answer = response.json()
-    return answer["choices"][0]["token_ids"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+    async with Client(stack, NUM_NEW_TOKENS) as client:
+        answer = await client.complete(prompt)
+    assert (answer.tokens, answer.num_cached) == (expected, len(prompt) // 32 * 32)

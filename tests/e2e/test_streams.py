@@ -3,54 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
-from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.completions import Client
+from tests.hf_models import random_prompts, reference_greedy
 from tests.stack import Stack
 
 NUM_STREAMS = 64
 NUM_NEW_TOKENS = 40
 
 
-@pytest.fixture(scope="module", params=["ucxx", "nixl"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Stack]]:
-    directory = tmp_path_factory.mktemp(f"streams-{request.param}")
-    model = write_model(directory / "model", "llama3")
+@pytest.fixture(scope="module")
+def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path], transport: str) -> Iterator[Stack]:
     # A pool that cannot hold all the requests at once: they wait, and some are preempted.
-    worker = ["--model", str(model), "--served-model-name", "m", "--kv-transport", request.param]
-    prefill = ["--max-num-batched-tokens", "128", "--num-gpu-blocks-override", "100"]
-    decode = ["--local-prefill-max-tokens", "16", "--num-gpu-blocks-override", "100"]
-    with Stack(directory / "logs", [prefill, prefill], [decode, decode], worker=worker) as stack:
-        yield model, stack
+    worker = f"--kv-transport {transport} --num-gpu-blocks-override 100"
+    prefill, decode = ["--max-num-batched-tokens 128"] * 2, ["--local-prefill-max-tokens 16"] * 2
+    with new_stack(model_of("llama3"), worker, prefill=prefill, decode=decode) as stack:
+        yield stack
 
 
-async def stream(client: httpx.AsyncClient, prompt: list[int], cut_after: int | None) -> list[int] | None:
+async def stream(client: Client, prompt: list[int], cut_after: int | None) -> list[int] | None:
     """The stream's tokens; None if we cut it."""
-    body = {
-        "model": "m",
-        "prompt": prompt,
-        "max_tokens": NUM_NEW_TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "return_token_ids": True,
-    }
     tokens: list[int] = []
     num_chunks = 0
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        assert response.status_code == 200, await response.aread()
+    async with client.stream(prompt) as chunks:
         if cut_after == 0:
             return None
-        async for line in response.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            chunk = json.loads(line.removeprefix("data: "))
+        async for chunk in chunks:
             assert "error" not in chunk, chunk
             for choice in chunk["choices"]:
                 tokens += choice["token_ids"]
@@ -60,20 +43,18 @@ async def stream(client: httpx.AsyncClient, prompt: list[int], cut_after: int | 
     return tokens
 
 
-async def run_streams(url: str, prompts: list[list[int]], seed: int) -> list[list[int] | None]:
+async def run_streams(stack: Stack, prompts: list[list[int]], seed: int) -> list[list[int] | None]:
     rng = random.Random(seed)
     cuts = [rng.choice([0, 1, 2, 5, 15]) if index % 3 == 0 else None for index in range(len(prompts))]
-    limits = httpx.Limits(max_connections=len(prompts))
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+    async with Client(stack, NUM_NEW_TOKENS) as client:
         return await asyncio.gather(*(stream(client, *each) for each in zip(prompts, cuts, strict=True)))
 
 
-async def test_cut_streams_harm_nobody_and_leak_nothing(served: tuple[Path, Stack]) -> None:
-    model, stack = served
+async def test_cut_streams_harm_nobody_and_leak_nothing(stack: Stack) -> None:
     rng = random.Random(5)
     prompts = random_prompts([rng.choice([3, 20, 40, 100, 250, 600]) for _ in range(NUM_STREAMS)], seed=3)
-    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
-    results = await run_streams(stack.url, prompts, seed=7)
+    expected = reference_greedy(stack.model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    results = await run_streams(stack, prompts, seed=7)
     uncut = [index for index, tokens in enumerate(results) if tokens is not None]
     assert len(uncut) >= NUM_STREAMS * 2 // 3
     assert [results[index] for index in uncut] == [expected[index] for index in uncut]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.hf_models import FAMILIES, random_prompts, reference_greedy, write_model
+from tests.hf_models import FAMILIES, random_prompts, reference_greedy
 from tests.stack import Stack
 
 NUM_NEW_TOKENS = 12
@@ -28,34 +27,25 @@ class Reference:
     tokens: list[list[int]]
 
 
-def start_deployments(directory: Path, model: Path, transport: str) -> Stack:
-    """One stack that serves the same weights under one name per deployment, each with workers of its own."""
-
-    def serving(name: str, *flags: str) -> list[str]:
-        return ["--served-model-name", name, *flags]
-
-    prefill = [serving(f"chunk-{size}", "--max-num-batched-tokens", str(size)) for size in CHUNK_SIZES]
-    never_local = ("--local-prefill-max-tokens", "0")
-    decode = [serving(f"chunk-{size}", *never_local) for size in CHUNK_SIZES]
-    decode.append(serving("colocated", "--colocated", "--max-num-batched-tokens", "64"))
-    # A worker that would hand every prompt off, had it a prefill worker: so every prompt is prefilled locally.
-    decode.append(serving("local", *never_local))
-    worker = ["--model", str(model), "--kv-transport", transport, "--num-gpu-blocks-override", "256"]
-    return Stack(directory, prefill, decode, worker=[*worker, "--max-num-seqs", "16"])
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
-def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    model = write_model(tmp_path_factory.mktemp(request.param) / "model", request.param)
+def reference(request: pytest.FixtureRequest, model_of: Callable[[str], Path]) -> Reference:
+    model = model_of(request.param)
     prompts = random_prompts(PROMPT_LENGTHS, seed=1)
     return Reference(model, prompts, reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True))
 
 
-@pytest.fixture(scope="module", params=["ucxx", "nixl"])
-def deployments(
-    request: pytest.FixtureRequest, reference: Reference, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Stack]:
-    with start_deployments(tmp_path_factory.mktemp(request.param), reference.model, request.param) as stack:
+@pytest.fixture(scope="module")
+def deployments(reference: Reference, transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """One stack that serves the same weights under one name per deployment, each with workers of its own."""
+    chunks = [f"--served-model-name chunk-{size}" for size in CHUNK_SIZES]
+    never_local = "--local-prefill-max-tokens 0"
+    prefill = [f"{name} --max-num-batched-tokens {size}" for name, size in zip(chunks, CHUNK_SIZES, strict=True)]
+    decode = [f"{name} {never_local}" for name in chunks]
+    decode.append("--served-model-name colocated --colocated --max-num-batched-tokens 64")
+    # A worker that would hand every prompt off, had it a prefill worker: so every prompt is prefilled locally.
+    decode.append(f"--served-model-name local {never_local}")
+    worker = f"--kv-transport {transport} --num-gpu-blocks-override 256 --max-num-seqs 16"
+    with Stack(tmp_path_factory.mktemp(transport), prefill, decode, worker=worker, model=reference.model) as stack:
         yield stack
 
 
@@ -92,10 +82,6 @@ def test_a_seeded_stream_is_the_same_in_every_deployment(deployments: Stack) -> 
 
 def handed_off(stack: Stack) -> dict[str, int]:
     """How many prompts each decode worker took over from a prefill worker, for the workers that took any."""
-    counts = {}
-    for name, service in stack.services.items():
-        if service.role == "decode":
-            for line in stack.metrics(name).splitlines():
-                if re.match(r'tandem:prefills_total\{.*way="handoff"', line):
-                    counts[name] = int(float(line.split()[-1]))
-    return {name: count for name, count in counts.items() if count}
+    decode = [name for name, service in stack.services.items() if service.role == "decode"]
+    counts = {name: stack.metric(name, "tandem:prefills_total", way="handoff") for name in decode}
+    return {name: int(count) for name, count in counts.items() if count}

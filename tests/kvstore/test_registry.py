@@ -22,31 +22,14 @@ from kvstore.registry import (
     new_incarnation,
 )
 from services.cli.embedded_redis import EmbeddedRedis
+from tests.worker_records import worker_record
 
 WAIT_S = 20.0  # an upper bound for waits on events, far above what any of them takes
 LEASE_S = 0.6
 
 
 def make_record(worker_id: str = "prefill-0", **fields: object) -> WorkerRecord:
-    record = WorkerRecord(
-        worker_id=worker_id,
-        role="prefill",
-        incarnation=new_incarnation(),
-        served_model_names=("demo",),
-        model_path="/models/demo",
-        tokenizer_path="/models/demo",
-        model_fingerprint="ab12",
-        grpc_address="127.0.0.1:5001",
-        kv_address="127.0.0.1:5002",
-        http_address="127.0.0.1:5003",
-        block_size=32,
-        num_blocks=512,
-        max_model_len=2048,
-        max_num_seqs=64,
-        dtype="float32",
-        transports=("ucxx",),
-    )
-    return msgspec.structs.replace(record, **fields)
+    return worker_record(worker_id=worker_id, incarnation=new_incarnation(), **fields)
 
 
 class Cluster:

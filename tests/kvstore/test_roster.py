@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.registry import WorkerRecord
 from kvstore.registry.roster import Roster, Sighting
-
-RECORD = WorkerRecord(
-    worker_id="w",
-    role="decode",
-    incarnation="1",
-    served_model_names=("m",),
-    model_path="m",
-    tokenizer_path="m",
-    model_fingerprint="ab",
-    grpc_address="h:1",
-    kv_address="h:2",
-    http_address="h:3",
-    block_size=32,
-    num_blocks=8,
-    max_model_len=64,
-    max_num_seqs=4,
-    dtype="float32",
-    transports=("ucxx",),
-)
+from tests.worker_records import worker_record
 
 
 def sighting(worker_id: str = "w", incarnation: str = "1", remaining_s: float = 5.0, **fields: object) -> Sighting:
-    record = msgspec.structs.replace(RECORD, worker_id=worker_id, incarnation=incarnation, **fields)
-    return Sighting(record, remaining_s)
+    return Sighting(worker_record(worker_id=worker_id, incarnation=incarnation, **fields), remaining_s)
 
 
 def names(roster: Roster) -> list[str]:

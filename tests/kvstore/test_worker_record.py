@@ -10,28 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.errors import InvalidRecord
-from kvstore.registry import WorkerRecord, new_incarnation
+from kvstore.registry import new_incarnation
 from kvstore.registry.worker_record import MAX_RECORD_BYTES, decode_record, encode_record
+from tests.worker_records import worker_record
 
-RECORD = WorkerRecord(
-    worker_id="prefill-0",
-    role="prefill",
-    incarnation="0001",
-    served_model_names=("tandem-demo", "demo"),
-    model_path="/models/tandem-demo",
-    tokenizer_path="/models/tandem-demo",
-    model_fingerprint="ab12",
-    grpc_address="127.0.0.1:5001",
-    kv_address="127.0.0.1:5002",
-    http_address="127.0.0.1:5003",
-    block_size=32,
-    num_blocks=512,
-    max_model_len=2048,
-    max_num_seqs=64,
-    dtype="float32",
-    transports=("nixl", "ucxx"),
-    version="0.1.0",
-    started_unix_s=1.5,
+RECORD = worker_record(
+    served_model_names=("tandem-demo", "demo"), transports=("nixl", "ucxx"), version="0.1.0", started_unix_s=1.5
 )
 
 

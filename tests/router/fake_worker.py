@@ -12,6 +12,7 @@ from tandem.v1 import worker_pb2 as pb
 from tandem.v1.worker_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
 
 from kvstore.registry import WorkerRecord
+from tests.worker_records import worker_record
 
 _counter = itertools.count(1)
 
@@ -114,24 +115,17 @@ class FakeWorker(DecodeServiceServicer):
             self._server = None
 
     def record(self, role: str = "decode") -> WorkerRecord:
-        return WorkerRecord(
+        return worker_record(
             worker_id=self.worker_id,
             role=role,
             incarnation=self.incarnation,
             served_model_names=self.model_names,
             model_path=self.model_path,
             tokenizer_path=self.model_path,
-            model_fingerprint="f" * 32,
             grpc_address=f"127.0.0.1:{self.port}",
-            kv_address="127.0.0.1:1",
-            http_address="127.0.0.1:2",
-            block_size=32,
-            num_blocks=64,
             max_model_len=self.max_model_len,
-            max_num_seqs=8,
-            dtype="float32",
-            transports=("memory",),
             colocated=self.colocated,
+            transports=("memory",),
         )
 
     async def wait_for_abort(self, num_aborts: int) -> None:

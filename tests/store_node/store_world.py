@@ -100,7 +100,7 @@ class World:
     ) -> StoreNode:
         memory = HostMemory.allocate(num_slots, LAYOUT.block_bytes)
         tier = DiskTier.open(disk, LAYOUT, 4 << 20) if disk is not None else None
-        store = TieredStore(memory, tier, on_change=lambda *change: self.changes.append(change), timeout_s=2.0)
+        store = TieredStore(memory, tier, on_change=lambda *change: self.changes.append(change), timeout_s=20.0)
         identity = PeerIdentity(f"store-0/{incarnation}", "store", incarnation, LAYOUT)
         transport = MemoryTransport(memory, self.switchboard, faults, seed=3)
         node = StoreNode(identity, store, [transport], timeouts=timeouts, limits=limits)

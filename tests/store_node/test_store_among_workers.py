@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from kvstore.registry import WorkerRecord
 from services.router.fleet import Workers
 from tests.router.harness import FakeMembership
 from tests.store_node.store_world import LAYOUT
+from tests.worker_records import worker_record
 
 
 async def test_the_router_sends_a_store_node_nothing_and_knows_where_to_fetch_from_it() -> None:
-    store = WorkerRecord(
-        worker_id="store-0",
-        role="store",
-        incarnation="7",
-        served_model_names=("m",),
-        model_path="/m",
-        tokenizer_path="/m",
-        model_fingerprint="ab12",
-        grpc_address="",
-        kv_address="127.0.0.1:2",
-        http_address="",
-        block_size=8,
-        num_blocks=4,
-        max_model_len=0,
-        max_num_seqs=0,
-        dtype="float32",
-        transports=("ucxx",),
-        layout=LAYOUT.to_wire(),
-    )
+    store = worker_record(worker_id="store-0", role="store", incarnation="7", block_size=8, layout=LAYOUT.to_wire())
     workers = Workers(FakeMembership((store,)), "router-0", reconnect_max_s=1.0)
     workers.start()
     assert (workers.decode_candidates(), workers.prefill_candidates(), workers.num_sessions_up) == ([], [], 0)

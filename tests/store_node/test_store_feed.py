@@ -16,6 +16,7 @@ from kvstore.registry import WorkerRecord
 from kvstore.store import StoreNode, StoreTier
 from services.worker.store import StoreFeed
 from tests.store_node.store_world import LAYOUT, Worker, chain, until, world
+from tests.worker_records import worker_record
 
 
 class Registry:
@@ -37,22 +38,13 @@ class Registry:
 
 def record_of(node: StoreNode, fingerprint: str = LAYOUT.model_fingerprint) -> WorkerRecord:
     layout = LAYOUT.to_wire() | {"model_fingerprint": fingerprint}
-    return WorkerRecord(
+    return worker_record(
         worker_id=node.identity.peer_id.partition("/")[0],
         role="store",
         incarnation=node.identity.incarnation,
-        served_model_names=("m",),
-        model_path="",
-        tokenizer_path="",
         model_fingerprint=fingerprint,
-        grpc_address="",
         kv_address=node.exchange.address,
-        http_address="",
         block_size=LAYOUT.block_size,
-        num_blocks=32,
-        max_model_len=0,
-        max_num_seqs=0,
-        dtype=LAYOUT.dtype,
         transports=("memory",),
         layout=layout,
     )

@@ -206,7 +206,7 @@ async def test_a_flipped_byte_in_memory_is_found_by_the_reader_and_the_disks_cop
         giver.hold(hashes)
         await giver.offer(node, hashes)
         await idle(node, 1)
-        assert await node.store.flush(2.0)
+        assert await node.store.flush(20)
         node.store.dram.memory.view(node.store.dram.find(hashes[2]).slot)[5] ^= 1
 
         result, _ = await giver.fetch(node, hashes)

@@ -15,28 +15,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kvstore.registry import Registrar, WorkerRecord
+from kvstore.registry import Registrar
 from services.cli.embedded_redis import EmbeddedRedis
 from tests.store_node.store_world import LAYOUT
+from tests.worker_records import worker_record
 
-WORKER = WorkerRecord(
-    worker_id="decode-0",
-    role="decode",
-    incarnation="7",
-    served_model_names=("m",),
-    model_path="/m",
-    tokenizer_path="/m",
-    model_fingerprint=LAYOUT.model_fingerprint,
-    grpc_address="127.0.0.1:1",
-    kv_address="127.0.0.1:2",
-    http_address="127.0.0.1:3",
-    block_size=LAYOUT.block_size,
-    num_blocks=4,
-    max_model_len=64,
-    max_num_seqs=1,
-    dtype=LAYOUT.dtype,
-    transports=("ucxx",),
-    layout=LAYOUT.to_wire(),
+WORKER = worker_record(
+    role="decode", model_fingerprint=LAYOUT.model_fingerprint, block_size=LAYOUT.block_size, layout=LAYOUT.to_wire()
 )
 
 

@@ -8,28 +8,16 @@ from kvstore.block import BlockLayout
 from kvstore.registry import WorkerRecord
 from services.store.whose import choose_worker
 from tests.store_node.store_world import LAYOUT
+from tests.worker_records import worker_record
 
 
 def record(
     worker_id: str, name: str = "m", layout: BlockLayout | None = LAYOUT, started_s: float = 1.0
 ) -> WorkerRecord:
-    return WorkerRecord(
+    return worker_record(
         worker_id=worker_id,
-        role="prefill",
-        incarnation="1",
         served_model_names=(name,),
-        model_path="/m",
-        tokenizer_path="/m",
-        model_fingerprint="ab12",
-        grpc_address="127.0.0.1:1",
-        kv_address="127.0.0.1:2",
-        http_address="",
         block_size=8,
-        num_blocks=4,
-        max_model_len=64,
-        max_num_seqs=1,
-        dtype="float32",
-        transports=("ucxx",),
         started_unix_s=started_s,
         layout=None if layout is None else layout.to_wire(),
     )

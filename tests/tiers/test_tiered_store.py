@@ -124,7 +124,7 @@ async def test_without_a_disk_it_is_dram_alone():
         pinned = await store.pin(a)
         assert_right(store, pinned, a[:2])
         store.unpin(slots(pinned))
-        assert await store.flush(1.0)
+        assert await store.flush(20)
 
 
 @pytest.mark.parametrize("disk_writes", [DiskWrites.ALL, DiskWrites.EVICTED])
