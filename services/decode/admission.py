@@ -62,6 +62,7 @@ class Admission:
         self._clock = clock
         self._clients = PrefillClients()
         self._disposals = Settlements("failed handoffs")
+        self._being_handed_over: dict[tuple[object, ...], asyncio.Task[None]] = {}  # admissions, by prompt
 
     async def admit(self, live: LiveRequest) -> Admitted | None:
         """Bring the request into the engine, by whichever way works.
@@ -73,7 +74,7 @@ class Admission:
         if live.sampling.prompt_logprobs is None:
             # Before it is decided who prefills: what is here already is neither computed nor handed over.
             await self._parts.fetcher.restore(hashes)
-        if not self._is_local(live, hashes):
+        if not self._is_local(live, hashes) and not await self._is_brought_by_another(live, hashes):
             for target in live.order.prefill_targets:
                 try:
                     return await self._prefill_elsewhere(live, target, hashes)
@@ -99,6 +100,26 @@ class Admission:
         if self._config.colocated or not live.order.prefill_targets:
             return True
         return self._num_uncached(live, hashes) <= self._config.local_prefill_max_tokens
+
+    async def _is_brought_by_another(self, live: LiveRequest, hashes: list[BlockHash]) -> bool:
+        """Wait where this very prompt is being handed over for another request; whether its blocks have come.
+
+        So n choices of a prompt move its blocks once: the others share them, copy the last one from whoever runs on it,
+        and compute one token each. A first that fails is waited for once only: then everybody tries at the same time.
+        """
+        order = live.order
+        if live.sampling.prompt_logprobs is not None or live.sampling.max_tokens == 1:
+            return False  # of those, the first needs every position, and the second no blocks
+        tail = order.prompt_token_ids[len(hashes) * self._parts.engine.layout.block_size :]
+        prompt = (order.cache_salt, order.priority, *hashes[-1:], *tail)
+        first = self._being_handed_over.get(prompt)
+        if first is None:
+            assert live.admission is not None, f"{order.request_id} is admitted by no task"
+            self._being_handed_over[prompt] = live.admission
+            live.admission.add_done_callback(lambda _: self._being_handed_over.pop(prompt))
+            return False
+        await asyncio.wait([first])
+        return self._parts.engine.pool.peek_prefix(hashes) == len(hashes)
 
     def _num_uncached(self, live: LiveRequest, hashes: list[BlockHash]) -> int:
         """Prompt tokens that would be computed here; the last one always is."""

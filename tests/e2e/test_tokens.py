@@ -80,8 +80,25 @@ def test_a_seeded_stream_is_the_same_in_every_deployment(deployments: Stack) -> 
     assert other != streams[0], "the seed makes no difference"
 
 
+def test_the_choices_of_a_prompt_are_handed_over_once_and_are_those_of_an_undisturbed_run(deployments: Stack) -> None:
+    prompts = random_prompts((5, 64, 300), seed=3)
+    before, blocks_before = handed_off(deployments), decode_counts(deployments, "tandem:handoff_blocks_total")
+    choices = [complete(deployments, name, prompts, temperature=0.8, seed=99, n=4) for name in DEPLOYMENTS]
+    assert all(each == choices[0] for each in choices)
+    assert len(set(map(tuple, choices[0]))) == len(choices[0]) == 4 * len(prompts), "every choice is drawn for itself"
+    for name, count in decode_counts(deployments, "tandem:handoff_blocks_total").items():
+        assert count - blocks_before.get(name, 0) == 1 + 2 + 10, f"{name}: blocks of 32 tokens, once each"
+    for name, count in handed_off(deployments).items():
+        assert count - before.get(name, 0) == len(prompts), name
+    deployments.check_clean()
+
+
 def handed_off(stack: Stack) -> dict[str, int]:
     """How many prompts each decode worker took over from a prefill worker, for the workers that took any."""
+    return decode_counts(stack, "tandem:prefills_total", way="handoff")
+
+
+def decode_counts(stack: Stack, series: str, **labels: str) -> dict[str, int]:
     decode = [name for name, service in stack.services.items() if service.role == "decode"]
-    counts = {name: stack.metric(name, "tandem:prefills_total", way="handoff") for name in decode}
+    counts = {name: stack.metric(name, series, **labels) for name in decode}
     return {name: int(count) for name, count in counts.items() if count}

@@ -94,3 +94,26 @@ def test_all_at_once_on_little_memory_each_has_the_tokens_that_it_has_alone(
         assert request.output_token_ids == expected_outputs(request.prompt_token_ids, request.sampling, MAX_MODEL_LEN)
     assert scheduler.stats.num_prefix_hits == sum(request.num_cached_tokens for request in requests)
     assert scheduler.pool.num_free == num_blocks
+
+
+@given(prompt=prompts, num_choices=st.integers(2, 5), num_steps=st.integers(1, 3))
+@settings(max_examples=100, deadline=None)
+def test_the_choices_of_a_running_prompt_compute_its_last_token_each_and_no_more(
+    prompt: list[int], num_choices: int, num_steps: int
+) -> None:
+    scheduler, world = make_world(500, 40)
+    choices = [make_request(number, prompt, "") for number in range(num_choices)]
+    scheduler.add(choices[0])
+    for _ in range(num_steps):
+        batch = scheduler.schedule()
+        assert batch is not None
+        scheduler.update(batch, world.run(batch))
+    stranger = make_request(99, prompt, "tenant")
+    for request in [*choices[1:], stranger]:
+        scheduler.add(request)
+    run_to_end(scheduler, world)
+    for request in [*choices, stranger]:
+        assert request.output_token_ids == expected_outputs(prompt, request.sampling, MAX_MODEL_LEN)
+    if num_steps < 3:  # else it has ended, and nothing but its full blocks is left
+        assert [request.num_cached_tokens for request in choices[1:]] == [len(prompt) - 1] * (num_choices - 1)
+    assert stranger.num_cached_tokens == 0

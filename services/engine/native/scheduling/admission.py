@@ -129,7 +129,8 @@ class Admission:
         if blocks is None:
             return False
         request.block_table = blocks.block_ids
-        reused = reuse_cached_tokens(self._pool, request, blocks.num_present, self._config, step)
+        running = (entry.request for entry in self._queues.running)
+        reused = reuse_cached_tokens(self._pool, request, blocks.num_present, self._config, step, running)
         if not request.was_scheduled:
             request.num_cached_tokens = reused.num_tokens
             self._stats.num_prefix_queries += request.num_prompt_tokens

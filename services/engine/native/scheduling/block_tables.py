@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvstore.block import BlockHash, BlockTokens, Proof, SharedTokens, extend_hashes, namespace
@@ -52,6 +52,26 @@ def match_next_block(
     start = num_present * config.block_size
     token_ids = request.token_ids[start : min(start + config.block_size, request.num_tokens - 1)]
     return pool.match_shared_tokens(BlockTokens(_parent_hash(request, num_present, config), token_ids))
+
+
+def match_running_block(
+    running: Iterable[Request], request: Request, num_present: int, config: SchedulerConfig
+) -> SharedTokens | None:
+    """The same of the blocks that running requests are writing to, as far as they are computed; takes no reference."""
+    if request.wants_prompt_logprobs:
+        return None
+    start, best = num_present * config.block_size, None
+    parent_hash = _parent_hash(request, num_present, config)
+    wanted = request.token_ids[start : min(start + config.block_size, request.num_tokens - 1)]
+    for other in running:
+        if other.num_computed_tokens <= start or _parent_hash(other, num_present, config) != parent_hash:
+            continue
+        computed = other.token_ids[start : other.num_computed_tokens]
+        pairs = enumerate(zip(wanted, computed, strict=False))
+        num_tokens = next((i for i, (ours, theirs) in pairs if ours != theirs), min(len(wanted), len(computed)))
+        if num_tokens > (best.num_tokens if best is not None else 0):
+            best = SharedTokens(other.block_table[num_present], num_tokens)
+    return best
 
 
 def _parent_hash(request: Request, index: int, config: SchedulerConfig) -> BlockHash:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from kvstore.block import BlockHash
 from kvstore.pool import BlockPool
 from services.engine.native.scheduling.batch import BatchBuilder, BlockCopy
-from services.engine.native.scheduling.block_tables import match_next_block
+from services.engine.native.scheduling.block_tables import match_next_block, match_running_block
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.request import Request
 
@@ -21,9 +21,17 @@ class ReusedTokens(NamedTuple):
 
 
 def reuse_cached_tokens(
-    pool: BlockPool, request: Request, num_present: int, config: SchedulerConfig, step: BatchBuilder
+    pool: BlockPool,
+    request: Request,
+    num_present: int,
+    config: SchedulerConfig,
+    step: BatchBuilder,
+    running: Iterable[Request],
 ) -> ReusedTokens:
     """Order the copies that spare computing, and the clearing of new blocks, for a request that has all its blocks.
+
+    What goes on in a block comes from a cached one, or from the last block of a running request: so the choices of one
+    prompt compute its last token each, and no more.
 
     |-- num_present whole blocks --|-- copied --|-- computed: the last token at least, whose logits are wanted --|
     """
@@ -39,10 +47,14 @@ def reuse_cached_tokens(
     # stands in the way of an admission. However few the tokens are, a copy is cheaper: 20 us for a block of 384 KiB,
     # a hundredth of computing one token.
     shared = match_next_block(pool, request, num_present, config)
+    tail = match_running_block(running, request, num_present, config) if pool.enable_prefix_caching else None
+    if shared is not None:
+        step.held_block_ids.append(shared.block_id)
+    if tail is not None and (shared is None or tail.num_tokens > shared.num_tokens):
+        shared = tail  # which its request holds: nobody leaves between here and the copy
     if shared is None:
         step.new_block_ids += block_table[num_present:]
         return ReusedTokens(num_tokens, 0)
-    step.held_block_ids.append(shared.block_id)
     step.copies.append(BlockCopy(shared.block_id, block_table[num_present], shared.num_tokens))
     step.new_block_ids += block_table[num_present + 1 :]
     return ReusedTokens(num_tokens + shared.num_tokens, shared.num_tokens)
