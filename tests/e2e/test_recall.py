@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(400)
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo_model"
 MODEL = DEMO / "tandem-demo"
-NUM_PROMPTS = 100
+NUM_PROMPTS = 50
 MAX_ANSWER_TOKENS = 16
 
 
@@ -34,9 +34,9 @@ def load_recall() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def stack(new_stack: Callable[..., Stack], transport: str) -> Iterator[Stack]:
-    with new_stack(
-        MODEL, f"--kv-transport {transport}", prefill=[""], decode=["--local-prefill-max-tokens 0"]
-    ) as stack:
+    # A machine that is busy elsewhere makes this slow, and nothing else.
+    worker = f"--kv-transport {transport} --lease-s 60 --peer-timeout-s 60"
+    with new_stack(MODEL, worker, prefill=[""], decode=["--local-prefill-max-tokens 0"]) as stack:
         yield stack
 
 
@@ -53,12 +53,12 @@ def test_recall_at_full_context_disaggregated(stack: Stack) -> None:
 
     def answer(prompt: str) -> str:
         body = {"model": "m", "prompt": prompt, "max_tokens": MAX_ANSWER_TOKENS, "temperature": 0}
-        response = httpx.post(f"{stack.url}/v1/completions", json=body, timeout=120)
+        response = httpx.post(f"{stack.url}/v1/completions", json=body, timeout=350)
         assert response.status_code == 200, response.text
         return str(response.json()["choices"][0]["text"])
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(answer, [prompt.text for prompt in prompts]))
     num_right = sum(recall.is_correct(text, prompt.answer) for text, prompt in zip(answers, prompts, strict=True))
-    assert num_right >= 98, f"{num_right} of {NUM_PROMPTS} right"
+    assert num_right >= NUM_PROMPTS - 1, f"{num_right} of {NUM_PROMPTS} right"
     stack.check_clean()

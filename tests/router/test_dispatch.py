@@ -271,7 +271,7 @@ async def test_workers_come_and_go(make_worker):
         assert len(second.requests) == 1
         running.membership.set(second.record())
         await until(lambda: running.parts.workers.num_sessions_up == 1)
-        assert (await http.post("/v1/completions", json=BODY)).status_code == 404
+        assert (await http.post("/v1/completions", json=BODY)).status_code == 503
         await second.stop()
 
 

@@ -36,7 +36,7 @@ async def directory():
     await models.close()
 
 
-async def test_models_appear_with_their_worker_and_go_with_it(directory, model_directory):
+async def test_models_appear_with_their_worker_and_one_that_is_away_may_come_back(directory, model_directory):
     directory.follow((record(model_directory, ("a", "b"), max_model_len=100),))
     with pytest.raises(ApiError) as loading:
         directory.get("a")
@@ -48,7 +48,10 @@ async def test_models_appear_with_their_worker_and_go_with_it(directory, model_d
     assert directory.names() == []
     with pytest.raises(ApiError) as gone:
         directory.get("a")
-    assert gone.value.status == 404
+    assert gone.value.status == 503
+    with pytest.raises(ApiError) as unknown:
+        directory.get("c")
+    assert unknown.value.status == 404
 
 
 async def test_a_model_promises_what_its_smallest_worker_holds(directory, model_directory):

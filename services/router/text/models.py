@@ -29,6 +29,8 @@ from services.router.text.tokenizer import (
 
 log = logging.getLogger(__name__)
 
+# Of models that nobody serves any more.
+_MAX_REMEMBERED_NAMES = 256
 _FIRST_RETRY_S = 1.0
 _LONGEST_RETRY_S = 60.0
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -153,6 +155,7 @@ class ModelDirectory:
         self._failures: dict[ModelSource, str] = {}
         self._wanted: set[ModelSource] = set()
         self._models: dict[str, ServedModel] = {}
+        self._were_served: dict[str, None] = {}  # names, the latest last
         self._records: tuple[WorkerRecord, ...] = ()
 
     def follow(self, records: tuple[WorkerRecord, ...]) -> None:
@@ -197,6 +200,9 @@ class ModelDirectory:
 
     def _missing(self, name: str) -> ApiError:
         reason = self.not_loaded().get(name)
+        if reason is None and name in self._were_served:
+            # It restarts, or a lease ran out on a busy machine: clients should come back, as they do after a 503 only.
+            return unavailable(f"No worker serves model `{name}` at the moment. Try again later.")
         if reason is None:
             return model_not_found(name)
         return unavailable(f"The router cannot serve model `{name}` yet: {reason}. Try again later.")
@@ -257,3 +263,8 @@ class ModelDirectory:
                     root=record.model_path,
                 )
         self._files = {source: files for source, files in self._files.items() if source in self._wanted}
+        for name in self._models:
+            self._were_served.pop(name, None)
+            self._were_served[name] = None
+        while len(self._were_served) > _MAX_REMEMBERED_NAMES:
+            del self._were_served[next(iter(self._were_served))]
