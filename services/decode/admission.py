@@ -18,7 +18,7 @@ from kvstore.errors import KVStoreError
 from kvstore.exchange import Fetch
 from kvstore.protocol import FetchResult, FetchStamps, Reservation
 from services.decode.config import DecodeConfig
-from services.decode.handoff import HandoffFailed, PrefillClients, prefill_remotely
+from services.decode.handoff import HandoffFailed, prefill_remotely
 from services.decode.live import LiveRequest
 from services.engine.native import (
     EngineError,
@@ -60,7 +60,6 @@ class Admission:
         self._parts = parts
         self._entered = entered
         self._clock = clock
-        self._clients = PrefillClients()
         self._disposals = Settlements("failed handoffs")
         self._being_handed_over: dict[tuple[object, ...], asyncio.Task[None]] = {}  # admissions, by prompt
 
@@ -87,9 +86,8 @@ class Admission:
         return None
 
     async def close(self) -> None:
-        """Wait for what failed handoffs left, and close the channels. Bounded, since the exchange is closed by then."""
+        """Wait for what failed handoffs left. Bounded, since the exchange is closed by then."""
         await self._disposals.settled()
-        await self._clients.close()
 
     def _hashes(self, live: LiveRequest) -> list[BlockHash]:
         layout = self._parts.engine.layout
@@ -167,7 +165,7 @@ class Admission:
             [*hashes, None][:num_blocks],
             pending.reserve,
             self._parts.exchange,
-            self._clients,
+            self._parts.orders,
             dispose=lambda fetch: self._dispose(fetch, pending),
             finish_timeout_s=self._config.handoff_timeout_s,
         )

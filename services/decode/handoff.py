@@ -15,23 +15,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
 from tandem.v1 import worker_pb2 as pb
-from tandem.v1 import worker_pb2_grpc
 
 from kvstore.block import BlockHash
 from kvstore.errors import IncompatiblePeer, PeerLost, PeerUnreachable
 from kvstore.exchange import BlockExchange, Fetch
 from kvstore.protocol import FetchResult, Reservation
-from services.worker.process import GRPC_OPTIONS
-
-# More prefill workers than one decode worker orders from at a time; old addresses of restarted ones count, too.
-_MAX_CHANNELS = 64
+from services.orders import Orders, StreamBroken
 
 
 class HandoffFailed(Exception):
@@ -54,77 +48,13 @@ class Handoff:
     fetched: FetchResult | None
 
 
-class OrderBroken(Exception):
-    """An order's stream ended without a result, by the peer's doing or the network's."""
-
-
-@dataclass(eq=False)
-class _Channel:
-    grpc: grpc.aio.Channel
-    num_calls: int = 0
-
-
-class PrefillClients:
-    """A gRPC channel per prefill worker, made at first use; the least recently used ones are not kept."""
-
-    def __init__(self) -> None:
-        self._channels: OrderedDict[str, _Channel] = OrderedDict()
-
-    async def prefill(self, address: str, order: pb.PrefillRequest) -> AsyncGenerator[pb.PrefillEvent, None]:
-        """Send an order and read its events; closing the iterator cancels it. Raises OrderBroken."""
-        channel = self._channel(address)
-        channel.num_calls += 1
-        stub = worker_pb2_grpc.PrefillServiceStub(channel.grpc)  # type: ignore[no-untyped-call]
-        call: grpc.aio.UnaryStreamCall[Any, pb.PrefillEvent] = stub.Prefill(order)
-        try:
-            if len(self._channels) > _MAX_CHANNELS:
-                await self.forget(next(iter(self._channels)))
-            async for event in call:
-                yield event
-        except grpc.aio.AioRpcError as error:
-            raise OrderBroken(f"{error.code().name}: {error.details()}") from error
-        except asyncio.CancelledError as error:
-            if _is_ordered():
-                raise
-            raise OrderBroken("its channel was closed") from error
-        finally:
-            call.cancel()
-            channel.num_calls -= 1
-            if not channel.num_calls and self._channels.get(address) is not channel:
-                await channel.grpc.close()
-
-    async def forget(self, address: str) -> None:
-        """Begin afresh with a worker that was gone. Orders that run go on: they know best whether theirs is lost."""
-        channel = self._channels.pop(address, None)
-        if channel is not None and not channel.num_calls:
-            await channel.grpc.close()
-
-    async def close(self) -> None:
-        """Close all channels; orders that still run break."""
-        for channel in self._channels.values():
-            await channel.grpc.close()
-        self._channels.clear()
-
-    def _channel(self, address: str) -> _Channel:
-        if address not in self._channels:
-            self._channels[address] = _Channel(grpc.aio.insecure_channel(address, options=GRPC_OPTIONS))
-        self._channels.move_to_end(address)
-        return self._channels[address]
-
-
-def _is_ordered() -> bool:
-    """Whether somebody cancels the current task; a CancelledError that nobody ordered is grpc's word for "closed"."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
 async def prefill_remotely(
     order: pb.PrefillRequest,
     target: pb.PrefillTarget,
     expected_hashes: Sequence[BlockHash | None],
     reserve: Callable[[int], Awaitable[Reservation]],
     exchange: BlockExchange,
-    clients: PrefillClients,
+    orders: Orders,
     dispose: Callable[[Fetch], None],
     finish_timeout_s: float,
 ) -> Handoff:
@@ -138,7 +68,7 @@ async def prefill_remotely(
     except IncompatiblePeer as error:
         raise HandoffFailed("incompatible", str(error)) from error
     except PeerUnreachable as error:
-        await clients.forget(target.grpc_address)
+        await orders.forget(target.grpc_address)
         raise HandoffFailed("unreachable", str(error)) from error
     order.transfer_id = os.urandom(16)
     order.reader_peer_id = exchange.identity.peer_id
@@ -146,8 +76,8 @@ async def prefill_remotely(
         fetch = exchange.fetch(order.transfer_id, owner, expected_hashes, reserve, target.incarnation or None)
     except PeerLost as error:
         raise HandoffFailed("peer_lost", str(error)) from error
-    orders = clients.prefill(target.grpc_address, order)
-    events = asyncio.create_task(_finished(orders, target.worker_id), name=f"prefill-{order.request_id}")
+    call = orders.prefill(target.grpc_address, order)
+    events = asyncio.create_task(_finished(call, target.worker_id), name=f"prefill-{order.request_id}")
     # An error that comes after the attempt's own end is nobody's news.
     events.add_done_callback(lambda done: done.cancelled() or done.exception())
     taken = False
@@ -187,17 +117,17 @@ def _check(result: FetchResult) -> FetchResult:
     return result
 
 
-async def _finished(orders: AsyncGenerator[pb.PrefillEvent, None], worker_id: str) -> pb.PrefillFinished:
+async def _finished(call: AsyncGenerator[pb.PrefillEvent, None], worker_id: str) -> pb.PrefillFinished:
     """Read the order's events to its end."""
     try:
-        async with contextlib.aclosing(orders) as events:
+        async with contextlib.aclosing(call) as events:
             async for event in events:
                 kind = event.WhichOneof("kind")
                 if kind == "finished":
                     return event.finished
                 if kind == "failed":
                     raise _refusal(event.failed, worker_id)
-    except OrderBroken as error:
+    except StreamBroken as error:
         raise HandoffFailed("rpc", f"prefill worker {worker_id}: {error}") from error
     raise HandoffFailed("rpc", f"prefill worker {worker_id} ended the order without a result")
 

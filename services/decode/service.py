@@ -1,4 +1,4 @@
-"""The decode worker's gRPC service: owns each request from the router's order to its last token.
+"""The decode worker's service: owns each request from the router's order to its last token.
 
 What an abort (by the router, by the end of its session, by the request's timeout, by shutdown) finds in each stage:
 
@@ -18,11 +18,9 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
-import grpc
 from tandem.v1 import worker_pb2 as pb
-from tandem.v1 import worker_pb2_grpc
 
 from services.decode.admission import Admission
 from services.decode.config import DecodeConfig
@@ -40,6 +38,7 @@ from services.engine.native import (
 )
 from services.lifecycle import Event, Timeline
 from services.logs import request_scope
+from services.orders import OrderServer, StreamRefused
 from services.worker import convert
 from services.worker.assembly import WorkerParts
 from services.worker.engine_thread import EngineCrashed
@@ -58,7 +57,7 @@ _REFUSALS: Mapping[int, Refusal] = {
 }
 
 
-class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
+class DecodeService:
     """One per decode worker."""
 
     def __init__(self, config: DecodeConfig, parts: WorkerParts, clock: Callable[[], float] = time.time) -> None:
@@ -77,29 +76,25 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         self._idle.set()
         parts.metrics.watch_service(lambda: self._num_admitting, lambda: self._draining)
 
-    def register(self, server: grpc.aio.Server) -> None:
-        worker_pb2_grpc.add_DecodeServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+    def register(self, server: OrderServer) -> None:
+        server.serve_sessions(self.serve_session)
 
     # ---- sessions ---------------------------------------------------------
 
-    async def Session(
-        self,
-        orders: AsyncIterator[pb.SessionRequest],
-        context: grpc.aio.ServicerContext[pb.SessionRequest, pb.SessionFrame],
+    async def serve_session(
+        self, orders: AsyncIterator[pb.SessionRequest], send: Callable[[pb.SessionFrame], Awaitable[None]]
     ) -> None:
         """Serve one router for as long as its stream lasts; see worker.proto."""
         first = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_HELLO_TIMEOUT_S):
-                first = await anext(aiter(orders), None)
+                first = await anext(orders, None)
         if first is None or first.WhichOneof("kind") != "hello":
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session starts with `hello`")
-            return
+            raise StreamRefused("invalid", "a session starts with `hello`")
         version = first.hello.protocol_version
         if version != PROTOCOL_VERSION:
             message = f"session protocol {version!r}; this decode worker speaks {PROTOCOL_VERSION!r}"
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
-            return
+            raise StreamRefused("incompatible", message)
         session = RouterSession(
             first.hello.router_id,
             next(self._session_numbers),
@@ -110,9 +105,9 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
         self._sessions[session] = {}
         reader = asyncio.create_task(self._read_orders(session, orders), name=f"session-{session.router_id}")
         try:
-            await session.send_frames(context.write)
+            await session.send_frames(send)
         except SessionOverflow as error:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+            raise StreamRefused("overrun", str(error)) from error
         finally:
             reader.cancel()
             for live in list(self._sessions[session].values()):

@@ -1,4 +1,4 @@
-"""The prefill worker's gRPC service: runs prompts in chunks and lends their blocks to whoever ordered them.
+"""The prefill worker's service: runs prompts in chunks and lends their blocks to whoever ordered them.
 
 An order's life, with the side that each step happens on (E: engine thread, L: event loop):
 
@@ -26,9 +26,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-import grpc
 from tandem.v1 import worker_pb2 as pb
-from tandem.v1 import worker_pb2_grpc
 
 from kvstore.block import hash_blocks, namespace
 from kvstore.errors import PeerLost
@@ -45,6 +43,7 @@ from services.engine.native import (
 )
 from services.lifecycle import Timeline
 from services.logs import current_request_id, request_scope
+from services.orders import OrderServer
 from services.prefill.config import PrefillConfig
 from services.worker import convert
 from services.worker.assembly import WorkerParts
@@ -73,6 +72,7 @@ class PrefillFailed(Exception):
     """The engine could not get a token out of the prompt."""
 
 
+_Send: TypeAlias = Callable[[pb.PrefillEvent], Awaitable[None]]
 _Step: TypeAlias = _Scheduled | _Computed | PrefillFailed
 
 
@@ -101,7 +101,7 @@ class _Order:
         self.has_step.set()
 
 
-class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
+class PrefillService:
     """One per prefill worker."""
 
     def __init__(self, config: PrefillConfig, parts: WorkerParts, clock: Callable[[], float] = time.time) -> None:
@@ -117,20 +117,18 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         self._idle.set()
         parts.metrics.watch_service(lambda: 0, lambda: self._draining)
 
-    def register(self, server: grpc.aio.Server) -> None:
-        worker_pb2_grpc.add_PrefillServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+    def register(self, server: OrderServer) -> None:
+        server.serve_prefills(self.serve_prefill)
 
     # ---- event loop -------------------------------------------------------
 
-    async def Prefill(
-        self, message: pb.PrefillRequest, context: grpc.aio.ServicerContext[pb.PrefillRequest, pb.PrefillEvent]
-    ) -> None:
+    async def serve_prefill(self, message: pb.PrefillRequest, send: _Send) -> None:
         """Run one order; see worker.proto."""
         if self._draining:
-            await self._refuse(message, context, "draining")
+            await self._refuse(message, send, "draining")
             return
         if self._num_orders >= self._max_num_orders or self._parts.thread.is_behind:
-            await self._refuse(message, context, "full")
+            await self._refuse(message, send, "full")
             return
         self._num_orders += 1
         started_s = self._clock()
@@ -140,7 +138,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         try:
             order = self._make_order(message)
             with request_scope(message.request_id):
-                await self._run(order, context.write)
+                await self._run(order, send)
             outcome = "finished"
         except asyncio.CancelledError:
             # The decode worker hangs up once it has the last event, perhaps before we hear that this was sent.
@@ -150,17 +148,17 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         except InvalidRequest as error:
             outcome = "refused"
             self._parts.metrics.refused("invalid")
-            await context.write(_failed(pb.ERROR_CODE_INVALID, str(error)))
+            await send(_failed(pb.ERROR_CODE_INVALID, str(error)))
         except QueueFull as error:
             outcome = "refused"
             self._parts.metrics.refused("full")
-            await context.write(_failed(pb.ERROR_CODE_OVERLOADED, str(error)))
+            await send(_failed(pb.ERROR_CODE_OVERLOADED, str(error)))
         except PrefillFailed as error:
             outcome = "failed"
-            await context.write(_failed(pb.ERROR_CODE_INTERNAL, str(error)))
+            await send(_failed(pb.ERROR_CODE_INTERNAL, str(error)))
         except (PeerLost, EngineCrashed) as error:
             outcome = "failed"
-            await context.write(_failed(pb.ERROR_CODE_UNAVAILABLE, str(error)))
+            await send(_failed(pb.ERROR_CODE_UNAVAILABLE, str(error)))
         finally:
             self._parts.metrics.order_ended(outcome)
             log.info("prefill %s", outcome, extra=_facts(message, started_s, self._clock()))
@@ -168,17 +166,12 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
             if not self._num_orders:
                 self._idle.set()
 
-    async def _refuse(
-        self,
-        message: pb.PrefillRequest,
-        context: grpc.aio.ServicerContext[pb.PrefillRequest, pb.PrefillEvent],
-        reason: Literal["draining", "full"],
-    ) -> None:
+    async def _refuse(self, message: pb.PrefillRequest, send: _Send, reason: Literal["draining", "full"]) -> None:
         self._parts.metrics.refused(reason)
         self._parts.metrics.order_ended("refused")
         log.info("prefill refused", extra={"request_id": message.request_id, "error": reason})
         code = pb.ERROR_CODE_UNAVAILABLE if reason == "draining" else pb.ERROR_CODE_OVERLOADED
-        await context.write(_failed(code, f"{self._parts.worker_id} is {reason} ({self._num_orders} orders)"))
+        await send(_failed(code, f"{self._parts.worker_id} is {reason} ({self._num_orders} orders)"))
 
     def _make_order(self, message: pb.PrefillRequest) -> _Order:
         if len(message.transfer_id) != 16:
@@ -198,7 +191,7 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         sources = () if request.wants_prompt_logprobs else tuple(message.prefix_sources)
         return _Order(request, message.reader_peer_id, bytes(message.transfer_id), num_blocks, sources)
 
-    async def _run(self, order: _Order, send: Callable[[pb.PrefillEvent], Awaitable[None]]) -> None:
+    async def _run(self, order: _Order, send: _Send) -> None:
         thread = self._parts.thread
         lease: Lease | None = None
         finished = False

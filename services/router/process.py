@@ -18,7 +18,9 @@ import uvloop
 from kvstore.errors import RegistryError
 from kvstore.index import IndexReader
 from kvstore.registry import Membership, WorkerRecord
+from services.grpc_orders import GrpcOrders
 from services.logs import configure_logging, report_ready
+from services.orders import Orders
 from services.router.app import make_app
 from services.router.config import RouterConfig
 from services.router.edge import Admission, RouterParts
@@ -41,7 +43,7 @@ def run_router(config: RouterConfig) -> int:
 
 @asynccontextmanager
 async def open_parts(
-    config: RouterConfig, membership: MembershipView, router_id: str, index: PrefixIndex | None = None
+    config: RouterConfig, membership: MembershipView, router_id: str, orders: Orders, index: PrefixIndex | None = None
 ) -> AsyncIterator[RouterParts]:
     """Everything that the application works with; closed at the end. `membership` and `index` stay the caller's."""
     metrics = RouterMetrics()
@@ -51,7 +53,7 @@ async def open_parts(
     def serves(record: WorkerRecord) -> bool:
         return not wanted or bool(wanted & set(record.served_model_names))
 
-    workers = Workers(membership, router_id, config.reconnect_max_s, serves)
+    workers = Workers(membership, router_id, orders, config.reconnect_max_s, serves)
     pool = TokenizerPool(
         config.tokenizer_pool_size, config.tokenizer_queue, lambda: metrics.count_refusal("tokenizer_full")
     )
@@ -111,7 +113,7 @@ async def _serve(config: RouterConfig) -> int:
     await membership.start()
     await index.start()
     try:
-        async with open_parts(config, membership, _router_id(config, port), index) as parts:
+        async with open_parts(config, membership, _router_id(config, port), GrpcOrders(), index) as parts:
             parts.metrics.watch_registry(lambda: membership.connected)
             server = _Server(server_config(config, parts))
             serving = asyncio.create_task(server.serve([listener]), name="http")

@@ -13,6 +13,7 @@ from kvstore.registry import Membership
 from kvstore.transport import make_transports
 from services.engine.native import Engine, StepOutput
 from services.logs import request_scope
+from services.orders import Orders
 from services.rates import RateLearner
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread
@@ -34,6 +35,7 @@ class WorkerParts:
     engine: Engine
     thread: EngineThread
     exchange: BlockExchange
+    orders: Orders
     fetcher: PrefixFetcher
     rates: RateLearner
     metrics: WorkerMetrics
@@ -50,7 +52,9 @@ class Assembly:
     transports: tuple[str, ...]
 
 
-def assemble(config: WorkerConfig, role: Role, engine: Engine, worker_id: str, incarnation: str) -> Assembly:
+def assemble(
+    config: WorkerConfig, role: Role, engine: Engine, worker_id: str, incarnation: str, orders: Orders
+) -> Assembly:
     """Build them. What the engine's cache gains and loses is told to the index and, if there is one, the store feed.
 
     Raises TransportError.
@@ -90,7 +94,7 @@ def assemble(config: WorkerConfig, role: Role, engine: Engine, worker_id: str, i
         config.prefix_fetch_timeout_s,
         metrics.prefix_fetched,
     )
-    parts = WorkerParts(worker_id, incarnation, engine, thread, exchange, fetcher, rates, metrics)
+    parts = WorkerParts(worker_id, incarnation, engine, thread, exchange, orders, fetcher, rates, metrics)
     return Assembly(parts, host_prefixes, index_feed, store_feed, tuple(transport.name for transport in transports))
 
 

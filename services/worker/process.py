@@ -14,17 +14,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import grpc
 import msgspec
 import uvloop
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 import services
 from kvstore.errors import TransportError
 from kvstore.registry import Registrar, WorkerRecord, new_incarnation
 from services.engine.native import Engine, EngineConfig, InvalidConfig
+from services.grpc_orders import GrpcOrders, GrpcServer
 from services.logs import configure_logging, report_progress, report_ready
 from services.node import DebugServer
+from services.orders import CannotListen, OrderServer
 from services.worker.assembly import (
     Assembly,
     Role,
@@ -40,24 +40,11 @@ log = logging.getLogger(__name__)
 # How long calls that are still open may take to end by themselves when the worker closes.
 _GRPC_GRACE_S = 1.0
 
-# A peer that does not answer a keepalive is gone; without this a dead network hangs a session for minutes.
-GRPC_OPTIONS = (
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 4_000),
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
-    ("grpc.so_reuseport", 0),
-)
-
 
 class WorkerService(StepListener, Protocol):
     """A role's gRPC service, as the process sees it."""
 
-    def register(self, server: grpc.aio.Server) -> None: ...
+    def register(self, server: OrderServer) -> None: ...
 
     def state(self) -> dict[str, object]: ...
 
@@ -112,11 +99,7 @@ class RunningWorker:
     parts: WorkerParts
     service: WorkerService
     record: WorkerRecord
-    health: health.aio.HealthServicer
-
-
-class CannotListen(Exception):
-    """A port is taken, or the address is not ours."""
+    server: GrpcServer
 
 
 @asynccontextmanager
@@ -130,12 +113,12 @@ async def open_worker(
     """
     async with contextlib.AsyncExitStack() as cleanup:
         host = config.advertise_host or config.host
-        server = grpc.aio.server(options=GRPC_OPTIONS)
-        grpc_port = _add_port(server, config.host, config.port)
-        worker_id = config.worker_id or f"{role}-{host}-{grpc_port}"
-        assembly = assemble(config, role, engine, worker_id, new_incarnation())
+        server, orders = GrpcServer(config.host, config.port), GrpcOrders()
+        worker_id = config.worker_id or f"{role}-{host}-{server.port}"
+        assembly = assemble(config, role, engine, worker_id, new_incarnation(), orders)
         parts, store_feed = assembly.parts, assembly.store_feed
         service = build(parts)
+        service.register(server)
         _close_at_the_end(cleanup, assembly, service, server)
 
         try:
@@ -143,7 +126,7 @@ async def open_worker(
         except OSError as error:
             raise CannotListen(f"block-protocol port: {error}") from error
         parts.thread.start(service)
-        health_service = await _serve_grpc(server, service)
+        await server.start()
         debug = _debug_server(assembly, role, service)
         try:
             http_address = await debug.start(config.host, config.http_port)
@@ -157,31 +140,23 @@ async def open_worker(
             await store_feed.start(kv_address)
             cleanup.push_async_callback(store_feed.close)
 
-        addresses = _Addresses(f"{host}:{grpc_port}", kv_address, f"{host}:{http_address.rsplit(':', 1)[1]}")
-        yield RunningWorker(parts, service, _record(config, role, assembly, addresses), health_service)
+        addresses = _Addresses(f"{host}:{server.port}", kv_address, f"{host}:{http_address.rsplit(':', 1)[1]}")
+        yield RunningWorker(parts, service, _record(config, role, assembly, addresses), server)
 
 
 def _close_at_the_end(
-    cleanup: contextlib.AsyncExitStack, assembly: Assembly, service: WorkerService, server: grpc.aio.Server
+    cleanup: contextlib.AsyncExitStack, assembly: Assembly, service: WorkerService, server: GrpcServer
 ) -> None:
     """From the last to the first: calls end, then transfers, then what they held is settled, then the engine."""
     parts = assembly.parts
     cleanup.push_async_callback(parts.thread.stop)
     cleanup.push_async_callback(assembly.host_prefixes.settle)
     cleanup.push_async_callback(parts.fetcher.settle)
+    cleanup.push_async_callback(parts.orders.close)
     cleanup.push_async_callback(service.settle)
     cleanup.push_async_callback(parts.exchange.close)
     cleanup.push_async_callback(server.stop, _GRPC_GRACE_S)
     cleanup.push_async_callback(service.close)
-
-
-async def _serve_grpc(server: grpc.aio.Server, service: WorkerService) -> health.aio.HealthServicer:
-    service.register(server)
-    health_service = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
-    await server.start()
-    await health_service.set("", health_pb2.HealthCheckResponse.SERVING)
-    return health_service
 
 
 def _debug_server(assembly: Assembly, role: Role, service: WorkerService) -> DebugServer:
@@ -257,7 +232,7 @@ async def _serve(
                 if not await _until_stopped(stop, parts.thread):
                     return 1
                 log.info("%s drains for at most %g s", parts.worker_id, config.drain_timeout_s)
-                await worker.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+                await worker.server.set_draining()
                 registrar.update(msgspec.structs.replace(record, draining=True))
                 if not await _drain(worker, config.drain_timeout_s):
                     return 1
@@ -286,13 +261,6 @@ async def _drain(worker: RunningWorker, timeout_s: float) -> bool:
     if not draining.cancel():
         draining.result()  # an error there is ours, and no end of the work
     return not worker.parts.thread.crashed.done()
-
-
-def _add_port(server: grpc.aio.Server, host: str, port: int) -> int:
-    try:
-        return server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError as error:
-        raise CannotListen(f"gRPC port: cannot listen on {host}:{port}") from error
 
 
 def _state(parts: WorkerParts, role: Role, service: WorkerService) -> dict[str, object]:

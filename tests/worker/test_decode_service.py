@@ -42,7 +42,7 @@ class RouterOfTheTest:
         yield pb.SessionRequest(generate=self._order)
         await asyncio.get_running_loop().create_future()
 
-    async def write(self, frame: pb.SessionFrame) -> None:
+    async def send(self, frame: pb.SessionFrame) -> None:
         for output in frame.outputs:
             self.outputs.put_nowait(output)
 
@@ -53,7 +53,7 @@ async def last_output(order: pb.GenerateRequest, **parts: object) -> pb.Output:
     service = DecodeService(DecodeConfig(model="model"), SimpleNamespace(**common, **parts, rates=RateLearner()))  # type: ignore[arg-type]
     service._load = pb.Load  # type: ignore[method-assign]
     router = RouterOfTheTest(order)
-    session = asyncio.create_task(service.Session(router.orders(), router))  # type: ignore[arg-type]
+    session = asyncio.create_task(service.serve_session(router.orders(), router.send))  # type: ignore[arg-type]
     async with asyncio.timeout(30):
         output = await router.outputs.get()
         await service.drain(1)

@@ -1,4 +1,4 @@
-"""The decode worker's end of a handoff over real gRPC: what becomes of an order whose channel goes away under it."""
+"""The decode worker's end of a handoff over gRPC: what becomes of an order whose channel goes away under it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,9 @@ from tandem.v1 import worker_pb2_grpc
 
 from kvstore.errors import PeerUnreachable
 from kvstore.protocol import FetchResult, Reservation
-from services.decode import handoff as handoff_module
-from services.decode.handoff import (
-    Handoff,
-    HandoffFailed,
-    PrefillClients,
-    prefill_remotely,
-)
+from services import grpc_orders
+from services.decode.handoff import Handoff, HandoffFailed, prefill_remotely
+from services.grpc_orders import GrpcOrders
 
 
 class PrefillWorkerOfTheTest(worker_pb2_grpc.PrefillServiceServicer):
@@ -76,9 +72,7 @@ async def nothing_to_reserve(num_blocks: int) -> Reservation:
     raise AssertionError("nobody offers anything")
 
 
-def hand_over(
-    clients: PrefillClients, exchange: ExchangeOfTheTest, address: str, kv: str = "kv"
-) -> asyncio.Task[Handoff]:
+def hand_over(orders: GrpcOrders, exchange: ExchangeOfTheTest, address: str, kv: str = "kv") -> asyncio.Task[Handoff]:
     hashes: Sequence[None] = [None]
     target = pb.PrefillTarget(worker_id="prefill-0", grpc_address=address, kv_address=kv)
     handing_over = prefill_remotely(
@@ -87,7 +81,7 @@ def hand_over(
         hashes,
         nothing_to_reserve,
         exchange,  # type: ignore[arg-type]
-        clients,
+        orders,
         dispose=lambda fetch: None,
         finish_timeout_s=30,
     )
@@ -95,56 +89,56 @@ def hand_over(
 
 
 async def test_a_channel_closed_under_an_order_is_a_failed_handoff_and_no_cancellation() -> None:
-    clients = PrefillClients()
+    orders = GrpcOrders()
     async with prefill_worker() as (worker, address), asyncio.timeout(30):
-        order = hand_over(clients, ExchangeOfTheTest(), address)
+        order = hand_over(orders, ExchangeOfTheTest(), address)
         await worker.has_order.wait()
-        await clients.close()
+        await orders.close()
         with pytest.raises(HandoffFailed) as failure:
             await order
         assert failure.value.cause == "rpc"
 
 
 async def test_an_unreachable_peer_does_not_take_other_requests_orders_with_it() -> None:
-    clients, exchange = PrefillClients(), ExchangeOfTheTest()
+    orders, exchange = GrpcOrders(), ExchangeOfTheTest()
     async with prefill_worker() as (worker, address), asyncio.timeout(30):
-        order = hand_over(clients, exchange, address)
+        order = hand_over(orders, exchange, address)
         await worker.has_order.wait()
         exchange.lost.add("kv")
         with pytest.raises(HandoffFailed):
-            await hand_over(clients, exchange, address)
+            await hand_over(orders, exchange, address)
         worker.may_finish.set()
         assert (await order).finished.token_id == 7
-        await clients.close()
+        await orders.close()
 
 
 async def test_an_order_that_is_given_up_is_cancelled_as_its_caller_wished() -> None:
-    clients = PrefillClients()
+    orders = GrpcOrders()
     async with prefill_worker() as (worker, address), asyncio.timeout(30):
-        order = hand_over(clients, ExchangeOfTheTest(), address)
+        order = hand_over(orders, ExchangeOfTheTest(), address)
         await worker.has_order.wait()
         order.cancel()
         with pytest.raises(asyncio.CancelledError):
             await order
-        await clients.close()
+        await orders.close()
 
 
 async def test_channels_to_workers_of_the_past_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handoff_module, "_MAX_CHANNELS", 1)
-    clients, exchange = PrefillClients(), ExchangeOfTheTest()
+    monkeypatch.setattr(grpc_orders, "_MAX_CHANNELS", 1)
+    orders, exchange = GrpcOrders(), ExchangeOfTheTest()
     opened: list[grpc.aio.Channel] = []
     make_channel = grpc.aio.insecure_channel
     monkeypatch.setattr(
         grpc.aio, "insecure_channel", lambda *a, **k: opened.append(make_channel(*a, **k)) or opened[-1]
     )
     async with prefill_worker() as (old, old_address), prefill_worker() as (new, new_address), asyncio.timeout(30):
-        order = hand_over(clients, exchange, old_address)
+        order = hand_over(orders, exchange, old_address)
         await old.has_order.wait()
         new.may_finish.set()
-        await hand_over(clients, exchange, new_address)
+        await hand_over(orders, exchange, new_address)
         # The old one's channel goes once its last order has ended, and no sooner.
         old.may_finish.set()
         assert (await order).finished.token_id == 7
         is_closed = [channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN for channel in opened]
         assert is_closed == [True, False]
-        await clients.close()
+        await orders.close()

@@ -44,7 +44,7 @@ class Caller:
         self._hangs_up_at = hangs_up_at
         self.has_heard = asyncio.Event()
 
-    async def write(self, event: pb.PrefillEvent) -> None:
+    async def send(self, event: pb.PrefillEvent) -> None:
         if event.WhichOneof("kind") == self._hangs_up_at:
             self.heard = event
             self.has_heard.set()
@@ -99,7 +99,7 @@ class World:
             transfer_id=transfer_id,
             reader_peer_id="decode-0/1",
         )
-        return asyncio.create_task(self.service.Prefill(order, caller))  # type: ignore[arg-type]
+        return asyncio.create_task(self.service.serve_prefill(order, caller.send))
 
     async def close(self) -> None:
         for lease in self.leases:

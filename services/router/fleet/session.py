@@ -12,13 +12,13 @@ import contextlib
 import logging
 import random
 from collections import deque
+from collections.abc import AsyncIterator
 from typing import Protocol
 
-import grpc
 from tandem.v1 import worker_pb2 as pb
-from tandem.v1.worker_pb2_grpc import DecodeServiceStub
 
 from kvstore.registry import WorkerRecord
+from services.orders import Orders, StreamBroken
 from services.rates import GUESSED, Rates
 
 log = logging.getLogger(__name__)
@@ -29,18 +29,6 @@ MAX_OUTBOX_BYTES = 64 << 20
 """Of orders that the connection has not taken yet. Who has several waits from a part of that on."""
 _DRAINED_BYTES = 8 << 20
 _FIRST_BACKOFF_S = 0.1
-_CHANNEL_OPTIONS = (
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    # Prompts and prompt logprobs are long; how long is bounded by max_model_len and the HTTP body.
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.use_local_subchannel_pool", 1),
-    # Our own backoff decides when to dial; the channel is made afresh for each try.
-    ("grpc.enable_retries", 0),
-)
 
 
 class OutputSink(Protocol):
@@ -63,25 +51,16 @@ def rates_from_proto(message: pb.Rates) -> Rates:
     return Rates.from_wire({field.name: value for field, value in message.ListFields()})
 
 
-class _StreamEnded(Exception):
-    """The session's stream is over; the message says why."""
-
-
-def is_cancelled() -> bool:
-    """Whether somebody has cancelled the current task; a CancelledError without that is an error like any other."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
 class WorkerSession:
     """The session with one incarnation of one decode worker. `run()` is its life, a task that its owner awaits."""
 
-    def __init__(self, record: WorkerRecord, router_id: str, reconnect_max_s: float) -> None:
+    def __init__(self, record: WorkerRecord, router_id: str, orders: Orders, reconnect_max_s: float) -> None:
         self.record = record
         self.connected = False
         self.load = pb.Load()
         self.rates = GUESSED
         self._router_id = router_id
+        self._orders = orders
         self._reconnect_max_s = reconnect_max_s
         self._live: dict[int, OutputSink] = {}
         self._last_handle = 0
@@ -153,16 +132,10 @@ class WorkerSession:
             try:
                 await self._run_stream()
                 reason = "closed"
-            except _StreamEnded as error:
+            except StreamBroken as error:
                 reason = str(error)
-            except grpc.aio.AioRpcError as error:
-                reason = f"{error.code().name}: {error.details()}"
             except TimeoutError:
                 reason = f"no first frame within {HELLO_TIMEOUT_S:g} s"
-            except asyncio.CancelledError:
-                if is_cancelled():
-                    raise
-                reason = "the call was cancelled"  # by the other end: grpc says it so
             except Exception as error:
                 # A bug of ours must not cost the router this worker for ever.
                 log.exception("the session with decode worker %s crashed", self.record.worker_id)
@@ -185,23 +158,36 @@ class WorkerSession:
     # ---- one stream ---------------------------------------------------------
 
     async def _run_stream(self) -> None:
-        async with grpc.aio.insecure_channel(self.record.grpc_address, options=_CHANNEL_OPTIONS) as channel:
-            call = DecodeServiceStub(channel).Session()  # type: ignore[no-untyped-call]
+        async with contextlib.aclosing(self._orders.session(self.record.grpc_address, self._requests())) as frames:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                first = await anext(frames, None)
+            self._on_first_frame(first)
+            reading = asyncio.create_task(self._read_frames(frames), name=f"frames from {self.record.worker_id}")
+            closing = asyncio.create_task(self._closing.wait(), name=f"close of {self.record.worker_id}")
             try:
-                async with asyncio.timeout(HELLO_TIMEOUT_S):
-                    hello = pb.SessionHello(router_id=self._router_id, protocol_version=PROTOCOL_VERSION)
-                    await call.write(pb.SessionRequest(hello=hello))
-                    first = await call.read()
-                self._on_first_frame(first)
-                await self._exchange(call)
+                await asyncio.wait([reading, closing], return_when=asyncio.FIRST_COMPLETED)
             finally:
-                call.cancel()
+                closing.cancel()
+                if reading.cancel():
+                    await asyncio.wait([reading])
+            if reading.done() and not reading.cancelled():
+                reading.result()
 
-    def _on_first_frame(self, frame: object) -> None:
-        if not isinstance(frame, pb.SessionFrame):
-            raise _StreamEnded("the worker ended the session before its first frame")
+    async def _requests(self) -> AsyncIterator[pb.SessionRequest]:
+        yield pb.SessionRequest(hello=pb.SessionHello(router_id=self._router_id, protocol_version=PROTOCOL_VERSION))
+        while True:
+            await self._outbox_filled.wait()
+            while self._outbox:
+                message, num_bytes = self._outbox.popleft()
+                self._count_outbox(-num_bytes)
+                yield message
+            self._outbox_filled.clear()
+
+    def _on_first_frame(self, frame: pb.SessionFrame | None) -> None:
+        if frame is None:
+            raise StreamBroken("the worker ended the session before its first frame")
         if frame.incarnation != self.record.incarnation:
-            raise _StreamEnded(
+            raise StreamBroken(
                 f"{self.record.grpc_address} answers as incarnation {frame.incarnation!r}, "
                 f"registered is {self.record.incarnation!r}"
             )
@@ -209,39 +195,10 @@ class WorkerSession:
         log.info("session with decode worker %s is up", self.record.worker_id)
         self._on_frame(frame)
 
-    async def _exchange(self, call: grpc.aio.StreamStreamCall[pb.SessionRequest, pb.SessionFrame]) -> None:
-        tasks = [
-            asyncio.create_task(self._write_orders(call), name=f"orders to {self.record.worker_id}"),
-            asyncio.create_task(self._read_frames(call), name=f"frames from {self.record.worker_id}"),
-            asyncio.create_task(self._closing.wait(), name=f"close of {self.record.worker_id}"),
-        ]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        for task in done:
-            task.result()
-
-    async def _write_orders(self, call: grpc.aio.StreamStreamCall[pb.SessionRequest, pb.SessionFrame]) -> None:
-        while True:
-            await self._outbox_filled.wait()
-            while self._outbox:
-                message, num_bytes = self._outbox.popleft()
-                self._count_outbox(-num_bytes)
-                try:
-                    await call.write(message)
-                except asyncio.InvalidStateError as error:  # how grpc says that the stream is over
-                    raise _StreamEnded("the worker ended the session") from error
-            self._outbox_filled.clear()
-
-    async def _read_frames(self, call: grpc.aio.StreamStreamCall[pb.SessionRequest, pb.SessionFrame]) -> None:
-        while True:
-            frame = await call.read()
-            if not isinstance(frame, pb.SessionFrame):
-                raise _StreamEnded("the worker ended the session")
+    async def _read_frames(self, frames: AsyncIterator[pb.SessionFrame]) -> None:
+        async for frame in frames:
             self._on_frame(frame)
+        raise StreamBroken("the worker ended the session")
 
     def _on_frame(self, frame: pb.SessionFrame) -> None:
         if frame.HasField("load"):

@@ -16,6 +16,7 @@ from typing import Protocol
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import WorkerRecord
+from services.orders import Orders
 from services.rates import Rates, mean_rates
 from services.router.fleet.session import WorkerSession, rates_from_proto
 from services.router.routing import DecodeCandidate, PrefillCandidate, WorkerKey
@@ -42,12 +43,14 @@ class Workers:
         self,
         membership: MembershipView,
         router_id: str,
+        orders: Orders,
         reconnect_max_s: float,
         serves: Callable[[WorkerRecord], bool] = lambda record: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._membership = membership
         self._router_id = router_id
+        self._orders = orders
         self._reconnect_max_s = reconnect_max_s
         self._serves = serves
         self._clock = clock
@@ -204,7 +207,7 @@ class Workers:
                 yield record, session
 
     def _open(self, key: WorkerKey, record: WorkerRecord) -> None:
-        session = WorkerSession(record, self._router_id, self._reconnect_max_s)
+        session = WorkerSession(record, self._router_id, self._orders, self._reconnect_max_s)
         self._sessions[key] = session
         task = asyncio.create_task(session.run(), name=f"session with {record.worker_id}")
         self._tasks.add(task)

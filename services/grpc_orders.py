@@ -1,0 +1,204 @@
+"""Work orders over gRPC: both ends of the services of worker.proto, and the standard health service."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from tandem.v1 import worker_pb2 as pb
+from tandem.v1 import worker_pb2_grpc
+
+from services.orders import (
+    CannotListen,
+    ServePrefill,
+    ServeSession,
+    StreamBroken,
+    StreamRefused,
+    is_cancelled,
+)
+
+log = logging.getLogger(__name__)
+
+# A peer that does not answer a keepalive is gone; without this a dead network hangs a session for minutes.
+_OPTIONS = (
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 4_000),
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.so_reuseport", 0),
+)
+_SESSION_OPTIONS = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Prompts and prompt logprobs are long; how long is bounded by max_model_len and the HTTP body.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.use_local_subchannel_pool", 1),
+    # The session's own backoff decides when to dial; the channel is made afresh for each try.
+    ("grpc.enable_retries", 0),
+)
+# More prefill workers than one decode worker orders from at a time; old addresses of restarted ones count, too.
+_MAX_CHANNELS = 64
+_REFUSALS = {
+    "invalid": grpc.StatusCode.INVALID_ARGUMENT,
+    "incompatible": grpc.StatusCode.FAILED_PRECONDITION,
+    "overrun": grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+
+# ---- giving orders --------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Channel:
+    grpc: grpc.aio.Channel
+    num_calls: int = 0
+
+
+class GrpcOrders:
+    """`Orders` over gRPC: a channel per session, and one per prefill worker, of which the latest used ones are kept."""
+
+    def __init__(self) -> None:
+        self._channels: OrderedDict[str, _Channel] = OrderedDict()
+
+    async def session(
+        self, address: str, requests: AsyncIterator[pb.SessionRequest]
+    ) -> AsyncGenerator[pb.SessionFrame, None]:
+        async with grpc.aio.insecure_channel(address, options=_SESSION_OPTIONS) as channel:
+            call = worker_pb2_grpc.DecodeServiceStub(channel).Session()  # type: ignore[no-untyped-call]
+            sending = asyncio.create_task(_send(call, requests), name=f"requests to {address}")
+            try:
+                with _translated(call):
+                    async for frame in call:
+                        yield frame
+            finally:
+                # Ours, not grpc's: that one goes on to take requests from a stream that is over.
+                sending.cancel()
+                await asyncio.wait([sending])
+
+    async def prefill(self, address: str, order: pb.PrefillRequest) -> AsyncGenerator[pb.PrefillEvent, None]:
+        channel = self._channel(address)
+        channel.num_calls += 1
+        try:
+            if len(self._channels) > _MAX_CHANNELS:
+                await self.forget(next(iter(self._channels)))
+            call = worker_pb2_grpc.PrefillServiceStub(channel.grpc).Prefill(order)  # type: ignore[no-untyped-call]
+            with _translated(call):
+                async for event in call:
+                    yield event
+        finally:
+            channel.num_calls -= 1
+            if not channel.num_calls and self._channels.get(address) is not channel:
+                await channel.grpc.close()
+
+    async def forget(self, address: str) -> None:
+        channel = self._channels.pop(address, None)
+        if channel is not None and not channel.num_calls:
+            await channel.grpc.close()
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.grpc.close()
+        self._channels.clear()
+
+    def _channel(self, address: str) -> _Channel:
+        if address not in self._channels:
+            self._channels[address] = _Channel(grpc.aio.insecure_channel(address, options=_OPTIONS))
+        self._channels.move_to_end(address)
+        return self._channels[address]
+
+
+async def _send(call: grpc.aio.StreamStreamCall[Any, Any], requests: AsyncIterator[pb.SessionRequest]) -> None:
+    try:
+        async for request in requests:
+            await call.write(request)
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        pass  # the stream is over: whoever reads it hears how
+    except Exception:
+        log.exception("the requests of a session broke")
+        call.cancel()
+
+
+@contextlib.contextmanager
+def _translated(call: grpc.aio.Call) -> Iterator[None]:
+    """Ends the call at the end, and says in our words how it ended before."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise StreamBroken(f"{error.code().name}: {error.details()}") from error
+    except asyncio.CancelledError as error:
+        if is_cancelled():
+            raise
+        # A channel that was closed, or the other end's word for "aborted": nobody here has ordered it.
+        raise StreamBroken("the call was cancelled, and not by us") from error
+    finally:
+        call.cancel()
+
+
+# ---- taking orders --------------------------------------------------------------
+
+
+class GrpcServer:
+    """`OrderServer` over gRPC, with the health service that Kubernetes asks."""
+
+    def __init__(self, host: str, port: int) -> None:
+        """Take the port; 0 chooses a free one. Raises CannotListen."""
+        self._server = grpc.aio.server(options=_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        try:
+            self.port = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise CannotListen(f"gRPC port: cannot listen on {host}:{port}") from error
+
+    def serve_sessions(self, serve: ServeSession) -> None:
+        worker_pb2_grpc.add_DecodeServiceServicer_to_server(_Sessions(serve), self._server)  # type: ignore[no-untyped-call]
+
+    def serve_prefills(self, serve: ServePrefill) -> None:
+        worker_pb2_grpc.add_PrefillServiceServicer_to_server(_Prefills(serve), self._server)  # type: ignore[no-untyped-call]
+
+    async def start(self) -> None:
+        await self._server.start()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+
+    async def set_draining(self) -> None:
+        """Say to whoever asks for our health that no new work should come."""
+        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def stop(self, grace_s: float | None) -> None:
+        """Calls that are still open may take so long to end by themselves."""
+        await self._server.stop(grace_s)
+
+
+class _Sessions(worker_pb2_grpc.DecodeServiceServicer):
+    def __init__(self, serve: ServeSession) -> None:
+        self._serve = serve
+
+    async def Session(
+        self, requests: AsyncIterable[pb.SessionRequest], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        try:
+            await self._serve(aiter(requests), context.write)
+        except StreamRefused as error:
+            await context.abort(_REFUSALS[error.kind], str(error))
+
+
+class _Prefills(worker_pb2_grpc.PrefillServiceServicer):
+    def __init__(self, serve: ServePrefill) -> None:
+        self._serve = serve
+
+    async def Prefill(self, order: pb.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await self._serve(order, context.write)

@@ -1,0 +1,124 @@
+"""What every carrier of work orders promises, whatever carries them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+
+import pytest
+from tandem.v1 import worker_pb2 as pb
+
+from services.grpc_orders import GrpcOrders, GrpcServer
+from services.orders import OrderServer, StreamBroken, StreamRefused
+from tests.memory_orders import MemoryOrders, MemoryServer
+
+
+@pytest.fixture(params=["grpc", "memory"])
+def carrier(request: pytest.FixtureRequest):
+    """Opens a server that `register` says what to serve: gives the orders to it, its address and how to stop it."""
+
+    @asynccontextmanager
+    async def grpc(register: Callable[[OrderServer], None]):
+        server, orders = GrpcServer("127.0.0.1", 0), GrpcOrders()
+        register(server)
+        await server.start()
+        try:
+            yield orders, f"127.0.0.1:{server.port}", lambda: server.stop(None)
+        finally:
+            await orders.close()
+            await server.stop(None)
+
+    @asynccontextmanager
+    async def memory(register: Callable[[OrderServer], None]):
+        server = MemoryServer()
+        register(server)
+        orders = MemoryOrders(worker=server)
+        yield orders, "worker", server.stop
+        await orders.close()
+
+    return {"grpc": grpc, "memory": memory}[request.param]
+
+
+async def say(*router_ids: str) -> AsyncIterator[pb.SessionRequest]:
+    for router_id in router_ids:
+        yield pb.SessionRequest(hello=pb.SessionHello(router_id=router_id))
+    await asyncio.Event().wait()
+
+
+async def echo(requests: AsyncIterator[pb.SessionRequest], send: Callable[[pb.SessionFrame], Awaitable[None]]) -> None:
+    """Answers until it is told to end, to fail or to refuse."""
+    async for request in requests:
+        word = request.hello.router_id
+        if word == "end":
+            return
+        if word == "fail":
+            raise RuntimeError("a bug")
+        if word == "refuse":
+            raise StreamRefused("overrun", "too much of it")
+        await send(pb.SessionFrame(incarnation=word))
+
+
+async def test_requests_and_frames_arrive_in_order_and_the_server_ends_the_stream(carrier) -> None:
+    async with carrier(lambda server: server.serve_sessions(echo)) as (orders, address, _), asyncio.timeout(30):
+        frames = [frame.incarnation async for frame in orders.session(address, say("a", "b", "c", "end"))]
+        assert frames == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("word", "message"), [("fail", "fail|bug|Unexpected"), ("refuse", "too much of it")])
+async def test_a_server_that_fails_or_refuses_breaks_its_stream_and_no_other(carrier, word: str, message: str) -> None:
+    async with carrier(lambda server: server.serve_sessions(echo)) as (orders, address, _), asyncio.timeout(30):
+        other = orders.session(address, say("a", "end"))
+        assert (await anext(other)).incarnation == "a"
+        with pytest.raises(StreamBroken, match=message):
+            async for _frame in orders.session(address, say("b", word)):
+                pass
+        assert [frame async for frame in other] == []
+
+
+async def test_closing_an_order_cancels_it_at_the_server(carrier) -> None:
+    was_cancelled = asyncio.Event()
+
+    async def serve(order: pb.PrefillRequest, send: Callable[[pb.PrefillEvent], Awaitable[None]]) -> None:
+        await send(pb.PrefillEvent(failed=pb.Error(message=order.request_id)))
+        try:
+            await asyncio.Event().wait()
+        finally:
+            was_cancelled.set()
+
+    async with carrier(lambda server: server.serve_prefills(serve)) as (orders, address, _), asyncio.timeout(30):
+        async with aclosing(orders.prefill(address, pb.PrefillRequest(request_id="r"))) as events:
+            assert (await anext(events)).failed.message == "r"
+        await was_cancelled.wait()
+
+
+async def test_a_server_that_goes_breaks_its_streams_and_is_nobody_afterwards(carrier) -> None:
+    has_begun = asyncio.Event()
+
+    async def serve(order: pb.PrefillRequest, send: Callable[[pb.PrefillEvent], Awaitable[None]]) -> None:
+        has_begun.set()
+        await asyncio.Event().wait()
+
+    async with carrier(lambda server: server.serve_prefills(serve)) as (orders, address, stop), asyncio.timeout(30):
+        order = asyncio.ensure_future(anext(orders.prefill(address, pb.PrefillRequest())))
+        await has_begun.wait()
+        await stop()
+        with pytest.raises(StreamBroken):
+            await order
+
+
+async def test_an_address_without_a_server_breaks_the_stream(carrier) -> None:
+    async with carrier(lambda server: server.serve_sessions(echo)) as (orders, _, _), asyncio.timeout(30):
+        with pytest.raises(StreamBroken):
+            await anext(orders.session("127.0.0.1:1", say("a")))
+
+
+async def test_one_who_is_cancelled_while_waiting_is_cancelled(carrier) -> None:
+    async with carrier(lambda server: server.serve_sessions(echo)) as (orders, address, _), asyncio.timeout(30):
+        frames = orders.session(address, say("a"))
+        await anext(frames)
+        waiting = asyncio.ensure_future(anext(frames))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
