@@ -10,6 +10,7 @@ from kvstore.exchange import BlockExchange, PeerIdentity
 from kvstore.pool import CacheChange
 from kvstore.protocol import ExchangeTimeouts
 from kvstore.registry import Membership
+from kvstore.threads import Threads
 from kvstore.transport import make_transports
 from services.engine.native import Engine, StepOutput
 from services.logs import request_scope
@@ -24,6 +25,14 @@ from services.worker.prefix import CacheLender, IndexFeed, PrefixFetcher
 from services.worker.store import StoreFeed
 
 Role: TypeAlias = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class Seams:
+    """How a worker reaches what lies outside of it; `main()` chooses, the tests choose otherwise."""
+
+    orders: Orders
+    threads: Threads
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ class Assembly:
 
 
 def assemble(
-    config: WorkerConfig, role: Role, engine: Engine, worker_id: str, incarnation: str, orders: Orders
+    config: WorkerConfig, role: Role, engine: Engine, worker_id: str, incarnation: str, seams: Seams
 ) -> Assembly:
     """Build them. What the engine's cache gains and loses is told to the index and, if there is one, the store feed.
 
@@ -70,8 +79,14 @@ def assemble(
         metrics.steps.ended(output)
         rates.step_ended(output.shape, output.duration_s)
 
-    thread = EngineThread(engine, lambda changes: _tell_all(followers, changes), index_feed.host_changed, step_ended)
-    host_prefixes = HostPrefixes(engine, thread, config.prefix_fetch_timeout_s)
+    thread = EngineThread(
+        engine,
+        seams.threads,
+        lambda changes: _tell_all(followers, changes),
+        index_feed.host_changed,
+        step_ended,
+    )
+    host_prefixes = HostPrefixes(engine, thread, seams.threads, config.prefix_fetch_timeout_s)
     exchange = BlockExchange(
         PeerIdentity(f"{worker_id}/{incarnation}", role, incarnation, engine.layout),
         engine.memory,
@@ -94,7 +109,7 @@ def assemble(
         config.prefix_fetch_timeout_s,
         metrics.prefix_fetched,
     )
-    parts = WorkerParts(worker_id, incarnation, engine, thread, exchange, orders, fetcher, rates, metrics)
+    parts = WorkerParts(worker_id, incarnation, engine, thread, exchange, seams.orders, fetcher, rates, metrics)
     return Assembly(parts, host_prefixes, index_feed, store_feed, tuple(transport.name for transport in transports))
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable
 from typing import ParamSpec, Protocol, TypeVar
 
 from kvstore.pool import CacheChange, HostChange
+from kvstore.threads import Runner, Threads
 from services.engine.native import Batch, Engine, StepOutput
 
 log = logging.getLogger(__name__)
@@ -20,8 +20,6 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# How long an idle thread sleeps at most; commands wake it at once.
-_IDLE_WAIT_S = 1.0
 # So many commands wait for the end of a step only where clients come and go in masses meanwhile.
 _MAX_COMMANDS = 16_384
 # How long the step in progress may take to end when the worker stops.
@@ -47,6 +45,7 @@ class EngineThread:
     def __init__(
         self,
         engine: Engine,
+        threads: Threads,
         on_cache_changes: Callable[[list[CacheChange]], None] | None = None,
         on_host_changes: Callable[[list[HostChange]], None] | None = None,
         observe_step: Callable[[StepOutput], None] = lambda output: None,
@@ -55,20 +54,20 @@ class EngineThread:
         same of the host tier; `observe_step` hears of each step, on the engine thread.
         """
         self._engine = engine
+        self._threads = threads
         self._on_cache_changes = on_cache_changes
         self._on_host_changes = on_host_changes
         self._observe_step = observe_step
         self._loop = asyncio.get_running_loop()
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._stopping = False
-        self._thread: threading.Thread | None = None
+        self._commands: deque[Callable[[], None]] = deque()
+        self._runner: Runner | None = None
         self.crashed: asyncio.Future[BaseException] = self._loop.create_future()
         self._ended: str | None = None  # why the thread takes no more commands
         self._pending: set[asyncio.Future[object]] = set()
 
     def start(self, listener: StepListener) -> None:
-        self._thread = threading.Thread(target=self._run, args=(listener,), name="engine", daemon=True)
-        self._thread.start()
+        self._runner = self._threads.start("engine", lambda: self._turn(listener))
+        self._runner.wake()
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         """Run `function` on the engine thread between two steps; the future has its result or exception.
@@ -91,7 +90,7 @@ class EngineThread:
             else:
                 self._loop.call_soon_threadsafe(_set_result, future, result)
 
-        self._commands.put(command)
+        self._order(command)
         return future
 
     def post(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
@@ -103,48 +102,51 @@ class EngineThread:
             except Exception:
                 log.exception("%s failed on the engine's thread: what it was to free may be lost", function)
 
-        self._commands.put(command)
+        self._order(command)
 
     @property
     def is_behind(self) -> bool:
         """Whether so many commands wait that a worker should take no more work on."""
-        return self._commands.qsize() >= _MAX_COMMANDS
+        return len(self._commands) >= _MAX_COMMANDS
 
     async def stop(self) -> None:
         """Finish the step in progress and end the thread; requests that still run are left as they are."""
-        self._stopping = True
-        self._commands.put(lambda: None)
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, _STOP_TIMEOUT_S)
-            if self._thread.is_alive():
-                log.error("the engine's step has not ended within %g s; leaving it", _STOP_TIMEOUT_S)
+        if self._runner is not None and not await self._runner.stop(_STOP_TIMEOUT_S):
+            log.error("the engine's step has not ended within %g s; leaving it", _STOP_TIMEOUT_S)
+        self._ended = self._ended or "the engine's thread has stopped"
+        self._fail_pending()
 
-    def _run(self, listener: StepListener) -> None:
+    def _order(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        if self._runner is not None:
+            self._runner.wake()
+
+    def _turn(self, listener: StepListener) -> bool:
+        """Run the commands that wait, and a step; whether there was one."""
+        if self._ended is not None:
+            return False
         try:
-            while not self._stopping:
-                self._run_commands(wait=not self._engine.has_work)
-                if self._engine.has_work and not self._stopping:
-                    self._step(listener)
-                self._report_cache_changes()
+            while self._commands:
+                self._commands.popleft()()
+            has_stepped = self._engine.has_work and self._step(listener)
+            self._report_cache_changes()
         except BaseException as error:
             log.exception("the engine crashed")
             self._ended = str(error)
             self._loop.call_soon_threadsafe(self._report_crash, error)
-        else:
-            self._ended = "the engine's thread has stopped"
-            self._loop.call_soon_threadsafe(self._fail_pending)
+            return False
+        return has_stepped
 
-    def _step(self, listener: StepListener) -> None:
+    def _step(self, listener: StepListener) -> bool:
         batch = self._engine.schedule()
         if batch is None:
-            # Nothing can run before a command frees memory or brings work.
-            self._run_commands(wait=True)
-            return
+            return False  # nothing can run before a command frees memory or brings work
         listener.on_scheduled(batch)
         sampled = self._engine.run(batch)
         output = self._engine.postprocess(batch, sampled)
         self._observe_step(output)
         listener.on_step(output)
+        return True
 
     def _report_cache_changes(self) -> None:
         if self._on_cache_changes is not None:
@@ -154,15 +156,6 @@ class EngineThread:
         host_changes = self._engine.take_host_changes()
         if host_changes and self._on_host_changes is not None:
             self._loop.call_soon_threadsafe(self._on_host_changes, host_changes)
-
-    def _run_commands(self, wait: bool) -> None:
-        try:
-            command = self._commands.get(timeout=_IDLE_WAIT_S) if wait else self._commands.get_nowait()
-            while True:
-                command()
-                command = self._commands.get_nowait()
-        except queue.Empty:
-            return
 
     def _report_crash(self, error: BaseException) -> None:
         if not self.crashed.done():

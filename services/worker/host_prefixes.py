@@ -13,10 +13,10 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from kvstore.block import BlockHash
 from kvstore.pool import NOTHING_COPIED, HostTier
+from kvstore.threads import Threads
 from services.engine.native import Engine, Restore
 from services.worker.engine_thread import EngineCrashed, EngineThread
 from services.worker.settling import settled
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 class HostPrefixes:
     """One per worker, with or without a host tier. All methods belong to the event loop."""
 
-    def __init__(self, engine: Engine, thread: EngineThread, timeout_s: float) -> None:
+    def __init__(self, engine: Engine, thread: EngineThread, threads: Threads, timeout_s: float) -> None:
         """`timeout_s`: how long whoever wants a prefix waits for it at most."""
         self._timeout_s = timeout_s
         self._engine = engine
@@ -35,7 +35,7 @@ class HostPrefixes:
         self._tier: HostTier | None = engine.host_tier
         self._under_way: dict[BlockHash, asyncio.Task[int]] = {}  # by the first block that is being brought back
         # One at a time: they share the memory's bandwidth with the steps.
-        self._copying = ThreadPoolExecutor(1, thread_name_prefix="host-restore")
+        self._copying = threads.pool("host-restore")
 
     async def restore(self, hashes: Sequence[BlockHash]) -> None:
         """Make as much of the prefix cached as the host tier has, if there is room.
@@ -94,4 +94,4 @@ class HostPrefixes:
     async def settle(self) -> None:
         """Wait until all that was begun has ended, and end the threads."""
         await settled(self._under_way.values(), "blocks coming back from the host tier")
-        await asyncio.to_thread(self._copying.shutdown)
+        self._copying.shutdown(wait=False)

@@ -20,6 +20,7 @@ import uvloop
 import services
 from kvstore.errors import TransportError
 from kvstore.registry import Registrar, WorkerRecord, new_incarnation
+from kvstore.threads import OsThreads
 from services.engine.native import Engine, EngineConfig, InvalidConfig
 from services.grpc_orders import GrpcOrders, GrpcServer
 from services.logs import configure_logging, report_progress, report_ready
@@ -28,6 +29,7 @@ from services.orders import CannotListen, OrderServer
 from services.worker.assembly import (
     Assembly,
     Role,
+    Seams,
     WorkerParts,
     assemble,
     served_names,
@@ -104,7 +106,7 @@ class RunningWorker:
 
 @asynccontextmanager
 async def open_worker(
-    config: WorkerConfig, role: Role, engine: Engine, build: Callable[[WorkerParts], WorkerService]
+    config: WorkerConfig, role: Role, engine: Engine, build: Callable[[WorkerParts], WorkerService], seams: Seams
 ) -> AsyncIterator[RunningWorker]:
     """Everything that serves, up and listening but not announced; closed at the end.
 
@@ -113,9 +115,9 @@ async def open_worker(
     """
     async with contextlib.AsyncExitStack() as cleanup:
         host = config.advertise_host or config.host
-        server, orders = GrpcServer(config.host, config.port), GrpcOrders()
+        server = GrpcServer(config.host, config.port)
         worker_id = config.worker_id or f"{role}-{host}-{server.port}"
-        assembly = assemble(config, role, engine, worker_id, new_incarnation(), orders)
+        assembly = assemble(config, role, engine, worker_id, new_incarnation(), seams)
         parts, store_feed = assembly.parts, assembly.store_feed
         service = build(parts)
         service.register(server)
@@ -219,7 +221,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        async with open_worker(config, role, engine, build) as worker:
+        async with open_worker(config, role, engine, build, Seams(GrpcOrders(), OsThreads())) as worker:
             parts, record = worker.parts, worker.record
             # The id is known now, given or made of the port.
             configure_logging(config.log_level, config.log_format, fields={"role": role, "worker_id": parts.worker_id})

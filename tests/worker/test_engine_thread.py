@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from kvstore.threads import OsThreads, Threads
 from services.engine.native import StepOutput
 from services.worker import engine_thread
 from services.worker.engine_thread import EngineCrashed, EngineThread
+from tests.loop_threads import LoopThreads
 
 
 @dataclass
@@ -71,7 +73,7 @@ async def engine() -> ScriptedEngine:
 
 @pytest.fixture
 async def thread(engine: ScriptedEngine) -> AsyncIterator[EngineThread]:
-    running = EngineThread(engine)  # type: ignore[arg-type]
+    running = EngineThread(engine, OsThreads())  # type: ignore[arg-type]
     running.start(Listener())
     yield running
     engine.may_finish.set()
@@ -152,9 +154,10 @@ async def test_commands_that_pile_up_during_a_step_are_seen(
     assert not thread.is_behind
 
 
-async def test_cache_changes_reach_the_loop(engine: ScriptedEngine) -> None:
+@pytest.mark.parametrize("threads", [OsThreads(), LoopThreads()], ids=["thread", "loop"])
+async def test_cache_changes_reach_the_loop(engine: ScriptedEngine, threads: Threads) -> None:
     heard: asyncio.Queue[list[tuple[bytes, bool]]] = asyncio.Queue()
-    thread = EngineThread(engine, heard.put_nowait)  # type: ignore[arg-type]
+    thread = EngineThread(engine, threads, heard.put_nowait)  # type: ignore[arg-type]
     thread.start(Listener())
     await thread.call(engine.changes.append, (b"block", True))
     assert await heard.get() == [(b"block", True)]

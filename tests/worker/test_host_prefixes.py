@@ -12,6 +12,7 @@ import torch
 
 from kvstore.block import BlockHash, prove
 from kvstore.pool import HostTier
+from kvstore.threads import OsThreads
 from services.engine.native import Batch, Engine, EngineConfig, StepOutput
 from services.worker.engine_thread import EngineThread
 from services.worker.host_prefixes import HostPrefixes
@@ -36,9 +37,9 @@ class World:
         assert engine.host_tier is not None
         self.engine = engine
         self.tier: HostTier = engine.host_tier
-        self.thread = EngineThread(engine)
+        self.thread = EngineThread(engine, OsThreads())
         self.thread.start(Listener())
-        self.prefixes = HostPrefixes(engine, self.thread, timeout_s)
+        self.prefixes = HostPrefixes(engine, self.thread, OsThreads(), timeout_s)
 
     async def cache(self, hashes: Sequence[BlockHash]) -> None:
         await self.thread.call(self._cache, hashes)
@@ -163,7 +164,7 @@ async def test_whoever_waits_too_long_goes_on_without(world: World) -> None:
     await world.cache(CHAIN)
     await world.evict()
     copies = SlowCopies(world.tier)
-    impatient = HostPrefixes(world.engine, world.thread, timeout_s=0.05)
+    impatient = HostPrefixes(world.engine, world.thread, OsThreads(), timeout_s=0.05)
     await impatient.restore(CHAIN)
     assert world.num_cached == 0
     copies.may_go.set()

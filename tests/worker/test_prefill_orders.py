@@ -12,6 +12,7 @@ import torch
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.protocol import LeaseOutcome
+from kvstore.threads import OsThreads, Threads
 from services.engine.native import Engine, EngineConfig, Request, SamplingParams
 from services.prefill.config import PrefillConfig
 from services.prefill.service import (
@@ -23,6 +24,7 @@ from services.prefill.service import (
 from services.rates import RateLearner
 from services.worker.engine_thread import EngineThread
 from tests.hf_models import random_prompts, write_model
+from tests.loop_threads import LoopThreads
 
 
 class LeaseOfTheTest:
@@ -62,13 +64,19 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     assert engine.load().num_lent_blocks == 0
 
 
+@pytest.fixture(params=[OsThreads, LoopThreads])
+def threads(request: pytest.FixtureRequest) -> Threads:
+    made: Threads = request.param()
+    return made
+
+
 class World:
     """A prefill service over a real engine; its leases are the test's to close."""
 
-    def __init__(self, engine: Engine, max_num_waiting: int = 1024) -> None:
+    def __init__(self, engine: Engine, threads: Threads, max_num_waiting: int = 1024) -> None:
         self.outcomes: list[str] = []
         self.leases: list[LeaseOfTheTest] = []
-        self.thread = EngineThread(engine)
+        self.thread = EngineThread(engine, threads)
         metrics = SimpleNamespace(
             order_ended=self.outcomes.append,
             refused=lambda reason: None,
@@ -111,9 +119,9 @@ class World:
 
 @pytest.mark.parametrize(("hangs_up_at", "outcome"), [("finished", "finished"), ("scheduled", "cancelled")])
 async def test_an_order_counts_as_finished_from_its_last_event_on(
-    engine: Engine, hangs_up_at: str, outcome: str
+    engine: Engine, threads: Threads, hangs_up_at: str, outcome: str
 ) -> None:
-    world, caller = World(engine), Caller(hangs_up_at)
+    world, caller = World(engine, threads), Caller(hangs_up_at)
     async with asyncio.timeout(30):
         call = world.order(caller)
         await caller.has_heard.wait()
@@ -124,8 +132,8 @@ async def test_an_order_counts_as_finished_from_its_last_event_on(
         await world.close()
 
 
-async def test_orders_are_bounded_before_they_reach_the_queue(engine: Engine) -> None:
-    world, slow, late = World(engine, max_num_waiting=1), Caller("scheduled"), Caller("failed")
+async def test_orders_are_bounded_before_they_reach_the_queue(engine: Engine, threads: Threads) -> None:
+    world, slow, late = World(engine, threads, max_num_waiting=1), Caller("scheduled"), Caller("failed")
     async with asyncio.timeout(30):
         calls = [world.order(slow, bytes([number]) * 16) for number in range(2)]
         await slow.has_heard.wait()

@@ -16,6 +16,7 @@ from kvstore.block import BlockHash, HostMemory, prove
 from kvstore.exchange import BlockExchange, PeerIdentity
 from kvstore.pool import BlockPool
 from kvstore.protocol import AnnouncedBlock, Reservation
+from kvstore.threads import OsThreads
 from kvstore.transport.memory import MemoryTransport
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.scheduler import Scheduler
@@ -70,7 +71,7 @@ class Reader:
         costs = FetchCosts(RateLearner(), bytes_per_token, FetchPolicy.ALWAYS, PIECE * LAYOUT.block_bytes, piece_s=0.0)
         cache: Any = self.cache
         thread: Any = Thread()
-        host = HostPrefixes(cache, thread, timeout_s)
+        host = HostPrefixes(cache, thread, OsThreads(), timeout_s)
         self.fetcher = PrefixFetcher("reader", cache, thread, self.exchange, host, costs, timeout_s, self._count)
 
     def _count(self, tier: str, outcome: str, *_: int) -> None:

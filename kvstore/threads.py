@@ -1,0 +1,69 @@
+"""What runs beside the event loop: pools for work off it, and loops of their own. The one module that starts threads.
+
+`main()` makes `OsThreads` and hands it down; the tests have an implementation that runs everything within the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Protocol
+
+# How long an idle loop sleeps at most; a wake ends that at once.
+_IDLE_WAIT_S = 1.0
+
+
+class Runner(Protocol):
+    """A loop beside ours."""
+
+    def wake(self) -> None:
+        """Have it take its next turn now, if it is idle. From any thread."""
+
+    async def stop(self, timeout_s: float) -> bool:
+        """Let the turn in progress end; False if it has not within the time, and is left to itself."""
+
+
+class Threads(Protocol):
+    """How a process runs something off its event loop."""
+
+    def pool(self, name: str, num_threads: int = 1) -> Executor:
+        """For `loop.run_in_executor`. Whoever asks for one shuts it down."""
+
+    def start(self, name: str, turn: Callable[[], bool]) -> Runner:
+        """Call `turn` again and again: at once where it returned True, else when it is woken, or after a while."""
+
+
+class OsThreads:
+    """`Threads` by the operating system's."""
+
+    def pool(self, name: str, num_threads: int = 1) -> Executor:
+        return ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+
+    def start(self, name: str, turn: Callable[[], bool]) -> Runner:
+        return _ThreadRunner(name, turn)
+
+
+class _ThreadRunner:
+    def __init__(self, name: str, turn: Callable[[], bool]) -> None:
+        self._turn = turn
+        self._awake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        self._awake.set()
+
+    async def stop(self, timeout_s: float) -> bool:
+        self._stopping = True
+        self.wake()
+        await asyncio.to_thread(self._thread.join, timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            if not self._turn():
+                self._awake.wait(_IDLE_WAIT_S)
+                self._awake.clear()  # before the turn, which sees what a wake from now on is about
