@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.node import config as node_settings
+from services import node_settings
 from services.settings import setting
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from services.node import config as node_settings
+from services import node_settings
 from services.settings import SettingsError, setting
 
 # Of the block protocol; see kvstore.protocol.timeouts.

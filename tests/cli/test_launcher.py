@@ -269,9 +269,9 @@ def test_no_child_outlives_a_launcher_that_is_killed() -> None:
 LAUNCHER = textwrap.dedent(
     """
     import asyncio, os, sys
-    from services.cli.console import PlainDisplay
-    from services.cli.spec import ChildSpec
-    from services.cli.supervise import Child
+    from services.cli.up.console import PlainDisplay
+    from services.cli.up.spec import ChildSpec
+    from services.cli.up.supervise import Child
 
     async def main():
         environ = {**os.environ, "TANDEM_LAUNCHER": "1"}

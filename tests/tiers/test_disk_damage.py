@@ -216,7 +216,7 @@ def test_an_older_format_is_removed(damaged, monkeypatch):
 WRITER = """
 import sys
 from pathlib import Path
-from kvstore.disk_tier import DiskTier
+from kvstore.store.disk_tier import DiskTier
 from tests.tiers.blocks import LAYOUT, proof, named_hash, payload
 tier = DiskTier.open(Path(sys.argv[1]), LAYOUT, 400_000)
 number = int(sys.argv[2])

@@ -31,7 +31,7 @@ print(json.dumps({"version": torch.__version__, "built_for": torch.version.cuda,
 
 _KERNEL_PROBE = """
 import json
-from services.engine.kernels.choice import REQUIRED_FLAGS, choose_kernels, processor_flags
+from services.engine.native.kernels.choice import REQUIRED_FLAGS, choose_kernels, processor_flags
 choice = choose_kernels()
 expected = any(flags <= processor_flags() for flags in REQUIRED_FLAGS.values())
 print(json.dumps({"kernels": choice.library is not None, "reason": choice.reason, "expected": expected}))

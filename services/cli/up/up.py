@@ -55,8 +55,8 @@ def main(argv: Sequence[str]) -> int:
     import asyncio
 
     from kvstore.errors import RedisServerError
-    from services.cli.doctor import RedisUnusable, redis_version
     from services.cli.embedded_redis import EmbeddedRedis
+    from services.cli.redis_probe import RedisUnusable, redis_version
     from services.cli.up.console import WhileRead, make_display
     from services.cli.up.stack import run_stack
 
