@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
@@ -12,6 +11,14 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 import services
+from services.router.bodies import (
+    B,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    decode,
+)
 from services.router.edge import (
     CLIENT_GONE,
     FAILED,
@@ -29,20 +36,31 @@ from services.router.errors import (
     ClientDisconnected,
     internal,
     invalid,
+    method_not_allowed,
     model_not_found,
     unavailable,
 )
-from services.router.openai import boolean, check_token_ids, parse_chat_input, parse_object, string, tokenize_chat
+from services.router.openai import check_chat_input, check_token_ids, tokenize_chat
+from services.router.openapi import openapi_document
 from services.router.readiness import readiness
+from services.router.sse import Message, Receive, Send
 from services.router.tenants import Keyring, Tenant, name_of
 
 
 def make_app(parts: RouterParts) -> App:
     """The ASGI application."""
     config = parts.config
-    api = make_api(parts)
-    roots = {route.path.split("/")[1] for route in api.routes if isinstance(route, Route)}
-    app: App = Guard(api, Keyring(config.api_key), parts.metrics)
+    api, generating = make_api(parts), generating_endpoints(parts)
+
+    async def front(scope: Message, receive: Receive, send: Send) -> None:
+        # These carry the load: no framework stands before them.
+        endpoint = generating.get(scope["path"], api)
+        if endpoint is not api and scope["method"] != "POST":
+            raise method_not_allowed(scope["method"], scope["path"])
+        await endpoint(scope, receive, send)
+
+    roots = {"v1", *(route.path.split("/")[1] for route in api.routes if isinstance(route, Route))}
+    app: App = Guard(front, Keyring(config.api_key), parts.metrics)
     if config.allowed_origins:
         app = CORSMiddleware(
             app,
@@ -60,8 +78,16 @@ def make_app(parts: RouterParts) -> App:
     )
 
 
+def generating_endpoints(parts: RouterParts) -> dict[str, App]:
+    """By path; all of them take POST."""
+    return {
+        "/v1/completions": GenerateEndpoint(parts, CompletionBody, plan_completion_request),
+        "/v1/chat/completions": GenerateEndpoint(parts, ChatBody, plan_chat_request),
+    }
+
+
 def make_api(parts: RouterParts) -> FastAPI:
-    """All routes, without who may use them."""
+    """All other routes, without who may use them."""
     # No root_path here: `Edge` has taken the proxy's prefix off.
     app = FastAPI(
         title="Tandem",
@@ -71,15 +97,13 @@ def make_api(parts: RouterParts) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
     )
-    app.router.routes += [
-        Route("/v1/completions", GenerateEndpoint(parts, plan_completion_request), methods=["POST"]),
-        Route("/v1/chat/completions", GenerateEndpoint(parts, plan_chat_request), methods=["POST"]),
-    ]
+    app.add_api_route("/openapi.json", lambda: document, include_in_schema=False)
     _add_model_routes(app, parts)
     _add_tokenizer_routes(app, parts)
     _add_status_routes(app, parts)
     _add_debug_routes(app, parts)
     _add_error_handlers(app, parts)
+    document = openapi_document(app, parts.config.root_path)
     return app
 
 
@@ -112,51 +136,44 @@ def _add_model_routes(app: FastAPI, parts: RouterParts) -> None:
 
 
 def _add_tokenizer_routes(app: FastAPI, parts: RouterParts) -> None:
-    async def body_of(request: Request) -> dict[str, Any]:
-        return parse_object(await read_body(request.scope, request.receive, parts.config.max_body_bytes))
+    async def body_of(request: Request, kind: type[B]) -> B:
+        return decode(await read_body(request.scope, request.receive, parts.config.max_body_bytes), kind)
 
-    def in_time(answer: Callable[[dict[str, Any]], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        async def endpoint(request: Request) -> Response:
-            body = await body_of(request)
-            async with parts.deadline():
-                return await answer(body)
-
-        return endpoint
-
-    async def tokenize(body: dict[str, Any]) -> Response:
-        model = parts.models.get(string(body, "model"))
-        wants_names = boolean(body, "return_token_strs")
-        if body.get("messages") is not None:
-            token_ids = await tokenize_chat(parse_chat_input(body), model, parts.pool)
-        else:
-            prompt = string(body, "prompt")
-            if prompt is None:
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = await body_of(request, TokenizeBody)
+        model, prompt = parts.models.get(body.model), body.prompt
+        async with parts.deadline():
+            if body.messages is not None:
+                token_ids = await tokenize_chat(check_chat_input(body), model, parts.pool)
+            elif prompt is not None:
+                adds = body.add_special_tokens is not False
+                (token_ids,) = await parts.pool.run(lambda: model.tokenizer.encode([prompt], adds))
+            else:
                 raise invalid("Either `prompt` or `messages` is required.", "prompt")
-            add_special_tokens = boolean(body, "add_special_tokens", True)
-            (token_ids,) = await parts.pool.run(lambda: model.tokenizer.encode([prompt], add_special_tokens))
-        names = [model.tokenizer.token_name(token_id) for token_id in token_ids] if wants_names else None
+        names = [model.tokenizer.token_name(token_id) for token_id in token_ids] if body.return_token_strs else None
         return _json(
             {"count": len(token_ids), "max_model_len": model.max_model_len, "tokens": token_ids, "token_strs": names}
         )
 
-    async def detokenize(body: dict[str, Any]) -> Response:
-        model = parts.models.get(string(body, "model"))
-        if not isinstance(body.get("tokens"), list):
-            raise invalid("`tokens` must be a list of token ids.", "tokens")
-        token_ids = check_token_ids(body["tokens"], "tokens", model.files.vocab_size)
-        text = await parts.pool.run(lambda: model.tokenizer.decode(token_ids, skip_special_tokens=False))
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = await body_of(request, DetokenizeBody)
+        model = parts.models.get(body.model)
+        token_ids = check_token_ids(body.tokens, "tokens", model.files.vocab_size)
+        async with parts.deadline():
+            text = await parts.pool.run(lambda: model.tokenizer.decode(token_ids, skip_special_tokens=False))
         return _json({"prompt": text})
-
-    app.post("/tokenize")(in_time(tokenize))
-    app.post("/detokenize")(in_time(detokenize))
 
 
 def _add_status_routes(app: FastAPI, parts: RouterParts) -> None:
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health")
     async def health() -> Response:
         return Response(status_code=200)
 
-    @app.api_route("/ready", methods=["GET", "HEAD"])
+    @app.head("/ready", include_in_schema=False)
+    @app.get("/ready")
     async def ready() -> Response:
         models, not_ready = readiness(parts.models, parts.workers)
         if not models:
@@ -215,6 +232,5 @@ def _add_error_handlers(app: FastAPI, parts: RouterParts) -> None:
             message = f"Unknown request URL: {request.method} {request.url.path}."
             return respond(request, ApiError(404, message, code="unknown_url"))
         if error.status_code == 405:
-            message = f"Not allowed to {request.method} on {request.url.path}."
-            return respond(request, ApiError(405, message, code="method_not_allowed"))
+            return respond(request, method_not_allowed(request.method, request.url.path))
         return respond(request, ApiError(error.status_code, str(error.detail)))

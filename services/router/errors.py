@@ -65,6 +65,11 @@ def model_not_found(name: str) -> ApiError:
     return ApiError(404, f"The model `{name}` does not exist.", param="model", code="model_not_found")
 
 
+def method_not_allowed(method: str, path: str) -> ApiError:
+    """405."""
+    return ApiError(405, f"Not allowed to {method} on {path}.", code="method_not_allowed")
+
+
 def overloaded(message: str, retry_after_s: int = 1) -> ApiError:
     """429: a bounded queue is full, here or at the workers."""
     return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", retry_after_s=retry_after_s)

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
+from services.router.bodies import CompletionBody
 from services.router.config import RouterConfig
 from services.router.edge import GenerateEndpoint, plan_completion_request
 from services.router.edge.access import AccessRecord
@@ -393,7 +394,7 @@ async def test_a_slow_reader_does_not_hold_the_others_up_and_gets_what_piled_up_
                 await finished.wait()
             return messages.pop() if messages else {"type": "http.disconnect"}
 
-        endpoint = GenerateEndpoint(running.parts, plan_completion_request)
+        endpoint = GenerateEndpoint(running.parts, CompletionBody, plan_completion_request)
         state = {"request_id": "slow", "access": AccessRecord("POST", "/v1/completions")}
         serving = asyncio.create_task(endpoint({"headers": [], "state": state}, receive, send))
         await until(lambda: bodies and not worker.live)  # the worker is done, the client has read one event

@@ -6,20 +6,20 @@ import httpx
 import pytest
 from starlette.routing import Route
 
-from services.router.app import make_api
+from services.router.app import generating_endpoints, make_api
 from services.router.config import RouterConfig
 from services.settings import SettingsError
 from tests.router.harness import running_router, until
 from tests.router.test_access import ended
 
 KEY = {"authorization": "Bearer secret"}
-OPEN = ("/health", "/ready", "/version", "/load", "/metrics")
+OPEN = ("/health", "/ready", "/version", "/load", "/metrics", "/openapi.json")
 ORIGIN = "https://chat.example"
 
 
 def routes_of(parts) -> list[tuple[str, str]]:
     """Method and path of every route, with something in its parameters."""
-    return [
+    return [("POST", path) for path in generating_endpoints(parts)] + [
         (method, route.path.replace("{name:path}", "tiny").replace("{request_id:path}", "mine"))
         for route in make_api(parts).routes
         if isinstance(route, Route)

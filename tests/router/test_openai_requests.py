@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.router.bodies import ChatBody, CompletionBody, decode
 from services.router.config import RouterConfig
 from services.router.errors import ApiError
-from services.router.openai import parse_chat, parse_completion
+from services.router.openai import check_chat, check_completion
 from services.router.text import ServedModel
 from services.router.text.models import ModelSource, load_model_files
 
@@ -29,12 +30,20 @@ def model(model_directory):
     return served(model_directory)
 
 
+def parse_completion(body, model):
+    return check_completion(decode(json.dumps(body).encode(), CompletionBody), model, CONFIG)
+
+
+def parse_chat(body, model):
+    return check_chat(decode(json.dumps(body).encode(), ChatBody), model, CONFIG)
+
+
 def completion(model, **fields):
-    return parse_completion({"prompt": "x", **fields}, model, CONFIG)
+    return parse_completion({"prompt": "x", **fields}, model)
 
 
 def chat(model, **fields):
-    return parse_chat({"messages": [USER], **fields}, model, CONFIG)
+    return parse_chat({"messages": [USER], **fields}, model)
 
 
 def test_neutral_values_where_nothing_is_asked(model):
@@ -243,9 +252,36 @@ NAMES = st.sampled_from(sorted({name for name, _ in BAD_COMMON} | {"prompt", "me
 def test_garbage_is_read_or_refused_and_never_crashes(model, parse, body):
     def read() -> int:
         try:
-            request = parse(body, model, CONFIG)
+            request = parse(body, model)
         except ApiError as error:
             return error.status if json.loads(error.body())["error"]["message"] else 0
         return 200 if request.common.sampling_for(0, 1).SerializeToString() else 0
 
     assert read() in (200, 400)
+
+
+def test_whole_numbers_may_be_written_with_a_point(model):
+    assert completion(model, max_tokens=16.0, n=2.0, top_k=1e1).common.max_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("n", 0, "`n`: expected `int` >= 1, got 0."),
+        ("n", "2", "`n`: expected `int`, got `str`."),
+        ("temperature", -0.5, "`temperature`: expected `float` >= 0.0, got -0.5."),
+        ("stop_token_ids", [5, 1.5], "`stop_token_ids` is wrong at `stop_token_ids[1]`: expected `int`, got `float`."),
+        ("logit_bias", {"x": 1}, "`logit_bias` has a key that is wrong: expected `int`, got `str`."),
+        ("suffix", "x", "`suffix` is not supported: this server cannot insert into a text"),
+    ],
+)
+def test_a_refusal_says_what_was_expected_and_what_came(model, name, value, words):
+    with pytest.raises(ApiError) as caught:
+        completion(model, **{name: value})
+    assert caught.value.message == words
+
+
+def test_what_is_missing_is_named(model):
+    with pytest.raises(ApiError) as caught:
+        parse_completion({}, model)
+    assert (caught.value.param, caught.value.message) == ("prompt", "`prompt` is required.")

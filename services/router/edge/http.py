@@ -7,7 +7,6 @@ import logging
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Any
 
 from services.logs import request_scope
 from services.router.edge.access import AccessRecord
@@ -31,7 +30,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _BODY_TIMEOUT_S = 60.0
 
-OPEN = frozenset({"/health", "/ready", "/version", "/load", "/metrics"})
+OPEN = frozenset({"/health", "/ready", "/version", "/load", "/metrics", "/openapi.json"})
 """What needs no API key: for probes and scrapers. All else does, also what is not there."""
 
 
@@ -78,16 +77,14 @@ def _too_large(max_bytes: int) -> ApiError:
     return ApiError(413, f"The request body is larger than {max_bytes} bytes.", code="request_too_large")
 
 
-def request_id_of(scope: Message, body: dict[str, Any]) -> str:
+def request_id_of(scope: Message, given: str | None) -> str:
     """The client's id for the request: the body's `request_id`, else the header's, else ours (see `Edge`)."""
-    value = body.get("request_id")
-    if value is None:
-        request_id: str = scope["state"]["request_id"]
-        return request_id
-    if not isinstance(value, str) or not _REQUEST_ID.fullmatch(value):
-        raise invalid("`request_id` must have 1 to 128 printable ASCII characters and no space.", "request_id")
-    scope["state"]["request_id"] = value
-    return value
+    if given is not None:
+        if not _REQUEST_ID.fullmatch(given):
+            raise invalid("`request_id` must have 1 to 128 printable ASCII characters and no space.", "request_id")
+        scope["state"]["request_id"] = given
+    request_id: str = scope["state"]["request_id"]
+    return request_id
 
 
 async def send_json(send: Send, body: bytes, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:

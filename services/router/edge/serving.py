@@ -12,11 +12,17 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 from services.lifecycle import Event, Timeline
 from services.logs import request_scope
 from services.router import sse
+from services.router.bodies import (
+    ChatBody,
+    CompletionBody,
+    GenerateBody,
+    decode,
+)
 from services.router.config import RouterConfig
 from services.router.edge.access import AccessRecord
 from services.router.edge.admission import Admission, Room
@@ -44,12 +50,10 @@ from services.router.openai import (
     GenerationPlan,
     Receipts,
     UsageCount,
-    parse_chat,
-    parse_completion,
-    parse_object,
+    check_chat,
+    check_completion,
     plan_chat,
     plan_completion,
-    string,
 )
 from services.router.tenants import Tenant, name_of
 from services.router.text import ModelDirectory, TokenizerPool
@@ -98,34 +102,34 @@ class Renderer(Protocol):
 
 
 MakeRenderer = Callable[[Generation, int], Renderer]
-Plan = Callable[[RouterParts, dict[str, Any], str], Awaitable[tuple[GenerationPlan, MakeRenderer]]]
+B = TypeVar("B", bound=GenerateBody)
+Plan = Callable[[RouterParts, B, str], Awaitable[tuple[GenerationPlan, MakeRenderer]]]
 
 
 async def plan_completion_request(
-    parts: RouterParts, body: dict[str, Any], request_id: str
+    parts: RouterParts, body: CompletionBody, request_id: str
 ) -> tuple[GenerationPlan, MakeRenderer]:
     """The plan of a /v1/completions body. Raises ApiError."""
-    model = parts.models.get(string(body, "model"))
-    request = parse_completion(body, model, parts.config)
+    model = parts.models.get(body.model)
+    request = check_completion(body, model, parts.config)
     completion = await plan_completion(request, model, request_id, parts.pool)
     return completion.plan, lambda generation, created: CompletionRenderer(completion, generation, created)
 
 
-async def plan_chat_request(
-    parts: RouterParts, body: dict[str, Any], request_id: str
-) -> tuple[GenerationPlan, MakeRenderer]:
+async def plan_chat_request(parts: RouterParts, body: ChatBody, request_id: str) -> tuple[GenerationPlan, MakeRenderer]:
     """The plan of a /v1/chat/completions body. Raises ApiError."""
-    model = parts.models.get(string(body, "model"))
-    request = parse_chat(body, model, parts.config)
+    model = parts.models.get(body.model)
+    request = check_chat(body, model, parts.config)
     plan = await plan_chat(request, model, request_id, parts.pool)
     return plan, lambda generation, created: ChatRenderer(plan, generation, created)
 
 
-class GenerateEndpoint:
-    """An ASGI application for one of the two. An instance, so that the router hands it the raw channel."""
+class GenerateEndpoint(Generic[B]):
+    """An ASGI application for one of the two."""
 
-    def __init__(self, parts: RouterParts, plan: Plan) -> None:
+    def __init__(self, parts: RouterParts, kind: type[B], plan: Plan[B]) -> None:
         self._parts = parts
+        self._kind = kind
         self._plan = plan
 
     async def __call__(self, scope: sse.Message, receive: sse.Receive, send: sse.Send) -> None:
@@ -135,12 +139,12 @@ class GenerateEndpoint:
         stream = sse.EventStream(send)
         try:
             try:
-                body = parse_object(await read_body(scope, receive, self._parts.config.max_body_bytes))
-                if header(scope, _RECEIPT_HEADER) == "1":
-                    body.setdefault("receipt", True)
+                body = decode(await read_body(scope, receive, self._parts.config.max_body_bytes), self._kind)
+                if body.receipt is None:
+                    body.receipt = header(scope, _RECEIPT_HEADER) == "1"
                 async with sse.cancelled_on_disconnect(receive):
                     tenant: Tenant | None = scope["state"].get("tenant")
-                    request_id = request_id_of(scope, body)
+                    request_id = request_id_of(scope, body.request_id)
                     with request_scope(request_id):
                         await self._serve(body, request_id, tenant, timeline, stream, send, access)
             except ApiError as error:
@@ -170,7 +174,7 @@ class GenerateEndpoint:
 
     async def _serve(
         self,
-        body: dict[str, Any],
+        body: B,
         request_id: str,
         tenant: Tenant | None,
         timeline: Timeline,

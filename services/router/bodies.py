@@ -1,0 +1,202 @@
+"""Bodies of the POST endpoints as declared types: from them bytes are decoded, and /openapi.json is made.
+
+Null counts as absent, unknown fields are ignored. What depends on the model or on settings is checked by
+`openai_requests`. Fields that steer a disaggregated server's insides (`kv_transfer_params` and the like) are not
+declared, so no client can reach them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import msgspec
+import orjson
+from msgspec import Meta, Struct
+
+from services.router.errors import ApiError, invalid, not_supported
+
+INT32_MAX = 2**31 - 1
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 1024
+
+B = TypeVar("B", bound=Struct)
+
+_Count = Annotated[int, Meta(ge=0, le=INT32_MAX)]
+_Positive = Annotated[int, Meta(ge=1, le=INT32_MAX)]
+_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+_TokenId = Annotated[int, Meta(ge=0)]
+_Objects = list[dict[str, Any]]
+_NoGrammar = Annotated[Any, Meta(description="there is no constrained decoding")]
+_Prompt = Annotated[
+    str | Annotated[list[str | int | list[int]], Meta(min_length=1)],
+    Meta(description="A text, texts, token ids, or lists of token ids."),
+]
+
+
+class Refused(Struct, kw_only=True):
+    """What would change the answer and cannot be honoured, and why: to ignore a constraint is to answer wrongly."""
+
+    suffix: Annotated[Any, Meta(description="this server cannot insert into a text")] = None
+    use_beam_search: Annotated[Any, Meta(description="there is no beam search")] = None
+    structured_outputs: _NoGrammar = None
+    guided_json: _NoGrammar = None
+    guided_regex: _NoGrammar = None
+    guided_choice: _NoGrammar = None
+    guided_grammar: _NoGrammar = None
+    structural_tag: _NoGrammar = None
+    bad_words: Annotated[Any, Meta(description="use logit_bias")] = None
+    logits_processors: Annotated[Any, Meta(description="use logit_bias or allowed_token_ids")] = None
+    logprob_token_ids: Annotated[Any, Meta(description="use logprobs")] = None
+    prompt_embeds: Annotated[Any, Meta(description="send text or token ids")] = None
+    truncate_prompt_tokens: Annotated[Any, Meta(description="send a prompt that fits")] = None
+    thinking_token_budget: Annotated[Any, Meta(description="use max_tokens")] = None
+    functions: Annotated[Any, Meta(description="use tools; they are passed to the chat template")] = None
+    audio: Annotated[Any, Meta(description="this server makes text only")] = None
+    chat_template: Annotated[Any, Meta(description="the template is the server's; pass chat_template_kwargs")] = None
+
+    def refuse(self) -> None:
+        """Raises ApiError for the first of these that is given."""
+        for name in Refused.__struct_fields__:
+            if getattr(self, name):
+                raise not_supported(
+                    name, get_type_hints(Refused, include_extras=True)[name].__metadata__[0].description
+                )
+
+
+class StreamOptions(Struct):
+    """What a stream tells beside text."""
+
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
+
+
+class GenerateBody(Refused, kw_only=True):
+    """What /v1/completions and /v1/chat/completions have in common."""
+
+    model: Annotated[str | None, Meta(description="May be left out where one model is served.")] = None
+    request_id: Annotated[str | None, Meta(description="1 to 128 printable ASCII characters without space.")] = None
+    user: str | None = None
+    receipt: Annotated[bool | None, Meta(description="Adds what the answer cost, and where.")] = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = 1
+    best_of: Annotated[int, Meta(ge=0, le=MAX_CHOICES)] | None = None
+    max_tokens: _Count | None = None
+    min_tokens: _Count | None = 0
+    temperature: Annotated[float, Meta(ge=0, le=1e6)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=INT32_MAX)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    presence_penalty: _Penalty | None = 0.0
+    frequency_penalty: _Penalty | None = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    logit_bias: dict[int, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    allowed_token_ids: Annotated[list[_TokenId], Meta(min_length=1)] | None = None
+    stop_token_ids: list[_TokenId] | None = None
+    ignore_eos: bool | None = False
+    seed: Annotated[int, Meta(ge=-(2**63))] | None = None
+    stop: str | Annotated[list[str], Meta(max_length=MAX_STOPS)] | None = None
+    include_stop_str_in_output: bool | None = False
+    skip_special_tokens: bool | None = True
+    prompt_logprobs: _Count | None = None
+    return_token_ids: bool | None = False
+    return_tokens_as_token_ids: bool | None = False
+    priority: Annotated[int, Meta(ge=-(2**31), le=INT32_MAX)] | None = 0
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
+    response_format: Annotated[dict[str, Any] | None, Meta(description="Only the type `text`.")] = None
+
+
+class CompletionBody(GenerateBody, kw_only=True):
+    """Body of /v1/completions."""
+
+    prompt: _Prompt
+    echo: bool | None = False
+    logprobs: _Count | None = None
+    add_special_tokens: bool | None = True
+
+
+class ChatBody(GenerateBody, kw_only=True):
+    """Body of /v1/chat/completions."""
+
+    messages: Annotated[_Objects, Meta(min_length=1)]
+    tools: _Objects | None = None
+    documents: _Objects | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = False
+    add_special_tokens: bool | None = False
+    max_completion_tokens: _Positive | None = None
+    max_tokens: _Positive | None = None
+    logprobs: bool | None = False
+    top_logprobs: _Count | None = None
+    tool_choice: Annotated[Any, Meta(description="`none` or `auto`.")] = None
+    modalities: Annotated[Any, Meta(description='Only ["text"].')] = None
+
+
+class TokenizeBody(Struct, kw_only=True):
+    """Body of /tokenize: a prompt, or messages and what goes with them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    return_token_strs: bool | None = False
+    messages: Annotated[_Objects, Meta(min_length=1)] | None = None
+    tools: _Objects | None = None
+    documents: _Objects | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = False
+    add_special_tokens: Annotated[bool | None, Meta(description="Default: true for a prompt, false for messages.")] = (
+        None
+    )
+
+
+class DetokenizeBody(Struct, kw_only=True):
+    """Body of /detokenize."""
+
+    tokens: list[_TokenId]
+    model: str | None = None
+
+
+_WHERE = re.compile(r"(.*?)(?: - at (`key` in )?`\$\.(.*)`)?", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`")
+
+
+def decode(body: bytes, kind: type[B]) -> B:
+    """The body as the declared type. Raises ApiError 400, which names the field."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError:
+        pass
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise invalid(f"We could not parse the JSON body of your request: {error}") from error
+    # Again, for those clients that write 16 as 16.0, and to show the others their value.
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise invalid(f"We could not parse the JSON body of your request: {error}") from error
+    if not isinstance(content, dict):
+        raise invalid("The body of the request must be a JSON object.")
+    try:
+        return msgspec.convert({name: _whole(value) for name, value in content.items()}, type=kind)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error), content) from error
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+def _refusal(text: str, content: dict[str, object]) -> ApiError:
+    if missing := _MISSING.fullmatch(text):
+        return invalid(f"`{missing[1]}` is required.", missing[1])
+    match = _WHERE.fullmatch(text)
+    assert match is not None  # it takes any text
+    what, is_key, path = match[1].replace(" | null", ""), match[2], match[3] or ""
+    name = re.split(r"[.\[]", path)[0]
+    where = " has a key that is wrong" if is_key else f" is wrong at `{path}`" if path != name else ""
+    value = content.get(name)
+    got = f", got {value}" if isinstance(value, int | float) and "got" not in what else ""
+    return invalid(f"`{name}`{where}: {what[:1].lower()}{what[1:]}{got}.", name or None)

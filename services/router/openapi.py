@@ -1,0 +1,59 @@
+"""/openapi.json: the types that bodies are decoded as (`bodies`), and what FastAPI knows of the other routes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from services.router.bodies import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+)
+
+_BODIES = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+}
+
+
+class ErrorDetail(msgspec.Struct):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field of the request that is wrong."""
+    code: str | None
+
+
+class Error(msgspec.Struct):
+    """The one shape of all errors."""
+
+    error: ErrorDetail
+
+
+def openapi_document(app: FastAPI, root_path: str) -> dict[str, Any]:
+    """The document of the whole API; `app` has all routes but the generating ones."""
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    schemas, components = msgspec.json.schema_components(
+        (*_BODIES.values(), Error), ref_template="#/components/schemas/{name}"
+    )
+    for path, schema in zip(_BODIES, schemas, strict=False):
+        post = document["paths"].setdefault(path, {}).setdefault("post", {"responses": {"200": {"description": "OK"}}})
+        post["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)  # FastAPI's own; ours are all of one shape
+            failure = {"description": "An error", "content": {"application/json": {"schema": schemas[-1]}}}
+            operation["responses"]["default"] = failure
+    document["components"] = {"schemas": components}
+    if root_path.rstrip("/"):
+        document["servers"] = [{"url": root_path.rstrip("/")}]
+    return document
