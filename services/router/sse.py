@@ -47,13 +47,17 @@ class EventStream:
 
     async def write(self, data: bytes) -> None:
         """Sends whole events; waits while the client is slow."""
+        await self._write(data, True)
+
+    async def end(self, data: bytes) -> None:
+        """Sends the last events: with the end in one piece, which is one system call less."""
+        await self._write(data, False)
+
+    async def _write(self, data: bytes, more: bool) -> None:
         if not self.started:
             self.started = True
             await self._send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def end(self) -> None:
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 class cancelled_on_disconnect:  # lower case as asyncio.timeout

@@ -32,6 +32,9 @@ class AccessRecord:
     status: int = CLIENT_GONE
     """How it went in the end, which for a stream that broke is not what its head says."""
     error: str | None = None
+    started: bool = False
+    finished: bool = False
+    """Of the answer: its head, and its last byte."""
     facts: dict[str, object] = field(default_factory=dict)
     started_s: float = field(init=False)
 

@@ -140,8 +140,10 @@ class Edge:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                access.status = message["status"]
+                access.status, access.started = message["status"], True
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", state["request_id"].encode())]
+            else:
+                access.finished = not message.get("more_body", False)
             await send(message)
 
         try:
@@ -160,27 +162,19 @@ class Guard:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         access: AccessRecord = scope["state"]["access"]
-        started = finished = False
-
-        async def watched_send(message: Message) -> None:
-            nonlocal started, finished
-            started = True
-            finished = message["type"] == "http.response.body" and not message.get("more_body", False)
-            await send(message)
-
         try:
             scope["state"]["tenant"] = self._tenant(scope)
-            await self._app(scope, receive, watched_send)
+            await self._app(scope, receive, send)
         except ApiError as error:
             self._metrics.count_error(error.status)
             await send_error(send, error)
             access.failed(error)
         except Exception:
             log.exception("the request crashed")
-            if not started:
+            if not access.started:
                 self._metrics.count_error(500)
                 await send_error(send, internal(FAILED))
-            elif not finished:
+            elif not access.finished:
                 access.status = 500
                 raise  # the server cuts the connection, so that the client does not take the answer for whole
 

@@ -167,8 +167,7 @@ class GenerateEndpoint(Generic[B]):
                 if not stream.started:
                     await send_error(send, error)
                 else:
-                    await stream.write(sse.error_event(error))
-                    await stream.end()
+                    await stream.end(sse.error_event(error))
         except TimeoutError:  # it does not read any more
             raise ClientDisconnected from error
 
@@ -265,22 +264,17 @@ async def _collect(generation: Generation, renderer: Renderer) -> bytes:
 
 async def _stream(generation: Generation, renderer: Renderer, stream: sse.EventStream, keepalive_s: float) -> None:
     # The response starts with the first news, so that a refusal by the workers is still a proper HTTP error.
-    opening = renderer.opening()
-    while not generation.finished:
-        try:
-            async with asyncio.timeout(keepalive_s):
-                deltas = await generation.deltas()
-        except TimeoutError:
-            await stream.write(opening + sse.KEEP_ALIVE)
-            opening = b""
-            continue
-        events = opening + b"".join(renderer.event(delta) for delta in deltas)
-        opening = b""
+    events = renderer.opening()
+    while True:
+        deltas = await generation.deltas(keepalive_s)
+        events += b"".join(map(renderer.event, deltas)) if deltas else sse.KEEP_ALIVE
+        if generation.finished:
+            break
         if events:
             await stream.write(events)
+        events = b""
     usage = generation.usage() if generation.plan.request.include_usage else None
     receipt = generation.receipt()
     if usage is not None or receipt is not None:
-        await stream.write(renderer.last_event(usage, receipt))
-    await stream.write(sse.DONE)
-    await stream.end()
+        events += renderer.last_event(usage, receipt)
+    await stream.end(events + sse.DONE)

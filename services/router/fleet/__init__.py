@@ -1,11 +1,12 @@
 """The workers as the router knows them: sessions, what each holds, and an order's way there and back."""
 
-from services.router.fleet.dispatch import Dispatch, error_of
+from services.router.fleet.dispatch import Arrival, Dispatch, error_of
 from services.router.fleet.placement import Ask, Placer, routing_key
 from services.router.fleet.prefixes import PrefixFinder, PrefixIndex
 from services.router.fleet.workers import MembershipView, Workers
 
 __all__ = [
+    "Arrival",
     "Ask",
     "Dispatch",
     "MembershipView",

@@ -105,15 +105,16 @@ class Dispatch:
         self._max_attempts = max_attempts
         self._restartable = restartable
         self._arrivals: list[Arrival] = []
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter: asyncio.Future[bool] | None = None
         self._unix_clock = unix_clock
         self._make_ask = make_ask
         self._room = room
         room.on_grant = self._wake
         self._sequences: list[_Sequence] = []  # those that have begun, by index
 
-    async def arrivals(self) -> list[Arrival]:
+    async def arrivals(self, idle_s: float | None = None) -> list[Arrival]:
         """All that arrived since the last call, in order; waits for the first, and begins what there is room for.
+        Nothing where nothing has come for `idle_s`.
 
         One caller at a time. Raises ApiError when there is no worker for a sequence; then close it.
         """
@@ -124,11 +125,16 @@ class Dispatch:
                 await session.drained()
             if self._arrivals:
                 break
-            self._waiter = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            timer = loop.call_later(idle_s, self._wake, False) if idle_s is not None else None
             try:
-                await self._waiter
+                if not await self._waiter:
+                    return []
             finally:
                 self._waiter = None
+                if timer is not None:
+                    timer.cancel()
         arrived, self._arrivals = self._arrivals, []
         return arrived
 
@@ -276,9 +282,9 @@ class Dispatch:
         self._arrivals.append(arrival)
         self._wake()
 
-    def _wake(self) -> None:
+    def _wake(self, has_news: bool = True) -> None:
         if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+            self._waiter.set_result(has_news)
 
 
 def error_of(output: pb.Output) -> ApiError:

@@ -11,7 +11,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.lifecycle import Event, Timeline
 from services.router.errors import ApiError, invalid
-from services.router.fleet import Dispatch, error_of
+from services.router.fleet import Arrival, Dispatch, error_of
 from services.router.metrics import ModelMetrics
 from services.router.openai.choice import Choice, Delta
 from services.router.openai.requests import GenerationRequest
@@ -140,25 +140,35 @@ class Generation:
     def finished(self) -> bool:
         return self._num_unfinished == 0
 
-    async def deltas(self) -> list[Delta]:
-        """Waits for news; one delta per choice that has any, in order of their first news. Raises ApiError."""
+    async def deltas(self, idle_s: float | None = None) -> list[Delta]:
+        """Waits for news, `idle_s` at most; one delta per choice that has any, in order of their first news.
+
+        Raises ApiError.
+        """
         merged: dict[int, Delta] = {}
-        for arrival in await self._dispatch.arrivals():
-            if arrival.output is None:
-                self._restart(arrival.index)
-                merged[arrival.index] = Delta(arrival.index, restarted=True)
-                continue
-            choice = self._choices[arrival.index]
-            if choice.finished:
-                continue
-            if arrival.output.finish_reason == pb.FINISH_REASON_ERROR:
-                raise error_of(arrival.output)
+        while not merged:
+            arrivals = await self._dispatch.arrivals(idle_s)
+            if not arrivals:
+                break
+            for arrival in arrivals:
+                self._take(arrival, merged)
+        return list(merged.values())
+
+    def _take(self, arrival: Arrival, merged: dict[int, Delta]) -> None:
+        choice = self._choices[arrival.index]
+        if arrival.output is None:
+            self._restart(arrival.index)
+            merged[arrival.index] = Delta(arrival.index, restarted=True)
+        elif choice.finished:
+            return
+        elif arrival.output.finish_reason == pb.FINISH_REASON_ERROR:
+            raise error_of(arrival.output)
+        else:
             delta = self._feed(choice, arrival.output)
             if arrival.index in merged:
                 merged[arrival.index].extend(delta)
             else:
                 merged[arrival.index] = delta
-        return list(merged.values())
 
     def usage(self) -> UsageCount:
         """Of all sequences; a prompt counts once, however many answers it has."""
