@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -11,14 +12,6 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 import services
-from services.router.bodies import (
-    B,
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    TokenizeBody,
-    decode,
-)
 from services.router.edge import (
     CLIENT_GONE,
     FAILED,
@@ -40,11 +33,22 @@ from services.router.errors import (
     model_not_found,
     unavailable,
 )
-from services.router.openai import check_chat_input, check_token_ids, tokenize_chat
-from services.router.openapi import openapi_document
+from services.router.openai import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    check_chat_input,
+    check_token_ids,
+    decode,
+    openapi_document,
+    tokenize_chat,
+)
 from services.router.readiness import readiness
 from services.router.sse import Message, Receive, Send
 from services.router.tenants import Keyring, Tenant, name_of
+
+B = TypeVar("B", bound=msgspec.Struct)
 
 
 def make_app(parts: RouterParts) -> App:

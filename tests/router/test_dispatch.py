@@ -12,10 +12,10 @@ import msgspec
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
-from services.router.bodies import CompletionBody
 from services.router.config import RouterConfig
 from services.router.edge import GenerateEndpoint, plan_completion_request
 from services.router.edge.access import AccessRecord
+from services.router.openai.bodies import CompletionBody
 from tests.router.fake_worker import FakeWorker, Script, endless, failing, permit
 from tests.router.harness import running_router, until
 

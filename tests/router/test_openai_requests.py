@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.router.bodies import ChatBody, CompletionBody, decode
 from services.router.config import RouterConfig
 from services.router.errors import ApiError
 from services.router.openai import check_chat, check_completion
+from services.router.openai.bodies import ChatBody, CompletionBody, decode
 from services.router.text import ServedModel
 from services.router.text.models import ModelSource, load_model_files
 

@@ -7,8 +7,8 @@ import pytest
 from starlette.routing import Route
 
 from services.router.app import generating_endpoints, make_api
-from services.router.bodies import CompletionBody, decode
 from services.router.errors import ApiError
+from services.router.openai.bodies import CompletionBody, decode
 
 
 @pytest.fixture(scope="module")

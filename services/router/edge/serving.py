@@ -17,12 +17,6 @@ from typing import Generic, Protocol, TypeVar
 from services.lifecycle import Event, Timeline
 from services.logs import request_scope
 from services.router import sse
-from services.router.bodies import (
-    ChatBody,
-    CompletionBody,
-    GenerateBody,
-    decode,
-)
 from services.router.config import RouterConfig
 from services.router.edge.access import AccessRecord
 from services.router.edge.admission import Admission, Room
@@ -43,15 +37,19 @@ from services.router.errors import (
 from services.router.fleet import Ask, Dispatch, Placer, PrefixFinder, Workers, routing_key
 from services.router.metrics import RouterMetrics
 from services.router.openai import (
+    ChatBody,
     ChatRenderer,
+    CompletionBody,
     CompletionRenderer,
     Delta,
+    GenerateBody,
     Generation,
     GenerationPlan,
     Receipts,
     UsageCount,
     check_chat,
     check_completion,
+    decode,
     plan_chat,
     plan_completion,
 )

@@ -1,23 +1,39 @@
 """OpenAI's API: bodies to requests, tokens to choices, choices to answers whole or streamed."""
 
+from services.router.openai.bodies import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerateBody,
+    TokenizeBody,
+    decode,
+)
 from services.router.openai.chat import ChatRenderer, plan_chat, tokenize_chat
 from services.router.openai.choice import Delta
 from services.router.openai.completions import CompletionRenderer, plan_completion
 from services.router.openai.generation import Generation, GenerationPlan, Receipts, UsageCount
+from services.router.openai.openapi import openapi_document
 from services.router.openai.requests import check_chat, check_chat_input, check_completion, check_token_ids
 
 __all__ = [
+    "ChatBody",
     "ChatRenderer",
+    "CompletionBody",
     "CompletionRenderer",
     "Delta",
+    "DetokenizeBody",
+    "GenerateBody",
     "Generation",
     "GenerationPlan",
     "Receipts",
+    "TokenizeBody",
     "UsageCount",
     "check_chat",
     "check_chat_input",
     "check_completion",
     "check_token_ids",
+    "decode",
+    "openapi_document",
     "plan_chat",
     "plan_completion",
     "tokenize_chat",

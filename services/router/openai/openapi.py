@@ -8,7 +8,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from services.router.bodies import (
+from services.router.openai.bodies import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
