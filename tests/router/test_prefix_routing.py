@@ -15,8 +15,9 @@ from services.rates import GUESSED
 from services.router.config import RouterConfig
 from tests.router.fake_worker import FakeWorker, Script, endless, failing, permit
 from tests.router.harness import FakeIndex, running_router, until
+from tests.worker_records import worker_record
 
-FINGERPRINT = "f" * 32
+FINGERPRINT = worker_record().model_fingerprint
 PROMPT = [token % 250 for token in range(193)]  # six full blocks of 32 and one token
 BODY = {"model": "tiny", "prompt": PROMPT, "max_tokens": 2}
 
