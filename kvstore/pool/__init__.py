@@ -2,23 +2,20 @@
 
 Bookkeeping of one thread: ids, references and hashes, no I/O."""
 
-from kvstore.pool.block_pool import BlockPool, CacheChange, CacheEvent
-from kvstore.pool.dram_tier import DramTier, PinnedBlock, ResidentBlock
-from kvstore.pool.eviction import DEFAULT_PROTECTED_SHARE, SegmentedLru
-from kvstore.pool.host_tier import NOTHING_COPIED, BlockCopier, CopiedBack, HostChange, HostTier
+from kvstore.pool.block_pool import BlockPool
+from kvstore.pool.eviction import PROTECTED_SHARE
+from kvstore.pool.host_tier import NOTHING_COPIED, BlockCopier, CopiedBack, HostTier
+from kvstore.pool.slot_book import Block, CacheChange, CacheEvent, SlotBook
 
 __all__ = [
-    "DEFAULT_PROTECTED_SHARE",
     "NOTHING_COPIED",
+    "PROTECTED_SHARE",
+    "Block",
     "BlockCopier",
     "BlockPool",
     "CacheChange",
     "CacheEvent",
     "CopiedBack",
-    "DramTier",
-    "HostChange",
     "HostTier",
-    "PinnedBlock",
-    "ResidentBlock",
-    "SegmentedLru",
+    "SlotBook",
 ]

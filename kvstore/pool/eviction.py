@@ -1,9 +1,9 @@
-"""Which block a tier gives up next: segmented LRU over hash chains. Pure: no clock, no memory, no I/O; one thread.
+"""Which slot a book gives up next: segmented LRU over hash chains. Pure, and a part of `SlotBook`.
 
-A block enters on *probation*; one that is used again becomes *protected* (Karedla, Love, Wherry 1994, "Caching
-Strategies to Improve Disk System Performance"). Victims come from probation, coldest first, so a flood of blocks that
-nobody asks for twice flows through probation and leaves the shared prefixes alone. The protected segment holds a fixed
-share of the tier; what overflows goes back to the warm end of probation.
+A block enters on *probation*; one that is used again becomes *protected* (Karedla, Love, Wherry 1994,
+"Caching Strategies to Improve Disk System Performance"). Victims come from probation, coldest first, so a flood of
+blocks that nobody asks for twice flows through probation and leaves the shared prefixes alone. The protected segment
+holds a fixed share of the tier; what overflows goes back to the warm end of probation.
 
 Blocks form chains, and a block without its parent is of little use. So two orders hold, always:
 
@@ -18,47 +18,56 @@ O(log n) per block; a use in the middle of a chain walks up only to the first an
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from kvstore.block import BlockHash
-from kvstore.errors import DoubleFree, IntegrityError
+from kvstore.block import BlockHash, Proof
 
 # Of 0.1 .. 0.95 the best over Mooncake's conversation trace and synthetic chat. Larger shares lost to plain LRU there:
 # a conversation's blocks are used again by its next turn and, once it has ended, are dead weight among the protected.
-DEFAULT_PROTECTED_SHARE = 0.25
+PROTECTED_SHARE = 0.25
 
 
-class Victim(NamedTuple):
-    """A block that the policy gave up. `was_reused`: it was used at least once after its insertion."""
+class Slot:
+    """A row of the book (`kvstore.pool.slot_book`). Only the book and its policy write to it."""
 
-    block_hash: BlockHash
-    was_reused: bool
+    __slots__ = (
+        "block_hash",
+        "has_tokens",
+        "is_dropped",
+        "is_protected",
+        "last_use",
+        "num_references",
+        "parent_hash",
+        "proof",
+        "slot_id",
+        "was_reused",
+    )
 
-
-class _Node:
-    __slots__ = ("is_protected", "last_use", "num_pins", "parent", "was_reused")
-
-    def __init__(self, parent: BlockHash | None, last_use: int) -> None:
-        self.parent = parent
-        self.last_use = last_use
+    def __init__(self, slot_id: int) -> None:
+        self.slot_id = slot_id
+        self.num_references = 0
+        self.block_hash: BlockHash | None = None  # None: not findable
+        self.parent_hash: BlockHash | None = None
+        self.proof: Proof | None = None
+        self.was_reused = False  # used at least once after its publication
+        self.is_dropped = False
+        self.has_tokens = False  # the paged pool finds parts of it
+        self.last_use = 0  # the segmented policy's, as is `is_protected`
         self.is_protected = False
-        self.was_reused = False
-        self.num_pins = 0
 
 
 class SegmentedLru:
-    """The order in which a tier of `capacity` blocks evicts. It never refuses an insertion: the tier counts its slots.
+    """The order over hash chains that the head of this module describes. `slots` is the book's map, which we read."""
 
-    `protected_share` bounds the protected segment, as a share of `capacity`; 0 makes this a plain LRU over chains.
-    """
-
-    def __init__(self, capacity: int, protected_share: float = DEFAULT_PROTECTED_SHARE) -> None:
-        if capacity < 1 or not 0.0 <= protected_share <= 1.0:
-            raise ValueError(f"expected capacity >= 1 and protected_share in 0 .. 1, not {capacity}, {protected_share}")
-        self.max_protected = int(capacity * protected_share)
+    def __init__(self, slots: Mapping[BlockHash, Slot], protected_share: float) -> None:
+        """`protected_share` of all slots bounds the protected segment; 0 makes this a plain LRU over chains."""
+        if not 0.0 <= protected_share <= 1.0:
+            raise ValueError(f"expected protected_share in 0 .. 1, not {protected_share}")
+        self.max_protected = 0
         self.num_protected = 0
-        self._nodes: dict[BlockHash, _Node] = {}
+        self._protected_share = protected_share
+        self._slots = slots
         # By parent, whether the parent is present or not: a tail may arrive before its head.
         self._num_children: dict[BlockHash, int] = {}
         self._num_protected_children: dict[BlockHash, int] = {}
@@ -67,158 +76,119 @@ class SegmentedLru:
         self._protected: list[tuple[int, BlockHash]] = []
         self._tick = 0
 
-    def __len__(self) -> int:
-        return len(self._nodes)
+    def resize(self, num_slots: int) -> None:
+        """There are so many slots now."""
+        self.max_protected = int(num_slots * self._protected_share)
 
-    def __contains__(self, block_hash: BlockHash) -> bool:
-        return block_hash in self._nodes
+    def insert(self, slot: Slot) -> None:
+        """A slot has become findable: on probation, unless a protected child is waiting for it.
 
-    def is_protected(self, block_hash: BlockHash) -> bool:
-        """Return whether the block, which must be present, is in the protected segment."""
-        return self._nodes[block_hash].is_protected
-
-    def was_reused(self, block_hash: BlockHash) -> bool:
-        """Return whether the block, which must be present, was used after its insertion."""
-        return self._nodes[block_hash].was_reused
-
-    def num_pins(self, block_hash: BlockHash) -> int:
-        """Return how many pins the block, which must be present, has."""
-        return self._nodes[block_hash].num_pins
-
-    def insert(self, block_hash: BlockHash, parent_hash: BlockHash | None) -> None:
-        """Add a block, on probation unless a protected child is waiting for it. Raises `IntegrityError` if present.
-
-        `parent_hash` None or absent: a chain starts here. A parent that descends from the block is taken as None:
-        honest hashes cannot do that, and a peer's false claim must not make blocks that are never evicted.
+        A parent that descends from the block is taken as None: honest hashes cannot do that, and a peer's false claim
+        must not make blocks that are never evicted.
         """
-        if block_hash in self._nodes:
-            raise IntegrityError(f"insertion of block {block_hash.hex()}, which the policy has already")
-        if parent_hash is not None and self._descends(parent_hash, block_hash):
-            parent_hash = None
-        node = _Node(parent_hash, self._next_tick())
-        self._nodes[block_hash] = node
-        if parent_hash is not None:
-            self._num_children[parent_hash] = self._num_children.get(parent_hash, 0) + 1
+        block_hash = _hash(slot)
+        if slot.parent_hash is not None and self._descends(slot.parent_hash, block_hash):
+            slot.parent_hash = None
+        slot.is_protected, slot.last_use = False, self._next_tick()
+        if slot.parent_hash is not None:
+            self._num_children[slot.parent_hash] = self._num_children.get(slot.parent_hash, 0) + 1
         if block_hash in self._num_protected_children:
             self._protect(block_hash)
             self._shrink_protected()
         else:
-            self._push(block_hash, node)
+            self._push(slot)
 
-    def touch(self, hashes: Sequence[BlockHash]) -> None:
-        """Note that the blocks, all present and in the order of their chain, were used again."""
-        for block_hash in reversed(hashes):  # the head last, so that it is the most recent
-            node = self._nodes[block_hash]
-            node.last_use = self._next_tick()
-            node.was_reused = True
-            if node.is_protected:
-                self._push(block_hash, node)
+    def touch(self, slots: Sequence[Slot]) -> None:
+        """Slots, in the order of their chain, were used again."""
+        for slot in reversed(slots):  # the head last, so that it is the most recent
+            slot.last_use = self._next_tick()
+            if slot.is_protected:
+                self._push(slot)
             else:
-                self._protect(block_hash)
+                self._protect(slot.block_hash)
         self._shrink_protected()
 
-    def pin(self, block_hash: BlockHash) -> None:
-        """Keep a present block from eviction until as many `unpin`s. No use by itself."""
-        self._nodes[block_hash].num_pins += 1
+    def idle(self, slot: Slot) -> None:
+        """The last reference to a findable slot is gone."""
+        self._push(slot)
 
-    def unpin(self, block_hash: BlockHash) -> None:
-        """Undo one `pin`. Raises `DoubleFree` if there is none."""
-        node = self._nodes.get(block_hash)
-        if node is None or node.num_pins == 0:
-            raise DoubleFree(f"unpin of block {block_hash.hex()}, which has no pin")
-        node.num_pins -= 1
-        self._push(block_hash, node)
-
-    def evict(self, keep: BlockHash | None = None) -> Victim | None:
-        """Remove and return the block to give up next; None if pins leave none.
+    def evict(self, keep: BlockHash | None = None) -> Slot | None:
+        """Forget and return the slot to give up next; None if references leave none.
 
         `keep`, and with it its ancestors, is not given up: the parent of the block that the room is for.
         """
-        if keep is None or keep not in self._nodes:
+        kept = self._slots.get(keep) if keep is not None else None
+        if kept is None:
             return self._evict()
-        self.pin(keep)
+        kept.num_references += 1
         try:
             return self._evict()
         finally:
-            self.unpin(keep)
+            kept.num_references -= 1
+            self._push(kept)
 
-    def _evict(self) -> Victim | None:
-        self._shrink_protected()  # pins may have kept it too large since the last use
+    def _evict(self) -> Slot | None:
+        self._shrink_protected()  # references may have kept it too large since the last use
         while True:
-            block_hash = self._pop(self._probation, is_protected=False)
-            if block_hash is not None:
-                was_reused = self._nodes[block_hash].was_reused
-                self._remove(block_hash)
-                return Victim(block_hash, was_reused)
-            # Probation is empty or held by pins: the coldest protected block is the next best.
-            block_hash = self._pop(self._protected, is_protected=True)
-            if block_hash is None:
+            slot = self._pop(self._probation, is_protected=False)
+            if slot is not None:
+                self.remove(slot)
+                return slot
+            # Probation is empty or held by references: the coldest protected block is the next best.
+            slot = self._pop(self._protected, is_protected=True)
+            if slot is None:
                 return None
-            self._demote(block_hash)
+            self._demote(slot)
 
-    def remove(self, block_hash: BlockHash) -> None:
-        """Forget a present block out of turn, wherever in its chain. Raises `IntegrityError` if it is pinned."""
-        if self._nodes[block_hash].num_pins:
-            raise IntegrityError(f"removal of block {block_hash.hex()}: {self._nodes[block_hash].num_pins} pins")
-        self._remove(block_hash)
-
-    def check_integrity(self) -> None:
-        """Raise `IntegrityError`, with the numbers, unless counters and heaps say what the blocks say. O(n)."""
-        problems = self._find_problems()
-        if problems:
-            raise IntegrityError(
-                f"segmented LRU of {len(self._nodes)}: {len(problems)} problems: {'; '.join(problems[:8])}"
-            )
+    def remove(self, slot: Slot) -> None:
+        """Forget a slot, wherever in its chain."""
+        if slot.is_protected:
+            self._leave_protected(slot)
+        if slot.parent_hash is not None:
+            _decrement(self._num_children, slot.parent_hash)
+            self._inherit(slot.parent_hash, slot.last_use)
 
     # -- segments --
 
     def _protect(self, block_hash: BlockHash | None) -> None:
         """Move a block on probation, and its ancestors up to the first protected one, to the protected segment."""
         while block_hash is not None:
-            node = self._nodes.get(block_hash)
-            if node is None or node.is_protected:
+            slot = self._slots.get(block_hash)
+            if slot is None or slot.is_protected:
                 return
-            node.is_protected = True
+            slot.is_protected = True
             self.num_protected += 1
-            if node.parent is not None:
-                self._num_protected_children[node.parent] = self._num_protected_children.get(node.parent, 0) + 1
-            self._push(block_hash, node)
-            block_hash = node.parent
+            if slot.parent_hash is not None:
+                children = self._num_protected_children
+                children[slot.parent_hash] = children.get(slot.parent_hash, 0) + 1
+            self._push(slot)
+            block_hash = slot.parent_hash
 
     def _shrink_protected(self) -> None:
         while self.num_protected > self.max_protected:
-            block_hash = self._pop(self._protected, is_protected=True)
-            if block_hash is None:
-                return  # pins hold the rest; the next use tries again
-            self._demote(block_hash)
+            slot = self._pop(self._protected, is_protected=True)
+            if slot is None:
+                return  # references hold the rest; the next use tries again
+            self._demote(slot)
 
-    def _demote(self, block_hash: BlockHash) -> None:
+    def _demote(self, slot: Slot) -> None:
         """Move a protected block to the warm end of probation, where it has one more chance."""
-        node = self._nodes[block_hash]
-        self._leave_protected(node)
-        node.last_use = self._next_tick()
-        self._push(block_hash, node)
+        self._leave_protected(slot)
+        slot.last_use = self._next_tick()
+        self._push(slot)
 
-    def _leave_protected(self, node: _Node) -> None:
-        node.is_protected = False
+    def _leave_protected(self, slot: Slot) -> None:
+        slot.is_protected = False
         self.num_protected -= 1
-        if node.parent is not None:
-            _decrement(self._num_protected_children, node.parent)
-            self._inherit(node.parent, node.last_use)
-
-    def _remove(self, block_hash: BlockHash) -> None:
-        node = self._nodes.pop(block_hash)
-        if node.is_protected:
-            self._leave_protected(node)
-        if node.parent is not None:
-            _decrement(self._num_children, node.parent)
-            self._inherit(node.parent, node.last_use)
+        if slot.parent_hash is not None:
+            _decrement(self._num_protected_children, slot.parent_hash)
+            self._inherit(slot.parent_hash, slot.last_use)
 
     def _inherit(self, parent_hash: BlockHash, last_use: int) -> None:
-        parent = self._nodes.get(parent_hash)
+        parent = self._slots.get(parent_hash)
         if parent is not None:
             parent.last_use = max(parent.last_use, last_use)
-            self._push(parent_hash, parent)
+            self._push(parent)
 
     # -- order --
 
@@ -226,37 +196,37 @@ class SegmentedLru:
         self._tick += 1
         return self._tick
 
-    def _is_candidate(self, block_hash: BlockHash, node: _Node) -> bool:
+    def _is_candidate(self, slot: Slot) -> bool:
         """Whether its segment may give the block up: on probation to be evicted, protected to go on probation."""
-        blockers = self._num_protected_children if node.is_protected else self._num_children
-        return node.num_pins == 0 and block_hash not in blockers
+        blockers = self._num_protected_children if slot.is_protected else self._num_children
+        return slot.num_references == 0 and slot.block_hash not in blockers
 
-    def _push(self, block_hash: BlockHash, node: _Node) -> None:
-        if not self._is_candidate(block_hash, node):
+    def _push(self, slot: Slot) -> None:
+        if not self._is_candidate(slot):
             return
-        heap = self._protected if node.is_protected else self._probation
-        if len(heap) > 4 * len(self._nodes) + 64:
-            heap[:] = self._candidates(node.is_protected)
+        heap = self._protected if slot.is_protected else self._probation
+        if len(heap) > 4 * len(self._slots) + 64:
+            heap[:] = self._candidates(self._slots.values(), slot.is_protected)
             heapq.heapify(heap)
-        heapq.heappush(heap, (node.last_use, block_hash))
+        heapq.heappush(heap, (slot.last_use, _hash(slot)))
 
-    def _pop(self, heap: list[tuple[int, BlockHash]], is_protected: bool) -> BlockHash | None:
+    def _pop(self, heap: list[tuple[int, BlockHash]], is_protected: bool) -> Slot | None:
         while heap:
             last_use, block_hash = heapq.heappop(heap)
-            node = self._nodes.get(block_hash)
+            slot = self._slots.get(block_hash)
             if (
-                node is not None
-                and (node.last_use, node.is_protected) == (last_use, is_protected)
-                and self._is_candidate(block_hash, node)
+                slot is not None
+                and (slot.last_use, slot.is_protected) == (last_use, is_protected)
+                and self._is_candidate(slot)
             ):
-                return block_hash
+                return slot
         return None
 
-    def _candidates(self, is_protected: bool) -> list[tuple[int, BlockHash]]:
+    def _candidates(self, slots: Iterable[Slot], is_protected: bool) -> list[tuple[int, BlockHash]]:
         return [
-            (node.last_use, block_hash)
-            for block_hash, node in self._nodes.items()
-            if node.is_protected == is_protected and self._is_candidate(block_hash, node)
+            (slot.last_use, _hash(slot))
+            for slot in slots
+            if slot.is_protected == is_protected and self._is_candidate(slot)
         ]
 
     def _descends(self, block_hash: BlockHash | None, ancestor: BlockHash) -> bool:
@@ -264,34 +234,34 @@ class SegmentedLru:
         if block_hash != ancestor and ancestor not in self._num_children:
             return False
         while block_hash is not None and block_hash != ancestor:
-            node = self._nodes.get(block_hash)
-            block_hash = node.parent if node is not None else None
+            slot = self._slots.get(block_hash)
+            block_hash = slot.parent_hash if slot is not None else None
         return block_hash is not None
 
-    def _find_problems(self) -> list[str]:
+    def find_problems(self, slots: Collection[Slot]) -> list[str]:
+        """What is wrong, given all findable slots: whether counters and heaps say what the slots say."""
         problems: list[str] = []
-        num_children: dict[BlockHash, int] = {}
-        num_protected_children: dict[BlockHash, int] = {}
-        for block_hash, node in self._nodes.items():
-            if node.num_pins < 0:
-                problems.append(f"block {block_hash.hex()} has {node.num_pins} pins")
-            if node.parent is None:
-                continue
-            num_children[node.parent] = num_children.get(node.parent, 0) + 1
-            if node.is_protected:
-                num_protected_children[node.parent] = num_protected_children.get(node.parent, 0) + 1
-                parent = self._nodes.get(node.parent)
-                if parent is not None and not parent.is_protected:
-                    problems.append(f"block {block_hash.hex()} is protected and its parent is not")
-        if num_children != self._num_children or num_protected_children != self._num_protected_children:
+        children = Counter(slot.parent_hash for slot in slots if slot.parent_hash is not None)
+        protected = Counter(slot.parent_hash for slot in slots if slot.parent_hash is not None and slot.is_protected)
+        if children != self._num_children or protected != self._num_protected_children:
             problems.append("children are counted wrongly")
-        num_protected = sum(node.is_protected for node in self._nodes.values())
+        problems += [
+            f"block {block_hash.hex()} is not protected, and a child of it is"
+            for block_hash in protected
+            if block_hash in self._slots and not self._slots[block_hash].is_protected
+        ]
+        num_protected = sum(slot.is_protected for slot in slots)
         if num_protected != self.num_protected:
             problems.append(f"{num_protected} blocks are protected, counted {self.num_protected}")
         for heap, is_protected in ((self._probation, False), (self._protected, True)):
-            missing = set(self._candidates(is_protected)).difference(heap)
+            missing = set(self._candidates(slots, is_protected)).difference(heap)
             problems += [f"candidate {block_hash.hex()} is in no heap" for _, block_hash in missing]
         return problems
+
+
+def _hash(slot: Slot) -> BlockHash:
+    assert slot.block_hash is not None, f"slot {slot.slot_id} is not findable"
+    return slot.block_hash
 
 
 def _decrement(counts: dict[BlockHash, int], key: BlockHash) -> None:

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from kvstore.block import BlockHash, BlockMemory, HostMemory, find_wrong
-from kvstore.pool.block_pool import EvictedBlock
-from kvstore.pool.dram_tier import DramTier, PinnedBlock
+from kvstore.errors import IntegrityError
+from kvstore.pool.eviction import PROTECTED_SHARE
+from kvstore.pool.slot_book import Block, CacheChange, SlotBook
 
 
 class BlockCopier(Protocol):
@@ -32,13 +33,6 @@ class BlockCopier(Protocol):
 
     def copy_in(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
         """Copy slots into paged blocks; on return the bytes are there. Called on any thread."""
-
-
-class HostChange(NamedTuple):
-    """A block has become findable in the host tier, or has ceased to be."""
-
-    block_hash: BlockHash
-    is_present: bool
 
 
 @dataclass
@@ -69,7 +63,7 @@ NOTHING_COPIED = CopiedBack([], 0.0)
 
 
 class HostTier:
-    """A `DramTier` that a paged pool evicts into."""
+    """A book of slots in main memory, with their bytes, that a paged pool evicts into."""
 
     def __init__(
         self,
@@ -81,8 +75,9 @@ class HostTier:
         if memory.block_bytes != paged.block_bytes:
             raise ValueError(f"slots of {memory.block_bytes} bytes for blocks of {paged.block_bytes}")
         self.stats = HostTierStats()
-        self._changes: deque[HostChange] = deque(maxlen=4 * memory.num_blocks)  # for an index of hints
-        self._tier = DramTier(memory, on_change=self._note_change)
+        self._memory = memory
+        self._changes: deque[CacheChange] = deque(maxlen=4 * memory.num_blocks)  # for an index of hints
+        self._book = SlotBook(memory.num_blocks, PROTECTED_SHARE, on_change=self._changes.append)
         self._paged = paged
         self._copier = copier
         self._clock = clock
@@ -91,66 +86,65 @@ class HostTier:
     @property
     def num_slots(self) -> int:
         """Capacity in blocks."""
-        return self._tier.num_slots
+        return self._book.num_slots
 
     @property
     def block_bytes(self) -> int:
         """Size of a block."""
-        return self._tier.memory.block_bytes
+        return self._memory.block_bytes
 
     @property
     def num_blocks(self) -> int:
         """Blocks that can be found. From any thread."""
-        return len(self._tier)
+        return len(self._book)
 
     @property
     def num_evicted(self) -> int:
         """Blocks given up for others, since the start. From any thread."""
-        return self._tier.stats.num_evicted
+        return self._book.stats.num_evictions
 
     def may_have(self, block_hash: BlockHash) -> bool:
         """Whether the block is here. A hint, from any thread."""
-        return self._tier.contains(block_hash)
+        return self._book.contains(block_hash)
 
     def hashes(self) -> list[BlockHash]:
-        """Identities of all findable blocks. From any thread: one atomic copy of the keys."""
-        return list(self._tier.hashes())
+        """Identities of all findable blocks. From any thread."""
+        return self._book.hashes()
 
     def parent_of(self, block_hash: BlockHash) -> BlockHash | None:
         """The parent of a findable block, as far as it was told."""
-        resident = self._tier.find(block_hash)
-        return resident.parent_hash if resident is not None else None
+        found = self._book.find(block_hash)
+        return found.parent_hash if found is not None else None
 
     # -- in --
 
-    def take_evicted(self, blocks: Sequence[EvictedBlock]) -> None:
+    def take_evicted(self, blocks: Sequence[Block]) -> None:
         """Copy in what the paged pool is evicting. Waits for nothing: where there is no slot, a block is lost."""
         unknown = [block for block in blocks if not self._is_known(block.block_hash)]
         # Bounded: else one eviction of many would push out all that is here. The last ones are heads of chains.
         chosen = unknown[-max(1, self.num_slots // 2) :]
-        slots: list[int] = []
-        for block in chosen:
-            slots += self._tier.begin_insert(1, after=block.parent_hash)
+        slots = [slot for block in chosen for slot in self._book.take(1, keep=block.parent_hash)]
         chosen = chosen[len(chosen) - len(slots) :]
         self.stats.num_lost += len(unknown) - len(chosen)
         if not slots:
             return
         started_s = self._clock()
-        self._copier.copy_out([block.block_id for block in chosen], slots)
+        self._copier.copy_out([block.slot for block in chosen], slots)
         self.stats.offload_s += self._clock() - started_s
         self.stats.num_offloaded += len(slots)
         for block, slot in zip(chosen, slots, strict=True):
-            self._tier.publish(slot, block.block_hash, block.parent_hash, block.proof)
+            self._book.publish(slot, block.block_hash, block.parent_hash, block.proof)
+        self._book.release(slots)
 
     # -- out --
 
-    def pin(self, hashes: Sequence[BlockHash]) -> list[PinnedBlock]:
+    def pin(self, hashes: Sequence[BlockHash]) -> list[Block]:
         """Pin the longest prefix of `hashes` that is here, as a use of it; `unpin` gives it back."""
-        pinned = self._tier.pin(hashes)
+        pinned = self._book.pin(hashes)
         self._num_pins += len(pinned)
         return pinned
 
-    def copy_back(self, pinned: Sequence[PinnedBlock], block_ids: Sequence[int]) -> CopiedBack:
+    def copy_back(self, pinned: Sequence[Block], block_ids: Sequence[int]) -> CopiedBack:
         """Copy pinned blocks into paged blocks of the caller's, and verify them there. On any thread."""
         started_s = self._clock()
         self._copier.copy_in([block.slot for block in pinned], block_ids)
@@ -158,26 +152,22 @@ class HostTier:
         is_whole = [position not in wrong for position in range(len(pinned))]
         return CopiedBack(is_whole, self._clock() - started_s)
 
-    def unpin(self, pinned: Sequence[PinnedBlock], copied: CopiedBack = NOTHING_COPIED) -> None:
+    def unpin(self, pinned: Sequence[Block], copied: CopiedBack = NOTHING_COPIED) -> None:
         """Give pins back; `copied` is what `copy_back` said of them. What has changed in memory is dropped."""
         self.stats.num_restored += sum(copied.is_whole)
         self.stats.restore_s += copied.seconds
-        for block, whole in zip(pinned, copied.is_whole, strict=False):
-            if not whole:
-                self.stats.num_corrupt += self._tier.drop(block.block_hash)
+        wrong = [block.slot for block, whole in zip(pinned, copied.is_whole, strict=False) if not whole]
+        self.stats.num_corrupt += self._book.drop(wrong)
         self._num_pins -= len(pinned)
-        self._tier.unpin(block.slot for block in pinned)
+        self._book.release([block.slot for block in pinned])
 
     def reset(self) -> int:
         """Forget all blocks; the number of those that could be found."""
-        hashes = self.hashes()
-        for block_hash in hashes:
-            self._tier.drop(block_hash)
-        return len(hashes)
+        return self._book.reset()
 
     # -- state --
 
-    def take_changes(self) -> list[HostChange]:
+    def take_changes(self) -> list[CacheChange]:
         """What became findable, or ceased to be, since the last call, in order."""
         changes = list(self._changes)
         self._changes.clear()
@@ -185,7 +175,10 @@ class HostTier:
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless each slot is in one state and accounted for. O(num_slots)."""
-        self._tier.check_integrity(self._num_pins)
+        self._book.check_integrity()
+        if self._book.num_references_held != self._num_pins:
+            held = self._book.num_references_held
+            raise IntegrityError(f"host tier: {held} references, {self._num_pins} pins")
 
     def state(self) -> dict[str, object]:
         """For `/debug/state`. From any thread: lengths and counts, each right for some moment."""
@@ -197,11 +190,8 @@ class HostTier:
             **vars(self.stats),
         }
 
-    def _note_change(self, block_hash: BlockHash, is_present: bool) -> None:
-        self._changes.append(HostChange(block_hash, is_present))
-
     def _is_known(self, block_hash: BlockHash) -> bool:
         """Whether the block is here already, from an earlier eviction; then it is now as fresh as a new one."""
-        known = self._tier.pin([block_hash])
-        self._tier.unpin(block.slot for block in known)
+        known = self._book.match_prefix([block_hash])
+        self._book.release(known)
         return bool(known)

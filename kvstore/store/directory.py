@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Final
 
 from kvstore.errors import KVStoreError
+from kvstore.store.disk_files import BLOCKS_NAME, TABLE_NAME
 
 _LOCK_NAME: Final = "tandem-store.lock"
-_SEGMENT_NAME: Final = re.compile(r"tandem-([0-9]{12})\.blocks")
+_OLD_NAME: Final = re.compile(r"tandem-([0-9]{12})\.blocks")
 
 
 class DirectoryLocked(KVStoreError):
@@ -44,21 +45,13 @@ class StoreDirectory:
         os.pwrite(fd, b"%d\n" % os.getpid(), 0)
         return cls(path, fd)
 
-    def segment_path(self, segment_id: int) -> Path:
-        """Return where a segment's file is, or goes."""
-        return self.path / f"tandem-{segment_id:012d}.blocks"
-
-    def list_segments(self) -> tuple[list[int], list[str]]:
-        """Return the ids of the segment files, ascending, and the names of files that are not ours."""
-        ids: list[int] = []
-        foreign: list[str] = []
-        for name in sorted(os.listdir(self.path)):
-            match = _SEGMENT_NAME.fullmatch(name)
-            if match is not None:
-                ids.append(int(match[1]))
-            elif name != _LOCK_NAME:
-                foreign.append(name)
-        return ids, foreign
+    def tidy(self) -> tuple[int, int]:
+        """Remove the files that earlier versions kept blocks in; their number, and that of files that are not ours."""
+        names = set(os.listdir(self.path)) - {_LOCK_NAME, BLOCKS_NAME, TABLE_NAME}
+        old = {name for name in names if _OLD_NAME.fullmatch(name)}
+        for name in old:
+            (self.path / name).unlink()
+        return len(old), len(names - old)
 
     def close(self) -> None:
         """Unlock. The lock file stays: removing it could let two owners lock two files of one name."""

@@ -1,7 +1,7 @@
-"""The disk tier: blocks in files, found by hash, bounded in bytes, verified on every read, kept over restarts.
+"""The disk tier: blocks in two files, found by hash, bounded in bytes, verified on every read, kept over restarts.
 
-Files of preallocated slots (`segment_file`) rather than an embedded database, after measuring LMDB: the disk
-read cold blocks 5 to 12 times faster from our files, writing them was 1.5 to 3 times faster, no file outgrows its
+Preallocated slots (`disk_files`) rather than an embedded database, after measuring LMDB: the disk
+read cold blocks 5 to 12 times faster from our files, writing them was 1.5 to 3 times faster, they do not outgrow their
 bound, and a flipped byte or a truncated file costs the blocks that it hit, not the process (docs/architecture.md).
 
 What is durable: nothing until `sync` or `close`, except against the death of this process. What is never served: bytes
@@ -19,7 +19,7 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -31,22 +31,16 @@ import numpy.typing as npt
 
 from kvstore.block import HASH_BYTES, MAX_PROOF, BlockHash, BlockLayout, Proof, proves
 from kvstore.errors import IntegrityError, KVStoreError
-from kvstore.pool import DEFAULT_PROTECTED_SHARE
+from kvstore.pool import PROTECTED_SHARE, Block, SlotBook
 from kvstore.store.directory import StoreDirectory
-from kvstore.store.disk_recovery import RecoveryReport, recover
-from kvstore.store.disk_slots import (
-    Claim,
-    Entry,
-    Place,
-    SlotTable,
-)
-from kvstore.store.pause import Pause
-from kvstore.store.segment_file import (
+from kvstore.store.disk_files import (
+    DiskFiles,
     FileCalls,
     Record,
-    SegmentFile,
-    SegmentShape,
+    RecoveryReport,
+    max_num_slots,
 )
+from kvstore.store.pause import Pause
 
 logger = logging.getLogger(__name__)
 
@@ -118,14 +112,14 @@ class DiskTier:
         self.stats = DiskStats()
         self.recovery = RecoveryReport()
         self._directory = directory
-        self._shape = SegmentShape.filling(layout.block_bytes, max_bytes)
-        self._calls = calls
-        # The lock guards all that follows. `_grow_lock` is taken before it, and held while a file is made.
+        self._files = DiskFiles(directory.path, layout.block_bytes, layout.fingerprint, max_bytes, calls)
+        # The lock guards all that follows. `_grow_lock` is taken before it, and held while the files grow.
         self._lock = threading.Lock()
         self._grow_lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._slots = SlotTable(max(1, max_bytes // layout.block_bytes), protected_share)
-        self._segments: dict[int, SegmentFile] = {}
+        self._book = SlotBook(0, protected_share, on_evict=self._note_evicted)
+        self._evicted: list[Block] = []  # by the last claim
+        self._writing: set[BlockHash] = set()
         self._sequence = 0
         self._write_pause = Pause(clock, retry_after_s)
         self._growth_pause = Pause(clock, retry_after_s)
@@ -142,16 +136,20 @@ class DiskTier:
         calls: FileCalls | None = None,
         clock: Callable[[], float] = time.monotonic,
         retry_after_s: float = 5.0,
-        protected_share: float = DEFAULT_PROTECTED_SHARE,
+        protected_share: float = PROTECTED_SHARE,
     ) -> DiskTier:
         """Lock `directory` (made if absent), recover what is in it, drop what is not right: `recovery` has the counts.
 
         `max_bytes` bounds the sum of the sizes of our files. After the disk refused a write, the next is tried
         `retry_after_s` later. Raises `DirectoryLocked` if another process has it, ValueError if no block fits, OSError.
         """
-        SegmentShape.filling(layout.block_bytes, max_bytes)  # before anything is made or removed
+        max_num_slots(max_bytes, layout.block_bytes)  # before anything is made or removed
         where = StoreDirectory.open(directory)
-        tier = cls(where, layout, max_bytes, calls or FileCalls(), clock, retry_after_s, protected_share)
+        try:
+            tier = cls(where, layout, max_bytes, calls or FileCalls(), clock, retry_after_s, protected_share)
+        except BaseException:
+            where.close()
+            raise
         try:
             tier._recover()
         except BaseException:
@@ -168,12 +166,12 @@ class DiskTier:
         self.close()
 
     def __len__(self) -> int:
-        return len(self._slots.stored)
+        return len(self._book)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of disk that our files take, never more than `max_bytes`."""
-        return sum(segment.shape.size_bytes for segment in list(self._segments.values()))
+        return self._files.size_bytes
 
     @property
     def is_paused(self) -> bool:
@@ -182,12 +180,11 @@ class DiskTier:
 
     def contains(self, block_hash: BlockHash) -> bool:
         """Return whether the block is here, as far as one knows without reading it."""
-        return block_hash in self._slots.stored
+        return self._book.contains(block_hash)
 
     def hashes(self) -> list[BlockHash]:
         """Return the findable blocks, in no order."""
-        with self._lock:
-            return list(self._slots.stored)
+        return self._book.hashes()
 
     def put(
         self, block_hash: BlockHash, parent_hash: BlockHash | None, proof: Proof, payload: ReadableBuffer
@@ -205,22 +202,22 @@ class DiskTier:
             claim = self._claim(block_hash, parent_hash)
             if isinstance(claim, PutOutcome):
                 return PutResult(claim, ())
-            evicted = () if claim.evicted is None else (claim.evicted,)
-            with self._lock:
-                self._sequence += 1
-                record = Record(self._sequence, proof, block_hash, parent_hash)
+            is_stored = False
             try:
-                self._segments[claim.place.segment_id].write(claim.place.slot, record, data)
+                self._files.write(claim.slot, Record(claim.sequence, proof, block_hash, parent_hash), data)
+                is_stored = True
             except OSError as error:
                 with self._lock:
-                    self._slots.undo_claim(block_hash)
                     self._pause_writes(error)
-                return PutResult(PutOutcome.PAUSED, evicted)
-            with self._lock:
-                self._slots.finish_claim(block_hash, parent_hash, proof)
-                self.stats.num_stored += 1
-                self._resume_writes()
-            return PutResult(PutOutcome.STORED, evicted)
+            finally:
+                with self._lock:
+                    self._writing.remove(block_hash)
+                    if is_stored:
+                        self._book.publish(claim.slot, block_hash, parent_hash, proof)
+                        self.stats.num_stored += 1
+                        self._resume_writes()
+                    self._book.release([claim.slot])
+            return PutResult(PutOutcome.STORED if is_stored else PutOutcome.PAUSED, claim.evicted)
 
     def get(self, block_hash: BlockHash, into: WritableBuffer) -> StoredBlock | GetFailure:
         """Read a block into `into` (`block_bytes`, writable) and verify it, which counts as a use.
@@ -231,42 +228,27 @@ class DiskTier:
         target = _as_bytes(into)
         if len(target) != self.layout.block_bytes:
             raise ValueError(f"get of block {block_hash.hex()} into {len(target)} bytes")
-        with self._operation():
-            with self._lock:
-                entry = self._slots.pin(block_hash)
-            if entry is None:
+        with self._operation(), self._pinned(block_hash) as block:
+            if block is None:
                 return GetFailure.MISSING
-            is_right = False
-            try:
-                is_right = self._read(entry, target)
-            finally:
-                with self._lock:
-                    self.stats.num_read += is_right
-                    self.stats.num_corrupt += not is_right
-                    self._slots.touch(block_hash)
-                if not is_right:
-                    self._drop(block_hash)
-                with self._lock:
-                    self._slots.unpin(block_hash)
-            return StoredBlock(entry.parent_hash, entry.proof) if is_right else GetFailure.CORRUPT
+            is_right = self._read(block, target)
+            with self._lock:
+                self.stats.num_read += is_right
+                self.stats.num_corrupt += not is_right
+            if is_right:
+                return StoredBlock(block.parent_hash, block.proof)
+            self._drop(block)
+            return GetFailure.CORRUPT
 
     def delete(self, block_hash: BlockHash) -> bool:
         """Drop a block; False if it is not here. Reads of it that are under way end well. Raises `DiskTierClosed`."""
-        with self._operation():
-            with self._lock:
-                entry = self._slots.pin(block_hash)
-            if entry is None:
-                return False
-            self._drop(block_hash)
-            with self._lock:
-                self._slots.unpin(block_hash)
-            return True
+        with self._operation(), self._pinned(block_hash) as block:
+            return block is not None and self._drop(block)
 
     def sync(self) -> None:
         """Wait until what was put before is durable. Raises OSError, `DiskTierClosed`."""
         with self._operation():
-            for segment in list(self._segments.values()):
-                segment.sync()
+            self._files.sync()
 
     def close(self) -> None:
         """Wait for the operations under way, make everything durable, unlock the directory. Again: does nothing."""
@@ -277,8 +259,7 @@ class DiskTier:
             while self._num_operations:
                 self._idle.wait()  # as long as the disk takes for a block, as does the sync below
         try:
-            for segment in self._segments.values():
-                segment.sync()
+            self._files.sync()
         except OSError as error:
             logger.warning("%s: blocks may be lost if power fails: %s", self._directory.path, error)
         finally:
@@ -287,80 +268,92 @@ class DiskTier:
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless each slot is in one state and the maps agree. While nothing is under way."""
         with self._lock:
-            segments = self._segments.values()
-            self._slots.check_integrity(
-                Place(s.segment_id, slot) for s in segments for slot in range(s.shape.num_slots)
-            )
-            if self.size_bytes > self.max_bytes:
-                raise IntegrityError(f"disk tier: {self.size_bytes} bytes, the bound is {self.max_bytes}")
+            self._book.check_integrity({})
+            if self._writing or self._book.num_slots != self._files.num_slots or self.size_bytes > self.max_bytes:
+                raise IntegrityError(
+                    f"disk tier: {len(self._writing)} blocks are being written, {self._book.num_slots} of"
+                    f" {self._files.num_slots} slots are known, {self.size_bytes} of {self.max_bytes} bytes are taken"
+                )
 
     # -- slots --
 
-    def _claim(self, block_hash: BlockHash, parent_hash: BlockHash | None) -> Claim | PutOutcome:
-        """Find the slot to write, which then is claimed; evict, or make another file, if none is free."""
+    def _claim(self, block_hash: BlockHash, parent_hash: BlockHash | None) -> _Claim | PutOutcome:
+        """Find the slot to write, which then is the caller's; grow, or evict, if none is free."""
         if self._write_pause.holds:
             return PutOutcome.PAUSED
         has_grown = True
         while True:
             with self._lock:
-                if self._slots.is_known(block_hash):
+                if self._book.contains(block_hash) or block_hash in self._writing:
                     return PutOutcome.PRESENT
                 may_grow = has_grown and self._may_grow()
-                claim = self._slots.claim(block_hash, parent_hash, may_evict=not may_grow)
-                if claim is not None:
-                    self.stats.num_evicted += claim.evicted is not None
-                    return claim
-                if not may_grow:
-                    return PutOutcome.BUSY if self._segments else PutOutcome.PAUSED
+                if self._book.num_empty or not may_grow:
+                    self._evicted = []
+                    taken = self._book.take(1, keep=parent_hash)
+                    if not taken:
+                        return PutOutcome.BUSY if self._files.num_slots else PutOutcome.PAUSED
+                    self._writing.add(block_hash)
+                    self._sequence += 1
+                    self.stats.num_evicted += len(self._evicted)
+                    return _Claim(taken[0], self._sequence, tuple(block.block_hash for block in self._evicted))
             has_grown = self._grow()
 
     def _may_grow(self) -> bool:
-        fits = self.size_bytes + self._shape.size_bytes <= self.max_bytes
-        return fits and not self._growth_pause.holds
+        return self._files.can_grow and not self._growth_pause.holds
 
     def _grow(self) -> bool:
-        """Make one more file, unless another thread just did; False if the disk refuses: then slots are recycled."""
+        """Add slots, unless another thread just did; False if the disk refuses: then slots are recycled."""
         with self._grow_lock:
-            if self._slots.num_free or not self._may_grow():
+            if self._book.num_empty or not self._may_grow():
                 return True
-            segment_id = max(self._segments, default=0) + 1
-            path = self._directory.segment_path(segment_id)
             try:
-                segment = SegmentFile.create(path, segment_id, self._shape, self.layout.fingerprint, self._calls)
+                num_new = self._files.grow()
             except OSError as error:
                 with self._lock:
                     self._growth_pause.begin()
-                    if not self._segments:
+                    if not self._files.num_slots:
                         self._pause_writes(error)
                 logger.warning("disk tier %s cannot grow: %s", self._directory.path, error)
                 return False
             with self._lock:
                 self._growth_pause.end()
-                self._segments[segment_id] = segment
-                self._slots.add_free(segment_id, range(self._shape.num_slots))
+                self._book.extend(num_new)
             return True
 
-    def _drop(self, block_hash: BlockHash) -> None:
-        """Make a block that the caller has pinned unfindable, now and after a restart."""
+    def _note_evicted(self, blocks: Sequence[Block]) -> None:
+        self._evicted = list(blocks)
+
+    @contextlib.contextmanager
+    def _pinned(self, block_hash: BlockHash) -> Iterator[Block | None]:
+        """Keep a block's slot as it is meanwhile; None if the block is not here."""
         with self._lock:
-            place = self._slots.doom(block_hash)
-        if place is None:
-            return
-        # Where this fails a restart finds it again; then it is what its proof says, or is dropped again.
-        self._segments[place.segment_id].try_to_erase(place.slot)
+            found = self._book.pin([block_hash])
+        try:
+            yield found[0] if found else None
+        finally:
+            with self._lock:
+                self._book.release([block.slot for block in found])
+
+    def _drop(self, block: Block) -> bool:
+        """Make a block that the caller has pinned unfindable, now and after a restart; False if it was so already."""
+        with self._lock:
+            is_first = self._book.drop([block.slot]) == 1
+        if is_first:
+            # Where this fails a restart finds it again; then it is what its proof says, or is dropped again.
+            self._files.try_to_erase(block.slot)
+        return is_first
 
     # -- I/O --
 
-    def _read(self, entry: Entry, target: memoryview) -> bool:
-        segment = self._segments[entry.place.segment_id]
+    def _read(self, block: Block, target: memoryview) -> bool:
         try:
-            is_whole = segment.read(entry.place.slot, target)
+            is_whole = self._files.read(block.slot, target)
         except OSError as error:
-            logger.warning("reading %s failed: %s", segment.path, error)
+            logger.warning("%s: reading slot %d failed: %s", self._directory.path, block.slot, error)
             return False
-        if is_whole and proves(entry.proof, target):
+        if is_whole and proves(block.proof, target):
             return True
-        logger.warning("slot %d of %s is corrupt: its block is dropped", entry.place.slot, segment.path)
+        logger.warning("%s: slot %d is corrupt: its block is dropped", self._directory.path, block.slot)
         return False
 
     def _pause_writes(self, error: OSError) -> None:
@@ -392,22 +385,36 @@ class DiskTier:
                 self._idle.notify_all()
 
     def _recover(self) -> None:
-        recovered = recover(self._directory, self.layout, self.max_bytes, self._calls)
-        self.recovery = recovered.report
-        found: list[tuple[Record, Place]] = []
-        for segment in reversed(recovered.segments):
-            self._segments[segment.segment_id] = segment
-            records = recovered.records[segment.segment_id]
-            self._slots.add_free(segment.segment_id, set(range(segment.shape.num_slots)).difference(records))
-            found += [(record, Place(segment.segment_id, slot)) for slot, record in records.items()]
-        for record, place in sorted(found, key=lambda item: item[0].sequence):
-            self._slots.add_stored(record.block_hash, Entry(place, record.parent_hash, record.proof))
-            self._sequence = record.sequence
+        records, self.recovery = self._files.recover()
+        slot_of: dict[BlockHash, int] = {}
+        for slot in sorted(records, key=lambda slot: records[slot].sequence):
+            older = slot_of.pop(records[slot].block_hash, None)
+            if older is not None:
+                self._files.try_to_erase(older)
+                self.recovery.num_duplicates += 1
+            slot_of[records[slot].block_hash] = slot
+            self._sequence = records[slot].sequence
+        self._book.extend(self._files.num_slots)
+        slots = self._book.take(self._files.num_slots)
+        for block_hash, slot in slot_of.items():
+            self._book.publish(slot, block_hash, records[slot].parent_hash, records[slot].proof)
+        self._book.release(slots)
+        self.recovery.num_blocks = len(self._book)
+        num_old, self.recovery.num_foreign_files = self._directory.tidy()
+        self.recovery.num_unusable_files += num_old
+        logger.info("disk tier %s: %s", self._directory.path, self.recovery)
 
     def _close_files(self) -> None:
-        for segment in self._segments.values():
-            segment.close()
+        self._files.close()
         self._directory.close()
+
+
+class _Claim(NamedTuple):
+    """A slot to write, and the blocks that lost it."""
+
+    slot: int
+    sequence: int
+    evicted: tuple[BlockHash, ...]
 
 
 def _as_bytes(buffer: ReadableBuffer) -> memoryview:

@@ -96,7 +96,7 @@ class Intake:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closing = False
         # All pulls together may hold half of the memory, so that there is something to evict for them.
-        memory = store.dram.memory
+        memory = store.memory
         self._max_pull_blocks = max(
             1,
             min(self._limits.max_pull_bytes // memory.block_bytes, memory.num_blocks // (2 * self._limits.max_pulls)),
@@ -236,11 +236,11 @@ class Intake:
                 : self._max_pull_blocks
             ]
             # Pinned, the chain that we are about to continue is not what is evicted for its own tail.
-            pins = self._store.dram.pin(hashes[:start], is_use=False)
+            pins = self._store.dram.match_prefix(hashes[:start], is_use=False)
             try:
                 num_pulled = await self._pull_marked(offer, hashes[start - 1] if start else parent_hash, piece)
             finally:
-                self._store.dram.unpin(pin.slot for pin in pins)
+                self._store.unpin(pins)
             if num_pulled < len(piece):
                 return
             end = start + num_pulled

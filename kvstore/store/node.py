@@ -49,14 +49,15 @@ class StoreLender:
         """Drop what has changed in memory. A good copy on disk stays, and is what the next reader gets."""
         dram = self._store.dram
         pinned = [block for block_hash in hashes for block in dram.pin([block_hash], is_use=False)]
+        ids = [block.slot for block in pinned]
         try:
-            ids, proofs = [block.slot for block in pinned], [block.proof for block in pinned]
-            for position in await asyncio.to_thread(find_wrong, dram.memory, ids, proofs):
-                block_hash, slot = pinned[position].block_hash, pinned[position].slot
-                self.num_corrupt += dram.drop(block_hash)
-                logger.error("block %s has changed in memory, slot %d", block_hash.hex(), slot)
+            proofs = [block.proof for block in pinned]
+            wrong = await asyncio.to_thread(find_wrong, self._store.memory, ids, proofs)
+            self.num_corrupt += dram.drop(ids[position] for position in wrong)
+            for position in wrong:
+                logger.error("block %s has changed in memory", pinned[position].block_hash.hex())
         finally:
-            dram.unpin(block.slot for block in pinned)
+            dram.release(ids)
 
 
 class StoreNode:
@@ -80,7 +81,7 @@ class StoreNode:
         self.lender = StoreLender(store, lend_timeout_s)
         self.exchange = BlockExchange(
             identity,
-            store.dram.memory,
+            store.memory,
             transports,
             timeouts,
             observer=observer,

@@ -2,20 +2,19 @@
 
     in      reserve -> the caller fills slots -> publish          (or insert, which copies)
     out     pin: blocks in DRAM at once, the rest of the prefix promoted from disk -> a lease reads -> unpin
-    down    written behind, soon after publication, or when evicted from DRAM, as `DiskWrites` says
+    down    write_behind.py: soon after publication or use, as `DiskWrites` says, and before it can be evicted
 
-A block may be in both tiers, and mostly is: one whose copy is on disk already leaves DRAM at no cost. A slot belongs
-at every moment to DRAM, to a caller, or to one disk job (`Job`), and a job lives until its thread has let go of the
-slot: neither a deadline nor a cancelled caller ends it.
+A block may be in both tiers, and mostly is. A slot belongs at every moment to DRAM, to a caller, or to a promotion,
+which lives until its thread has let go of the slot: neither a deadline nor a cancelled caller ends it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
@@ -25,15 +24,19 @@ import numpy.typing as npt
 
 from kvstore.block import BlockHash, HostMemory, Proof
 from kvstore.errors import IntegrityError
-from kvstore.pool import DEFAULT_PROTECTED_SHARE, DramTier, PinnedBlock, ResidentBlock
-from kvstore.store.disk_jobs import DiskJobs
-from kvstore.store.disk_tier import DiskTier, StoredBlock
-from kvstore.store.job_table import Job, JobTable, wait_for_jobs
+from kvstore.pool import (
+    PROTECTED_SHARE,
+    Block,
+    CacheChange,
+    CacheEvent,
+    SlotBook,
+)
+from kvstore.store.disk_tier import DiskTier, GetFailure, StoredBlock
 from kvstore.store.write_behind import DiskWrites, WriteBehind
 
 logger = logging.getLogger(__name__)
 
-_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 _JOB_BYTES = 2 * 1024 * 1024  # of one hop to a thread: long against the hop, short against a deadline
 _PROMOTE_BYTES = 64 * 1024 * 1024  # reserved at a time by one `pin`: what DRAM gives up for it at once
@@ -57,7 +60,7 @@ class StoreStats:
     num_disk_hits: int = 0  # of these, promoted or waited for
     num_promoted: int = 0
     num_written: int = 0  # blocks given to the disk tier, whether it took them or not
-    num_lost: int = 0  # evicted from DRAM, wanted on disk and not there: the disk was full, failing or busy
+    num_lost: int = 0  # evicted from DRAM, wanted on disk and not there: the disk had refused them
 
 
 class TieredStore:
@@ -76,23 +79,25 @@ class TieredStore:
         on_change: Callable[[BlockHash, StoreTier, bool], None] | None = None,
         timeout_s: float = 5.0,
         num_disk_threads: int = 2,
-        protected_share: float = DEFAULT_PROTECTED_SHARE,
+        protected_share: float = PROTECTED_SHARE,
     ) -> None:
         if disk is not None and disk.layout.block_bytes != memory.block_bytes:
             raise ValueError(f"blocks of {memory.block_bytes} bytes in memory, {disk.layout.block_bytes} on disk")
-        self.dram = DramTier(memory, on_change=self._dram_changed, protected_share=protected_share)
+        self.memory = memory
+        self.dram = SlotBook(
+            memory.num_blocks, protected_share, on_change=self._dram_changed, on_evict=self._dram_evicted
+        )
         self.disk = disk
         self.stats = StoreStats()
-        self._disk_jobs = DiskJobs(disk, memory, num_disk_threads) if disk is not None else None
+        self._threads = ThreadPoolExecutor(num_disk_threads, thread_name_prefix="disk-tier")
         self._disk_writes = disk_writes
         self._on_change = on_change
         self._timeout_s = timeout_s
         self._blocks_per_job = max(1, _JOB_BYTES // memory.block_bytes)
         self._blocks_per_promotion = max(1, _PROMOTE_BYTES // memory.block_bytes)
         self._reported_on_disk: set[BlockHash] = set(disk.hashes()) if disk is not None else set()
-        self._reserving: dict[BlockHash, asyncio.Event] = {}  # by the first block that memory is reserved to promote
-        self._jobs = JobTable()
-        self._write_behind = WriteBehind(self.dram, self._jobs, self._write, self._blocks_per_job)
+        self._promoting: dict[BlockHash, asyncio.Task[None]] = {}
+        self._write_behind = WriteBehind(self.dram, self._write, self._blocks_per_job)
         self._is_closed = False
 
     # -- what is there --
@@ -101,9 +106,7 @@ class TieredStore:
         """Return the best tier that has the block. No I/O, no use. DISK may turn out to be wrong when it is read."""
         if self.dram.contains(block_hash):
             return StoreTier.DRAM
-        if self.disk is not None and (self._jobs.job_for(block_hash) is not None or self.disk.contains(block_hash)):
-            return StoreTier.DISK
-        return None
+        return StoreTier.DISK if self.disk is not None and self.disk.contains(block_hash) else None
 
     def locate(self, hashes: Sequence[BlockHash]) -> list[StoreTier]:
         """Return the tiers of the consecutive prefix of `hashes` that is here. No I/O, no use."""
@@ -112,7 +115,7 @@ class TieredStore:
 
     def contents(self) -> Iterator[tuple[BlockHash, StoreTier]]:
         """Iterate over a snapshot of all blocks of both tiers: what an index is told anew after it forgot."""
-        resident, stored = list(self.dram.hashes()), list(self._reported_on_disk)
+        resident, stored = self.dram.hashes(), list(self._reported_on_disk)
         yield from ((block_hash, StoreTier.DRAM) for block_hash in resident)
         yield from ((block_hash, StoreTier.DISK) for block_hash in stored)
 
@@ -123,69 +126,39 @@ class TieredStore:
     ) -> list[int]:
         """Return up to `num_blocks` private slots, evicting; fewer if pins, or the disk at the deadline, hold the rest.
 
-        Evicted blocks that belong on disk and are not there are written first: this is how a slow disk slows its
-        writers down. The caller fills the slots, then gives each to `publish` or `abandon`. `after` is the block that
-        the new ones follow: it is not evicted for them.
+        What still has to be written is waited for: this is how a slow disk slows its writers down. The caller fills the
+        slots, then gives each to `publish` or `abandon`. `after` is the block that the new ones follow: it is not
+        evicted for them.
         """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + (self._timeout_s if timeout_s is None else timeout_s)
-        slots = await self._reserve_evictable(num_blocks, deadline, after)
+        slots: list[int] = []
         try:
-            # What is pinned only to be written behind can be evicted in a moment.
-            while len(slots) < num_blocks and loop.time() < deadline:
-                batch_written = self._write_behind.batch_written
-                if batch_written is None:
-                    break
-                async with asyncio.timeout_at(deadline):
-                    await batch_written.wait()
-                slots += await self._reserve_evictable(num_blocks - len(slots), deadline, after)
+            async with asyncio.timeout(self._timeout_s if timeout_s is None else timeout_s):
+                while not self._is_closed:
+                    slots += self.dram.take(num_blocks - len(slots), keep=after)
+                    if len(slots) == num_blocks or not self._write_behind.num_held:
+                        break
+                    await self._write_behind.progress()
         except TimeoutError:
             pass  # fewer, then
         except BaseException:
-            self.dram.abandon(slots)
+            self.abandon(slots)
             raise
         return slots
 
-    async def _reserve_evictable(self, num_blocks: int, deadline: float, after: BlockHash | None) -> list[int]:
-        if self._is_closed:
-            return []
-        slots = self.dram.take_free(num_blocks)
-        to_write: list[ResidentBlock] = []
-        while len(slots) + len(to_write) < num_blocks:
-            evicted = self.dram.evict(keep=after)
-            if evicted is None:
-                break
-            self._write_behind.forget(evicted.block_hash)
-            if self._belongs_on_disk(evicted, is_leaving=True):
-                to_write.append(evicted)
-            else:
-                slots.append(evicted.slot)
-        if not to_write:
-            return slots
-        jobs = [self._start_demotion(batch) for batch in self._batches(to_write)]
-        ended: list[Job] = []
-        try:
-            await wait_for_jobs(jobs, deadline - asyncio.get_running_loop().time())
-            ended = [job for job in jobs if job.task.done()]
-        except asyncio.CancelledError:
-            self.dram.abandon(slots)
-            raise
-        finally:
-            for job in jobs:
-                if job not in ended:
-                    self._abandon_at_end(job)
-        return slots + [slot for job in ended for slot in job.slots]
-
     def publish(self, slot: int, block_hash: BlockHash, parent_hash: BlockHash | None, proof: Proof) -> bool:
-        """Make a private slot findable, as `DramTier.publish`, and see to its copy on disk."""
+        """Make a private slot, filled and verified, findable and the store's, and see to its copy on disk.
+
+        If the block is here already, that one stays, the slot becomes free, and this returns False.
+        """
         is_new = self.dram.publish(slot, block_hash, parent_hash, proof)
-        if is_new and self._disk_writes is DiskWrites.ALL and not self._is_closed:
+        if is_new:
             self._write_soon([block_hash])
+        self.dram.release([slot])
         return is_new
 
     def abandon(self, slots: Iterable[int]) -> None:
         """Give private slots back unpublished."""
-        self.dram.abandon(slots)
+        self.dram.release(list(slots))
 
     async def insert(
         self,
@@ -200,13 +173,13 @@ class TieredStore:
             return False
         slots = await self.reserve(1, timeout_s, after=parent_hash)
         for slot in slots:
-            self.dram.memory.view(slot)[:] = payload
+            self.memory.view(slot)[:] = payload
             return self.publish(slot, block_hash, parent_hash, proof)
         return False
 
     # -- out --
 
-    async def pin(self, hashes: Sequence[BlockHash], timeout_s: float | None = None) -> list[PinnedBlock]:
+    async def pin(self, hashes: Sequence[BlockHash], timeout_s: float | None = None) -> list[Block]:
         """Pin the longest prefix of `hashes` that the tiers give until the deadline; blocks on disk come to DRAM first.
 
         Each pinned block needs one `unpin`. What the disk gives later is in DRAM for the next one to ask.
@@ -228,15 +201,14 @@ class TieredStore:
                 if not may_give_more:
                     break
         except BaseException:
-            self.dram.unpin(block.slot for block in pinned)
+            self.unpin(block.slot for block in pinned)
             raise
-        if self._disk_writes is DiskWrites.REUSED and not self._is_closed:
-            self._write_soon([block.block_hash for block in pinned])
+        self._write_soon(block.block_hash for block in pinned)
         return pinned
 
     def unpin(self, slots: Iterable[int]) -> None:
         """Give back one pin on each slot."""
-        self.dram.unpin(slots)
+        self.dram.release(list(slots))
 
     # -- life --
 
@@ -245,39 +217,54 @@ class TieredStore:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._write_behind.wait_until_idle()
-                if self._disk_jobs is not None:
-                    await self._disk_jobs.sync()
+                if self.disk is not None:
+                    await self._in_thread(self.disk.sync)
         except (TimeoutError, OSError) as error:
-            logger.warning("%d blocks are not written yet: %r", self._write_behind.num_queued, error)
+            logger.warning("%d blocks are not written yet: %r", self._write_behind.num_held, error)
             return False
-        return self._write_behind.num_queued == 0
+        return True
 
     async def close(self, timeout_s: float = 30.0) -> None:
         """Write what belongs on disk until the deadline, let every job end, close the disk. Again: does nothing.
 
-        A disk that hangs is left as it is: what it has been given so far, the next process finds.
-        Under `DiskWrites.EVICTED` all of DRAM belongs there now. From here on `reserve` and `pin` give nothing; the
-        memory stays as it is, for leases that have not ended.
+        A disk that hangs is left as it is: what it has been given so far, the next process finds. From here on
+        `reserve` and `pin` give nothing; the memory stays as it is, for leases that have not ended.
         """
         if self._is_closed:
             return
+        self._write_soon(self.dram.hashes())
         self._is_closed = True
-        self._write_soon(list(self.dram.hashes()), is_leaving=True)
         await self.flush(timeout_s)
-        self._write_behind.clear()
+        self._write_behind.refuse()
         try:
             async with asyncio.timeout(_CLOSE_S):
-                await self._jobs.wait_until_idle()
-                if self._disk_jobs is not None:
-                    await self._disk_jobs.close()
+                await self.wait_until_idle()
+                if self.disk is not None:
+                    await self._in_thread(self.disk.close)
         except TimeoutError:
             logger.error("the disk hangs: not closed, %g s after the last write was asked for", _CLOSE_S)
+        finally:
+            self._threads.shutdown(wait=False)
+
+    async def wait_until_idle(self) -> None:
+        """Wait until no block is on its way between the tiers: each job takes as long as the disk does for a batch."""
+        await self._write_behind.wait_until_idle()
+        while self._promoting:
+            await asyncio.wait(set(self._promoting.values()))
 
     def check_integrity(self, expected_pins: int | None = None) -> None:
-        """Raise `IntegrityError` unless both tiers are sound and agree with what was reported. While no job runs."""
-        if self._jobs.num_running or self._jobs.num_busy_blocks:
-            raise IntegrityError(f"{self._jobs.num_running} disk jobs run, for {self._jobs.num_busy_blocks} blocks")
-        self.dram.check_integrity(expected_pins)
+        """Raise `IntegrityError` unless both tiers are sound and agree with what was reported. While nothing goes on.
+
+        `expected_pins`: as its holders count them, those of private slots left out.
+        """
+        if self._promoting or self._write_behind.num_held:
+            raise IntegrityError(
+                f"{len(self._promoting)} blocks are on their way up, {self._write_behind.num_held} down"
+            )
+        self.dram.check_integrity()
+        num_pins = self.dram.num_references_held - self.dram.num_private
+        if expected_pins is not None and num_pins != expected_pins:
+            raise IntegrityError(f"DRAM: {num_pins} pins, their holders count {expected_pins}")
         if self.disk is not None:
             self.disk.check_integrity()
             if self._reported_on_disk != set(self.disk.hashes()):
@@ -287,106 +274,98 @@ class TieredStore:
 
     # -- down --
 
-    def _belongs_on_disk(self, block: ResidentBlock, is_leaving: bool) -> bool:
-        if self.disk is None or self.disk.contains(block.block_hash) or self._disk_writes is DiskWrites.NONE:
+    def _belongs_on_disk(self, block: Block) -> bool:
+        if self.disk is None or self._disk_writes is DiskWrites.NONE or self.disk.contains(block.block_hash):
             return False
-        if self._disk_writes is DiskWrites.EVICTED:
-            return is_leaving
         return block.was_reused or self._disk_writes is DiskWrites.ALL
 
-    def _start_demotion(self, blocks: list[ResidentBlock]) -> Job:
-        hashes = [block.block_hash for block in blocks]
-        job = self._jobs.start(hashes, [block.slot for block in blocks], self._write(blocks))
+    def _write_soon(self, hashes: Iterable[BlockHash]) -> None:
+        for block_hash in hashes if not self._is_closed else ():
+            block = self.dram.find(block_hash)
+            if block is not None and self._belongs_on_disk(block):
+                self._write_behind.add(block_hash)
 
-        def count_lost(_: object) -> None:
-            self.stats.num_lost += sum(self.tier_of(block_hash) is None for block_hash in hashes)
-
-        job.task.add_done_callback(count_lost)
-        return job
-
-    def _abandon_at_end(self, job: Job) -> None:
-        job.task.add_done_callback(lambda _: self.dram.abandon(job.slots))
-
-    def _write_soon(self, hashes: Iterable[BlockHash], is_leaving: bool = False) -> None:
-        found = map(self.dram.find, hashes)
-        self._write_behind.add(
-            block.block_hash for block in found if block is not None and self._belongs_on_disk(block, is_leaving)
-        )
-
-    async def _write(self, blocks: list[ResidentBlock]) -> bool:
+    async def _write(self, blocks: list[Block]) -> bool:
         """Put blocks on disk, as far as it takes them; whether it takes more."""
-        assert self._disk_jobs is not None, "nothing belongs on a disk that is not there"
-        changed = await self._disk_jobs.write(blocks)
+        disk = self.disk
+        assert disk is not None, "nothing belongs on a disk that is not there"
+
+        sound = [block for block in blocks if self.dram.hash_of(block.slot) == block.block_hash]  # dropped meanwhile
+
+        def put_all() -> list[BlockHash]:
+            changed: list[BlockHash] = []
+            for block in sound:
+                result = disk.put(block.block_hash, block.parent_hash, block.proof, self.memory.view(block.slot))
+                changed += (block.block_hash, *result.evicted)
+            return changed
+
+        changed = await self._in_thread(put_all)
         self.stats.num_written += len(blocks)
         self._report_disk(changed)
-        return not self._disk_jobs.disk.is_paused
+        return not disk.is_paused
 
     # -- up --
 
     async def _promote(self, hashes: Sequence[BlockHash], deadline: float) -> bool:
-        """Bring a part of the prefix to DRAM, starting with the first block; False: no use to try again."""
-        loop = asyncio.get_running_loop()
-        under_way = self._jobs.job_for(hashes[0])
-        if under_way is not None:
-            await wait_for_jobs([under_way], deadline - loop.time())
-            return under_way.task.done()
-        reserving = self._reserving.get(hashes[0])
-        if reserving is not None:  # by somebody who wants the same: two reservations would starve each other
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(deadline):
-                    await reserving.wait()
-            return reserving.is_set()
-        slots = await self._reserve_for(hashes, deadline)
-        # Others had their turns since: they may have evicted, brought or be bringing what was promotable.
-        wanted = list(zip(self._promotable(hashes), slots, strict=False))
-        self.dram.abandon(slots[len(wanted) :])
-        if not wanted:
-            return bool(slots)
-        jobs = [self._start_promotion(batch) for batch in self._batches(wanted)]
-        await wait_for_jobs(jobs, deadline - loop.time())
-        return all(job.task.done() for job in jobs)
+        """Bring a part of the prefix to DRAM, starting with the first block; False: no use to try again.
 
-    async def _reserve_for(self, hashes: Sequence[BlockHash], deadline: float) -> list[int]:
-        reserved = self._reserving[hashes[0]] = asyncio.Event()
+        Who asks for what is on its way up already waits for that.
+        """
+        task = self._promoting.get(hashes[0])
+        if task is None:
+            wanted = list(itertools.takewhile(self._is_promotable, hashes[: self._blocks_per_promotion]))
+            if not wanted:
+                return False
+            task = asyncio.get_running_loop().create_task(self._bring_up(wanted, deadline), name="promotion")
+            self._promoting.update(dict.fromkeys(wanted, task))
+        await asyncio.wait([task], timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
+        return task.done()
+
+    def _is_promotable(self, block_hash: BlockHash) -> bool:
+        return self.tier_of(block_hash) is StoreTier.DISK and block_hash not in self._promoting
+
+    async def _bring_up(self, hashes: list[BlockHash], deadline: float) -> None:
+        """Its own task: it ends when the disk has let go of the slots, whatever becomes of those who wait for it."""
         try:
-            return await self.reserve(len(self._promotable(hashes)), deadline - asyncio.get_running_loop().time())
+            slots = await self.reserve(len(hashes), deadline - asyncio.get_running_loop().time())
+            wanted = list(zip(hashes, slots, strict=False))
+            size = self._blocks_per_job
+            await asyncio.gather(*(self._read(wanted[at : at + size]) for at in range(0, len(wanted), size)))
+        except Exception:
+            logger.exception("bringing %d blocks up from the disk failed", len(hashes))
         finally:
-            del self._reserving[hashes[0]]
-            reserved.set()
-
-    def _promotable(self, hashes: Sequence[BlockHash]) -> list[BlockHash]:
-        def is_on_disk_only(block_hash: BlockHash) -> bool:
-            return self.tier_of(block_hash) is StoreTier.DISK and self._jobs.job_for(block_hash) is None
-
-        return list(itertools.islice(itertools.takewhile(is_on_disk_only, hashes), self._blocks_per_promotion))
-
-    def _start_promotion(self, wanted: list[tuple[BlockHash, int]]) -> Job:
-        return self._jobs.start(
-            [block_hash for block_hash, _ in wanted], [slot for _, slot in wanted], self._read(wanted)
-        )
+            for block_hash in hashes:
+                del self._promoting[block_hash]
 
     async def _read(self, wanted: list[tuple[BlockHash, int]]) -> None:
-        assert self._disk_jobs is not None, "nothing is found on a disk that is not there"
-        private = {slot for _, slot in wanted}
+        disk, private = self.disk, {slot for _, slot in wanted}
+        assert disk is not None, "nothing is found on a disk that is not there"
+
+        def get_all() -> list[StoredBlock | GetFailure]:
+            return [disk.get(block_hash, self.memory.view(slot)) for block_hash, slot in wanted]
+
         try:
-            results = await self._disk_jobs.read(wanted)
+            results = await self._in_thread(get_all)
             for (block_hash, slot), result in zip(wanted, results, strict=True):
                 if isinstance(result, StoredBlock):
                     private.remove(slot)
-                    self.stats.num_promoted += self.dram.publish(slot, block_hash, result.parent_hash, result.proof)
+                    self.stats.num_promoted += self.publish(slot, block_hash, result.parent_hash, result.proof)
         finally:
-            self.dram.abandon(private)
+            self.abandon(private)
             self._report_disk(block_hash for block_hash, _ in wanted)
 
-    # -- batches and reports --
+    # -- threads and reports --
 
-    def _batches(self, items: list[_Item]) -> Iterator[list[_Item]]:
-        for start in range(0, len(items), self._blocks_per_job):
-            yield items[start : start + self._blocks_per_job]
+    async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
+        """Cancelling this does not end the work, nor free what it uses: only tasks that nobody cancels await it."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _dram_changed(self, block_hash: BlockHash, is_present: bool) -> None:
-        if self._on_change is not None:
-            self._on_change(block_hash, StoreTier.DRAM, is_present)
+    def _dram_changed(self, change: CacheChange) -> None:
+        if self._on_change is not None and change.event is not CacheEvent.REUSED:
+            self._on_change(change.block_hash, StoreTier.DRAM, change.event is CacheEvent.PUBLISHED)
+
+    def _dram_evicted(self, blocks: Sequence[Block]) -> None:
+        self.stats.num_lost += sum(map(self._belongs_on_disk, blocks))
 
     def _report_disk(self, hashes: Iterable[BlockHash]) -> None:
         """Report what has become of these on disk, as it is now: two jobs may end in another order than they wrote."""

@@ -1,93 +1,88 @@
-"""Blocks in DRAM that go to disk although nothing presses: batch by batch, each pinned while it is written."""
+"""The way down: blocks of a store's memory that go to disk, batch by batch.
+
+A block has a reference of ours from the moment it is queued until its write has ended or was refused: so it is not
+evicted before, and whoever wants its room waits for the disk. Nothing is written at an eviction.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections import deque
+from collections.abc import Awaitable, Callable
 from enum import Enum
 
 from kvstore.block import BlockHash
-from kvstore.pool import DramTier, PinnedBlock, ResidentBlock
-from kvstore.store.job_table import JobTable
+from kvstore.pool import Block, SlotBook
 
 
 class DiskWrites(Enum):
-    """Which blocks go to disk, and when.
-
-    ALL: every block soon after its publication, so that little is lost with the process. REUSED: a block that was used
-    at least once, soon after that use. EVICTED: a block that leaves DRAM, then. NONE: the disk is only read.
+    """Which blocks go to disk: every one, soon after its publication; those that were used again, soon after that; or
+    none, and the disk is only read.
     """
 
     ALL = "all"
     REUSED = "reused"
-    EVICTED = "evicted"
     NONE = "none"
 
 
 class WriteBehind:
     """The queue of blocks to be written and the task that writes them. `write` puts a batch on disk and says whether
-    the disk takes more: where not, what is queued is dropped, and tried again when it leaves DRAM.
+    the disk takes more: where not, what is queued is refused, and offered again when it is used again.
     """
 
-    def __init__(
-        self,
-        dram: DramTier,
-        jobs: JobTable,
-        write: Callable[[list[ResidentBlock]], Awaitable[bool]],
-        blocks_per_batch: int,
-    ) -> None:
-        self._dram = dram
-        self._jobs = jobs
+    def __init__(self, book: SlotBook, write: Callable[[list[Block]], Awaitable[bool]], blocks_per_batch: int) -> None:
+        self._book = book
         self._write = write
         self._blocks_per_batch = blocks_per_batch
-        self._queue: dict[BlockHash, None] = {}  # in order
-        self._task: asyncio.Task[object] | None = None
-        self.batch_written: asyncio.Event | None = None
-        """While a batch is pinned, what is set when it can be evicted again."""
+        self._queue: deque[Block] = deque()
+        self._held: set[BlockHash] = set()  # queued or being written
+        self._task: asyncio.Task[None] | None = None
+        self._progress = asyncio.Event()
 
     @property
-    def num_queued(self) -> int:
-        """Blocks of which no batch has been made yet."""
-        return len(self._queue)
+    def num_held(self) -> int:
+        """Blocks that are queued or being written."""
+        return len(self._held)
 
-    def add(self, hashes: Iterable[BlockHash]) -> None:
-        """Queue blocks, at the end unless they are queued already."""
-        self._queue.update(dict.fromkeys(hashes))
-        if self._queue and self._task is None:
-            self._task = self._jobs.spawn(self._write_all())
+    def add(self, block_hash: BlockHash) -> None:
+        """Queue a block of the book, unless it is queued already."""
+        if block_hash in self._held:
+            return
+        self._queue += self._book.pin([block_hash], is_use=False)
+        self._held.add(block_hash)
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._write_all(), name="write-behind")
 
-    def forget(self, block_hash: BlockHash) -> None:
-        """Leave a block out, which somebody else takes care of."""
-        self._queue.pop(block_hash, None)
+    def refuse(self) -> None:
+        """Let go of all that are queued and not being written yet."""
+        self._let_go([self._queue.popleft() for _ in range(len(self._queue))])
 
-    def clear(self) -> None:
-        """Leave out all that are queued."""
-        self._queue.clear()
+    async def progress(self) -> None:
+        """Wait until some of the blocks can be evicted again."""
+        await self._progress.wait()
 
     async def wait_until_idle(self) -> None:
-        """Wait until all that is queued, now or meanwhile, is written."""
+        """Wait until all that is queued, now or meanwhile, is written or refused."""
         while self._task is not None:
             await asyncio.wait([self._task])
 
     async def _write_all(self) -> None:
         try:
             while self._queue:
-                if not await self._write_batch():
-                    self._queue.clear()
+                batch = [self._queue.popleft() for _ in range(min(self._blocks_per_batch, len(self._queue)))]
+                takes_more = False
+                try:
+                    takes_more = await self._write(batch)
+                finally:
+                    self._let_go(batch)
+                if not takes_more:
+                    self.refuse()
         finally:
+            self.refuse()
             self._task = None
 
-    async def _write_batch(self) -> bool:
-        pins: list[PinnedBlock] = []
-        while self._queue and len(pins) < self._blocks_per_batch:
-            block_hash = next(iter(self._queue))
-            del self._queue[block_hash]
-            pins += self._dram.pin([block_hash], is_use=False)
-        blocks = [block for block in (self._dram.find(pin.block_hash) for pin in pins) if block is not None]
-        written = self.batch_written = asyncio.Event()
-        try:
-            return await self._write(blocks)
-        finally:
-            self._dram.unpin(pin.slot for pin in pins)
-            self.batch_written = None
-            written.set()
+    def _let_go(self, blocks: list[Block]) -> None:
+        self._held.difference_update(block.block_hash for block in blocks)
+        self._book.release([block.slot for block in blocks])
+        self._progress.set()
+        self._progress = asyncio.Event()

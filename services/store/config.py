@@ -24,7 +24,7 @@ class StoreConfig:
     store_disk_bytes: int = setting(16 << 30, help="size of the files in --store-disk-dir at most", group="store")
     store_disk_writes: str = setting(
         "all",
-        help="which blocks go to disk: all and reused soon, evicted when they leave memory; none: it is only read",
+        help="which blocks go to disk: all, reused (those used again), none (it is only read); evicted means all",
         choices=("all", "reused", "evicted", "none"),
         group="store",
     )

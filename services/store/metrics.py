@@ -63,7 +63,7 @@ class _NodeCollector(Collector):
         yield gauge("tandem:store_slots", "Blocks that the memory can hold.", store.dram.num_slots)
         yield gauge("tandem:store_lent_blocks", "Blocks lent at present.", node.lender.num_lent)
         yield gauge("tandem:store_offers_queued", "Offers that wait.", node.intake.num_queued)
-        yield counter("tandem:store_evicted_blocks", "Blocks evicted from memory.", store.dram.stats.num_evicted)
+        yield counter("tandem:store_evicted_blocks", "Blocks evicted from memory.", store.dram.stats.num_evictions)
         yield counter("tandem:store_pulled_blocks", "Blocks taken over from workers.", intake.num_pulled_blocks)
         yield counter("tandem:store_pulled_bytes", "Bytes of these.", intake.num_pulled_bytes)
         offers = CounterMetricFamily(

@@ -132,7 +132,7 @@ async def open_store(
         feed = StoreIndexFeed(config.redis, name, incarnation, config.lease_s, metrics.index)
         store = await _open_tiers(config, layout, feed)
         cleanup.push_async_callback(store.close, config.drain_timeout_s)
-        transports = make_transports(config.kv_transport, store.dram.memory, name)
+        transports = make_transports(config.kv_transport, store.memory, name)
         metrics.exchange.watch(transports)
         node = StoreNode(
             PeerIdentity(f"{name}/{incarnation}", "store", incarnation, layout),
@@ -171,8 +171,10 @@ async def _open_tiers(config: StoreConfig, layout: BlockLayout, feed: StoreIndex
             f"--store-dram-bytes {config.store_dram_bytes} holds no block of {layout.block_bytes} bytes"
         )
     memory = HostMemory.allocate(num_slots, layout.block_bytes)
+    # What is to be on disk before it leaves memory is written before anything presses.
+    disk_writes = DiskWrites.ALL if config.store_disk_writes == "evicted" else DiskWrites(config.store_disk_writes)
     disk = await asyncio.to_thread(_open_disk, config, layout) if config.store_disk_dir else None
-    return TieredStore(memory, disk, disk_writes=DiskWrites(config.store_disk_writes), on_change=feed.changed)
+    return TieredStore(memory, disk, disk_writes=disk_writes, on_change=feed.changed)
 
 
 def _open_disk(config: StoreConfig, layout: BlockLayout) -> DiskTier:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import ParamSpec, Protocol, TypeVar
 
-from kvstore.pool import CacheChange, HostChange
+from kvstore.pool import CacheChange
 from kvstore.threads import Runner, Threads
 from services.engine.native import Batch, Engine, StepOutput
 
@@ -47,7 +47,7 @@ class EngineThread:
         engine: Engine,
         threads: Threads,
         on_cache_changes: Callable[[list[CacheChange]], None] | None = None,
-        on_host_changes: Callable[[list[HostChange]], None] | None = None,
+        on_host_changes: Callable[[list[CacheChange]], None] | None = None,
         observe_step: Callable[[StepOutput], None] = lambda output: None,
     ) -> None:
         """`on_cache_changes` hears on the event loop what happened to findable blocks, in order; `on_host_changes`, the

@@ -32,7 +32,7 @@ from kvstore.errors import (
 )
 from kvstore.exchange import BlockExchange, Fetch
 from kvstore.index import IndexWriter, Tier
-from kvstore.pool import CacheChange, CacheEvent, HostChange
+from kvstore.pool import CacheChange, CacheEvent
 from kvstore.protocol import (
     AnnouncedBlock,
     FetchCause,
@@ -117,18 +117,19 @@ class IndexFeed:
         await self._writer.close()
 
     def changed(self, changes: Sequence[CacheChange]) -> None:
-        """Blocks became findable or were evicted, in this order."""
+        """Blocks of the paged cache became findable or were evicted, in this order."""
+        self._tell(changes, Tier.DEVICE)
+
+    def host_changed(self, changes: Sequence[CacheChange]) -> None:
+        """The same of the host tier."""
+        self._tell(changes, Tier.HOST)
+
+    def _tell(self, changes: Sequence[CacheChange], tier: Tier) -> None:
         for event, run in itertools.groupby(changes, key=lambda change: change.event):
             if event is CacheEvent.PUBLISHED:
-                self._writer.added([change.block_hash for change in run], Tier.DEVICE)
+                self._writer.added([change.block_hash for change in run], tier)
             elif event is CacheEvent.EVICTED:
-                self._writer.removed([change.block_hash for change in run], Tier.DEVICE)
-
-    def host_changed(self, changes: Sequence[HostChange]) -> None:
-        """The same of the host tier."""
-        for is_present, run in itertools.groupby(changes, key=lambda change: change.is_present):
-            tell = self._writer.added if is_present else self._writer.removed
-            tell([change.block_hash for change in run], Tier.HOST)
+                self._writer.removed([change.block_hash for change in run], tier)
 
     def state(self) -> dict[str, object]:
         return {
@@ -140,7 +141,7 @@ class IndexFeed:
 
 def _holdings(engine: Engine) -> list[tuple[BlockHash, Tier]]:
     """All findable blocks, once per tier; copies, so that the engine's thread does not disturb the reader."""
-    paged = [(block_hash, Tier.DEVICE) for block_hash in engine.pool.cached_hashes()]
+    paged = [(block_hash, Tier.DEVICE) for block_hash in engine.pool.hashes()]
     if engine.host_tier is None:
         return paged
     return paged + [(block_hash, Tier.HOST) for block_hash in engine.host_tier.hashes()]

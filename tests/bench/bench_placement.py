@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvstore.block import BlockHash
-from kvstore.pool import SegmentedLru
 from loadtest.plan import BLOCK_TOKENS, make_conversations, read_mooncake
 from services.worker.store.chain_book import ChainOffer
 from services.worker.store.chain_placement import node_of_chain
+from tests.tiers.blocks import Cache
 
 _TIMES = BLOCK_TOKENS // 32
 
@@ -35,22 +35,19 @@ class Node:
     """A store node's book-keeping: which blocks it has, of those that were offered."""
 
     def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._policy = SegmentedLru(capacity)
+        self._cache = Cache(capacity)
         self.num_taken = 0
 
     def prefix_length(self, prompt: Sequence[BlockHash]) -> int:
-        return next((i for i, each in enumerate(prompt) if each not in self._policy), len(prompt))
+        return self._cache.peek_prefix(prompt)
 
     def use(self, prompt: Sequence[BlockHash]) -> None:
-        self._policy.touch(prompt)
+        self._cache.touch(prompt)
 
     def take(self, prompt: Sequence[BlockHash]) -> None:
         for block_hash, parent in zip(prompt, [None, *prompt[:-1]], strict=True):
-            if block_hash not in self._policy:
-                if len(self._policy) == self._capacity:
-                    self._policy.evict(keep=parent)
-                self._policy.insert(block_hash, parent)
+            if not self._cache.contains(block_hash):
+                self._cache.insert(block_hash, parent, keep=parent)
                 self.num_taken += 1
 
 

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kvstore.block import BlockHash, BlockLayout, HostMemory
+from kvstore.block import BlockHash, BlockLayout, HostMemory, Proof, prove
 from kvstore.block.digest import digest_rows
-from kvstore.pool import DramTier
+from kvstore.pool import PROTECTED_SHARE
+from kvstore.pool.slot_book import SlotBook
 from kvstore.store import DiskTier, DiskWrites, TieredStore
 from kvstore.store.disk_tier import PutOutcome, StoredBlock
 from tests.tiers.blocks import chain, parents
@@ -50,7 +51,7 @@ def print_row(name: str, num_blocks: int, block_bytes: int, duration_s: float) -
 
 
 def drop_page_cache(directory: Path) -> None:
-    for path in directory.glob("*.blocks"):
+    for path in directory.glob("tandem.*"):
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -65,12 +66,12 @@ def bench_disk(layout: BlockLayout, directory: Path, total_bytes: int) -> None:
     parent_of = {h: parent for prompt in prompts for h, parent in zip(prompt, parents(prompt), strict=True)}
     hashes, newer = list(parent_of)[:num_old], list(parent_of)[num_old:]
     content = np.random.default_rng(0).integers(0, 256, (32, block_bytes), dtype=np.uint8)
-    digests = digest_rows(content.view("<i8"))
+    proofs = [Proof(each) for each in digest_rows(content.view("<i8"))]
     target = np.empty(block_bytes, np.uint8)
 
     def put_all(tier: DiskTier, blocks: list[BlockHash]) -> None:
         for index, block_hash in enumerate(blocks):
-            result = tier.put(block_hash, parent_of[block_hash], digests[index % 32], content[index % 32])
+            result = tier.put(block_hash, parent_of[block_hash], proofs[index % 32], content[index % 32])
             assert result.outcome is PutOutcome.STORED
 
     def get_all(tier: DiskTier, blocks: list[BlockHash]) -> None:
@@ -93,18 +94,20 @@ def bench_disk(layout: BlockLayout, directory: Path, total_bytes: int) -> None:
         print_tier("get, not in the page cache", some, seconds(lambda: get_all(tier, some)))
 
 
-def bench_dram(layout: BlockLayout) -> None:
-    tier = DramTier(HostMemory.allocate(256, layout.block_bytes))
+def bench_book() -> None:
+    book = SlotBook(256, PROTECTED_SHARE)
     prompts = [chain(f"prompt{i}", PROMPT_BLOCKS) for i in range(32)]
 
     def insert_all() -> None:
         for prompt in prompts:
-            for slot, block_hash, parent in zip(tier.begin_insert(PROMPT_BLOCKS), prompt, parents(prompt), strict=True):
-                tier.publish(slot, block_hash, parent, 0)
+            slots = book.take(PROMPT_BLOCKS)
+            for slot, block_hash, parent in zip(slots, prompt, parents(prompt), strict=True):
+                book.publish(slot, block_hash, parent, Proof(0))
+            book.release(slots)
 
     def pin_all() -> None:
         for _ in range(32):
-            tier.unpin(pin.slot for pin in tier.pin(prompts[-1]))
+            book.release([pin.slot for pin in book.pin(prompts[-1])])
 
     for name, work in (("insert 64-block prompts, evicting", insert_all), ("pin and unpin 64-block prompts", pin_all)):
         print(f"  {name:44} {'':13} {seconds(work) / 32 / PROMPT_BLOCKS * 1e6:9.1f} us per block")
@@ -119,7 +122,7 @@ async def bench_promotion(layout: BlockLayout, directory: Path) -> None:
     store = TieredStore(memory, disk, disk_writes=DiskWrites.ALL)
     slots = await store.reserve(num_blocks)
     for slot, block_hash, parent in zip(slots, hashes, parents(hashes), strict=True):
-        store.publish(slot, block_hash, parent, memory.digests([slot])[0])
+        store.publish(slot, block_hash, parent, prove(memory, [slot])[0])
     start = time.perf_counter()
     assert await store.flush(120)
     print_row("write behind, durable", num_blocks, layout.block_bytes, time.perf_counter() - start)
@@ -159,7 +162,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for name, layout in LAYOUTS.items():
         print(f"\nblocks of {name}")
-        bench_dram(layout)
+        bench_book()
         with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
             bench_disk(layout, Path(directory) / "disk", arguments.total_mib << 20)
             asyncio.run(bench_promotion(layout, Path(directory) / "store"))

@@ -71,7 +71,7 @@ def evict(engine: Engine) -> None:
 def flip_byte(engine: Engine, block_hash: BlockHash) -> None:
     assert engine.host_tier is not None
     (pinned,) = engine.host_tier.pin([block_hash])
-    engine.host_tier._tier.memory.view(pinned.slot)[1000] ^= 4
+    engine.host_tier._memory.view(pinned.slot)[1000] ^= 4
     engine.host_tier.unpin([pinned])
 
 

@@ -81,9 +81,9 @@ class PagedPool:
         self.pool.release(ids)
 
     def flip_byte(self, block_hash: BlockHash) -> None:
-        (pinned,) = self.tier._tier.pin([block_hash], is_use=False)
-        self.tier._tier.unpin([pinned.slot])
-        self.slots.view(pinned.slot)[17] ^= 1
+        found = self.tier._book.find(block_hash)
+        assert found is not None
+        self.slots.view(found.slot)[17] ^= 1
 
     def check_integrity(self) -> None:
         self.pool.check_integrity({})

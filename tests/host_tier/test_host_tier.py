@@ -7,7 +7,7 @@ import pytest
 
 from kvstore.block import BlockHash
 from kvstore.errors import IntegrityError
-from kvstore.pool import HostChange
+from kvstore.pool.slot_book import CacheChange, CacheEvent
 from tests.host_tier.paged_pool import PagedPool
 from tests.tiers.blocks import chain, parents
 
@@ -44,13 +44,16 @@ def test_changes_tell_what_came_and_what_went() -> None:
     a, b = chain("a", 1), chain("b", 2)
     world.cache(a)
     world.evict_all()
-    assert world.tier.take_changes() == [HostChange(a[0], True)]
+    assert world.tier.take_changes() == [CacheChange(a[0], CacheEvent.PUBLISHED)]
     for block_hash, parent in zip(b, parents(b), strict=True):
         world.cache([block_hash], parent)
         world.evict_all()
     changes = world.tier.take_changes()
-    assert [change for change in changes if change.is_present] == [HostChange(each, True) for each in b]
-    assert [change for change in changes if not change.is_present] == [HostChange(a[0], False)]
+    assert [(change.block_hash, change.event) for change in changes if change.event is not CacheEvent.REUSED] == [
+        (b[0], CacheEvent.PUBLISHED),
+        (a[0], CacheEvent.EVICTED),
+        (b[1], CacheEvent.PUBLISHED),
+    ]
     assert world.tier.num_evicted == 1
 
 
@@ -146,7 +149,7 @@ def test_integrity_sees_a_lost_pin_and_sizes_must_fit() -> None:
     world.cache(a)
     world.evict_all()
     (pinned,) = world.tier.pin(a)
-    world.tier._tier.unpin([pinned.slot])
+    world.tier._book.release([pinned.slot])
     with pytest.raises(IntegrityError, match="pins"):
         world.check_integrity()
     with pytest.raises(ValueError, match="slots of"):

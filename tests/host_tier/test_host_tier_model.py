@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvstore.block import BlockHash
-from kvstore.pool import PinnedBlock
+from kvstore.pool.slot_book import Block, CacheEvent
 from tests.host_tier.paged_pool import PagedPool
 from tests.tiers.blocks import chain, payload, proof
 
@@ -22,7 +22,7 @@ class HostTierMachine(RuleBasedStateMachine):
     def start(self, num_blocks: int, num_slots: int) -> None:
         self.world = PagedPool(num_blocks, num_slots)
         self.requests: list[list[int]] = []
-        self.pinned: list[list[PinnedBlock]] = []
+        self.pinned: list[list[Block]] = []
         self.found: set[BlockHash] = set()  # as an index is told
         self.ever_computed: set[BlockHash] = set()
         self.flipped: set[BlockHash] = set()  # in the host tier, now
@@ -83,7 +83,7 @@ class HostTierMachine(RuleBasedStateMachine):
 
     @rule()
     def reset(self) -> None:
-        self.world.pool.reset_prefix_cache()
+        self.world.pool.reset()
         self.world.tier.reset()
 
     @invariant()
@@ -97,8 +97,9 @@ class HostTierMachine(RuleBasedStateMachine):
         self.world.pool.check_integrity(held)
         tier.check_integrity()
         for change in tier.take_changes():
-            assert (change.block_hash in self.found) != change.is_present, "told twice"
-            (self.found.add if change.is_present else self.found.discard)(change.block_hash)
+            is_present = change.event is not CacheEvent.EVICTED
+            assert (change.block_hash in self.found) == (change.event is not CacheEvent.PUBLISHED), "told twice"
+            (self.found.add if is_present else self.found.discard)(change.block_hash)
         assert self.found == set(tier.hashes())
         assert self.found <= self.ever_computed
         self.flipped &= self.found

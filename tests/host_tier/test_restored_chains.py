@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvstore.pool import CacheChange, CacheEvent
+from kvstore.pool.slot_book import CacheChange, CacheEvent
 from services.engine.native.memory.host_prefixes import begin_restore, end_restore
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.scheduler import Scheduler

@@ -6,8 +6,8 @@ import pytest
 
 from kvstore.block import BlockHash
 from kvstore.errors import DoubleFree, IntegrityError, OutOfBlocks
-from kvstore.pool import BlockPool, CacheChange, CacheEvent
-from kvstore.pool.block_pool import CachedBlock
+from kvstore.pool import BlockPool
+from kvstore.pool.slot_book import Block, CacheChange, CacheEvent
 
 
 def chain(name: str, length: int) -> list[BlockHash]:
@@ -121,7 +121,7 @@ def test_a_block_cannot_change_its_hash_nor_be_published_by_nobody():
     a, b = chain("a", 2)
     (block_id,) = pool.allocate(1)
     pool.publish(block_id, a)
-    with pytest.raises(IntegrityError, match=f"publish of block {block_id}"):
+    with pytest.raises(IntegrityError, match=f"publish of slot {block_id}"):
         pool.publish(block_id, b)
     pool.release([block_id])
     with pytest.raises(IntegrityError, match="nobody refers"):
@@ -182,7 +182,7 @@ def test_resetting_the_cache_forgets_hashes_and_keeps_references():
     cached_chain(pool, a)
     held = pool.match_prefix(a[:1])
     cached_chain(pool, b)
-    assert pool.reset_prefix_cache() == 4
+    assert pool.reset() == 4
     assert (pool.num_cached, pool.num_free, pool.peek_prefix(a), pool.peek_prefix(b)) == (0, 5, 0, 0)
     pool.check_integrity({held[0]: 1})
     pool.release(held)
@@ -209,11 +209,11 @@ def test_hits_and_queries_are_counted_in_blocks():
 @pytest.mark.parametrize("block_id", [0, -1, 2])
 def test_giving_back_what_nobody_holds_is_refused(block_id):
     pool = BlockPool(2)
-    with pytest.raises(DoubleFree, match=f"release of block {block_id}"):
+    with pytest.raises(DoubleFree, match=f"release of slot {block_id}"):
         pool.release([block_id])
-    with pytest.raises(IntegrityError, match=f"acquire of block {block_id}"):
+    with pytest.raises(IntegrityError, match=f"acquire of slot {block_id}"):
         pool.acquire([block_id])
-    with pytest.raises(IntegrityError, match=f"make_writable of block {block_id}"):
+    with pytest.raises(IntegrityError, match=f"make_writable of slot {block_id}"):
         pool.make_writable(block_id)
     pool.check_integrity({})
 
@@ -221,22 +221,23 @@ def test_giving_back_what_nobody_holds_is_refused(block_id):
 def test_a_leaked_and_an_unknown_reference_are_reported_with_the_numbers():
     pool = BlockPool(4)
     pool.allocate(1)
-    with pytest.raises(IntegrityError, match="block 0 has 1 references, its holders count 0"):
+    with pytest.raises(IntegrityError, match="slot 0 has 1 references, its holders count 0"):
         pool.check_integrity({})
-    with pytest.raises(IntegrityError, match="block 9 is referred to and does not exist"):
+    with pytest.raises(IntegrityError, match="slot 9 is referred to and does not exist"):
         pool.check_integrity({0: 1, 9: 1})
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda pool: pool._free.append(3), "block 3 has 0 references and is listed 2 times"),
-        (lambda pool: pool._free.remove(3), "2 free"),
-        (lambda pool: pool._num_references.__setitem__(1, 0), "block 1 has 0 references and is listed 0 times"),
-        (lambda pool: pool._block_of.clear(), "1 blocks have hashes"),
-        (lambda pool: pool._block_of.__setitem__(b"x", 1), "1 blocks have hashes"),
-        (lambda pool: pool._hash_of.__setitem__(3, b"x"), "free block 3 has a hash"),
-        (lambda pool: pool._hash_of.__setitem__(0, None), "evictable block 0 has no hash"),
+        (lambda pool: pool._free.append(3), "slot 3 has 0 references and is listed 2 times as free"),
+        (lambda pool: pool._free.remove(3), "slot 3 has 0 references and is listed 0 times as free"),
+        (lambda pool: setattr(pool._slots[1], "num_references", 0), "slot 1 has 0 references and is listed 0 times"),
+        (lambda pool: pool._by_hash.clear(), "1 slots have hashes"),
+        (lambda pool: pool._by_hash.__setitem__(b"x", pool._slots[1]), "1 slots have hashes"),
+        (lambda pool: setattr(pool._slots[3], "block_hash", b"x"), "slot 3 has 0 references and is listed 1 times"),
+        (lambda pool: setattr(pool._slots[0], "block_hash", None), "slot 0 has 0 references and is listed 0 times"),
+        (lambda pool: pool._idle.clear(), "1 slots are idle, 0 are listed"),
     ],
 )
 def test_damaged_bookkeeping_is_found(damage, message):
@@ -252,7 +253,7 @@ def test_damaged_bookkeeping_is_found(damage, message):
 def test_impossible_sizes_are_refused():
     with pytest.raises(ValueError, match="at least one block"):
         BlockPool(0)
-    with pytest.raises(ValueError, match="cannot allocate -1"):
+    with pytest.raises(ValueError, match="cannot take -1"):
         BlockPool(1).allocate(-1)
 
 
@@ -267,8 +268,8 @@ def test_changes_tell_in_order_what_became_findable_and_what_was_evicted():
         published(second[0]),
         published(second[1], after=second[0]),
     ]
-    assert sorted(pool.cached_hashes()) == sorted([first[0], *second])
-    pool.reset_prefix_cache()
+    assert sorted(pool.hashes()) == sorted([first[0], *second])
+    pool.reset()
     changes = pool.take_changes()
     assert {change.event for change in changes} == {CacheEvent.EVICTED}
     assert sorted(change.block_hash for change in changes) == sorted([first[0], *second])
@@ -294,16 +295,16 @@ def test_a_block_published_without_a_proof_gets_one_once_and_keeps_it_while_it_c
     pool = BlockPool(2)
     first, second = cached_chain(pool, chain("a", 2))
     assert pool.take_unproven() == [first, second]
-    assert (pool.take_unproven(), pool.find(chain("a", 2))) == ([], [])
+    assert (pool.take_unproven(), pool.find(chain("a", 1)[0])) == ([], None)
     pool.set_proofs([first, second], [11, 12])
     assert pool.proofs([first, second]) == [11, 12]
-    assert pool.find([*chain("a", 2), *chain("b", 1)]) == [CachedBlock(first, 11), CachedBlock(second, 12)]
+    assert pool.find(chain("a", 2)[1]) == Block(second, *reversed(chain("a", 2)), 12, False)
     (again,) = pool.allocate(1)
     assert pool.proofs([again]) == [None], "evicted"
     pool.publish(again, *chain("b", 1), proof=13)
     pool.publish(again, *chain("b", 1), proof=14)
     assert (pool.proofs([again]), pool.take_unproven()) == ([13], []), "the first word counts"
-    pool.reset_prefix_cache()
+    pool.reset()
     pool.publish(again, *chain("c", 1))
     assert pool.proofs([again]) == [None]
 
@@ -325,8 +326,8 @@ def test_a_block_that_has_changed_is_found_no_more_and_offered_to_nobody():
     pool.take_changes()
     pool.set_proofs(ids, [11, 12, 13])
     held = pool.match_prefix(hashes)
-    assert pool.drop_corrupt([ids[1]]) == 1
-    assert pool.drop_corrupt([ids[1]]) == 0
+    assert pool.drop([ids[1]]) == 1
+    assert pool.drop([ids[1]]) == 0
     pool.publish(ids[1], hashes[1], hashes[0])
     assert CacheChange(hashes[1], CacheEvent.EVICTED) in pool.take_changes()
     assert (pool.peek_prefix(hashes), pool.stats.num_corrupt) == (1, 1)
@@ -341,6 +342,6 @@ def test_a_block_that_has_changed_is_found_no_more_and_offered_to_nobody():
 def test_a_block_that_has_changed_and_that_nobody_holds_is_free_at_once():
     pool = BlockPool(2)
     ids = cached_chain(pool, chain("a", 2))
-    assert pool.drop_corrupt(ids[:1]) == 1
+    assert pool.drop(ids[:1]) == 1
     assert (pool.num_free, pool.num_cached) == (2, 1)
     pool.check_integrity({})

@@ -123,7 +123,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         ids = ids + fresh
         for block_id, block_hash in zip(ids, hashes, strict=False):
-            self.pool.publish(block_id, block_hash, None, TOKENS[block_hash] if tells else None)
+            self.pool.publish(block_id, block_hash, None, tokens=TOKENS[block_hash] if tells else None)
             if block_hash not in self.model.hashes:
                 self.model.hashes[block_id] = block_hash
             if tells:
@@ -186,7 +186,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def reset(self) -> None:
         num_cached = sum(known is not None for known in self.model.hashes)
-        assert self.pool.reset_prefix_cache() == num_cached
+        assert self.pool.reset() == num_cached
         self.model.hashes = [None] * len(self.model.hashes)
         self.model.told.clear()
         self.model.age.clear()

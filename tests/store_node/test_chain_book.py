@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvstore.block import BlockHash
-from kvstore.pool import CacheChange, CacheEvent
+from kvstore.pool.slot_book import CacheChange, CacheEvent
 from services.worker.store.chain_book import ChainBook, ChainOffer
 from tests.store_node.store_world import chain
 

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from kvstore.block import BlockHash
-from kvstore.pool import CacheChange, CacheEvent
+from kvstore.pool.slot_book import CacheChange, CacheEvent
 from kvstore.registry import WorkerRecord
 from kvstore.store import StoreNode, StoreTier
 from services.worker.store import StoreFeed

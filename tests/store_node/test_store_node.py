@@ -97,7 +97,7 @@ async def test_a_liar_gives_nothing_and_costs_no_slot() -> None:
         await honest.offer(node, hashes)
         await idle(node, 2)
         slots = [node.store.dram.find(each).slot for each in hashes]
-        assert [node.store.dram.memory.view(slot).tobytes() for slot in slots] == [honest.bytes_of(e) for e in hashes]
+        assert [node.store.memory.view(slot).tobytes() for slot in slots] == [honest.bytes_of(e) for e in hashes]
 
 
 async def test_an_address_that_is_somebody_elses_is_not_read_from() -> None:
@@ -117,7 +117,7 @@ async def test_an_offer_of_what_was_evicted_meanwhile_brings_the_part_that_is_le
         await giver.offer(node, hashes)
         await idle(node, 1)
         assert node.store.locate(hashes) == [StoreTier.DRAM] * 2
-        assert node.store.dram.num_free == 30
+        assert node.store.dram.num_empty == 30
 
 
 @pytest.mark.parametrize("faults", [Faults(stall=1.0), Faults(fail=1.0), Faults(cut=1.0), Faults(corrupt=1.0)])
@@ -207,7 +207,7 @@ async def test_a_flipped_byte_in_memory_is_found_by_the_reader_and_the_disks_cop
         await giver.offer(node, hashes)
         await idle(node, 1)
         assert await node.store.flush(20)
-        node.store.dram.memory.view(node.store.dram.find(hashes[2]).slot)[5] ^= 1
+        node.store.memory.view(node.store.dram.find(hashes[2]).slot)[5] ^= 1
 
         result, _ = await giver.fetch(node, hashes)
         assert result.failure.cause is FetchCause.DIGEST_MISMATCH
@@ -298,7 +298,7 @@ async def test_a_chain_that_a_dead_worker_was_to_give_is_taken_from_the_next_tha
         await closing
         await idle(node, 2)
         slots = [node.store.dram.find(each).slot for each in hashes]
-        assert [node.store.dram.memory.view(slot).tobytes() for slot in slots] == [other.bytes_of(e) for e in hashes]
+        assert [node.store.memory.view(slot).tobytes() for slot in slots] == [other.bytes_of(e) for e in hashes]
 
 
 async def test_a_read_that_never_ends_does_not_keep_what_is_here_from_the_disk(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore.block import BlockHash, BlockLayout, Proof
 from kvstore.block.digest import digest_rows
+from kvstore.pool import PROTECTED_SHARE
+from kvstore.pool.slot_book import Block, SlotBook
 
 LAYOUT = BlockLayout(num_layers=1, num_kv_heads=1, block_size=4, head_dim=8, dtype="float32", model_fingerprint="m1")
 OTHER_LAYOUT = BlockLayout(
@@ -36,3 +39,38 @@ def payload(block_hash: BlockHash, block_bytes: int = BLOCK_BYTES) -> npt.NDArra
 
 def proof(block_hash: BlockHash, block_bytes: int = BLOCK_BYTES) -> Proof:
     return Proof(digest_rows(payload(block_hash, block_bytes).view("<i8").reshape(1, -1))[0])
+
+
+class Cache(SlotBook):
+    """A book that nobody fills: what is inserted is there, and idle."""
+
+    def __init__(self, num_slots: int, protected_share: float = PROTECTED_SHARE) -> None:
+        super().__init__(num_slots, protected_share, on_evict=lambda blocks: self.victims.extend(blocks))
+        self.victims: list[Block] = []
+        assert self._segments is not None
+        self.segments = self._segments
+
+    def insert(self, block_hash: BlockHash, parent_hash: BlockHash | None, keep: BlockHash | None = None) -> None:
+        """In a slot that is free, or was the next victim's."""
+        (slot,) = self.take(1, keep)
+        assert self.publish(slot, block_hash, parent_hash, Proof(0))
+        self.release([slot])
+
+    def touch(self, hashes: Sequence[BlockHash]) -> None:
+        self.release(self.match_prefix(hashes))
+
+    def hold(self, block_hash: BlockHash) -> None:
+        self.match_prefix([block_hash], is_use=False)
+
+    def let_go(self, block_hash: BlockHash) -> None:
+        self.release([self._by_hash[block_hash].slot_id])
+
+    def evict(self, keep: BlockHash | None = None) -> Block | None:
+        """As if somebody wanted room and none was free; the slot is free then."""
+        empty = self.take(self.num_empty)
+        taken = self.take(1, keep)
+        self.release([*empty, *taken])
+        return self.victims.pop() if taken else None
+
+    def is_protected(self, block_hash: BlockHash) -> bool:
+        return self._by_hash[block_hash].is_protected

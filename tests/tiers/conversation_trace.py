@@ -11,8 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from kvstore.block import BlockHash
-from kvstore.pool import SegmentedLru
-from tests.tiers.blocks import chain
+from tests.tiers.blocks import Cache, chain
 
 
 def multi_turn_prompts(seed: int, num_prompts: int, one_off_share: float) -> Iterator[list[BlockHash]]:
@@ -42,17 +41,15 @@ def parents_of(prompt: Sequence[BlockHash]) -> list[BlockHash | None]:
 
 def hit_rate_of_segmented_lru(prompts: Iterator[list[BlockHash]], capacity: int) -> float:
     """Share of prompt blocks found as part of the longest prefix, in a cache of `capacity` blocks."""
-    policy = SegmentedLru(capacity)
+    cache = Cache(capacity)
     num_blocks = num_hits = 0
     for prompt in prompts:
-        num_found = _prefix_length(policy, prompt)
+        num_found = cache.peek_prefix(prompt)
         num_blocks, num_hits = num_blocks + len(prompt), num_hits + num_found
-        policy.touch(prompt[:num_found])
+        cache.touch(prompt[:num_found])
         for block_hash, parent in list(zip(prompt, parents_of(prompt), strict=True))[num_found:]:
-            if block_hash not in policy:
-                if len(policy) == capacity:
-                    policy.evict()
-                policy.insert(block_hash, parent)
+            if not cache.contains(block_hash):
+                cache.insert(block_hash, parent)
     return num_hits / num_blocks
 
 
@@ -80,7 +77,7 @@ def hit_rate_without_bound(prompts: Iterator[list[BlockHash]]) -> float:
     return num_hits / num_blocks
 
 
-def _prefix_length(cache: SegmentedLru | OrderedDict[BlockHash, None], prompt: Sequence[BlockHash]) -> int:
+def _prefix_length(cache: OrderedDict[BlockHash, None], prompt: Sequence[BlockHash]) -> int:
     for num_found, block_hash in enumerate(prompt):
         if block_hash not in cache:
             return num_found

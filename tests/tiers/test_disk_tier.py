@@ -15,6 +15,7 @@ import pytest
 from kvstore.block import BlockHash
 from kvstore.store import DiskTier
 from kvstore.store.directory import DirectoryLocked
+from kvstore.store.disk_files import HEAD_BYTES, RECORD_BYTES, FileCalls
 from kvstore.store.disk_tier import (
     DiskTierClosed,
     GetFailure,
@@ -22,10 +23,9 @@ from kvstore.store.disk_tier import (
     PutResult,
     StoredBlock,
 )
-from kvstore.store.segment_file import FileCalls, SegmentShape
 from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, OTHER_LAYOUT, chain, named_hash, parents, payload, proof
 
-MAX_BYTES = 16 * 12 * 1024  # 16 files of at most 12 KiB
+MAX_BYTES = 16 * 12 * 1024  # grows by 12 KiB, 48 blocks
 
 
 class Disk:
@@ -119,7 +119,7 @@ def test_its_files_never_outgrow_the_bound_and_the_coldest_chain_ends_go(tmp_pat
             result = put(tier, named_hash(f"one-off{number}"))
             assert result.outcome is PutOutcome.STORED
             evicted.update(result.evicted)
-            assert sum(path.stat().st_size for path in tmp_path.glob("*.blocks")) == tier.size_bytes <= MAX_BYTES
+            assert sum(path.stat().st_size for path in tmp_path.glob("tandem.*")) == tier.size_bytes <= MAX_BYTES
         assert len(evicted) == tier.stats.num_evicted == 1505 - len(tier)
         assert evicted.isdisjoint(tier.hashes())
         assert all(map(tier.contains, hot))
@@ -127,17 +127,22 @@ def test_its_files_never_outgrow_the_bound_and_the_coldest_chain_ends_go(tmp_pat
         tier.check_integrity()
 
 
-def test_a_smaller_bound_at_the_next_start_removes_the_files_with_the_oldest_blocks(tmp_path):
+def test_a_smaller_bound_at_the_next_start_cuts_the_files_and_a_larger_one_lets_them_grow(tmp_path):
     a = chain("a", 200)
     with open_tier(tmp_path) as tier:
         put_chain(tier, a)
-    with open_tier(tmp_path, MAX_BYTES // 2) as tier:
-        assert tier.recovery.num_surplus_segments > 0
-        assert tier.size_bytes <= MAX_BYTES // 2
-        kept = [block_hash for block_hash in a if tier.contains(block_hash)]
-        assert 0 < len(kept) < 200
-        assert kept == a[-len(kept) :]
+    with open_tier(tmp_path, MAX_BYTES // 6) as tier:
+        assert sum(path.stat().st_size for path in tmp_path.glob("tandem.*")) == tier.size_bytes <= MAX_BYTES // 6
+        num_kept = len(tier)
+        assert (num_kept, tier.recovery.num_surplus_blocks) == (tier._files.num_slots, 200 - num_kept)
+        for block_hash in tier.hashes():
+            assert_reads(tier, block_hash, parents(a)[a.index(block_hash)])
         assert put(tier, named_hash("more")).outcome is PutOutcome.STORED
+        tier.check_integrity()
+    with open_tier(tmp_path) as tier:
+        assert len(tier) == num_kept
+        put_chain(tier, chain("b", 200))
+        assert len(tier) == num_kept + 200
         tier.check_integrity()
 
 
@@ -154,21 +159,20 @@ def test_recency_survives_a_restart_as_the_order_of_writing(tmp_path):
 def test_blocks_of_another_layout_are_dropped_and_their_space_is_used(tmp_path):
     with open_tier(tmp_path) as tier:
         put_chain(tier, chain("a", 60))
-    num_files = len(list(tmp_path.glob("*.blocks")))
     with open_tier(tmp_path, layout=OTHER_LAYOUT) as tier:
-        assert (len(tier), tier.recovery.num_unusable_segments) == (0, num_files)
+        assert (len(tier), tier.recovery.num_unusable_files) == (0, 1)
         put_chain(tier, chain("a", 3))
     with open_tier(tmp_path) as tier:
-        assert (len(tier), tier.recovery.num_unusable_segments) == (0, 1)
+        assert (len(tier), tier.recovery.num_unusable_files) == (0, 1)
 
 
 def test_files_that_are_not_ours_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     (tmp_path / "elsewhere").write_text("target of a link")
-    (tmp_path / "tandem-000000000003.blocks").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "tandem.blocks").symlink_to(tmp_path / "elsewhere")
     with open_tier(tmp_path) as tier:
         put_chain(tier, chain("a", 60))
-        assert (tier.recovery.num_foreign_files, tier.recovery.num_unusable_segments) == (2, 1)
+        assert (tier.recovery.num_foreign_files, tier.recovery.num_unusable_files) == (2, 1)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     assert (tmp_path / "elsewhere").read_text() == "target of a link"
 
@@ -217,12 +221,13 @@ def test_a_disk_that_refuses_writes_still_reads_and_takes_blocks_again_later(tmp
         assert (sorted(tier.hashes()), tier.recovery.num_bad_records) == (sorted(a[:2]), 0)
 
 
-def test_a_disk_that_is_full_from_the_start_leaves_no_file_behind(tmp_path):
+def test_a_disk_that_is_full_from_the_start_leaves_nothing_behind(tmp_path):
     disk = Disk()
     disk.allocate_error = errno.ENOSPC
     with open_tier(tmp_path, disk=disk) as tier:
         assert put(tier, named_hash("a")).outcome is PutOutcome.PAUSED
-        assert (len(tier), tier.is_paused, list(tmp_path.glob("*.blocks"))) == (0, True, [])
+        assert (len(tier), tier.is_paused, tier.size_bytes) == (0, True, 0)
+        assert all(path.stat().st_size == 0 for path in tmp_path.glob("tandem.*"))
         disk.allocate_error = None
         disk.now += 5
         assert put(tier, named_hash("a")).outcome is PutOutcome.STORED
@@ -232,17 +237,17 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_file_behind(tmp_path):
 def test_a_disk_too_full_to_grow_recycles_the_space_that_it_has(tmp_path):
     disk = Disk()
     with open_tier(tmp_path, disk=disk) as tier:
-        per_file = tier._shape.num_slots
-        blocks = [named_hash(f"b{i}") for i in range(per_file + 2)]
-        for block_hash in blocks[:per_file]:
+        step = MAX_BYTES // 16 // BLOCK_BYTES
+        blocks = [named_hash(f"b{i}") for i in range(step + 2)]
+        for block_hash in blocks[:step]:
             assert put(tier, block_hash).evicted == ()
         disk.allocate_error = errno.ENOSPC
-        assert put(tier, blocks[per_file]) == PutResult(PutOutcome.STORED, (blocks[0],))
-        assert len(tier._segments) == 1
+        assert put(tier, blocks[step]) == PutResult(PutOutcome.STORED, (blocks[0],))
+        assert tier._files.num_slots == step
         disk.allocate_error = None
         disk.now += 5
-        assert put(tier, blocks[per_file + 1]) == PutResult(PutOutcome.STORED, ())
-        assert len(tier._segments) == 2
+        assert put(tier, blocks[step + 1]) == PutResult(PutOutcome.STORED, ())
+        assert tier._files.num_slots == 2 * step
         tier.check_integrity()
 
 
@@ -271,19 +276,19 @@ def test_a_block_whose_proof_was_never_right_is_not_served(tmp_path):
 
 def test_a_block_being_read_is_neither_evicted_nor_overwritten(tmp_path):
     disk = Disk()
-    one_block = SegmentShape(1, BLOCK_BYTES).size_bytes
+    one_block = HEAD_BYTES + RECORD_BYTES + BLOCK_BYTES
     a, b = chain("x", 2)
     is_reading, may_go_on = threading.Event(), threading.Event()
     with open_tier(tmp_path, one_block, disk=disk) as tier:
         assert put(tier, a).outcome is PutOutcome.STORED
-        plain_read = tier._calls.read
+        plain_read = tier._files._calls.read
 
         def slow_read(fd, buffers, offset):
             is_reading.set()
             assert may_go_on.wait(30)
             return plain_read(fd, buffers, offset)
 
-        object.__setattr__(tier._calls, "read", slow_read)
+        object.__setattr__(tier._files._calls, "read", slow_read)
         reader = threading.Thread(target=assert_reads, args=(tier, a))
         reader.start()
         assert is_reading.wait(30)
@@ -315,7 +320,7 @@ def test_many_threads_never_read_a_wrong_byte(tmp_path):
         except BaseException as error:
             failures.append(error)
 
-    with open_tier(tmp_path, 16 * 8192) as tier:  # two blocks a file, 32 in all: fewer than there are
+    with open_tier(tmp_path, HEAD_BYTES + 32 * (RECORD_BYTES + BLOCK_BYTES)) as tier:  # fewer than there are
         threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
@@ -353,12 +358,3 @@ def test_malformed_blocks_and_impossible_bounds_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has no room for one block of 256 bytes"):
         open_tier(tmp_path / "tiny", 4096)
     assert not (tmp_path / "tiny").exists()
-
-
-@pytest.mark.parametrize("block_bytes", [32_768, 393_216, 4_000_000])
-@pytest.mark.parametrize("max_bytes", [100_000_000, 10 * 2**30, 2**40])
-def test_a_store_of_any_size_is_a_moderate_number_of_files_and_mostly_payload(block_bytes, max_bytes):
-    shape = SegmentShape.filling(block_bytes, max_bytes)
-    num_files = max_bytes // shape.size_bytes
-    assert 16 <= num_files <= 260
-    assert num_files * shape.num_slots * block_bytes > 0.6 * max_bytes

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvstore.block import BlockHash
-from kvstore.pool import SegmentedLru
-from kvstore.pool.eviction import Victim
-from tests.tiers.blocks import chain
+from tests.tiers.blocks import Cache, chain
 
 # A tree: three chains that share a head, and one apart.
 _HEAD = chain("head", 3)
@@ -51,17 +49,24 @@ class Model:
             block_hash = PARENT[block_hash]
 
     def insert(self, block_hash: BlockHash) -> None:
-        self.blocks[block_hash] = ModelBlock(self.next_tick())
+        self.blocks[block_hash] = ModelBlock(self.next_tick(), num_pins=1)  # whoever inserts it holds it meanwhile
         if any(child.is_protected for child in self.children(block_hash)):
             self.protect_with_ancestors(block_hash)
             self.shrink()
+        self.blocks[block_hash].num_pins = 0
 
     def touch(self, hashes: list[BlockHash]) -> None:
         for block_hash in reversed(hashes):
             self.blocks[block_hash].last_use = self.next_tick()
             self.blocks[block_hash].was_reused = True
             self.protect_with_ancestors(block_hash)
+        self.pin(hashes, 1)  # whoever uses them holds them meanwhile
         self.shrink()
+        self.pin(hashes, -1)
+
+    def pin(self, hashes: list[BlockHash], num_pins: int) -> None:
+        for block_hash in hashes:
+            self.blocks[block_hash].num_pins += num_pins
 
     def coldest(self, protected: bool) -> BlockHash | None:
         def may_leave(block_hash: BlockHash) -> bool:
@@ -92,7 +97,7 @@ class Model:
         self.warm_parent(block_hash)
         del self.blocks[block_hash]
 
-    def evict(self, keep: BlockHash | None) -> Victim | None:
+    def evict(self, keep: BlockHash | None) -> tuple[BlockHash, bool] | None:
         if keep in self.blocks:
             self.blocks[keep].num_pins += 1
         try:
@@ -101,14 +106,14 @@ class Model:
             if keep in self.blocks:
                 self.blocks[keep].num_pins -= 1
 
-    def _evict(self) -> Victim | None:
+    def _evict(self) -> tuple[BlockHash, bool] | None:
         self.shrink()
         while (block_hash := self.coldest(protected=False)) is None:
             block_hash = self.coldest(protected=True)
             if block_hash is None:
                 return None
             self.demote(block_hash)
-        victim = Victim(block_hash, self.blocks[block_hash].was_reused)
+        victim = (block_hash, self.blocks[block_hash].was_reused)
         self.remove(block_hash)
         return victim
 
@@ -116,13 +121,13 @@ class Model:
 class EvictionMachine(RuleBasedStateMachine):
     @initialize(max_protected=st.integers(0, 8))
     def start(self, max_protected: int) -> None:
-        self.policy = SegmentedLru(10, protected_share=max_protected / 10)
-        self.model = Model(self.policy.max_protected)
+        self.cache = Cache(16, protected_share=max_protected / 16)
+        self.model = Model(self.cache.segments.max_protected)
 
     @rule(block_hash=st.sampled_from(BLOCKS))
     def insert(self, block_hash: BlockHash) -> None:
-        if block_hash not in self.policy:
-            self.policy.insert(block_hash, PARENT[block_hash])
+        if not self.cache.contains(block_hash):
+            self.cache.insert(block_hash, PARENT[block_hash])
             self.model.insert(block_hash)
 
     @rule(prompt=st.sampled_from(CHAINS))
@@ -132,14 +137,14 @@ class EvictionMachine(RuleBasedStateMachine):
 
     @rule(prompt=st.sampled_from(CHAINS), start=st.integers(0, 5), length=st.integers(1, 6))
     def touch(self, prompt: list[BlockHash], start: int, length: int) -> None:
-        used = [block_hash for block_hash in prompt[start : start + length] if block_hash in self.policy]
-        self.policy.touch(used)
+        used = [block_hash for block_hash in prompt[start : start + length] if self.cache.contains(block_hash)]
+        self.cache.touch(used)
         self.model.touch(used)
 
     @rule(block_hash=st.sampled_from(BLOCKS))
     def pin(self, block_hash: BlockHash) -> None:
-        if block_hash in self.policy:
-            self.policy.pin(block_hash)
+        if self.cache.contains(block_hash):
+            self.cache.hold(block_hash)
             self.model.blocks[block_hash].num_pins += 1
 
     @precondition(lambda self: any(block.num_pins for block in self.model.blocks.values()))
@@ -147,28 +152,30 @@ class EvictionMachine(RuleBasedStateMachine):
     def unpin(self, data: st.DataObject) -> None:
         pinned = sorted(block_hash for block_hash, block in self.model.blocks.items() if block.num_pins)
         block_hash = data.draw(st.sampled_from(pinned))
-        self.policy.unpin(block_hash)
+        self.cache.let_go(block_hash)
         self.model.blocks[block_hash].num_pins -= 1
 
     @rule(block_hash=st.sampled_from(BLOCKS))
     def remove(self, block_hash: BlockHash) -> None:
-        if block_hash in self.policy and not self.policy.num_pins(block_hash):
-            self.policy.remove(block_hash)
+        if self.cache.contains(block_hash) and not self.model.blocks[block_hash].num_pins:
+            assert self.cache.drop([self.cache.find(block_hash).slot]) == 1
             self.model.remove(block_hash)
 
     @rule(num_blocks=st.integers(1, 4), keep=st.none() | st.sampled_from(BLOCKS))
     def evict(self, num_blocks: int, keep: BlockHash | None) -> None:
         for _ in range(num_blocks):
             has_child = {PARENT[block_hash] for block_hash in self.model.blocks}
-            victim = self.policy.evict(keep)
-            assert victim == self.model.evict(keep)
+            victim = self.cache.evict(keep)
+            expected = self.model.evict(keep)
+            assert (victim and (victim.block_hash, victim.was_reused)) == expected
             assert victim is None or victim.block_hash != keep
             assert victim is None or victim.block_hash not in has_child, "a head was cut before its tail"
 
     @invariant()
     def agrees_with_the_model(self) -> None:
-        self.policy.check_integrity()
-        seen = {h: (self.policy.is_protected(h), self.policy.num_pins(h)) for h in BLOCKS if h in self.policy}
+        self.cache.check_integrity()
+        found = {h: self.cache.find(h) for h in BLOCKS if self.cache.contains(h)}
+        seen = {h: (self.cache.is_protected(h), self.cache.num_references(found[h].slot)) for h in found}
         assert seen == {h: (block.is_protected, block.num_pins) for h, block in self.model.blocks.items()}
 
 

@@ -15,9 +15,9 @@ import pytest
 
 from kvstore.block import BlockHash, HostMemory
 from kvstore.errors import IntegrityError
-from kvstore.pool import PinnedBlock
+from kvstore.pool.slot_book import Block
 from kvstore.store import DiskTier, DiskWrites, StoreTier, TieredStore
-from kvstore.store.segment_file import FileCalls
+from kvstore.store.disk_files import FileCalls
 from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, named_hash, parents, payload, proof
 
 DRAM, DISK = StoreTier.DRAM, StoreTier.DISK
@@ -53,7 +53,7 @@ class Gate:
 async def open_store(
     directory: Path | None,
     num_slots: int = 8,
-    disk_writes: DiskWrites = DiskWrites.EVICTED,
+    disk_writes: DiskWrites = DiskWrites.ALL,
     gate: Gate | None = None,
     on_change=None,
     expected_pins: int = 0,
@@ -68,7 +68,7 @@ async def open_store(
     try:
         yield store
         async with asyncio.timeout(20):
-            await store._jobs.wait_until_idle()
+            await store.wait_until_idle()
         store.check_integrity(expected_pins)
         assert store.dram.num_private == 0
     finally:
@@ -86,17 +86,17 @@ async def take_in(store: TieredStore, hashes: list[BlockHash]) -> None:
     """As a fetch does, block by block, and without a care for the blocks before."""
     for block_hash, parent in zip(hashes, parents(hashes), strict=True):
         (slot,) = await store.reserve(1)
-        store.dram.memory.view(slot)[:] = payload(block_hash)
+        store.memory.view(slot)[:] = payload(block_hash)
         assert store.publish(slot, block_hash, parent, proof(block_hash))
 
 
-def assert_right(store: TieredStore, pinned: list[PinnedBlock], hashes: list[BlockHash]) -> None:
+def assert_right(store: TieredStore, pinned: list[Block], hashes: list[BlockHash]) -> None:
     assert [(pin.block_hash, pin.proof) for pin in pinned] == [(h, proof(h)) for h in hashes]
     for pin in pinned:
-        assert store.dram.memory.view(pin.slot).tobytes() == payload(pin.block_hash).tobytes()
+        assert store.memory.view(pin.slot).tobytes() == payload(pin.block_hash).tobytes()
 
 
-def slots(pinned: list[PinnedBlock]) -> list[int]:
+def slots(pinned: list[Block]) -> list[int]:
     return [pin.slot for pin in pinned]
 
 
@@ -127,12 +127,11 @@ async def test_without_a_disk_it_is_dram_alone():
         assert await store.flush(20)
 
 
-@pytest.mark.parametrize("disk_writes", [DiskWrites.ALL, DiskWrites.EVICTED])
-async def test_a_restart_keeps_everything_after_a_clean_end(tmp_path, disk_writes):
+async def test_a_restart_keeps_everything_after_a_clean_end(tmp_path):
     a = chain("a", 6)
-    async with open_store(tmp_path, disk_writes=disk_writes) as store:
+    async with open_store(tmp_path) as store:
         await insert(store, a)
-    async with open_store(tmp_path, disk_writes=disk_writes) as store:
+    async with open_store(tmp_path) as store:
         assert sorted(store.contents()) == sorted((block_hash, DISK) for block_hash in a)
         pinned = await store.pin(a)
         assert_right(store, pinned, a)
@@ -150,7 +149,7 @@ async def test_written_behind_blocks_leave_dram_at_no_cost(tmp_path):
         assert len(taken) == 8
         assert store.stats.num_written == num_written
         for slot, block_hash, parent in zip(taken, b, parents(b), strict=True):
-            store.dram.memory.view(slot)[:] = payload(block_hash)
+            store.memory.view(slot)[:] = payload(block_hash)
             store.publish(slot, block_hash, parent, proof(block_hash))
         assert await store.flush(20)
         assert store.locate(a) == [DISK] * 8
@@ -178,8 +177,8 @@ async def test_an_index_that_follows_the_changes_knows_what_is_where(tmp_path):
         assert ((block_hash, tier) in seen) != is_present
         (seen.add if is_present else seen.remove)((block_hash, tier))
 
-    # 12 files of one block: the disk forgets, too.
-    async with open_store(tmp_path, 4, DiskWrites.ALL, on_change=changed, max_bytes=16 * 8448) as store:
+    # Room for 12 blocks: the disk forgets, too.
+    async with open_store(tmp_path, 4, DiskWrites.ALL, on_change=changed, max_bytes=4096 + 12 * 320) as store:
         for name in "abcdefgh":
             await insert(store, chain(name, 4))
             store.unpin(slots(await store.pin(chain("a", 4))))
@@ -281,83 +280,66 @@ async def test_a_cancelled_pin_gives_back_its_pins_and_its_slots(tmp_path):
         gate.may_read.clear()
         task = asyncio.create_task(store.pin(a))
         await asyncio.sleep(0)
-        assert store._jobs.num_running
+        assert store._promoting
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         gate.may_read.set()
 
 
-async def test_a_slow_disk_slows_a_reservation_down_and_no_further_than_its_deadline(tmp_path):
+async def test_nothing_is_evicted_before_it_is_written_and_a_reservation_waits_no_longer_than_its_deadline(tmp_path):
     gate = Gate()
     a = chain("a", 8)
     async with open_store(tmp_path, gate=gate) as store:
-        await insert(store, a)
         gate.may_write.clear()
+        await insert(store, a)
         assert await store.reserve(3, timeout_s=0.05) == []
         waiting = asyncio.create_task(store.reserve(3))
         await asyncio.sleep(0)
-        assert store.locate(a) == [DRAM] * 2 + [DISK] * 6, "on its way down counts as there"
+        assert store.locate(a) == [DRAM] * 8
         gate.may_write.set()
         taken = await waiting
         assert len(taken) == 3
+        assert store.locate(a) == [DRAM] * 5 + [DISK] * 3
         store.abandon(taken)
         pinned = await store.pin(a)
         assert_right(store, pinned, a)
         store.unpin(slots(pinned))
 
 
-async def test_who_asks_for_what_is_on_its_way_down_waits_for_it(tmp_path):
+async def test_a_block_that_is_dropped_while_it_waits_to_be_written_is_not(tmp_path):
     gate = Gate()
-    a = chain("a", 8)
+    a = chain("a", 3)
     async with open_store(tmp_path, gate=gate) as store:
-        await insert(store, a)
         gate.may_write.clear()
-        assert await store.reserve(3, timeout_s=0.05) == []
-        finding = asyncio.create_task(store.pin(a))
+        await insert(store, a[:1])
         await asyncio.sleep(0)
-        assert store.locate(a) == [DRAM] * 5 + [DISK] * 3
+        await insert(store, a[1:])
+        store.dram.drop([store.dram.find(a[2]).slot])
         gate.may_write.set()
-        pinned = await finding
-        assert_right(store, pinned, a)
-        store.unpin(slots(pinned))
-
-
-async def test_blocks_that_are_pinned_to_be_written_behind_are_waited_for(tmp_path):
-    gate = Gate()
-    async with open_store(tmp_path, 4, DiskWrites.ALL, gate=gate) as store:
-        gate.may_write.clear()
-        await insert(store, chain("a", 4))
-        await asyncio.sleep(0)
-        assert not store._write_behind.num_queued, "all four are being written"
-        assert await store.reserve(2, timeout_s=0.05) == []
-        waiting = asyncio.create_task(store.reserve(2))
-        await asyncio.sleep(0)
-        gate.may_write.set()
-        taken = await waiting
-        assert len(taken) == 2
-        store.abandon(taken)
+        assert await store.flush(20)
+        assert sorted(store.disk.hashes()) == sorted(a[:2])
 
 
 async def test_a_cancelled_reservation_leaks_nothing(tmp_path):
     gate = Gate()
     async with open_store(tmp_path, gate=gate) as store:
-        await insert(store, chain("a", 5))
         gate.may_write.clear()
+        await insert(store, chain("a", 5))
         task = asyncio.create_task(store.reserve(8))
         await asyncio.sleep(0)
-        assert store._jobs.num_running
+        assert store.dram.num_private == 3
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert store.dram.num_private == 0
         gate.may_write.set()
 
 
-@pytest.mark.parametrize("disk_writes", [DiskWrites.ALL, DiskWrites.EVICTED])
-async def test_on_a_full_disk_the_store_goes_on_in_dram_and_writes_again_later(tmp_path, disk_writes):
+async def test_on_a_full_disk_the_store_goes_on_in_dram_and_writes_again_later(tmp_path):
     gate = Gate()
     a, b, c = chain("a", 8), chain("b", 8), chain("c", 8)
-    async with open_store(tmp_path, gate=gate, disk_writes=disk_writes) as store:
+    async with open_store(tmp_path, gate=gate) as store:
         await insert(store, a)
         assert await store.flush(20)
         store.unpin(slots(await store.pin(a)))
@@ -405,8 +387,9 @@ async def test_memory_and_disk_must_hold_blocks_of_one_size(tmp_path):
 async def test_a_report_that_went_missing_is_found(tmp_path):
     async with open_store(tmp_path) as store:
         await take_in(store, chain("a", 12))
+        assert await store.flush(20)
         store._reported_on_disk.pop()
-        with pytest.raises(IntegrityError, match="3 blocks reported on disk, 4 are there"):
+        with pytest.raises(IntegrityError, match="11 blocks reported on disk, 12 are there"):
             store.check_integrity()
         store._reported_on_disk.update(store.disk.hashes())
 

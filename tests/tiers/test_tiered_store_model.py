@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvstore.block import BlockHash, HostMemory
-from kvstore.pool import PinnedBlock
+from kvstore.pool.slot_book import Block
 from kvstore.store import DiskTier, DiskWrites, StoreTier, TieredStore
-from kvstore.store.segment_file import FileCalls
+from kvstore.store.disk_files import FileCalls
 from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, parents, payload, proof
 
 _HEAD = chain("head", 3)
 PROMPTS = [_HEAD + chain("x", 3), _HEAD + chain("y", 4), _HEAD[:1] + chain("z", 3), chain("w", 6), chain("v", 4)]
 NUM_SLOTS = 7
-LARGE_DISK, SMALL_DISK = 16 * 20_000, 6 * 8704  # the small one holds 6 files of one or two blocks
+LARGE_DISK, SMALL_DISK = 40_000, 4096 + 9 * 320  # the small one holds 9 blocks
 
 _Result = TypeVar("_Result")
 
@@ -38,8 +38,8 @@ class TieredStoreMachine(RuleBasedStateMachine):
         self.is_disk_full, self.is_disk_sound = False, True
         self.known: set[BlockHash] = set()  # all that was ever inserted
         # Where every block goes to disk before it is lost, nothing is lost as long as the disk has room and is sound.
-        self.keeps_all = max_bytes == LARGE_DISK and disk_writes in (DiskWrites.ALL, DiskWrites.EVICTED)
-        self.pins: list[PinnedBlock] = []
+        self.keeps_all = max_bytes == LARGE_DISK and disk_writes is DiskWrites.ALL
+        self.pins: list[Block] = []
         self.open()
 
     def open(self) -> None:
@@ -69,7 +69,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
 
         async def to_the_end() -> _Result:
             result = await work
-            await self.store._jobs.wait_until_idle()
+            await self.store.wait_until_idle()
             await asyncio.sleep(0)
             return result
 
@@ -97,7 +97,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
 
     @rule(prompts=st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=3))
     def pin_at_once(self, prompts: list[list[BlockHash]]) -> None:
-        async def pin_all() -> list[list[PinnedBlock]]:
+        async def pin_all() -> list[list[Block]]:
             return await asyncio.gather(*map(self.store.pin, prompts))
 
         located = [len(self.store.locate(prompt)) for prompt in prompts]
@@ -121,7 +121,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
         assert len(slots) == len(set(slots)) <= num_blocks
         assert {pin.slot for pin in self.pins}.isdisjoint(slots)
         for slot in slots:
-            self.store.dram.memory.view(slot)[:] = 0xEE
+            self.store.memory.view(slot)[:] = 0xEE
         self.store.abandon(slots)
 
     @rule()
@@ -135,7 +135,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
         """What is on disk stays, the rest is lost."""
         self.pins.clear()
         on_disk = set(self.store.disk.hashes())
-        self.loop.run_until_complete(self.store._disk_jobs.close())
+        self.store.disk.close()
         self.open()
         found = set(self.store.disk.hashes())
         # A block whose place was to be overwritten on a full disk may still be whole, and is found again.
@@ -154,10 +154,10 @@ class TieredStoreMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def flip_a_byte_on_disk(self, data: st.DataObject) -> None:
-        paths = sorted(self.directory.glob("*.blocks"))
+        paths = [path for path in sorted(self.directory.glob("tandem.*")) if path.stat().st_size]
         if paths:
             path = data.draw(st.sampled_from(paths))
-            offset = data.draw(st.integers(4096, path.stat().st_size - 1))
+            offset = data.draw(st.integers(0, path.stat().st_size - 1))
             with open(path, "r+b") as file:
                 file.seek(offset)
                 byte = file.read(1)[0]
@@ -172,7 +172,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
         self.store.check_integrity(expected_pins=len(self.pins))
         assert self.reported == set(self.store.contents())
         for pin in self.pins:
-            assert self.store.dram.memory.view(pin.slot).tobytes() == payload(pin.block_hash).tobytes()
+            assert self.store.memory.view(pin.slot).tobytes() == payload(pin.block_hash).tobytes()
         present = {block_hash for block_hash, _ in self.reported}
         if self.keeps_all:
             assert present == self.known

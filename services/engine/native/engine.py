@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof, find_wrong, prove
-from kvstore.pool import BlockPool, CacheChange, CopiedBack, HostChange
+from kvstore.pool import BlockPool, CacheChange, CopiedBack
 from kvstore.protocol import Reservation
 from services.engine.native.config import EngineConfig
 from services.engine.native.memory import (
@@ -248,9 +248,9 @@ class Engine:
 
     def recheck(self, hashes: Sequence[BlockHash]) -> int:
         """Hold cached blocks against their proofs and drop those that have changed; returns how many."""
-        found = self.pool.find(hashes)
-        wrong = find_wrong(self.memory, [block.block_id for block in found], [block.proof for block in found])
-        return self.pool.drop_corrupt([found[position].block_id for position in wrong])
+        found = [block for each in hashes if (block := self.pool.find(each)) is not None]
+        wrong = find_wrong(self.memory, [block.slot for block in found], [block.proof for block in found])
+        return self.pool.drop(found[position].slot for position in wrong)
 
     def begin_restore(self, hashes: Sequence[BlockHash]) -> Restore | None:
         """Begin to bring back from the host tier what follows the cached prefix of `hashes`; None: nothing, or no room.
@@ -265,7 +265,7 @@ class Engine:
         end_restore(self.host_tier, self._scheduler, restore, copied)
         self._grant_reservations()
 
-    def take_host_changes(self) -> list[HostChange]:
+    def take_host_changes(self) -> list[CacheChange]:
         """What happened to findable blocks of the host tier since the last call, in order."""
         return self.host_tier.take_changes() if self.host_tier is not None else []
 
@@ -277,7 +277,7 @@ class Engine:
         """Forget all cached prefixes, those in the host tier too; the number of paged blocks that could be found."""
         if self.host_tier is not None:
             self.host_tier.reset()
-        return self.pool.reset_prefix_cache()
+        return self.pool.reset()
 
     # ---- steps ------------------------------------------------------------------
 

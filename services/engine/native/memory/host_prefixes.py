@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvstore.block import BlockHash
-from kvstore.pool import CopiedBack, HostTier, PinnedBlock
+from kvstore.pool import Block, CopiedBack, HostTier
 from services.engine.native.scheduling import Scheduler
 
 # As many requests may begin in one step at most with blocks that come back right before it.
@@ -29,7 +29,7 @@ class Restore:
     hashes: tuple[BlockHash, ...]
     block_ids: tuple[int, ...]
     num_present: int
-    pinned: tuple[PinnedBlock, ...]  # what comes into block_ids[num_present:]
+    pinned: tuple[Block, ...]  # what comes into block_ids[num_present:]
 
     @property
     def missing_ids(self) -> tuple[int, ...]:

@@ -103,5 +103,5 @@ def publish_full_blocks(
         start = index * config.block_size
         token_ids = request.token_ids[start : start + config.block_size]
         tokens = BlockTokens(_parent_hash(request, index, config), token_ids)
-        pool.publish(block_id, block_hash, parent_hash, tokens, proofs[index] if proofs else None)
+        pool.publish(block_id, block_hash, parent_hash, proofs[index] if proofs else None, tokens)
     request.num_published_blocks = num_full

@@ -168,7 +168,7 @@ class Scheduler:
         """
         self.loans.check(block_ids)
         for block_id, block_hash, proof in zip(block_ids, hashes, proofs, strict=True):
-            self.pool.publish(block_id, block_hash, parent_hash, proof=proof)
+            self.pool.publish(block_id, block_hash, parent_hash, proof)
             parent_hash = block_hash
 
     def next_prefixes(self, max_requests: int) -> list[Sequence[BlockHash]]:
