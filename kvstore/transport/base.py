@@ -62,7 +62,7 @@ class Link(Protocol):
 
     @property
     def lane(self) -> str:
-        """What carries the bytes, for people and metrics: `memory`, `tcp`, `cma`, `rdma`, `cuda_ipc` ..."""
+        """What carries the bytes, for people and metrics: `tcp`, `cma`, `rdma`, `cuda_ipc` ..."""
 
     def read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
         """Start to read. The future resolves only when the read has *really* ended: no byte of it can land after.

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 # Lanes on which a one-sided read is done by hardware or by one system call. On tcp NIXL emulates it in software, and
 # there a reader's death has aborted the owner's process: two-sided messages are the better choice.
-FAST_LANES: Final = frozenset({"rdma", "cuda_ipc", "cma", "memory"})
+FAST_LANES: Final = frozenset({"rdma", "cuda_ipc", "cma"})
 CHOICES: Final = ("auto", "ucxx", "nixl")
 
 

@@ -9,7 +9,7 @@ from kvstore.block import BlockHash, BlockLayout, HostMemory
 from kvstore.exchange import BlockExchange, PeerIdentity, RequestScope
 from kvstore.exchange.lending import PrefixLender
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, ReadLimits, Reservation
-from kvstore.transport.memory import Faults, MemoryTransport, Switchboard
+from tests.memory_transport import Faults, MemoryTransport, Switchboard
 
 LAYOUT = BlockLayout(num_layers=2, num_kv_heads=1, block_size=8, head_dim=4, dtype="float32", model_fingerprint="ab12")
 # Nothing is late by these on a machine that stands still for a while; what has failed is given back soon.

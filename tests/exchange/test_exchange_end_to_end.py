@@ -15,8 +15,8 @@ from kvstore.errors import (
 )
 from kvstore.exchange import BlockExchange
 from kvstore.protocol import ExchangeTimeouts, FetchCause, LeaseOutcome, Reservation
-from kvstore.transport.memory import Faults, MemoryTransport, Switchboard
 from tests.exchange.exchange_worker import LAYOUT, PATIENT, TRANSFER, Worker, room, running, some_hashes
+from tests.memory_transport import Faults, MemoryTransport, Switchboard
 
 SOURCE, TARGET = [9, 10, 11, 3, 40, 41, 7, 8, 63, 0], [5, 6, 7, 20, 30, 31, 1, 2, 3, 4]
 

@@ -30,8 +30,8 @@ from kvstore.protocol import (
     encode,
 )
 from kvstore.protocol.messages import MAX_FRAME_BYTES
-from kvstore.transport.memory import Switchboard
 from tests.exchange.exchange_worker import LAYOUT, PATIENT, TRANSFER, Worker, room, running
+from tests.memory_transport import Switchboard
 
 BOUND_S = 10.0
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from kvstore.block import BlockHash
 from kvstore.protocol import AnnouncedBlock, FetchCause, FetchState, Reservation
-from kvstore.transport.memory import Faults, Switchboard
 from services.logs import TextFormatter, current_request_id, request_scope
 from tests.exchange.exchange_worker import TRANSFER, Worker, room, running
+from tests.memory_transport import Faults, Switchboard
 
 HASHES = [BlockHash(bytes([i]) * 16) for i in range(10)]
 WAIT_S = 20.0

@@ -3,8 +3,8 @@
 import asyncio
 
 from kvstore.protocol import FetchCause, LeaseOutcome, ReadRequest
-from kvstore.transport.memory import Switchboard
 from tests.exchange.exchange_worker import TRANSFER, Worker, room, running, some_hashes
+from tests.memory_transport import Switchboard
 
 BLOCKS = [1, 2, 3]
 

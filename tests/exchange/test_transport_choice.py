@@ -13,8 +13,8 @@ from kvstore.errors import IncompatiblePeer, TransportError
 from kvstore.protocol import ExchangeTimeouts
 from kvstore.transport import Run, choose, coalesce, make_transports
 from kvstore.transport.host import can_read_memory, host_facts, on_same_host
-from kvstore.transport.memory import MemoryTransport, Switchboard
 from kvstore.transport.region import region
+from tests.memory_transport import MemoryTransport, Switchboard
 
 REPOSITORY = Path(__file__).parents[2]
 

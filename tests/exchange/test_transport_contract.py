@@ -18,8 +18,8 @@ import pytest
 
 from kvstore.errors import TransportError
 from kvstore.transport import coalesce
-from kvstore.transport.memory import Faults, MemoryTransport, Switchboard
 from tests.exchange.transport_peer import BLOCK_BYTES, NUM_BLOCKS, TransportPeer, content
+from tests.memory_transport import Faults, MemoryTransport, Switchboard
 
 REPOSITORY = Path(__file__).parents[2]
 BOUND_S = 20.0  # "in bounded time", on a machine that does other things too

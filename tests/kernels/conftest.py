@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -14,10 +15,12 @@ from services.engine.native.kernels.build import SOURCES, compile_flags
 from services.engine.native.kernels.choice import REQUIRED_FLAGS, load_checked, processor_flags
 from services.engine.native.kernels.library import KernelError, KernelLibrary
 
+# The tile instructions in plain C, beside this file.
+EMULATED_AMX = ("-march=x86-64", "-mno-avx512f", "-DTANDEM_EMULATE_AMX", f"-I{Path(__file__).parent}", f"-I{SOURCES}")
 # What is tested: the library's variant, and flags beside its own.
 BUILDS = {
     "portable": ("portable", ()),
-    "amx-emulated": ("amx", ("-march=x86-64", "-mno-avx512f", "-DTANDEM_EMULATE_AMX")),
+    "amx-emulated": ("amx", EMULATED_AMX),
     "avx512": ("avx512", ()),
     "amx": ("amx", ()),
 }

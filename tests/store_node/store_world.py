@@ -14,7 +14,7 @@ from kvstore.exchange import BlockExchange, PeerIdentity
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, FetchResult, Reservation
 from kvstore.store import DiskTier, StoreNode, StoreTier, TieredStore
 from kvstore.store.intake import IntakeLimits
-from kvstore.transport.memory import Faults, MemoryTransport, Switchboard
+from tests.memory_transport import Faults, MemoryTransport, Switchboard
 
 LAYOUT = BlockLayout(num_layers=2, num_kv_heads=1, block_size=8, head_dim=4, dtype="float32", model_fingerprint="ab12")
 # Nothing is late by these on a machine that stands still for a while; what has failed is given back soon.

@@ -14,7 +14,7 @@ from kvstore.exchange import PeerIdentity
 from kvstore.protocol import FetchCause, Have
 from kvstore.store import StoreTier
 from kvstore.store.intake import IntakeLimits
-from kvstore.transport.memory import Faults, MemoryLink
+from tests.memory_transport import Faults, MemoryLink
 from tests.store_node.store_world import LAYOUT, PATIENT, chain, idle, until, world
 
 

@@ -17,13 +17,13 @@ from kvstore.exchange import BlockExchange, PeerIdentity
 from kvstore.pool import BlockPool
 from kvstore.protocol import AnnouncedBlock, Reservation
 from kvstore.threads import OsThreads
-from kvstore.transport.memory import MemoryTransport
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.scheduler import Scheduler
 from services.rates import RateLearner
 from services.worker.fetch_costs import FetchCosts, FetchPolicy
 from services.worker.host_prefixes import HostPrefixes
 from services.worker.prefix import PrefixFetcher
+from tests.memory_transport import MemoryTransport
 from tests.store_node.store_world import LAYOUT, PATIENT, Worker, World, chain, world
 
 NUM_BLOCKS = 40

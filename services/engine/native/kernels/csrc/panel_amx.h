@@ -3,7 +3,7 @@
  *   registers   C: 0 1     A: 4   (rows 0 to 15)     B: 6 7
  *                  2 3        5   (rows 16 to 31)
  *
- * With TANDEM_EMULATE_AMX the tile instructions are functions in plain C (amx_emulated.h): the same code, on any machine. */
+ * With TANDEM_EMULATE_AMX, which only tests set, the tile instructions are functions in plain C (their amx_emulated.h). */
 #ifndef TANDEM_PANEL_H
 #define TANDEM_PANEL_H
 
