@@ -1,0 +1,119 @@
+"""Each process loads its own packages and no others; a room of kvstore loads what its smallest user has."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from services.cli.embedded_redis import EmbeddedRedis
+from services.logs import LAUNCHER_VARIABLE, parse_ready
+
+ROOT = Path(__file__).parents[2]
+DEMO_MODEL = ROOT / "deploy" / "demo_model" / "tandem-demo"
+WORKER = ("--model", str(DEMO_MODEL), "--num-gpu-blocks-override", "128", "--num-threads", "1")
+TIMEOUT_S = 120.0
+
+# What others load if it is there, and do without: redis, fastapi and torch do, uvicorn chooses among some, a .pth file
+# loads one at every start. Where torch computes, and not our kernels, it loads sympy.
+OPTIONAL = {
+    "cuda-bindings", "cuda-core", "cuda-pathfinder", "grpcio-tools", "h11", "httptools", "nixl-cu12", "nvidia-ml-py",
+    "mpmath", "opentelemetry-api", "setuptools", "sympy", "wsproto",
+}  # fmt: skip
+HTTP = {
+    "annotated-doc", "annotated-types", "anyio", "click", "fastapi", "orjson", "prometheus_client", "pydantic",
+    "pydantic_core", "sniffio", "starlette", "typing-inspection", "typing_extensions", "uvicorn", "uvloop",
+}  # fmt: skip
+EVERYBODY = HTTP | {"msgspec", "numpy", "redis"}
+BLOCKS = {"libucx-cu12", "libucxx-cu12", "librmm-cu12", "msgpack", "rapids-logger", "ucxx-cu12"}
+ORDERS = {"grpcio", "grpcio-health-checking", "protobuf"}
+WORKERS = EVERYBODY | BLOCKS | ORDERS | {"safetensors", "torch", "tqdm"}
+
+SERVICES: dict[str, tuple[tuple[str, ...], set[str]]] = {
+    "router": (("--port", "0"), EVERYBODY | ORDERS | {"Jinja2", "MarkupSafe", "tokenizers"}),
+    "store": ((), EVERYBODY | BLOCKS),
+    "prefill": (WORKER, WORKERS),
+    "decode": (WORKER, WORKERS),
+}
+MESSAGES = {"msgpack", "msgspec", "numpy", "typing_extensions"}
+ROOMS = {
+    "block": {"numpy"},
+    "pool": {"numpy"},
+    "protocol": MESSAGES,
+    "exchange": MESSAGES,
+    "transport": {"numpy"},
+    "store": MESSAGES,
+    "index": {"msgspec", "numpy", "redis", "typing_extensions"},
+    "registry": {"msgspec", "redis", "typing_extensions"},
+}
+
+
+def distributions(log: str) -> set[str]:
+    """The packages, other than ours, that a process loaded; `log` is of `python -X importtime`."""
+    of = packages_distributions()
+    modules = re.findall(r"^import time: .*\| +(\w+)\S*$", log, re.MULTILINE)
+    return {name for module in modules for name in of.get(module, ())} - OPTIONAL - {"tandem"}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """What each service has loaded when it is ready, all started at once."""
+    directory = tmp_path_factory.mktemp("loaded")
+    environ = {**os.environ, LAUNCHER_VARIABLE: "1"}
+    with EmbeddedRedis.start() as redis:
+        processes = {}
+        for name, (flags, _) in SERVICES.items():
+            command = [sys.executable, "-X", "importtime", "-m", f"services.{name}", "--redis", redis.url, *flags]
+            with (directory / name).open("w") as log:
+                processes[name] = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
+        try:
+            logs = {name: wait_ready(process, directory / name) for name, process in processes.items()}
+        finally:
+            for process in processes.values():
+                process.kill()
+                process.wait()
+    return {name: distributions(log) for name, log in logs.items()}
+
+
+def wait_ready(process: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not any(map(parse_ready, (text := log.read_text(errors="replace")).splitlines())):
+        assert process.poll() is None, text[-4000:]
+        assert time.monotonic() < deadline, text[-4000:]
+        time.sleep(0.1)
+    return text
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_loads_what_its_extra_installs_and_nothing_else(loaded: dict[str, set[str]], name: str) -> None:
+    assert loaded[name] == SERVICES[name][1]
+
+
+def loaded_by(code: str) -> set[str]:
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return distributions(done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("command", "packages"),
+    [(["up", "--help"], set()), (["doctor", "--help"], set()), (["size", "--model", str(DEMO_MODEL)], {"numpy"})],
+)
+def test_the_command_line_loads_next_to_nothing(command: list[str], packages: set[str]) -> None:
+    assert loaded_by(f"from services.cli.main import main; main({command})") == packages
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_help_and_a_mistyped_flag_wait_for_nothing(name: str) -> None:
+    assert loaded_by(f"import services.{name}.__main__") == set()
+
+
+@pytest.mark.parametrize(("room", "packages"), ROOMS.items())
+def test_a_room_of_kvstore_loads_what_its_smallest_user_has(room: str, packages: set[str]) -> None:
+    assert loaded_by(f"import kvstore.{room}") == packages
