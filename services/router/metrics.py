@@ -10,15 +10,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from services.exposition import (
-    INDEX_S,
-    ITL_S,
-    REQUEST_S,
-    TOKENS,
-    TTFT_S,
-    ExposedRegistry,
-    add_process_series,
-)
+from services.exposition import INDEX_S, ITL_S, REQUEST_S, TOKENS, TTFT_S, ExposedRegistry, add_process_series
 from services.lifecycle import Event
 from services.router.receipt import Receipt
 from services.router.receipt_metrics import ReceiptMetrics

@@ -10,12 +10,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 
 from services.logs import request_scope
 from services.router.edge.access import AccessRecord
-from services.router.errors import (
-    ApiError,
-    ClientDisconnected,
-    internal,
-    invalid,
-)
+from services.router.errors import ApiError, ClientDisconnected, internal, invalid
 from services.router.metrics import RouterMetrics
 from services.router.sse import Message, Receive, Send
 from services.router.tenants import Keyring, Tenant

@@ -20,20 +20,8 @@ from services.router import sse
 from services.router.config import RouterConfig
 from services.router.edge.access import AccessRecord
 from services.router.edge.admission import Admission, Room
-from services.router.edge.http import (
-    FAILED,
-    header,
-    read_body,
-    request_id_of,
-    send_error,
-    send_json,
-)
-from services.router.errors import (
-    ApiError,
-    ClientDisconnected,
-    internal,
-    timed_out,
-)
+from services.router.edge.http import FAILED, header, read_body, request_id_of, send_error, send_json
+from services.router.errors import ApiError, ClientDisconnected, internal, timed_out
 from services.router.fleet import Ask, Dispatch, Placer, PrefixFinder, Workers, routing_key
 from services.router.metrics import RouterMetrics
 from services.router.openai import (

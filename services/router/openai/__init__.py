@@ -1,13 +1,6 @@
 """OpenAI's API: bodies to requests, tokens to choices, choices to answers whole or streamed."""
 
-from services.router.openai.bodies import (
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    GenerateBody,
-    TokenizeBody,
-    decode,
-)
+from services.router.openai.bodies import ChatBody, CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody, decode
 from services.router.openai.chat import ChatRenderer, plan_chat, tokenize_chat
 from services.router.openai.choice import Delta
 from services.router.openai.completions import CompletionRenderer, plan_completion

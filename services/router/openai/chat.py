@@ -9,13 +9,7 @@ import orjson
 from services.router import sse
 from services.router.errors import invalid
 from services.router.openai.choice import Delta
-from services.router.openai.generation import (
-    Generation,
-    GenerationPlan,
-    Receipts,
-    UsageCount,
-    tokens_to_generate,
-)
+from services.router.openai.generation import Generation, GenerationPlan, Receipts, UsageCount, tokens_to_generate
 from services.router.openai.logprobs import TokenNamer, chat_logprobs, prompt_logprobs
 from services.router.openai.requests import ChatInput, ChatRequest
 from services.router.text import ChatTemplateError, ServedModel, TokenizerPool

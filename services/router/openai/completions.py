@@ -9,13 +9,7 @@ import orjson
 
 from services.router import sse
 from services.router.openai.choice import Delta
-from services.router.openai.generation import (
-    Generation,
-    GenerationPlan,
-    Receipts,
-    UsageCount,
-    tokens_to_generate,
-)
+from services.router.openai.generation import Generation, GenerationPlan, Receipts, UsageCount, tokens_to_generate
 from services.router.openai.logprobs import CompletionLogprobs, prompt_logprobs
 from services.router.openai.requests import DEFAULT_COMPLETION_TOKENS, CompletionRequest
 from services.router.text import ServedModel, TokenizerPool

@@ -8,12 +8,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from services.router.openai.bodies import (
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    TokenizeBody,
-)
+from services.router.openai.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 _BODIES = {
     "/v1/completions": CompletionBody,

@@ -12,13 +12,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.router.config import RouterConfig
 from services.router.errors import invalid, not_supported
-from services.router.openai.bodies import (
-    MAX_STOP_LENGTH,
-    ChatBody,
-    CompletionBody,
-    GenerateBody,
-    TokenizeBody,
-)
+from services.router.openai.bodies import MAX_STOP_LENGTH, ChatBody, CompletionBody, GenerateBody, TokenizeBody
 from services.router.text import ServedModel
 
 DEFAULT_COMPLETION_TOKENS = 16
