@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from kvstore.block import BlockHash, BlockTokens, Proof, SharedTokenIndex, SharedTokens
 from kvstore.errors import OutOfBlocks
 from kvstore.pool.eviction import Slot
-from kvstore.pool.slot_book import Block, CacheChange, SlotBook
+from kvstore.pool.slot_book import Block, CacheChange, SlotBook, describe
 
 
 class BlockPool(SlotBook):
@@ -125,7 +125,11 @@ class BlockPool(SlotBook):
         if not is_shared and slot.block_hash is None:
             return block_id, None
         if not is_shared and self.num_free == 0:
-            self._give_up(slot)
+            evicted = [describe(slot)] if slot.proof is not None else []
+            self._unlink(slot)
+            self.stats.num_evictions += 1
+            if evicted and self._on_evict is not None:
+                self._on_evict(evicted)
             return block_id, None
         (copy,) = self.allocate(1)
         self.release([block_id])

@@ -150,7 +150,7 @@ class SlotBook:
     def find(self, block_hash: BlockHash) -> Block | None:
         """Return what is known of a findable block, None too for one that has no proof yet. No use, no reference."""
         slot = self._by_hash.get(block_hash)
-        return _describe(slot) if slot is not None and slot.proof is not None else None
+        return describe(slot) if slot is not None and slot.proof is not None else None
 
     # -- in --
 
@@ -174,7 +174,7 @@ class SlotBook:
                 break
             self.stats.num_evictions += 1
             if self._on_evict is not None and slot.proof is not None:  # what nobody vouches for is not kept elsewhere
-                evicted.append(_describe(slot))
+                evicted.append(describe(slot))
             self._unlink(slot)
             slot.num_references = 1
             taken.append(slot.slot_id)
@@ -221,7 +221,7 @@ class SlotBook:
 
     def pin(self, hashes: Sequence[BlockHash], is_use: bool = True) -> list[Block]:
         """The same, with all that is known of the blocks."""
-        return [_describe(slot) for slot in self._match(hashes, is_use)]
+        return [describe(slot) for slot in self._match(hashes, is_use)]
 
     def _match(self, hashes: Sequence[BlockHash], is_use: bool) -> list[Slot]:
         found: list[Slot] = []
@@ -339,16 +339,6 @@ class SlotBook:
             del self._idle[slot]
         slot.num_references += 1
 
-    def _give_up(self, slot: Slot) -> None:
-        """Make a slot that its only holder wants to write to unfindable, as if it were evicted."""
-        evicted = [_describe(slot)] if slot.proof is not None else []
-        self.stats.num_evictions += 1
-        if self._segments is not None:
-            self._segments.remove(slot)
-        self._unlink(slot)
-        if evicted and self._on_evict is not None:
-            self._on_evict(evicted)
-
     def _next_victim(self, keep: BlockHash | None) -> Slot | None:
         if self._segments is None:
             return self._idle.popitem(last=False)[0] if self._idle else None
@@ -396,7 +386,7 @@ def _ignore(change: CacheChange) -> None:
     """Nobody wants to know."""
 
 
-def _describe(slot: Slot) -> Block:
+def describe(slot: Slot) -> Block:
     assert slot.block_hash is not None
     assert slot.proof is not None
     return Block(slot.slot_id, slot.block_hash, slot.parent_hash, slot.proof, slot.was_reused)

@@ -19,11 +19,10 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -94,7 +93,7 @@ class DiskStats:
 
 
 class DiskTier:
-    """Blocks of one layout in one directory. Made by `open`; a context manager that closes itself."""
+    """Blocks of one layout in one directory. Made by `open`."""
 
     def __init__(
         self,
@@ -104,7 +103,6 @@ class DiskTier:
         calls: FileCalls,
         clock: Callable[[], float],
         retry_after_s: float,
-        protected_share: float,
     ) -> None:
         """Use `open`."""
         self.layout = layout
@@ -117,8 +115,8 @@ class DiskTier:
         self._lock = threading.Lock()
         self._grow_lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._book = SlotBook(0, protected_share, on_evict=self._note_evicted)
         self._evicted: list[Block] = []  # by the last claim
+        self._book = SlotBook(0, PROTECTED_SHARE, on_evict=self._evicted.extend)
         self._writing: set[BlockHash] = set()
         self._sequence = 0
         self._write_pause = Pause(clock, retry_after_s)
@@ -136,7 +134,6 @@ class DiskTier:
         calls: FileCalls | None = None,
         clock: Callable[[], float] = time.monotonic,
         retry_after_s: float = 5.0,
-        protected_share: float = PROTECTED_SHARE,
     ) -> DiskTier:
         """Lock `directory` (made if absent), recover what is in it, drop what is not right: `recovery` has the counts.
 
@@ -145,25 +142,13 @@ class DiskTier:
         """
         max_num_slots(max_bytes, layout.block_bytes)  # before anything is made or removed
         where = StoreDirectory.open(directory)
-        try:
-            tier = cls(where, layout, max_bytes, calls or FileCalls(), clock, retry_after_s, protected_share)
-        except BaseException:
-            where.close()
-            raise
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(where.close)
+            tier = cls(where, layout, max_bytes, calls or FileCalls(), clock, retry_after_s)
+            on_failure.callback(tier._files.close)
             tier._recover()
-        except BaseException:
-            tier._close_files()
-            raise
+            on_failure.pop_all()
         return tier
-
-    def __enter__(self) -> DiskTier:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __len__(self) -> int:
         return len(self._book)
@@ -240,11 +225,6 @@ class DiskTier:
             self._drop(block)
             return GetFailure.CORRUPT
 
-    def delete(self, block_hash: BlockHash) -> bool:
-        """Drop a block; False if it is not here. Reads of it that are under way end well. Raises `DiskTierClosed`."""
-        with self._operation(), self._pinned(block_hash) as block:
-            return block is not None and self._drop(block)
-
     def sync(self) -> None:
         """Wait until what was put before is durable. Raises OSError, `DiskTierClosed`."""
         with self._operation():
@@ -288,7 +268,7 @@ class DiskTier:
                     return PutOutcome.PRESENT
                 may_grow = has_grown and self._may_grow()
                 if self._book.num_empty or not may_grow:
-                    self._evicted = []
+                    self._evicted.clear()
                     taken = self._book.take(1, keep=parent_hash)
                     if not taken:
                         return PutOutcome.BUSY if self._files.num_slots else PutOutcome.PAUSED
@@ -320,9 +300,6 @@ class DiskTier:
                 self._book.extend(num_new)
             return True
 
-    def _note_evicted(self, blocks: Sequence[Block]) -> None:
-        self._evicted = list(blocks)
-
     @contextlib.contextmanager
     def _pinned(self, block_hash: BlockHash) -> Iterator[Block | None]:
         """Keep a block's slot as it is meanwhile; None if the block is not here."""
@@ -334,14 +311,13 @@ class DiskTier:
             with self._lock:
                 self._book.release([block.slot for block in found])
 
-    def _drop(self, block: Block) -> bool:
-        """Make a block that the caller has pinned unfindable, now and after a restart; False if it was so already."""
+    def _drop(self, block: Block) -> None:
+        """Make a block that the caller has pinned unfindable, now and after a restart."""
         with self._lock:
             is_first = self._book.drop([block.slot]) == 1
         if is_first:
             # Where this fails a restart finds it again; then it is what its proof says, or is dropped again.
             self._files.try_to_erase(block.slot)
-        return is_first
 
     # -- I/O --
 

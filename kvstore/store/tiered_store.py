@@ -1,6 +1,6 @@
 """DRAM over disk: what a store node keeps, lends and takes in. One event loop owns it; the disk works in threads.
 
-    in      reserve -> the caller fills slots -> publish          (or insert, which copies)
+    in      reserve -> the caller fills slots -> publish
     out     pin: blocks in DRAM at once, the rest of the prefix promoted from disk -> a lease reads -> unpin
     down    write_behind.py: soon after publication or use, as `DiskWrites` says, and before it can be evicted
 
@@ -18,9 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
-
-import numpy as np
-import numpy.typing as npt
 
 from kvstore.block import BlockHash, HostMemory, Proof
 from kvstore.errors import IntegrityError
@@ -40,6 +37,7 @@ _Result = TypeVar("_Result")
 
 _JOB_BYTES = 2 * 1024 * 1024  # of one hop to a thread: long against the hop, short against a deadline
 _PROMOTE_BYTES = 64 * 1024 * 1024  # reserved at a time by one `pin`: what DRAM gives up for it at once
+_NUM_DISK_THREADS = 2
 _MAX_FRUITLESS_ROUNDS = 3  # of one `pin`, when others evict what it promotes
 _CLOSE_S = 5.0  # after the flush: for the jobs under way to end, and for the disk to be closed
 
@@ -58,8 +56,6 @@ class StoreStats:
     num_queried: int = 0  # hashes given to pin
     num_dram_hits: int = 0  # of these, in DRAM already
     num_disk_hits: int = 0  # of these, promoted or waited for
-    num_promoted: int = 0
-    num_written: int = 0  # blocks given to the disk tier, whether it took them or not
     num_lost: int = 0  # evicted from DRAM, wanted on disk and not there: the disk had refused them
 
 
@@ -78,18 +74,16 @@ class TieredStore:
         disk_writes: DiskWrites = DiskWrites.ALL,
         on_change: Callable[[BlockHash, StoreTier, bool], None] | None = None,
         timeout_s: float = 5.0,
-        num_disk_threads: int = 2,
-        protected_share: float = PROTECTED_SHARE,
     ) -> None:
         if disk is not None and disk.layout.block_bytes != memory.block_bytes:
             raise ValueError(f"blocks of {memory.block_bytes} bytes in memory, {disk.layout.block_bytes} on disk")
         self.memory = memory
         self.dram = SlotBook(
-            memory.num_blocks, protected_share, on_change=self._dram_changed, on_evict=self._dram_evicted
+            memory.num_blocks, PROTECTED_SHARE, on_change=self._dram_changed, on_evict=self._dram_evicted
         )
         self.disk = disk
         self.stats = StoreStats()
-        self._threads = ThreadPoolExecutor(num_disk_threads, thread_name_prefix="disk-tier")
+        self._threads = ThreadPoolExecutor(_NUM_DISK_THREADS, thread_name_prefix="disk-tier")
         self._disk_writes = disk_writes
         self._on_change = on_change
         self._timeout_s = timeout_s
@@ -107,11 +101,6 @@ class TieredStore:
         if self.dram.contains(block_hash):
             return StoreTier.DRAM
         return StoreTier.DISK if self.disk is not None and self.disk.contains(block_hash) else None
-
-    def locate(self, hashes: Sequence[BlockHash]) -> list[StoreTier]:
-        """Return the tiers of the consecutive prefix of `hashes` that is here. No I/O, no use."""
-        tiers = map(self.tier_of, hashes)
-        return [tier for tier in itertools.takewhile(lambda tier: tier is not None, tiers) if tier is not None]
 
     def contents(self) -> Iterator[tuple[BlockHash, StoreTier]]:
         """Iterate over a snapshot of all blocks of both tiers: what an index is told anew after it forgot."""
@@ -159,23 +148,6 @@ class TieredStore:
     def abandon(self, slots: Iterable[int]) -> None:
         """Give private slots back unpublished."""
         self.dram.release(list(slots))
-
-    async def insert(
-        self,
-        block_hash: BlockHash,
-        parent_hash: BlockHash | None,
-        proof: Proof,
-        payload: npt.NDArray[np.uint8],
-        timeout_s: float | None = None,
-    ) -> bool:
-        """Copy a block in; False if there was no room, or it is in DRAM already."""
-        if self.dram.contains(block_hash):
-            return False
-        slots = await self.reserve(1, timeout_s, after=parent_hash)
-        for slot in slots:
-            self.memory.view(slot)[:] = payload
-            return self.publish(slot, block_hash, parent_hash, proof)
-        return False
 
     # -- out --
 
@@ -300,7 +272,6 @@ class TieredStore:
             return changed
 
         changed = await self._in_thread(put_all)
-        self.stats.num_written += len(blocks)
         self._report_disk(changed)
         return not disk.is_paused
 
@@ -349,7 +320,7 @@ class TieredStore:
             for (block_hash, slot), result in zip(wanted, results, strict=True):
                 if isinstance(result, StoredBlock):
                     private.remove(slot)
-                    self.stats.num_promoted += self.publish(slot, block_hash, result.parent_hash, result.proof)
+                    self.publish(slot, block_hash, result.parent_hash, result.proof)
         finally:
             self.abandon(private)
             self._report_disk(block_hash for block_hash, _ in wanted)

@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -81,14 +82,14 @@ def bench_disk(layout: BlockLayout, directory: Path, total_bytes: int) -> None:
     def print_tier(name: str, blocks: list[BlockHash], duration_s: float) -> None:
         print_row(name, len(blocks), block_bytes, duration_s)
 
-    with DiskTier.open(directory, layout, total_bytes) as tier:
+    with closing(DiskTier.open(directory, layout, total_bytes)) as tier:
         print_tier("put, disk tier empty, sync included", hashes, seconds(lambda: (put_all(tier, hashes), tier.sync())))
         print_tier("put, disk tier full, sync included", newer, seconds(lambda: (put_all(tier, newer), tier.sync())))
         some = tier.hashes()[-num_blocks // 4 :]
         print_tier("get, in the page cache", some, seconds(lambda: get_all(tier, some)))
     drop_page_cache(directory)
     start = time.perf_counter()
-    with DiskTier.open(directory, layout, total_bytes) as tier:
+    with closing(DiskTier.open(directory, layout, total_bytes)) as tier:
         opened_s = time.perf_counter() - start
         print(f"  {'open, not in the page cache':44} {opened_s * 1e3:8.0f} ms for {len(tier)} blocks")
         print_tier("get, not in the page cache", some, seconds(lambda: get_all(tier, some)))

@@ -16,6 +16,7 @@ from kvstore.registry import WorkerRecord
 from kvstore.store import StoreNode, StoreTier
 from services.worker.store import StoreFeed
 from tests.store_node.store_world import LAYOUT, Worker, chain, until, world
+from tests.tiers.blocks import locate
 from tests.worker_records import worker_record
 
 
@@ -83,7 +84,7 @@ async def test_what_a_worker_computes_reaches_the_node_and_a_restarted_node_gets
         registry.list(record_of(again))
         await until(lambda: len(again.store.dram) == 6)
         for hashes in (early, late):
-            assert again.store.locate(hashes) == [StoreTier.DRAM] * 3
+            assert locate(again.store, hashes) == [StoreTier.DRAM] * 3
         assert counts["dropped"] == 0
         await feed.close()
 
@@ -139,7 +140,7 @@ async def test_a_feed_that_breaks_begins_again(monkeypatch: pytest.MonkeyPatch) 
         last = chain("last", 2)
         compute(worker, feed, chain("first", 2))
         async with asyncio.timeout(20):
-            while node.store.locate(last) == []:
+            while locate(node.store, last) == []:
                 compute(worker, feed, last)
                 feed._book.grow_all()
                 await asyncio.sleep(0.05)

@@ -16,6 +16,7 @@ from kvstore.store import StoreTier
 from kvstore.store.intake import IntakeLimits
 from tests.memory_transport import Faults, MemoryLink
 from tests.store_node.store_world import LAYOUT, PATIENT, chain, idle, until, world
+from tests.tiers.blocks import locate
 
 
 async def test_an_offered_chain_is_pulled_and_lent_byte_for_byte() -> None:
@@ -81,7 +82,7 @@ async def test_the_middle_of_a_chain_is_pulled_only_where_its_head_is() -> None:
         await idle(node, 2)
         await giver.offer(node, hashes[3:], parent=hashes[2])
         await idle(node, 3)
-        assert node.store.locate(hashes) == [StoreTier.DRAM] * 6
+        assert locate(node.store, hashes) == [StoreTier.DRAM] * 6
 
 
 async def test_a_liar_gives_nothing_and_costs_no_slot() -> None:
@@ -116,7 +117,7 @@ async def test_an_offer_of_what_was_evicted_meanwhile_brings_the_part_that_is_le
         giver.hold(hashes[:2])
         await giver.offer(node, hashes)
         await idle(node, 1)
-        assert node.store.locate(hashes) == [StoreTier.DRAM] * 2
+        assert locate(node.store, hashes) == [StoreTier.DRAM] * 2
         assert node.store.dram.num_empty == 30
 
 
@@ -156,8 +157,8 @@ async def test_a_chain_longer_than_the_memory_is_kept_as_far_as_it_fits() -> Non
         await idle(node, 1)
         await giver.offer(node, hashes)
         await idle(node, 2)
-        assert node.store.locate(hashes) == [StoreTier.DRAM] * 8, "the chain pushes others out, never its own head"
-        assert node.store.locate(old) == []
+        assert locate(node.store, hashes) == [StoreTier.DRAM] * 8, "the chain pushes others out, never its own head"
+        assert locate(node.store, old) == []
         node.check_integrity()
 
 
@@ -174,7 +175,7 @@ async def test_of_too_many_offers_the_oldest_are_dropped_and_counted() -> None:
         giver.may_lend.set()
         await idle(node, 5)
         assert node.intake.stats.num_offers_dropped == 2
-        assert [len(node.store.locate(hashes)) for hashes in chains] == [2, 0, 0, 2, 2]
+        assert [len(locate(node.store, hashes)) for hashes in chains] == [2, 0, 0, 2, 2]
 
 
 async def test_a_restarted_node_lends_from_its_disk_what_it_kept(tmp_path: Path) -> None:
@@ -187,7 +188,7 @@ async def test_a_restarted_node_lends_from_its_disk_what_it_kept(tmp_path: Path)
         await node.close()
 
         again, taker = await made.node(disk=tmp_path, incarnation="2"), await made.worker("prefill-1", seed=2)
-        assert again.store.locate(hashes) == [StoreTier.DISK] * 6
+        assert locate(again.store, hashes) == [StoreTier.DISK] * 6
         await giver.offer(again, hashes)
         await idle(again, 1)
         assert again.intake.stats.num_offers_known == 1, "what is on disk need not be pulled"
@@ -212,7 +213,7 @@ async def test_a_flipped_byte_in_memory_is_found_by_the_reader_and_the_disks_cop
         result, _ = await giver.fetch(node, hashes)
         assert result.failure.cause is FetchCause.DIGEST_MISMATCH
         await until(lambda: node.lender.num_lent == 0)
-        assert (node.lender.num_corrupt, node.store.locate(hashes)[2]) == (1, StoreTier.DISK)
+        assert (node.lender.num_corrupt, locate(node.store, hashes)[2]) == (1, StoreTier.DISK)
         result, payloads = await giver.fetch(node, hashes)
         assert result.ok, result.failure
         assert payloads == [giver.bytes_of(each) for each in hashes]
@@ -267,7 +268,7 @@ async def test_the_offers_of_vanished_hosts_hold_nobody_elses() -> None:
         hashes = chain("a", 4)
         giver.hold(hashes)
         await giver.offer(node, hashes)
-        await until(lambda: node.store.locate(hashes) == [StoreTier.DRAM] * 4, timeout_s=15.0)
+        await until(lambda: locate(node.store, hashes) == [StoreTier.DRAM] * 4, timeout_s=15.0)
         assert (node.intake.num_queued, dict(node.intake.stats.failures)) == (200, {})
 
 
@@ -321,4 +322,4 @@ async def test_a_read_that_never_ends_does_not_keep_what_is_here_from_the_disk(
         await until(lambda: bool(reads))
         await node.close()
         again = await made.node(disk=tmp_path, incarnation="2")
-        assert again.store.locate(here) == [StoreTier.DISK] * 3
+        assert locate(again.store, here) == [StoreTier.DISK] * 3

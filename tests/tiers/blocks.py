@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from kvstore.block import BlockHash, BlockLayout, Proof
 from kvstore.block.digest import digest_rows
 from kvstore.pool import PROTECTED_SHARE
 from kvstore.pool.slot_book import Block, SlotBook
+from kvstore.store import StoreTier, TieredStore
 
 LAYOUT = BlockLayout(num_layers=1, num_kv_heads=1, block_size=4, head_dim=8, dtype="float32", model_fingerprint="m1")
 OTHER_LAYOUT = BlockLayout(
@@ -74,3 +76,20 @@ class Cache(SlotBook):
 
     def is_protected(self, block_hash: BlockHash) -> bool:
         return self._by_hash[block_hash].is_protected
+
+
+def locate(store: TieredStore, hashes: Sequence[BlockHash]) -> list[StoreTier | None]:
+    """The tiers of the consecutive prefix that is there."""
+    return list(itertools.takewhile(bool, map(store.tier_of, hashes)))
+
+
+async def insert_block(
+    store: TieredStore, block_hash: BlockHash, parent: BlockHash | None, timeout_s: float | None = None
+) -> bool:
+    """False if there was no room, or it is in memory already."""
+    if store.dram.contains(block_hash):
+        return False
+    for slot in await store.reserve(1, timeout_s, after=parent):
+        store.memory.view(slot)[:] = payload(block_hash)
+        return store.publish(slot, block_hash, parent, proof(block_hash))
+    return False

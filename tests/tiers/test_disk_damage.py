@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ CHECKED_HEAD_BYTES = 64
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with blocks 0 .. 5 in its first slots, closed."""
     directory = tmp_path_factory.mktemp("intact")
-    with DiskTier.open(directory, LAYOUT, MAX_BYTES) as tier:
+    with closing(DiskTier.open(directory, LAYOUT, MAX_BYTES)) as tier:
         for block_hash, parent in zip(BLOCKS, parents(BLOCKS), strict=True):
             assert tier.put(block_hash, parent, proof(block_hash), payload(block_hash)).outcome is PutOutcome.STORED
     return directory
@@ -86,7 +87,7 @@ TABLE_CUTS = {
 def test_of_a_truncated_table_just_the_whole_records_are_kept(damaged, size):
     truncate(damaged / TABLE_NAME, size)
     num_whole = max(0, (size - HEAD_BYTES) // RECORD_BYTES)
-    with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
+    with closing(DiskTier.open(damaged, LAYOUT, MAX_BYTES)) as tier:
         assert read_all(tier) == {block_hash: index < num_whole for index, block_hash in enumerate(BLOCKS)}
         report = tier.recovery
         is_torn = size > HEAD_BYTES and (size - HEAD_BYTES) % RECORD_BYTES > 0
@@ -101,7 +102,7 @@ def test_of_a_truncated_table_just_the_whole_records_are_kept(damaged, size):
 def test_of_truncated_blocks_just_the_whole_ones_are_kept(damaged, size):
     truncate(damaged / BLOCKS_NAME, size)
     num_whole = size // BLOCK_BYTES
-    with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
+    with closing(DiskTier.open(damaged, LAYOUT, MAX_BYTES)) as tier:
         assert read_all(tier) == {block_hash: index < num_whole for index, block_hash in enumerate(BLOCKS)}
         assert (tier.recovery.num_blocks, tier.recovery.num_bad_records) == (num_whole, 6 - num_whole)
         assert tier.stats.num_corrupt == 0
@@ -111,7 +112,7 @@ def test_of_truncated_blocks_just_the_whole_ones_are_kept(damaged, size):
 @pytest.mark.parametrize("name", [BLOCKS_NAME, TABLE_NAME])
 def test_one_file_without_the_other_is_nothing(damaged, name):
     (damaged / name).unlink()
-    with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
+    with closing(DiskTier.open(damaged, LAYOUT, MAX_BYTES)) as tier:
         assert not any(read_all(tier).values())
         rewrite_all(tier)
 
@@ -137,7 +138,7 @@ def test_flipped_bits_anywhere_never_give_wrong_bytes(intact, tmp_path_factory, 
         contents[name][offset] ^= 1 << bit
     for name, content in contents.items():
         (directory / name).write_bytes(content)
-    with DiskTier.open(directory, LAYOUT, MAX_BYTES) as tier:
+    with closing(DiskTier.open(directory, LAYOUT, MAX_BYTES)) as tier:
         num_served = sum(read_all(tier).values())
         lost_at_start = 6 if tier.recovery.num_unusable_files else tier.recovery.num_bad_records
         assert num_served + lost_at_start + tier.stats.num_corrupt == 6
@@ -151,11 +152,11 @@ def test_a_flipped_bit_in_a_payload_is_found_when_it_is_read_and_dropped_for_goo
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 4]))
-    with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
+    with closing(DiskTier.open(damaged, LAYOUT, MAX_BYTES)) as tier:
         assert tier.contains(BLOCKS[2])
         assert [index for index, served in enumerate(read_all(tier).values()) if not served] == [2]
         assert (tier.stats.num_corrupt, tier.contains(BLOCKS[2])) == (1, False)
-    with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
+    with closing(DiskTier.open(damaged, LAYOUT, MAX_BYTES)) as tier:
         assert tier.recovery.num_blocks == 5
 
 
@@ -173,7 +174,7 @@ def test_records_and_payloads_in_each_others_place_are_not_served(damaged, name,
     content = bytearray(path.read_bytes())
     swap(content, start + size, start + 4 * size, size)
     path.write_bytes(content)
-    with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
+    with closing(DiskTier.open(damaged, LAYOUT, MAX_BYTES)) as tier:
         assert [index for index, served in enumerate(read_all(tier).values()) if not served] == [1, 4]
         assert (tier.recovery.num_bad_records, tier.stats.num_corrupt) == ((2, 0) if found_at_start else (0, 2))
         rewrite_all(tier)
@@ -186,14 +187,14 @@ def test_records_and_payloads_in_each_others_place_are_not_served(damaged, name,
 )
 def test_what_is_no_table_under_the_tables_name_is_emptied(damaged, content):
     (damaged / TABLE_NAME).write_bytes(content)
-    with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
+    with closing(DiskTier.open(damaged, LAYOUT, MAX_BYTES)) as tier:
         assert (tier.recovery.num_unusable_files, tier.recovery.num_blocks, tier.size_bytes) == (1, 0, 0)
         rewrite_all(tier)
 
 
 def test_the_files_of_earlier_versions_are_removed(damaged):
     (damaged / "tandem-000000000009.blocks").write_bytes(b"TANDEMKV")
-    with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
+    with closing(DiskTier.open(damaged, LAYOUT, MAX_BYTES)) as tier:
         assert (tier.recovery.num_unusable_files, tier.recovery.num_blocks) == (1, 6)
         assert sorted(path.name for path in damaged.iterdir()) == ["tandem-store.lock", BLOCKS_NAME, TABLE_NAME]
         assert all(read_all(tier).values())
@@ -207,16 +208,15 @@ def test_damage_is_found_at_a_start_on_a_full_disk_too(damaged):
     content = bytearray(path.read_bytes())
     content[HEAD_BYTES + RECORD_BYTES + 3] ^= 1
     path.write_bytes(content)
-    with DiskTier.open(damaged, LAYOUT, MAX_BYTES, calls=FileCalls(write=refuse)) as tier:
+    with closing(DiskTier.open(damaged, LAYOUT, MAX_BYTES, calls=FileCalls(write=refuse))) as tier:
         assert [index for index, served in enumerate(read_all(tier).values()) if not served] == [1]
         assert tier.recovery.num_bad_records == 1
-        assert tier.delete(BLOCKS[2])
         tier.check_integrity()
 
 
 def test_another_format_is_emptied(damaged, monkeypatch):
     monkeypatch.setattr("kvstore.store.disk_files.FORMAT_VERSION", 3)
-    with DiskTier.open(damaged, LAYOUT, MAX_BYTES) as tier:
+    with closing(DiskTier.open(damaged, LAYOUT, MAX_BYTES)) as tier:
         assert (tier.recovery.num_unusable_files, len(tier)) == (1, 0)
         rewrite_all(tier)
 
@@ -254,7 +254,7 @@ def test_a_process_killed_in_the_midst_of_writing_loses_only_the_block_it_wrote(
     first = 0
     for count in (1, 700, 1500):
         said = list(numbers_stored_before_kill(tmp_path, first, count))
-        with DiskTier.open(tmp_path, LAYOUT, 300_000) as tier:
+        with closing(DiskTier.open(tmp_path, LAYOUT, 300_000)) as tier:
             assert tier.recovery.num_bad_records <= 1
             kept = [number for number in range(said[-1] + 3) if tier.contains(named_hash(f"written{number}"))]
             for number in kept:

@@ -8,6 +8,7 @@ import errno
 import os
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from kvstore.errors import IntegrityError
 from kvstore.pool.slot_book import Block
 from kvstore.store import DiskTier, DiskWrites, StoreTier, TieredStore
 from kvstore.store.disk_files import FileCalls
-from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, named_hash, parents, payload, proof
+from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, insert_block, locate, named_hash, parents, payload, proof
 
 DRAM, DISK = StoreTier.DRAM, StoreTier.DISK
 
@@ -79,7 +80,7 @@ async def open_store(
 
 async def insert(store: TieredStore, hashes: list[BlockHash]) -> None:
     for block_hash, parent in zip(hashes, parents(hashes), strict=True):
-        assert await store.insert(block_hash, parent, proof(block_hash), payload(block_hash))
+        assert await insert_block(store, block_hash, parent)
 
 
 async def take_in(store: TieredStore, hashes: list[BlockHash]) -> None:
@@ -105,13 +106,13 @@ async def test_what_dram_gives_up_is_found_on_disk_and_comes_back_whole(tmp_path
     async with open_store(tmp_path) as store:
         await insert(store, a)
         await insert(store, b)
-        assert store.locate(a) == [DRAM] * 2 + [DISK] * 4
+        assert locate(store, a) == [DRAM] * 2 + [DISK] * 4
         pinned = await store.pin(a)
         assert_right(store, pinned, a)
-        assert store.locate([*a, named_hash("absent"), *b]) == [DRAM] * 6
+        assert locate(store, [*a, named_hash("absent"), *b]) == [DRAM] * 6
         store.unpin(slots(pinned))
         stats = store.stats
-        assert (stats.num_queried, stats.num_dram_hits, stats.num_disk_hits, stats.num_promoted) == (6, 2, 4, 4)
+        assert (stats.num_queried, stats.num_dram_hits, stats.num_disk_hits, store.disk.stats.num_read) == (6, 2, 4, 4)
         assert stats.num_lost == 0
 
 
@@ -120,7 +121,7 @@ async def test_without_a_disk_it_is_dram_alone():
     async with open_store(None) as store:
         await insert(store, a)
         await insert(store, b)
-        assert store.locate(a) == [DRAM] * 2
+        assert locate(store, a) == [DRAM] * 2
         pinned = await store.pin(a)
         assert_right(store, pinned, a[:2])
         store.unpin(slots(pinned))
@@ -144,15 +145,15 @@ async def test_written_behind_blocks_leave_dram_at_no_cost(tmp_path):
         await insert(store, a)
         assert await store.flush(20)
         assert all(map(store.disk.contains, a))
-        num_written = store.stats.num_written
+        num_written = store.disk.stats.num_stored
         taken = await store.reserve(8)
         assert len(taken) == 8
-        assert store.stats.num_written == num_written
+        assert store.disk.stats.num_stored == num_written
         for slot, block_hash, parent in zip(taken, b, parents(b), strict=True):
             store.memory.view(slot)[:] = payload(block_hash)
             store.publish(slot, block_hash, parent, proof(block_hash))
         assert await store.flush(20)
-        assert store.locate(a) == [DISK] * 8
+        assert locate(store, a) == [DISK] * 8
 
 
 async def test_only_what_was_used_again_is_written_if_so_set(tmp_path):
@@ -165,7 +166,7 @@ async def test_only_what_was_used_again_is_written_if_so_set(tmp_path):
         assert sorted(store.disk.hashes()) == sorted(a)
         await insert(store, chain("c", 5))
     async with open_store(tmp_path, disk_writes=DiskWrites.NONE) as store:
-        assert (len(store.locate(a)), store.locate(b)) == (3, [])
+        assert (len(locate(store, a)), locate(store, b)) == (3, [])
         await insert(store, chain("d", 8))
         assert sorted(store.disk.hashes()) == sorted(a)
 
@@ -194,12 +195,12 @@ async def test_two_who_ask_for_the_same_prefix_read_it_once(tmp_path):
     async with open_store(tmp_path) as store:
         await insert(store, a)
         await insert(store, chain("b", 8))
-        assert store.locate(a) == [DISK] * 6
+        assert locate(store, a) == [DISK] * 6
         both = await asyncio.gather(store.pin(a), store.pin(a))
         for pinned in both:
             assert_right(store, pinned, a)
             store.unpin(slots(pinned))
-        assert store.stats.num_promoted == 6
+        assert store.disk.stats.num_read == 6
 
 
 async def test_pins_hold_through_any_pressure_and_reservations_get_the_rest(tmp_path):
@@ -220,7 +221,7 @@ async def test_a_prefix_longer_than_dram_is_given_as_far_as_it_fits(tmp_path):
     a = chain("a", 20)
     async with open_store(tmp_path) as store:
         await take_in(store, a)
-        assert len(store.locate(a)) == 20
+        assert len(locate(store, a)) == 20
         pinned = await store.pin(a)
         assert_right(store, pinned, a[:8])
         assert await store.pin(a[8:]) == []
@@ -234,8 +235,8 @@ async def test_a_chain_longer_than_dram_is_kept_as_far_as_it_fits_rather_than_wi
     a = chain("a", 10)
     async with open_store(None) as store:
         await insert(store, a[:8])
-        assert not await store.insert(a[8], a[7], proof(a[8]), payload(a[8]))
-        assert store.locate(a) == [DRAM] * 8
+        assert not await insert_block(store, a[8], a[7])
+        assert locate(store, a) == [DRAM] * 8
 
 
 async def test_a_corrupt_block_on_disk_ends_the_prefix_and_is_reported_gone(tmp_path):
@@ -250,7 +251,7 @@ async def test_a_corrupt_block_on_disk_ends_the_prefix_and_is_reported_gone(tmp_
         pinned = await store.pin(a)
         assert_right(store, pinned, a[:3])
         assert (a[3], DISK, False) in changes
-        assert store.locate(a) == [DRAM] * 3
+        assert locate(store, a) == [DRAM] * 3
         assert store.disk.stats.num_corrupt == 1
         store.unpin(slots(pinned))
 
@@ -267,7 +268,7 @@ async def test_a_pin_at_its_deadline_gives_what_there_is_and_the_rest_comes_late
         gate.may_read.set()
         rest = await store.pin(a[2:])
         assert_right(store, rest, a[2:])
-        assert store.stats.num_promoted == 4
+        assert store.disk.stats.num_read == 4
         store.unpin(slots(pinned + rest))
 
 
@@ -296,11 +297,11 @@ async def test_nothing_is_evicted_before_it_is_written_and_a_reservation_waits_n
         assert await store.reserve(3, timeout_s=0.05) == []
         waiting = asyncio.create_task(store.reserve(3))
         await asyncio.sleep(0)
-        assert store.locate(a) == [DRAM] * 8
+        assert locate(store, a) == [DRAM] * 8
         gate.may_write.set()
         taken = await waiting
         assert len(taken) == 3
-        assert store.locate(a) == [DRAM] * 5 + [DISK] * 3
+        assert locate(store, a) == [DRAM] * 5 + [DISK] * 3
         store.abandon(taken)
         pinned = await store.pin(a)
         assert_right(store, pinned, a)
@@ -347,13 +348,13 @@ async def test_on_a_full_disk_the_store_goes_on_in_dram_and_writes_again_later(t
         gate.error = errno.ENOSPC
         await insert(store, b)
         assert await store.flush(20)
-        assert store.locate(b) == [DRAM] * 8
+        assert locate(store, b) == [DRAM] * 8
         assert store.disk.is_paused
         assert set(store.disk.hashes()) == on_disk
         gate.error = None
         await insert(store, c)
         await insert(store, a)
-        assert store.locate(c)
+        assert locate(store, c)
         assert not store.disk.is_paused
         assert all(map(store.disk.contains, c))
 
@@ -380,7 +381,7 @@ async def test_a_disk_that_hangs_does_not_keep_the_store_from_closing(tmp_path, 
 
 
 async def test_memory_and_disk_must_hold_blocks_of_one_size(tmp_path):
-    with DiskTier.open(tmp_path, LAYOUT, 100_000) as disk, pytest.raises(ValueError, match="256 on disk"):
+    with closing(DiskTier.open(tmp_path, LAYOUT, 100_000)) as disk, pytest.raises(ValueError, match="256 on disk"):
         TieredStore(HostMemory.allocate(2, 512), disk)
 
 
@@ -413,7 +414,7 @@ async def test_many_users_at_once_always_read_the_right_bytes(tmp_path, disk_wri
                 await asyncio.sleep(0.001)
             assert_right(store, pinned, prompt[: len(pinned)])
             for block_hash, parent in list(zip(prompt, parents(prompt), strict=True))[len(pinned) :]:
-                await store.insert(block_hash, parent, proof(block_hash), payload(block_hash), timeout_s=0.5)
+                await insert_block(store, block_hash, parent, timeout_s=0.5)
             store.unpin(slots(pinned))
         return num_found
 

@@ -19,7 +19,7 @@ from kvstore.block import BlockHash, HostMemory
 from kvstore.pool.slot_book import Block
 from kvstore.store import DiskTier, DiskWrites, StoreTier, TieredStore
 from kvstore.store.disk_files import FileCalls
-from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, parents, payload, proof
+from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, insert_block, locate, parents, payload
 
 _HEAD = chain("head", 3)
 PROMPTS = [_HEAD + chain("x", 3), _HEAD + chain("y", 4), _HEAD[:1] + chain("z", 3), chain("w", 6), chain("v", 4)]
@@ -89,7 +89,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
         for block_hash, parent in list(zip(prompt, parents(prompt), strict=True))[:length]:
             had_room = not self.pins and len(prompt) <= NUM_SLOTS
             is_new = not self.store.dram.contains(block_hash)
-            is_in = self.run(self.store.insert(block_hash, parent, proof(block_hash), payload(block_hash)))
+            is_in = self.run(insert_block(self.store, block_hash, parent))
             assert is_in == is_new or not had_room
             if is_in:
                 self.known.add(block_hash)
@@ -100,7 +100,7 @@ class TieredStoreMachine(RuleBasedStateMachine):
         async def pin_all() -> list[list[Block]]:
             return await asyncio.gather(*map(self.store.pin, prompts))
 
-        located = [len(self.store.locate(prompt)) for prompt in prompts]
+        located = [len(locate(self.store, prompt)) for prompt in prompts]
         for prompt, length, pinned in zip(prompts, located, self.run(pin_all()), strict=True):
             assert [pin.block_hash for pin in pinned] == prompt[: len(pinned)]
             assert len(pinned) <= length
