@@ -3,7 +3,16 @@
 Everything else in kvstore is about where blocks live and how they move."""
 
 from kvstore.block.digest import multipliers
-from kvstore.block.hash import HASH_BYTES, BlockHash, extend_hashes, hash_blocks, namespace
+from kvstore.block.hash import (
+    HASH_BYTES,
+    BlockHash,
+    extend_hashes,
+    hash_block,
+    hash_blocks,
+    namespace,
+    pack_hashes,
+    unpack_hashes,
+)
 from kvstore.block.layout import DTYPE_BYTES, LAYOUT_VERSION, BlockLayout
 from kvstore.block.memory import BlockMemory, HostMemory
 from kvstore.block.proof import MAX_PROOF, Proof, find_wrong, prove, proves
@@ -24,9 +33,12 @@ __all__ = [
     "SharedTokens",
     "extend_hashes",
     "find_wrong",
+    "hash_block",
     "hash_blocks",
     "multipliers",
     "namespace",
+    "pack_hashes",
     "prove",
     "proves",
+    "unpack_hashes",
 ]

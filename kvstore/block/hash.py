@@ -9,6 +9,8 @@ are.
 from __future__ import annotations
 
 import hashlib
+import sys
+from array import array
 from collections.abc import Sequence
 from typing import NewType
 
@@ -50,6 +52,23 @@ def hash_blocks(
     return hashes
 
 
+def pack_hashes(hashes: Sequence[BlockHash]) -> bytes:
+    """Return the hashes as they travel: one after the other."""
+    return b"".join(hashes)
+
+
+def unpack_hashes(packed: bytes) -> list[BlockHash]:
+    """Return what `pack_hashes` packed. Raises ValueError for a length that no list of hashes has."""
+    if len(packed) % HASH_BYTES:
+        raise ValueError(f"packed hashes have a multiple of {HASH_BYTES} bytes, not {len(packed)}")
+    return [BlockHash(packed[start : start + HASH_BYTES]) for start in range(0, len(packed), HASH_BYTES)]
+
+
+def hash_block(parent: BlockHash, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> BlockHash:
+    """Return the hash of one full block after `parent`. Errors as `hash_blocks`."""
+    return _hash_block(parent, _encode(token_ids))
+
+
 def extend_hashes(
     root: BlockHash,
     hashes: list[BlockHash],
@@ -81,10 +100,15 @@ def _hash_block(parent: BlockHash, encoded_tokens: bytes) -> BlockHash:
 
 def _encode(token_ids: Sequence[int] | npt.NDArray[np.integer]) -> bytes:
     """Little-endian uint32, checked first: a silent wrap would make two different prompts equal."""
-    array = np.asarray(token_ids)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"token ids must be a flat sequence of integers below 2**32, not {array.ndim}-d {array.dtype}")
-    low, high = int(array.min()), int(array.max())
+    if isinstance(token_ids, list | tuple) and sys.byteorder == "little":
+        try:
+            return array("I", token_ids).tobytes()  # a quarter of numpy's time for Python's integers
+        except (OverflowError, TypeError) as error:
+            raise ValueError(f"token ids must be integers in 0 .. 2**32 - 1: {error}") from error
+    numbers = np.asarray(token_ids)
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+        raise ValueError(f"token ids must be a flat sequence of integers below 2**32, not {numbers.dtype}")
+    low, high = int(numbers.min()), int(numbers.max())
     if low < 0 or high >= 2**32:
         raise ValueError(f"token ids must lie in 0 .. 2**32 - 1, found {low} .. {high}")
-    return array.astype("<u4").tobytes()
+    return numbers.astype("<u4").tobytes()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from tandem.v1 import worker_pb2 as pb
 
-from kvstore.block import BlockHash, hash_blocks, namespace
+from kvstore.block import BlockHash
 from kvstore.errors import KVStoreError
 from kvstore.exchange import Fetch
 from kvstore.protocol import FetchResult, FetchStamps, Reservation
@@ -69,7 +69,7 @@ class Admission:
         Returns what came with the handoff, None after a local prefill. Raises InvalidRequest, QueueFull,
         PromptRefused, EngineCrashed.
         """
-        hashes = self._hashes(live)
+        hashes = live.hashes = await convert.prompt_hashes(live.order, self._parts.engine.layout)
         if live.sampling.prompt_logprobs is None:
             # Before it is decided who prefills: what is here already is neither computed nor handed over.
             await self._parts.fetcher.restore(hashes)
@@ -88,11 +88,6 @@ class Admission:
     async def close(self) -> None:
         """Wait for what failed handoffs left. Bounded, since the exchange is closed by then."""
         await self._disposals.settled()
-
-    def _hashes(self, live: LiveRequest) -> list[BlockHash]:
-        layout = self._parts.engine.layout
-        root = namespace(layout.model_fingerprint, live.order.cache_salt)
-        return hash_blocks(root, live.order.prompt_token_ids, layout.block_size)
 
     def _is_local(self, live: LiveRequest, hashes: list[BlockHash]) -> bool:
         if self._config.colocated or not live.order.prefill_targets:
@@ -121,7 +116,7 @@ class Admission:
 
     def _num_uncached(self, live: LiveRequest, hashes: list[BlockHash]) -> int:
         """Prompt tokens that would be computed here; the last one always is."""
-        num_tokens = len(live.order.prompt_token_ids)
+        num_tokens = len(live.prompt_token_ids)
         if live.sampling.prompt_logprobs is None:
             # A hint, read from outside the engine thread: dictionary lookups, and nothing is held on its account.
             num_tokens -= self._parts.engine.pool.peek_prefix(hashes) * self._parts.engine.layout.block_size
@@ -153,6 +148,7 @@ class Admission:
         order = pb.PrefillRequest(
             request_id=live.order.request_id,
             prompt_token_ids=live.order.prompt_token_ids,
+            prompt_hashes=live.order.prompt_hashes,
             sampling=live.order.sampling,
             priority=live.order.priority,
             cache_salt=live.order.cache_salt,

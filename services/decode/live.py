@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from tandem.v1 import worker_pb2 as pb
 
+from kvstore.block import BlockHash
 from services.decode.session import RouterSession
 from services.engine.native import Request, SamplingParams
 from services.lifecycle import Timeline
@@ -28,8 +29,11 @@ class LiveRequest:
     newest_token_s: float | None = None  # when it was sent to the router, by the timeline's clock
     is_finished: bool = False
 
+    hashes: list[BlockHash] = field(default_factory=list)  # of the prompt's full blocks
+
     def __post_init__(self) -> None:
-        self.usage.num_prompt_tokens = len(self.order.prompt_token_ids)
+        self.prompt_token_ids = tuple(self.order.prompt_token_ids)
+        self.usage.num_prompt_tokens = len(self.prompt_token_ids)
 
     @property
     def stage(self) -> str:
@@ -47,7 +51,8 @@ class LiveRequest:
         self.num_attempts += 1
         return Request(
             request_id=f"{self.order.request_id}/{self.session.number}.{self.order.handle}.{self.num_attempts}",
-            prompt_token_ids=tuple(self.order.prompt_token_ids),
+            prompt_token_ids=self.prompt_token_ids,
+            given_hashes=self.hashes,
             sampling=self.sampling,
             priority=self.order.priority,
             cache_salt=self.order.cache_salt,

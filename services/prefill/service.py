@@ -22,13 +22,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from tandem.v1 import worker_pb2 as pb
 
-from kvstore.block import hash_blocks, namespace
+from kvstore.block import BlockHash
 from kvstore.errors import PeerLost
 from kvstore.exchange import Lease
 from kvstore.protocol import AnnouncedBlock
@@ -136,7 +136,7 @@ class PrefillService:
         outcome: OrderOutcome = "cancelled"
         order: _Order | None = None
         try:
-            order = self._make_order(message)
+            order = self._make_order(message, await convert.prompt_hashes(message, self._parts.engine.layout))
             with request_scope(message.request_id):
                 await self._run(order, send)
             outcome = "finished"
@@ -173,7 +173,7 @@ class PrefillService:
         code = pb.ERROR_CODE_UNAVAILABLE if reason == "draining" else pb.ERROR_CODE_OVERLOADED
         await send(_failed(code, f"{self._parts.worker_id} is {reason} ({self._num_orders} orders)"))
 
-    def _make_order(self, message: pb.PrefillRequest) -> _Order:
+    def _make_order(self, message: pb.PrefillRequest, hashes: Sequence[BlockHash]) -> _Order:
         if len(message.transfer_id) != 16:
             raise InvalidRequest("transfer_id", f"must have 16 bytes, has {len(message.transfer_id)}")
         request = Request(
@@ -185,6 +185,7 @@ class PrefillService:
             cache_salt=message.cache_salt,
             arrival_s=self._clock(),
             hold_blocks=True,
+            given_hashes=hashes,
             timeline=Timeline(self._clock),
         )
         num_blocks = -(-len(request.prompt_token_ids) // self._parts.engine.layout.block_size)
@@ -222,10 +223,7 @@ class PrefillService:
     async def _fetch_prefix(self, order: _Order) -> None:
         has_host_tier = self._parts.engine.host_tier is not None
         if order.sources or (has_host_tier and not order.request.wants_prompt_logprobs):
-            layout = self._parts.engine.layout
-            root = namespace(layout.model_fingerprint, order.request.cache_salt)
-            hashes = hash_blocks(root, order.request.prompt_token_ids, layout.block_size)
-            order.fetched = await self._parts.fetcher.fetch(hashes, order.sources)
+            order.fetched = await self._parts.fetcher.fetch(order.request.given_hashes, order.sources)
 
     async def _next_step(self, order: _Order, lease: Lease | None) -> _Scheduled | _Computed:
         """The order's next step; PeerLost if the lease closes first."""

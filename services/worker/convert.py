@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Iterable
 
 from tandem.v1 import worker_pb2 as pb
 
+from kvstore.block import (
+    HASH_BYTES,
+    BlockHash,
+    BlockLayout,
+    hash_blocks,
+    namespace,
+    pack_hashes,
+    unpack_hashes,
+)
 from services.engine.native import (
     EngineLoad,
     FinishReason,
@@ -15,6 +26,8 @@ from services.engine.native import (
 )
 from services.lifecycle import Event, Timeline
 from services.rates import Rates
+
+log = logging.getLogger(__name__)
 
 FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -60,6 +73,25 @@ def logprobs_from_proto(message: pb.PositionLogprobs) -> PositionLogprobs:
 def prompt_logprobs_to_proto(positions: Iterable[PositionLogprobs | None]) -> list[pb.PositionLogprobs]:
     """Position 0 has no predecessor to be predicted from: an empty message stands for it."""
     return [pb.PositionLogprobs() if position is None else logprobs_to_proto(position) for position in positions]
+
+
+async def prompt_hashes(order: pb.GenerateRequest | pb.PrefillRequest, layout: BlockLayout) -> list[BlockHash]:
+    """The hashes of the prompt's full blocks: those that came with the order, else made here, in a thread, and put into
+    the order for whoever it is passed on to."""
+    root = namespace(layout.model_fingerprint, order.cache_salt)
+    given, num_blocks = order.prompt_hashes, len(order.prompt_token_ids) // layout.block_size
+    if not num_blocks:
+        return []
+    if given.root == root and given.block_size == layout.block_size:
+        if len(given.hashes) == num_blocks * HASH_BYTES:
+            return unpack_hashes(given.hashes)
+        log.warning("the order has %d bytes of hashes for %d blocks", len(given.hashes), num_blocks)
+    elif given.root:
+        log.warning("the prompt was hashed for another model, salt or block size than ours: hashed anew")
+    hashes = await asyncio.to_thread(hash_blocks, root, order.prompt_token_ids, layout.block_size)
+    made = pb.PromptHashes(root=root, block_size=layout.block_size, hashes=pack_hashes(hashes))
+    order.prompt_hashes.CopyFrom(made)
+    return hashes
 
 
 def load_to_proto(load: EngineLoad, num_waiting_elsewhere: int = 0, draining: bool = False) -> pb.Load:

@@ -153,8 +153,18 @@ class SessionHello(_message.Message):
     protocol_version: str
     def __init__(self, router_id: _Optional[str] = ..., protocol_version: _Optional[str] = ...) -> None: ...
 
+class PromptHashes(_message.Message):
+    __slots__ = ("root", "block_size", "hashes")
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    root: bytes
+    block_size: int
+    hashes: bytes
+    def __init__(self, root: _Optional[bytes] = ..., block_size: _Optional[int] = ..., hashes: _Optional[bytes] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
-    __slots__ = ("handle", "request_id", "model", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefill_targets", "timeout_s", "prefix_sources")
+    __slots__ = ("handle", "request_id", "model", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefill_targets", "timeout_s", "prefix_sources", "prompt_hashes")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +175,7 @@ class GenerateRequest(_message.Message):
     PREFILL_TARGETS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     PREFIX_SOURCES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_HASHES_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     model: str
@@ -175,7 +186,8 @@ class GenerateRequest(_message.Message):
     prefill_targets: _containers.RepeatedCompositeFieldContainer[PrefillTarget]
     timeout_s: float
     prefix_sources: _containers.RepeatedCompositeFieldContainer[PrefixSource]
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefill_targets: _Optional[_Iterable[_Union[PrefillTarget, _Mapping]]] = ..., timeout_s: _Optional[float] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ...) -> None: ...
+    prompt_hashes: PromptHashes
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefill_targets: _Optional[_Iterable[_Union[PrefillTarget, _Mapping]]] = ..., timeout_s: _Optional[float] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ..., prompt_hashes: _Optional[_Union[PromptHashes, _Mapping]] = ...) -> None: ...
 
 class PrefixSource(_message.Message):
     __slots__ = ("holder_id", "incarnation", "kv_address", "num_blocks", "tier")
@@ -342,7 +354,7 @@ class SessionFrame(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., incarnation: _Optional[str] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "transfer_id", "reader_peer_id", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefix_sources")
+    __slots__ = ("request_id", "transfer_id", "reader_peer_id", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefix_sources", "prompt_hashes")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     READER_PEER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -351,6 +363,7 @@ class PrefillRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PREFIX_SOURCES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_HASHES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     transfer_id: bytes
     reader_peer_id: str
@@ -359,7 +372,8 @@ class PrefillRequest(_message.Message):
     priority: int
     cache_salt: str
     prefix_sources: _containers.RepeatedCompositeFieldContainer[PrefixSource]
-    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., reader_peer_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ...) -> None: ...
+    prompt_hashes: PromptHashes
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., reader_peer_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ..., prompt_hashes: _Optional[_Union[PromptHashes, _Mapping]] = ...) -> None: ...
 
 class PrefillScheduled(_message.Message):
     __slots__ = ()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from tandem.v1 import worker_pb2 as pb
 
-from kvstore.block import BlockHash
+from kvstore.block import BlockHash, namespace, pack_hashes
 from services.router.fleet.prefixes import BlockSpace, PromptBlocks
 from services.router.fleet.workers import Workers
 from services.router.routing import (
@@ -152,7 +152,12 @@ class Placer:
         return Placement(decision, spaces[fingerprint], ask.blocks)
 
     def fill_order(self, order: pb.GenerateRequest, placement: Placement) -> None:
-        """Names the prefill workers and the other holders of the prefix in an order."""
+        """Names the prefill workers, the other holders of the prefix and the blocks' hashes in an order."""
+        if placement.hashes:
+            fingerprint, block_size = placement.space
+            order.prompt_hashes.root = namespace(fingerprint, order.cache_salt)
+            order.prompt_hashes.block_size = block_size
+            order.prompt_hashes.hashes = pack_hashes(placement.hashes)
         for target in placement.decision.prefill:
             order.prefill_targets.add(
                 worker_id=target.worker_id,

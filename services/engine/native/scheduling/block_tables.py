@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kvstore.block import BlockHash, BlockTokens, Proof, SharedTokens, extend_hashes, namespace
+from kvstore.block import (
+    BlockHash,
+    BlockTokens,
+    Proof,
+    SharedTokens,
+    extend_hashes,
+    hash_block,
+    namespace,
+)
 from kvstore.pool import BlockPool
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.request import Request
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,10 +99,11 @@ def publish_full_blocks(
 ) -> None:
     """Make the blocks findable that are full of computed tokens; only after the step that wrote them has ended.
 
+    A hash that somebody else made is checked here: wrong ones would give others the content of another prompt.
     `proofs`: of the table's blocks, where they came with any: then nobody need compute them here.
     """
     num_full = request.num_computed_tokens // config.block_size
-    if num_full <= request.num_published_blocks:
+    if num_full <= request.num_published_blocks or not request.may_publish:
         return
     extend_block_hashes(request, config)
     for index in range(request.num_published_blocks, num_full):
@@ -103,5 +115,9 @@ def publish_full_blocks(
         start = index * config.block_size
         token_ids = request.token_ids[start : start + config.block_size]
         tokens = BlockTokens(_parent_hash(request, index, config), token_ids)
+        if index < len(request.given_hashes) and hash_block(tokens.after, token_ids) != block_hash:
+            log.error("%s came with a wrong hash of block %d: nothing of it is published", request.request_id, index)
+            request.may_publish = False
+            return
         pool.publish(block_id, block_hash, parent_hash, proofs[index] if proofs else None, tokens)
     request.num_published_blocks = num_full

@@ -179,6 +179,7 @@ class Request:
     cache_salt: str = ""
     arrival_s: float = 0.0  # FIFO within a priority; any clock, the same for all requests of an engine
     hold_blocks: bool = False  # ends after the first token and leaves its block references to the caller
+    given_hashes: Sequence[BlockHash] = ()  # of the prompt's full blocks, where somebody has hashed it already
     timeline: Timeline = field(default_factory=lambda: Timeline(time.time))
 
     status: RequestStatus = RequestStatus.NEW
@@ -189,6 +190,7 @@ class Request:
     num_cached_tokens: int = 0  # prompt tokens that the prefix cache held when the request was first scheduled
     num_preemptions: int = 0
     num_published_blocks: int = 0  # blocks of the table that were offered to the prefix cache
+    may_publish: bool = True  # False once a given hash was found to be wrong
     was_scheduled: bool = False  # has been in a step
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks of token_ids
@@ -199,6 +201,7 @@ class Request:
     def __post_init__(self) -> None:
         self.prompt_token_ids = tuple(self.prompt_token_ids)
         self.token_ids = [*self.prompt_token_ids, *self.output_token_ids]
+        self.block_hashes = list(self.given_hashes)
 
     @property
     def num_prompt_tokens(self) -> int:
