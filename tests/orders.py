@@ -69,9 +69,13 @@ class Orders:
             await session.write(pb.SessionRequest(hello=pb.SessionHello(router_id="test", protocol_version="1")))
             await session.write(pb.SessionRequest(generate=order))
             async for frame in session:
+                tokens += [
+                    token_id for output in frame.outputs if not output.finish_reason for token_id in output.token_ids
+                ]
+                tokens += frame.token_ids
                 for output in frame.outputs:
-                    tokens += output.token_ids
                     if output.finish_reason:
+                        tokens += output.token_ids
                         assert output.finish_reason == pb.FINISH_REASON_LENGTH, output.error
                         return tokens, output.usage
         raise AssertionError("the session ended early")

@@ -18,7 +18,8 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from tandem.v1 import worker_pb2 as pb
 
@@ -55,6 +56,43 @@ _REFUSALS: Mapping[int, Refusal] = {
     pb.ERROR_CODE_UNAVAILABLE: "draining",
     pb.ERROR_CODE_OVERLOADED: "full",
 }
+
+
+class _News(NamedTuple):
+    """What a step brought for one request: a token, or more than that."""
+
+    live: LiveRequest
+    token_id: int
+    output: pb.Output | None = None
+    num_cached_tokens: int = 0
+    num_recomputes: int = 0
+
+
+def _news(live: LiveRequest, update: RequestUpdate) -> _News:
+    request, is_last = update.request, update.finish_reason is not None
+    if not is_last and len(request.output_token_ids) > 1 and len(update.new_tokens) == 1:
+        (token,) = update.new_tokens
+        if token.logprobs is None:
+            return _News(live, token.token_id)
+    num_recomputes = request.num_preemptions if is_last else 0
+    return _News(live, 0, _output(live, update), request.num_cached_tokens, num_recomputes)
+
+
+def _output(live: LiveRequest, update: RequestUpdate) -> pb.Output:
+    output = pb.Output(handle=live.order.handle, token_ids=[token.token_id for token in update.new_tokens])
+    output.logprobs.extend(
+        convert.logprobs_to_proto(token.logprobs) for token in update.new_tokens if token.logprobs is not None
+    )
+    if update.prompt_logprobs is not None:
+        output.prompt_logprobs.extend(convert.prompt_logprobs_to_proto(update.prompt_logprobs))
+    if update.stop_token_id is not None:
+        output.stop_token_id = update.stop_token_id
+    if update.finish_reason is FinishReason.ERROR:
+        output.finish_reason = pb.FINISH_REASON_ERROR
+        output.error.CopyFrom(_error(pb.ERROR_CODE_INTERNAL, update.failure or "no token to sample"))
+    elif update.finish_reason is not None:
+        output.finish_reason = convert.FINISH_REASONS[update.finish_reason]
+    return output
 
 
 class DecodeService:
@@ -135,7 +173,7 @@ class DecodeService:
     def _start(self, session: RouterSession, order: pb.GenerateRequest) -> None:
         refusal = self._refusal(session, order)
         if refusal is not None:
-            session.push([_error_output(order.handle, refusal)])
+            session.push(_error_output(order.handle, refusal))
             self._parts.metrics.refused(_REFUSALS[refusal.code])
             _log_refusal(order, refusal.code)
             return
@@ -144,7 +182,7 @@ class DecodeService:
         try:
             live = LiveRequest(order, convert.sampling_from_proto(order.sampling), session, timeline)
         except InvalidRequest as error:
-            session.push([_error_output(order.handle, _error(pb.ERROR_CODE_INVALID, str(error)))])
+            session.push(_error_output(order.handle, _error(pb.ERROR_CODE_INVALID, str(error))))
             self._parts.metrics.refused("invalid")
             _log_refusal(order, pb.ERROR_CODE_INVALID)
             return
@@ -212,12 +250,12 @@ class DecodeService:
             output.logprobs.append(first.logprobs)
         if first.HasField("stop_token_id"):
             output.stop_token_id = first.stop_token_id
-        self._deliver([(live, output)])
+        self._deliver([_News(live, first.token_id, output)])
 
     def _check_joined(self, live: LiveRequest, update: RequestUpdate) -> None:
         """This worker's context may be shorter than the prefill worker's, and the first token the last after all."""
         if update.finish_reason is not None:
-            self._deliver([(live, self._output(live, dataclasses.replace(update, new_tokens=())))])
+            self._deliver([_news(live, dataclasses.replace(update, new_tokens=()))])
 
     def _abort(self, live: LiveRequest, reason: str) -> None:
         log.debug("aborted: %s", reason, extra={"request_id": live.order.request_id})
@@ -252,24 +290,29 @@ class DecodeService:
         live.timeline.mark(Event.FINISHED)
         output.usage.CopyFrom(live.usage)
         output.stamps.extend(convert.stamps_to_proto(live.timeline))
-        live.session.push([output])
+        live.session.push(output)
         self._parts.metrics.finished(live.timeline, live.usage, output.finish_reason)
         _log_end(live, output)
 
-    def _deliver(self, outputs: list[tuple[LiveRequest, pb.Output]]) -> None:
-        for live, output in outputs:
+    def _deliver(self, news: Sequence[_News]) -> None:
+        for live, token_id, output, num_cached_tokens, num_recomputes in news:
             if live.is_finished:
                 continue  # aborted while the step ran
-            live.usage.num_generated_tokens += len(output.token_ids)
-            live.usage.num_recomputes += output.usage.num_recomputes
-            self._parts.metrics.recomputed("preemption", output.usage.num_recomputes)
-            if live.usage.prefilled_locally:
-                live.usage.num_cached_tokens = max(live.usage.num_cached_tokens, output.usage.num_cached_tokens)
-            output.ClearField("usage")
+            usage = live.usage
+            if output is None:
+                usage.num_generated_tokens += 1
+                self._stamp_token(live)
+                live.session.push_token(live.order.handle, token_id)
+                continue
+            usage.num_generated_tokens += len(output.token_ids)
+            usage.num_recomputes += num_recomputes
+            self._parts.metrics.recomputed("preemption", num_recomputes)
+            if usage.prefilled_locally:
+                usage.num_cached_tokens = max(usage.num_cached_tokens, num_cached_tokens)
             if output.token_ids and self._stamp_token(live):
-                output.usage.CopyFrom(live.usage)
+                output.usage.CopyFrom(usage)
             if output.finish_reason == pb.FINISH_REASON_UNSPECIFIED:
-                live.session.push([output])
+                live.session.push(output)
             else:
                 self._finish(live, output)
 
@@ -298,35 +341,15 @@ class DecodeService:
         """Nothing to do: the router hears of a request with its first token."""
 
     def on_step(self, output: StepOutput) -> None:
-        outputs = []
+        news = []
         for update in output.updates:
             live = self._in_engine.get(update.request.request_id)
             if live is not None and (update.new_tokens or update.finish_reason is not None):
-                outputs.append((live, self._output(live, update)))
+                news.append(_news(live, update))
                 if update.finish_reason is not None:
                     del self._in_engine[update.request.request_id]
-        if outputs:
-            self._loop.call_soon_threadsafe(self._deliver, outputs)
-
-    def _output(self, live: LiveRequest, update: RequestUpdate) -> pb.Output:
-        output = pb.Output(handle=live.order.handle, token_ids=[token.token_id for token in update.new_tokens])
-        output.logprobs.extend(
-            convert.logprobs_to_proto(token.logprobs) for token in update.new_tokens if token.logprobs is not None
-        )
-        if update.prompt_logprobs is not None:
-            output.prompt_logprobs.extend(convert.prompt_logprobs_to_proto(update.prompt_logprobs))
-        if update.stop_token_id is not None:
-            output.stop_token_id = update.stop_token_id
-        if update.finish_reason is FinishReason.ERROR:
-            output.finish_reason = pb.FINISH_REASON_ERROR
-            output.error.CopyFrom(_error(pb.ERROR_CODE_INTERNAL, update.failure or "no token to sample"))
-        elif update.finish_reason is not None:
-            output.finish_reason = convert.FINISH_REASONS[update.finish_reason]
-        if len(update.request.output_token_ids) <= 1:
-            output.usage.num_cached_tokens = update.request.num_cached_tokens
-        if update.finish_reason is not None:
-            output.usage.num_recomputes = update.request.num_preemptions
-        return output
+        if news:
+            self._loop.call_soon_threadsafe(self._deliver, news)
 
     # ---- the process ------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 
 from tandem.v1 import worker_pb2 as pb
 
@@ -41,16 +41,31 @@ class RouterSession:
         self._load = load
         self._rates = rates
         self._pending: list[pb.Output] = []
+        self._handles: list[int] = []
+        self._token_ids: list[int] = []
         self._wake = asyncio.Event()
         self._closed = False
         self._overflowed = False
         self._sender: asyncio.Task[None] | None = None
 
-    def push(self, outputs: Iterable[pb.Output]) -> None:
-        """Send these with the next frame."""
-        self._pending.extend(outputs)
+    def push(self, output: pb.Output) -> None:
+        """Send it with the next frame."""
+        self._pending.append(output)
+        self._on_pushed()
+
+    def push_token(self, handle: int, token_id: int) -> None:
+        """Send a token of which there is nothing more to say: neither a request's first nor its last."""
+        self._handles.append(handle)
+        self._token_ids.append(token_id)
+        self._on_pushed()
+
+    @property
+    def _num_pending(self) -> int:
+        return len(self._pending) + len(self._handles)
+
+    def _on_pushed(self) -> None:
         self._wake.set()
-        if len(self._pending) > MAX_PENDING_OUTPUTS and not self._overflowed:
+        if self._num_pending > MAX_PENDING_OUTPUTS and not self._overflowed:
             self._overflowed = True
             if self._sender is not None:
                 self._sender.cancel()  # it may hang in `send`
@@ -79,21 +94,23 @@ class RouterSession:
         frame = pb.SessionFrame(load=last_load, incarnation=self._incarnation)
         frame.load.rates.CopyFrom(convert.rates_to_proto(last_rates))
         await send(frame)
-        while not (self._closed and not self._pending) and not self._overflowed:
+        while not (self._closed and not self._num_pending) and not self._overflowed:
             await self._wait()
             load = self._load()
-            if self._pending or load != last_load:
-                frame = pb.SessionFrame(outputs=self._pending, load=load)
+            if self._num_pending or load != last_load:
+                frame = pb.SessionFrame(
+                    outputs=self._pending, load=load, handles=self._handles, token_ids=self._token_ids
+                )
                 rates = self._rates()
                 if rates is not last_rates:
                     frame.load.rates.CopyFrom(convert.rates_to_proto(rates))
-                self._pending = []
+                self._pending, self._handles, self._token_ids = [], [], []
                 last_load, last_rates = load, rates
                 await send(frame)
 
     async def _wait(self) -> None:
         """Until something is pending, or it is time to look at the load."""
-        if not self._pending and not self._closed:
+        if not self._num_pending and not self._closed:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LOAD_INTERVAL_S):
                     await self._wake.wait()

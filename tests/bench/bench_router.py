@@ -66,7 +66,10 @@ class SteppingWorker(FakeWorker):
             while not reader.done():
                 await asyncio.sleep(self._step_s)
                 if orders:
-                    yield pb.SessionFrame(outputs=[self._step(orders, handle) for handle in list(orders)])
+                    frame = pb.SessionFrame()
+                    for handle in list(orders):
+                        self._step(orders, handle, frame)
+                    yield frame
         finally:
             reader.cancel()
 
@@ -77,10 +80,15 @@ class SteppingWorker(FakeWorker):
             elif message.HasField("abort"):
                 orders.pop(message.abort.handle, None)
 
-    def _step(self, orders: dict[int, list[Any]], handle: int) -> pb.Output:
+    def _step(self, orders: dict[int, list[Any]], handle: int, frame: pb.SessionFrame) -> None:
         request, number = orders[handle]
         orders[handle][1] = number + 1
-        output = pb.Output(handle=handle, token_ids=[self._token_ids[number % len(self._token_ids)]])
+        token_id = self._token_ids[number % len(self._token_ids)]
+        if 0 < number < request.sampling.max_tokens - 1 and not request.sampling.HasField("logprobs"):
+            frame.handles.append(handle)
+            frame.token_ids.append(token_id)
+            return
+        output = frame.outputs.add(handle=handle, token_ids=[token_id])
         if request.sampling.HasField("logprobs"):
             top = [pb.TokenLogprob(token_id=7 + i, logprob=-float(i + 1), rank=i + 1) for i in range(2)]
             output.logprobs.add(chosen=top[0], top=top)
@@ -89,7 +97,6 @@ class SteppingWorker(FakeWorker):
             output.finish_reason = pb.FINISH_REASON_LENGTH
             output.usage.num_prompt_tokens = len(request.prompt_token_ids)
             output.usage.num_generated_tokens = number + 1
-        return output
 
 
 async def serve_worker(pipe: Connection, model_path: str, token_ids: list[int], step_s: float) -> None:

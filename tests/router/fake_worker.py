@@ -174,6 +174,10 @@ class FakeWorker(DecodeServiceServicer):
             output = pb.Output(handle=request.handle, token_ids=token_ids)
             if request.sampling.HasField("logprobs"):
                 output.logprobs.extend(position(token_id, request.sampling.logprobs) for token_id in token_ids)
+            if 0 < index < num_frames - 1 and not output.logprobs:
+                rows = [request.handle] * len(token_ids)
+                frames.put_nowait(pb.SessionFrame(handles=rows, token_ids=token_ids, load=self.load))
+                continue
             if index == 0 and script.usage is not None:
                 output.usage.CopyFrom(script.usage)
             if index == 0:

@@ -127,6 +127,38 @@ async def test_a_worker_that_comes_back_is_used_again(make_worker):
         assert (await http.post("/v1/completions", json=BODY)).status_code == 200
 
 
+class OneFrame(FakeWorker):
+    """Says all that its script says in one frame, as a worker does whose router reads slowly."""
+
+    handles: tuple[int, ...] = ()
+
+    async def _run(self, request, frames):
+        (token_ids,) = self.reply(request).frames
+        first, *rest, last = token_ids
+        handle = request.handle
+        frame = pb.SessionFrame(handles=self.handles or [handle] * len(rest), token_ids=rest)
+        frame.outputs.add(handle=handle, token_ids=[last], finish_reason=pb.FINISH_REASON_LENGTH)
+        frame.outputs.add(handle=handle, token_ids=[first])
+        frames.put_nowait(frame)
+
+
+async def test_first_token_rows_and_last_output_of_one_frame_come_in_that_order(make_worker, sentence, tokenizer):
+    worker = OneFrame(lambda request: Script([sentence[:4]]), model_path=make_worker().model_path)
+    async with running_router(CONFIG, worker) as running, client(running) as http:
+        answer = (await http.post("/v1/completions", json={**BODY, "return_token_ids": True})).json()
+    assert answer["choices"][0]["token_ids"] == sentence[:4]
+    assert answer["choices"][0]["text"] == tokenizer.decode(sentence[:4])
+
+
+async def test_columns_of_different_lengths_end_the_session_and_its_requests(make_worker, sentence):
+    worker = OneFrame(lambda request: Script([sentence[:4]]), model_path=make_worker().model_path)
+    worker.handles = (1, 1, 1)
+    async with running_router(CONFIG, worker) as running, client(running) as http:
+        answer = await http.post("/v1/completions", json=BODY)
+    assert answer.status_code == 503
+    assert "3 handles for 2 tokens" in answer.json()["error"]["message"]
+
+
 async def test_a_session_that_the_other_end_cancels_ends_its_requests_and_is_opened_again(make_worker):
     class Cancelling(FakeWorker):
         """Ends each session with status CANCELLED, which grpc.aio raises here as a CancelledError."""

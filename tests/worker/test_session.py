@@ -25,12 +25,19 @@ async def test_outputs_of_one_step_are_one_frame_and_a_close_sends_what_is_pendi
     session = RouterSession("router", 1, "incarnation-1", lambda: pb.Load(num_running=1), lambda: GUESSED)
     sending = asyncio.create_task(session.send_frames(send))
     await asyncio.sleep(0)
-    session.push([output(1), output(2)])
+    session.push(output(1))
+    session.push_token(7, 2)
+    session.push_token(8, 3)
     await asyncio.sleep(0.01)
-    session.push([output(3)])
+    session.push_token(8, 4)
     session.close()
     await sending
-    assert [[each.token_ids[0] for each in frame.outputs] for frame in frames] == [[], [1, 2], [3]]
+    assert [[each.token_ids[0] for each in frame.outputs] for frame in frames] == [[], [1], []]
+    assert [(list(frame.handles), list(frame.token_ids)) for frame in frames] == [
+        ([], []),
+        ([7, 8], [2, 3]),
+        ([8], [4]),
+    ]
     assert frames[0].incarnation == "incarnation-1"
 
 
@@ -54,10 +61,10 @@ async def test_rates_are_told_at_first_and_again_when_there_is_news() -> None:
     session = RouterSession("router", 1, "incarnation-1", pb.Load, lambda: learner.rates)
     sending = asyncio.create_task(session.send_frames(frames.put))
     assert (await frames.get()).load.rates.base_s == GUESSED.base_s
-    session.push([output(1)])
+    session.push(output(1))
     assert not (await frames.get()).load.HasField("rates")
     learner.step_ended(StepShape(num_running=3, num_context_tokens=100), 0.5)
-    session.push([output(2)])
+    session.push(output(2))
     assert (await frames.get()).load.rates.running_s == learner.rates.running_s != GUESSED.running_s
     session.close()
     await sending
@@ -69,7 +76,9 @@ async def test_a_router_that_does_not_read_loses_its_session(monkeypatch: pytest
     async def send(frame: pb.SessionFrame) -> None: ...
 
     session = RouterSession("router", 1, "incarnation-1", pb.Load, lambda: GUESSED)
-    session.push(output(token_id) for token_id in range(11))
+    session.push(output(0))
+    for token_id in range(10):
+        session.push_token(1, token_id)
     with pytest.raises(SessionOverflow, match="more than 10 outputs"):
         await session.send_frames(send)
 
@@ -83,6 +92,8 @@ async def test_a_router_that_hangs_in_mid_frame_loses_its_session(monkeypatch: p
     session = RouterSession("router", 1, "incarnation-1", pb.Load, lambda: GUESSED)
     sending = asyncio.create_task(session.send_frames(send))
     await asyncio.sleep(0)
-    session.push(output(token_id) for token_id in range(11))
+    session.push(output(0))
+    for token_id in range(10):
+        session.push_token(1, token_id)
     with pytest.raises(SessionOverflow, match="more than 10 outputs"):
         await sending

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tandem.v1 import worker_pb2 as pb
 
@@ -33,12 +34,13 @@ from services.router.routing import Refusal
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """Something that happened to sequence `index`. `output` None: it starts afresh, forget what came before."""
+class Arrival(NamedTuple):
+    """Something that happened to a sequence: tokens, and at its first, its last and with log probabilities the
+    output that they came with. Neither: it starts afresh, forget what came before."""
 
-    index: int
-    output: pb.Output | None
+    sequence_index: int
+    token_ids: list[int]
+    output: pb.Output | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class _Sequence:
             # It ends this sequence, not the session and all that runs on it.
             log.exception("an output could not be taken", extra={"request_id": self.ask.order.request_id})
             self.dispatch._break_off(self)
+
+    def deliver_token(self, token_id: int) -> None:
+        self.num_tokens += 1
+        self.dispatch._arrive(Arrival(self.index, [token_id]))
 
 
 class Dispatch:
@@ -222,13 +228,13 @@ class Dispatch:
             if output.error.code == pb.ERROR_CODE_OVERLOADED:
                 self._metrics.count_refusal("workers_full")
         sequence.num_tokens += len(output.token_ids)
-        self._arrive(Arrival(sequence.index, output))
+        self._arrive(Arrival(sequence.index, list(output.token_ids), output))
 
     def _break_off(self, sequence: _Sequence) -> None:
         self._end(sequence)
         error = pb.Error(code=pb.ERROR_CODE_INTERNAL, message="the router failed to take an output")
         output = pb.Output(handle=sequence.handle, finish_reason=pb.FINISH_REASON_ERROR, error=error)
-        self._arrive(Arrival(sequence.index, output))
+        self._arrive(Arrival(sequence.index, list(output.token_ids), output))
         self._leave(sequence, "the router failed")
 
     def _retry(self, sequence: _Sequence, error: pb.Error) -> bool:
@@ -243,7 +249,7 @@ class Dispatch:
         self._metrics.count_retry()
         if sequence.num_tokens:
             sequence.num_tokens = 0
-            self._arrive(Arrival(sequence.index, None))
+            self._arrive(Arrival(sequence.index, []))
         return True
 
     def _leave(self, sequence: _Sequence, reason: str) -> None:

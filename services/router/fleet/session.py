@@ -32,10 +32,13 @@ _FIRST_BACKOFF_S = 0.1
 
 
 class OutputSink(Protocol):
-    """Where a request's outputs go."""
+    """Where a request's outputs go. Both are called in the event loop, and must neither block nor raise."""
 
     def deliver(self, output: pb.Output) -> None:
-        """Called in the event loop for each output, the last one included. Must not block."""
+        """The first token, log probabilities, or the end: each request has exactly one."""
+
+    def deliver_token(self, token_id: int) -> None:
+        """A further token."""
 
 
 class SessionDown(Exception):
@@ -207,15 +210,22 @@ class WorkerSession:
                 self.rates = rates_from_proto(frame.load.rates)
             self._num_sent_since_load = 0
             self._num_tokens_since_load = 0
+        ended = []
         for output in frame.outputs:
-            # An output of a request that we aborted meanwhile has nobody waiting for it.
-            sink = self._live.get(output.handle)
-            if sink is None:
-                continue
             if output.finish_reason:
-                del self._live[output.handle]
+                ended.append(output)
+            elif (sink := self._live.get(output.handle)) is not None:
+                sink.deliver(output)
+        if len(frame.handles) != len(frame.token_ids):
+            raise StreamBroken(f"a frame with {len(frame.handles)} handles for {len(frame.token_ids)} tokens")
+        for handle, token_id in zip(frame.handles, frame.token_ids, strict=True):
+            # What comes for a request that we aborted meanwhile has nobody waiting for it.
+            if (sink := self._live.get(handle)) is not None:
+                sink.deliver_token(token_id)
+        for output in ended:
+            if (sink := self._live.pop(output.handle, None)) is not None:
                 self._forget_one_sent()
-            sink.deliver(output)
+                sink.deliver(output)
 
     def _forget_one_sent(self) -> None:
         # It has ended, so it stands in front of nobody, whether or not a load has counted it yet.

@@ -49,11 +49,26 @@ class Choice:
         self._text = model.tokenizer.detokenizer(request.skip_special_tokens)
         self._stops = StopMatcher(request.stops, request.include_stop) if request.stops else None
 
-    def feed(self, output: pb.Output) -> Delta:
-        """The delta that an output gives. It may finish the choice before the worker does: a stop string was found."""
-        delta = Delta(self.index, prompt_logprobs=list(output.prompt_logprobs))
-        token_ids = list(output.token_ids)
-        num_taken = self._take_text(delta, token_ids, self._num_hidden(output, token_ids), bool(output.finish_reason))
+    def feed(self, token_ids: list[int], output: pb.Output | None = None) -> Delta:
+        """The delta that tokens give, with the output that they came in. It may finish the choice before the worker
+        does: a stop string was found."""
+        delta = Delta(self.index)
+        num_taken = self._take_text(delta, token_ids, output)
+        if output is not None:
+            self._take_rest(delta, output)
+        self.finished = delta.finish_reason is not None
+        if self._discard:
+            delta.text, delta.finish_reason = "", "length" if self.finished else None
+            delta.stop_reason = None
+            return delta
+        delta.token_ids = token_ids if num_taken == len(token_ids) else token_ids[:num_taken]
+        if output is not None:
+            delta.logprobs = list(output.logprobs[:num_taken])
+        self.num_tokens += num_taken
+        return delta
+
+    def _take_rest(self, delta: Delta, output: pb.Output) -> None:
+        delta.prompt_logprobs = list(output.prompt_logprobs)
         if output.HasField("usage"):
             self.usage = output.usage
         if delta.finish_reason is None and output.finish_reason:
@@ -61,15 +76,6 @@ class Choice:
             # An end of sequence that we added to the order is no stop token of the client's.
             stopped_by = output.stop_token_id if output.HasField("stop_token_id") else None
             delta.stop_reason = stopped_by if stopped_by in self._request.sampling.stop_token_ids else None
-        self.finished = delta.finish_reason is not None
-        if self._discard:
-            delta.text, delta.finish_reason = "", "length" if self.finished else None
-            delta.stop_reason = None
-            return delta
-        delta.token_ids = token_ids[:num_taken]
-        delta.logprobs = list(output.logprobs[:num_taken])
-        self.num_tokens += num_taken
-        return delta
 
     def _num_hidden(self, output: pb.Output, token_ids: Sequence[int]) -> int:
         """1 if the last token ended the sequence and shall not show in the text, else 0."""
@@ -78,9 +84,10 @@ class Choice:
         stopped_by = output.stop_token_id if output.HasField("stop_token_id") else None
         return int(token_ids[-1] == stopped_by or token_ids[-1] in self._eos_token_ids)
 
-    def _take_text(self, delta: Delta, token_ids: list[int], num_hidden: int, is_last: bool) -> int:
+    def _take_text(self, delta: Delta, token_ids: list[int], output: pb.Output | None) -> int:
         """Sets the delta's text; returns how many of the tokens belong to the answer."""
-        visible = token_ids[: len(token_ids) - num_hidden]
+        is_last = output is not None and bool(output.finish_reason)
+        visible = token_ids[: len(token_ids) - self._num_hidden(output, token_ids)] if output is not None else token_ids
         if self._stops is None:
             delta.text = self._text.feed(visible) if visible else ""
             if is_last:

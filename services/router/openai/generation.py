@@ -11,7 +11,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.lifecycle import Event, Timeline
 from services.router.errors import ApiError, invalid
-from services.router.fleet import Arrival, Dispatch, error_of
+from services.router.fleet import Dispatch, error_of
 from services.router.metrics import ModelMetrics
 from services.router.openai.choice import Choice, Delta
 from services.router.openai.requests import GenerationRequest
@@ -150,25 +150,25 @@ class Generation:
             arrivals = await self._dispatch.arrivals(idle_s)
             if not arrivals:
                 break
-            for arrival in arrivals:
-                self._take(arrival, merged)
+            for index, token_ids, output in arrivals:
+                self._take(index, token_ids, output, merged)
         return list(merged.values())
 
-    def _take(self, arrival: Arrival, merged: dict[int, Delta]) -> None:
-        choice = self._choices[arrival.index]
-        if arrival.output is None:
-            self._restart(arrival.index)
-            merged[arrival.index] = Delta(arrival.index, restarted=True)
+    def _take(self, index: int, token_ids: list[int], output: pb.Output | None, merged: dict[int, Delta]) -> None:
+        choice = self._choices[index]
+        if output is None and not token_ids:
+            self._restart(index)
+            merged[index] = Delta(index, restarted=True)
         elif choice.finished:
             return
-        elif arrival.output.finish_reason == pb.FINISH_REASON_ERROR:
-            raise error_of(arrival.output)
+        elif output is not None and output.finish_reason == pb.FINISH_REASON_ERROR:
+            raise error_of(output)
         else:
-            delta = self._feed(choice, arrival.output)
-            if arrival.index in merged:
-                merged[arrival.index].extend(delta)
+            delta = self._feed(choice, token_ids, output)
+            if index in merged:
+                merged[index].extend(delta)
             else:
-                merged[arrival.index] = delta
+                merged[index] = delta
 
     def usage(self) -> UsageCount:
         """Of all sequences; a prompt counts once, however many answers it has."""
@@ -244,10 +244,10 @@ class Generation:
         if others:
             self._timeline.unix_s[Event.FIRST_TOKEN] = min(others)
 
-    def _feed(self, choice: Choice, output: pb.Output) -> Delta:
-        if output.token_ids:
-            self._observe_tokens(choice.index, len(output.token_ids))
-        delta = choice.feed(output)
+    def _feed(self, choice: Choice, token_ids: list[int], output: pb.Output | None) -> Delta:
+        if token_ids:
+            self._observe_tokens(choice.index, len(token_ids))
+        delta = choice.feed(token_ids, output)
         if choice.finished:
             self._finish(choice, delta, output)
         return delta
@@ -280,10 +280,10 @@ class Generation:
     def _observe_first_token(self, first_token_s: float) -> None:
         self._metrics.time_to_first_token.observe(first_token_s - self._timeline.unix_s[Event.ARRIVED])
 
-    def _finish(self, choice: Choice, delta: Delta, output: pb.Output) -> None:
+    def _finish(self, choice: Choice, delta: Delta, output: pb.Output | None) -> None:
         self._num_unfinished -= 1
         self._finish_reasons[choice.index] = delta.finish_reason or "stop"
-        if not output.finish_reason:
+        if output is None or not output.finish_reason:
             self._dispatch.abort(choice.index, "a stop string was generated")
         self._timeline.mark(Event.FINISHED)
         self._count_whole(choice)
@@ -300,7 +300,7 @@ class Generation:
         had_token = self._last_token_s[index] is not None
         return self._metrics.num_running if had_token else self._metrics.num_waiting
 
-    def _make_receipt(self, choice: Choice, output: pb.Output) -> None:
+    def _make_receipt(self, choice: Choice, output: pb.Output | None) -> None:
         served_by = self._dispatch.served_by(choice.index)
         if choice.usage is None or served_by is None:
             return
@@ -313,7 +313,7 @@ class Generation:
         receipt = make_receipt(
             choice.index,
             choice.usage,
-            output.stamps,
+            output.stamps if output is not None else (),
             router_unix_s,
             decode_worker_id=served_by.placement.decision.decode.worker_id,
             block_size=served_by.placement.space.block_size,
