@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -48,13 +50,14 @@ class OsThreads:
 class _ThreadRunner:
     def __init__(self, name: str, turn: Callable[[], bool]) -> None:
         self._turn = turn
-        self._awake = threading.Event()
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()  # an Event would cost several times as much
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        self._awake.set()
+        if self._wakes.empty():  # else a turn is to come that will see what this is about
+            self._wakes.put(None)
 
     async def stop(self, timeout_s: float) -> bool:
         self._stopping = True
@@ -65,5 +68,5 @@ class _ThreadRunner:
     def _run(self) -> None:
         while not self._stopping:
             if not self._turn():
-                self._awake.wait(_IDLE_WAIT_S)
-                self._awake.clear()  # before the turn, which sees what a wake from now on is about
+                with contextlib.suppress(queue.Empty):
+                    self._wakes.get(timeout=_IDLE_WAIT_S)
