@@ -18,6 +18,7 @@ import uvloop
 from kvstore.errors import RegistryError
 from kvstore.index import IndexReader
 from kvstore.registry import Membership, WorkerRecord
+from kvstore.threads import OsThreads, Threads
 from services.grpc_orders import GrpcOrders
 from services.logs import configure_logging, report_ready
 from services.orders import Orders
@@ -43,7 +44,12 @@ def run_router(config: RouterConfig) -> int:
 
 @asynccontextmanager
 async def open_parts(
-    config: RouterConfig, membership: MembershipView, router_id: str, orders: Orders, index: PrefixIndex | None = None
+    config: RouterConfig,
+    membership: MembershipView,
+    router_id: str,
+    orders: Orders,
+    threads: Threads,
+    index: PrefixIndex | None = None,
 ) -> AsyncIterator[RouterParts]:
     """Everything that the application works with; closed at the end. `membership` and `index` stay the caller's."""
     metrics = RouterMetrics()
@@ -55,7 +61,7 @@ async def open_parts(
 
     workers = Workers(membership, router_id, orders, config.reconnect_max_s, serves)
     pool = TokenizerPool(
-        config.tokenizer_pool_size, config.tokenizer_queue, lambda: metrics.count_refusal("tokenizer_full")
+        threads, config.tokenizer_pool_size, config.tokenizer_queue, lambda: metrics.count_refusal("tokenizer_full")
     )
     admission = Admission(config.max_concurrent_requests, config.max_queue, lambda: metrics.count_refusal("queue_full"))
     prefixes = PrefixFinder(index, metrics, config.index_timeout_s)
@@ -113,7 +119,7 @@ async def _serve(config: RouterConfig) -> int:
     await membership.start()
     await index.start()
     try:
-        async with open_parts(config, membership, _router_id(config, port), GrpcOrders(), index) as parts:
+        async with open_parts(config, membership, _router_id(config, port), GrpcOrders(), OsThreads(), index) as parts:
             parts.metrics.watch_registry(lambda: membership.connected)
             server = _Server(server_config(config, parts))
             serving = asyncio.create_task(server.serve([listener]), name="http")

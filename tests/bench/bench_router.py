@@ -25,6 +25,7 @@ import uvloop
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import WorkerRecord
+from kvstore.threads import OsThreads
 from services.grpc_orders import GrpcOrders
 from services.router.app import make_app
 from services.router.config import RouterConfig
@@ -110,7 +111,7 @@ async def serve_worker(pipe: Connection, model_path: str, token_ids: list[int], 
 async def serve_router(pipe: Connection, record: WorkerRecord) -> None:
     """Answers each message with the processor seconds used so far."""
     listener = bind("127.0.0.1", 0)
-    async with open_parts(RouterConfig(), FakeMembership((record,)), "bench", GrpcOrders()) as parts:
+    async with open_parts(RouterConfig(), FakeMembership((record,)), "bench", GrpcOrders(), OsThreads()) as parts:
         server = uvicorn.Server(uvicorn.Config(make_app(parts), log_config=None, access_log=False, lifespan="off"))
         serving = asyncio.create_task(server.serve([listener]))
         await until(lambda: server.started and parts.workers.num_sessions_up == 1 and "tiny" in parts.models.names())

@@ -15,6 +15,7 @@ import uvicorn
 from kvstore.block import BlockHash
 from kvstore.index.entries import Holding
 from kvstore.registry import WorkerRecord
+from kvstore.threads import OsThreads
 from services.grpc_orders import GrpcOrders
 from services.router.config import RouterConfig
 from services.router.edge import RouterParts
@@ -90,7 +91,7 @@ async def running_router(
     membership = FakeMembership((*(worker.record() for worker in workers), *extra_records))
     listener = bind("127.0.0.1", 0)
     try:
-        async with open_parts(config, membership, "router-under-test", GrpcOrders(), index) as parts:
+        async with open_parts(config, membership, "router-under-test", GrpcOrders(), OsThreads(), index) as parts:
             server = uvicorn.Server(server_config(replace(config, shutdown_timeout_s=2), parts))
             server.capture_signals = nullcontext  # type: ignore[assignment,method-assign]
             serving = asyncio.create_task(server.serve([listener]))

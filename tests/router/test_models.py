@@ -11,6 +11,7 @@ import threading
 import msgspec
 import pytest
 
+from kvstore.threads import OsThreads
 from services.router.errors import ApiError
 from services.router.text import ModelDirectory, ModelTokenizer, TokenizerPool
 from services.router.text.models import ModelSource, load_model_files
@@ -237,7 +238,7 @@ def test_special_tokens(tokenizer):
 
 
 async def test_the_pool_is_bounded_even_when_callers_give_up():
-    pool = TokenizerPool(1, 1)
+    pool = TokenizerPool(OsThreads(), 1, 1)
     gate = threading.Event()
     running = asyncio.create_task(pool.run(lambda: gate.wait(10)))
     waiting = asyncio.create_task(pool.run(lambda: 5))

@@ -7,12 +7,12 @@ import functools
 import json
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
+from kvstore.threads import Threads
 from services.router.errors import overloaded
 from services.router.text.chat_template import ChatTemplate
 from services.router.text.detokenizer import Detokenizer
@@ -218,8 +218,10 @@ def _declared_templates(declared: object) -> dict[str, str]:
 class TokenizerPool:
     """A few threads with a bounded queue before them."""
 
-    def __init__(self, num_threads: int, max_queue: int, on_refusal: Callable[[], None] = lambda: None) -> None:
-        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
+    def __init__(
+        self, threads: Threads, num_threads: int, max_queue: int, on_refusal: Callable[[], None] = lambda: None
+    ) -> None:
+        self._executor = threads.pool("tokenizer", num_threads)
         self._limit = num_threads + max_queue
         self._num_pending = 0
         self._on_refusal = on_refusal
