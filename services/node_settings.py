@@ -6,7 +6,10 @@ is that of `--help` and of the page.
 
 from __future__ import annotations
 
-from services.settings import SettingsError, setting
+from services.settings import setting
+
+_MIN_LEASE_S = 0.05  # see kvstore.registry.registry
+_HEARTBEAT_S = 1.0  # of the block protocol; see kvstore.protocol.timeouts
 
 
 def host() -> str:
@@ -14,11 +17,13 @@ def host() -> str:
 
 
 def kv_port() -> int:
-    return setting(0, help="block-protocol port; 0 chooses a free one", group="network")
+    return setting(0, min=0, max=65535, help="block-protocol port; 0 chooses a free one", group="network")
 
 
 def http_port() -> int:
-    return setting(0, help="port of /metrics, /health and /debug/state; 0 chooses a free one", group="network")
+    return setting(
+        0, min=0, max=65535, help="port of /metrics, /health and /debug/state; 0 chooses a free one", group="network"
+    )
 
 
 def advertise_host(who_reaches_whom: str) -> str:
@@ -43,15 +48,22 @@ def kv_transport(fast_lanes: str) -> str:
 
 
 def lease_s(whose: str) -> float:
-    return setting(5.0, help=f"registry lease: {whose} silent for so long is forgotten", group="network")
+    return setting(
+        5.0, min=_MIN_LEASE_S, help=f"registry lease: {whose} silent for so long is forgotten", group="network"
+    )
 
 
 def peer_timeout_s() -> float:
-    return setting(5.0, help="a block-protocol peer silent for so long is lost", group="network")
+    return setting(
+        5.0,
+        above=_HEARTBEAT_S,
+        help="a block-protocol peer silent for so long is lost; longer than a heartbeat, 1 s",
+        group="network",
+    )
 
 
 def drain_timeout_s(waits_for: str) -> float:
-    return setting(30.0, help=f"how long SIGTERM waits for {waits_for}", group="network")
+    return setting(30.0, above=0, help=f"how long SIGTERM waits for {waits_for}", group="network")
 
 
 def log_level() -> str:
@@ -62,17 +74,3 @@ def log_format() -> str:
     return setting(
         "auto", help="text, json, or auto: text on a terminal", choices=("auto", "text", "json"), group="logs"
     )
-
-
-def check_ports(config: object, *names: str) -> None:
-    """Raise `SettingsError` for the first of these fields that is no port number."""
-    for name in names:
-        if not 0 <= getattr(config, name) <= 65535:
-            raise SettingsError(f"must be a port number, got {getattr(config, name)}", name)
-
-
-def check_positive(config: object, *names: str) -> None:
-    """Raise `SettingsError` for the first of these fields that is not positive."""
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise SettingsError(f"must be positive, got {getattr(config, name)}", name)

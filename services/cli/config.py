@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.settings import SettingsError, setting
+from services.settings import Settings, setting
 
 DEMO_MODEL = Path(__file__).parents[2] / "deploy" / "demo_model" / "tandem-demo"
 """Present in a checkout, absent from an installed wheel."""
 
 
 @dataclass(frozen=True)
-class UpConfig:
+class UpConfig(Settings):
     """The stack on one machine. The workers' and the router's own settings are accepted beside these, and passed on."""
 
     model: str = setting(
@@ -21,15 +20,17 @@ class UpConfig:
         help="directory of a Hugging Face model, or its name on the hub; the default is the demo model",
         group="stack",
     )
-    prefill: int = setting(1, help="prefill workers", group="stack")
-    decode: int = setting(1, help="decode workers", group="stack")
+    prefill: int = setting(1, min=0, help="prefill workers", group="stack")
+    decode: int = setting(1, min=1, help="decode workers", group="stack")
     colocated: bool = setting(
         False, help="no prefill workers: each decode worker prefills its own prompts", group="stack"
     )
-    stores: int = setting(0, help="store nodes: they keep KV blocks beyond the workers' own caches", group="stack")
+    stores: int = setting(
+        0, min=0, help="store nodes: they keep KV blocks beyond the workers' own caches", group="stack"
+    )
     redis: str = setting("", help="URL of the registry; the default is a private Redis", group="stack", secret=True)
     pin: bool = setting(True, help="give each worker cores of its own (Linux)", group="stack")
-    startup_timeout_s: float = setting(600.0, help="how long the models may take to load", group="stack")
+    startup_timeout_s: float = setting(600.0, above=0, help="how long the models may take to load", group="stack")
     log_format: str = setting(
         "auto",
         help="auto and text: a prefix per process; json: one object per line",
@@ -37,34 +38,20 @@ class UpConfig:
         group="logs",
     )
 
-    def __post_init__(self) -> None:
-        if self.prefill < 0:
-            raise SettingsError(f"must not be negative, got {self.prefill}", "prefill")
-        if self.stores < 0:
-            raise SettingsError(f"must not be negative, got {self.stores}", "stores")
-        if self.decode < 1:
-            raise SettingsError(f"must be at least 1, got {self.decode}", "decode")
-        if self.startup_timeout_s <= 0:
-            raise SettingsError(f"must be positive, got {self.startup_timeout_s}", "startup_timeout_s")
-
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(Settings):
     """What to examine."""
 
     model: str = setting("", help="directory of a Hugging Face model; the default is the demo model")
     redis: str = setting("", help="URL of the registry; the default examines the private Redis", secret=True)
     host: str = setting("127.0.0.1", help="address that the router will listen on")
-    port: int = setting(8000, help="port that the router will listen on")
+    port: int = setting(8000, min=1, max=65535, help="port that the router will listen on")
     json: bool = setting(False, help="print one JSON object")
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.port <= 65535:
-            raise SettingsError(f"must be a port number, got {self.port}", "port")
 
 
 @dataclass(frozen=True)
-class SizeConfig:
+class SizeConfig(Settings):
     """A deployment to be sized: one model, and what is to be done with it."""
 
     model: str = setting(
@@ -76,28 +63,15 @@ class SizeConfig:
         help="of weights and KV; auto: the checkpoint's",
         choices=("auto", "bfloat16", "float16", "half", "float32", "float"),
     )
-    block_size: int = setting(32, help="tokens per KV block")
-    max_model_len: int = setting(0, help="tokens of the longest request; 0: the model's context")
-    max_num_seqs: int = setting(64, help="requests that one decode worker runs at once")
-    gpu_memory_bytes: int = setting(80 << 30, help="memory of one worker's device")
-    gpu_memory_utilization: float = setting(0.9, help="the part of it that weights and KV may take")
-    kv_cache_memory_bytes: int = setting(0, help="memory for KV blocks; 0: what the weights leave")
-    prompt_tokens: int = setting(2048, help="length of a typical prompt")
-    bandwidth_gbit_per_s: float = setting(100.0, help="between prefill and decode workers")
-    num_workers: int = setting(2, help="workers and store nodes that hold blocks")
-    store_dram_bytes: int = setting(64 << 30, help="memory of the store nodes, all together")
-    request_rate: float = setting(1.0, help="requests per second, for the store's window")
+    block_size: int = setting(32, min=1, help="tokens per KV block")
+    max_model_len: int = setting(0, min=0, help="tokens of the longest request; 0: the model's context")
+    max_num_seqs: int = setting(64, min=1, help="requests that one decode worker runs at once")
+    gpu_memory_bytes: int = setting(80 << 30, min=1, help="memory of one worker's device")
+    gpu_memory_utilization: float = setting(0.9, above=0, max=1, help="the part of it that weights and KV may take")
+    kv_cache_memory_bytes: int = setting(0, min=0, help="memory for KV blocks; 0: what the weights leave")
+    prompt_tokens: int = setting(2048, min=1, help="length of a typical prompt")
+    bandwidth_gbit_per_s: float = setting(100.0, above=0, help="between prefill and decode workers")
+    num_workers: int = setting(2, min=1, help="workers and store nodes that hold blocks")
+    store_dram_bytes: int = setting(64 << 30, min=0, help="memory of the store nodes, all together")
+    request_rate: float = setting(1.0, above=0, help="requests per second, for the store's window")
     json: bool = setting(False, help="print one JSON object")
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_seqs", "gpu_memory_bytes", "prompt_tokens", "num_workers"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"must be at least 1, got {getattr(self, name)}", name)
-        for name in ("bandwidth_gbit_per_s", "request_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise SettingsError(f"must be positive, got {getattr(self, name)}", name)
-        for name in ("max_model_len", "kv_cache_memory_bytes", "store_dram_bytes"):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"must not be negative, got {getattr(self, name)}", name)
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise SettingsError(f"must be in (0, 1], got {self.gpu_memory_utilization}", "gpu_memory_utilization")

@@ -13,7 +13,10 @@ class PrefillConfig(WorkerConfig):
     """A worker's settings, and how long finished blocks are held for their reader."""
 
     lease_ttl_s: float = setting(
-        15.0, help="how long blocks are held for a decode worker that no longer renews", group="handoff"
+        15.0,
+        above=1,
+        help="how long blocks are held for a decode worker that no longer renews; longer than a heartbeat, 1 s",
+        group="handoff",
     )
 
     lease_max_s: float = setting(
@@ -22,7 +25,5 @@ class PrefillConfig(WorkerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lease_ttl_s <= 1:
-            raise SettingsError(f"must be longer than the heartbeat of 1 s, got {self.lease_ttl_s}", "lease_ttl_s")
         if self.lease_max_s < self.lease_ttl_s:
             raise SettingsError(f"must be at least lease_ttl_s, got {self.lease_max_s}", "lease_max_s")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.router.tenants import split_key
-from services.settings import SettingsError, setting
+from services.settings import Settings, SettingsError, setting
 
 
 @dataclass(frozen=True)
-class RouterConfig:
+class RouterConfig(Settings):
     """One router process: where it listens, whom it lets in, how much it takes on, and where it finds workers."""
 
     host: str = setting("127.0.0.1", help="address to listen on", group="HTTP")
-    port: int = setting(8000, help="port of the HTTP API; 0 chooses a free one", group="HTTP")
+    port: int = setting(8000, min=0, max=65535, help="port of the HTTP API; 0 chooses a free one", group="HTTP")
     api_key: tuple[str, ...] = setting(
         (),
         help="accepted bearer tokens, each as KEY or TENANT:KEY (keys of one tenant share a cache); none: all may ask",
@@ -26,15 +26,17 @@ class RouterConfig:
     )
     ssl_keyfile: str = setting("", help="TLS key; with --ssl-certfile the API is served over HTTPS", group="HTTP")
     ssl_certfile: str = setting("", help="TLS certificate chain", group="HTTP")
-    max_body_bytes: int = setting(32 << 20, help="largest request body; larger ones get a 413", group="HTTP")
-    sse_keepalive_s: float = setting(15.0, help="a stream idle for so long gets a comment line", group="HTTP")
+    max_body_bytes: int = setting(32 << 20, min=1, help="largest request body; larger ones get a 413", group="HTTP")
+    sse_keepalive_s: float = setting(15.0, above=0, help="a stream idle for so long gets a comment line", group="HTTP")
 
     redis: str = setting("redis://127.0.0.1:6379/0", help="URL of the registry", group="workers", secret=True)
     router_id: str = setting(
         "", help="this router in the workers' logs; the default has host and port", group="workers"
     )
-    reconnect_max_s: float = setting(5.0, help="longest pause between two tries to reach a worker", group="workers")
-    max_attempts: int = setting(3, help="decode workers that a request is tried on", group="workers")
+    reconnect_max_s: float = setting(
+        5.0, above=0, help="longest pause between two tries to reach a worker", group="workers"
+    )
+    max_attempts: int = setting(3, min=1, help="decode workers that a request is tried on", group="workers")
 
     routing_policy: str = setting(
         "kv",
@@ -43,10 +45,11 @@ class RouterConfig:
         group="routing",
     )
     routing_history: int = setting(
-        4096, help="decisions kept for /debug/routing/{request_id}; 0: none", group="routing"
+        4096, min=0, help="decisions kept for /debug/routing/{request_id}; 0: none", group="routing"
     )
     index_timeout_s: float = setting(
         0.05,
+        above=0,
         flags=("--index-timeout",),
         help="seconds that a request waits for the prefix index; then it is routed without it",
         group="routing",
@@ -71,11 +74,11 @@ class RouterConfig:
         choices=("auto", "vllm"),
         group="models",
     )
-    max_logprobs: int = setting(20, help="most alternatives per token that a client may ask for", group="models")
+    max_logprobs: int = setting(20, min=0, help="most alternatives per token that a client may ask for", group="models")
 
-    max_concurrent_requests: int = setting(1024, help="sequences in flight; further ones queue", group="limits")
+    max_concurrent_requests: int = setting(1024, min=1, help="sequences in flight; further ones queue", group="limits")
     max_sequences_per_request: int = setting(
-        1024, help="prompts times n of one request; more get a 400", group="limits"
+        1024, min=1, help="prompts times n of one request; more get a 400", group="limits"
     )
     scheduling_policy: str = setting(
         "fcfs",
@@ -83,14 +86,18 @@ class RouterConfig:
         choices=("fcfs", "priority"),
         group="limits",
     )
-    max_queue: int = setting(1024, help="sequences that may queue for that; more get a 429", group="limits")
+    max_queue: int = setting(1024, min=0, help="sequences that may queue for that; more get a 429", group="limits")
     request_timeout_s: float = setting(
-        600.0, flags=("--request-timeout",), help="seconds from arrival to the last byte; 0: no limit", group="limits"
+        600.0,
+        min=0,
+        flags=("--request-timeout",),
+        help="seconds from arrival to the last byte; 0: no limit",
+        group="limits",
     )
-    tokenizer_pool_size: int = setting(2, help="threads that tokenize and render templates", group="limits")
-    tokenizer_queue: int = setting(256, help="prompts that may wait for these; more get a 429", group="limits")
+    tokenizer_pool_size: int = setting(2, min=1, help="threads that tokenize and render templates", group="limits")
+    tokenizer_queue: int = setting(256, min=1, help="prompts that may wait for these; more get a 429", group="limits")
     shutdown_timeout_s: float = setting(
-        30.0, flags=("--shutdown-timeout",), help="how long SIGTERM waits for running requests", group="limits"
+        30.0, min=0, flags=("--shutdown-timeout",), help="how long SIGTERM waits for running requests", group="limits"
     )
 
     log_level: str = setting(
@@ -108,8 +115,7 @@ class RouterConfig:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise SettingsError(f"must be a port number, got {self.port}", "port")
+        super().__post_init__()
         if self.root_path and not self.root_path.startswith("/"):
             raise SettingsError(f"must start with a slash, got {self.root_path!r}", "root_path")
         if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
@@ -119,19 +125,3 @@ class RouterConfig:
         keys = [split_key(entry)[1] for entry in self.api_key]
         if len(set(keys)) < len(keys):
             raise SettingsError("has the same key twice", "api_key")
-        for name in (
-            "max_body_bytes",
-            "max_attempts",
-            "max_concurrent_requests",
-            "max_sequences_per_request",
-            "tokenizer_pool_size",
-            "tokenizer_queue",
-        ):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"must be at least 1, got {getattr(self, name)}", name)
-        for name in ("max_queue", "max_logprobs", "routing_history", "request_timeout_s", "shutdown_timeout_s"):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"must not be negative, got {getattr(self, name)}", name)
-        for name in ("sse_keepalive_s", "reconnect_max_s", "index_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise SettingsError(f"must be positive, got {getattr(self, name)}", name)

@@ -3,8 +3,8 @@
 A service declares its settings once, in its `config.py`:
 
     @dataclass(frozen=True)
-    class RouterConfig:
-        port: int = setting(8000, help="port of the HTTP API", group="HTTP")
+    class RouterConfig(Settings):
+        port: int = setting(8000, min=0, max=65535, help="port of the HTTP API", group="HTTP")
         api_key: tuple[str, ...] = setting((), help="accepted bearer tokens", secret=True)
 
 and its `main(argv)` calls `load_settings(RouterConfig, argv, prog="tandem router", description="…")`. The names derive
@@ -20,6 +20,7 @@ from services.settings.declare import (
     ENVIRONMENT_PREFIX,
     REQUIRED,
     Setting,
+    Settings,
     SettingsError,
     setting,
     settings_of,
@@ -45,6 +46,7 @@ __all__ = [
     "REQUIRED",
     "Given",
     "Setting",
+    "Settings",
     "SettingsError",
     "argv_of",
     "build_settings",

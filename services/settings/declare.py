@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import functools
+import math
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,45 @@ class SettingsError(ValueError):
         self.setting = setting
 
 
+@dataclass(frozen=True)
+class Range:
+    """What a number may be. `above` is an exclusive lower bound, `min` and `max` are inclusive; none is infinite."""
+
+    min: float | None = None
+    above: float | None = None
+    max: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            (self.min is None or value >= self.min)
+            and (self.above is None or value > self.above)
+            and value <= (math.inf if self.max is None else self.max)
+            and value != math.inf
+        )
+
+    def __str__(self) -> str:
+        if self.max is None and self.above is not None:
+            return "be positive" if self.above == 0 else f"be above {self.above:g}"
+        if self.max is None:
+            return "not be negative" if self.min == 0 else f"be at least {self.min:g}"
+        if self.above is not None:
+            return f"be above {self.above:g} and at most {self.max:g}"
+        return f"be at most {self.max:g}" if self.min is None else f"be from {self.min:g} to {self.max:g}"
+
+
+class Settings:
+    """Base of the settings classes: a value out of its setting's range is refused, wherever it comes from.
+
+    A class that also checks products of its settings does so in a `__post_init__` of its own, after this one.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(typing.cast(typing.Any, self)):
+            range_, value = field.metadata["tandem"].range, getattr(self, field.name)
+            if range_ is not None and value is not None and value not in range_:
+                raise SettingsError(f"must {range_}, got {value}", field.name)
+
+
 class SettingsClass(Protocol):
     """Any dataclass whose fields are made by `setting`."""
 
@@ -46,12 +86,16 @@ class _Declaration:
     metavar: str | None
     secret: bool
     group: str
+    range: Range | None
 
 
 def setting(
     default: T,
     *,
     help: str,
+    min: float | None = None,
+    above: float | None = None,
+    max: float | None = None,
     flags: Sequence[str] | None = None,
     choices: Sequence[T] | None = None,
     metavar: str | None = None,
@@ -60,11 +104,13 @@ def setting(
 ) -> T:
     """Declares one field of a service's settings dataclass.
 
+    `min`, `above` (exclusive) and `max` bound a number; a class that derives from `Settings` checks them.
     `flags` replaces the flag that derives from the field's name (the first one is the main one). A `secret` is printed
     nowhere: not in `repr`, help, error messages or `visible_settings`, and `to_argv` leaves it to `secret_environment`.
     `group` is the heading that `--help` lists the setting under.
     """
-    declaration = _Declaration(help, tuple(flags or ()), tuple(choices or ()), metavar, secret, group)
+    range_ = None if (min, above, max) == (None, None, None) else Range(min, above, max)
+    declaration = _Declaration(help, tuple(flags or ()), tuple(choices or ()), metavar, secret, group, range_)
     metadata = {"tandem": declaration}
     if default is REQUIRED:
         return typing.cast(T, dataclasses.field(repr=not secret, metadata=metadata))
@@ -160,12 +206,12 @@ def variable_of(name: str) -> str:
 
 @functools.cache
 def names_of_all_services() -> frozenset[str]:
-    """The settings that any service declares, read from the source of the `services/*/config.py` files.
+    """The settings that any service declares, read from the source of the `services/**/config.py` files.
 
     Not by importing them: the services never import each other, and an image may lack what another service needs.
     """
     names: set[str] = set()
-    for path in Path(__file__).parents[1].glob("*/config.py"):
+    for path in Path(__file__).parents[1].glob("**/config.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and _is_setting(node.value):
                 names.add(node.target.id)

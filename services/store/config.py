@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services import node_settings
-from services.settings import setting
+from services.settings import Settings, setting
 
 
 @dataclass(frozen=True)
-class StoreConfig:
+class StoreConfig(Settings):
     """One store node: whose blocks it keeps, how many, and where it listens."""
 
     served_model_name: tuple[str, ...] = setting(
@@ -17,11 +17,13 @@ class StoreConfig:
         help="keep the blocks of the model that workers serve under this name; the default is the only model there is",
         group="store",
     )
-    store_dram_bytes: int = setting(1 << 30, help="memory for blocks, e.g. 64GiB", group="store")
+    store_dram_bytes: int = setting(1 << 30, above=0, help="memory for blocks, e.g. 64GiB", group="store")
     store_disk_dir: str = setting(
         "", help="directory for blocks on disk, of this node alone; none: no disk", group="store"
     )
-    store_disk_bytes: int = setting(16 << 30, help="size of the files in --store-disk-dir at most", group="store")
+    store_disk_bytes: int = setting(
+        16 << 30, above=0, help="size of the files in --store-disk-dir at most", group="store"
+    )
     store_disk_writes: str = setting(
         "all",
         help="which blocks go to disk: all, reused (those used again), none (it is only read); evicted means all",
@@ -40,8 +42,3 @@ class StoreConfig:
     drain_timeout_s: float = node_settings.drain_timeout_s("blocks to be written to disk")
     log_level: str = node_settings.log_level()
     log_format: str = node_settings.log_format()
-
-    def __post_init__(self) -> None:
-        node_settings.check_positive(self, "store_dram_bytes", "store_disk_bytes")
-        node_settings.check_ports(self, "kv_port", "http_port")
-        node_settings.check_positive(self, "lease_s", "peer_timeout_s", "drain_timeout_s")

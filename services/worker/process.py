@@ -21,11 +21,12 @@ import services
 from kvstore.errors import TransportError
 from kvstore.registry import Registrar, WorkerRecord, new_incarnation
 from kvstore.threads import OsThreads
-from services.engine.native import Engine, EngineConfig, InvalidConfig
+from services.engine.native import Engine
 from services.grpc_orders import GrpcOrders, GrpcServer
 from services.logs import configure_logging, report_progress, report_ready
 from services.node import DebugServer
 from services.orders import CannotListen, OrderServer
+from services.settings import SettingsError
 from services.worker.assembly import (
     Assembly,
     Role,
@@ -65,8 +66,9 @@ def run_worker(config: WorkerConfig, role: Role, build: Callable[[WorkerParts], 
     configure_logging(config.log_level, config.log_format, fields={"role": role, "worker_id": config.worker_id})
     started_s = time.monotonic()
     try:
-        engine = Engine.from_config(engine_config(config), progress=report_progress)
-    except InvalidConfig as error:
+        num_threads = config.num_threads or len(os.sched_getaffinity(0))
+        engine = Engine.from_config(dataclasses.replace(config, num_threads=num_threads), progress=report_progress)
+    except SettingsError as error:
         log.error("%s worker cannot start: %s", role, error)
         return 1
     log.info(
@@ -79,14 +81,6 @@ def run_worker(config: WorkerConfig, role: Role, build: Callable[[WorkerParts], 
         engine.host_tier.num_slots if engine.host_tier is not None else 0,
     )
     return uvloop.run(_serve(config, role, engine, build))
-
-
-def engine_config(config: WorkerConfig) -> EngineConfig:
-    """The part of a worker's settings that its engine reads: the fields of the same name."""
-    names = {field.name for field in dataclasses.fields(EngineConfig)}
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name in names}
-    values["num_threads"] = config.num_threads or len(os.sched_getaffinity(0))
-    return EngineConfig(**values)
 
 
 def shared_path(model: str) -> str:

@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
-from services.cli.up.placement import (
-    Core,
-    Placement,
-    cpu_quota,
-    place_workers,
-)
+from services.cli.up.placement import Core, Placement, place_workers
 
 
 def cores(num_physical: int, threads: int = 1) -> list[Core]:
@@ -49,14 +40,3 @@ def test_no_cores_means_no_pinning() -> None:
 def test_gpus_are_dealt_out_and_a_shared_one_is_split() -> None:
     places = place_workers(3, [], ["4", "7"])
     assert [(place.gpu, place.gpu_share) for place in places] == [("4", 0.5), ("7", 1.0), ("4", 0.5)]
-
-
-@pytest.mark.parametrize(("text", "quota"), [("max 100000", None), ("150000 100000", 2), ("1000 100000", 1)])
-def test_cpu_quota_of_the_control_group(tmp_path: Path, text: str, quota: int | None) -> None:
-    (tmp_path / "fs/cgroup").mkdir(parents=True)
-    (tmp_path / "fs/cgroup/cpu.max").write_text(text)
-    assert cpu_quota(tmp_path) == quota
-
-
-def test_no_control_group_means_no_quota(tmp_path: Path) -> None:
-    assert cpu_quota(tmp_path) is None

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from services.cli.config import DoctorConfig, SizeConfig, UpConfig
+from services.decode.config import DecodeConfig
+from services.prefill.config import PrefillConfig
+from services.router.config import RouterConfig
 from services.settings import (
     REQUIRED,
+    Settings,
     SettingsError,
     load_settings,
     parse_quantity,
@@ -20,25 +26,26 @@ from services.settings import (
     to_argv,
     visible_settings,
 )
-from services.settings.declare import names_of_all_services
+from services.settings.declare import Range, names_of_all_services
+from services.store.config import StoreConfig
+from services.worker.config import WorkerConfig
 
 
 @dataclass(frozen=True)
-class Example:
-    port: int = setting(8000, help="port of the HTTP API")
+class Example(Settings):
+    port: int = setting(8000, min=0, max=65535, help="port of the HTTP API")
     host: str = setting("127.0.0.1", help="address")
     api_key: tuple[str, ...] = setting((), help="accepted keys", secret=True)
-    ratio: float = setting(0.5, help="share")
+    ratio: float = setting(0.5, above=0, max=1, help="share")
     kv_cache_memory_bytes: int | None = setting(None, help="size of the pool")
     caching: bool = setting(True, help="reuse blocks")
     dtype: str = setting("auto", help="numbers", choices=("auto", "float32"))
     num_shards: int = setting(1, help="shards", flags=("--tensor-parallel-size", "-tp"))
 
     def __post_init__(self) -> None:
-        if self.port > 65535:
-            raise SettingsError(f"must be a port number, got {self.port}", "port")
-        if self.ratio > 1:
-            raise SettingsError(f"ratio: must be at most 1, got {self.ratio}")
+        super().__post_init__()
+        if self.num_shards > 1 and not self.host:
+            raise SettingsError("num_shards: several need a host")
 
 
 def resolve(*argv: str, environ: dict[str, str] | None = None) -> Example:
@@ -54,6 +61,40 @@ def refusal(*argv: str, environ: dict[str, str] | None = None) -> str:
 def write(path: Path, text: str) -> str:
     path.write_text(textwrap.dedent(text), encoding="utf-8")
     return str(path)
+
+
+@pytest.mark.parametrize(
+    ("declared", "allowed", "refused", "words"),
+    [
+        ({"min": 0}, [0, 5], [-1, math.inf, math.nan], "not be negative"),
+        ({"min": 2}, [2, 10**9], [1], "be at least 2"),
+        ({"above": 0}, [1e-9], [0, math.inf, math.nan], "be positive"),
+        ({"above": 1}, [1.5], [1.0], "be above 1"),
+        ({"above": 0, "max": 1}, [0.1, 1], [0, 1.1, math.nan], "be above 0 and at most 1"),
+        ({"min": 1, "max": 9}, [1, 9], [0, 10], "be from 1 to 9"),
+    ],
+)
+def test_a_range_lets_in_what_it_says(declared, allowed, refused, words) -> None:
+    declared_range = Range(**declared)
+    assert all(value in declared_range for value in allowed)
+    assert not any(value in declared_range for value in refused)
+    assert str(declared_range) == words
+
+
+def test_every_default_is_in_its_range() -> None:
+    for cls in (
+        RouterConfig,
+        WorkerConfig,
+        PrefillConfig,
+        DecodeConfig,
+        StoreConfig,
+        UpConfig,
+        DoctorConfig,
+        SizeConfig,
+    ):
+        for item in settings_of(cls):
+            range_ = item.declared.range
+            assert range_ is None or item.default in range_, f"{cls.__name__}.{item.name}"
 
 
 def test_defaults_hold_where_nothing_is_given() -> None:
@@ -134,8 +175,9 @@ def test_malformed_quantities_are_refused(text: str) -> None:
         (["--por", "1"], "--por is not a setting; did you mean --port?"),
         (["stray"], "'stray' belongs to no flag"),
         (["--port"], "--port: expected one argument"),
-        (["--port", "70000"], "--port: must be a port number, got 70000"),
-        (["--ratio", "2"], "ratio: must be at most 1, got 2.0"),
+        (["--port", "70000"], "--port: must be from 0 to 65535, got 70000"),
+        (["--ratio", "2"], "--ratio: must be above 0 and at most 1, got 2.0"),
+        (["--host", "", "-tp", "2"], "num_shards: several need a host"),
     ],
 )
 def test_bad_flags_are_refused_by_name(argv: list[str], message: str) -> None:
@@ -148,7 +190,7 @@ def test_bad_flags_are_refused_by_name(argv: list[str], message: str) -> None:
         ({"TANDEM_PORT": "many"}, "environment variable TANDEM_PORT: 'many' is not a whole number"),
         ({"TANDEM_PROT": "1"}, "environment variable TANDEM_PROT is not a setting; did you mean TANDEM_PORT?"),
         ({"TANDEM_CACHING": "maybe"}, "environment variable TANDEM_CACHING: 'maybe' is not true or false"),
-        ({"TANDEM_PORT": "70000"}, "environment variable TANDEM_PORT: must be a port number, got 70000"),
+        ({"TANDEM_PORT": "70000"}, "environment variable TANDEM_PORT: must be from 0 to 65535, got 70000"),
     ],
 )
 def test_bad_variables_are_refused_by_name(environ: dict[str, str], message: str) -> None:

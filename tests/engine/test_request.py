@@ -10,13 +10,13 @@ import pytest
 from services.engine.native import (
     EngineConfig,
     FinishReason,
-    InvalidConfig,
     InvalidRequest,
     Request,
     SamplingParams,
 )
 from services.engine.native.scheduling.limits import SchedulerConfig, check_fits
 from services.engine.native.scheduling.request import IllegalTransition, RequestStatus
+from services.settings import SettingsError
 
 NO_EOS: frozenset[int] = frozenset()
 
@@ -129,8 +129,13 @@ def test_what_can_never_fit_is_refused() -> None:
         {"max_model_len": -1},
         {"gpu_memory_utilization": 0.0},
         {"gpu_memory_utilization": 1.1},
+        {"kv_offloading_size": -1.0},
+        {"kv_offloading_size": float("nan")},
+        {"kv_offloading_size": float("inf")},
+        {"kv_offloading_size": 1.0, "enable_prefix_caching": False},
     ],
 )
 def test_an_impossible_setting_is_refused_by_its_name(settings: dict[str, object]) -> None:
-    with pytest.raises(InvalidConfig, match=f"^{next(iter(settings))}: must"):
+    with pytest.raises(SettingsError) as caught:
         EngineConfig(**{"model": "m", **settings})  # type: ignore[arg-type]
+    assert caught.value.setting == next(iter(settings))

@@ -32,7 +32,7 @@ class Bench:
     """A scheduler, its pool and a world to run its batches in."""
 
     def __init__(self, *, num_blocks: int = 100, **limits: int) -> None:
-        defaults = {"max_model_len": 64, "max_num_seqs": 8, "max_num_batched_tokens": 16, "max_chunk_tokens": 16}
+        defaults = {"max_model_len": 64, "max_num_seqs": 8, "max_num_batched_tokens": 16}
         self.config = SchedulerConfig(block_size=BLOCK_SIZE, model_fingerprint="ab", **{**defaults, **limits})
         self.pool = BlockPool(num_blocks)
         self.scheduler = Scheduler(self.config, self.pool)
@@ -87,13 +87,6 @@ def test_decode_rows_come_first_and_prompts_share_what_is_left_of_the_budget() -
     bench.add("b", 10)
     bench.add("c", 10)
     assert bench.shapes(3) == [{"a": 1, "b": 10, "c": 5}, {"a": 1, "b": 1, "c": 5}, {"a": 1, "b": 1, "c": 1}]
-
-
-def test_a_prompt_takes_no_more_than_the_chunk_limit_in_one_step() -> None:
-    bench = Bench(max_chunk_tokens=4)
-    bench.add("a", 10)
-    bench.add("b", 3)
-    assert bench.shapes(3) == [{"a": 4, "b": 3}, {"b": 1, "a": 4}, {"b": 1, "a": 2}]
 
 
 def test_smaller_priority_goes_first_and_equals_in_order_of_arrival() -> None:

@@ -39,7 +39,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_blocks=st.integers(6, 16),
         max_num_seqs=st.integers(1, 8),
         max_num_batched_tokens=st.integers(1, 24),
-        max_chunk_tokens=st.integers(1, 16),
         prefix_caching=st.booleans(),
     )
     def start(
@@ -47,7 +46,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_blocks: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        max_chunk_tokens: int,
         prefix_caching: bool,
     ) -> None:
         self.config = SchedulerConfig(
@@ -57,7 +55,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             eos_token_ids=frozenset({EOS}),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            max_chunk_tokens=max_chunk_tokens,
             max_num_waiting=8,
             max_prompt_logprob_rows=5,
         )

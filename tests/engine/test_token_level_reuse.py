@@ -32,7 +32,6 @@ def make_world(num_blocks: int, max_num_batched_tokens: int) -> tuple[Scheduler,
         "ab",
         max_num_seqs=6,
         max_num_batched_tokens=max_num_batched_tokens,
-        max_chunk_tokens=max_num_batched_tokens,
     )
     pool = BlockPool(num_blocks)
     return Scheduler(config, pool), PagedWorld(pool, config)

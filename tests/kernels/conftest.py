@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from services.engine.native.kernels.build import SOURCES, compile_flags
-from services.engine.native.kernels.choice import REQUIRED_FLAGS, load_checked, processor_flags
+from services.engine.native.kernels.choice import REQUIRED_FLAGS, load_checked
 from services.engine.native.kernels.library import KernelError, KernelLibrary
+from services.machine import processor_flags
 
 # The tile instructions in plain C, beside this file.
 EMULATED_AMX = ("-march=x86-64", "-mno-avx512f", "-DTANDEM_EMULATE_AMX", f"-I{Path(__file__).parent}", f"-I{SOURCES}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.engine.native.kernels.choice import REQUIRED_FLAGS, choose, processor_flags
+from services.engine.native.kernels.choice import REQUIRED_FLAGS, choose
 from services.engine.native.kernels.library import AttentionCall, KernelError, KernelLibrary
 from services.engine.native.kernels.self_check import check
 from tests.kernels.conftest import Libraries
@@ -104,13 +104,3 @@ def test_what_is_no_library_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(KernelError, match=r"empty\.so does not load"):
         KernelLibrary(path)
-
-
-def test_the_flags_are_the_first_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu avx512f\nprocessor\t: 1\nflags\t\t: fpu\n", encoding="utf-8")
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert processor_flags(cpuinfo) == {"fpu", "avx512f"}
-    assert processor_flags(tmp_path / "missing") == frozenset()
-    monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert processor_flags(cpuinfo) == frozenset()

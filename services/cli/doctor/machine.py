@@ -15,6 +15,7 @@ from services.cli.doctor.findings import (
     worse,
 )
 from services.cli.up import StartFailed, available_cores, claim_port
+from services.machine import available_memory_bytes, processor_flags
 
 _MIN_SHM_BYTES = 64 << 20
 _MIN_OPEN_FILES = 4096
@@ -31,14 +32,15 @@ print(json.dumps({"version": torch.__version__, "built_for": torch.version.cuda,
 
 _KERNEL_PROBE = """
 import json
-from services.engine.native.kernels.choice import REQUIRED_FLAGS, choose_kernels, processor_flags
+from services.engine.native.kernels.choice import REQUIRED_FLAGS, choose_kernels
+from services.machine import processor_flags
 choice = choose_kernels()
 expected = any(flags <= processor_flags() for flags in REQUIRED_FLAGS.values())
 print(json.dumps({"kernels": choice.library is not None, "reason": choice.reason, "expected": expected}))
 """
 
 
-def check_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Finding]:
+def check_processor() -> list[Finding]:
     """Cores, and the instructions that decide how fast bfloat16 is."""
     cores = available_cores()
     num_cores = len(cores) or os.cpu_count() or 1
@@ -49,13 +51,9 @@ def check_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Finding]:
             "cores", "1 usable: prefill and decode take turns on it", "use `tandem up --colocated`, or more cores"
         )
     ]
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:
+    flags = processor_flags()
+    if not flags:
         return findings
-    flags = next(
-        (set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), set()
-    )
     if flags & {"amx_bf16", "avx512_bf16", "bf16"}:
         which = ", ".join(name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in flags)
         findings.append(good("bfloat16", f"in hardware ({which})"))
@@ -100,25 +98,6 @@ def check_memory(shm: Path = Path("/dev/shm")) -> list[Finding]:
     else:
         findings.append(good("open files", f"at most {soft}"))
     return findings
-
-
-def available_memory_bytes(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
-    """What can be allocated without swapping, within the control group's limit; 0 where that cannot be known."""
-    available = 0
-    try:
-        for line in meminfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    except OSError:
-        return 0
-    try:
-        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
-        if limit != "max":
-            used = int((group / "memory.current").read_text(encoding="utf-8"))
-            available = min(available, max(0, int(limit) - used))
-    except OSError:
-        pass  # no control group, no limit
-    return available
 
 
 def check_torch() -> list[Finding]:

@@ -10,8 +10,8 @@ from services.cli.doctor.findings import (
     good,
     worse,
 )
-from services.cli.doctor.machine import available_memory_bytes
 from services.cli.up import choose_model
+from services.machine import available_memory_bytes
 from services.settings import SettingsError
 
 _NUM_COPIES = 2  # a prefill and a decode worker

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.machine import cpu_quota
+
 
 @dataclass(frozen=True)
 class Core:
@@ -63,29 +65,20 @@ def _share(index: int, num_workers: int, cores: Sequence[Core]) -> Sequence[Core
     return cores[index * len(cores) // num_workers : (index + 1) * len(cores) // num_workers]
 
 
-def available_cores(system: Path = Path("/sys")) -> list[Core]:
+def available_cores() -> list[Core]:
     """The logical processors that this process may use, no more than its control group's quota; [] where unknown."""
     if not hasattr(os, "sched_getaffinity"):
         return []
     cores = []
     for number in sorted(os.sched_getaffinity(0)):
-        topology = system / f"devices/system/cpu/cpu{number}/topology"
+        topology = Path(f"/sys/devices/system/cpu/cpu{number}/topology")
         try:
             physical = (int((topology / "physical_package_id").read_text()), int((topology / "core_id").read_text()))
         except (OSError, ValueError):
             physical = (0, number)
         cores.append(Core(number, physical))
     cores.sort(key=lambda core: (core.physical, core.number))
-    return cores[: cpu_quota(system) or len(cores)]
-
-
-def cpu_quota(system: Path = Path("/sys")) -> int | None:
-    """The control group's limit in whole processors, rounded up; None where there is none."""
-    try:
-        quota, period = (system / "fs/cgroup/cpu.max").read_text().split()
-        return None if quota == "max" else max(1, -(-int(quota) // int(period)))
-    except (OSError, ValueError):
-        return None
+    return cores[: cpu_quota() or len(cores)]
 
 
 def available_gpus() -> list[str]:

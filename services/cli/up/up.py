@@ -20,6 +20,7 @@ from services.cli.up.plan import (
     up_settings,
 )
 from services.cli.up.spec import Stack
+from services.machine import available_memory_bytes
 from services.settings import (
     SettingsError,
     build_settings,
@@ -40,7 +41,6 @@ class StartFailed(Exception):
 
 def main(argv: Sequence[str]) -> int:
     """Runs until SIGINT, SIGTERM or SIGHUP; returns the exit status."""
-    from services.cli.doctor import available_memory_bytes  # which itself needs this module
 
     parser = make_parser(up_settings(), prog="tandem up", description=_DESCRIPTION)
     try:

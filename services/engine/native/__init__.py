@@ -2,7 +2,7 @@
 
 A step is schedule, run, postprocess; one thread calls them."""
 
-from services.engine.native.config import EngineConfig, InvalidConfig
+from services.engine.config import EngineConfig
 from services.engine.native.engine import Engine, EngineLoad, StepOutput
 from services.engine.native.memory import Restore
 from services.engine.native.scheduling import (
@@ -26,7 +26,6 @@ __all__ = [
     "EngineError",
     "EngineLoad",
     "FinishReason",
-    "InvalidConfig",
     "InvalidRequest",
     "PositionLogprobs",
     "QueueFull",

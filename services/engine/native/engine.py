@@ -17,7 +17,7 @@ from torch import Tensor
 from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof, find_wrong, prove
 from kvstore.pool import BlockPool, CacheChange, CopiedBack
 from kvstore.protocol import Reservation
-from services.engine.native.config import EngineConfig
+from services.engine.config import EngineConfig
 from services.engine.native.memory import (
     Restore,
     begin_restore,
@@ -112,7 +112,7 @@ class Engine:
         progress: Callable[[float], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> Engine:
-        """Load the model and take the memory. Raises `ModelError` or `InvalidConfig`."""
+        """Load the model and take the memory. Raises `ModelError` or `SettingsError`."""
         model = load_model(
             config.model,
             dtype=_DTYPE_ALIASES.get(config.dtype, config.dtype),
@@ -378,7 +378,6 @@ def scheduler_config(config: EngineConfig, model: LoadedModel) -> SchedulerConfi
         eos_token_ids=frozenset(model.eos_token_ids),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        max_chunk_tokens=config.long_prefill_token_threshold or config.max_num_batched_tokens,
         max_num_waiting=config.max_num_waiting,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Set
@@ -13,6 +12,7 @@ from typing import Final
 
 from services.engine.native.kernels.library import KernelError, KernelLibrary, library_path
 from services.engine.native.kernels.self_check import check
+from services.machine import processor_flags
 
 # What each library's instructions are called in /proc/cpuinfo, fastest first.
 _AVX512: Final = frozenset(
@@ -92,14 +92,3 @@ def _try_apart(path: Path) -> None:
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise KernelError(f"{path.name} failed its trial: {said[0]}")
-
-
-def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """Return what the processor can do and the system allows; empty where that is not known (not Linux on x86)."""
-    if platform.machine() != "x86_64":
-        return frozenset()
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), ()))

@@ -72,7 +72,7 @@ class Admission:
                 self._queue_is_stuck = True
                 return
             being_computed.update(uncomputed_hashes(request, self._config))
-            if not step.add_chunk(request, self._config.max_chunk_tokens):
+            if not step.add_chunk(request):
                 return
 
     def grant_reservations(self) -> list[GrantedReservation]:

@@ -90,9 +90,9 @@ class BatchBuilder:
         self.preempted: list[Request] = []
         self.held_block_ids: list[int] = []
 
-    def add_chunk(self, request: Request, max_tokens: int) -> bool:
+    def add_chunk(self, request: Request) -> bool:
         """Schedule what the budgets allow of the request's uncomputed tokens; False if that is nothing."""
-        num_tokens = min(request.num_tokens - request.num_computed_tokens, self.budget, max_tokens)
+        num_tokens = min(request.num_tokens - request.num_computed_tokens, self.budget)
         if request.wants_prompt_logprobs:
             num_tokens = min(num_tokens, self.prompt_logprob_rows)
             self.prompt_logprob_rows -= num_tokens

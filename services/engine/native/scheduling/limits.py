@@ -17,7 +17,6 @@ class SchedulerConfig:
     eos_token_ids: frozenset[int] = frozenset()
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
-    max_chunk_tokens: int = 512  # of one prompt in one step
     max_num_waiting: int = 1024
     # Rows of [vocab_size] logits that prompt logprobs may cost in one step: 256 of 152,000 are 155 MB.
     max_prompt_logprob_rows: int = 256

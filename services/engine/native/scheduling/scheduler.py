@@ -314,7 +314,7 @@ class Scheduler:
             if step.budget == 0:
                 return
             if entry.request.num_tokens - entry.request.num_computed_tokens > 1:
-                step.add_chunk(entry.request, self.config.max_chunk_tokens)
+                step.add_chunk(entry.request)
 
     # ---- booking a step's results -----------------------------------------------
 

@@ -1,0 +1,76 @@
+"""An engine's settings: the part of a worker's configuration that concerns model, memory and scheduling. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.settings import Settings, SettingsError, setting
+
+
+@dataclass(frozen=True)
+class EngineConfig(Settings):
+    """Names and meanings are those of `vllm serve`; 0 and "" mean: choose a default."""
+
+    model: str = setting("", help="directory of a Hugging Face model, or its name on the hub", group="model")
+    revision: str = setting("", help="branch, tag or commit on the hub", group="model")
+    dtype: str = setting(
+        "auto",
+        help="of weights, activations and KV cache; auto takes the model's own",
+        choices=("auto", "float32", "float16", "bfloat16", "half", "float"),
+        group="model",
+    )
+    quantization: str = setting(
+        "none",
+        help="int8 computes the layers' projections in 8 bits (W8A8): half the memory, less exact; on CPUs with the"
+        " C kernels only",
+        choices=("none", "int8"),
+        group="model",
+    )
+    cpu_kernels: str = setting(
+        "auto",
+        help="what computes bfloat16 on a CPU: auto takes the C kernels where the processor has AVX-512 BF16 or AMX,"
+        " else torch",
+        choices=("auto", "torch"),
+        group="model",
+    )
+    device: str = setting(
+        "auto", help="auto takes cuda where there is one, else cpu", choices=("auto", "cpu", "cuda"), group="model"
+    )
+    num_threads: int = setting(0, min=0, help="compute threads (CPU); 0: as many as the process may use", group="model")
+    max_model_len: int = setting(
+        0, min=0, help="longest prompt plus output, in tokens; 0 takes the model's own", group="model"
+    )
+    block_size: int = setting(
+        32, min=1, help="tokens in a KV block; equal on all workers of a model", choices=(16, 32, 64), group="KV cache"
+    )
+    num_gpu_blocks_override: int = setting(
+        0, min=0, help="KV blocks in the pool, on whatever device; 0: from the memory size", group="KV cache"
+    )
+    kv_cache_memory_bytes: int = setting(
+        0, min=0, help="size of the KV pool, e.g. 4GiB; 0: a share of the memory there is", group="KV cache"
+    )
+    gpu_memory_utilization: float = setting(
+        0.9, above=0, max=1, help="share of the GPU's memory to use (CUDA only)", group="KV cache"
+    )
+    kv_offloading_size: float = setting(
+        0.0,
+        min=0,
+        help="GiB of main memory for KV blocks that the pool evicts, of each worker; they come back as prefix hits;"
+        " 0: none",
+        group="KV cache",
+    )
+    enable_prefix_caching: bool = setting(True, help="reuse the KV blocks of equal prefixes", group="KV cache")
+    max_num_seqs: int = setting(64, min=1, help="requests in one step at most", group="scheduling")
+    max_num_batched_tokens: int = setting(
+        512, min=1, help="token budget of a step; also the longest prefill chunk", group="scheduling"
+    )
+    max_num_waiting: int = setting(
+        1024, min=1, help="requests that may wait for their first step; more are refused", group="scheduling"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise SettingsError("give the directory of a Hugging Face model, or its name on the hub (--model)", "model")
+        if self.kv_offloading_size and not self.enable_prefix_caching:
+            raise SettingsError("needs prefix caching: what it keeps is found by prefix", "kv_offloading_size")
