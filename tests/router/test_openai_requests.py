@@ -281,6 +281,11 @@ def test_a_refusal_says_what_was_expected_and_what_came(model, name, value, word
     assert caught.value.message == words
 
 
+def test_empty_stream_options_are_none(model):
+    assert not completion(model, stream_options={}).common.include_usage
+    assert completion(model, stream=True, stream_options={"include_usage": True}).common.include_usage
+
+
 def test_what_is_missing_is_named(model):
     with pytest.raises(ApiError) as caught:
         parse_completion({}, model)

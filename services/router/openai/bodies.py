@@ -68,8 +68,8 @@ class Refused(Struct, kw_only=True):
 class StreamOptions(Struct):
     """What a stream tells beside text."""
 
-    include_usage: bool | None = False
-    continuous_usage_stats: bool | None = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class GenerateBody(Refused, kw_only=True):

@@ -12,7 +12,14 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.router.config import RouterConfig
 from services.router.errors import invalid, not_supported
-from services.router.openai.bodies import MAX_STOP_LENGTH, ChatBody, CompletionBody, GenerateBody, TokenizeBody
+from services.router.openai.bodies import (
+    MAX_STOP_LENGTH,
+    ChatBody,
+    CompletionBody,
+    GenerateBody,
+    StreamOptions,
+    TokenizeBody,
+)
 from services.router.text import ServedModel
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -169,31 +176,11 @@ def _check_common(
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> GenerationRequest:
-    body.refuse()
-    if body.response_format and body.response_format.get("type") != "text":
-        raise not_supported("response_format", "only the type `text` is; there is no constrained decoding")
-    if body.stream_options is not None and not body.stream:
-        raise invalid("`stream_options` is only allowed when `stream` is true.", "stream_options")
-    if body.stream and body.prompt_logprobs is not None:
-        raise invalid("`prompt_logprobs` are not available when `stream` is true.", "prompt_logprobs")
-    n, priority, options = body.n or 1, body.priority or 0, body.stream_options
-    if body.best_of is not None and body.best_of > 1 and body.best_of != n:
-        raise not_supported("best_of", "only as many answers are made as `n` asks for")
-    if num_prompts * n > config.max_sequences_per_request:
-        raise invalid(
-            f"{num_prompts} prompts with `n`={n} make {num_prompts * n} sequences;"
-            f" a request may have {config.max_sequences_per_request} at most.",
-            "n" if n > 1 else "prompt",
-        )
-    if priority and config.scheduling_policy != "priority":
-        raise not_supported("priority", "this server serves first come, first served (see --scheduling-policy)")
-    if body.seed is not None and body.seed >= 2**64:
-        raise invalid(f"`seed` must be less than 2**64, got {body.seed}.", "seed")
-    _check_logprobs("prompt_logprobs", body.prompt_logprobs, config)
+    _check_combinations(body, num_prompts, config)
     max_tokens: int | None = getattr(body, max_tokens_field)
     if max_tokens is not None and (body.min_tokens or 0) > max_tokens:
         raise invalid(f"`min_tokens` must not exceed the {max_tokens} tokens asked for.", "min_tokens")
-    sampling = _sampling(body, model)
+    sampling, options = _sampling(body, model), body.stream_options
     if logprobs is not None:
         sampling.logprobs = logprobs
     if prompt_logprobs is not None:
@@ -202,7 +189,7 @@ def _check_common(
         sampling=sampling,
         max_tokens=max_tokens,
         max_tokens_field=max_tokens_field,
-        n=n,
+        n=body.n or 1,
         seed=body.seed,
         stops=_stops(body.stop),
         include_stop=bool(body.include_stop_str_in_output),
@@ -212,10 +199,34 @@ def _check_common(
         continuous_usage=bool(options and options.continuous_usage_stats),
         return_token_ids=bool(body.return_token_ids),
         return_tokens_as_token_ids=bool(body.return_tokens_as_token_ids),
-        priority=priority,
+        priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
         receipt=bool(body.receipt),
     )
+
+
+def _check_combinations(body: GenerateBody, num_prompts: int, config: RouterConfig) -> None:
+    body.refuse()
+    n = body.n or 1
+    if body.response_format and body.response_format.get("type") != "text":
+        raise not_supported("response_format", "only the type `text` is; there is no constrained decoding")
+    if body.stream_options not in (None, StreamOptions()) and not body.stream:
+        raise invalid("`stream_options` is only allowed when `stream` is true.", "stream_options")
+    if body.stream and body.prompt_logprobs is not None:
+        raise invalid("`prompt_logprobs` are not available when `stream` is true.", "prompt_logprobs")
+    if body.best_of is not None and body.best_of > 1 and body.best_of != n:
+        raise not_supported("best_of", "only as many answers are made as `n` asks for")
+    if num_prompts * n > config.max_sequences_per_request:
+        raise invalid(
+            f"{num_prompts} prompts with `n`={n} make {num_prompts * n} sequences;"
+            f" a request may have {config.max_sequences_per_request} at most.",
+            "n" if n > 1 else "prompt",
+        )
+    if body.priority and config.scheduling_policy != "priority":
+        raise not_supported("priority", "this server serves first come, first served (see --scheduling-policy)")
+    if body.seed is not None and body.seed >= 2**64:
+        raise invalid(f"`seed` must be less than 2**64, got {body.seed}.", "seed")
+    _check_logprobs("prompt_logprobs", body.prompt_logprobs, config)
 
 
 def _sampling(body: GenerateBody, model: ServedModel) -> pb.SamplingParams:
