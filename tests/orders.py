@@ -45,7 +45,7 @@ class Orders:
     def were_lent_for_ours(self, holder: str) -> bool:
         """Whether the holder's log (JSON, debug) has it that it lent blocks, and only ever for our orders."""
         lines = map(json.loads, self._stack.services[holder].log.splitlines())
-        lent = [line for line in lines if line["logger"] == "kvstore.exchange.lending" and ": lent " in line["message"]]
+        lent = [line for line in lines if line["logger"] == "kvstore.exchange.owner" and ": lent " in line["message"]]
         return bool(lent) and all(line.get("request_id") == REQUEST_ID for line in lent)
 
     async def generate(

@@ -3,9 +3,10 @@
 One `BlockExchange` per process, in its event loop; the bytes go through `kvstore.transport`."""
 
 from kvstore.exchange.exchange import BlockExchange, RequestScope
+from kvstore.exchange.framing import Outside
 from kvstore.exchange.handshake import PeerIdentity
 from kvstore.exchange.observer import ExchangeObserver
 from kvstore.exchange.owner import Lease
 from kvstore.exchange.reader import Fetch
 
-__all__ = ["BlockExchange", "ExchangeObserver", "Fetch", "Lease", "PeerIdentity", "RequestScope"]
+__all__ = ["BlockExchange", "ExchangeObserver", "Fetch", "Lease", "Outside", "PeerIdentity", "RequestScope"]

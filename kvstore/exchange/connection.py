@@ -1,4 +1,4 @@
-"""One established connection of the block protocol: dispatches messages, beats, and notices a peer that is gone.
+"""The shell of one connection: reads and beats, feeds the session (`session.py`), and does what it says.
 
 This connection is also the peer's liveness: UCX does not notice a peer that hangs.
 """
@@ -7,25 +7,88 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
+from kvstore.block import BlockMemory
 from kvstore.errors import PeerLost, ProtocolViolation
 from kvstore.exchange.framing import FrameStream
-from kvstore.protocol import ExchangeTimeouts, Heartbeat, Message
+from kvstore.exchange.handshake import Introduction
+from kvstore.exchange.observer import ExchangeObserver
+from kvstore.protocol import (
+    Action,
+    Actions,
+    Closed,
+    ExchangeTimeouts,
+    HangUp,
+    Have,
+    Message,
+    OwnerSession,
+    Pass,
+    Quiesced,
+    Read,
+    ReaderSession,
+    Reserve,
+    Resolve,
+    StartSend,
+    Suspect,
+    Verify,
+    Want,
+)
 
 logger = logging.getLogger(__name__)
 
 
-class Connection:
-    """`run` it once; it returns when the connection has ended, with the reason."""
+@dataclass(frozen=True)
+class Tools:
+    """What all connections of a process share."""
 
-    def __init__(self, stream: FrameStream, name: str, timeouts: ExchangeTimeouts, clock: Callable[[], float]) -> None:
+    memory: BlockMemory
+    timeouts: ExchangeTimeouts
+    clock: Callable[[], float]
+    observer: ExchangeObserver
+    verifier: Executor
+    start_task: Callable[[Coroutine[None, None, None]], asyncio.Task[None]]
+    """Runs a coroutine as a task that the exchange owns and awaits at its close."""
+    passed: Callable[[Connection[OwnerSession], Want | Have | Suspect], None]
+    """Hears what a reader says to whoever holds the blocks."""
+
+
+class Handle(Protocol):
+    """One transfer, as its user sees it: carries out what its machine says beyond messages."""
+
+    @property
+    def over(self) -> Awaitable[object]:
+        """Resolves when nothing of ours touches the transfer's blocks any more."""
+
+    def carry_out(self, action: Action) -> None:
+        """Do it, or start to."""
+
+
+_SessionT = TypeVar("_SessionT", ReaderSession, OwnerSession)
+
+
+class Connection(Generic[_SessionT]):
+    """One established connection. `run` it once; it returns when the connection has ended, with the reason."""
+
+    def __init__(
+        self, name: str, stream: FrameStream, introduction: Introduction, session: _SessionT, tools: Tools
+    ) -> None:
         self.name = name
+        self.peer = introduction.peer
+        self.link = introduction.link
+        self.transport_name = introduction.transport.name
+        self.session: _SessionT = session
+        self.tools = tools
+        self.handles: dict[bytes, Handle] = {}
+        """By transfer; each stays until it is over."""
         self._stream = stream
-        self._timeouts = timeouts
-        self._clock = clock
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._last_heard = clock()
+        self._actions: deque[tuple[bytes, Action]] = deque()
+        self._is_acting = False
 
     @property
     def is_open(self) -> bool:
@@ -46,21 +109,52 @@ class Connection:
         if not self._lost.done():
             self._lost.set_result(reason)
 
-    async def run(self, on_message: Callable[[Message], None], live_transfers: Callable[[], list[bytes]]) -> str:
-        """Dispatch messages and beat until the connection ends; returns why.
-
-        `on_message` may raise `ProtocolViolation`. `live_transfers` gives what each heartbeat names.
-        """
-        receiving = asyncio.ensure_future(self._guard(self._receive(on_message)))
-        beating = asyncio.ensure_future(self._guard(self._beat(live_transfers)))
+    def do(self, actions: Actions) -> None:
+        """Do what the session says, in order; what an action leads to at once, after those that are due already."""
+        self._actions += actions
+        if self._is_acting:
+            return
+        self._is_acting = True
         try:
-            return await self._lost
+            while self._actions:
+                self._carry_out(*self._actions.popleft())
+        finally:
+            self._is_acting = False
+
+    def _carry_out(self, transfer_id: bytes, action: Action) -> None:
+        match action:
+            case HangUp(reason):
+                self.close(reason)
+            case Pass(message):
+                assert isinstance(self.session, OwnerSession), "a reader passes nothing on"
+                self.tools.passed(self, message)
+            case Reserve() | Read() | Verify() | Resolve() | Quiesced() | StartSend() | Closed():
+                self.handles[transfer_id].carry_out(action)
+            case _:
+                self.send(action)
+
+    async def run(self) -> str:
+        """Read and beat until the connection ends, then end its transfers and abort its link; returns why."""
+        loops = [asyncio.ensure_future(self._guard(work)) for work in (self._receive(), self._beat())]
+        reason = "the exchange was cancelled"
+        try:
+            reason = await self._lost
         finally:
             self.close("cancelled")
-            receiving.cancel()
-            beating.cancel()
-            await asyncio.gather(receiving, beating, return_exceptions=True)
-            await self._stream.close(flush_s=self._timeouts.heartbeat_s)
+            for each in loops:
+                each.cancel()
+            try:
+                self.do(self.session.lose(reason, self.tools.clock()))
+            finally:
+                self.link.abort(reason)
+                await asyncio.gather(*loops, return_exceptions=True)
+                await self._stream.close(flush_s=self.tools.timeouts.heartbeat_s)
+        return reason
+
+    async def drained(self) -> None:
+        """With the connection ended: wait for its link and every transfer to end, to the last byte that may come."""
+        await self.link.close()
+        await asyncio.gather(*(handle.over for handle in self.handles.values()))
 
     async def _guard(self, work: Coroutine[None, None, None]) -> None:
         """Run one of the two loops; however it fails, the connection ends with the reason."""
@@ -76,20 +170,12 @@ class Connection:
             logger.exception("%s: an internal error, connection closed", self.name)
             self.close(f"internal error: {error!r}")
 
-    async def _receive(self, on_message: Callable[[Message], None]) -> None:
+    async def _receive(self) -> None:
         while True:
             message = await self._stream.receive()
-            self._last_heard = self._clock()
-            on_message(message)
+            self.do(self.session.receive(message, self.tools.clock()))
 
-    async def _beat(self, live_transfers: Callable[[], list[bytes]]) -> None:
-        timeouts = self._timeouts
+    async def _beat(self) -> None:
         while True:
-            self.send(Heartbeat(live_transfers()))
-            due = self._clock() + timeouts.heartbeat_s
-            await asyncio.sleep(timeouts.heartbeat_s)
-            # Where our own loop stood still, the peer's messages wait unread: do not blame the peer for that time.
-            stalled_s = max(0.0, self._clock() - due)
-            silent_s = self._clock() - self._last_heard - stalled_s
-            if silent_s > timeouts.peer_timeout_s:
-                raise PeerLost(f"silent for {silent_s:.1f} s, {timeouts.peer_timeout_s} s are allowed")
+            self.do(self.session.tick(self.tools.clock()))
+            await asyncio.sleep(self.tools.timeouts.heartbeat_s)

@@ -1,35 +1,26 @@
-"""The block protocol's I/O shell: one per worker process, living in its event loop.
+"""The block protocol's face: one exchange per process, living in its event loop.
 
 There is one connection per (reader, owner) pair (`peer_sessions`): whoever wants to read dials, and over that
 connection only reads. Two workers that read from each other have two, so simultaneous dialling both ways needs no
-tie-break. A connection's death ends every lease and fetch on it.
+tie-break. A connection's death ends every lease and fetch on it. Three layers: this shell (with `connection`, `reader`
+and `owner`) does I/O, a session (`session`) knows one connection, a machine (`fetch`, `lease`) one transfer's end.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Final
 
 from kvstore.block import BlockHash, BlockMemory
 from kvstore.errors import PeerLost, TransportError
-from kvstore.exchange.connection import Connection
-from kvstore.exchange.framing import STREAM_BUFFER_BYTES
-from kvstore.exchange.handshake import Introduction, PeerIdentity
-from kvstore.exchange.lending import PrefixLender, lend
+from kvstore.exchange.connection import Tools
+from kvstore.exchange.framing import Listener, Outside
+from kvstore.exchange.handshake import PeerIdentity
 from kvstore.exchange.observer import ExchangeObserver
-from kvstore.exchange.owner import Lease, OwnerSession
-from kvstore.exchange.peer_sessions import PeerSessions
-from kvstore.exchange.reader import (
-    Fetch,
-    ReaderSession,
-    ReaderTools,
-    ReserveFunction,
-)
+from kvstore.exchange.owner import Lease, PrefixLender, lend
+from kvstore.exchange.peer_sessions import PeerSessions, ToOwner, ToReader
+from kvstore.exchange.reader import Fetch, ReserveFunction
 from kvstore.protocol import (
     MAX_HASHES,
     ExchangeTimeouts,
@@ -44,9 +35,6 @@ from kvstore.protocol import (
 from kvstore.transport import Transport
 
 logger = logging.getLogger(__name__)
-
-# Prefixes that one reader may be lent at a time; each pins blocks and has a task.
-_MAX_WANTS: Final = 256
 
 OnHave = Callable[[PeerIdentity, Have], None]
 """Hears of blocks that a reader of ours holds; called in the event loop, and must return at once."""
@@ -67,40 +55,36 @@ class BlockExchange:
         memory: BlockMemory,
         transports: Sequence[Transport],
         timeouts: ExchangeTimeouts | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        *,
+        outside: Outside | None = None,
         observer: ExchangeObserver | None = None,
         limits: ReadLimits | None = None,
         lender: PrefixLender | None = None,
         on_have: OnHave | None = None,
         request_scope: RequestScope | None = None,
     ) -> None:
+        """`outside`: the real world by default."""
         if memory.block_bytes != identity.layout.block_bytes:
             raise ValueError(
                 f"the pool's blocks have {memory.block_bytes} bytes, the layout's {identity.layout.block_bytes}"
             )
         self.identity = identity
+        self._outside = outside = outside or Outside()
+        self.clock = outside.clock  # of the stamps in a FetchResult
+        self.new_id = outside.new_id  # names a transfer
         self._transports = list(transports)
-        self._timeouts = timeouts or ExchangeTimeouts()
-        self._clock = clock
-        self.clock = clock  # of the stamps in a FetchResult
-        self._observer = observer or ExchangeObserver()
-        self._server: asyncio.Server | None = None
-        self._address = ""
         self._lender = lender
         self._on_have = on_have
         self._request_scope = request_scope or (lambda _: contextlib.nullcontext())
-        self._sessions = PeerSessions(
-            identity, self._transports, self._timeouts, clock, self._observer, self._as_reader, self._as_owner
-        )
-        self._digest_executor = ThreadPoolExecutor(1, thread_name_prefix="kv-digest")
-        self._tools = ReaderTools(
-            memory,
-            clock,
-            self._observer,
-            self._digest_executor,
-            self._sessions.start_task,
-            limits or ReadLimits(),
-        )
+        self._listener: Listener | None = None
+        self._verifier = outside.threads.pool("kv-verify")
+
+        def make_tools(peers: PeerSessions) -> Tools:
+            seen = observer or ExchangeObserver()
+            given = timeouts or ExchangeTimeouts()
+            return Tools(memory, given, outside.clock, seen, self._verifier, peers.start_task, self._passed)
+
+        self._peers = PeerSessions(identity, outside, self._transports, limits or ReadLimits(), make_tools)
 
     # ---- life ----
 
@@ -118,25 +102,21 @@ class BlockExchange:
                 if not self._transports:
                     raise
                 logger.warning("no blocks will travel over %s: %s", transport.name, error)
-        self._server = await asyncio.start_server(self._sessions.accept, host, port, limit=STREAM_BUFFER_BYTES)
-        bound_host, bound_port = self._server.sockets[0].getsockname()[:2]
-        self._address = f"{bound_host}:{bound_port}"
+        self._listener = await self._outside.net.listen(host, port, self._peers.accept)
 
     @property
     def address(self) -> str:
-        """`host:port` that we listen on."""
-        return self._address
+        """`host:port` that we listen on; empty before."""
+        return self._listener.address if self._listener is not None else ""
 
     async def close(self) -> None:
         """End all connections, leases and fetches, then the transports. Bounded in time; may be called again."""
-        if self._server is not None:
-            self._server.close()
-        await self._sessions.close()
+        if self._listener is not None:
+            self._listener.close()
+        await self._peers.close()
         for transport in self._transports:
             await transport.close()
-        self._digest_executor.shutdown(wait=True)
-        if self._server is not None:
-            await self._server.wait_closed()
+        self._verifier.shutdown(wait=True)
 
     @property
     def can_move_blocks(self) -> bool:
@@ -146,49 +126,34 @@ class BlockExchange:
     def state(self) -> dict[str, object]:
         """Return what goes on, as plain values, for a debug endpoint."""
         return {
-            "address": self._address,
+            "address": self.address,
             "transports": {transport.name: transport.problem() or "ok" for transport in self._transports},
-            "owners": [_describe(session) for session in self._sessions.owners.values()],
-            "readers": [_describe(session) for session in self._sessions.readers.values()],
+            "owners": [_describe(connection) for connection in self._peers.owners.values()],
+            "readers": [_describe(connection) for connection in self._peers.readers.values()],
             "fetches": [
                 {
                     "transfer_id": fetch.transfer_id.hex(),
-                    "owner": session.peer.peer_id,
+                    "owner": connection.peer.peer_id,
                     "state": fetch.state,
                     "quarantined_blocks": fetch.quarantined,
                 }
-                for session in self._sessions.undrained
-                if isinstance(session, ReaderSession)
-                for fetch in session.fetches.values()
+                for connection in self._peers.undrained
+                for fetch in connection.handles.values()
+                if isinstance(fetch, Fetch)
             ],
             "leases": [
                 {
                     "transfer_id": lease.transfer_id.hex(),
-                    "reader": session.peer.peer_id,
+                    "reader": connection.peer.peer_id,
                     "request_id": lease.request_id,
                     "state": lease.state,
                     "num_announced": lease.num_announced,
                 }
-                for session in self._sessions.undrained
-                if isinstance(session, OwnerSession)
-                for lease in session.leases.values()
+                for connection in self._peers.undrained
+                for lease in connection.handles.values()
+                if isinstance(lease, Lease)
             ],
         }
-
-    def _as_reader(self, introduction: Introduction, connection: Connection) -> ReaderSession:
-        return ReaderSession(introduction, connection, self._tools)
-
-    def _as_owner(self, introduction: Introduction, connection: Connection) -> OwnerSession:
-        return OwnerSession(
-            introduction,
-            connection,
-            self._timeouts,
-            self._clock,
-            self._observer,
-            self._lend if self._lender else None,
-            self._heard_of if self._on_have else None,
-            self._suspected if self._lender else None,
-        )
 
     # ---- connections ----
 
@@ -197,16 +162,16 @@ class BlockExchange:
 
         Raises `PeerUnreachable`, `IncompatiblePeer` (the message says both sides' values).
         """
-        return await self._sessions.connect(address)
+        return await self._peers.connect(address)
 
     def is_connected(self, peer_id: str) -> bool:
         """Whether there is a live connection to this peer, dialled by either side."""
-        return self._sessions.owner(peer_id) is not None or self._sessions.reader(peer_id) is not None
+        return self._peers.owner(peer_id) is not None or self._peers.reader(peer_id) is not None
 
     def lane_to(self, owner_peer_id: str) -> str:
         """On which lane we read from an owner; empty where we are not connected to it."""
-        session = self._sessions.owners.get(owner_peer_id)
-        return session.link.lane if session is not None else ""
+        connection = self._peers.owners.get(owner_peer_id)
+        return connection.link.lane if connection is not None else ""
 
     # ---- owner ----
 
@@ -215,31 +180,33 @@ class BlockExchange:
 
         `request_id` is what `state` names it by. Raises `PeerLost` where it is not connected.
         """
-        session = self._sessions.reader(reader_peer_id)
-        if session is None:
+        connection = self._peers.reader(reader_peer_id)
+        if connection is None:
             raise PeerLost(f"transfer {transfer_id.hex()}: reader {reader_peer_id} is not connected")
-        return session.open_lease(transfer_id, num_blocks, request_id)
+        return Lease(connection, transfer_id, num_blocks, request_id)
 
-    def _lend(self, session: OwnerSession, want: Want) -> None:
-        assert self._lender is not None
-        if len(session.wants) >= _MAX_WANTS:
-            session.connection.send(Revoke(want.transfer_id, f"{_MAX_WANTS} transfers are being lent to you already"))
+    def _passed(self, connection: ToReader, message: Want | Have | Suspect) -> None:
+        """A reader speaks to whoever holds the blocks."""
+        if isinstance(message, Have):
+            if self._on_have is not None:  # else: we keep nothing for others, and nobody waits for an answer
+                self._on_have(connection.peer, message)
             return
-        session.wants.add(want.transfer_id)
-        # A session's own context is nobody's: without an id nothing is to be named.
-        scope = self._request_scope(want.request_id) if want.request_id else contextlib.nullcontext()
-        with scope:
-            lending = self._sessions.start_task(lend(session, want, self._lender))
-        lending.add_done_callback(lambda _: session.wants.discard(want.transfer_id))
+        # A connection's own context is nobody's: without an id nothing is to be named.
+        request_id = message.request_id if isinstance(message, Want) else ""
+        with self._request_scope(request_id) if request_id else contextlib.nullcontext():
+            serving = self._peers.start_task(self._serve(connection, message))
+        serving.add_done_callback(lambda _: connection.session.settled())
 
-    def _suspected(self, session: OwnerSession, suspect: Suspect) -> None:
-        assert self._lender is not None
-        logger.warning("%s read other bytes than we announced, of %d blocks", session.peer.peer_id, len(suspect.hashes))
-        self._sessions.start_task(self._lender.recheck([BlockHash(block_hash) for block_hash in suspect.hashes]))
-
-    def _heard_of(self, session: OwnerSession, have: Have) -> None:
-        assert self._on_have is not None
-        self._on_have(session.peer, have)
+    async def _serve(self, connection: ToReader, message: Want | Suspect) -> None:
+        if self._lender is None:
+            if isinstance(message, Want):
+                connection.send(Revoke(message.transfer_id, "this worker lends no prefixes"))
+        elif isinstance(message, Want):
+            await lend(connection, message, self._lender)
+        else:
+            text = "%s read other bytes than we announced, of %d blocks"
+            logger.warning(text, connection.peer.peer_id, len(message.hashes))
+            await self._lender.recheck([BlockHash(block_hash) for block_hash in message.hashes])
 
     # ---- reader ----
 
@@ -262,16 +229,11 @@ class BlockExchange:
         fetch. `stage_s` takes the place of the exchange's own deadlines of each stage and each read. Raises
         `PeerLost` where we have no connection to the owner, ValueError where the transfer is being fetched already.
         """
-        session = self._sessions.owner(owner_peer_id)
-        if session is None:
-            raise PeerLost(f"transfer {transfer_id.hex()}: owner {owner_peer_id} is not connected")
-        if transfer_id in session.fetches:
-            raise ValueError(f"transfer {transfer_id.hex()} is being fetched already")
-        timeouts = self._timeouts if stage_s is None else self._timeouts.with_stages_of(stage_s)
-        fetch = Fetch(session, transfer_id, expected_hashes, reserve, timeouts, may_be_fewer)
-        session.fetches[transfer_id] = fetch
-        if owner_incarnation is not None and session.peer.incarnation != owner_incarnation:
-            detail = f"{owner_peer_id} is incarnation {session.peer.incarnation}, not {owner_incarnation}"
+        connection = self._owner(owner_peer_id, f"for transfer {transfer_id.hex()}")
+        machine = connection.session.order(transfer_id, expected_hashes, may_be_fewer, stage_s, self.clock())
+        fetch = Fetch(connection, machine, reserve)
+        if owner_incarnation is not None and connection.peer.incarnation != owner_incarnation:
+            detail = f"{owner_peer_id} is incarnation {connection.peer.incarnation}, not {owner_incarnation}"
             fetch.handle(OwnerLost(detail, FetchCause.UNKNOWN_INCARNATION))
         return fetch
 
@@ -294,7 +256,8 @@ class BlockExchange:
             transfer_id, owner_peer_id, hashes, reserve, owner_incarnation, may_be_fewer=True, stage_s=stage_s
         )
         if not fetch.has_result:
-            self._sessions.owners[owner_peer_id].want(transfer_id, hashes, request_id)
+            connection = self._peers.owners[owner_peer_id]
+            connection.do(connection.session.want(transfer_id, hashes, request_id))
         return fetch
 
     def tell_have(
@@ -304,18 +267,22 @@ class BlockExchange:
 
         Raises `PeerLost` where we have no connection to the owner.
         """
-        session = self._sessions.owner(owner_peer_id)
-        if session is None:
-            raise PeerLost(f"{owner_peer_id} is not connected, and cannot be told of {len(hashes)} blocks")
-        session.connection.send(Have(address, parent_hash, list(hashes[:MAX_HASHES])))
+        connection = self._owner(owner_peer_id, f"to be told of {len(hashes)} blocks")
+        connection.send(Have(address, parent_hash, list(hashes[:MAX_HASHES])))
+
+    def _owner(self, peer_id: str, what_for: str) -> ToOwner:
+        connection = self._peers.owner(peer_id)
+        if connection is None:
+            raise PeerLost(f"owner {peer_id} is not connected, {what_for}")
+        return connection
 
 
-def _describe(session: ReaderSession | OwnerSession) -> dict[str, object]:
+def _describe(connection: ToOwner | ToReader) -> dict[str, object]:
     return {
-        "peer_id": session.peer.peer_id,
-        "role": session.peer.role,
-        "incarnation": session.peer.incarnation,
-        "transport": session.transport_name,
-        "lane": session.link.lane,
-        "connected": session.connection.is_open,
+        "peer_id": connection.peer.peer_id,
+        "role": connection.peer.role,
+        "incarnation": connection.peer.incarnation,
+        "transport": connection.transport_name,
+        "lane": connection.link.lane,
+        "connected": connection.is_open,
     }

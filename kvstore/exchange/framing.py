@@ -1,9 +1,16 @@
-"""Messages over a TCP stream: one frame at a time in, bounded buffers out."""
+"""The world outside as the block protocol sees it: connections with frames, a clock, names, threads.
+
+`main()` makes one `Outside` and hands it down; a simulation hands down its own.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+import os
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Final, Protocol
 
 from kvstore.errors import PeerLost
 from kvstore.protocol import (
@@ -13,13 +20,85 @@ from kvstore.protocol import (
     decode_length,
     encode,
 )
+from kvstore.threads import OsThreads, Threads
 
 MAX_UNSENT_BYTES: Final = 16 * 1024 * 1024
-STREAM_BUFFER_BYTES: Final = 64 * 1024
+_STREAM_BUFFER_BYTES: Final = 64 * 1024
 
 
-class FrameStream:
-    """One TCP connection as a stream of messages. Never holds more than a frame of input and a bounded output."""
+class FrameStream(Protocol):
+    """One connection as a stream of messages. Never holds more than a frame of input and a bounded output."""
+
+    @property
+    def peer_host(self) -> str:
+        """Under which address the peer's process is reached."""
+
+    @property
+    def peer_address(self) -> str:
+        """The peer's end, `host:port`."""
+
+    async def receive(self) -> Message:
+        """Return the next message. Raises `PeerLost` at the end of the stream, `ProtocolViolation` on garbage."""
+
+    def send(self, message: Message) -> None:
+        """Queue a message; nothing happens on a closed stream. Raises `PeerLost` where the peer takes no more data."""
+
+    async def close(self, flush_s: float = 0.0) -> None:
+        """Close the connection; give queued messages up to `flush_s` to leave."""
+
+
+class Listener(Protocol):
+    """A port that is listened on."""
+
+    @property
+    def address(self) -> str:
+        """`host:port`."""
+
+    def close(self) -> None:
+        """Accept nobody any more."""
+
+
+class Net(Protocol):
+    """How connections come about."""
+
+    async def listen(self, host: str, port: int, accept: Callable[[FrameStream], Awaitable[None]]) -> Listener:
+        """Call `accept`, as a task, with each connection that comes; port 0 takes a free one. Raises OSError."""
+
+    async def dial(self, host: str, port: int) -> FrameStream:
+        """Connect. Raises OSError; the caller bounds it in time by cancelling it."""
+
+
+class TcpNet:
+    """Connections over TCP."""
+
+    async def listen(self, host: str, port: int, accept: Callable[[FrameStream], Awaitable[None]]) -> TcpListener:
+        """Listen with asyncio's server, which owns the tasks."""
+
+        async def accept_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await accept(TcpFrames(reader, writer))
+
+        return TcpListener(await asyncio.start_server(accept_one, host, port, limit=_STREAM_BUFFER_BYTES))
+
+    async def dial(self, host: str, port: int) -> TcpFrames:
+        """Connect."""
+        return TcpFrames(*await asyncio.open_connection(host, port, limit=_STREAM_BUFFER_BYTES))
+
+
+class TcpListener:
+    """asyncio's server, and where it listens."""
+
+    def __init__(self, server: asyncio.Server) -> None:
+        self._server = server
+        host, port = server.sockets[0].getsockname()[:2]
+        self.address = f"{host}:{port}"
+
+    def close(self) -> None:
+        """Close the port."""
+        self._server.close()
+
+
+class TcpFrames:
+    """A TCP connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -29,7 +108,7 @@ class FrameStream:
         self.peer_address = f"{peername[0]}:{peername[1]}" if peername else "unknown"
 
     async def receive(self) -> Message:
-        """Return the next message. Raises `PeerLost` at the end of the stream, `ProtocolViolation` on garbage."""
+        """Read a length, then a body of it."""
         try:
             num_bytes = decode_length(await self._reader.readexactly(LENGTH_BYTES))
             body = await self._reader.readexactly(num_bytes)
@@ -41,7 +120,7 @@ class FrameStream:
         return decode(body)
 
     def send(self, message: Message) -> None:
-        """Queue a message; nothing happens on a closed stream. Raises `PeerLost` where the peer takes no more data."""
+        """Write to the socket's buffer."""
         if self._writer.is_closing():
             return
         self._writer.write(encode(message))
@@ -50,7 +129,7 @@ class FrameStream:
             raise PeerLost(f"the peer takes no data: {num_unsent} bytes wait to be sent")
 
     async def close(self, flush_s: float = 0.0) -> None:
-        """Close the connection; give queued messages up to `flush_s` to leave."""
+        """Drain for `flush_s`, then abort."""
         try:
             if flush_s > 0:
                 async with asyncio.timeout(flush_s):
@@ -61,3 +140,18 @@ class FrameStream:
             pass  # it was a courtesy: the connection ends in any case
         finally:
             self._writer.transport.abort()
+
+
+def new_id() -> bytes:
+    """16 random bytes."""
+    return os.urandom(16)
+
+
+@dataclass(frozen=True)
+class Outside:
+    """All that an exchange meets beside its transports. `new_id` names transfers and links: 16 bytes, never twice."""
+
+    net: Net = field(default_factory=TcpNet)
+    clock: Callable[[], float] = time.monotonic
+    new_id: Callable[[], bytes] = new_id
+    threads: Threads = field(default_factory=OsThreads)

@@ -11,7 +11,6 @@ reader                                owner
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -60,8 +59,13 @@ class Introduction:
     features: frozenset[str] = frozenset()
 
 
-async def introduce_as_reader(stream: FrameStream, us: PeerIdentity, transports: Sequence[Transport]) -> Introduction:
-    """Run the side that dialled. Raises `ExchangeError`, `IncompatiblePeer` being one; the caller closes the stream."""
+async def introduce_as_reader(
+    stream: FrameStream, us: PeerIdentity, transports: Sequence[Transport], link_id: bytes
+) -> Introduction:
+    """Run the side that dialled. Raises `ExchangeError`, `IncompatiblePeer` being one; the caller closes the stream.
+
+    `link_id`: 16 bytes that name the link to both sides.
+    """
     # Nobody reads from a reader over this connection: its Hello names its transports and gives no way in.
     transports = _usable(transports)
     stream.send(_hello(us, [TransportOffer(transport.name, b"") for transport in transports]))
@@ -73,7 +77,6 @@ async def introduce_as_reader(stream: FrameStream, us: PeerIdentity, transports:
     except IncompatiblePeer as error:
         stream.send(Reject(str(error)[:4096]))
         raise
-    link_id = secrets.token_bytes(16)
     stream.send(Choose(transport.name, link_id))
     link_peer = LinkPeer(peer.peer_id, offers[transport.name], link_id, stream.peer_host, dialled=True)
     return await _link_up(stream, peer, transport, link_peer, hello)

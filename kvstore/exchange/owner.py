@@ -1,4 +1,9 @@
-"""The shell around the owner's state machines: the leases of one connection, their timers, messages and sends."""
+"""A lease as whoever lends sees it, and the lending of prefixes.
+
+    want (hashes) -> pin what is held -> lease over exactly these blocks, all announced at once -> lease closes -> unpin
+
+Nothing is computed for a `want`: blocks that are not here are not offered, and one that finds nothing is revoked.
+"""
 
 from __future__ import annotations
 
@@ -6,155 +11,71 @@ import asyncio
 import contextvars
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
-from kvstore.errors import ProtocolViolation
-from kvstore.exchange.alarm import Alarm
+from kvstore.block import BlockHash
 from kvstore.exchange.connection import Connection
-from kvstore.exchange.handshake import Introduction
-from kvstore.exchange.observer import ExchangeObserver
+from kvstore.exchange.reader import begin
 from kvstore.protocol import (
-    AbortSends,
+    Action,
     AnnouncedBlock,
     BlocksComputed,
     Closed,
-    Confirm,
-    Confirmed,
-    ConfirmReceived,
-    ExchangeTimeouts,
-    Have,
-    Heartbeat,
-    LeaseAction,
     LeaseEvent,
     LeaseMachine,
     LeaseOutcome,
-    LeaseTimer,
-    Message,
-    ReaderLost,
-    ReadRefused,
-    ReadRequest,
-    ReadRequested,
-    Release,
-    ReleaseReceived,
-    Renewed,
+    OwnerSession,
     Revoke,
     RevokeOrdered,
     SendEnded,
-    SendMessage,
     StartSend,
-    Suspect,
     Want,
 )
 
 logger = logging.getLogger(__name__)
 
 
-class OwnerSession:
-    """One reader's connection to us. Holds its open leases by transfer id."""
+class PrefixLender(Protocol):
+    """Whoever holds findable blocks: a worker's paged cache, a host-memory tier, a store node."""
 
-    def __init__(
-        self,
-        introduction: Introduction,
-        connection: Connection,
-        timeouts: ExchangeTimeouts,
-        clock: Callable[[], float],
-        observer: ExchangeObserver,
-        on_want: Callable[[OwnerSession, Want], None] | None = None,
-        on_have: Callable[[OwnerSession, Have], None] | None = None,
-        on_suspect: Callable[[OwnerSession, Suspect], None] | None = None,
-    ) -> None:
-        self.peer = introduction.peer
-        self.link = introduction.link
-        self.transport_name = introduction.transport.name
-        self.two_sided = introduction.transport.two_sided
-        self.connection = connection
-        self.leases: dict[bytes, Lease] = {}
-        self.wants: set[bytes] = set()  # transfers that a prefix is being looked up or lent for
-        self.timeouts = timeouts
-        self.clock = clock
-        self.observer = observer
-        self._on_want = on_want
-        self._on_have = on_have
-        self._on_suspect = on_suspect
+    async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
+        """Pin the longest held prefix of `hashes` and return it, with ids and proofs; may be empty."""
 
-    def open_lease(self, transfer_id: bytes, num_blocks: int, request_id: str = "") -> Lease:
-        """Open a lease, in the name of a request if it is one's, and offer it. Raises ValueError where the transfer has
-        one.
+    async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None:
+        """Unpin what `lend_prefix` returned; called exactly once for each of its answers that was not empty."""
+
+    async def recheck(self, hashes: Sequence[BlockHash]) -> None:
+        """Hold these blocks against their proofs, as far as they are here, and drop what has changed: a reader got
+        other bytes than were announced.
         """
-        if transfer_id in self.leases:
-            raise ValueError(f"transfer {transfer_id.hex()} has a lease already")
-        lease = Lease(self, transfer_id, num_blocks, request_id)
-        self.leases[transfer_id] = lease
-        lease.start()
-        return lease
-
-    def live_transfers(self) -> list[bytes]:
-        """What our heartbeats name: nothing, since only readers renew leases."""
-        return []
-
-    def on_message(self, message: Message) -> None:
-        """Handle a message of the reader's. Raises `ProtocolViolation`."""
-        match message:
-            case Heartbeat(transfer_ids):
-                for transfer_id in transfer_ids:
-                    if transfer_id in self.leases:
-                        self.leases[transfer_id].handle(Renewed())
-            case Want(transfer_id):
-                if self._on_want is None:
-                    self.connection.send(Revoke(transfer_id, "this worker lends no prefixes"))
-                else:
-                    self._on_want(self, message)
-            case Have():
-                if self._on_have is not None:  # else: we keep nothing for others, and nobody waits for an answer
-                    self._on_have(self, message)
-            case Suspect():
-                if self._on_suspect is not None:
-                    self._on_suspect(self, message)
-            case ReadRequest() if not self.two_sided:
-                raise ProtocolViolation(f"a read request over {self.transport_name}, which is one-sided")
-            case ReadRequest(read_id, transfer_id, runs):
-                if transfer_id in self.leases:
-                    self.leases[transfer_id].handle(ReadRequested(read_id, runs))
-                else:
-                    self.connection.send(ReadRefused(read_id, "there is no such lease (any more)"))
-            case Confirm(transfer_id):
-                if transfer_id in self.leases:
-                    self.leases[transfer_id].handle(ConfirmReceived())
-                else:
-                    self.connection.send(Confirmed(transfer_id, held=False))
-            case Release(transfer_id, reason):
-                if transfer_id in self.leases:
-                    self.leases[transfer_id].handle(ReleaseReceived(reason))
-            case _:
-                raise ProtocolViolation(f"a reader sent {type(message).__name__}")
-
-    def connection_lost(self, detail: str) -> None:
-        """End all leases."""
-        for lease in list(self.leases.values()):
-            lease.handle(ReaderLost(detail))
-
-    async def drained(self) -> None:
-        """Wait until every lease has closed."""
-        await asyncio.gather(*(lease.closed for lease in self.leases.values()))
 
 
 class Lease:
     """Blocks that one reader may read. They stay the lease's until `closed` resolves; then the caller frees them."""
 
-    def __init__(self, session: OwnerSession, transfer_id: bytes, num_blocks: int, request_id: str) -> None:
+    def __init__(
+        self, connection: Connection[OwnerSession], transfer_id: bytes, num_blocks: int, request_id: str = ""
+    ) -> None:
+        """Open it, and offer it. Raises ValueError where the transfer has a lease already."""
+        opened_at = connection.tools.clock()
+        opening = connection.session.open_lease(transfer_id, num_blocks, opened_at)
         self.transfer_id = transfer_id
         self.request_id = request_id  # for people
         self._context = contextvars.copy_context()  # what is logged of a transfer names the request that began it
-        self._session = session
-        self._opened_at = session.clock()
-        self._machine = LeaseMachine(transfer_id, num_blocks, session.timeouts, self._opened_at)
-        self._alarm = Alarm(session.clock, lambda: self.handle(LeaseTimer()))
+        self._connection = connection
+        self._opened_at = opened_at
+        self._machine: LeaseMachine = connection.session.transfers[transfer_id]
         self._closed: asyncio.Future[LeaseOutcome] = asyncio.get_running_loop().create_future()
+        connection.handles[transfer_id] = self
+        connection.do(opening)
 
     @property
     def closed(self) -> asyncio.Future[LeaseOutcome]:
         """Resolves, always, when the lease is over and nothing of ours touches its blocks. Safe to cancel."""
         return asyncio.shield(self._closed)
+
+    over = closed
 
     @property
     def state(self) -> str:
@@ -171,67 +92,73 @@ class Lease:
 
         Raises ValueError for blocks out of order, too many, or a `last` that does not fit their number.
         """
-        self.handle(BlocksComputed(first_index, blocks, last))
+        self._handle(BlocksComputed(first_index, blocks, last))
 
     def revoke(self, reason: str) -> None:
         """End the lease: the reader discards what it has. Nothing happens once the lease is over."""
-        self.handle(RevokeOrdered(reason))
+        self._handle(RevokeOrdered(reason))
 
-    def start(self) -> None:
-        """Offer the lease to the reader; called once, by the session."""
-        self._carry_out(self._machine.open())
+    def _handle(self, event: LeaseEvent) -> None:
+        connection = self._connection
+        connection.do(connection.session.tell(self.transfer_id, event, connection.tools.clock()))
 
-    def handle(self, event: LeaseEvent) -> None:
-        """Feed the machine and do what it says."""
-        self._carry_out(self._machine.handle(event, self._session.clock()))
-
-    def _carry_out(self, actions: list[LeaseAction]) -> None:
-        self._alarm.set(self._machine.next_deadline)
-        session = self._session
-        for action in actions:
-            match action:
-                case SendMessage(message):
-                    session.connection.send(message)
-                case StartSend(read_id, runs):
-                    self._send(read_id, runs)
-                case AbortSends(reason):
-                    session.connection.close(reason)  # the session's teardown aborts the link
-                case Closed(outcome):
-                    self._close(outcome)
-
-    def _send(self, read_id: int, runs: tuple[tuple[int, int], ...]) -> None:
-        sending: asyncio.Future[None]
-        try:
-            sending = self._session.link.serve(read_id, runs)
-        except Exception as error:
-            # Whatever a transport raises instead of returning a future: the send has ended, and badly.
-            sending = asyncio.get_running_loop().create_future()
-            sending.set_exception(error)
-        sending.add_done_callback(functools.partial(self._send_ended, read_id))
+    def carry_out(self, action: Action) -> None:
+        """Send blocks, or close."""
+        match action:
+            case StartSend(read_id, runs):
+                sending = begin(lambda: self._connection.link.serve(read_id, runs))
+                sending.add_done_callback(functools.partial(self._send_ended, read_id))
+            case Closed(outcome):
+                self._close(outcome)
 
     def _send_ended(self, read_id: int, done: asyncio.Future[None]) -> None:
         if (error := done.exception()) is not None:
-            peer_id = self._session.peer.peer_id
+            peer_id = self._connection.peer.peer_id
             self._warn("transfer %s: a send to %s failed: %s", self.transfer_id.hex(), peer_id, error)
-            self._session.connection.close(f"a send failed: {error}")
-        self.handle(SendEnded(read_id))
+            self._connection.close(f"a send failed: {error}")
+        self._handle(SendEnded(read_id))
 
     def _warn(self, message: str, *arguments: object) -> None:
         self._context.run(logger.warning, message, *arguments)
 
     def _close(self, outcome: LeaseOutcome) -> None:
-        session = self._session
-        del session.leases[self.transfer_id]
-        duration_s = session.clock() - self._opened_at
-        session.observer.lease_ended(session.peer.peer_id, outcome, self.num_announced, duration_s)
+        peer_id, tools = self._connection.peer.peer_id, self._connection.tools
+        del self._connection.handles[self.transfer_id]
+        duration_s = tools.clock() - self._opened_at
+        tools.observer.lease_ended(peer_id, outcome, self.num_announced, duration_s)
         if outcome in (LeaseOutcome.EXPIRED, LeaseOutcome.PEER_LOST):
             self._warn(
                 "lease of transfer %s for %s ended after %.1f s: %s, %d of %d blocks announced",
                 self.transfer_id.hex(),
-                session.peer.peer_id,
+                peer_id,
                 duration_s,
                 outcome.value,
                 self.num_announced,
                 self._machine.num_blocks,
             )
         self._closed.set_result(outcome)
+
+
+async def lend(connection: Connection[OwnerSession], want: Want, lender: PrefixLender) -> None:
+    """Serve one `want` from its arrival until the lease has closed."""
+    transfer, reader = want.transfer_id.hex(), connection.peer.peer_id
+    try:
+        blocks = await lender.lend_prefix([BlockHash(block_hash) for block_hash in want.hashes])
+    except Exception:  # whatever is wrong here: the reader is to know now, rather than to wait and blame us for it
+        connection.send(Revoke(want.transfer_id, "nothing can be lent"))
+        raise
+    if not blocks:
+        logger.debug("transfer %s: %s wants blocks, none is here", transfer, reader)
+        connection.send(Revoke(want.transfer_id, "none of these blocks is here"))
+        return
+    try:
+        if not connection.is_open or want.transfer_id in connection.handles:
+            logger.warning("transfer %s: wanted, and gone before it was lent", transfer)
+            return
+        lease = Lease(connection, want.transfer_id, len(blocks), want.request_id)
+        lease.announce(0, blocks, last=True)
+        outcome = await lease.closed
+        text = "transfer %s: lent %d of %d blocks to %s: %s"
+        logger.debug(text, transfer, len(blocks), len(want.hashes), reader, outcome.name)
+    finally:
+        await lender.take_back(blocks)

@@ -1,4 +1,4 @@
-"""Our connections to peers: how each begins, that there is one per pair, and how it ends with all that went over it."""
+"""Our connections to peers: how each begins, that there is one per pair, and that its end is waited for."""
 
 from __future__ import annotations
 
@@ -6,73 +6,61 @@ import asyncio
 import contextvars
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Final, TypeVar
+from typing import Any, Final, TypeAlias
 
 from kvstore.errors import ExchangeError, IncompatiblePeer, PeerUnreachable
-from kvstore.exchange.connection import Connection
-from kvstore.exchange.framing import STREAM_BUFFER_BYTES, FrameStream
-from kvstore.exchange.handshake import (
-    Introduction,
-    PeerIdentity,
-    introduce_as_owner,
-    introduce_as_reader,
-)
-from kvstore.exchange.observer import ExchangeObserver
-from kvstore.exchange.owner import OwnerSession
-from kvstore.exchange.reader import ReaderSession
-from kvstore.protocol import ExchangeTimeouts
+from kvstore.exchange.connection import Connection, Tools
+from kvstore.exchange.framing import FrameStream, Outside
+from kvstore.exchange.handshake import PeerIdentity, introduce_as_owner, introduce_as_reader
+from kvstore.protocol import OwnerSession, ReaderSession, ReadLimits
 from kvstore.transport import Transport
 
 logger = logging.getLogger(__name__)
 
-_Session = TypeVar("_Session", ReaderSession, OwnerSession)
+ToOwner: TypeAlias = Connection[ReaderSession]
+ToReader: TypeAlias = Connection[OwnerSession]
 
 # Strangers: connected, and not introduced yet. More are turned away, since each may hold a frame of memory.
 _MAX_STRANGERS: Final = 64
 
 
 class PeerSessions:
-    """Whom we read from and who reads from us. Owns every task of theirs. All methods belong to the event loop.
-
-    `as_reader` and `as_owner` make the session of a connection that was dialled and of one that was accepted.
-    """
+    """Whom we read from and who reads from us. Owns every task of theirs. All methods belong to the event loop."""
 
     def __init__(
         self,
         identity: PeerIdentity,
+        outside: Outside,
         transports: Sequence[Transport],
-        timeouts: ExchangeTimeouts,
-        clock: Callable[[], float],
-        observer: ExchangeObserver,
-        as_reader: Callable[[Introduction, Connection], ReaderSession],
-        as_owner: Callable[[Introduction, Connection], OwnerSession],
+        limits: ReadLimits,
+        make_tools: Callable[[PeerSessions], Tools],
     ) -> None:
-        self.owners: dict[str, ReaderSession] = {}  # whom we read from
-        self.readers: dict[str, OwnerSession] = {}  # who reads from us
+        """`transports` may lose some until the first connection."""
+        self.owners: dict[str, ToOwner] = {}  # whom we read from
+        self.readers: dict[str, ToReader] = {}  # who reads from us
         # These and all that are gone but not drained yet.
-        self.undrained: set[ReaderSession | OwnerSession] = set()
+        self.undrained: set[ToOwner | ToReader] = set()
         self._identity = identity
+        self._outside = outside
         self._transports = transports
-        self._timeouts = timeouts
-        self._clock = clock
-        self._observer = observer
-        self._as_reader = as_reader
-        self._as_owner = as_owner
+        self._limits = limits
+        self._tools = make_tools(self)
+        self._timeouts = self._tools.timeouts
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._strangers: set[asyncio.Task[None]] = set()
         self._dials: dict[str, asyncio.Task[str]] = {}
         self._owner_at: dict[str, str] = {}  # address as dialled -> peer id
 
-    def owner(self, peer_id: str) -> ReaderSession | None:
+    def owner(self, peer_id: str) -> ToOwner | None:
         """The live connection over which we read from this peer."""
-        session = self.owners.get(peer_id)
-        return session if session is not None and session.connection.is_open else None
+        connection = self.owners.get(peer_id)
+        return connection if connection is not None and connection.is_open else None
 
-    def reader(self, peer_id: str) -> OwnerSession | None:
+    def reader(self, peer_id: str) -> ToReader | None:
         """The live connection over which this peer reads from us."""
-        session = self.readers.get(peer_id)
-        return session if session is not None and session.connection.is_open else None
+        connection = self.readers.get(peer_id)
+        return connection if connection is not None and connection.is_open else None
 
     async def connect(self, address: str) -> str:
         """Dial the owner at `host:port`, unless we are connected to it; errors as `BlockExchange.connect`."""
@@ -101,8 +89,8 @@ class PeerSessions:
         for task in newcomers:
             task.cancel()
         await asyncio.gather(*newcomers, return_exceptions=True)
-        for session in list(self.undrained):
-            session.connection.close("we are closing")
+        for connection in list(self.undrained):
+            connection.close("we are closing")
         if self._tasks:
             # What is left then waits for a caller's reservation; cancelling it ends the fetch without blocks.
             _, pending = await asyncio.wait(self._tasks, timeout=self._timeouts.close_s)
@@ -128,24 +116,34 @@ class PeerSessions:
         stage = "connecting"
         try:
             async with asyncio.timeout(self._timeouts.connect_s):
-                reader, writer = await asyncio.open_connection(host.strip("[]"), int(port), limit=STREAM_BUFFER_BYTES)
-                stage, stream = "handshake", FrameStream(reader, writer)
+                stream = await self._outside.net.dial(host.strip("[]"), int(port))
+                stage = "handshake"
                 try:
-                    introduction = await introduce_as_reader(stream, self._identity, self._transports)
+                    introduction = await introduce_as_reader(
+                        stream, self._identity, self._transports, self._outside.new_id()
+                    )
                 except BaseException:
                     await stream.close(flush_s=self._timeouts.heartbeat_s)
                     raise
         except IncompatiblePeer as error:
             logger.error("%s is no peer of ours: %s", address, error)
-            self._observer.peer_refused(address, str(error))
+            self._tools.observer.peer_refused(address, str(error))
             raise
         except (ExchangeError, OSError, TimeoutError, ValueError) as error:
             why = str(error) or f"not done within {self._timeouts.connect_s} s"
             raise PeerUnreachable(f"{address}: {stage} failed: {why}") from error
         peer_id = introduction.peer.peer_id
-        connection = Connection(stream, f"owner {peer_id} at {address}", self._timeouts, self._clock)
+        session = ReaderSession(
+            introduction.features,
+            introduction.transport.two_sided,
+            self._tools.memory.block_bytes,
+            self._limits,
+            self._timeouts,
+            self._tools.clock(),
+        )
         self._owner_at[address] = peer_id
-        self._install(self.owners, self._as_reader(introduction, connection))
+        name = f"owner {peer_id} at {address}"
+        self._install(self.owners, Connection(name, stream, introduction, session, self._tools))
         return peer_id
 
     def _dial_ended(self, address: str, dial: asyncio.Task[str]) -> None:
@@ -153,9 +151,9 @@ class PeerSessions:
         if not dial.cancelled():
             dial.exception()  # whoever waits for it sees it; nobody may be left to
 
-    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def accept(self, stream: FrameStream) -> None:
         """Shake hands with a peer that has dialled us, and install its session."""
-        stream, task = FrameStream(reader, writer), asyncio.current_task()
+        task = asyncio.current_task()
         assert task is not None
         if self._closing or len(self._strangers) >= _MAX_STRANGERS:
             why = "we are closing" if self._closing else f"{_MAX_STRANGERS} others are introducing themselves"
@@ -174,55 +172,43 @@ class PeerSessions:
             return
         finally:
             self._strangers.discard(task)
-        connection = Connection(
-            stream, f"reader {introduction.peer.peer_id} at {stream.peer_address}", self._timeouts, self._clock
-        )
-        self._install(self.readers, self._as_owner(introduction, connection))
+        transport = introduction.transport
+        session = OwnerSession(transport.name, transport.two_sided, self._timeouts, self._tools.clock())
+        name = f"reader {introduction.peer.peer_id} at {stream.peer_address}"
+        self._install(self.readers, Connection(name, stream, introduction, session, self._tools))
 
     def _log_failed_handshake(self, stream: FrameStream, error: BaseException) -> None:
         if isinstance(error, IncompatiblePeer):
             logger.error("%s is no peer of ours: %s", stream.peer_address, error)
-            self._observer.peer_refused(stream.peer_address, str(error))
+            self._tools.observer.peer_refused(stream.peer_address, str(error))
         elif isinstance(error, TimeoutError):
             logger.warning("%s: no handshake within %s s", stream.peer_address, self._timeouts.connect_s)
         elif isinstance(error, ExchangeError):
             logger.warning("%s: handshake failed: %s", stream.peer_address, error)
 
-    def _install(self, sessions: dict[str, _Session], session: _Session) -> None:
+    def _install(self, connections: dict[str, Connection[Any]], connection: Connection[Any]) -> None:
         """Make a connection the live one of its pair; an older one is a corpse that we had not noticed yet."""
-        peer_id, we_read = session.peer.peer_id, isinstance(session, ReaderSession)
-        if (old := sessions.get(peer_id)) is not None:
-            old.connection.close(f"incarnation {session.peer.incarnation} of {peer_id} has connected anew")
-        sessions[peer_id] = session
-        self.undrained.add(session)
-        logger.info(
-            "connected: %s (%s, incarnation %s), blocks travel over %s, lane %s",
-            session.connection.name,
-            session.peer.role,
-            session.peer.incarnation,
-            session.transport_name,
-            session.link.lane,
-        )
-        self._observer.peer_connected(peer_id, session.transport_name, session.link.lane, we_read)
-        self.start_task(self._run(sessions, session))
+        peer, lane, we_read = connection.peer, connection.link.lane, connections is self.owners
+        if (old := connections.get(peer.peer_id)) is not None:
+            old.close(f"incarnation {peer.incarnation} of {peer.peer_id} has connected anew")
+        connections[peer.peer_id] = connection
+        self.undrained.add(connection)
+        text = "connected: %s (%s, incarnation %s), blocks travel over %s, lane %s"
+        logger.info(text, connection.name, peer.role, peer.incarnation, connection.transport_name, lane)
+        self._tools.observer.peer_connected(peer.peer_id, connection.transport_name, lane, we_read)
+        self.start_task(self._run(connections, connection))
 
-    async def _run(self, sessions: dict[str, _Session], session: _Session) -> None:
-        """Run one connection to its end, then end all that went over it, to the last byte that may still arrive."""
-        peer_id, we_read = session.peer.peer_id, isinstance(session, ReaderSession)
-        reason = "the exchange was cancelled"
+    async def _run(self, connections: dict[str, Connection[Any]], connection: Connection[Any]) -> None:
+        """Run one connection to its end, and keep it until all that went over it has ended."""
+        peer_id, we_read, reason = connection.peer.peer_id, connections is self.owners, "the exchange was cancelled"
         try:
-            reason = await session.connection.run(session.on_message, session.live_transfers)
+            reason = await connection.run()
         finally:
-            logger.info("connection to %s has ended: %s", session.connection.name, reason)
-            if sessions.get(peer_id) is session:
-                del sessions[peer_id]
+            logger.info("connection to %s has ended: %s", connection.name, reason)
+            if connections.get(peer_id) is connection:
+                del connections[peer_id]
                 if we_read:
                     self._owner_at = {address: each for address, each in self._owner_at.items() if each != peer_id}
-            try:
-                session.connection_lost(reason)
-            finally:
-                session.link.abort(reason)
-            self._observer.peer_lost(peer_id, reason, we_read)
-            await session.link.close()
-            await session.drained()
-            self.undrained.discard(session)
+            self._tools.observer.peer_lost(peer_id, reason, we_read)
+            await connection.drained()
+            self.undrained.discard(connection)

@@ -1,6 +1,6 @@
 """The reader's end of a transfer: order, reserve, read, verify, confirm.
 
-Sans-I/O: `FetchMachine.handle(event, now)` returns what to do; the shell (`reader.py`) does it. Two promises: `Resolve`
+Sans-I/O: `FetchMachine.handle(event, now)` returns what to do; the shell does it. Two promises: `Resolve`
 comes out exactly once, and `Quiesced` exactly once and not before it, when no late byte can arrive any more. In between
 a failed fetch is DRAINING: its blocks are in quarantine until every started read has really ended, every digest is
 computed, and the pending reservation has come.
@@ -16,9 +16,6 @@ from typing import Any, Final, TypeAlias
 from kvstore.block import BlockHash
 from kvstore.protocol.fetch_events import (
     AbortOrdered,
-    AbortReads,
-    BlocksAnnounced,
-    ConfirmAnswered,
     FetchAction,
     FetchCause,
     FetchEvent,
@@ -26,8 +23,6 @@ from kvstore.protocol.fetch_events import (
     FetchResult,
     FetchStamps,
     FetchState,
-    FetchTimer,
-    Offered,
     OwnerLost,
     Quiesced,
     ReadEnded,
@@ -37,19 +32,22 @@ from kvstore.protocol.fetch_events import (
     Reserved,
     ReserveFailed,
     Resolve,
-    Revoked,
     StartRead,
     Verified,
     Verify,
 )
+from kvstore.protocol.machine import HangUp, History, Timer
 from kvstore.protocol.messages import (
+    Announce,
     AnnouncedBlock,
     Confirm,
+    Confirmed,
+    Offer,
     Release,
+    Revoke,
     Suspect,
 )
 from kvstore.protocol.timeouts import ExchangeTimeouts
-from kvstore.protocol.transitions import History, SendMessage
 
 
 @dataclass
@@ -71,7 +69,7 @@ class _Progress:
 
 
 class FetchMachine:
-    """One fetch. Create it, then feed it events; call it with `FetchTimer` at `next_deadline`.
+    """One fetch. Create it, then feed it events; call it with `Timer` at `next_deadline`.
 
     `expected_hashes`: one per block of the transfer, None where its identity is not known in advance (the partial last
     block). With `may_be_fewer` the owner may offer a prefix of them. `next_read_id` numbers reads uniquely on the
@@ -113,8 +111,13 @@ class FetchMachine:
         return self.reservation.block_ids
 
     @property
+    def may_succeed(self) -> bool:
+        """Whether there is no result yet."""
+        return self.state not in (FetchState.DONE, FetchState.DRAINING, FetchState.FAILED)
+
+    @property
     def next_deadline(self) -> float | None:
-        """When to call `handle(FetchTimer())`, on the clock of `now`; None: never."""
+        """When to call `handle(Timer())`, on the clock of `now`; None: never."""
         ends = [self._stage_end] if self._stage_end is not None else []
         if self.state is FetchState.READING:
             ends += [read.deadline for read in self.reads.values()]
@@ -130,7 +133,7 @@ class FetchMachine:
 
     # -- ORDERED --
 
-    def _offered(self, event: Offered, now: float) -> list[FetchAction]:
+    def _offered(self, event: Offer, now: float) -> list[FetchAction]:
         self.stamps = replace(self.stamps, offered=now)
         if self._may_be_fewer and 0 < event.num_blocks < len(self._expected_hashes):
             del self._expected_hashes[event.num_blocks :]
@@ -162,7 +165,7 @@ class FetchMachine:
 
     # -- RESERVING, READING --
 
-    def _announced(self, event: BlocksAnnounced, now: float) -> list[FetchAction]:
+    def _announced(self, event: Announce, now: float) -> list[FetchAction]:
         progress, num_expected = self._progress, len(self._expected_hashes)
         first, end = event.first_index, event.first_index + len(event.blocks)
         if first != len(progress.announced) or end > num_expected or event.last != (end == num_expected):
@@ -214,7 +217,7 @@ class FetchMachine:
         detail = f"blocks {indexes} (the owner's {[block.block_id for block in announced]}) do not fit their proofs"
         failing = self._fail(FetchCause.DIGEST_MISMATCH, detail, now)
         hashes = [block.block_hash for block in announced if block.block_hash is not None]
-        return [SendMessage(Suspect(hashes)), *failing] if hashes else failing
+        return [Suspect(hashes), *failing] if hashes else failing
 
     def _go_on(self, now: float) -> list[FetchAction]:
         """Start what reads we may; when nothing is left to read, confirm."""
@@ -230,7 +233,7 @@ class FetchMachine:
             self.stamps = replace(self.stamps, verified=now)
             self.state = FetchState.CONFIRMING
             self._stage_end = now + self._timeouts.confirm_s
-            actions.append(SendMessage(Confirm(self.transfer_id)))
+            actions.append(Confirm(self.transfer_id))
         return actions
 
     def _start_read(self, indexes: tuple[int, ...], now: float) -> StartRead:
@@ -245,7 +248,7 @@ class FetchMachine:
 
     # -- CONFIRMING --
 
-    def _confirm_answered(self, event: ConfirmAnswered, now: float) -> list[FetchAction]:
+    def _confirm_answered(self, event: Confirmed, now: float) -> list[FetchAction]:
         if not event.held:
             return self._fail(FetchCause.LEASE_LOST, "the owner did not hold the lease throughout", now)
         assert self.reservation is not None
@@ -257,9 +260,11 @@ class FetchMachine:
     # -- failing, from any stage --
 
     def _unexpected(self, event: FetchEvent, now: float) -> list[FetchAction]:
-        return self._fail(FetchCause.PROTOCOL, f"the owner sent what belongs to another stage: {event}", now)
+        return self._fail(
+            FetchCause.PROTOCOL, f"the owner sent what belongs to another stage: {type(event).__name__}", now
+        )
 
-    def _revoked(self, event: Revoked, now: float) -> list[FetchAction]:
+    def _revoked(self, event: Revoke, now: float) -> list[FetchAction]:
         return self._fail(FetchCause.REVOKED, event.reason, now)
 
     def _abort(self, event: AbortOrdered, now: float) -> list[FetchAction]:
@@ -268,7 +273,7 @@ class FetchMachine:
     def _owner_lost(self, event: OwnerLost, now: float) -> list[FetchAction]:
         return self._fail(event.cause, event.detail, now)
 
-    def _stage_timer(self, event: FetchTimer, now: float) -> list[FetchAction]:
+    def _stage_timer(self, event: Timer, now: float) -> list[FetchAction]:
         deadline = self.next_deadline
         if deadline is None or now < deadline:
             return []
@@ -297,7 +302,7 @@ class FetchMachine:
         failure = FetchFailure(self.state.value, cause, detail)
         actions: list[FetchAction] = [Resolve(self._result([], failure))]
         if cause not in (FetchCause.PEER_LOST, FetchCause.UNKNOWN_INCARNATION):
-            actions.append(SendMessage(Release(self.transfer_id, f"{cause.value}: {detail}"[:1024])))
+            actions.append(Release(self.transfer_id, f"{cause.value}: {detail}"[:1024]))
         self.state = FetchState.DRAINING
         self._stage_end = now + self._timeouts.drain_s
         return actions + self._drained()
@@ -322,14 +327,14 @@ class FetchMachine:
         del self.reads[event.read_id]
         return self._drained()
 
-    def _drain_timer(self, event: FetchTimer, now: float) -> list[FetchAction]:
+    def _drain_timer(self, event: Timer, now: float) -> list[FetchAction]:
         if self._stage_end is None or now < self._stage_end:
             return []
         self._stage_end = None
         going_on = [read for read in self.reads.values() if not read.verifying]
         if not going_on:
             return []  # a reservation is the caller's to end, a digest ends by itself
-        return [AbortReads(f"transfer {self.transfer_id.hex()}: {', '.join(map(_describe, going_on))} will not end")]
+        return [HangUp(f"transfer {self.transfer_id.hex()}: {', '.join(map(_describe, going_on))} will not end")]
 
     def _drained(self) -> list[FetchAction]:
         if self.reads or self._reserve_pending:
@@ -352,61 +357,61 @@ _IGNORE: Final = FetchMachine._ignore  # met on purpose: a race that has been de
 _UNEXPECTED: Final = FetchMachine._unexpected  # a bug of the peer's: fails the fetch
 
 _FAILING: Final[Mapping[type, _Handler]] = {
-    Revoked: FetchMachine._revoked,
+    Revoke: FetchMachine._revoked,
     AbortOrdered: FetchMachine._abort,
     OwnerLost: FetchMachine._owner_lost,
-    FetchTimer: FetchMachine._stage_timer,
+    Timer: FetchMachine._stage_timer,
 }
 _OVER: Final[Mapping[type, _Handler]] = {
-    Offered: _IGNORE,
-    BlocksAnnounced: _IGNORE,
-    ConfirmAnswered: _IGNORE,
-    Revoked: _IGNORE,
+    Offer: _IGNORE,
+    Announce: _IGNORE,
+    Confirmed: _IGNORE,
+    Revoke: _IGNORE,
     AbortOrdered: _IGNORE,
     OwnerLost: _IGNORE,
 }
 
-# Every state has a row for every event. `AbortOrdered` is the abort, `FetchTimer` the deadline, `OwnerLost` the lost
+# Every state has a row for every event. `AbortOrdered` is the abort, `Timer` the deadline, `OwnerLost` the lost
 # peer.
 TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler | None]]] = {
     FetchState.ORDERED: {
-        Offered: FetchMachine._offered,
+        Offer: FetchMachine._offered,
         Reserved: _ILLEGAL,
         ReserveFailed: _ILLEGAL,
-        BlocksAnnounced: _UNEXPECTED,
+        Announce: _UNEXPECTED,
         ReadEnded: _ILLEGAL,
         Verified: _ILLEGAL,
-        ConfirmAnswered: _UNEXPECTED,
+        Confirmed: _UNEXPECTED,
         **_FAILING,
     },
     FetchState.RESERVING: {
-        Offered: _UNEXPECTED,
+        Offer: _UNEXPECTED,
         Reserved: FetchMachine._reserved,
         ReserveFailed: FetchMachine._reserve_failed,
-        BlocksAnnounced: FetchMachine._announced,
+        Announce: FetchMachine._announced,
         ReadEnded: _ILLEGAL,
         Verified: _ILLEGAL,
-        ConfirmAnswered: _UNEXPECTED,
+        Confirmed: _UNEXPECTED,
         **_FAILING,
     },
     FetchState.READING: {
-        Offered: _UNEXPECTED,
+        Offer: _UNEXPECTED,
         Reserved: _ILLEGAL,
         ReserveFailed: _ILLEGAL,
-        BlocksAnnounced: FetchMachine._announced,
+        Announce: FetchMachine._announced,
         ReadEnded: FetchMachine._read_ended,
         Verified: FetchMachine._verified,
-        ConfirmAnswered: _UNEXPECTED,
+        Confirmed: _UNEXPECTED,
         **_FAILING,
     },
     FetchState.CONFIRMING: {
-        Offered: _UNEXPECTED,
+        Offer: _UNEXPECTED,
         Reserved: _ILLEGAL,
         ReserveFailed: _ILLEGAL,
-        BlocksAnnounced: _UNEXPECTED,
+        Announce: _UNEXPECTED,
         ReadEnded: _ILLEGAL,
         Verified: _ILLEGAL,
-        ConfirmAnswered: FetchMachine._confirm_answered,
+        Confirmed: FetchMachine._confirm_answered,
         **_FAILING,
     },
     FetchState.DONE: {
@@ -415,7 +420,7 @@ TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler | None]]] = {
         ReserveFailed: _ILLEGAL,
         ReadEnded: _ILLEGAL,
         Verified: _ILLEGAL,
-        FetchTimer: _IGNORE,
+        Timer: _IGNORE,
     },
     FetchState.DRAINING: {
         **_OVER,
@@ -423,7 +428,7 @@ TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler | None]]] = {
         ReserveFailed: FetchMachine._drain_reserve_failed,
         ReadEnded: FetchMachine._drain_read,
         Verified: FetchMachine._drain_read,
-        FetchTimer: FetchMachine._drain_timer,
+        Timer: FetchMachine._drain_timer,
     },
     FetchState.FAILED: {
         **_OVER,
@@ -431,6 +436,6 @@ TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler | None]]] = {
         ReserveFailed: _ILLEGAL,
         ReadEnded: _ILLEGAL,
         Verified: _ILLEGAL,
-        FetchTimer: _IGNORE,
+        Timer: _IGNORE,
     },
 }

@@ -8,8 +8,14 @@ from enum import Enum
 from typing import TypeAlias
 
 from kvstore.block import Proof
-from kvstore.protocol.messages import AnnouncedBlock, ReaderMessage
-from kvstore.protocol.transitions import SendMessage
+from kvstore.protocol.machine import HangUp, Timer
+from kvstore.protocol.messages import (
+    Announce,
+    Confirmed,
+    Offer,
+    ReaderMessage,
+    Revoke,
+)
 
 
 class FetchState(Enum):
@@ -105,13 +111,6 @@ class ReadLimits:
 
 
 @dataclass(frozen=True)
-class Offered:
-    """Peer: the lease is open."""
-
-    num_blocks: int
-
-
-@dataclass(frozen=True)
 class Reserved:
     """Local: the room asked for by `Reserve`."""
 
@@ -123,15 +122,6 @@ class ReserveFailed:
     """Local: there is and will be no room; nothing is held."""
 
     detail: str
-
-
-@dataclass(frozen=True)
-class BlocksAnnounced:
-    """Peer: the next blocks can be read."""
-
-    first_index: int
-    blocks: Sequence[AnnouncedBlock]
-    last: bool
 
 
 @dataclass(frozen=True)
@@ -153,20 +143,6 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class ConfirmAnswered:
-    """Peer: whether the lease held throughout."""
-
-    held: bool
-
-
-@dataclass(frozen=True)
-class Revoked:
-    """Peer: the lease is over."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
 class AbortOrdered:
     """Local: the caller wants no more of it."""
 
@@ -181,23 +157,18 @@ class OwnerLost:
     cause: FetchCause = FetchCause.PEER_LOST
 
 
-@dataclass(frozen=True)
-class FetchTimer:
-    """The time of `next_deadline` has come, perhaps."""
-
-
 FetchEvent: TypeAlias = (
-    Offered
+    Offer
+    | Announce
+    | Confirmed
+    | Revoke
     | Reserved
     | ReserveFailed
-    | BlocksAnnounced
     | ReadEnded
     | Verified
-    | ConfirmAnswered
-    | Revoked
     | AbortOrdered
     | OwnerLost
-    | FetchTimer
+    | Timer
 )
 
 # ---- actions ----------------------------------------------------------------
@@ -230,13 +201,6 @@ class Verify:
 
 
 @dataclass(frozen=True)
-class AbortReads:
-    """Reads outlived their fetch by `drain_s`: abort the link, so that they end and no late byte lands."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
 class Resolve:
     """The caller's result is known."""
 
@@ -250,4 +214,4 @@ class Quiesced:
     block_ids: list[int]
 
 
-FetchAction: TypeAlias = SendMessage[ReaderMessage] | Reserve | StartRead | Verify | AbortReads | Resolve | Quiesced
+FetchAction: TypeAlias = ReaderMessage | Reserve | StartRead | Verify | HangUp | Resolve | Quiesced

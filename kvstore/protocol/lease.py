@@ -1,6 +1,6 @@
 """The owner's end of a transfer: a lease on blocks that a reader may read.
 
-Sans-I/O: `LeaseMachine.handle(event, now)` returns what to do; the shell (`owner.py`) does it. The blocks stay pinned
+Sans-I/O: `LeaseMachine.handle(event, now)` returns what to do; the shell does it. The blocks stay pinned
 until the lease has an outcome *and* no two-sided send of them is in progress; only then does `Closed` come out.
 """
 
@@ -12,18 +12,22 @@ from enum import Enum
 from typing import Any, Final, TypeAlias
 
 from kvstore.errors import ProtocolViolation
+from kvstore.protocol.machine import HangUp, History, Timer
 from kvstore.protocol.messages import (
     Announce,
     AnnouncedBlock,
+    Confirm,
     Confirmed,
+    Heartbeat,
     Offer,
     OwnerMessage,
     ReadGranted,
     ReadRefused,
+    ReadRequest,
+    Release,
     Revoke,
 )
 from kvstore.protocol.timeouts import ExchangeTimeouts
-from kvstore.protocol.transitions import History, SendMessage
 
 
 class LeaseState(Enum):
@@ -58,35 +62,10 @@ class BlocksComputed:
 
 
 @dataclass(frozen=True)
-class ReadRequested:
-    """Peer, two-sided transports: send these runs `(first_index, num_blocks)` of lease indexes."""
-
-    read_id: int
-    runs: Sequence[tuple[int, int]]
-
-
-@dataclass(frozen=True)
 class SendEnded:
     """Transport: a send has really ended, well or badly."""
 
     read_id: int
-
-
-@dataclass(frozen=True)
-class Renewed:
-    """Peer: a heartbeat named this transfer."""
-
-
-@dataclass(frozen=True)
-class ConfirmReceived:
-    """Peer: everything is read and verified."""
-
-
-@dataclass(frozen=True)
-class ReleaseReceived:
-    """Peer: it wants no more."""
-
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -103,21 +82,8 @@ class ReaderLost:
     detail: str
 
 
-@dataclass(frozen=True)
-class LeaseTimer:
-    """The time of `next_deadline` has come, perhaps."""
-
-
 LeaseEvent: TypeAlias = (
-    BlocksComputed
-    | ReadRequested
-    | SendEnded
-    | Renewed
-    | ConfirmReceived
-    | ReleaseReceived
-    | RevokeOrdered
-    | ReaderLost
-    | LeaseTimer
+    BlocksComputed | SendEnded | RevokeOrdered | ReaderLost | Timer | Heartbeat | ReadRequest | Confirm | Release
 )
 
 # ---- actions ----------------------------------------------------------------
@@ -132,24 +98,17 @@ class StartSend:
 
 
 @dataclass(frozen=True)
-class AbortSends:
-    """Sends outlived the lease by `drain_s`: abort the link, which ends them."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
 class Closed:
     """The lease is over and nothing of ours touches its blocks any more: the caller frees them."""
 
     outcome: LeaseOutcome
 
 
-LeaseAction: TypeAlias = SendMessage[OwnerMessage] | StartSend | AbortSends | Closed
+LeaseAction: TypeAlias = OwnerMessage | StartSend | HangUp | Closed
 
 
 class LeaseMachine:
-    """One lease. Create it, carry out `open()`, then feed it events; call it with `LeaseTimer` at `next_deadline`."""
+    """One lease. Create it, carry out `open()`, then feed it events; call it with `Timer` at `next_deadline`."""
 
     def __init__(self, transfer_id: bytes, num_blocks: int, timeouts: ExchangeTimeouts, now: float) -> None:
         if num_blocks < 1:
@@ -168,14 +127,14 @@ class LeaseMachine:
 
     @property
     def next_deadline(self) -> float | None:
-        """When to call `handle(LeaseTimer())`, on the clock of `now`; None: never."""
+        """When to call `handle(Timer())`, on the clock of `now`; None: never."""
         if self.state in (LeaseState.OPEN, LeaseState.COMPLETE):
             return self.expires_at
         return self._drain_end if self.state is LeaseState.CLOSING else None
 
     def open(self) -> list[LeaseAction]:
         """Return the actions that start the lease."""
-        return [SendMessage(Offer(self.transfer_id, self.num_blocks))]
+        return [Offer(self.transfer_id, self.num_blocks)]
 
     def handle(self, event: LeaseEvent, now: float) -> list[LeaseAction]:
         """Return what `event` makes us do.
@@ -206,14 +165,14 @@ class LeaseMachine:
         self.blocks += event.blocks
         if event.last:
             self.state = LeaseState.COMPLETE
-        return [SendMessage(Announce(self.transfer_id, event.first_index, list(event.blocks), event.last))]
+        return [Announce(self.transfer_id, event.first_index, list(event.blocks), event.last)]
 
-    def _grant(self, event: ReadRequested, now: float) -> list[LeaseAction]:
+    def _grant(self, event: ReadRequest, now: float) -> list[LeaseAction]:
         if event.read_id in self.sends:
             raise ProtocolViolation(f"transfer {self.transfer_id.hex()}: read {event.read_id} requested twice")
         runs = tuple(self._block_run(first_index, num_blocks) for first_index, num_blocks in event.runs)
         self.sends.add(event.read_id)
-        return [SendMessage(ReadGranted(event.read_id)), StartSend(event.read_id, runs)]
+        return [ReadGranted(event.read_id), StartSend(event.read_id, runs)]
 
     def _block_run(self, first_index: int, num_blocks: int) -> tuple[int, int]:
         # lease index   first_index .. first_index + num_blocks      must have been announced, and
@@ -235,32 +194,32 @@ class LeaseMachine:
         self.sends.remove(event.read_id)
         return []
 
-    def _renew(self, event: Renewed, now: float) -> list[LeaseAction]:
+    def _renew(self, event: Heartbeat, now: float) -> list[LeaseAction]:
         self.expires_at = min(now + self._timeouts.lease_ttl_s, self._hard_end)
         return []
 
-    def _early_confirm(self, event: ConfirmReceived, now: float) -> list[LeaseAction]:
+    def _early_confirm(self, event: Confirm, now: float) -> list[LeaseAction]:
         raise ProtocolViolation(
             f"transfer {self.transfer_id.hex()}: confirmed with {len(self.blocks)} of {self.num_blocks} announced"
         )
 
-    def _confirm(self, event: ConfirmReceived, now: float) -> list[LeaseAction]:
+    def _confirm(self, event: Confirm, now: float) -> list[LeaseAction]:
         # Even after `expires_at`, where the timer is late: the blocks are held until we end the lease, and not before.
-        return [SendMessage(Confirmed(self.transfer_id, True)), *self._end(LeaseOutcome.CONFIRMED, now)]
+        return [Confirmed(self.transfer_id, True), *self._end(LeaseOutcome.CONFIRMED, now)]
 
-    def _release(self, event: ReleaseReceived, now: float) -> list[LeaseAction]:
+    def _release(self, event: Release, now: float) -> list[LeaseAction]:
         return self._end(LeaseOutcome.RELEASED, now)
 
     def _revoke(self, event: RevokeOrdered, now: float) -> list[LeaseAction]:
-        return [SendMessage(Revoke(self.transfer_id, event.reason)), *self._end(LeaseOutcome.REVOKED, now)]
+        return [Revoke(self.transfer_id, event.reason), *self._end(LeaseOutcome.REVOKED, now)]
 
     def _reader_lost(self, event: ReaderLost, now: float) -> list[LeaseAction]:
         return self._end(LeaseOutcome.PEER_LOST, now)
 
-    def _expire(self, event: LeaseTimer, now: float) -> list[LeaseAction]:
+    def _expire(self, event: Timer, now: float) -> list[LeaseAction]:
         if now < self.expires_at:
             return []
-        return [SendMessage(Revoke(self.transfer_id, "lease expired")), *self._end(LeaseOutcome.EXPIRED, now)]
+        return [Revoke(self.transfer_id, "lease expired"), *self._end(LeaseOutcome.EXPIRED, now)]
 
     def _end(self, outcome: LeaseOutcome, now: float) -> list[LeaseAction]:
         self.outcome = outcome
@@ -281,18 +240,18 @@ class LeaseMachine:
         self.state = LeaseState.CLOSED
         return [Closed(self.outcome)]
 
-    def _refuse_read(self, event: ReadRequested, now: float) -> list[LeaseAction]:
-        return [SendMessage(ReadRefused(event.read_id, self._over()))]
+    def _refuse_read(self, event: ReadRequest, now: float) -> list[LeaseAction]:
+        return [ReadRefused(event.read_id, self._over())]
 
-    def _refuse_confirm(self, event: ConfirmReceived, now: float) -> list[LeaseAction]:
-        return [SendMessage(Confirmed(self.transfer_id, False))]
+    def _refuse_confirm(self, event: Confirm, now: float) -> list[LeaseAction]:
+        return [Confirmed(self.transfer_id, False)]
 
-    def _abort_sends(self, event: LeaseTimer, now: float) -> list[LeaseAction]:
+    def _abort_sends(self, event: Timer, now: float) -> list[LeaseAction]:
         if self._drain_end is None or now < self._drain_end:
             return []
         self._drain_end = None
         return [
-            AbortSends(f"{len(self.sends)} sends of transfer {self.transfer_id.hex()} go on, {self._over()}"),
+            HangUp(f"{len(self.sends)} sends of transfer {self.transfer_id.hex()} go on, {self._over()}"),
         ]
 
     def _ignore(self, event: LeaseEvent, now: float) -> list[LeaseAction]:
@@ -307,51 +266,51 @@ _Handler: TypeAlias = Callable[[LeaseMachine, Any, float], list[LeaseAction]]
 _ILLEGAL: Final = None  # a bug of ours: raises with the history
 _IGNORE: Final = LeaseMachine._ignore  # met on purpose: a race that has been decided already
 
-# Every state has a row for every event. `ReaderLost` is the lost peer, `LeaseTimer` the deadline, `RevokeOrdered` and
-# `ReleaseReceived` the two ends' aborts.
+# Every state has a row for every event. `ReaderLost` is the lost peer, `Timer` the deadline, `RevokeOrdered` and
+# `Release` the two ends' aborts.
 TRANSITIONS: Final[Mapping[LeaseState, Mapping[type, _Handler | None]]] = {
     LeaseState.OPEN: {
         BlocksComputed: LeaseMachine._announce,
-        ReadRequested: LeaseMachine._grant,
+        ReadRequest: LeaseMachine._grant,
         SendEnded: LeaseMachine._send_ended,
-        Renewed: LeaseMachine._renew,
-        ConfirmReceived: LeaseMachine._early_confirm,
-        ReleaseReceived: LeaseMachine._release,
+        Heartbeat: LeaseMachine._renew,
+        Confirm: LeaseMachine._early_confirm,
+        Release: LeaseMachine._release,
         RevokeOrdered: LeaseMachine._revoke,
         ReaderLost: LeaseMachine._reader_lost,
-        LeaseTimer: LeaseMachine._expire,
+        Timer: LeaseMachine._expire,
     },
     LeaseState.COMPLETE: {
         BlocksComputed: _ILLEGAL,
-        ReadRequested: LeaseMachine._grant,
+        ReadRequest: LeaseMachine._grant,
         SendEnded: LeaseMachine._send_ended,
-        Renewed: LeaseMachine._renew,
-        ConfirmReceived: LeaseMachine._confirm,
-        ReleaseReceived: LeaseMachine._release,
+        Heartbeat: LeaseMachine._renew,
+        Confirm: LeaseMachine._confirm,
+        Release: LeaseMachine._release,
         RevokeOrdered: LeaseMachine._revoke,
         ReaderLost: LeaseMachine._reader_lost,
-        LeaseTimer: LeaseMachine._expire,
+        Timer: LeaseMachine._expire,
     },
     LeaseState.CLOSING: {
         BlocksComputed: _IGNORE,
-        ReadRequested: LeaseMachine._refuse_read,
+        ReadRequest: LeaseMachine._refuse_read,
         SendEnded: LeaseMachine._late_send_ended,
-        Renewed: _IGNORE,
-        ConfirmReceived: LeaseMachine._refuse_confirm,
-        ReleaseReceived: _IGNORE,
+        Heartbeat: _IGNORE,
+        Confirm: LeaseMachine._refuse_confirm,
+        Release: _IGNORE,
         RevokeOrdered: _IGNORE,
         ReaderLost: _IGNORE,  # the link goes with the connection: the sends end
-        LeaseTimer: LeaseMachine._abort_sends,
+        Timer: LeaseMachine._abort_sends,
     },
     LeaseState.CLOSED: {
         BlocksComputed: _IGNORE,
-        ReadRequested: LeaseMachine._refuse_read,
+        ReadRequest: LeaseMachine._refuse_read,
         SendEnded: _ILLEGAL,
-        Renewed: _IGNORE,
-        ConfirmReceived: LeaseMachine._refuse_confirm,
-        ReleaseReceived: _IGNORE,
+        Heartbeat: _IGNORE,
+        Confirm: LeaseMachine._refuse_confirm,
+        Release: _IGNORE,
         RevokeOrdered: _IGNORE,
         ReaderLost: _IGNORE,
-        LeaseTimer: _IGNORE,
+        Timer: _IGNORE,
     },
 }

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -273,7 +272,7 @@ class Intake:
         fetch: Fetch | None = None
         try:
             fetch = self._exchange.fetch_prefix(
-                os.urandom(16), offer.peer.peer_id, hashes, reserve, offer.peer.incarnation
+                self._exchange.new_id(), offer.peer.peer_id, hashes, reserve, offer.peer.incarnation
             )
             result = await fetch.result
             if result.failure is not None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from kvstore.block import BlockHash, find_wrong
 from kvstore.errors import KVStoreError
-from kvstore.exchange import BlockExchange, ExchangeObserver, PeerIdentity, RequestScope
+from kvstore.exchange import BlockExchange, ExchangeObserver, Outside, PeerIdentity, RequestScope
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, Have
 from kvstore.store.intake import Intake, IntakeLimits
 from kvstore.store.tiered_store import TieredStore
@@ -69,6 +69,7 @@ class StoreNode:
         store: TieredStore,
         transports: Sequence[Transport],
         *,
+        outside: Outside | None = None,
         timeouts: ExchangeTimeouts | None = None,
         observer: ExchangeObserver | None = None,
         limits: IntakeLimits | None = None,
@@ -84,6 +85,7 @@ class StoreNode:
             store.memory,
             transports,
             timeouts,
+            outside=outside,
             observer=observer,
             lender=self.lender,
             on_have=self._on_have,

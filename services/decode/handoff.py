@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +69,7 @@ async def prefill_remotely(
     except PeerUnreachable as error:
         await orders.forget(target.grpc_address)
         raise HandoffFailed("unreachable", str(error)) from error
-    order.transfer_id = os.urandom(16)
+    order.transfer_id = exchange.new_id()
     order.reader_peer_id = exchange.identity.peer_id
     try:
         fetch = exchange.fetch(order.transfer_id, owner, expected_hashes, reserve, target.incarnation or None)

@@ -20,7 +20,7 @@ import uvloop
 import services
 from kvstore.block import BlockLayout, HostMemory
 from kvstore.errors import KVStoreError
-from kvstore.exchange import PeerIdentity
+from kvstore.exchange import Outside, PeerIdentity
 from kvstore.protocol import ExchangeTimeouts
 from kvstore.registry import Membership, Registrar, WorkerRecord, new_incarnation
 from kvstore.store import DiskTier, DiskWrites, StoreNode, StoreTooSmall, TieredStore
@@ -47,10 +47,10 @@ class Stopped(Exception):
 def run_store(config: StoreConfig) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status, 1 if the node cannot start."""
     configure_logging(config.log_level, config.log_format, fields={"role": "store", "worker_id": config.worker_id})
-    return uvloop.run(_serve(config))
+    return uvloop.run(_serve(config, Outside()))
 
 
-async def _serve(config: StoreConfig) -> int:
+async def _serve(config: StoreConfig, outside: Outside) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -59,7 +59,7 @@ async def _serve(config: StoreConfig) -> int:
     try:
         await http.start(config.host, config.http_port)
         try:
-            await _serve_blocks(config, metrics, http, stop)
+            await _serve_blocks(config, outside, metrics, http, stop)
         finally:
             await http.close()
     except Stopped:
@@ -70,12 +70,14 @@ async def _serve(config: StoreConfig) -> int:
     return 0
 
 
-async def _serve_blocks(config: StoreConfig, metrics: StoreMetrics, http: StoreHttp, stop: asyncio.Event) -> None:
+async def _serve_blocks(
+    config: StoreConfig, outside: Outside, metrics: StoreMetrics, http: StoreHttp, stop: asyncio.Event
+) -> None:
     http.not_ready = f"waiting for a worker of {', '.join(config.served_model_name) or 'any model'}"
     log.info("%s; debug http://%s", http.not_ready, http.address)
     worker, layout = await wait_for_layout(config, metrics, stop)
     http.not_ready = "opening memory and disk"
-    async with open_store(config, worker, layout, metrics, http) as record:
+    async with open_store(config, outside, worker, layout, metrics, http) as record:
         fields = {"role": "store", "worker_id": record.worker_id}  # known now, given or made of the port
         configure_logging(config.log_level, config.log_format, fields=fields)
         log.info("%s serves blocks on %s, debug http://%s", record.worker_id, record.kv_address, record.http_address)
@@ -120,7 +122,12 @@ async def wait_for_layout(
 
 @asynccontextmanager
 async def open_store(
-    config: StoreConfig, worker: WorkerRecord, layout: BlockLayout, metrics: StoreMetrics, http: StoreHttp
+    config: StoreConfig,
+    outside: Outside,
+    worker: WorkerRecord,
+    layout: BlockLayout,
+    metrics: StoreMetrics,
+    http: StoreHttp,
 ) -> AsyncIterator[WorkerRecord]:
     """The node, listening, in the index and announced; closed at the end, from the outside in.
 
@@ -138,6 +145,7 @@ async def open_store(
             PeerIdentity(f"{name}/{incarnation}", "store", incarnation, layout),
             store,
             transports,
+            outside=outside,
             timeouts=ExchangeTimeouts(peer_timeout_s=config.peer_timeout_s, offer_s=config.peer_timeout_s),
             observer=metrics.exchange,
             request_scope=request_scope,

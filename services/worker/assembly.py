@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from kvstore.exchange import BlockExchange, PeerIdentity
+from kvstore.exchange import BlockExchange, Outside, PeerIdentity
 from kvstore.pool import CacheChange
 from kvstore.protocol import ExchangeTimeouts
 from kvstore.registry import Membership
@@ -33,6 +33,7 @@ class Seams:
 
     orders: Orders
     threads: Threads
+    outside: Outside
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def assemble(
         engine.memory,
         transports,
         exchange_timeouts(config),
+        outside=seams.outside,
         observer=metrics.exchange,
         lender=CacheLender(engine, thread, host_prefixes),
         request_scope=request_scope,

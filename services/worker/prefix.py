@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -300,7 +299,7 @@ class PrefixFetcher:
             return Reservation(tail, reservation.num_present - start)
 
         fetch = self._exchange.fetch_prefix(
-            os.urandom(16),
+            self._exchange.new_id(),
             owner,
             hashes[start:],
             reserve,

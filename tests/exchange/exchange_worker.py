@@ -7,7 +7,7 @@ import numpy as np
 
 from kvstore.block import BlockHash, BlockLayout, HostMemory
 from kvstore.exchange import BlockExchange, PeerIdentity, RequestScope
-from kvstore.exchange.lending import PrefixLender
+from kvstore.exchange.owner import PrefixLender
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, ReadLimits, Reservation
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
 

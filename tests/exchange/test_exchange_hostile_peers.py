@@ -9,19 +9,14 @@ from dataclasses import replace
 import pytest
 
 from kvstore.errors import PeerUnreachable
-from kvstore.exchange.framing import FrameStream
+from kvstore.exchange.framing import TcpFrames
 from kvstore.protocol import (
     PROTOCOL_VERSION,
-    Announce,
     AnnouncedBlock,
     Choose,
-    Confirm,
-    Confirmed,
     FetchCause,
-    Heartbeat,
     Hello,
     LeaseOutcome,
-    Offer,
     Ready,
     Reject,
     Revoke,
@@ -29,7 +24,7 @@ from kvstore.protocol import (
     Want,
     encode,
 )
-from kvstore.protocol.messages import MAX_FRAME_BYTES
+from kvstore.protocol.messages import MAX_FRAME_BYTES, Announce, Confirm, Confirmed, Heartbeat, Offer
 from tests.exchange.exchange_worker import LAYOUT, PATIENT, TRANSFER, Worker, room, running
 from tests.memory_transport import Switchboard
 
@@ -46,7 +41,7 @@ class Script:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writer = writer
-        self.stream = FrameStream(reader, writer)
+        self.stream = TcpFrames(reader, writer)
 
     async def expect(self, kind: type):
         """Return the next message that is no heartbeat."""
@@ -277,9 +272,9 @@ async def test_owners_that_come_and_go_leave_nothing_behind():
             owner = Worker(f"prefill-{number}", switchboard)
             async with running(owner):
                 await reader.exchange.connect(owner.exchange.address)
-            while reader.exchange._sessions.owners:  # noqa: ASYNC110 -- a connection that ends sets no event
+            while reader.exchange._peers.owners:  # noqa: ASYNC110 -- a connection that ends sets no event
                 await asyncio.sleep(0.01)
-        assert reader.exchange._sessions._owner_at == {}
+        assert reader.exchange._peers._owner_at == {}
 
 
 async def test_closing_cancels_nobody_who_waits_for_a_connection():

@@ -8,36 +8,37 @@ from kvstore.block import BlockHash
 from kvstore.errors import IllegalTransition
 from kvstore.protocol import (
     AbortOrdered,
-    AbortReads,
     AnnouncedBlock,
-    BlocksAnnounced,
-    Confirm,
-    ConfirmAnswered,
     ExchangeTimeouts,
     FetchCause,
     FetchEvent,
     FetchMachine,
     FetchState,
-    FetchTimer,
-    Offered,
+    HangUp,
     OwnerLost,
     Quiesced,
     ReadEnded,
     ReadLimits,
-    Release,
     Reservation,
     Reserve,
     Reserved,
     ReserveFailed,
     Resolve,
-    Revoked,
-    SendMessage,
-    StartRead,
+    Revoke,
     Suspect,
     Verified,
     Verify,
 )
 from kvstore.protocol.fetch import TRANSITIONS
+from kvstore.protocol.fetch_events import StartRead
+from kvstore.protocol.machine import Timer
+from kvstore.protocol.messages import (
+    Announce,
+    Confirm,
+    Confirmed,
+    Offer,
+    Release,
+)
 
 TRANSFER = b"transfer-0000001"
 TIMEOUTS = ExchangeTimeouts(offer_s=10, reserve_s=20, announce_s=30, read_s=4, confirm_s=5, drain_s=7)
@@ -65,10 +66,10 @@ class Transcript:
         """Go the ordinary way to a state (FAILED and DRAINING: by an abort while a read is under way)."""
         path = [FetchState.ORDERED, FetchState.RESERVING, FetchState.READING, FetchState.CONFIRMING, FetchState.DONE]
         steps = [
-            [Offered(5)],
+            [Offer(TRANSFER, 5)],
             [Reserved(Reservation(ROOM, self.num_present))],
-            [BlocksAnnounced(0, ANNOUNCED, True), ReadEnded(1), Verified(1, [])],
-            [ConfirmAnswered(True)],
+            [Announce(TRANSFER, 0, ANNOUNCED, True), ReadEnded(1), Verified(1, [])],
+            [Confirmed(TRANSFER, True)],
         ]
         if state in path:
             for events in steps[: path.index(state)]:
@@ -76,7 +77,7 @@ class Transcript:
                     self.tell(event)
         else:
             self.to(FetchState.READING)
-            self.tell(BlocksAnnounced(0, ANNOUNCED, True))
+            self.tell(Announce(TRANSFER, 0, ANNOUNCED, True))
             self.tell(AbortOrdered("enough"))
             if state is FetchState.FAILED:
                 self.tell(ReadEnded(1))
@@ -85,17 +86,17 @@ class Transcript:
 
 
 EVENTS: list[FetchEvent] = [
-    Offered(5),
+    Offer(TRANSFER, 5),
     Reserved(Reservation(ROOM)),
     ReserveFailed("full"),
-    BlocksAnnounced(0, ANNOUNCED[:2], False),
+    Announce(TRANSFER, 0, ANNOUNCED[:2], False),
     ReadEnded(1),
     Verified(1, [4]),
-    ConfirmAnswered(True),
-    Revoked("expired"),
+    Confirmed(TRANSFER, True),
+    Revoke(TRANSFER, "expired"),
     AbortOrdered("enough"),
     OwnerLost("gone"),
-    FetchTimer(),
+    Timer(),
 ]
 
 
@@ -113,15 +114,15 @@ def failure_of(actions: list):
 
 def test_a_transfer_in_two_chunks_from_order_to_confirmation():
     t = Transcript(num_present=1)
-    assert t.tell(Offered(5), 1.0) == [Reserve(5)]
-    assert t.tell(BlocksAnnounced(0, ANNOUNCED[:3], False), 1.0) == []  # no room yet: remembered
+    assert t.tell(Offer(TRANSFER, 5), 1.0) == [Reserve(5)]
+    assert t.tell(Announce(TRANSFER, 0, ANNOUNCED[:3], False), 1.0) == []  # no room yet: remembered
     assert t.tell(Reserved(Reservation(ROOM, 1)), 1.0) == [StartRead(1, (1, 2), (41, 42), (8, 9))]  # 0 is present
-    assert t.tell(BlocksAnnounced(3, ANNOUNCED[3:], True), 1.0) == [StartRead(2, (3, 4), (43, 44), (3, 1))]
+    assert t.tell(Announce(TRANSFER, 3, ANNOUNCED[3:], True), 1.0) == [StartRead(2, (3, 4), (43, 44), (3, 1))]
     assert t.tell(ReadEnded(2), 1.0) == [Verify(2, (3, 1), (1003, 1004))]
     assert t.tell(ReadEnded(1), 1.0) == [Verify(1, (8, 9), (1001, 1002))]
     assert t.tell(Verified(1, []), 1.0) == []
-    assert t.tell(Verified(2, []), 1.0) == [SendMessage(Confirm(TRANSFER))]
-    resolved, quiesced = t.tell(ConfirmAnswered(True), 1.0)
+    assert t.tell(Verified(2, []), 1.0) == [Confirm(TRANSFER)]
+    resolved, quiesced = t.tell(Confirmed(TRANSFER, True), 1.0)
     result = resolved.result
     assert (result.ok, result.block_ids, result.num_blocks, result.num_bytes) == (True, ROOM, 4, 4 * 4096)
     assert result.proofs == [1000, 1001, 1002, 1003, 1004]
@@ -134,12 +135,12 @@ def test_a_transfer_in_two_chunks_from_order_to_confirmation():
 
 def test_a_transfer_whose_blocks_are_all_present_reads_nothing_and_still_confirms():
     t = Transcript(num_present=5).to(FetchState.READING)
-    assert t.tell(BlocksAnnounced(0, ANNOUNCED, True)) == [SendMessage(Confirm(TRANSFER))]
+    assert t.tell(Announce(TRANSFER, 0, ANNOUNCED, True)) == [Confirm(TRANSFER)]
 
 
 def test_outstanding_reads_are_bounded_in_number_and_size():
     t = Transcript(limits=ReadLimits(max_reads=2, max_blocks=2)).to(FetchState.READING)
-    assert t.tell(BlocksAnnounced(0, ANNOUNCED, True)) == [
+    assert t.tell(Announce(TRANSFER, 0, ANNOUNCED, True)) == [
         StartRead(1, (0, 1), (40, 41), (7, 8)),
         StartRead(2, (2, 3), (42, 43), (9, 3)),
     ]
@@ -150,19 +151,19 @@ def test_outstanding_reads_are_bounded_in_number_and_size():
 def test_a_block_of_another_identity_is_never_read():
     t = Transcript().to(FetchState.READING)
     wrong = [AnnouncedBlock(40, HASHES[1], 1000)]
-    actions = t.tell(BlocksAnnounced(0, wrong, False))
+    actions = t.tell(Announce(TRANSFER, 0, wrong, False))
     assert failure_of(actions) == ("read", FetchCause.HASH_MISMATCH)
     assert not [action for action in actions if isinstance(action, StartRead)]
     assert only(actions, Quiesced) == Quiesced(ROOM)
-    assert isinstance(only(actions, SendMessage).message, Release)
+    only(actions, Release)
 
 
 def test_wrong_bytes_fail_the_fetch_are_reported_and_other_reads_keep_the_blocks_in_quarantine():
     t = Transcript(limits=ReadLimits(max_reads=2, max_blocks=3)).to(FetchState.READING)
-    t.tell(BlocksAnnounced(0, ANNOUNCED, True))
+    t.tell(Announce(TRANSFER, 0, ANNOUNCED, True))
     t.tell(ReadEnded(1))
     actions = t.tell(Verified(1, [1]))
-    assert actions[0] == SendMessage(Suspect([HASHES[1]])), "before the lease is given up"
+    assert actions[0] == Suspect([HASHES[1]]), "before the lease is given up"
     assert failure_of(actions) == ("read", FetchCause.DIGEST_MISMATCH)
     assert "blocks [1] (the owner's [41])" in only(actions, Resolve).result.failure.detail
     assert t.fetch.quarantined == ROOM
@@ -180,7 +181,7 @@ def test_a_reservation_that_comes_after_the_abort_goes_straight_back():
 
 def test_a_lease_that_did_not_hold_throughout_voids_verified_blocks():
     t = Transcript().to(FetchState.CONFIRMING)
-    actions = t.tell(ConfirmAnswered(False))
+    actions = t.tell(Confirmed(TRANSFER, False))
     assert failure_of(actions) == ("confirm", FetchCause.LEASE_LOST)
     assert only(actions, Quiesced) == Quiesced(ROOM)
 
@@ -197,28 +198,28 @@ def test_a_lease_that_did_not_hold_throughout_voids_verified_blocks():
 def test_each_stage_has_a_deadline_that_names_it(state, deadline_s, detail):
     t = Transcript().to(state)
     assert t.fetch.next_deadline == deadline_s
-    assert t.tell(FetchTimer(), deadline_s - 0.1) == []
-    actions = t.tell(FetchTimer(), 0.1)
+    assert t.tell(Timer(), deadline_s - 0.1) == []
+    actions = t.tell(Timer(), 0.1)
     assert failure_of(actions) == (state.value, FetchCause.TIMEOUT)
     assert only(actions, Resolve).result.failure.detail == detail
 
 
 def test_a_read_that_does_not_end_times_out_then_has_its_link_aborted_and_only_then_gives_blocks_back():
     t = Transcript().to(FetchState.READING)
-    t.tell(BlocksAnnounced(0, ANNOUNCED[:2], False), 1.0)
+    t.tell(Announce(TRANSFER, 0, ANNOUNCED[:2], False), 1.0)
     assert t.fetch.next_deadline == 5.0
-    actions = t.tell(FetchTimer(), 4.0)
+    actions = t.tell(Timer(), 4.0)
     assert failure_of(actions) == ("read", FetchCause.TIMEOUT)
     assert only(actions, Resolve).result.failure.detail == "read of 2 blocks from 0 not read within 4 s"
     assert t.fetch.next_deadline == 12.0
-    assert [type(action) for action in t.tell(FetchTimer(), 7.0)] == [AbortReads]
+    assert [type(action) for action in t.tell(Timer(), 7.0)] == [HangUp]
     assert t.tell(OwnerLost("link aborted")) == []
     assert t.tell(ReadEnded(1, FetchCause.READ_FAILED, "aborted"), 1.0) == [Quiesced(ROOM)]
 
 
 @pytest.mark.parametrize("num_blocks", [0, 4, 6])
 def test_an_offer_of_another_size_fails_before_anything_is_reserved(num_blocks):
-    actions = Transcript().tell(Offered(num_blocks))
+    actions = Transcript().tell(Offer(TRANSFER, num_blocks))
     assert failure_of(actions) == ("offer", FetchCause.PROTOCOL)
     assert only(actions, Quiesced) == Quiesced([])
 
@@ -228,7 +229,7 @@ def test_an_offer_of_another_size_fails_before_anything_is_reserved(num_blocks):
     [(1, ANNOUNCED[1:2], False), (0, ANNOUNCED[:2], True), (0, ANNOUNCED, False), (0, ANNOUNCED * 2, True)],
 )
 def test_announcements_out_of_order_or_too_many_fail_the_fetch(first_index, blocks, last):
-    actions = Transcript().to(FetchState.READING).tell(BlocksAnnounced(first_index, blocks, last))
+    actions = Transcript().to(FetchState.READING).tell(Announce(TRANSFER, first_index, blocks, last))
     assert failure_of(actions) == ("read", FetchCause.PROTOCOL)
 
 
@@ -246,7 +247,7 @@ def test_every_event_in_every_state_is_handled_ignored_or_refused_with_the_histo
             t.tell(event)
         return
     if isinstance(event, ReadEnded | Verified) and state is FetchState.READING:
-        t.tell(BlocksAnnounced(0, ANNOUNCED, True))
+        t.tell(Announce(TRANSFER, 0, ANNOUNCED, True))
     over = state in (FetchState.DONE, FetchState.FAILED, FetchState.DRAINING)
     actions = t.tell(event)
     resolved = [action for action in actions if isinstance(action, Resolve)]
@@ -259,16 +260,16 @@ def test_every_event_in_every_state_is_handled_ignored_or_refused_with_the_histo
 IN_PROGRESS = (FetchState.ORDERED, FetchState.RESERVING, FetchState.READING, FetchState.CONFIRMING)
 
 
-@pytest.mark.parametrize("event", [AbortOrdered("x"), OwnerLost("x"), Revoked("x")], ids=repr)
+@pytest.mark.parametrize("event", [AbortOrdered("x"), OwnerLost("x"), Revoke(TRANSFER, "x")], ids=repr)
 @pytest.mark.parametrize("state", IN_PROGRESS)
 def test_abort_lost_peer_and_revocation_end_a_fetch_in_every_stage(state, event):
     t = Transcript().to(state)
     cause = {
         AbortOrdered: FetchCause.ABORTED,
         OwnerLost: FetchCause.PEER_LOST,
-        Revoked: FetchCause.REVOKED,
+        Revoke: FetchCause.REVOKED,
     }[type(event)]
     actions = t.tell(event)
     assert failure_of(actions) == (state.value, cause)
-    released = [action for action in actions if isinstance(action, SendMessage)]
+    released = [action for action in actions if isinstance(action, Release)]
     assert len(released) == (cause is not FetchCause.PEER_LOST)

@@ -111,7 +111,7 @@ async def test_a_holder_knows_whose_prompt_it_lends_for_and_says_so_in_its_log_a
         leases.extend(owner.exchange.state()["leases"])
         return Reservation(list(range(num_blocks)), 0)
 
-    with debug_log("kvstore.exchange.lending") as log:
+    with debug_log("kvstore.exchange.owner") as log:
         async with running(owner, reader):
             await reader.exchange.connect(owner.exchange.address)
             for request_id in ("chatcmpl-7", "", "x" * 500):

@@ -6,21 +6,12 @@ import pytest
 from kvstore.errors import ProtocolViolation
 from kvstore.protocol import (
     LENGTH_BYTES,
-    Announce,
     AnnouncedBlock,
     Choose,
-    Confirm,
-    Confirmed,
     Have,
-    Heartbeat,
     Hello,
-    Offer,
-    ReadGranted,
-    ReadRefused,
-    ReadRequest,
     Ready,
     Reject,
-    Release,
     Revoke,
     TransportOffer,
     Want,
@@ -28,7 +19,18 @@ from kvstore.protocol import (
     decode_length,
     encode,
 )
-from kvstore.protocol.messages import MAX_FRAME_BYTES
+from kvstore.protocol.messages import (
+    MAX_FRAME_BYTES,
+    Announce,
+    Confirm,
+    Confirmed,
+    Heartbeat,
+    Offer,
+    ReadGranted,
+    ReadRefused,
+    ReadRequest,
+    Release,
+)
 
 TRANSFER = bytes(range(16))
 MESSAGES = [

@@ -2,7 +2,8 @@
 
 import asyncio
 
-from kvstore.protocol import FetchCause, LeaseOutcome, ReadRequest
+from kvstore.protocol import FetchCause, LeaseOutcome
+from kvstore.protocol.messages import ReadRequest
 from tests.exchange.exchange_worker import TRANSFER, Worker, room, running, some_hashes
 from tests.memory_transport import Switchboard
 
@@ -26,7 +27,7 @@ async def test_a_read_that_raises_at_once_fails_the_fetch_and_gives_the_blocks_b
         def burst(read_id, runs):
             raise OverflowError("Python int too large to convert to C long")
 
-        monkeypatch.setattr(reader.exchange._sessions.owners["prefill-0"].link, "read", burst)
+        monkeypatch.setattr(reader.exchange._peers.owners["prefill-0"].link, "read", burst)
         lease.announce(0, owner.announced(BLOCKS, hashes), last=True)
         result = await fetch.result
         assert result.failure.cause is FetchCause.READ_FAILED
@@ -41,7 +42,7 @@ async def test_a_read_request_over_a_one_sided_link_ends_the_connection_and_the_
     async with running(owner, reader):
         await reader.exchange.connect(owner.exchange.address)
         fetch, lease, _ = order(owner, reader)
-        reader.exchange._sessions.owners["prefill-0"].connection.send(ReadRequest(1, TRANSFER, []))
+        reader.exchange._peers.owners["prefill-0"].send(ReadRequest(1, TRANSFER, []))
         assert await asyncio.wait_for(lease.closed, 5) is LeaseOutcome.PEER_LOST
         assert (await fetch.result).failure.cause is FetchCause.PEER_LOST
         assert not owner.exchange.is_connected("decode-0")

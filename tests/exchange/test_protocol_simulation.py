@@ -13,10 +13,11 @@ from collections.abc import Callable
 import pytest
 
 from kvstore.block import BlockHash
-from kvstore.protocol import ExchangeTimeouts, FetchMachine
+from kvstore.protocol import ExchangeTimeouts, FetchMachine, HangUp
 from kvstore.protocol import fetch_events as f
 from kvstore.protocol import lease as le
 from kvstore.protocol import messages as m
+from kvstore.protocol.machine import Timer
 from kvstore.transport import coalesce
 
 TIMEOUTS = ExchangeTimeouts(
@@ -116,8 +117,8 @@ class World:
     def rearm(self) -> None:
         """Timers fire at or after their deadline; superfluous ones are harmless."""
         for machine, tell, timer, side in (
-            (self.fetch, self.tell_fetch, f.FetchTimer(), "reader"),
-            (self.lease, self.tell_lease, le.LeaseTimer(), "owner"),
+            (self.fetch, self.tell_fetch, Timer(), "reader"),
+            (self.lease, self.tell_lease, Timer(), "owner"),
         ):
             deadline = machine.next_deadline if machine is not None else None
             if deadline is not None:
@@ -134,27 +135,17 @@ class World:
     def receive(self, side: str, message: m.Message) -> None:
         body = m.encode(message)[m.LENGTH_BYTES :]
         match m.decode(body):
-            case m.Offer(_, num_blocks):
-                self.tell_fetch(f.Offered(num_blocks))
-            case m.Announce(_, first_index, blocks, last):
-                self.tell_fetch(f.BlocksAnnounced(first_index, blocks, last))
-            case m.Confirmed(_, held):
-                self.tell_fetch(f.ConfirmAnswered(held))
-            case m.Revoke(_, reason):
-                self.tell_fetch(f.Revoked(reason))
             case m.ReadGranted(read_id):
                 self.start_transport(self.ungranted.pop(read_id))
             case m.ReadRefused(read_id, reason):
                 del self.ungranted[read_id]
                 self.tell_fetch(f.ReadEnded(read_id, f.FetchCause.REFUSED, reason))
-            case m.ReadRequest(read_id, _, runs):
-                self.tell_lease(le.ReadRequested(read_id, runs))
-            case m.Confirm():
-                self.tell_lease(le.ConfirmReceived())
-            case m.Release(_, reason):
-                self.tell_lease(le.ReleaseReceived(reason))
-            case m.Heartbeat():
-                self.tell_lease(le.Renewed())
+            case heard if side == "reader":
+                self.tell_fetch(heard)
+            case m.Suspect():
+                pass
+            case heard:
+                self.tell_lease(heard)
 
     def beat(self) -> None:
         if not self.results and not self.cut["reader"]:
@@ -216,18 +207,18 @@ class World:
     def do_lease(self, actions: list[le.LeaseAction]) -> None:
         for action in actions:
             match action:
-                case le.SendMessage(message):
-                    self.send("reader", message)
                 case le.StartSend(read_id, _):
                     self.sends.add(read_id)
                     if self.cut["owner"]:
                         self.at(0, lambda read_id=read_id: self.end_send(read_id))
-                case le.AbortSends():
+                case HangUp():
                     self.break_connection()
                 case le.Closed(outcome):
                     assert not self.sends, "a lease has closed while blocks of it are being sent"
                     self.outcomes.append(outcome)
                     self.give_back_source()
+                case message:
+                    self.send("reader", message)
 
     def give_back_source(self) -> None:
         self.owner_holds.clear()
@@ -248,8 +239,6 @@ class World:
     def do_fetch(self, actions: list[f.FetchAction]) -> None:
         for action in actions:
             match action:
-                case f.SendMessage(message):
-                    self.send("owner", message)
                 case f.Reserve():
                     self.at(self.random.choice([0, 0.5, 4, 14]) * self.random.random(), self.grant_room, "reader")
                 case f.StartRead():
@@ -264,7 +253,7 @@ class World:
                         ),
                         "reader",
                     )
-                case f.AbortReads():
+                case HangUp():
                     self.break_connection()
                 case f.Resolve(result):
                     self.results.append(result)
@@ -272,6 +261,8 @@ class World:
                     assert not self.reads, "quiesced while a read goes on"
                     self.quiesced.append(block_ids)
                     self.give_back_target(block_ids)
+                case message:
+                    self.send("owner", message)
 
     def grant_room(self) -> None:
         if self.random.random() < 0.05:

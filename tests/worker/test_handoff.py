@@ -58,6 +58,9 @@ class ExchangeOfTheTest:
     def __init__(self) -> None:
         self.lost: set[str] = set()
 
+    def new_id(self) -> bytes:
+        return bytes(16)
+
     async def connect(self, address: str) -> str:
         if address in self.lost:
             raise PeerUnreachable(f"{address} does not answer")
