@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.block import BlockMemory
+from kvstore.block import BlockMemory, Run
 from kvstore.errors import ReadFailed, TransportError
-from kvstore.transport.base import LinkPeer, Run
+from kvstore.transport.base import LinkPeer
 
 
 @dataclass(frozen=True)

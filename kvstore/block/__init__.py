@@ -16,6 +16,7 @@ from kvstore.block.hash import (
 from kvstore.block.layout import DTYPE_BYTES, LAYOUT_VERSION, BlockLayout
 from kvstore.block.memory import BlockMemory, HostMemory
 from kvstore.block.proof import MAX_PROOF, Proof, find_wrong, prove, proves
+from kvstore.block.runs import Run, coalesce
 from kvstore.block.shared_tokens import BlockTokens, SharedTokenIndex, SharedTokens
 
 __all__ = [
@@ -29,8 +30,10 @@ __all__ = [
     "BlockTokens",
     "HostMemory",
     "Proof",
+    "Run",
     "SharedTokenIndex",
     "SharedTokens",
+    "coalesce",
     "extend_hashes",
     "find_wrong",
     "hash_block",

@@ -128,7 +128,7 @@ class IndexReader(IndexSession):
         await super().close()
         self._fail_waiting()
 
-    async def _index_session(self, client: redis.asyncio.Redis) -> None:
+    async def _session(self, client: redis.asyncio.Redis) -> None:
         self._next_sweep_s = self._clock()  # the first call, which says whether Redis is there
         try:
             while True:
@@ -201,16 +201,13 @@ class IndexReader(IndexSession):
         return replies
 
     def _decode(self, reply: list[object]) -> tuple[Runs, Holders]:
-        """Split a reply of `LOOKUP` into runs and who is alive; a new table of holders is kept."""
-        version, table, expired = cast("tuple[bytes, list[bytes] | None, list[bytes]]", reply[:3])
+        """Split a reply of `LOOKUP` into runs and holders; a new table of these is kept."""
+        version, table = cast("tuple[bytes, list[bytes] | None]", reply[:2])
         if table is not None:
             self._version = version
             self._holders = decode_holders(table)
-        runs = list(zip(cast("list[int]", reply[3::2]), cast("list[bytes]", reply[4::2]), strict=True))
-        if not expired:
-            return runs, self._holders
-        late = {int(slot) for slot in expired if slot.isdigit()}
-        return runs, {slot: names for slot, names in self._holders.items() if slot not in late}
+        runs = list(zip(cast("list[int]", reply[2::2]), cast("list[bytes]", reply[3::2]), strict=True))
+        return runs, self._holders
 
     def _heard_from_redis(self) -> None:
         self._is_silent = False

@@ -4,7 +4,6 @@
     {tandem}:index:slots    hash        slot -> "token incarnation holder-id" of every holder that is not known dead
     {tandem}:index:ids      hash        holder id -> slot
     {tandem}:index:seqs     hash        slot -> number of the last batch applied
-    {tandem}:index:leases   sorted set  slot, scored by the end of its lease (ms, Redis's clock)
     {tandem}:index:dead     set         slots whose entries are being swept out
     {tandem}:index:sweeper  string      who sweeps at the moment, for a second
     {tandem}:index:held:S   string      what slot S has: one bit per bucket, 8 KiB
@@ -16,6 +15,9 @@ magnitude smaller than keys of their own; 2**16 buckets keep it so up to 30 mill
 table, for good, once one value exceeds 64 bytes: hence "*". A holder is a 12-bit slot number, so a block and a holder
 cost 2 bytes. A slot is never used by two: whoever is restarted, or announces everything anew, gets another, which makes
 the old entries invisible at once; they are swept by the bits in "held", never by SCAN, and then the slot is free again.
+
+Whether a holder lives, and which of two processes is the one of that id, the registry says (`registry.py`): a slot is
+claimed by whoever is registered, and swept once its holder is registered no more. There is no second lease.
 
 All keys share one hash tag, for a script in a Redis Cluster must find its keys on one node. The scripts build bucket
 names themselves: declaring a thousand keys per lookup would cost more than the lookup.
@@ -61,11 +63,24 @@ local clock = redis.call('TIME')
 local now_ms = clock[1] * 1000 + math.floor(clock[2] / 1000)
 """
 
+# registered(id): the incarnation that the registry has under this id; '' if none, or if its lease has ended.
+_REGISTRY = """
+local registry = string.sub(index, 1, -7) -- the index's name without ':index'
+local function registered(id)
+  local lease = redis.pcall('ZSCORE', registry .. ':leases', id)
+  local record = redis.pcall('HGET', registry .. ':workers', id)
+  if type(lease) ~= 'string' or tonumber(lease) <= now_ms or type(record) ~= 'string' then return '' end
+  local ok, decoded = pcall(cjson.decode, record)
+  if not ok or type(decoded) ~= 'table' or type(decoded.incarnation) ~= 'string' then return '' end
+  return decoded.incarnation
+end
+"""
+
 # First, what is not of its type, hence not ours, goes: a script that stops at it would leave its work half done.
 # retire(slot): its entries become invisible and await the sweep. Lost bits are replaced by all bits.
 _RETIRE = f"""
-local types = {{[''] = 'hash', [':slots'] = 'hash', [':ids'] = 'hash', [':seqs'] = 'hash', [':leases'] = 'zset',
-  [':dead'] = 'set', [':sweeper'] = 'string'}}
+local types = {{[''] = 'hash', [':slots'] = 'hash', [':ids'] = 'hash', [':seqs'] = 'hash', [':dead'] = 'set',
+  [':sweeper'] = 'string'}}
 for suffix, expected in pairs(types) do
   local found = redis.call('TYPE', index .. suffix).ok
   if found ~= expected and found ~= 'none' then redis.call('DEL', index .. suffix) end
@@ -79,7 +94,6 @@ local function retire(slot)
   if id and redis.call('HGET', index .. ':ids', id) == tostring(slot) then redis.call('HDEL', index .. ':ids', id) end
   redis.call('HDEL', index .. ':slots', slot)
   redis.call('HDEL', index .. ':seqs', slot)
-  redis.call('ZREM', index .. ':leases', slot)
   local held = index .. ':held:' .. slot
   if redis.call('TYPE', held).ok ~= 'string' or redis.call('STRLEN', held) ~= {NUM_BUCKETS // 8} then
     redis.call('SET', held, string.rep('\\255', {NUM_BUCKETS // 8}))
@@ -117,23 +131,18 @@ local function write_block(bucket, field, whole, value, was_wide)
 end
 """
 
-# ARGV: base, holder id, incarnation, token (of the process), generation, lease in ms.
-# Returns {slot}; {0, incarnation} while a newer process holds the id; {-1} when no slot is free.
+# ARGV: base, holder id, incarnation, token (of the process), generation.
+# Returns {slot}; {0, incarnation} while the registry has another process under the id, {0, ''} while it has none;
+# {-1} when no slot is free.
 CLAIM = Script(
     _CLOCK
+    + _REGISTRY
     + _RETIRE
     + f"""
-local id, incarnation, token, lease_ms = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[6])
+local id, incarnation, token = ARGV[2], ARGV[3], ARGV[4]
+local rightful = registered(id)
+if rightful ~= incarnation then return {{0, rightful}} end
 local old = redis.call('HGET', index .. ':ids', id)
-local record = old and redis.call('HGET', index .. ':slots', old)
-if record then
-  local old_token, old_incarnation = string.match(record, '^([^.%s]+)%.?%S* (%S+) ')
-  local lease = tonumber(redis.call('ZSCORE', index .. ':leases', old) or 0)
-  if old_incarnation and lease > now_ms
-      and (old_incarnation > incarnation or (old_incarnation == incarnation and old_token ~= token)) then
-    return {{0, old_incarnation}}
-  end
-end
 if old then retire(old) end
 for slot = 1, {NUM_SLOTS} do
   local held = index .. ':held:' .. slot
@@ -146,7 +155,6 @@ for slot = 1, {NUM_SLOTS} do
     redis.call('HSET', index .. ':slots', slot, token .. '.' .. ARGV[5] .. ' ' .. incarnation .. ' ' .. id)
     redis.call('HSET', index .. ':ids', id, slot)
     redis.call('HSET', index .. ':seqs', slot, 0)
-    redis.call('ZADD', index .. ':leases', now_ms + lease_ms, slot)
     new_version(slot)
     return {{slot}}
   end
@@ -155,18 +163,17 @@ return {{-1}}
 """
 )
 
-# ARGV: base, slot, record, batch number, lease in ms, most blocks in the index (0: no bound), changes ('': only renew).
+# ARGV: base, slot, record, batch number, most blocks in the index (0: no bound), changes ('': only ask).
 # Applies the batch once, however often it arrives, and only if none before it is missing. Returns {1, number of blocks
 # refused for want of room}, or {0} if what we wrote is not what is here: announce everything anew.
 WRITE = Script(
     _CLOCK
     + _BLOCKS
     + """
-local slot, seq, changes, max_blocks = tonumber(ARGV[2]), tonumber(ARGV[4]), ARGV[7], tonumber(ARGV[6])
+local slot, seq, changes, max_blocks = tonumber(ARGV[2]), tonumber(ARGV[4]), ARGV[6], tonumber(ARGV[5])
 if redis.call('HGET', index .. ':slots', slot) ~= ARGV[3] then return {0} end
 local last = tonumber(redis.call('HGET', index .. ':seqs', slot) or -1)
 if last ~= seq and (changes == '' or last ~= seq - 1) then return {0} end
-redis.call('ZADD', index .. ':leases', now_ms + tonumber(ARGV[5]), slot)
 if last == seq then return {1, 0} end
 
 -- Returns the value with the tiers of our slot changed.
@@ -221,9 +228,9 @@ return 1
 """
 )
 
-# ARGV: base, keys, version of the table of holders that the reader has. Returns {version, table or false, slots whose
-# lease has ended, number of blocks of run 1, their value, ...}: a run is consecutive blocks of the same value, and the
-# last one ends before the first block that nobody has. Writes nothing; garbage counts as nobody.
+# ARGV: base, keys, version of the table of holders that the reader has. Returns {version, table or false, number of
+# blocks of run 1, their value, ...}: a run is consecutive blocks of the same value, and the last one ends before the
+# first block that nobody has. Writes nothing; garbage counts as nobody.
 LOOKUP = Script(
     _CLOCK
     + """
@@ -236,11 +243,9 @@ if version ~= ARGV[3] then
   holders = pcall('HGETALL', index .. ':slots')
   if holders.err then holders = {} end
 end
-local expired = pcall('ZRANGEBYSCORE', index .. ':leases', '-inf', now_ms)
-if expired.err then expired = {} end
 
-local reply = {version, holders, expired}
-local size, run, current = 3, 0, nil
+local reply = {version, holders}
+local size, run, current = 2, 0, nil
 for i = 1, #keys, 8 do
   local value = pcall('HGET', base .. sub(keys, i, i + 1), sub(keys, i + 2, i + 7))
   if value == '*' then value = pcall('GET', base .. sub(keys, i, i + 7)) end
@@ -261,17 +266,34 @@ return reply
 )
 
 # ARGV: base, sweeper's name, for how many ms nobody else may sweep, most buckets, most blocks.
-# Retires holders whose lease has ended, then takes entries of the dead out of some buckets. Returns how many steps are
-# left at least: 0 when no dead slot has entries any more; -1 if another process is at it. A bit is cleared with the
-# entries that it stands for, so that the next call goes on where this one stopped.
+# Retires holders that have left the registry, those whose lease there has ended included, then takes entries of the
+# dead out of some buckets. Returns how many steps are left at least: 0 when no dead slot has entries any more; -1 if
+# another process is at it. A bit is cleared with the entries that it stands for, so that the next call goes on where
+# this one stopped.
 SWEEP = Script(
     _CLOCK
+    + _REGISTRY
     + _RETIRE
     + _BLOCKS
     + """
-local expired = redis.call('ZRANGEBYSCORE', index .. ':leases', '-inf', now_ms, 'LIMIT', 0, 17)
-local more = table.remove(expired, 17) and 1 or 0
-for _, slot in ipairs(expired) do retire(slot) end
+local expired = redis.pcall('ZRANGEBYSCORE', registry .. ':leases', '-inf', now_ms, 'LIMIT', 0, 16)
+for _, id in ipairs(expired) do
+  redis.call('ZREM', registry .. ':leases', id)
+  redis.call('HDEL', registry .. ':workers', id)
+  redis.call('SADD', registry .. ':departed', id)
+end
+-- A registry whose last worker died goes as a whole, and tells nobody.
+local is_empty = redis.call('EXISTS', registry .. ':leases') == 0
+local departed = is_empty and redis.call('HKEYS', index .. ':ids')
+  or redis.pcall('SRANDMEMBER', registry .. ':departed', 16)
+for i = 1, math.min(16, #departed) do
+  local id = departed[i]
+  redis.call('SREM', registry .. ':departed', id)
+  local slot = redis.call('HGET', index .. ':ids', id)
+  local record = slot and redis.call('HGET', index .. ':slots', slot)
+  if record and string.match(record, '^%S+ (%S+) ') ~= registered(id) then retire(slot) end
+end
+local more = (#expired == 16 or #departed >= 16) and 1 or 0
 local dead = redis.call('SMEMBERS', index .. ':dead')
 if #dead == 0 then return 0 end
 local sweeper = redis.call('GET', index .. ':sweeper')

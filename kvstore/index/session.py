@@ -1,19 +1,18 @@
-"""What the prefix index's writers and readers have in common: script calls, Redis Cluster, and sweeping up the dead."""
+"""What the prefix index's writers and readers have in common: script calls, and sweeping up the dead."""
 
 from __future__ import annotations
 
 import asyncio
 import enum
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import cast
-from urllib.parse import urlsplit, urlunsplit
 
 import redis.asyncio
-from redis.exceptions import MovedError, NoScriptError
+from redis.exceptions import NoScriptError
 
 from kvstore.index.scripts import SWEEP, IndexKeys, Script
-from kvstore.registry import RedisSession, open_client
+from kvstore.registry import RedisSession
 
 # How much one sweeping script does, so that it takes Redis well under a millisecond.
 _SWEEP_BUCKETS = 64
@@ -60,7 +59,7 @@ class IndexObserver:
 
 
 class IndexSession(RedisSession):
-    """One session with the index, on whichever node of a Redis Cluster has it."""
+    """One session with the index."""
 
     def __init__(
         self, redis_url: str, name: str, prefix: str, sweep_s: float, timeout_s: float, clock: Callable[[], float]
@@ -71,27 +70,6 @@ class IndexSession(RedisSession):
         self._sweep_s = sweep_s
         self._next_sweep_s = clock()
         self._token = secrets.token_hex(8)
-
-    async def _index_session(self, client: redis.asyncio.Redis) -> None:
-        """Talk to the index until Redis fails; return only by raising."""
-        raise NotImplementedError
-
-    async def _session(self, client: redis.asyncio.Redis) -> None:
-        await self._at_home(client, self._index_session)
-
-    async def _at_home(
-        self, client: redis.asyncio.Redis, work: Callable[[redis.asyncio.Redis], Awaitable[object]]
-    ) -> None:
-        """Do `work` with `client`, or with the node of a Redis Cluster that it is referred to.
-
-        All keys are in one slot, so one redirection finds them all; there is no map of the cluster to keep.
-        """
-        try:
-            await work(client)
-        except MovedError as moved:
-            url = redirect(self._redis_url, moved.host, moved.port)
-            async with open_client(url, self._timeout_s) as home:
-                await work(home)
 
     async def _call(self, client: redis.asyncio.Redis, script: Script, *arguments: str | bytes | int) -> object:
         """Run a script by its digest, or by its text if Redis does not have it yet. Raises one of REDIS_FAILURES."""
@@ -124,11 +102,3 @@ def raise_if_cancelled() -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
-
-
-def redirect(redis_url: str, host: str, port: int) -> str:
-    """Return the URL with another host and port; an empty host means the same one (Redis 7 may not know its name)."""
-    parts = urlsplit(redis_url)
-    login, at, _ = parts.netloc.rpartition("@")
-    host = host or parts.hostname or ""
-    return urlunsplit(parts._replace(netloc=f"{login}{at}{f'[{host}]' if ':' in host else host}:{port}"))

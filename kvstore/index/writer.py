@@ -72,7 +72,8 @@ class IndexWriter(IndexSession):
     running in between: give it something that changes meanwhile cannot disturb. A change that it shows already may be
     reported by `added` and `removed` as well, before or after; one that it does not show must be.
 
-    Of two processes with one holder id the newer incarnation writes; the other waits for its lease to end.
+    Only who is registered under its id and incarnation gets in (`Registrar`): of two processes with one id the newer
+    writes, the other waits until the registry has it. What we wrote is forgotten when our lease there ends.
     """
 
     def __init__(
@@ -92,7 +93,10 @@ class IndexWriter(IndexSession):
         observer: IndexObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`max_entries` bounds the blocks in the whole index; 0: no bound. Raises RegistryError."""
+        """`lease_s` is the registry's: that Redis forgot us is noticed within a third of it.
+
+        `max_entries` bounds the blocks in the whole index; 0: no bound. Raises RegistryError.
+        """
         if not holder_id or not incarnation or any(character.isspace() for character in incarnation):
             raise RegistryError(f"no fit names of a holder and its incarnation: {holder_id!r}, {incarnation!r}")
         if lease_s < _MIN_LEASE_S or flush_s < 0:
@@ -116,11 +120,11 @@ class IndexWriter(IndexSession):
         self._num_claims = 0
         self._resync_reason: ResyncReason | None = ResyncReason.START
         self._superseded_by: str | None = None
-        self._next_renewal_s = clock()
+        self._next_check_s = clock()
 
     @property
     def superseded_by(self) -> str | None:
-        """The newer incarnation that holds our id; until its lease ends nothing of ours is in the index."""
+        """The other incarnation that the registry has under our id; until it goes nothing of ours is in the index."""
         return self._superseded_by
 
     @property
@@ -143,7 +147,7 @@ class IndexWriter(IndexSession):
         self._note(self._pending.remove(hashes, tier))
 
     async def close(self) -> None:
-        """Stop, and take our blocks out of every lookup. With Redis away the lease simply runs out."""
+        """Stop, and take our blocks out of every lookup. With Redis away our lease in the registry simply runs out."""
         await super().close()
         claim, self._claim = self._claim, None
         if claim is None:
@@ -152,28 +156,27 @@ class IndexWriter(IndexSession):
             async with open_client(self._redis_url, self._timeout_s) as client:
                 await self._at_home(client, lambda home: self._call(home, WITHDRAW, claim.slot, claim.record))
         except REDIS_FAILURES as error:
-            text = "%s: could not withdraw, so the lease of %s s must run out: %s"
-            logger.warning(text, self._name, self._lease_s, describe(error))
+            logger.warning("%s: could not withdraw, so our lease must run out: %s", self._name, describe(error))
 
     def _note(self, fits: bool) -> None:
         if not fits:
             self._overflowed = True
         self._has_pending.set()
 
-    async def _index_session(self, client: redis.asyncio.Redis) -> None:
-        self._next_renewal_s = self._clock()  # at once: Redis may have come back empty
+    async def _session(self, client: redis.asyncio.Redis) -> None:
+        self._next_check_s = self._clock()  # at once: Redis may have come back empty
         try:
             while True:
                 if self._overflowed and self._resync_reason is None:
                     self._resync_reason = ResyncReason.OVERFLOW
                 if self._resync_reason is not None:
                     if not await self._resync(client, self._resync_reason):
-                        await asyncio.sleep(self._lease_s / 3)
+                        await asyncio.sleep(self._lease_s / 10)
                     continue
                 await self._sweep_if_due(client)
-                if await self._wait_for_pending(min(self._next_renewal_s, self._next_sweep_s)):
+                if await self._wait_for_pending(min(self._next_check_s, self._next_sweep_s)):
                     await self._flush(client)
-                elif self._clock() >= self._next_renewal_s:
+                elif self._clock() >= self._next_check_s:
                     await self._send(client, b"")
         except MovedError:
             raise
@@ -205,18 +208,18 @@ class IndexWriter(IndexSession):
                 await asyncio.sleep(pace_s(self._clock() - start_s))
 
     async def _send(self, client: redis.asyncio.Redis, changes: bytes) -> bool:
-        """Write changes and renew the lease; without changes only the latter. False: Redis lost track of us."""
+        """Write changes; without any, ask whether those before are there. False: Redis lost track of us."""
         claim = self._claim
         assert claim is not None, "a batch without a slot"
         seq = claim.seq + 1 if changes else claim.seq
         start_s = self._clock()
-        arguments = (claim.slot, claim.record, seq, round(self._lease_s * 1000), self._max_entries, changes)
+        arguments = (claim.slot, claim.record, seq, self._max_entries, changes)
         reply = cast("list[int]", await self._call(client, WRITE, *arguments))
         if reply[0] == 0:
             self._resync_reason = ResyncReason.LOST
             return False
         claim.seq = seq
-        self._next_renewal_s = start_s + self._lease_s / 3
+        self._next_check_s = start_s + self._lease_s / 3
         self._set_state(ConnectionState.CONNECTED)
         if changes:
             self._observer.batch_written(len(changes) // _CHANGE_BYTES, reply[1], self._clock() - start_s)
@@ -225,12 +228,12 @@ class IndexWriter(IndexSession):
     async def _resync(self, client: redis.asyncio.Redis, reason: ResyncReason) -> bool:
         """Take a new slot and announce everything. False: not now, try again in a while."""
         self._num_claims += 1
-        lease_ms = round(self._lease_s * 1000)
         names = (self._holder_id, self._incarnation, self._token, self._num_claims)
-        reply = cast("list[int | bytes]", await self._call(client, CLAIM, *names, lease_ms))
+        reply = cast("list[int | bytes]", await self._call(client, CLAIM, *names))
         self._set_state(ConnectionState.CONNECTED)
         slot = cast("int", reply[0])
-        self._note_rival(cast("bytes", reply[1]).decode(errors="replace") if slot == 0 else None)
+        # Registered is nobody: we are not yet, or Redis has just forgotten it.
+        self._note_rival((cast("bytes", reply[1]).decode(errors="replace") or None) if slot == 0 else None)
         if slot <= 0:
             if slot < 0:
                 logger.error("%s: the index has no slot for another holder, trying again", self._name)
@@ -289,7 +292,7 @@ class IndexWriter(IndexSession):
         if incarnation == self._superseded_by:
             return
         if incarnation is not None:
-            text = "%s: a newer process (incarnation %s, ours %s) has this id, so our blocks are not in the index"
+            text = "%s: another process (incarnation %s, ours %s) has this id, so our blocks are not in the index"
             logger.error(text, self._name, incarnation, self._incarnation)
         else:
             logger.warning("%s: the id is ours again", self._name)

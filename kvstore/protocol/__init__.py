@@ -1,6 +1,6 @@
 """The block protocol without its I/O: messages, and the state machines of a transfer's two ends.
 
-Pure: events and clock readings in, actions out. `kvstore.exchange.exchange` runs it."""
+Pure: events and clock readings in, actions out. `kvstore.exchange` runs it."""
 
 from kvstore.protocol.fetch import FetchMachine
 from kvstore.protocol.fetch_events import (

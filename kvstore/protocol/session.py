@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeAlias, TypeVar
 
-from kvstore.block import BlockHash
+from kvstore.block import BlockHash, Run, coalesce
 from kvstore.errors import ProtocolViolation
 from kvstore.protocol.fetch import FetchMachine
 from kvstore.protocol.fetch_events import (
@@ -59,7 +59,6 @@ from kvstore.protocol.messages import (
     Want,
 )
 from kvstore.protocol.timeouts import ExchangeTimeouts
-from kvstore.transport import Run, coalesce
 
 # Neighbouring blocks travel as one piece up to this size: enough to hide the cost of a piece, small enough to pipeline.
 _MAX_RUN_BYTES: Final = 4 * 1024 * 1024

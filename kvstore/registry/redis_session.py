@@ -1,6 +1,7 @@
-"""A session with Redis that outlives Redis: what the registry's two ends have in common.
+"""A session with Redis that outlives Redis: what registry and prefix index have in common.
 
 A `RedisSession` owns one task, reconnects with backoff for as long as it is not closed, and bounds every call in time.
+In a Redis Cluster it talks to the node that has our keys: they are in one slot.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import enum
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import cast
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import MovedError, RedisError
 
 from kvstore.errors import RegistryError
 
@@ -95,7 +96,7 @@ class RedisSession:
         while True:
             try:
                 async with open_client(self._redis_url, self._timeout_s) as client:
-                    await self._session(client)
+                    await self._at_home(client, self._session)
             except (Exception, asyncio.CancelledError) as error:
                 task = asyncio.current_task()
                 if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
@@ -110,6 +111,20 @@ class RedisSession:
                 num_failures += 1
                 self._set_state(ConnectionState.DISCONNECTED)
             await asyncio.sleep(min(self._max_backoff_s, _FIRST_BACKOFF_S * 2 ** min(num_failures - 1, 20)))
+
+    async def _at_home(
+        self, client: redis.asyncio.Redis, work: Callable[[redis.asyncio.Redis], Awaitable[object]]
+    ) -> None:
+        """Do `work` with `client`, or with the node of a Redis Cluster that it is referred to.
+
+        All keys are in one slot, so one redirection finds them all; there is no map of the cluster to keep.
+        """
+        try:
+            await work(client)
+        except MovedError as moved:
+            url = redirect(self._redis_url, moved.host, moved.port)
+            async with open_client(url, self._timeout_s) as home:
+                await work(home)
 
     def _set_state(self, state: ConnectionState) -> None:
         if state is not self._state:
@@ -176,6 +191,14 @@ def describe_url(redis_url: str) -> str:
     except ValueError:
         return "(not a URL)"
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def redirect(redis_url: str, host: str, port: int) -> str:
+    """Return the URL with another host and port; an empty host means the same one (Redis 7 may not know its name)."""
+    parts = urlsplit(redis_url)
+    login, at, _ = parts.netloc.rpartition("@")
+    host = host or parts.hostname or ""
+    return urlunsplit(parts._replace(netloc=f"{login}{at}{f'[{host}]' if ':' in host else host}:{port}"))
 
 
 def describe(error: BaseException) -> str:

@@ -2,7 +2,9 @@
 
     {tandem}:workers    hash        worker id -> record (JSON)
     {tandem}:leases     sorted set  worker id, scored by the end of its lease (ms, Redis's clock: workers' clocks never
-    matter) {tandem}:changes    channel     "announced ID INCARNATION", "withdrawn ID INCARNATION"
+                                    matter)
+    {tandem}:departed   set         worker ids that left or whose lease has ended, until the prefix index has seen it
+    {tandem}:changes    channel     "announced ID INCARNATION", "withdrawn ID INCARNATION"
 
 Each access is one Lua script, hence atomic, and the braces put all keys into one slot of a Redis Cluster. Everything
 here is soft state. Redis away: workers go on serving and keep trying, routers keep the last known membership. Redis
@@ -51,8 +53,8 @@ MIN_LEASE_S = 0.05
 
 _MAX_DRAINED_MESSAGES = 256
 
-# KEYS: workers, leases. ARGV: id, incarnation, record, lease in ms, channel. Returns the newer incarnation that holds
-# the id, or "" once announced. What has expired is pruned first, so that a dead twin never bars the living one.
+# KEYS: workers, leases, departed. ARGV: id, incarnation, record, lease in ms, channel. Returns the newer incarnation
+# that holds the id, or "" once announced. What has expired is pruned first, so that a dead twin never bars the living.
 _ANNOUNCE = """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
@@ -60,6 +62,8 @@ local expired = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now)
 for _, id in ipairs(expired) do
   redis.call('HDEL', KEYS[1], id)
   redis.call('ZREM', KEYS[2], id)
+  redis.call('SADD', KEYS[3], id)
+  redis.call('EXPIRE', KEYS[3], 86400)
 end
 local old = redis.call('HGET', KEYS[1], ARGV[1])
 if old and redis.call('ZSCORE', KEYS[2], ARGV[1]) then
@@ -70,14 +74,16 @@ if old and redis.call('ZSCORE', KEYS[2], ARGV[1]) then
 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
 redis.call('ZADD', KEYS[2], now + ARGV[4], ARGV[1])
-for _, key in ipairs(KEYS) do
+for i = 1, 2 do
+  local key = KEYS[i]
   if redis.call('PTTL', key) < tonumber(ARGV[4]) then redis.call('PEXPIRE', key, ARGV[4]) end
 end
 if old ~= ARGV[3] then redis.call('PUBLISH', ARGV[5], 'announced ' .. ARGV[1] .. ' ' .. ARGV[2]) end
 return ''
 """
 
-# KEYS: workers, leases. ARGV: id, incarnation, channel. Removes the worker unless another incarnation holds the id.
+# KEYS: workers, leases, departed. ARGV: id, incarnation, channel. Removes the worker unless another incarnation holds
+# the id.
 _WITHDRAW = """
 local old = redis.call('HGET', KEYS[1], ARGV[1])
 if not old then return 0 end
@@ -85,6 +91,8 @@ local ok, record = pcall(cjson.decode, old)
 if not ok or type(record) ~= 'table' or record.incarnation ~= ARGV[2] then return 0 end
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('SADD', KEYS[3], ARGV[1])
+redis.call('EXPIRE', KEYS[3], 86400)
 redis.call('PUBLISH', ARGV[3], 'withdrawn ' .. ARGV[1] .. ' ' .. ARGV[2])
 return 1
 """
@@ -108,7 +116,7 @@ return found
 class Keyspace:
     """The names of the registry's keys and channel."""
 
-    keys: tuple[str, str]
+    keys: tuple[str, str, str]
     channel: str
 
     @classmethod
@@ -116,7 +124,8 @@ class Keyspace:
         """Return the names under a prefix; deployments that share a Redis take different ones."""
         if not prefix or "{" in prefix or "}" in prefix:
             raise RegistryError(f"a registry prefix must be non-empty and without braces, not {prefix!r}")
-        return cls(keys=(f"{{{prefix}}}:workers", f"{{{prefix}}}:leases"), channel=f"{{{prefix}}}:changes")
+        base = f"{{{prefix}}}"
+        return cls((f"{base}:workers", f"{base}:leases", f"{base}:departed"), f"{base}:changes")
 
 
 class Registrar(RedisSession):
@@ -166,7 +175,9 @@ class Registrar(RedisSession):
         arguments = (self._record.worker_id, self._record.incarnation, self._names.channel)
         try:
             async with open_client(self._redis_url, self._timeout_s) as client:
-                await run_script(client, _WITHDRAW, self._names.keys, arguments, self._timeout_s)
+                await self._at_home(
+                    client, lambda home: run_script(home, _WITHDRAW, self._names.keys, arguments, self._timeout_s)
+                )
         except REDIS_FAILURES as error:
             text = "%s: could not withdraw, so the lease of %s s must run out: %s"
             logger.warning(text, self._name, self._lease_s, describe(error))

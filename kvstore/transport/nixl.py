@@ -14,9 +14,9 @@ from typing import Final
 
 import msgspec
 
-from kvstore.block import BlockMemory
+from kvstore.block import BlockMemory, Run
 from kvstore.errors import ReadFailed, TransportError
-from kvstore.transport.base import LinkPeer, Run
+from kvstore.transport.base import LinkPeer
 from kvstore.transport.host import (
     HostFacts,
     can_read_memory,

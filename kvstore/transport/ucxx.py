@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from kvstore.block import BlockMemory
+from kvstore.block import BlockMemory, Run
 from kvstore.errors import ReadFailed, TransportError
-from kvstore.transport.base import LinkPeer, Run
+from kvstore.transport.base import LinkPeer
 from kvstore.transport.region import region
 
 if TYPE_CHECKING:

@@ -24,8 +24,9 @@ import redis.asyncio
 from kvstore.block import BlockHash
 from kvstore.index import IndexReader, IndexWriter, Tier
 from kvstore.index.entries import Holding
-from kvstore.registry import open_client
+from kvstore.registry import Registrar, open_client
 from services.cli.embedded_redis import EmbeddedRedis
+from tests.prefix_index.index_world import registrar
 
 SHARED_BLOCKS = 32
 CHAIN_BLOCKS = 1024
@@ -65,12 +66,17 @@ class Contents:
         return [BlockHash(data[i : i + 16]) for i in range(0, len(data), 16)]
 
 
-async def fill(url: str, contents: Contents, replica: int, writers: list[IndexWriter]) -> float:
+async def fill(
+    url: str, contents: Contents, replica: int, writers: list[IndexWriter], registrars: list[Registrar]
+) -> float:
     """Add one replica of every chain; return the seconds from the first report to the last write."""
     start_s = time.monotonic()
     if replica == 0:
         for holder in range(contents.num_holders):
             # The lease is long: filling keeps this one event loop busy.
+            announced = registrar(url, f"worker-{holder}", "bench", lease_s=_FILL_TIMEOUT_S)
+            await announced.start()
+            registrars.append(announced)
             writer = IndexWriter(
                 url, f"worker-{holder}", "bench", lambda holder=holder: contents.held_by(holder, 0), lease_s=60.0
             )
@@ -155,10 +161,11 @@ async def bench(url: str, arguments: argparse.Namespace) -> None:
         empty_bytes = (await client.info("memory"))["used_memory"]
         print(f"Redis {server['redis_version']}, {contents.num_blocks:,} blocks, {contents.num_holders} holders")
         writers: list[IndexWriter] = []
+        registrars: list[Registrar] = []
         print(f"\n{'replicas':>8}{'bytes per block':>17}{'blocks written /s':>19}{'script us per block':>21}")
         for replica in range(arguments.replicas):
             await client.config_resetstat()
-            duration_s = await fill(url, contents, replica, writers)
+            duration_s = await fill(url, contents, replica, writers, registrars)
             stats = (await client.info("commandstats"))["cmdstat_evalsha"]
             used_bytes = (await client.info("memory"))["used_memory"] - empty_bytes
             bytes_per_block = used_bytes / contents.num_blocks
@@ -169,8 +176,8 @@ async def bench(url: str, arguments: argparse.Namespace) -> None:
         encoding = (await client.object("ENCODING", bucket)).decode()
         print(f"a bucket: {encoding}, {num_fields} blocks, MEMORY USAGE {bucket_bytes} bytes")
         await report_lookups(url, contents, arguments.replicas, arguments.seconds)
-        for writer in writers:
-            await writer.close()
+        for member in (*writers, *registrars):
+            await member.close()
 
 
 def main() -> None:

@@ -12,13 +12,12 @@ from collections.abc import Callable
 
 import pytest
 
-from kvstore.block import BlockHash
+from kvstore.block import BlockHash, coalesce
 from kvstore.protocol import ExchangeTimeouts, FetchMachine, HangUp
 from kvstore.protocol import fetch_events as f
 from kvstore.protocol import lease as le
 from kvstore.protocol import messages as m
 from kvstore.protocol.machine import Timer
-from kvstore.transport import coalesce
 
 TIMEOUTS = ExchangeTimeouts(
     heartbeat_s=1.0,

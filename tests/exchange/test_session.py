@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.block import BlockHash, Proof
+from kvstore.block import BlockHash, Proof, Run
 from kvstore.errors import ProtocolViolation
 from kvstore.protocol import (
     FEATURES,
@@ -41,7 +41,6 @@ from kvstore.protocol.messages import (
     ReadRequest,
     Release,
 )
-from kvstore.transport import Run
 
 TIMEOUTS = ExchangeTimeouts(heartbeat_s=1, peer_timeout_s=5, offer_s=3, lease_ttl_s=3)
 TRANSFER = b"transfer-0000001"

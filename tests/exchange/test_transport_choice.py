@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.block import HostMemory
+from kvstore.block import HostMemory, Run, coalesce
 from kvstore.errors import IncompatiblePeer, TransportError
 from kvstore.protocol import ExchangeTimeouts
-from kvstore.transport import Run, choose, coalesce, make_transports
+from kvstore.transport import choose, make_transports
 from kvstore.transport.host import can_read_memory, host_facts, on_same_host
 from kvstore.transport.region import region
 from tests.memory_transport import MemoryTransport, Switchboard

@@ -16,8 +16,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from kvstore.block import coalesce
 from kvstore.errors import TransportError
-from kvstore.transport import coalesce
 from tests.exchange.transport_peer import BLOCK_BYTES, NUM_BLOCKS, TransportPeer, content
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
 

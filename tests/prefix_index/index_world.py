@@ -20,13 +20,14 @@ from kvstore.index import (
 from kvstore.index.entries import Holding
 from kvstore.index.scripts import SWEEP, IndexKeys
 from kvstore.index.session import LookupOutcome
-from kvstore.registry import new_incarnation
+from kvstore.registry import Registrar, WorkerRecord, new_incarnation
 
 WAIT_S = 20.0  # an upper bound for waits on events, far above what any of them takes
 LEASE_S = 0.6
 LOOKUP_S = 5.0  # a deadline that no lookup in these tests may need
 
 INDEX = IndexKeys.under("tandem").index
+LEASES = "{tandem}:leases"  # the registry's
 BASE = IndexKeys.under("tandem").base.encode()
 
 
@@ -59,8 +60,33 @@ class Recorder(IndexObserver):
         self.announced.append(num_blocks)
 
 
+def registrar(
+    url: str, holder_id: str = "w0", incarnation: str = "i", lease_s: float = LEASE_S, prefix: str = "tandem"
+) -> Registrar:
+    """Announces a holder in the registry."""
+    record = WorkerRecord(
+        worker_id=holder_id,
+        role="prefill",
+        incarnation=incarnation,
+        served_model_names=("m",),
+        model_path="m",
+        tokenizer_path="m",
+        model_fingerprint="ab12",
+        grpc_address="127.0.0.1:1",
+        kv_address="127.0.0.1:2",
+        http_address="",
+        block_size=8,
+        num_blocks=64,
+        max_model_len=64,
+        max_num_seqs=1,
+        dtype="float32",
+        transports=("ucxx",),
+    )
+    return Registrar(url, record, lease_s, prefix=prefix, timeout_s=0.5)
+
+
 class Holder:
-    """A process with blocks: the truth as a dict, and the writer that tells the index of it."""
+    """A registered process with blocks: the truth as a dict, and the writer that tells the index of it."""
 
     writer_class: type[IndexWriter] = IndexWriter
 
@@ -71,6 +97,8 @@ class Holder:
         self.recorder = Recorder()
         arguments = {"lease_s": LEASE_S, "flush_s": 0.0, "timeout_s": 0.5, "observer": self.recorder, **settings}
         self.writer = self.writer_class(url, holder_id, self.incarnation, self.snapshot, **arguments)
+        registered = {name: settings[name] for name in ("lease_s", "prefix") if name in settings}
+        self.registrar = registrar(url, holder_id, self.incarnation, **registered)
 
     def snapshot(self) -> list[tuple[BlockHash, Tier]]:
         return [(block_hash, tier) for block_hash, tiers in self.blocks.items() for tier in sorted(tiers)]
@@ -101,9 +129,14 @@ class Holder:
 
     async def kill(self) -> None:
         """What SIGKILL does: it renews nothing any more and withdraws nothing."""
-        assert self.writer._task is not None
-        self.writer._task.cancel()
-        await asyncio.wait([self.writer._task])
+        for session in (self.writer, self.registrar):
+            assert session._task is not None
+            session._task.cancel()
+            await asyncio.wait([session._task])
+
+    async def close(self) -> None:
+        await self.writer.close()
+        await self.registrar.close()
 
 
 def expected(holders: Iterable[Holder], hashes: Sequence[BlockHash]) -> set[Holding]:
@@ -130,6 +163,7 @@ class World:
 
     async def start(self, holder: Holder) -> None:
         self.holders.append(holder)
+        await holder.registrar.start()
         await holder.writer.start()
 
     async def kill(self, holder: Holder) -> None:
@@ -137,7 +171,7 @@ class World:
         self.holders.remove(holder)
 
     async def leave(self, holder: Holder) -> None:
-        await holder.writer.close()
+        await holder.close()
         self.holders.remove(holder)
 
     async def read(self, recorder: Recorder | None = None, **settings: object) -> IndexReader:
@@ -163,7 +197,7 @@ class World:
             raise AssertionError(f"found {found}, not {wanted}") from None
 
     async def close(self) -> None:
-        for member in [*(holder.writer for holder in self.holders), *self.readers]:
+        for member in [*self.holders, *self.readers]:
             await member.close()
 
 
@@ -209,7 +243,6 @@ def check_integrity(client: redis.Redis) -> None:
     slots, dead = slots_in(fields(":slots")), slots_in(keys.get(f"{INDEX}:dead".encode(), ()))
     assert not slots & dead
     assert slots_in(fields(":ids").values()) == slots_in(fields(":seqs")) == slots
-    assert slots_in(keys.get(f"{INDEX}:leases".encode(), ())) == slots
     held_prefix = f"{INDEX}:held:".encode()
     held = {int(key.removeprefix(held_prefix)): bits for key, bits in keys.items() if key.startswith(held_prefix)}
     assert held.keys() == slots | dead

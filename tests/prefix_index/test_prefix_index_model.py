@@ -16,6 +16,7 @@ from kvstore.index.scripts import WRITE, Script
 from tests.prefix_index.index_world import (
     BASE,
     INDEX,
+    LEASES,
     Holder,
     World,
     block_hashes,
@@ -117,18 +118,14 @@ class IndexMachine(RuleBasedStateMachine):
             self.runner.run(self.world.leave(holder))
         else:
             self.runner.run(self.world.kill(holder))
-            slot = self.client.hget(f"{INDEX}:ids", holder.holder_id)
-            if slot is not None:
-                self.client.zadd(f"{INDEX}:leases", {slot: 0})
+            self.client.zadd(LEASES, {holder.holder_id: 0}, xx=True)
 
     @precondition(lambda self: self.world.holders)
     @rule(data=st.data())
     def lease_ends_for_a_living_holder(self, data):
         holder = data.draw(st.sampled_from(self.world.holders))
-        slot = self.client.hget(f"{INDEX}:ids", holder.holder_id)
-        if slot is not None:
-            self.client.zadd(f"{INDEX}:leases", {slot: 0})
-            sweep(self.client)
+        self.client.zadd(LEASES, {holder.holder_id: 0}, xx=True)
+        sweep(self.client)
 
     @rule()
     def flush(self):

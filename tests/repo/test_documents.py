@@ -75,6 +75,6 @@ def test_the_protocol_page_names_every_message_and_deadline() -> None:
 def test_the_protocol_page_names_the_keys_in_redis() -> None:
     scripts = (ROOT / "kvstore" / "index" / "scripts.py").read_text(encoding="utf-8")
     keys = set(re.findall(r"^    (\{tandem\}:\S+) ", scripts, re.MULTILINE))
-    assert len(keys) == 10
+    assert len(keys) == 9
     rows = set(re.findall(r"^\| `(\{tandem\}:\S+)` \|", PROTOCOL.read_text(encoding="utf-8"), re.MULTILINE))
     assert rows == keys

@@ -11,6 +11,7 @@ from tandem.v1 import worker_pb2 as pb
 from kvstore.block import hash_blocks, namespace
 from kvstore.index import IndexReader, IndexWriter, Tier
 from kvstore.index.entries import Holding
+from kvstore.registry import Registrar
 from services.rates import GUESSED
 from services.router.config import RouterConfig
 from tests.router.fake_worker import FakeWorker, Script, endless, failing, permit
@@ -196,8 +197,10 @@ async def test_with_the_real_index(make_worker, sentence, redis_url):
     hashes = hash_blocks(namespace(FINGERPRINT), PROMPT, 32)
     blocks = [*((block_hash, Tier.DEVICE) for block_hash in hashes[:3]), (hashes[3], Tier.HOST)]
     writer = IndexWriter(redis_url, holder.worker_id, holder.incarnation, lambda: blocks)
+    registrar = Registrar(redis_url, holder)
     index = IndexReader(redis_url, timeout_s=10.0)
     config = RouterConfig(index_timeout_s=5.0)
+    await registrar.start()
     await writer.start()
     await index.start()
     try:
@@ -212,6 +215,7 @@ async def test_with_the_real_index(make_worker, sentence, redis_url):
     finally:
         await index.close()
         await writer.close()
+        await registrar.close()
     assert decision["index"]["holders"] == {holder.worker_id: {"blocks": 4, "per_tier": [3, 1, 0, 0]}}
     assert decision["chosen"]["prefill"] == [holder.worker_id, other.worker_id]
 
