@@ -1,8 +1,7 @@
 """Prefix fetches: a reader names hashes, an owner lends the longest prefix of them that it holds."""
 
-import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO
 
@@ -13,6 +12,7 @@ from kvstore.protocol import AnnouncedBlock, FetchCause, FetchState, Reservation
 from services.logs import TextFormatter, current_request_id, request_scope
 from tests.exchange.exchange_worker import TRANSFER, Worker, room, running
 from tests.memory_transport import Faults, Switchboard
+from tests.waiting import until
 
 HASHES = [BlockHash(bytes([i]) * 16) for i in range(10)]
 WAIT_S = 20.0
@@ -71,12 +71,6 @@ def debug_log(of: str) -> Iterator[StringIO]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():  # noqa: ASYNC110 -- what is waited for sets no event
-            await asyncio.sleep(0.005)
 
 
 async def settled(shelf: Shelf) -> None:

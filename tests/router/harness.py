@@ -22,6 +22,7 @@ from services.router.edge import RouterParts
 from services.router.fleet import PrefixIndex
 from services.router.process import bind, open_parts, server_config
 from tests.router.fake_worker import FakeWorker
+from tests.waiting import until
 
 T = TypeVar("T")
 
@@ -69,13 +70,6 @@ class Running:
     parts: RouterParts
     membership: FakeMembership
     workers: list[FakeWorker]
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Waits for something that another task is about to do."""
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
 
 
 @asynccontextmanager

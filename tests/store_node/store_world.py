@@ -15,6 +15,7 @@ from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, FetchResult, Rese
 from kvstore.store import DiskTier, StoreNode, StoreTier, TieredStore
 from kvstore.store.intake import IntakeLimits
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
+from tests.waiting import until
 
 LAYOUT = BlockLayout(num_layers=2, num_kv_heads=1, block_size=8, head_dim=4, dtype="float32", model_fingerprint="ab12")
 # Nothing is late by these on a machine that stands still for a while; what has failed is given back soon.
@@ -126,13 +127,6 @@ async def world() -> AsyncIterator[World]:
         yield made
     finally:
         await made.close()
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    """Wait for something that other tasks of this loop bring about."""
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 -- what is waited for sets no event
-            await asyncio.sleep(0.005)
 
 
 async def idle(node: StoreNode, num_offers: int) -> None:
