@@ -25,6 +25,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.decode.admission import Admission
 from services.decode.config import DecodeConfig
+from services.decode.endings import error_of, error_output, log_end, log_refusal
 from services.decode.handoff import PromptRefused
 from services.decode.live import LiveRequest
 from services.decode.session import RouterSession, SessionOverflow
@@ -89,7 +90,7 @@ def _output(live: LiveRequest, update: RequestUpdate) -> pb.Output:
         output.stop_token_id = update.stop_token_id
     if update.finish_reason is FinishReason.ERROR:
         output.finish_reason = pb.FINISH_REASON_ERROR
-        output.error.CopyFrom(_error(pb.ERROR_CODE_INTERNAL, update.failure or "no token to sample"))
+        output.error.CopyFrom(error_of(pb.ERROR_CODE_INTERNAL, update.failure or "no token to sample"))
     elif update.finish_reason is not None:
         output.finish_reason = convert.FINISH_REASONS[update.finish_reason]
     return output
@@ -173,18 +174,18 @@ class DecodeService:
     def _start(self, session: RouterSession, order: pb.GenerateRequest) -> None:
         refusal = self._refusal(session, order)
         if refusal is not None:
-            session.push(_error_output(order.handle, refusal))
+            session.push(error_output(order.handle, refusal))
             self._parts.metrics.refused(_REFUSALS[refusal.code])
-            _log_refusal(order, refusal.code)
+            log_refusal(order, refusal.code)
             return
         timeline = Timeline(self._clock)
         timeline.mark(Event.RECEIVED)
         try:
             live = LiveRequest(order, convert.sampling_from_proto(order.sampling), session, timeline)
         except InvalidRequest as error:
-            session.push(_error_output(order.handle, _error(pb.ERROR_CODE_INVALID, str(error))))
+            session.push(error_output(order.handle, error_of(pb.ERROR_CODE_INVALID, str(error))))
             self._parts.metrics.refused("invalid")
-            _log_refusal(order, pb.ERROR_CODE_INVALID)
+            log_refusal(order, pb.ERROR_CODE_INVALID)
             return
         self._sessions[session][order.handle] = live
         self._num_live += 1
@@ -196,12 +197,12 @@ class DecodeService:
     def _refusal(self, session: RouterSession, order: pb.GenerateRequest) -> pb.Error | None:
         worker = self._parts.worker_id
         if order.handle in self._sessions[session]:
-            return _error(pb.ERROR_CODE_INTERNAL, f"handle {order.handle} is in use in this session")
+            return error_of(pb.ERROR_CODE_INTERNAL, f"handle {order.handle} is in use in this session")
         if self._draining:
-            return _error(pb.ERROR_CODE_UNAVAILABLE, f"decode worker {worker} is draining")
+            return error_of(pb.ERROR_CODE_UNAVAILABLE, f"decode worker {worker} is draining")
         limit = self._config.max_num_waiting + self._config.max_num_seqs
         if self._num_live >= limit or self._parts.thread.is_behind:
-            return _error(pb.ERROR_CODE_OVERLOADED, f"decode worker {worker} has {self._num_live} live requests")
+            return error_of(pb.ERROR_CODE_OVERLOADED, f"decode worker {worker} has {self._num_live} live requests")
         return None
 
     # ---- one request ------------------------------------------------------
@@ -212,7 +213,7 @@ class DecodeService:
 
     async def _bring_in(self, live: LiveRequest) -> None:
         self._num_admitting += 1
-        error: pb.Error | None = _error(pb.ERROR_CODE_INTERNAL, "its admission was cancelled, which nobody had ordered")
+        error: pb.Error | None = error_of(pb.ERROR_CODE_INTERNAL, "its admission was cancelled, as nobody had ordered")
         try:
             admitted = await self._admission.admit(live)
             if admitted is not None:
@@ -222,16 +223,16 @@ class DecodeService:
             error = None
         except (InvalidRequest, PromptRefused) as refusal:
             self._parts.metrics.refused("invalid")
-            error = _error(pb.ERROR_CODE_INVALID, str(refusal))
+            error = error_of(pb.ERROR_CODE_INVALID, str(refusal))
         except QueueFull as refusal:
             self._parts.metrics.refused("full")
-            error = _error(pb.ERROR_CODE_OVERLOADED, str(refusal))
+            error = error_of(pb.ERROR_CODE_OVERLOADED, str(refusal))
         except EngineCrashed as crash:
             message = f"the engine of {self._parts.worker_id} stopped: {crash}"
-            error = _error(pb.ERROR_CODE_UNAVAILABLE, message)
+            error = error_of(pb.ERROR_CODE_UNAVAILABLE, message)
         except Exception as failure:
             log.exception("admission failed")
-            error = _error(pb.ERROR_CODE_INTERNAL, f"{type(failure).__name__}: {failure}")
+            error = error_of(pb.ERROR_CODE_INTERNAL, f"{type(failure).__name__}: {failure}")
         finally:
             self._num_admitting -= 1
             if error is not None and not live.is_finished:
@@ -265,7 +266,7 @@ class DecodeService:
     def _expire(self, live: LiveRequest) -> None:
         self._withdraw(live)
         message = f"no end after {live.order.timeout_s:g} s; stage: {live.stage}"
-        self._fail(live, _error(pb.ERROR_CODE_DEADLINE, message))
+        self._fail(live, error_of(pb.ERROR_CODE_DEADLINE, message))
 
     def _withdraw(self, live: LiveRequest) -> None:
         """Stop the request wherever it is."""
@@ -275,7 +276,7 @@ class DecodeService:
         self._parts.thread.post(self._leave, live)
 
     def _fail(self, live: LiveRequest, error: pb.Error) -> None:
-        self._finish(live, _error_output(live.order.handle, error))
+        self._finish(live, error_output(live.order.handle, error))
 
     def _finish(self, live: LiveRequest, output: pb.Output) -> None:
         if live.is_finished:
@@ -292,29 +293,40 @@ class DecodeService:
         output.stamps.extend(convert.stamps_to_proto(live.timeline))
         live.session.push(output)
         self._parts.metrics.finished(live.timeline, live.usage, output.finish_reason)
-        _log_end(live, output)
+        log_end(live, output)
 
     def _deliver(self, news: Sequence[_News]) -> None:
         for live, token_id, output, num_cached_tokens, num_recomputes in news:
             if live.is_finished:
                 continue  # aborted while the step ran
-            usage = live.usage
-            if output is None:
-                usage.num_generated_tokens += 1
-                self._stamp_token(live)
-                live.session.push_token(live.order.handle, token_id)
-                continue
-            usage.num_generated_tokens += len(output.token_ids)
-            usage.num_recomputes += num_recomputes
-            self._parts.metrics.recomputed("preemption", num_recomputes)
-            if usage.prefilled_locally:
-                usage.num_cached_tokens = max(usage.num_cached_tokens, num_cached_tokens)
-            if output.token_ids and self._stamp_token(live):
-                output.usage.CopyFrom(usage)
-            if output.finish_reason == pb.FINISH_REASON_UNSPECIFIED:
-                live.session.push(output)
-            else:
-                self._finish(live, output)
+            try:
+                if output is None:
+                    live.usage.num_generated_tokens += 1
+                    self._stamp_token(live)
+                    live.session.push_token(live.order.handle, token_id)
+                else:
+                    self._deliver_output(live, output, num_cached_tokens, num_recomputes)
+            except Exception as failure:
+                # It ends this request. The others of the step must not lose a token by it.
+                log.exception("an output could not be sent", extra={"request_id": live.order.request_id})
+                self._withdraw(live)
+                self._fail(live, error_of(pb.ERROR_CODE_INTERNAL, f"{type(failure).__name__}: {failure}"))
+
+    def _deliver_output(
+        self, live: LiveRequest, output: pb.Output, num_cached_tokens: int, num_recomputes: int
+    ) -> None:
+        usage = live.usage
+        usage.num_generated_tokens += len(output.token_ids)
+        usage.num_recomputes += num_recomputes
+        self._parts.metrics.recomputed("preemption", num_recomputes)
+        if usage.prefilled_locally:
+            usage.num_cached_tokens = max(usage.num_cached_tokens, num_cached_tokens)
+        if output.token_ids and self._stamp_token(live):
+            output.usage.CopyFrom(usage)
+        if output.finish_reason == pb.FINISH_REASON_UNSPECIFIED:
+            live.session.push(output)
+        else:
+            self._finish(live, output)
 
     def _stamp_token(self, live: LiveRequest) -> bool:
         """Note when a token went out; whether it was the first."""
@@ -378,45 +390,9 @@ class DecodeService:
         for lives in list(self._sessions.values()):
             for live in list(lives.values()):
                 self._withdraw(live)
-                self._fail(live, _error(pb.ERROR_CODE_UNAVAILABLE, f"decode worker {worker_id} is shutting down"))
+                self._fail(live, error_of(pb.ERROR_CODE_UNAVAILABLE, f"decode worker {worker_id} is shutting down"))
         for session in self._sessions:
             session.close()
 
     async def settle(self) -> None:
         await self._admission.close()
-
-
-def _log_refusal(order: pb.GenerateRequest, code: pb.ErrorCode) -> None:
-    log.info("request refused", extra={"request_id": order.request_id, "error": _word(code)})
-
-
-def _word(code: pb.ErrorCode) -> str:
-    return pb.ErrorCode.Name(code).removeprefix("ERROR_CODE_").lower()
-
-
-def _log_end(live: LiveRequest, output: pb.Output) -> None:
-    """One line per request. An error's code, not its message, which may quote the request."""
-    usage, reason = live.usage, pb.FinishReason.Name(output.finish_reason).removeprefix("FINISH_REASON_").lower()
-    seconds = live.timeline.seconds_between(Event.RECEIVED, Event.FINISHED)
-    facts = {
-        "request_id": live.order.request_id,
-        "finish_reason": reason,
-        "error": _word(output.error.code) if output.HasField("error") else None,
-        "prompt_tokens": usage.num_prompt_tokens,
-        "cached_tokens": usage.num_cached_tokens,
-        "generated_tokens": usage.num_generated_tokens,
-        "prefilled_by": "itself" if usage.prefilled_locally else usage.prefill_worker_id or None,
-        "handoff_blocks": usage.num_transferred_blocks,
-        "recomputes": usage.num_recomputes,
-        "seconds": round(seconds or 0.0, 4),
-    }
-    level = logging.WARNING if output.finish_reason == pb.FINISH_REASON_ERROR else logging.INFO
-    log.log(level, "request ended", extra={name: value for name, value in facts.items() if value is not None})
-
-
-def _error(code: pb.ErrorCode, message: str) -> pb.Error:
-    return pb.Error(code=code, message=message)
-
-
-def _error_output(handle: int, error: pb.Error) -> pb.Output:
-    return pb.Output(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=error)

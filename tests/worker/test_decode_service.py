@@ -10,7 +10,8 @@ from typing import Any
 from tandem.v1 import worker_pb2 as pb
 
 from services.decode.config import DecodeConfig
-from services.decode.service import DecodeService, _news
+from services.decode.service import DecodeService, _News, _news
+from services.decode.session import RouterSession
 from services.engine.native import (
     FinishReason,
     InvalidRequest,
@@ -131,3 +132,39 @@ async def test_what_our_own_engine_cannot_serve_is_not_computed_elsewhere_first(
     )
     assert output.error.code == pb.ERROR_CODE_INVALID
     assert "too small" in output.error.message
+
+
+async def test_an_output_that_cannot_be_sent_ends_its_request_and_costs_the_others_no_token() -> None:
+    class BrokenOnce(MetricsOfTheTest):
+        num_first_tokens = 0
+
+        def first_token(self, timeline: object) -> None:
+            self.num_first_tokens += 1
+            if self.num_first_tokens == 1:
+                raise RuntimeError("a bug")
+
+    async def restore(hashes: object) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    parts = SimpleNamespace(
+        worker_id="decode-0",
+        incarnation="1",
+        thread=ThreadOfTheTest(),
+        metrics=BrokenOnce(),
+        engine=engine(),
+        fetcher=SimpleNamespace(restore=restore),
+        rates=RateLearner(),
+    )
+    service = DecodeService(DecodeConfig(model="model"), parts)  # type: ignore[arg-type]
+    session = RouterSession("router", 1, "1", pb.Load, lambda: parts.rates.rates)
+    service._sessions[session] = {}
+    first, second = order(), order()
+    second.handle = 2
+    for each in (first, second):
+        service._start(session, each)
+    lives = list(service._sessions[session].values())
+    service._deliver([_News(live, 7) for live in lives])
+    assert [live.is_finished for live in lives] == [True, False]
+    assert lives[1].usage.num_generated_tokens == 1
+    service._abort(lives[1], "the test is over")
+    await asyncio.wait([live.admission for live in lives if live.admission is not None])
