@@ -10,7 +10,6 @@ from kvstore.exchange import BlockExchange, Outside, PeerIdentity
 from kvstore.pool import CacheChange
 from kvstore.protocol import ExchangeTimeouts
 from kvstore.registry import Membership
-from kvstore.threads import Threads
 from kvstore.transport import make_transports
 from services.engine.native import Engine, StepOutput
 from services.logs import request_scope
@@ -32,7 +31,6 @@ class Seams:
     """How a worker reaches what lies outside of it; `main()` chooses, the tests choose otherwise."""
 
     orders: Orders
-    threads: Threads
     outside: Outside
 
 
@@ -82,12 +80,12 @@ def assemble(
 
     thread = EngineThread(
         engine,
-        seams.threads,
+        seams.outside.threads,
         lambda changes: _tell_all(followers, changes),
         index_feed.host_changed,
         step_ended,
     )
-    host_prefixes = HostPrefixes(engine, thread, seams.threads, config.prefix_fetch_timeout_s)
+    host_prefixes = HostPrefixes(engine, thread, seams.outside.threads, config.prefix_fetch_timeout_s)
     exchange = BlockExchange(
         PeerIdentity(f"{worker_id}/{incarnation}", role, incarnation, engine.layout),
         engine.memory,

@@ -21,7 +21,6 @@ import services
 from kvstore.errors import TransportError
 from kvstore.exchange import Outside
 from kvstore.registry import Registrar, WorkerRecord, new_incarnation
-from kvstore.threads import OsThreads
 from services.engine.native import Engine
 from services.grpc_orders import GrpcOrders, GrpcServer
 from services.logs import configure_logging, report_progress, report_ready
@@ -216,7 +215,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        async with open_worker(config, role, engine, build, Seams(GrpcOrders(), OsThreads(), Outside())) as worker:
+        async with open_worker(config, role, engine, build, Seams(GrpcOrders(), Outside())) as worker:
             parts, record = worker.parts, worker.record
             # The id is known now, given or made of the port.
             configure_logging(config.log_level, config.log_format, fields={"role": role, "worker_id": parts.worker_id})

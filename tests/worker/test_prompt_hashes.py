@@ -15,7 +15,7 @@ from tandem.v1 import worker_pb2_grpc
 
 from kvstore.block import BlockLayout, hash_blocks, namespace, pack_hashes
 from kvstore.block import hash as block_hash
-from kvstore.threads import OsThreads
+from kvstore.exchange import Outside
 from services.cli.embedded_redis import EmbeddedRedis
 from services.decode.config import DecodeConfig
 from services.decode.service import DecodeService
@@ -25,7 +25,7 @@ from services.prefill.config import PrefillConfig
 from services.prefill.service import PrefillService
 from services.worker.assembly import Seams
 from services.worker.convert import prompt_hashes
-from services.worker.process import engine_config, open_worker
+from services.worker.process import open_worker
 from tests.hf_models import random_prompts, write_model
 from tests.memory_transport import MemoryTransport, Switchboard
 
@@ -106,13 +106,13 @@ async def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     async with AsyncExitStack() as stack:
         redis = EmbeddedRedis.start()
         stack.callback(redis.close)
-        workers, seams = [], Seams(GrpcOrders(), OsThreads())
+        workers, seams = [], Seams(GrpcOrders(), Outside())
         for role, config_class, service in (
             ("prefill", PrefillConfig, PrefillService),
             ("decode", DecodeConfig, DecodeService),
         ):
             config = config_class(model=str(model), redis=redis.url, block_size=16, num_gpu_blocks_override=128)
-            engine = Engine.from_config(engine_config(config))
+            engine = Engine.from_config(config)
             worker = open_worker(config, role, engine, lambda parts, c=config, s=service: s(c, parts), seams)
             workers.append(await stack.enter_async_context(worker))
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(workers[1].record.grpc_address))
