@@ -193,7 +193,7 @@ def test_a_full_hit_computes_only_the_last_token_in_a_copy_of_the_last_block() -
 def hold_all_free_blocks(bench: Bench) -> list[int]:
     """An aborted transfer keeps what it was granted until it has ended."""
     request = bench.reserve("filler", 4 * bench.pool.num_free, arrival_s=-1.0)
-    (grant,) = bench.scheduler.grant_reservations()
+    ((_, grant),) = bench.scheduler.grant_reservations()
     bench.scheduler.abort(request.request_id)
     assert bench.pool.num_free == 0
     return grant.block_ids
@@ -517,8 +517,8 @@ def test_a_reservation_brings_what_the_prefix_cache_has_and_joins_the_batch() ->
     bench.add("a", prompt, max_tokens=1)
     bench.run_all()
     request = bench.reserve("b", [*prompt, 1, 2])
-    (grant,) = bench.scheduler.grant_reservations()
-    assert (grant.request, grant.num_present, len(grant.block_ids)) == (request, 2, 3)
+    ((granted_to, grant),) = bench.scheduler.grant_reservations()
+    assert (granted_to, grant.num_present, len(grant.block_ids)) == (request, 2, 3)
     bench.scheduler.check_integrity()
     bench.world.transfer(request, grant.block_ids, grant.num_present)
     outputs = expected_outputs(request.prompt_token_ids, request.sampling, 64)
@@ -532,7 +532,7 @@ def test_a_reservation_brings_what_the_prefix_cache_has_and_joins_the_batch() ->
 def test_transferred_blocks_are_found_by_later_prompts() -> None:
     bench = Bench()
     request = bench.reserve("a", [1, 2, 3] * 3)
-    (grant,) = bench.scheduler.grant_reservations()
+    ((_, grant),) = bench.scheduler.grant_reservations()
     bench.world.transfer(request, grant.block_ids, 0)
     root = namespace("ab")
     assert bench.pool.peek_prefix(hash_blocks(root, request.prompt_token_ids, BLOCK_SIZE)) == 0
@@ -545,7 +545,7 @@ def test_a_prefilled_request_that_is_preempted_computes_its_prompt_here() -> Non
     bench.add("a", 8, max_tokens=16)
     bench.step()
     request = bench.reserve("b", 8, arrival_s=1.0)
-    (grant,) = bench.scheduler.grant_reservations()
+    ((_, grant),) = bench.scheduler.grant_reservations()
     bench.world.transfer(request, grant.block_ids, 0)
     outputs = expected_outputs(request.prompt_token_ids, request.sampling, 64)
     bench.scheduler.add_prefilled(request, grant.block_ids, PROOFS, SampledToken(outputs[0]))
@@ -561,8 +561,8 @@ def test_a_reservation_waits_for_room_and_is_granted_when_a_request_ends() -> No
     bench.reserve("b", 8)
     assert bench.scheduler.grant_reservations() == []
     bench.run_all()
-    (grant,) = bench.scheduler.grant_reservations()
-    assert grant.request.request_id == "b"
+    ((granted_to, _),) = bench.scheduler.grant_reservations()
+    assert granted_to.request_id == "b"
 
 
 def test_a_later_reservation_does_not_pass_a_prompt_that_waits_for_memory() -> None:
@@ -574,7 +574,7 @@ def test_a_later_reservation_does_not_pass_a_prompt_that_waits_for_memory() -> N
     bench.reserve("c", 4, arrival_s=2.0)
     assert bench.scheduler.grant_reservations() == []
     bench.reserve("d", 4, arrival_s=0.5)
-    assert [grant.request.request_id for grant in bench.scheduler.grant_reservations()] == ["d"]
+    assert [granted_to.request_id for granted_to, _ in bench.scheduler.grant_reservations()] == ["d"]
 
 
 def test_a_later_prompt_does_not_pass_a_reservation_that_waits_for_memory() -> None:
@@ -593,19 +593,20 @@ def test_reservations_count_as_running() -> None:
     bench.reserve("b", 4)
     bench.reserve("c", 4)
     grants = bench.scheduler.grant_reservations()
-    assert [grant.request.request_id for grant in grants] == ["a", "b"]
+    assert [granted_to.request_id for granted_to, _ in grants] == ["a", "b"]
     bench.add("d", 4)
     assert not bench.shapes(1)[0]
     assert not bench.scheduler.has_work
-    bench.scheduler.release_reservation(grants[0].request, grants[0].block_ids)
-    assert grants[0].request.status is RequestStatus.NEW
-    assert [grant.request.request_id for grant in bench.scheduler.grant_reservations()] == ["c"]
+    first, room = grants[0]
+    bench.scheduler.release_reservation(first, room.block_ids)
+    assert first.status is RequestStatus.NEW
+    assert [granted_to.request_id for granted_to, _ in bench.scheduler.grant_reservations()] == ["c"]
 
 
 def test_a_failed_reservation_can_be_prefilled_here() -> None:
     bench = Bench()
     request = bench.reserve("a", 9)
-    (grant,) = bench.scheduler.grant_reservations()
+    ((_, grant),) = bench.scheduler.grant_reservations()
     bench.scheduler.release_reservation(request, grant.block_ids)
     assert bench.pool.num_free == 100
     bench.scheduler.add(request)
@@ -617,15 +618,15 @@ def test_a_reservation_can_be_cancelled_until_it_is_granted() -> None:
     bench = Bench()
     first, second = bench.reserve("a", 9), bench.reserve("b", 9)
     assert bench.scheduler.cancel_reservation(second)
-    (grant,) = bench.scheduler.grant_reservations()
-    assert (grant.request, second.status) == (first, RequestStatus.NEW)
+    ((granted_to, _),) = bench.scheduler.grant_reservations()
+    assert (granted_to, second.status) == (first, RequestStatus.NEW)
     assert not bench.scheduler.cancel_reservation(first)
 
 
 def test_a_request_aborted_during_its_transfer_cannot_join_and_leaves_its_blocks_to_the_caller() -> None:
     bench = Bench()
     request = bench.reserve("a", 9)
-    (grant,) = bench.scheduler.grant_reservations()
+    ((_, grant),) = bench.scheduler.grant_reservations()
     assert bench.scheduler.abort("a")
     with pytest.raises(NotReserved, match="a is FINISHED"):
         bench.scheduler.add_prefilled(request, grant.block_ids, PROOFS, SampledToken(1))
@@ -638,7 +639,7 @@ def test_a_request_aborted_during_its_transfer_cannot_join_and_leaves_its_blocks
 def test_blocks_of_another_cannot_be_joined() -> None:
     bench = Bench()
     request = bench.reserve("a", 9)
-    (grant,) = bench.scheduler.grant_reservations()
+    ((_, grant),) = bench.scheduler.grant_reservations()
     with pytest.raises(NotLent):
         bench.scheduler.add_prefilled(request, [50, 51, 52], PROOFS, SampledToken(1))
     with pytest.raises(NotReserved, match="2 blocks"):

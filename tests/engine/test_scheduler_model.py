@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from kvstore.pool import BlockPool
+from kvstore.protocol import Reservation
 from services.engine.native import (
     Batch,
     FinishReason,
@@ -20,7 +21,6 @@ from services.engine.native import (
     SampledToken,
     SamplingParams,
 )
-from services.engine.native.scheduling.admission import GrantedReservation
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.request import RequestStatus
 from services.engine.native.scheduling.scheduler import Scheduler
@@ -62,7 +62,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(self.config, self.pool)
         self.world = PagedWorld(self.pool, self.config)
         self.accepted: list[Request] = []
-        self.granted: dict[str, GrantedReservation] = {}  # transfers in progress
+        self.granted: dict[str, tuple[Request, Reservation]] = {}  # transfers in progress
         self.lent: list[list[int]] = []  # what this caller must give back
         self.prompt_logprobs: dict[str, int] = {}
         self.num_requests = 0
@@ -119,8 +119,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def end_transfer(self, data: st.DataObject) -> None:
         if not self.granted:
             return
-        grant = self.granted.pop(data.draw(st.sampled_from(sorted(self.granted))))
-        request = grant.request
+        request, grant = self.granted.pop(data.draw(st.sampled_from(sorted(self.granted))))
         if request.status is RequestStatus.RESERVED and data.draw(st.booleans()):
             self.world.transfer(request, grant.block_ids, grant.num_present)
             first_token = SampledToken(next_token(request.prompt_token_ids))
@@ -204,9 +203,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.grant()
 
     def grant(self) -> None:
-        for grant in self.scheduler.grant_reservations():
-            assert len(grant.block_ids) == self.config.num_blocks_for(grant.request.num_prompt_tokens)
-            self.granted[grant.request.request_id] = grant
+        for request, grant in self.scheduler.grant_reservations():
+            assert len(grant.block_ids) == self.config.num_blocks_for(request.num_prompt_tokens)
+            self.granted[request.request_id] = request, grant
 
     @invariant()
     def every_reference_has_a_holder(self) -> None:
@@ -222,13 +221,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             progressed = self.step()
             self.scheduler.check_integrity()
             if self.granted:
-                _, grant = self.granted.popitem()
-                if grant.request.status is RequestStatus.RESERVED:
-                    self.world.transfer(grant.request, grant.block_ids, grant.num_present)
-                    token = SampledToken(next_token(grant.request.prompt_token_ids))
-                    self.scheduler.add_prefilled(grant.request, grant.block_ids, grant.block_ids, token)
+                _, (request, grant) = self.granted.popitem()
+                if request.status is RequestStatus.RESERVED:
+                    self.world.transfer(request, grant.block_ids, grant.num_present)
+                    token = SampledToken(next_token(request.prompt_token_ids))
+                    self.scheduler.add_prefilled(request, grant.block_ids, grant.block_ids, token)
                 else:
-                    self.scheduler.release_reservation(grant.request, grant.block_ids)
+                    self.scheduler.release_reservation(request, grant.block_ids)
             elif self.lent:
                 self.scheduler.release_lent(self.lent.pop())
             elif not progressed and not self.scheduler.has_work and not self.granted:

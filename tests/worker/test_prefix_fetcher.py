@@ -43,8 +43,7 @@ class Cache:
         self.publish_blocks = self.scheduler.publish_lent
 
     def take_prefix(self, hashes: Sequence[BlockHash]) -> Reservation | None:
-        taken = self.scheduler.take_prefix(hashes)
-        return None if taken is None else Reservation(taken.block_ids, taken.num_present)
+        return self.scheduler.take_prefix(hashes)
 
 
 class Thread:

@@ -222,8 +222,7 @@ class Engine:
         The first `num_present` are cached here. All are lent: `publish_blocks` makes those findable that were filled
         and verified, `release_blocks` gives them back, findable or not.
         """
-        taken = self._scheduler.take_prefix(hashes)
-        return None if taken is None else Reservation(taken.block_ids, taken.num_present)
+        return self._scheduler.take_prefix(hashes)
 
     def publish_blocks(
         self,
@@ -357,10 +356,9 @@ class Engine:
         if self.host_tier is not None and self._on_grant:
             bring_back(self.host_tier, self._scheduler)
         # A callback may call back into the engine: each grant is complete before it is told.
-        for granted in self._scheduler.grant_reservations():
-            granted.request.timeline.mark(Event.BLOCKS_RESERVED)
-            callback = self._on_grant.pop(granted.request.request_id)
-            callback(Reservation(granted.block_ids, granted.num_present))
+        for request, room in self._scheduler.grant_reservations():
+            request.timeline.mark(Event.BLOCKS_RESERVED)
+            self._on_grant.pop(request.request_id)(room)
 
 
 def _choose_device(name: str) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from kvstore.block import BlockHash
 from kvstore.pool import Block, CopiedBack, HostTier
+from kvstore.protocol import Reservation
 from services.engine.native.scheduling import Scheduler
 
 # As many requests may begin in one step at most with blocks that come back right before it.
@@ -24,17 +25,16 @@ _MAX_NEXT = 4
 
 @dataclass(frozen=True)
 class Restore:
-    """A prefix on its way back. `block_ids` are lent, one per hash; those after `num_present` await their content."""
+    """A prefix on its way back."""
 
     hashes: tuple[BlockHash, ...]
-    block_ids: tuple[int, ...]
-    num_present: int
-    pinned: tuple[Block, ...]  # what comes into block_ids[num_present:]
+    room: Reservation  # lent, one block per hash
+    pinned: tuple[Block, ...]  # what comes into the blocks that are not present
 
     @property
-    def missing_ids(self) -> tuple[int, ...]:
+    def missing_ids(self) -> list[int]:
         """The blocks to be filled."""
-        return self.block_ids[self.num_present :]
+        return self.room.block_ids[self.room.num_present :]
 
 
 def begin_restore(tier: HostTier, scheduler: Scheduler, hashes: Sequence[BlockHash]) -> Restore | None:
@@ -50,17 +50,17 @@ def begin_restore(tier: HostTier, scheduler: Scheduler, hashes: Sequence[BlockHa
     if taken is None:
         tier.unpin(pinned)
         return None
-    return Restore(tuple(wanted), tuple(taken.block_ids), taken.num_present, tuple(pinned))
+    return Restore(tuple(wanted), taken, tuple(pinned))
 
 
 def end_restore(tier: HostTier, scheduler: Scheduler, restore: Restore, copied: CopiedBack) -> None:
     """Publish what came back whole, up to the first block that did not; give back everything else."""
-    start, end = restore.num_present, restore.num_present + copied.num_whole
+    start, end = restore.room.num_present, restore.room.num_present + copied.num_whole
     # Peers ask for what they lack: that may begin in the middle of a chain.
     parent_hash = restore.hashes[start - 1] if start else tier.parent_of(restore.hashes[0])
     proofs = [block.proof for block in restore.pinned[: copied.num_whole]]
-    scheduler.publish_lent(restore.block_ids[start:end], restore.hashes[start:end], proofs, parent_hash)
-    scheduler.release_lent(restore.block_ids)
+    scheduler.publish_lent(restore.room.block_ids[start:end], restore.hashes[start:end], proofs, parent_hash)
+    scheduler.release_lent(restore.room.block_ids)
     tier.unpin(restore.pinned, copied)
 
 

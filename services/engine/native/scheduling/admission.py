@@ -6,12 +6,12 @@ Pure, as the scheduler whose part it is; the rules 3 to 5 that its module's docs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from kvstore.block import BlockHash
 from kvstore.pool import BlockPool
+from kvstore.protocol import Reservation
 from services.engine.native.scheduling.batch import BatchBuilder
-from services.engine.native.scheduling.block_tables import TakenBlocks, take_blocks
+from services.engine.native.scheduling.block_tables import take_blocks
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.prefix_reuse import (
     follows_running_prompt,
@@ -22,15 +22,6 @@ from services.engine.native.scheduling.prefix_reuse import (
 from services.engine.native.scheduling.queues import RequestQueues
 from services.engine.native.scheduling.request import Request, RequestStatus
 from services.engine.native.scheduling.stats import SchedulerStats
-
-
-@dataclass(frozen=True)
-class GrantedReservation:
-    """Blocks for a request's whole prompt, lent to the caller; the first `num_present` hold their content already."""
-
-    request: Request
-    block_ids: list[int]
-    num_present: int
 
 
 class Admission:
@@ -75,10 +66,10 @@ class Admission:
             if not step.add_chunk(request):
                 return
 
-    def grant_reservations(self) -> list[GrantedReservation]:
-        """Give blocks to the reservations whose turn it is; the blocks are the caller's. Between steps only."""
+    def grant_reservations(self) -> list[tuple[Request, Reservation]]:
+        """Give blocks for their whole prompts to those whose turn it is, lent to the caller. Between steps only."""
         waiting, reserving = self._queues.waiting, self._queues.reserving
-        granted: list[GrantedReservation] = []
+        granted: list[tuple[Request, Reservation]] = []
         while reserving:
             request = reserving[0].request
             if self._queue_is_stuck and waiting and waiting[0] < reserving[0]:
@@ -88,7 +79,7 @@ class Admission:
                 break
             self._queues.move(request, RequestStatus.RESERVED)
             self._something_changed = True
-            granted.append(GrantedReservation(request, blocks.block_ids, blocks.num_present))
+            granted.append((request, blocks))
         return granted
 
     def next_prefixes(self, max_requests: int) -> list[Sequence[BlockHash]]:
@@ -110,11 +101,11 @@ class Admission:
                 prefixes.append(entry.request.block_hashes)
         return prefixes
 
-    def take_prefix(self, hashes: Sequence[BlockHash]) -> TakenBlocks | None:
+    def take_prefix(self, hashes: Sequence[BlockHash]) -> Reservation | None:
         """A block per hash, cached ones and new ones; None, taking nothing, where the running ones need the room."""
         return take_blocks(self._pool, hashes, len(hashes), headroom=self._queues.num_in_batch)
 
-    def _take_blocks(self, request: Request, hashes: Sequence[BlockHash]) -> TakenBlocks | None:
+    def _take_blocks(self, request: Request, hashes: Sequence[BlockHash]) -> Reservation | None:
         """A place in the batch and blocks for all tokens of the request; None, taking nothing, if it must wait."""
         num_others = self._queues.num_in_batch
         if num_others >= self._config.max_rows:

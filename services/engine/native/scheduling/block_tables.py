@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from kvstore.block import (
     BlockHash,
@@ -16,22 +15,15 @@ from kvstore.block import (
     namespace,
 )
 from kvstore.pool import BlockPool
+from kvstore.protocol import Reservation
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.request import Request
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TakenBlocks:
-    """A new block table, one reference each; the first `num_present` are cached ones and hold their content."""
-
-    block_ids: list[int]
-    num_present: int
-
-
-def take_blocks(pool: BlockPool, hashes: Sequence[BlockHash], num_blocks: int, *, headroom: int) -> TakenBlocks | None:
-    """Take `num_blocks`, as many of them from the prefix cache as it has of `hashes`.
+def take_blocks(pool: BlockPool, hashes: Sequence[BlockHash], num_blocks: int, *, headroom: int) -> Reservation | None:
+    """Take `num_blocks` with a reference on each, as many of them from the prefix cache as it has of `hashes`.
 
     None, taking nothing, unless `headroom` blocks are left afterwards.
     """
@@ -42,7 +34,7 @@ def take_blocks(pool: BlockPool, hashes: Sequence[BlockHash], num_blocks: int, *
     if num_missing + num_copies + headroom > pool.num_free:
         pool.release(block_ids)
         return None
-    return TakenBlocks(block_ids + pool.allocate(num_missing), len(block_ids))
+    return Reservation(block_ids + pool.allocate(num_missing), len(block_ids))
 
 
 def extend_block_hashes(request: Request, config: SchedulerConfig) -> None:

@@ -24,7 +24,8 @@ from dataclasses import replace
 
 from kvstore.block import BlockHash, Proof
 from kvstore.pool import BlockPool
-from services.engine.native.scheduling.admission import Admission, GrantedReservation
+from kvstore.protocol import Reservation
+from services.engine.native.scheduling.admission import Admission
 from services.engine.native.scheduling.batch import (
     Batch,
     BatchBuilder,
@@ -32,7 +33,7 @@ from services.engine.native.scheduling.batch import (
     SampledSequence,
     ScheduledSequence,
 )
-from services.engine.native.scheduling.block_tables import TakenBlocks, extend_block_hashes, publish_full_blocks
+from services.engine.native.scheduling.block_tables import extend_block_hashes, publish_full_blocks
 from services.engine.native.scheduling.limits import SchedulerConfig, check_fits
 from services.engine.native.scheduling.loans import Loans
 from services.engine.native.scheduling.queues import RequestQueues
@@ -145,7 +146,7 @@ class Scheduler:
         self.loans.pass_over(block_ids)
         return block_ids
 
-    def take_prefix(self, hashes: Sequence[BlockHash]) -> TakenBlocks | None:
+    def take_prefix(self, hashes: Sequence[BlockHash]) -> Reservation | None:
         """Lend the caller a block per hash: the cached ones, and new ones to bring the others' content into.
 
         None, taking nothing, where the running requests need the room. `publish_lent` makes filled ones findable.
@@ -175,11 +176,11 @@ class Scheduler:
         """The block hashes of those whose turn comes next (`Admission.next_prefixes`); none in mid-step."""
         return self._admission.next_prefixes(max_requests) if self._in_flight is None else []
 
-    def grant_reservations(self) -> list[GrantedReservation]:
+    def grant_reservations(self) -> list[tuple[Request, Reservation]]:
         """Give blocks to the reservations whose turn it is. Between steps only: in mid-step it grants nothing."""
         granted = self._admission.grant_reservations() if self._in_flight is None else []
-        for reservation in granted:
-            self.loans.pass_over(reservation.block_ids)
+        for _, room in granted:
+            self.loans.pass_over(room.block_ids)
         return granted
 
     def add_prefilled(
