@@ -48,12 +48,14 @@ def parse_gauges(text: str) -> dict[str, float]:
     return found
 
 
+_INTERVAL_S = 1.0
+
+
 class Scraper:
     """Reads all processes' pages until stopped. A page that does not come leaves a gap, and is counted."""
 
-    def __init__(self, urls: Mapping[str, str], interval_s: float = 1.0) -> None:
+    def __init__(self, urls: Mapping[str, str]) -> None:
         self._urls = dict(urls)
-        self._interval_s = interval_s
         self._greenlet: gevent.Greenlet | None = None
         self.samples: list[Sample] = []
         self.num_missed = 0
@@ -73,7 +75,7 @@ class Scraper:
         while True:
             gevent.sleep(max(0.0, due - time.perf_counter()))
             gevent.joinall([gevent.spawn(self._scrape, process, url, start) for process, url in self._urls.items()])
-            due = max(due + self._interval_s, time.perf_counter())
+            due = max(due + _INTERVAL_S, time.perf_counter())
 
     def _scrape(self, process: str, url: str, start: float) -> None:
         at_s = time.perf_counter() - start

@@ -99,9 +99,9 @@ def _timelines(page: Page, runs: Sequence[tuple[RunResult, Summary]]) -> list[st
     end_s = max((each.finished_s for run, _ in runs for each in run.records), default=1.0)
     bin_s = max(1.0, end_s / _NUM_BINS)
 
-    def chart(title: str, unit: str, maximum: float | None = None) -> Chart:
+    def chart(title: str, unit: str) -> Chart:
         begin_s = runs[0][0].measured_from_s
-        return Chart(title, "s since the start (shaded: warm-up)", unit, x_max=end_s, y_max=maximum, shaded_to=begin_s)
+        return Chart(title, "s since the start (shaded: warm-up)", unit, x_max=end_s, shaded_to=begin_s)
 
     tokens, queues, flight, usage = [], [], [], []
     for run, _ in runs:

@@ -79,11 +79,6 @@ class EmbeddedRedis:
         """The server's process id."""
         return self._process.pid
 
-    @property
-    def is_running(self) -> bool:
-        """Whether the server's process is alive."""
-        return self._process.poll() is None
-
     def close(self) -> None:
         """Stop the server and wait for its end; nothing happens the second time."""
         _stop(self._process)

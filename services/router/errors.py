@@ -70,14 +70,14 @@ def method_not_allowed(method: str, path: str) -> ApiError:
     return ApiError(405, f"Not allowed to {method} on {path}.", code="method_not_allowed")
 
 
-def overloaded(message: str, retry_after_s: int = 1) -> ApiError:
+def overloaded(message: str) -> ApiError:
     """429: a bounded queue is full, here or at the workers."""
-    return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", retry_after_s=retry_after_s)
+    return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", retry_after_s=1)
 
 
-def unavailable(message: str, retry_after_s: int = 2) -> ApiError:
+def unavailable(message: str) -> ApiError:
     """503: nobody is there to serve it now."""
-    return ApiError(503, message, type="server_error", code="service_unavailable", retry_after_s=retry_after_s)
+    return ApiError(503, message, type="server_error", code="service_unavailable", retry_after_s=2)
 
 
 def timed_out(message: str) -> ApiError:

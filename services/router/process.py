@@ -25,7 +25,7 @@ from services.orders import Orders
 from services.router.app import make_app
 from services.router.config import RouterConfig
 from services.router.edge import Admission, RouterParts
-from services.router.fleet import MembershipView, Placer, PrefixFinder, PrefixIndex, Workers
+from services.router.fleet import Placer, PrefixFinder, Workers
 from services.router.fleet_metrics import FleetCollector
 from services.router.metrics import RouterMetrics
 from services.router.routing import DecisionLog, Policy
@@ -45,11 +45,11 @@ def run_router(config: RouterConfig) -> int:
 @asynccontextmanager
 async def open_parts(
     config: RouterConfig,
-    membership: MembershipView,
+    membership: Membership,
     router_id: str,
     orders: Orders,
     threads: Threads,
-    index: PrefixIndex | None = None,
+    index: IndexReader | None = None,
 ) -> AsyncIterator[RouterParts]:
     """Everything that the application works with; closed at the end. `membership` and `index` stay the caller's."""
     metrics = RouterMetrics()

@@ -83,7 +83,6 @@ class _Declaration:
     help: str
     flags: tuple[str, ...]
     choices: tuple[object, ...]
-    metavar: str | None
     secret: bool
     group: str
     range: Range | None
@@ -98,7 +97,6 @@ def setting(
     max: float | None = None,
     flags: Sequence[str] | None = None,
     choices: Sequence[T] | None = None,
-    metavar: str | None = None,
     secret: bool = False,
     group: str = "settings",
 ) -> T:
@@ -110,7 +108,7 @@ def setting(
     `group` is the heading that `--help` lists the setting under.
     """
     range_ = None if (min, above, max) == (None, None, None) else Range(min, above, max)
-    declaration = _Declaration(help, tuple(flags or ()), tuple(choices or ()), metavar, secret, group, range_)
+    declaration = _Declaration(help, tuple(flags or ()), tuple(choices or ()), secret, group, range_)
     metadata = {"tandem": declaration}
     if default is REQUIRED:
         return typing.cast(T, dataclasses.field(repr=not secret, metadata=metadata))

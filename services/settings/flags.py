@@ -66,8 +66,6 @@ def _epilog(example: Setting) -> str:
 
 
 def _metavar(item: Setting) -> str:
-    if item.declared.metavar:
-        return item.declared.metavar
     if item.choices:
         return "{" + ",".join(str(choice) for choice in item.choices) + "}"
     if item.scalar is int:

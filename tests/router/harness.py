@@ -19,7 +19,6 @@ from kvstore.threads import OsThreads
 from services.grpc_orders import GrpcOrders
 from services.router.config import RouterConfig
 from services.router.edge import RouterParts
-from services.router.fleet import PrefixIndex
 from services.router.process import bind, open_parts, server_config
 from tests.router.fake_worker import FakeWorker
 from tests.waiting import until
@@ -77,7 +76,7 @@ async def running_router(
     config: RouterConfig,
     *workers: FakeWorker,
     extra_records: tuple[WorkerRecord, ...] = (),
-    index: PrefixIndex | None = None,
+    index: Any = None,
 ):
     """In the current event loop: fake workers, and the router on a free port, ready to serve."""
     for worker in workers:

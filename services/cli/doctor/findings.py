@@ -45,7 +45,7 @@ class ProbeFailed(Exception):
     """A probe crashed, hung, or said something else than JSON; the message is the last that it said."""
 
 
-def probe(code: str, *arguments: str, timeout_s: float = _PROBE_TIMEOUT_S) -> object:
+def probe(code: str, *arguments: str) -> object:
     """What `code` prints as JSON in its last line, run in a Python of its own.
 
     Native libraries are examined so: one that aborts or hangs must not take the examination along. Raises ProbeFailed.
@@ -56,11 +56,11 @@ def probe(code: str, *arguments: str, timeout_s: float = _PROBE_TIMEOUT_S) -> ob
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
-            timeout=timeout_s,
+            timeout=_PROBE_TIMEOUT_S,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise ProbeFailed(f"no answer within {timeout_s:g} s") from error
+        raise ProbeFailed(f"no answer within {_PROBE_TIMEOUT_S:g} s") from error
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -60,7 +60,6 @@ class Child:
     delay_s: Callable[[int], float] = restart_delay_s
     clock: Callable[[], float] = time.monotonic
     ready: asyncio.Event = field(default_factory=asyncio.Event)
-    num_restarts: int = 0
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _process: asyncio.subprocess.Process | None = None
     _lines: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
@@ -85,7 +84,6 @@ class Child:
             self.display.line(self.spec.name, f"{describe_exit(status)}; starting it again in {pause_s:g} s")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause_s)
-            self.num_restarts += 1
 
     async def stop(self, grace_s: float | None = None) -> None:
         """SIGTERM, and after `grace_s` SIGKILL; returns when the process is gone."""

@@ -2,17 +2,15 @@
 
 from services.router.fleet.dispatch import Arrival, Dispatch, error_of
 from services.router.fleet.placement import Ask, Placer, routing_key
-from services.router.fleet.prefixes import PrefixFinder, PrefixIndex
-from services.router.fleet.workers import MembershipView, Workers
+from services.router.fleet.prefixes import PrefixFinder
+from services.router.fleet.workers import Workers
 
 __all__ = [
     "Arrival",
     "Ask",
     "Dispatch",
-    "MembershipView",
     "Placer",
     "PrefixFinder",
-    "PrefixIndex",
     "Workers",
     "error_of",
     "routing_key",

@@ -9,41 +9,14 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from kvstore.block import BlockHash, hash_blocks, namespace
+from kvstore.index import Holding, IndexReader
 from services.router.metrics import RouterMetrics
 
 MAX_LOOKUPS = 32
 """Prompts of one HTTP request that the index is asked for; the others go by what this router remembers."""
-
-
-class Holding(Protocol):
-    """The first blocks of a prompt at one holder (`kvstore.index.reader.Holding`)."""
-
-    @property
-    def holder_id(self) -> str: ...
-
-    @property
-    def incarnation(self) -> str: ...
-
-    @property
-    def num_blocks(self) -> int: ...
-
-    @property
-    def num_per_tier(self) -> tuple[int, int, int, int]:
-        """Adds up to num_blocks; device, host, store, disk."""
-
-
-class PrefixIndex(Protocol):
-    """The part of `kvstore.index.reader.IndexReader` that the router uses."""
-
-    @property
-    def available(self) -> bool:
-        """Whether it answers now."""
-
-    async def lookup(self, hashes: Sequence[BlockHash], timeout_s: float) -> Sequence[Holding]:
-        """Who holds a prefix of these; nobody when there is no answer in time."""
 
 
 class BlockSpace(NamedTuple):
@@ -68,7 +41,7 @@ class PrefixFinder:
 
     def __init__(
         self,
-        index: PrefixIndex | None,
+        index: IndexReader | None,
         metrics: RouterMetrics,
         timeout_s: float = 0.05,
         clock: Callable[[], float] = time.monotonic,

@@ -11,11 +11,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 from tandem.v1 import worker_pb2 as pb
 
-from kvstore.registry import WorkerRecord
+from kvstore.registry import Membership, WorkerRecord
 from services.orders import Orders
 from services.rates import Rates, mean_rates
 from services.router.fleet.session import WorkerSession, rates_from_proto
@@ -27,21 +26,12 @@ _CLOSE_TIMEOUT_S = 1.0
 _PREFILL_WAIT_S = 30.0
 
 
-class MembershipView(Protocol):
-    """The part of `kvstore.registry.registry.Membership` that the router uses."""
-
-    def snapshot(self) -> tuple[WorkerRecord, ...]: ...
-
-    def on_change(self, callback: Callable[[tuple[WorkerRecord, ...]], None]) -> None:
-        """`callback` is called in the event loop with each new snapshot."""
-
-
 class Workers:
     """Follows the membership; owns the sessions and their tasks."""
 
     def __init__(
         self,
-        membership: MembershipView,
+        membership: Membership,
         router_id: str,
         orders: Orders,
         reconnect_max_s: float,
