@@ -5,45 +5,30 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry
 
 from kvstore.exchange import ExchangeObserver
 from kvstore.protocol import FetchCause, FetchResult, LeaseOutcome
 from kvstore.transport import Transport
-from services.exposition import READ_S, SPEED_BYTES_PER_S, STAGE_S
+from services.metric_families import NODE
 
 
 class ExchangeMetrics(ExchangeObserver):
     """The observer of a process's block exchange."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        def counter(name: str, help: str, *labels: str) -> Counter:
-            return Counter(f"tandem:{name}", help, labels, registry=registry)
-
-        def histogram(name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"tandem:{name}", help, labels, buckets=buckets, registry=registry)
-
-        self._read_s = histogram("transfer_seconds", "Time of one read of blocks from a peer, by lane.", READ_S, "lane")
-        self._speed = histogram(
-            "transfer_bytes_per_second",
-            "Speed of one read; reads that run side by side share the lane.",
-            SPEED_BYTES_PER_S,
-            "lane",
-        )
-        self._read_bytes = counter("transfer_bytes", "Bytes of reads that have ended.", "lane", "outcome")
-        self._digests_checked = counter("digests_checked", "Blocks whose payload digest was checked after a read.")
-        self._digests_failed = counter(
-            "digests_failed", "Blocks whose bytes were not those that their owner announced; none was used."
-        )
-        self._fetches = counter("fetches", "Transfers that we read, by outcome.", "outcome")
-        self._leases = counter("leases", "Transfers that others read from us, by outcome.", "outcome")
-        self._lent_blocks = counter("leased_blocks", "Blocks announced in these leases.", "outcome")
-        self._lease_s = histogram("lease_seconds", "Life of a lease.", STAGE_S)
-        self._refused_peers = counter("peers_refused", "Incompatible peers refused.")
-        self._lost_peers = counter("peers_lost", "Block-protocol connections that ended.")
-        self._transport_up = Gauge(
-            "tandem:transport_up", "Whether blocks can travel over a transport.", ["transport"], registry=registry
-        )
+        self._read_s = NODE.histogram("tandem:transfer_seconds", registry)
+        self._speed = NODE.histogram("tandem:transfer_bytes_per_second", registry)
+        self._read_bytes = NODE.counter("tandem:transfer_bytes", registry)
+        self._digests_checked = NODE.counter("tandem:digests_checked", registry)
+        self._digests_failed = NODE.counter("tandem:digests_failed", registry)
+        self._fetches = NODE.counter("tandem:fetches", registry)
+        self._leases = NODE.counter("tandem:leases", registry)
+        self._lent_blocks = NODE.counter("tandem:leased_blocks", registry)
+        self._lease_s = NODE.histogram("tandem:lease_seconds", registry)
+        self._refused_peers = NODE.counter("tandem:peers_refused", registry)
+        self._lost_peers = NODE.counter("tandem:peers_lost", registry)
+        self._transport_up = NODE.gauge("tandem:transport_up", registry)
         for cause in ("ok", *(each.value for each in FetchCause)):
             self._fetches.labels(cause)
         for outcome in LeaseOutcome:

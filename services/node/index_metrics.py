@@ -4,36 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry
 
 from kvstore.index import IndexObserver, ResyncReason
-from services.exposition import INDEX_S
+from services.metric_families import NODE
 
 
 class IndexMetrics(IndexObserver):
     """The observer of a process's `IndexWriter`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._write_s = Histogram(
-            "tandem:index_write_seconds",
-            "Time that the prefix index took for one batch of changes.",
-            buckets=INDEX_S,
-            registry=registry,
-        )
-        self._written = Counter("tandem:index_written_blocks", "Blocks in these batches.", registry=registry)
-        self._refused = Counter(
-            "tandem:index_refused_blocks", "Blocks that the index had no room for.", registry=registry
-        )
-        self._resyncs = Counter(
-            "tandem:index_resyncs", "Times that all blocks were announced anew.", ["reason"], registry=registry
-        )
-        self._pending = Gauge(
-            "tandem:index_pending_blocks", "Changes that wait to be written to the index.", registry=registry
-        )
-        self._index_up = Gauge("tandem:index_up", "Whether the prefix index takes our changes.", registry=registry)
-        self._registry_up = Gauge(
-            "tandem:registry_up", "Whether the registry in Redis answers this process.", registry=registry
-        )
+        self._write_s = NODE.histogram("tandem:index_write_seconds", registry)
+        self._written = NODE.counter("tandem:index_written_blocks", registry)
+        self._refused = NODE.counter("tandem:index_refused_blocks", registry)
+        self._resyncs = NODE.counter("tandem:index_resyncs", registry)
+        self._pending = NODE.gauge("tandem:index_pending_blocks", registry)
+        self._index_up = NODE.gauge("tandem:index_up", registry)
+        self._registry_up = NODE.gauge("tandem:registry_up", registry)
         for reason in ResyncReason:
             self._resyncs.labels(reason.value)
 

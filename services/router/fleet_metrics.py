@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from services.exposition import gauge
+from services.metric_families import ROUTER
 from services.router.fleet import Workers
 from services.router.routing import DecodeCandidate
 
@@ -20,25 +20,17 @@ class FleetCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         workers = self._workers
-        yield gauge("tandem:router_sessions_up", "Decode workers with a live session.", workers.num_sessions_up)
-        known = GaugeMetricFamily("tandem:router_workers_known", "Workers in the registry.", labels=["role"])
+        yield ROUTER.read("tandem:router_sessions_up", workers.num_sessions_up)
+        known = ROUTER.family("tandem:router_workers_known")
         for role in ("prefill", "decode"):
             known.add_metric([role], sum(record.role == role for record in workers.records))
         yield known
         decode, prefill = workers.decode_candidates(), workers.prefill_candidates()
-        queued = GaugeMetricFamily(
-            "tandem:router_queued_tokens",
-            "Prompt tokens sent to workers, without a token yet.",
-            labels=["role"],
-        )
+        queued = ROUTER.family("tandem:router_queued_tokens")
         queued.add_metric(["prefill"], sum(worker.num_outstanding_tokens for worker in prefill))
         queued.add_metric(["decode"], sum(worker.num_waiting_tokens for worker in decode))
         yield queued
-        usage = GaugeMetricFamily(
-            "vllm:kv_cache_usage_perc",
-            "Share of the decode workers' KV blocks in use, by their last reports; 1 is all.",
-            labels=["model_name", "role"],
-        )
+        usage = ROUTER.family("vllm:kv_cache_usage_perc")
         for model in sorted({name for worker in decode for name in worker.model_names}):
             usage.add_metric([model, "router"], _usage([worker for worker in decode if model in worker.model_names]))
         yield usage

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 
-from services.exposition import INDEX_S, ITL_S, REQUEST_S, TOKENS, TTFT_S, ExposedRegistry, add_process_series
+from services.exposition import ExposedRegistry, add_process_series
 from services.lifecycle import Event
+from services.metric_families import ROUTER
 from services.router.receipt import Receipt
 from services.router.receipt_metrics import ReceiptMetrics
 
@@ -79,29 +80,16 @@ class RouterMetrics:
         self._make_request_series()
         self.receipts = ReceiptMetrics(self.registry)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"tandem:router_{name}", text, labels, registry=self.registry)
-
-        self._requests = counter("requests", "HTTP requests that ended, by endpoint and status.", "endpoint", "status")
-        self._errors = counter("errors", "Error answers, by HTTP status.", "status")
-        self._refusals = counter("refusals", "Requests not taken on, by reason.", "reason")
-        self._retries = counter("retries", "Sequences given to another decode worker.")
-        self._disconnects = counter("client_disconnects", "Requests that the client cut.")
-        self._decisions = counter(
-            "decisions", "Choices of workers, by what decided and by who is to prefill.", "policy", "reason", "prefill"
-        )
-        self._lookups = counter("index_lookups", "Questions to the prefix index.", "outcome")
-        self._lookup_time = Histogram(
-            "tandem:router_index_lookup_seconds", "How long they took.", registry=self.registry, buckets=INDEX_S
-        )
-        self._index_up = Gauge(
-            "tandem:router_index_up",
-            "Whether the prefix index answers; 0 also where there is none.",
-            registry=self.registry,
-        )
-        self._registry_up = Gauge(
-            "tandem:router_registry_up", "Whether the registry in Redis answers.", registry=self.registry
-        )
+        self._requests = ROUTER.counter("tandem:router_requests", self.registry)
+        self._errors = ROUTER.counter("tandem:router_errors", self.registry)
+        self._refusals = ROUTER.counter("tandem:router_refusals", self.registry)
+        self._retries = ROUTER.counter("tandem:router_retries", self.registry)
+        self._disconnects = ROUTER.counter("tandem:router_client_disconnects", self.registry)
+        self._decisions = ROUTER.counter("tandem:router_decisions", self.registry)
+        self._lookups = ROUTER.counter("tandem:router_index_lookups", self.registry)
+        self._lookup_time = ROUTER.histogram("tandem:router_index_lookup_seconds", self.registry)
+        self._index_up = ROUTER.gauge("tandem:router_index_up", self.registry)
+        self._registry_up = ROUTER.gauge("tandem:router_registry_up", self.registry)
         for reason in REFUSALS:
             self._refusals.labels(reason)
         for outcome in ("found", "nothing", "no_answer"):
@@ -109,53 +97,24 @@ class RouterMetrics:
         self._models: dict[str, ModelMetrics] = {}
 
     def _make_request_series(self) -> None:
-        by_model = ("model_name", "role")
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"vllm:{name}", text, by_model, registry=self.registry, buckets=buckets)
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"vllm:{name}", text, (*by_model, *labels), registry=self.registry)
-
-        self.time_to_first_token = histogram(
-            "time_to_first_token_seconds", "From the request's arrival to its first token.", TTFT_S
+        self.time_to_first_token = ROUTER.histogram("vllm:time_to_first_token_seconds", self.registry)
+        self.inter_token_latency = ROUTER.histogram("vllm:inter_token_latency_seconds", self.registry)
+        self.request_time_per_output_token = ROUTER.histogram(
+            "vllm:request_time_per_output_token_seconds", self.registry
         )
-        self.inter_token_latency = histogram(
-            "inter_token_latency_seconds", "Between a request's outputs, per token.", ITL_S
-        )
-        self.request_time_per_output_token = histogram(
-            "request_time_per_output_token_seconds", "Mean per token of a request after its first.", ITL_S
-        )
-        self.e2e_request_latency = histogram(
-            "e2e_request_latency_seconds", "From the request's arrival to its last token.", REQUEST_S
-        )
-        self.request_queue_time = histogram(
-            "request_queue_time_seconds", "In the queue of the worker that prefills.", REQUEST_S
-        )
-        self.request_prefill_time = histogram(
-            "request_prefill_time_seconds", "From the prompt's first chunk to its last.", REQUEST_S
-        )
-        self.request_decode_time = histogram(
-            "request_decode_time_seconds", "From a request's first token to its last.", REQUEST_S
-        )
-        self.request_prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens per sequence.", TOKENS)
-        self.request_generation_tokens = histogram(
-            "request_generation_tokens", "Generated tokens per sequence.", TOKENS
-        )
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that were sent to workers.")
-        self.generation_tokens = counter("generation_tokens", "Generated tokens.")
-        self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens of sequences that ended regularly.")
-        self.prefix_hits = counter("prefix_cache_hits", "Of these, reused or fetched instead of computed.")
-        self.success = counter("request_success", "Sequences that ended, by reason.", "finished_reason")
-        self.num_running = Gauge(
-            "vllm:num_requests_running", "Sequences that have had a token.", by_model, registry=self.registry
-        )
-        self.num_waiting = Gauge(
-            "vllm:num_requests_waiting",
-            "Sequences without a token yet, those that wait in the router too.",
-            by_model,
-            registry=self.registry,
-        )
+        self.e2e_request_latency = ROUTER.histogram("vllm:e2e_request_latency_seconds", self.registry)
+        self.request_queue_time = ROUTER.histogram("vllm:request_queue_time_seconds", self.registry)
+        self.request_prefill_time = ROUTER.histogram("vllm:request_prefill_time_seconds", self.registry)
+        self.request_decode_time = ROUTER.histogram("vllm:request_decode_time_seconds", self.registry)
+        self.request_prompt_tokens = ROUTER.histogram("vllm:request_prompt_tokens", self.registry)
+        self.request_generation_tokens = ROUTER.histogram("vllm:request_generation_tokens", self.registry)
+        self.prompt_tokens = ROUTER.counter("vllm:prompt_tokens", self.registry)
+        self.generation_tokens = ROUTER.counter("vllm:generation_tokens", self.registry)
+        self.prefix_queries = ROUTER.counter("vllm:prefix_cache_queries", self.registry)
+        self.prefix_hits = ROUTER.counter("vllm:prefix_cache_hits", self.registry)
+        self.success = ROUTER.counter("vllm:request_success", self.registry)
+        self.num_running = ROUTER.gauge("vllm:num_requests_running", self.registry)
+        self.num_waiting = ROUTER.gauge("vllm:num_requests_waiting", self.registry)
 
     def for_model(self, model: str) -> ModelMetrics:
         """`model` is a served name, never what a client wrote: the number of series stays small."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry
 
+from services.metric_families import ROUTER
 from services.rates import TIERS
 from services.router.receipt import Receipt
 
@@ -12,21 +13,18 @@ class ReceiptMetrics:
     """Sums over all receipts of this router."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"tandem:router_{name}", text, labels, registry=registry)
-
-        self._receipts = counter("receipts", "Sequences that ended regularly and whose worker said what they cost.")
-        prompt_tokens = counter("receipt_prompt_tokens", "Prompt tokens, by where their KV came from.", "source")
+        self._receipts = ROUTER.counter("tandem:router_receipts", registry)
+        prompt_tokens = ROUTER.counter("tandem:router_receipt_prompt_tokens", registry)
         self._computed = prompt_tokens.labels("computed")
         self._reused = prompt_tokens.labels("reused")
         self._fetched = prompt_tokens.labels("fetched")
-        self._cached = counter("cached_tokens", "Prompt tokens that were not computed: reused or fetched.")
-        self._fetched_blocks = counter("fetched_blocks", "Prefix blocks pulled from other holders.", "tier")
-        self._fetched_bytes = counter("fetched_bytes", "The same in bytes.", "tier")
-        self._handoff_blocks = counter("handoff_blocks", "Blocks read from prefill workers.")
-        self._handoff_bytes = counter("handoff_bytes", "The same in bytes.")
-        self._digests = counter("digests_checked", "Blocks whose payload was checked before use.")
-        self._recomputes = counter("recomputes", "Prompts computed again after a fault or a preemption.")
+        self._cached = ROUTER.counter("tandem:router_cached_tokens", registry)
+        self._fetched_blocks = ROUTER.counter("tandem:router_fetched_blocks", registry)
+        self._fetched_bytes = ROUTER.counter("tandem:router_fetched_bytes", registry)
+        self._handoff_blocks = ROUTER.counter("tandem:router_handoff_blocks", registry)
+        self._handoff_bytes = ROUTER.counter("tandem:router_handoff_bytes", registry)
+        self._digests = ROUTER.counter("tandem:router_digests_checked", registry)
+        self._recomputes = ROUTER.counter("tandem:router_recomputes", registry)
 
     def add(self, receipt: Receipt) -> None:
         self._receipts.inc()

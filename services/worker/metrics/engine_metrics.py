@@ -4,31 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Histogram
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from kvstore.pool import HostTier
 from services.engine.native import Engine, StepOutput
-from services.exposition import (
-    BATCH_SEQUENCES,
-    BATCH_TOKENS,
-    STAGE_S,
-    counter,
-    gauge,
-)
+from services.metric_families import WORKER
 
 
 class StepMetrics:
     """Observes steps; called on the engine thread."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"tandem:{name}", help, buckets=buckets, registry=registry)
-
-        self._seconds = histogram("step_seconds", "Time of one engine step, from scheduling to booking.", STAGE_S)
-        self._tokens = histogram("step_tokens", "Tokens computed in one step.", BATCH_TOKENS)
-        self._sequences = histogram("step_sequences", "Sequences in one step's batch.", BATCH_SEQUENCES)
+        self._seconds = WORKER.histogram("tandem:step_seconds", registry)
+        self._tokens = WORKER.histogram("tandem:step_tokens", registry)
+        self._sequences = WORKER.histogram("tandem:step_sequences", registry)
 
     def ended(self, output: StepOutput) -> None:
         """A step is done."""
@@ -47,36 +38,32 @@ class EngineCollector(Collector):
         # Read from another thread than the engine's: single integers, each right for some moment of this scrape.
         engine = self._engine
         load, stats, layout = engine.load(), engine.stats, engine.layout
-        yield gauge("vllm:num_requests_running", "Requests in the running batch.", load.num_running)
-        yield gauge(
-            "vllm:num_requests_waiting", "Requests that wait for a step, or for room or bytes.", load.num_waiting
-        )
+        yield WORKER.read("vllm:num_requests_running", load.num_running)
+        yield WORKER.read("vllm:num_requests_waiting", load.num_waiting)
         usage = 1 - load.num_free_blocks / load.num_blocks
-        yield gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use; 1 is all.", usage)
+        yield WORKER.read("vllm:kv_cache_usage_perc", usage)
         info = {
             "block_size": str(layout.block_size),
             "num_gpu_blocks": str(load.num_blocks),
             "cache_dtype": layout.dtype,
             "enable_prefix_caching": str(engine.config.enable_prefix_caching),
         }
-        yield gauge("vllm:cache_config_info", "The KV cache, in its labels.", 1, info)
+        yield WORKER.read("vllm:cache_config_info", 1, info)
         path = engine.model.compute_path
         compute = {"device": engine.model.device, "kernels": path.kernels, "quantization": path.quantization}
-        yield gauge("tandem:compute_info", "What computes the model, in its labels.", 1, compute)
-        yield counter("vllm:num_preemptions", "Requests preempted for want of blocks.", stats.num_preemptions)
-        yield counter("vllm:prefix_cache_queries", "Prompt tokens looked up here.", stats.num_prefix_queries)
-        yield counter("vllm:prefix_cache_hits", "Prompt tokens found here.", stats.num_prefix_hits)
-        partial_help = "Of the prompt tokens found, those in a block that goes on with other tokens: copied."
-        yield counter("tandem:prefix_partial_hit_tokens", partial_help, stats.num_partial_hit_tokens)
-        yield counter("vllm:prompt_tokens", "Prompt tokens computed, or computed again.", stats.num_prompt_tokens)
-        yield counter("vllm:generation_tokens", "Tokens sampled here.", stats.num_generated_tokens)
-        yield gauge("tandem:kv_blocks", "KV blocks in the pool.", load.num_blocks)
-        yield gauge("tandem:kv_blocks_free", "KV blocks free or evictable.", load.num_free_blocks)
-        yield gauge("tandem:kv_blocks_cached", "KV blocks that can be found by their prefix.", load.num_cached_blocks)
-        corrupt_help = "Cached KV blocks whose bytes had changed in memory."
-        yield counter("tandem:kv_blocks_corrupt", corrupt_help, self._engine.pool.stats.num_corrupt)
-        yield gauge("tandem:kv_blocks_lent", "References on KV blocks held by transfers.", load.num_lent_blocks)
-        yield gauge("tandem:waiting_tokens", "Tokens of prompts not computed yet.", load.num_waiting_tokens)
+        yield WORKER.read("tandem:compute_info", 1, compute)
+        yield WORKER.read("vllm:num_preemptions", stats.num_preemptions)
+        yield WORKER.read("vllm:prefix_cache_queries", stats.num_prefix_queries)
+        yield WORKER.read("vllm:prefix_cache_hits", stats.num_prefix_hits)
+        yield WORKER.read("tandem:prefix_partial_hit_tokens", stats.num_partial_hit_tokens)
+        yield WORKER.read("vllm:prompt_tokens", stats.num_prompt_tokens)
+        yield WORKER.read("vllm:generation_tokens", stats.num_generated_tokens)
+        yield WORKER.read("tandem:kv_blocks", load.num_blocks)
+        yield WORKER.read("tandem:kv_blocks_free", load.num_free_blocks)
+        yield WORKER.read("tandem:kv_blocks_cached", load.num_cached_blocks)
+        yield WORKER.read("tandem:kv_blocks_corrupt", self._engine.pool.stats.num_corrupt)
+        yield WORKER.read("tandem:kv_blocks_lent", load.num_lent_blocks)
+        yield WORKER.read("tandem:waiting_tokens", load.num_waiting_tokens)
 
 
 class HostTierCollector(Collector):
@@ -87,17 +74,17 @@ class HostTierCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         tier, stats = self._tier, self._tier.stats
-        yield gauge("tandem:host_tier_blocks", "KV blocks that the host tier holds.", tier.num_blocks)
-        yield gauge("tandem:host_tier_capacity_blocks", "KV blocks that it has room for.", tier.num_slots)
-        yield counter("tandem:host_tier_hits", "Blocks copied back and found whole.", stats.num_restored)
-        yield counter("tandem:host_tier_evictions", "Blocks given up for others.", tier.num_evicted)
-        yield counter("tandem:host_tier_lost", "Evicted blocks for which there was no slot.", stats.num_lost)
-        yield counter("tandem:host_tier_corrupt", "Blocks whose bytes had changed there.", stats.num_corrupt)
-        copied = CounterMetricFamily("tandem:host_tier_bytes", "Bytes copied.", labels=["direction"])
+        yield WORKER.read("tandem:host_tier_blocks", tier.num_blocks)
+        yield WORKER.read("tandem:host_tier_capacity_blocks", tier.num_slots)
+        yield WORKER.read("tandem:host_tier_hits", stats.num_restored)
+        yield WORKER.read("tandem:host_tier_evictions", tier.num_evicted)
+        yield WORKER.read("tandem:host_tier_lost", stats.num_lost)
+        yield WORKER.read("tandem:host_tier_corrupt", stats.num_corrupt)
+        copied = WORKER.family("tandem:host_tier_bytes")
         copied.add_metric(["in"], stats.num_offloaded * tier.block_bytes)
         copied.add_metric(["out"], (stats.num_restored + stats.num_corrupt) * tier.block_bytes)
         yield copied
-        seconds = CounterMetricFamily("tandem:host_tier_seconds", "Time spent copying.", labels=["direction"])
+        seconds = WORKER.family("tandem:host_tier_seconds")
         seconds.add_metric(["in"], stats.offload_s)
         seconds.add_metric(["out"], stats.restore_s)
         yield seconds

@@ -10,20 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Histogram
 from tandem.v1 import worker_pb2 as pb
 
 from services.engine.native import Engine
 from services.exposition import (
-    ITL_S,
-    REQUEST_S,
-    STAGE_S,
-    TOKENS,
-    TTFT_S,
     ExposedRegistry,
     add_process_series,
 )
 from services.lifecycle import Event, Timeline
+from services.metric_families import WORKER
 from services.node import ExchangeMetrics, IndexMetrics
 from services.worker.metrics.engine_metrics import EngineCollector, HostTierCollector, StepMetrics
 
@@ -55,38 +51,17 @@ class RequestMetrics:
     """What requests say as they pass."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        def histogram(name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(name, help, labels, buckets=buckets, registry=registry)
-
-        self.first_token_s = histogram(
-            "vllm:time_to_first_token_seconds", "From the order's arrival here to its first token.", TTFT_S
-        )
-        self.gap_s = histogram("vllm:inter_token_latency_seconds", "Between two tokens of a request.", ITL_S)
-        self.token_s = histogram(
-            "vllm:request_time_per_output_token_seconds", "Mean per token of a request after its first.", ITL_S
-        )
-        self.total_s = histogram(
-            "vllm:e2e_request_latency_seconds", "From the order's arrival here to its last token.", REQUEST_S
-        )
-        self.queue_s = histogram(
-            "vllm:request_queue_time_seconds", "In the queue here, for prompts computed here.", REQUEST_S
-        )
-        self.prefill_s = histogram(
-            "vllm:request_prefill_time_seconds",
-            "From first chunk to last, for prompts computed here.",
-            REQUEST_S,
-        )
-        self.decode_s = histogram(
-            "vllm:request_decode_time_seconds", "From a request's first token to its last.", REQUEST_S
-        )
-        self.num_prompt_tokens = histogram("vllm:request_prompt_tokens", "Prompt tokens per request.", TOKENS)
-        self.num_generated_tokens = histogram("vllm:request_generation_tokens", "Generated tokens per request.", TOKENS)
-        self.success = Counter(
-            "vllm:request_success", "Requests that ended here, by reason.", ["finished_reason"], registry=registry
-        )
-        self.stage_s = histogram(
-            "tandem:request_stage_seconds", "Time of each stage of a request; see docs/metrics.md.", STAGE_S, "stage"
-        )
+        self.first_token_s = WORKER.histogram("vllm:time_to_first_token_seconds", registry)
+        self.gap_s = WORKER.histogram("vllm:inter_token_latency_seconds", registry)
+        self.token_s = WORKER.histogram("vllm:request_time_per_output_token_seconds", registry)
+        self.total_s = WORKER.histogram("vllm:e2e_request_latency_seconds", registry)
+        self.queue_s = WORKER.histogram("vllm:request_queue_time_seconds", registry)
+        self.prefill_s = WORKER.histogram("vllm:request_prefill_time_seconds", registry)
+        self.decode_s = WORKER.histogram("vllm:request_decode_time_seconds", registry)
+        self.num_prompt_tokens = WORKER.histogram("vllm:request_prompt_tokens", registry)
+        self.num_generated_tokens = WORKER.histogram("vllm:request_generation_tokens", registry)
+        self.success = WORKER.counter("vllm:request_success", registry)
+        self.stage_s = WORKER.histogram("tandem:request_stage_seconds", registry)
         for reason in _FINISH_REASONS:
             self.success.labels(reason)
         for stage in (*_HANDOFF_STAGES, *_STAGES):
@@ -133,24 +108,19 @@ class WorkerMetrics:
         self.steps = StepMetrics(own)
         self.requests = RequestMetrics(own)
 
-        def counter(name: str, help: str, *labels: str) -> Counter:
-            return Counter(f"tandem:{name}", help, labels, registry=own)
-
-        self._in_handoff = Gauge(
-            "tandem:requests_in_handoff", "Requests whose prompt is being brought into the engine.", registry=own
-        )
-        self._draining = Gauge("tandem:draining", "Whether the worker refuses new work and will end.", registry=own)
-        self._refusals = counter("refusals", "Orders not taken on, by reason.", "reason")
-        self._orders = counter("prefill_orders", "Orders of decode workers to prefill a prompt, by outcome.", "outcome")
-        self._prefills = counter("prefills", "Prompts that came into the engine, by way.", "way")
-        self._handoff_failures = counter("handoff_failures", "Handoffs that came to nothing, by cause.", "cause")
-        self._recomputes = counter("recomputes", "Prompts that had to be computed again, by cause.", "cause")
-        self._handoff_blocks = counter("handoff_blocks", "Blocks taken over from prefill workers.")
-        self._handoff_bytes = counter("handoff_bytes", "Bytes of these blocks.")
-        self._prefix_fetches = counter("prefix_fetches", "Pieces of prefixes asked of others.", "tier", "outcome")
-        self._prefix_blocks = counter("prefix_fetched_blocks", "Blocks of prefixes that came from them.", "tier")
-        self._prefix_bytes = counter("prefix_fetched_bytes", "Bytes of these blocks.", "tier")
-        self._offers = counter("offers", "Chains that this worker told store nodes of.", "outcome")
+        self._in_handoff = WORKER.gauge("tandem:requests_in_handoff", own)
+        self._draining = WORKER.gauge("tandem:draining", own)
+        self._refusals = WORKER.counter("tandem:refusals", own)
+        self._orders = WORKER.counter("tandem:prefill_orders", own)
+        self._prefills = WORKER.counter("tandem:prefills", own)
+        self._handoff_failures = WORKER.counter("tandem:handoff_failures", own)
+        self._recomputes = WORKER.counter("tandem:recomputes", own)
+        self._handoff_blocks = WORKER.counter("tandem:handoff_blocks", own)
+        self._handoff_bytes = WORKER.counter("tandem:handoff_bytes", own)
+        self._prefix_fetches = WORKER.counter("tandem:prefix_fetches", own)
+        self._prefix_blocks = WORKER.counter("tandem:prefix_fetched_blocks", own)
+        self._prefix_bytes = WORKER.counter("tandem:prefix_fetched_bytes", own)
+        self._offers = WORKER.counter("tandem:offers", own)
         self._preset()
 
     def _preset(self) -> None:
