@@ -252,7 +252,9 @@ class TieredStore:
         return block.was_reused or self._disk_writes is DiskWrites.ALL
 
     def _write_soon(self, hashes: Iterable[BlockHash]) -> None:
-        for block_hash in hashes if not self._is_closed else ():
+        if self.disk is None or self._is_closed:
+            return
+        for block_hash in hashes:
             block = self.dram.find(block_hash)
             if block is not None and self._belongs_on_disk(block):
                 self._write_behind.add(block_hash)

@@ -87,5 +87,5 @@ async def test_equal_cold_prompts_at_once_compute_their_prefix_once(stack: Stack
     results = await asyncio.gather(*(orders.generate(prompt, "decode-0", "prefill-0", []) for _ in range(12)))
     assert all(tokens == expected for tokens, _ in results)
     computed = sorted(len(prompt) - usage.num_cached_tokens for _, usage in results)
-    assert computed == [4] * 11 + [900], "one computes all, the others only what follows the last full block"
+    assert computed == [1] * 11 + [900], "one computes all, the others the last token alone"
     stack.check_clean()
