@@ -66,7 +66,7 @@ class Orders:
         tokens: list[int] = []
         async with grpc.aio.insecure_channel(self.record(decode).grpc_address) as channel:
             session = worker_pb2_grpc.DecodeServiceStub(channel).Session()
-            await session.write(pb.SessionRequest(hello=pb.SessionHello(router_id="test", protocol_version="1")))
+            await session.write(pb.SessionRequest(hello=pb.SessionHello(router_id="test", protocol_version="2")))
             await session.write(pb.SessionRequest(generate=order))
             async for frame in session:
                 tokens += [

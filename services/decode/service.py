@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 # A router says who it is right after connecting.
 _HELLO_TIMEOUT_S = 10.0
-PROTOCOL_VERSION = "1"
+PROTOCOL_VERSION = "2"  # 2: tokens in columns
 
 _REFUSALS: Mapping[int, Refusal] = {
     pb.ERROR_CODE_INTERNAL: "protocol",

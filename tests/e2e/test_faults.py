@@ -153,7 +153,7 @@ async def handshake_refusal(stack: Stack) -> str:
     prefill, decode = records["prefill-0"], records["decode-0"]
     async with grpc.aio.insecure_channel(decode.grpc_address) as channel:
         session = worker_pb2_grpc.DecodeServiceStub(channel).Session()
-        await session.write(pb.SessionRequest(hello=pb.SessionHello(router_id="test", protocol_version="1")))
+        await session.write(pb.SessionRequest(hello=pb.SessionHello(router_id="test", protocol_version="2")))
         target = pb.PrefillTarget(
             worker_id=prefill.worker_id,
             incarnation=prefill.incarnation,

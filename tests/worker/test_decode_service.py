@@ -48,7 +48,7 @@ class RouterOfTheTest:
         self.outputs: asyncio.Queue[pb.Output] = asyncio.Queue()
 
     async def orders(self) -> AsyncIterator[pb.SessionRequest]:
-        yield pb.SessionRequest(hello=pb.SessionHello(router_id="router", protocol_version="1"))
+        yield pb.SessionRequest(hello=pb.SessionHello(router_id="router", protocol_version="2"))
         yield pb.SessionRequest(generate=self._order)
         await asyncio.get_running_loop().create_future()
 

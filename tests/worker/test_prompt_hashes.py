@@ -117,7 +117,7 @@ async def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
             workers.append(await stack.enter_async_context(worker))
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(workers[1].record.grpc_address))
         session = worker_pb2_grpc.DecodeServiceStub(channel).Session()
-        await session.write(pb.SessionRequest(hello=pb.SessionHello(router_id="test", protocol_version="1")))
+        await session.write(pb.SessionRequest(hello=pb.SessionHello(router_id="test", protocol_version="2")))
         yield Fleet(*workers, session)
         await session.done_writing()
 

@@ -23,7 +23,7 @@ from services.rates import GUESSED, Rates
 
 log = logging.getLogger(__name__)
 
-PROTOCOL_VERSION = "1"
+PROTOCOL_VERSION = "2"  # 2: tokens in columns
 HELLO_TIMEOUT_S = 10.0
 MAX_OUTBOX_BYTES = 64 << 20
 """Of orders that the connection has not taken yet. Who has several waits from a part of that on."""
