@@ -14,7 +14,6 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
@@ -30,6 +29,7 @@ from kvstore.pool import (
 )
 from kvstore.store.disk_tier import DiskTier, GetFailure, StoredBlock
 from kvstore.store.write_behind import DiskWrites, WriteBehind
+from kvstore.threads import OsThreads, Threads
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,9 @@ class TieredStore:
         disk_writes: DiskWrites = DiskWrites.ALL,
         on_change: Callable[[BlockHash, StoreTier, bool], None] | None = None,
         timeout_s: float = 5.0,
+        threads: Threads | None = None,
     ) -> None:
+        """`threads`: the real ones by default; the disk's work goes there."""
         if disk is not None and disk.layout.block_bytes != memory.block_bytes:
             raise ValueError(f"blocks of {memory.block_bytes} bytes in memory, {disk.layout.block_bytes} on disk")
         self.memory = memory
@@ -83,7 +85,7 @@ class TieredStore:
         )
         self.disk = disk
         self.stats = StoreStats()
-        self._threads = ThreadPoolExecutor(_NUM_DISK_THREADS, thread_name_prefix="disk-tier")
+        self._threads = (threads or OsThreads()).pool("disk-tier", _NUM_DISK_THREADS)
         self._disk_writes = disk_writes
         self._on_change = on_change
         self._timeout_s = timeout_s

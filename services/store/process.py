@@ -24,6 +24,7 @@ from kvstore.exchange import Outside, PeerIdentity
 from kvstore.protocol import ExchangeTimeouts
 from kvstore.registry import Membership, Registrar, WorkerRecord, new_incarnation
 from kvstore.store import DiskTier, DiskWrites, StoreNode, StoreTooSmall, TieredStore
+from kvstore.threads import Threads
 from kvstore.transport import make_transports
 from services.logs import (
     configure_logging,
@@ -137,7 +138,7 @@ async def open_store(
         incarnation = new_incarnation()
         name = config.worker_id or f"store-{_host(config)}-{config.kv_port or incarnation[-8:]}"
         feed = StoreIndexFeed(config.redis, name, incarnation, config.lease_s, metrics.index)
-        store = await _open_tiers(config, layout, feed)
+        store = await _open_tiers(config, layout, feed, outside.threads)
         cleanup.push_async_callback(store.close, config.drain_timeout_s)
         transports = make_transports(config.kv_transport, store.memory, name)
         metrics.exchange.watch(transports)
@@ -172,7 +173,7 @@ async def open_store(
         yield record
 
 
-async def _open_tiers(config: StoreConfig, layout: BlockLayout, feed: StoreIndexFeed) -> TieredStore:
+async def _open_tiers(config: StoreConfig, layout: BlockLayout, feed: StoreIndexFeed, threads: Threads) -> TieredStore:
     num_slots = config.store_dram_bytes // layout.block_bytes
     if num_slots < 1:
         raise StoreTooSmall(
@@ -182,7 +183,7 @@ async def _open_tiers(config: StoreConfig, layout: BlockLayout, feed: StoreIndex
     # What is to be on disk before it leaves memory is written before anything presses.
     disk_writes = DiskWrites.ALL if config.store_disk_writes == "evicted" else DiskWrites(config.store_disk_writes)
     disk = await asyncio.to_thread(_open_disk, config, layout) if config.store_disk_dir else None
-    return TieredStore(memory, disk, disk_writes=disk_writes, on_change=feed.changed)
+    return TieredStore(memory, disk, disk_writes=disk_writes, on_change=feed.changed, threads=threads)
 
 
 def _open_disk(config: StoreConfig, layout: BlockLayout) -> DiskTier:
