@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from operator import mul
 from typing import NamedTuple
 
 import numpy as np
@@ -172,8 +173,8 @@ class RateLearner:
     def _tell(self) -> None:
         steps, fetches = self._steps, self._fetches
         self.rates = Rates(
-            **dict(zip(_STEP_FIELDS, steps.coefficients.tolist(), strict=True)),
-            **dict(zip(_FETCH_FIELDS, fetches.coefficients.tolist(), strict=True)),
+            **dict(zip(_STEP_FIELDS, steps.coefficients, strict=True)),
+            **dict(zip(_FETCH_FIELDS, fetches.coefficients, strict=True)),
             spread=steps.spread,
             num_steps=steps.weight,
             num_fetches=fetches.weight,
@@ -202,9 +203,12 @@ class _Line:
     """
 
     def __init__(self, guess: Sequence[float]) -> None:
-        self.coefficients = self._guess = np.array(guess)
+        self._guess = np.array(guess)
+        self.coefficients: Sequence[float] = tuple(guess)
         self.spread = 1.0
         self._num_seen = 0
+        # Not in the sums yet: kind, x, seconds, the larger of measured and expected seconds. A step should cost little.
+        self._new: list[tuple[int, Sequence[float], float, float]] = []
         # Per kind: weight, x x^T, x seconds.
         size = len(guess)
         self._weight, self._products, self._targets = np.zeros(2), np.zeros((2, size, size)), np.zeros((2, size))
@@ -218,20 +222,31 @@ class _Line:
         """Book a measurement, which makes those of its kind fade; whether the coefficients have been solved anew."""
         if seconds <= 0:
             return False
-        x = np.array(values, dtype=np.float64)
-        expected = float(self.coefficients @ x)
+        expected = sum(map(mul, self.coefficients, values))
         larger = max(seconds, expected)
         self._num_seen += 1
         self.spread += max(_SPREAD_WEIGHT, 1 / self._num_seen) * (abs(seconds - expected) / larger - self.spread)
-        for sums in (self._weight, self._products, self._targets):
-            sums[kind] *= _FADING
-        self._weight[kind] += 1
-        self._products[kind] += np.outer(x, x) / larger**2
-        self._targets[kind] += x * (seconds / larger**2)
+        self._new.append((kind, values, seconds, larger))
         if self._num_seen > _EAGER and self._num_seen % _EVERY:
             return False
+        for each in (0, 1):
+            self._add(each, [observed[1:] for observed in self._new if observed[0] == each])
+        self._new.clear()
         self._solve()
         return True
+
+    def _add(self, kind: int, observed: Sequence[tuple[Sequence[float], float, float]]) -> None:
+        """Add observations of one kind to its sums, and let the older ones fade."""
+        if not observed:
+            return
+        x, seconds, larger = (np.array(column, dtype=np.float64) for column in zip(*observed, strict=True))
+        fading = _FADING ** np.arange(len(observed))[::-1]
+        for sums in (self._weight, self._products, self._targets):
+            sums[kind] *= _FADING ** len(observed)
+        weighted = x.T * (fading / larger**2)
+        self._weight[kind] += fading.sum()
+        self._products[kind] += weighted @ x
+        self._targets[kind] += weighted @ seconds
 
     def _solve(self) -> None:
         products, targets, guess = self._products.sum(0), self._targets.sum(0), self._guess
@@ -247,4 +262,4 @@ class _Line:
             if not too_low.any():
                 break
             solution[too_low], free = _FLOOR, free & ~too_low
-        self.coefficients = solution * scaled
+        self.coefficients = (solution * scaled).tolist()
