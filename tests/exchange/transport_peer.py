@@ -13,12 +13,8 @@ import numpy as np
 
 from kvstore.block import HostMemory
 from kvstore.errors import TransportError
-from kvstore.transport import (
-    Link,
-    LinkPeer,
-    Run,
-    Transport,
-)
+from kvstore.transport import Link, LinkPeer, Transport
+from kvstore.transport.base import Run
 
 NUM_BLOCKS = 320
 BLOCK_BYTES = 16 * 1024
