@@ -239,17 +239,11 @@ class Membership(RedisSession):
         self._roster = Roster(grace_s)
         self._snapshot: tuple[WorkerRecord, ...] = ()
         self._callbacks: list[Callable[[tuple[WorkerRecord, ...]], None]] = []
-        self._last_read_s: float | None = None
         self._bad_records: dict[str, bytes] = {}
 
     def snapshot(self) -> tuple[WorkerRecord, ...]:
         """The workers believed to be alive, in order of id; with Redis away, the last known ones."""
         return self._snapshot
-
-    @property
-    def age_s(self) -> float | None:
-        """Seconds since the membership was last read from Redis; None if it never was."""
-        return None if self._last_read_s is None else self._clock() - self._last_read_s
 
     def on_change(self, callback: Callable[[tuple[WorkerRecord, ...]], None]) -> None:
         """Call `callback` with the new snapshot, in the event loop, whenever a worker came, changed or went."""
@@ -265,7 +259,7 @@ class Membership(RedisSession):
             is_first = True
             while True:
                 found = await run_script(client, _READ, self._names.keys, (), self._timeout_s)
-                now_s = self._last_read_s = self._clock()
+                now_s = self._clock()
                 if is_first:
                     self._roster.resume(now_s)
                     is_first = False
