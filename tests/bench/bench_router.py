@@ -132,6 +132,7 @@ def start(serve: Callable[..., Coroutine[Any, Any, None]], *args: object) -> tup
     ours, theirs = context.Pipe()
     process = context.Process(target=in_process, args=(serve, theirs, *args), daemon=True)
     process.start()
+    theirs.close()  # so that a process that dies is heard
     return process, ours, ours.recv()
 
 
