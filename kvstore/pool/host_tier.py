@@ -180,7 +180,7 @@ class HostTier:
             held = self._book.num_references_held
             raise IntegrityError(f"host tier: {held} references, {self._num_pins} pins")
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, float]:
         """For `/debug/state`. From any thread: lengths and counts, each right for some moment."""
         return {
             "num_slots": self.num_slots,

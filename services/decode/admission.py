@@ -20,7 +20,7 @@ from kvstore.protocol import FetchResult, FetchStamps, Reservation
 from services.decode.config import DecodeConfig
 from services.decode.handoff import HandoffFailed, prefill_remotely
 from services.decode.live import LiveRequest
-from services.engine.native import (
+from services.engine.api import (
     EngineError,
     Request,
     RequestUpdate,
@@ -112,14 +112,14 @@ class Admission:
             live.admission.add_done_callback(lambda _: self._being_handed_over.pop(prompt))
             return False
         await asyncio.wait([first])
-        return self._parts.engine.pool.peek_prefix(hashes) == len(hashes)
+        return self._parts.engine.peek_prefix(hashes) == len(hashes)
 
     def _num_uncached(self, live: LiveRequest, hashes: list[BlockHash]) -> int:
         """Prompt tokens that would be computed here; the last one always is."""
         num_tokens = len(live.prompt_token_ids)
         if live.sampling.prompt_logprobs is None:
             # A hint, read from outside the engine thread: dictionary lookups, and nothing is held on its account.
-            num_tokens -= self._parts.engine.pool.peek_prefix(hashes) * self._parts.engine.layout.block_size
+            num_tokens -= self._parts.engine.peek_prefix(hashes) * self._parts.engine.layout.block_size
         return max(1, num_tokens)
 
     async def _prefill_here(self, live: LiveRequest, hashes: list[BlockHash]) -> None:

@@ -9,7 +9,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block import BlockHash
 from services.decode.session import RouterSession
-from services.engine.native import Request, SamplingParams
+from services.engine.api import Request, SamplingParams
 from services.lifecycle import Timeline
 
 
@@ -40,7 +40,7 @@ class LiveRequest:
         """Where the request is, for messages."""
         if self.request is None:
             return "handoff"
-        return "decode" if self.request.output_token_ids else "prefill queue"
+        return "decode" if self.newest_token_s is not None else "prefill queue"
 
     def new_attempt(self, clock_s: float) -> Request:
         """A fresh engine request for the next attempt: each has its own id, since a failed one may linger.

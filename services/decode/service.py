@@ -29,8 +29,7 @@ from services.decode.endings import error_of, error_output, log_end, log_refusal
 from services.decode.handoff import PromptRefused
 from services.decode.live import LiveRequest
 from services.decode.session import RouterSession, SessionOverflow
-from services.engine.native import (
-    Batch,
+from services.engine.api import (
     FinishReason,
     InvalidRequest,
     QueueFull,
@@ -70,13 +69,13 @@ class _News(NamedTuple):
 
 
 def _news(live: LiveRequest, update: RequestUpdate) -> _News:
-    request, is_last = update.request, update.finish_reason is not None
-    if not is_last and len(request.output_token_ids) > 1 and len(update.new_tokens) == 1:
+    is_last = update.finish_reason is not None
+    if not is_last and update.num_output_tokens > 1 and len(update.new_tokens) == 1:
         (token,) = update.new_tokens
         if token.logprobs is None:
             return _News(live, token.token_id)
-    num_recomputes = request.num_preemptions if is_last else 0
-    return _News(live, 0, _output(live, update), request.num_cached_tokens, num_recomputes)
+    num_recomputes = update.num_preemptions if is_last else 0
+    return _News(live, 0, _output(live, update), update.num_cached_tokens, num_recomputes)
 
 
 def _output(live: LiveRequest, update: RequestUpdate) -> pb.Output:
@@ -349,7 +348,7 @@ class DecodeService:
             self._parts.engine.abort(live.request.request_id)
             self._in_engine.pop(live.request.request_id, None)
 
-    def on_scheduled(self, batch: Batch) -> None:
+    def on_begun(self, request: Request) -> None:
         """Nothing to do: the router hears of a request with its first token."""
 
     def on_step(self, output: StepOutput) -> None:

@@ -32,8 +32,7 @@ from kvstore.block import BlockHash
 from kvstore.errors import PeerLost
 from kvstore.exchange import Lease
 from kvstore.protocol import AnnouncedBlock
-from services.engine.native import (
-    Batch,
+from services.engine.api import (
     FinishReason,
     InvalidRequest,
     QueueFull,
@@ -221,7 +220,7 @@ class PrefillService:
                 lease.revoke("the prefill was abandoned")
 
     async def _fetch_prefix(self, order: _Order) -> None:
-        has_host_tier = self._parts.engine.host_tier is not None
+        has_host_tier = self._parts.engine.capabilities.num_host_blocks > 0
         if order.sources or (has_host_tier and not order.request.wants_prompt_logprobs):
             order.fetched = await self._parts.fetcher.fetch(order.request.given_hashes, order.sources)
 
@@ -286,10 +285,8 @@ class PrefillService:
             self._parts.engine.release_blocks(order.pinned)
             order.pinned = []
 
-    def on_scheduled(self, batch: Batch) -> None:
-        for scheduled in batch.sequences:
-            if scheduled.is_first:
-                self._deliver(scheduled.request, _Scheduled())
+    def on_begun(self, request: Request) -> None:
+        self._deliver(request, _Scheduled())
 
     def on_step(self, output: StepOutput) -> None:
         for update in output.updates:
@@ -306,21 +303,10 @@ class PrefillService:
         self._loop.call_soon_threadsafe(order.add_step, step)
 
     def _computed(self, order: _Order, update: RequestUpdate) -> _Computed:
-        """Pin what became announceable: the full blocks, and with the last chunk the partial one too."""
-        request, engine = update.request, self._parts.engine
-        finished = bool(update.new_tokens)
-        first = len(order.pinned)
-        end = order.num_blocks if finished else update.num_computed_tokens // engine.layout.block_size
-        block_ids = request.block_table[first:end]
-        engine.lend_blocks(block_ids)
-        order.pinned.extend(block_ids)
-        # A block that the first token fills up is still the prompt's partial block: it has no identity yet.
-        num_full = request.num_prompt_tokens // engine.layout.block_size
-        hashes = [*request.block_hashes[:num_full], None][first:end]
-        blocks = list(map(AnnouncedBlock, block_ids, hashes, engine.proofs(block_ids)))
-        if finished:
-            engine.release_blocks(request.block_table)  # left to us by hold_blocks; the order's own pins stay
-        return _Computed(first, blocks, _finished(update, order.fetched) if finished else None)
+        """Take over what became announceable."""
+        order.pinned.extend(block.block_id for block in update.blocks)
+        finished = _finished(update, order.fetched) if update.new_tokens else None
+        return _Computed(update.first_block, list(update.blocks), finished)
 
 
 def _facts(message: pb.PrefillRequest, started_s: float, now_s: float) -> dict[str, object]:
@@ -338,7 +324,7 @@ def _finished(update: RequestUpdate, fetched: list[pb.FetchedPrefix]) -> pb.Pref
     token = update.new_tokens[0]
     message = pb.PrefillFinished(
         token_id=token.token_id,
-        num_cached_tokens=update.request.num_cached_tokens,
+        num_cached_tokens=update.num_cached_tokens,
         stamps=convert.stamps_to_proto(update.request.timeline),
         fetched=fetched,
     )

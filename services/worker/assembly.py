@@ -11,7 +11,7 @@ from kvstore.pool import CacheChange
 from kvstore.protocol import ExchangeTimeouts
 from kvstore.registry import Membership
 from kvstore.transport import make_transports
-from services.engine.native import Engine, StepOutput
+from services.engine.api import Engine, StepOutput
 from services.logs import request_scope
 from services.orders import Orders
 from services.rates import RateLearner
@@ -141,7 +141,7 @@ def _store_feed(
     return StoreFeed(
         Membership(config.redis, grace_s=config.lease_s),
         exchange,
-        engine.pool.num_blocks,
+        engine.capabilities.num_blocks,
         only_reused=config.store_write_through == "reused",
         count=metrics.store_offered,
     )

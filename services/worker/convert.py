@@ -17,7 +17,7 @@ from kvstore.block import (
     pack_hashes,
     unpack_hashes,
 )
-from services.engine.native import (
+from services.engine.api import (
     EngineLoad,
     FinishReason,
     PositionLogprobs,

@@ -13,7 +13,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 from kvstore.pool import CacheChange
 from kvstore.threads import Runner, Threads
-from services.engine.native import Batch, Engine, StepOutput
+from services.engine.api import Engine, Request, StepOutput
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +29,13 @@ _STOP_TIMEOUT_S = 30.0
 class StepListener(Protocol):
     """What a worker does around a step. Called on the engine thread, so it must be quick and touch no loop state."""
 
-    def on_scheduled(self, batch: Batch) -> None: ...
+    def on_begun(self, request: Request) -> None: ...
 
     def on_step(self, output: StepOutput) -> None: ...
 
 
 class EngineThread:
-    """Runs `engine.schedule`, `run` and `postprocess` in a loop for as long as there is work.
+    """Runs `engine.step` in a loop for as long as there is work.
 
     A step that raises ends the thread: `crashed` then holds the exception, and every pending and later call fails
     with it, as it does once the thread was stopped. The engine's state is unknown after a crash, so the process should
@@ -138,12 +138,9 @@ class EngineThread:
         return has_stepped
 
     def _step(self, listener: StepListener) -> bool:
-        batch = self._engine.schedule()
-        if batch is None:
+        output = self._engine.step(listener.on_begun)
+        if not output.num_tokens:
             return False  # nothing can run before a command frees memory or brings work
-        listener.on_scheduled(batch)
-        sampled = self._engine.run(batch)
-        output = self._engine.postprocess(batch, sampled)
         self._observe_step(output)
         listener.on_step(output)
         return True

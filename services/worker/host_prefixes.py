@@ -15,9 +15,9 @@ import logging
 from collections.abc import Sequence
 
 from kvstore.block import BlockHash
-from kvstore.pool import NOTHING_COPIED, HostTier
+from kvstore.pool import NOTHING_COPIED
 from kvstore.threads import Threads
-from services.engine.native import Engine, Restore
+from services.engine.api import Engine, Restore
 from services.worker.engine_thread import EngineCrashed, EngineThread
 from services.worker.settling import settled
 
@@ -32,7 +32,6 @@ class HostPrefixes:
         self._timeout_s = timeout_s
         self._engine = engine
         self._thread = thread
-        self._tier: HostTier | None = engine.host_tier
         self._under_way: dict[BlockHash, asyncio.Task[int]] = {}  # by the first block that is being brought back
         # One at a time: they share the memory's bandwidth with the steps.
         self._copying = threads.pool("host-restore")
@@ -42,32 +41,32 @@ class HostPrefixes:
 
         What was begun ends by itself where this is cancelled, or takes too long. Raises EngineCrashed.
         """
-        if self._tier is not None:
+        if self._engine.capabilities.num_host_blocks:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._timeout_s):
-                    await self._restore_all(self._tier, hashes)
+                    await self._restore_all(hashes)
 
-    async def _restore_all(self, tier: HostTier, hashes: Sequence[BlockHash]) -> None:
+    async def _restore_all(self, hashes: Sequence[BlockHash]) -> None:
         """Run after run: cached blocks and the host tier's may take turns in a chain."""
         num_restored = 1
         while num_restored:
             # A hint, read from outside the engine's thread, which looks again.
-            num_cached = self._engine.pool.peek_prefix(hashes)
-            if num_cached == len(hashes) or not tier.may_have(hashes[num_cached]):
+            num_cached = self._engine.peek_prefix(hashes)
+            if num_cached == len(hashes) or not self._engine.may_restore(hashes[num_cached]):
                 return
             first = hashes[num_cached]
             task = self._under_way.get(first)
             if task is None:
-                task = self._under_way[first] = asyncio.create_task(self._restore(tier, first, hashes))
+                task = self._under_way[first] = asyncio.create_task(self._restore(first, hashes))
             num_restored = await asyncio.shield(task)
 
-    async def _restore(self, tier: HostTier, first: BlockHash, hashes: Sequence[BlockHash]) -> int:
+    async def _restore(self, first: BlockHash, hashes: Sequence[BlockHash]) -> int:
         """Bring one run back; the number of its blocks."""
         try:
             restore = await self._thread.call(self._engine.begin_restore, hashes)
             if restore is None:
                 return 0
-            return await self._fill(tier, restore)
+            return await self._fill(restore)
         except EngineCrashed:
             raise
         except Exception:
@@ -77,13 +76,10 @@ class HostPrefixes:
         finally:
             del self._under_way[first]
 
-    async def _fill(self, tier: HostTier, restore: Restore) -> int:
+    async def _fill(self, restore: Restore) -> int:
         copied = NOTHING_COPIED
         try:
-            copying = asyncio.get_running_loop().run_in_executor(
-                self._copying, tier.copy_back, restore.pinned, restore.missing_ids
-            )
-            copied = await copying
+            copied = await asyncio.get_running_loop().run_in_executor(self._copying, self._engine.copy_back, restore)
         finally:
             await self._thread.call(self._engine.end_restore, restore, copied)
         num_corrupt = copied.is_whole.count(False)

@@ -40,7 +40,7 @@ from kvstore.protocol import (
     FetchState,
     Reservation,
 )
-from services.engine.native import Engine
+from services.engine.api import Engine
 from services.logs import current_request_id
 from services.node import IndexMetrics
 from services.worker.engine_thread import EngineThread
@@ -140,10 +140,8 @@ class IndexFeed:
 
 def _holdings(engine: Engine) -> list[tuple[BlockHash, Tier]]:
     """All findable blocks, once per tier; copies, so that the engine's thread does not disturb the reader."""
-    paged = [(block_hash, Tier.DEVICE) for block_hash in engine.pool.hashes()]
-    if engine.host_tier is None:
-        return paged
-    return paged + [(block_hash, Tier.HOST) for block_hash in engine.host_tier.hashes()]
+    paged = [(block_hash, Tier.DEVICE) for block_hash in engine.cached_hashes()]
+    return paged + [(block_hash, Tier.HOST) for block_hash in engine.host_hashes()]
 
 
 class PrefixFetcher:
@@ -201,7 +199,7 @@ class PrefixFetcher:
         exhausted: set[str] = set()
         while len(exhausted) < _MAX_SOURCES:
             # A hint, read from outside the engine thread; `take_prefix` looks again.
-            num_present = self._engine.pool.peek_prefix(hashes)
+            num_present = self._engine.peek_prefix(hashes)
             source = self._choose(hashes, num_present, [s for s in sources if s.holder_id not in exhausted])
             if source is None:
                 break
@@ -220,7 +218,7 @@ class PrefixFetcher:
                 done.set_result(None)
             if part is not None:
                 _add_part(parts, part)
-            if self._engine.pool.peek_prefix(hashes) < end:
+            if self._engine.peek_prefix(hashes) < end:
                 exhausted.add(source.holder_id)
         return parts
 

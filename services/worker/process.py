@@ -21,7 +21,8 @@ import services
 from kvstore.errors import TransportError
 from kvstore.exchange import Outside
 from kvstore.registry import Registrar, WorkerRecord, new_incarnation
-from services.engine.native import Engine
+from services.engine import native
+from services.engine.api import Engine
 from services.grpc_orders import GrpcOrders, GrpcServer
 from services.logs import configure_logging, report_progress, report_ready
 from services.node import DebugServer
@@ -67,7 +68,8 @@ def run_worker(config: WorkerConfig, role: Role, build: Callable[[WorkerParts], 
     started_s = time.monotonic()
     try:
         num_threads = config.num_threads or len(os.sched_getaffinity(0))
-        engine = Engine.from_config(dataclasses.replace(config, num_threads=num_threads), progress=report_progress)
+        settings = dataclasses.replace(config, num_threads=num_threads)
+        engine: Engine = native.Engine.from_config(settings, progress=report_progress)
     except SettingsError as error:
         log.error("%s worker cannot start: %s", role, error)
         return 1
@@ -76,9 +78,9 @@ def run_worker(config: WorkerConfig, role: Role, build: Callable[[WorkerParts], 
         config.model,
         engine.layout.dtype,
         time.monotonic() - started_s,
-        engine.pool.num_blocks,
+        engine.capabilities.num_blocks,
         engine.layout.block_size,
-        engine.host_tier.num_slots if engine.host_tier is not None else 0,
+        engine.capabilities.num_host_blocks,
     )
     return uvloop.run(_serve(config, role, engine, build))
 
@@ -195,8 +197,8 @@ def _record(config: WorkerConfig, role: Role, assembly: Assembly, addresses: _Ad
         kv_address=addresses.kv,
         http_address=addresses.http,
         block_size=engine.layout.block_size,
-        num_blocks=engine.pool.num_blocks,
-        max_model_len=engine.max_model_len,
+        num_blocks=engine.capabilities.num_blocks,
+        max_model_len=engine.capabilities.max_model_len,
         max_num_seqs=config.max_num_seqs,
         dtype=engine.layout.dtype,
         transports=assembly.transports,
@@ -266,7 +268,7 @@ def _state(parts: WorkerParts, role: Role, service: WorkerService) -> dict[str, 
         "role": role,
         "engine": parts.engine.load().as_dict(),
         "rates": parts.rates.rates.to_wire(),
-        "host_tier": parts.engine.host_tier.state() if parts.engine.host_tier is not None else None,
+        "host_tier": parts.engine.host_figures() or None,
         "exchange": parts.exchange.state(),
         "shunned_holders": parts.fetcher.shunned,
         **service.state(),

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 
 from kvstore.pool import BlockPool
 from services.engine.native import (
-    Batch,
     PositionLogprobs,
     Request,
     SampledToken,
     SamplingParams,
     TokenLogprob,
 )
-from services.engine.native.scheduling.batch import SampledBatch, SampledSequence, ScheduledSequence
+from services.engine.native.scheduling.batch import Batch, SampledBatch, SampledSequence, ScheduledSequence
 from services.engine.native.scheduling.limits import SchedulerConfig
 
 VOCAB_SIZE = 7

@@ -490,4 +490,4 @@ def test_the_default_is_a_share_of_the_free_memory_and_no_more_than_useful(monke
 def test_a_loaded_model_can_be_given_to_an_engine(models: Models) -> None:
     model = load_model(str(models("qwen2")), max_model_len=128)
     engine = Engine(model, EngineConfig(str(models("qwen2"))), num_blocks=8)
-    assert (engine.layout.block_size, engine.memory.num_blocks, engine.max_model_len) == (32, 8, 128)
+    assert (engine.layout.block_size, engine.memory.num_blocks, engine.capabilities.max_model_len) == (32, 8, 128)

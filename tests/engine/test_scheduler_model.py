@@ -13,7 +13,6 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from kvstore.pool import BlockPool
 from kvstore.protocol import Reservation
 from services.engine.native import (
-    Batch,
     FinishReason,
     InvalidRequest,
     QueueFull,
@@ -21,6 +20,7 @@ from services.engine.native import (
     SampledToken,
     SamplingParams,
 )
+from services.engine.native.scheduling.batch import Batch
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.request import RequestStatus
 from services.engine.native.scheduling.scheduler import Scheduler

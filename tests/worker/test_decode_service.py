@@ -81,29 +81,27 @@ def order(**fields: object) -> pb.GenerateRequest:
 
 def engine(check: Callable[[object], None] = lambda request: None) -> SimpleNamespace:
     layout = SimpleNamespace(model_fingerprint="model", block_size=16)
-    return SimpleNamespace(layout=layout, check=check, pool=SimpleNamespace(peek_prefix=lambda hashes: 0))
+    return SimpleNamespace(layout=layout, check=check, peek_prefix=lambda hashes: 0)
 
 
 def test_only_first_last_and_log_probabilities_are_outputs_and_usage_is_in_none() -> None:
-    sampling = SamplingParams(max_tokens=9)
-    request = Request("r", [1, 2], sampling, output_token_ids=[5])
-    request.num_cached_tokens, request.num_preemptions = 2, 3
+    request = Request("r", [1, 2], SamplingParams(max_tokens=9))
     live: Any = SimpleNamespace(order=order())
 
-    def said(token: SampledToken, finish_reason: FinishReason | None = None) -> tuple[object, ...]:
-        news = _news(live, RequestUpdate(request, False, 3, (token,), finish_reason))
+    def said(token: SampledToken, num_outputs: int, finish_reason: FinishReason | None = None) -> tuple[object, ...]:
+        counts = {"num_output_tokens": num_outputs, "num_cached_tokens": 2, "num_preemptions": 3}
+        news = _news(live, RequestUpdate(request, 3, (token,), finish_reason, **counts))
         output = news.output
         if output is None:
             return ("row", news.token_id)
         assert not output.HasField("usage")
         return (list(output.token_ids), len(output.logprobs), news.num_cached_tokens, news.num_recomputes)
 
-    assert said(SampledToken(5)) == ([5], 0, 2, 0)
-    request.output_token_ids.append(6)
-    assert said(SampledToken(6)) == ("row", 6)
+    assert said(SampledToken(5), 1) == ([5], 0, 2, 0)
+    assert said(SampledToken(6), 2) == ("row", 6)
     with_logprobs = SampledToken(6, PositionLogprobs(TokenLogprob(6, -1.0, 1), ()))
-    assert said(with_logprobs) == ([6], 1, 2, 0)
-    assert said(SampledToken(6), FinishReason.LENGTH) == ([6], 0, 2, 3)
+    assert said(with_logprobs, 2) == ([6], 1, 2, 0)
+    assert said(SampledToken(6), 2, FinishReason.LENGTH) == ([6], 0, 2, 3)
 
 
 async def test_a_cancellation_that_nobody_ordered_does_not_leave_a_request_without_an_end() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from kvstore.threads import OsThreads, Threads
-from services.engine.native import StepOutput
+from services.engine.api import StepOutput
 from services.worker import engine_thread
 from services.worker.engine_thread import EngineCrashed, EngineThread
 from tests.loop_threads import LoopThreads
@@ -31,21 +31,14 @@ class ScriptedEngine:
     def has_work(self) -> bool:
         return self.num_steps_left > 0
 
-    def schedule(self) -> object:
-        self.log.append("schedule")
-        return object()
-
-    def run(self, batch: object) -> object:
+    def step(self, on_begun: object) -> StepOutput:
+        self.log.append("step")
         self.in_step.set()
         assert self.may_finish.wait(10)
         if self.fails_in_step:
             raise RuntimeError("the step burst")
-        return batch
-
-    def postprocess(self, batch: object, sampled: object) -> StepOutput:
         self.num_steps_left -= 1
-        self.log.append("postprocess")
-        return StepOutput()
+        return StepOutput(num_tokens=1)
 
     def take_host_changes(self) -> list[object]:
         return []
@@ -61,7 +54,7 @@ class ScriptedEngine:
 
 
 class Listener:
-    def on_scheduled(self, batch: object) -> None: ...
+    def on_begun(self, request: object) -> None: ...
 
     def on_step(self, output: StepOutput) -> None: ...
 
@@ -99,7 +92,7 @@ async def test_calls_run_between_steps_and_in_order(engine: ScriptedEngine, thre
     first, second = thread.call(engine.log.append, "first"), thread.call(engine.log.append, "second")
     engine.may_finish.set()
     await asyncio.gather(first, second)
-    assert engine.log[:5] == ["work", "schedule", "postprocess", "first", "second"]
+    assert engine.log[:4] == ["work", "step", "first", "second"]
 
 
 async def test_a_cancelled_call_runs_all_the_same(engine: ScriptedEngine, thread: EngineThread) -> None:

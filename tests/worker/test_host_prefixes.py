@@ -13,7 +13,7 @@ import torch
 from kvstore.block import BlockHash, prove
 from kvstore.pool import HostTier
 from kvstore.threads import OsThreads
-from services.engine.native import Batch, Engine, EngineConfig, StepOutput
+from services.engine.native import Engine, EngineConfig, Request, StepOutput
 from services.worker.engine_thread import EngineThread
 from services.worker.host_prefixes import HostPrefixes
 from services.worker.prefix import CacheLender
@@ -25,7 +25,7 @@ JUNK = [BlockHash(bytes([2, i]) * 8) for i in range(NUM_BLOCKS)]
 
 
 class Listener:
-    def on_scheduled(self, batch: Batch) -> None: ...
+    def on_begun(self, request: Request) -> None: ...
 
     def on_step(self, output: StepOutput) -> None: ...
 

@@ -17,6 +17,7 @@ from kvstore.exchange import BlockExchange, PeerIdentity
 from kvstore.pool import BlockPool
 from kvstore.protocol import AnnouncedBlock, Reservation
 from kvstore.threads import OsThreads
+from services.engine.api import Capabilities
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.scheduler import Scheduler
 from services.rates import RateLearner
@@ -36,9 +37,10 @@ class Cache:
 
     def __init__(self, num_blocks: int) -> None:
         self.layout = LAYOUT
-        self.host_tier = None
+        self.capabilities = Capabilities(1024, num_blocks, 0, caches_prefixes=True, is_exact=True, compute={})
         self.pool = BlockPool(num_blocks)
         self.scheduler = Scheduler(SchedulerConfig(LAYOUT.block_size, 1024, "ab12"), self.pool)
+        self.peek_prefix = self.pool.peek_prefix
         self.release_blocks = self.scheduler.release_lent
         self.publish_blocks = self.scheduler.publish_lent
 

@@ -1,26 +1,28 @@
 """Our own engine: one worker's compute on C kernels or torch, bit-exact over batches and chunkings.
 
-A step is schedule, run, postprocess; one thread calls them."""
+Implements the port, services.engine.api; a step is schedule, run, postprocess."""
 
-from services.engine.config import EngineConfig
-from services.engine.native.engine import Engine, EngineLoad, StepOutput
-from services.engine.native.memory import Restore
-from services.engine.native.scheduling import (
-    Batch,
+from services.engine.api import (
     EngineError,
+    EngineLoad,
     FinishReason,
     InvalidRequest,
     PositionLogprobs,
     QueueFull,
-    Request,
     RequestUpdate,
+    Restore,
     SampledToken,
     SamplingParams,
+    StepOutput,
     TokenLogprob,
+)
+from services.engine.config import EngineConfig
+from services.engine.native.engine import Engine
+from services.engine.native.scheduling import (
+    Request,
 )
 
 __all__ = [
-    "Batch",
     "Engine",
     "EngineConfig",
     "EngineError",

@@ -1,25 +1,31 @@
-"""One worker's compute: a step is schedule, run, postprocess. No network, and one thread only.
-
-Every command (`add_request`, `reserve`, `abort` ...) comes between steps. Whoever receives block ids from here, by a
-granted reservation, by `hold_blocks` or by `lend_blocks`, holds one reference on each and gives it back by
-`release_blocks`; `check_integrity` counts them.
-"""
+"""The engine that comes with Tandem, behind the port (services.engine.api): a step is schedule, run, postprocess."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof, find_wrong, prove
 from kvstore.pool import BlockPool, CacheChange, CopiedBack
-from kvstore.protocol import Reservation
+from kvstore.protocol import AnnouncedBlock, Reservation
+from services.engine import api
+from services.engine.api import (
+    Capabilities,
+    EngineLoad,
+    EngineStats,
+    InvalidRequest,
+    RequestUpdate,
+    Restore,
+    SampledToken,
+    SamplingParams,
+    StepOutput,
+)
 from services.engine.config import EngineConfig
 from services.engine.native.memory import (
-    Restore,
     begin_restore,
     block_memory,
     bring_back,
@@ -32,50 +38,16 @@ from services.engine.native.model import LoadedModel, load_model
 from services.engine.native.runner import ModelRunner
 from services.engine.native.scheduling import (
     Batch,
-    InvalidRequest,
     Request,
-    RequestUpdate,
     SampledBatch,
-    SampledToken,
-    SamplingParams,
     Scheduler,
     SchedulerConfig,
-    SchedulerStats,
     check_fits,
 )
 from services.lifecycle import Event
-from services.rates import NO_STEP, StepShape
 
 # As `vllm serve` spells them.
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
-
-
-@dataclass(frozen=True)
-class EngineLoad:
-    """How busy an engine is, for routing and for people."""
-
-    num_running: int
-    num_waiting: int
-    num_free_blocks: int
-    num_blocks: int
-    num_waiting_tokens: int  # prompt tokens not yet computed here
-    num_cached_blocks: int
-    num_lent_blocks: int
-
-    def as_dict(self) -> dict[str, int]:
-        """The fields by name, for `/debug/state`."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What one step brought: one update per request that took part and was not aborted meanwhile."""
-
-    updates: tuple[RequestUpdate, ...] = ()
-    preempted: tuple[Request, ...] = ()
-    num_tokens: int = 0  # computed
-    shape: StepShape = NO_STEP
-    duration_s: float = 0.0  # from schedule to the end of postprocess, by the engine's clock
 
 
 class Engine:
@@ -92,7 +64,18 @@ class Engine:
         """`num_host_slots`: blocks in the host tier; 0: there is none."""
         self.model = model
         self.config = config
-        self.max_model_len = model.max_model_len
+        self.capabilities = Capabilities(
+            max_model_len=model.max_model_len,
+            num_blocks=num_blocks,
+            num_host_blocks=num_host_slots,
+            caches_prefixes=config.enable_prefix_caching,
+            is_exact=model.device == "cpu",
+            compute={
+                "device": model.device,
+                "kernels": model.compute_path.kernels,
+                "quantization": model.compute_path.quantization,
+            },
+        )
         self.layout: BlockLayout = model.block_layout(config.block_size)
         self.kv_cache: Tensor = model.new_kv_cache(num_blocks, config.block_size)
         self.memory: BlockMemory = block_memory(self.kv_cache)
@@ -131,7 +114,7 @@ class Engine:
 
     # ---- commands, between steps ----------------------------------------------
 
-    def check(self, request: Request) -> None:
+    def check(self, request: api.Request) -> None:
         """Raise `InvalidRequest` if the request can never run here. On any thread: it reads constants only."""
         vocab_size = self.model.config.vocab_size
         _check_token_ids("prompt", request.prompt_token_ids, vocab_size)
@@ -142,25 +125,20 @@ class Engine:
         _check_allows_any(sampling, self.model.eos_token_ids, vocab_size)
         check_fits(request, self._scheduler.config, self.pool.num_blocks)
 
-    def add_request(self, request: Request) -> None:
+    def add_request(self, request: api.Request) -> None:
         """Queue a request to be computed here. Raises `InvalidRequest` or `QueueFull`."""
         self.check(request)
-        self._scheduler.add(request)
+        self._scheduler.add(Request.of(request))
         request.timeline.mark(Event.PREFILL_QUEUED)
 
-    def reserve(self, request: Request, callback: Callable[[Reservation], None]) -> None:
-        """Ask for blocks to read the request's prompt into, one for each that the prompt fills or begins.
-
-        `callback` is called once, here or within a later call, on this thread; never after `cancel_reservation` or
-        `abort`. The blocks are then the caller's: they go to `add_prefilled`, or back through `release_reservation`.
-        Raises `InvalidRequest`.
-        """
+    def reserve(self, request: api.Request, callback: Callable[[Reservation], None]) -> None:
+        """Ask for blocks to read the request's prompt into. Raises `InvalidRequest`."""
         self.check(request)
-        self._scheduler.reserve(request)
+        self._scheduler.reserve(Request.of(request))
         self._on_grant[request.request_id] = callback
         self._grant_reservations()
 
-    def cancel_reservation(self, request: Request) -> bool:
+    def cancel_reservation(self, request: api.Request) -> bool:
         """Stop waiting for blocks. False if they were granted already, or were never asked for."""
         cancelled = self._scheduler.cancel_reservation(request)
         if cancelled:
@@ -168,21 +146,15 @@ class Engine:
             self._grant_reservations()
         return cancelled
 
-    def release_reservation(self, request: Request, block_ids: Sequence[int]) -> None:
+    def release_reservation(self, request: api.Request, block_ids: Sequence[int]) -> None:
         """Give back what a granted reservation holds, when no late byte can arrive any more. Raises `NotLent`."""
         self._scheduler.release_reservation(request, block_ids)
         self._grant_reservations()
 
     def add_prefilled(
-        self, request: Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken
+        self, request: api.Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken
     ) -> RequestUpdate:
-        """Join a request whose prompt another worker computed to the running batch.
-
-        `block_ids` are those of its granted reservation; they hold the KV of the whole prompt, verified by `proofs`,
-        and become the request's. The update carries the first token, which later steps do not repeat, and says whether
-        it was the last. Raises `NotReserved` (aborted meanwhile, for one), `NotLent` or `InvalidRequest`, changing
-        nothing.
-        """
+        """Join a request whose prompt another worker computed. Raises `NotReserved`, `NotLent` or `InvalidRequest`."""
         if not 0 <= first_token.token_id < self.model.config.vocab_size:
             raise InvalidRequest("prompt", f"first token {first_token.token_id} is not in the vocabulary")
         update = self._scheduler.add_prefilled(request, block_ids, proofs, first_token)
@@ -191,37 +163,27 @@ class Engine:
         return update
 
     def abort(self, request_id: str) -> bool:
-        """End a live request wherever it is and free what it holds; False if there is none of that id.
-
-        Blocks of a granted reservation stay the caller's, who releases them when its transfer has ended.
-        """
+        """End a live request wherever it is and free what it holds; False if there is none of that id."""
         aborted = self._scheduler.abort(request_id)
         self._on_grant.pop(request_id, None)
         self._grant_reservations()
         return aborted
 
-    def lend_blocks(self, block_ids: Sequence[int]) -> None:
-        """Take one more reference on each block for the caller, so that they outlive their request."""
-        self._scheduler.loans.lend(block_ids)
-
     def release_blocks(self, block_ids: Sequence[int]) -> None:
-        """Give back references that `hold_blocks`, `lend_blocks` or a reservation left to the caller.
-
-        Raises `NotLent`, changing nothing, if the caller holds no such reference.
-        """
+        """Give back references that the caller holds. Raises `NotLent`, changing nothing, if it holds no such one."""
         self._scheduler.release_lent(block_ids)
         self._grant_reservations()
 
+    def peek_prefix(self, hashes: Sequence[BlockHash]) -> int:
+        """How many of the first `hashes` are cached: dictionary lookups, from any thread."""
+        return self.pool.peek_prefix(hashes)
+
     def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
-        """Lend the longest cached prefix of `hashes`, for a reader; the caller gives it back by `release_blocks`."""
+        """Lend the longest cached prefix of `hashes`, for a reader."""
         return self._scheduler.lend_prefix(hashes)
 
     def take_prefix(self, hashes: Sequence[BlockHash]) -> Reservation | None:
-        """Blocks to bring a prefix into that another worker or a store holds, or None if there is no room now.
-
-        The first `num_present` are cached here. All are lent: `publish_blocks` makes those findable that were filled
-        and verified, `release_blocks` gives them back, findable or not.
-        """
+        """Blocks to bring a prefix into that another worker or a store holds, or None if there is no room now."""
         return self._scheduler.take_prefix(hashes)
 
     def publish_blocks(
@@ -231,9 +193,7 @@ class Engine:
         proofs: Sequence[Proof],
         parent_hash: BlockHash | None = None,
     ) -> None:
-        """Make lent blocks, verified by `proofs`, findable in the prefix cache: the run of a chain that follows
-        `parent_hash`, or its head. Raises `NotLent`.
-        """
+        """Make lent blocks, verified by `proofs`, findable in the prefix cache. Raises `NotLent`."""
         self._scheduler.publish_lent(block_ids, hashes, proofs, parent_hash)
 
     def proofs(self, block_ids: Sequence[int]) -> list[Proof]:
@@ -252,14 +212,20 @@ class Engine:
         return self.pool.drop(found[position].slot for position in wrong)
 
     def begin_restore(self, hashes: Sequence[BlockHash]) -> Restore | None:
-        """Begin to bring back from the host tier what follows the cached prefix of `hashes`; None: nothing, or no room.
-
-        Whoever gets a Restore has `HostTier.copy_back` fill its blocks, on another thread, and calls `end_restore`.
-        """
+        """Begin to bring back what follows the cached prefix of `hashes`; None: nothing, or no room."""
         return begin_restore(self.host_tier, self._scheduler, hashes) if self.host_tier is not None else None
 
+    def may_restore(self, block_hash: BlockHash) -> bool:
+        """Whether the host tier has the block. A hint, from any thread."""
+        return self.host_tier is not None and self.host_tier.may_have(block_hash)
+
+    def copy_back(self, restore: Restore) -> CopiedBack:
+        """Fill and verify the restore's blocks. On any one thread."""
+        assert self.host_tier is not None, "a restore without a host tier"
+        return self.host_tier.copy_back(restore.pinned, restore.missing_ids)
+
     def end_restore(self, restore: Restore, copied: CopiedBack) -> None:
-        """Publish what came back whole and give the rest back; `copied` is NOTHING_COPIED where that failed."""
+        """Publish what came back whole and give the rest back."""
         assert self.host_tier is not None, "a restore without a host tier"
         end_restore(self.host_tier, self._scheduler, restore, copied)
         self._grant_reservations()
@@ -267,6 +233,18 @@ class Engine:
     def take_host_changes(self) -> list[CacheChange]:
         """What happened to findable blocks of the host tier since the last call, in order."""
         return self.host_tier.take_changes() if self.host_tier is not None else []
+
+    def host_hashes(self) -> list[BlockHash]:
+        """All findable blocks of the host tier. Any thread."""
+        return self.host_tier.hashes() if self.host_tier is not None else []
+
+    def host_figures(self) -> Mapping[str, float]:
+        """The host tier's sizes and counts, by name. Any thread."""
+        return self.host_tier.state() if self.host_tier is not None else {}
+
+    def cached_hashes(self) -> list[BlockHash]:
+        """All findable blocks of the pool. Any thread."""
+        return self.pool.hashes()
 
     def take_cache_changes(self) -> list[CacheChange]:
         """What happened to findable blocks since the last call, in order."""
@@ -285,8 +263,14 @@ class Engine:
         """Whether a step would compute something. False while all that waits waits for memory that others hold."""
         return self._scheduler.has_work
 
-    def schedule(self) -> Batch | None:
-        """Choose the next step's work, or None if nothing can run before a command frees memory or brings work."""
+    def step(self, on_begun: Callable[[api.Request], None] = lambda request: None) -> StepOutput:
+        """Schedule, run, postprocess; empty where nothing can run before a command frees memory or brings work."""
+        batch = self._schedule(on_begun)
+        if batch is None:
+            return StepOutput()
+        return self._postprocess(batch, self._runner.run(batch))
+
+    def _schedule(self, on_begun: Callable[[api.Request], None]) -> Batch | None:
         self._step_started_s = self._clock()
         if self.host_tier is not None:
             bring_back(self.host_tier, self._scheduler)
@@ -297,44 +281,51 @@ class Engine:
         for sequence in batch.sequences:
             if sequence.is_first:
                 sequence.request.timeline.mark(Event.PREFILL_SCHEDULED)
+                on_begun(sequence.request)
         return batch
 
-    def run(self, batch: Batch) -> SampledBatch:
-        """Compute and sample. Changes no bookkeeping; an exception leaves the KV cache unknown."""
-        return self._runner.run(batch)
-
-    def postprocess(self, batch: Batch, sampled: SampledBatch) -> StepOutput:
+    def _postprocess(self, batch: Batch, sampled: SampledBatch) -> StepOutput:
         """Book the step's results."""
         updates = self._scheduler.update(batch, sampled)
         born = self.pool.take_unproven()
         if born:
             self.pool.set_proofs(born, prove(self.memory, born))
+        updates = [self._lend_prompt(update) if update.request.hold_blocks else update for update in updates]
         for update in updates:
             timeline = update.request.timeline
-            if update.new_tokens and len(update.request.output_token_ids) == 1:
+            if update.new_tokens and update.num_output_tokens == 1:
                 timeline.mark(Event.PREFILL_FINISHED)
                 if update.finish_reason is None:
                     timeline.mark(Event.DECODE_JOINED)
         self._grant_reservations()
         duration_s = self._clock() - self._step_started_s
-        return StepOutput(tuple(updates), batch.preempted, batch.num_tokens, batch.shape, duration_s)
+        return StepOutput(tuple(updates), batch.num_tokens, batch.shape, duration_s)
 
-    def step(self) -> StepOutput:
-        """The three in a row; empty where nothing can run."""
-        batch = self.schedule()
-        if batch is None:
-            return StepOutput()
-        return self.postprocess(batch, self.run(batch))
+    def _lend_prompt(self, update: RequestUpdate) -> RequestUpdate:
+        """Lend the caller what the step completed of a prompt that another worker goes on from."""
+        request = Request.of(update.request)
+        first, is_last = request.num_lent_blocks, bool(update.new_tokens)
+        num_full = request.num_prompt_tokens // self.layout.block_size
+        end = num_full + 1 if is_last else update.num_computed_tokens // self.layout.block_size
+        block_ids = request.block_table[first:end]
+        # A block that the first token fills up is still the prompt's partial block: it has no identity yet.
+        hashes = [*request.block_hashes[:num_full], None][first:end]
+        self._scheduler.loans.lend(block_ids)
+        request.num_lent_blocks += len(block_ids)
+        blocks = tuple(map(AnnouncedBlock, block_ids, hashes, self.proofs(block_ids)))
+        if is_last:
+            self._scheduler.release_lent(request.block_table)  # the request's own; the caller's stay
+        return replace(update, first_block=first, blocks=blocks)
 
     # ---- state ------------------------------------------------------------------
 
     @property
-    def stats(self) -> SchedulerStats:
-        """Counts since the start. Read it from any thread; it is a live object."""
-        return self._scheduler.stats
+    def stats(self) -> EngineStats:
+        """Counts since the start. From any thread: each is right for some moment."""
+        return replace(self._scheduler.stats, num_corrupt_blocks=self.pool.stats.num_corrupt)
 
     def load(self) -> EngineLoad:
-        """How busy the engine is now. Reads lengths only, so that another thread may ask, and gets a fair estimate."""
+        """How busy the engine is now. Reads lengths only, so that another thread may ask."""
         scheduler = self._scheduler
         return EngineLoad(
             num_running=scheduler.num_running,

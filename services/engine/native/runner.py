@@ -19,12 +19,11 @@ from services.engine.native.sampling import (
 from services.engine.native.scheduling import (
     Batch,
     BlockCopy,
-    PositionLogprobs,
     SampledBatch,
     SampledSequence,
-    SampledToken,
     ScheduledSequence,
 )
+from services.engine.request import PositionLogprobs, SampledToken
 
 
 class ForwardModel(Protocol):

@@ -8,8 +8,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from kvstore.pool import HostTier
-from services.engine.native import Engine, StepOutput
+from services.engine.api import Engine, StepOutput
 from services.metric_families import WORKER
 
 
@@ -46,12 +45,10 @@ class EngineCollector(Collector):
             "block_size": str(layout.block_size),
             "num_gpu_blocks": str(load.num_blocks),
             "cache_dtype": layout.dtype,
-            "enable_prefix_caching": str(engine.config.enable_prefix_caching),
+            "enable_prefix_caching": str(engine.capabilities.caches_prefixes),
         }
         yield WORKER.read("vllm:cache_config_info", 1, info)
-        path = engine.model.compute_path
-        compute = {"device": engine.model.device, "kernels": path.kernels, "quantization": path.quantization}
-        yield WORKER.read("tandem:compute_info", 1, compute)
+        yield WORKER.read("tandem:compute_info", 1, dict(engine.capabilities.compute))
         yield WORKER.read("vllm:num_preemptions", stats.num_preemptions)
         yield WORKER.read("vllm:prefix_cache_queries", stats.num_prefix_queries)
         yield WORKER.read("vllm:prefix_cache_hits", stats.num_prefix_hits)
@@ -61,7 +58,7 @@ class EngineCollector(Collector):
         yield WORKER.read("tandem:kv_blocks", load.num_blocks)
         yield WORKER.read("tandem:kv_blocks_free", load.num_free_blocks)
         yield WORKER.read("tandem:kv_blocks_cached", load.num_cached_blocks)
-        yield WORKER.read("tandem:kv_blocks_corrupt", self._engine.pool.stats.num_corrupt)
+        yield WORKER.read("tandem:kv_blocks_corrupt", stats.num_corrupt_blocks)
         yield WORKER.read("tandem:kv_blocks_lent", load.num_lent_blocks)
         yield WORKER.read("tandem:waiting_tokens", load.num_waiting_tokens)
 
@@ -69,22 +66,22 @@ class EngineCollector(Collector):
 class HostTierCollector(Collector):
     """The host tier's own figures. "in": evicted by the paged cache; "out": back into it."""
 
-    def __init__(self, tier: HostTier) -> None:
-        self._tier = tier
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def collect(self) -> Iterable[Metric]:
-        tier, stats = self._tier, self._tier.stats
-        yield WORKER.read("tandem:host_tier_blocks", tier.num_blocks)
-        yield WORKER.read("tandem:host_tier_capacity_blocks", tier.num_slots)
-        yield WORKER.read("tandem:host_tier_hits", stats.num_restored)
-        yield WORKER.read("tandem:host_tier_evictions", tier.num_evicted)
-        yield WORKER.read("tandem:host_tier_lost", stats.num_lost)
-        yield WORKER.read("tandem:host_tier_corrupt", stats.num_corrupt)
+        tier, block_bytes = self._engine.host_figures(), self._engine.layout.block_bytes
+        yield WORKER.read("tandem:host_tier_blocks", tier["num_blocks"])
+        yield WORKER.read("tandem:host_tier_capacity_blocks", tier["num_slots"])
+        yield WORKER.read("tandem:host_tier_hits", tier["num_restored"])
+        yield WORKER.read("tandem:host_tier_evictions", tier["num_evicted"])
+        yield WORKER.read("tandem:host_tier_lost", tier["num_lost"])
+        yield WORKER.read("tandem:host_tier_corrupt", tier["num_corrupt"])
         copied = WORKER.family("tandem:host_tier_bytes")
-        copied.add_metric(["in"], stats.num_offloaded * tier.block_bytes)
-        copied.add_metric(["out"], (stats.num_restored + stats.num_corrupt) * tier.block_bytes)
+        copied.add_metric(["in"], tier["num_offloaded"] * block_bytes)
+        copied.add_metric(["out"], (tier["num_restored"] + tier["num_corrupt"]) * block_bytes)
         yield copied
         seconds = WORKER.family("tandem:host_tier_seconds")
-        seconds.add_metric(["in"], stats.offload_s)
-        seconds.add_metric(["out"], stats.restore_s)
+        seconds.add_metric(["in"], tier["offload_s"])
+        seconds.add_metric(["out"], tier["restore_s"])
         yield seconds

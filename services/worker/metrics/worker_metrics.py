@@ -13,7 +13,7 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, Histogram
 from tandem.v1 import worker_pb2 as pb
 
-from services.engine.native import Engine
+from services.engine.api import Engine
 from services.exposition import (
     ExposedRegistry,
     add_process_series,
@@ -99,8 +99,8 @@ class WorkerMetrics:
     def __init__(self, engine: Engine, model_name: str, role: str) -> None:
         own = CollectorRegistry()
         own.register(EngineCollector(engine))
-        if engine.host_tier is not None:
-            own.register(HostTierCollector(engine.host_tier))
+        if engine.capabilities.num_host_blocks:
+            own.register(HostTierCollector(engine))
         add_process_series(own, role)
         self.registry: CollectorRegistry = ExposedRegistry(own, {"model_name": model_name, "role": role})
         self.exchange = ExchangeMetrics(own)

@@ -12,29 +12,14 @@ What is on its way holds lent blocks and pinned slots; both go back in `end`, wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from kvstore.block import BlockHash
-from kvstore.pool import Block, CopiedBack, HostTier
-from kvstore.protocol import Reservation
+from kvstore.pool import CopiedBack, HostTier
+from services.engine.api import Restore
 from services.engine.native.scheduling import Scheduler
 
 # As many requests may begin in one step at most with blocks that come back right before it.
 _MAX_NEXT = 4
-
-
-@dataclass(frozen=True)
-class Restore:
-    """A prefix on its way back."""
-
-    hashes: tuple[BlockHash, ...]
-    room: Reservation  # lent, one block per hash
-    pinned: tuple[Block, ...]  # what comes into the blocks that are not present
-
-    @property
-    def missing_ids(self) -> list[int]:
-        """The blocks to be filled."""
-        return self.room.block_ids[self.room.num_present :]
 
 
 def begin_restore(tier: HostTier, scheduler: Scheduler, hashes: Sequence[BlockHash]) -> Restore | None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from services.engine.native.sampling.gumbel import gumbel, noise_keys
-from services.engine.native.scheduling import (
+from services.engine.request import (
     PositionLogprobs,
     SampledToken,
     SamplingParams,

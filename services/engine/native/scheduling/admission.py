@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from kvstore.block import BlockHash
 from kvstore.pool import BlockPool
 from kvstore.protocol import Reservation
+from services.engine.api import EngineStats
 from services.engine.native.scheduling.batch import BatchBuilder
 from services.engine.native.scheduling.block_tables import take_blocks
 from services.engine.native.scheduling.limits import SchedulerConfig
@@ -21,13 +22,12 @@ from services.engine.native.scheduling.prefix_reuse import (
 )
 from services.engine.native.scheduling.queues import RequestQueues
 from services.engine.native.scheduling.request import Request, RequestStatus
-from services.engine.native.scheduling.stats import SchedulerStats
 
 
 class Admission:
     """Lets requests in, as memory, places and the step's budget allow."""
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool, queues: RequestQueues, stats: SchedulerStats) -> None:
+    def __init__(self, config: SchedulerConfig, pool: BlockPool, queues: RequestQueues, stats: EngineStats) -> None:
         self._config = config
         self._pool = pool
         self._queues = queues

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from services.engine.native.scheduling.request import PositionLogprobs, Request, SampledToken
+from services.engine.native.scheduling.request import Request
+from services.engine.request import PositionLogprobs, SampledToken
 from services.rates import StepShape, num_pairs
 
 

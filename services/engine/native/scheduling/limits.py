@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.engine.native.scheduling.request import InvalidRequest, Request
+from services.engine.request import InvalidRequest, Request
 
 
 @dataclass(frozen=True)

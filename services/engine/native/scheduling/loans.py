@@ -10,11 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from kvstore.pool import BlockPool
-from services.engine.native.scheduling.request import EngineError
-
-
-class NotLent(EngineError):
-    """The caller gave back, or wants to use, a block that it does not hold: a bug of the caller."""
+from services.engine.api import NotLent
 
 
 class Loans:

@@ -9,12 +9,8 @@ from __future__ import annotations
 from bisect import insort
 from dataclasses import dataclass, field
 
-from services.engine.native.scheduling.request import (
-    EngineError,
-    InvalidRequest,
-    Request,
-    RequestStatus,
-)
+from services.engine.native.scheduling.request import Request, RequestStatus
+from services.engine.request import EngineError, InvalidRequest
 
 
 @dataclass(order=True)

@@ -25,6 +25,16 @@ from dataclasses import replace
 from kvstore.block import BlockHash, Proof
 from kvstore.pool import BlockPool
 from kvstore.protocol import Reservation
+from services.engine import api
+from services.engine.api import (
+    EngineError,
+    EngineStats,
+    FinishReason,
+    NotReserved,
+    QueueFull,
+    RequestUpdate,
+    SampledToken,
+)
 from services.engine.native.scheduling.admission import Admission
 from services.engine.native.scheduling.batch import (
     Batch,
@@ -37,20 +47,7 @@ from services.engine.native.scheduling.block_tables import extend_block_hashes, 
 from services.engine.native.scheduling.limits import SchedulerConfig, check_fits
 from services.engine.native.scheduling.loans import Loans
 from services.engine.native.scheduling.queues import RequestQueues
-from services.engine.native.scheduling.request import (
-    EngineError,
-    FinishReason,
-    QueueFull,
-    Request,
-    RequestStatus,
-    RequestUpdate,
-    SampledToken,
-)
-from services.engine.native.scheduling.stats import SchedulerStats
-
-
-class NotReserved(EngineError):
-    """A request was to join the running ones that has no place among them: it was aborted, or never granted one."""
+from services.engine.native.scheduling.request import Request, RequestStatus
 
 
 class Scheduler:
@@ -60,7 +57,7 @@ class Scheduler:
         self.config = config
         self.pool = pool
         self.loans = Loans(pool)
-        self.stats = SchedulerStats()
+        self.stats = EngineStats()
         self._queues = RequestQueues()
         self._admission = Admission(config, pool, self._queues, self.stats)
         self._in_flight: Batch | None = None
@@ -102,23 +99,25 @@ class Scheduler:
         """
         self._enter(request, RequestStatus.RESERVING)
 
-    def cancel_reservation(self, request: Request) -> bool:
+    def cancel_reservation(self, asked: api.Request) -> bool:
         """Stop waiting for blocks; the request is NEW again. False, changing nothing, where it does not wait for any:
         blocks that were granted already are given back by `release_reservation`.
         """
-        if request.status is not RequestStatus.RESERVING:
+        request = self._queues.live(asked.request_id)
+        if request is None or request.status is not RequestStatus.RESERVING:
             return False
         self._queues.move(request, RequestStatus.NEW)
         self._admission.note_change()
         return True
 
-    def release_reservation(self, request: Request, block_ids: Sequence[int]) -> None:
+    def release_reservation(self, asked: api.Request, block_ids: Sequence[int]) -> None:
         """Give back a granted reservation that came to nothing: its blocks, and its place if it has one still.
 
         The request, unless it was aborted, is NEW again. Raises `NotLent` as `release_lent`.
         """
         self.release_lent(block_ids)
-        if request.status is RequestStatus.RESERVED:
+        request = self._queues.live(asked.request_id)
+        if request is not None and request.status is RequestStatus.RESERVED:
             self._queues.move(request, RequestStatus.NEW)
 
     def abort(self, request_id: str) -> bool:
@@ -184,7 +183,7 @@ class Scheduler:
         return granted
 
     def add_prefilled(
-        self, request: Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken
+        self, asked: api.Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken
     ) -> RequestUpdate:
         """Run a request on from its first token: its prompt's KV is in `block_ids`, verified by `proofs`, in order.
 
@@ -192,12 +191,12 @@ class Scheduler:
         Raises `NotReserved` or `NotLent`, changing nothing, otherwise. The update says whether the first token was also
         the last.
         """
-        num_needed = self.config.num_blocks_for(request.num_prompt_tokens)
-        is_reserved = request.status is RequestStatus.RESERVED and self._queues.live(request.request_id) is request
-        if not is_reserved or len(block_ids) != num_needed:
+        num_needed = self.config.num_blocks_for(asked.num_prompt_tokens)
+        request = self._queues.live(asked.request_id)
+        if request is None or request.status is not RequestStatus.RESERVED or len(block_ids) != num_needed:
             raise NotReserved(
-                f"request {request.request_id} is {request.status.name} and comes with {len(block_ids)} blocks; "
-                f"it must be RESERVED and needs {num_needed}"
+                f"request {asked.request_id} is {request.status.name if request else 'not here'} and comes with "
+                f"{len(block_ids)} blocks; it must be RESERVED and needs {num_needed}"
             )
         self.loans.take_over(block_ids)
         self._queues.move(request, RequestStatus.RUNNING)
@@ -331,7 +330,7 @@ class Scheduler:
             request.prompt_logprobs += result.prompt_logprobs
         publish_full_blocks(self.pool, request, self.config)
         if not sequence.needs_sample:
-            return RequestUpdate(request, sequence.is_first, request.num_computed_tokens)
+            return self._update_with(request, sequence, None)
         assert result.token is not None, f"{request.request_id}: the runner returned no token"
         self.stats.num_generated_tokens += 1
         return self._book_token(sequence, result.token)
@@ -358,10 +357,12 @@ class Scheduler:
         reports_prompt = sequence.num_prompt_logprobs is not None and token is not None
         return RequestUpdate(
             request=request,
-            first_scheduled=sequence.is_first,
             num_computed_tokens=request.num_computed_tokens,
             new_tokens=() if token is None else (token,),
             finish_reason=request.finish_reason,
             stop_token_id=request.stop_token_id,
             prompt_logprobs=tuple(request.prompt_logprobs) if reports_prompt else None,
+            num_output_tokens=len(request.output_token_ids),
+            num_cached_tokens=request.num_cached_tokens,
+            num_preemptions=request.num_preemptions,
         )

@@ -1,0 +1,271 @@
+"""The engine port: all that a worker knows of what computes its tokens.
+
+An engine belongs to one thread, which calls it between steps; "any thread" stands where that is not so. Whoever is
+given block ids, by a granted reservation, by updates of a `hold_blocks` request, by `lend_prefix` or `take_prefix`,
+holds one reference on each and gives it back by `release_blocks`; `check_integrity` counts them. tests/engine_contract
+says what every engine does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof
+from kvstore.pool import Block, CacheChange, CopiedBack
+from kvstore.protocol import Reservation
+from services.engine.request import (
+    EngineError,
+    FinishReason,
+    InvalidRequest,
+    PositionLogprobs,
+    QueueFull,
+    Request,
+    RequestUpdate,
+    SampledToken,
+    SamplingParams,
+    TokenLogprob,
+)
+from services.rates import NO_STEP, StepShape
+
+__all__ = [
+    "Capabilities",
+    "Engine",
+    "EngineError",
+    "EngineLoad",
+    "EngineStats",
+    "FinishReason",
+    "InvalidRequest",
+    "NotLent",
+    "NotReserved",
+    "PositionLogprobs",
+    "QueueFull",
+    "Request",
+    "RequestUpdate",
+    "Restore",
+    "SampledToken",
+    "SamplingParams",
+    "StepOutput",
+    "TokenLogprob",
+]
+
+
+class NotReserved(EngineError):
+    """A request was to join the running ones that has no place among them: it was aborted, or never granted one."""
+
+
+class NotLent(EngineError):
+    """The caller gave back, or wants to use, a block that it does not hold: a bug of the caller."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine is and can do, for as long as it lives."""
+
+    max_model_len: int  # prompt and output tokens of one request
+    num_blocks: int  # in `memory`
+    num_host_blocks: int  # that it keeps beside, and brings back by `begin_restore`; 0: none
+    caches_prefixes: bool
+    is_exact: bool  # the same tokens whatever else is computed with them, and however a prompt is cut
+    compute: Mapping[str, str]  # what computes the model, as labels: device, kernels, quantization
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """How busy an engine is, for routing and for people."""
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_blocks: int
+    num_waiting_tokens: int  # prompt tokens not yet computed here
+    num_cached_blocks: int
+    num_lent_blocks: int
+
+    def as_dict(self) -> dict[str, int]:
+        """The fields by name, for `/debug/state`."""
+        return asdict(self)
+
+
+@dataclass
+class EngineStats:
+    """Counts since the start."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
+    num_prefix_hits: int = 0  # of these, found
+    num_partial_hit_tokens: int = 0  # of those found, the ones copied from a block that goes on with other tokens
+    num_prompt_tokens: int = 0  # computed, recomputation included
+    num_generated_tokens: int = 0  # sampled here, so without a first token that came with its prompt
+    num_corrupt_blocks: int = 0  # cached ones whose bytes had changed
+    num_finished: Counter[FinishReason] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step brought: one update per request that took part and was not aborted meanwhile."""
+
+    updates: tuple[RequestUpdate, ...] = ()
+    num_tokens: int = 0  # computed; 0: nothing could run before a command frees memory or brings work
+    shape: StepShape = NO_STEP
+    duration_s: float = 0.0  # from scheduling to booking, by the engine's clock
+
+
+@dataclass(frozen=True)
+class Restore:
+    """A prefix on its way back."""
+
+    hashes: tuple[BlockHash, ...]
+    room: Reservation  # lent, one block per hash
+    pinned: tuple[Block, ...]  # what comes into the blocks that are not present
+
+    @property
+    def missing_ids(self) -> list[int]:
+        """The blocks to be filled."""
+        return self.room.block_ids[self.room.num_present :]
+
+
+class Engine(Protocol):
+    """One worker's compute: queues, block memory, prefix cache and model."""
+
+    @property
+    def layout(self) -> BlockLayout:
+        """What a block is here. Any thread, as the next two."""
+
+    @property
+    def memory(self) -> BlockMemory:
+        """The paged blocks' bytes, for transports to read and to write."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Constants."""
+
+    # ---- requests ---------------------------------------------------------------
+
+    def check(self, request: Request) -> None:
+        """Raise `InvalidRequest` if the request can never run here. Any thread."""
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request to be computed here. Raises `InvalidRequest` or `QueueFull`."""
+
+    def reserve(self, request: Request, callback: Callable[[Reservation], None]) -> None:
+        """Ask for blocks to read the request's prompt into, one for each that the prompt fills or begins.
+
+        `callback` is called once, here or within a later call, on this thread; never after `cancel_reservation` or
+        `abort`. The blocks are then the caller's: they go to `add_prefilled`, or back through `release_reservation`.
+        Raises `InvalidRequest`.
+        """
+
+    def cancel_reservation(self, request: Request) -> bool:
+        """Stop waiting for blocks. False if they were granted already, or were never asked for."""
+
+    def release_reservation(self, request: Request, block_ids: Sequence[int]) -> None:
+        """Give back what a granted reservation holds, when no late byte can arrive any more. Raises `NotLent`."""
+
+    def add_prefilled(
+        self, request: Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken
+    ) -> RequestUpdate:
+        """Join a request whose prompt another worker computed to the running batch.
+
+        `block_ids` are those of its granted reservation; they hold the KV of the whole prompt, verified by `proofs`,
+        and become the request's. The update carries the first token, which later steps do not repeat, and says whether
+        it was the last. Raises `NotReserved` (aborted meanwhile, for one), `NotLent` or `InvalidRequest`, changing
+        nothing.
+        """
+
+    def abort(self, request_id: str) -> bool:
+        """End a live request wherever it is and free what it holds; False if there is none of that id.
+
+        Blocks of a granted reservation stay the caller's, who releases them when its transfer has ended.
+        """
+
+    # ---- blocks and the prefix cache ----------------------------------------------
+
+    def peek_prefix(self, hashes: Sequence[BlockHash]) -> int:
+        """How many of the first `hashes` are cached. A hint, from any thread; takes no reference."""
+
+    def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
+        """Lend the longest cached prefix of `hashes`, for a reader."""
+
+    def take_prefix(self, hashes: Sequence[BlockHash]) -> Reservation | None:
+        """Blocks to bring a prefix into that another worker or a store holds, or None if there is no room now.
+
+        The first `num_present` are cached here. All are lent: `publish_blocks` makes those findable that were filled
+        and verified, `release_blocks` gives them back, findable or not.
+        """
+
+    def publish_blocks(
+        self,
+        block_ids: Sequence[int],
+        hashes: Sequence[BlockHash],
+        proofs: Sequence[Proof],
+        parent_hash: BlockHash | None = None,
+    ) -> None:
+        """Make lent blocks, verified by `proofs`, findable in the prefix cache: the run of a chain that follows
+        `parent_hash`, or its head. Raises `NotLent`.
+        """
+
+    def release_blocks(self, block_ids: Sequence[int]) -> None:
+        """Give back references that the caller holds. Raises `NotLent`, changing nothing, if it holds no such one."""
+
+    def proofs(self, block_ids: Sequence[int]) -> list[Proof]:
+        """The proofs of blocks that the caller holds."""
+
+    def recheck(self, hashes: Sequence[BlockHash]) -> int:
+        """Hold cached blocks against their proofs and drop those that have changed; returns how many."""
+
+    def cached_hashes(self) -> list[BlockHash]:
+        """All findable blocks. Any thread."""
+
+    def take_cache_changes(self) -> list[CacheChange]:
+        """What happened to findable blocks since the last call, in order."""
+
+    # ---- the engine's own tier; without one it is empty and changes nothing -------
+
+    def may_restore(self, block_hash: BlockHash) -> bool:
+        """Whether the tier has the block. A hint, from any thread."""
+
+    def begin_restore(self, hashes: Sequence[BlockHash]) -> Restore | None:
+        """Begin to bring back from the tier what follows the cached prefix of `hashes`; None: nothing, or no room.
+
+        Whoever gets a Restore has `copy_back` fill its blocks and calls `end_restore`.
+        """
+
+    def copy_back(self, restore: Restore) -> CopiedBack:
+        """Fill and verify the restore's blocks. On any one thread."""
+
+    def end_restore(self, restore: Restore, copied: CopiedBack) -> None:
+        """Publish what came back whole and give the rest back; `copied` is NOTHING_COPIED where that failed."""
+
+    def host_hashes(self) -> list[BlockHash]:
+        """All findable blocks of the tier. Any thread."""
+
+    def take_host_changes(self) -> list[CacheChange]:
+        """What happened to findable blocks of the tier since the last call, in order."""
+
+    def host_figures(self) -> Mapping[str, float]:
+        """The tier's sizes and counts by name, empty without one. Any thread."""
+
+    # ---- steps and state ------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute something. False while all that waits waits for memory that others hold."""
+
+    def step(self, on_begun: Callable[[Request], None] = ...) -> StepOutput:
+        """Choose work, compute it and book it. `on_begun` hears, before anything is computed, of each request that
+        takes part for the first time. An exception leaves the engine unusable.
+        """
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts. Any thread."""
+
+    def load(self) -> EngineLoad:
+        """How busy the engine is now. Any thread, which gets a fair estimate."""
+
+    def check_integrity(self) -> None:
+        """Raise unless each block's references are those that requests and callers hold."""
