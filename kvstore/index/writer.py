@@ -49,6 +49,7 @@ Snapshot = Iterable[tuple[BlockHash, Tier]]
 _CHANGE_BYTES = KEY_BYTES + 1
 _MIN_LEASE_S = 0.05
 _SNAPSHOT_TIMEOUT_S = 10.0
+_MAX_RETRY_S = 0.5  # until a slot that could not be had is asked for again: our registration may be on its way
 
 
 class _SnapshotFailed(Exception):
@@ -171,7 +172,7 @@ class IndexWriter(IndexSession):
                     self._resync_reason = ResyncReason.OVERFLOW
                 if self._resync_reason is not None:
                     if not await self._resync(client, self._resync_reason):
-                        await asyncio.sleep(self._lease_s / 10)
+                        await asyncio.sleep(min(self._lease_s / 10, _MAX_RETRY_S))
                     continue
                 await self._sweep_if_due(client)
                 if await self._wait_for_pending(min(self._next_check_s, self._next_sweep_s)):

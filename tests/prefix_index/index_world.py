@@ -157,7 +157,10 @@ class World:
         holder = Holder(self.url, holder_id, **settings)
         for block_hash in block_hashes(num_blocks):
             holder.blocks[block_hash] = {Tier.DEVICE}
-        await self.start(holder)
+        self.holders.append(holder)
+        await holder.registrar.start()
+        await holder.registrar.wait_until(lambda: holder.registrar.connected, WAIT_S)
+        await holder.writer.start()
         await holder.synced()
         return holder
 
