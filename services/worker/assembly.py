@@ -19,8 +19,10 @@ from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread
 from services.worker.fetch_costs import FetchCosts, FetchPolicy
 from services.worker.host_prefixes import HostPrefixes
+from services.worker.index_feed import IndexFeed
+from services.worker.lender import CacheLender
 from services.worker.metrics import WorkerMetrics
-from services.worker.prefix import CacheLender, IndexFeed, PrefixFetcher
+from services.worker.prefix_fetcher import PrefixFetcher
 from services.worker.store import StoreFeed
 
 Role: TypeAlias = Literal["prefill", "decode"]

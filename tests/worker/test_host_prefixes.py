@@ -16,7 +16,7 @@ from kvstore.threads import OsThreads
 from services.engine.native import Engine, EngineConfig, Request, StepOutput
 from services.worker.engine_thread import EngineThread
 from services.worker.host_prefixes import HostPrefixes
-from services.worker.prefix import CacheLender
+from services.worker.lender import CacheLender
 from tests.hf_models import write_model
 
 NUM_BLOCKS = 25

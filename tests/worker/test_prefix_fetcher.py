@@ -23,7 +23,7 @@ from services.engine.native.scheduling.scheduler import Scheduler
 from services.rates import RateLearner
 from services.worker.fetch_costs import FetchCosts, FetchPolicy
 from services.worker.host_prefixes import HostPrefixes
-from services.worker.prefix import PrefixFetcher
+from services.worker.prefix_fetcher import PrefixFetcher
 from tests.memory_transport import MemoryTransport
 from tests.store_node.store_world import LAYOUT, PATIENT, Worker, World, chain, world
 

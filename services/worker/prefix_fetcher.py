@@ -1,4 +1,4 @@
-"""A worker's part in prefix sharing: telling the index what its tiers hold, lending it, fetching from others.
+"""Fetches prefixes of prompts from whoever holds them: peers, and store nodes.
 
 A fetch comes before the prompt is queued, so it overlaps with the computing of other prompts, and what it brings is
 found by the scheduler as an ordinary prefix hit:
@@ -15,7 +15,6 @@ too slow) costs the same. Blocks taken for a fetch that fails are freed when no 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -30,10 +29,7 @@ from kvstore.errors import (
     PeerUnreachable,
 )
 from kvstore.exchange import BlockExchange, Fetch
-from kvstore.index import IndexWriter, Tier
-from kvstore.pool import CacheChange, CacheEvent
 from kvstore.protocol import (
-    AnnouncedBlock,
     FetchCause,
     FetchFailure,
     FetchResult,
@@ -42,7 +38,6 @@ from kvstore.protocol import (
 )
 from services.engine.api import Engine
 from services.logs import current_request_id
-from services.node import IndexMetrics
 from services.worker.engine_thread import EngineThread
 from services.worker.fetch_costs import FetchCosts
 from services.worker.host_prefixes import HostPrefixes
@@ -68,80 +63,6 @@ _HOLDERS_FAULTS = frozenset(
 
 class NoRoom(KVStoreError):
     """The running requests need the blocks that a prefix would have come into."""
-
-
-class CacheLender:
-    """Lends the paged cache's blocks, each with the proof that it was published with, to readers that name them by
-    hash. What the host tier has comes into the paged cache first, as far as there is room.
-    """
-
-    def __init__(self, engine: Engine, thread: EngineThread, host: HostPrefixes) -> None:
-        self._engine = engine
-        self._thread = thread
-        self._host = host
-
-    async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
-        await self._host.restore(hashes)
-        return await self._thread.call(self._lend, hashes)
-
-    async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None:
-        await self._thread.call(self._engine.release_blocks, [block.block_id for block in blocks])
-
-    async def recheck(self, hashes: Sequence[BlockHash]) -> None:
-        """Between two steps, so that nobody is lent or handed the blocks again before we have looked."""
-        num_dropped = await self._thread.call(self._engine.recheck, hashes)
-        if num_dropped:
-            log.error("%d of %d blocks have changed in memory, and are dropped", num_dropped, len(hashes))
-
-    def _lend(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:  # engine thread
-        block_ids = self._engine.lend_prefix(hashes)
-        return list(map(AnnouncedBlock, block_ids, hashes, self._engine.proofs(block_ids)))
-
-
-class IndexFeed:
-    """Tells the prefix index what the paged cache and the host tier hold."""
-
-    def __init__(
-        self, redis_url: str, worker_id: str, incarnation: str, lease_s: float, engine: Engine, metrics: IndexMetrics
-    ) -> None:
-        self._writer = writer = IndexWriter(
-            redis_url, worker_id, incarnation, lambda: _holdings(engine), lease_s=lease_s, observer=metrics
-        )
-        metrics.watch_index(lambda: writer.connected, lambda: writer.num_pending)
-
-    async def start(self) -> None:
-        await self._writer.start()
-
-    async def close(self) -> None:
-        await self._writer.close()
-
-    def changed(self, changes: Sequence[CacheChange]) -> None:
-        """Blocks of the paged cache became findable or were evicted, in this order."""
-        self._tell(changes, Tier.DEVICE)
-
-    def host_changed(self, changes: Sequence[CacheChange]) -> None:
-        """The same of the host tier."""
-        self._tell(changes, Tier.HOST)
-
-    def _tell(self, changes: Sequence[CacheChange], tier: Tier) -> None:
-        for event, run in itertools.groupby(changes, key=lambda change: change.event):
-            if event is CacheEvent.PUBLISHED:
-                self._writer.added([change.block_hash for change in run], tier)
-            elif event is CacheEvent.EVICTED:
-                self._writer.removed([change.block_hash for change in run], tier)
-
-    def state(self) -> dict[str, object]:
-        return {
-            "redis": self._writer.connection_state.value,
-            "synced": self._writer.synced,
-            "num_pending": self._writer.num_pending,
-        }
-
-
-def _holdings(engine: Engine) -> list[tuple[BlockHash, Tier]]:
-    """All findable blocks, once per tier; copies, so that the engine's thread does not disturb the reader."""
-    paged = [(block_hash, Tier.DEVICE) for block_hash in engine.cached_hashes()]
-    return paged + [(block_hash, Tier.HOST) for block_hash in engine.host_hashes()]
 
 
 class PrefixFetcher:

@@ -1,0 +1,58 @@
+"""Tells the prefix index what a worker's tiers hold."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from kvstore.block import BlockHash
+from kvstore.index import IndexWriter, Tier
+from kvstore.pool import CacheChange, CacheEvent
+from services.engine.api import Engine
+from services.node import IndexMetrics
+
+
+class IndexFeed:
+    """Tells the prefix index what the paged cache and the host tier hold."""
+
+    def __init__(
+        self, redis_url: str, worker_id: str, incarnation: str, lease_s: float, engine: Engine, metrics: IndexMetrics
+    ) -> None:
+        self._writer = writer = IndexWriter(
+            redis_url, worker_id, incarnation, lambda: _holdings(engine), lease_s=lease_s, observer=metrics
+        )
+        metrics.watch_index(lambda: writer.connected, lambda: writer.num_pending)
+
+    async def start(self) -> None:
+        await self._writer.start()
+
+    async def close(self) -> None:
+        await self._writer.close()
+
+    def changed(self, changes: Sequence[CacheChange]) -> None:
+        """Blocks of the paged cache became findable or were evicted, in this order."""
+        self._tell(changes, Tier.DEVICE)
+
+    def host_changed(self, changes: Sequence[CacheChange]) -> None:
+        """The same of the host tier."""
+        self._tell(changes, Tier.HOST)
+
+    def _tell(self, changes: Sequence[CacheChange], tier: Tier) -> None:
+        for event, run in itertools.groupby(changes, key=lambda change: change.event):
+            if event is CacheEvent.PUBLISHED:
+                self._writer.added([change.block_hash for change in run], tier)
+            elif event is CacheEvent.EVICTED:
+                self._writer.removed([change.block_hash for change in run], tier)
+
+    def state(self) -> dict[str, object]:
+        return {
+            "redis": self._writer.connection_state.value,
+            "synced": self._writer.synced,
+            "num_pending": self._writer.num_pending,
+        }
+
+
+def _holdings(engine: Engine) -> list[tuple[BlockHash, Tier]]:
+    """All findable blocks, once per tier; copies, so that the engine's thread does not disturb the reader."""
+    paged = [(block_hash, Tier.DEVICE) for block_hash in engine.cached_hashes()]
+    return paged + [(block_hash, Tier.HOST) for block_hash in engine.host_hashes()]
