@@ -129,7 +129,7 @@ class FakeWorker(DecodeServiceServicer):
         )
 
     async def wait_for_abort(self, num_aborts: int) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(self.aborts) < num_aborts:
                 self._abort_seen.clear()
                 await self._abort_seen.wait()

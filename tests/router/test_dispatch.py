@@ -25,7 +25,7 @@ UNAVAILABLE = pb.Error(code=pb.ERROR_CODE_UNAVAILABLE)
 
 
 def client(running) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=running.base_url, timeout=20)
+    return httpx.AsyncClient(base_url=running.base_url, timeout=60)
 
 
 def first_then(script: Script, otherwise):

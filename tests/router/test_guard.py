@@ -31,7 +31,7 @@ def routes_of(parts) -> list[tuple[str, str]]:
 async def test_no_route_is_open_by_a_prefix(make_worker, root_path):
     async with (
         running_router(RouterConfig(api_key=("secret",), root_path=root_path), make_worker()) as running,
-        httpx.AsyncClient(base_url=running.base_url, timeout=20) as http,
+        httpx.AsyncClient(base_url=running.base_url, timeout=60) as http,
     ):
         routes = routes_of(running.parts)
         assert len(routes) >= 14
@@ -112,7 +112,7 @@ async def test_browsers_can_read_refusals_and_crashes(make_worker):
 async def test_an_error_has_one_content_type(make_worker):
     async with (
         running_router(RouterConfig(api_key=("secret",)), make_worker()) as running,
-        httpx.AsyncClient(base_url=running.base_url, timeout=20) as http,
+        httpx.AsyncClient(base_url=running.base_url, timeout=60) as http,
     ):
         refusals = [await http.get("/v1/models"), await http.post("/v1/completions", json={}, headers=KEY),
                     await http.post("/tokenize", json={}, headers=KEY)]  # fmt: skip
@@ -129,7 +129,7 @@ def test_a_key_of_two_tenants_is_refused_at_start(keys):
 async def test_a_request_id_with_slashes_can_be_explained(make_worker):
     async with (
         running_router(RouterConfig(), make_worker()) as running,
-        httpx.AsyncClient(base_url=running.base_url, timeout=20) as http,
+        httpx.AsyncClient(base_url=running.base_url, timeout=60) as http,
     ):
         await http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1, "request_id": "a/b"})
         assert (await http.get("/debug/routing/a/b")).json()["request_id"] == "a/b"

@@ -22,7 +22,7 @@ URL = "/v1/completions"
 
 
 def client(running) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=running.base_url, timeout=20)
+    return httpx.AsyncClient(base_url=running.base_url, timeout=60)
 
 
 def gauge(metrics: str, name: str) -> float:

@@ -24,7 +24,7 @@ BODY = {"model": "tiny", "prompt": PROMPT, "max_tokens": 2}
 
 
 def client(running) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=running.base_url, timeout=20)
+    return httpx.AsyncClient(base_url=running.base_url, timeout=60)
 
 
 def prefill_records(sentence, names="ab"):

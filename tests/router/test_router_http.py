@@ -271,7 +271,7 @@ async def test_an_idle_stream_is_kept_alive_by_comments(make_worker, sentence):
     worker = make_worker(lambda request: Script([sentence[:1], sentence[1:2]], permits=permits))
     async with (
         running_router(RouterConfig(sse_keepalive_s=0.02), worker) as running,
-        httpx.AsyncClient(base_url=running.base_url, timeout=20) as client,
+        httpx.AsyncClient(base_url=running.base_url, timeout=60) as client,
         client.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True}) as response,
     ):
         lines = response.aiter_lines()
@@ -300,7 +300,7 @@ def test_a_client_that_hangs_up_while_waiting_aborts(router, worker):
         connection.sendall(head.encode() + body)
         router.call(until(lambda: len(worker.requests) == 4))
     router.call(worker.wait_for_abort(4))
-    with httpx.Client(base_url=router.base_url, timeout=10) as http:
+    with httpx.Client(base_url=router.base_url, timeout=60) as http:
         assert http.get("/load").json()["server_load"] == 0
         metrics = http.get("/metrics").text
     assert 'vllm:num_requests_waiting{model_name="tiny",role="router"} 0.0' in metrics

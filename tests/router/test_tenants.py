@@ -69,7 +69,7 @@ async def salts_and_questions(make_worker, config, asks):
     worker, index = make_worker(), FakeIndex()
     async with (
         running_router(config, worker, index=index) as running,
-        httpx.AsyncClient(base_url=running.base_url, timeout=20) as http,
+        httpx.AsyncClient(base_url=running.base_url, timeout=60) as http,
     ):
         for key, fields in asks:
             response = await http.post("/v1/completions", json={**BODY, **fields}, headers=bearer(key))
@@ -103,7 +103,7 @@ async def test_without_keys_the_client_s_salt_goes_as_it_is(make_worker):
 async def test_decisions_are_explained_to_their_tenant_only(make_worker):
     async with (
         running_router(RouterConfig(api_key=KEYS), make_worker()) as running,
-        httpx.AsyncClient(base_url=running.base_url, timeout=20) as http,
+        httpx.AsyncClient(base_url=running.base_url, timeout=60) as http,
     ):
         await http.post("/v1/completions", json={**BODY, "request_id": "mine"}, headers=bearer("key-a"))
         statuses = [(await http.get("/debug/routing/mine", headers=bearer(key))).status_code for key in
