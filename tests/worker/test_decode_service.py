@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from tandem.v1 import worker_pb2 as pb
 
 from services.decode.config import DecodeConfig
@@ -22,6 +23,7 @@ from services.engine.native import (
     SamplingParams,
     TokenLogprob,
 )
+from services.orders import StreamRefused
 from services.rates import RateLearner
 
 
@@ -82,6 +84,16 @@ def order(**fields: object) -> pb.GenerateRequest:
 def engine(check: Callable[[object], None] = lambda request: None) -> SimpleNamespace:
     layout = SimpleNamespace(model_fingerprint="model", block_size=16)
     return SimpleNamespace(layout=layout, check=check, peek_prefix=lambda hashes: 0)
+
+
+async def test_a_router_of_another_version_is_refused_before_it_could_lose_tokens() -> None:
+    async def orders() -> AsyncIterator[pb.SessionRequest]:
+        yield pb.SessionRequest(hello=pb.SessionHello(router_id="old", protocol_version="1"))
+
+    parts = SimpleNamespace(worker_id="decode-0", metrics=MetricsOfTheTest(), rates=RateLearner())
+    service = DecodeService(DecodeConfig(model="model"), parts)  # type: ignore[arg-type]
+    with pytest.raises(StreamRefused, match="session protocol '1'; this decode worker speaks '2'"):
+        await service.serve_session(orders(), None)  # type: ignore[arg-type]
 
 
 def test_only_first_last_and_log_probabilities_are_outputs_and_usage_is_in_none() -> None:
