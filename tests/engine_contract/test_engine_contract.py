@@ -1,0 +1,336 @@
+"""What workers rely on, asked of every engine through its port; each has a factory in ENGINES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvstore.block import BlockHash, hash_blocks, namespace, prove
+from kvstore.pool import CacheEvent
+from kvstore.protocol import Reservation
+from services.engine.api import (
+    Engine,
+    FinishReason,
+    InvalidRequest,
+    NotLent,
+    NotReserved,
+    QueueFull,
+    Request,
+    RequestUpdate,
+    SampledToken,
+    SamplingParams,
+)
+from services.engine.config import EngineConfig
+from services.engine.native import Engine as NativeEngine
+from tests.hf_models import VOCAB_SIZE, random_prompts, write_model
+
+SETTINGS = {
+    "block_size": 16,
+    "max_model_len": 400,
+    "num_gpu_blocks_override": 40,
+    "max_num_batched_tokens": 32,
+    "max_num_waiting": 3,
+}
+ENGINES: dict[str, Callable[[Path], Engine]] = {
+    "native": lambda model: NativeEngine.from_config(EngineConfig(str(model), device="cpu", **SETTINGS)),  # type: ignore[arg-type]
+    "native with a host tier": lambda model: NativeEngine.from_config(
+        EngineConfig(str(model), device="cpu", kv_offloading_size=0.01, **SETTINGS)  # type: ignore[arg-type]
+    ),
+}
+NUM_OUTPUTS = 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return write_model(tmp_path_factory.mktemp("models") / "llama3", "llama3", seed=3)
+
+
+@pytest.fixture(params=list(ENGINES))
+def make(request: pytest.FixtureRequest, model: Path) -> Iterator[Callable[[], Engine]]:
+    """Makes engines; when the test ends, nobody may hold a block of any."""
+    made: list[Engine] = []
+
+    def make_one() -> Engine:
+        made.append(ENGINES[request.param](model))
+        return made[-1]
+
+    yield make_one
+    for engine in made:
+        engine.check_integrity()
+        load = engine.load()
+        assert (load.num_lent_blocks, load.num_free_blocks) == (0, load.num_blocks)
+        assert (load.num_running, load.num_waiting, load.num_waiting_tokens) == (0, 0, 0)
+
+
+@pytest.fixture
+def engine(make: Callable[[], Engine]) -> Engine:
+    return make()
+
+
+def ask(name: str, prompt: Sequence[int], hold_blocks: bool = False, **sampling: object) -> Request:
+    chosen: dict[str, object] = {"temperature": 0.0, "max_tokens": NUM_OUTPUTS, "ignore_eos": True, **sampling}
+    return Request(name, prompt, SamplingParams(**chosen), hold_blocks=hold_blocks)  # type: ignore[arg-type]
+
+
+def prompt_of(num_tokens: int, seed: int = 0) -> list[int]:
+    return random_prompts([num_tokens], seed=seed)[0]
+
+
+def hashes_of(engine: Engine, prompt: Sequence[int]) -> list[BlockHash]:
+    return hash_blocks(namespace(engine.layout.model_fingerprint, ""), prompt, engine.layout.block_size)
+
+
+def run(engine: Engine, *requests: Request) -> list[RequestUpdate]:
+    for request in requests:
+        engine.add_request(request)
+    updates: list[RequestUpdate] = []
+    while engine.has_work:
+        updates += engine.step().updates
+        engine.check_integrity()
+    return updates
+
+
+def tokens(updates: Sequence[RequestUpdate], name: str) -> list[int]:
+    return [token.token_id for update in updates if update.request.request_id == name for token in update.new_tokens]
+
+
+def reserve(engine: Engine, request: Request) -> Reservation:
+    granted: list[Reservation] = []
+    engine.reserve(request, granted.append)
+    return granted[0]
+
+
+def copy(source: Engine, source_ids: Sequence[int], target: Engine, target_ids: Sequence[int]) -> None:
+    for ours, theirs in zip(target_ids, source_ids, strict=True):
+        np.asarray(target.memory.view(ours))[:] = np.asarray(source.memory.view(theirs))
+
+
+def prefill(engine: Engine, name: str, prompt: Sequence[int]) -> tuple[list[int], list[RequestUpdate]]:
+    """The blocks that the updates lent, in order, and the updates."""
+    updates = run(engine, ask(name, prompt, hold_blocks=True))
+    return [block.block_id for update in updates for block in update.blocks], updates
+
+
+# ---- requests ---------------------------------------------------------------------------
+
+
+def test_it_is_what_it_says(engine: Engine) -> None:
+    able, load = engine.capabilities, engine.load()
+    assert (able.max_model_len, able.num_blocks, able.caches_prefixes) == (400, 40, True)
+    assert (engine.memory.num_blocks, engine.memory.block_bytes) == (able.num_blocks, engine.layout.block_bytes)
+    assert (engine.layout.block_size, load.num_blocks, load.num_free_blocks) == (16, 40, 40)
+    assert {"device", "kernels", "quantization"} <= set(able.compute)
+    assert bool(engine.host_figures()) == (able.num_host_blocks > 0)
+    assert (engine.has_work, engine.step().num_tokens) == (False, 0)
+
+
+def test_a_request_is_computed_to_its_last_token(engine: Engine) -> None:
+    begun: list[str] = []
+    request, updates = ask("r", prompt_of(50)), []
+    engine.add_request(request)
+    while engine.has_work:
+        updates += engine.step(lambda each: begun.append(each.request_id)).updates
+        assert begun == ["r"]
+    assert [update.num_computed_tokens for update in updates[:2]] == [32, 50]
+    assert len(tokens(updates, "r")) == NUM_OUTPUTS
+    assert [update.num_output_tokens for update in updates] == [0, *range(1, NUM_OUTPUTS + 1)]
+    assert [update.finish_reason for update in updates] == [None] * NUM_OUTPUTS + [FinishReason.LENGTH]
+    assert all(not update.blocks for update in updates)
+    stats = engine.stats
+    assert (stats.num_prompt_tokens, stats.num_generated_tokens) == (50, NUM_OUTPUTS)
+
+
+def test_an_exact_engine_gives_the_same_tokens_in_any_company(make: Callable[[], Engine]) -> None:
+    prompts = random_prompts([3, 40, 90])
+    together, apart = make(), make()
+    if not together.capabilities.is_exact:
+        pytest.skip("this engine does not say that it is exact")
+    updates = run(together, *[ask(f"r{i}", prompt) for i, prompt in enumerate(prompts)])
+    for i, prompt in enumerate(prompts):
+        assert tokens(updates, f"r{i}") == tokens(run(apart, ask(f"r{i}", prompt)), f"r{i}")
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (ask("r", []), "prompt"),
+        (ask("r", [1, VOCAB_SIZE]), "prompt"),
+        (ask("r", [1] * 400), "prompt"),
+        (ask("r", [1], logit_bias={VOCAB_SIZE: 1.0}), "logit_bias"),
+        (ask("r", [1], stop_token_ids=(VOCAB_SIZE,)), "stop_token_ids"),
+    ],
+)
+def test_what_can_never_run_is_refused_and_leaves_nothing(engine: Engine, request_: Request, param: str) -> None:
+    for enter in (engine.check, engine.add_request, lambda request: engine.reserve(request, lambda _: None)):
+        with pytest.raises(InvalidRequest) as refusal:
+            enter(request_)
+        assert refusal.value.param == param
+    assert not engine.has_work
+
+
+def test_the_queue_is_bounded(engine: Engine) -> None:
+    for number in range(3):
+        engine.add_request(ask(f"r{number}", prompt_of(20)))
+    with pytest.raises(QueueFull):
+        engine.add_request(ask("late", prompt_of(20)))
+    assert engine.load().num_waiting == 3
+    run(engine)
+
+
+def test_an_abort_frees_a_request_wherever_it_is(engine: Engine) -> None:
+    assert not engine.abort("nobody")
+    queued, chunked, running = (ask(name, prompt_of(60, seed)) for seed, name in enumerate(["queued", "half", "runs"]))
+    engine.add_request(queued)
+    assert engine.abort("queued")
+    engine.add_request(chunked)
+    engine.step()
+    assert engine.abort("half")
+    engine.add_request(running)
+    for _ in range(4):
+        engine.step()
+    assert engine.abort("runs")
+    assert not engine.abort("runs")
+    assert not any(update.new_tokens for update in run(engine))
+
+
+# ---- handoff ----------------------------------------------------------------------------
+
+
+def test_a_prompt_to_hand_off_lends_each_block_once_with_its_proof(engine: Engine) -> None:
+    prompt = prompt_of(70)
+    block_ids, updates = prefill(engine, "r", prompt)
+    assert [(update.first_block, len(update.blocks)) for update in updates] == [(0, 2), (2, 2), (4, 1)]
+    blocks = [block for update in updates for block in update.blocks]
+    assert [block.block_hash for block in blocks] == [*hashes_of(engine, prompt), None]
+    assert [block.proof for block in blocks] == prove(engine.memory, block_ids) == engine.proofs(block_ids)
+    assert (updates[-1].finish_reason, len(updates[-1].new_tokens)) == (FinishReason.HANDED_OFF, 1)
+    assert engine.load().num_lent_blocks == 5
+    engine.release_blocks(block_ids)
+    with pytest.raises(NotLent):
+        engine.release_blocks(block_ids[:1])
+
+
+def test_blocks_lent_before_an_abort_stay_the_callers(engine: Engine) -> None:
+    engine.add_request(ask("r", prompt_of(70), hold_blocks=True))
+    (update,) = engine.step().updates
+    assert engine.abort("r")
+    engine.check_integrity()
+    assert engine.load().num_lent_blocks == 2
+    engine.release_blocks([block.block_id for block in update.blocks])
+
+
+@pytest.mark.parametrize("num_tokens", [5, 32, 70])
+def test_a_request_goes_on_where_another_engine_has_computed_its_prompt(
+    make: Callable[[], Engine], num_tokens: int
+) -> None:
+    first, second, prompt = make(), make(), prompt_of(num_tokens)
+    block_ids, updates = prefill(first, "r", prompt)
+    request = ask("r", prompt)
+    reservation = reserve(second, request)
+    assert (reservation.num_present, len(reservation.block_ids)) == (0, len(block_ids))
+    copy(first, block_ids, second, reservation.block_ids)
+    (token,) = updates[-1].new_tokens
+    joined = second.add_prefilled(request, reservation.block_ids, first.proofs(block_ids), token)
+    first.release_blocks(block_ids)
+    assert (joined.new_tokens, joined.finish_reason, joined.num_output_tokens) == ((token,), None, 1)
+    assert [token.token_id, *tokens(run(second), "r")] == tokens(run(first, ask("alone", prompt)), "alone")
+    assert second.peek_prefix(hashes_of(second, prompt)) == num_tokens // 16
+
+
+def test_the_ends_of_a_reservation(engine: Engine) -> None:
+    large, second = ask("large", prompt_of(380), max_tokens=1), ask("second", prompt_of(380, 1), max_tokens=1)
+    granted: list[Reservation] = []
+    reservation = reserve(engine, large)
+    engine.reserve(second, granted.append)
+    assert (granted, engine.cancel_reservation(second), engine.cancel_reservation(second)) == ([], True, False)
+    engine.reserve(second, granted.append)
+    assert not engine.cancel_reservation(large)
+    engine.release_reservation(large, reservation.block_ids)
+    assert len(granted) == 1
+    with pytest.raises(NotLent):
+        engine.release_reservation(large, reservation.block_ids[:1] * 2)
+    assert engine.abort("second")
+    with pytest.raises(NotReserved):
+        engine.add_prefilled(second, granted[0].block_ids, [1] * 24, SampledToken(3))
+    engine.release_reservation(second, granted[0].block_ids)
+
+
+def test_an_abort_while_it_waits_for_blocks_calls_nobody(engine: Engine) -> None:
+    first, granted = ask("first", prompt_of(380), max_tokens=1), []
+    reservation = reserve(engine, first)
+    engine.reserve(ask("second", prompt_of(380, 1), max_tokens=1), granted.append)
+    assert engine.abort("second")
+    engine.release_reservation(first, reservation.block_ids)
+    assert granted == []
+
+
+# ---- the prefix cache -------------------------------------------------------------------
+
+
+def test_a_prefix_of_another_engine_is_found_like_an_own_one(make: Callable[[], Engine]) -> None:
+    holder, reader, prompt = make(), make(), prompt_of(70)
+    expected = tokens(run(holder, ask("r", prompt)), "r")
+    hashes = hashes_of(holder, prompt)
+    lent = holder.lend_prefix(hashes)
+    taken = reader.take_prefix(hashes)
+    assert taken is not None
+    assert (len(lent), taken.num_present, len(taken.block_ids)) == (4, 0, 4)
+    copy(holder, lent, reader, taken.block_ids)
+    reader.take_cache_changes()
+    reader.publish_blocks(taken.block_ids, hashes, holder.proofs(lent))
+    assert [(change.event, change.block_hash) for change in reader.take_cache_changes()] == [
+        (CacheEvent.PUBLISHED, block_hash) for block_hash in hashes
+    ]
+    holder.release_blocks(lent)
+    reader.release_blocks(taken.block_ids)
+    assert (reader.peek_prefix(hashes), set(reader.cached_hashes())) == (4, set(hashes))
+    updates = run(reader, ask("r", prompt))
+    assert (updates[-1].num_cached_tokens, tokens(updates, "r")) == (64, expected)
+    assert reader.stats.num_prefix_hits == 64
+
+
+def test_nothing_is_published_that_its_caller_does_not_hold(engine: Engine) -> None:
+    with pytest.raises(NotLent):
+        engine.publish_blocks([0], hashes_of(engine, prompt_of(16)), [1])
+    assert engine.cached_hashes() == []
+
+
+def test_a_prefix_that_has_no_room_is_refused_and_takes_nothing(engine: Engine) -> None:
+    hashes = hashes_of(engine, [1] * 16 * 41)
+    assert engine.take_prefix(hashes) is None
+
+
+def test_a_block_that_has_changed_is_dropped_and_counted(engine: Engine) -> None:
+    prompt = prompt_of(64)
+    run(engine, ask("r", prompt, max_tokens=1))
+    hashes = hashes_of(engine, prompt)
+    assert engine.recheck(hashes) == 0
+    lent = engine.lend_prefix(hashes)
+    np.asarray(engine.memory.view(lent[2]))[0] ^= 1
+    engine.release_blocks(lent)
+    assert (engine.recheck(hashes), engine.stats.num_corrupt_blocks, engine.peek_prefix(hashes)) == (1, 1, 2)
+
+
+def test_what_was_evicted_comes_back_from_a_tier_of_its_own(engine: Engine) -> None:
+    prompt = prompt_of(64)
+    hashes = hashes_of(engine, prompt)
+    run(engine, ask("r", prompt, max_tokens=1))
+    run(engine, *[ask(f"other{i}", prompt_of(370, seed=i + 1), max_tokens=1) for i in range(2)])
+    assert engine.peek_prefix(hashes) == 0
+    assert set(hashes).isdisjoint(engine.cached_hashes())
+    if not engine.capabilities.num_host_blocks:
+        assert (engine.may_restore(hashes[0]), engine.begin_restore(hashes)) == (False, None)
+        assert (engine.host_hashes(), engine.take_host_changes()) == ([], [])
+        return
+    assert set(hashes) <= set(engine.host_hashes())
+    assert set(hashes) <= {change.block_hash for change in engine.take_host_changes()}
+    assert engine.may_restore(hashes[0])
+    restore = engine.begin_restore(hashes)
+    assert restore is not None
+    engine.end_restore(restore, engine.copy_back(restore))
+    assert engine.peek_prefix(hashes) == 4
