@@ -306,6 +306,23 @@ def test_a_joined_request_that_is_preempted_prefills_here_and_goes_on(models: Mo
     assert outputs(requests) == expected
 
 
+def test_a_prompt_that_is_preempted_lends_each_of_its_blocks_once(models: Models) -> None:
+    engine = make_engine(models("qwen2"), num_gpu_blocks_override=42, max_num_batched_tokens=16)
+    others = make_requests(random_prompts([79, 79, 79], seed=9), max_tokens=60)
+    for request in others:
+        engine.add_request(request)
+    while any(not request.output_token_ids for request in others):
+        engine.step()
+    held = Request("held", random_prompts([330])[0], SamplingParams(temperature=0.0), arrival_s=1.0, hold_blocks=True)
+    updates = [update for update in run(engine, [held]) if update.request is held]
+    assert updates[-1].num_preemptions > 0
+    blocks = [block for update in updates for block in update.blocks]
+    assert [block.block_hash for block in blocks] == [*held.block_hashes[:20], None]
+    engine.release_blocks([block.block_id for block in blocks])
+    engine.check_integrity()
+    assert engine.pool.num_free == engine.pool.num_blocks
+
+
 def test_a_reservation_waits_without_keeping_the_engine_busy(models: Models) -> None:
     engine = make_engine(models("qwen2"), num_gpu_blocks_override=8, max_model_len=128)
     held = Request("held", random_prompts([100])[0], SamplingParams(temperature=0.0), hold_blocks=True)

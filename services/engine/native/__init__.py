@@ -3,14 +3,11 @@
 Implements the port, services.engine.api; a step is schedule, run, postprocess."""
 
 from services.engine.api import (
-    EngineError,
-    EngineLoad,
     FinishReason,
     InvalidRequest,
     PositionLogprobs,
     QueueFull,
     RequestUpdate,
-    Restore,
     SampledToken,
     SamplingParams,
     StepOutput,
@@ -18,22 +15,17 @@ from services.engine.api import (
 )
 from services.engine.config import EngineConfig
 from services.engine.native.engine import Engine
-from services.engine.native.scheduling import (
-    Request,
-)
+from services.engine.native.scheduling import Request
 
 __all__ = [
     "Engine",
     "EngineConfig",
-    "EngineError",
-    "EngineLoad",
     "FinishReason",
     "InvalidRequest",
     "PositionLogprobs",
     "QueueFull",
     "Request",
     "RequestUpdate",
-    "Restore",
     "SampledToken",
     "SamplingParams",
     "StepOutput",

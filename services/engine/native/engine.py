@@ -51,7 +51,7 @@ _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
 class Engine:
-    """Scheduler, block pool, KV cache and model of one worker."""
+    """Scheduler, block pool, KV cache and model of one worker; `services.engine.api.Engine` says what methods do."""
 
     def __init__(
         self,
@@ -115,7 +115,6 @@ class Engine:
     # ---- commands, between steps ----------------------------------------------
 
     def check(self, request: api.Request) -> None:
-        """Raise `InvalidRequest` if the request can never run here. On any thread: it reads constants only."""
         vocab_size = self.model.config.vocab_size
         _check_token_ids("prompt", request.prompt_token_ids, vocab_size)
         sampling = request.sampling
@@ -126,20 +125,17 @@ class Engine:
         check_fits(request, self._scheduler.config, self.pool.num_blocks)
 
     def add_request(self, request: api.Request) -> None:
-        """Queue a request to be computed here. Raises `InvalidRequest` or `QueueFull`."""
         self.check(request)
         self._scheduler.add(Request.of(request))
         request.timeline.mark(Event.PREFILL_QUEUED)
 
     def reserve(self, request: api.Request, callback: Callable[[Reservation], None]) -> None:
-        """Ask for blocks to read the request's prompt into. Raises `InvalidRequest`."""
         self.check(request)
         self._scheduler.reserve(Request.of(request))
         self._on_grant[request.request_id] = callback
         self._grant_reservations()
 
     def cancel_reservation(self, request: api.Request) -> bool:
-        """Stop waiting for blocks. False if they were granted already, or were never asked for."""
         cancelled = self._scheduler.cancel_reservation(request)
         if cancelled:
             del self._on_grant[request.request_id]
@@ -147,14 +143,12 @@ class Engine:
         return cancelled
 
     def release_reservation(self, request: api.Request, block_ids: Sequence[int]) -> None:
-        """Give back what a granted reservation holds, when no late byte can arrive any more. Raises `NotLent`."""
         self._scheduler.release_reservation(request, block_ids)
         self._grant_reservations()
 
     def add_prefilled(
         self, request: api.Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken
     ) -> RequestUpdate:
-        """Join a request whose prompt another worker computed. Raises `NotReserved`, `NotLent` or `InvalidRequest`."""
         if not 0 <= first_token.token_id < self.model.config.vocab_size:
             raise InvalidRequest("prompt", f"first token {first_token.token_id} is not in the vocabulary")
         update = self._scheduler.add_prefilled(request, block_ids, proofs, first_token)
@@ -163,27 +157,22 @@ class Engine:
         return update
 
     def abort(self, request_id: str) -> bool:
-        """End a live request wherever it is and free what it holds; False if there is none of that id."""
         aborted = self._scheduler.abort(request_id)
         self._on_grant.pop(request_id, None)
         self._grant_reservations()
         return aborted
 
     def release_blocks(self, block_ids: Sequence[int]) -> None:
-        """Give back references that the caller holds. Raises `NotLent`, changing nothing, if it holds no such one."""
         self._scheduler.release_lent(block_ids)
         self._grant_reservations()
 
     def peek_prefix(self, hashes: Sequence[BlockHash]) -> int:
-        """How many of the first `hashes` are cached: dictionary lookups, from any thread."""
         return self.pool.peek_prefix(hashes)
 
     def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
-        """Lend the longest cached prefix of `hashes`, for a reader."""
         return self._scheduler.lend_prefix(hashes)
 
     def take_prefix(self, hashes: Sequence[BlockHash]) -> Reservation | None:
-        """Blocks to bring a prefix into that another worker or a store holds, or None if there is no room now."""
         return self._scheduler.take_prefix(hashes)
 
     def publish_blocks(
@@ -193,7 +182,6 @@ class Engine:
         proofs: Sequence[Proof],
         parent_hash: BlockHash | None = None,
     ) -> None:
-        """Make lent blocks, verified by `proofs`, findable in the prefix cache. Raises `NotLent`."""
         self._scheduler.publish_lent(block_ids, hashes, proofs, parent_hash)
 
     def proofs(self, block_ids: Sequence[int]) -> list[Proof]:
@@ -206,48 +194,38 @@ class Engine:
         return [made[block_id] if proof is None else proof for block_id, proof in zip(block_ids, known, strict=True)]
 
     def recheck(self, hashes: Sequence[BlockHash]) -> int:
-        """Hold cached blocks against their proofs and drop those that have changed; returns how many."""
         found = [block for each in hashes if (block := self.pool.find(each)) is not None]
         wrong = find_wrong(self.memory, [block.slot for block in found], [block.proof for block in found])
         return self.pool.drop(found[position].slot for position in wrong)
 
     def begin_restore(self, hashes: Sequence[BlockHash]) -> Restore | None:
-        """Begin to bring back what follows the cached prefix of `hashes`; None: nothing, or no room."""
         return begin_restore(self.host_tier, self._scheduler, hashes) if self.host_tier is not None else None
 
     def may_restore(self, block_hash: BlockHash) -> bool:
-        """Whether the host tier has the block. A hint, from any thread."""
         return self.host_tier is not None and self.host_tier.may_have(block_hash)
 
     def copy_back(self, restore: Restore) -> CopiedBack:
-        """Fill and verify the restore's blocks. On any one thread."""
         assert self.host_tier is not None, "a restore without a host tier"
         return self.host_tier.copy_back(restore.pinned, restore.missing_ids)
 
     def end_restore(self, restore: Restore, copied: CopiedBack) -> None:
-        """Publish what came back whole and give the rest back."""
         assert self.host_tier is not None, "a restore without a host tier"
         end_restore(self.host_tier, self._scheduler, restore, copied)
         self._grant_reservations()
 
     def take_host_changes(self) -> list[CacheChange]:
-        """What happened to findable blocks of the host tier since the last call, in order."""
         return self.host_tier.take_changes() if self.host_tier is not None else []
 
     def host_hashes(self) -> list[BlockHash]:
-        """All findable blocks of the host tier. Any thread."""
         return self.host_tier.hashes() if self.host_tier is not None else []
 
     def host_figures(self) -> Mapping[str, float]:
-        """The host tier's sizes and counts, by name. Any thread."""
         return self.host_tier.state() if self.host_tier is not None else {}
 
     def cached_hashes(self) -> list[BlockHash]:
-        """All findable blocks of the pool. Any thread."""
         return self.pool.hashes()
 
     def take_cache_changes(self) -> list[CacheChange]:
-        """What happened to findable blocks since the last call, in order."""
         return self.pool.take_changes()
 
     def reset_prefix_cache(self) -> int:
@@ -260,7 +238,6 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute something. False while all that waits waits for memory that others hold."""
         return self._scheduler.has_work
 
     def step(self, on_begun: Callable[[api.Request], None] = lambda request: None) -> StepOutput:
@@ -321,11 +298,9 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        """Counts since the start. From any thread: each is right for some moment."""
         return replace(self._scheduler.stats, num_corrupt_blocks=self.pool.stats.num_corrupt)
 
     def load(self) -> EngineLoad:
-        """How busy the engine is now. Reads lengths only, so that another thread may ask."""
         scheduler = self._scheduler
         return EngineLoad(
             num_running=scheduler.num_running,
