@@ -1,4 +1,4 @@
-"""`python -m loadtest`: one run, a sweep over rates and targets, or a report of runs made before."""
+"""`python -m loadtest`: runs once, sweeps over rates and targets, or reports on earlier runs."""
 
 from __future__ import annotations
 

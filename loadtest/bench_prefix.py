@@ -1,11 +1,10 @@
-"""What routing by prefix is worth: one trace, the same arrivals, one stack per routing policy, one table.
+"""Measures what routing by prefix is worth: one trace, one stack per routing policy, one table.
 
     make bench-prefix TRACE=mooncake_conversation.jsonl
     make bench-prefix                                     # conversations made up by traces.py
 
 Lengths are scaled: a trace block becomes `--tokens-per-block` tokens. The hit rate is prompt tokens not computed over
-prompt tokens, as usage reports them; the first row is what one shared cache without bounds would
-have, in whole blocks.
+prompt tokens, as usage reports them; the first row is what one shared cache without bounds would have, in whole blocks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The master's side of a run: looks at the target, parts the plan among the processes, and merges their records.
+"""The master's side of a run: inspects the target, splits the plan among processes, merges their records.
 
 Without workers the one process is both sides. One conductor serves one locust environment, run after run.
 """
@@ -79,7 +79,7 @@ class Conductor:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run that was started has nothing left to do, or could not be started."""
+        """Whether the run has nothing left to do, or could not be started."""
         if self._cannot_start:
             return True
         if self._run is not None and isinstance(self._runner, MasterRunner):

@@ -1,4 +1,4 @@
-"""For locust's own command: its web UI, and its distributed mode.
+"""Serves locust's own command: its web UI, and its distributed mode.
 
     locust -f loadtest/locustfile.py --host http://127.0.0.1:8000      # open http://localhost:8089, set the rate, start
     locust -f loadtest/locustfile.py --host URL --headless --rate 4 --num-requests 200 --result run.json

@@ -1,4 +1,4 @@
-"""A worker's side of a run: it gets its part of the plan from the conductor, sends it, and reports every record.
+"""A worker's side of a run: takes its part of the plan from the conductor, sends it, reports every record.
 
 In a process of its own it talks to the conductor through locust's messages, else by calls.
 """
@@ -20,7 +20,7 @@ _REPORT_INTERVAL_S = 0.5
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a process is to send: part `index` of `num_parts` of the plan that these settings make.
+    """A process's part of a run: part `index` of `num_parts` of the plan that these settings make.
 
     The run starts `lead_s` after this arrives. So no clocks are compared; parts start within the network's delay of
     each other.

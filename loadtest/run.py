@@ -1,4 +1,4 @@
-"""One run in this process, through locust's local runner."""
+"""Runs once in this process, through locust's local runner."""
 
 from __future__ import annotations
 

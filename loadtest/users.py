@@ -1,4 +1,4 @@
-"""What locust runs: one user per process, whose one task is that process's part of the open loop."""
+"""Defines locust's user: one per process, whose one task is that process's part of the open loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _conductor_of(environment: Environment) -> Conductor:
 
 
 class OpenLoopUser(User):
-    """Not a person at a keyboard: the source of all requests of its process. More of them change nothing."""
+    """The source of all requests of its process, not a person. More of them change nothing."""
 
     wait_time = constant(1)
 

@@ -1,4 +1,4 @@
-"""From what was noted to figures: percentiles, goodput, the servers' own series, a verdict."""
+"""Turns records and samples of a run into figures: percentiles, goodput, series over time, a verdict."""
 
 from loadtest.figures.result import RunResult, read_result, write_result
 from loadtest.figures.scrape import Scraper

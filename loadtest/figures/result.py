@@ -1,4 +1,4 @@
-"""A finished run: its settings, all its records and samples, to and from a JSON file."""
+"""Holds a finished run (settings, records, samples) and stores it as a JSON file."""
 
 from __future__ import annotations
 

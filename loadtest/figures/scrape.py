@@ -1,4 +1,4 @@
-"""The server's own gauges during a run: its /metrics read once a second, by vLLM's names."""
+"""Reads the server's gauges from its /metrics once a second during a run, by vLLM's names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of a run, from its records alone: percentiles, rates, goodput, and the same per class."""
+"""Computes a run's figures from its records alone: percentiles, rates, goodput, also per class."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def summarize(result: RunResult) -> Summary:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """Of ascending values, interpolated between neighbours as numpy does by default."""
+    """Returns a percentile of ascending values, interpolated as numpy does by default."""
     place = share * (len(ordered) - 1)
     below = int(place)
     above = min(below + 1, len(ordered) - 1)

@@ -1,4 +1,4 @@
-"""The files beside a report: a line per run as CSV and Markdown, a line per request as CSV, and all figures as JSON."""
+"""Writes the files beside a report: runs as CSV and Markdown, requests as CSV, all figures as JSON."""
 
 from __future__ import annotations
 

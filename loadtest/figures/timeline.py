@@ -1,4 +1,4 @@
-"""A run over time: what the records and the server's gauges were, second by second."""
+"""Aggregates a run second by second: its records and the server's gauges."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Points = tuple[tuple[float, float], ...]
 
 
 def tokens_per_second(records: Sequence[RequestRecord], bin_s: float) -> Points:
-    """Output tokens per second by when they came, in bins of this width; a chunk's tokens are taken as equal."""
+    """Returns output tokens per second in bins of this width; a chunk's tokens are taken as equal."""
     bins: dict[int, float] = defaultdict(float)
     for record in records:
         if record.first_token_s is None:

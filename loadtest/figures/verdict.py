@@ -1,4 +1,4 @@
-"""Which target is better, by how much, and in which words: the one thing a reader wants of a comparison.
+"""Says which target is better, and by how much.
 
 Better is the higher goodput at its best rate. Differences of less than 5 % are called none: two runs of one server
 differ as much.
@@ -17,7 +17,7 @@ _HEALTHY = 0.9
 
 @dataclass(frozen=True)
 class Standing:
-    """How one target did over all rates. `healthy_rate` is the highest rate at which 90 % of the requests were good."""
+    """One target's results over all rates. `healthy_rate`: the highest rate with 90 % of requests good."""
 
     target: str
     best_goodput: float
@@ -66,7 +66,7 @@ def judge(summaries: Sequence[Summary]) -> Verdict:
 
 
 def _latencies(summaries: Sequence[Summary]) -> str:
-    """What users feel at the highest rate at which every target is healthy; a blank comes first, if there is any."""
+    """Compares latencies at the highest rate at which every target is healthy; a blank line comes first, if any."""
     rates = sorted({each.rate for each in summaries}, reverse=True)
     for rate in rates:
         group = [each for each in summaries if each.rate == rate]

@@ -1,4 +1,4 @@
-"""What a run sends, and when: options, traces, arrivals, prompts; and what is noted of each request."""
+"""Decides what a run sends and when: options, traces, arrivals, prompts; defines the record of a request."""
 
 from loadtest.plan.job import Job, RunFailed, base_url
 from loadtest.plan.options import LoadOptions, OptionError, add_flags, options_from

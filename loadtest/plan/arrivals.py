@@ -1,4 +1,4 @@
-"""When requests are due: arrival processes, drawn from a seed before the run and independent of any answer.
+"""Draws when requests are due: arrival processes, seeded, fixed before the run, independent of any answer.
 
 All times are seconds from the start of the run, ascending, the first at one gap's distance from 0 (as Poisson has it).
 """

@@ -1,4 +1,4 @@
-"""What one run is given: a target and its settings."""
+"""Names what one run is given: a target and its settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def base_url(text: str) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """What to load and how: settled when a run starts. `metrics_urls` are pages of gauges, by their process's name."""
+    """A target and its load, settled when a run starts. `metrics_urls`: pages of gauges, by process name."""
 
     target: str
     url: str

@@ -1,4 +1,4 @@
-"""What one run does: a frozen record of all its settings, and the flags that set them.
+"""Declares the settings of one run: a frozen record, and the flags that set it.
 
 The same flags serve `python -m loadtest` and the locustfile, where locust's web UI shows them as fields of its form.
 """

@@ -1,4 +1,4 @@
-"""The whole run, decided before it starts: which request is due when. A function of the options and the seed alone.
+"""Plans the whole run before it starts: which request is due when, from the options and the seed alone.
 
 So every process of a distributed run makes the same plan and takes its part of it, and two targets get the same load.
 """
@@ -68,7 +68,7 @@ class Plan:
         return sum(self.scale.cuts(each.request) for each in self.requests)
 
     def part(self, index: int, num_parts: int) -> tuple[PlannedRequest, ...]:
-        """What process `index` of `num_parts` sends: every num_parts-th request."""
+        """Returns the share of process `index` of `num_parts`: every num_parts-th request."""
         return self.requests[index::num_parts]
 
 

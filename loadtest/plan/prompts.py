@@ -1,4 +1,4 @@
-"""Prompts out of block identities: equal trace blocks become equal tokens, in whatever request they stand."""
+"""Makes prompts from block identities: equal trace blocks become equal tokens in every request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SYLLABLES = ("ba", "de", "fi", "go", "lu", "ma", "ne", "pi", "ro", "su", "ta", 
 
 @dataclass(frozen=True)
 class Scale:
-    """How a trace's lengths become the lengths that are sent.
+    """Turns a trace's lengths into the lengths that are sent.
 
     All lengths are multiplied by `factor`; what is then longer than a limit is cut to it, and counted by the caller.
     """

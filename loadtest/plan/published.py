@@ -1,4 +1,4 @@
-"""Workloads without a trace file: requests drawn from parameters that were fitted to published traces.
+"""Draws workloads without a trace file, from parameters fitted to published traces.
 
 Only these parameters are here; the traces themselves are published by their owners:
 
@@ -82,7 +82,7 @@ def azure_like(times_s: Sequence[float], rng: random.Random) -> list[TraceReques
 
 @dataclass(frozen=True)
 class Conversations:
-    """How conversations go: what they begin with, how often and after how long they go on.
+    """The course of conversations: their beginning, their turns, and the pauses between.
 
     After turn k another follows with probability `continues[k]` (the last entry for all later turns). Think times are
     log-normal, in seconds at `rate` requests per second; at another rate they are stretched, so that as many requests

@@ -1,4 +1,4 @@
-"""What is kept of one request, and how records travel: as plain dicts, through locust's messages and JSON files."""
+"""Defines the record of one request, and its form in locust's messages and JSON files: a plain dict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Service level objectives, and goodput: the requests per second that meet all of them (DistServe, OSDI'24)."""
+"""Computes goodput: the requests per second that meet all service level objectives (DistServe, OSDI'24)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Slo:
-    """What a request must meet to count as good: each objective's limit in seconds, by its name."""
+    """The objectives that a good request meets: limits in seconds, by name."""
 
     limits_s: tuple[tuple[str, float], ...]
 
     @classmethod
     def parse(cls, text: str) -> Slo:
-        """From `ttft:2000,tpot:100` (milliseconds; blanks separate as well). Raises ValueError."""
+        """Parses `ttft:2000,tpot:100` (milliseconds; blanks separate as well). Raises ValueError."""
         limits: dict[str, float] = {}
         for part in filter(None, re.split(r"[,\s]+", text)):
             name, _, value = part.partition(":")
@@ -61,5 +61,5 @@ class Slo:
 
 
 def num_good(records: Iterable[RequestRecord], slo: Slo) -> int:
-    """How many of the requests were good."""
+    """Counts the good requests."""
     return sum(map(slo.is_met, records))

@@ -1,4 +1,4 @@
-"""Request traces: when, how long, and which parts of prompts are equal; no text.
+"""Reads request traces: when, how long, and which parts of prompts are equal; no text.
 
 Two published formats are read, told apart by their first line:
 

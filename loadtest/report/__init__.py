@@ -1,4 +1,4 @@
-"""What a person sees of a run: the page, its charts and tables, the terminal."""
+"""Shows a run to a person: the page, its charts and tables, the terminal."""
 
 from loadtest.report.console import RunProgress, SweepProgress, summary_lines
 from loadtest.report.report import this_machine, write_report

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run: counts while it is under way, figures as a few lines of text when it has ended."""
+"""Prints a run to the terminal: counts while it is under way, figures when it has ended."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class SweepProgress(SweepWatcher):
 
 
 def summary_lines(result: RunResult, summary: Summary) -> list[str]:
-    """What a person wants to know first, and all that casts doubt on it."""
+    """Lists the first figures a person wants, and all that casts doubt on them."""
     lines = [
         f"{summary.target}: {summary.num_ok} of {summary.num_requests} requests answered in "
         f"{summary.duration_s:.1f} s, {summary.num_refusals} refused, {summary.num_errors} errors; {result.workload}",

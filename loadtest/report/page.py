@@ -1,4 +1,4 @@
-"""What all parts of a report's page share: the runs, their figures, each target's colour, and the style sheet."""
+"""Holds what all parts of a report's page share: runs, figures, colours of targets, the style sheet."""
 
 from __future__ import annotations
 

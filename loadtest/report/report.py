@@ -1,4 +1,4 @@
-"""The report: one HTML page without a single outside resource, from which a stranger reads which target is better."""
+"""Writes the report: one HTML page, without outside resources, that says which target is better."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def render(results: Sequence[RunResult], machine: str) -> str:
 
 
 def _doubts(page: Page) -> str:
-    """What a reader must know before believing a figure."""
+    """Lists the reasons to doubt a figure."""
     doubts = []
     late = [each for each in page.summaries if each.num_late]
     if late:

@@ -1,4 +1,4 @@
-"""A report's charts: figures over the rates, and for each rate distributions and timelines."""
+"""Draws a report's charts: figures over the rates, and distributions and timelines for each rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A report's tables: all figures of all runs, and those of one rate by class of request."""
+"""Writes a report's tables: all figures of all runs, and those of one rate by class of request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Line charts as SVG text: enough for a report that is one file and needs nothing from anywhere."""
+"""Draws line charts as SVG text, without any library."""
 
 from __future__ import annotations
 

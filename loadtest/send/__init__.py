@@ -1,4 +1,4 @@
-"""Sending what was planned, open loop: the HTTP client, the targets, one rate after another."""
+"""Sends what was planned, open loop: the HTTP client, the targets, one rate after another."""
 
 from loadtest.send.client import API_KEY_VARIABLE, Client, ServedModel, TargetError, look_up_model
 from loadtest.send.dispatch import Dispatcher, Progress

@@ -1,4 +1,4 @@
-"""One request over HTTP, its stream read chunk by chunk, each with its own time. Runs in a greenlet of its own.
+"""Sends one request over HTTP, in its own greenlet, and stamps each chunk of the stream as it is read.
 
 Each request has a connection of its own, as another user's would be: none waits for a slow one before it, and none
 meets a kept-alive connection that the server has just given up.
@@ -31,7 +31,7 @@ class TargetError(Exception):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What the target said of its model; `max_model_len` is None where it said nothing."""
+    """The target's word on its model; `max_model_len` is None where it said nothing."""
 
     name: str
     max_model_len: int | None
@@ -149,7 +149,7 @@ class Client:
 
 @dataclass
 class _Reading:
-    """What has been read of one answer. Times are seconds since `start`."""
+    """One answer as far as it has been read. Times are seconds since `start`."""
 
     start: float
     first_token_s: float | None = None

@@ -1,4 +1,4 @@
-"""The open loop: each request leaves at its time, in a greenlet of its own, whatever became of those before it."""
+"""The open loop: sends each request at its time, in its own greenlet, whatever became of those before it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A `tandem up` of this machine for a benchmark: started, watched until it serves, stopped."""
+"""Runs a `tandem up` on this machine for a benchmark: starts it, waits until it serves, stops it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 @dataclass
 class _Output:
-    """What the stack prints, read to its end by a thread, or the pipe would fill and the stack stand still.
+    """Reads in a thread all that the stack prints: else the pipe would fill and the stack stand still.
 
     `settled` is set when the stack serves, and when it has ended.
     """

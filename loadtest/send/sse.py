@@ -1,4 +1,4 @@
-"""Server-sent events, one line at a time: no I/O, so a stream cut anywhere parses the same."""
+"""Parses server-sent events line by line, without I/O: a stream cut anywhere parses the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One command's worth of runs: every target at every rate, each target started once, the same load for all.
+"""Runs every target at every rate, with the same load for all; starts each target once.
 
 At one rate all targets get the same requests at the same times. Another rate has prompts of its own, so that no run
 finds what an earlier one left in the server's prefix cache.
@@ -29,7 +29,7 @@ class SweepFailed(Exception):
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to run. `options` has everything but the rate; `stack_flags` go to every `tandem up`."""
+    """The settings of a sweep. `options` has all but the rate; `stack_flags` go to every `tandem up`."""
 
     targets: tuple[Target, ...]
     rates: tuple[float, ...]
@@ -53,7 +53,7 @@ class Sweep:
 
 
 class SweepWatcher:
-    """Is told how a sweep goes; this one looks away."""
+    """Follows a sweep; this one ignores all it is told."""
 
     def preparing(self, target: Target) -> None:
         """The target is being started."""

@@ -1,4 +1,4 @@
-"""What a sweep compares: stacks that it starts on this machine, and servers that run already."""
+"""Names what a sweep compares: stacks that it starts on this machine, and servers that run already."""
 
 from __future__ import annotations
 

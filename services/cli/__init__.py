@@ -1,0 +1,1 @@
+"""The `tandem` command: up, doctor, size and version, and the services by name."""

@@ -1,4 +1,4 @@
-"""Settings of the commands that serve nothing themselves: `tandem up`, `tandem doctor` and `tandem size`."""
+"""Declares the settings of `tandem up`, `tandem doctor` and `tandem size`, which serve nothing themselves."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class UpConfig(Settings):
 
 @dataclass(frozen=True)
 class DoctorConfig(Settings):
-    """What to examine."""
+    """Settings of `tandem doctor`."""
 
     model: str = setting("", help="directory of a Hugging Face model; the default is the demo model")
     redis: str = setting("", help="URL of the registry; the default examines the private Redis", secret=True)

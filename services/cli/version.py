@@ -1,4 +1,4 @@
-"""`tandem version`: what is installed, for bug reports."""
+"""`tandem version`: prints what is installed, for bug reports."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The router: OpenAI's HTTP API in front of decode and prefill workers."""
+"""The router: serves OpenAI's HTTP API in front of decode and prefill workers."""

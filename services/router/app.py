@@ -1,4 +1,4 @@
-"""The router's routes. The generating endpoints are ASGI applications of their own (`serving.py`); the rest is here."""
+"""Declares the router's routes, except the generating endpoints, which are ASGI applications (`serving.py`)."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def make_app(parts: RouterParts) -> App:
 
 
 def generating_endpoints(parts: RouterParts) -> dict[str, App]:
-    """By path; all of them take POST."""
+    """Returns the generating endpoints by path; all of them take POST."""
     return {
         "/v1/completions": GenerateEndpoint(parts, CompletionBody, plan_completion_request),
         "/v1/chat/completions": GenerateEndpoint(parts, ChatBody, plan_chat_request),

@@ -1,4 +1,4 @@
-"""The router's settings. Flags are spelled as `vllm serve` spells them where they mean the same."""
+"""Declares the router's settings. Flags are spelled as in `vllm serve` where they mean the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the router answers when it cannot serve: one exception, always rendered in OpenAI's error shape.
+"""Defines the router's one exception, always rendered in OpenAI's error shape.
 
 Whatever goes wrong on the way of a request is turned into an `ApiError` where it is understood, and into bytes once, at
 the edge (`app.py`, or as an SSE event in a stream that has begun).
@@ -37,7 +37,7 @@ class ApiError(Exception):
         return orjson.dumps({"error": error})
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Where they help, Retry-After and WWW-Authenticate."""
+        """Returns Retry-After and WWW-Authenticate where they help."""
         headers = []
         if self.retry_after_s is not None:
             headers.append((b"retry-after", str(self.retry_after_s).encode()))
@@ -105,5 +105,5 @@ def from_worker(error: pb.Error) -> ApiError:
 
 
 def is_retryable(error: pb.Error) -> bool:
-    """Whether another worker may well serve what this one could not."""
+    """Whether another worker may serve what this one could not."""
     return error.code in (pb.ERROR_CODE_OVERLOADED, pb.ERROR_CODE_UNAVAILABLE)

@@ -1,4 +1,4 @@
-"""The workers as this router sees them, in Prometheus series that are read when scraped."""
+"""Exports the workers as this router sees them, in Prometheus series that are read when scraped."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the router counts; docs/metrics.md lists it all. vLLM's names for the request series, so that its dashboards and
-scalers work, and `tandem:` for what only we have. Durations come from a request's timeline and from nothing else.
+"""Counts for the router what docs/metrics.md lists.
 
-The request series repeat, as clients see them, what workers export as they see it: the label `role` tells them apart.
+Request series have vLLM's names, for its dashboards and scalers; what only we have begins with `tandem:`. They say as
+clients see it what workers export as they see it (label `role`). Durations come from a request's timeline alone.
 """
 
 from __future__ import annotations
@@ -149,11 +149,11 @@ class RouterMetrics:
         self._lookup_time.observe(seconds)
 
     def watch_index(self, is_up: Callable[[], bool]) -> None:
-        """Where to read the index's state from, at scrape time."""
+        """Registers where the index's state is read from, at scrape time."""
         self._index_up.set_function(is_up)
 
     def watch_registry(self, is_up: Callable[[], bool]) -> None:
-        """Where to read the registry's state from, at scrape time."""
+        """Registers where the registry's state is read from, at scrape time."""
         self._registry_up.set_function(is_up)
 
     def exposition(self) -> bytes:

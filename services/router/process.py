@@ -1,4 +1,4 @@
-"""One router process from its settings to its exit."""
+"""Runs one router process from its settings to its exit."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _router_id(config: RouterConfig, port: int) -> str:
 
 
 def server_config(config: RouterConfig, parts: RouterParts) -> uvicorn.Config:
-    """How the application is served. The proxy's prefix is not uvicorn's business: `Edge` takes it off."""
+    """Configures uvicorn. It does not see the proxy's prefix: `Edge` takes it off."""
     return uvicorn.Config(
         make_app(parts),
         log_config=None,

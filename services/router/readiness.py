@@ -1,4 +1,4 @@
-"""Which models a request could be served with now, and why the others cannot."""
+"""Says which models can be served now, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from services.router.text import ModelDirectory
 
 
 class Readiness(NamedTuple):
-    """What `/ready` says."""
+    """The content of `/ready`."""
 
     models: list[str]
     not_ready: dict[str, str]

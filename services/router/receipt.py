@@ -1,4 +1,4 @@
-"""Where a sequence's KV came from and where its time went. Derived from the worker's usage and from stamps alone.
+"""Says where a sequence's KV came from and where its time went, from the worker's usage and stamps alone.
 
 The counters of the same names (metrics.py) are fed from receipts, so the two always add up.
 """

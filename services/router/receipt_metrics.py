@@ -1,4 +1,4 @@
-"""Counters that are fed from receipts and from nothing else, so that both always add up."""
+"""Feeds counters from receipts and from nothing else, so that both always add up."""
 
 from __future__ import annotations
 

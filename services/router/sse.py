@@ -1,4 +1,4 @@
-"""Server-sent events as OpenAI's clients read them, and the watch for a client that goes away."""
+"""Writes server-sent events as OpenAI's clients read them, and watches for a client that goes away."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def event(payload: dict[str, object]) -> bytes:
 
 
 def error_event(error: ApiError) -> bytes:
-    """How a stream ends that cannot go on. No [DONE] follows: the answer is not complete."""
+    """Ends a stream that cannot go on. No [DONE] follows: the answer is not complete."""
     return b"data: " + error.body() + b"\n\n"
 
 

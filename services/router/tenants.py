@@ -1,4 +1,4 @@
-"""Who asks, by API key, and what keeps their cached blocks apart.
+"""Names the tenant behind an API key, and keeps tenants' cached blocks apart.
 
 An entry of `--api-key` is a key, or `tenant:key`: keys of one tenant share its cached prefixes, and a key without a
 tenant is one of its own. A tenant's salt is an HMAC, so whatever a client sends as its own `cache_salt`, it never
@@ -47,7 +47,7 @@ class Keyring:
         return bool(self._tenants)
 
     def find(self, given: bytes) -> Tenant | None:
-        """Whose key it is."""
+        """Returns the tenant of a key."""
         # Compare with every key, in constant time: the time must not tell which or how much of it is right.
         matches = [tenant for key, tenant in self._tenants if hmac.compare_digest(given, key)]
         return matches[0] if matches else None

@@ -1,1 +1,1 @@
-"""`tandem doctor`: what on this machine would keep Tandem from running, and what to do about it."""
+"""`tandem doctor`: finds what keeps Tandem from running on this machine, and says what to do about it."""

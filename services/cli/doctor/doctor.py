@@ -1,4 +1,4 @@
-"""`tandem doctor`: examines this machine and says, for whatever stands in the way of serving, what helps."""
+"""`tandem doctor`: examines this machine, prints the findings and their remedies."""
 
 from __future__ import annotations
 

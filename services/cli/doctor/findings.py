@@ -1,4 +1,4 @@
-"""What `tandem doctor` finds: a verdict on one thing, and the remedy where there is something to cure."""
+"""Defines a finding of `tandem doctor`: a verdict on one thing, and the remedy where there is one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ProbeFailed(Exception):
 
 
 def probe(code: str, *arguments: str) -> object:
-    """What `code` prints as JSON in its last line, run in a Python of its own.
+    """Runs `code` in a Python of its own and returns what it prints as JSON in its last line.
 
     Native libraries are examined so: one that aborts or hangs must not take the examination along. Raises ProbeFailed.
     """

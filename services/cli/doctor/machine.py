@@ -1,4 +1,4 @@
-"""What the machine has: processors, memory, limits, GPUs, and whether the router's port is free."""
+"""Examines the machine: processors, memory, limits, GPUs, and whether the router's port is free."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def check_processor() -> list[Finding]:
 
 
 def check_kernels() -> list[Finding]:
-    """What computes bfloat16 on this CPU, and why nothing faster: what a worker finds when it starts."""
+    """Tells which kernels compute bfloat16 on this CPU, and why no faster ones: as a worker finds them at start."""
     try:
         said = probe(_KERNEL_PROBE)
     except ProbeFailed as error:
@@ -101,7 +101,7 @@ def check_memory(shm: Path = Path("/dev/shm")) -> list[Finding]:
 
 
 def check_torch() -> list[Finding]:
-    """Whether torch loads, and whether it sees the GPUs that are there."""
+    """Checks that torch loads, and that it sees this machine's GPUs."""
     try:
         said = probe(_TORCH_PROBE)
     except ProbeFailed as error:
@@ -124,7 +124,7 @@ def check_torch() -> list[Finding]:
 
 
 def check_port(host: str, port: int) -> list[Finding]:
-    """Whether the router can listen where it is told to."""
+    """Checks that the router can listen on its port."""
     try:
         claim_port(host, port)
     except StartFailed as error:

@@ -1,4 +1,4 @@
-"""Can the model be served, and does it fit?"""
+"""Checks that the model can be served and that it fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Are the packages there that Tandem was made for?"""
+"""Checks that the packages are there, in the versions that Tandem was made for."""
 
 from __future__ import annotations
 

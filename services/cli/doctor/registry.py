@@ -1,4 +1,4 @@
-"""Does Redis answer, and is it new enough?"""
+"""Checks that Redis answers and is new enough."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How blocks could travel: what ucxx and NIXL load, which lanes UCX sees, and what the kernel allows."""
+"""Examines how blocks could travel: what ucxx and NIXL load, UCX's lanes, and the kernel's permissions."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_transports() -> list[Finding]:
 
 
 def check_ucxx() -> list[Finding]:
-    """Whether UCX loads, and which transports over which devices it offers."""
+    """Checks that UCX loads; lists its transports and devices."""
     try:
         said = probe(_UCXX_PROBE)
     except ProbeFailed as error:
@@ -73,7 +73,7 @@ def ucx_resources(info: str) -> list[str]:
 
 
 def check_nixl() -> list[Finding]:
-    """Whether NIXL loads with its UCX backend."""
+    """Checks that NIXL loads with its UCX backend."""
     try:
         said = probe(_NIXL_PROBE)
     except ProbeFailed as error:
@@ -86,7 +86,7 @@ def check_nixl() -> list[Finding]:
 
 
 def check_cross_memory_attach(yama: Path = Path("/proc/sys/kernel/yama/ptrace_scope")) -> list[Finding]:
-    """Whether one worker may read another's memory on this machine, the fastest way between two on a CPU."""
+    """Checks that one worker may read another's memory here: the fastest way between two on a CPU."""
     try:
         said = probe(_CMA_PROBE)
     except ProbeFailed as error:

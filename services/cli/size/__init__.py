@@ -1,1 +1,1 @@
-"""`tandem size`: what a deployment needs of memory, network and index."""
+"""`tandem size`: computes what a deployment needs of memory, network and index."""

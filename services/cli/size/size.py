@@ -1,4 +1,4 @@
-"""`tandem size`: what a model needs in KV memory, bandwidth, Redis and store memory."""
+"""`tandem size`: prints what a model needs in KV memory, bandwidth, Redis and store memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory and bandwidth a deployment needs: arithmetic over a model's configuration, nothing else.
+"""Computes a deployment's memory and bandwidth from a model's configuration. Arithmetic, nothing else.
 
 The bytes of a block are `kvstore.block.layout`'s, so they are what the engine allocates and what travels. No torch.
 """

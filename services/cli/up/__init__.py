@@ -1,4 +1,4 @@
-"""`tandem up`: the whole stack on one machine, planned, started, watched and ended."""
+"""`tandem up`: plans, starts, watches and ends the whole stack on one machine."""
 
 from services.cli.up.placement import available_cores
 from services.cli.up.up import StartFailed, choose_model, claim_port

@@ -1,4 +1,4 @@
-"""What `tandem up` shows: one log stream with a prefix per process, and how far the models are loaded.
+"""Shows what `tandem up` does: one log stream with a prefix per process, and the loading of models.
 
 Logs go to standard error; standard output gets the URL alone, when there is something to ask.
 """
@@ -15,7 +15,7 @@ _COLORS = (36, 35, 33, 32, 34, 96, 95, 93, 92, 94)  # not red: that is for error
 
 
 class Display(Protocol):
-    """Where the supervised processes' output goes."""
+    """Takes the supervised processes' output."""
 
     def line(self, name: str, text: str) -> None:
         """A line of a process's output, or of the launcher's own."""

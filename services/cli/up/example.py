@@ -1,4 +1,4 @@
-"""The command that `tandem up` prints at its end: a request that shows the model at work, to paste into a terminal."""
+"""Makes the example request that `tandem up` prints at its end, to paste into a terminal."""
 
 from __future__ import annotations
 

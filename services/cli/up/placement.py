@@ -1,4 +1,4 @@
-"""Where the workers of `tandem up` run: which cores, how many threads, which GPU.
+"""Places the workers of `tandem up`: which cores, how many threads, which GPU.
 
 Prefill saturates arithmetic and decode saturates memory, so neither slows the other as long as they do not share a
 core: the cores are dealt out in equal shares that keep the threads of one physical core together. Router and Redis stay
@@ -82,7 +82,7 @@ def available_cores() -> list[Core]:
 
 
 def available_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES allows, else the numbers of the NVIDIA devices of this machine."""
+    """Lists the GPUs that CUDA_VISIBLE_DEVICES allows, else this machine's NVIDIA devices, by number."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [gpu.strip() for gpu in visible.split(",") if gpu.strip() and gpu.strip() != "-1"]

@@ -1,4 +1,4 @@
-"""From the settings of `tandem up` to the processes that it starts: who runs, with which flags, where. No I/O.
+"""Plans the processes that `tandem up` starts from its settings: who, with which flags, where. No I/O.
 
 The other processes' settings are not declared again: `up` takes the declarations from their config classes, and passes
 on what was given. What the launcher decides itself (addresses, names, the registry) it does not take.
@@ -221,7 +221,7 @@ def _placed(values: Mapping[str, object], placement: Placement) -> dict[str, obj
 
 
 def _threads(values: Mapping[str, object]) -> dict[str, str]:
-    """For the thread pools that native libraries open before they can be told otherwise."""
+    """Sets the size of thread pools that native libraries open before they can be told otherwise."""
     return {"OMP_NUM_THREADS": str(values["num_threads"])} if values.get("num_threads") else {}
 
 

@@ -1,4 +1,4 @@
-"""What `tandem up` runs, as data: one program to keep running, and the whole stack."""
+"""Describes what `tandem up` runs: one program to keep running, and the whole stack."""
 
 from __future__ import annotations
 

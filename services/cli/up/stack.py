@@ -1,4 +1,4 @@
-"""The running stack of `tandem up`: starts the processes, waits until they serve, stops them in order."""
+"""Runs the stack of `tandem up`: starts the processes, waits until they serve, stops them in order."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def _reached(
     running: Sequence[asyncio.Task[None]],
     timeout_s: float | None,
 ) -> bool:
-    """Whether the goal was reached before the stop. Raises what a child's task or the goal raises, and TimeoutError."""
+    """Whether the goal was reached before the stop. Raises what a child or the goal raises, and TimeoutError."""
     done, _ = await asyncio.wait({goal, stopped, *running}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     if not done:
         raise TimeoutError

@@ -1,4 +1,4 @@
-"""Keeps the processes of `tandem up` running: starts them, reads their output, restarts the one that dies, stops them.
+"""Keeps processes running: starts them, reads their output, restarts one that dies, stops them.
 
 A process that ends before it has ever served raises `ChildFailed`: something is wrong that trying again does not cure.
 One that ends later is started again, after a pause that doubles with each failure in a row. On Linux no child outlives
@@ -108,7 +108,7 @@ class Child:
             _kill_group(self._process)
 
     async def _run_once(self) -> int:
-        """From start to exit; returns the exit status, negative for a signal."""
+        """Runs it from start to exit; returns the exit status, negative for a signal."""
         cores = ",".join(str(core) for core in self.spec.cores)
         # Our own pipe: with asyncio's, wait() would last until everybody who inherited it had closed it.
         read_end, write_end = os.pipe()

@@ -1,4 +1,4 @@
-"""`tandem up`: the whole stack on this machine, from a private Redis to the URL to ask."""
+"""`tandem up`: runs the whole stack on this machine, from a private Redis to the URL to ask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTTP edge: who may come in, how many at a time, and one line for each when it leaves."""
+"""The HTTP edge: checks keys, bounds what is in flight, logs each request once."""
 
 from services.router.edge.access import CLIENT_GONE
 from services.router.edge.admission import Admission, Room

@@ -1,4 +1,4 @@
-"""The router's one line per HTTP request, and its count: what it came to, by whom and when. No text, no keys.
+"""Logs and counts each HTTP request once: its end, its tenant, its times. No text, no keys.
 
 `Edge` begins a record with each request and closes it with its end, however it ends; on the way the endpoints write
 down what they know. Of an error the code is logged and not the message, which may quote the request.

@@ -1,4 +1,4 @@
-"""How much the router takes on: a bounded number of sequences in flight, a bounded queue before it, 429 beyond."""
+"""Bounds the sequences in flight and the queue before them; answers 429 beyond."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTTP edge that every endpoint shares: bodies, answers, request ids, keys, and errors in one shape."""
+"""Holds what every HTTP endpoint shares: bodies, answers, request ids, keys, and errors in one shape."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class Guard:
                 raise  # the server cuts the connection, so that the client does not take the answer for whole
 
     def _tenant(self, scope: Message) -> Tenant | None:
-        """Whose key came with the request; None where none is needed. Raises ApiError 401."""
+        """Returns the tenant of the request's key; None where no key is needed. Raises ApiError 401."""
         if not self._keyring or scope["path"] in OPEN:
             return None
         kind, _, key = (header(scope, b"authorization") or "").partition(" ")

@@ -1,4 +1,4 @@
-"""The generating endpoints as ASGI applications: read, plan, admit, generate, and answer whole or as a stream.
+"""The generating endpoints as ASGI applications: read, plan, admit, generate, answer whole or as a stream.
 
 One task serves one HTTP request from its first byte to its last. A client that goes away, at any point, cancels it;
 `Generation.close` in a `finally` then ends every sequence at its worker.
@@ -53,7 +53,7 @@ _RECEIPT_HEADER = b"x-tandem-receipt"
 
 @dataclass(frozen=True)
 class RouterParts:
-    """What the endpoints work with. Built by `main`, which owns and closes it."""
+    """The parts that the endpoints work with. `main` builds, owns and closes them."""
 
     config: RouterConfig
     models: ModelDirectory
@@ -66,7 +66,7 @@ class RouterParts:
 
     @asynccontextmanager
     async def deadline(self) -> AsyncIterator[None]:
-        """What is done under it ends in time: with ApiError 504."""
+        """Ends what runs under it in time, with ApiError 504."""
         timeout_s = self.config.request_timeout_s or None
         try:
             async with asyncio.timeout(timeout_s):

@@ -1,4 +1,4 @@
-"""The workers as the router knows them: sessions, what each holds, and an order's way there and back."""
+"""Knows the workers: keeps sessions with them, knows what each holds, and carries orders there and back."""
 
 from services.router.fleet.dispatch import Arrival, Dispatch, error_of
 from services.router.fleet.placement import Ask, Placer, routing_key

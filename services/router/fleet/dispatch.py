@@ -1,4 +1,4 @@
-"""A request's way through the workers: choose, submit, and try another worker while nothing is lost by it.
+"""Leads a request through the workers: chooses, submits, and tries another while nothing is lost by it.
 
 One HTTP request becomes one or more sequences (prompts times n); each is an order of its own, and all of them report
 to one `Dispatch`, which one consumer drains. Sequences begin as the request's room grants it, a breath between two.
@@ -45,7 +45,7 @@ class Arrival(NamedTuple):
 
 @dataclass(frozen=True)
 class ServedBy:
-    """Where a sequence is, and how many decode workers it was given to."""
+    """The place of a sequence, and the number of decode workers it was given to."""
 
     placement: Placement
     num_attempts: int
@@ -145,7 +145,7 @@ class Dispatch:
         return arrived
 
     def served_by(self, index: int) -> ServedBy | None:
-        """Who serves, or has served, a sequence; None before it was submitted."""
+        """Returns who serves, or has served, a sequence; None before it was submitted."""
         sequence = self._sequences[index] if index < len(self._sequences) else None
         if sequence is None or sequence.placement is None:
             return None

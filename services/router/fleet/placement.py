@@ -1,4 +1,4 @@
-"""Carries the pure choice (routing.py) out: takes the snapshot, and remembers what was sent where.
+"""Carries out the pure choice (routing.py): takes the snapshot, and remembers what was sent where.
 
 All of the router's mutable routing state is here: the policy's, the prefixes just sent, the log of decisions. It
 belongs to the event loop.
@@ -73,7 +73,7 @@ class Placement:
 
     @property
     def prefill_key(self) -> WorkerKey:
-        """Of the worker that is expected to prefill."""
+        """Returns the key of the worker that is expected to prefill."""
         if self.decision.prefills_locally:
             return self.decode_key
         return self.decision.prefill[0].worker_id, self.decision.prefill[0].incarnation

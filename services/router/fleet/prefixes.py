@@ -1,4 +1,4 @@
-"""A prompt's block hashes, and who holds them: hashed and asked of the index once per prompt.
+"""Hashes a prompt's blocks and asks the index who holds them, once per prompt.
 
 The index is a hint. Where it is slow, down or not there, the answer is "nobody", and routing goes on.
 """
@@ -20,7 +20,7 @@ MAX_LOOKUPS = 32
 
 
 class BlockSpace(NamedTuple):
-    """What decides, beside tokens and salt, how a prompt is cut into hashed blocks."""
+    """Decides, with tokens and salt, how a prompt is cut into hashed blocks."""
 
     model_fingerprint: str
     block_size: int

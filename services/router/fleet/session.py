@@ -1,4 +1,4 @@
-"""One bidirectional gRPC stream per decode worker: orders go down it, frames with everybody's tokens come up.
+"""Keeps one bidirectional gRPC stream per decode worker: orders go down, frames with tokens come up.
 
 The session reconnects by itself. It hands each output to whoever submitted the request, at once and without waiting
 (`OutputSink.deliver` only stores), so that one slow client never holds up the others. When the stream ends, however it
@@ -32,7 +32,7 @@ _FIRST_BACKOFF_S = 0.1
 
 
 class OutputSink(Protocol):
-    """Where a request's outputs go. Both are called in the event loop, and must neither block nor raise."""
+    """Takes a request's outputs. Both methods run in the event loop, and must neither block nor raise."""
 
     def deliver(self, output: pb.Output) -> None:
         """The first token, log probabilities, or the end: each request has exactly one."""
@@ -50,7 +50,7 @@ class SessionFull(Exception):
 
 
 def rates_from_proto(message: pb.Rates) -> Rates:
-    """What a worker says of its speed, checked."""
+    """Checks and converts a worker's word on its speed."""
     return Rates.from_wire({field.name: value for field, value in message.ListFields()})
 
 

@@ -1,4 +1,4 @@
-"""The workers that the registry lists, and the session with each decode worker among them.
+"""Follows the workers that the registry lists, and keeps a session with each decode worker.
 
 A decode worker that leaves the registry gets no new requests, but keeps its session until its last one has ended: a
 lost lease may only mean that Redis had a bad moment.
@@ -86,7 +86,7 @@ class Workers:
         }
 
     def awaits_prefill(self, worker: DecodeCandidate) -> bool:
-        """Whether the prefill workers of a decode worker that was started to have some are still to come.
+        """Whether a decode worker that expects prefill workers still waits for the first.
 
         A fleet starts in any order, and prompts that come before the first prefill worker are all prefilled by the
         decode workers. Not so when it is colocated; nor once a prefill worker of the model has been registered, here or
@@ -158,7 +158,7 @@ class Workers:
             self._prefill_rates[worker_id] = rates_from_proto(rates)
 
     def rates(self, model_fingerprint: str) -> Rates:
-        """How fast the workers are that compute this model's prompts; where there are no such, its decode workers."""
+        """Returns the speed of the workers that compute this model's prompts: prefill, else decode workers."""
         of_model = [record for record in self._records if record.model_fingerprint == model_fingerprint]
         prefill = [record for record in of_model if record.role == "prefill"]
         known = [self._prefill_rates[record.worker_id] for record in prefill if record.worker_id in self._prefill_rates]

@@ -1,4 +1,4 @@
-"""OpenAI's API: bodies to requests, tokens to choices, choices to answers whole or streamed."""
+"""Speaks OpenAI's API: bodies to requests, tokens to choices, choices to answers whole or streamed."""
 
 from services.router.openai.bodies import ChatBody, CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody, decode
 from services.router.openai.chat import ChatRenderer, plan_chat, tokenize_chat

@@ -1,4 +1,4 @@
-"""Bodies of the POST endpoints as declared types: from them bytes are decoded, and /openapi.json is made.
+"""Declares the bodies of POST endpoints as types, for decoding and for /openapi.json.
 
 Null counts as absent, unknown fields are ignored. What depends on the model or on settings is checked by
 `openai_requests`. Fields that steer a disaggregated server's insides (`kv_transfer_params` and the like) are not

@@ -1,4 +1,4 @@
-"""/v1/chat/completions: from messages to token ids, and from deltas to OpenAI's chat.completion objects."""
+"""Serves /v1/chat/completions: turns messages into token ids, and deltas into chat.completion objects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One answer in the making: a worker's outputs in, text deltas out. Detokenizes and applies stop strings."""
+"""Builds one answer: takes a worker's outputs, detokenizes, applies stop strings, gives text deltas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from services.router.text import ServedModel, StopMatcher
 
 @dataclass(slots=True)
 class Delta:
-    """What is new in choice `index`. `restarted`: what earlier deltas said of it is void."""
+    """The news of choice `index`. `restarted`: earlier deltas are void."""
 
     index: int
     text: str = ""

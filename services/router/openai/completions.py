@@ -1,4 +1,4 @@
-"""/v1/completions: from a checked body to token ids, and from deltas to OpenAI's text_completion objects."""
+"""Serves /v1/completions: turns a checked body into token ids, and deltas into text_completion objects."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class CompletionRenderer:
         self._begun = [False] * plan.num_sequences
 
     def opening(self) -> bytes:
-        """What a stream starts with before there is any token: nothing."""
+        """Opens a stream with nothing: no token, no chunk."""
         return b""
 
     def event(self, delta: Delta) -> bytes:

@@ -1,4 +1,4 @@
-"""One HTTP request's generation: prompts times n sequences, from orders to deltas, with its metrics and its end."""
+"""Runs one HTTP request's generation, prompts times n sequences: orders, deltas, metrics, and the end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class GenerationPlan:
         return len(self.prompts) * self.request.n
 
     def order(self, index: int, timeout_s: float, cache_salt: str) -> pb.GenerateRequest:
-        """What the worker of a sequence gets. `cache_salt` is the workers', not the client's."""
+        """Makes the order for a sequence's worker. `cache_salt` is the workers', not the client's."""
         prompt, choice = divmod(index, self.request.n)
         return pb.GenerateRequest(
             request_id=self.request_id if self.num_sequences == 1 else f"{self.request_id}-{index}",
@@ -132,7 +132,7 @@ class Generation:
         self._started = False
 
     def start(self) -> None:
-        """From now on its sequences count as waiting, here or at a worker."""
+        """Counts its sequences as waiting from now on, here or at a worker."""
         self._started = True
         self._metrics.num_waiting.inc(len(self._choices))
 
@@ -171,7 +171,7 @@ class Generation:
                 merged[index] = delta
 
     def usage(self) -> UsageCount:
-        """Of all sequences; a prompt counts once, however many answers it has."""
+        """Sums usage over all sequences; a prompt counts once, however many answers it has."""
         reports = [choice.usage for choice in self._choices[:: self.plan.request.n]]
         cached = sum(report.num_cached_tokens for report in reports if report is not None)
         return UsageCount(
@@ -181,7 +181,7 @@ class Generation:
         )
 
     def receipt(self) -> Receipts | None:
-        """What the client asked to be told, if it asked: one receipt per sequence, null where none is known."""
+        """Returns the receipts that the client asked for: one per sequence, null where none is known."""
         if not self.plan.request.receipt:
             return None
         return {
@@ -190,11 +190,11 @@ class Generation:
         }
 
     def usage_of(self, index: int) -> UsageCount:
-        """Of one sequence, for continuous_usage_stats."""
+        """Returns one sequence's usage, for continuous_usage_stats."""
         return UsageCount(len(self.plan.prompts[index // self.plan.request.n]), self._choices[index].num_tokens)
 
     def facts(self) -> dict[str, object]:
-        """What the log says of the request: counts, seconds, ids of workers; nothing that the client wrote."""
+        """Returns the facts for the log: counts, seconds, ids of workers; nothing that the client wrote."""
         usage, timeline = self.usage(), self._timeline
         served = [by for by in map(self._dispatch.served_by, range(self.plan.num_sequences)) if by is not None]
         prefilled_by = {receipt.prefill_worker_id for receipt in self._receipts if receipt is not None}
@@ -271,7 +271,7 @@ class Generation:
             self._metrics.generation_tokens.inc(num_tokens)
 
     def _count_whole(self, choice: Choice) -> None:
-        """What is not streamed counts at its end: until then a new attempt may make it void."""
+        """Counts unstreamed output at its end: until then a new attempt may make it void."""
         first_token_s = self._first_token_s[choice.index]
         if first_token_s is not None and not self.plan.request.stream:
             self._metrics.generation_tokens.inc(choice.num_tokens)

@@ -1,4 +1,4 @@
-"""Log probabilities in the three forms that clients know: completions, chat, and vLLM's prompt_logprobs."""
+"""Formats log probabilities for completions, for chat, and as vLLM's prompt_logprobs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _finite(logprob: float) -> float:
 
 
 class TokenNamer:
-    """How a token is written in an answer: as text, or as `token_id:N` where the client asked for that."""
+    """Writes a token into an answer: as text, or as `token_id:N` where the client asked for that."""
 
     def __init__(self, tokenizer: ModelTokenizer, as_token_ids: bool) -> None:
         self._tokenizer = tokenizer
@@ -59,7 +59,7 @@ class CompletionLogprobs:
         return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": names, "top_logprobs": tops}
 
     def _offset(self, token_id: int) -> int:
-        """Where in the text the token begins, in characters; inside a character: where that character begins."""
+        """Returns where in the text the token begins, in characters; inside a character: where that begins."""
         if self._skip_special_tokens and self._tokenizer.is_special(token_id):
             return self._num_characters
         content = self._tokenizer.token_bytes(token_id)

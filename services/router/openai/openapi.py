@@ -1,4 +1,4 @@
-"""/openapi.json: the types that bodies are decoded as (`bodies`), and what FastAPI knows of the other routes."""
+"""Makes /openapi.json from the types of bodies (`bodies`) and from FastAPI's routes."""
 
 from __future__ import annotations
 

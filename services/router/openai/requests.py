@@ -1,4 +1,4 @@
-"""Decoded bodies, checked against model and settings. Anything wrong is an ApiError 400 that names the field."""
+"""Checks decoded bodies against model and settings. An error is an ApiError 400 that names the field."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What both endpoints have in common."""
+    """The fields that both endpoints share."""
 
     sampling: pb.SamplingParams
     """All but seed and max_tokens, which differ per sequence."""

@@ -1,4 +1,4 @@
-"""Which pair of workers computes a request. Pure: a snapshot in, a decision with its terms out."""
+"""Chooses the pair of workers for a request. Pure: a snapshot in, a decision with its terms out."""
 
 from services.router.routing.cost import CostModel, Held, KnownPrefix
 from services.router.routing.explain import MAX_CANDIDATES, DecisionEntry, DecisionLog, bounded

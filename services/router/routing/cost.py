@@ -1,8 +1,7 @@
-"""What a prompt would cost at a worker: a pure function of what is known of its prefix and of the worker's load.
+"""Estimates what a prompt costs at a worker. Pure: its cached prefix and the worker's load in.
 
-The unit is the time that the prefill of one token takes, so a term of 100 is as bad as 100 more tokens to compute. The
-times are those of `services.rates`, by what the workers that compute a model's prompts have learnt; they are taken for
-equally fast, so that equal candidates stay equal.
+The unit is the time that the prefill of one token takes: a term of 100 is as bad as 100 more tokens to compute. Times
+are those of `services.rates`, as a model's workers learnt them; all count as equally fast: equal candidates stay equal.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class Held:
 
 @dataclass(frozen=True)
 class KnownPrefix:
-    """Who has the first blocks of a prompt, under one model fingerprint."""
+    """Holds who has the first blocks of a prompt, under one model fingerprint."""
 
     block_size: int
     num_blocks: int = 0
@@ -83,7 +82,7 @@ class KnownPrefix:
     """Blocks that a worker must have, or have soon: this router sent it such a prompt a moment ago."""
 
     def own(self, worker_id: str) -> Held:
-        """What the worker itself has; what is expected of it comes into its paged cache."""
+        """Counts the worker's own blocks; those expected of it come into its paged cache."""
         held = self.held.get(worker_id, _NOTHING)
         num_soon = min(self.expected.get(worker_id, 0), self.num_blocks) - held.num_blocks
         if num_soon <= 0:
@@ -97,7 +96,7 @@ _NOTHING = Held(0, (0, 0, 0, 0))
 
 @dataclass(frozen=True, slots=True)
 class PrefillTerms:
-    """What a prompt costs at the worker that prefills it. All but the counts are in tokens."""
+    """The cost of a prompt at the worker that prefills it. All but the counts are in tokens."""
 
     worker_id: str
     queued: float
@@ -123,7 +122,7 @@ class PrefillTerms:
 
 @dataclass(frozen=True, slots=True)
 class DecodeTerms:
-    """What a request costs at a decode worker. All but `worker_id` and `prefills` are in tokens."""
+    """The cost of a request at a decode worker. All but `worker_id` and `prefills` are in tokens."""
 
     worker_id: str
     prefills: bool
@@ -178,7 +177,7 @@ def prefill_terms(
 
 
 def handoff_tokens(cost: CostModel, num_blocks: int, block_size: int) -> float:
-    """What it costs to read so many blocks from the prefill worker."""
+    """Returns the cost of reading so many blocks from the prefill worker."""
     return cost.tokens(cost.rates.fetch_s(_tokens((num_blocks, 0, 0, 0), block_size)))
 
 

@@ -1,4 +1,4 @@
-"""The last routing decisions, each with what every candidate would have cost: `/debug/routing/{request_id}`.
+"""Keeps the last routing decisions, with every candidate's cost, for `/debug/routing/{request_id}`.
 
 Holds ids, counts and costs; no text, no token ids, no block hashes.
 """

@@ -1,4 +1,4 @@
-"""Which workers serve a request: a pure function of a snapshot. No clock, no I/O, no state of its own.
+"""Orders the workers for a request: a pure function of a snapshot. No clock, no I/O, no state.
 
 Every policy puts the decode workers and the prefill workers in an order. The decode worker takes the first prefill
 worker that it can reach, or computes the prompt by itself where little of it is missing. Ties are broken by a
@@ -28,7 +28,7 @@ MAX_PREFILL_TARGETS = 3
 
 
 class Policy(StrEnum):
-    """How workers are put in order."""
+    """The ways to order workers."""
 
     KV = "kv"  # least cost of the pair (cost.py): queues, what is missing of the prefix, decode load
     LEAST_LOADED = "least-loaded"  # fewest requests, fewest prompt tokens
@@ -81,7 +81,7 @@ class PrefillCandidate:
 
 @dataclass(frozen=True)
 class RoutedRequest:
-    """What the choice may depend on."""
+    """The facts of a request that the choice may depend on."""
 
     model: str
     num_prompt_tokens: int
@@ -99,14 +99,14 @@ _UNKNOWN_PREFIX = KnownPrefix(block_size=1)
 
 @dataclass(frozen=True)
 class PolicyState:
-    """What a policy remembers; whoever calls `choose` takes the decision's over."""
+    """A policy's memory; whoever calls `choose` takes the decision's over."""
 
     last_turn: Mapping[str, int] = field(default_factory=dict)
     """round-robin: when each worker was last chosen, counted in decisions."""
 
 
 class Refusal(Enum):
-    """Why no decode worker was chosen. The value is the metric label."""
+    """The reasons why no decode worker was chosen. The value is the metric label."""
 
     NO_WORKER = "no_worker"  # none is registered for the model
     NOT_CONNECTED = "not_connected"

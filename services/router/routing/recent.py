@@ -1,4 +1,4 @@
-"""Which worker was just sent which prefix: what the index will only say a moment later.
+"""Remembers which prefix was just sent to which worker, until the index says so.
 
 So identical cold prompts of one burst follow the first of them, and the next turn of a conversation finds its worker
 before the index has caught up. A memory of hints: bounded, aged, and never the reason for an error.
@@ -49,7 +49,7 @@ class RecentPrefixes:
                 del self._sent[block_hash]
 
     def num_held(self, hashes: Sequence[BlockHash], now_s: float) -> dict[WorkerKey, int]:
-        """How many of the hashes, from the first on, each worker has. Cost: what the longest holder has."""
+        """Counts how many of the hashes, from the first on, each worker has. Cost: what the longest holder has."""
         self._expire(now_s)
         found: dict[WorkerKey, int] = {}
         following: set[WorkerKey] | None = None

@@ -1,4 +1,4 @@
-"""From text to tokens and back: tokenizers, chat templates, and the models that they belong to."""
+"""Turns text into tokens and back: tokenizers, chat templates, and the models that they belong to."""
 
 from services.router.text.chat_template import ChatTemplateError
 from services.router.text.detokenizer import StopMatcher

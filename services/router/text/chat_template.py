@@ -1,6 +1,4 @@
-"""Messages to prompt text: the model's Jinja chat template, in the same sandbox and with the same helpers that
-`transformers` gives it, so that every published template renders as its author saw it.
-"""
+"""Renders messages with the model's Jinja chat template, in the sandbox and with the helpers of `transformers`."""
 
 from __future__ import annotations
 
@@ -116,7 +114,7 @@ class ChatTemplate:
 
 
 def _loops_over_content(template: nodes.Template) -> bool:
-    """Whether the template goes through content parts itself, as `{% for part in message['content'] %}` does."""
+    """Whether the template loops over content parts itself: `{% for part in message['content'] %}`."""
     return any(_is_content(loop.iter) for loop in template.find_all(nodes.For))
 
 

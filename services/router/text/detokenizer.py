@@ -1,4 +1,4 @@
-"""Token ids to text, a few at a time, so that the pieces put together are what decoding all of them at once gives.
+"""Turns token ids into text piece by piece; the pieces join to what decoding all at once gives.
 
 A character may spread over several tokens and is held back until its last byte is there. `StopMatcher` behind it cuts
 the text at the first stop string and never lets a part of one out.
@@ -54,7 +54,7 @@ class Detokenizer:
         return ""
 
     def flush(self) -> str:
-        """What was held back, with U+FFFD where characters stayed unfinished. Nothing may be fed after this."""
+        """Returns what was held back, with U+FFFD for unfinished characters. Nothing may be fed after this."""
         return self._take(len(self._pending)) if self._pending else ""
 
     def _take(self, num_tokens: int) -> str:
@@ -105,7 +105,7 @@ class StopMatcher:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """What was held back; the text has ended without a stop string in it."""
+        """Returns what was held back; the text has ended without a stop string in it."""
         held, self._held = self._held, ""
         return held
 

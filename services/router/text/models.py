@@ -1,4 +1,4 @@
-"""The models that clients can ask for: what the registry says is served, with the files that the router needs."""
+"""Lists the models that clients can ask for: those in the registry, with the files that the router needs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What is read from a model's directory, once for all its names."""
+    """The files of a model's directory, read once for all its names."""
 
     tokenizer: ModelTokenizer
     templates: dict[str, ChatTemplate]
@@ -77,7 +77,7 @@ class ServedModel:
 
 
 class ModelSource(NamedTuple):
-    """Where a model's files come from."""
+    """Finds a model's files."""
 
     model_path: str
     tokenizer_path: str
@@ -183,7 +183,7 @@ class ModelDirectory:
         return model
 
     def not_loaded(self) -> dict[str, str]:
-        """Why each model that is registered, and that we are to serve, is not among `names`."""
+        """Says why each registered model that we are to serve is not among `names`."""
         return {
             name: self._failures.get(self._source(record), "its tokenizer is being loaded")
             for record in self._records

@@ -1,4 +1,4 @@
-"""The model's tokenizer, from its `tokenizer.json`, and the threads that do its long work off the event loop."""
+"""The tokenizer pool: loads `tokenizer.json` and runs tokenizers in threads, off the event loop."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class ModelTokenizer:
         return Detokenizer(self._tokenizer, self._special_ids if skip_special_tokens else ())
 
     def is_special(self, token_id: int) -> bool:
-        """Whether `skip_special_tokens` leaves it out."""
+        """Whether `skip_special_tokens` leaves the token out."""
         return token_id in self._special_ids
 
     def token_name(self, token_id: int) -> str:
