@@ -11,7 +11,9 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+_Result = TypeVar("_Result")
 
 # How long an idle loop sleeps at most; a wake ends that at once.
 _IDLE_WAIT_S = 1.0
@@ -33,6 +35,9 @@ class Threads(Protocol):
     def pool(self, name: str, num_threads: int = 1) -> Executor:
         """For `loop.run_in_executor`. Whoever asks for one shuts it down."""
 
+    async def run(self, work: Callable[[], _Result]) -> _Result:
+        """Return what `work` returns, done off the loop, once. Who is cancelled meanwhile leaves it running."""
+
     def start(self, name: str, turn: Callable[[], bool]) -> Runner:
         """Call `turn` again and again: at once where it returned True, else when it is woken, or after a while."""
 
@@ -42,6 +47,9 @@ class OsThreads:
 
     def pool(self, name: str, num_threads: int = 1) -> Executor:
         return ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+
+    async def run(self, work: Callable[[], _Result]) -> _Result:
+        return await asyncio.to_thread(work)
 
     def start(self, name: str, turn: Callable[[], bool]) -> Runner:
         return _ThreadRunner(name, turn)

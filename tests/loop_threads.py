@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from typing import Any
+from typing import Any, TypeVar
 
 from kvstore.threads import Runner
+
+_Result = TypeVar("_Result")
 
 
 class _Inline(Executor):
@@ -42,6 +44,9 @@ class _LoopRunner:
 class LoopThreads:
     def pool(self, name: str, num_threads: int = 1) -> Executor:
         return _Inline()
+
+    async def run(self, work: Callable[[], _Result]) -> _Result:
+        return work()
 
     def start(self, name: str, turn: Callable[[], bool]) -> Runner:
         return _LoopRunner(turn)

@@ -6,9 +6,10 @@ by fetching what workers offer (`store_intake`). It knows neither Redis nor sett
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import logging
 from collections.abc import Sequence
+from typing import Final
 
 from kvstore.block import BlockHash, find_wrong
 from kvstore.errors import KVStoreError
@@ -16,9 +17,13 @@ from kvstore.exchange import BlockExchange, ExchangeObserver, Outside, PeerIdent
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, Have
 from kvstore.store.intake import Intake, IntakeLimits
 from kvstore.store.tiered_store import TieredStore
+from kvstore.threads import Threads
 from kvstore.transport import Transport
 
 logger = logging.getLogger(__name__)
+
+# How long a reader waits for blocks to come from disk; then it gets what came.
+_LEND_TIMEOUT_S: Final = 2.0
 
 
 class StoreTooSmall(KVStoreError):
@@ -26,17 +31,17 @@ class StoreTooSmall(KVStoreError):
 
 
 class StoreLender:
-    """Lends a store's blocks; those on disk come to DRAM first, as far as `timeout_s` allows."""
+    """Lends a store's blocks; those on disk come to DRAM first, as far as there is time."""
 
-    def __init__(self, store: TieredStore, timeout_s: float) -> None:
+    def __init__(self, store: TieredStore, threads: Threads) -> None:
         self._store = store
-        self._timeout_s = timeout_s
+        self._threads = threads
         self.num_lent = 0  # blocks, at present
         self.num_corrupt = 0  # blocks whose bytes had changed in memory
 
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
         """Pin the longest prefix that the tiers give in time."""
-        pinned = await self._store.pin(hashes, self._timeout_s)
+        pinned = await self._store.pin(hashes, _LEND_TIMEOUT_S)
         self.num_lent += len(pinned)
         return [AnnouncedBlock(block.slot, block.block_hash, block.proof) for block in pinned]
 
@@ -52,7 +57,7 @@ class StoreLender:
         ids = [block.slot for block in pinned]
         try:
             proofs = [block.proof for block in pinned]
-            wrong = await asyncio.to_thread(find_wrong, self._store.memory, ids, proofs)
+            wrong = await self._threads.run(functools.partial(find_wrong, self._store.memory, ids, proofs))
             self.num_corrupt += dram.drop(ids[position] for position in wrong)
             for position in wrong:
                 logger.error("block %s has changed in memory", pinned[position].block_hash.hex())
@@ -69,17 +74,15 @@ class StoreNode:
         store: TieredStore,
         transports: Sequence[Transport],
         *,
-        outside: Outside | None = None,
+        outside: Outside,
         timeouts: ExchangeTimeouts | None = None,
         observer: ExchangeObserver | None = None,
         limits: IntakeLimits | None = None,
-        lend_timeout_s: float = 2.0,
         request_scope: RequestScope | None = None,
     ) -> None:
-        """`lend_timeout_s`: how long a reader waits for blocks to come from disk; then it gets what came."""
         self.identity = identity
         self.store = store
-        self.lender = StoreLender(store, lend_timeout_s)
+        self.lender = StoreLender(store, outside.threads)
         self.exchange = BlockExchange(
             identity,
             store.memory,

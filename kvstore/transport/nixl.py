@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 # A read that has not ended so long after its link was aborted is ended by force, at the cost of all links.
 _GIVE_UP_S: Final = 2.0
 _MAX_CLOSE_S: Final = _GIVE_UP_S + 3.0
+_MAX_STOP_S: Final = 10.0
 
 
 class _Descriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,7 +90,9 @@ class NixlTransport:
     async def close(self) -> None:
         """Close all links and end the agent."""
         await asyncio.gather(*(link.close() for link in list(self._links)))
-        await asyncio.to_thread(self._thread.stop)
+        _, running = await asyncio.wait([asyncio.wrap_future(self._thread.stop())], timeout=_MAX_STOP_S)
+        if running:
+            logger.error("nixl: the agent's thread does not end")
 
     async def _connect_to_owner(self, peer: LinkPeer) -> NixlLink:
         lane = self.lane_to(peer.descriptor)

@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 _BUSY_POLL_S: Final = 50e-6
 _IDLE_POLL_S: Final = 1e-3
 _BUSY_S: Final = 0.1  # a read older than this is not worth a core: poll it as if idle
-_JOIN_S: Final = 10.0
 _FIRST_RETRY_S: Final = 0.5  # until an agent that could not be made is tried again; doubled each time
 _MAX_RETRY_S: Final = 30.0
 _TOKEN_BYTES: Final = 16
@@ -92,6 +91,8 @@ class AgentThread:
         self._memory = memory
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
+        self._ended: Future[None] = Future()
+        self._ended.set_running_or_notify_cancel()  # nobody cancels it
         self._thread = threading.Thread(target=self._run, name="kv-nixl", daemon=True)
         # Row 0 is ours, for peers to read. The others are for what we read, each check into one of its own: handshakes
         # overlap, and a check that was given up may still receive its bytes.
@@ -156,13 +157,12 @@ class AgentThread:
         """End what is read from this pool: by itself, or, after so long, by destroying the agent."""
         self._commands.put(lambda: self._set_give_up(remote, time.monotonic() + after_s))
 
-    def stop(self) -> None:
-        """Destroy the agent and end the thread; blocks for a moment. May be called again."""
-        if self._thread.is_alive():
-            self._commands.put(self._order_stop)
-            self._thread.join(_JOIN_S)
-            if self._thread.is_alive():
-                logger.error("nixl: the agent's thread does not end")
+    def stop(self) -> Future[None]:
+        """Destroy the agent and end the thread; resolves when that is done. May be called again."""
+        if self._thread.ident is None and not self._ended.done():
+            self._ended.set_result(None)  # it was never started
+        self._commands.put(self._order_stop)
+        return self._ended
 
     def _submit(self, work: Callable[[], _Answer]) -> Future[_Answer]:
         answer: Future[_Answer] = Future()
@@ -205,7 +205,10 @@ class AgentThread:
             except Exception:
                 # The thread must go on: reads wait for it, and only it can end them.
                 logger.exception("nixl: a step of the agent's thread failed")
-        self._destroy_agent("the transport was closed")
+        try:
+            self._destroy_agent("the transport was closed")
+        finally:
+            self._ended.set_result(None)
 
     def _step(self) -> None:
         try:

@@ -69,7 +69,7 @@ class Admission:
         Returns what came with the handoff, None after a local prefill. Raises InvalidRequest, QueueFull,
         PromptRefused, EngineCrashed.
         """
-        hashes = live.hashes = await convert.prompt_hashes(live.order, self._parts.engine.layout)
+        hashes = live.hashes = await convert.prompt_hashes(live.order, self._parts.engine.layout, self._parts.threads)
         if live.sampling.prompt_logprobs is None:
             # Before it is decided who prefills: what is here already is neither computed nor handed over.
             await self._parts.fetcher.restore(hashes)

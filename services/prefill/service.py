@@ -135,7 +135,9 @@ class PrefillService:
         outcome: OrderOutcome = "cancelled"
         order: _Order | None = None
         try:
-            order = self._make_order(message, await convert.prompt_hashes(message, self._parts.engine.layout))
+            order = self._make_order(
+                message, await convert.prompt_hashes(message, self._parts.engine.layout, self._parts.threads)
+            )
             with request_scope(message.request_id):
                 await self._run(order, send)
             outcome = "finished"

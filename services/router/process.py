@@ -54,7 +54,7 @@ async def open_parts(
     """Everything that the application works with; closed at the end. `membership` and `index` stay the caller's."""
     metrics = RouterMetrics()
     wanted = frozenset(config.served_model_name)
-    models = ModelDirectory(config.tokenizer, config.chat_template, config.generation_config == "auto", wanted)
+    models = ModelDirectory(config.tokenizer, config.chat_template, config.generation_config == "auto", threads, wanted)
 
     def serves(record: WorkerRecord) -> bool:
         return not wanted or bool(wanted & set(record.served_model_names))

@@ -182,7 +182,7 @@ async def _open_tiers(config: StoreConfig, layout: BlockLayout, feed: StoreIndex
     memory = HostMemory.allocate(num_slots, layout.block_bytes)
     # What is to be on disk before it leaves memory is written before anything presses.
     disk_writes = DiskWrites.ALL if config.store_disk_writes == "evicted" else DiskWrites(config.store_disk_writes)
-    disk = await asyncio.to_thread(_open_disk, config, layout) if config.store_disk_dir else None
+    disk = await threads.run(lambda: _open_disk(config, layout)) if config.store_disk_dir else None
     return TieredStore(memory, disk, disk_writes=disk_writes, on_change=feed.changed, threads=threads)
 
 

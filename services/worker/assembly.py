@@ -10,6 +10,7 @@ from kvstore.exchange import BlockExchange, Outside, PeerIdentity
 from kvstore.pool import CacheChange
 from kvstore.protocol import ExchangeTimeouts
 from kvstore.registry import Membership
+from kvstore.threads import Threads
 from kvstore.transport import make_transports
 from services.engine.api import Engine, StepOutput
 from services.logs import request_scope
@@ -46,6 +47,7 @@ class WorkerParts:
     thread: EngineThread
     exchange: BlockExchange
     orders: Orders
+    threads: Threads
     fetcher: PrefixFetcher
     rates: RateLearner
     metrics: WorkerMetrics
@@ -80,14 +82,15 @@ def assemble(
         metrics.steps.ended(output)
         rates.step_ended(output.shape, output.duration_s)
 
+    threads = seams.outside.threads
     thread = EngineThread(
         engine,
-        seams.outside.threads,
+        threads,
         lambda changes: _tell_all(followers, changes),
         index_feed.host_changed,
         step_ended,
     )
-    host_prefixes = HostPrefixes(engine, thread, seams.outside.threads, config.prefix_fetch_timeout_s)
+    host_prefixes = HostPrefixes(engine, thread, threads, config.prefix_fetch_timeout_s)
     exchange = BlockExchange(
         PeerIdentity(f"{worker_id}/{incarnation}", role, incarnation, engine.layout),
         engine.memory,
@@ -111,7 +114,18 @@ def assemble(
         config.prefix_fetch_timeout_s,
         metrics.prefix_fetched,
     )
-    parts = WorkerParts(worker_id, incarnation, engine, thread, exchange, seams.orders, fetcher, rates, metrics)
+    parts = WorkerParts(
+        worker_id,
+        incarnation,
+        engine,
+        thread,
+        exchange,
+        seams.orders,
+        threads,
+        fetcher,
+        rates,
+        metrics,
+    )
     return Assembly(parts, host_prefixes, index_feed, store_feed, tuple(transport.name for transport in transports))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Iterable
 
@@ -17,6 +16,7 @@ from kvstore.block import (
     pack_hashes,
     unpack_hashes,
 )
+from kvstore.threads import Threads
 from services.engine.api import (
     EngineLoad,
     FinishReason,
@@ -75,7 +75,9 @@ def prompt_logprobs_to_proto(positions: Iterable[PositionLogprobs | None]) -> li
     return [pb.PositionLogprobs() if position is None else logprobs_to_proto(position) for position in positions]
 
 
-async def prompt_hashes(order: pb.GenerateRequest | pb.PrefillRequest, layout: BlockLayout) -> list[BlockHash]:
+async def prompt_hashes(
+    order: pb.GenerateRequest | pb.PrefillRequest, layout: BlockLayout, threads: Threads
+) -> list[BlockHash]:
     """The hashes of the prompt's full blocks: those that came with the order, else made here, in a thread, and put into
     the order for whoever it is passed on to."""
     root = namespace(layout.model_fingerprint, order.cache_salt)
@@ -88,7 +90,7 @@ async def prompt_hashes(order: pb.GenerateRequest | pb.PrefillRequest, layout: B
         log.warning("the order has %d bytes of hashes for %d blocks", len(given.hashes), num_blocks)
     elif given.root:
         log.warning("the prompt was hashed for another model, salt or block size than ours: hashed anew")
-    hashes = await asyncio.to_thread(hash_blocks, root, order.prompt_token_ids, layout.block_size)
+    hashes = await threads.run(lambda: hash_blocks(root, order.prompt_token_ids, layout.block_size))
     made = pb.PromptHashes(root=root, block_size=layout.block_size, hashes=pack_hashes(hashes))
     order.prompt_hashes.CopyFrom(made)
     return hashes

@@ -98,7 +98,7 @@ async def running(nixl: Nixl) -> AsyncIterator[AgentThread]:
     try:
         yield thread
     finally:
-        await asyncio.to_thread(thread.stop)
+        await asyncio.wait_for(asyncio.wrap_future(thread.stop()), 20)
 
 
 def peer() -> PoolAddress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -85,3 +86,23 @@ def test_torch_is_pinned_alike_everywhere() -> None:
 
 def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_threads_come_from_their_seam() -> None:
+    """Imports are ruled by `lint-imports`; these come with asyncio."""
+    shells = {ROOT / "kvstore/threads.py", ROOT / "kvstore/transport/nixl_agent.py"}
+    sources = [path for path in tracked_files() if path.suffix == ".py" and path not in shells]
+    product = [path for path in sources if path.relative_to(ROOT).parts[0] in ("kvstore", "services")]
+    found = [
+        f"{path.relative_to(ROOT)}:{call.lineno}"
+        for path in product
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and _starts_a_thread(call)
+    ]
+    assert found == []
+
+
+def _starts_a_thread(call: ast.Call) -> bool:
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    in_default_pool = name == "run_in_executor" and isinstance(call.args[0], ast.Constant)
+    return in_default_pool or name in ("to_thread", "Thread", "ThreadPoolExecutor")

@@ -32,7 +32,7 @@ def record(path, names=("m",), **options):
 
 @pytest.fixture
 async def directory():
-    models = ModelDirectory("", "", True)
+    models = ModelDirectory("", "", True, OsThreads())
     yield models
     await models.close()
 
@@ -76,7 +76,7 @@ async def test_prefill_workers_alone_serve_nothing(directory, model_directory):
 
 
 async def test_only_the_names_asked_for(model_directory):
-    models = ModelDirectory("", "", True, frozenset({"b"}))
+    models = ModelDirectory("", "", True, OsThreads(), frozenset({"b"}))
     models.follow((record(model_directory, ("a", "b")),))
     await until(lambda: models.names() == ["b"])
     with pytest.raises(ApiError) as caught:

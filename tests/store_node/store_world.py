@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kvstore.block import BlockHash, BlockLayout, HostMemory
-from kvstore.exchange import BlockExchange, PeerIdentity
+from kvstore.exchange import BlockExchange, Outside, PeerIdentity
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, FetchResult, Reservation
 from kvstore.store import DiskTier, StoreNode, StoreTier, TieredStore
 from kvstore.store.intake import IntakeLimits
@@ -104,7 +104,7 @@ class World:
         store = TieredStore(memory, tier, on_change=lambda *change: self.changes.append(change), timeout_s=20.0)
         identity = PeerIdentity(f"store-0/{incarnation}", "store", incarnation, LAYOUT)
         transport = MemoryTransport(memory, self.switchboard, faults, seed=3)
-        node = StoreNode(identity, store, [transport], timeouts=timeouts, limits=limits)
+        node = StoreNode(identity, store, [transport], outside=Outside(), timeouts=timeouts, limits=limits)
         await node.start("127.0.0.1", 0)
         self._open.append(node.close)
         return node

@@ -25,6 +25,7 @@ from services.engine.native import (
 )
 from services.orders import StreamRefused
 from services.rates import RateLearner
+from tests.loop_threads import LoopThreads
 
 
 class MetricsOfTheTest:
@@ -61,8 +62,9 @@ class RouterOfTheTest:
 
 async def last_output(order: pb.GenerateRequest, **parts: object) -> pb.Output:
     """What a router hears of one order from a decode worker of these parts."""
-    common = {"worker_id": "decode-0", "incarnation": "1", "thread": ThreadOfTheTest(), "metrics": MetricsOfTheTest()}
-    service = DecodeService(DecodeConfig(model="model"), SimpleNamespace(**common, **parts, rates=RateLearner()))  # type: ignore[arg-type]
+    common = {"worker_id": "decode-0", "incarnation": "1", "thread": ThreadOfTheTest(), "threads": LoopThreads()}
+    others = SimpleNamespace(**common, **parts, metrics=MetricsOfTheTest(), rates=RateLearner())
+    service = DecodeService(DecodeConfig(model="model"), others)  # type: ignore[arg-type]
     service._load = pb.Load  # type: ignore[method-assign]
     router = RouterOfTheTest(order)
     session = asyncio.create_task(service.serve_session(router.orders(), router.send))  # type: ignore[arg-type]
@@ -160,6 +162,7 @@ async def test_an_output_that_cannot_be_sent_ends_its_request_and_costs_the_othe
         worker_id="decode-0",
         incarnation="1",
         thread=ThreadOfTheTest(),
+        threads=LoopThreads(),
         metrics=BrokenOnce(),
         engine=engine(),
         fetcher=SimpleNamespace(restore=restore),

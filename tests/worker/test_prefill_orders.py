@@ -87,6 +87,7 @@ class World:
             worker_id="prefill-0",
             engine=engine,
             thread=self.thread,
+            threads=threads,
             exchange=SimpleNamespace(open_lease=self.open_lease),
             rates=RateLearner(),
             metrics=metrics,

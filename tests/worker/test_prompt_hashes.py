@@ -16,6 +16,7 @@ from tandem.v1 import worker_pb2_grpc
 from kvstore.block import BlockLayout, hash_blocks, namespace, pack_hashes
 from kvstore.block import hash as block_hash
 from kvstore.exchange import Outside
+from kvstore.threads import OsThreads
 from services.cli.embedded_redis import EmbeddedRedis
 from services.decode.config import DecodeConfig
 from services.decode.service import DecodeService
@@ -45,7 +46,7 @@ def changed(**fields: object) -> pb.PromptHashes:
 async def test_hashes_of_our_own_model_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_hash, "_hash_block", None)  # a call would raise
     order = pb.GenerateRequest(prompt_token_ids=PROMPT, prompt_hashes=GIVEN)
-    assert await prompt_hashes(order, LAYOUT) == HASHES
+    assert await prompt_hashes(order, LAYOUT, OsThreads()) == HASHES
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ async def test_hashes_of_our_own_model_are_taken_as_they_are(monkeypatch: pytest
 )
 async def test_other_hashes_are_noticed_made_anew_and_passed_on_right(given: pb.PromptHashes) -> None:
     order = pb.GenerateRequest(prompt_token_ids=PROMPT, prompt_hashes=given)
-    assert await prompt_hashes(order, LAYOUT) == HASHES
+    assert await prompt_hashes(order, LAYOUT, OsThreads()) == HASHES
     assert order.prompt_hashes == GIVEN
 
 

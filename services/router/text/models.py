@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvstore.registry import WorkerRecord
+from kvstore.threads import Threads
 from services.router.errors import (
     ApiError,
     invalid,
@@ -141,6 +143,7 @@ class ModelDirectory:
         tokenizer: str,
         chat_template: str,
         use_generation_config: bool,
+        threads: Threads,
         only: frozenset[str] = frozenset(),
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -148,6 +151,7 @@ class ModelDirectory:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._use_generation_config = use_generation_config
+        self._threads = threads
         self._only = only
         self._clock = clock
         self._files: dict[ModelSource, ModelFiles] = {}
@@ -214,12 +218,11 @@ class ModelDirectory:
     async def _load(self, source: ModelSource) -> None:
         """Tries until it has the files, or nobody wants them any more. A thread cannot be cancelled, so a worker that
         goes and comes back finds the attempt that still runs."""
+        load = functools.partial(load_model_files, source, self._chat_template, self._use_generation_config)
         pause_s = _FIRST_RETRY_S
         while source in self._wanted:
             try:
-                files = await asyncio.to_thread(
-                    load_model_files, source, self._chat_template, self._use_generation_config
-                )
+                files = await self._threads.run(load)
             except asyncio.CancelledError:
                 raise
             except BaseException as error:  # the tokenizers library panics with one that is no Exception
