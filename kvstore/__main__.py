@@ -1,4 +1,4 @@
-"""`python -m kvstore`: one store node. The process around it is `services.store`; this is the package's only way up."""
+"""`python -m kvstore`: runs one store node, through `services.store`; the package's only way up."""
 
 from __future__ import annotations
 

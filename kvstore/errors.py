@@ -1,4 +1,4 @@
-"""The errors of the block store. What a peer, a user or the network can cause derives from `KVStoreError`."""
+"""Defines the block store's errors. What a peer, a user or the network can cause is a `KVStoreError`."""
 
 from __future__ import annotations
 

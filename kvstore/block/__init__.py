@@ -1,4 +1,4 @@
-"""What a block is: its identity, its shape, its bytes, and the proof that they are the ones that were computed.
+"""Defines a block: its identity, its shape, its bytes, and the proof that they are those computed.
 
 Everything else in kvstore is about where blocks live and how they move."""
 

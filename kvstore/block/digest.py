@@ -1,4 +1,4 @@
-"""Payload digests: the proof that a block arrived as it was computed.
+"""Computes payload digests, which prove that a block arrived as it was computed.
 
 The digest is a multilinear hash: a block read as little-endian 64-bit words w_0, w_1, ... gives sum(m_j * w_j) mod
 2**64 with fixed odd multipliers m_j (Carter and Wegman 1979, "Universal classes of hash functions"; Lemire and Kaser

@@ -1,9 +1,8 @@
-"""Block identity: which tokens, after which tokens, under which model and for whom.
+"""Hashes blocks: a block's identity is its tokens, those before them, the model, and the tenant.
 
 A block's hash is BLAKE2b-128 over its parent's hash and its own token ids, so equal hashes mean equal prefixes. The
 chain starts at a namespace of model fingerprint, cache salt and adapter: two tenants or two fine-tunes never share a
-block. The values are the same in every process and on every machine; routers, workers and stores compare them as they
-are.
+block. The values are the same on every machine; routers, workers and stores compare them as they are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a block is: its shape, its element type, and the model whose keys and values it holds.
+"""Describes blocks: their shape, their element type, and the model whose keys and values they hold.
 
 Two workers exchange a layout when they first meet. Blocks are raw bytes, so any difference in layout means that one
 side would read the other's bytes as something they are not: the peers refuse each other, by field and value.

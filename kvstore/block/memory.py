@@ -1,4 +1,4 @@
-"""Where blocks live: one pool of memory, addressed by block id.
+"""Defines block memory: one pool, addressed by block id.
 
 Transports move bytes between pools and the protocol checks digests, both through this interface; neither knows torch.
 The CPU pool is here; the CUDA one is in `services.engine`.

@@ -1,10 +1,9 @@
-"""A block's proof: computed once, where its bytes are born, and carried with them to their last use.
+"""Makes and checks a block's proof, computed once where its bytes are born and carried to their last use.
 
     engine computes -> paged pool -> lease -> reader's pool, host tier, store's memory, disk -> lease -> ...
 
-Nobody on that way computes it anew: a bit that flips anywhere is seen by whoever reads the block next, and the holder
-that is told (`Suspect`) drops it. Today the proof is the payload digest (`digest`); what it is made of is known
-here alone.
+Nobody on that way computes it anew: whoever reads the block next sees a flipped bit, and the holder that is told
+(`Suspect`) drops it. Today the proof is the payload digest (`digest`); this module alone knows.
 """
 
 from __future__ import annotations

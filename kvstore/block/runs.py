@@ -1,4 +1,4 @@
-"""Which blocks travel as one piece: neighbours in the owner's pool that become neighbours in ours. Pure."""
+"""Groups blocks that travel as one piece: neighbours in the owner's pool and in ours. Pure."""
 
 from __future__ import annotations
 

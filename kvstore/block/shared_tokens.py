@@ -1,11 +1,10 @@
-"""Which cached block shares the most leading tokens with a block that is not cached. Pure; used by one thread.
+"""Finds the cached block that shares the most leading tokens with an uncached one. Pure; one thread.
 
 A prompt leaves the cached chains inside a block more often than at the edge of one. The tokens before that point have
 their KV in a block of the same parent, and KV depends on nothing that comes later: it may be copied.
 
-Siblings lie sorted by their tokens, so the one that shares the most with any other tokens is a neighbour of the place
-where these would stand: a lookup is a bisection, however many conversations begin alike. Per cached block of 32 tokens
-this takes about 460 bytes, and there are never more blocks in here than in the cache.
+Siblings lie sorted by their tokens; the best one is a neighbour of the place where the new tokens would stand, so a
+lookup is a bisection. A cached block of 32 tokens takes about 460 bytes here; the cache bounds their number.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from kvstore.block.hash import BlockHash
 
 
 class BlockTokens(NamedTuple):
-    """What a block's KV was computed from: its tokens, after all that `after` stands for."""
+    """The tokens that a block's KV was computed from, after all that `after` stands for."""
 
     after: BlockHash  # the parent's hash; of a first block, the namespace's: so nothing is shared across namespaces
     token_ids: Sequence[int]
@@ -81,7 +80,7 @@ class SharedTokenIndex:
         return best if best.num_tokens > 0 else None
 
     def find_problems(self, cached: Mapping[int, BlockHash]) -> list[str]:
-        """What is wrong, if the findable blocks are those in `cached`. O(n)."""
+        """Lists contradictions, if the findable blocks are those in `cached`. O(n)."""
         problems = [f"tokens of block {each} are kept, which is not findable" for each in self._places.keys() - cached]
         listed = [(after, sibling) for after, siblings in self._siblings.items() for sibling in siblings]
         if sorted(listed) != sorted(self._places.values()):

@@ -1,4 +1,4 @@
-"""The prefix index in Redis: which process holds which blocks, as hints.
+"""The prefix index: keeps in Redis, as hints, which process holds which blocks.
 
 A writer per holder, a reader per router or worker; who is asked for a block validates the hint."""
 

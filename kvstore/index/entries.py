@@ -1,6 +1,6 @@
-"""What the prefix index holds, as values: tiers, holdings, changes that wait to be written, and a lookup's reply.
+"""Defines the prefix index's values: tiers, holdings, changes to be written, and a lookup's reply.
 
-Pure: no Redis, no clock. The bytes here are the other half of the scripts in `prefix_index_scripts`:
+Pure: no Redis, no clock. The bytes here are those of `scripts`:
 
     key      8 bytes   the first half of a block hash. 64 bits suffice for a hint: the owner compares whole hashes.
     change   9 bytes   key, then (tiers to clear) << 4 | (tiers to set)
@@ -23,7 +23,7 @@ NUM_SLOTS = 4095  # holders at a time, the dead that still have entries included
 
 
 class Tier(IntEnum):
-    """Where a holder keeps a block; the lower, the nearer to its use."""
+    """The place where a holder keeps a block; the lower, the nearer to its use."""
 
     DEVICE = 0  # the worker's paged cache
     HOST = 1  # the worker's host memory
@@ -40,7 +40,7 @@ _BEST_TIER = np.array([_ABSENT] + [(bits & -bits).bit_length() - 1 for bits in r
 
 @dataclass(frozen=True)
 class Holding:
-    """How much of a prompt's prefix one holder has, as far as the index knows.
+    """The part of a prompt's prefix that one holder has, as far as the index knows.
 
     `num_blocks` counts from the first hash asked for and stops at the holder's first gap; `num_per_tier[tier]` of them
     are in `tier`, each counted once, in the best tier that has it.

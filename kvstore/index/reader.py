@@ -1,10 +1,8 @@
-"""The prefix index: which process holds which blocks, in Redis, as hints.
+"""Asks the prefix index in Redis, as hints, who holds a prompt's blocks.
 
-Whoever holds blocks reports them through an `IndexWriter`; routers and workers ask an `IndexReader`, for a prompt's
-block hashes, who has how long a prefix of them, in one round trip. The owner validates what it is asked for, so a wrong
-or missing entry costs a recomputation, never a token. Redis away, slow or empty means: nobody has anything.
-
-`prefix_index_scripts` says what stands in Redis and why.
+Routers and workers learn in one round trip who has how long a prefix of it. The owner validates what it is asked for:
+a wrong or missing entry costs a recomputation, never a token. Redis away, slow or empty means: nobody has anything.
+`scripts` says what stands in Redis and why.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The prefix index inside Redis: its keys, and the Lua scripts that are the only code to touch them.
+"""Keeps the prefix index inside Redis: its keys, and the Lua scripts, the only code to touch them.
 
     {tandem}:index          hash        v: version of the table of holders; n: number of blocks
     {tandem}:index:slots    hash        slot -> "token incarnation holder-id" of every holder that is not known dead

@@ -1,4 +1,4 @@
-"""What the prefix index's writers and readers have in common: script calls, and sweeping up the dead."""
+"""Calls the index's scripts and sweeps up the dead, for its writers and readers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_PACE_S = 0.05
 
 
 class LookupOutcome(enum.Enum):
-    """How a lookup ended. All but ANSWERED give no holdings."""
+    """The ways a lookup ends. All but ANSWERED give no holdings."""
 
     ANSWERED = "answered"
     TIMED_OUT = "timed out"  # no reply within the caller's deadline
@@ -34,7 +34,7 @@ class LookupOutcome(enum.Enum):
 
 
 class ResyncReason(enum.Enum):
-    """Why a writer announces everything."""
+    """The reasons why a writer announces everything."""
 
     START = "start"
     LOST = "lost"  # Redis was flushed, restarted or rolled back, or took us for dead

@@ -1,9 +1,8 @@
-"""The writing end of the prefix index: one per process that holds blocks.
+"""Writes the prefix index, one writer per process that holds blocks.
 
-Changes are noted in memory and written in batches by a task of its own, so that nothing here ever waits for Redis. Each
-batch has a number; Redis takes it only after the one before it. Whatever went wrong in between (Redis was flushed, came
-back from an old dump, failed over to a stale replica, or took us for dead) shows as a number that does not fit, and is
-healed by announcing everything anew under another slot.
+A task writes noted changes in batches, so nothing here waits for Redis. Redis takes a batch only after the one before
+it. Whatever went wrong (Redis was flushed, restored from an old dump, failed over to a stale replica, or took us for
+dead) shows as a number that does not fit; the writer then announces everything anew under another slot.
 """
 
 from __future__ import annotations

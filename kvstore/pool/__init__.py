@@ -1,4 +1,4 @@
-"""Which blocks are where in memory: the paged pool of an engine, the tiers beside it, and who must go next.
+"""Keeps the books of memory: which block is where, in the paged pool and in the tiers, and who goes next.
 
 Bookkeeping of one thread: ids, references and hashes, no I/O."""
 

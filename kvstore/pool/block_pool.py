@@ -1,4 +1,4 @@
-"""The paged pool's book: a `SlotBook` of blocks that requests share, with what only an engine needs of it.
+"""Keeps the paged pool's book: a `SlotBook` of shared blocks, and what only an engine needs of it.
 
 Ids and counts only, no tensors; used by one thread. It evicts by plain LRU, tails of chains first; it finds parts of
 blocks by their tokens, and it knows which blocks were computed here and have no proof yet.
@@ -104,7 +104,7 @@ class BlockPool(SlotBook):
         return [self._slots[block_id].proof for block_id in ids]
 
     def take_changes(self) -> list[CacheChange]:
-        """What happened to findable blocks since the last call, in order.
+        """Returns the changes of findable blocks since the last call, in order.
 
         For an index of hints: of a flood that nobody takes, only the end is kept.
         """

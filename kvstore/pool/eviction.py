@@ -1,4 +1,4 @@
-"""Which slot a book gives up next: segmented LRU over hash chains. Pure, and a part of `SlotBook`.
+"""Chooses the slot that a book gives up next: segmented LRU over hash chains. Pure, part of `SlotBook`.
 
 A block enters on *probation*; one that is used again becomes *protected* (Karedla, Love, Wherry 1994,
 "Caching Strategies to Improve Disk System Performance"). Victims come from probation, coldest first, so a flood of
@@ -10,9 +10,8 @@ Blocks form chains, and a block without its parent is of little use. So two orde
     a block is evicted only while no child of it is present      tails go before heads
     a parent is protected if any present child of it is          and so protected prefixes are whole, too
 
-and when a child leaves a segment, its parent there becomes as recent as the child was: a parent is never colder than
-the hottest of its children. Done when the child leaves and not on each use, this costs O(1). Every operation is
-O(log n) per block; a use in the middle of a chain walks up only to the first ancestor that is protected already.
+and when a child leaves a segment, its parent there becomes as recent as the child was, in O(1): no parent is colder
+than its hottest child. Every operation is O(log n) per block; a use walks up only to the first protected ancestor.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ class SegmentedLru:
         self._tick = 0
 
     def resize(self, num_slots: int) -> None:
-        """There are so many slots now."""
+        """Sets the number of slots."""
         self.max_protected = int(num_slots * self._protected_share)
 
     def insert(self, slot: Slot) -> None:
@@ -239,7 +238,7 @@ class SegmentedLru:
         return block_hash is not None
 
     def find_problems(self, slots: Collection[Slot]) -> list[str]:
-        """What is wrong, given all findable slots: whether counters and heaps say what the slots say."""
+        """Lists contradictions, given all findable slots, between counters or heaps and the slots."""
         problems: list[str] = []
         children = Counter(slot.parent_hash for slot in slots if slot.parent_hash is not None)
         protected = Counter(slot.parent_hash for slot in slots if slot.parent_hash is not None and slot.is_protected)

@@ -1,12 +1,11 @@
-"""The host-memory tier of one worker: what its paged cache evicts is copied here, and comes back from here.
+"""Keeps a worker's host-memory tier: copies in what its paged cache evicts, and gives it back.
 
     paged block is evicted -> copied into a slot, within the allocation that evicts it: findable again
     -> pinned, copied into a paged block, verified there, unpinned -> still findable
 
-The copy is made at the eviction and not ahead of it: then each block is in one place rather than in two, which makes
-the capacities of both tiers add up; nothing is copied that is never evicted; and no copy can be torn by the block's
-next user. What it costs the step that evicts is one pass over as many bytes as this step, or the next ones, are going
-to compute.
+The copy is made at the eviction and not ahead of it: each block is in one place, so the capacities of both tiers add
+up; nothing is copied that is never evicted; no copy can be torn by the block's next user. It costs the evicting step
+one pass over as many bytes as this step, or the next ones, will compute.
 
 All methods belong to the thread of the paged pool (the engine's), except where they say otherwise.
 """
@@ -48,7 +47,7 @@ class HostTierStats:
 
 
 class CopiedBack(NamedTuple):
-    """What came of pinned blocks: for each whether its bytes are right, and the seconds that it all took."""
+    """The result for pinned blocks: for each whether its bytes are right, and the seconds that it all took."""
 
     is_whole: list[bool]
     seconds: float
@@ -168,7 +167,7 @@ class HostTier:
     # -- state --
 
     def take_changes(self) -> list[CacheChange]:
-        """What became findable, or ceased to be, since the last call, in order."""
+        """Returns what became findable, or ceased to be, since the last call, in order."""
         changes = list(self._changes)
         self._changes.clear()
         return changes
@@ -181,7 +180,7 @@ class HostTier:
             raise IntegrityError(f"host tier: {held} references, {self._num_pins} pins")
 
     def state(self) -> dict[str, float]:
-        """For `/debug/state`. From any thread: lengths and counts, each right for some moment."""
+        """Returns lengths and counts for `/debug/state`, each right for some moment. From any thread."""
         return {
             "num_slots": self.num_slots,
             "num_blocks": self.num_blocks,

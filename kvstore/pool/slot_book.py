@@ -1,4 +1,4 @@
-"""Which slot holds which block, who refers to it, and which one gives way: for paged pool, host tier, store and disk.
+"""Books which slot holds which block, who refers to it, and which gives way: pool, host tier, store, disk.
 
 Slots and counts only: no bytes, no I/O, no lock; one thread, or whoever holds its owner's lock. A slot is always in one
 of these states:
@@ -26,7 +26,7 @@ from kvstore.pool.eviction import SegmentedLru, Slot
 
 
 class CacheEvent(Enum):
-    """What happened to a findable block. REUSED: its first hit since its publication."""
+    """The events of a findable block. REUSED: its first hit since its publication."""
 
     PUBLISHED = "published"
     REUSED = "reused"
@@ -42,7 +42,7 @@ class CacheChange(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What is known of a findable block, or of one that is being evicted and still lies in its slot."""
+    """The facts of a block that is findable, or is being evicted and still lies in its slot."""
 
     slot: int
     block_hash: BlockHash
@@ -367,7 +367,7 @@ class SlotBook:
         self._tell(CacheChange(block_hash, CacheEvent.EVICTED))
 
     def _forget_tokens(self, slot: Slot) -> None:
-        """What the paged pool does about a slot with tokens."""
+        """Forgets a slot's tokens; only the paged pool has any."""
 
     def _check_referenced(self, slot_id: int, operation: str) -> Slot:
         if not 0 <= slot_id < len(self._slots) or self._slots[slot_id].num_references == 0:
@@ -383,7 +383,7 @@ class SlotBook:
 
 
 def _ignore(change: CacheChange) -> None:
-    """Nobody wants to know."""
+    """Tells nobody."""
 
 
 def describe(slot: Slot) -> Block:

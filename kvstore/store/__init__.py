@@ -1,4 +1,4 @@
-"""What a store node keeps: blocks in DRAM over blocks on disk, and the intake that fetches what workers offer.
+"""The store node: keeps blocks in DRAM over disk, and fetches what workers offer.
 
 `services.store` is the process around it."""
 

@@ -1,4 +1,4 @@
-"""The disk tier's directory: one owner at a time, and the names of its files."""
+"""Owns the disk tier's directory: one process at a time, and the names of its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The disk tier's two files: slots of fixed size for blocks' bytes, and a table that says what is in them.
+"""Reads and writes the disk tier's two files: slots of fixed size for bytes, and a table of their content.
 
     tandem.blocks   | payload 0 | payload 1 | ...
     tandem.table    | head, to 4096 | record 0 | record 1 | ...
@@ -55,7 +55,7 @@ class FileCalls:
 
 
 class Record(NamedTuple):
-    """What the table says of a slot. `sequence` counts the writes of a store: higher is newer."""
+    """The table's record of a slot. `sequence` counts the writes of a store: higher is newer."""
 
     sequence: int
     proof: Proof

@@ -1,8 +1,7 @@
-"""The disk tier: blocks in two files, found by hash, bounded in bytes, verified on every read, kept over restarts.
+"""Keeps blocks on disk: found by hash, bounded in bytes, verified on every read, kept over restarts.
 
-Preallocated slots (`disk_files`) rather than an embedded database, after measuring LMDB: the disk
-read cold blocks 5 to 12 times faster from our files, writing them was 1.5 to 3 times faster, they do not outgrow their
-bound, and a flipped byte or a truncated file costs the blocks that it hit, not the process (docs/architecture.md).
+Preallocated slots (`disk_files`) measured better than LMDB: cold reads are 5 to 12 times faster, writes 1.5 to 3 times;
+they stay within their bound, and a flipped byte costs its block, not the process (docs/architecture.md).
 
 What is durable: nothing until `sync` or `close`, except against the death of this process. What is never served: bytes
 whose proof is not the one that was put, whatever happened to them.
@@ -52,7 +51,7 @@ class DiskTierClosed(KVStoreError):
 
 
 class PutOutcome(Enum):
-    """What `put` did. PAUSED: nothing, the disk refused writes a moment ago or just now. BUSY: every slot is in use."""
+    """The outcomes of `put`. PAUSED: the disk refused writes a moment ago or just now. BUSY: all slots in use."""
 
     STORED = "stored"
     PRESENT = "present"
@@ -68,14 +67,14 @@ class PutResult(NamedTuple):
 
 
 class StoredBlock(NamedTuple):
-    """What `get` found and verified."""
+    """A block that `get` found and verified."""
 
     parent_hash: BlockHash | None
     proof: Proof
 
 
 class GetFailure(Enum):
-    """Why `get` filled nothing of use. CORRUPT: the bytes or the file are not what was put; the block is dropped."""
+    """The reasons why `get` filled nothing. CORRUPT: bytes or file are not what was put; the block is dropped."""
 
     MISSING = "missing"
     CORRUPT = "corrupt"

@@ -1,12 +1,11 @@
-"""How blocks come into a store node: workers say what they hold, and the node fetches what it lacks from them.
+"""Takes blocks into a store node: workers say what they hold, the node fetches what it lacks.
 
     have (a chain) -> the worker's line -> connect to the worker -> what of it is not here? -> reserve slots
     -> fetch_prefix -> verify, confirm -> publish
 
-Everything is a pull: nobody writes into another's memory, and a node that is busy simply fetches later or not at all.
-An offer is a hint like any other. The chain is offered from its head each time it has grown, so an offer that was
-dropped, or that came to nothing, is made good by the next one. Each worker has a line of its own: one that has vanished
-is dialled once, for all that it has offered, and takes nobody else's turn meanwhile.
+Nobody writes into another's memory: a busy node fetches later or not at all. An offer is a hint. A chain is offered
+from its head each time it has grown, so the next offer makes good one that was dropped or failed. Each worker has a
+line of its own: one that has vanished is dialled once for all its offers, and takes nobody else's turn.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class _Offer:
 
 @dataclass
 class _Line:
-    """What one start of one worker has offered, and how many tasks fetch it."""
+    """The offers of one start of one worker, and the number of tasks that fetch them."""
 
     queue: dict[BlockHash, _Offer] = field(default_factory=dict)  # by the end of the chain; in order of arrival
     num_tasks: int = 0
@@ -128,7 +127,7 @@ class Intake:
             line.queue.clear()
 
     async def settle(self) -> None:
-        """With the exchange closed: wait until the slots that fetches held have been given back.
+        """Waits, with the exchange closed, until the slots that fetches held have been given back.
 
         A read that never ends keeps its slots, the safe side; it does not keep the disk from being written.
         """
@@ -174,7 +173,7 @@ class Intake:
                 del self._lines[peer_id]
 
     async def _dial(self, peer_id: str, address: str) -> str | None:
-        """Why nothing can be fetched from this worker; None: it can."""
+        """Connects to the worker; returns why nothing can be fetched from it, or None."""
         try:
             owner = await self._exchange.connect(address)
         except (PeerUnreachable, IncompatiblePeer) as error:
@@ -199,7 +198,7 @@ class Intake:
     # ---- one offer ----
 
     def _num_here(self, hashes: Sequence[BlockHash]) -> int:
-        """How many from the start are here."""
+        """Counts how many from the start are here."""
         return sum(1 for _ in itertools.takewhile(self._is_here, hashes))
 
     def _is_here(self, block_hash: BlockHash) -> bool:

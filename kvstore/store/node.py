@@ -1,7 +1,7 @@
-"""A store node: keeps blocks in DRAM and on disk, lends them to whoever names them, and outlives the workers.
+"""The store node: keeps blocks in DRAM and on disk, lends them by name, outlives the workers.
 
 A node is a block exchange like a worker's, over the memory of a `TieredStore`: it lends by pinning, and fills itself
-by fetching what workers offer (`store_intake`). It knows neither Redis nor settings; `services.store` runs it.
+by fetching what workers offer (`intake`). It knows neither Redis nor settings; `services.store` runs it.
 """
 
 from __future__ import annotations

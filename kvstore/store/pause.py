@@ -1,4 +1,4 @@
-"""After a refusal: how long to leave alone what refused. Pure; the clock is passed in."""
+"""Decides how long to leave alone what refused. Pure; the clock is passed in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DRAM over disk: what a store node keeps, lends and takes in. One event loop owns it; the disk works in threads.
+"""Keeps a node's blocks in DRAM over disk. One event loop owns it; the disk works in threads.
 
     in      reserve -> the caller fills slots -> publish
     out     pin: blocks in DRAM at once, the rest of the prefix promoted from disk -> a lease reads -> unpin
@@ -43,7 +43,7 @@ _CLOSE_S = 5.0  # after the flush: for the jobs under way to end, and for the di
 
 
 class StoreTier(Enum):
-    """Where a store has a block."""
+    """The tiers in which a store has a block."""
 
     DRAM = "dram"
     DISK = "disk"

@@ -1,4 +1,4 @@
-"""The way down: blocks of a store's memory that go to disk, batch by batch.
+"""Writes blocks of a store's memory to disk, batch by batch.
 
 A block has a reference of ours from the moment it is queued until its write has ended or was refused: so it is not
 evicted before, and whoever wants its room waits for the disk. Nothing is written at an eviction.
@@ -16,9 +16,7 @@ from kvstore.pool import Block, SlotBook
 
 
 class DiskWrites(Enum):
-    """Which blocks go to disk: every one, soon after its publication; those that were used again, soon after that; or
-    none, and the disk is only read.
-    """
+    """Which blocks go to disk. ALL: soon after publication; REUSED: soon after reuse; NONE: the disk is only read."""
 
     ALL = "all"
     REUSED = "reused"

@@ -1,4 +1,4 @@
-"""An engine's settings: the part of a worker's configuration that concerns model, memory and scheduling. No torch."""
+"""Declares an engine's settings: model, memory and scheduling. No torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What a model is, read from its directory: the part of config.json that decides what is computed, checked.
+"""Reads and checks config.json: the part of it that decides what is computed.
 
-`transformers` is the reference: a key that its class for the architecture does not read is ignored here too, a key
-that is absent has the default it has there, and whatever would need code that we lack is refused by name when the
-worker starts, never when a request has arrived. No torch.
+`transformers` is the reference: a key that its class does not read is ignored here too, an absent key has its default
+there. What would need code that we lack is refused by name when the worker starts. No torch.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class _Family:
-    """What `transformers` takes for a key that config.json lacks, and which biases and norms the class has."""
+    """The defaults of `transformers` for keys that config.json lacks, and the class's biases and norms."""
 
     max_position_embeddings: int
     num_key_value_heads: int | None  # None: as many as query heads

@@ -1,4 +1,4 @@
-"""What is asked of an engine, and what its steps bring: the words of `services.engine.api`."""
+"""Defines what is asked of an engine and what its steps bring: the words of `services.engine.api`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class QueueFull(EngineError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to turn logits into tokens; field by field `tandem.v1.SamplingParams`. Raises `InvalidRequest`."""
+    """Says how logits become tokens; field by field `tandem.v1.SamplingParams`. Raises `InvalidRequest`."""
 
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0  # 1 is off
@@ -129,7 +129,7 @@ class SampledToken:
 
 
 class FinishReason(Enum):
-    """Why a request ended in this engine."""
+    """The reasons why a request ends in this engine."""
 
     STOP = "stop"  # end-of-sequence token or a stop token
     LENGTH = "length"  # max_tokens or the model's context
@@ -140,7 +140,7 @@ class FinishReason(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """What is asked of an engine. Nobody changes it but by marking events; what comes of it is in the updates."""
+    """An order to an engine. Nobody changes it but by marking events; what comes of it is in the updates."""
 
     request_id: str  # of one request at a time
     prompt_token_ids: Sequence[int]
@@ -164,7 +164,7 @@ class Request:
 
 @dataclass(frozen=True)
 class RequestUpdate:
-    """What one step did for one request."""
+    """The result of one step for one request."""
 
     request: Request
     num_computed_tokens: int  # after the step

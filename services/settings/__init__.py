@@ -1,4 +1,4 @@
-"""Configuration: one frozen dataclass per service, filled from defaults, a file, the environment and flags.
+"""Loads settings: one frozen dataclass per service, from defaults, a file, the environment and flags.
 
 A service declares its settings once, in its `config.py`:
 

@@ -1,4 +1,4 @@
-"""What a setting is: a dataclass field, and the names that derive from it."""
+"""Declares a setting: a dataclass field, and the names that derive from it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be. `above` is an exclusive lower bound, `min` and `max` are inclusive; none is infinite."""
+    """The range of a number: `above` is an exclusive lower bound, `min` and `max` are inclusive, none is infinite."""
 
     min: float | None = None
     above: float | None = None

@@ -1,4 +1,4 @@
-"""The command line of a settings class: its parser, its help, and the settings that the flags give."""
+"""Makes the command line of a settings class: its parser, its help, and the settings that flags give."""
 
 from __future__ import annotations
 

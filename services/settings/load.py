@@ -1,4 +1,4 @@
-"""From all sources to one settings object, and back to the flags that give it."""
+"""Loads one settings object from all sources, and turns it back into the flags that give it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def resolve_settings(
 def collect_settings(
     items: Sequence[Setting], argv: Sequence[str], environ: Mapping[str, str], parser: argparse.ArgumentParser
 ) -> dict[str, Given]:
-    """What was given, by whatever source; defaults are left out. Raises SettingsError."""
+    """Collects what was given, by whatever source; defaults are left out. Raises SettingsError."""
     by_name = {item.name: item for item in items}
     flags, path = from_flags(by_name, parser, argv)
     path = path or environ.get(CONFIG_VARIABLE) or None

@@ -1,4 +1,4 @@
-"""The sources of settings other than flags: a YAML or TOML file, and the environment."""
+"""Reads settings from a YAML or TOML file, and from the environment."""
 
 from __future__ import annotations
 

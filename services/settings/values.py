@@ -1,4 +1,4 @@
-"""From what a flag, a variable or a file says to the value of a setting."""
+"""Parses what a flag, a variable or a file says into the value of a setting."""
 
 from __future__ import annotations
 

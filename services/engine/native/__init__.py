@@ -1,4 +1,4 @@
-"""Our own engine: one worker's compute on C kernels or torch, bit-exact over batches and chunkings.
+"""Tandem's own engine: computes on C kernels or torch, bit-exact over batches and chunkings.
 
 Implements the port, services.engine.api; a step is schedule, run, postprocess."""
 

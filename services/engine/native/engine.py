@@ -1,4 +1,4 @@
-"""The engine that comes with Tandem, behind the port (services.engine.api): a step is schedule, run, postprocess."""
+"""Tandem's engine behind the port (services.engine.api): a step is schedule, run, postprocess."""
 
 from __future__ import annotations
 
@@ -334,7 +334,7 @@ def _choose_device(name: str) -> str:
 
 
 def scheduler_config(config: EngineConfig, model: LoadedModel) -> SchedulerConfig:
-    """What the scheduler needs to know of the settings and of the model."""
+    """Derives the scheduler's configuration from the settings and the model."""
     return SchedulerConfig(
         block_size=config.block_size,
         max_model_len=model.max_model_len,

@@ -27,15 +27,15 @@ from services.engine.request import PositionLogprobs, SampledToken
 
 
 class ForwardModel(Protocol):
-    """What the runner needs of a model."""
+    """The model, as the runner needs it."""
 
     @property
     def device(self) -> str:
-        """Where tensors are made: "cpu", "cuda:0"."""
+        """The device of new tensors: "cpu", "cuda:0"."""
 
     @property
     def eos_token_ids(self) -> Sequence[int]:
-        """What min_tokens forbids, besides the request's stop tokens."""
+        """The tokens that min_tokens forbids, besides the request's stop tokens."""
 
     def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         """Store keys and values in the cache, return float32 logits `[len(batch.logits_indices), vocab_size]`."""
@@ -131,7 +131,7 @@ class ModelRunner:
 
 
 def _logits_rows(sequences: Sequence[ScheduledSequence]) -> tuple[list[range], list[int]]:
-    """Which logits are wanted: per sequence its rows among them, and in all the rows of the batch's token axis.
+    """Finds the wanted logits: per sequence its rows among them, and in all the rows of the batch's token axis.
 
     A sequence wants those of its prompt logprobs, from its first token on, then that of its last token to sample from.
     """

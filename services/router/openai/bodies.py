@@ -1,7 +1,7 @@
 """Declares the bodies of POST endpoints as types, for decoding and for /openapi.json.
 
 Null counts as absent, unknown fields are ignored. What depends on the model or on settings is checked by
-`openai_requests`. Fields that steer a disaggregated server's insides (`kv_transfer_params` and the like) are not
+`requests`. Fields that steer a disaggregated server's insides (`kv_transfer_params` and the like) are not
 declared, so no client can reach them.
 """
 

@@ -1,4 +1,4 @@
-"""Attention over paged KV: what a forward pass is told of its batch, and the ways to compute it."""
+"""Attends over paged KV: describes a forward pass's batch, and computes its attention."""
 
 from services.engine.native.attention.attention import Attention, AttentionStep, GatherAttention
 from services.engine.native.attention.forward import ForwardBatch

@@ -1,10 +1,10 @@
-"""Attention over paged keys and values: the seam, and its implementation in plain torch for any device.
+"""Attends over paged keys and values: the seam, and its implementation in plain torch for any device.
 
 The cache is `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`, key before value. `Attention.begin`
 does once per step what all layers share; `append` stores a layer's new keys and values; `attend` reads them.
 
-Nobody here masks values: a key beyond the context's end weighs exactly 0, so whatever finite number lies there is
-harmless, and the owner of the blocks zeroes them when it hands them out.
+Values are not masked: a key beyond the context's end weighs exactly 0, so any finite number there is harmless; the
+owner of the blocks zeroes them when it hands them out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class AttentionStep(Protocol):
 
 
 class Attention(Protocol):
-    """How a device attends; chosen once, when the cache is made."""
+    """Attends as a device does; chosen once, when the cache is made."""
 
     def begin(self, batch: ForwardBatch, kv_cache: Tensor) -> AttentionStep:
         """Prepare what the layers of one step share."""
@@ -111,7 +111,7 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What all layers with the same window share."""
+    """The part that all layers with the same window share."""
 
     groups: list[_DecodeGroup]
     chunks: list[_Chunk]

@@ -1,4 +1,4 @@
-"""What one forward pass computes: a ragged batch of prefill chunks and decode tokens, which take the same path."""
+"""Describes one forward pass: a ragged batch of prefill chunks and decode tokens, on one path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention on CUDA by FlashAttention, which reads keys and values from their blocks without gathering them."""
+"""Attends on CUDA by FlashAttention, which reads KV from its blocks without gathering."""
 
 from __future__ import annotations
 

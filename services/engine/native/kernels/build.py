@@ -1,4 +1,4 @@
-"""How the libraries are compiled: for setup.py, which runs this file by itself, and for tests. Nothing is imported."""
+"""Compiles the libraries, for setup.py (which runs this file by itself) and for tests. Imports nothing of ours."""
 
 from __future__ import annotations
 

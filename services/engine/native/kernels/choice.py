@@ -1,4 +1,4 @@
-"""Which kernels this machine computes with, and why: decided once, at start, and said in one line."""
+"""Chooses this machine's kernels once, at start, and says why in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels' shared libraries, bound with ctypes: one for each kind of processor, all from the sources in csrc/.
+"""Binds the kernels' shared libraries with ctypes: one per kind of processor, all from csrc/.
 
 Addresses go in, nothing is checked there: whoever calls owns the arrays, and has checked their shapes. No torch.
 """
@@ -26,7 +26,7 @@ class KernelError(Exception):
 
 
 class Epilogue(IntEnum):
-    """What a projection does with its sums at once (csrc/linear.h)."""
+    """The work that a projection does on its sums at once (csrc/linear.h)."""
 
     WRITE = 0
     ADD = 1
@@ -108,7 +108,7 @@ class Layer(Structure):
 
 
 class Stage(IntEnum):
-    """Where a step's time goes (csrc/model.h)."""
+    """The stages that a step's time is counted by (csrc/model.h)."""
 
     EMBED = 0
     NORM = 1

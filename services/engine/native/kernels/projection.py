@@ -1,4 +1,4 @@
-"""A projection's weights as the kernels want them: in panels, bfloat16 or int8."""
+"""Packs a projection's weights as the kernels want them: in panels, bfloat16 or int8."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _plain_order(num_rows: int) -> npt.NDArray[np.int64]:
 
 
 def _gated_order(num_outputs: int) -> npt.NDArray[np.int64]:
-    """In each panel 16 rows of the gate, then the 16 rows that these gate."""
+    """Orders rows so that each panel has 16 rows of the gate, then the 16 rows that these gate."""
     half = PANEL_COLUMNS // 2
     panels = np.full((-(-num_outputs // half), 2, half), -1, dtype=np.int64)
     for output in range(num_outputs):

@@ -1,4 +1,4 @@
-"""Does a library compute what it should on this machine? A few milliseconds at start, before the first token.
+"""Checks a library on this machine: a few milliseconds at start, before the first token.
 
 Sums of small whole numbers are exact in float32 in any order, so projections must agree to the bit with numpy;
 attention must agree with a softmax in float64 as far as bfloat16 goes.

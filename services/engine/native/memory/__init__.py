@@ -1,4 +1,4 @@
-"""Where the engine's KV blocks are: the paged pool on the device, the host tier beside it, and how much of each."""
+"""Holds the engine's KV blocks: the paged pool on the device, the host tier, and their sizes."""
 
 from services.engine.native.memory.capacity import choose_num_blocks, choose_num_host_slots
 from services.engine.native.memory.host_copies import open_host_tier

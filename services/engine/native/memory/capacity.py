@@ -1,4 +1,4 @@
-"""How many KV blocks an engine gets: from the settings where they say it, else a share of the memory there is."""
+"""Computes how many KV blocks an engine gets: as the settings say, else a share of free memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies between the paged KV pool and the slots of the host-memory tier, and the memory of those slots."""
+"""Copies between the paged KV pool and the slots of the host-memory tier; owns the slots' memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def open_host_tier(kv_cache: Tensor, memory: BlockMemory, num_slots: int) -> Hos
 
 
 def copier_between(kv_cache: Tensor, slots: Tensor) -> BlockCopier:
-    """Between the cache `[num_blocks, ...]` and slots, uint8 `[num_slots, block_bytes]` in main memory."""
+    """Makes a copier between the cache `[num_blocks, ...]` and slots, uint8 `[num_slots, block_bytes]`."""
     if kv_cache.device.type == "cpu":
         return MemoryCopier(kv_cache, slots)
     return DeviceCopier(kv_cache, slots)

@@ -1,12 +1,11 @@
-"""Prefixes that come back from the host tier: blocks are taken, filled, verified, then published.
+"""Brings prefixes back from the host tier: takes blocks, fills them, verifies, publishes.
 
     begin (engine) -> copy and verify (any thread) -> end (engine): cached blocks, which the prompt finds
 
 A prompt's prefix comes back before it is queued, beside the steps of others (`services.worker.host_prefixes`). What it
-lacks all the same when its turn is near (evicted again while it waited, or its own blocks after a preemption) comes
-back between two steps (`bring_back`): that takes a small part of the time that computing it would.
-
-What is on its way holds lent blocks and pinned slots; both go back in `end`, which whoever began must call.
+still lacks when its turn is near (evicted while it waited, or preempted) comes back between two steps (`bring_back`),
+in a small part of the time that computing it takes. Whoever calls `begin` must call `end`, which gives back lent blocks
+and pinned slots.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The key/value cache as the block store sees it: blocks of bytes, with digests, on the device where they are."""
+"""Shows the KV cache to the block store: blocks of bytes, with digests, on their device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model: weights, and the two computations over them (torch, C kernels), chosen once at load."""
+"""The model: loads weights and computes with them by torch or C kernels, chosen once at load."""
 
 from services.engine.native.model.model import LoadedModel, load_model
 

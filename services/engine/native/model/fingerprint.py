@@ -1,4 +1,4 @@
-"""What makes two workers' keys and values the same: a digest over configuration, dtype and all weight bytes.
+"""Fingerprints a model: a digest over configuration, dtype and all weight bytes.
 
 Two fine-tunes with equal headers must never share a block, so every byte counts, and it must cost no more than
 reading the weights costs: each tensor is cut into rows of 64 KiB, each row hashed multilinearly (see

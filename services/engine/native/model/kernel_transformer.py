@@ -1,9 +1,8 @@
-"""The model on the C kernels: the arithmetic of `transformer`, with fewer passes over the activations.
+"""Runs the model on the C kernels: the arithmetic of `transformer` in fewer passes over the activations.
 
 Bias, residual and activation belong to the projection before them; keys and values are rotated and stored in one pass.
-A step is one call of the library, all layers.
-A token's results do not depend, in any bit, on how its sequence was cut up, on what else is in the batch, on which
-blocks it lies in, or on the number of threads.
+A step is one call of the library, all layers. No bit of a token's results depends on how its sequence was cut up, on
+the rest of the batch, on its blocks, or on the number of threads.
 """
 
 from __future__ import annotations
@@ -169,7 +168,7 @@ class KernelTransformer:
 
     @property
     def stage_seconds(self) -> Mapping[str, float]:
-        """Where the time of all steps so far went."""
+        """Returns the seconds of all steps so far, by stage."""
         return dict(self._stage_seconds)
 
 

@@ -1,4 +1,4 @@
-"""`y = x W^T + b`: one of the two seams (the other is attention) behind which kernels can be exchanged."""
+"""Computes `y = x W^T + b`: one of the two seams (with attention) where kernels are exchanged."""
 
 from __future__ import annotations
 

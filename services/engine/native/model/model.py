@@ -1,4 +1,4 @@
-"""Loading a model and running it: what the engine knows of models is in this file's public names."""
+"""Loads a model and runs it; its public names are all that the engine knows of models."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Computation(Protocol):
 
     @property
     def stage_seconds(self) -> Mapping[str, float]:
-        """Where the time of all steps so far went, by stage; empty where nobody counts."""
+        """Returns the seconds of all steps so far, by stage; empty where nobody counts."""
 
 
 @dataclass(frozen=True)
 class ComputePath:
-    """What computes a model here, for logs and metrics."""
+    """Names what computes a model here, for logs and metrics."""
 
     kernels: str  # "amx", "avx512"; "torch" where the C kernels are not used
     quantization: str  # "int8" or "none"
@@ -114,7 +114,7 @@ class LoadedModel:
 
     @property
     def stage_seconds(self) -> Mapping[str, float]:
-        """Where the time of all steps so far went, by stage; empty where nobody counts."""
+        """Returns the seconds of all steps so far, by stage; empty where nobody counts."""
         return self._computation.stage_seconds
 
 

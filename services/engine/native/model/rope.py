@@ -1,7 +1,7 @@
-"""Rotary position embeddings: default, linear, llama3 and yarn.
+"""Rotates positions: RoPE, as default, linear, llama3 and yarn.
 
-Su et al. 2021, "RoFormer". Cos and sin are computed for a step's positions and shared by its layers: a table over the
-whole context would be tens of megabytes and save nothing that can be measured.
+Su et al. 2021, "RoFormer". A step's layers share cos and sin of its positions; a table over the whole context would be
+tens of megabytes and save nothing measurable.
 """
 
 from __future__ import annotations

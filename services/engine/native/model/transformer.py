@@ -1,4 +1,4 @@
-"""The model itself: embedding, layers, output projection. Prefill and decode are one code path.
+"""Computes the model: embedding, layers, output projection. Prefill and decode are one code path.
 
 Linear and attention are the two seams; what lies between them is plain torch.
 """
@@ -65,7 +65,7 @@ class Transformer:
 
     @property
     def stage_seconds(self) -> Mapping[str, float]:
-        """Nothing: a GPU's work is done after the call that asked for it."""
+        """Returns nothing: a GPU's work is done after the call that asked for it."""
         return {}
 
     @torch.inference_mode()

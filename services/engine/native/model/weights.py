@@ -1,4 +1,4 @@
-"""A checkpoint on disk: finding it, checking it against the configuration, and reading it at memory speed.
+"""Reads a checkpoint: finds it, checks it against the configuration, reads it at memory speed.
 
 Files are mapped, so nothing is read twice or held twice: each tensor goes from the page cache into the memory that the
 model computes from, is converted on the way, and is hashed for the fingerprint while it is warm.

@@ -1,4 +1,4 @@
-"""From logits to tokens: a pure function of logits, parameters, seed and position."""
+"""Samples tokens from logits: a pure function of logits, parameters, seed and position."""
 
 from services.engine.native.sampling.sampler import NoToken, SamplingRow, position_logprobs, sample
 

@@ -1,4 +1,4 @@
-"""The sampler's noise: a Gumbel variate as a pure function of (seed, position, counter), the same on every device.
+"""Draws the sampler's noise: Gumbel variates from (seed, position, counter), the same on every device.
 
 Counter-based, as Philox and its like (Salmon et al. 2011): there is no state that a stream would have to hand over.
 """

@@ -1,12 +1,11 @@
-"""From logits to tokens: a pure function of (logits, parameters, seed, position, the request's own tokens).
+"""Samples tokens: a pure function of (logits, parameters, seed, position, the request's own tokens).
 
 Nothing is remembered between calls and no row looks at another, so any worker can continue any stream at any token.
 
 Randomness is counter-based: a 64-bit hash of (seed, position, token id) becomes one Gumbel variate per candidate, and
-the largest of scaled logit + Gumbel wins (the Gumbel-max trick, which draws exactly from the softmax). Against the
-usual inverse of a cumulative sum it has this advantage: logits that differ by 1e-6, as another batch shape or another
-worker gives them, change the token only where two candidates are that close, while there a shift anywhere below the
-drawn number moves every border.
+the largest of scaled logit + Gumbel wins (the Gumbel-max trick, which draws exactly from the softmax). Logits that
+differ by 1e-6, as from another batch shape or worker, change the token only where two candidates are that close; with
+the usual inverse of a cumulative sum, a shift anywhere below the drawn number moves every border.
 
 The order of operations is vLLM's: allowed_token_ids, min_tokens, logit_bias, penalties (repetition, frequency,
 presence), temperature, min_p, top_k, top_p. Logprobs are those of the raw logits, before all of it.
@@ -43,7 +42,7 @@ _GROUP_COUNTER = 1 << 40
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """What the sampler knows of one row: the parameters and the tokens so far."""
+    """The sampler's knowledge of one row: the parameters and the tokens so far."""
 
     sampling: SamplingParams
     prompt_token_ids: Sequence[int]
@@ -51,7 +50,7 @@ class SamplingRow:
 
     @property
     def position(self) -> int:
-        """Where the sampled token will stand."""
+        """The place where the sampled token will stand."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property

@@ -1,4 +1,4 @@
-"""Who computes what in the next step. Pure: requests, queues, block tables; no clock, no tensors."""
+"""Decides who computes what in the next step. Pure: requests, queues, block tables; no clock, no tensors."""
 
 from services.engine.native.scheduling.batch import Batch, BlockCopy, SampledBatch, SampledSequence, ScheduledSequence
 from services.engine.native.scheduling.limits import SchedulerConfig, check_fits

@@ -1,6 +1,6 @@
-"""Who gets a place in the batch next, and with which blocks: the queue's requests and the reservations.
+"""Chooses who enters the next batch, and with which blocks: queued requests and reservations.
 
-Pure, as the scheduler whose part it is; the rules 3 to 5 that its module's docstring names are kept here.
+Pure, a part of `scheduler.py`: keeps the rules 3 to 5 of that module's docstring.
 """
 
 from __future__ import annotations

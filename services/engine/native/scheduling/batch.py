@@ -1,4 +1,4 @@
-"""What one step computes: the scheduler's order to the runner, and the runner's answer."""
+"""Defines a step's Batch, the scheduler's order to the runner, and the runner's answer."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Batch:
 
     @property
     def shape(self) -> StepShape:
-        """What decides how long the step takes."""
+        """The shape that decides how long the step takes."""
         prompts = [sequence for sequence in self.sequences if sequence.num_tokens > 1]
         contexts = [sequence.end for sequence in self.sequences if sequence.num_tokens == 1]
         return StepShape(

@@ -1,4 +1,4 @@
-"""Which blocks a request gets from the pool, and when they become findable for others."""
+"""Takes a request's blocks from the pool, and publishes them for others to find."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def match_running_block(
 
 
 def _parent_hash(request: Request, index: int, config: SchedulerConfig) -> BlockHash:
-    """What the block at `index` comes after; its parent's hash must be known."""
+    """Returns the hash that the block at `index` comes after, which must be known."""
     return request.block_hashes[index - 1] if index > 0 else _root(request, config)
 
 

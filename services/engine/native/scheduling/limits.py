@@ -1,4 +1,4 @@
-"""What the scheduler must know of model and settings, and which requests can never be served within it."""
+"""Holds the scheduler's limits, from model and settings; refuses requests that can never be served."""
 
 from __future__ import annotations
 

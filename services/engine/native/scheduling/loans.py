@@ -1,7 +1,7 @@
-"""Block references that the engine's callers hold: for a transfer in progress, a lease, a prompt handed off.
+"""Counts the references that callers hold: for a transfer, a lease, a prompt handed off.
 
-The pool counts references and the scheduler knows its requests'; this is the third party, so that `check_integrity`
-can account for every single one and a block given back twice is noticed at once.
+With the scheduler's own they account for every reference that the pool counts (`check_integrity`), and a block given
+back twice is noticed at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from services.engine.api import NotLent
 
 
 class Loans:
-    """Who holds them is the callers' affair; how many there are is counted here."""
+    """Counts references; who holds them is the callers' affair."""
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool

@@ -1,4 +1,4 @@
-"""What a prompt need not compute: tokens in cached blocks, and blocks that another prompt is computing just now."""
+"""Finds what a prompt need not compute: tokens in cached blocks, and in blocks now being computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from services.engine.native.scheduling.request import Request
 
 
 class ReusedTokens(NamedTuple):
-    """How much of a request's beginning is not computed again."""
+    """The part of a request's beginning that is not computed again."""
 
     num_tokens: int
     num_copied: int  # of these, the ones copied from a block that goes on with other tokens

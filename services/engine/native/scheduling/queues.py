@@ -1,4 +1,4 @@
-"""Where each live request stands: one place per status, each in the one order of all.
+"""Keeps each live request's place: one per status, in the one order of all.
 
 That order is (priority, arrival, order of coming); smaller is sooner. A request's status and its place change together,
 in `enter` and `move` alone. Blocks are not its affair.

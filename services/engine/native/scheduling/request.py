@@ -1,4 +1,4 @@
-"""A request inside this engine: what was asked, where it stands, and what it holds.
+"""Defines a request inside this engine: its order, its status, and its holdings.
 
 Made of what a worker asks, driven by the scheduler. `Request.move_to` is the only place that changes the status.
 """
@@ -19,7 +19,7 @@ class IllegalTransition(EngineError):
 
 
 class RequestStatus(Enum):
-    """Where a request stands. What an abort finds to free is noted per status."""
+    """The states of a request. What an abort finds to free is noted per status."""
 
     NEW = "new"  # the engine does not know it; holds nothing
     WAITING = "waiting"  # in the queue; holds nothing
@@ -44,7 +44,7 @@ _TRANSITIONS: Mapping[RequestStatus, frozenset[RequestStatus]] = {
 
 @dataclass(eq=False)
 class Request(asked.Request):
-    """What was asked, and the scheduler's part: where it stands and what it holds."""
+    """A request: what was asked, its status, and what it holds."""
 
     status: RequestStatus = RequestStatus.NEW
     history: list[RequestStatus] = field(default_factory=lambda: [RequestStatus.NEW])
@@ -98,7 +98,7 @@ class Request(asked.Request):
         del self.history[:-32]
 
     def stop_reason(self, eos_token_ids: frozenset[int], max_model_len: int) -> FinishReason | None:
-        """Why the newest output token is the last one; None if it is not. Notes the stop token, if one ended it."""
+        """Returns why the newest output token is the last, or None. Notes the stop token, if one ended it."""
         token_id, num_outputs = self.output_token_ids[-1], len(self.output_token_ids)
         if num_outputs >= self.sampling.min_tokens:
             if token_id in eos_token_ids and not self.sampling.ignore_eos:

@@ -1,4 +1,4 @@
-"""Continuous batching: decides what each step computes, and which request holds which block.
+"""Batches continuously: decides what each step computes, and which request holds which block.
 
 Pure: no clock, no tensors, no threads. A step is `schedule` (takes blocks, returns a Batch), then the runner, then
 `update` (books the result, publishes full blocks, frees finished requests). Where each request stands is kept in
