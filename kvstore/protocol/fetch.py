@@ -126,7 +126,7 @@ class FetchMachine:
     def handle(self, event: FetchEvent, now: float) -> list[FetchAction]:
         """Return what `event` makes us do. Raises `IllegalTransition` for a bug of ours; a peer's fails the fetch."""
         self._history.note(now, self.state, event)
-        handler = TRANSITIONS[self.state][type(event)]
+        handler = TRANSITIONS[self.state].get(type(event))
         if handler is None:
             raise self._history.illegal(self.state, event)
         return handler(self, event, now)
@@ -352,76 +352,38 @@ def _describe(read: _Read) -> str:
 
 
 _Handler: TypeAlias = Callable[[FetchMachine, Any, float], list[FetchAction]]
-_ILLEGAL: Final = None  # a bug of ours: raises with the history
 _IGNORE: Final = FetchMachine._ignore  # met on purpose: a race that has been decided already
 _UNEXPECTED: Final = FetchMachine._unexpected  # a bug of the peer's: fails the fetch
 
-_FAILING: Final[Mapping[type, _Handler]] = {
+_GOING_ON: Final[Mapping[type, _Handler]] = {
+    Offer: _UNEXPECTED,
+    Announce: _UNEXPECTED,
+    Confirmed: _UNEXPECTED,
     Revoke: FetchMachine._revoked,
     AbortOrdered: FetchMachine._abort,
     OwnerLost: FetchMachine._owner_lost,
     Timer: FetchMachine._stage_timer,
 }
-_OVER: Final[Mapping[type, _Handler]] = {
-    Offer: _IGNORE,
-    Announce: _IGNORE,
-    Confirmed: _IGNORE,
-    Revoke: _IGNORE,
-    AbortOrdered: _IGNORE,
-    OwnerLost: _IGNORE,
-}
+_OVER: Final[Mapping[type, _Handler]] = dict.fromkeys(_GOING_ON, _IGNORE)
 
-# Every state has a row for every event. `AbortOrdered` is the abort, `Timer` the deadline, `OwnerLost` the lost
-# peer.
-TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler | None]]] = {
-    FetchState.ORDERED: {
-        Offer: FetchMachine._offered,
-        Reserved: _ILLEGAL,
-        ReserveFailed: _ILLEGAL,
-        Announce: _UNEXPECTED,
-        ReadEnded: _ILLEGAL,
-        Verified: _ILLEGAL,
-        Confirmed: _UNEXPECTED,
-        **_FAILING,
-    },
+# Every state has a row for all that the peer, the caller and the clock may do. An answer to what was not asked for has
+# none: a bug of ours, which raises with the history.
+TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler]]] = {
+    FetchState.ORDERED: {**_GOING_ON, Offer: FetchMachine._offered},
     FetchState.RESERVING: {
-        Offer: _UNEXPECTED,
+        **_GOING_ON,
         Reserved: FetchMachine._reserved,
         ReserveFailed: FetchMachine._reserve_failed,
         Announce: FetchMachine._announced,
-        ReadEnded: _ILLEGAL,
-        Verified: _ILLEGAL,
-        Confirmed: _UNEXPECTED,
-        **_FAILING,
     },
     FetchState.READING: {
-        Offer: _UNEXPECTED,
-        Reserved: _ILLEGAL,
-        ReserveFailed: _ILLEGAL,
+        **_GOING_ON,
         Announce: FetchMachine._announced,
         ReadEnded: FetchMachine._read_ended,
         Verified: FetchMachine._verified,
-        Confirmed: _UNEXPECTED,
-        **_FAILING,
     },
-    FetchState.CONFIRMING: {
-        Offer: _UNEXPECTED,
-        Reserved: _ILLEGAL,
-        ReserveFailed: _ILLEGAL,
-        Announce: _UNEXPECTED,
-        ReadEnded: _ILLEGAL,
-        Verified: _ILLEGAL,
-        Confirmed: FetchMachine._confirm_answered,
-        **_FAILING,
-    },
-    FetchState.DONE: {
-        **_OVER,
-        Reserved: _ILLEGAL,
-        ReserveFailed: _ILLEGAL,
-        ReadEnded: _ILLEGAL,
-        Verified: _ILLEGAL,
-        Timer: _IGNORE,
-    },
+    FetchState.CONFIRMING: {**_GOING_ON, Confirmed: FetchMachine._confirm_answered},
+    FetchState.DONE: _OVER,
     FetchState.DRAINING: {
         **_OVER,
         Reserved: FetchMachine._drain_reserved,
@@ -430,12 +392,5 @@ TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler | None]]] = {
         Verified: FetchMachine._drain_read,
         Timer: FetchMachine._drain_timer,
     },
-    FetchState.FAILED: {
-        **_OVER,
-        Reserved: _ILLEGAL,
-        ReserveFailed: _ILLEGAL,
-        ReadEnded: _ILLEGAL,
-        Verified: _ILLEGAL,
-        Timer: _IGNORE,
-    },
+    FetchState.FAILED: _OVER,
 }

@@ -263,54 +263,30 @@ class LeaseMachine:
 
 
 _Handler: TypeAlias = Callable[[LeaseMachine, Any, float], list[LeaseAction]]
-_ILLEGAL: Final = None  # a bug of ours: raises with the history
 _IGNORE: Final = LeaseMachine._ignore  # met on purpose: a race that has been decided already
 
-# Every state has a row for every event. `ReaderLost` is the lost peer, `Timer` the deadline, `RevokeOrdered` and
-# `Release` the two ends' aborts.
+_OPEN: Final[Mapping[type, _Handler]] = {
+    BlocksComputed: LeaseMachine._announce,
+    ReadRequest: LeaseMachine._grant,
+    SendEnded: LeaseMachine._send_ended,
+    Heartbeat: LeaseMachine._renew,
+    Confirm: LeaseMachine._early_confirm,
+    Release: LeaseMachine._release,
+    RevokeOrdered: LeaseMachine._revoke,
+    ReaderLost: LeaseMachine._reader_lost,
+    Timer: LeaseMachine._expire,
+}
+_OVER: Final[Mapping[type, _Handler]] = {
+    **dict.fromkeys(_OPEN, _IGNORE),
+    ReadRequest: LeaseMachine._refuse_read,
+    Confirm: LeaseMachine._refuse_confirm,
+}
+
+# Every state has a row for every event: `ReaderLost` is the lost peer, `Timer` the deadline, `RevokeOrdered` and
+# `Release` the two ends' aborts. None: a bug of ours, which raises with the history.
 TRANSITIONS: Final[Mapping[LeaseState, Mapping[type, _Handler | None]]] = {
-    LeaseState.OPEN: {
-        BlocksComputed: LeaseMachine._announce,
-        ReadRequest: LeaseMachine._grant,
-        SendEnded: LeaseMachine._send_ended,
-        Heartbeat: LeaseMachine._renew,
-        Confirm: LeaseMachine._early_confirm,
-        Release: LeaseMachine._release,
-        RevokeOrdered: LeaseMachine._revoke,
-        ReaderLost: LeaseMachine._reader_lost,
-        Timer: LeaseMachine._expire,
-    },
-    LeaseState.COMPLETE: {
-        BlocksComputed: _ILLEGAL,
-        ReadRequest: LeaseMachine._grant,
-        SendEnded: LeaseMachine._send_ended,
-        Heartbeat: LeaseMachine._renew,
-        Confirm: LeaseMachine._confirm,
-        Release: LeaseMachine._release,
-        RevokeOrdered: LeaseMachine._revoke,
-        ReaderLost: LeaseMachine._reader_lost,
-        Timer: LeaseMachine._expire,
-    },
-    LeaseState.CLOSING: {
-        BlocksComputed: _IGNORE,
-        ReadRequest: LeaseMachine._refuse_read,
-        SendEnded: LeaseMachine._late_send_ended,
-        Heartbeat: _IGNORE,
-        Confirm: LeaseMachine._refuse_confirm,
-        Release: _IGNORE,
-        RevokeOrdered: _IGNORE,
-        ReaderLost: _IGNORE,  # the link goes with the connection: the sends end
-        Timer: LeaseMachine._abort_sends,
-    },
-    LeaseState.CLOSED: {
-        BlocksComputed: _IGNORE,
-        ReadRequest: LeaseMachine._refuse_read,
-        SendEnded: _ILLEGAL,
-        Heartbeat: _IGNORE,
-        Confirm: LeaseMachine._refuse_confirm,
-        Release: _IGNORE,
-        RevokeOrdered: _IGNORE,
-        ReaderLost: _IGNORE,
-        Timer: _IGNORE,
-    },
+    LeaseState.OPEN: _OPEN,
+    LeaseState.COMPLETE: {**_OPEN, BlocksComputed: None, Confirm: LeaseMachine._confirm},
+    LeaseState.CLOSING: {**_OVER, SendEnded: LeaseMachine._late_send_ended, Timer: LeaseMachine._abort_sends},
+    LeaseState.CLOSED: {**_OVER, SendEnded: None},
 }
