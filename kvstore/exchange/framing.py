@@ -13,13 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from kvstore.errors import PeerLost
-from kvstore.protocol import (
-    LENGTH_BYTES,
-    Message,
-    decode,
-    decode_length,
-    encode,
-)
+from kvstore.protocol import LENGTH_BYTES, Message, decode, decode_length, encode
 from kvstore.threads import OsThreads, Threads
 
 MAX_UNSENT_BYTES: Final = 16 * 1024 * 1024

@@ -16,24 +16,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kvstore.block import BlockLayout
-from kvstore.errors import (
-    ExchangeError,
-    IncompatibleLayout,
-    IncompatiblePeer,
-    InvalidLayout,
-    ProtocolViolation,
-)
+from kvstore.errors import ExchangeError, IncompatibleLayout, IncompatiblePeer, InvalidLayout, ProtocolViolation
 from kvstore.exchange.framing import FrameStream
-from kvstore.protocol import (
-    FEATURES,
-    PROTOCOL_VERSION,
-    Choose,
-    Hello,
-    Message,
-    Ready,
-    Reject,
-    TransportOffer,
-)
+from kvstore.protocol import FEATURES, PROTOCOL_VERSION, Choose, Hello, Message, Ready, Reject, TransportOffer
 from kvstore.transport import Link, LinkPeer, Transport, choose
 
 _Expected = TypeVar("_Expected", bound=Message)

@@ -21,21 +21,9 @@ from redis.exceptions import MovedError, NoScriptError, ResponseError
 
 from kvstore.block import BlockHash
 from kvstore.errors import RegistryError
-from kvstore.index.entries import (
-    Holding,
-    Tier,
-    decode_holders,
-    decode_holdings,
-    encode_keys,
-)
+from kvstore.index.entries import Holding, Tier, decode_holders, decode_holdings, encode_keys
 from kvstore.index.scripts import LOOKUP
-from kvstore.index.session import (
-    IndexObserver,
-    IndexSession,
-    LookupOutcome,
-    ResyncReason,
-    raise_if_cancelled,
-)
+from kvstore.index.session import IndexObserver, IndexSession, LookupOutcome, ResyncReason, raise_if_cancelled
 from kvstore.index.writer import IndexWriter
 from kvstore.registry import ConnectionState, describe
 

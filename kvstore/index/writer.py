@@ -21,25 +21,10 @@ from redis.exceptions import MovedError, ResponseError
 
 from kvstore.block import BlockHash
 from kvstore.errors import RegistryError
-from kvstore.index.entries import (
-    KEY_BYTES,
-    PendingChanges,
-    Tier,
-    encode_snapshot,
-)
+from kvstore.index.entries import KEY_BYTES, PendingChanges, Tier, encode_snapshot
 from kvstore.index.scripts import CLAIM, WITHDRAW, WRITE
-from kvstore.index.session import (
-    IndexObserver,
-    IndexSession,
-    ResyncReason,
-    pace_s,
-)
-from kvstore.registry import (
-    REDIS_FAILURES,
-    ConnectionState,
-    describe,
-    open_client,
-)
+from kvstore.index.session import IndexObserver, IndexSession, ResyncReason, pace_s
+from kvstore.registry import REDIS_FAILURES, ConnectionState, describe, open_client
 
 logger = logging.getLogger(__name__)
 

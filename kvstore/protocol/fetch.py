@@ -37,16 +37,7 @@ from kvstore.protocol.fetch_events import (
     Verify,
 )
 from kvstore.protocol.machine import HangUp, History, Timer
-from kvstore.protocol.messages import (
-    Announce,
-    AnnouncedBlock,
-    Confirm,
-    Confirmed,
-    Offer,
-    Release,
-    Revoke,
-    Suspect,
-)
+from kvstore.protocol.messages import Announce, AnnouncedBlock, Confirm, Confirmed, Offer, Release, Revoke, Suspect
 from kvstore.protocol.timeouts import ExchangeTimeouts
 
 

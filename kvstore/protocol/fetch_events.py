@@ -9,13 +9,7 @@ from typing import TypeAlias
 
 from kvstore.block import Proof
 from kvstore.protocol.machine import HangUp, Timer
-from kvstore.protocol.messages import (
-    Announce,
-    Confirmed,
-    Offer,
-    ReaderMessage,
-    Revoke,
-)
+from kvstore.protocol.messages import Announce, Confirmed, Offer, ReaderMessage, Revoke
 
 
 class FetchState(Enum):

@@ -29,14 +29,7 @@ from kvstore.protocol.fetch_events import (
     StartRead,
     Verify,
 )
-from kvstore.protocol.lease import (
-    Closed,
-    LeaseAction,
-    LeaseEvent,
-    LeaseMachine,
-    ReaderLost,
-    StartSend,
-)
+from kvstore.protocol.lease import Closed, LeaseAction, LeaseEvent, LeaseMachine, ReaderLost, StartSend
 from kvstore.protocol.machine import HangUp, Timer
 from kvstore.protocol.messages import (
     HEARS_SUSPICIONS,

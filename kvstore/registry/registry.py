@@ -35,12 +35,7 @@ from kvstore.registry.redis_session import (
     run_script,
 )
 from kvstore.registry.roster import Roster, Sighting
-from kvstore.registry.worker_record import (
-    WorkerRecord,
-    decode_record,
-    encode_record,
-    new_incarnation,
-)
+from kvstore.registry.worker_record import WorkerRecord, decode_record, encode_record, new_incarnation
 
 __all__ = ["ConnectionState", "Membership", "Registrar", "WorkerRecord", "new_incarnation"]
 

@@ -31,13 +31,7 @@ from kvstore.block import HASH_BYTES, MAX_PROOF, BlockHash, BlockLayout, Proof, 
 from kvstore.errors import IntegrityError, KVStoreError
 from kvstore.pool import PROTECTED_SHARE, Block, SlotBook
 from kvstore.store.directory import StoreDirectory
-from kvstore.store.disk_files import (
-    DiskFiles,
-    FileCalls,
-    Record,
-    RecoveryReport,
-    max_num_slots,
-)
+from kvstore.store.disk_files import DiskFiles, FileCalls, Record, RecoveryReport, max_num_slots
 from kvstore.store.pause import Pause
 
 logger = logging.getLogger(__name__)

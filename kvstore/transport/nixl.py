@@ -17,12 +17,7 @@ import msgspec
 from kvstore.block import BlockMemory, Run
 from kvstore.errors import ReadFailed, TransportError
 from kvstore.transport.base import LinkPeer
-from kvstore.transport.host import (
-    HostFacts,
-    can_read_memory,
-    host_facts,
-    on_same_host,
-)
+from kvstore.transport.host import HostFacts, can_read_memory, host_facts, on_same_host
 from kvstore.transport.nixl_agent import AgentThread, Remote, import_nixl
 from kvstore.transport.nixl_pool import PoolAddress
 
