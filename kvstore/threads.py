@@ -1,4 +1,4 @@
-"""What runs beside the event loop: pools for work off it, and loops of their own. The one module that starts threads.
+"""Runs work beside the event loop, in pools and in loops of their own. The one module that starts threads.
 
 `main()` makes `OsThreads` and hands it down; the tests have an implementation that runs everything within the loop.
 """
@@ -30,10 +30,10 @@ class Runner(Protocol):
 
 
 class Threads(Protocol):
-    """How a process runs something off its event loop."""
+    """Runs a process's work off its event loop."""
 
     def pool(self, name: str, num_threads: int = 1) -> Executor:
-        """For `loop.run_in_executor`. Whoever asks for one shuts it down."""
+        """Make a pool for `loop.run_in_executor`. Whoever asks for one shuts it down."""
 
     async def run(self, work: Callable[[], _Result]) -> _Result:
         """Return what `work` returns, done off the loop, once. Who is cancelled meanwhile leaves it running."""

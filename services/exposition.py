@@ -1,7 +1,6 @@
-"""What every process's `/metrics` has in common: labels of the whole process, figures of the process.
+"""Holds what every process's `/metrics` shares: labels of the process, figures of the process.
 
-Each process has one registry of its own and no state beside it, so nothing is lost or counted twice when processes
-come and go.
+Each process has one registry and no state beside it: nothing is lost or counted twice when processes come and go.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Work orders over gRPC: both ends of the services of worker.proto, and the standard health service."""
+"""Carries work orders over gRPC: both ends of worker.proto's services, and the standard health service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request's lifecycle events, and the timeline that all metrics, traces and receipts derive from."""
+"""Stamps a request's lifecycle events in a timeline, from which metrics, traces and receipts derive."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Event(IntEnum):
 
 @dataclass
 class Timeline:
-    """When each event last happened, in unix seconds by the clock passed in."""
+    """Holds when each event last happened, in unix seconds by the clock passed in."""
 
     clock: Callable[[], float]
     unix_s: dict[Event, float] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Logs: text for people, JSON lines for machines; and the lines by which a process tells its launcher how far it is.
+"""Logs text for people and JSON lines for machines, and tells the launcher how far a process is.
 
 Every process calls `configure_logging` once, in `main()`. Code logs through `logging.getLogger(__name__)` and hands
 facts over by `extra=`; `bound(logger, request_id=…)` gives a logger that carries them along. What is logged within
@@ -78,7 +78,7 @@ def bound(logger: logging.Logger, **fields: object) -> BoundLogger:
 
 @contextmanager
 def request_scope(request_id: str) -> Iterator[None]:
-    """What is logged within, and in tasks that are begun within, carries the request's id."""
+    """Log with the request's id within, and in tasks that are begun within."""
     token = _REQUEST_ID.set(request_id)
     try:
         yield
@@ -92,7 +92,7 @@ def current_request_id() -> str:
 
 
 def extra_fields(record: logging.LogRecord) -> dict[str, object]:
-    """What the caller handed over by `extra=`, and the request that it is about. Called where the record was made."""
+    """Return what the caller passed as `extra=`, and the request's id. Called where the record was made."""
     fields = {name: value for name, value in vars(record).items() if name not in _STANDARD_FIELDS}
     request_id = _REQUEST_ID.get()
     return {"request_id": request_id, **fields} if request_id else fields

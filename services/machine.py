@@ -1,4 +1,4 @@
-"""What this machine has, and what the control group leaves of it to this process: memory, processors, instructions.
+"""Reads what this machine has and the control group leaves us: memory, processors, instructions.
 
 The only place that reads /proc and the control group's files. What cannot be known (not Linux) is 0, None or empty.
 """
@@ -13,7 +13,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory_bytes() -> int:
-    """What can be allocated without swapping, within the control group's limit; 0 where that cannot be known."""
+    """Return what can be allocated without swapping, within the control group's limit; 0 where unknown."""
     available = int(_field("meminfo", "MemAvailable").partition(" ")[0] or 0) << 10
     with contextlib.suppress(OSError, ValueError):  # no control group, or "max": no limit
         limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
@@ -31,7 +31,7 @@ def cpu_quota() -> int | None:
 
 
 def processor_flags() -> frozenset[str]:
-    """What the first processor can do and the system allows, in the kernel's words."""
+    """Return the abilities of the first processor that the system allows, in the kernel's words."""
     return frozenset((_field("cpuinfo", "flags") or _field("cpuinfo", "Features")).split())
 
 

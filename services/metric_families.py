@@ -1,4 +1,4 @@
-"""Every metric family that a process of ours exports: name, type, help, labels and bucket edges, declared once.
+"""Declares every metric family of our processes once: name, type, help, labels and bucket edges.
 
 Collectors are made of these tables and of nothing else; a test holds docs/metrics.md against them. The request series
 have vLLM's names and edges, with some smaller ones in front for small models.
@@ -44,7 +44,7 @@ class Table(dict[str, Family]):
         return Histogram(name, family.help, family.labels, buckets=family.buckets, registry=registry)
 
     def family(self, name: str) -> CounterMetricFamily | GaugeMetricFamily:
-        """What a collector fills when it is scraped."""
+        """Make the family that a collector fills when it is scraped."""
         family = self[name]
         make = CounterMetricFamily if family.type == "counter" else GaugeMetricFamily
         return make(name, family.help, labels=family.labels)

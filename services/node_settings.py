@@ -1,7 +1,6 @@
-"""Settings that workers and store nodes have in common: whoever exchanges blocks and announces itself.
+"""Declares the settings that workers and store nodes share: block exchange and registration.
 
-Each function declares one field; the arguments are what its help says otherwise. The class decides on the order, which
-is that of `--help` and of the page.
+Each function declares one field; arguments change its help. The class sets the order of `--help` and of the page.
 """
 
 from __future__ import annotations

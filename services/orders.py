@@ -1,7 +1,7 @@
-"""Work orders between processes: a session from a router to a decode worker, an order from there to a prefill worker.
+"""Carries work orders: a session from a router to a decode worker, an order from there to a prefill worker.
 
-What gives and takes orders knows streams of messages and the errors here, and no more. gRPC carries them
-(`grpc_orders.py`), the one module that knows of it; the tests have an implementation within one process.
+Who gives and takes orders knows streams of messages and the errors here. `grpc_orders.py` alone knows gRPC; the tests
+have an implementation within one process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class CannotListen(Exception):
 
 
 class Orders(Protocol):
-    """How a process gives orders to workers. Closing one of the iterators ends its stream at the worker, too."""
+    """Gives orders to workers. Closing one of the iterators ends its stream at the worker, too."""
 
     def session(
         self, address: str, requests: AsyncIterator[pb.SessionRequest]
@@ -57,7 +57,7 @@ ServePrefill: TypeAlias = Callable[[pb.PrefillRequest, Callable[[pb.PrefillEvent
 
 
 class OrderServer(Protocol):
-    """How a worker takes orders; a service says which before the server starts."""
+    """Takes orders for a worker; a service says which before the server starts."""
 
     def serve_sessions(self, serve: ServeSession) -> None: ...
 

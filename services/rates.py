@@ -1,4 +1,4 @@
-"""How fast a worker is: one formula of a step's and of a fetch's time, and the only learner of its coefficients.
+"""Learns how fast a worker is: one formula for the time of a step and of a fetch, one learner.
 
     step    base + prompt tokens + prompt tokens x tokens before each + generating sequences + tokens of their contexts
     fetch   latency + tokens, by the tier that they come from
@@ -24,7 +24,7 @@ PerTier = tuple[float, float, float, float]
 
 
 class StepShape(NamedTuple):
-    """What a step computes. A sequence of which it computes one token counts as generating, a longer run as prompt."""
+    """The work of a step. A sequence with one token computed counts as generating, a longer run as prompt."""
 
     num_prompt_tokens: int = 0
     num_prompt_pairs: int = 0
@@ -44,7 +44,7 @@ def num_pairs(start: int, num_tokens: int) -> int:
 
 
 def tokens_of(tier: str, num_tokens: int) -> tuple[int, int, int, int]:
-    """So many tokens per tier, where all come from one."""
+    """Return the tokens per tier where all come from one."""
     device, host, store, disk = (num_tokens * (each == tier) for each in TIERS)
     return device, host, store, disk
 
@@ -85,7 +85,7 @@ class Rates:
         )
 
     def prompt_s(self, num_tokens: int, start: int = 0) -> float:
-        """What so many tokens of a prompt add to the steps that compute them, from position `start` on.
+        """Return the seconds that so many prompt tokens add to their steps, from position `start` on.
 
         Additive: the time of a prompt is the sum of its parts'. Steps' base comes on top, but once for all in a batch.
         """
@@ -108,12 +108,12 @@ class Rates:
         return slowness * self.fetch_s(num_fetched) < self.prompt_s(sum(num_fetched), start)
 
     def to_wire(self) -> dict[str, float]:
-        """By name, as `Rates` of worker.proto has them."""
+        """Return the rates by name, as `Rates` of worker.proto has them."""
         return asdict(self)
 
     @classmethod
     def from_wire(cls, values: Mapping[str, float]) -> Rates:
-        """What a peer said. A field that is missing, or no positive number of a sane size, stays at its default."""
+        """Read a peer's rates. A field that is missing, or no positive number of a sane size, stays at its default."""
         known = {each.name for each in fields(cls)}
         return cls(**{name: v for name, v in values.items() if name in known and 0 < v < _MAX_VALUE})
 
@@ -125,7 +125,7 @@ _FETCH_FIELDS = ("fetch_latency_s", "fetch_device_s", "fetch_host_s", "fetch_sto
 
 
 def mean_rates(workers: Iterable[Rates]) -> Rates:
-    """Of several workers of one model: each counts by what its rates rest on. The guess, where nobody has learnt."""
+    """Average several workers of one model, each by what its rates rest on; the guess where nobody has learnt."""
     members = list(workers)
     values: dict[str, float] = {}
     for names, count in ((_STEP_FIELDS, "num_steps"), (_FETCH_FIELDS, "num_fetches")):
@@ -167,7 +167,7 @@ class RateLearner:
             del self._slowness[next(iter(self._slowness))]
 
     def slowness(self, holder_id: str) -> float:
-        """How many times the expected time that holder's fetches take. 1: as the others, or not known."""
+        """Return how many times the expected time that holder's fetches take. 1: as the others, or not known."""
         return self._slowness.get(holder_id, 1.0)
 
     def _tell(self) -> None:

@@ -1,4 +1,4 @@
-"""The shell of one connection: reads and beats, feeds the session (`session.py`), and does what it says.
+"""Runs one connection: reads and beats, feeds the session (`session.py`), carries out what it says.
 
 This connection is also the peer's liveness: UCX does not notice a peer that hangs.
 """
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tools:
-    """What all connections of a process share."""
+    """The tools that all connections of a process share."""
 
     memory: BlockMemory
     timeouts: ExchangeTimeouts
@@ -110,7 +110,7 @@ class Connection(Generic[_SessionT]):
             self._lost.set_result(reason)
 
     def do(self, actions: Actions) -> None:
-        """Do what the session says, in order; what an action leads to at once, after those that are due already."""
+        """Do what the session says, in order; what an action leads to comes after those already due."""
         self._actions += actions
         if self._is_acting:
             return
@@ -152,7 +152,7 @@ class Connection(Generic[_SessionT]):
         return reason
 
     async def drained(self) -> None:
-        """With the connection ended: wait for its link and every transfer to end, to the last byte that may come."""
+        """Wait, with the connection ended, until its link and every transfer end, to the last possible byte."""
         await self.link.close()
         await asyncio.gather(*(handle.over for handle in self.handles.values()))
 

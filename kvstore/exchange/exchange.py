@@ -169,7 +169,7 @@ class BlockExchange:
         return self._peers.owner(peer_id) is not None or self._peers.reader(peer_id) is not None
 
     def lane_to(self, owner_peer_id: str) -> str:
-        """On which lane we read from an owner; empty where we are not connected to it."""
+        """Return the lane on which we read from an owner; empty where we are not connected to it."""
         connection = self._peers.owners.get(owner_peer_id)
         return connection.link.lane if connection is not None else ""
 

@@ -1,4 +1,4 @@
-"""The world outside as the block protocol sees it: connections with frames, a clock, names, threads.
+"""Gives the block protocol its outside: connections with frames, a clock, names, threads.
 
 `main()` makes one `Outside` and hands it down; a simulation hands down its own.
 """
@@ -53,7 +53,7 @@ class Listener(Protocol):
 
 
 class Net(Protocol):
-    """How connections come about."""
+    """Opens connections."""
 
     async def listen(self, host: str, port: int, accept: Callable[[FrameStream], Awaitable[None]]) -> Listener:
         """Call `accept`, as a task, with each connection that comes; port 0 takes a free one. Raises OSError."""

@@ -1,4 +1,4 @@
-"""The first messages of a connection: who we are, whether our blocks fit, which transport carries them.
+"""Exchanges a connection's first messages: who we are, whether our blocks fit, which transport serves.
 
 reader                                owner
   | Hello(identity, transports) ----->  |
@@ -26,7 +26,7 @@ _Expected = TypeVar("_Expected", bound=Message)
 
 @dataclass(frozen=True)
 class PeerIdentity:
-    """Who a worker is. `incarnation` differs for each start of the process."""
+    """A worker's identity. `incarnation` differs for each start of the process."""
 
     peer_id: str
     role: str
@@ -36,7 +36,7 @@ class PeerIdentity:
 
 @dataclass(frozen=True)
 class Introduction:
-    """What a handshake has found out, and the link that it made. `features`: what the peer knows of `FEATURES`."""
+    """The findings of a handshake, and the link that it made. `features`: those of `FEATURES` that the peer knows."""
 
     peer: PeerIdentity
     transport: Transport

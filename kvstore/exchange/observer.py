@@ -1,4 +1,4 @@
-"""What the block protocol tells the metrics. Every method is called in the event loop and must return at once."""
+"""Reports the block protocol to the metrics. Each method runs in the event loop and must return at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A lease as whoever lends sees it, and the lending of prefixes.
+"""Lends blocks: a lease from its owner's side, and the lending of prefixes.
 
     want (hashes) -> pin what is held -> lease over exactly these blocks, all announced at once -> lease closes -> unpin
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class PrefixLender(Protocol):
-    """Whoever holds findable blocks: a worker's paged cache, a host-memory tier, a store node."""
+    """Lends findable blocks: a worker's paged cache, a host-memory tier, a store node."""
 
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
         """Pin the longest held prefix of `hashes` and return it, with ids and proofs; may be empty."""

@@ -1,4 +1,4 @@
-"""Our connections to peers: how each begins, that there is one per pair, and that its end is waited for."""
+"""Keeps our connections to peers: begins them, one per pair, and waits for their end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_STRANGERS: Final = 64
 
 
 class PeerSessions:
-    """Whom we read from and who reads from us. Owns every task of theirs. All methods belong to the event loop."""
+    """Owns the sessions with those we read from and who read from us, and their tasks. Event loop only."""
 
     def __init__(
         self,

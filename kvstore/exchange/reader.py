@@ -1,4 +1,4 @@
-"""A fetch as whoever reads sees it: asks for room, reads over the link, holds what came against its proofs."""
+"""Fetches blocks: asks for room, reads over the link, checks them against their proofs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The block protocol without its I/O: messages, and the state machines of a transfer's two ends.
+"""Decides the block protocol without I/O: messages, and the state machines of a transfer's two ends.
 
 Pure: events and clock readings in, actions out. `kvstore.exchange` runs it."""
 

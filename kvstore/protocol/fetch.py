@@ -1,9 +1,8 @@
-"""The reader's end of a transfer: order, reserve, read, verify, confirm.
+"""Decides the reader's end of a transfer: order, reserve, read, verify, confirm.
 
 Sans-I/O: `FetchMachine.handle(event, now)` returns what to do; the shell does it. Two promises: `Resolve`
-comes out exactly once, and `Quiesced` exactly once and not before it, when no late byte can arrive any more. In between
-a failed fetch is DRAINING: its blocks are in quarantine until every started read has really ended, every digest is
-computed, and the pending reservation has come.
+comes out exactly once, and `Quiesced` exactly once after it, when no late byte can arrive. In between a failed fetch is
+DRAINING: its blocks stay until every started read has ended, every digest is computed, and the reservation has come.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class _Read:
 
 @dataclass
 class _Progress:
-    """What has been announced, read and verified; all counts and indexes are lease indexes."""
+    """Counts what has been announced, read and verified; all counts and indexes are lease indexes."""
 
     announced: list[AnnouncedBlock] = field(default_factory=list)
     all_announced: bool = False
@@ -108,7 +107,7 @@ class FetchMachine:
 
     @property
     def next_deadline(self) -> float | None:
-        """When to call `handle(Timer())`, on the clock of `now`; None: never."""
+        """Return when to call `handle(Timer())`, on the clock of `now`; None: never."""
         ends = [self._stage_end] if self._stage_end is not None else []
         if self.state is FetchState.READING:
             ends += [read.deadline for read in self.reads.values()]

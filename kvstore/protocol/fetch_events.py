@@ -1,4 +1,4 @@
-"""The words of the reader's state machine: its states and causes, what it is told, and what it answers."""
+"""Defines the reader machine's words: states and causes, events and actions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvstore.protocol.messages import Announce, Confirmed, Offer, ReaderMessage,
 
 
 class FetchState(Enum):
-    """Where a fetch is. Each state before DONE and DRAINING is a stage with a deadline of its own."""
+    """The states of a fetch. Each before DONE and DRAINING is a stage with a deadline of its own."""
 
     ORDERED = "offer"  # waits for the owner's Offer
     RESERVING = "reserve"  # waits for room in our own pool
@@ -25,7 +25,7 @@ class FetchState(Enum):
 
 
 class FetchCause(Enum):
-    """Why a fetch failed."""
+    """The causes of a fetch's failure."""
 
     ABORTED = "aborted"
     PEER_LOST = "peer_lost"
@@ -55,7 +55,7 @@ class Reservation:
 
 @dataclass(frozen=True)
 class FetchStamps:
-    """When (clock seconds) a fetch reached each point; None: it did not."""
+    """The times (clock seconds) at which a fetch reached each point; None: it did not."""
 
     offered: float | None = None
     reserved: float | None = None
@@ -67,7 +67,7 @@ class FetchStamps:
 
 @dataclass(frozen=True)
 class FetchFailure:
-    """Where (`FetchState.value`) and why a fetch failed."""
+    """The stage (`FetchState.value`) and the cause of a fetch's failure."""
 
     stage: str
     cause: FetchCause
@@ -95,7 +95,7 @@ class FetchResult:
 
 @dataclass(frozen=True)
 class ReadLimits:
-    """How reads are cut: at most `max_reads` outstanding, each of at most `max_blocks` blocks."""
+    """The size of reads: at most `max_reads` outstanding, each of at most `max_blocks` blocks."""
 
     max_reads: int = 4
     max_blocks: int = 32

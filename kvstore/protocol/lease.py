@@ -1,4 +1,4 @@
-"""The owner's end of a transfer: a lease on blocks that a reader may read.
+"""Decides the owner's end of a transfer: a lease on blocks that a reader may read.
 
 Sans-I/O: `LeaseMachine.handle(event, now)` returns what to do; the shell does it. The blocks stay pinned
 until the lease has an outcome *and* no two-sided send of them is in progress; only then does `Closed` come out.
@@ -31,7 +31,7 @@ from kvstore.protocol.timeouts import ExchangeTimeouts
 
 
 class LeaseState(Enum):
-    """Where a lease is. OPEN: blocks are still being announced. COMPLETE: all are. CLOSING: over, sends go on."""
+    """The states of a lease. OPEN: blocks are still being announced. COMPLETE: all are. CLOSING: over, sends go on."""
 
     OPEN = "open"
     COMPLETE = "complete"
@@ -40,7 +40,7 @@ class LeaseState(Enum):
 
 
 class LeaseOutcome(Enum):
-    """How a lease ended."""
+    """The ways a lease ends."""
 
     CONFIRMED = "confirmed"
     RELEASED = "released"
@@ -127,7 +127,7 @@ class LeaseMachine:
 
     @property
     def next_deadline(self) -> float | None:
-        """When to call `handle(Timer())`, on the clock of `now`; None: never."""
+        """Return when to call `handle(Timer())`, on the clock of `now`; None: never."""
         if self.state in (LeaseState.OPEN, LeaseState.COMPLETE):
             return self.expires_at
         return self._drain_end if self.state is LeaseState.CLOSING else None

@@ -1,7 +1,6 @@
-"""What both state machines of a transfer share: the action that ends a connection, and a memory for error messages.
+"""Holds what both machines of a transfer share: the action that ends a connection, and a short history.
 
-A machine's events are what the peer says (`messages`) and what happens here; its actions are messages, which are to be
-sent, and orders to the shell.
+Events are the peer's messages (`messages`) and what happens here; actions are messages to send and orders to the shell.
 """
 
 from __future__ import annotations

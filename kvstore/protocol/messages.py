@@ -1,4 +1,4 @@
-"""The block protocol's control messages, and their form on the wire.
+"""Defines the block protocol's control messages, and their form on the wire.
 
 A frame is a 4-byte big-endian length and that many bytes of msgpack: a map whose `type` names the message. What a peer
 sends is data: the length is checked before anything is read, and the body against the schema below, field by field.

@@ -1,4 +1,4 @@
-"""One connection of the block protocol without its I/O: what is heard and said on it, and when the peer is given up.
+"""Decides one connection without I/O: what to say, what was heard, and when to give up the peer.
 
 Sans-I/O: every method takes the clock's reading and returns what the shell (`connection.py`) is to do, in order, each
 action with the transfer that it belongs to. Messages among the actions are to be sent. The peer that dialled is the
@@ -82,7 +82,7 @@ _Machine = TypeVar("_Machine", FetchMachine, LeaseMachine)
 
 
 class _Session(ABC, Generic[_Machine]):
-    """What both ends have in common: transfers, and time. Call `tick` every `heartbeat_s`."""
+    """Keeps what both ends share: transfers, and time. Call `tick` every `heartbeat_s`."""
 
     def __init__(self, timeouts: ExchangeTimeouts, now: float) -> None:
         self.transfers: dict[bytes, _Machine] = {}
@@ -270,7 +270,7 @@ class OwnerSession(_Session[LeaseMachine]):
     _handle = tell
 
     def settled(self) -> None:
-        """What was passed on has been dealt with."""
+        """Note that what was passed on has been dealt with."""
         self._num_owed -= 1
 
     def lose(self, detail: str, now: float) -> Actions:

@@ -1,4 +1,4 @@
-"""Every deadline of the block protocol, by name, in seconds."""
+"""Names every deadline of the block protocol, in seconds."""
 
 from __future__ import annotations
 

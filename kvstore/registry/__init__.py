@@ -1,4 +1,4 @@
-"""Who is alive: workers and store nodes announce themselves in Redis under a lease, routers follow.
+"""Knows who is alive: workers and store nodes announce themselves in Redis under a lease, routers follow.
 
 Also the session with Redis that the prefix index uses."""
 

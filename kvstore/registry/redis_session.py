@@ -1,4 +1,4 @@
-"""A session with Redis that outlives Redis: what registry and prefix index have in common.
+"""Keeps a session with Redis that outlives Redis, for registry and prefix index.
 
 A `RedisSession` owns one task, reconnects with backoff for as long as it is not closed, and bounds every call in time.
 In a Redis Cluster it talks to the node that has our keys: they are in one slot.
@@ -30,7 +30,7 @@ _FIRST_BACKOFF_S = 0.05
 
 
 class ConnectionState(enum.Enum):
-    """How a registrar or a membership stands with Redis."""
+    """The states of a connection with Redis."""
 
     CONNECTING = "connecting"  # not yet reached, not yet failed
     CONNECTED = "connected"
@@ -60,7 +60,7 @@ class RedisSession:
 
     @property
     def connection_state(self) -> ConnectionState:
-        """How we stand with Redis."""
+        """Return the state of our connection with Redis."""
         return self._state
 
     @property

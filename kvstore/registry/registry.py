@@ -1,4 +1,4 @@
-"""The registry in Redis: workers announce themselves under a lease, routers follow who is there.
+"""Keeps the registry in Redis: workers announce themselves under a lease, routers follow.
 
     {tandem}:workers    hash        worker id -> record (JSON)
     {tandem}:leases     sorted set  worker id, scored by the end of its lease (ms, Redis's clock: workers' clocks never
@@ -6,10 +6,9 @@
     {tandem}:departed   set         worker ids that left or whose lease has ended, until the prefix index has seen it
     {tandem}:changes    channel     "announced ID INCARNATION", "withdrawn ID INCARNATION"
 
-Each access is one Lua script, hence atomic, and the braces put all keys into one slot of a Redis Cluster. Everything
-here is soft state. Redis away: workers go on serving and keep trying, routers keep the last known membership. Redis
-back, empty or not: every worker is there again within a third of a lease, before anyone missed it. Needs Redis 6.2 or
-Valkey.
+Each access is one atomic Lua script; the braces put all keys into one slot of a Redis Cluster. All is soft state. Redis
+away: workers go on serving and keep trying, routers keep the last known membership. Redis back, empty or not: every
+worker is there again within a third of a lease. Needs Redis 6.2 or Valkey.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""Who is believed to be alive: the registry's reader without its I/O. Observations and a clock in, a list of workers
-out.
+"""Decides who is alive, for the registry's reader. No I/O: observations and a clock in, a list of workers out.
 
-A worker leaves the roster when it says so, or when the lease that was last seen has run out by our own clock. That it
-is missing from Redis is not enough: a Redis that restarted or was flushed is empty until the workers have announced
-themselves again, and serving must not stop for that.
+A worker leaves the roster when it says so, or when its last seen lease has run out by our own clock. To be missing from
+Redis is not enough: after a restart or a flush it is empty until the workers announce themselves again.
 """
 
 from __future__ import annotations
@@ -66,5 +64,5 @@ class Roster:
             del self._entries[worker_id]
 
     def next_expiry_s(self) -> float:
-        """When the first lease runs out unless it is renewed; infinity if there is none."""
+        """Return when the first lease runs out unless it is renewed; infinity if there is none."""
         return min((entry.keep_until_s for entry in self._entries.values()), default=float("inf"))

@@ -1,4 +1,4 @@
-"""What a process says of itself in the registry: who it is, where it listens, what it serves and how much it holds."""
+"""Defines a process's record in the registry: its identity, addresses, models and capacity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How bytes of blocks move between two pools: one small interface, one contract suite.
+"""Moves bytes of blocks between two pools: one small interface, one contract suite.
 
 The backends are loaded by `make_transports` alone, when they are asked for."""
 

@@ -1,4 +1,4 @@
-"""What the block protocol needs of a transport: read blocks of a peer's pool into ours, and know when that is over.
+"""Defines a transport: it reads blocks of a peer's pool into ours, and knows when that is over.
 
 A `Transport` belongs to one process and one pool. For each connection of two peers it makes a `Link` at either end;
 reads go one way, from the peer that dialled (the reader) to the one that accepted (the owner). All calls are made, and
@@ -35,7 +35,7 @@ class Link(Protocol):
 
     @property
     def lane(self) -> str:
-        """What carries the bytes, for people and metrics: `tcp`, `cma`, `rdma`, `cuda_ipc` ..."""
+        """The carrier of the bytes, for people and metrics: `tcp`, `cma`, `rdma`, `cuda_ipc` ..."""
 
     def read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
         """Start to read. The future resolves only when the read has *really* ended: no byte of it can land after.
@@ -72,13 +72,13 @@ class Transport(Protocol):
         """Set up, in the running loop. Raises `TransportError`."""
 
     def descriptor(self) -> bytes:
-        """What a peer needs to know of us; opaque to all but this transport."""
+        """The bytes by which a peer reaches us; opaque to all but this transport."""
 
     def lane_to(self, descriptor: bytes) -> str | None:
-        """On which lane we would read from the peer with this descriptor; None: not at all. Never raises."""
+        """Return the lane on which we would read from the peer with this descriptor, or None. Never raises."""
 
     def problem(self) -> str | None:
-        """Why no new link can be made at present; None: one can. A transport with a problem is not offered to peers."""
+        """Why no new link can be made at present, or None. A transport with a problem is not offered to peers."""
 
     async def connect(self, peer: LinkPeer) -> Link:
         """Make our end of a link; both ends call this, at about the same time. Raises `TransportError`.

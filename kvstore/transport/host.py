@@ -1,4 +1,4 @@
-"""Which lanes there are between two processes: same host, readable memory, RDMA. Looked up and tried, never assumed."""
+"""Finds the lanes between two processes (same host, readable memory, RDMA) by looking and trying."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 
 
 class HostFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a process tells others of where it runs."""
+    """A process's word to others on where it runs."""
 
     boot_id: str
     pid_namespace: int

@@ -1,4 +1,4 @@
-"""Blocks by one-sided READ of NIXL: RDMA and NVLink do it without the owner's processor, cma with one system call.
+"""Reads blocks one-sidedly by NIXL: RDMA and NVLink spare the owner's processor, cma is one system call.
 
 The owner hands out its agent's metadata, and whoever has it can read the whole pool; it goes to compatible peers only.
 """
@@ -52,7 +52,7 @@ class NixlTransport:
         await asyncio.wrap_future(self._thread.start())
 
     def descriptor(self) -> bytes:
-        """Where we run, and how to read our pool."""
+        """Our host, and the way to read our pool."""
         return msgspec.msgpack.encode(_Descriptor(self._host, self._thread.address))
 
     def lane_to(self, descriptor: bytes) -> str | None:

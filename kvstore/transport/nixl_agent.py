@@ -1,8 +1,8 @@
-"""The thread that owns a NIXL agent: everything that touches the agent happens in it.
+"""Runs the thread that owns a NIXL agent: everything that touches the agent happens in it.
 
-NIXL's own progress thread burns a core, so this one makes progress instead: it polls often while reads are under way,
-and rarely otherwise, just enough for what UCX does behind the scenes (connections being set up, lanes emulated in
-software). A call may block for as long as copying takes; the event loop never waits for it.
+NIXL's own progress thread burns a core, so this one polls instead: often while reads are under way, else just enough
+for UCX's background work (connections being set up, lanes emulated in software). A call may block for as long as
+copying takes; the event loop never waits for it.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class AgentThread:
 
     @property
     def address(self) -> PoolAddress:
-        """Where peers find our pool; changes when the agent is reset."""
+        """The address at which peers find our pool; changes when the agent is reset."""
         if self._address is None:
             raise TransportError("nixl: not started")
         return self._address

@@ -1,4 +1,4 @@
-"""How a pool of blocks is described to NIXL: our own to the agent, an owner's in what it tells a reader."""
+"""Describes a pool of blocks to NIXL: our own to the agent, an owner's to a reader."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 
 class PoolAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a reader needs to know of an owner's pool, to reach every block of it."""
+    """The facts by which a reader reaches every block of an owner's pool."""
 
     metadata: bytes
     memory_kind: str

@@ -1,4 +1,4 @@
-"""Neighbouring blocks of a pool as one buffer that a transport can send from and receive into. No copy."""
+"""Shows neighbouring blocks of a pool as one buffer to send from or receive into. No copy."""
 
 from __future__ import annotations
 

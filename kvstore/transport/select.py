@@ -1,4 +1,4 @@
-"""Which transports a worker offers, and which of them carries a pair of peers."""
+"""Chooses the transports that a worker offers, and the one that carries a pair of peers."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""Blocks as two-sided tagged messages of UCX, through its Python binding ucxx: works wherever TCP does.
+"""Sends blocks as two-sided tagged messages of UCX, by its Python binding ucxx: works wherever TCP does.
 
-The reader asks over the control connection; when the owner has granted the read, both post the same messages, one per
-run of neighbouring blocks: the owner sends, the reader receives straight into its pool.
+The reader asks over the control connection; once the owner grants the read, both post the same messages, one per run of
+neighbouring blocks: the owner sends, the reader receives straight into its pool.
 
-The endpoint has error handling, which makes UCX carry it over tcp even on one host. Without it UCX would use cma, five
-times as fast, but could not be told to stop: an abort must leave no posted receive behind. Where cma works, the nixl
-transport uses it.
+Error handling makes UCX carry the endpoint over tcp even on one host. Without it UCX would use cma, five times as fast,
+but an abort must leave no posted receive behind. Where cma works, the nixl transport uses it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m services.decode`: one decode worker process."""
+"""`python -m services.decode`: runs one decode worker process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request's way into the engine: prefilled by another worker where that pays, else here.
+"""Brings a request into the engine: prefilled by another worker where that pays, else here.
 
 Every failure of a handoff leads to the next prefill worker and at last to a local prefill: it costs time, no answer.
 """

@@ -1,4 +1,4 @@
-"""Settings of a decode worker."""
+"""Declares a decode worker's settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a decode worker's requests end, in words: the error that goes to the router, and one line of the log."""
+"""Words the end of a decode worker's requests: the router's error, and one line of the log."""
 
 from __future__ import annotations
 

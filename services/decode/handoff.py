@@ -1,4 +1,4 @@
-"""One attempt to have a prompt prefilled elsewhere: order it, pull its blocks, and come back with both or with neither.
+"""Tries once to have a prompt prefilled elsewhere: orders it, pulls its blocks; returns both or neither.
 
     stage      waits for                                   deadline              on abort, deadline, lost peer
     connect    block-protocol handshake                    the exchange's        nothing to undo

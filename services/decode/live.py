@@ -1,4 +1,4 @@
-"""A request as the decode worker knows it, from the router's order to the last output."""
+"""Holds a request as the decode worker knows it, from the router's order to the last output."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LiveRequest:
 
     @property
     def stage(self) -> str:
-        """Where the request is, for messages."""
+        """The request's stage, for messages."""
         if self.request is None:
             return "handoff"
         return "decode" if self.newest_token_s is not None else "prefill queue"

@@ -59,7 +59,7 @@ _REFUSALS: Mapping[int, Refusal] = {
 
 
 class _News(NamedTuple):
-    """What a step brought for one request: a token, or more than that."""
+    """The news of a step for one request: a token, or more than that."""
 
     live: LiveRequest
     token_id: int
@@ -349,7 +349,7 @@ class DecodeService:
             self._in_engine.pop(live.request.request_id, None)
 
     def on_begun(self, request: Request) -> None:
-        """Nothing to do: the router hears of a request with its first token."""
+        """Do nothing: the router hears of a request with its first token."""
 
     def on_step(self, output: StepOutput) -> None:
         news = []

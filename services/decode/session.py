@@ -1,4 +1,4 @@
-"""One router's session on a decode worker: outputs go in as they come, one frame per engine step goes out."""
+"""Serves one router's session on a decode worker: outputs go in, one frame per engine step goes out."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class RouterSession:
                 await send(frame)
 
     async def _wait(self) -> None:
-        """Until something is pending, or it is time to look at the load."""
+        """Wait until something is pending, or it is time to look at the load."""
         if not self._num_pending and not self._closed:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LOAD_INTERVAL_S):

@@ -62,7 +62,7 @@ class NotLent(EngineError):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What an engine is and can do, for as long as it lives."""
+    """The properties of an engine that last as long as it lives."""
 
     max_model_len: int  # prompt and output tokens of one request
     num_blocks: int  # in `memory`
@@ -74,7 +74,7 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """How busy an engine is, for routing and for people."""
+    """The load of an engine, for routing and for people."""
 
     num_running: int
     num_waiting: int
@@ -106,7 +106,7 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step brought: one update per request that took part and was not aborted meanwhile."""
+    """The results of one step: one update per request that took part and was not aborted meanwhile."""
 
     updates: tuple[RequestUpdate, ...] = ()
     num_tokens: int = 0  # computed; 0: nothing could run before a command frees memory or brings work
@@ -133,7 +133,7 @@ class Engine(Protocol):
 
     @property
     def layout(self) -> BlockLayout:
-        """What a block is here. Any thread, as the next two."""
+        """Returns the layout of its blocks. Any thread, as the next two."""
 
     @property
     def memory(self) -> BlockMemory:
@@ -185,7 +185,7 @@ class Engine(Protocol):
     # ---- blocks and the prefix cache ----------------------------------------------
 
     def peek_prefix(self, hashes: Sequence[BlockHash]) -> int:
-        """How many of the first `hashes` are cached. A hint, from any thread; takes no reference."""
+        """Counts how many of the first `hashes` are cached. A hint, from any thread; takes no reference."""
 
     def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
         """Lend the longest cached prefix of `hashes`, for a reader."""
@@ -221,7 +221,7 @@ class Engine(Protocol):
         """All findable blocks. Any thread."""
 
     def take_cache_changes(self) -> list[CacheChange]:
-        """What happened to findable blocks since the last call, in order."""
+        """Returns the changes of findable blocks since the last call, in order."""
 
     # ---- the engine's own tier; without one it is empty and changes nothing -------
 
@@ -244,7 +244,7 @@ class Engine(Protocol):
         """All findable blocks of the tier. Any thread."""
 
     def take_host_changes(self) -> list[CacheChange]:
-        """What happened to findable blocks of the tier since the last call, in order."""
+        """Returns the changes of the tier's findable blocks since the last call, in order."""
 
     def host_figures(self) -> Mapping[str, float]:
         """The tier's sizes and counts by name, empty without one. Any thread."""
@@ -265,7 +265,7 @@ class Engine(Protocol):
         """Counts. Any thread."""
 
     def load(self) -> EngineLoad:
-        """How busy the engine is now. Any thread, which gets a fair estimate."""
+        """Returns the present load. Any thread, which gets a fair estimate."""
 
     def check_integrity(self) -> None:
         """Raise unless each block's references are those that requests and callers hold."""

@@ -1,4 +1,4 @@
-"""What workers and store nodes share: the debug HTTP server, the metrics of exchange and index."""
+"""Holds what workers and store nodes share: the debug HTTP server, the metrics of exchange and index."""
 
 from services.node.exchange_metrics import ExchangeMetrics
 from services.node.http import DebugServer

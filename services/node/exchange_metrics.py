@@ -1,4 +1,4 @@
-"""The block protocol in Prometheus series, the same for workers and store nodes."""
+"""Exports the block protocol in Prometheus series, the same for workers and store nodes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ExchangeMetrics(ExchangeObserver):
             self._lent_blocks.labels(outcome.value)
 
     def watch(self, transports: Sequence[Transport]) -> None:
-        """Where to read from, at scrape time, whether transports work."""
+        """Register where to read, at scrape time, whether transports work."""
         for transport in transports:
             self._transport_up.labels(transport.name).set_function(functools.partial(_is_up, transport))
 

@@ -1,4 +1,4 @@
-"""The HTTP server of workers and store nodes: `/metrics` and `/health`, and `/debug/*` for whoever looks for a leak."""
+"""Serves HTTP for workers and store nodes: `/metrics`, `/health`, and `/debug/*` to look for leaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process tells the prefix index, in Prometheus series; and whether it reaches the registry."""
+"""Exports what a process tells the prefix index, and whether it reaches the registry."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class IndexMetrics(IndexObserver):
             self._resyncs.labels(reason.value)
 
     def watch_index(self, is_connected: Callable[[], bool], num_pending: Callable[[], int]) -> None:
-        """Where to read the writer's state from, at scrape time."""
+        """Register where to read the writer's state from, at scrape time."""
         self._index_up.set_function(is_connected)
         self._pending.set_function(num_pending)
 
     def watch_registry(self, is_connected: Callable[[], bool]) -> None:
-        """Where to read the registrar's state from, at scrape time."""
+        """Register where to read the registrar's state from, at scrape time."""
         self._registry_up.set_function(is_connected)
 
     def batch_written(self, num_blocks: int, num_refused: int, duration_s: float) -> None:

@@ -1,4 +1,4 @@
-"""`python -m services.prefill`: one prefill worker process."""
+"""`python -m services.prefill`: runs one prefill worker process."""
 
 from __future__ import annotations
 

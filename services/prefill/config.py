@@ -1,4 +1,4 @@
-"""Settings of a prefill worker."""
+"""Declares a prefill worker's settings."""
 
 from __future__ import annotations
 

@@ -312,7 +312,7 @@ class PrefillService:
 
 
 def _facts(message: pb.PrefillRequest, started_s: float, now_s: float) -> dict[str, object]:
-    """What the log says of an order beside its outcome."""
+    """Return the log's facts of an order beside its outcome."""
     return {
         "request_id": message.request_id,
         "prompt_tokens": len(message.prompt_token_ids),

@@ -1,4 +1,4 @@
-"""`python -m services.store` (or `python -m kvstore`, or `tandem store`): one store node."""
+"""`python -m services.store` (or `python -m kvstore`, or `tandem store`): runs one store node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store node's settings."""
+"""Declares a store node's settings."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""A store node's HTTP port: open from the process's start to its end, however long the first worker takes to come.
+"""Serves a store node's HTTP port, open from start to end, even before the first worker has come.
 
-`/health` says that the process lives and can move blocks, `/ready` whether it lends them: what Kubernetes' liveness and
-readiness ask.
+`/health` (liveness) says that the process can move blocks, `/ready` (readiness) whether it lends them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A store node's Prometheus series. What the node counts itself is read when scraped."""
+"""Exports a store node's Prometheus series. The node's own counts are read when scraped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store node from its settings to its exit: learn the layout, open the tiers, serve, announce, flush on SIGTERM.
+"""Runs a store node: learns the layout, opens the tiers, serves, announces, flushes on SIGTERM.
 
 The HTTP port (`http.py`) is open all the time.
 """
@@ -201,7 +201,7 @@ def _record(
     http_address: str,
     transports: tuple[str, ...],
 ) -> WorkerRecord:
-    """What the node says of itself in the registry; of the model, what the worker says."""
+    """Return the node's record for the registry; of the model it says what the worker says."""
     layout, host = node.identity.layout, _host(config)
     return WorkerRecord(
         worker_id=name,

@@ -1,4 +1,4 @@
-"""Whose blocks a store node keeps: it takes the layout from the workers that serve its model. Pure."""
+"""Chooses whose blocks a store node keeps: the layout of the workers that serve its model. Pure."""
 
 from __future__ import annotations
 

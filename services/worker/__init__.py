@@ -1,1 +1,1 @@
-"""What the prefill and the decode worker have in common: from settings to a running, observable, drainable process."""
+"""Holds what prefill and decode workers share: from settings to a running, observable, drainable process."""

@@ -1,4 +1,4 @@
-"""The parts of a worker and how they hang together. Nothing here listens or runs yet: see `process.open_worker`."""
+"""Assembles the parts of a worker. Nothing here listens or runs yet: see `process.open_worker`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Role: TypeAlias = Literal["prefill", "decode"]
 
 @dataclass(frozen=True)
 class Seams:
-    """How a worker reaches what lies outside of it; `main()` chooses, the tests choose otherwise."""
+    """The ways in which a worker reaches its outside; `main()` chooses, the tests choose otherwise."""
 
     orders: Orders
     outside: Outside
@@ -39,7 +39,7 @@ class Seams:
 
 @dataclass(frozen=True)
 class WorkerParts:
-    """What a service is built from; the process owns and closes all of it."""
+    """The parts that a service is built from; the process owns and closes all of them."""
 
     worker_id: str
     incarnation: str

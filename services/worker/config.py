@@ -1,4 +1,4 @@
-"""Settings that both kinds of worker share. Flags are spelled as `vllm serve` spells them where they mean the same."""
+"""Declares the settings that both kinds of worker share, spelled as in `vllm serve` where they mean the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between protobuf messages and the engine's types. What a peer sent out of range raises InvalidRequest."""
+"""Converts protobuf messages and the engine's types. Values out of range raise InvalidRequest."""
 
 from __future__ import annotations
 

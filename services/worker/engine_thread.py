@@ -1,4 +1,4 @@
-"""The engine's own thread: commands go in between steps, step outputs come out to the event loop.
+"""Runs the engine in a thread: takes commands between steps, hands step outputs to the event loop.
 
 The thread is the only one that touches scheduler, block pool and model, so none of them needs a lock.
 """
@@ -27,7 +27,7 @@ _STOP_TIMEOUT_S = 30.0
 
 
 class StepListener(Protocol):
-    """What a worker does around a step. Called on the engine thread, so it must be quick and touch no loop state."""
+    """Acts around a step. Called on the engine thread, so it must be quick and touch no loop state."""
 
     def on_begun(self, request: Request) -> None: ...
 

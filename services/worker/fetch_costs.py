@@ -1,4 +1,4 @@
-"""When a worker fetches a prefix rather than compute it, and how much of it at once."""
+"""Decides whether a worker fetches or computes a prefix, and how much it fetches at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FetchPolicy(Enum):
 
 @dataclass(frozen=True)
 class FetchCosts:
-    """Of one worker, from what it has learnt. Until it has computed anything it fetches: a wrong first guess costs one
+    """Decides from what a worker has learnt. Until it has computed anything it fetches: a wrong first guess costs one
     slow fetch and is corrected by it, while a fetch that is never tried corrects nothing.
     """
 

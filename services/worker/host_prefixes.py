@@ -1,10 +1,10 @@
-"""Brings prefixes back from this worker's host tier into its paged cache: for prompts that come, and for peers.
+"""Brings prefixes back from the host tier into the paged cache, for prompts and for peers.
 
     take blocks (engine) -> copy, verify (a thread) -> publish (engine)
 
-No UCX, and no step waits for it. A peer that wants such blocks gets them the same way, since lending reads the paged
-pool: so its transfer is like any other, on the lane that the paged pools have, and one memory is registered for it.
-What has changed in main memory is found by its digest, dropped, and computed again by whoever wanted it.
+No UCX, and no step waits for it. A peer's blocks come back the same way: lending reads the paged pool, so its transfer
+is like any other and one memory is registered for it. A block that has changed in main memory is found by its digest,
+dropped, and computed again by whoever wanted it.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class CacheLender:
         await self._thread.call(self._engine.release_blocks, [block.block_id for block in blocks])
 
     async def recheck(self, hashes: Sequence[BlockHash]) -> None:
-        """Between two steps, so that nobody is lent or handed the blocks again before we have looked."""
+        """Rechecks between two steps, so that nobody is lent or handed the blocks before we have looked."""
         num_dropped = await self._thread.call(self._engine.recheck, hashes)
         if num_dropped:
             log.error("%d of %d blocks have changed in memory, and are dropped", num_dropped, len(hashes))

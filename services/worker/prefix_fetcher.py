@@ -7,9 +7,9 @@ found by the scheduler as an ordinary prefix hit:
     -> confirm -> publish and release: cached blocks, the most recently used ones -> the next piece, from this holder or
     from another -> the prompt is queued and finds them
 
-A queued prompt holds nothing, fetched blocks included, so that queued prompts cannot wait for each other; should the
-blocks be evicted before its turn, they are computed. Whatever goes wrong (a holder that died, evicted or lies; no room;
-too slow) costs the same. Blocks taken for a fetch that fails are freed when no late byte can arrive any more.
+A queued prompt holds nothing, fetched blocks included, so queued prompts cannot wait for each other; blocks evicted
+before its turn are computed. So are those of a failed fetch (a holder that died, evicted or lies; no room; too slow);
+what was taken for it is freed when no late byte can arrive any more.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ class PrefixFetcher:
         return [holder_id for holder_id, until_s in self._shunned_until.items() if until_s > now_s]
 
     async def settle(self) -> None:
-        """With the exchange closed: wait until all that fetches held has been given back."""
+        """Wait, with the exchange closed, until all that fetches held has been given back."""
         await settled(self._disposals, "prefix fetches")
 
 

@@ -1,4 +1,4 @@
-"""One worker process from its settings to its exit: build the parts, announce, serve, drain on SIGTERM."""
+"""Runs one worker process: builds the parts, announces, serves, drains on SIGTERM."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class WorkerService(StepListener, Protocol):
         """End what still runs, with an error to whoever waits for it."""
 
     async def settle(self) -> None:
-        """With the exchange closed: wait until all that transfers held has been given back."""
+        """Wait, with the exchange closed, until all that transfers held has been given back."""
 
 
 def run_worker(config: WorkerConfig, role: Role, build: Callable[[WorkerParts], WorkerService]) -> int:
@@ -145,7 +145,7 @@ async def open_worker(
 def _close_at_the_end(
     cleanup: contextlib.AsyncExitStack, assembly: Assembly, service: WorkerService, server: GrpcServer
 ) -> None:
-    """From the last to the first: calls end, then transfers, then what they held is settled, then the engine."""
+    """Close from the last to the first: end calls, end transfers, settle what they held, stop the engine."""
     parts = assembly.parts
     cleanup.push_async_callback(parts.thread.stop)
     cleanup.push_async_callback(assembly.host_prefixes.settle)
@@ -174,7 +174,7 @@ def _debug_server(assembly: Assembly, role: Role, service: WorkerService) -> Deb
 
 @dataclass(frozen=True)
 class _Addresses:
-    """Where others reach the worker, each `host:port`."""
+    """The addresses at which others reach the worker, each `host:port`."""
 
     grpc: str
     kv: str
@@ -182,7 +182,7 @@ class _Addresses:
 
 
 def _record(config: WorkerConfig, role: Role, assembly: Assembly, addresses: _Addresses) -> WorkerRecord:
-    """What the worker says of itself in the registry."""
+    """Return the worker's record for the registry."""
     engine = assembly.parts.engine
     return WorkerRecord(
         worker_id=assembly.parts.worker_id,

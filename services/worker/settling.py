@@ -1,4 +1,4 @@
-"""Tasks that give back what transfers held, and the last wait of a worker's shutdown, bounded like every other."""
+"""Gives back what transfers held, and waits for that at a worker's shutdown, up to a deadline."""
 
 from __future__ import annotations
 

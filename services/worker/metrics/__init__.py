@@ -1,4 +1,4 @@
-"""What a worker's /metrics shows."""
+"""Exports a worker's /metrics."""
 
 from services.worker.metrics.worker_metrics import OrderOutcome, Refusal, WorkerMetrics
 

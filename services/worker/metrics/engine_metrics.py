@@ -1,4 +1,4 @@
-"""An engine's Prometheus series: its queues and blocks, read when scraped, and its steps, observed as they end."""
+"""Exports an engine's series: queues and blocks, read when scraped, and steps, observed as they end."""
 
 from __future__ import annotations
 

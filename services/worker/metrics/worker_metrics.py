@@ -1,8 +1,7 @@
-"""A worker's Prometheus series, in a registry of its own. docs/metrics.md lists them all.
+"""Exports a worker's Prometheus series from a registry of its own. docs/metrics.md lists them all.
 
-Engine figures are read when scraped, all else is counted as it ends. What concerns a request comes from its timeline
-and from nothing else. Each request is counted by one worker only: its queue and prefill by whoever computed the prompt,
-the rest by the decode worker, which owns it.
+Engine figures are read when scraped, all else is counted as it ends, requests from their timelines alone. Each is
+counted by one worker: queue and prefill by whoever computed the prompt, the rest by the decode worker, its owner.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ RecomputeCause = Literal["handoff", "preemption"]
 
 
 class RequestMetrics:
-    """What requests say as they pass."""
+    """Counts requests as they pass."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.first_token_s = WORKER.histogram("vllm:time_to_first_token_seconds", registry)
@@ -143,7 +142,7 @@ class WorkerMetrics:
             self._prefix_bytes.labels(tier)
 
     def watch_service(self, num_in_handoff: Callable[[], int], is_draining: Callable[[], bool]) -> None:
-        """Where to read the service's state from, at scrape time."""
+        """Register where to read the service's state from, at scrape time."""
         self._in_handoff.set_function(num_in_handoff)
         self._draining.set_function(is_draining)
 

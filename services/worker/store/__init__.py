@@ -1,4 +1,4 @@
-"""How a worker's blocks come to store nodes: which chains it offers, and to which node."""
+"""Offers a worker's blocks to store nodes: chooses the chains, and the node of each."""
 
 from services.worker.store.store_feed import StoreFeed
 

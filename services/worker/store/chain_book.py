@@ -1,7 +1,7 @@
-"""Which chains of blocks a worker's cache holds, and which of them are to be offered to a store. Pure, one thread.
+"""Books the chains of blocks in a worker's cache, and which are to be offered. Pure, one thread.
 
-A worker hears of its cache block by block; a store wants chains from their head, since a prefix with a gap in it helps
-nobody. The book joins the two. An offer always names the whole chain, so that it also mends what was lost of it before.
+A worker hears of its cache block by block; a store wants chains from their head, as a prefix with a gap helps nobody.
+An offer always names the whole chain, so that it also mends what was lost of it before.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ChainBook:
         return [self._chain_to(end) for end in grown]
 
     def forget_growth(self) -> None:
-        """Nobody wants to hear of what grew until now."""
+        """Forget what grew until now."""
         self._grown.clear()
 
     def grow_all(self) -> None:

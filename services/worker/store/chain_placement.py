@@ -1,4 +1,4 @@
-"""Which store node keeps a chain of blocks. Pure, and the same on every worker.
+"""Chooses the store node that keeps a chain of blocks. Pure, and the same on every worker.
 
 Rendezvous hashing (Thaler and Ravishankar 1998) of one block of the chain: nodes may come and go, and only the chains
 of that node move. A chain is whole on its node, since a lookup counts a holder's prefix from the first block. Were the
@@ -7,9 +7,8 @@ first block the one that is hashed, all that follows one system prompt would be 
     blocks in the chain        1 .. 32    33 .. 256    257 .. 2,048    more
     the one that is hashed     0          32           256             2,048
 
-Chains that part before that block are spread, and each of their nodes has a copy of what they share. The price: a
-chain that grows past a step is copied to another node, and what the first one has of it gets cold. The steps lie far
-apart, so that a conversation of 8,192 tokens pays for it once.
+Chains that part before that block are spread, and each of their nodes has a copy of what they share. A chain that grows
+past a step is copied to another node; the steps lie far apart, so a conversation of 8,192 tokens pays for it once.
 """
 
 from __future__ import annotations

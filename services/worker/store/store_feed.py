@@ -1,4 +1,4 @@
-"""The worker's write-through to store nodes: it says what its cache holds, and the nodes fetch what they want.
+"""Tells store nodes what the worker's cache holds; the nodes fetch what they want.
 
     cache changes -> chain book -> (50 ms, so that a prompt's chunks join) -> the node of each chain -> `have`
 
@@ -73,7 +73,7 @@ class StoreFeed:
             self._has_grown.set()
 
     def state(self) -> dict[str, object]:
-        """For /debug/state."""
+        """Return the state for /debug/state."""
         return {
             "num_blocks": len(self._book),
             "nodes": {node_id: {"num_queued": len(line.queue)} for node_id, line in self._nodes.items()},
@@ -127,7 +127,7 @@ async def _keep_going(run: Callable[[], Awaitable[None]], what: str) -> None:
 
 
 class _NodeLine:
-    """What waits to be said to one start of one node, and the task that says it."""
+    """The queue of what to say to one start of one node, and the task that says it."""
 
     def __init__(self, record: WorkerRecord, exchange: BlockExchange, our_address: str, count: Count) -> None:
         self.record = record
