@@ -9,6 +9,7 @@ from kvstore.block import BlockHash
 from kvstore.index import IndexReader, Tier
 from kvstore.index.entries import Holding
 from tests.stack import Stack
+from tests.waiting import until
 
 _WAIT_S = 60.0
 
@@ -18,7 +19,7 @@ async def held(stack: Stack, hashes: Sequence[BlockHash]) -> dict[str, Holding]:
     reader = IndexReader(stack.redis.url)
     await reader.start()
     try:
-        await reader.wait_until(lambda: reader.available, _WAIT_S)
+        await until(lambda: reader.available, _WAIT_S)
         return {holding.holder_id: holding for holding in await reader.lookup(hashes, _WAIT_S)}
     finally:
         await reader.close()

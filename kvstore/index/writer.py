@@ -188,7 +188,6 @@ class IndexWriter(IndexSession):
         start_s = self._clock()
         if await self._send(client, self._in_flight):
             self._in_flight = b""
-            self._tell()
             if self._pending:
                 await asyncio.sleep(pace_s(self._clock() - start_s))
 
@@ -238,7 +237,6 @@ class IndexWriter(IndexSession):
             return False
         self._resync_reason = None
         self._observer.resync_ended(reason, num_blocks, self._clock() - start_s)
-        self._tell()
         return True
 
     async def _announce(self, client: redis.asyncio.Redis) -> int | None:
@@ -282,4 +280,3 @@ class IndexWriter(IndexSession):
         else:
             logger.warning("%s: the id is ours again", self._name)
         self._superseded_by = incarnation
-        self._tell()

@@ -55,7 +55,6 @@ class RedisSession:
         self._timeout_s = timeout_s
         self._max_backoff_s = max_backoff_s
         self._state = ConnectionState.CONNECTING
-        self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -80,12 +79,6 @@ class RedisSession:
             self._task.cancel()
             await asyncio.wait([self._task])
         self._set_state(ConnectionState.CLOSED)
-
-    async def wait_until(self, predicate: Callable[[], bool], timeout_s: float) -> None:
-        """Return once `predicate()` holds; it is asked again at every change. Raises TimeoutError."""
-        async with asyncio.timeout(timeout_s):
-            while not predicate():
-                await self._news.wait()
 
     async def _session(self, client: redis.asyncio.Redis) -> None:
         """Talk to Redis until it fails; return only by raising."""
@@ -131,12 +124,6 @@ class RedisSession:
             if state is ConnectionState.CONNECTED:
                 logger.info("%s: connected to Redis at %s", self._name, describe_url(self._redis_url))
             self._state = state
-            self._tell()
-
-    def _tell(self) -> None:
-        """Wake everyone in `wait_until`."""
-        self._news.set()
-        self._news = asyncio.Event()
 
 
 @contextlib.asynccontextmanager

@@ -203,7 +203,6 @@ class Registrar(RedisSession):
             logger.warning("%s: worker id %s is ours again", self._name, record.worker_id)
         if superseded_by != self._superseded_by:
             self._superseded_by = superseded_by
-            self._tell()
         self._set_state(ConnectionState.CONNECTED)
 
 
@@ -308,4 +307,3 @@ class Membership(RedisSession):
                 callback(records)
             except Exception:  # one follower's fault must neither stop the others nor the membership
                 logger.exception("membership: a callback failed")
-        self._tell()

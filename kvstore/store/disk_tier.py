@@ -36,6 +36,8 @@ from kvstore.store.pause import Pause
 
 logger = logging.getLogger(__name__)
 
+RETRY_AFTER_S = 5.0  # after the disk refused
+
 WritableBuffer = bytearray | memoryview | npt.NDArray[np.uint8]
 ReadableBuffer = bytes | WritableBuffer
 
@@ -95,7 +97,6 @@ class DiskTier:
         max_bytes: int,
         calls: FileCalls,
         clock: Callable[[], float],
-        retry_after_s: float,
     ) -> None:
         """Use `open`."""
         self.layout = layout
@@ -112,8 +113,8 @@ class DiskTier:
         self._book = SlotBook(0, PROTECTED_SHARE, on_evict=self._evicted.extend)
         self._writing: set[BlockHash] = set()
         self._sequence = 0
-        self._write_pause = Pause(clock, retry_after_s)
-        self._growth_pause = Pause(clock, retry_after_s)
+        self._write_pause = Pause(clock, RETRY_AFTER_S)
+        self._growth_pause = Pause(clock, RETRY_AFTER_S)
         self._num_operations = 0
         self._is_closed = False
 
@@ -126,18 +127,17 @@ class DiskTier:
         *,
         calls: FileCalls | None = None,
         clock: Callable[[], float] = time.monotonic,
-        retry_after_s: float = 5.0,
     ) -> DiskTier:
         """Lock `directory` (made if absent), recover what is in it, drop what is not right: `recovery` has the counts.
 
         `max_bytes` bounds the sum of the sizes of our files. After the disk refused a write, the next is tried
-        `retry_after_s` later. Raises `DirectoryLocked` if another process has it, ValueError if no block fits, OSError.
+        `RETRY_AFTER_S` later. Raises `DirectoryLocked` if another process has it, ValueError if no block fits, OSError.
         """
         max_num_slots(max_bytes, layout.block_bytes)  # before anything is made or removed
         where = StoreDirectory.open(directory)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(where.close)
-            tier = cls(where, layout, max_bytes, calls or FileCalls(), clock, retry_after_s)
+            tier = cls(where, layout, max_bytes, calls or FileCalls(), clock)
             on_failure.callback(tier._files.close)
             tier._recover()
             on_failure.pop_all()

@@ -26,18 +26,10 @@ from kvstore.store.tiered_store import TieredStore
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class IntakeLimits:
-    """Bounds of what is done for the workers' offers."""
-
-    max_queued: int = 1024
-    """Offers that wait; the oldest of whoever has most gives way to a new one."""
-    max_pulls: int = 4
-    """Fetches at a time; of one worker half of them, so that one which hangs leaves room for others."""
-    max_pull_bytes: int = 64 * 1024 * 1024
-    """Of one fetch: what is reserved, and perhaps evicted, at once."""
-    settle_s: float = 15.0
-    """With the exchange closed: until fetches that do not end are left alone."""
+_MAX_QUEUED = 1024  # offers that wait; the oldest of whoever has most gives way to a new one
+_MAX_PULLS = 4  # fetches at a time; of one worker half of them, so that one which hangs leaves room for others
+_MAX_PULL_BYTES = 64 * 1024 * 1024  # of one fetch: what is reserved, and perhaps evicted, at once
+_SETTLE_S = 15.0  # with the exchange closed: until fetches that do not end are left alone
 
 
 @dataclass
@@ -82,22 +74,21 @@ class Intake:
     Close the exchange before `settle`: that ends the fetches, and with them everything that is done here.
     """
 
-    def __init__(self, exchange: BlockExchange, store: TieredStore, limits: IntakeLimits | None = None) -> None:
+    def __init__(self, exchange: BlockExchange, store: TieredStore) -> None:
         self.stats = IntakeStats()
         self._exchange = exchange
         self._store = store
-        self._limits = limits or IntakeLimits()
         self._lines: dict[str, _Line] = {}  # by peer id
         self._under_way: dict[BlockHash, _Pull] = {}
         self._num_waiting = 0  # for what is under way
-        self._pulls = asyncio.Semaphore(self._limits.max_pulls)
+        self._pulls = asyncio.Semaphore(_MAX_PULLS)
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closing = False
         # All pulls together may hold half of the memory, so that there is something to evict for them.
         memory = store.memory
         self._max_pull_blocks = max(
             1,
-            min(self._limits.max_pull_bytes // memory.block_bytes, memory.num_blocks // (2 * self._limits.max_pulls)),
+            min(_MAX_PULL_BYTES // memory.block_bytes, memory.num_blocks // (2 * _MAX_PULLS)),
         )
 
     @property
@@ -132,9 +123,9 @@ class Intake:
         A read that never ends keeps its slots, the safe side; it does not keep the disk from being written.
         """
         if self._tasks:
-            _, pending = await asyncio.wait(self._tasks, timeout=self._limits.settle_s)
+            _, pending = await asyncio.wait(self._tasks, timeout=_SETTLE_S)
             if pending:
-                logger.error("%d fetches do not end, %g s after the exchange", len(pending), self._limits.settle_s)
+                logger.error("%d fetches do not end, %g s after the exchange", len(pending), _SETTLE_S)
 
     # ---- whose turn it is ----
 
@@ -144,14 +135,14 @@ class Intake:
             return
         line = self._lines.setdefault(offer.peer.peer_id, _Line())
         line.queue.pop(offer.hashes[-1], None)  # the latest word on a chain is the one that counts
-        while self.num_queued >= self._limits.max_queued:
+        while self.num_queued >= _MAX_QUEUED:
             longest = max(self._lines.values(), key=lambda each: len(each.queue))
             if not longest.queue:
                 break
             del longest.queue[next(iter(longest.queue))]
             self.stats.num_offers_dropped += 1
         line.queue[offer.hashes[-1]] = offer
-        if line.num_tasks < min(len(line.queue), max(1, self._limits.max_pulls // 2)):
+        if line.num_tasks < min(len(line.queue), max(1, _MAX_PULLS // 2)):
             line.num_tasks += 1
             self._spawn(self._serve(offer.peer.peer_id, line))
 
@@ -209,7 +200,7 @@ class Intake:
         pull = self._under_way.get(block_hash)
         if pull is None:
             return False
-        if self.num_queued < self._limits.max_queued:
+        if self.num_queued < _MAX_QUEUED:
             self._num_waiting -= len(pull.waiting)
             pull.waiting[offer.peer.peer_id, offer.hashes[-1]] = offer
             self._num_waiting += len(pull.waiting)

@@ -15,7 +15,7 @@ from kvstore.block import BlockHash, find_wrong
 from kvstore.errors import KVStoreError
 from kvstore.exchange import BlockExchange, ExchangeObserver, Outside, PeerIdentity, RequestScope
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, Have
-from kvstore.store.intake import Intake, IntakeLimits
+from kvstore.store.intake import Intake
 from kvstore.store.tiered_store import TieredStore
 from kvstore.threads import Threads
 from kvstore.transport import Transport
@@ -77,7 +77,6 @@ class StoreNode:
         outside: Outside,
         timeouts: ExchangeTimeouts | None = None,
         observer: ExchangeObserver | None = None,
-        limits: IntakeLimits | None = None,
         request_scope: RequestScope | None = None,
     ) -> None:
         self.identity = identity
@@ -94,7 +93,7 @@ class StoreNode:
             on_have=self._on_have,
             request_scope=request_scope,
         )
-        self.intake = Intake(self.exchange, store, limits)
+        self.intake = Intake(self.exchange, store)
 
     async def start(self, host: str, port: int) -> None:
         """Listen; port 0 takes a free one. Raises `TransportError`, OSError."""

@@ -27,6 +27,7 @@ from kvstore.index.entries import Holding
 from kvstore.registry import Registrar, open_client
 from services.cli.embedded_redis import EmbeddedRedis
 from tests.prefix_index.index_world import registrar
+from tests.waiting import until
 
 SHARED_BLOCKS = 32
 CHAIN_BLOCKS = 1024
@@ -88,7 +89,7 @@ async def fill(
                 writer.added((block_hash,), tier)
             await asyncio.sleep(0)
     for writer in writers:
-        await writer.wait_until(lambda writer=writer: writer.synced, _FILL_TIMEOUT_S)
+        await until(lambda writer=writer: writer.synced, _FILL_TIMEOUT_S)
     return time.monotonic() - start_s
 
 
@@ -121,7 +122,7 @@ def row(name: str, durations: np.ndarray, per_second: float, in_redis_us: float 
 async def report_lookups(url: str, contents: Contents, num_replicas: int, seconds: float) -> None:
     reader = IndexReader(url, probe_s=60.0)
     await reader.start()
-    await reader.wait_until(lambda: reader.available, _LOOKUP_TIMEOUT_S)
+    await until(lambda: reader.available, _LOOKUP_TIMEOUT_S)
     rng = random.Random(1)
     async with open_client(url, _LOOKUP_TIMEOUT_S) as client:
         print(f"\n{'':28}{'p50 us':>9}{'p99 us':>9}{'x PING':>10}{'in Redis us':>11}{'/s at ' + str(_CONCURRENCY):>12}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ctypes import byref
+
 import pytest
 import torch
 from torch import Tensor
@@ -54,7 +56,9 @@ def test_queries_and_keys_are_normalized_and_rotated_and_keys_and_values_stored(
     expected[:, :num_rotated] = rotate(heads.float(), cos, sin).bfloat16()
 
     table = torch.empty((num_tokens, 2, head_dim // 2))
-    library.rope_table(positions.data_ptr(), frequencies.data_ptr(), 1.25, num_tokens, head_dim // 2, table.data_ptr())
+    half = head_dim // 2
+    functions = library._library  # steps of `forward`, which nothing else calls
+    functions.tandem_rope_table(positions.data_ptr(), frequencies.data_ptr(), 1.25, num_tokens, half, table.data_ptr())
     torch.testing.assert_close(table, torch.stack((cos, sin), dim=1)[:, :, 0], rtol=0, atol=1e-6)
     before = cache.clone()
     call = AppendCall(
@@ -71,7 +75,7 @@ def test_queries_and_keys_are_normalized_and_rotated_and_keys_and_values_stored(
         block_size=block_size,
         eps=1e-6,
     )
-    library.rope_append(call, 2)
+    functions.tandem_rope_append(byref(call), 2)
     # A value between two numbers of bfloat16 may fall to either side.
     torch.testing.assert_close(qkv, expected, rtol=2**-7, atol=1e-2 if normed else 2**-7)
     assert torch.equal(qkv[:, num_rotated:], expected[:, num_rotated:])

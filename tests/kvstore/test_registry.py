@@ -22,6 +22,7 @@ from kvstore.registry import (
     new_incarnation,
 )
 from services.cli.embedded_redis import EmbeddedRedis
+from tests.waiting import until
 from tests.worker_records import worker_record
 
 WAIT_S = 20.0  # an upper bound for waits on events, far above what any of them takes
@@ -43,7 +44,7 @@ class Cluster:
         registrar = Registrar(self.url, record, lease_s, timeout_s=0.5)
         self.open.append(registrar)
         await registrar.start()
-        await registrar.wait_until(lambda: registrar.connected, WAIT_S)
+        await until(lambda: registrar.connected, WAIT_S)
         return registrar
 
     async def follow(self, grace_s: float = LEASE_S, poll_s: float = 30.0) -> Membership:
@@ -51,7 +52,7 @@ class Cluster:
         membership = Membership(self.url, grace_s=grace_s, poll_s=poll_s, timeout_s=0.5)
         self.open.append(membership)
         await membership.start()
-        await membership.wait_until(lambda: membership.connected, WAIT_S)
+        await until(lambda: membership.connected, WAIT_S)
         return membership
 
     async def kill(self, registrar: Registrar) -> None:
@@ -101,7 +102,7 @@ async def test_a_worker_that_joins_is_seen_with_its_whole_record(cluster):
     membership.on_change(seen.append)
     record = make_record(role="decode", served_model_names=("demo", "ä"), transports=("nixl", "ucxx"))
     await cluster.join(record)
-    await membership.wait_until(lambda: bool(membership.snapshot()), WAIT_S)
+    await until(lambda: bool(membership.snapshot()), WAIT_S)
     assert membership.snapshot() == (record,)
     assert seen == [(record,)]
 
@@ -118,7 +119,7 @@ async def test_a_worker_that_withdraws_is_gone_at_once_and_leaves_nothing_in_red
     membership = await cluster.follow()
     assert ids(membership) == ["prefill-0"]
     await registrar.close()
-    await membership.wait_until(lambda: not membership.snapshot(), WAIT_S)
+    await until(lambda: not membership.snapshot(), WAIT_S)
     assert registrar.connection_state is ConnectionState.CLOSED
     async with redis.asyncio.Redis.from_url(cluster.url) as client:
         assert await client.keys("*") == [b"{tandem}:departed"]  # for the prefix index
@@ -140,7 +141,7 @@ async def test_a_killed_worker_is_gone_when_its_lease_ends_and_the_others_stay(c
     membership = await cluster.follow()
     await cluster.kill(killed)
     assert ids(membership) == ["prefill-0", "prefill-1"]
-    await membership.wait_until(lambda: ids(membership) == ["prefill-1"], WAIT_S)
+    await until(lambda: ids(membership) == ["prefill-1"], WAIT_S)
 
 
 async def test_the_last_worker_killed_leaves_nothing_in_redis(cluster):
@@ -160,10 +161,10 @@ async def test_a_registrar_survives_an_error_that_is_not_redis(cluster, monkeypa
         await announce(client)
 
     monkeypatch.setattr(registrar, "_announce", announce_in_the_end)
-    await registrar.wait_until(lambda: not registrar.connected, WAIT_S)
-    await registrar.wait_until(lambda: registrar.connected, WAIT_S)
+    await until(lambda: not registrar.connected, WAIT_S)
+    await until(lambda: registrar.connected, WAIT_S)
     registrar.update(msgspec.structs.replace(registrar.record, draining=True))
-    await membership.wait_until(lambda: [each.draining for each in membership.snapshot()] == [True], WAIT_S)
+    await until(lambda: [each.draining for each in membership.snapshot()] == [True], WAIT_S)
     assert sum("trying again" in record.message for record in caplog.records) == 1
 
 
@@ -171,7 +172,7 @@ async def test_an_update_is_seen_at_once(cluster):
     registrar = await cluster.join(make_record(), lease_s=60)
     membership = await cluster.follow()
     registrar.update(msgspec.structs.replace(registrar.record, draining=True, num_blocks=256))
-    await membership.wait_until(lambda: membership.snapshot()[0].draining, WAIT_S)
+    await until(lambda: membership.snapshot()[0].draining, WAIT_S)
     assert membership.snapshot() == (registrar.record,)
 
 
@@ -187,8 +188,8 @@ async def test_of_two_workers_with_one_id_the_newer_wins_and_the_older_says_so(c
     membership = await cluster.follow()
     second = await cluster.join(newer)
     with caplog.at_level(logging.ERROR):
-        await first.wait_until(lambda: first.superseded_by == newer.incarnation, WAIT_S)
-    await membership.wait_until(lambda: membership.snapshot() == (newer,), WAIT_S)
+        await until(lambda: first.superseded_by == newer.incarnation, WAIT_S)
+    await until(lambda: membership.snapshot() == (newer,), WAIT_S)
     assert second.superseded_by is None
     errors = [line.getMessage() for line in caplog.records if line.levelno == logging.ERROR]
     assert len(errors) == 1
@@ -196,8 +197,8 @@ async def test_of_two_workers_with_one_id_the_newer_wins_and_the_older_says_so(c
     assert older.incarnation in errors[0]
 
     await cluster.kill(second)  # and now the older one is the only one
-    await first.wait_until(lambda: first.superseded_by is None, WAIT_S)
-    await membership.wait_until(lambda: membership.snapshot() == (older,), WAIT_S)
+    await until(lambda: first.superseded_by is None, WAIT_S)
+    await until(lambda: membership.snapshot() == (older,), WAIT_S)
 
 
 async def test_a_superseded_worker_that_leaves_does_not_withdraw_its_successor(cluster):
@@ -209,7 +210,7 @@ async def test_a_superseded_worker_that_leaves_does_not_withdraw_its_successor(c
     async with redis.asyncio.Redis.from_url(cluster.url) as client:
         await client.publish("{tandem}:changes", f"withdrawn {older.worker_id} {older.incarnation}")
     await cluster.join(make_record("prefill-1"))
-    await membership.wait_until(lambda: len(membership.snapshot()) == 2, WAIT_S)
+    await until(lambda: len(membership.snapshot()) == 2, WAIT_S)
     assert membership.snapshot()[0] == newer
 
 
@@ -218,7 +219,7 @@ async def test_a_restarted_worker_takes_its_id_over_at_once(cluster):
     membership = await cluster.follow()
     restarted = make_record(grpc_address="127.0.0.1:6001")
     await cluster.join(restarted)
-    await membership.wait_until(lambda: membership.snapshot() == (restarted,), WAIT_S)
+    await until(lambda: membership.snapshot() == (restarted,), WAIT_S)
 
 
 async def test_garbage_in_redis_and_on_the_channel_is_reported_once_and_ignored(cluster, caplog):
@@ -233,10 +234,10 @@ async def test_garbage_in_redis_and_on_the_channel_is_reported_once_and_ignored(
         for message in (b"", b"\xff", b"withdrawn", b"withdrawn  ", b"a b c d", b"x" * 10000):
             await client.publish("{tandem}:changes", message)
         await cluster.join(make_record())
-        await membership.wait_until(lambda: ids(membership) == ["prefill-0"], WAIT_S)
+        await until(lambda: ids(membership) == ["prefill-0"], WAIT_S)
         await client.publish("{tandem}:changes", "again")
         await cluster.join(make_record("prefill-1"))
-        await membership.wait_until(lambda: len(ids(membership)) == 2, WAIT_S)
+        await until(lambda: len(ids(membership)) == 2, WAIT_S)
     assert membership.connected
     warnings = [line.getMessage() for line in caplog.records if "ignoring" in line.getMessage()]
     assert len(warnings) == len(set(warnings)) == len(garbage) + 2
@@ -247,7 +248,7 @@ async def test_deployments_with_different_prefixes_do_not_see_each_other(cluster
     other = Membership(cluster.url, prefix="staging")
     cluster.open.append(other)
     await other.start()
-    await other.wait_until(lambda: other.connected, WAIT_S)
+    await until(lambda: other.connected, WAIT_S)
     assert other.snapshot() == ()
 
 
@@ -270,18 +271,18 @@ async def test_redis_killed_and_restarted_changes_no_membership(own_server, own_
     changes: list[object] = []
     membership.on_change(changes.append)
     os.kill(own_server.pid, signal.SIGKILL)
-    await membership.wait_until(lambda: membership.connection_state is ConnectionState.DISCONNECTED, WAIT_S)
-    await registrar.wait_until(lambda: registrar.connection_state is ConnectionState.DISCONNECTED, WAIT_S)
+    await until(lambda: membership.connection_state is ConnectionState.DISCONNECTED, WAIT_S)
+    await until(lambda: registrar.connection_state is ConnectionState.DISCONNECTED, WAIT_S)
     await asyncio.sleep(1.5 * LEASE_S)  # longer than the lease: it says nothing while nobody can renew it
     assert ids(membership) == ["prefill-0"]
 
     with EmbeddedRedis.start(port=own_server.port):
-        await membership.wait_until(lambda: membership.connected, WAIT_S)
-        await registrar.wait_until(lambda: registrar.connected, WAIT_S)
+        await until(lambda: membership.connected, WAIT_S)
+        await until(lambda: registrar.connected, WAIT_S)
         latecomer = await own_cluster.join(make_record("prefill-1"))
-        await membership.wait_until(lambda: ids(membership) == ["prefill-0", "prefill-1"], WAIT_S)
+        await until(lambda: ids(membership) == ["prefill-0", "prefill-1"], WAIT_S)
         await registrar.close()
-        await membership.wait_until(lambda: ids(membership) == ["prefill-1"], WAIT_S)
+        await until(lambda: ids(membership) == ["prefill-1"], WAIT_S)
         await latecomer.close()
     failures = [line for line in caplog.records if "failed, trying again" in line.getMessage()]
     assert 2 <= len(failures) <= 4  # once per outage and session, however often they tried (ours ended in a second one)
@@ -293,12 +294,12 @@ async def test_a_worker_that_died_while_redis_was_away_is_dropped_after_the_grac
     await own_cluster.join(make_record("prefill-1"))
     membership = await own_cluster.follow(grace_s=2 * LEASE_S, poll_s=0.1)
     os.kill(own_server.pid, signal.SIGKILL)
-    await membership.wait_until(lambda: not membership.connected, WAIT_S)
+    await until(lambda: not membership.connected, WAIT_S)
     await own_cluster.kill(dead)
     with EmbeddedRedis.start(port=own_server.port):
-        await membership.wait_until(lambda: membership.connected, WAIT_S)
+        await until(lambda: membership.connected, WAIT_S)
         assert ids(membership) == ["prefill-0", "prefill-1"]
-        await membership.wait_until(lambda: ids(membership) == ["prefill-1"], WAIT_S)
+        await until(lambda: ids(membership) == ["prefill-1"], WAIT_S)
 
 
 async def test_a_hung_redis_is_noticed_by_deadline_and_heals(own_server, own_cluster):
@@ -306,13 +307,13 @@ async def test_a_hung_redis_is_noticed_by_deadline_and_heals(own_server, own_clu
     membership = await own_cluster.follow(grace_s=10, poll_s=0.1)
     os.kill(own_server.pid, signal.SIGSTOP)
     try:
-        await membership.wait_until(lambda: not membership.connected, WAIT_S)
-        await registrar.wait_until(lambda: not registrar.connected, WAIT_S)
+        await until(lambda: not membership.connected, WAIT_S)
+        await until(lambda: not registrar.connected, WAIT_S)
         assert ids(membership) == ["prefill-0"]
     finally:
         os.kill(own_server.pid, signal.SIGCONT)
-    await membership.wait_until(lambda: membership.connected, WAIT_S)
-    await registrar.wait_until(lambda: registrar.connected, WAIT_S)
+    await until(lambda: membership.connected, WAIT_S)
+    await until(lambda: registrar.connected, WAIT_S)
     assert ids(membership) == ["prefill-0"]
 
 
@@ -323,10 +324,10 @@ async def test_workers_and_routers_start_before_redis_does(own_server, own_clust
     own_cluster.open += [registrar, membership]
     await registrar.start()
     await membership.start()
-    await registrar.wait_until(lambda: registrar.connection_state is ConnectionState.DISCONNECTED, WAIT_S)
+    await until(lambda: registrar.connection_state is ConnectionState.DISCONNECTED, WAIT_S)
     assert membership.snapshot() == ()
     with EmbeddedRedis.start(port=own_server.port):
-        await membership.wait_until(lambda: ids(membership) == ["prefill-0"], WAIT_S)
+        await until(lambda: ids(membership) == ["prefill-0"], WAIT_S)
         await registrar.close()
 
 
@@ -355,16 +356,16 @@ async def test_a_failing_callback_stops_neither_the_others_nor_the_membership(cl
     membership.on_change(lambda records: 1 / 0)
     membership.on_change(lambda records: seen.append(len(records)))
     await cluster.join(make_record("prefill-0"))
-    await membership.wait_until(lambda: seen == [1], WAIT_S)
+    await until(lambda: seen == [1], WAIT_S)
     await cluster.join(make_record("prefill-1"))
-    await membership.wait_until(lambda: seen == [1, 2], WAIT_S)
+    await until(lambda: seen == [1, 2], WAIT_S)
     assert "a callback failed" in caplog.text
 
 
 async def test_many_workers_that_start_together_are_all_seen(cluster):
     membership = await cluster.follow()
     await asyncio.gather(*[cluster.join(make_record(f"w{i:02}"), lease_s=5) for i in range(30)])
-    await membership.wait_until(lambda: len(membership.snapshot()) == 30, WAIT_S)
+    await until(lambda: len(membership.snapshot()) == 30, WAIT_S)
     assert ids(membership) == [f"w{i:02}" for i in range(30)]
 
 
@@ -379,7 +380,7 @@ async def test_a_password_never_reaches_a_message(caplog):
         Membership("redis://me:hunter2@host:port")
     membership = Membership("redis://me:hunter2@127.0.0.1:1/0")
     await membership.start()
-    await membership.wait_until(lambda: membership.connection_state is ConnectionState.DISCONNECTED, WAIT_S)
+    await until(lambda: membership.connection_state is ConnectionState.DISCONNECTED, WAIT_S)
     await membership.close()
     assert "127.0.0.1:1" in caplog.text
     assert "hunter2" not in caplog.text + str(refused.value)

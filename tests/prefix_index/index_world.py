@@ -21,6 +21,7 @@ from kvstore.index.entries import Holding
 from kvstore.index.scripts import SWEEP, IndexKeys
 from kvstore.index.session import LookupOutcome
 from kvstore.registry import Registrar, WorkerRecord, new_incarnation
+from tests.waiting import until
 
 WAIT_S = 20.0  # an upper bound for waits on events, far above what any of them takes
 LEASE_S = 0.6
@@ -125,7 +126,7 @@ class Holder:
         return Holding(self.holder_id, self.incarnation, total, tuple(num_per_tier)) if total else None
 
     async def synced(self) -> None:
-        await self.writer.wait_until(lambda: self.writer.synced, WAIT_S)
+        await until(lambda: self.writer.synced, WAIT_S)
 
     async def kill(self) -> None:
         """What SIGKILL does: it renews nothing any more and withdraws nothing."""
@@ -159,7 +160,7 @@ class World:
             holder.blocks[block_hash] = {Tier.DEVICE}
         self.holders.append(holder)
         await holder.registrar.start()
-        await holder.registrar.wait_until(lambda: holder.registrar.connected, WAIT_S)
+        await until(lambda: holder.registrar.connected, WAIT_S)
         await holder.writer.start()
         await holder.synced()
         return holder
@@ -181,7 +182,7 @@ class World:
         reader = IndexReader(self.url, **{"timeout_s": 0.5, "probe_s": 0.1, "observer": recorder, **settings})
         self.readers.append(reader)
         await reader.start()
-        await reader.wait_until(lambda: reader.available, WAIT_S)
+        await until(lambda: reader.available, WAIT_S)
         return reader
 
     async def finds(self, reader: IndexReader, hashes: Sequence[BlockHash], holders: Iterable[Holder]) -> None:

@@ -33,6 +33,7 @@ from tests.prefix_index.index_world import (
     registrar,
     sweep,
 )
+from tests.waiting import until
 
 HASHES = block_hashes(40)
 
@@ -125,7 +126,7 @@ async def test_a_lookup_that_misses_its_deadline_says_so_and_the_next_ones_are_a
     assert not reader.available
     assert await reader.lookup(HASHES) == []
     assert recorder.outcomes[-1] is LookupOutcome.SKIPPED
-    await reader.wait_until(lambda: reader.connected, WAIT_S)
+    await until(lambda: reader.connected, WAIT_S)
     await world.finds(reader, HASHES, [holder])
 
 
@@ -191,12 +192,12 @@ async def test_of_two_processes_with_one_id_the_newer_writes_and_the_older_takes
     newer = await world.hold("twin", 20)
     reader = await world.read()
     assert await reader.lookup(HASHES, LOOKUP_S) == [newer.holding(HASHES)]
-    await older.writer.wait_until(lambda: older.writer.superseded_by == newer.incarnation, WAIT_S)
+    await until(lambda: older.writer.superseded_by == newer.incarnation, WAIT_S)
     older.add(HASHES[:30])
     assert await reader.lookup(HASHES, LOOKUP_S) == [newer.holding(HASHES)]
     assert any(newer.incarnation in message for message in errors(caplog.records))
     await world.leave(newer)
-    await older.writer.wait_until(lambda: older.writer.superseded_by is None, WAIT_S)
+    await until(lambda: older.writer.superseded_by is None, WAIT_S)
     await older.synced()
     assert await reader.lookup(HASHES, LOOKUP_S) == [older.holding(HASHES)]
     sweep(client)
@@ -212,7 +213,7 @@ async def test_the_snapshot_is_announced_in_batches_and_may_be_awaited(world):
     registered = registrar(world.url)
     await registered.start()
     await writer.start()
-    await writer.wait_until(lambda: writer.synced, WAIT_S)
+    await until(lambda: writer.synced, WAIT_S)
     assert recorder.batch_sizes == [16, 16, 8]
     assert recorder.announced == [40]
     reader = await world.read()
@@ -233,7 +234,7 @@ async def test_changes_during_the_announcement_prevail_over_the_snapshot(world, 
 
     holder.recorder.batch_written = change  # type: ignore[method-assign]
     await world.start(holder)
-    await holder.writer.wait_until(lambda: bool(holder.recorder.announced), WAIT_S)
+    await until(lambda: bool(holder.recorder.announced), WAIT_S)
     await holder.synced()
     reader = await world.read()
     assert await reader.lookup(HASHES, LOOKUP_S) == [holder.holding(HASHES)]
@@ -256,7 +257,7 @@ async def test_a_snapshot_that_fails_is_reported_and_tried_again(world, caplog):
     registered = registrar(world.url)
     await registered.start()
     await writer.start()
-    await writer.wait_until(lambda: writer.synced, WAIT_S)
+    await until(lambda: writer.synced, WAIT_S)
     assert num_calls == 2
     assert any("snapshot" in message for message in errors(caplog.records))
     await writer.close()
@@ -359,10 +360,10 @@ async def test_when_all_slots_are_taken_a_holder_waits_for_one(world, client, ca
     registered = registrar(world.url)
     await registered.start()
     await writer.start()
-    await writer.wait_until(lambda: writer.connected, WAIT_S)
+    await until(lambda: writer.connected, WAIT_S)
     assert not writer.synced
     client.delete(f"{INDEX}:slots")
-    await writer.wait_until(lambda: writer.synced, WAIT_S)
+    await until(lambda: writer.synced, WAIT_S)
     assert any("slot" in message for message in errors(caplog.records))
     await writer.close()
     await registered.close()

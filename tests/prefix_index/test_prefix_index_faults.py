@@ -35,6 +35,7 @@ from tests.prefix_index.index_world import (
     eventually,
     sweep,
 )
+from tests.waiting import until
 
 HASHES = block_hashes(40)
 
@@ -80,17 +81,17 @@ async def test_redis_killed_and_restarted_loses_hints_for_a_while_and_nothing_el
     recorder = Recorder()
     reader = await own_world.read(recorder)
     os.kill(own_server.pid, signal.SIGKILL)
-    await reader.wait_until(lambda: not reader.connected, WAIT_S)
+    await until(lambda: not reader.connected, WAIT_S)
     recorder.outcomes.clear()
     for _ in range(100):
         assert await reader.lookup(HASHES) == []
     assert recorder.outcomes == [LookupOutcome.SKIPPED] * 100
-    await holder.writer.wait_until(lambda: not holder.writer.connected, WAIT_S)
+    await until(lambda: not holder.writer.connected, WAIT_S)
     holder.add(HASHES[10:20])
     assert not holder.writer.synced
     with EmbeddedRedis.start(port=own_server.port):
         await holder.synced()
-        await reader.wait_until(lambda: reader.available, WAIT_S)
+        await until(lambda: reader.available, WAIT_S)
         await own_world.finds(reader, HASHES, [holder])
         await own_world.close()
     assert errors(caplog.records) == []
@@ -129,7 +130,7 @@ async def test_lookups_that_wait_together_for_a_paused_redis_all_meet_their_dead
         async with asyncio.timeout(WAIT_S):
             assert await asyncio.gather(*(reader.lookup(HASHES, 0.05) for _ in range(50))) == [[]] * 50
         assert recorder.outcomes == [LookupOutcome.TIMED_OUT] * 50
-        await reader.wait_until(lambda: reader.connection_state is ConnectionState.DISCONNECTED, WAIT_S)
+        await until(lambda: reader.connection_state is ConnectionState.DISCONNECTED, WAIT_S)
     finally:
         os.kill(own_server.pid, signal.SIGCONT)
 
@@ -158,7 +159,7 @@ async def test_members_start_before_redis_does(own_server, caplog):
     await reader.start()
     assert await reader.lookup(HASHES) == []
     with EmbeddedRedis.start(port=own_server.port):
-        await reader.wait_until(lambda: reader.available, WAIT_S)
+        await until(lambda: reader.available, WAIT_S)
         await world.finds(reader, HASHES, [holder])
         await world.close()
     assert errors(caplog.records) == []

@@ -204,12 +204,12 @@ async def test_with_the_real_index(make_worker, sentence, redis_url):
     await writer.start()
     await index.start()
     try:
-        await writer.wait_until(lambda: writer.synced, 10)
+        await until(lambda: writer.synced, 10)
         async with (
             running_router(config, decode, extra_records=(other, holder), index=index) as running,
             client(running) as http,
         ):
-            await index.wait_until(lambda: index.available, 10)
+            await until(lambda: index.available, 10)
             await http.post("/v1/completions", json={**BODY, "request_id": "r"})
             (decision,) = (await http.get("/debug/routing/r")).json()["decisions"]
     finally:

@@ -28,7 +28,7 @@ def test_tells_how_much_of_a_prompt_each_worker_was_sent():
 
 
 def test_forgets_with_age():
-    recent = RecentPrefixes(max_age_s=30)
+    recent = RecentPrefixes()
     hashes = chain(4)
     recent.add(A, hashes, 0.0)
     recent.add(B, hashes[:2], 20.0)
@@ -38,8 +38,9 @@ def test_forgets_with_age():
     assert len(recent) == 0
 
 
-def test_is_bounded_and_drops_the_ends_of_old_chains_first():
-    recent = RecentPrefixes(max_blocks=10)
+def test_is_bounded_and_drops_the_ends_of_old_chains_first(monkeypatch):
+    monkeypatch.setattr("services.router.routing.recent._MAX_BLOCKS", 10)
+    recent = RecentPrefixes()
     old, new = chain(6, "old"), chain(6, "new")
     recent.add(A, old, 0.0)
     recent.add(A, new, 1.0)
@@ -49,7 +50,7 @@ def test_is_bounded_and_drops_the_ends_of_old_chains_first():
 
 
 def test_a_prefix_that_everybody_sends_does_not_remember_every_worker_there_ever_was():
-    recent, hashes = RecentPrefixes(max_age_s=30), chain(2)
+    recent, hashes = RecentPrefixes(), chain(2)
     for incarnation in range(1000):
         recent.add(("w", str(incarnation)), hashes, float(incarnation))
     assert len(recent.num_held(hashes, 999.0)) == 31

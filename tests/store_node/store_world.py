@@ -13,7 +13,6 @@ from kvstore.block import BlockHash, BlockLayout, HostMemory
 from kvstore.exchange import BlockExchange, Outside, PeerIdentity
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, FetchResult, Reservation
 from kvstore.store import DiskTier, StoreNode, StoreTier, TieredStore
-from kvstore.store.intake import IntakeLimits
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
 from tests.waiting import until
 
@@ -95,7 +94,6 @@ class World:
         num_slots: int = 32,
         disk: Path | None = None,
         faults: Faults | None = None,
-        limits: IntakeLimits | None = None,
         incarnation: str = "1",
         timeouts: ExchangeTimeouts = PATIENT,
     ) -> StoreNode:
@@ -104,7 +102,7 @@ class World:
         store = TieredStore(memory, tier, on_change=lambda *change: self.changes.append(change), timeout_s=20.0)
         identity = PeerIdentity(f"store-0/{incarnation}", "store", incarnation, LAYOUT)
         transport = MemoryTransport(memory, self.switchboard, faults, seed=3)
-        node = StoreNode(identity, store, [transport], outside=Outside(), timeouts=timeouts, limits=limits)
+        node = StoreNode(identity, store, [transport], outside=Outside(), timeouts=timeouts)
         await node.start("127.0.0.1", 0)
         self._open.append(node.close)
         return node

@@ -12,8 +12,7 @@ import pytest
 
 from kvstore.exchange import PeerIdentity
 from kvstore.protocol import FetchCause, Have
-from kvstore.store import StoreTier
-from kvstore.store.intake import IntakeLimits
+from kvstore.store import StoreTier, intake
 from tests.memory_transport import Faults, MemoryLink
 from tests.store_node.store_world import LAYOUT, PATIENT, chain, idle, until, world
 from tests.tiers.blocks import locate
@@ -148,9 +147,10 @@ async def test_a_worker_that_dies_while_it_lends_costs_no_slot() -> None:
         node.check_integrity()
 
 
-async def test_a_chain_longer_than_the_memory_is_kept_as_far_as_it_fits() -> None:
+async def test_a_chain_longer_than_the_memory_is_kept_as_far_as_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "_MAX_PULLS", 1)
     async with world() as made:
-        node, giver = await made.node(num_slots=8, limits=IntakeLimits(max_pulls=1)), await made.worker()
+        node, giver = await made.node(num_slots=8), await made.worker()
         old, hashes = chain("old", 6), chain("a", 20)
         giver.hold([*old, *hashes])
         await giver.offer(node, old)
@@ -162,9 +162,11 @@ async def test_a_chain_longer_than_the_memory_is_kept_as_far_as_it_fits() -> Non
         node.check_integrity()
 
 
-async def test_of_too_many_offers_the_oldest_are_dropped_and_counted() -> None:
+async def test_of_too_many_offers_the_oldest_are_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "_MAX_PULLS", 1)
+    monkeypatch.setattr(intake, "_MAX_QUEUED", 2)
     async with world() as made:
-        node, giver = await made.node(limits=IntakeLimits(max_queued=2, max_pulls=1)), await made.worker()
+        node, giver = await made.node(), await made.worker()
         chains = [chain(name, 2) for name in "abcde"]
         giver.may_lend.clear()
         for hashes in chains:
@@ -305,8 +307,9 @@ async def test_a_chain_that_a_dead_worker_was_to_give_is_taken_from_the_next_tha
 async def test_a_read_that_never_ends_does_not_keep_what_is_here_from_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(intake, "_SETTLE_S", 0.2)
     async with world() as made:
-        node, giver = await made.node(disk=tmp_path, limits=IntakeLimits(settle_s=0.2)), await made.worker()
+        node, giver = await made.node(disk=tmp_path), await made.worker()
         here, stuck = chain("here", 3), chain("stuck", 3)
         giver.hold([*here, *stuck])
         await giver.offer(node, here)

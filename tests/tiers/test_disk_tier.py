@@ -61,7 +61,7 @@ class Disk:
 def open_tier(directory: Path, max_bytes: int = MAX_BYTES, layout=LAYOUT, disk: Disk | None = None) -> DiskTier:
     if disk is None:
         return DiskTier.open(directory, layout, max_bytes)
-    return DiskTier.open(directory, layout, max_bytes, calls=disk.calls(), clock=lambda: disk.now, retry_after_s=5.0)
+    return DiskTier.open(directory, layout, max_bytes, calls=disk.calls(), clock=lambda: disk.now)
 
 
 def put(tier: DiskTier, block_hash: BlockHash, parent: BlockHash | None = None) -> PutResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import os
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -19,6 +20,7 @@ from kvstore.errors import IntegrityError
 from kvstore.pool.slot_book import Block
 from kvstore.store import DiskTier, DiskWrites, StoreTier, TieredStore
 from kvstore.store.disk_files import FileCalls
+from kvstore.store.disk_tier import RETRY_AFTER_S
 from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, insert_block, locate, named_hash, parents, payload, proof
 
 DRAM, DISK = StoreTier.DRAM, StoreTier.DISK
@@ -63,7 +65,9 @@ async def open_store(
     disk = None
     if directory is not None:
         calls = FileCalls(write=gate.write, read=gate.read) if gate is not None else FileCalls()
-        disk = DiskTier.open(directory, LAYOUT, max_bytes, calls=calls, retry_after_s=0.0)
+        disk = DiskTier.open(
+            directory, LAYOUT, max_bytes, calls=calls, clock=itertools.count(0, RETRY_AFTER_S).__next__
+        )
     memory = HostMemory.allocate(num_slots, BLOCK_BYTES)
     store = TieredStore(memory, disk, disk_writes=disk_writes, on_change=on_change, timeout_s=20.0)
     try:

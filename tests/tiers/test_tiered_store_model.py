@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from kvstore.block import BlockHash, HostMemory
 from kvstore.pool.slot_book import Block
 from kvstore.store import DiskTier, DiskWrites, StoreTier, TieredStore
 from kvstore.store.disk_files import FileCalls
+from kvstore.store.disk_tier import RETRY_AFTER_S
 from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, insert_block, locate, parents, payload
 
 _HEAD = chain("head", 3)
@@ -44,7 +46,11 @@ class TieredStoreMachine(RuleBasedStateMachine):
 
     def open(self) -> None:
         disk = DiskTier.open(
-            self.directory, LAYOUT, self.max_bytes, calls=FileCalls(write=self.write), retry_after_s=0.0
+            self.directory,
+            LAYOUT,
+            self.max_bytes,
+            calls=FileCalls(write=self.write),
+            clock=itertools.count(0, RETRY_AFTER_S).__next__,
         )
         self.reported: set[tuple[BlockHash, StoreTier]] = {(block_hash, StoreTier.DISK) for block_hash in disk.hashes()}
         self.store = TieredStore(

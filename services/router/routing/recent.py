@@ -13,14 +13,14 @@ from kvstore.block import BlockHash
 
 WorkerKey = tuple[str, str]  # worker id, incarnation
 
+_MAX_BLOCKS = 1 << 17  # of about 300 bytes each
+_MAX_AGE_S = 30.0  # what is older the index knows better: it may be evicted
+
 
 class RecentPrefixes:
     """Block hashes by the workers that they were sent to, the least recently sent forgotten first."""
 
-    def __init__(self, max_blocks: int = 1 << 17, max_age_s: float = 30.0) -> None:
-        """About 300 bytes per block. What is older than `max_age_s` the index knows better: it may be evicted."""
-        self._max_blocks = max_blocks
-        self._max_age_s = max_age_s
+    def __init__(self) -> None:
         self._sent: OrderedDict[BlockHash, dict[WorkerKey, float]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -35,10 +35,10 @@ class RecentPrefixes:
             workers[worker] = now_s
             # What is sent again and again never ages as a whole: its oldest worker goes, one at a time.
             oldest = next(iter(workers))
-            if now_s - workers[oldest] > self._max_age_s:
+            if now_s - workers[oldest] > _MAX_AGE_S:
                 del workers[oldest]
             self._sent.move_to_end(block_hash)
-        while len(self._sent) > self._max_blocks:
+        while len(self._sent) > _MAX_BLOCKS:
             self._sent.popitem(last=False)
 
     def forget(self, worker: WorkerKey, hashes: Sequence[BlockHash]) -> None:
@@ -55,7 +55,7 @@ class RecentPrefixes:
         following: set[WorkerKey] | None = None
         for index, block_hash in enumerate(hashes):
             workers = self._sent.get(block_hash, {})
-            young = {worker for worker, sent_s in workers.items() if now_s - sent_s <= self._max_age_s}
+            young = {worker for worker, sent_s in workers.items() if now_s - sent_s <= _MAX_AGE_S}
             following = young if following is None else following & young
             if not following:
                 break
@@ -65,6 +65,6 @@ class RecentPrefixes:
     def _expire(self, now_s: float) -> None:
         while self._sent:
             workers = next(iter(self._sent.values()))
-            if now_s - max(workers.values()) <= self._max_age_s:
+            if now_s - max(workers.values()) <= _MAX_AGE_S:
                 return
             self._sent.popitem(last=False)

@@ -242,16 +242,6 @@ class KernelLibrary:
         """Normalize x, bf16 `[num_rows, size]`, into y; contiguous."""
         self._library.tandem_rms_norm(x, weight, y, num_rows, size, eps, num_threads)
 
-    def rope_table(
-        self, positions: int, frequencies: int, factor: float, num_tokens: int, half: int, table: int
-    ) -> None:
-        """Write cos and sin of the tokens' angles, float32 `[num_tokens, 2, half]`."""
-        self._library.tandem_rope_table(positions, frequencies, factor, num_tokens, half, table)
-
-    def rope_append(self, call: AppendCall, num_threads: int) -> None:
-        """Normalize and rotate queries and keys in place; store keys and values."""
-        self._library.tandem_rope_append(byref(call), num_threads)
-
     def forward(self, call: ForwardCall, workspace: Workspace, num_threads: int) -> None:
         """Do one step of a model: keys and values into the cache, logits of the wanted tokens, seconds by stage."""
         scratch = workspace.address(self._library.tandem_forward_workspace(byref(call), num_threads))
