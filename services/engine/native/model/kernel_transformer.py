@@ -8,8 +8,7 @@ the rest of the batch, on its blocks, or on the number of threads.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -30,6 +29,7 @@ from services.engine.native.kernels import (
     Stage,
     Workspace,
 )
+from services.engine.native.model.layers import DecoderLayer, read_decoder
 from services.engine.native.model.rope import inverse_frequencies
 from services.engine.native.model.weights import WeightReader
 
@@ -43,42 +43,34 @@ _GATES: Final = {
 _TOKENS_TOGETHER: Final = 16  # attention reads so many rows of a block at once
 
 
-@dataclass(frozen=True)
-class KernelLayer:
-    """One layer's weights, packed."""
-
-    input_norm: Tensor  # [hidden_size]
-    qkv: Projection
-    qk_norm: Tensor | None  # [num_heads + num_kv_heads, head_dim]
-    o: Projection
-    post_attention_norm: Tensor
-    gate_up: Projection
-    down: Projection
-
-
 class KernelTransformer:
     """The weights as the kernels want them, and one step over them. Used by one thread."""
 
     def __init__(
-        self,
-        library: KernelLibrary,
-        num_threads: int,
-        config: ModelConfig,
-        embedding: Tensor,
-        layers: Sequence[KernelLayer],
-        norm: Tensor,
-        lm_head: Projection,
+        self, library: KernelLibrary, num_threads: int, config: ModelConfig, reader: WeightReader, *, int8: bool
     ) -> None:
+        """Read a checked checkpoint of bfloat16 tensors; its unpacked weights are never all there.
+
+        `int8` quantizes the layers' projections; the output projection stays in bfloat16, as vLLM leaves it.
+        """
+        deepest = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+        if int8 and deepest > MAX_INT8_DEPTH:
+            raise UnsupportedModel(
+                f"quantization int8: {deepest} inputs to a projection are more than {MAX_INT8_DEPTH}"
+            )
+        weights = read_decoder(
+            config,
+            reader,
+            lambda weight, bias, gated: Projection(library, weight, bias, int8=int8, gated=gated),
+        )
         self._library = library
         self._num_threads = num_threads
         self._config = config
-        self._embedding = embedding
-        self._layers = layers
-        self._norm = norm
-        self._lm_head = lm_head
+        self._embedding, self._layers, self._norm = weights.embedding, weights.layers, weights.norm
+        self._lm_head = Projection(library, weights.lm_head, None)
         self._frequencies = inverse_frequencies(config.rope, config.head_dim)
-        self._layer_structs = (Layer * len(layers))(
-            *(_struct(layer, window) for layer, window in zip(layers, config.sliding_windows, strict=True))
+        self._layer_structs = (Layer * config.num_layers)(
+            *(_struct(layer, window) for layer, window in zip(self._layers, config.sliding_windows, strict=True))
         )
         self._workspace = Workspace()
         self._activations = _Activations(config, 0)
@@ -220,7 +212,7 @@ def _check_below(what: str, indices: Tensor, end: int) -> None:
         raise IndexError(f"a {what} is not below {end}: {int(indices.min())} to {int(indices.max())}")
 
 
-def _struct(layer: KernelLayer, window: int | None) -> Layer:
+def _struct(layer: DecoderLayer[Projection], window: int | None) -> Layer:
     """Return what points to the layer's weights; `layer` must outlive it."""
     return Layer(
         qkv=layer.qkv.weights,
@@ -232,43 +224,3 @@ def _struct(layer: KernelLayer, window: int | None) -> Layer:
         qk_norm=None if layer.qk_norm is None else layer.qk_norm.data_ptr(),
         window=window or 0,
     )
-
-
-def read_kernel_transformer(
-    library: KernelLibrary, num_threads: int, config: ModelConfig, reader: WeightReader, *, int8: bool
-) -> KernelTransformer:
-    """Read a checked checkpoint of bfloat16 tensors, one projection at a time: unpacked weights are never all there.
-
-    `int8` quantizes the layers' projections; the output projection stays in bfloat16, as vLLM leaves it.
-    """
-    deepest = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
-    if int8 and deepest > MAX_INT8_DEPTH:
-        raise UnsupportedModel(f"quantization int8: {deepest} inputs to a projection are more than {MAX_INT8_DEPTH}")
-
-    def read_layer(prefix: str) -> KernelLayer:
-        def projection(has_bias: bool, *names: str, gated: bool = False) -> Projection:
-            weight = reader.read(*(f"{prefix}{name}.weight" for name in names))
-            bias = reader.read(*(f"{prefix}{name}.bias" for name in names)) if has_bias else None
-            return Projection(library, weight, bias, int8=int8, gated=gated)
-
-        qk_norm = None
-        if config.qk_norm:
-            q_norm = reader.read(prefix + "self_attn.q_norm.weight").expand(config.num_heads, -1)
-            k_norm = reader.read(prefix + "self_attn.k_norm.weight").expand(config.num_kv_heads, -1)
-            qk_norm = torch.cat((q_norm, k_norm))
-        return KernelLayer(
-            input_norm=reader.read(prefix + "input_layernorm.weight"),
-            qkv=projection(config.qkv_bias, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            qk_norm=qk_norm,
-            o=projection(config.o_bias, "self_attn.o_proj"),
-            post_attention_norm=reader.read(prefix + "post_attention_layernorm.weight"),
-            gate_up=projection(config.mlp_bias, "mlp.gate_proj", "mlp.up_proj", gated=True),
-            down=projection(config.mlp_bias, "mlp.down_proj"),
-        )
-
-    embedding = reader.read("model.embed_tokens.weight")
-    layers = [read_layer(f"model.layers.{index}.") for index in range(config.num_layers)]
-    norm = reader.read("model.norm.weight")
-    lm_head = reader.read("lm_head.weight") if reader.has("lm_head.weight") else embedding
-    assert reader.num_left == 0, f"{reader.num_left} tensors were checked but not read"
-    return KernelTransformer(library, num_threads, config, embedding, layers, norm, Projection(library, lm_head, None))

@@ -23,9 +23,9 @@ from services.engine.native.attention import ForwardBatch
 from services.engine.native.kernels import KernelLibrary, choose_kernels
 from services.engine.native.memory import allocate_kv_cache
 from services.engine.native.model.fingerprint import FingerprintBuilder
-from services.engine.native.model.kernel_transformer import read_kernel_transformer
+from services.engine.native.model.kernel_transformer import KernelTransformer
 from services.engine.native.model.linear import compute_dtype
-from services.engine.native.model.transformer import read_transformer
+from services.engine.native.model.transformer import Transformer
 from services.engine.native.model.weights import (
     WeightReader,
     check_tensors,
@@ -162,10 +162,10 @@ def load_model(
         reader = WeightReader(checkpoint, builder, computed_in, target, progress)
         computation: Computation
         if library is None:
-            computation = read_transformer(config, reader)
+            computation = Transformer(config, reader)
         else:
             int8 = quantization == "int8"
-            computation = read_kernel_transformer(library, torch.get_num_threads(), config, reader, int8=int8)
+            computation = KernelTransformer(library, torch.get_num_threads(), config, reader, int8=int8)
     path = ComputePath("torch" if library is None else library.name, quantization, reason)
     _logger.info("computing with %s%s", reason, "" if quantization == "none" else f", {quantization} weights")
     fingerprint = builder.finish(config, resolved, quantization)

@@ -5,8 +5,7 @@ Linear and attention are the two seams; what lies between them is plain torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from services.engine.model_config import ModelConfig
 from services.engine.native.attention import Attention, AttentionStep, ForwardBatch, GatherAttention
+from services.engine.native.model.layers import DecoderLayer, read_decoder
 from services.engine.native.model.linear import Linear, make_linear
 from services.engine.native.model.rope import cos_sin, inverse_frequencies, rotate
 from services.engine.native.model.weights import WeightReader
@@ -29,31 +29,16 @@ _ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer's weights; projections that read the same input are fused."""
-
-    input_norm: Tensor  # [hidden_size]
-    qkv: Linear  # hidden_size -> (num_heads + 2 * num_kv_heads) * head_dim
-    qk_norm: Tensor | None  # [num_heads + num_kv_heads, head_dim]
-    o: Linear
-    post_attention_norm: Tensor
-    gate_up: Linear  # hidden_size -> 2 * intermediate_size
-    down: Linear
-
-
 class Transformer:
-    """The weights in compute dtype, and the arithmetic of one step over them. Made by `read_transformer`."""
+    """The weights in compute dtype, and the arithmetic of one step over them."""
 
-    def __init__(
-        self, config: ModelConfig, embedding: Tensor, layers: Sequence[Layer], norm: Tensor, lm_head: Linear
-    ) -> None:
+    def __init__(self, config: ModelConfig, reader: WeightReader) -> None:
+        """Read a checked checkpoint; tied embeddings are packed a second time, as output projection, if that helps."""
+        weights = read_decoder(config, reader, lambda weight, bias, gated: make_linear(weight, bias))
         self.config = config
-        self._embedding = embedding
-        self._layers = layers
-        self._norm = norm
-        self._lm_head = lm_head
-        self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(embedding.device)
+        self._embedding, self._layers, self._norm = weights.embedding, weights.layers, weights.norm
+        self._lm_head = make_linear(weights.lm_head, None)
+        self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self._embedding.device)
         self._attention: Attention = GatherAttention(config.sliding_windows)
 
     def use_cache(self, kv_cache: Tensor) -> None:
@@ -87,7 +72,9 @@ class Transformer:
             x = x + self._mlp(layer, self._rms_norm(x, layer.post_attention_norm))
         return self._lm_head(self._rms_norm(x, self._norm)).float()
 
-    def _project(self, index: int, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, step: AttentionStep) -> Tensor:
+    def _project(
+        self, index: int, layer: DecoderLayer[Linear], x: Tensor, cos: Tensor, sin: Tensor, step: AttentionStep
+    ) -> Tensor:
         """Store the layer's keys and values and return its queries `[T, num_heads, head_dim]`."""
         config = self.config
         num_rotated = config.num_heads + config.num_kv_heads
@@ -99,7 +86,7 @@ class Transformer:
         step.append(index, rotated[:, config.num_heads :], v)
         return rotated[:, : config.num_heads]
 
-    def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
+    def _mlp(self, layer: DecoderLayer[Linear], x: Tensor) -> Tensor:
         gate, up = layer.gate_up(x).chunk(2, dim=-1)
         return layer.down(_ACTIVATIONS[self.config.hidden_act](gate) * up)
 
@@ -111,35 +98,3 @@ class Transformer:
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
         return weight * y.to(x.dtype)
-
-
-def read_transformer(config: ModelConfig, reader: WeightReader) -> Transformer:
-    """Read a checked checkpoint. With tied embeddings the output projection is the embedding, packed if that helps."""
-    embedding = reader.read("model.embed_tokens.weight")
-    layers = [_read_layer(config, reader, f"model.layers.{index}.") for index in range(config.num_layers)]
-    norm = reader.read("model.norm.weight")
-    lm_head = reader.read("lm_head.weight") if reader.has("lm_head.weight") else embedding
-    assert reader.num_left == 0, f"{reader.num_left} tensors were checked but not read"
-    return Transformer(config, embedding, layers, norm, make_linear(lm_head, None))
-
-
-def _read_layer(config: ModelConfig, reader: WeightReader, prefix: str) -> Layer:
-    def linear(has_bias: bool, *names: str) -> Linear:
-        weight = reader.read(*(f"{prefix}{name}.weight" for name in names))
-        bias = reader.read(*(f"{prefix}{name}.bias" for name in names)) if has_bias else None
-        return make_linear(weight, bias)
-
-    qk_norm = None
-    if config.qk_norm:
-        q_norm = reader.read(prefix + "self_attn.q_norm.weight").expand(config.num_heads, -1)
-        k_norm = reader.read(prefix + "self_attn.k_norm.weight").expand(config.num_kv_heads, -1)
-        qk_norm = torch.cat((q_norm, k_norm))
-    return Layer(
-        input_norm=reader.read(prefix + "input_layernorm.weight"),
-        qkv=linear(config.qkv_bias, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        qk_norm=qk_norm,
-        o=linear(config.o_bias, "self_attn.o_proj"),
-        post_attention_norm=reader.read(prefix + "post_attention_layernorm.weight"),
-        gate_up=linear(config.mlp_bias, "mlp.gate_proj", "mlp.up_proj"),
-        down=linear(config.mlp_bias, "mlp.down_proj"),
-    )
