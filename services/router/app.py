@@ -20,8 +20,6 @@ from services.router.edge import (
     GenerateEndpoint,
     Guard,
     RouterParts,
-    plan_chat_request,
-    plan_completion_request,
     read_body,
 )
 from services.router.errors import (
@@ -35,13 +33,17 @@ from services.router.errors import (
 )
 from services.router.openai import (
     ChatBody,
+    ChatRenderer,
     CompletionBody,
+    CompletionRenderer,
     DetokenizeBody,
     TokenizeBody,
     check_chat_input,
     check_token_ids,
     decode,
     openapi_document,
+    plan_chat,
+    plan_completion,
     tokenize_chat,
 )
 from services.router.readiness import readiness
@@ -85,8 +87,8 @@ def make_app(parts: RouterParts) -> App:
 def generating_endpoints(parts: RouterParts) -> dict[str, App]:
     """Returns the generating endpoints by path; all of them take POST."""
     return {
-        "/v1/completions": GenerateEndpoint(parts, CompletionBody, plan_completion_request),
-        "/v1/chat/completions": GenerateEndpoint(parts, ChatBody, plan_chat_request),
+        "/v1/completions": GenerateEndpoint(parts, CompletionBody, plan_completion, CompletionRenderer),
+        "/v1/chat/completions": GenerateEndpoint(parts, ChatBody, plan_chat, ChatRenderer),
     }
 
 

@@ -13,9 +13,9 @@ import pytest
 from tandem.v1 import worker_pb2 as pb
 
 from services.router.config import RouterConfig
-from services.router.edge import GenerateEndpoint, plan_completion_request
+from services.router.edge import GenerateEndpoint
 from services.router.edge.access import AccessRecord
-from services.router.openai.bodies import CompletionBody
+from services.router.openai import CompletionBody, CompletionRenderer, plan_completion
 from tests.router.fake_worker import FakeWorker, Script, endless, failing, permit
 from tests.router.harness import running_router, until
 
@@ -426,7 +426,7 @@ async def test_a_slow_reader_does_not_hold_the_others_up_and_gets_what_piled_up_
                 await finished.wait()
             return messages.pop() if messages else {"type": "http.disconnect"}
 
-        endpoint = GenerateEndpoint(running.parts, CompletionBody, plan_completion_request)
+        endpoint = GenerateEndpoint(running.parts, CompletionBody, plan_completion, CompletionRenderer)
         state = {"request_id": "slow", "access": AccessRecord("POST", "/v1/completions")}
         serving = asyncio.create_task(endpoint({"headers": [], "state": state}, receive, send))
         await until(lambda: bodies and not worker.live)  # the worker is done, the client has read one event

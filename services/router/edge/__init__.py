@@ -3,7 +3,7 @@
 from services.router.edge.access import CLIENT_GONE
 from services.router.edge.admission import Admission, Room
 from services.router.edge.http import FAILED, App, Edge, Guard, read_body
-from services.router.edge.serving import GenerateEndpoint, RouterParts, plan_chat_request, plan_completion_request
+from services.router.edge.serving import GenerateEndpoint, RouterParts
 
 __all__ = [
     "CLIENT_GONE",
@@ -15,7 +15,5 @@ __all__ = [
     "Guard",
     "Room",
     "RouterParts",
-    "plan_chat_request",
-    "plan_completion_request",
     "read_body",
 ]

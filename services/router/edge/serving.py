@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from services.lifecycle import Event, Timeline
 from services.logs import request_scope
@@ -24,25 +24,9 @@ from services.router.edge.http import FAILED, header, read_body, request_id_of, 
 from services.router.errors import ApiError, ClientDisconnected, internal, timed_out
 from services.router.fleet import Ask, Dispatch, Placer, PrefixFinder, Workers, routing_key
 from services.router.metrics import RouterMetrics
-from services.router.openai import (
-    ChatBody,
-    ChatRenderer,
-    CompletionBody,
-    CompletionRenderer,
-    Delta,
-    GenerateBody,
-    Generation,
-    GenerationPlan,
-    Receipts,
-    UsageCount,
-    check_chat,
-    check_completion,
-    decode,
-    plan_chat,
-    plan_completion,
-)
+from services.router.openai import Delta, GenerateBody, Generation, GenerationPlan, Renderer, decode
 from services.router.tenants import Tenant, name_of
-from services.router.text import ModelDirectory, TokenizerPool
+from services.router.text import ModelDirectory, ServedModel, TokenizerPool
 
 log = logging.getLogger(__name__)
 
@@ -75,48 +59,19 @@ class RouterParts:
             raise timed_out(f"The request was not finished within {timeout_s:g} s.") from error
 
 
-class Renderer(Protocol):
-    """One endpoint's way of writing an answer."""
-
-    def opening(self) -> bytes: ...
-
-    def event(self, delta: Delta) -> bytes: ...
-
-    def last_event(self, usage: UsageCount | None, receipt: Receipts | None) -> bytes: ...
-
-    def response(self, deltas: Sequence[Delta], usage: UsageCount, receipt: Receipts | None) -> bytes: ...
-
-
-MakeRenderer = Callable[[Generation, int], Renderer]
 B = TypeVar("B", bound=GenerateBody)
-Plan = Callable[[RouterParts, B, str], Awaitable[tuple[GenerationPlan, MakeRenderer]]]
-
-
-async def plan_completion_request(
-    parts: RouterParts, body: CompletionBody, request_id: str
-) -> tuple[GenerationPlan, MakeRenderer]:
-    """The plan of a /v1/completions body. Raises ApiError."""
-    model = parts.models.get(body.model)
-    request = check_completion(body, model, parts.config)
-    completion = await plan_completion(request, model, request_id, parts.pool)
-    return completion.plan, lambda generation, created: CompletionRenderer(completion, generation, created)
-
-
-async def plan_chat_request(parts: RouterParts, body: ChatBody, request_id: str) -> tuple[GenerationPlan, MakeRenderer]:
-    """The plan of a /v1/chat/completions body. Raises ApiError."""
-    model = parts.models.get(body.model)
-    request = check_chat(body, model, parts.config)
-    plan = await plan_chat(request, model, request_id, parts.pool)
-    return plan, lambda generation, created: ChatRenderer(plan, generation, created)
+Plan = Callable[[B, ServedModel, RouterConfig, str, TokenizerPool], Awaitable[GenerationPlan]]
+"""Checks and tokenizes a body. Raises ApiError."""
 
 
 class GenerateEndpoint(Generic[B]):
     """An ASGI application for one of the two."""
 
-    def __init__(self, parts: RouterParts, kind: type[B], plan: Plan[B]) -> None:
+    def __init__(self, parts: RouterParts, kind: type[B], plan: Plan[B], renderer: type[Renderer]) -> None:
         self._parts = parts
         self._kind = kind
         self._plan = plan
+        self._renderer = renderer
 
     async def __call__(self, scope: sse.Message, receive: sse.Receive, send: sse.Send) -> None:
         timeline = Timeline(time.time)
@@ -168,13 +123,14 @@ class GenerateEndpoint(Generic[B]):
         access: AccessRecord,
     ) -> None:
         async with self._parts.deadline():
-            plan, make_renderer = await self._plan(self._parts, body, request_id)
+            parts = self._parts
+            plan = await self._plan(body, parts.models.get(body.model), parts.config, request_id, parts.pool)
             timeline.mark(Event.TOKENIZED)
-            with self._parts.admission.admit(plan.num_sequences) as room:
+            with parts.admission.admit(plan.num_sequences) as room:
                 make_ask = await self._find_prefixes(plan, tenant)
                 generation = self._make_generation(plan, room, make_ask, timeline)
                 try:
-                    await self._generate(generation, make_renderer, stream, send)
+                    await self._generate(generation, stream, send)
                 finally:
                     access.facts = generation.facts()
 
@@ -221,10 +177,8 @@ class GenerateEndpoint(Generic[B]):
             time.time,
         )
 
-    async def _generate(
-        self, generation: Generation, make_renderer: MakeRenderer, stream: sse.EventStream, send: sse.Send
-    ) -> None:
-        renderer = make_renderer(generation, int(time.time()))
+    async def _generate(self, generation: Generation, stream: sse.EventStream, send: sse.Send) -> None:
+        renderer = self._renderer(generation, int(time.time()))
         try:
             generation.start()
             if generation.plan.request.stream:
@@ -245,7 +199,7 @@ async def _collect(generation: Generation, renderer: Renderer) -> bytes:
                 whole[delta.index] = delta
             else:
                 whole[delta.index].extend(delta)
-    return renderer.response(whole, generation.usage(), generation.receipt())
+    return renderer.response(whole)
 
 
 async def _stream(generation: Generation, renderer: Renderer, stream: sse.EventStream, keepalive_s: float) -> None:
@@ -259,8 +213,4 @@ async def _stream(generation: Generation, renderer: Renderer, stream: sse.EventS
         if events:
             await stream.write(events)
         events = b""
-    usage = generation.usage() if generation.plan.request.include_usage else None
-    receipt = generation.receipt()
-    if usage is not None or receipt is not None:
-        events += renderer.last_event(usage, receipt)
-    await stream.end(events + sse.DONE)
+    await stream.end(events + renderer.last_event() + sse.DONE)

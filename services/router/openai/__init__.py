@@ -4,9 +4,10 @@ from services.router.openai.bodies import ChatBody, CompletionBody, DetokenizeBo
 from services.router.openai.chat import ChatRenderer, plan_chat, tokenize_chat
 from services.router.openai.choice import Delta
 from services.router.openai.completions import CompletionRenderer, plan_completion
-from services.router.openai.generation import Generation, GenerationPlan, Receipts, UsageCount
+from services.router.openai.generation import Generation, GenerationPlan
 from services.router.openai.openapi import openapi_document
-from services.router.openai.requests import check_chat, check_chat_input, check_completion, check_token_ids
+from services.router.openai.renderer import Renderer
+from services.router.openai.requests import check_chat_input, check_token_ids
 
 __all__ = [
     "ChatBody",
@@ -18,12 +19,9 @@ __all__ = [
     "GenerateBody",
     "Generation",
     "GenerationPlan",
-    "Receipts",
+    "Renderer",
     "TokenizeBody",
-    "UsageCount",
-    "check_chat",
     "check_chat_input",
-    "check_completion",
     "check_token_ids",
     "decode",
     "openapi_document",

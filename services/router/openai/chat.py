@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import orjson
-
 from services.router import sse
+from services.router.config import RouterConfig
 from services.router.errors import invalid
+from services.router.openai.bodies import ChatBody
 from services.router.openai.choice import Delta
-from services.router.openai.generation import Generation, GenerationPlan, Receipts, UsageCount, tokens_to_generate
+from services.router.openai.generation import Generation, GenerationPlan, tokens_to_generate
 from services.router.openai.logprobs import TokenNamer, chat_logprobs, prompt_logprobs
-from services.router.openai.requests import ChatInput, ChatRequest
+from services.router.openai.renderer import Renderer
+from services.router.openai.requests import ChatInput, check_chat
 from services.router.text import ChatTemplateError, ServedModel, TokenizerPool
 
 
-async def plan_chat(request: ChatRequest, model: ServedModel, request_id: str, pool: TokenizerPool) -> GenerationPlan:
-    """Renders and tokenizes the conversation. Raises ApiError where it does not fit."""
+async def plan_chat(
+    body: ChatBody, model: ServedModel, config: RouterConfig, request_id: str, pool: TokenizerPool
+) -> GenerationPlan:
+    """Checks the body, renders and tokenizes the conversation. Raises ApiError."""
+    request = check_chat(body, model, config)
     prompt = await tokenize_chat(request.chat, model, pool)
     default = model.files.sampling_defaults.get("max_tokens")
     max_tokens = tokens_to_generate(
         request.common, len(prompt), "messages", int(default) if default else None, model.max_model_len
     )
-    return GenerationPlan(
-        model=model, request=request.common, request_id=request_id, prompts=[prompt], max_tokens=[max_tokens]
-    )
+    return GenerationPlan(model, request.common, request_id, [prompt], [max_tokens])
 
 
 async def tokenize_chat(chat: ChatInput, model: ServedModel, pool: TokenizerPool) -> list[int]:
@@ -48,16 +48,14 @@ async def tokenize_chat(chat: ChatInput, model: ServedModel, pool: TokenizerPool
         raise invalid(str(error), "messages") from error
 
 
-class ChatRenderer:
-    """Writes one chat completion's answer, whole or as events."""
+class ChatRenderer(Renderer):
+    """Writes one chat completion's answer."""
 
-    def __init__(self, plan: GenerationPlan, generation: Generation, created_unix_s: int) -> None:
-        self._plan = plan
-        self._request = plan.request
-        self._generation = generation
-        self._head = {"id": f"chatcmpl-{plan.request_id}", "created": created_unix_s, "model": plan.model.name}
-        self._namer = TokenNamer(plan.model.tokenizer, plan.request.return_tokens_as_token_ids)
-        self._wants_logprobs = plan.request.sampling.HasField("logprobs")
+    id_prefix, answer, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, generation: Generation, created_unix_s: int) -> None:
+        super().__init__(generation, created_unix_s)
+        self._namer = TokenNamer(self._plan.model.tokenizer, self._request.return_tokens_as_token_ids)
 
     def opening(self) -> bytes:
         """The role chunk of each choice, with which every chat stream starts."""
@@ -75,14 +73,9 @@ class ChatRenderer:
             events.append(sse.event(payload))
         return b"".join(events)
 
-    def event(self, delta: Delta) -> bytes:
-        """The event for a delta, empty if there is nothing new.
-
-        Tokens make an event even where they have no text (a part of a character, a special token): clients that
-        measure take the gaps between events for those between tokens.
-        """
+    def _news(self, delta: Delta) -> dict[str, object] | None:
         if not (delta.text or delta.token_ids or delta.finish_reason):
-            return b""
+            return None
         choice: dict[str, object] = {
             "index": delta.index,
             "delta": {"content": delta.text} if delta.text or not delta.finish_reason else {},
@@ -93,52 +86,27 @@ class ChatRenderer:
             choice["stop_reason"] = delta.stop_reason
         if self._request.return_token_ids:
             choice["token_ids"] = delta.token_ids
-        return sse.event(self._chunk(choice, delta.index))
+        return choice
 
-    def last_event(self, usage: UsageCount | None, receipt: Receipts | None) -> bytes:
-        """The event after the last choice's end: what the client asked to be told of the whole."""
-        payload: dict[str, object] = {**self._head, "object": "chat.completion.chunk", "choices": []}
-        if usage is not None:
-            payload["usage"] = usage.to_json()
-        if receipt is not None:
-            payload["receipt"] = receipt
-        return sse.event(payload)
-
-    def response(self, deltas: Sequence[Delta], usage: UsageCount, receipt: Receipts | None) -> bytes:
-        """The whole answer; `deltas` holds one complete delta per sequence, in order."""
-        choices = []
-        for delta in deltas:
-            choice: dict[str, object] = {
-                "index": delta.index,
-                "message": {"role": "assistant", "content": delta.text, "refusal": None},
-                "logprobs": self._logprobs(delta),
-                "finish_reason": delta.finish_reason,
-                "stop_reason": delta.stop_reason,
-            }
-            if self._request.return_token_ids:
-                choice["token_ids"] = delta.token_ids
-            choices.append(choice)
-        payload: dict[str, object] = {
-            **self._head,
-            "object": "chat.completion",
-            "choices": choices,
-            "usage": usage.to_json(),
+    def _whole(self, delta: Delta) -> dict[str, object]:
+        choice: dict[str, object] = {
+            "index": delta.index,
+            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "logprobs": self._logprobs(delta),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
         }
         if self._request.return_token_ids:
-            payload["prompt_token_ids"] = self._plan.prompts[0]
-        if self._request.sampling.HasField("prompt_logprobs"):
-            payload["prompt_logprobs"] = prompt_logprobs(self._plan.model.tokenizer, deltas[0].prompt_logprobs)
-        if receipt is not None:
-            payload["receipt"] = receipt
-        return orjson.dumps(payload)
+            choice["token_ids"] = delta.token_ids
+        return choice
 
-    def _chunk(self, choice: dict[str, object], index: int) -> dict[str, object]:
-        payload: dict[str, object] = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
-        if self._request.continuous_usage:
-            payload["usage"] = self._generation.usage_of(index).to_json()
-        elif self._request.include_usage:
-            payload["usage"] = None
-        return payload
+    def _more(self, first: Delta) -> dict[str, object]:
+        more: dict[str, object] = {}
+        if self._request.return_token_ids:
+            more["prompt_token_ids"] = self._plan.prompts[0]
+        if self._request.sampling.HasField("prompt_logprobs"):
+            more["prompt_logprobs"] = prompt_logprobs(self._plan.model.tokenizer, first.prompt_logprobs)
+        return more
 
     def _logprobs(self, delta: Delta) -> dict[str, object] | None:
         if not self._wants_logprobs:

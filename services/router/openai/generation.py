@@ -21,10 +21,6 @@ from services.router.text import ServedModel
 log = logging.getLogger(__name__)
 
 
-Receipts = dict[str, object]
-"""The `receipt` object of an answer."""
-
-
 @dataclass(frozen=True)
 class GenerationPlan:
     """A checked and tokenized request. Sequence `index` is choice `index % n` of prompt `index // n`."""
@@ -36,6 +32,8 @@ class GenerationPlan:
     max_tokens: Sequence[int]
     """Per prompt; at least 1."""
     discard_generated: bool = False
+    echoed: Sequence[str] | None = None
+    """The prompts' texts, where the answer begins with them."""
 
     @property
     def num_sequences(self) -> int:
@@ -180,8 +178,8 @@ class Generation:
             None if None in reports else cached,
         )
 
-    def receipt(self) -> Receipts | None:
-        """Returns the receipts that the client asked for: one per sequence, null where none is known."""
+    def receipt(self) -> dict[str, object] | None:
+        """Returns an answer's `receipt`, if the client asked for it: one per sequence, null where none is known."""
         if not self.plan.request.receipt:
             return None
         return {

@@ -1,0 +1,88 @@
+"""Writes one request's answer, whole or as events. How a choice looks, each endpoint says."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import orjson
+
+from services.router import sse
+from services.router.openai.choice import Delta
+from services.router.openai.generation import Generation
+
+
+class Renderer(ABC):
+    """An endpoint's way of writing answers; one object per request."""
+
+    id_prefix: ClassVar[str]
+    answer: ClassVar[str]
+    chunk: ClassVar[str]
+    """The `object` of a whole answer, and of an event."""
+
+    def __init__(self, generation: Generation, created_unix_s: int) -> None:
+        self._generation = generation
+        self._plan = plan = generation.plan
+        self._request = plan.request
+        self._wants_logprobs = plan.request.sampling.HasField("logprobs")
+        self._head = {
+            "id": f"{self.id_prefix}-{plan.request_id}",
+            "created": created_unix_s,
+            "model": plan.model.name,
+        }
+
+    @abstractmethod
+    def _news(self, delta: Delta) -> dict[str, object] | None:
+        """The choice in a delta's event; None if there is nothing new.
+
+        Tokens make an event even where they have no text (a part of a character, a special token): clients that
+        measure take the gaps between events for those between tokens.
+        """
+
+    @abstractmethod
+    def _whole(self, delta: Delta) -> dict[str, object]:
+        """The choice in a whole answer."""
+
+    def _more(self, first: Delta) -> dict[str, object]:
+        """What a whole answer says beside choices and usage."""
+        return {}
+
+    def opening(self) -> bytes:
+        """Opens a stream with nothing: no token, no chunk."""
+        return b""
+
+    def event(self, delta: Delta) -> bytes:
+        """The event for a delta, empty if there is nothing new."""
+        choice = self._news(delta)
+        return b"" if choice is None else sse.event(self._chunk(choice, delta.index))
+
+    def last_event(self) -> bytes:
+        """The event after the last choice's end, with what the client asked to be told of the whole; empty if none."""
+        told: dict[str, object] = {}
+        if self._request.include_usage:
+            told["usage"] = self._generation.usage().to_json()
+        told |= self._receipt()
+        return sse.event({**self._head, "object": self.chunk, "choices": [], **told}) if told else b""
+
+    def response(self, deltas: Sequence[Delta]) -> bytes:
+        """The whole answer; `deltas` holds one complete delta per sequence, in order."""
+        payload = {
+            **self._head,
+            "object": self.answer,
+            "choices": list(map(self._whole, deltas)),
+            "usage": self._generation.usage().to_json(),
+        }
+        return orjson.dumps(payload | self._more(deltas[0]) | self._receipt())
+
+    def _chunk(self, choice: dict[str, object], index: int) -> dict[str, object]:
+        payload: dict[str, object] = {**self._head, "object": self.chunk, "choices": [choice]}
+        if self._request.continuous_usage:
+            payload["usage"] = self._generation.usage_of(index).to_json()
+        elif self._request.include_usage:
+            payload["usage"] = None
+        return payload
+
+    def _receipt(self) -> dict[str, object]:
+        receipt = self._generation.receipt()
+        return {} if receipt is None else {"receipt": receipt}
