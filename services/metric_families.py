@@ -31,6 +31,9 @@ class Table(dict[str, Family]):
     def __init__(self, *families: Family) -> None:
         super().__init__({family.name: family for family in families})
 
+    def of_type(self, type: str) -> list[str]:
+        return [family.name for family in self.values() if family.type == type]
+
     def counter(self, name: str, registry: CollectorRegistry) -> Counter:
         family = self[name]
         return Counter(name, family.help, family.labels, registry=registry)
@@ -206,23 +209,8 @@ STORE = Table(
     _counter("tandem:store_lost_blocks", "Evicted, and not taken by the disk."),
 )
 
-ROUTER = Table(
-    _counter("tandem:router_requests", "HTTP requests that ended, by endpoint and status.", "endpoint", "status"),
-    _counter("tandem:router_errors", "Error answers, by HTTP status.", "status"),
-    _counter("tandem:router_refusals", "Requests not taken on, by reason.", "reason"),
-    _counter("tandem:router_retries", "Sequences given to another decode worker."),
-    _counter("tandem:router_client_disconnects", "Requests that the client cut."),
-    _counter(
-        "tandem:router_decisions",
-        "Choices of workers, by what decided and by who is to prefill.",
-        "policy",
-        "reason",
-        "prefill",
-    ),
-    _counter("tandem:router_index_lookups", "Questions to the prefix index.", "outcome"),
-    _histogram("tandem:router_index_lookup_seconds", "How long they took.", _INDEX_S),
-    _gauge("tandem:router_index_up", "Whether the prefix index answers; 0 also where there is none."),
-    _gauge("tandem:router_registry_up", "Whether the registry in Redis answers."),
+# By model, from the requests themselves: the router.
+REQUESTS = Table(
     _histogram(
         "vllm:time_to_first_token_seconds", "From the request's arrival to its first token.", _TTFT_S, *_BY_MODEL
     ),
@@ -249,6 +237,26 @@ ROUTER = Table(
     _gauge(
         "vllm:num_requests_waiting", "Sequences without a token yet, those that wait in the router too.", *_BY_MODEL
     ),
+)
+
+ROUTER = Table(
+    *REQUESTS.values(),
+    _counter("tandem:router_requests", "HTTP requests that ended, by endpoint and status.", "endpoint", "status"),
+    _counter("tandem:router_errors", "Error answers, by HTTP status.", "status"),
+    _counter("tandem:router_refusals", "Requests not taken on, by reason.", "reason"),
+    _counter("tandem:router_retries", "Sequences given to another decode worker."),
+    _counter("tandem:router_client_disconnects", "Requests that the client cut."),
+    _counter(
+        "tandem:router_decisions",
+        "Choices of workers, by what decided and by who is to prefill.",
+        "policy",
+        "reason",
+        "prefill",
+    ),
+    _counter("tandem:router_index_lookups", "Questions to the prefix index.", "outcome"),
+    _histogram("tandem:router_index_lookup_seconds", "How long they took.", _INDEX_S),
+    _gauge("tandem:router_index_up", "Whether the prefix index answers; 0 also where there is none."),
+    _gauge("tandem:router_registry_up", "Whether the registry in Redis answers."),
     _counter("tandem:router_receipts", "Sequences that ended regularly and whose worker said what they cost."),
     _counter("tandem:router_receipt_prompt_tokens", "Prompt tokens, by where their KV came from.", "source"),
     _counter("tandem:router_cached_tokens", "Prompt tokens that were not computed: reused or fetched."),

@@ -224,7 +224,7 @@ def _add_error_handlers(app: FastAPI, parts: RouterParts) -> None:
 
     @app.exception_handler(ClientDisconnected)
     async def on_disconnect(request: Request, error: ClientDisconnected) -> Response:
-        parts.metrics.count_disconnect()
+        parts.metrics.disconnects.inc()
         request.scope["state"]["access"].left()
         return Response(status_code=CLIENT_GONE)  # nobody reads it
 

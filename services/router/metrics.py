@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from services.exposition import ExposedRegistry, add_process_series
 from services.lifecycle import Event
-from services.metric_families import ROUTER
+from services.metric_families import REQUESTS, ROUTER
+from services.rates import TIERS
 from services.router.receipt import Receipt
-from services.router.receipt_metrics import ReceiptMetrics
 
 _ROLE = "router"
 _FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -22,41 +22,57 @@ REFUSALS = (
     "queue_full", "tokenizer_full", "workers_full", "no_worker", "not_connected", "draining", "all_tried",
 )  # fmt: skip
 """Why a request is not taken on: our own queues, the workers', or no worker to take it (`routing.Refusal`)."""
+_OF_RECEIPTS: dict[str, Callable[[Receipt], float]] = {
+    "tandem:router_receipts": lambda receipt: 1,
+    "tandem:router_cached_tokens": lambda receipt: receipt.num_cached_tokens,
+    "tandem:router_handoff_blocks": lambda receipt: receipt.usage.num_transferred_blocks,
+    "tandem:router_handoff_bytes": lambda receipt: receipt.usage.num_transferred_bytes,
+    "tandem:router_digests_checked": lambda receipt: receipt.num_digests_checked,
+    "tandem:router_recomputes": lambda receipt: receipt.usage.num_recomputes,
+}
+"""Counters fed from receipts and from nothing else, so that both always add up."""
 
 
 class ModelMetrics:
     """The series of one model, their labels bound."""
 
     def __init__(self, metrics: RouterMetrics, model: str) -> None:
-        self.time_to_first_token = metrics.time_to_first_token.labels(model, _ROLE)
-        self.inter_token_latency = metrics.inter_token_latency.labels(model, _ROLE)
-        self.e2e_request_latency = metrics.e2e_request_latency.labels(model, _ROLE)
-        self.prompt_tokens = metrics.prompt_tokens.labels(model, _ROLE)
-        self.generation_tokens = metrics.generation_tokens.labels(model, _ROLE)
-        self.request_prompt_tokens = metrics.request_prompt_tokens.labels(model, _ROLE)
-        self.request_generation_tokens = metrics.request_generation_tokens.labels(model, _ROLE)
-        self.num_running = metrics.num_running.labels(model, _ROLE)
-        self.num_waiting = metrics.num_waiting.labels(model, _ROLE)
-        self._success = metrics.success
-        self._model = model
-        self._queue_time = metrics.request_queue_time.labels(model, _ROLE)
-        self._prefill_time = metrics.request_prefill_time.labels(model, _ROLE)
-        self._decode_time = metrics.request_decode_time.labels(model, _ROLE)
-        self._time_per_output_token = metrics.request_time_per_output_token.labels(model, _ROLE)
-        self._receipts = metrics.receipts
-        self._prefix_queries = metrics.prefix_queries.labels(model, _ROLE)
-        self._prefix_hits = metrics.prefix_hits.labels(model, _ROLE)
-        for reason in _FINISH_REASONS:
-            metrics.success.labels(model, _ROLE, reason)
+        def counter(name: str) -> Counter:
+            return metrics.request_counters[name].labels(model, _ROLE)
+
+        def gauge(name: str) -> Gauge:
+            return metrics.request_gauges[name].labels(model, _ROLE)
+
+        def histogram(name: str) -> Histogram:
+            return metrics.request_histograms[name].labels(model, _ROLE)
+
+        self.time_to_first_token = histogram("vllm:time_to_first_token_seconds")
+        self.inter_token_latency = histogram("vllm:inter_token_latency_seconds")
+        self.e2e_request_latency = histogram("vllm:e2e_request_latency_seconds")
+        self.prompt_tokens = counter("vllm:prompt_tokens")
+        self.generation_tokens = counter("vllm:generation_tokens")
+        self.request_prompt_tokens = histogram("vllm:request_prompt_tokens")
+        self.request_generation_tokens = histogram("vllm:request_generation_tokens")
+        self.num_running = gauge("vllm:num_requests_running")
+        self.num_waiting = gauge("vllm:num_requests_waiting")
+        self._queue_time = histogram("vllm:request_queue_time_seconds")
+        self._prefill_time = histogram("vllm:request_prefill_time_seconds")
+        self._decode_time = histogram("vllm:request_decode_time_seconds")
+        self._time_per_output_token = histogram("vllm:request_time_per_output_token_seconds")
+        self._prefix_queries = counter("vllm:prefix_cache_queries")
+        self._prefix_hits = counter("vllm:prefix_cache_hits")
+        success = metrics.request_counters["vllm:request_success"]
+        self._success = {reason: success.labels(model, _ROLE, reason) for reason in _FINISH_REASONS}
+        self._count_receipt = metrics.count_receipt
 
     def count_finished(self, finished_reason: str) -> None:
         """One sequence ended: stop, length, abort or error."""
-        self._success.labels(self._model, _ROLE, finished_reason).inc()
+        self._success[finished_reason].inc()
 
     def count_receipt(self, receipt: Receipt) -> None:
         """Adds a receipt to the counters that receipts add up to, and its stages to the histograms."""
-        self._receipts.add(receipt)
-        self._prefix_queries.inc(receipt.num_prompt_tokens)
+        self._count_receipt(receipt)
+        self._prefix_queries.inc(receipt.usage.num_prompt_tokens)
         self._prefix_hits.inc(receipt.num_cached_tokens)
         queue_s = receipt.seconds_between(Event.PREFILL_QUEUED, Event.PREFILL_SCHEDULED)
         prefill_s = receipt.seconds_between(Event.PREFILL_SCHEDULED, Event.PREFILL_FINISHED)
@@ -77,44 +93,32 @@ class RouterMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         add_process_series(self.registry, _ROLE)
-        self._make_request_series()
-        self.receipts = ReceiptMetrics(self.registry)
+        self.request_counters = {name: REQUESTS.counter(name, self.registry) for name in REQUESTS.of_type("counter")}
+        self.request_gauges = {name: REQUESTS.gauge(name, self.registry) for name in REQUESTS.of_type("gauge")}
+        self.request_histograms = {
+            name: REQUESTS.histogram(name, self.registry) for name in REQUESTS.of_type("histogram")
+        }
+        self._of_receipts = {name: ROUTER.counter(name, self.registry) for name in _OF_RECEIPTS}
+        prompt_tokens = ROUTER.counter("tandem:router_receipt_prompt_tokens", self.registry)
+        self._computed, self._reused, self._fetched = map(prompt_tokens.labels, ("computed", "reused", "fetched"))
+        self._fetched_blocks = ROUTER.counter("tandem:router_fetched_blocks", self.registry)
+        self._fetched_bytes = ROUTER.counter("tandem:router_fetched_bytes", self.registry)
 
         self._requests = ROUTER.counter("tandem:router_requests", self.registry)
         self._errors = ROUTER.counter("tandem:router_errors", self.registry)
         self._refusals = ROUTER.counter("tandem:router_refusals", self.registry)
-        self._retries = ROUTER.counter("tandem:router_retries", self.registry)
-        self._disconnects = ROUTER.counter("tandem:router_client_disconnects", self.registry)
+        self.retries = ROUTER.counter("tandem:router_retries", self.registry)
+        self.disconnects = ROUTER.counter("tandem:router_client_disconnects", self.registry)
         self._decisions = ROUTER.counter("tandem:router_decisions", self.registry)
         self._lookups = ROUTER.counter("tandem:router_index_lookups", self.registry)
         self._lookup_time = ROUTER.histogram("tandem:router_index_lookup_seconds", self.registry)
-        self._index_up = ROUTER.gauge("tandem:router_index_up", self.registry)
-        self._registry_up = ROUTER.gauge("tandem:router_registry_up", self.registry)
+        self.index_up = ROUTER.gauge("tandem:router_index_up", self.registry)
+        self.registry_up = ROUTER.gauge("tandem:router_registry_up", self.registry)
         for reason in REFUSALS:
             self._refusals.labels(reason)
         for outcome in ("found", "nothing", "no_answer"):
             self._lookups.labels(outcome)
         self._models: dict[str, ModelMetrics] = {}
-
-    def _make_request_series(self) -> None:
-        self.time_to_first_token = ROUTER.histogram("vllm:time_to_first_token_seconds", self.registry)
-        self.inter_token_latency = ROUTER.histogram("vllm:inter_token_latency_seconds", self.registry)
-        self.request_time_per_output_token = ROUTER.histogram(
-            "vllm:request_time_per_output_token_seconds", self.registry
-        )
-        self.e2e_request_latency = ROUTER.histogram("vllm:e2e_request_latency_seconds", self.registry)
-        self.request_queue_time = ROUTER.histogram("vllm:request_queue_time_seconds", self.registry)
-        self.request_prefill_time = ROUTER.histogram("vllm:request_prefill_time_seconds", self.registry)
-        self.request_decode_time = ROUTER.histogram("vllm:request_decode_time_seconds", self.registry)
-        self.request_prompt_tokens = ROUTER.histogram("vllm:request_prompt_tokens", self.registry)
-        self.request_generation_tokens = ROUTER.histogram("vllm:request_generation_tokens", self.registry)
-        self.prompt_tokens = ROUTER.counter("vllm:prompt_tokens", self.registry)
-        self.generation_tokens = ROUTER.counter("vllm:generation_tokens", self.registry)
-        self.prefix_queries = ROUTER.counter("vllm:prefix_cache_queries", self.registry)
-        self.prefix_hits = ROUTER.counter("vllm:prefix_cache_hits", self.registry)
-        self.success = ROUTER.counter("vllm:request_success", self.registry)
-        self.num_running = ROUTER.gauge("vllm:num_requests_running", self.registry)
-        self.num_waiting = ROUTER.gauge("vllm:num_requests_waiting", self.registry)
 
     def for_model(self, model: str) -> ModelMetrics:
         """`model` is a served name, never what a client wrote: the number of series stays small."""
@@ -133,11 +137,17 @@ class RouterMetrics:
     def count_error(self, status: int) -> None:
         self._errors.labels(str(status)).inc()
 
-    def count_retry(self) -> None:
-        self._retries.inc()
-
-    def count_disconnect(self) -> None:
-        self._disconnects.inc()
+    def count_receipt(self, receipt: Receipt) -> None:
+        for name, value_of in _OF_RECEIPTS.items():
+            self._of_receipts[name].inc(value_of(receipt))
+        self._computed.inc(receipt.num_computed_tokens)
+        self._reused.inc(receipt.num_reused_tokens)
+        self._fetched.inc(receipt.num_fetched_tokens)
+        for part in receipt.usage.fetched:
+            # The word is the worker's; an unknown one must not become a series.
+            tier = part.tier if part.tier in TIERS else "other"
+            self._fetched_blocks.labels(tier).inc(part.num_blocks)
+            self._fetched_bytes.labels(tier).inc(part.num_bytes)
 
     def count_decision(self, policy: str, reason: str, prefills_locally: bool) -> None:
         """Workers were chosen; `reason` is `Decision.cause`."""
@@ -147,14 +157,6 @@ class RouterMetrics:
         """`outcome`: found, nothing, or no_answer."""
         self._lookups.labels(outcome).inc()
         self._lookup_time.observe(seconds)
-
-    def watch_index(self, is_up: Callable[[], bool]) -> None:
-        """Registers where the index's state is read from, at scrape time."""
-        self._index_up.set_function(is_up)
-
-    def watch_registry(self, is_up: Callable[[], bool]) -> None:
-        """Registers where the registry's state is read from, at scrape time."""
-        self._registry_up.set_function(is_up)
 
     def exposition(self) -> bytes:
         """Prometheus text format 0.0.4."""

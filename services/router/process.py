@@ -120,7 +120,7 @@ async def _serve(config: RouterConfig) -> int:
     await index.start()
     try:
         async with open_parts(config, membership, _router_id(config, port), GrpcOrders(), OsThreads(), index) as parts:
-            parts.metrics.watch_registry(lambda: membership.connected)
+            parts.metrics.registry_up.set_function(lambda: membership.connected)
             server = _Server(server_config(config, parts))
             serving = asyncio.create_task(server.serve([listener]), name="http")
             stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")

@@ -27,67 +27,52 @@ _STAGES = {
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """A part of the prefix that was pulled from a holder."""
-
-    holder_id: str
-    tier: str
-    lane: str
-    num_blocks: int
-    num_bytes: int
-    seconds: float
-
-    def to_json(self) -> dict[str, object]:
-        return {
-            "holder_id": self.holder_id,
-            "tier": self.tier,
-            "lane": self.lane,
-            "blocks": self.num_blocks,
-            "bytes": self.num_bytes,
-            "seconds": self.seconds,
-        }
-
-
-@dataclass(frozen=True)
 class Receipt:
     """One sequence that ended regularly. num_computed + num_reused + num_fetched tokens are the prompt's."""
 
     index: int
+    usage: pb.Usage
+    """As the worker reported it."""
     decode_worker_id: str
-    prefill_worker_id: str
-    """The decode worker itself after a local prefill."""
+    block_size: int
     num_attempts: int
     """Decode workers that it was given to."""
-    num_recomputes: int
-    num_prompt_tokens: int
     num_generated_tokens: int
-    num_computed_tokens: int
-    num_reused_tokens: int
-    """Found in the prefilling worker's own cache."""
-    num_fetched_tokens: int
-    fetched: tuple[Fetched, ...]
-    num_handoff_blocks: int
-    num_handoff_bytes: int
     unix_s: Mapping[Event, float]
     total_s: float
     """From the request's arrival to the sequence's last token, both at the router."""
 
     @property
-    def prefilled_locally(self) -> bool:
-        return self.prefill_worker_id == self.decode_worker_id
+    def prefill_worker_id(self) -> str:
+        """The decode worker itself after a local prefill."""
+        return self.decode_worker_id if self.usage.prefilled_locally else self.usage.prefill_worker_id
 
     @property
     def num_cached_tokens(self) -> int:
-        return self.num_reused_tokens + self.num_fetched_tokens
+        return min(self.usage.num_cached_tokens, self.usage.num_prompt_tokens)
 
     @property
-    def num_fetched_blocks(self) -> int:
-        return sum(part.num_blocks for part in self.fetched)
+    def num_computed_tokens(self) -> int:
+        return self.usage.num_prompt_tokens - self.num_cached_tokens
+
+    @property
+    def num_fetched_tokens(self) -> int:
+        # The last token of a prompt is always computed, even where its block is there.
+        return min(self._num_fetched_blocks * self.block_size, self.num_cached_tokens)
+
+    @property
+    def num_reused_tokens(self) -> int:
+        """Found in the prefilling worker's own cache."""
+        return self.num_cached_tokens - self.num_fetched_tokens
+
+    @property
+    def _num_fetched_blocks(self) -> int:
+        return sum(part.num_blocks for part in self.usage.fetched)
 
     @property
     def num_digests_checked(self) -> int:
         """One per block that was read from another process."""
-        return self.num_handoff_blocks + self.num_fetched_blocks
+        return self.usage.num_transferred_blocks + self._num_fetched_blocks
 
     def seconds_between(self, start: Event, end: Event) -> float | None:
         """None where one of them is not known. Clocks of two machines may differ; time never runs backwards."""
@@ -97,20 +82,31 @@ class Receipt:
 
     def to_json(self) -> dict[str, object]:
         stages = {name: self.seconds_between(*events) for name, events in _STAGES.items()}
+        usage = self.usage
         return {
             "index": self.index,
             "decode_worker_id": self.decode_worker_id,
             "prefill_worker_id": self.prefill_worker_id,
-            "prefilled_locally": self.prefilled_locally,
+            "prefilled_locally": self.prefill_worker_id == self.decode_worker_id,
             "attempts": self.num_attempts,
-            "recomputes": self.num_recomputes,
-            "prompt_tokens": self.num_prompt_tokens,
+            "recomputes": usage.num_recomputes,
+            "prompt_tokens": usage.num_prompt_tokens,
             "completion_tokens": self.num_generated_tokens,
             "computed_tokens": self.num_computed_tokens,
             "reused_tokens": self.num_reused_tokens,
             "fetched_tokens": self.num_fetched_tokens,
-            "fetched": [part.to_json() for part in self.fetched],
-            "handoff": {"blocks": self.num_handoff_blocks, "bytes": self.num_handoff_bytes},
+            "fetched": [
+                {
+                    "holder_id": part.holder_id,
+                    "tier": part.tier,
+                    "lane": part.lane,
+                    "blocks": part.num_blocks,
+                    "bytes": part.num_bytes,
+                    "seconds": part.seconds,
+                }
+                for part in usage.fetched
+            ],
+            "handoff": {"blocks": usage.num_transferred_blocks, "bytes": usage.num_transferred_bytes},
             "digests_checked": self.num_digests_checked,
             "stage_seconds": {
                 **{name: seconds for name, seconds in stages.items() if seconds is not None},
@@ -134,29 +130,14 @@ def make_receipt(
     """`router_unix_s`: the sequence's timeline at the router, from ARRIVED to FINISHED. Where the workers have stamped
     the same event theirs counts, so that stages are measured by one clock; there are no `stamps` where a stop string
     ended the sequence before the worker did."""
-    fetched = tuple(
-        Fetched(part.holder_id, part.tier, part.lane, part.num_blocks, part.num_bytes, part.seconds)
-        for part in usage.fetched
-    )
-    num_cached = min(usage.num_cached_tokens, usage.num_prompt_tokens)
-    # The last token of a prompt is always computed, even where its block is there.
-    num_fetched = min(sum(part.num_blocks for part in fetched) * block_size, num_cached)
     known = {int(event) for event in Event}
-    unix_s = dict(router_unix_s) | {Event(stamp.event): stamp.unix_s for stamp in stamps if stamp.event in known}
     return Receipt(
         index=index,
+        usage=usage,
         decode_worker_id=decode_worker_id,
-        prefill_worker_id=decode_worker_id if usage.prefilled_locally else usage.prefill_worker_id,
+        block_size=block_size,
         num_attempts=num_attempts,
-        num_recomputes=usage.num_recomputes,
-        num_prompt_tokens=usage.num_prompt_tokens,
         num_generated_tokens=num_generated_tokens,
-        num_computed_tokens=usage.num_prompt_tokens - num_cached,
-        num_reused_tokens=num_cached - num_fetched,
-        num_fetched_tokens=num_fetched,
-        fetched=fetched,
-        num_handoff_blocks=usage.num_transferred_blocks,
-        num_handoff_bytes=usage.num_transferred_bytes,
-        unix_s=unix_s,
+        unix_s=dict(router_unix_s) | {Event(stamp.event): stamp.unix_s for stamp in stamps if stamp.event in known},
         total_s=max(router_unix_s[Event.FINISHED] - router_unix_s[Event.ARRIVED], 0.0),
     )

@@ -98,7 +98,7 @@ class GenerateEndpoint(Generic[B]):
                 await self._fail(internal(FAILED), stream, send)
                 access.failed(internal(FAILED))
         except ClientDisconnected:
-            self._parts.metrics.count_disconnect()
+            self._parts.metrics.disconnects.inc()
             access.left()
 
     async def _fail(self, error: ApiError, stream: sse.EventStream, send: sse.Send) -> None:

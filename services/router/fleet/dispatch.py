@@ -246,7 +246,7 @@ class Dispatch:
             return False
         extra = {"request_id": sequence.ask.order.request_id}
         log.info("tried on another worker: %s", error.message, extra=extra)
-        self._metrics.count_retry()
+        self._metrics.retries.inc()
         if sequence.num_tokens:
             sequence.num_tokens = 0
             self._arrive(Arrival(sequence.index, []))

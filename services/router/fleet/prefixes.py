@@ -51,7 +51,7 @@ class PrefixFinder:
         self._timeout_s = timeout_s
         self._clock = clock
         if index is not None:
-            metrics.watch_index(lambda: index.available)
+            metrics.index_up.set_function(lambda: index.available)
 
     async def find(
         self, prompts: Sequence[Sequence[int]], cache_salt: str, spaces: Iterable[BlockSpace]
