@@ -11,12 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import truediv
 
-from services.rates import (
-    GUESSED,
-    TIERS,
-    PerTier,
-    Rates,
-)
+from services.rates import GUESSED, TIERS, PerTier, Rates
 
 
 @dataclass(frozen=True)

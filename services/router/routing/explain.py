@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.rates import Rates
 from services.router.routing.cost import DecodeTerms, Held, PrefillTerms
@@ -65,12 +65,8 @@ def bounded(decision: Decision | Refusal) -> Decision | Refusal:
     """The decision with no more candidates than are kept."""
     if isinstance(decision, Refusal):
         return decision
-    return Decision(
-        decode=decision.decode,
-        prefill=decision.prefill,
-        reason=decision.reason,
-        policy=decision.policy,
-        prefilled_by=decision.prefilled_by,
+    return replace(
+        decision,
         sources=decision.sources[:MAX_CANDIDATES],
         decode_terms=decision.decode_terms[:MAX_CANDIDATES],
         prefill_terms=decision.prefill_terms[:MAX_CANDIDATES],

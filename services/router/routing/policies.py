@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from typing import TypeVar
 
 from services.router.routing.cost import (
     CostModel,
@@ -161,15 +162,22 @@ class _Scored:
     local: PrefillTerms
     targets: tuple[_ScoredPrefill, ...]
 
+    @property
+    def load(self) -> int:
+        return self.worker.num_outstanding
+
 
 @dataclass(frozen=True)
 class _ScoredPrefill:
     worker: PrefillCandidate
     terms: PrefillTerms
 
+    @property
+    def load(self) -> int:
+        return self.worker.num_outstanding_tokens
 
-_PrefillKey = Callable[[_ScoredPrefill], tuple[object, ...]]
-_DecodeKey = Callable[[_Scored], tuple[object, ...]]
+
+S = TypeVar("S", _Scored, _ScoredPrefill)
 
 
 def choose(
@@ -192,8 +200,10 @@ def choose(
         fingerprint: _ordered_prefill(request, fingerprint, prefill, policy, state, cost)
         for fingerprint in {worker.model_fingerprint for worker in ready}
     }
-    scored = [_score_decode(cost, request, worker, targets[worker.model_fingerprint]) for worker in ready]
-    scored.sort(key=_decode_key(policy, request, state, cost, scored))
+    scored = _best_first(
+        [_score_decode(cost, request, worker, targets[worker.model_fingerprint]) for worker in ready],
+        request, policy, state, cost.bounded_load_factor, cost.bounded_load_slack_requests,
+    )  # fmt: skip
     best = scored[0]
     by = best.local if best.terms.prefills else best.targets[0].terms
     return Decision(
@@ -254,24 +264,8 @@ def _ordered_prefill(
         for worker in prefill
         if request.model in worker.model_names and worker.model_fingerprint == model_fingerprint and not worker.draining
     ]
-    return tuple(sorted(fitting, key=_prefill_key(policy, request, state, cost, fitting)))
-
-
-def _prefill_key(
-    policy: Policy, request: RoutedRequest, state: PolicyState, cost: CostModel, among: Sequence[_ScoredPrefill]
-) -> _PrefillKey:
-    def tie(target: _ScoredPrefill) -> bytes:
-        return _tie(request.key, target.worker.worker_id)
-
-    if policy is Policy.KV:
-        return lambda target: (target.terms.total, tie(target))
-    if policy is Policy.LEAST_LOADED:
-        return lambda target: (target.worker.num_outstanding_tokens, tie(target))
-    if policy is Policy.ROUND_ROBIN:
-        return lambda target: (state.last_turn.get(target.worker.worker_id, 0), target.worker.worker_id)
-    mean = sum(target.worker.num_outstanding_tokens for target in among) / max(len(among), 1)
-    bound = cost.bounded_load_factor * mean + cost.bounded_load_slack_tokens
-    return lambda target: (target.worker.num_outstanding_tokens > bound, tie(target))
+    factor, slack = cost.bounded_load_factor, cost.bounded_load_slack_tokens
+    return tuple(_best_first(fitting, request, policy, state, factor, slack))
 
 
 # ---- decode workers -----------------------------------------------------------
@@ -304,22 +298,25 @@ def _score_decode(
     return _Scored(worker, terms, local, targets)
 
 
-def _decode_key(
-    policy: Policy, request: RoutedRequest, state: PolicyState, cost: CostModel, among: Sequence[_Scored]
-) -> _DecodeKey:
-    def tie(member: _Scored) -> bytes:
-        return _tie(request.key, member.worker.worker_id)
+# ---- the order of both --------------------------------------------------------
 
-    if policy is Policy.KV:
-        return lambda member: (member.terms.total, tie(member))
-    if policy is Policy.LEAST_LOADED:
-        return lambda member: (member.worker.num_outstanding, tie(member))
-    if policy is Policy.ROUND_ROBIN:
-        return lambda member: (state.last_turn.get(member.worker.worker_id, 0), member.worker.worker_id)
+
+def _best_first(
+    scored: Sequence[S], request: RoutedRequest, policy: Policy, state: PolicyState, load_factor: float, load_slack: int
+) -> list[S]:
     # "Consistent hashing with bounded loads" (Mirrokni, Thorup, Zadimoghaddam 2016), with rendezvous hashing.
-    mean = sum(member.worker.num_outstanding for member in among) / len(among)
-    bound = cost.bounded_load_factor * mean + cost.bounded_load_slack_requests
-    return lambda member: (member.worker.num_outstanding > bound, tie(member))
+    bound = load_factor * sum(member.load for member in scored) / max(len(scored), 1) + load_slack
+
+    def key(member: S) -> tuple[object, ...]:
+        worker_id = member.worker.worker_id
+        if policy is Policy.ROUND_ROBIN:
+            return state.last_turn.get(worker_id, 0), worker_id
+        tie = _tie(request.key, worker_id)
+        if policy is Policy.KV:
+            return member.terms.total, tie
+        return member.load if policy is Policy.LEAST_LOADED else member.load > bound, tie
+
+    return sorted(scored, key=key)
 
 
 def _reason(policy: Policy, best: _Scored, by: PrefillTerms, num_ready: int) -> str:
