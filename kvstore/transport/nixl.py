@@ -8,18 +8,22 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import logging
+import os
 import secrets
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from kvstore.block import BlockMemory, Run
 from kvstore.errors import ReadFailed, TransportError
 from kvstore.transport.base import LinkPeer
-from kvstore.transport.host import HostFacts, can_read_memory, host_facts, on_same_host
-from kvstore.transport.nixl_agent import AgentThread, Remote, import_nixl
+from kvstore.transport.host import HostFacts, can_read_memory, has_rdma, host_facts, on_same_host
+from kvstore.transport.nixl_agent import AgentThread, Remote
 from kvstore.transport.nixl_pool import PoolAddress
+
+if TYPE_CHECKING:
+    from nixl_cu12._api import nixl_agent
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +46,7 @@ class NixlTransport:
 
     def __init__(self, memory: BlockMemory, role: str) -> None:
         self._memory = memory
-        self._thread = AgentThread(import_nixl(), role, memory)
+        self._thread = AgentThread(_import_nixl(), role, memory)
         self._probe = ctypes.create_string_buffer(secrets.token_bytes(16), 16)
         self._host = host_facts(self._probe)
         self._links: set[NixlLink] = set()
@@ -168,3 +172,18 @@ class NixlLink:
         if self._remote is not None:
             remote, self._remote = self._remote, None
             await asyncio.wrap_future(self._thread.remove_remote(remote))
+
+
+def _import_nixl() -> type[nixl_agent]:
+    """Import NIXL with the settings that it needs in the environment; the user's own win. Raises `TransportError`."""
+    if not has_rdma() and not os.path.exists("/dev/nvidiactl"):
+        os.environ.setdefault("UCX_TLS", "cma,tcp,self")  # what there is without RDMA and GPU; tcp carries control
+    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+    os.environ.setdefault("UCX_RCACHE_MAX_UNRELEASED", "1024")
+    os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
+    try:
+        from nixl_cu12._api import nixl_agent
+    except (ImportError, OSError) as error:
+        raise TransportError(f"nixl cannot be loaded (pip install tandem[nixl]): {error}") from error
+    agent_class: type[nixl_agent] = nixl_agent
+    return agent_class

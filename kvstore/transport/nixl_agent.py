@@ -19,14 +19,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from kvstore.block import BlockMemory
 from kvstore.errors import ReadFailed, TransportError
-from kvstore.transport.host import has_rdma
 from kvstore.transport.nixl_pool import PoolAddress, all_blocks, memory_kind
 
 if TYPE_CHECKING:
@@ -46,21 +44,6 @@ _LAST_REFERENCE: Final = 2  # what sys.getrefcount gives for an object with one 
 
 _Answer = TypeVar("_Answer")
 _Handle = TypeVar("_Handle")
-
-
-def import_nixl() -> type[nixl_agent]:
-    """Import NIXL with the settings that it needs in the environment; the user's own win. Raises `TransportError`."""
-    if not has_rdma() and not os.path.exists("/dev/nvidiactl"):
-        os.environ.setdefault("UCX_TLS", "cma,tcp,self")  # what there is without RDMA and GPU; tcp carries control
-    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
-    os.environ.setdefault("UCX_RCACHE_MAX_UNRELEASED", "1024")
-    os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
-    try:
-        from nixl_cu12._api import nixl_agent
-    except (ImportError, OSError) as error:
-        raise TransportError(f"nixl cannot be loaded (pip install tandem[nixl]): {error}") from error
-    agent_class: type[nixl_agent] = nixl_agent
-    return agent_class
 
 
 @dataclass
@@ -90,7 +73,7 @@ class AgentThread:
         self._role = role
         self._memory = memory
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._stopping = False
+        self._stopping = threading.Event()
         self._ended: Future[None] = Future()
         self._ended.set_running_or_notify_cancel()  # nobody cancels it
         self._thread = threading.Thread(target=self._run, name="kv-nixl", daemon=True)
@@ -100,7 +83,8 @@ class AgentThread:
         self._check_rows = itertools.cycle(range(1, 1 + _NUM_CHECK_TOKENS))
         self._tokens[0] = np.frombuffer(secrets.token_bytes(_TOKEN_BYTES), np.uint8)
         self._address: PoolAddress | None = None
-        self._problem: str | None = "not started"
+        self.problem: str | None = "not started"
+        """Why nothing can be read at present; None: all is well."""
         # From here on: touched by the thread only.
         self._generation = 0
         self._agent: nixl_agent | None = None
@@ -127,11 +111,6 @@ class AgentThread:
             raise TransportError("nixl: not started")
         return self._address
 
-    @property
-    def problem(self) -> str | None:
-        """Why nothing can be read at present; None: all is well."""
-        return self._problem
-
     def add_remote(self, address: PoolAddress) -> Future[Remote]:
         """Make an owner's pool readable. Raises `TransportError`."""
         return self._submit(lambda: self._add_remote(address))
@@ -146,12 +125,7 @@ class AgentThread:
 
     def read(self, remote: Remote, remote_ids: Sequence[int], local_ids: Sequence[int]) -> Future[None]:
         """Read blocks. Resolves when the read has really ended; raises `ReadFailed`."""
-
-        def start(done: Future[None]) -> None:
-            # In here, since ids of a peer that lies may not fit.
-            self._start_read(remote, np.array(remote_ids, np.int32), np.array(local_ids, np.int32), done)
-
-        return self._begin(start)
+        return self._begin(lambda done: self._start_read(remote, remote_ids, local_ids, done))
 
     def give_up(self, remote: Remote, after_s: float) -> None:
         """End what is read from this pool: by itself, or, after so long, by destroying the agent."""
@@ -161,45 +135,33 @@ class AgentThread:
         """Destroy the agent and end the thread; resolves when that is done. May be called again."""
         if self._thread.ident is None and not self._ended.done():
             self._ended.set_result(None)  # it was never started
-        self._commands.put(self._order_stop)
+        self._commands.put(self._stopping.set)
         return self._ended
 
     def _submit(self, work: Callable[[], _Answer]) -> Future[_Answer]:
-        answer: Future[_Answer] = Future()
-        answer.set_running_or_notify_cancel()  # so that nobody cancels it while the thread works on it
+        return self._begin(lambda answer: answer.set_result(work()), TransportError)
+
+    def _begin(
+        self, work: Callable[[Future[_Answer]], None], error_type: type[TransportError] = ReadFailed
+    ) -> Future[_Answer]:
+        """Have the thread start something that resolves the future when it has ended."""
+        answer = _future_of_ours()
 
         def run() -> None:
             try:
-                answer.set_result(work())
-            except TransportError as error:
-                answer.set_exception(error.with_traceback(None))
-            except Exception as error:  # NIXL's errors have no common base
-                translated = TransportError(f"nixl: {error!r}")
+                work(answer)
+            except Exception as error:  # nothing has been started; NIXL's errors have no common base
+                translated = error_type(f"nixl: {error if isinstance(error, TransportError) else repr(error)}")
                 translated.__cause__ = error.with_traceback(None)  # its frames would keep the agent alive
                 answer.set_exception(translated)
 
         self._commands.put(run)
         return answer
 
-    def _begin(self, work: Callable[[Future[None]], None]) -> Future[None]:
-        done: Future[None] = Future()
-        done.set_running_or_notify_cancel()
-
-        def run() -> None:
-            try:
-                work(done)
-            except Exception as error:  # nothing has been started
-                translated = ReadFailed(f"nixl: {error}" if isinstance(error, TransportError) else f"nixl: {error!r}")
-                translated.__cause__ = error.with_traceback(None)
-                done.set_exception(translated)
-
-        self._commands.put(run)
-        return done
-
     # ---- in the thread ----
 
     def _run(self) -> None:
-        while not self._stopping:
+        while not self._stopping.is_set():
             try:
                 self._step()
             except Exception:
@@ -217,15 +179,12 @@ class AgentThread:
                 self._commands.get()()
         except queue.Empty:
             pass
-        if self._agent is not None and not self._stopping:
+        if self._agent is not None and not self._stopping.is_set():
             self._agent.get_new_notifs()  # makes progress; nobody sends us any
             if self._poll_reads():
                 self._reset()
         elif self._retry_at is not None and time.monotonic() >= self._retry_at:
             self._revive()
-
-    def _order_stop(self) -> None:
-        self._stopping = True
 
     def _create_agent(self) -> None:
         from nixl_cu12._api import nixl_agent_config
@@ -253,12 +212,12 @@ class AgentThread:
             tokens[0].tobytes(),
         )
         self._agent, self._registered, self._local_blocks, self._address = agent, registered, local_blocks, address
-        self._problem = None
+        self.problem = None
 
     def _add_remote(self, address: PoolAddress) -> Remote:
         agent = self._living_agent()
         if address.block_bytes != self._memory.block_bytes:
-            raise TransportError(f"nixl: blocks of {address.block_bytes} bytes, ours have {self._memory.block_bytes}")
+            raise TransportError(f"blocks of {address.block_bytes} bytes, ours have {self._memory.block_bytes}")
         name = agent.add_remote_agent(address.metadata)
         name = name.decode() if isinstance(name, bytes) else name  # bytes, whatever its annotation says
         if name not in self._remote_blocks:
@@ -281,40 +240,33 @@ class AgentThread:
     def _start_check(self, remote: Remote, address: PoolAddress, done: Future[None]) -> None:
         agent = self._living_agent(remote)
         if len(address.token) != _TOKEN_BYTES:
-            raise TransportError(f"nixl: a token of {len(address.token)} bytes")
+            raise TransportError(f"a token of {len(address.token)} bytes")
         received = self._tokens[next(self._check_rows)]
         received[:] = 0
         ours = agent.get_xfer_descs([(received.ctypes.data, _TOKEN_BYTES, 0)], "DRAM")
         theirs = agent.get_xfer_descs([(address.token_address, _TOKEN_BYTES, 0)], "DRAM")
-        arrived: Future[None] = Future()
-        arrived.set_running_or_notify_cancel()
-        arrived.add_done_callback(lambda _: self._compare_token(remote, address.token, received, arrived, done))
+
+        def compare(arrived: Future[None]) -> None:
+            error = arrived.exception()
+            if error is None and received.tobytes() != address.token:
+                error = ReadFailed(f"nixl: {remote.agent_name} is reached, but not the memory that it described")
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+
+        arrived = _future_of_ours()
+        arrived.add_done_callback(compare)
         self._post(agent.initialize_xfer("READ", ours, theirs, remote.agent_name), arrived, remote)
 
-    def _compare_token(
-        self,
-        remote: Remote,
-        token: bytes,
-        received: npt.NDArray[np.uint8],
-        arrived: Future[None],
-        done: Future[None],
-    ) -> None:
-        if (error := arrived.exception()) is not None:
-            done.set_exception(error)
-        elif received.tobytes() != token:
-            done.set_exception(
-                ReadFailed(f"nixl: {remote.agent_name} is reached, but not the memory that it described")
-            )
-        else:
-            done.set_result(None)
-
     def _start_read(
-        self, remote: Remote, sources: npt.NDArray[np.int32], destinations: npt.NDArray[np.int32], done: Future[None]
+        self, remote: Remote, remote_ids: Sequence[int], local_ids: Sequence[int], done: Future[None]
     ) -> None:
         agent, ours = self._living_agent(remote), self._local_blocks
         assert ours is not None
         theirs = self._remote_blocks[remote.agent_name]
-        handle = agent.make_prepped_xfer("READ", ours, destinations, theirs, sources)
+        sources = np.array(remote_ids, np.int32)  # raises where ids of a peer that lies do not fit
+        handle = agent.make_prepped_xfer("READ", ours, np.array(local_ids, np.int32), theirs, sources)
         self._post(handle, done, remote)
 
     def _post(self, handle: nixl_xfer_handle, done: Future[None], remote: Remote) -> None:
@@ -364,7 +316,7 @@ class AgentThread:
     def _reset(self) -> None:
         """End reads that do not end by themselves: NIXL stops a transfer only together with its agent."""
         logger.error("nixl: %d reads do not end; the agent is reset, all peers must connect again", len(self._reads))
-        self._problem = "the agent is being reset"
+        self.problem = "the agent is being reset"
         self._destroy_agent("the agent was reset")
         self._revive()
 
@@ -373,9 +325,9 @@ class AgentThread:
         try:
             self._create_agent()
         except Exception as error:
-            self._problem = f"the agent is gone, and no other could be made: {error!r}"
+            self.problem = f"the agent is gone, and no other could be made: {error!r}"
             self._retry_at = time.monotonic() + self._retry_s
-            logger.error("nixl: %s; trying again in %g s", self._problem, self._retry_s)
+            logger.error("nixl: %s; trying again in %g s", self.problem, self._retry_s)
             self._retry_s = min(2 * self._retry_s, _MAX_RETRY_S)
             return
         self._retry_at, self._retry_s = None, _FIRST_RETRY_S
@@ -422,6 +374,13 @@ class AgentThread:
         if remote is not None and remote.generation != self._generation:
             raise TransportError(f"the agent was reset since {remote.agent_name} was connected")
         return self._agent
+
+
+def _future_of_ours() -> Future[Any]:
+    """Return a future that nobody can cancel while the thread works on it."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
 def _release(release: Callable[[_Handle], object], handle: _Handle) -> None:
