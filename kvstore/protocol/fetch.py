@@ -304,13 +304,10 @@ class FetchMachine:
 
     # -- DRAINING --
 
-    def _drain_reserved(self, event: Reserved, now: float) -> list[FetchAction]:
+    def _drain_reservation(self, event: Reserved | ReserveFailed, now: float) -> list[FetchAction]:
         self._reserve_pending = False
-        self.reservation = event.reservation
-        return self._drained()
-
-    def _drain_reserve_failed(self, event: ReserveFailed, now: float) -> list[FetchAction]:
-        self._reserve_pending = False
+        if isinstance(event, Reserved):
+            self.reservation = event.reservation
         return self._drained()
 
     def _drain_read(self, event: ReadEnded | Verified, now: float) -> list[FetchAction]:
@@ -376,8 +373,8 @@ TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler]]] = {
     FetchState.DONE: _OVER,
     FetchState.DRAINING: {
         **_OVER,
-        Reserved: FetchMachine._drain_reserved,
-        ReserveFailed: FetchMachine._drain_reserve_failed,
+        Reserved: FetchMachine._drain_reservation,
+        ReserveFailed: FetchMachine._drain_reservation,
         ReadEnded: FetchMachine._drain_read,
         Verified: FetchMachine._drain_read,
         Timer: FetchMachine._drain_timer,

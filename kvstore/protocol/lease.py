@@ -152,15 +152,11 @@ class LeaseMachine:
 
     def _announce(self, event: BlocksComputed, now: float) -> list[LeaseAction]:
         num_announced = len(self.blocks) + len(event.blocks)
-        if event.first_index != len(self.blocks) or num_announced > self.num_blocks:
+        is_last, is_next = num_announced == self.num_blocks, event.first_index == len(self.blocks)
+        if not is_next or num_announced > self.num_blocks or event.last != is_last:
             raise ValueError(
-                f"transfer {self.transfer_id.hex()}: blocks {event.first_index} to {num_announced} announced, "
-                f"but {len(self.blocks)} of {self.num_blocks} were so far"
-            )
-        if event.last != (num_announced == self.num_blocks):
-            raise ValueError(
-                f"transfer {self.transfer_id.hex()}: {num_announced} of {self.num_blocks} blocks announced "
-                f"with last={event.last}"
+                f"transfer {self.transfer_id.hex()}: blocks {event.first_index} to {num_announced} announced "
+                f"(last={event.last}), {len(self.blocks)} of {self.num_blocks} were so far"
             )
         self.blocks += event.blocks
         if event.last:

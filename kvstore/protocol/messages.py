@@ -30,6 +30,7 @@ MAX_FRAME_BYTES: Final = 4 * 1024 * 1024
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 _Text = Annotated[str, msgspec.Meta(max_length=4096)]
 _TransferId = Annotated[bytes, msgspec.Meta(min_length=1, max_length=64)]
+_Hash = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 32)]
 _ReadId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
 _Proof = Annotated[Proof, msgspec.Meta(ge=0)]
@@ -86,9 +87,7 @@ class Want(_Message, frozen=True, tag="want", omit_defaults=True):
     """
 
     transfer_id: _TransferId
-    hashes: Annotated[
-        list[Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]], msgspec.Meta(max_length=MAX_HASHES)
-    ]
+    hashes: Annotated[list[_Hash], msgspec.Meta(max_length=MAX_HASHES)]
     request_id: Annotated[str, msgspec.Meta(max_length=MAX_REQUEST_ID_CHARS)] = ""
 
 
@@ -99,11 +98,8 @@ class Have(_Message, frozen=True, tag="have"):
     """
 
     address: _Name
-    parent: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)] | None
-    hashes: Annotated[
-        list[Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]],
-        msgspec.Meta(min_length=1, max_length=MAX_HASHES),
-    ]
+    parent: _Hash | None
+    hashes: Annotated[list[_Hash], msgspec.Meta(min_length=1, max_length=MAX_HASHES)]
 
 
 class Heartbeat(_Message, frozen=True, tag="heartbeat"):
@@ -123,7 +119,7 @@ class AnnouncedBlock(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
     """A computed block: its id in the owner's pool, its identity (None: the partial last block), its proof."""
 
     block_id: _Count
-    block_hash: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)] | None
+    block_hash: _Hash | None
     proof: _Proof
 
 
@@ -184,9 +180,7 @@ class Release(_Message, frozen=True, tag="release"):
 class Suspect(_Message, frozen=True, tag="suspect"):
     """Reader: the bytes that came of these blocks are not what you announced; look whether yours have changed."""
 
-    hashes: Annotated[
-        list[Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]], msgspec.Meta(min_length=1, max_length=256)
-    ]
+    hashes: Annotated[list[_Hash], msgspec.Meta(min_length=1, max_length=256)]
 
 
 class Revoke(_Message, frozen=True, tag="revoke"):
