@@ -62,7 +62,7 @@ class BlockPool(SlotBook):
 
     def knows_tokens(self, block_id: int) -> bool:
         """Whether `match_shared_tokens` can find the block."""
-        return self._slots[block_id].has_tokens
+        return block_id in self._shared_tokens
 
     def publish(
         self,
@@ -83,9 +83,7 @@ class BlockPool(SlotBook):
         if is_new and proof is None:
             self._unproven.append(slot_id)
         if tokens is not None and block_hash in self._by_hash:
-            slot = self._by_hash[block_hash]
-            self._shared_tokens.add(slot.slot_id, tokens)
-            slot.has_tokens = True
+            self._shared_tokens.add(self._by_hash[block_hash].slot_id, tokens)
         return is_new
 
     def take_unproven(self) -> list[int]:
@@ -135,9 +133,9 @@ class BlockPool(SlotBook):
         self.release([block_id])
         return copy, block_id
 
-    def _forget_tokens(self, slot: Slot) -> None:
+    def _unlink(self, slot: Slot) -> None:
         self._shared_tokens.discard(slot.slot_id)
-        slot.has_tokens = False
+        super()._unlink(slot)
 
     def _find_problems(self) -> list[str]:
         by_block = {slot.slot_id: slot.block_hash for slot in self._slots if slot.block_hash is not None}

@@ -32,7 +32,6 @@ class Slot:
 
     __slots__ = (
         "block_hash",
-        "has_tokens",
         "is_dropped",
         "is_protected",
         "last_use",
@@ -51,7 +50,6 @@ class Slot:
         self.proof: Proof | None = None
         self.was_reused = False  # used at least once after its publication
         self.is_dropped = False
-        self.has_tokens = False  # the paged pool finds parts of it
         self.last_use = 0  # the segmented policy's, as is `is_protected`
         self.is_protected = False
 

@@ -360,14 +360,9 @@ class SlotBook:
         """Forget what a slot holds, which the policy has forgotten."""
         block_hash = slot.block_hash
         assert block_hash is not None, f"slot {slot.slot_id} is not findable"
-        if slot.has_tokens:
-            self._forget_tokens(slot)
         del self._by_hash[block_hash]
         slot.block_hash = slot.proof = None
         self._tell(CacheChange(block_hash, CacheEvent.EVICTED))
-
-    def _forget_tokens(self, slot: Slot) -> None:
-        """Forgets a slot's tokens; only the paged pool has any."""
 
     def _check_referenced(self, slot_id: int, operation: str) -> Slot:
         if not 0 <= slot_id < len(self._slots) or self._slots[slot_id].num_references == 0:
