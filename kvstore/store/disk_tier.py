@@ -236,7 +236,8 @@ class DiskTier:
         except OSError as error:
             logger.warning("%s: blocks may be lost if power fails: %s", self._directory.path, error)
         finally:
-            self._close_files()
+            self._files.close()
+            self._directory.close()
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless each slot is in one state and the maps agree. While nothing is under way."""
@@ -372,10 +373,6 @@ class DiskTier:
         num_old, self.recovery.num_foreign_files = self._directory.tidy()
         self.recovery.num_unusable_files += num_old
         logger.info("disk tier %s: %s", self._directory.path, self.recovery)
-
-    def _close_files(self) -> None:
-        self._files.close()
-        self._directory.close()
 
 
 class _Claim(NamedTuple):
