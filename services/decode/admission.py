@@ -72,7 +72,7 @@ class Admission:
         hashes = live.hashes = await convert.prompt_hashes(live.order, self._parts.engine.layout, self._parts.threads)
         if live.sampling.prompt_logprobs is None:
             # Before it is decided who prefills: what is here already is neither computed nor handed over.
-            await self._parts.fetcher.restore(hashes)
+            await self._parts.host_prefixes.restore(hashes)
         if not self._is_local(live, hashes) and not await self._is_brought_by_another(live, hashes):
             for target in live.order.prefill_targets:
                 try:

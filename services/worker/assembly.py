@@ -48,6 +48,7 @@ class WorkerParts:
     exchange: BlockExchange
     orders: Orders
     threads: Threads
+    host_prefixes: HostPrefixes
     fetcher: PrefixFetcher
     rates: RateLearner
     metrics: WorkerMetrics
@@ -58,7 +59,6 @@ class Assembly:
     """All parts, those included that no service needs to know."""
 
     parts: WorkerParts
-    host_prefixes: HostPrefixes
     index_feed: IndexFeed
     store_feed: StoreFeed | None
     transports: tuple[str, ...]
@@ -122,11 +122,12 @@ def assemble(
         exchange,
         seams.orders,
         threads,
+        host_prefixes,
         fetcher,
         rates,
         metrics,
     )
-    return Assembly(parts, host_prefixes, index_feed, store_feed, tuple(transport.name for transport in transports))
+    return Assembly(parts, index_feed, store_feed, tuple(transport.name for transport in transports))
 
 
 def served_names(config: WorkerConfig) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ from services.logs import current_request_id
 from services.worker.engine_thread import EngineThread
 from services.worker.fetch_costs import FetchCosts
 from services.worker.host_prefixes import HostPrefixes
-from services.worker.settling import settled
+from services.worker.settling import Settlements
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class PrefixFetcher:
         self._count = count
         self._clock = clock
         self._under_way: dict[BlockHash, asyncio.Future[None]] = {}  # by the first block that is being fetched
-        self._disposals: set[asyncio.Task[None]] = set()
+        self._disposals = Settlements("prefix fetches")
         self._shunned_until: dict[str, float] = {}  # holders that did not answer, or lied
 
     async def fetch(self, hashes: Sequence[BlockHash], sources: Sequence[pb.PrefixSource]) -> list[pb.FetchedPrefix]:
@@ -103,19 +103,8 @@ class PrefixFetcher:
 
         Never raises for a failed fetch, and gives up a holder of which nothing has come for the timeout.
         """
-        await self.restore(hashes)
-        return await self._fetch_parts(hashes, sources)
-
-    async def restore(self, hashes: Sequence[BlockHash]) -> None:
-        """Bring what this worker's host tier has of the prefix into the cache, where that takes no longer than a fetch
-        may. Raises EngineCrashed.
-        """
         await self._host.restore(hashes)
-
-    async def _fetch_parts(
-        self, hashes: Sequence[BlockHash], sources: Sequence[pb.PrefixSource]
-    ) -> list[pb.FetchedPrefix]:
-        """Piece by piece from the holder of the longest prefix; what it does not give, from another from there on."""
+        # Piece by piece from the holder of the longest prefix; what it does not give, from another from there on.
         parts: list[pb.FetchedPrefix] = []
         exhausted: set[str] = set()
         while len(exhausted) < _MAX_SOURCES:
@@ -237,7 +226,7 @@ class PrefixFetcher:
             return result
         finally:
             if not taken:
-                self._dispose(fetch, head)
+                self._disposals.start(self._free_after(fetch, head), name="dispose-prefix-fetch")
 
     def _cache(
         self, head: list[int], parent_hash: BlockHash | None, result: FetchResult, hashes: Sequence[BlockHash]
@@ -245,16 +234,6 @@ class PrefixFetcher:
         fetched = hashes[: len(result.block_ids)]
         self._engine.publish_blocks(result.block_ids, fetched, result.proofs, parent_hash)
         self._engine.release_blocks(head + result.block_ids)
-
-    def _dispose(self, fetch: Fetch, head: list[int]) -> None:
-        task = asyncio.create_task(self._free_after(fetch, head), name="dispose-prefix-fetch")
-        self._disposals.add(task)
-        task.add_done_callback(self._disposed)
-
-    def _disposed(self, task: asyncio.Task[None]) -> None:
-        self._disposals.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("what a prefix fetch held could not be given back", exc_info=error)
 
     async def _free_after(self, fetch: Fetch, head: list[int]) -> None:
         fetch.abort("abandoned")
@@ -275,7 +254,7 @@ class PrefixFetcher:
 
     async def settle(self) -> None:
         """Wait, with the exchange closed, until all that fetches held has been given back."""
-        await settled(self._disposals, "prefix fetches")
+        await self._disposals.settled()
 
 
 def _is_holders_fault(failure: FetchFailure) -> bool:

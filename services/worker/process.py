@@ -148,7 +148,7 @@ def _close_at_the_end(
     """Close from the last to the first: end calls, end transfers, settle what they held, stop the engine."""
     parts = assembly.parts
     cleanup.push_async_callback(parts.thread.stop)
-    cleanup.push_async_callback(assembly.host_prefixes.settle)
+    cleanup.push_async_callback(parts.host_prefixes.settle)
     cleanup.push_async_callback(parts.fetcher.settle)
     cleanup.push_async_callback(parts.orders.close)
     cleanup.push_async_callback(service.settle)

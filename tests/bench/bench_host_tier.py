@@ -14,7 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from services.engine.native import Engine, EngineConfig, Request, SamplingParams
+from services.engine.api import SamplingParams
+from services.engine.config import EngineConfig
+from services.engine.native import Engine
+from services.engine.native.scheduling import Request
 from tests.hf_models import random_prompts, write_model
 
 _SHAPE = {

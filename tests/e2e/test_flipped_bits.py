@@ -10,7 +10,10 @@ import pytest
 
 from kvstore.block import HostMemory
 from kvstore.index import Tier
-from services.engine.native import Engine, EngineConfig, Request, SamplingParams
+from services.engine.api import SamplingParams
+from services.engine.config import EngineConfig
+from services.engine.native import Engine
+from services.engine.native.scheduling import Request
 from tests.block_peer import BlockPeer
 from tests.hf_models import random_prompts, reference_greedy
 from tests.index_view import until_held

@@ -9,13 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvstore.pool import BlockPool
-from services.engine.native import (
-    PositionLogprobs,
-    Request,
-    SampledToken,
-    SamplingParams,
-    TokenLogprob,
-)
+from services.engine.api import PositionLogprobs, SampledToken, SamplingParams, TokenLogprob
+from services.engine.native.scheduling import Request
 from services.engine.native.scheduling.batch import Batch, SampledBatch, SampledSequence, ScheduledSequence
 from services.engine.native.scheduling.limits import SchedulerConfig
 

@@ -13,20 +13,20 @@ import torch
 
 from kvstore.block import prove
 from kvstore.protocol import Reservation
-from services.engine.native import (
-    Engine,
-    EngineConfig,
+from services.engine.api import (
     FinishReason,
     InvalidRequest,
     PositionLogprobs,
-    Request,
     RequestUpdate,
     SampledToken,
     SamplingParams,
 )
+from services.engine.config import EngineConfig
+from services.engine.native import Engine
 from services.engine.native.memory import capacity
 from services.engine.native.memory.capacity import choose_num_blocks
 from services.engine.native.model.model import load_model
+from services.engine.native.scheduling import Request
 from services.engine.native.scheduling.loans import NotLent
 from services.engine.native.scheduling.request import RequestStatus
 from services.engine.native.scheduling.scheduler import NotReserved

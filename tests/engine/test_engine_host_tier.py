@@ -11,11 +11,14 @@ import torch
 from kvstore.block import BlockHash
 from kvstore.pool import NOTHING_COPIED
 from kvstore.protocol import Reservation
-from services.engine.native import Engine, EngineConfig, Request, SamplingParams
+from services.engine.api import SamplingParams
+from services.engine.config import EngineConfig
+from services.engine.native import Engine
 from services.engine.native.memory import capacity
 from services.engine.native.memory.capacity import choose_num_host_slots
 from services.engine.native.memory.host_copies import open_host_tier
 from services.engine.native.memory.kv_memory import DeviceMemory
+from services.engine.native.scheduling import Request
 from services.settings import SettingsError
 from tests.hf_models import random_prompts, reference_greedy, write_model
 

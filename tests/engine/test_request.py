@@ -7,13 +7,9 @@ import math
 
 import pytest
 
-from services.engine.native import (
-    EngineConfig,
-    FinishReason,
-    InvalidRequest,
-    Request,
-    SamplingParams,
-)
+from services.engine.api import FinishReason, InvalidRequest, SamplingParams
+from services.engine.config import EngineConfig
+from services.engine.native.scheduling import Request
 from services.engine.native.scheduling.limits import SchedulerConfig, check_fits
 from services.engine.native.scheduling.request import IllegalTransition, RequestStatus
 from services.settings import SettingsError

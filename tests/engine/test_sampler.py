@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from services.engine.native import SampledToken, SamplingParams
+from services.engine.api import SampledToken, SamplingParams
 from services.engine.native.sampling import sampler
 from services.engine.native.sampling.gumbel import gumbel, noise_keys
 from services.engine.native.sampling.sampler import (

@@ -6,15 +6,8 @@ import pytest
 
 from kvstore.block import hash_blocks, namespace
 from kvstore.pool import BlockPool
-from services.engine.native import (
-    FinishReason,
-    InvalidRequest,
-    QueueFull,
-    Request,
-    RequestUpdate,
-    SampledToken,
-    SamplingParams,
-)
+from services.engine.api import FinishReason, InvalidRequest, QueueFull, RequestUpdate, SampledToken, SamplingParams
+from services.engine.native.scheduling import Request
 from services.engine.native.scheduling.batch import Batch, SampledBatch, SampledSequence
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.loans import NotLent

@@ -12,14 +12,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from kvstore.pool import BlockPool
 from kvstore.protocol import Reservation
-from services.engine.native import (
-    FinishReason,
-    InvalidRequest,
-    QueueFull,
-    Request,
-    SampledToken,
-    SamplingParams,
-)
+from services.engine.api import FinishReason, InvalidRequest, QueueFull, SampledToken, SamplingParams
+from services.engine.native.scheduling import Request
 from services.engine.native.scheduling.batch import Batch
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.request import RequestStatus

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.pool import BlockPool
-from services.engine.native import Request, SamplingParams
+from services.engine.api import SamplingParams
+from services.engine.native.scheduling import Request
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.scheduler import Scheduler
 from tests.engine.paged_world import PagedWorld, expected_outputs

@@ -3,12 +3,7 @@
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
-from services.engine.native import (
-    InvalidRequest,
-    PositionLogprobs,
-    SamplingParams,
-    TokenLogprob,
-)
+from services.engine.api import InvalidRequest, PositionLogprobs, SamplingParams, TokenLogprob
 from services.lifecycle import Event, Timeline
 from services.worker import convert
 

@@ -13,7 +13,7 @@ from tandem.v1 import worker_pb2 as pb
 from services.decode.config import DecodeConfig
 from services.decode.service import DecodeService, _News, _news
 from services.decode.session import RouterSession
-from services.engine.native import (
+from services.engine.api import (
     FinishReason,
     InvalidRequest,
     PositionLogprobs,
@@ -122,7 +122,7 @@ async def test_a_cancellation_that_nobody_ordered_does_not_leave_a_request_witho
     async def restore(hashes: object) -> None:
         raise asyncio.CancelledError  # as grpc.aio does where a channel was closed
 
-    output = await last_output(order(), engine=engine(), fetcher=SimpleNamespace(restore=restore))
+    output = await last_output(order(), engine=engine(), host_prefixes=SimpleNamespace(restore=restore))
     assert (output.finish_reason, output.error.code) == (pb.FINISH_REASON_ERROR, pb.ERROR_CODE_INTERNAL)
     assert "nobody had ordered" in output.error.message
 
@@ -139,7 +139,7 @@ async def test_what_our_own_engine_cannot_serve_is_not_computed_elsewhere_first(
     output = await last_output(
         order(prefill_targets=[pb.PrefillTarget(worker_id="prefill-0")]),
         engine=engine(refuse),
-        fetcher=SimpleNamespace(restore=restore),
+        host_prefixes=SimpleNamespace(restore=restore),
         exchange=SimpleNamespace(connect=connect),
     )
     assert output.error.code == pb.ERROR_CODE_INVALID
@@ -165,7 +165,7 @@ async def test_an_output_that_cannot_be_sent_ends_its_request_and_costs_the_othe
         threads=LoopThreads(),
         metrics=BrokenOnce(),
         engine=engine(),
-        fetcher=SimpleNamespace(restore=restore),
+        host_prefixes=SimpleNamespace(restore=restore),
         rates=RateLearner(),
     )
     service = DecodeService(DecodeConfig(model="model"), parts)  # type: ignore[arg-type]

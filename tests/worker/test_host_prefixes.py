@@ -13,7 +13,9 @@ import torch
 from kvstore.block import BlockHash, prove
 from kvstore.pool import HostTier
 from kvstore.threads import OsThreads
-from services.engine.native import Engine, EngineConfig, Request, StepOutput
+from services.engine.api import Request, StepOutput
+from services.engine.config import EngineConfig
+from services.engine.native import Engine
 from services.worker.engine_thread import EngineThread
 from services.worker.host_prefixes import HostPrefixes
 from services.worker.lender import CacheLender

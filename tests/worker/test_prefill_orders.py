@@ -13,7 +13,9 @@ from tandem.v1 import worker_pb2 as pb
 
 from kvstore.protocol import LeaseOutcome
 from kvstore.threads import OsThreads, Threads
-from services.engine.native import Engine, EngineConfig, Request, SamplingParams
+from services.engine.api import Request, SamplingParams
+from services.engine.config import EngineConfig
+from services.engine.native import Engine
 from services.prefill.config import PrefillConfig
 from services.prefill.service import (
     PrefillService,
