@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof
-from kvstore.pool import Block, CacheChange, CopiedBack
+from kvstore.pool import CacheChange, CopiedBack
 from kvstore.protocol import Reservation
 from services.engine.request import (
     EngineError,
@@ -114,18 +114,14 @@ class StepOutput:
     duration_s: float = 0.0  # from scheduling to booking, by the engine's clock
 
 
-@dataclass(frozen=True)
-class Restore:
-    """A prefix on its way back."""
+class Restore(Protocol):
+    """A prefix on its way back from the engine's own tier; holds blocks until `end`, which whoever gets one calls."""
 
-    hashes: tuple[BlockHash, ...]
-    room: Reservation  # lent, one block per hash
-    pinned: tuple[Block, ...]  # what comes into the blocks that are not present
+    def copy_back(self) -> None:
+        """Fill and verify the blocks. On any one thread."""
 
-    @property
-    def missing_ids(self) -> list[int]:
-        """The blocks to be filled."""
-        return self.room.block_ids[self.room.num_present :]
+    def end(self) -> CopiedBack:
+        """Publish what came back whole, and give the rest back: all, where nothing was copied or copying failed."""
 
 
 class Engine(Protocol):
@@ -229,16 +225,7 @@ class Engine(Protocol):
         """Whether the tier has the block. A hint, from any thread."""
 
     def begin_restore(self, hashes: Sequence[BlockHash]) -> Restore | None:
-        """Begin to bring back from the tier what follows the cached prefix of `hashes`; None: nothing, or no room.
-
-        Whoever gets a Restore has `copy_back` fill its blocks and calls `end_restore`.
-        """
-
-    def copy_back(self, restore: Restore) -> CopiedBack:
-        """Fill and verify the restore's blocks. On any one thread."""
-
-    def end_restore(self, restore: Restore, copied: CopiedBack) -> None:
-        """Publish what came back whole and give the rest back; `copied` is NOTHING_COPIED where that failed."""
+        """Begin to bring back from the tier what follows the cached prefix of `hashes`; None: nothing, or no room."""
 
     def host_hashes(self) -> list[BlockHash]:
         """All findable blocks of the tier. Any thread."""

@@ -15,7 +15,6 @@ import logging
 from collections.abc import Sequence
 
 from kvstore.block import BlockHash
-from kvstore.pool import NOTHING_COPIED
 from kvstore.threads import Threads
 from services.engine.api import Engine, Restore
 from services.worker.engine_thread import EngineCrashed, EngineThread
@@ -77,14 +76,15 @@ class HostPrefixes:
             del self._under_way[first]
 
     async def _fill(self, restore: Restore) -> int:
-        copied = NOTHING_COPIED
         try:
-            copied = await asyncio.get_running_loop().run_in_executor(self._copying, self._engine.copy_back, restore)
+            await asyncio.get_running_loop().run_in_executor(self._copying, restore.copy_back)
         finally:
-            await self._thread.call(self._engine.end_restore, restore, copied)
+            copied = await self._thread.call(restore.end)
         num_corrupt = copied.is_whole.count(False)
         if num_corrupt:
-            log.error("%d of %d blocks had changed in the host tier, and are dropped", num_corrupt, len(restore.pinned))
+            log.error(
+                "%d of %d blocks had changed in the host tier, and are dropped", num_corrupt, len(copied.is_whole)
+            )
         return copied.num_whole
 
     async def settle(self) -> None:

@@ -67,8 +67,8 @@ def measure(model: Path, arguments: argparse.Namespace) -> None:
         started_s = time.perf_counter()
         restore = engine.begin_restore(first.block_hashes[:-1])
         assert restore is not None
-        copied = tier.copy_back(restore.pinned, restore.missing_ids)
-        engine.end_restore(restore, copied)
+        restore.copy_back()
+        restore.end()
         restored_s = time.perf_counter() - started_s
         request, again_s = serve(engine, one)
         assert request.num_cached_tokens >= num_tokens - 2 * block_size

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from kvstore.block import BlockHash
-from kvstore.pool import NOTHING_COPIED
 from kvstore.protocol import Reservation
 from services.engine.api import SamplingParams
 from services.engine.config import EngineConfig
@@ -91,8 +90,8 @@ def test_an_evicted_prefix_comes_back_before_the_prompt_is_queued(model: Path, e
     restore = engine.begin_restore(hashes)
     assert restore is not None
     engine.check_integrity()
-    copied = engine.host_tier.copy_back(restore.pinned, restore.missing_ids)
-    engine.end_restore(restore, copied)
+    restore.copy_back()
+    copied = restore.end()
     assert all(copied.is_whole)
     assert engine.pool.peek_prefix(hashes) == 20
     assert engine.pool.proofs(restore.missing_ids) == [block.proof for block in restore.pinned]
@@ -167,7 +166,7 @@ def test_a_restore_without_room_or_that_fails_leaves_everything_as_it_was(engine
     engine.release_blocks(taken.block_ids)
     restore = engine.begin_restore(hashes)
     assert restore is not None
-    engine.end_restore(restore, NOTHING_COPIED)
+    restore.end()
     engine.check_integrity()
     assert engine.load().num_lent_blocks == 0
     assert engine.pool.peek_prefix(hashes) == 0

@@ -332,5 +332,6 @@ def test_what_was_evicted_comes_back_from_a_tier_of_its_own(engine: Engine) -> N
     assert engine.may_restore(hashes[0])
     restore = engine.begin_restore(hashes)
     assert restore is not None
-    engine.end_restore(restore, engine.copy_back(restore))
+    restore.copy_back()
+    restore.end()
     assert engine.peek_prefix(hashes) == 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvstore.pool.slot_book import CacheChange, CacheEvent
-from services.engine.native.memory.host_prefixes import begin_restore, end_restore
+from services.engine.native.memory.host_prefixes import begin_restore
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.scheduler import Scheduler
 from tests.host_tier.paged_pool import PagedPool
@@ -20,7 +20,8 @@ def test_a_run_from_the_middle_of_a_chain_keeps_its_parent() -> None:
         world.pool.take_changes()
         restore = begin_restore(world.tier, scheduler, a[start:])
         assert restore is not None
-        end_restore(world.tier, scheduler, restore, world.tier.copy_back(restore.pinned, restore.missing_ids))
+        restore.copy_back()
+        restore.end()
         published = [change for change in world.pool.take_changes() if change.event is CacheEvent.PUBLISHED]
         expected = [(a[2], a[1]), (a[3], a[2]), (a[4], a[3])] if start else [(a[0], None), (a[1], a[0])]
         assert published == [CacheChange(each, CacheEvent.PUBLISHED, parent) for each, parent in expected]

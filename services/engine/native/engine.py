@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof, find_wrong, prove
-from kvstore.pool import BlockPool, CacheChange, CopiedBack
+from kvstore.pool import BlockPool, CacheChange
 from kvstore.protocol import AnnouncedBlock, Reservation
 from services.engine import api
 from services.engine.api import (
@@ -31,7 +31,6 @@ from services.engine.native.memory import (
     bring_back,
     choose_num_blocks,
     choose_num_host_slots,
-    end_restore,
     open_host_tier,
 )
 from services.engine.native.model import LoadedModel, load_model
@@ -199,19 +198,12 @@ class Engine:
         return self.pool.drop(found[position].slot for position in wrong)
 
     def begin_restore(self, hashes: Sequence[BlockHash]) -> Restore | None:
-        return begin_restore(self.host_tier, self._scheduler, hashes) if self.host_tier is not None else None
+        if self.host_tier is None:
+            return None
+        return begin_restore(self.host_tier, self._scheduler, hashes, on_ended=self._grant_reservations)
 
     def may_restore(self, block_hash: BlockHash) -> bool:
         return self.host_tier is not None and self.host_tier.may_have(block_hash)
-
-    def copy_back(self, restore: Restore) -> CopiedBack:
-        assert self.host_tier is not None, "a restore without a host tier"
-        return self.host_tier.copy_back(restore.pinned, restore.missing_ids)
-
-    def end_restore(self, restore: Restore, copied: CopiedBack) -> None:
-        assert self.host_tier is not None, "a restore without a host tier"
-        end_restore(self.host_tier, self._scheduler, restore, copied)
-        self._grant_reservations()
 
     def take_host_changes(self) -> list[CacheChange]:
         return self.host_tier.take_changes() if self.host_tier is not None else []

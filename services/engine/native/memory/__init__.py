@@ -2,7 +2,7 @@
 
 from services.engine.native.memory.capacity import choose_num_blocks, choose_num_host_slots
 from services.engine.native.memory.host_copies import open_host_tier
-from services.engine.native.memory.host_prefixes import begin_restore, bring_back, end_restore
+from services.engine.native.memory.host_prefixes import begin_restore, bring_back
 from services.engine.native.memory.kv_memory import allocate_kv_cache, block_memory
 
 __all__ = [
@@ -12,6 +12,5 @@ __all__ = [
     "bring_back",
     "choose_num_blocks",
     "choose_num_host_slots",
-    "end_restore",
     "open_host_tier",
 ]

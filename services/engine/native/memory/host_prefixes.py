@@ -10,18 +10,54 @@ and pinned slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from kvstore.block import BlockHash
-from kvstore.pool import CopiedBack, HostTier
-from services.engine.api import Restore
+from kvstore.pool import NOTHING_COPIED, Block, CopiedBack, HostTier
+from kvstore.protocol import Reservation
 from services.engine.native.scheduling import Scheduler
 
 # As many requests may begin in one step at most with blocks that come back right before it.
 _MAX_NEXT = 4
 
 
-def begin_restore(tier: HostTier, scheduler: Scheduler, hashes: Sequence[BlockHash]) -> Restore | None:
+@dataclass(eq=False)
+class HostRestore:
+    """The port's `Restore`."""
+
+    tier: HostTier
+    scheduler: Scheduler
+    hashes: Sequence[BlockHash]
+    room: Reservation  # lent, one block per hash
+    pinned: Sequence[Block]  # what comes into the blocks that are not present
+    on_ended: Callable[[], None]
+    copied: CopiedBack = NOTHING_COPIED
+
+    @property
+    def missing_ids(self) -> list[int]:
+        """The blocks to be filled."""
+        return self.room.block_ids[self.room.num_present :]
+
+    def copy_back(self) -> None:
+        self.copied = self.tier.copy_back(self.pinned, self.missing_ids)
+
+    def end(self) -> CopiedBack:
+        """Publish what came back whole, up to the first block that did not; give back everything else."""
+        start, end = self.room.num_present, self.room.num_present + self.copied.num_whole
+        # Peers ask for what they lack: that may begin in the middle of a chain.
+        parent_hash = self.hashes[start - 1] if start else self.tier.parent_of(self.hashes[0])
+        proofs = [block.proof for block in self.pinned[: self.copied.num_whole]]
+        self.scheduler.publish_lent(self.room.block_ids[start:end], self.hashes[start:end], proofs, parent_hash)
+        self.scheduler.release_lent(self.room.block_ids)
+        self.tier.unpin(self.pinned, self.copied)
+        self.on_ended()
+        return self.copied
+
+
+def begin_restore(
+    tier: HostTier, scheduler: Scheduler, hashes: Sequence[BlockHash], on_ended: Callable[[], None] = lambda: None
+) -> HostRestore | None:
     """Pin and take what is needed to bring back the blocks that follow the cached prefix of `hashes`.
 
     None, taking nothing, where the tier has none of them, or where the running requests need the room.
@@ -34,18 +70,7 @@ def begin_restore(tier: HostTier, scheduler: Scheduler, hashes: Sequence[BlockHa
     if taken is None:
         tier.unpin(pinned)
         return None
-    return Restore(tuple(wanted), taken, tuple(pinned))
-
-
-def end_restore(tier: HostTier, scheduler: Scheduler, restore: Restore, copied: CopiedBack) -> None:
-    """Publish what came back whole, up to the first block that did not; give back everything else."""
-    start, end = restore.room.num_present, restore.room.num_present + copied.num_whole
-    # Peers ask for what they lack: that may begin in the middle of a chain.
-    parent_hash = restore.hashes[start - 1] if start else tier.parent_of(restore.hashes[0])
-    proofs = [block.proof for block in restore.pinned[: copied.num_whole]]
-    scheduler.publish_lent(restore.room.block_ids[start:end], restore.hashes[start:end], proofs, parent_hash)
-    scheduler.release_lent(restore.room.block_ids)
-    tier.unpin(restore.pinned, copied)
+    return HostRestore(tier, scheduler, wanted, taken, pinned, on_ended)
 
 
 def bring_back(tier: HostTier, scheduler: Scheduler) -> None:
@@ -59,4 +84,5 @@ def bring_back(tier: HostTier, scheduler: Scheduler) -> None:
         restore = begin_restore(tier, scheduler, hashes)
         if restore is None:
             return
-        end_restore(tier, scheduler, restore, tier.copy_back(restore.pinned, restore.missing_ids))
+        restore.copy_back()
+        restore.end()
