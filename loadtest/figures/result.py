@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from loadtest.figures.scrape import Sample
 from loadtest.plan import LoadOptions, RequestRecord
 
@@ -42,30 +44,16 @@ class RunResult:
         return self.num_planned - len(self.records)
 
     def to_json(self) -> dict[str, object]:
-        data = {name: value for name, value in vars(self).items() if name not in ("records", "samples", "options")}
-        return {
-            "schema": _SCHEMA,
-            **data,
-            "notes": list(self.notes),
-            "options": asdict(self.options),
-            "records": [each.to_dict() for each in self.records],
-            "samples": [each.to_dict() for each in self.samples],
-        }
+        return {"schema": _SCHEMA, **asdict(self)}
 
     @classmethod
     def from_json(cls, data: dict[str, object]) -> RunResult:
         """Raises ValueError for what `to_json` has not written."""
-        values = dict(data)
-        if values.pop("schema", None) != _SCHEMA:
+        if data.get("schema") != _SCHEMA:
             raise ValueError(f"no result of a run of this version: schema {data.get('schema')!r}")
-        values.pop("summary", None)
         try:
-            values["options"] = LoadOptions(**values["options"])  # type: ignore[arg-type]
-            values["records"] = tuple(map(RequestRecord.from_dict, values["records"]))  # type: ignore[call-overload]
-            values["samples"] = tuple(Sample(**each) for each in values["samples"])  # type: ignore[attr-defined]
-            values["notes"] = tuple(values["notes"])  # type: ignore[arg-type]
-            return cls(**values)  # type: ignore[arg-type]
-        except (TypeError, KeyError) as error:
+            return msgspec.convert(data, cls)
+        except msgspec.ValidationError as error:
             raise ValueError(f"no result of a run: {error}") from error
 
 

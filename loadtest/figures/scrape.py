@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import gevent
 from geventhttpclient import HTTPClient
@@ -29,9 +29,6 @@ class Sample:
     running: float | None
     waiting: float | None
     kv_usage: float | None
-
-    def to_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def parse_gauges(text: str) -> dict[str, float]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+
+_Seconds = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+"""A finite number."""
 
 
 class Outcome(StrEnum):
@@ -28,14 +33,14 @@ class RequestRecord:
     kind: str
     turn: int
     is_warmup: bool
-    scheduled_s: float
-    sent_s: float
-    finished_s: float
+    scheduled_s: _Seconds
+    sent_s: _Seconds
+    finished_s: _Seconds
     """The last token's arrival; where it failed, the moment of that."""
     outcome: Outcome
     error: str = ""
-    first_token_s: float | None = None
-    gaps_s: tuple[float, ...] = ()
+    first_token_s: _Seconds | None = None
+    gaps_s: tuple[_Seconds, ...] = ()
     """Between one chunk with tokens and the next."""
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
@@ -70,32 +75,9 @@ class RequestRecord:
     @classmethod
     def from_dict(cls, data: Mapping[str, object]) -> RequestRecord:
         """Checked: a record from another process is data. Raises ValueError."""
-        names = {each.name for each in fields(cls)}
-        if set(data) != names:
+        if set(data) != {each.name for each in fields(cls)}:
             raise ValueError(f"no record of a request: its fields are {sorted(data)}")
-        values = dict(data)
-        gaps = values["gaps_s"]
-        if not isinstance(gaps, list | tuple):
-            raise ValueError(f"no record of a request: gaps_s is {gaps!r}")
-        values["gaps_s"] = tuple(_number(gap) for gap in gaps)
-        for name in ("scheduled_s", "sent_s", "finished_s"):
-            values[name] = _number(values[name])
-        if values["first_token_s"] is not None:
-            values["first_token_s"] = _number(values["first_token_s"])
-        for name in ("index", "turn", "num_prompt_tokens", "num_cached_tokens", "num_output_tokens"):
-            values[name] = _integer(values[name])
-        values |= {"kind": str(values["kind"]), "error": str(values["error"]), "is_warmup": bool(values["is_warmup"])}
-        values["outcome"] = Outcome(str(values["outcome"]))
-        return cls(**values)  # type: ignore[arg-type]
-
-
-def _integer(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"no record of a request: {value!r} is no whole number")
-    return value
-
-
-def _number(value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"no record of a request: {value!r} is no number")
-    return float(value)
+        try:
+            return msgspec.convert(data, cls)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"no record of a request: {error}") from error
