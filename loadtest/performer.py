@@ -73,8 +73,7 @@ class Performer:
         return self._dispatcher.progress if self._dispatcher else Progress()
 
     def perform(self) -> None:
-        """Called by each user that locust spawns here: the first carries out the assignment, the others have nothing to
-        do. Returns when the last answer has ended."""
+        """Carry out the assignment for the first user that locust spawns here; return after the last answer."""
         assignment, self._assignment = self._assignment, None
         if assignment is None or self._dispatcher is None:
             return

@@ -32,7 +32,7 @@ class OpenLoopUser(User):
 
 
 class PlannedShape(LoadTestShape):
-    """One user for each process, until the plan has been carried out."""
+    """Keeps one user for each process until the plan has been carried out."""
 
     def tick(self) -> tuple[int, float] | None:
         assert self.runner is not None

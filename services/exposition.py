@@ -22,8 +22,7 @@ def add_process_series(registry: CollectorRegistry, role: str) -> None:
 
 
 class ExposedRegistry(CollectorRegistry):
-    """The series of `inner` as they are scraped: each with `labels` in addition to its own, and without the time that
-    it was created at, which would be half as many series again."""
+    """Shows the series of `inner` with `labels` added, without creation times (half as many series again)."""
 
     def __init__(self, inner: CollectorRegistry, labels: Mapping[str, str]) -> None:
         super().__init__(auto_describe=False)

@@ -55,7 +55,7 @@ class Table(dict[str, Family]):
     def read(
         self, name: str, value: float, labels: Mapping[str, str] | None = None
     ) -> CounterMetricFamily | GaugeMetricFamily:
-        """The same with its one value."""
+        """Make the family with its one value."""
         family = self.family(name)
         family.add_metric([(labels or {})[label] for label in self[name].labels], value)
         return family

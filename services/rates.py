@@ -147,9 +147,7 @@ class RateLearner:
         self._slowness: dict[str, float] = {}  # by holder, the one heard of longest ago first
 
     def step_ended(self, shape: StepShape, seconds: float) -> None:
-        """A step has taken so long. Steps with and without prompts are forgotten apart: an hour of mere decoding does
-        not make the worker forget what a prompt costs.
-        """
+        """Learn from a step. Steps with prompts are forgotten apart, so decoding does not erase what a prompt costs."""
         if self._steps.observe((1, *shape), seconds, kind=int(shape.num_prompt_tokens > 0)):
             self._tell()
 

@@ -222,12 +222,11 @@ class BlockExchange:
     ) -> Fetch:
         """Wait for an owner's Offer, then read its blocks; call this before ordering them from the owner.
 
-        `expected_hashes`: one per block; None: the partial last block; with `may_be_fewer`, a prefix of them may be
-        offered. `reserve(num_blocks)` is called on the Offer. It must end by itself in bounded time: it is not
-        cancelled when the fetch fails (a granted reservation would be lost), so whoever aborts a fetch also withdraws
-        what `reserve` waits for. With `owner_incarnation`, a connection to any other start of that worker fails the
-        fetch. `stage_s` takes the place of the exchange's own deadlines of each stage and each read. Raises
-        `PeerLost` where we have no connection to the owner, ValueError where the transfer is being fetched already.
+        `expected_hashes`: one per block, None for the partial last one; with `may_be_fewer` a prefix may be offered.
+        `reserve(num_blocks)` is called on the Offer and must end in bounded time: a failing fetch does not cancel it (a
+        granted reservation would be lost), so whoever aborts a fetch withdraws what it waits for. With
+        `owner_incarnation`, a connection to another start of that worker fails the fetch. `stage_s` replaces the
+        deadlines of each stage and read. Raises `PeerLost` without a connection, ValueError for a transfer under way.
         """
         connection = self._owner(owner_peer_id, f"for transfer {transfer_id.hex()}")
         machine = connection.session.order(transfer_id, expected_hashes, may_be_fewer, stage_s, self.clock())

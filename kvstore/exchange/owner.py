@@ -46,9 +46,7 @@ class PrefixLender(Protocol):
         """Unpin what `lend_prefix` returned; called exactly once for each of its answers that was not empty."""
 
     async def recheck(self, hashes: Sequence[BlockHash]) -> None:
-        """Hold these blocks against their proofs, as far as they are here, and drop what has changed: a reader got
-        other bytes than were announced.
-        """
+        """Check the blocks that are here against their proofs; drop the changed ones: a reader got other bytes."""
 
 
 class Lease:

@@ -53,9 +53,8 @@ class IndexWriter(IndexSession):
     """Tells the index which blocks this process holds, for as long as it is not closed.
 
     `snapshot` gives every block that the process holds, once per tier; or an awaitable of that, where another thread
-    owns the blocks. It is called at the start and whenever Redis lost something, and read in slices with the event loop
-    running in between: give it something that changes meanwhile cannot disturb. A change that it shows already may be
-    reported by `added` and `removed` as well, before or after; one that it does not show must be.
+    owns the blocks. It is called at the start and whenever Redis lost something, and read in slices between turns of
+    the event loop: changes must not disturb it. Those that it does not show must be told by `added` and `removed`.
 
     Only who is registered under its id and incarnation gets in (`Registrar`): of two processes with one id the newer
     writes, the other waits until the registry has it. What we wrote is forgotten when our lease there ends.

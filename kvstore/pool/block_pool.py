@@ -72,7 +72,7 @@ class BlockPool(SlotBook):
         proof: Proof | None = None,
         tokens: BlockTokens | None = None,
     ) -> bool:
-        """As in any book, where caching is on.
+        """Publish as in any book, where caching is on.
 
         Without a `proof` the block was just computed: `take_unproven` names it. `tokens`, where they are known, make
         parts of the block findable; they may come later than the block, by a second call.
@@ -113,10 +113,10 @@ class BlockPool(SlotBook):
     def make_writable(self, block_id: int) -> tuple[int, int | None]:
         """Copy-on-write: return `(block to write, block to copy from or None)` for a block that the caller refers to.
 
-        A block with one holder that cannot be found is written in place. Otherwise the caller's reference moves to a
-        new block, and the caller copies the content before anything is written to blocks allocated after this call (the
-        source may be among them). Where no block is left and the caller is the only holder, the block stops being
-        findable and is written in place. Raises `OutOfBlocks` if a copy is needed and there is no room.
+        An unfindable block with one holder is written in place. Otherwise the caller's reference moves to a new block,
+        and the caller copies the content before it writes to blocks allocated after this call (the source may be among
+        them). Without a free block, the only holder writes in place and the block stops being findable. Raises
+        `OutOfBlocks` if a copy is needed and there is no room.
         """
         slot = self._check_referenced(block_id, "make_writable")
         is_shared = slot.num_references > 1

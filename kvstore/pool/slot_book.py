@@ -64,9 +64,9 @@ class BookStats:
 class SlotBook:
     """Slots 0 .. num_slots - 1. Whoever gets one from the book holds one reference and must release it.
 
-    `protected_share`: segmented LRU with so large a protected segment; None: plain LRU, which goes by the order of
-    `release`. `on_change` is told each event at once, `on_evict` what one `take` evicts, before that returns any of the
-    slots: their content is still there, and only during the call. Neither may call the book.
+    `protected_share` sizes segmented LRU's protected segment; None: plain LRU, in the order of `release`. `on_change`
+    hears each event at once, `on_evict` what one `take` evicts: the content is there during that call alone. Neither
+    may call the book.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class SlotBook:
         return [slot.slot_id for slot in self._match(hashes, is_use)]
 
     def pin(self, hashes: Sequence[BlockHash], is_use: bool = True) -> list[Block]:
-        """The same, with all that is known of the blocks."""
+        """Like `match_prefix`, but return all that is known of the blocks."""
         return [describe(slot) for slot in self._match(hashes, is_use)]
 
     def _match(self, hashes: Sequence[BlockHash], is_use: bool) -> list[Slot]:

@@ -37,7 +37,7 @@ class ExchangeTimeouts:
     """Both: how long a read or send may go on after its transfer has ended before its link is aborted."""
 
     def with_stages_of(self, stage_s: float) -> ExchangeTimeouts:
-        """The same with one deadline for every stage of a fetch, and for each of its reads."""
+        """Return the same deadlines, with one for every stage of a fetch and for each of its reads."""
         return replace(self, offer_s=stage_s, reserve_s=stage_s, announce_s=stage_s, read_s=stage_s, confirm_s=stage_s)
 
     def __post_init__(self) -> None:

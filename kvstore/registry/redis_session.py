@@ -41,9 +41,8 @@ class ConnectionState(enum.Enum):
 class RedisSession:
     """Keeps one session with Redis going until closed: reconnects with backoff, says so once, never gives up.
 
-    What is not Redis's failure is a bug of ours or of redis-py's, a cancellation that nobody ordered included: it is
-    logged whole, and costs one session. A subclass says in `_session` what to do while connected. All methods belong to
-    the event loop's thread.
+    What is not Redis's failure, a cancellation that nobody ordered included, is a bug: it is logged whole, and costs
+    one session. A subclass says in `_session` what to do while connected. Event loop only.
     """
 
     def __init__(self, redis_url: str, name: str, timeout_s: float, max_backoff_s: float) -> None:

@@ -141,9 +141,7 @@ class DiskFiles:
         return records, report
 
     def grow(self) -> int:
-        """Add slots, with all their space allocated, so that a full disk shows here; how many. Raises OSError, and
-        leaves nothing then.
-        """
+        """Add slots, allocate all their space, return how many. A full disk raises OSError here and leaves nothing."""
         calls, old = self._calls, self.num_slots
         num_slots = min(self._max_growth, self._max_slots - old)
         try:
@@ -171,7 +169,7 @@ class DiskFiles:
         self._write_all(self._table, memoryview(_ERASED), HEAD_BYTES + slot * RECORD_BYTES)
 
     def try_to_erase(self, slot: int) -> None:
-        """The same, if the disk lets us: for records of which it does no harm to find them again."""
+        """Erase if the disk lets us: for records that may be found again without harm."""
         try:
             self.erase(slot)
         except OSError as error:

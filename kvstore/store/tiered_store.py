@@ -300,7 +300,7 @@ class TieredStore:
         return self.tier_of(block_hash) is StoreTier.DISK and block_hash not in self._promoting
 
     async def _bring_up(self, hashes: list[BlockHash], deadline: float) -> None:
-        """Its own task: it ends when the disk has let go of the slots, whatever becomes of those who wait for it."""
+        """Runs as its own task, until the disk has let go of the slots, whatever becomes of those who wait."""
         try:
             slots = await self.reserve(len(hashes), deadline - asyncio.get_running_loop().time())
             wanted = list(zip(hashes, slots, strict=False))

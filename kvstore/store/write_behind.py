@@ -24,8 +24,8 @@ class DiskWrites(Enum):
 
 
 class WriteBehind:
-    """The queue of blocks to be written and the task that writes them. `write` puts a batch on disk and says whether
-    the disk takes more: where not, what is queued is refused, and offered again when it is used again.
+    """Queues blocks and writes them in a task. `write` puts a batch on disk and says whether the disk takes more: where
+    not, what is queued is refused, and offered again at its next use.
     """
 
     def __init__(self, book: SlotBook, write: Callable[[list[Block]], Awaitable[bool]], blocks_per_batch: int) -> None:

@@ -62,7 +62,7 @@ class Transport(Protocol):
 
     @property
     def name(self) -> str:
-        """As in `--kv-transport` and on the wire."""
+        """The transport's name, as in `--kv-transport` and on the wire."""
 
     @property
     def two_sided(self) -> bool:

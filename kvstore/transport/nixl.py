@@ -150,7 +150,7 @@ class NixlLink:
         return reading
 
     def serve(self, read_id: int, runs: Sequence[tuple[int, int]]) -> asyncio.Future[None]:
-        """Not a two-sided transport."""
+        """Raise: this is no two-sided transport."""
         raise TransportError("nixl: the owner takes no part in a read")
 
     def abort(self, reason: str) -> None:

@@ -48,9 +48,8 @@ class _Descriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def import_ucxx() -> tuple[ModuleType, dict[str, str]]:
     """Import ucxx with the settings that it needs in the environment; the user's own win.
 
-    Returns the module, and the options that its context is to be made with: ucxx puts its rendezvous settings into the
-    environment, where nixl's UCX would pick them up too and read over cma at a fifth of its speed (measured), so they
-    are taken out again. Raises `TransportError`.
+    Returns the module and its context's options: ucxx puts rendezvous settings into the environment, with which nixl's
+    UCX would read over cma at a fifth of its speed (measured), so they are taken out again. Raises `TransportError`.
     """
     os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")  # nixl's UCX has settings that this one does not know
     os.environ.setdefault("UCX_TCP_CM_REUSEADDR", "y")
@@ -279,7 +278,7 @@ class UcxxLink:
         await self._living_endpoint().send(buffer, tag=tag)
 
     def _living_endpoint(self) -> Endpoint:
-        """Between deciding to post and posting the link may have been aborted; ucxx itself would trip over that."""
+        """Return the endpoint. Raises once the link is aborted: ucxx itself would trip over a later post."""
         if self._dead is not None:
             raise TransportError("aborted")
         return self._endpoint

@@ -46,9 +46,8 @@ class ClassSummary:
 class Summary:
     """One run. Rates are per second.
 
-    `offered_rate`, `goodput` and `good` look at the window in which requests were due; a request that ends after it
-    counts all the same. `request_rate` and the token rates count from the first request due to the last token, as
-    `vllm bench serve` does.
+    `offered_rate`, `goodput` and `good` count requests due in the window, whenever they end. `request_rate` and token
+    rates count from the first request due to the last token, as `vllm bench serve` does.
     """
 
     target: str

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 def gamma(rate: float, burstiness: float, num_requests: int, rng: random.Random) -> list[float]:
     """Gaps of mean 1/rate from a Gamma distribution whose shape is `burstiness`, as `vllm bench serve` has it.
 
-    Shape 1 is a Poisson process; below 1 arrivals come in bursts, above 1 they are more even than at random. The
-    coefficient of variation of the gaps is burstiness ** -0.5. All times are then stretched a little, so that the last
-    one is at num_requests / rate and a short run has the rate that it was asked for (a Poisson process under the
-    condition that it has this many arrivals); `vllm bench serve` does the same.
+    Shape 1 is a Poisson process; below 1 arrivals come in bursts, above 1 evenly. The coefficient of variation of the
+    gaps is burstiness ** -0.5. Times are then stretched so that the last one is at num_requests / rate, as `vllm bench
+    serve` does: a short run has its rate (a Poisson process given its number of arrivals).
     """
     _check_rate(rate)
     if burstiness <= 0:

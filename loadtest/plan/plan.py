@@ -55,8 +55,7 @@ class Plan:
 
     @property
     def measured_s(self) -> float:
-        """Length of the window in which the requests that count are due, one mean gap included: their number over this
-        is the rate that was offered."""
+        """Window of the requests that count, one mean gap included: their number over it is the offered rate."""
         measured = [each.at_s for each in self.requests if not each.is_warmup]
         if len(measured) < 2:
             return 1.0

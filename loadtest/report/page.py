@@ -74,6 +74,6 @@ class Page:
 
     @property
     def legend(self) -> str:
-        """Every target's name in a line."""
+        """Names every target in one line."""
         items = "".join(f"<span>{self.name(target)}</span>" for target in self.targets)
         return f'<div class="legend">{items}</div>'

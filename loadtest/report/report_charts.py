@@ -53,7 +53,7 @@ def rate_charts(page: Page) -> str:
 
 
 def run_charts(page: Page, runs: Sequence[tuple[RunResult, Summary]]) -> str:
-    """One rate: how latencies are distributed, and how the runs went over time."""
+    """Draws one rate: how latencies are distributed, and how the runs went over time."""
     return f'<div class="charts">{"".join([*_distributions(page, runs), *_timelines(page, runs)])}</div>'
 
 

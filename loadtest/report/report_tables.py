@@ -38,7 +38,7 @@ _COLUMNS = (
 
 
 def figures_table(page: Page) -> str:
-    """Every run a line, the runs of one rate together."""
+    """Lists every run in a line, the runs of one rate together."""
     head = "".join(f"<th>{column.head}</th>" for column in _COLUMNS) + "<th>refused /<br>errors / late</th>"
     rows = []
     for rate in page.rates:

@@ -51,8 +51,8 @@ class EmbeddedRedis:
         """Start a server and return once it answers. Blocks for some tens of milliseconds.
 
         `port` 0 takes a free one. `directory` takes the log; without it a temporary one is made and removed on close.
-        Call it from a thread that lives as long as the server should: Linux counts the thread's end as the parent's
-        death. Raises `RedisServerError`.
+        Call it from a thread that outlives the server: to Linux the thread's end is the parent's death. Raises
+        `RedisServerError`.
         """
         binary = find_redis_server()
         owned_directory = None if directory else Path(tempfile.mkdtemp(prefix="tandem-redis-"))

@@ -21,7 +21,7 @@ def _word(code: pb.ErrorCode) -> str:
 
 
 def log_end(live: LiveRequest, output: pb.Output) -> None:
-    """One line per request. An error's code, not its message, which may quote the request."""
+    """Log one line per request: an error's code, not its message, which may quote the request."""
     usage, reason = live.usage, pb.FinishReason.Name(output.finish_reason).removeprefix("FINISH_REASON_").lower()
     seconds = live.timeline.seconds_between(Event.RECEIVED, Event.FINISHED)
     facts = {

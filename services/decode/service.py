@@ -96,7 +96,7 @@ def _output(live: LiveRequest, update: RequestUpdate) -> pb.Output:
 
 
 class DecodeService:
-    """One per decode worker."""
+    """Serves one decode worker."""
 
     def __init__(self, config: DecodeConfig, parts: WorkerParts, clock: Callable[[], float] = time.time) -> None:
         self._config = config

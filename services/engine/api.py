@@ -168,8 +168,7 @@ class Engine(Protocol):
 
         `block_ids` are those of its granted reservation; they hold the KV of the whole prompt, verified by `proofs`,
         and become the request's. The update carries the first token, which later steps do not repeat, and says whether
-        it was the last. Raises `NotReserved` (aborted meanwhile, for one), `NotLent` or `InvalidRequest`, changing
-        nothing.
+        it was the last. Raises `NotReserved` (say, aborted), `NotLent` or `InvalidRequest`, changing nothing.
         """
 
     def abort(self, request_id: str) -> bool:
@@ -243,8 +242,8 @@ class Engine(Protocol):
         """Whether a step would compute something. False while all that waits waits for memory that others hold."""
 
     def step(self, on_begun: Callable[[Request], None] = ...) -> StepOutput:
-        """Choose work, compute it and book it. `on_begun` hears, before anything is computed, of each request that
-        takes part for the first time. An exception leaves the engine unusable.
+        """Choose work, compute it and book it. An exception leaves the engine unusable. `on_begun` hears of each
+        request that takes part for the first time, before anything is computed.
         """
 
     @property

@@ -36,7 +36,7 @@ class InvalidRequest(EngineError, ValueError):
 
 
 class QueueFull(EngineError):
-    """As many requests wait as may wait: try another worker, or later."""
+    """The queue is full: try another worker, or later."""
 
 
 @dataclass(frozen=True)

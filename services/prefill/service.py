@@ -101,7 +101,7 @@ class _Order:
 
 
 class PrefillService:
-    """One per prefill worker."""
+    """Serves one prefill worker."""
 
     def __init__(self, config: PrefillConfig, parts: WorkerParts, clock: Callable[[], float] = time.time) -> None:
         self._max_num_orders = config.max_num_waiting + config.max_num_seqs

@@ -93,7 +93,7 @@ def generating_endpoints(parts: RouterParts) -> dict[str, App]:
 
 
 def make_api(parts: RouterParts) -> FastAPI:
-    """All other routes, without who may use them."""
+    """Declare all other routes, without who may use them."""
     # No root_path here: `Edge` has taken the proxy's prefix off.
     app = FastAPI(
         title="Tandem",

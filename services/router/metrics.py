@@ -66,7 +66,7 @@ class ModelMetrics:
         self._count_receipt = metrics.count_receipt
 
     def count_finished(self, finished_reason: str) -> None:
-        """One sequence ended: stop, length, abort or error."""
+        """Count the end of one sequence: stop, length, abort or error."""
         self._success[finished_reason].inc()
 
     def count_receipt(self, receipt: Receipt) -> None:
@@ -127,8 +127,7 @@ class RouterMetrics:
         return self._models[model]
 
     def count_request(self, endpoint: str, status: int) -> None:
-        """An HTTP request has ended. `endpoint` is one of ours, never what a client wrote; `status` is how it went in
-        the end, which for a stream that broke is not what its head says."""
+        """Count an HTTP request. `endpoint` is one of ours; `status` is its end, not a broken stream's head."""
         self._requests.labels(endpoint, str(status)).inc()
 
     def count_refusal(self, reason: str) -> None:

@@ -17,8 +17,7 @@ class Readiness(NamedTuple):
 
 
 def readiness(models: ModelDirectory, workers: Workers) -> Readiness:
-    """A model is ready when its files are loaded, a decode worker of it is connected and not draining, and that worker
-    has who prefills for it (`Workers.awaits_prefill`)."""
+    """A model is ready with its files loaded and a connected decode worker, not draining, that has who prefills."""
     reachable: set[str] = set()
     waiting: set[str] = set()
     for worker in workers.decode_candidates():

@@ -71,7 +71,7 @@ class Receipt:
 
     @property
     def num_digests_checked(self) -> int:
-        """One per block that was read from another process."""
+        """Return the number of blocks read from other processes: one digest each."""
         return self.usage.num_transferred_blocks + self._num_fetched_blocks
 
     def seconds_between(self, start: Event, end: Event) -> float | None:

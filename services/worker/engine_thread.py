@@ -37,9 +37,8 @@ class StepListener(Protocol):
 class EngineThread:
     """Runs `engine.step` in a loop for as long as there is work.
 
-    A step that raises ends the thread: `crashed` then holds the exception, and every pending and later call fails
-    with it, as it does once the thread was stopped. The engine's state is unknown after a crash, so the process should
-    stop.
+    A step that raises ends the thread: `crashed` holds the exception, and every pending and later call fails with it,
+    as after a stop. The engine's state is then unknown, so the process should stop.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class EngineThread:
         return future
 
     def post(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-        """The same for what nobody waits for: an exception is logged."""
+        """Like `call`, for what nobody waits for: an exception is logged."""
 
         def command() -> None:
             try:

@@ -36,7 +36,7 @@ class FetchCosts:
         return rates.fetching_pays(tokens_of(tier, num_tokens), start, self.learner.slowness(holder_id))
 
     def piece_tokens(self, holder_id: str, tier: str) -> int:
-        """How much to fetch under one lease: what a holder's death or the deadline can undo.
+        """Return how much to fetch under one lease: what a holder's death or the deadline can undo.
 
         Each piece waits for both engines' steps, so it is `piece_s` long at least, and not small where what was
         observed was mostly such a wait.

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class HostPrefixes:
-    """One per worker, with or without a host tier. All methods belong to the event loop."""
+    """Restores prefixes for one worker, with or without a host tier. Event loop only."""
 
     def __init__(self, engine: Engine, thread: EngineThread, threads: Threads, timeout_s: float) -> None:
         """`timeout_s`: how long whoever wants a prefix waits for it at most."""

@@ -30,11 +30,11 @@ class IndexFeed:
         await self._writer.close()
 
     def changed(self, changes: Sequence[CacheChange]) -> None:
-        """Blocks of the paged cache became findable or were evicted, in this order."""
+        """Note which blocks of the paged cache became findable or were evicted, in this order."""
         self._tell(changes, Tier.DEVICE)
 
     def host_changed(self, changes: Sequence[CacheChange]) -> None:
-        """The same of the host tier."""
+        """Note the same of the host tier."""
         self._tell(changes, Tier.HOST)
 
     def _tell(self, changes: Sequence[CacheChange], tier: Tier) -> None:
@@ -53,6 +53,6 @@ class IndexFeed:
 
 
 def _holdings(engine: Engine) -> list[tuple[BlockHash, Tier]]:
-    """All findable blocks, once per tier; copies, so that the engine's thread does not disturb the reader."""
+    """List all findable blocks, once per tier; copies, which the engine's thread does not disturb."""
     paged = [(block_hash, Tier.DEVICE) for block_hash in engine.cached_hashes()]
     return paged + [(block_hash, Tier.HOST) for block_hash in engine.host_hashes()]

@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def examine(config: DoctorConfig) -> Iterable[Finding]:
-    """All findings, one after the other, the quick ones first."""
+    """Lists all findings, the quick ones first."""
     # Here and not above: --help must not pay for them.
     from services.cli.doctor.machine import (
         check_kernels,

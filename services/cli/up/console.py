@@ -96,7 +96,7 @@ class PlainDisplay:
 
 
 class JsonDisplay:
-    """One JSON object per line, the processes' own with `process` added."""
+    """Writes one JSON object per line, the processes' own with `process` added."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -53,7 +53,7 @@ def describe_exit(status: int) -> str:
 
 @dataclass
 class Child:
-    """One supervised program. `run()` owns the process; `stop()` makes `run()` return."""
+    """Supervises one program. `run()` owns the process; `stop()` makes `run()` return."""
 
     spec: ChildSpec
     display: Display

@@ -184,9 +184,7 @@ class Engine:
         self._scheduler.publish_lent(block_ids, hashes, proofs, parent_hash)
 
     def proofs(self, block_ids: Sequence[int]) -> list[Proof]:
-        """The proofs of blocks that the caller lends; computed here for those that were just made and are not findable
-        (a prompt's partial block), and never for a cached one.
-        """
+        """Return the proofs of lent blocks: as published, else computed now (new blocks, or a partial one)."""
         known = self.pool.proofs(block_ids)
         fresh = [block_id for block_id, proof in zip(block_ids, known, strict=True) if proof is None]
         made = dict(zip(fresh, prove(self.memory, fresh), strict=True))

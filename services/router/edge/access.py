@@ -51,7 +51,7 @@ class AccessRecord:
 
     @property
     def endpoint(self) -> str:
-        """Of a few words."""
+        """The endpoint, in a few words."""
         return self.path if self.path in _ENDPOINTS else "other"
 
     def close(self, request_id: str, metrics: RouterMetrics, is_shown: bool) -> None:

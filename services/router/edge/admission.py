@@ -21,12 +21,12 @@ class Room:
         self._give_back = give_back
 
     def begin(self) -> None:
-        """One of the free ones begins."""
+        """Note that one of the free places is taken."""
         self.num_free -= 1
         self.num_begun += 1
 
     def end(self) -> None:
-        """One that had begun has ended."""
+        """Note that one that had begun has ended."""
         self.num_begun -= 1
         self._give_back(1)
 

@@ -119,8 +119,7 @@ class Dispatch:
         self._sequences: list[_Sequence] = []  # those that have begun, by index
 
     async def arrivals(self, idle_s: float | None = None) -> list[Arrival]:
-        """All that arrived since the last call, in order; waits for the first, and begins what there is room for.
-        Nothing where nothing has come for `idle_s`.
+        """Wait for arrivals, at most `idle_s`, and return all in order; begin what there is room for.
 
         One caller at a time. Raises ApiError when there is no worker for a sequence; then close it.
         """

@@ -1,4 +1,4 @@
-"""Carries out the pure choice (routing.py): takes the snapshot, and remembers what was sent where.
+"""Carries out the pure choice (policies.py): takes the snapshot, and remembers what was sent where.
 
 All of the router's mutable routing state is here: the policy's, the prefixes just sent, the log of decisions. It
 belongs to the event loop.
@@ -205,7 +205,7 @@ class Placer:
             self._remember(decode, placement)
 
     def withdraw(self, placement: Placement) -> None:
-        """Its prefill has ended, or never will begin. Safe to call again."""
+        """Note that its prefill has ended, or never will begin. Safe to call again."""
         num_tokens, placement.num_counted_tokens = placement.num_counted_tokens, 0
         self._workers.count_prefill(placement.prefill_key, -num_tokens)
 

@@ -88,9 +88,8 @@ class Workers:
     def awaits_prefill(self, worker: DecodeCandidate) -> bool:
         """Whether a decode worker that expects prefill workers still waits for the first.
 
-        A fleet starts in any order, and prompts that come before the first prefill worker are all prefilled by the
-        decode workers. Not so when it is colocated; nor once a prefill worker of the model has been registered, here or
-        gone; nor half a minute after the model was first seen: then the decode workers are all there is.
+        A fleet starts in any order; until then decode workers would prefill all prompts. False when it is colocated,
+        once a prefill worker of the model was registered (gone or not), and half a minute after the model came.
         """
         until_s = self._prefill_awaited_until_s.get(worker.model_fingerprint, -math.inf)
         return not worker.colocated and self._clock() < until_s

@@ -50,8 +50,7 @@ class Choice:
         self._stops = StopMatcher(request.stops, request.include_stop) if request.stops else None
 
     def feed(self, token_ids: list[int], output: pb.Output | None = None) -> Delta:
-        """The delta that tokens give, with the output that they came in. It may finish the choice before the worker
-        does: a stop string was found."""
+        """Return the delta of tokens and their output. A stop string finishes the choice before the worker does."""
         delta = Delta(self.index)
         num_taken = self._take_text(delta, token_ids, output)
         if output is not None:

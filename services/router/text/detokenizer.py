@@ -21,10 +21,9 @@ class Detokenizer:
     """Text of a growing token sequence, by the library's `DecodeStream`. The cost per token does not grow with it.
 
     The stream has three faults, which are mended here:
-    - it decodes all tokens since its last text at each step, so that broken bytes without end, or skipped special
-      tokens, cost more with each (`_MOST_PENDING_TOKENS`; special tokens do not reach it);
-    - it raises where bytes spoil text that it has given already: byte fallback shows a run of bytes with one broken
-      among them as U+FFFD throughout;
+    - it decodes all tokens since its last text at each step, so endless broken bytes, or skipped special tokens, cost
+      more with each (`_MOST_PENDING_TOKENS`; special tokens do not reach it);
+    - it raises where bytes spoil text already given: byte fallback turns a run with one broken byte into U+FFFD;
     - it does not give what it holds back at the end.
     """
 

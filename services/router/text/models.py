@@ -216,8 +216,7 @@ class ModelDirectory:
         return ModelSource(record.model_path, tokenizer_path, record.revision)
 
     async def _load(self, source: ModelSource) -> None:
-        """Tries until it has the files, or nobody wants them any more. A thread cannot be cancelled, so a worker that
-        goes and comes back finds the attempt that still runs."""
+        """Try until the files are there or unwanted. A worker that comes back finds the thread that still runs."""
         load = functools.partial(load_model_files, source, self._chat_template, self._use_generation_config)
         pause_s = _FIRST_RETRY_S
         while source in self._wanted:

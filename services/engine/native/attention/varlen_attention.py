@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 
 
 class VarlenAttention:
-    """One kernel call per layer for all sequences, prefill chunks and decode tokens alike.
+    """Calls one kernel per layer for all sequences, prefill chunks and decode tokens alike.
 
     A layer of the cache is handed over as a strided view. Which block sizes the kernel takes depends on the GPU, so
     ask `choose_cuda_attention` rather than making one.

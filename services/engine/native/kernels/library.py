@@ -186,7 +186,7 @@ class Workspace:
 
 
 class KernelLibrary:
-    """One library's functions. Threads may share it; a second caller at the same time computes on its own thread."""
+    """Calls one library's functions. Threads may share it; a second caller computes on its own thread."""
 
     def __init__(self, path: Path) -> None:
         """Load `path`. Raises `KernelError` where it does not load, is stale, or the system refuses what it needs."""

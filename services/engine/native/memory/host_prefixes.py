@@ -74,9 +74,7 @@ def begin_restore(
 
 
 def bring_back(tier: HostTier, scheduler: Scheduler) -> None:
-    """Bring back at once what the requests lack whose turn comes next. Between steps only: it writes to free blocks,
-    and those may be what a step that was scheduled copies from.
-    """
+    """Bring back what the next requests lack. Between steps only: it writes to free blocks, which a step may copy."""
     for hashes in scheduler.next_prefixes(_MAX_NEXT):
         num_cached = scheduler.pool.peek_prefix(hashes)
         if num_cached == len(hashes) or not tier.may_have(hashes[num_cached]):

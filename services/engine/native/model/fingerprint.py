@@ -38,9 +38,8 @@ class FingerprintBuilder:
     def finish(self, config: ModelConfig, dtype: str, quantization: str = "none") -> str:
         """Return the fingerprint, 32 hex digits, of the model computed and stored in `dtype`.
 
-        Quantized weights are other weights, so a quantized worker shares no block with one that is not. What computes
-        (which kernels, which device) is left out: results differ in rounding alone, and workers on unlike machines
-        are to share blocks.
+        Quantized weights are other weights: their workers share no block with others. Kernels and device are left out:
+        results differ in rounding alone, and workers on unlike machines are to share blocks.
         """
         fields = {name: value for name, value in asdict(config).items() if name not in _IRRELEVANT_FIELDS}
         identity = {"layout": LAYOUT_VERSION, "dtype": dtype, "config": fields, "weights": self._tensors}

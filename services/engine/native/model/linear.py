@@ -56,9 +56,8 @@ def _has_onednn() -> bool:
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the type in which a model of `dtype` is computed on `device`.
 
-    On a CPU, float16 always and bfloat16 without bfloat16 instructions are computed in float32, weights included:
-    emulated, they take 2 to 8 times as long. Keys and values are stored in the model's dtype all the same, so that
-    workers on unlike machines can exchange blocks.
+    On a CPU, float16 always and bfloat16 without its instructions are computed in float32, weights included: emulated,
+    they take 2 to 8 times as long. KV keeps the model's dtype, so that unlike machines can exchange blocks.
     """
     if device.type == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not cpu_has_bfloat16())):
         return torch.float32

@@ -271,7 +271,7 @@ def _draw_from_filtered(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int
 
 
 def _draw_sorted(scaled: Tensor, rows: Sequence[SamplingRow]) -> int:
-    """The same draw for one row `[1, vocab_size]`, looking at every token."""
+    """Draws likewise for one row `[1, vocab_size]`, looking at every token."""
     values = scaled.sort(dim=1, descending=True).values
     threshold, _ = _thresholds(values, _filters(rows, scaled.device), scaled)
     token_ids = (scaled >= threshold)[0].nonzero().T

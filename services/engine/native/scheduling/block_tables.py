@@ -45,7 +45,7 @@ def extend_block_hashes(request: Request, config: SchedulerConfig) -> None:
 def match_next_block(
     pool: BlockPool, request: Request, num_present: int, config: SchedulerConfig
 ) -> SharedTokens | None:
-    """The cached block that shares the most with the request's first block that is not cached, with a reference on it.
+    """Find the cached block that shares most with the request's first uncached block; takes a reference.
 
     None for a request that may not reuse anything. The last token is left out: its logits are wanted, so it is computed
     in any case.
@@ -60,7 +60,7 @@ def match_next_block(
 def match_running_block(
     running: Iterable[Request], request: Request, num_present: int, config: SchedulerConfig
 ) -> SharedTokens | None:
-    """The same of the blocks that running requests are writing to, as far as they are computed; takes no reference."""
+    """Match likewise the computed part of blocks that running requests write to; takes no reference."""
     if request.wants_prompt_logprobs:
         return None
     start, best = num_present * config.block_size, None

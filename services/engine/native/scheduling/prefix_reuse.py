@@ -73,9 +73,8 @@ def uncomputed_hashes(request: Request, config: SchedulerConfig) -> Sequence[Blo
 def follows_running_prompt(pool: BlockPool, request: Request, being_computed: set[BlockHash]) -> bool:
     """Whether a running prompt is computing the very block that this one would compute first.
 
-    It then waits for that block, and for those after it, instead of computing them a second time; others may pass it.
-    The wait is bounded: the running prompt goes on in every step, and when it ends, however it ends, its blocks are
-    either cached or no more being computed.
+    It then waits for that block and those after it; others may pass it. The wait is bounded: the running prompt goes on
+    in every step, and at its end its blocks are either cached or no more being computed.
     """
     if request.wants_prompt_logprobs or not pool.enable_prefix_caching or not being_computed:
         return False

@@ -100,9 +100,7 @@ class Scheduler:
         self._enter(request, RequestStatus.RESERVING)
 
     def cancel_reservation(self, asked: api.Request) -> bool:
-        """Stop waiting for blocks; the request is NEW again. False, changing nothing, where it does not wait for any:
-        blocks that were granted already are given back by `release_reservation`.
-        """
+        """Stop waiting for blocks; the request is NEW again. False where it waits for none, granted or not."""
         request = self._queues.live(asked.request_id)
         if request is None or request.status is not RequestStatus.RESERVING:
             return False
