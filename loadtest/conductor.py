@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
 from locust.env import Environment
 from locust.rpc.protocol import Message
 from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
@@ -113,7 +114,7 @@ class Conductor:
             context = served.max_model_len
             part = Assignment(run.number, index, len(workers), lead_s, job.url, served.name, context, job.options)
             if isinstance(self._runner, MasterRunner):
-                self._runner.send_message(_PART, part.to_message(), client_id=worker)
+                self._runner.send_message(_PART, msgspec.to_builtins(part), client_id=worker)
             else:
                 self.performer.assign(part)
         return run
@@ -165,7 +166,7 @@ class Conductor:
     # Messages between processes.
 
     def _take_part(self, environment: Environment, msg: Message, **_: object) -> None:
-        self.performer.assign(Assignment.from_message(msg.data))
+        self.performer.assign(msgspec.convert(msg.data, Assignment))
 
     def _send_records(self, part: Assignment, records: list[RequestRecord], is_last: bool) -> None:
         if records or is_last:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import gevent
 from locust.env import Environment
@@ -34,14 +34,6 @@ class Assignment:
     model: str
     max_model_len: int | None
     options: LoadOptions
-
-    def to_message(self) -> dict[str, object]:
-        return asdict(self)
-
-    @classmethod
-    def from_message(cls, data: dict[str, object]) -> Assignment:
-        """Raises TypeError or ValueError for what is no assignment."""
-        return cls(**(data | {"options": LoadOptions(**data["options"])}))  # type: ignore[arg-type]
 
 
 class Performer:

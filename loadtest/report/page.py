@@ -77,3 +77,8 @@ class Page:
         """Names every target in one line."""
         items = "".join(f"<span>{self.name(target)}</span>" for target in self.targets)
         return f'<div class="legend">{items}</div>'
+
+
+def ms(seconds: float | None) -> float | None:
+    """Milliseconds, where there is a figure."""
+    return None if seconds is None else seconds * 1000

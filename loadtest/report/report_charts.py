@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from loadtest.figures import RunResult, Summary, in_flight, kv_usage, tokens_per_second, waiting
 from loadtest.plan import RequestRecord
-from loadtest.report.page import Page
+from loadtest.report.page import Page, ms
 from loadtest.report.svg import Chart, Series, draw
 
 _NUM_CDF_POINTS = 200
@@ -44,8 +44,8 @@ def rate_charts(page: Page) -> str:
         draw(
             Chart("Gap between chunks: p50 (dashed), p99 (solid)", label, "ms", log_y=True),
             [
-                *lines(lambda each: _ms(each.itl.p50), "5 4", " p50"),
-                *lines(lambda each: _ms(each.itl.p99), "", " p99"),
+                *lines(lambda each: ms(each.itl.p50), "5 4", " p50"),
+                *lines(lambda each: ms(each.itl.p99), "", " p99"),
             ],
         ),
     ]
@@ -125,7 +125,3 @@ def _timelines(page: Page, runs: Sequence[tuple[RunResult, Summary]]) -> list[st
         draw(chart("Server's queues (requests waiting)", "requests"), queues),
         draw(chart("KV blocks in use, fullest worker (dashed: prefill)", "%"), usage),
     ]
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else seconds * 1000

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from loadtest.figures import RunResult, Summary
-from loadtest.report.page import Page
+from loadtest.report.page import Page, ms
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ _COLUMNS = (
     _Column("offered,<br>req/s", lambda each: each.offered_rate, "{:.2f}".format),
     _Column("goodput,<br>req/s", lambda each: each.goodput, "{:.2f}".format, False),
     _Column("good,<br>%", lambda each: each.good * 100, _whole, False),
-    _Column("TTFT p50,<br>ms", lambda each: _ms(each.ttft.p50), _whole, True),
-    _Column("TTFT p90,<br>ms", lambda each: _ms(each.ttft.p90), _whole, True),
-    _Column("TTFT p99,<br>ms", lambda each: _ms(each.ttft.p99), _whole, True),
-    _Column("TPOT p50,<br>ms", lambda each: _ms(each.tpot.p50), "{:.1f}".format, True),
-    _Column("TPOT p90,<br>ms", lambda each: _ms(each.tpot.p90), "{:.1f}".format, True),
-    _Column("ITL p99,<br>ms", lambda each: _ms(each.itl.p99), "{:.1f}".format, True),
+    _Column("TTFT p50,<br>ms", lambda each: ms(each.ttft.p50), _whole, True),
+    _Column("TTFT p90,<br>ms", lambda each: ms(each.ttft.p90), _whole, True),
+    _Column("TTFT p99,<br>ms", lambda each: ms(each.ttft.p99), _whole, True),
+    _Column("TPOT p50,<br>ms", lambda each: ms(each.tpot.p50), "{:.1f}".format, True),
+    _Column("TPOT p90,<br>ms", lambda each: ms(each.tpot.p90), "{:.1f}".format, True),
+    _Column("ITL p99,<br>ms", lambda each: ms(each.itl.p99), "{:.1f}".format, True),
     _Column("E2E p90,<br>s", lambda each: each.e2e.p90, "{:.2f}".format, True),
     _Column("output<br>tokens/s", lambda each: each.output_token_rate, _whole),
 )
@@ -91,7 +91,3 @@ def classes_table(page: Page, runs: Sequence[tuple[RunResult, Summary]]) -> str:
             rows.append(f"{_row(index)}{row}</tr>")
     head = '<th class="name">class</th><th class="name">target</th>' + "".join(f"<th>{name}</th>" for name in names)
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else seconds * 1000

@@ -35,8 +35,6 @@ from services.settings.load import (
     refuse,
     resolve_settings,
     secret_environment,
-    to_argv,
-    visible_settings,
 )
 from services.settings.sources import Given
 from services.settings.values import parse_quantity
@@ -59,7 +57,5 @@ __all__ = [
     "secret_environment",
     "setting",
     "settings_of",
-    "to_argv",
     "variable_of",
-    "visible_settings",
 ]

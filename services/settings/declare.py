@@ -104,7 +104,7 @@ def setting(
 
     `min`, `above` (exclusive) and `max` bound a number; a class that derives from `Settings` checks them.
     `flags` replaces the flag that derives from the field's name (the first one is the main one). A `secret` is printed
-    nowhere: not in `repr`, help, error messages or `visible_settings`, and `to_argv` leaves it to `secret_environment`.
+    nowhere: not in `repr`, help or error messages, and `argv_of` leaves it to `secret_environment`.
     `group` is the heading that `--help` lists the setting under.
     """
     range_ = None if (min, above, max) == (None, None, None) else Range(min, above, max)

@@ -80,14 +80,11 @@ def build_settings(cls: type[S], given: Mapping[str, Given]) -> S:
         raise
 
 
-def to_argv(settings: SettingsClass) -> list[str]:
-    """Flags that give these settings again, without defaults and secrets (any user can read a process's arguments)."""
-    items = settings_of(type(settings))
-    return argv_of(items, {i.name: v for i in items if (v := getattr(settings, i.name)) != i.default})
-
-
 def argv_of(items: Sequence[Setting], values: Mapping[str, object]) -> list[str]:
-    """Flags that give `values` (name to value); secrets, and names that are not among `items`, are passed over."""
+    """Flags that give `values` (name to value).
+
+    Secrets are passed over, since any user can read a process's arguments, and so are names that are not among `items`.
+    """
     argv: list[str] = []
     for item in items:
         value = values.get(item.name)
@@ -110,9 +107,3 @@ def secret_environment(items: Sequence[Setting], values: Mapping[str, object]) -
         if item.secret and value:
             found[item.variable] = ",".join(value) if isinstance(value, tuple) else str(value)
     return found
-
-
-def visible_settings(settings: SettingsClass) -> dict[str, object]:
-    """Name to value, for logs and debug pages; a secret that is set shows as `***`."""
-    values = {item: getattr(settings, item.name) for item in settings_of(type(settings))}
-    return {item.name: "***" if item.secret and value else value for item, value in values.items()}

@@ -14,9 +14,9 @@ import pytest
 from services.router.config import RouterConfig
 from services.settings import (
     SettingsError,
+    argv_of,
     load_settings,
-    to_argv,
-    visible_settings,
+    settings_of,
 )
 
 NO_REDIS = "redis://127.0.0.1:1/0"
@@ -39,8 +39,7 @@ def test_flags_are_spelled_as_vllm_spells_them():
     config = load_settings(RouterConfig, argv, prog="router", environ={})
     assert (config.port, config.api_key, config.served_model_name) == (9, ("a", "b"), ("m",))
     assert (config.root_path, config.request_timeout_s) == ("/x", 5.0)
-    assert visible_settings(config)["api_key"] == "***"
-    assert "a" not in to_argv(config)
+    assert "a" not in argv_of(settings_of(RouterConfig), vars(config))
     from_environment = load_settings(RouterConfig, [], prog="router", environ={"TANDEM_API_KEY": "a,b"})
     assert from_environment.api_key == ("a", "b")
 
