@@ -21,13 +21,10 @@ from redis.exceptions import MovedError, NoScriptError, ResponseError
 
 from kvstore.block import BlockHash
 from kvstore.errors import RegistryError
-from kvstore.index.entries import Holding, Tier, decode_holders, decode_holdings, encode_keys
+from kvstore.index.entries import Holding, decode_holders, decode_holdings, encode_keys
 from kvstore.index.scripts import LOOKUP
-from kvstore.index.session import IndexObserver, IndexSession, LookupOutcome, ResyncReason, raise_if_cancelled
-from kvstore.index.writer import IndexWriter
-from kvstore.registry import ConnectionState, describe
-
-__all__ = ["Holding", "IndexObserver", "IndexReader", "IndexWriter", "LookupOutcome", "ResyncReason", "Tier"]
+from kvstore.index.session import IndexObserver, IndexSession, LookupOutcome
+from kvstore.registry import ConnectionState, describe, raise_if_cancelled
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import redis.asyncio
 from redis.exceptions import NoScriptError
 
 from kvstore.index.scripts import SWEEP, IndexKeys, Script
-from kvstore.registry import RedisSession
+from kvstore.registry import RedisSession, raise_if_cancelled
 
 # How much one sweeping script does, so that it takes Redis well under a millisecond.
 _SWEEP_BUCKETS = 64
@@ -95,10 +95,3 @@ class IndexSession(RedisSession):
 def pace_s(call_s: float) -> float:
     """Return how long to leave Redis to others after a call of so many seconds, while a backlog waits."""
     return min(_MAX_PACE_S, _PACE * call_s)
-
-
-def raise_if_cancelled() -> None:
-    """Raise the CancelledError that asyncio.wait_for, inside redis-py, swallows now and then before Python 3.12."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError

@@ -103,13 +103,9 @@ class IndexWriter(IndexSession):
         self._claim: _Claim | None = None
         self._num_claims = 0
         self._resync_reason: ResyncReason | None = ResyncReason.START
-        self._superseded_by: str | None = None
-        self._next_check_s = clock()
-
-    @property
-    def superseded_by(self) -> str | None:
+        self.superseded_by: str | None = None
         """The other incarnation that the registry has under our id; until it goes nothing of ours is in the index."""
-        return self._superseded_by
+        self._next_check_s = clock()
 
     @property
     def synced(self) -> bool:
@@ -271,11 +267,11 @@ class IndexWriter(IndexSession):
             raise _SnapshotFailed from error
 
     def _note_rival(self, incarnation: str | None) -> None:
-        if incarnation == self._superseded_by:
+        if incarnation == self.superseded_by:
             return
         if incarnation is not None:
             text = "%s: another process (incarnation %s, ours %s) has this id, so our blocks are not in the index"
             logger.error(text, self._name, incarnation, self._incarnation)
         else:
             logger.warning("%s: the id is ours again", self._name)
-        self._superseded_by = incarnation
+        self.superseded_by = incarnation

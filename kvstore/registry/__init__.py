@@ -2,7 +2,14 @@
 
 Also the session with Redis that the prefix index uses."""
 
-from kvstore.registry.redis_session import REDIS_FAILURES, ConnectionState, RedisSession, describe, open_client
+from kvstore.registry.redis_session import (
+    REDIS_FAILURES,
+    ConnectionState,
+    RedisSession,
+    describe,
+    open_client,
+    raise_if_cancelled,
+)
 from kvstore.registry.registry import Membership, Registrar
 from kvstore.registry.worker_record import WorkerRecord, new_incarnation
 
@@ -16,4 +23,5 @@ __all__ = [
     "describe",
     "new_incarnation",
     "open_client",
+    "raise_if_cancelled",
 ]

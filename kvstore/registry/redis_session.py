@@ -53,18 +53,13 @@ class RedisSession:
         self._name = name
         self._timeout_s = timeout_s
         self._max_backoff_s = max_backoff_s
-        self._state = ConnectionState.CONNECTING
+        self.connection_state = ConnectionState.CONNECTING
         self._task: asyncio.Task[None] | None = None
-
-    @property
-    def connection_state(self) -> ConnectionState:
-        """Return the state of our connection with Redis."""
-        return self._state
 
     @property
     def connected(self) -> bool:
         """Whether the last call to Redis succeeded."""
-        return self._state is ConnectionState.CONNECTED
+        return self.connection_state is ConnectionState.CONNECTED
 
     async def start(self) -> None:
         """Start the task and return at once; Redis need not be there. Call once."""
@@ -119,10 +114,10 @@ class RedisSession:
                 await work(home)
 
     def _set_state(self, state: ConnectionState) -> None:
-        if state is not self._state:
+        if state is not self.connection_state:
             if state is ConnectionState.CONNECTED:
                 logger.info("%s: connected to Redis at %s", self._name, describe_url(self._redis_url))
-            self._state = state
+            self.connection_state = state
 
 
 @contextlib.asynccontextmanager
@@ -154,12 +149,18 @@ async def run_script(
         # redis-py types arguments as str and takes bytes and integers as well.
         reply = client.eval(script, len(keys), *keys, *cast("Sequence[str]", arguments))
         result = await cast("Awaitable[object]", reply)
-    # redis-py sends under asyncio.wait_for, which (before Python 3.12) swallows a cancellation that arrives just as it
-    # is done. A session lives on such calls alone and would never end; the task still knows that it was cancelled.
+    raise_if_cancelled()
+    return result
+
+
+def raise_if_cancelled() -> None:
+    """Raise the CancelledError that redis-py swallows now and then: it sends under asyncio.wait_for, which (before
+    Python 3.12) loses one that arrives just as it is done. A session lives on such calls alone and would never end; the
+    task still knows that it was cancelled.
+    """
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
-    return result
 
 
 def check_url(redis_url: str) -> None:

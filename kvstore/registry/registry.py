@@ -34,9 +34,7 @@ from kvstore.registry.redis_session import (
     run_script,
 )
 from kvstore.registry.roster import Roster, Sighting
-from kvstore.registry.worker_record import WorkerRecord, decode_record, encode_record, new_incarnation
-
-__all__ = ["ConnectionState", "Membership", "Registrar", "WorkerRecord", "new_incarnation"]
+from kvstore.registry.worker_record import WorkerRecord, decode_record, encode_record
 
 logger = logging.getLogger(__name__)
 
@@ -138,35 +136,27 @@ class Registrar(RedisSession):
             raise RegistryError(f"a lease must last at least {MIN_LEASE_S} s, not {lease_s} s")
         super().__init__(redis_url, f"registrar of {record.worker_id}", timeout_s, max_backoff_s=lease_s / 3)
         self._names = Keyspace.under(prefix)
-        self._record = record
+        self.record = record
+        """The record as it is, or will next be, announced."""
         self._lease_s = lease_s
         self._updated = asyncio.Event()
-        self._superseded_by: str | None = None
-
-    @property
-    def record(self) -> WorkerRecord:
-        """The record as it is, or will next be, announced."""
-        return self._record
-
-    @property
-    def superseded_by(self) -> str | None:
+        self.superseded_by: str | None = None
         """The newer incarnation that holds our worker id; we keep trying, and take over when its lease ends."""
-        return self._superseded_by
 
     def update(self, record: WorkerRecord) -> None:
         """Announce a changed record at once: draining, another capacity. Id and incarnation must stay."""
-        if (record.worker_id, record.incarnation) != (self._record.worker_id, self._record.incarnation):
-            raise RegistryError(f"an update of {self._record.worker_id} must keep its worker id and incarnation")
-        self._record = record
+        if (record.worker_id, record.incarnation) != (self.record.worker_id, self.record.incarnation):
+            raise RegistryError(f"an update of {self.record.worker_id} must keep its worker id and incarnation")
+        self.record = record
         self._updated.set()
 
     async def close(self) -> None:
         """Stop renewing and withdraw the worker. With Redis away the lease simply runs out."""
-        was_running = self._task is not None and self._state is not ConnectionState.CLOSED
+        was_running = self._task is not None and self.connection_state is not ConnectionState.CLOSED
         await super().close()
         if not was_running:
             return
-        arguments = (self._record.worker_id, self._record.incarnation, self._names.channel)
+        arguments = (self.record.worker_id, self.record.incarnation, self._names.channel)
         try:
             async with open_client(self._redis_url, self._timeout_s) as client:
                 await self._at_home(
@@ -185,12 +175,12 @@ class Registrar(RedisSession):
                     await self._updated.wait()
 
     async def _announce(self, client: redis.asyncio.Redis) -> None:
-        record = self._record
+        record = self.record
         lease_ms = round(self._lease_s * 1000)
         arguments = (record.worker_id, record.incarnation, encode_record(record), lease_ms, self._names.channel)
         reply = await run_script(client, _ANNOUNCE, self._names.keys, arguments, self._timeout_s)
         superseded_by = reply.decode(errors="replace") if isinstance(reply, bytes) and reply else None
-        if superseded_by is not None and superseded_by != self._superseded_by:
+        if superseded_by is not None and superseded_by != self.superseded_by:
             logger.error(
                 "%s: worker id %s is held by a newer process (incarnation %s, ours %s), so no router sends us work; "
                 "give one of the two another id or stop it",
@@ -199,10 +189,10 @@ class Registrar(RedisSession):
                 superseded_by,
                 record.incarnation,
             )
-        if superseded_by is None and self._superseded_by is not None:
+        if superseded_by is None and self.superseded_by is not None:
             logger.warning("%s: worker id %s is ours again", self._name, record.worker_id)
-        if superseded_by != self._superseded_by:
-            self._superseded_by = superseded_by
+        if superseded_by != self.superseded_by:
+            self.superseded_by = superseded_by
         self._set_state(ConnectionState.CONNECTED)
 
 
