@@ -134,8 +134,8 @@ class BlockExchange:
                 {
                     "transfer_id": fetch.transfer_id.hex(),
                     "owner": connection.peer.peer_id,
-                    "state": fetch.state,
-                    "quarantined_blocks": fetch.quarantined,
+                    "state": fetch.machine.state.value,
+                    "quarantined_blocks": fetch.machine.quarantined,
                 }
                 for connection in self._peers.undrained
                 for fetch in connection.handles.values()
@@ -146,8 +146,8 @@ class BlockExchange:
                     "transfer_id": lease.transfer_id.hex(),
                     "reader": connection.peer.peer_id,
                     "request_id": lease.request_id,
-                    "state": lease.state,
-                    "num_announced": lease.num_announced,
+                    "state": lease.machine.state.value,
+                    "num_announced": len(lease.machine.blocks),
                 }
                 for connection in self._peers.undrained
                 for lease in connection.handles.values()

@@ -136,16 +136,11 @@ class TcpFrames:
             self._writer.transport.abort()
 
 
-def new_id() -> bytes:
-    """16 random bytes."""
-    return os.urandom(16)
-
-
 @dataclass(frozen=True)
 class Outside:
     """All that an exchange meets beside its transports. `new_id` names transfers and links: 16 bytes, never twice."""
 
     net: Net = field(default_factory=TcpNet)
     clock: Callable[[], float] = time.monotonic
-    new_id: Callable[[], bytes] = new_id
+    new_id: Callable[[], bytes] = lambda: os.urandom(16)
     threads: Threads = field(default_factory=OsThreads)

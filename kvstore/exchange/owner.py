@@ -63,7 +63,7 @@ class Lease:
         self._context = contextvars.copy_context()  # what is logged of a transfer names the request that began it
         self._connection = connection
         self._opened_at = opened_at
-        self._machine: LeaseMachine = connection.session.transfers[transfer_id]
+        self.machine: LeaseMachine = connection.session.transfers[transfer_id]
         self._closed: asyncio.Future[LeaseOutcome] = asyncio.get_running_loop().create_future()
         connection.handles[transfer_id] = self
         connection.do(opening)
@@ -74,16 +74,6 @@ class Lease:
         return asyncio.shield(self._closed)
 
     over = closed
-
-    @property
-    def state(self) -> str:
-        """The name of the lease's state, for people."""
-        return self._machine.state.value
-
-    @property
-    def num_announced(self) -> int:
-        """Blocks announced so far."""
-        return len(self._machine.blocks)
 
     def announce(self, first_index: int, blocks: Sequence[AnnouncedBlock], last: bool) -> None:
         """Tell the reader of newly computed blocks, in order; nothing happens once the lease is over.
@@ -123,7 +113,7 @@ class Lease:
         peer_id, tools = self._connection.peer.peer_id, self._connection.tools
         del self._connection.handles[self.transfer_id]
         duration_s = tools.clock() - self._opened_at
-        tools.observer.lease_ended(peer_id, outcome, self.num_announced, duration_s)
+        tools.observer.lease_ended(peer_id, outcome, len(self.machine.blocks), duration_s)
         if outcome in (LeaseOutcome.EXPIRED, LeaseOutcome.PEER_LOST):
             self._warn(
                 "lease of transfer %s for %s ended after %.1f s: %s, %d of %d blocks announced",
@@ -131,8 +121,8 @@ class Lease:
                 peer_id,
                 duration_s,
                 outcome.value,
-                self.num_announced,
-                self._machine.num_blocks,
+                len(self.machine.blocks),
+                self.machine.num_blocks,
             )
         self._closed.set_result(outcome)
 

@@ -50,7 +50,7 @@ class Fetch:
         self._context = contextvars.copy_context()  # what is logged of a transfer names the request that began it
         self._connection = connection
         self._tools = connection.tools
-        self._machine = machine
+        self.machine = machine
         self._reserve = reserve
         self._ordered_at = self._tools.clock()
         self._result: asyncio.Future[FetchResult] = loop.create_future()
@@ -76,16 +76,6 @@ class Fetch:
     def has_result(self) -> bool:
         """Whether `result` has resolved."""
         return self._result.done()
-
-    @property
-    def state(self) -> str:
-        """The name of the fetch's state, for people."""
-        return self._machine.state.value
-
-    @property
-    def quarantined(self) -> list[int]:
-        """Reserved blocks of a failed fetch that a late byte may still reach."""
-        return self._machine.quarantined
 
     def abort(self, reason: str) -> None:
         """End the fetch; nothing happens once it has a result."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
@@ -210,11 +210,11 @@ class UcxxLink:
     def read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
         """Post one receive per run."""
         wanted = [(run.local_first, run.num_blocks) for run in runs]
-        return self._start(f"read {read_id}", self._post_all(self._receive, read_id, wanted))
+        return self._start(f"read {read_id}", self._post_all("recv", read_id, wanted))
 
     def serve(self, read_id: int, runs: Sequence[tuple[int, int]]) -> asyncio.Future[None]:
         """Post one send per run."""
-        return self._start(f"serving read {read_id}", self._post_all(self._send, read_id, runs))
+        return self._start(f"serving read {read_id}", self._post_all("send", read_id, runs))
 
     def abort(self, reason: str) -> None:
         """Abort the endpoint; everything posted on it ends with an error."""
@@ -245,7 +245,7 @@ class UcxxLink:
             why = f"link aborted: {self._dead}" if self._dead is not None else repr(error)
             raise ReadFailed(f"ucxx: {what} with {self._peer_id}: {why}") from error
 
-    async def _post_all(self, post: _Post, read_id: int, runs: Sequence[tuple[int, int]]) -> None:
+    async def _post_all(self, verb: Literal["send", "recv"], read_id: int, runs: Sequence[tuple[int, int]]) -> None:
         """Post all messages, in order, and return when every single one has ended. Raises the first error."""
         if len(runs) >= 1 << _RUN_BITS:
             raise TransportError(f"a read of {len(runs)} pieces; {(1 << _RUN_BITS) - 1} are possible")
@@ -261,7 +261,7 @@ class UcxxLink:
                     self._slots.release()
                     break
                 tag = (read_id << _RUN_BITS | i) + 1  # 0 is the link id's
-                message = asyncio.ensure_future(post(buffer, tag))
+                message = asyncio.ensure_future(self._post(verb, buffer, tag))
                 message.add_done_callback(lambda _: self._slots.release())
                 posted.append(message)
         outcomes = await asyncio.gather(*posted, return_exceptions=True)
@@ -271,17 +271,8 @@ class UcxxLink:
         if self._dead is not None:
             raise TransportError("aborted")
 
-    async def _receive(self, buffer: object, tag: int) -> None:
-        await self._living_endpoint().recv(buffer, tag=tag)
-
-    async def _send(self, buffer: object, tag: int) -> None:
-        await self._living_endpoint().send(buffer, tag=tag)
-
-    def _living_endpoint(self) -> Endpoint:
-        """Return the endpoint. Raises once the link is aborted: ucxx itself would trip over a later post."""
+    async def _post(self, verb: Literal["send", "recv"], buffer: object, tag: int) -> None:
+        # Between deciding to post and posting the link may have been aborted; ucxx itself would trip over that.
         if self._dead is not None:
             raise TransportError("aborted")
-        return self._endpoint
-
-
-_Post = Callable[[object, int], Coroutine[None, None, None]]
+        await (self._endpoint.send if verb == "send" else self._endpoint.recv)(buffer, tag=tag)

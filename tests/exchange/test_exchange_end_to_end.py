@@ -106,7 +106,7 @@ async def test_a_hanging_read_times_out_is_ended_with_its_link_and_the_next_conn
         failure = (await fetch.result).failure
         assert failure is not None
         assert (failure.stage, failure.cause) == ("read", FetchCause.TIMEOUT)
-        assert fetch.quarantined == TARGET
+        assert fetch.machine.quarantined == TARGET
         assert [entry["quarantined_blocks"] for entry in reader.exchange.state()["fetches"]] == [TARGET]
         assert await fetch.quiesced == TARGET
         assert await lease.closed is LeaseOutcome.RELEASED

@@ -182,6 +182,6 @@ async def test_a_reader_that_goes_away_leaves_nothing_pinned() -> None:
         async with running(reader):
             await reader.exchange.connect(owner.exchange.address)
             fetch = reader.exchange.fetch_prefix(TRANSFER, "store-0", HASHES, room(list(range(8))))
-            await until(lambda: fetch.state == FetchState.READING.value)
+            await until(lambda: fetch.machine.state is FetchState.READING)
         assert (await fetch.result).failure is not None
         await settled(shelf)
