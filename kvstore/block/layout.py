@@ -47,7 +47,9 @@ class BlockLayout:
                 )
         if not isinstance(self.dtype, str) or self.dtype not in DTYPE_BYTES:
             raise InvalidLayout(f"block layout: dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype!r:.80}")
-        if not _is_fingerprint(self.model_fingerprint):
+        name = self.model_fingerprint
+        is_printable = isinstance(name, str) and name.isascii() and name.isprintable()
+        if not is_printable or not 0 < len(name) <= _MAX_FINGERPRINT_CHARS:
             raise InvalidLayout(
                 f"block layout: model_fingerprint must be 1 .. {_MAX_FINGERPRINT_CHARS} printable ASCII characters, "
                 f"not {self.model_fingerprint!r:.80}"
@@ -99,9 +101,3 @@ class BlockLayout:
         ]
         if differences:
             raise IncompatibleLayout(f"blocks of {peer_name} are incompatible with ours: {'; '.join(differences)}")
-
-
-def _is_fingerprint(value: object) -> bool:
-    return (
-        isinstance(value, str) and 0 < len(value) <= _MAX_FINGERPRINT_CHARS and value.isascii() and value.isprintable()
-    )

@@ -36,9 +36,6 @@ class BlockMemory(Protocol):
     def address(self) -> int:
         """Address of block 0; block `i` starts `i * block_bytes` after it."""
 
-    def view(self, block_id: int) -> object:
-        """Return a buffer of `block_bytes` that a transport can send from and receive into. No copy."""
-
     def digests(self, block_ids: Sequence[int]) -> list[int]:
         """Return the payload digest of each block, in the order given."""
 

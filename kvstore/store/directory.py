@@ -22,13 +22,7 @@ class DirectoryLocked(KVStoreError):
 class StoreDirectory:
     """A locked directory. The lock goes with the process, however that ends."""
 
-    def __init__(self, path: Path, lock_fd: int) -> None:
-        """Use `open`."""
-        self.path = path
-        self._lock_fd = lock_fd
-
-    @classmethod
-    def open(cls, path: Path) -> StoreDirectory:
+    def __init__(self, path: Path) -> None:
         """Make the directory if it is absent and lock it. Raises `DirectoryLocked`, OSError."""
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock_path = path / _LOCK_NAME
@@ -43,7 +37,8 @@ class StoreDirectory:
             ) from error
         os.ftruncate(fd, 0)
         os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-        return cls(path, fd)
+        self.path = path
+        self._lock_fd = fd
 
     def tidy(self) -> tuple[int, int]:
         """Remove the files that earlier versions kept blocks in; their number, and that of files that are not ours."""

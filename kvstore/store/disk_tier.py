@@ -134,7 +134,7 @@ class DiskTier:
         `RETRY_AFTER_S` later. Raises `DirectoryLocked` if another process has it, ValueError if no block fits, OSError.
         """
         max_num_slots(max_bytes, layout.block_bytes)  # before anything is made or removed
-        where = StoreDirectory.open(directory)
+        where = StoreDirectory(directory)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(where.close)
             tier = cls(where, layout, max_bytes, calls or FileCalls(), clock)

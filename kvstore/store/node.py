@@ -14,7 +14,7 @@ from typing import Final
 from kvstore.block import BlockHash, find_wrong
 from kvstore.errors import KVStoreError
 from kvstore.exchange import BlockExchange, ExchangeObserver, Outside, PeerIdentity, RequestScope
-from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, Have
+from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts
 from kvstore.store.intake import Intake
 from kvstore.store.tiered_store import TieredStore
 from kvstore.threads import Threads
@@ -90,7 +90,7 @@ class StoreNode:
             outside=outside,
             observer=observer,
             lender=self.lender,
-            on_have=self._on_have,
+            on_have=lambda peer, have: self.intake.offered(peer, have),
             request_scope=request_scope,
         )
         self.intake = Intake(self.exchange, store)
@@ -135,6 +135,3 @@ class StoreNode:
             },
             "exchange": self.exchange.state(),
         }
-
-    def _on_have(self, peer: PeerIdentity, have: Have) -> None:
-        self.intake.offered(peer, have)

@@ -170,7 +170,7 @@ def test_a_second_opener_is_refused_in_this_process_and_in_another(tmp_path):
             open_tier(tmp_path)
         script = (
             "import sys; from pathlib import Path; from kvstore.store.directory import *\n"
-            "try: StoreDirectory.open(Path(sys.argv[1]))\n"
+            "try: StoreDirectory(Path(sys.argv[1]))\n"
             "except DirectoryLocked as error: print(error)"
         )
         command = [sys.executable, "-c", script, str(tmp_path)]
