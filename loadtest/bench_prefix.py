@@ -20,14 +20,7 @@ from pathlib import Path
 import httpx
 
 from loadtest.figures import Spread
-from loadtest.plan import (
-    BLOCK_TOKENS,
-    PromptMaker,
-    Scale,
-    infinite_cache_hits,
-    make_conversations,
-    read_mooncake,
-)
+from loadtest.plan import BLOCK_TOKENS, PromptMaker, Scale, infinite_cache_hits, make_conversations, read_mooncake
 from loadtest.send import start_stack, stop_stack
 
 _POLICIES = ("kv", "prefix-hash", "least-loaded", "round-robin")

@@ -19,12 +19,7 @@ from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 from loadtest.figures import RunResult, Scraper
 from loadtest.performer import Assignment, Performer
 from loadtest.plan import Job, Plan, RequestRecord, make_plan
-from loadtest.send import (
-    API_KEY_VARIABLE,
-    ServedModel,
-    TargetError,
-    look_up_model,
-)
+from loadtest.send import API_KEY_VARIABLE, ServedModel, TargetError, look_up_model
 
 log = logging.getLogger(__name__)
 

@@ -15,14 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
 
-from services.orders import (
-    CannotListen,
-    ServePrefill,
-    ServeSession,
-    StreamBroken,
-    StreamRefused,
-    is_cancelled,
-)
+from services.orders import CannotListen, ServePrefill, ServeSession, StreamBroken, StreamRefused, is_cancelled
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,7 @@ from pathlib import Path
 from loadtest.plan import arrivals
 from loadtest.plan.options import LoadOptions, OptionError
 from loadtest.plan.prompts import Scale
-from loadtest.plan.published import (
-    MOONCAKE,
-    Conversations,
-    Percentiles,
-    azure_like,
-)
+from loadtest.plan.published import MOONCAKE, Conversations, Percentiles, azure_like
 from loadtest.plan.traces import TraceRequest, fresh_blocks, read_trace
 
 _DEFAULT_CONTEXT = 4096

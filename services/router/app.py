@@ -12,16 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 import services
-from services.router.edge import (
-    CLIENT_GONE,
-    FAILED,
-    App,
-    Edge,
-    GenerateEndpoint,
-    Guard,
-    RouterParts,
-    read_body,
-)
+from services.router.edge import CLIENT_GONE, FAILED, App, Edge, GenerateEndpoint, Guard, RouterParts, read_body
 from services.router.errors import (
     ApiError,
     ClientDisconnected,

@@ -8,13 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from services.settings.declare import (
-    Setting,
-    SettingsClass,
-    SettingsError,
-    closest,
-    settings_of,
-)
+from services.settings.declare import Setting, SettingsClass, SettingsError, closest, settings_of
 from services.settings.sources import CONFIG_VARIABLE, Given
 from services.settings.values import convert, listed
 

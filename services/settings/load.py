@@ -8,19 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn, TypeVar
 
-from services.settings.declare import (
-    Setting,
-    SettingsClass,
-    SettingsError,
-    settings_of,
-)
+from services.settings.declare import Setting, SettingsClass, SettingsError, settings_of
 from services.settings.flags import from_flags, make_parser
-from services.settings.sources import (
-    CONFIG_VARIABLE,
-    Given,
-    from_environment,
-    from_file,
-)
+from services.settings.sources import CONFIG_VARIABLE, Given, from_environment, from_file
 
 S = TypeVar("S", bound=SettingsClass)
 

@@ -8,13 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.settings.declare import (
-    ENVIRONMENT_PREFIX,
-    Setting,
-    SettingsError,
-    closest,
-    names_of_all_services,
-)
+from services.settings.declare import ENVIRONMENT_PREFIX, Setting, SettingsError, closest, names_of_all_services
 from services.settings.values import convert
 
 CONFIG_VARIABLE = "TANDEM_CONFIG"

@@ -37,13 +37,7 @@ def main(argv: Sequence[str]) -> int:
 def examine(config: DoctorConfig) -> Iterable[Finding]:
     """Lists all findings, the quick ones first."""
     # Here and not above: --help must not pay for them.
-    from services.cli.doctor.machine import (
-        check_kernels,
-        check_memory,
-        check_port,
-        check_processor,
-        check_torch,
-    )
+    from services.cli.doctor.machine import check_kernels, check_memory, check_port, check_processor, check_torch
     from services.cli.doctor.model import check_model
     from services.cli.doctor.packages import check_packages
     from services.cli.doctor.registry import check_redis

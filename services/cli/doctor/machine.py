@@ -6,14 +6,7 @@ import os
 import resource
 from pathlib import Path
 
-from services.cli.doctor.findings import (
-    Finding,
-    ProbeFailed,
-    broken,
-    good,
-    probe,
-    worse,
-)
+from services.cli.doctor.findings import Finding, ProbeFailed, broken, good, probe, worse
 from services.cli.up import StartFailed, available_cores, claim_port
 from services.machine import available_memory_bytes, processor_flags
 

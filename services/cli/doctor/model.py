@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.cli.doctor.findings import (
-    Finding,
-    broken,
-    good,
-    worse,
-)
+from services.cli.doctor.findings import Finding, broken, good, worse
 from services.cli.up import choose_model
 from services.machine import available_memory_bytes
 from services.settings import SettingsError

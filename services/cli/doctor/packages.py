@@ -9,12 +9,7 @@ import sys
 from packaging.requirements import Requirement
 
 import services
-from services.cli.doctor.findings import (
-    Finding,
-    broken,
-    good,
-    worse,
-)
+from services.cli.doctor.findings import Finding, broken, good, worse
 from services.cli.version import installed_version
 
 _MIN_PYTHON = (3, 11)

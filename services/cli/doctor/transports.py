@@ -5,14 +5,7 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
-from services.cli.doctor.findings import (
-    Finding,
-    ProbeFailed,
-    broken,
-    good,
-    probe,
-    worse,
-)
+from services.cli.doctor.findings import Finding, ProbeFailed, broken, good, probe, worse
 
 # Not ucxx.init(): that starts threads, and the context alone knows the resources.
 _UCXX_PROBE = """

@@ -12,22 +12,10 @@ from functools import partial
 from services.cli.config import DEMO_MODEL, UpConfig
 from services.cli.up.example import curl_line, example_request
 from services.cli.up.placement import available_cores, available_gpus, place_workers
-from services.cli.up.plan import (
-    check_forwarded,
-    check_offloading,
-    num_workers,
-    plan_stack,
-    up_settings,
-)
+from services.cli.up.plan import check_forwarded, check_offloading, num_workers, plan_stack, up_settings
 from services.cli.up.spec import Stack
 from services.machine import available_memory_bytes
-from services.settings import (
-    SettingsError,
-    build_settings,
-    collect_settings,
-    make_parser,
-    refuse,
-)
+from services.settings import SettingsError, build_settings, collect_settings, make_parser, refuse
 
 _DESCRIPTION = (
     "Serves a model on this machine: a private Redis, prefill and decode workers, and a router, each a process of its "

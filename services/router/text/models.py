@@ -14,12 +14,7 @@ from typing import NamedTuple
 
 from kvstore.registry import WorkerRecord
 from kvstore.threads import Threads
-from services.router.errors import (
-    ApiError,
-    invalid,
-    model_not_found,
-    unavailable,
-)
+from services.router.errors import ApiError, invalid, model_not_found, unavailable
 from services.router.text.chat_template import ChatTemplate, ChatTemplateError
 from services.router.text.tokenizer import (
     ModelTokenizer,
