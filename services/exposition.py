@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Info, ProcessCollector
 from prometheus_client.core import Metric
-from prometheus_client.registry import Collector
 
 import services
 
@@ -26,13 +25,8 @@ class ExposedRegistry(CollectorRegistry):
 
     def __init__(self, inner: CollectorRegistry, labels: Mapping[str, str]) -> None:
         super().__init__(auto_describe=False)
-        self.register(_Exposed(inner, dict(labels)))
-
-
-class _Exposed(Collector):
-    def __init__(self, inner: CollectorRegistry, labels: dict[str, str]) -> None:
         self._inner = inner
-        self._labels = labels
+        self._labels = dict(labels)
 
     def collect(self) -> Iterable[Metric]:
         for family in self._inner.collect():
