@@ -25,16 +25,7 @@ _STOP_TIMEOUT_S = 5.0
 _READY_RETRY_S = 0.01
 _NUM_PORT_TRIES = 5
 
-# Runs before the server, in its process: asks the kernel (Linux) for SIGTERM when the parent dies, then becomes the
-# server. A preexec_fn would do the same, but runs between fork and exec, which is unsafe once there are threads.
-_DIE_WITH_PARENT = """
-import ctypes, os, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None, use_errno=True).prctl(1, 15, 0, 0, 0)
-    if os.getppid() != int(sys.argv[1]):
-        sys.exit("the parent died before the server started")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
+_SHIM = str(Path(__file__).parent / "up" / "child.py")
 
 
 class EmbeddedRedis:
@@ -123,7 +114,7 @@ def _spawn(binary: Path, port: int, log_path: Path) -> subprocess.Popen[bytes]:
     # A session of its own: Ctrl-C in the terminal reaches the launcher, which stops the workers first and the server
     # last.
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *server],
+        [sys.executable, "-I", "-S", _SHIM, str(os.getpid()), "", *server],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
