@@ -71,7 +71,7 @@ def _default(setting: Setting) -> str:
 
 
 def _help(setting: Setting) -> str:
-    text = setting.declared.help.replace("|", "\\|")
+    text = setting.help.replace("|", "\\|")
     if setting.choices:
         text += f" ({', '.join(map(str, setting.choices))})"
     return text

@@ -67,7 +67,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(typing.cast(typing.Any, self)):
-            range_, value = field.metadata["tandem"].range, getattr(self, field.name)
+            range_, value = field.metadata["range"], getattr(self, field.name)
             if range_ is not None and value is not None and value not in range_:
                 raise SettingsError(f"must {range_}, got {value}", field.name)
 
@@ -76,16 +76,6 @@ class SettingsClass(Protocol):
     """Any dataclass whose fields are made by `setting`."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[typing.Any]]]
-
-
-@dataclass(frozen=True)
-class _Declaration:
-    help: str
-    flags: tuple[str, ...]
-    choices: tuple[object, ...]
-    secret: bool
-    group: str
-    range: Range | None
 
 
 def setting(
@@ -107,12 +97,17 @@ def setting(
     nowhere: not in `repr`, help or error messages, and `argv_of` leaves it to `secret_environment`.
     `group` is the heading that `--help` lists the setting under.
     """
-    range_ = None if (min, above, max) == (None, None, None) else Range(min, above, max)
-    declaration = _Declaration(help, tuple(flags or ()), tuple(choices or ()), secret, group, range_)
-    metadata = {"tandem": declaration}
+    declared = {
+        "help": help,
+        "flags": tuple(flags or ()),
+        "choices": tuple(choices or ()),
+        "secret": secret,
+        "group": group,
+        "range": None if (min, above, max) == (None, None, None) else Range(min, above, max),
+    }
     if default is REQUIRED:
-        return typing.cast(T, dataclasses.field(repr=not secret, metadata=metadata))
-    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
+        return typing.cast(T, dataclasses.field(repr=not secret, metadata=declared))
+    return dataclasses.field(default=default, repr=not secret, metadata=declared)
 
 
 @dataclass(frozen=True)
@@ -122,11 +117,12 @@ class Setting:
     name: str
     hint: object
     default: object
-    declared: _Declaration
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        return self.declared.flags or (f"--{self.name.replace('_', '-')}",)
+    help: str
+    flags: tuple[str, ...]
+    choices: tuple[object, ...]
+    secret: bool
+    group: str
+    range: Range | None
 
     @property
     def flag(self) -> str:
@@ -135,14 +131,6 @@ class Setting:
     @property
     def variable(self) -> str:
         return variable_of(self.name)
-
-    @property
-    def secret(self) -> bool:
-        return self.declared.secret
-
-    @property
-    def choices(self) -> tuple[object, ...]:
-        return self.declared.choices
 
     @property
     def required(self) -> bool:
@@ -191,10 +179,12 @@ class Setting:
 def settings_of(cls: type[SettingsClass]) -> tuple[Setting, ...]:
     """The settings that a class declares, in its order."""
     hints = typing.get_type_hints(cls)
-    return tuple(
-        Setting(field.name, hints[field.name], field.default, field.metadata["tandem"])
-        for field in dataclasses.fields(cls)
-    )
+    found = []
+    for field in dataclasses.fields(cls):
+        declared = dict(field.metadata)
+        declared["flags"] = declared["flags"] or (f"--{field.name.replace('_', '-')}",)
+        found.append(Setting(field.name, hints[field.name], field.default, **declared))
+    return tuple(found)
 
 
 def variable_of(name: str) -> str:

@@ -35,7 +35,7 @@ def make_parser(
     parser.add_argument("--config", metavar="FILE", help=f"YAML or TOML file with settings [{CONFIG_VARIABLE}]")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for item in items:
-        title = item.declared.group
+        title = item.group
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         _add_flag(groups[title], item)
@@ -69,15 +69,15 @@ def _metavar(item: Setting) -> str:
 
 def _help(item: Setting) -> str:
     if item.required:
-        return f"{item.declared.help} (required)"
+        return f"{item.help} (required)"
     if item.default in (None, (), "") or item.secret:
-        return item.declared.help
+        return item.help
     if isinstance(item.default, bool):
-        return f"{item.declared.help} (default: {'on' if item.default else 'off'})"
+        return f"{item.help} (default: {'on' if item.default else 'off'})"
     if isinstance(item.default, float):
-        return f"{item.declared.help} (default: {item.default:g})"
+        return f"{item.help} (default: {item.default:g})"
     default = listed(item.default) if isinstance(item.default, tuple) else item.default
-    return f"{item.declared.help} (default: {default})"
+    return f"{item.help} (default: {default})"
 
 
 def from_flags(

@@ -92,7 +92,7 @@ def test_every_default_is_in_its_range() -> None:
         SizeConfig,
     ):
         for item in settings_of(cls):
-            range_ = item.declared.range
+            range_ = item.range
             assert range_ is None or item.default in range_, f"{cls.__name__}.{item.name}"
 
 

@@ -6,9 +6,9 @@ on what was given. What the launcher decides itself (addresses, names, the regis
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from services.cli.config import UpConfig
@@ -58,16 +58,12 @@ def up_settings() -> list[Setting]:
     in_router = {item.name for item in router}
     items = {item.name: item for item in own}
     for item in workers.values():
-        items.setdefault(item.name, _in_group(item, "router and workers" if item.name in in_router else "workers"))
+        items.setdefault(item.name, replace(item, group="router and workers" if item.name in in_router else "workers"))
     for item in router:
-        items.setdefault(item.name, _in_group(item, f"router: {item.declared.group}"))
+        items.setdefault(item.name, replace(item, group=f"router: {item.group}"))
     for item in store_settings():
-        items.setdefault(item.name, _in_group(item, "store nodes"))
+        items.setdefault(item.name, replace(item, group="store nodes"))
     return list(items.values())
-
-
-def _in_group(item: Setting, group: str) -> Setting:
-    return dataclasses.replace(item, declared=dataclasses.replace(item.declared, group=group))
 
 
 def check_forwarded(
