@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 
 from services.cli.config import DoctorConfig
 from services.cli.doctor.findings import Finding, Verdict
@@ -65,13 +66,5 @@ def format_finding(finding: Finding, colored: bool) -> str:
 
 def report(findings: Sequence[Finding], serves: bool) -> str:
     """The findings as one JSON object."""
-    entries = [
-        {
-            "verdict": finding.verdict.name.lower(),
-            "subject": finding.subject,
-            "detail": finding.detail,
-            "remedy": finding.remedy,
-        }
-        for finding in findings
-    ]
+    entries = [asdict(finding) | {"verdict": finding.verdict.name.lower()} for finding in findings]
     return json.dumps({"serves": serves, "findings": entries}, ensure_ascii=False, indent=2)

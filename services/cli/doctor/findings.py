@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 _PROBE_TIMEOUT_S = 60.0
 
@@ -45,7 +46,7 @@ class ProbeFailed(Exception):
     """A probe crashed, hung, or said something else than JSON; the message is the last that it said."""
 
 
-def probe(code: str, *arguments: str) -> object:
+def probe(code: str, *arguments: str) -> Any:
     """Runs `code` in a Python of its own and returns what it prints as JSON in its last line.
 
     Native libraries are examined so: one that aborts or hangs must not take the examination along. Raises ProbeFailed.

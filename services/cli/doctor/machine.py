@@ -65,7 +65,6 @@ def check_kernels() -> list[Finding]:
         said = probe(_KERNEL_PROBE)
     except ProbeFailed as error:
         return [worse("CPU kernels", f"cannot be tried: {error}", "make install")]
-    assert isinstance(said, dict)
     if said["kernels"] or not said["expected"]:
         return [good("CPU kernels", said["reason"])]
     return [worse("CPU kernels", said["reason"], "install gcc 11 or later, then `make kernels`")]
@@ -99,7 +98,6 @@ def check_torch() -> list[Finding]:
         said = probe(_TORCH_PROBE)
     except ProbeFailed as error:
         return [broken("torch", f"does not load: {error}", "make install")]
-    assert isinstance(said, dict)
     findings = [good("torch", str(said["version"]))]
     devices = sorted(Path("/dev").glob("nvidia[0-9]*"))
     if said["gpus"]:

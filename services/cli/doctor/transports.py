@@ -52,7 +52,6 @@ def check_ucxx() -> list[Finding]:
         said = probe(_UCXX_PROBE)
     except ProbeFailed as error:
         return [broken("ucxx", f"does not load: {error}", "make install")]
-    assert isinstance(said, dict)
     resources = ucx_resources(str(said["info"]))
     if not any(name.startswith("tcp/") for name in resources):
         return [broken("ucxx", f"UCX {said['version']} offers no tcp: {', '.join(resources)}", "unset UCX_TLS")]
@@ -72,7 +71,6 @@ def check_nixl() -> list[Finding]:
     except ProbeFailed as error:
         detail = f"does not load: {error}; blocks travel over ucxx"
         return [worse("nixl", detail, "pip install 'tandem[nixl]'")]
-    assert isinstance(said, dict)
     kinds = {"DRAM_SEG": "host", "VRAM_SEG": "GPU"}
     memory = ", ".join(kinds[kind] for kind in said["memory"] if kind in kinds)
     return [good("nixl", f"UCX backend for {memory} memory")]
@@ -84,7 +82,6 @@ def check_cross_memory_attach(yama: Path = Path("/proc/sys/kernel/yama/ptrace_sc
         said = probe(_CMA_PROBE)
     except ProbeFailed as error:
         said = {"errno": 1, "why": str(error)}
-    assert isinstance(said, dict)
     if said["errno"] == 0:
         return [good("cma", "a process may read another's memory: one copy between workers on this machine")]
     scope = yama.read_text(encoding="utf-8").strip() if yama.is_file() else "absent"
