@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from services.router.fleet import Workers
 from services.router.text import ModelDirectory
 
 
-class Readiness(NamedTuple):
-    """The content of `/ready`."""
+def readiness(models: ModelDirectory, workers: Workers) -> tuple[list[str], dict[str, str]]:
+    """The models that are ready, and the others' reasons by name.
 
-    models: list[str]
-    not_ready: dict[str, str]
-    """The reason by model."""
-
-
-def readiness(models: ModelDirectory, workers: Workers) -> Readiness:
-    """A model is ready with its files loaded and a connected decode worker, not draining, that has who prefills."""
+    One is ready with its files loaded and a connected decode worker, not draining, that has who prefills.
+    """
     reachable: set[str] = set()
     waiting: set[str] = set()
     for worker in workers.decode_candidates():
@@ -29,4 +22,4 @@ def readiness(models: ModelDirectory, workers: Workers) -> Readiness:
             not_ready[name] = "no prefill worker of it has registered yet"
         elif name not in reachable:
             not_ready[name] = "no decode worker of it is connected"
-    return Readiness([name for name in models.names() if name in reachable], not_ready)
+    return [name for name in models.names() if name in reachable], not_ready
