@@ -19,7 +19,7 @@ from services.logs import request_scope
 from services.router import sse
 from services.router.config import RouterConfig
 from services.router.edge.access import AccessRecord
-from services.router.edge.admission import Admission, Room
+from services.router.edge.admission import Admission
 from services.router.edge.http import FAILED, header, read_body, request_id_of, send_error, send_json
 from services.router.errors import ApiError, ClientDisconnected, internal, timed_out
 from services.router.fleet import Ask, Dispatch, Placer, PrefixFinder, Workers, routing_key
@@ -127,8 +127,17 @@ class GenerateEndpoint(Generic[B]):
             plan = await self._plan(body, parts.models.get(body.model), parts.config, request_id, parts.pool)
             timeline.mark(Event.TOKENIZED)
             with parts.admission.admit(plan.num_sequences) as room:
-                make_ask = await self._find_prefixes(plan, tenant)
-                generation = self._make_generation(plan, room, make_ask, timeline)
+                dispatch = Dispatch(
+                    parts.workers,
+                    parts.placer,
+                    parts.metrics,
+                    room,
+                    await self._find_prefixes(plan, tenant),
+                    max_attempts=parts.config.max_attempts,
+                    restartable=not plan.request.stream,
+                )
+                metrics = parts.metrics.for_model(plan.model.name)
+                generation = Generation(plan, dispatch, metrics, timeline, time.time)
                 try:
                     await self._generate(generation, stream, send)
                 finally:
@@ -155,27 +164,6 @@ class GenerateEndpoint(Generic[B]):
             return Ask(name_of(tenant), plan.request_id, index, order, blocks[prompt], key)
 
         return make_ask
-
-    def _make_generation(
-        self, plan: GenerationPlan, room: Room, make_ask: Callable[[int], Ask], timeline: Timeline
-    ) -> Generation:
-        parts = self._parts
-        dispatch = Dispatch(
-            parts.workers,
-            parts.placer,
-            parts.metrics,
-            room,
-            make_ask,
-            max_attempts=parts.config.max_attempts,
-            restartable=not plan.request.stream,
-        )
-        return Generation(
-            plan,
-            dispatch,
-            parts.metrics.for_model(plan.model.name),
-            timeline,
-            time.time,
-        )
 
     async def _generate(self, generation: Generation, stream: sse.EventStream, send: sse.Send) -> None:
         renderer = self._renderer(generation, int(time.time()))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from tandem.v1 import worker_pb2 as pb
 
 from services.router.openai.requests import GenerationRequest
+from services.router.receipt import Receipt
 from services.router.text import ServedModel, StopMatcher
 
 
@@ -42,7 +43,11 @@ class Choice:
         self.index = index
         self.num_tokens = 0
         self.finished = False
+        self.finish_reason = ""
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
         self.usage: pb.Usage | None = None
+        self.receipt: Receipt | None = None
         self._request = request
         self._eos_token_ids = model.files.eos_token_ids
         self._discard = discard

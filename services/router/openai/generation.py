@@ -15,7 +15,7 @@ from services.router.fleet import Dispatch, error_of
 from services.router.metrics import ModelMetrics
 from services.router.openai.choice import Choice, Delta
 from services.router.openai.requests import GenerationRequest
-from services.router.receipt import Receipt, make_receipt
+from services.router.receipt import make_receipt
 from services.router.text import ServedModel
 
 log = logging.getLogger(__name__)
@@ -121,12 +121,8 @@ class Generation:
         self._metrics = metrics
         self._timeline = timeline
         self._clock = clock
-        self._receipts: list[Receipt | None] = [None] * plan.num_sequences
-        self._first_token_s: list[float | None] = [None] * plan.num_sequences
         self._choices = [self._new_choice(index) for index in range(plan.num_sequences)]
-        self._last_token_s: list[float | None] = [None] * plan.num_sequences
         self._num_unfinished = plan.num_sequences
-        self._finish_reasons: list[str | None] = [None] * plan.num_sequences
         self._started = False
 
     def start(self) -> None:
@@ -184,7 +180,7 @@ class Generation:
             return None
         return {
             "request_id": self.plan.request_id,
-            "sequences": [receipt and receipt.to_json() for receipt in self._receipts],
+            "sequences": [choice.receipt and choice.receipt.to_json() for choice in self._choices],
         }
 
     def usage_of(self, index: int) -> UsageCount:
@@ -195,14 +191,14 @@ class Generation:
         """Returns the facts for the log: counts, seconds, ids of workers; nothing that the client wrote."""
         usage, timeline = self.usage(), self._timeline
         served = [by for by in map(self._dispatch.served_by, range(self.plan.num_sequences)) if by is not None]
-        prefilled_by = {receipt.prefill_worker_id for receipt in self._receipts if receipt is not None}
+        prefilled_by = {choice.receipt.prefill_worker_id for choice in self._choices if choice.receipt is not None}
         facts: dict[str, object] = {
             "model": self.plan.model.name,
             "stream": self.plan.request.stream,
             "prompt_tokens": usage.num_prompt_tokens,
             "cached_tokens": usage.num_cached_tokens,
             "generated_tokens": usage.num_generated_tokens,
-            "finish_reason": ",".join(reason for reason in self._finish_reasons if reason) or None,
+            "finish_reason": ",".join(choice.finish_reason for choice in self._choices if choice.finish_reason) or None,
             "ttft_seconds": timeline.seconds_between(Event.ARRIVED, Event.FIRST_TOKEN),
             "decoded_by": ",".join(sorted({by.placement.decision.decode.worker_id for by in served})) or None,
             "prefilled_by": ",".join(sorted(prefilled_by)) or None,
@@ -222,7 +218,7 @@ class Generation:
         for choice in self._choices:
             if not choice.finished:
                 self._count_whole(choice)
-                self._gauge(choice.index).dec()
+                self._gauge(choice).dec()
                 self._metrics.count_finished(reason)
 
     # ---- one sequence ---------------------------------------------------------
@@ -232,30 +228,26 @@ class Generation:
 
     def _restart(self, index: int) -> None:
         """The attempt before is void, and so is what was measured of it."""
-        if self._last_token_s[index] is not None:
-            self._metrics.num_running.dec()
-            self._metrics.num_waiting.inc()
+        self._gauge(self._choices[index]).dec()
+        self._metrics.num_waiting.inc()
         self._choices[index] = self._new_choice(index)
-        self._first_token_s[index] = self._last_token_s[index] = None
         self._timeline.unix_s.pop(Event.FIRST_TOKEN, None)
-        others = [first_s for first_s in self._first_token_s if first_s is not None]
+        others = [choice.first_token_s for choice in self._choices if choice.first_token_s is not None]
         if others:
             self._timeline.unix_s[Event.FIRST_TOKEN] = min(others)
 
     def _feed(self, choice: Choice, token_ids: list[int], output: pb.Output | None) -> Delta:
         if token_ids:
-            self._observe_tokens(choice.index, len(token_ids))
+            self._observe_tokens(choice, len(token_ids))
         delta = choice.feed(token_ids, output)
         if choice.finished:
             self._finish(choice, delta, output)
         return delta
 
-    def _observe_tokens(self, index: int, num_tokens: int) -> None:
+    def _observe_tokens(self, choice: Choice, num_tokens: int) -> None:
         now = self._clock()
-        last = self._last_token_s[index]
-        if self._first_token_s[index] is None:
-            self._first_token_s[index] = now
-        if last is None:
+        if choice.last_token_s is None:
+            choice.first_token_s = now
             if Event.FIRST_TOKEN not in self._timeline.unix_s:
                 self._timeline.mark(Event.FIRST_TOKEN)
             if self.plan.request.stream:
@@ -263,30 +255,29 @@ class Generation:
             self._metrics.num_waiting.dec()
             self._metrics.num_running.inc()
         else:
-            self._metrics.inter_token_latency.observe((now - last) / num_tokens)
-        self._last_token_s[index] = now
+            self._metrics.inter_token_latency.observe((now - choice.last_token_s) / num_tokens)
+        choice.last_token_s = now
         if self.plan.request.stream:
             self._metrics.generation_tokens.inc(num_tokens)
 
     def _count_whole(self, choice: Choice) -> None:
         """Counts unstreamed output at its end: until then a new attempt may make it void."""
-        first_token_s = self._first_token_s[choice.index]
-        if first_token_s is not None and not self.plan.request.stream:
+        if choice.first_token_s is not None and not self.plan.request.stream:
             self._metrics.generation_tokens.inc(choice.num_tokens)
-            self._observe_first_token(first_token_s)
+            self._observe_first_token(choice.first_token_s)
 
     def _observe_first_token(self, first_token_s: float) -> None:
         self._metrics.time_to_first_token.observe(first_token_s - self._timeline.unix_s[Event.ARRIVED])
 
     def _finish(self, choice: Choice, delta: Delta, output: pb.Output | None) -> None:
         self._num_unfinished -= 1
-        self._finish_reasons[choice.index] = delta.finish_reason or "stop"
+        choice.finish_reason = delta.finish_reason or "stop"
         if output is None or not output.finish_reason:
             self._dispatch.abort(choice.index, "a stop string was generated")
         self._timeline.mark(Event.FINISHED)
         self._count_whole(choice)
-        self._gauge(choice.index).dec()
-        self._metrics.count_finished(delta.finish_reason or "stop")
+        self._gauge(choice).dec()
+        self._metrics.count_finished(choice.finish_reason)
         self._metrics.e2e_request_latency.observe(
             self._timeline.unix_s[Event.FINISHED] - self._timeline.unix_s[Event.ARRIVED]
         )
@@ -294,9 +285,8 @@ class Generation:
         self._metrics.request_generation_tokens.observe(choice.num_tokens)
         self._make_receipt(choice, output)
 
-    def _gauge(self, index: int) -> Gauge:
-        had_token = self._last_token_s[index] is not None
-        return self._metrics.num_running if had_token else self._metrics.num_waiting
+    def _gauge(self, choice: Choice) -> Gauge:
+        return self._metrics.num_waiting if choice.last_token_s is None else self._metrics.num_running
 
     def _make_receipt(self, choice: Choice, output: pb.Output | None) -> None:
         served_by = self._dispatch.served_by(choice.index)
@@ -305,10 +295,9 @@ class Generation:
         own = (Event.ARRIVED, Event.TOKENIZED, Event.FINISHED)
         router_unix_s = {event: self._timeline.unix_s[event] for event in own}
         router_unix_s[Event.ROUTED] = served_by.routed_unix_s
-        first_token_s = self._first_token_s[choice.index]
-        if first_token_s is not None:
-            router_unix_s[Event.FIRST_TOKEN] = first_token_s
-        receipt = make_receipt(
+        if choice.first_token_s is not None:
+            router_unix_s[Event.FIRST_TOKEN] = choice.first_token_s
+        choice.receipt = make_receipt(
             choice.index,
             choice.usage,
             output.stamps if output is not None else (),
@@ -318,6 +307,5 @@ class Generation:
             num_attempts=served_by.num_attempts,
             num_generated_tokens=choice.num_tokens,
         )
-        self._receipts[choice.index] = receipt
-        self._metrics.count_receipt(receipt)
-        log.debug("%s", receipt)
+        self._metrics.count_receipt(choice.receipt)
+        log.debug("%s", choice.receipt)
