@@ -1,4 +1,18 @@
-"""Declares a setting: a dataclass field, and the names that derive from it."""
+"""Declares a setting: a dataclass field, and the names that derive from it.
+
+A service declares its settings once, in its `config.py`:
+
+    @dataclass(frozen=True)
+    class RouterConfig(Settings):
+        port: int = setting(8000, min=0, max=65535, help="port of the HTTP API", group="HTTP")
+        api_key: tuple[str, ...] = setting((), help="accepted bearer tokens", secret=True)
+
+and its `main(argv)` calls `load_settings(RouterConfig, argv, prog="tandem router", description="…")`. The names derive
+from the field: `--max-num-seqs`, `TANDEM_MAX_NUM_SEQS`, and `max-num-seqs` (or `max_num_seqs`) in the file. An unknown
+or malformed setting stops the process with a message: its name, where it came from, and what is allowed. A name that
+another service declares is passed over, so one file and one environment may serve a whole deployment.
+Types: str, int, float, bool, `tuple[T, ...]` of these, `T | None`.
+"""
 
 from __future__ import annotations
 
