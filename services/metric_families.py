@@ -6,7 +6,7 @@ have vLLM's names and edges, with some smaller ones in front for small models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -34,9 +34,13 @@ class Table(dict[str, Family]):
     def of_type(self, type: str) -> list[str]:
         return [family.name for family in self.values() if family.type == type]
 
-    def counter(self, name: str, registry: CollectorRegistry) -> Counter:
+    def counter(self, name: str, registry: CollectorRegistry, values: Iterable[str] = ()) -> Counter:
+        """`values`: of its one label, made at once: rates see the first event only of a series that was there."""
         family = self[name]
-        return Counter(name, family.help, family.labels, registry=registry)
+        counter = Counter(name, family.help, family.labels, registry=registry)
+        for value in values:
+            counter.labels(value)
+        return counter
 
     def gauge(self, name: str, registry: CollectorRegistry) -> Gauge:
         family = self[name]

@@ -22,18 +22,14 @@ class ExchangeMetrics(ExchangeObserver):
         self._read_bytes = NODE.counter("tandem:transfer_bytes", registry)
         self._digests_checked = NODE.counter("tandem:digests_checked", registry)
         self._digests_failed = NODE.counter("tandem:digests_failed", registry)
-        self._fetches = NODE.counter("tandem:fetches", registry)
-        self._leases = NODE.counter("tandem:leases", registry)
-        self._lent_blocks = NODE.counter("tandem:leased_blocks", registry)
+        self._fetches = NODE.counter("tandem:fetches", registry, ["ok", *(each.value for each in FetchCause)])
+        outcomes = [each.value for each in LeaseOutcome]
+        self._leases = NODE.counter("tandem:leases", registry, outcomes)
+        self._lent_blocks = NODE.counter("tandem:leased_blocks", registry, outcomes)
         self._lease_s = NODE.histogram("tandem:lease_seconds", registry)
         self._refused_peers = NODE.counter("tandem:peers_refused", registry)
         self._lost_peers = NODE.counter("tandem:peers_lost", registry)
         self._transport_up = NODE.gauge("tandem:transport_up", registry)
-        for cause in ("ok", *(each.value for each in FetchCause)):
-            self._fetches.labels(cause)
-        for outcome in LeaseOutcome:
-            self._leases.labels(outcome.value)
-            self._lent_blocks.labels(outcome.value)
 
     def watch(self, transports: Sequence[Transport]) -> None:
         """Register where to read, at scrape time, whether transports work."""

@@ -17,12 +17,10 @@ class IndexMetrics(IndexObserver):
         self._write_s = NODE.histogram("tandem:index_write_seconds", registry)
         self._written = NODE.counter("tandem:index_written_blocks", registry)
         self._refused = NODE.counter("tandem:index_refused_blocks", registry)
-        self._resyncs = NODE.counter("tandem:index_resyncs", registry)
+        self._resyncs = NODE.counter("tandem:index_resyncs", registry, (each.value for each in ResyncReason))
         self._pending = NODE.gauge("tandem:index_pending_blocks", registry)
         self._index_up = NODE.gauge("tandem:index_up", registry)
         self._registry_up = NODE.gauge("tandem:registry_up", registry)
-        for reason in ResyncReason:
-            self._resyncs.labels(reason.value)
 
     def watch_index(self, is_connected: Callable[[], bool], num_pending: Callable[[], int]) -> None:
         """Register where to read the writer's state from, at scrape time."""

@@ -106,18 +106,14 @@ class RouterMetrics:
 
         self._requests = ROUTER.counter("tandem:router_requests", self.registry)
         self._errors = ROUTER.counter("tandem:router_errors", self.registry)
-        self._refusals = ROUTER.counter("tandem:router_refusals", self.registry)
+        self._refusals = ROUTER.counter("tandem:router_refusals", self.registry, REFUSALS)
         self.retries = ROUTER.counter("tandem:router_retries", self.registry)
         self.disconnects = ROUTER.counter("tandem:router_client_disconnects", self.registry)
         self._decisions = ROUTER.counter("tandem:router_decisions", self.registry)
-        self._lookups = ROUTER.counter("tandem:router_index_lookups", self.registry)
+        self._lookups = ROUTER.counter("tandem:router_index_lookups", self.registry, ("found", "nothing", "no_answer"))
         self._lookup_time = ROUTER.histogram("tandem:router_index_lookup_seconds", self.registry)
         self.index_up = ROUTER.gauge("tandem:router_index_up", self.registry)
         self.registry_up = ROUTER.gauge("tandem:router_registry_up", self.registry)
-        for reason in REFUSALS:
-            self._refusals.labels(reason)
-        for outcome in ("found", "nothing", "no_answer"):
-            self._lookups.labels(outcome)
         self._models: dict[str, ModelMetrics] = {}
 
     def for_model(self, model: str) -> ModelMetrics:

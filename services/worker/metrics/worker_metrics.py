@@ -7,7 +7,7 @@ counted by one worker: queue and prefill by whoever computed the prompt, the res
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Histogram
 from tandem.v1 import worker_pb2 as pb
@@ -20,6 +20,7 @@ from services.exposition import (
 from services.lifecycle import Event, Timeline
 from services.metric_families import WORKER
 from services.node import ExchangeMetrics, IndexMetrics
+from services.rates import TIERS
 from services.worker.metrics.engine_metrics import EngineCollector, HostTierCollector, StepMetrics
 
 # A stage is the time between two events of a request's timeline. Those of a handoff follow each other without a gap.
@@ -39,7 +40,7 @@ _STAGES = {
 }
 _REGULAR_ENDS = frozenset({pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH})
 _FINISH_REASONS = ("stop", "length", "abort", "error")
-_TIERS = ("device", "host", "store", "disk")
+_HANDOFF_FAILURES = ("unreachable", "timeout", "digest", "peer_lost", "rpc", "overloaded")
 
 Refusal = Literal["draining", "full", "invalid", "protocol"]
 OrderOutcome = Literal["finished", "refused", "failed", "cancelled"]
@@ -59,10 +60,8 @@ class RequestMetrics:
         self.decode_s = WORKER.histogram("vllm:request_decode_time_seconds", registry)
         self.num_prompt_tokens = WORKER.histogram("vllm:request_prompt_tokens", registry)
         self.num_generated_tokens = WORKER.histogram("vllm:request_generation_tokens", registry)
-        self.success = WORKER.counter("vllm:request_success", registry)
+        self.success = WORKER.counter("vllm:request_success", registry, _FINISH_REASONS)
         self.stage_s = WORKER.histogram("tandem:request_stage_seconds", registry)
-        for reason in _FINISH_REASONS:
-            self.success.labels(reason)
         for stage in (*_HANDOFF_STAGES, *_STAGES):
             self.stage_s.labels(stage)
 
@@ -109,37 +108,19 @@ class WorkerMetrics:
 
         self._in_handoff = WORKER.gauge("tandem:requests_in_handoff", own)
         self._draining = WORKER.gauge("tandem:draining", own)
-        self._refusals = WORKER.counter("tandem:refusals", own)
-        self._orders = WORKER.counter("tandem:prefill_orders", own)
-        self._prefills = WORKER.counter("tandem:prefills", own)
-        self._handoff_failures = WORKER.counter("tandem:handoff_failures", own)
-        self._recomputes = WORKER.counter("tandem:recomputes", own)
+        self._refusals = WORKER.counter("tandem:refusals", own, get_args(Refusal))
+        self._orders = WORKER.counter("tandem:prefill_orders", own, get_args(OrderOutcome))
+        self._prefills = WORKER.counter("tandem:prefills", own, ("local", "handoff"))
+        self._handoff_failures = WORKER.counter("tandem:handoff_failures", own, _HANDOFF_FAILURES)
+        self._recomputes = WORKER.counter("tandem:recomputes", own, get_args(RecomputeCause))
         self._handoff_blocks = WORKER.counter("tandem:handoff_blocks", own)
         self._handoff_bytes = WORKER.counter("tandem:handoff_bytes", own)
         self._prefix_fetches = WORKER.counter("tandem:prefix_fetches", own)
-        self._prefix_blocks = WORKER.counter("tandem:prefix_fetched_blocks", own)
-        self._prefix_bytes = WORKER.counter("tandem:prefix_fetched_bytes", own)
-        self._offers = WORKER.counter("tandem:offers", own)
-        self._preset()
-
-    def _preset(self) -> None:
-        """Rates see the first event of a series only if the series was there before it."""
-        for reason in ("draining", "full", "invalid", "protocol"):
-            self._refusals.labels(reason)
-        for outcome in ("finished", "refused", "failed", "cancelled"):
-            self._orders.labels(outcome)
-        for cause in ("handoff", "preemption"):
-            self._recomputes.labels(cause)
-        for cause in ("unreachable", "timeout", "digest", "peer_lost", "rpc", "overloaded"):
-            self._handoff_failures.labels(cause)
-        for way in ("local", "handoff"):
-            self._prefills.labels(way)
-        for outcome in ("sent", "dropped"):
-            self._offers.labels(outcome)
-        for tier in _TIERS:
+        self._prefix_blocks = WORKER.counter("tandem:prefix_fetched_blocks", own, TIERS)
+        self._prefix_bytes = WORKER.counter("tandem:prefix_fetched_bytes", own, TIERS)
+        self._offers = WORKER.counter("tandem:offers", own, ("sent", "dropped"))
+        for tier in TIERS:
             self._prefix_fetches.labels(tier, "ok")
-            self._prefix_blocks.labels(tier)
-            self._prefix_bytes.labels(tier)
 
     def watch_service(self, num_in_handoff: Callable[[], int], is_draining: Callable[[], bool]) -> None:
         """Register where to read the service's state from, at scrape time."""
@@ -188,7 +169,7 @@ class WorkerMetrics:
     def prefix_fetched(self, tier: str, outcome: str, num_blocks: int, num_bytes: int) -> None:
         """A fetch was tried; the blocks are those that came and may be used."""
         # The word is the router's; an unknown one must not become a series.
-        tier = tier if tier in _TIERS else "other"
+        tier = tier if tier in TIERS else "other"
         self._prefix_fetches.labels(tier, outcome).inc()
         if num_blocks:
             self._prefix_blocks.labels(tier).inc(num_blocks)
