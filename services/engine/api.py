@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof
@@ -83,10 +83,6 @@ class EngineLoad:
     num_waiting_tokens: int  # prompt tokens not yet computed here
     num_cached_blocks: int
     num_lent_blocks: int
-
-    def as_dict(self) -> dict[str, int]:
-        """The fields by name, for `/debug/state`."""
-        return asdict(self)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from services.orders import Orders
 from services.rates import RateLearner
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread
-from services.worker.fetch_costs import FetchCosts, FetchPolicy
+from services.worker.fetch_costs import FetchCosts
 from services.worker.host_prefixes import HostPrefixes
 from services.worker.index_feed import IndexFeed
 from services.worker.lender import CacheLender
@@ -110,7 +110,7 @@ def assemble(
         thread,
         exchange,
         host_prefixes,
-        FetchCosts(rates, engine.layout.block_bytes // engine.layout.block_size, FetchPolicy(config.prefix_fetch)),
+        FetchCosts(rates, engine.layout.block_bytes // engine.layout.block_size, config.prefix_fetch),
         config.prefix_fetch_timeout_s,
         metrics.prefix_fetched,
     )

@@ -45,8 +45,8 @@ class EngineThread:
         self,
         engine: Engine,
         threads: Threads,
-        on_cache_changes: Callable[[list[CacheChange]], None] | None = None,
-        on_host_changes: Callable[[list[CacheChange]], None] | None = None,
+        on_cache_changes: Callable[[list[CacheChange]], None] = lambda changes: None,
+        on_host_changes: Callable[[list[CacheChange]], None] = lambda changes: None,
         observe_step: Callable[[StepOutput], None] = lambda output: None,
     ) -> None:
         """`on_cache_changes` hears on the event loop what happened to findable blocks, in order; `on_host_changes`, the
@@ -145,13 +145,13 @@ class EngineThread:
         return True
 
     def _report_cache_changes(self) -> None:
-        if self._on_cache_changes is not None:
-            changes = self._engine.take_cache_changes()
+        told = (
+            (self._engine.take_cache_changes(), self._on_cache_changes),
+            (self._engine.take_host_changes(), self._on_host_changes),
+        )
+        for changes, hear in told:
             if changes:
-                self._loop.call_soon_threadsafe(self._on_cache_changes, changes)
-        host_changes = self._engine.take_host_changes()
-        if host_changes and self._on_host_changes is not None:
-            self._loop.call_soon_threadsafe(self._on_host_changes, host_changes)
+                self._loop.call_soon_threadsafe(hear, changes)
 
     def _report_crash(self, error: BaseException) -> None:
         if not self.crashed.done():

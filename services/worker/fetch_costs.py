@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
 from services.rates import RateLearner, tokens_of
-
-
-class FetchPolicy(Enum):
-    """MEASURED: where a fetch is expected to take less time than computing."""
-
-    MEASURED = "measured"
-    ALWAYS = "always"
-    NEVER = "never"
 
 
 @dataclass(frozen=True)
@@ -24,15 +15,15 @@ class FetchCosts:
 
     learner: RateLearner
     bytes_per_token: int
-    policy: FetchPolicy = FetchPolicy.MEASURED
+    policy: str = "measured"  # fetch where it takes less time than computing; "always"; "never"
     min_piece_bytes: int = 64 * 1024 * 1024
     piece_s: float = 0.25
 
     def fetching_pays(self, holder_id: str, tier: str, num_tokens: int, start: int) -> bool:
         """Whether the prompt's tokens from position `start` on are to be fetched rather than computed."""
         rates = self.learner.rates
-        if self.policy is not FetchPolicy.MEASURED or not rates.num_steps:
-            return self.policy is not FetchPolicy.NEVER
+        if self.policy != "measured" or not rates.num_steps:
+            return self.policy != "never"
         return rates.fetching_pays(tokens_of(tier, num_tokens), start, self.learner.slowness(holder_id))
 
     def piece_tokens(self, holder_id: str, tier: str) -> int:

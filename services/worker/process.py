@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -161,8 +161,19 @@ def _debug_server(assembly: Assembly, role: Role, service: WorkerService) -> Deb
     parts, store_feed = assembly.parts, assembly.store_feed
 
     def state() -> dict[str, object]:
-        feeds = {"index": assembly.index_feed.state(), "store_feed": store_feed and store_feed.state()}
-        return _state(parts, role, service) | feeds
+        return {
+            "worker_id": parts.worker_id,
+            "incarnation": parts.incarnation,
+            "role": role,
+            "engine": dataclasses.asdict(parts.engine.load()),
+            "rates": parts.rates.rates.to_wire(),
+            "host_tier": parts.engine.host_figures() or None,
+            "exchange": parts.exchange.state(),
+            "shunned_holders": parts.fetcher.shunned,
+            **service.state(),
+            "index": assembly.index_feed.state(),
+            "store_feed": store_feed and store_feed.state(),
+        }
 
     return DebugServer(
         parts.metrics.registry,
@@ -227,12 +238,12 @@ async def _serve(
             try:
                 log.info("%s serves on %s, debug http://%s", parts.worker_id, record.grpc_address, record.http_address)
                 report_ready(worker_id=parts.worker_id, grpc=record.grpc_address, http=record.http_address)
-                if not await _until_stopped(stop, parts.thread):
+                if not await _has_ended(stop.wait(), parts.thread):
                     return 1
                 log.info("%s drains for at most %g s", parts.worker_id, config.drain_timeout_s)
                 await worker.server.set_draining()
                 registrar.update(msgspec.structs.replace(record, draining=True))
-                if not await _drain(worker, config.drain_timeout_s):
+                if not await _has_ended(worker.service.drain(config.drain_timeout_s), parts.thread):
                     return 1
             finally:
                 await registrar.close()
@@ -242,34 +253,11 @@ async def _serve(
     return 0
 
 
-async def _until_stopped(stop: asyncio.Event, thread: EngineThread) -> bool:
-    """Wait for the signal, or for the engine's crash; False for the crash."""
-    stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
-    either: list[asyncio.Future[Any]] = [stopped, thread.crashed]
+async def _has_ended(work: Coroutine[Any, Any, object], thread: EngineThread) -> bool:
+    """Wait for it, or for the engine's crash; False for the crash."""
+    task = asyncio.ensure_future(work)
+    either: list[asyncio.Future[Any]] = [task, thread.crashed]
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
+    if not task.cancel():
+        task.result()  # an error there is ours, and no end of the work
     return not thread.crashed.done()
-
-
-async def _drain(worker: RunningWorker, timeout_s: float) -> bool:
-    """Let the running work end; False if the engine crashes meanwhile."""
-    draining = asyncio.create_task(worker.service.drain(timeout_s), name="drain")
-    either: list[asyncio.Future[Any]] = [draining, worker.parts.thread.crashed]
-    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-    if not draining.cancel():
-        draining.result()  # an error there is ours, and no end of the work
-    return not worker.parts.thread.crashed.done()
-
-
-def _state(parts: WorkerParts, role: Role, service: WorkerService) -> dict[str, object]:
-    return {
-        "worker_id": parts.worker_id,
-        "incarnation": parts.incarnation,
-        "role": role,
-        "engine": parts.engine.load().as_dict(),
-        "rates": parts.rates.rates.to_wire(),
-        "host_tier": parts.engine.host_figures() or None,
-        "exchange": parts.exchange.state(),
-        "shunned_holders": parts.fetcher.shunned,
-        **service.state(),
-    }

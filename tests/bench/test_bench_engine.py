@@ -28,9 +28,9 @@ def old_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(choice, "processor_flags", lambda: frozenset({"avx2"}))
     monkeypatch.setattr(linear, "cpu_has_bfloat16", lambda: False)
     monkeypatch.setattr(bench_engine, "cpu_has_bfloat16", lambda: False)
-    choice._choice.cache_clear()
+    choice.choose_kernels.cache_clear()
     yield
-    choice._choice.cache_clear()
+    choice.choose_kernels.cache_clear()
 
 
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:

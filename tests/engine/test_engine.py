@@ -470,7 +470,7 @@ def test_load_and_timeline_tell_where_a_request_is(models: Models) -> None:
         Event.DECODE_JOINED,
     ]
     assert (engine.stats.num_steps, engine.stats.num_prompt_tokens, engine.stats.num_generated_tokens) == (3, 50, 2)
-    assert engine.load().as_dict()["num_running"] == 0
+    assert engine.load().num_running == 0
 
 
 def test_resetting_the_prefix_cache_forgets_prompts(models: Models) -> None:

@@ -1,7 +1,7 @@
 """When a fetch is expected to beat computing, and how much is fetched at once."""
 
 from services.rates import RateLearner, StepShape
-from services.worker.fetch_costs import FetchCosts, FetchPolicy
+from services.worker.fetch_costs import FetchCosts
 
 MB = 1_000_000
 BYTES_PER_TOKEN = 10_000
@@ -36,9 +36,9 @@ def test_a_slow_holder_does_not_spoil_a_fast_one() -> None:
 
 def test_the_policy_can_decide_without_looking_at_the_costs() -> None:
     slow, fast = learner(1e6, 1), learner(1, 1e6)
-    assert FetchCosts(slow, BYTES_PER_TOKEN, FetchPolicy.ALWAYS).fetching_pays("peer", "device", 32, start=0)
-    assert not FetchCosts(fast, BYTES_PER_TOKEN, FetchPolicy.NEVER).fetching_pays("peer", "device", 32, start=0)
-    assert not FetchCosts(RateLearner(), BYTES_PER_TOKEN, FetchPolicy.NEVER).fetching_pays("peer", "device", 32, 0)
+    assert FetchCosts(slow, BYTES_PER_TOKEN, "always").fetching_pays("peer", "device", 32, start=0)
+    assert not FetchCosts(fast, BYTES_PER_TOKEN, "never").fetching_pays("peer", "device", 32, start=0)
+    assert not FetchCosts(RateLearner(), BYTES_PER_TOKEN, "never").fetching_pays("peer", "device", 32, 0)
 
 
 def test_a_piece_is_as_much_as_comes_in_its_time_and_never_small() -> None:

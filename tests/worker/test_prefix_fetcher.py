@@ -21,7 +21,7 @@ from services.engine.api import Capabilities
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.scheduler import Scheduler
 from services.rates import RateLearner
-from services.worker.fetch_costs import FetchCosts, FetchPolicy
+from services.worker.fetch_costs import FetchCosts
 from services.worker.host_prefixes import HostPrefixes
 from services.worker.prefix_fetcher import PrefixFetcher
 from tests.memory_transport import MemoryTransport
@@ -69,7 +69,7 @@ class Reader:
         )
         self.outcomes: Counter[tuple[str, str]] = Counter()
         bytes_per_token = LAYOUT.block_bytes // LAYOUT.block_size
-        costs = FetchCosts(RateLearner(), bytes_per_token, FetchPolicy.ALWAYS, PIECE * LAYOUT.block_bytes, piece_s=0.0)
+        costs = FetchCosts(RateLearner(), bytes_per_token, "always", PIECE * LAYOUT.block_bytes, piece_s=0.0)
         cache: Any = self.cache
         thread: Any = Thread()
         host = HostPrefixes(cache, thread, OsThreads(), timeout_s)

@@ -31,13 +31,9 @@ class KernelChoice:
     reason: str
 
 
+@lru_cache(maxsize=1)
 def choose_kernels() -> KernelChoice:
     """Return this machine's choice; made once in a process."""
-    return _choice()
-
-
-@lru_cache(maxsize=1)
-def _choice() -> KernelChoice:
     return choose(processor_flags(), library_path, load_checked)
 
 

@@ -19,18 +19,14 @@ def open_host_tier(kv_cache: Tensor, memory: BlockMemory, num_slots: int) -> Hos
     Beside a GPU it is page-locked: the device copies into pageable memory at a fraction of the speed.
     """
     shape = (num_slots, memory.block_bytes)
+    copier: BlockCopier
     if kv_cache.device.type == "cpu":
         slots = allocate_kv_cache(shape, torch.uint8, kv_cache.device)
+        copier = MemoryCopier(kv_cache, slots)
     else:
         slots = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
-    return HostTier(HostMemory(slots.numpy()), memory, copier_between(kv_cache, slots))
-
-
-def copier_between(kv_cache: Tensor, slots: Tensor) -> BlockCopier:
-    """Makes a copier between the cache `[num_blocks, ...]` and slots, uint8 `[num_slots, block_bytes]`."""
-    if kv_cache.device.type == "cpu":
-        return MemoryCopier(kv_cache, slots)
-    return DeviceCopier(kv_cache, slots)
+        copier = DeviceCopier(kv_cache, slots)
+    return HostTier(HostMemory(slots.numpy()), memory, copier)
 
 
 class MemoryCopier:

@@ -57,7 +57,6 @@ class Batch:
     sequences: tuple[ScheduledSequence, ...]  # decode rows first, then prefill chunks
     copies: tuple[BlockCopy, ...] = ()
     new_block_ids: tuple[int, ...] = ()  # hold unknown bytes: zeroed before use; no destination of a copy
-    preempted: tuple[Request, ...] = ()
     held_block_ids: tuple[
         int, ...
     ] = ()  # one reference each until the step has ended: what copies read must stay as it is
@@ -123,7 +122,6 @@ class BatchBuilder:
             sequences=tuple(self.sequences),
             copies=tuple(self.copies),
             new_block_ids=tuple(self.new_block_ids),
-            preempted=tuple(self.preempted),
             held_block_ids=tuple(self.held_block_ids),
         )
 
