@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services import node_settings
-from services.settings import Settings, setting
+from services.node_settings import NodeSettings
+from services.settings import setting
 
 
 @dataclass(frozen=True)
-class StoreConfig(Settings):
+class StoreConfig(NodeSettings):
     """One store node: whose blocks it keeps, how many, and where it listens."""
 
     served_model_name: tuple[str, ...] = setting(
@@ -30,15 +30,3 @@ class StoreConfig(Settings):
         choices=("all", "reused", "evicted", "none"),
         group="store",
     )
-    host: str = node_settings.host()
-    kv_port: int = node_settings.kv_port()
-    http_port: int = node_settings.http_port()
-    advertise_host: str = node_settings.advertise_host("workers reach this node")
-    redis: str = node_settings.redis()
-    worker_id: str = node_settings.worker_id("this node", "store-HOST-PORT")
-    kv_transport: str = node_settings.kv_transport("RDMA and shared memory")
-    lease_s: float = node_settings.lease_s("a node")
-    peer_timeout_s: float = node_settings.peer_timeout_s()
-    drain_timeout_s: float = node_settings.drain_timeout_s("blocks to be written to disk")
-    log_level: str = node_settings.log_level()
-    log_format: str = node_settings.log_format()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services import node_settings
 from services.engine.config import EngineConfig
+from services.node_settings import NodeSettings
 from services.settings import SettingsError, setting
 
 _WILDCARDS = ("", "0.0.0.0", "::", "[::]")
 
 
 @dataclass(frozen=True)
-class WorkerConfig(EngineConfig):
+class WorkerConfig(NodeSettings, EngineConfig):
     """One worker process: its engine's settings, and whom it serves and where."""
 
     served_model_name: tuple[str, ...] = setting(
@@ -21,16 +21,7 @@ class WorkerConfig(EngineConfig):
     tokenizer: str = setting(
         "", help="directory or hub name of the tokenizer; the default is the model's", group="model"
     )
-    host: str = node_settings.host()
     port: int = setting(0, min=0, max=65535, help="gRPC port; 0 chooses a free one", group="network")
-    kv_port: int = node_settings.kv_port()
-    http_port: int = node_settings.http_port()
-    advertise_host: str = node_settings.advertise_host("others reach this worker")
-    redis: str = node_settings.redis()
-    worker_id: str = node_settings.worker_id("this worker", "ROLE-HOST-PORT")
-    kv_transport: str = node_settings.kv_transport("RDMA, CUDA IPC and shared memory")
-    lease_s: float = node_settings.lease_s("a worker")
-    peer_timeout_s: float = node_settings.peer_timeout_s()
     prefix_fetch_timeout_s: float = setting(
         5.0,
         above=0,
@@ -50,9 +41,6 @@ class WorkerConfig(EngineConfig):
         choices=("all", "reused", "none"),
         group="KV cache",
     )
-    drain_timeout_s: float = node_settings.drain_timeout_s("running requests")
-    log_level: str = node_settings.log_level()
-    log_format: str = node_settings.log_format()
 
     def __post_init__(self) -> None:
         super().__post_init__()

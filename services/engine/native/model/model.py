@@ -60,29 +60,23 @@ class ComputePath:
     reason: str  # one line for a person
 
 
+@dataclass(frozen=True)
 class LoadedModel:
     """A model in memory, ready to run on one device. Used by one thread."""
 
-    def __init__(
-        self,
-        directory: Path,
-        config: ModelConfig,
-        dtype: str,
-        device: torch.device,
-        fingerprint: str,
-        max_model_len: int,
-        computation: Computation,
-        compute_path: ComputePath,
-    ) -> None:
-        self.directory = directory
-        self.config = config
-        self.dtype = dtype  # of keys and values; what is computed in, see `linear.compute_dtype`
-        self.device = str(device)
-        self.fingerprint = fingerprint
-        self.max_model_len = max_model_len
-        self.eos_token_ids = config.eos_token_ids
-        self.compute_path = compute_path
-        self._computation = computation
+    directory: Path
+    config: ModelConfig
+    dtype: str  # of keys and values; what is computed in, see `linear.compute_dtype`
+    device: str
+    fingerprint: str
+    max_model_len: int
+    computation: Computation
+    compute_path: ComputePath
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Return what ends an output."""
+        return self.config.eos_token_ids
 
     def block_layout(self, block_size: int) -> BlockLayout:
         """Return what one block of this model's cache is."""
@@ -105,17 +99,17 @@ class LoadedModel:
         config = self.config
         shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
         kv_cache = allocate_kv_cache(shape, getattr(torch, self.dtype), torch.device(self.device))
-        self._computation.use_cache(kv_cache)
+        self.computation.use_cache(kv_cache)
         return kv_cache
 
     def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         """Store the batch's keys and values; return float32 logits `[n, vocab_size]` of the rows asked for."""
-        return self._computation.forward(batch, kv_cache)
+        return self.computation.forward(batch, kv_cache)
 
     @property
     def stage_seconds(self) -> Mapping[str, float]:
         """Returns the seconds of all steps so far, by stage; empty where nobody counts."""
-        return self._computation.stage_seconds
+        return self.computation.stage_seconds
 
 
 def load_model(
@@ -170,7 +164,7 @@ def load_model(
     _logger.info("computing with %s%s", reason, "" if quantization == "none" else f", {quantization} weights")
     fingerprint = builder.finish(config, resolved, quantization)
     longest = max_model_len or longest
-    return LoadedModel(directory, config, resolved, target, fingerprint, longest, computation, path)
+    return LoadedModel(directory, config, resolved, str(target), fingerprint, longest, computation, path)
 
 
 def _choose_kernels(
