@@ -27,7 +27,6 @@ from kvstore.protocol import (
     FetchCause,
     Have,
     OwnerLost,
-    ReadLimits,
     Revoke,
     Suspect,
     Want,
@@ -58,7 +57,6 @@ class BlockExchange:
         *,
         outside: Outside | None = None,
         observer: ExchangeObserver | None = None,
-        limits: ReadLimits | None = None,
         lender: PrefixLender | None = None,
         on_have: OnHave | None = None,
         request_scope: RequestScope | None = None,
@@ -84,7 +82,7 @@ class BlockExchange:
             given = timeouts or ExchangeTimeouts()
             return Tools(memory, given, outside.clock, seen, self._verifier, peers.start_task, self._passed)
 
-        self._peers = PeerSessions(identity, outside, self._transports, limits or ReadLimits(), make_tools)
+        self._peers = PeerSessions(identity, outside, self._transports, make_tools)
 
     # ---- life ----
 

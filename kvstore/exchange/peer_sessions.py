@@ -12,7 +12,7 @@ from kvstore.errors import ExchangeError, IncompatiblePeer, PeerUnreachable
 from kvstore.exchange.connection import Connection, Tools
 from kvstore.exchange.framing import FrameStream, Outside
 from kvstore.exchange.handshake import PeerIdentity, introduce_as_owner, introduce_as_reader
-from kvstore.protocol import OwnerSession, ReaderSession, ReadLimits
+from kvstore.protocol import OwnerSession, ReaderSession
 from kvstore.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,6 @@ class PeerSessions:
         identity: PeerIdentity,
         outside: Outside,
         transports: Sequence[Transport],
-        limits: ReadLimits,
         make_tools: Callable[[PeerSessions], Tools],
     ) -> None:
         """`transports` may lose some until the first connection."""
@@ -43,7 +42,6 @@ class PeerSessions:
         self._identity = identity
         self._outside = outside
         self._transports = transports
-        self._limits = limits
         self._tools = make_tools(self)
         self._timeouts = self._tools.timeouts
         self._closing = False
@@ -137,7 +135,6 @@ class PeerSessions:
             introduction.features,
             introduction.transport.two_sided,
             self._tools.memory.block_bytes,
-            self._limits,
             self._timeouts,
             self._tools.clock(),
         )

@@ -160,10 +160,6 @@ class HostTier:
         self._num_pins -= len(pinned)
         self._book.release([block.slot for block in pinned])
 
-    def reset(self) -> int:
-        """Forget all blocks; the number of those that could be found."""
-        return self._book.reset()
-
     # -- state --
 
     def take_changes(self) -> list[CacheChange]:

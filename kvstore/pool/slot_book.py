@@ -279,13 +279,6 @@ class SlotBook:
         self.stats.num_corrupt += num_dropped
         return num_dropped
 
-    def reset(self) -> int:
-        """Make every block unfindable and return their number. References stay as they are."""
-        found = sorted(self._by_hash.values(), key=lambda slot: -slot.slot_id)  # the lowest ends on top of the stack
-        for slot in found:
-            self._release_hash(slot)
-        return len(found)
-
     # -- soundness --
 
     def check_integrity(self, expected_references: Mapping[int, int] | None = None) -> None:

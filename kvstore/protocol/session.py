@@ -23,7 +23,6 @@ from kvstore.protocol.fetch_events import (
     OwnerLost,
     Quiesced,
     ReadEnded,
-    ReadLimits,
     Reserve,
     Resolve,
     StartRead,
@@ -135,7 +134,6 @@ class ReaderSession(_Session[FetchMachine]):
         features: frozenset[str],
         two_sided: bool,
         block_bytes: int,
-        limits: ReadLimits,
         timeouts: ExchangeTimeouts,
         now: float,
     ) -> None:
@@ -144,7 +142,6 @@ class ReaderSession(_Session[FetchMachine]):
         self._features = features
         self._two_sided = two_sided
         self._block_bytes = block_bytes
-        self._limits = limits
         self._max_run_blocks = max(1, _MAX_RUN_BYTES // block_bytes)
         self._next_read_id = itertools.count(1).__next__
         self._ungranted: dict[int, tuple[bytes, list[Run]]] = {}  # asked for, and not granted yet
@@ -168,8 +165,7 @@ class ReaderSession(_Session[FetchMachine]):
             timeouts,
             self._next_read_id,
             now,
-            self._limits,
-            may_be_fewer,
+            may_be_fewer=may_be_fewer,
         )
         return machine
 

@@ -56,7 +56,8 @@ def measure(model: Path, arguments: argparse.Namespace) -> None:
     assert tier is not None
     computed, evicted, out_s, back_s, again = [], [], [], [], []
     for number in range(arguments.rounds + 1):
-        engine.reset_prefix_cache()
+        engine.pool.drop(range(num_blocks))
+        tier._book.drop(range(tier._book.num_slots))
         one, other = random_prompts([num_tokens] * 2, seed=number)
         first, first_s = serve(engine, one)
         before_s = tier.stats.offload_s

@@ -164,7 +164,7 @@ def test_prefixes_of_every_length_are_reused_to_the_token(
     requests = make_requests(prompts, max_tokens=4)
     for number, request in enumerate(requests):
         # Nothing but "base" is there to be copied from.
-        engine.reset_prefix_cache()
+        engine.pool.drop(range(engine.pool.num_blocks))
         run(engine, make_requests([base], name=f"base{number}-", max_tokens=1))
         run(engine, [request])
     assert outputs(requests) == expected
@@ -471,16 +471,6 @@ def test_load_and_timeline_tell_where_a_request_is(models: Models) -> None:
     ]
     assert (engine.stats.num_steps, engine.stats.num_prompt_tokens, engine.stats.num_generated_tokens) == (3, 50, 2)
     assert engine.load().num_running == 0
-
-
-def test_resetting_the_prefix_cache_forgets_prompts(models: Models) -> None:
-    engine = make_engine(models("qwen2"))
-    prompts = random_prompts([50])
-    run(engine, make_requests(prompts))
-    assert engine.reset_prefix_cache() == 3
-    (again,) = make_requests(prompts, name="again")
-    run(engine, [again])
-    assert again.num_cached_tokens == 0
 
 
 # ---- capacity -------------------------------------------------------------------------------

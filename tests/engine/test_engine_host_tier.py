@@ -184,14 +184,6 @@ def test_logprobs_of_a_prompt_are_computed_whatever_is_kept(engine: Engine) -> N
     assert engine.host_tier.stats.num_restored == before
 
 
-def test_a_reset_forgets_main_memory_too(engine: Engine) -> None:
-    prompt = random_prompts([330], seed=9)[0]
-    serve(engine, prompt, "first")
-    evict(engine)
-    engine.reset_prefix_cache()
-    assert serve(engine, prompt, "again").num_cached_tokens == 0
-
-
 def test_a_size_beyond_the_memory_there_is_or_below_one_block_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "available_memory_bytes", lambda: 10 << 30)
     config = EngineConfig(model="m", kv_offloading_size=4)

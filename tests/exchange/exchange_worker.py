@@ -8,7 +8,7 @@ import numpy as np
 from kvstore.block import BlockHash, BlockLayout, HostMemory
 from kvstore.exchange import BlockExchange, PeerIdentity, RequestScope
 from kvstore.exchange.owner import PrefixLender
-from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, ReadLimits, Reservation
+from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, Reservation
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
 
 LAYOUT = BlockLayout(num_layers=2, num_kv_heads=1, block_size=8, head_dim=4, dtype="float32", model_fingerprint="ab12")
@@ -41,7 +41,6 @@ class Worker:
             self.memory,
             [self.transport],
             timeouts,
-            limits=ReadLimits(max_reads=2, max_blocks=4),
             lender=lender,
             request_scope=request_scope,
         )

@@ -18,7 +18,6 @@ from kvstore.protocol import (
     OwnerLost,
     Quiesced,
     ReadEnded,
-    ReadLimits,
     Reservation,
     Reserve,
     Reserved,
@@ -30,7 +29,7 @@ from kvstore.protocol import (
     Verify,
 )
 from kvstore.protocol.fetch import TRANSITIONS
-from kvstore.protocol.fetch_events import StartRead
+from kvstore.protocol.fetch_events import ReadLimits, StartRead
 from kvstore.protocol.machine import Timer
 from kvstore.protocol.messages import (
     Announce,

@@ -21,7 +21,6 @@ from kvstore.protocol import (
     Quiesced,
     Read,
     ReaderSession,
-    ReadLimits,
     Reservation,
     Reserve,
     Reserved,
@@ -49,7 +48,7 @@ ANNOUNCED = [AnnouncedBlock(40 + i, each, Proof(i)) for i, each in enumerate(HAS
 
 
 def reader(two_sided: bool = False, features: frozenset[str] = frozenset(FEATURES)) -> ReaderSession:
-    return ReaderSession(features, two_sided, 4096, ReadLimits(), TIMEOUTS, 0.0)
+    return ReaderSession(features, two_sided, 4096, TIMEOUTS, 0.0)
 
 
 def owner(two_sided: bool = True) -> OwnerSession:

@@ -116,20 +116,6 @@ def test_pinned_blocks_are_not_given_up_for_new_ones() -> None:
     world.check_integrity()
 
 
-def test_a_reset_forgets_all() -> None:
-    world = PagedPool(num_blocks=4, num_slots=8)
-    a = chain("a", 2)
-    world.cache(a)
-    world.evict_all()
-    assert world.tier.reset() == 2
-    assert world.tier.hashes() == []
-    world.cache(a)
-    world.evict_all()
-    assert world.bring_back(a) == 2
-    world.check_content(a)
-    world.check_integrity()
-
-
 def test_a_byte_that_changed_before_the_eviction_is_seen_on_the_way_back() -> None:
     world = PagedPool(num_blocks=4, num_slots=8)
     a = chain("a", 3)

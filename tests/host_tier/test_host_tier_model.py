@@ -81,11 +81,6 @@ class HostTierMachine(RuleBasedStateMachine):
             self.world.flip_byte(block_hash)
             self.flipped.add(block_hash)
 
-    @rule()
-    def reset(self) -> None:
-        self.world.pool.reset()
-        self.world.tier.reset()
-
     @invariant()
     def books_are_sound(self) -> None:
         if not hasattr(self, "world"):

@@ -176,13 +176,13 @@ def test_in_a_full_pool_a_shared_block_cannot_be_made_writable():
     pool.check_integrity({block_id: 2})
 
 
-def test_resetting_the_cache_forgets_hashes_and_keeps_references():
+def test_dropping_all_blocks_forgets_hashes_and_keeps_references():
     pool = BlockPool(6)
     a, b = chain("a", 2), chain("b", 2)
     cached_chain(pool, a)
     held = pool.match_prefix(a[:1])
     cached_chain(pool, b)
-    assert pool.reset() == 4
+    assert pool.drop(range(6)) == 4
     assert (pool.num_cached, pool.num_free, pool.peek_prefix(a), pool.peek_prefix(b)) == (0, 5, 0, 0)
     pool.check_integrity({held[0]: 1})
     pool.release(held)
@@ -269,7 +269,7 @@ def test_changes_tell_in_order_what_became_findable_and_what_was_evicted():
         published(second[1], after=second[0]),
     ]
     assert sorted(pool.hashes()) == sorted([first[0], *second])
-    pool.reset()
+    pool.drop(range(pool.num_blocks))
     changes = pool.take_changes()
     assert {change.event for change in changes} == {CacheEvent.EVICTED}
     assert sorted(change.block_hash for change in changes) == sorted([first[0], *second])
@@ -304,7 +304,7 @@ def test_a_block_published_without_a_proof_gets_one_once_and_keeps_it_while_it_c
     pool.publish(again, *chain("b", 1), proof=13)
     pool.publish(again, *chain("b", 1), proof=14)
     assert (pool.proofs([again]), pool.take_unproven()) == ([13], []), "the first word counts"
-    pool.reset()
+    pool.drop(range(pool.num_blocks))
     pool.publish(again, *chain("c", 1))
     assert pool.proofs([again]) == [None]
 

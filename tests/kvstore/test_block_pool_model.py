@@ -183,14 +183,6 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.release(ids)
         self.model.release(ids)
 
-    @rule()
-    def reset(self) -> None:
-        num_cached = sum(known is not None for known in self.model.hashes)
-        assert self.pool.reset() == num_cached
-        self.model.hashes = [None] * len(self.model.hashes)
-        self.model.told.clear()
-        self.model.age.clear()
-
     @invariant()
     def bookkeeping_is_sound(self) -> None:
         if not hasattr(self, "pool"):

@@ -206,9 +206,9 @@ class SlotBookMachine(RuleBasedStateMachine):
             assert self.book.drop([block.slot]) == 1
 
     @rule()
-    def reset(self) -> None:
+    def drop_all(self) -> None:
         num_present = len(self.present)
-        assert self.book.reset() == num_present
+        assert self.book.drop(range(self.book.num_slots)) == num_present
 
     @invariant()
     def holds(self) -> None:

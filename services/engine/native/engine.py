@@ -218,12 +218,6 @@ class Engine:
     def take_cache_changes(self) -> list[CacheChange]:
         return self.pool.take_changes()
 
-    def reset_prefix_cache(self) -> int:
-        """Forget all cached prefixes, those in the host tier too; the number of paged blocks that could be found."""
-        if self.host_tier is not None:
-            self.host_tier.reset()
-        return self.pool.reset()
-
     # ---- steps ------------------------------------------------------------------
 
     @property
