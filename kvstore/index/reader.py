@@ -12,7 +12,7 @@ import collections
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -60,12 +60,11 @@ class IndexReader(IndexSession):
         probe_s: float = 1.0,
         timeout_s: float = 1.0,
         observer: IndexObserver | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`probe_s`: how often an idle connection is tried. Raises RegistryError."""
         if probe_s <= 0:
             raise RegistryError(f"the prefix index's probe interval must be positive, not {probe_s} s")
-        super().__init__(redis_url, "prefix index", prefix, probe_s, timeout_s, clock)
+        super().__init__(redis_url, "prefix index", prefix, probe_s, timeout_s)
         self._observer = observer or IndexObserver()
         self._waiting: collections.deque[_Lookup] = collections.deque()
         self._has_waiting = asyncio.Event()
@@ -86,7 +85,7 @@ class IndexReader(IndexSession):
         """
         if not hashes:
             return []
-        start_s = self._clock()
+        start_s = time.monotonic()
         hashes = hashes[:MAX_LOOKUP_BLOCKS]
         outcome, holdings = LookupOutcome.SKIPPED, list[Holding]()
         if self.available and len(self._waiting) < _MAX_WAITING:
@@ -103,7 +102,7 @@ class IndexReader(IndexSession):
                 outcome = LookupOutcome.FAILED if reply is None else LookupOutcome.ANSWERED
                 holdings = decode_holdings(*reply) if reply is not None else []
         num_held = holdings[0].num_blocks if holdings else 0
-        self._observer.lookup_ended(outcome, len(hashes), num_held, self._clock() - start_s)
+        self._observer.lookup_ended(outcome, len(hashes), num_held, time.monotonic() - start_s)
         return holdings
 
     async def close(self) -> None:
@@ -112,7 +111,7 @@ class IndexReader(IndexSession):
         self._fail_waiting()
 
     async def _session(self, client: redis.asyncio.Redis) -> None:
-        self._next_sweep_s = self._clock()  # the first call, which says whether Redis is there
+        self._next_sweep_s = time.monotonic()  # the first call, which says whether Redis is there
         try:
             while True:
                 await self._probe_if_due(client)
@@ -131,7 +130,7 @@ class IndexReader(IndexSession):
             raise
         except ResponseError as error:  # the next writer repairs what is there; lookups do without
             logger.warning("%s: sweeping failed: %s", self._name, describe(error))
-            self._next_sweep_s = self._clock() + self._sweep_s
+            self._next_sweep_s = time.monotonic() + self._sweep_s
         self._heard_from_redis()
 
     async def _wait_for_lookups(self) -> None:
@@ -140,7 +139,7 @@ class IndexReader(IndexSession):
             return
         self._has_waiting.clear()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, self._next_sweep_s - self._clock())):
+            async with asyncio.timeout(max(0.0, self._next_sweep_s - time.monotonic())):
                 await self._has_waiting.wait()
 
     async def _answer(self, client: redis.asyncio.Redis) -> None:
@@ -155,7 +154,7 @@ class IndexReader(IndexSession):
                     if not lookup.reply.done():
                         lookup.reply.set_result(found)
             else:
-                self._next_sweep_s = self._clock()  # hear from Redis all the same, or we stay silent
+                self._next_sweep_s = time.monotonic()  # hear from Redis all the same, or we stay silent
         finally:
             for lookup in lookups:
                 if not lookup.reply.done():

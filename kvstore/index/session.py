@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import secrets
-from collections.abc import Callable
+import time
 from typing import cast
 
 import redis.asyncio
@@ -61,14 +61,11 @@ class IndexObserver:
 class IndexSession(RedisSession):
     """One session with the index."""
 
-    def __init__(
-        self, redis_url: str, name: str, prefix: str, sweep_s: float, timeout_s: float, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, redis_url: str, name: str, prefix: str, sweep_s: float, timeout_s: float) -> None:
         super().__init__(redis_url, name, timeout_s, max_backoff_s=min(1.0, sweep_s))
         self._keys = IndexKeys.under(prefix)
-        self._clock = clock
         self._sweep_s = sweep_s
-        self._next_sweep_s = clock()
+        self._next_sweep_s = time.monotonic()
         self._token = secrets.token_hex(8)
 
     async def _call(self, client: redis.asyncio.Redis, script: Script, *arguments: str | bytes | int) -> object:
@@ -84,11 +81,11 @@ class IndexSession(RedisSession):
 
     async def _sweep_if_due(self, client: redis.asyncio.Redis) -> None:
         """Take some entries of dead holders out of Redis, if it is time to."""
-        if self._clock() < self._next_sweep_s:
+        if time.monotonic() < self._next_sweep_s:
             return
-        start_s = self._clock()
+        start_s = time.monotonic()
         num_dead = cast("int", await self._call(client, SWEEP, self._token, _SWEEPER_MS, _SWEEP_BUCKETS, _SWEEP_BLOCKS))
-        now_s = self._clock()
+        now_s = time.monotonic()
         self._next_sweep_s = now_s + (pace_s(now_s - start_s) if num_dead > 0 else self._sweep_s)
 
 

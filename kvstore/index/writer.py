@@ -75,7 +75,6 @@ class IndexWriter(IndexSession):
         prefix: str = "tandem",
         timeout_s: float = 1.0,
         observer: IndexObserver | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`lease_s` is the registry's: that Redis forgot us is noticed within a third of it.
 
@@ -87,7 +86,7 @@ class IndexWriter(IndexSession):
             raise RegistryError(f"{holder_id}: lease of {lease_s} s (least: {_MIN_LEASE_S}), flush after {flush_s} s")
         if max_batch < 1 or max_pending < 1 or max_entries < 0:
             raise RegistryError(f"{holder_id}: batch {max_batch}, pending {max_pending}, entries {max_entries}")
-        super().__init__(redis_url, f"prefix index of {holder_id}", prefix, lease_s / 3, timeout_s, clock)
+        super().__init__(redis_url, f"prefix index of {holder_id}", prefix, lease_s / 3, timeout_s)
         self._holder_id = holder_id
         self._incarnation = incarnation
         self._snapshot = snapshot
@@ -105,7 +104,7 @@ class IndexWriter(IndexSession):
         self._resync_reason: ResyncReason | None = ResyncReason.START
         self.superseded_by: str | None = None
         """The other incarnation that the registry has under our id; until it goes nothing of ours is in the index."""
-        self._next_check_s = clock()
+        self._next_check_s = time.monotonic()
 
     @property
     def synced(self) -> bool:
@@ -144,7 +143,7 @@ class IndexWriter(IndexSession):
         self._has_pending.set()
 
     async def _session(self, client: redis.asyncio.Redis) -> None:
-        self._next_check_s = self._clock()  # at once: Redis may have come back empty
+        self._next_check_s = time.monotonic()  # at once: Redis may have come back empty
         try:
             while True:
                 if self._overflowed and self._resync_reason is None:
@@ -156,7 +155,7 @@ class IndexWriter(IndexSession):
                 await self._sweep_if_due(client)
                 if await self._wait_for_pending(min(self._next_check_s, self._next_sweep_s)):
                     await self._flush(client)
-                elif self._clock() >= self._next_check_s:
+                elif time.monotonic() >= self._next_check_s:
                     await self._send(client, b"")
         except MovedError:
             raise
@@ -171,7 +170,7 @@ class IndexWriter(IndexSession):
         if not self._pending and not self._in_flight:
             self._has_pending.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, deadline_s - self._clock())):
+                async with asyncio.timeout(max(0.0, deadline_s - time.monotonic())):
                     await self._has_pending.wait()
                     await asyncio.sleep(self._flush_s)
         return bool(self._pending or self._in_flight)
@@ -180,18 +179,18 @@ class IndexWriter(IndexSession):
         """Write one batch: the one that was in flight when the connection broke, or a new one."""
         if not self._in_flight:
             self._in_flight = self._pending.take(self._max_batch)
-        start_s = self._clock()
+        start_s = time.monotonic()
         if await self._send(client, self._in_flight):
             self._in_flight = b""
             if self._pending:
-                await asyncio.sleep(pace_s(self._clock() - start_s))
+                await asyncio.sleep(pace_s(time.monotonic() - start_s))
 
     async def _send(self, client: redis.asyncio.Redis, changes: bytes) -> bool:
         """Write changes; without any, ask whether those before are there. False: Redis lost track of us."""
         claim = self._claim
         assert claim is not None, "a batch without a slot"
         seq = claim.seq + 1 if changes else claim.seq
-        start_s = self._clock()
+        start_s = time.monotonic()
         arguments = (claim.slot, claim.record, seq, self._max_entries, changes)
         reply = cast("list[int]", await self._call(client, WRITE, *arguments))
         if reply[0] == 0:
@@ -201,7 +200,7 @@ class IndexWriter(IndexSession):
         self._next_check_s = start_s + self._lease_s / 3
         self._set_state(ConnectionState.CONNECTED)
         if changes:
-            self._observer.batch_written(len(changes) // _CHANGE_BYTES, reply[1], self._clock() - start_s)
+            self._observer.batch_written(len(changes) // _CHANGE_BYTES, reply[1], time.monotonic() - start_s)
         return True
 
     async def _resync(self, client: redis.asyncio.Redis, reason: ResyncReason) -> bool:
@@ -223,7 +222,7 @@ class IndexWriter(IndexSession):
             logger.warning("%s: announcing everything anew (%s)", self._name, reason.value)
         self._observer.resync_started(reason)
         # From here on changes are kept, to be written after the snapshot; older ones are part of it.
-        start_s = self._clock()
+        start_s = time.monotonic()
         self._pending.clear()
         self._in_flight = b""
         self._overflowed = False
@@ -231,7 +230,7 @@ class IndexWriter(IndexSession):
         if num_blocks is None:
             return False
         self._resync_reason = None
-        self._observer.resync_ended(reason, num_blocks, self._clock() - start_s)
+        self._observer.resync_ended(reason, num_blocks, time.monotonic() - start_s)
         return True
 
     async def _announce(self, client: redis.asyncio.Redis) -> int | None:
@@ -240,11 +239,11 @@ class IndexWriter(IndexSession):
             blocks = await self._read_snapshot()
             num_blocks = 0
             while changes := self._next_changes(blocks):
-                start_s = self._clock()
+                start_s = time.monotonic()
                 if not await self._send(client, changes) or self._overflowed:
                     return None
                 num_blocks += len(changes) // _CHANGE_BYTES
-                await asyncio.sleep(pace_s(self._clock() - start_s))
+                await asyncio.sleep(pace_s(time.monotonic() - start_s))
             return num_blocks
         except _SnapshotFailed:
             logger.exception("%s: no snapshot of our blocks, trying again", self._name)

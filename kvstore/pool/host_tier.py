@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -64,13 +64,7 @@ NOTHING_COPIED = CopiedBack([], 0.0)
 class HostTier:
     """A book of slots in main memory, with their bytes, that a paged pool evicts into."""
 
-    def __init__(
-        self,
-        memory: HostMemory,
-        paged: BlockMemory,
-        copier: BlockCopier,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
+    def __init__(self, memory: HostMemory, paged: BlockMemory, copier: BlockCopier) -> None:
         if memory.block_bytes != paged.block_bytes:
             raise ValueError(f"slots of {memory.block_bytes} bytes for blocks of {paged.block_bytes}")
         self.stats = HostTierStats()
@@ -79,28 +73,7 @@ class HostTier:
         self._book = SlotBook(memory.num_blocks, PROTECTED_SHARE, on_change=self._changes.append)
         self._paged = paged
         self._copier = copier
-        self._clock = clock
         self._num_pins = 0
-
-    @property
-    def num_slots(self) -> int:
-        """Capacity in blocks."""
-        return self._book.num_slots
-
-    @property
-    def block_bytes(self) -> int:
-        """Size of a block."""
-        return self._memory.block_bytes
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that can be found. From any thread."""
-        return len(self._book)
-
-    @property
-    def num_evicted(self) -> int:
-        """Blocks given up for others, since the start. From any thread."""
-        return self._book.stats.num_evictions
 
     def may_have(self, block_hash: BlockHash) -> bool:
         """Whether the block is here. A hint, from any thread."""
@@ -121,15 +94,15 @@ class HostTier:
         """Copy in what the paged pool is evicting. Waits for nothing: where there is no slot, a block is lost."""
         unknown = [block for block in blocks if not self._is_known(block.block_hash)]
         # Bounded: else one eviction of many would push out all that is here. The last ones are heads of chains.
-        chosen = unknown[-max(1, self.num_slots // 2) :]
+        chosen = unknown[-max(1, self._book.num_slots // 2) :]
         slots = [slot for block in chosen for slot in self._book.take(1, keep=block.parent_hash)]
         chosen = chosen[len(chosen) - len(slots) :]
         self.stats.num_lost += len(unknown) - len(chosen)
         if not slots:
             return
-        started_s = self._clock()
+        started_s = time.perf_counter()
         self._copier.copy_out([block.slot for block in chosen], slots)
-        self.stats.offload_s += self._clock() - started_s
+        self.stats.offload_s += time.perf_counter() - started_s
         self.stats.num_offloaded += len(slots)
         for block, slot in zip(chosen, slots, strict=True):
             self._book.publish(slot, block.block_hash, block.parent_hash, block.proof)
@@ -145,11 +118,11 @@ class HostTier:
 
     def copy_back(self, pinned: Sequence[Block], block_ids: Sequence[int]) -> CopiedBack:
         """Copy pinned blocks into paged blocks of the caller's, and verify them there. On any thread."""
-        started_s = self._clock()
+        started_s = time.perf_counter()
         self._copier.copy_in([block.slot for block in pinned], block_ids)
         wrong = set(find_wrong(self._paged, block_ids, [block.proof for block in pinned]))
         is_whole = [position not in wrong for position in range(len(pinned))]
-        return CopiedBack(is_whole, self._clock() - started_s)
+        return CopiedBack(is_whole, time.perf_counter() - started_s)
 
     def unpin(self, pinned: Sequence[Block], copied: CopiedBack = NOTHING_COPIED) -> None:
         """Give pins back; `copied` is what `copy_back` said of them. What has changed in memory is dropped."""
@@ -178,10 +151,10 @@ class HostTier:
     def state(self) -> dict[str, float]:
         """Returns lengths and counts for `/debug/state`, each right for some moment. From any thread."""
         return {
-            "num_slots": self.num_slots,
-            "num_blocks": self.num_blocks,
+            "num_slots": self._book.num_slots,
+            "num_blocks": len(self._book),
             "num_pins": self._num_pins,
-            "num_evicted": self.num_evicted,
+            "num_evicted": self._book.stats.num_evictions,
             **vars(self.stats),
         }
 

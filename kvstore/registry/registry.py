@@ -211,14 +211,12 @@ class Membership(RedisSession):
         poll_s: float = 1.0,
         prefix: str = DEFAULT_PREFIX,
         timeout_s: float = DEFAULT_TIMEOUT_S,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if poll_s <= 0:
             raise RegistryError(f"the registry's poll interval must be positive, not {poll_s} s")
         super().__init__(redis_url, "membership", timeout_s, max_backoff_s=poll_s)
         self._names = Keyspace.under(prefix)
         self._poll_s = poll_s
-        self._clock = clock
         self._roster = Roster(grace_s)
         self._snapshot: tuple[WorkerRecord, ...] = ()
         self._callbacks: list[Callable[[tuple[WorkerRecord, ...]], None]] = []
@@ -242,7 +240,7 @@ class Membership(RedisSession):
             is_first = True
             while True:
                 found = await run_script(client, _READ, self._names.keys, (), self._timeout_s)
-                now_s = self._clock()
+                now_s = time.monotonic()
                 if is_first:
                     self._roster.resume(now_s)
                     is_first = False
@@ -256,7 +254,7 @@ class Membership(RedisSession):
 
     async def _wait_for_news(self, pubsub: PubSub) -> None:
         """Return when something changed, when a lease should have been renewed, or after `poll_s`."""
-        timeout_s = min(self._poll_s, max(0.01, self._roster.next_expiry_s() - self._clock()))
+        timeout_s = min(self._poll_s, max(0.01, self._roster.next_expiry_s() - time.monotonic()))
         for _ in range(_MAX_DRAINED_MESSAGES):  # a burst of messages costs one read
             message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=timeout_s)
             if message is None:

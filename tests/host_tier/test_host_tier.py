@@ -54,7 +54,7 @@ def test_changes_tell_what_came_and_what_went() -> None:
         (a[0], CacheEvent.EVICTED),
         (b[1], CacheEvent.PUBLISHED),
     ]
-    assert world.tier.num_evicted == 1
+    assert world.tier.state()["num_evicted"] == 1
 
 
 def test_the_least_recently_used_one_off_gives_way_and_what_came_back_once_stays() -> None:
@@ -68,7 +68,7 @@ def test_the_least_recently_used_one_off_gives_way_and_what_came_back_once_stays
         world.cache(chain(f"one-off {index}", 1))
         world.evict_all()
     assert shared[0] in world.tier.hashes()
-    assert world.tier.num_blocks == 4
+    assert world.tier.state()["num_blocks"] == 4
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 2])

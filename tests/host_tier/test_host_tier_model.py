@@ -98,7 +98,7 @@ class HostTierMachine(RuleBasedStateMachine):
         assert self.found == set(tier.hashes())
         assert self.found <= self.ever_computed
         self.flipped &= self.found
-        assert tier.num_blocks <= tier.num_slots
+        assert tier.state()["num_blocks"] <= tier.state()["num_slots"]
 
 
 HostTierMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
