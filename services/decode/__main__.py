@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -12,13 +11,7 @@ from services.settings import load_settings
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the settings, serve until told to stop, and return the exit status."""
-    config = load_settings(
-        DecodeConfig,
-        sys.argv[1:] if argv is None else argv,
-        prog="tandem decode",
-        description="Run one decode worker.",
-        environ=os.environ,
-    )
+    config = load_settings(DecodeConfig, argv, prog="tandem decode", description="Run one decode worker.")
     # Imported after the settings are read: `--help` and a mistyped flag should not wait for torch.
     from services.decode.service import DecodeService
     from services.worker.process import run_worker

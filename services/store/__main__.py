@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -14,10 +13,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the settings, serve until told to stop, and return the exit status."""
     config = load_settings(
         StoreConfig,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog="tandem store",
         description="Run one store node: it keeps KV blocks in memory and on disk, and lends them to workers.",
-        environ=os.environ,
     )
     # Imported after the settings are read: `--help` and a mistyped flag should not wait for UCX.
     from services.store.process import run_store

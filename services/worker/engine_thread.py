@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+U = TypeVar("U")
 
 # So many commands wait for the end of a step only where clients come and go in masses meanwhile.
 _MAX_COMMANDS = 16_384
@@ -85,9 +86,9 @@ class EngineThread:
             try:
                 result = function(*args, **kwargs)
             except Exception as error:
-                self._loop.call_soon_threadsafe(_set_exception, future, error)
+                self._loop.call_soon_threadsafe(_settle, future, future.set_exception, error)
             else:
-                self._loop.call_soon_threadsafe(_set_result, future, result)
+                self._loop.call_soon_threadsafe(_settle, future, future.set_result, result)
 
         self._order(command)
         return future
@@ -168,11 +169,6 @@ class EngineCrashed(Exception):
     """A step raised, and the worker is about to stop; or it has stopped."""
 
 
-def _set_result(future: asyncio.Future[T], result: T) -> None:
+def _settle(future: asyncio.Future[T], settle: Callable[[U], None], outcome: U) -> None:
     if not future.done():
-        future.set_result(result)
-
-
-def _set_exception(future: asyncio.Future[T], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
+        settle(outcome)
