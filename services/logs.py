@@ -1,9 +1,9 @@
 """Logs text for people and JSON lines for machines, and tells the launcher how far a process is.
 
 Every process calls `configure_logging` once, in `main()`. Code logs through `logging.getLogger(__name__)` and hands
-facts over by `extra=`; `bound(logger, request_id=…)` gives a logger that carries them along. What is logged within
-`request_scope(id)`, and in tasks begun there, names the request by itself. Never log a prompt's text or tokens, an
-answer's, or a key: an error's message may quote them, so its code is logged instead. Standard library only.
+facts over by `extra=`. What is logged within `request_scope(id)`, and in tasks begun there, names the request by
+itself. Never log a prompt's text or tokens, an answer's, or a key: an error's message may quote them, so its code is
+logged instead. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TextIO
+from typing import TextIO
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("auto", "text", "json")
@@ -61,19 +61,6 @@ def configure_logging(
     root.addHandler(handler)
     root.setLevel(level.upper())
     logging.captureWarnings(True)
-
-
-class BoundLogger(logging.LoggerAdapter[logging.Logger]):
-    """A logger whose lines carry fixed fields; a field in the call's own `extra` wins."""
-
-    def process(self, msg: object, kwargs: MutableMapping[str, Any]) -> tuple[object, MutableMapping[str, Any]]:
-        kwargs["extra"] = {**(self.extra or {}), **(kwargs.get("extra") or {})}
-        return msg, kwargs
-
-
-def bound(logger: logging.Logger, **fields: object) -> BoundLogger:
-    """`logger` with `request_id=…`, `worker_id=…` and the like in each of its lines."""
-    return BoundLogger(logger, fields)
 
 
 @contextmanager

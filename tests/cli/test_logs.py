@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import pytest
 
 from services.logs import (
-    bound,
     configure_logging,
     parse_progress,
     parse_ready,
@@ -39,7 +38,7 @@ def logged(format: str, level: str = "info") -> tuple[logging.Logger, io.StringI
 
 def test_json_lines_carry_message_fields_and_extras() -> None:
     log, stream = logged("json")
-    bound(log, request_id="r1").info("read %d blocks", 3, extra={"num_blocks": 3})
+    log.info("read %d blocks", 3, extra={"request_id": "r1", "num_blocks": 3})
     entry = json.loads(stream.getvalue())
     assert entry.pop("time").endswith("Z")
     assert entry == {
@@ -84,7 +83,7 @@ def test_auto_is_json_where_there_is_no_terminal() -> None:
 
 def test_text_shows_extras_behind_the_message() -> None:
     log, stream = logged("text")
-    bound(log, request_id="r1").warning("late")
+    log.warning("late", extra={"request_id": "r1"})
     assert stream.getvalue().endswith("WARNING tests.logs: late  request_id=r1\n")
 
 
