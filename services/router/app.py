@@ -104,8 +104,8 @@ def make_api(parts: RouterParts) -> FastAPI:
     return app
 
 
-def _json(content: object, status: int = 200) -> Response:
-    return Response(orjson.dumps(content), status, media_type="application/json")
+def _json(content: object) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json")
 
 
 def _add_model_routes(app: FastAPI, parts: RouterParts) -> None:

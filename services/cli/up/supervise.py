@@ -58,7 +58,6 @@ class Child:
     spec: ChildSpec
     display: Display
     delay_s: Callable[[int], float] = restart_delay_s
-    clock: Callable[[], float] = time.monotonic
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _process: asyncio.subprocess.Process | None = None
@@ -73,13 +72,13 @@ class Child:
         """Starts the program, again and again, until `stop()`. Raises ChildFailed if it never became ready."""
         num_failures = 0
         while not self._stopping.is_set():
-            started_s = self.clock()
+            started_s = time.monotonic()
             status = await self._run_once()
             if self._stopping.is_set():
                 return
             if not self.ready.is_set():
                 raise ChildFailed(self.spec.name, status, list(self._lines))
-            num_failures = 1 if self.clock() - started_s > STABLE_S else num_failures + 1
+            num_failures = 1 if time.monotonic() - started_s > STABLE_S else num_failures + 1
             pause_s = self.delay_s(num_failures)
             self.display.line(self.spec.name, f"{describe_exit(status)}; starting it again in {pause_s:g} s")
             with contextlib.suppress(TimeoutError):

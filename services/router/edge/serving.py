@@ -137,7 +137,7 @@ class GenerateEndpoint(Generic[B]):
                     restartable=not plan.request.stream,
                 )
                 metrics = parts.metrics.for_model(plan.model.name)
-                generation = Generation(plan, dispatch, metrics, timeline, time.time)
+                generation = Generation(plan, dispatch, metrics, timeline)
                 try:
                     await self._generate(generation, stream, send)
                 finally:

@@ -93,7 +93,6 @@ class Dispatch:
         *,
         max_attempts: int,
         restartable: bool,
-        unix_clock: Callable[[], float] = time.time,
     ) -> None:
         """`make_ask`: what the sequence of that index asks for, called when it begins; its order lacks handle, prefill
         targets and prefix sources. `restartable`: a sequence may start afresh after tokens were seen (nothing of it has
@@ -105,7 +104,6 @@ class Dispatch:
         self._restartable = restartable
         self._arrivals: list[Arrival] = []
         self._waiter: asyncio.Future[bool] | None = None
-        self._unix_clock = unix_clock
         self._make_ask = make_ask
         self._room = room
         room.on_grant = self._wake
@@ -165,7 +163,7 @@ class Dispatch:
         if refusal is not None:
             raise self._refused(refusal, sequence)
         assert sequence.session is not None
-        sequence.routed_unix_s = self._unix_clock()
+        sequence.routed_unix_s = time.time()
         return sequence.session
 
     def _end(self, sequence: _Sequence) -> None:

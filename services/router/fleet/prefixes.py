@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -44,12 +44,10 @@ class PrefixFinder:
         index: IndexReader | None,
         metrics: RouterMetrics,
         timeout_s: float = 0.05,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._index = index
         self._metrics = metrics
         self._timeout_s = timeout_s
-        self._clock = clock
         if index is not None:
             metrics.index_up.set_function(lambda: index.available)
 
@@ -75,7 +73,7 @@ class PrefixFinder:
         asked = [space for space in hashes if hashes[space]]
         if index is None or not asked:
             return PromptBlocks(hashes)
-        start = self._clock()
+        start = time.monotonic()
         answers: Sequence[Sequence[Holding]] = ()
         was_available = index.available
         try:
@@ -85,7 +83,7 @@ class PrefixFinder:
             has_answered = was_available and index.available
         except TimeoutError:
             has_answered = False
-        index_s = self._clock() - start
+        index_s = time.monotonic() - start
         self._metrics.count_lookup("found" if any(answers) else "nothing" if has_answered else "no_answer", index_s)
         return PromptBlocks(hashes, dict(zip(asked, answers, strict=False)), index_s)
 

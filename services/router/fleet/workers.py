@@ -36,14 +36,13 @@ class Workers:
         orders: Orders,
         reconnect_max_s: float,
         serves: Callable[[WorkerRecord], bool] = lambda record: True,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._membership = membership
         self._router_id = router_id
         self._orders = orders
         self._reconnect_max_s = reconnect_max_s
         self._serves = serves
-        self._clock = clock
+        self._clock = time.monotonic
         self._records: tuple[WorkerRecord, ...] = ()
         self._registered: dict[WorkerKey, WorkerRecord] = {}
         self._sessions: dict[WorkerKey, WorkerSession] = {}

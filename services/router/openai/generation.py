@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prometheus_client import Gauge
@@ -113,14 +114,11 @@ class Generation:
         dispatch: Dispatch,
         metrics: ModelMetrics,
         timeline: Timeline,
-        clock: Callable[[], float],
     ) -> None:
-        """`clock` gives unix seconds, as the timeline's does."""
         self.plan = plan
         self._dispatch = dispatch
         self._metrics = metrics
         self._timeline = timeline
-        self._clock = clock
         self._choices = [self._new_choice(index) for index in range(plan.num_sequences)]
         self._num_unfinished = plan.num_sequences
         self._started = False
@@ -245,7 +243,7 @@ class Generation:
         return delta
 
     def _observe_tokens(self, choice: Choice, num_tokens: int) -> None:
-        now = self._clock()
+        now = time.time()
         if choice.last_token_s is None:
             choice.first_token_s = now
             if Event.FIRST_TOKEN not in self._timeline.unix_s:

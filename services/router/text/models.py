@@ -7,7 +7,6 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -140,7 +139,6 @@ class ModelDirectory:
         use_generation_config: bool,
         threads: Threads,
         only: frozenset[str] = frozenset(),
-        clock: Callable[[], float] = time.time,
     ) -> None:
         """`tokenizer` and `chat_template` override the model's own. `only`: the names to serve; empty: all."""
         self._tokenizer = tokenizer
@@ -148,7 +146,6 @@ class ModelDirectory:
         self._use_generation_config = use_generation_config
         self._threads = threads
         self._only = only
-        self._clock = clock
         self._files: dict[ModelSource, ModelFiles] = {}
         self._loads: dict[ModelSource, asyncio.Task[None]] = {}
         self._failures: dict[ModelSource, str] = {}
@@ -256,7 +253,7 @@ class ModelDirectory:
                     name=name,
                     files=other.files if other else files,
                     max_model_len=min(record.max_model_len, other.max_model_len if other else record.max_model_len),
-                    created_unix_s=before.created_unix_s if before else int(self._clock()),
+                    created_unix_s=before.created_unix_s if before else int(time.time()),
                     root=record.model_path,
                 )
         self._files = {source: files for source, files in self._files.items() if source in self._wanted}
