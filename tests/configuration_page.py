@@ -63,7 +63,7 @@ def _flags(setting: Setting) -> str:
 
 def _default(setting: Setting) -> str:
     value = setting.default
-    if setting.required or value in ("", (), None):
+    if value in ("", (), None):
         return ""
     if isinstance(value, tuple):
         value = ",".join(map(str, value))

@@ -5,13 +5,11 @@ Imports are light on purpose: `--help` must answer at once.
 
 from services.settings.declare import (
     ENVIRONMENT_PREFIX,
-    REQUIRED,
     Setting,
     Settings,
     SettingsError,
     setting,
     settings_of,
-    variable_of,
 )
 from services.settings.flags import make_parser
 from services.settings.load import (
@@ -28,7 +26,6 @@ from services.settings.values import parse_quantity
 
 __all__ = [
     "ENVIRONMENT_PREFIX",
-    "REQUIRED",
     "Given",
     "Setting",
     "Settings",
@@ -44,5 +41,4 @@ __all__ = [
     "secret_environment",
     "setting",
     "settings_of",
-    "variable_of",
 ]

@@ -31,9 +31,6 @@ from typing import ClassVar, Protocol, TypeVar
 T = TypeVar("T")
 ENVIRONMENT_PREFIX = "TANDEM_"
 
-REQUIRED: typing.Any = dataclasses.MISSING
-"""The default of a setting that has none: `model: str = setting(REQUIRED, help="…")`, in a `kw_only` dataclass."""
-
 
 class SettingsError(ValueError):
     """A setting is unknown, malformed or contradicts another.
@@ -119,8 +116,6 @@ def setting(
         "group": group,
         "range": None if (min, above, max) == (None, None, None) else Range(min, above, max),
     }
-    if default is REQUIRED:
-        return typing.cast(T, dataclasses.field(repr=not secret, metadata=declared))
     return dataclasses.field(default=default, repr=not secret, metadata=declared)
 
 
@@ -144,11 +139,7 @@ class Setting:
 
     @property
     def variable(self) -> str:
-        return variable_of(self.name)
-
-    @property
-    def required(self) -> bool:
-        return self.default is dataclasses.MISSING
+        return ENVIRONMENT_PREFIX + self.name.upper()
 
     @property
     def optional(self) -> bool:
@@ -199,11 +190,6 @@ def settings_of(cls: type[SettingsClass]) -> tuple[Setting, ...]:
         declared["flags"] = declared["flags"] or (f"--{field.name.replace('_', '-')}",)
         found.append(Setting(field.name, hints[field.name], field.default, **declared))
     return tuple(found)
-
-
-def variable_of(name: str) -> str:
-    """The environment variable of the setting `name`."""
-    return ENVIRONMENT_PREFIX + name.upper()
 
 
 @functools.cache

@@ -68,8 +68,6 @@ def _metavar(item: Setting) -> str:
 
 
 def _help(item: Setting) -> str:
-    if item.required:
-        return f"{item.help} (required)"
     if item.default in (None, (), "") or item.secret:
         return item.help
     if isinstance(item.default, bool):

@@ -59,9 +59,6 @@ def collect_settings(
 def build_settings(cls: type[S], given: Mapping[str, Given]) -> S:
     """The settings object; names that are not the class's are passed over. Raises SettingsError."""
     items = settings_of(cls)
-    for item in items:
-        if item.required and item.name not in given:
-            raise SettingsError(f"{item.flag} is required", item.name)
     try:
         return cls(**{item.name: given[item.name].value for item in items if item.name in given})
     except SettingsError as error:

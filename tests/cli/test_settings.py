@@ -14,7 +14,6 @@ from services.decode.config import DecodeConfig
 from services.prefill.config import PrefillConfig
 from services.router.config import RouterConfig
 from services.settings import (
-    REQUIRED,
     Settings,
     SettingsError,
     argv_of,
@@ -260,17 +259,6 @@ def test_a_malformed_secret_is_not_quoted_in_the_refusal() -> None:
     with pytest.raises(SettingsError) as caught:
         resolve_settings(Locked, ["--pin", "12x4"], {})
     assert str(caught.value) == "--pin: the value (a secret, so not shown) is malformed"
-
-
-def test_required_settings_are_asked_for() -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class Needy:
-        port: int = setting(1, help="port")
-        model: str = setting(REQUIRED, help="model")
-
-    with pytest.raises(SettingsError, match="--model is required"):
-        resolve_settings(Needy, [], {})
-    assert resolve_settings(Needy, ["--model", "m"], {}).model == "m"
 
 
 def test_argv_gives_the_same_settings_again() -> None:
