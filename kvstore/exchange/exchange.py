@@ -252,7 +252,7 @@ class BlockExchange:
         fetch = self.fetch(
             transfer_id, owner_peer_id, hashes, reserve, owner_incarnation, may_be_fewer=True, stage_s=stage_s
         )
-        if not fetch.has_result:
+        if fetch.machine.may_succeed:
             connection = self._peers.owners[owner_peer_id]
             connection.do(connection.session.want(transfer_id, hashes, request_id))
         return fetch

@@ -72,11 +72,6 @@ class Fetch:
 
     over = quiesced
 
-    @property
-    def has_result(self) -> bool:
-        """Whether `result` has resolved."""
-        return self._result.done()
-
     def abort(self, reason: str) -> None:
         """End the fetch; nothing happens once it has a result."""
         self.handle(AbortOrdered(reason))
