@@ -20,12 +20,7 @@ from kvstore.protocol import FetchResult, FetchStamps, Reservation
 from services.decode.config import DecodeConfig
 from services.decode.handoff import HandoffFailed, prefill_remotely
 from services.decode.live import LiveRequest
-from services.engine.api import (
-    EngineError,
-    Request,
-    RequestUpdate,
-    SampledToken,
-)
+from services.engine.api import EngineError, Request, RequestUpdate, SampledToken
 from services.lifecycle import Event
 from services.worker import convert
 from services.worker.assembly import WorkerParts

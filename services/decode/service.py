@@ -29,14 +29,7 @@ from services.decode.endings import error_of, error_output, log_end, log_refusal
 from services.decode.handoff import PromptRefused
 from services.decode.live import LiveRequest
 from services.decode.session import RouterSession, SessionOverflow
-from services.engine.api import (
-    FinishReason,
-    InvalidRequest,
-    QueueFull,
-    Request,
-    RequestUpdate,
-    StepOutput,
-)
+from services.engine.api import FinishReason, InvalidRequest, QueueFull, Request, RequestUpdate, StepOutput
 from services.lifecycle import Event, Timeline
 from services.logs import request_scope
 from services.orders import OrderServer, StreamRefused

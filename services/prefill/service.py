@@ -32,14 +32,7 @@ from kvstore.block import BlockHash
 from kvstore.errors import PeerLost
 from kvstore.exchange import Lease
 from kvstore.protocol import AnnouncedBlock
-from services.engine.api import (
-    FinishReason,
-    InvalidRequest,
-    QueueFull,
-    Request,
-    RequestUpdate,
-    StepOutput,
-)
+from services.engine.api import FinishReason, InvalidRequest, QueueFull, Request, RequestUpdate, StepOutput
 from services.lifecycle import Timeline
 from services.logs import current_request_id, request_scope
 from services.orders import OrderServer

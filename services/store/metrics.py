@@ -9,10 +9,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from kvstore.store import StoreNode
-from services.exposition import (
-    ExposedRegistry,
-    add_process_series,
-)
+from services.exposition import ExposedRegistry, add_process_series
 from services.metric_families import STORE
 from services.node import ExchangeMetrics, IndexMetrics
 

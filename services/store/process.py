@@ -26,12 +26,7 @@ from kvstore.registry import Membership, Registrar, WorkerRecord, new_incarnatio
 from kvstore.store import DiskTier, DiskWrites, StoreNode, StoreTooSmall, TieredStore
 from kvstore.threads import Threads
 from kvstore.transport import make_transports
-from services.logs import (
-    configure_logging,
-    report_progress,
-    report_ready,
-    request_scope,
-)
+from services.logs import configure_logging, report_progress, report_ready, request_scope
 from services.store.config import StoreConfig
 from services.store.http import StoreHttp
 from services.store.index_feed import StoreIndexFeed

@@ -7,23 +7,9 @@ from collections.abc import Iterable
 
 from tandem.v1 import worker_pb2 as pb
 
-from kvstore.block import (
-    HASH_BYTES,
-    BlockHash,
-    BlockLayout,
-    hash_blocks,
-    namespace,
-    pack_hashes,
-    unpack_hashes,
-)
+from kvstore.block import HASH_BYTES, BlockHash, BlockLayout, hash_blocks, namespace, pack_hashes, unpack_hashes
 from kvstore.threads import Threads
-from services.engine.api import (
-    EngineLoad,
-    FinishReason,
-    PositionLogprobs,
-    SamplingParams,
-    TokenLogprob,
-)
+from services.engine.api import EngineLoad, FinishReason, PositionLogprobs, SamplingParams, TokenLogprob
 from services.lifecycle import Event, Timeline
 from services.rates import Rates
 

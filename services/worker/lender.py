@@ -6,9 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from kvstore.block import BlockHash
-from kvstore.protocol import (
-    AnnouncedBlock,
-)
+from kvstore.protocol import AnnouncedBlock
 from services.engine.api import Engine
 from services.worker.engine_thread import EngineThread
 from services.worker.host_prefixes import HostPrefixes

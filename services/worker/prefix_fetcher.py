@@ -22,20 +22,9 @@ from collections.abc import Callable, Sequence
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block import BlockHash
-from kvstore.errors import (
-    IncompatiblePeer,
-    KVStoreError,
-    PeerLost,
-    PeerUnreachable,
-)
+from kvstore.errors import IncompatiblePeer, KVStoreError, PeerLost, PeerUnreachable
 from kvstore.exchange import BlockExchange, Fetch
-from kvstore.protocol import (
-    FetchCause,
-    FetchFailure,
-    FetchResult,
-    FetchState,
-    Reservation,
-)
+from kvstore.protocol import FetchCause, FetchFailure, FetchResult, FetchState, Reservation
 from services.engine.api import Engine
 from services.logs import current_request_id
 from services.worker.engine_thread import EngineThread

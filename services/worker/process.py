@@ -28,14 +28,7 @@ from services.logs import configure_logging, report_progress, report_ready
 from services.node import DebugServer
 from services.orders import CannotListen, OrderServer
 from services.settings import SettingsError
-from services.worker.assembly import (
-    Assembly,
-    Role,
-    Seams,
-    WorkerParts,
-    assemble,
-    served_names,
-)
+from services.worker.assembly import Assembly, Role, Seams, WorkerParts, assemble, served_names
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread, StepListener
 

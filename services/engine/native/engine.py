@@ -35,14 +35,7 @@ from services.engine.native.memory import (
 )
 from services.engine.native.model import LoadedModel, load_model
 from services.engine.native.runner import ModelRunner
-from services.engine.native.scheduling import (
-    Batch,
-    Request,
-    SampledBatch,
-    Scheduler,
-    SchedulerConfig,
-    check_fits,
-)
+from services.engine.native.scheduling import Batch, Request, SampledBatch, Scheduler, SchedulerConfig, check_fits
 from services.lifecycle import Event
 
 # As `vllm serve` spells them.

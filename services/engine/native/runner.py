@@ -10,19 +10,8 @@ import torch
 from torch import Tensor
 
 from services.engine.native.attention import ForwardBatch
-from services.engine.native.sampling import (
-    NoToken,
-    SamplingRow,
-    position_logprobs,
-    sample,
-)
-from services.engine.native.scheduling import (
-    Batch,
-    BlockCopy,
-    SampledBatch,
-    SampledSequence,
-    ScheduledSequence,
-)
+from services.engine.native.sampling import NoToken, SamplingRow, position_logprobs, sample
+from services.engine.native.scheduling import Batch, BlockCopy, SampledBatch, SampledSequence, ScheduledSequence
 from services.engine.request import PositionLogprobs, SampledToken
 
 

@@ -13,10 +13,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from tandem.v1 import worker_pb2 as pb
 
 from services.engine.api import Engine
-from services.exposition import (
-    ExposedRegistry,
-    add_process_series,
-)
+from services.exposition import ExposedRegistry, add_process_series
 from services.lifecycle import Event, Timeline
 from services.metric_families import WORKER
 from services.node import ExchangeMetrics, IndexMetrics

@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from services.engine.native.attention.attention import (
-    Attention,
-    AttentionStep,
-    GatherAttention,
-    store,
-)
+from services.engine.native.attention.attention import Attention, AttentionStep, GatherAttention, store
 from services.engine.native.attention.forward import ForwardBatch
 
 _logger = logging.getLogger(__name__)

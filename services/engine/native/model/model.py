@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 
 from kvstore.block import BlockLayout
-from services.engine.model_config import (
-    DTYPES,
-    ModelConfig,
-    ModelError,
-    UnsupportedModel,
-    read_config,
-)
+from services.engine.model_config import DTYPES, ModelConfig, ModelError, UnsupportedModel, read_config
 from services.engine.native.attention import ForwardBatch
 from services.engine.native.kernels import KernelLibrary, choose_kernels
 from services.engine.native.memory import allocate_kv_cache
@@ -26,13 +20,7 @@ from services.engine.native.model.fingerprint import FingerprintBuilder
 from services.engine.native.model.kernel_transformer import KernelTransformer
 from services.engine.native.model.linear import compute_dtype
 from services.engine.native.model.transformer import Transformer
-from services.engine.native.model.weights import (
-    WeightReader,
-    check_tensors,
-    find_model,
-    open_checkpoint,
-    stored_dtype,
-)
+from services.engine.native.model.weights import WeightReader, check_tensors, find_model, open_checkpoint, stored_dtype
 
 _logger = logging.getLogger(__name__)
 

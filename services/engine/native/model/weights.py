@@ -18,12 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from services.engine.model_config import (
-    ModelConfig,
-    ModelNotFound,
-    UnsupportedModel,
-    read_json,
-)
+from services.engine.model_config import ModelConfig, ModelNotFound, UnsupportedModel, read_json
 from services.engine.native.model.fingerprint import FingerprintBuilder
 
 _DTYPES: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -22,12 +22,7 @@ import torch
 from torch import Tensor
 
 from services.engine.native.sampling.gumbel import gumbel, noise_keys
-from services.engine.request import (
-    PositionLogprobs,
-    SampledToken,
-    SamplingParams,
-    TokenLogprob,
-)
+from services.engine.request import PositionLogprobs, SampledToken, SamplingParams, TokenLogprob
 
 # The most likely tokens that min_p, top_k and top_p look at first. They hold nearly all of the mass nearly always;
 # where not, the row is sorted, which at 32,000 tokens costs 15 times as much.

@@ -5,15 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
-from kvstore.block import (
-    BlockHash,
-    BlockTokens,
-    Proof,
-    SharedTokens,
-    extend_hashes,
-    hash_block,
-    namespace,
-)
+from kvstore.block import BlockHash, BlockTokens, Proof, SharedTokens, extend_hashes, hash_block, namespace
 from kvstore.pool import BlockPool
 from kvstore.protocol import Reservation
 from services.engine.native.scheduling.limits import SchedulerConfig
