@@ -18,19 +18,9 @@ class IncompatibleLayout(KVStoreError):
 class OutOfBlocks(KVStoreError):
     """An allocation asked for more blocks than are free or evictable. Nothing was taken."""
 
-    def __init__(self, num_requested: int, num_free: int, num_blocks: int) -> None:
-        super().__init__(f"{num_requested} blocks requested, {num_free} of {num_blocks} are free or evictable")
-        self.num_requested = num_requested
-        self.num_free = num_free
-        self.num_blocks = num_blocks
-
 
 class IntegrityError(KVStoreError):
     """The block pool's bookkeeping was violated: a bug of ours, never the result of input."""
-
-
-class DoubleFree(IntegrityError):
-    """A reference was given back that nobody holds."""
 
 
 class RegistryError(KVStoreError):

@@ -46,7 +46,7 @@ class BlockPool(SlotBook):
     def allocate(self, n: int) -> list[int]:
         """`take`, all or nothing: raises `OutOfBlocks` if `n > num_free`."""
         if n > self.num_free:
-            raise OutOfBlocks(n, self.num_free, self.num_blocks)
+            raise OutOfBlocks(f"{n} blocks requested, {self.num_free} of {self.num_blocks} are free or evictable")
         return self.take(n)
 
     def match_shared_tokens(self, tokens: BlockTokens) -> SharedTokens | None:

@@ -21,7 +21,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from kvstore.block import BlockHash, Proof
-from kvstore.errors import DoubleFree, IntegrityError
+from kvstore.errors import IntegrityError
 from kvstore.pool.eviction import SegmentedLru, Slot
 
 
@@ -246,12 +246,12 @@ class SlotBook:
 
         At zero references a findable slot becomes idle and keeps its content, any other becomes free. Tails are
         released before heads, so a chain is evicted from its end and what is left of it stays a usable prefix. Raises
-        `DoubleFree` if there is no reference to give back.
+        `IntegrityError` if there is no reference to give back.
         """
         slots, free = self._slots, self._free
         for slot_id in reversed(ids):
             if not 0 <= slot_id < len(slots) or slots[slot_id].num_references == 0:
-                raise DoubleFree(f"release of slot {slot_id}, which has no reference: {self._name(slot_id)}")
+                raise IntegrityError(f"release of slot {slot_id}, which has no reference: {self._name(slot_id)}")
             slot = slots[slot_id]
             slot.num_references -= 1
             if slot.num_references == 0:

@@ -46,7 +46,10 @@ class RedisSession:
     """
 
     def __init__(self, redis_url: str, name: str, timeout_s: float, max_backoff_s: float) -> None:
-        check_url(redis_url)
+        try:
+            redis.asyncio.ConnectionPool.from_url(redis_url)
+        except ValueError as error:
+            raise RegistryError(f"malformed Redis URL {describe_url(redis_url)}: {error}") from error
         if timeout_s <= 0 or max_backoff_s <= 0:
             raise RegistryError(f"{name}: timeout ({timeout_s} s) and backoff ({max_backoff_s} s) must be positive")
         self._redis_url = redis_url
@@ -161,14 +164,6 @@ def raise_if_cancelled() -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
-
-
-def check_url(redis_url: str) -> None:
-    """Raise `RegistryError` for a URL that no Redis client can use."""
-    try:
-        redis.asyncio.ConnectionPool.from_url(redis_url)
-    except ValueError as error:
-        raise RegistryError(f"malformed Redis URL {describe_url(redis_url)}: {error}") from error
 
 
 def describe_url(redis_url: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvstore.block import BlockHash
-from kvstore.errors import DoubleFree, IntegrityError, OutOfBlocks
+from kvstore.errors import IntegrityError, OutOfBlocks
 from kvstore.pool import BlockPool
 from kvstore.pool.slot_book import Block, CacheChange, CacheEvent
 
@@ -35,9 +35,8 @@ def test_a_fresh_pool_gives_neighbouring_blocks_in_order_and_takes_them_back():
 def test_an_allocation_beyond_what_is_free_takes_nothing_and_says_the_numbers():
     pool = BlockPool(4)
     pool.allocate(3)
-    with pytest.raises(OutOfBlocks, match="2 blocks requested, 1 of 4 are free or evictable") as refused:
+    with pytest.raises(OutOfBlocks, match="2 blocks requested, 1 of 4 are free or evictable"):
         pool.allocate(2)
-    assert (refused.value.num_requested, refused.value.num_free, refused.value.num_blocks) == (2, 1, 4)
     assert pool.num_free == 1
     assert pool.allocate(0) == []
 
@@ -209,7 +208,7 @@ def test_hits_and_queries_are_counted_in_blocks():
 @pytest.mark.parametrize("block_id", [0, -1, 2])
 def test_giving_back_what_nobody_holds_is_refused(block_id):
     pool = BlockPool(2)
-    with pytest.raises(DoubleFree, match=f"release of slot {block_id}"):
+    with pytest.raises(IntegrityError, match=f"release of slot {block_id}"):
         pool.release([block_id])
     with pytest.raises(IntegrityError, match=f"acquire of slot {block_id}"):
         pool.acquire([block_id])
