@@ -2,5 +2,5 @@
 
 import importlib
 
-for name in ("decode.service", "prefill.service", "router.process", "store.process"):
+for name in ("decode.service", "prefill.service", "worker.process", "router.process", "store.process"):
     importlib.import_module(f"services.{name}")
