@@ -128,7 +128,7 @@ bench-peer: $(INSTALLED) ## bench-engine with vLLM beside it, in an environment 
 	$(BIN)/python -m tests.bench.bench_peer $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(BENCH_ARGS)
 
 bench-prefix: $(INSTALLED) ## hit rate and TTFT by routing policy: make bench-prefix TRACE=mooncake_conversation.jsonl
-	$(BIN)/python -m loadtest.bench_prefix $(if $(TRACE),--trace $(TRACE)) $(BENCH_ARGS)
+	$(BIN)/python -m tests.bench.bench_prefix $(if $(TRACE),--trace $(TRACE)) $(BENCH_ARGS)
 
 bench-index: $(INSTALLED) ## the prefix index with a million blocks: lookups against PING, bytes per block (BENCH_ARGS)
 	$(BIN)/python -m tests.bench.bench_index $(BENCH_ARGS)

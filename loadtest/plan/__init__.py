@@ -6,7 +6,7 @@ from loadtest.plan.plan import Plan, PlannedRequest, make_plan
 from loadtest.plan.prompts import PromptMaker, Scale
 from loadtest.plan.records import Outcome, RequestRecord
 from loadtest.plan.slo import Slo, num_good
-from loadtest.plan.traces import BLOCK_TOKENS, infinite_cache_hits, make_conversations, read_mooncake
+from loadtest.plan.traces import BLOCK_TOKENS, TraceRequest, read_mooncake
 
 __all__ = [
     "BLOCK_TOKENS",
@@ -21,10 +21,9 @@ __all__ = [
     "RunFailed",
     "Scale",
     "Slo",
+    "TraceRequest",
     "add_flags",
     "base_url",
-    "infinite_cache_hits",
-    "make_conversations",
     "make_plan",
     "num_good",
     "options_from",

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvstore.block import BlockHash
-from loadtest.plan import BLOCK_TOKENS, make_conversations, read_mooncake
+from loadtest.plan import BLOCK_TOKENS, read_mooncake
 from services.worker.store.chain_book import ChainOffer
 from services.worker.store.chain_placement import node_of_chain
+from tests.bench.conversations import make_conversations
 from tests.tiers.blocks import Cache
 
 _TIMES = BLOCK_TOKENS // 32

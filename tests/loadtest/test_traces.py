@@ -1,16 +1,15 @@
-"""Traces become prompts in which equal blocks are equal tokens; the yardstick counts as the server does."""
+"""Traces become prompts in which equal blocks are equal tokens."""
 
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.plan import PromptMaker, Scale, infinite_cache_hits, make_conversations
+from loadtest.plan import PromptMaker, Scale
 from loadtest.plan.prompts import word
 from loadtest.plan.traces import TraceRequest, read_trace
 
@@ -104,18 +103,3 @@ def test_limits_cut_lengths_and_say_so() -> None:
     short, long = TraceRequest(0.0, 200, 20, (1,)), TraceRequest(0.0, 500, 500, (1,))
     assert (scale.prompt_tokens(short), scale.output_tokens(short), scale.cuts(short)) == (100, 10, False)
     assert (scale.prompt_tokens(long), scale.output_tokens(long), scale.cuts(long)) == (100, 10, True)
-
-
-def test_the_infinite_cache_has_whole_blocks_of_what_came_before() -> None:
-    prompt = list(range(100))
-    assert infinite_cache_hits([prompt], 32) == 0
-    assert infinite_cache_hits([prompt, prompt], 32) == 96
-    assert infinite_cache_hits([prompt, [*prompt[:40], 0]], 32) == 32
-    assert infinite_cache_hits([prompt[:64], prompt[:64]], 32) == 63, "the last token is always computed"
-
-
-def test_made_up_conversations_share_prefixes() -> None:
-    requests = make_conversations(200, seed=0)
-    prompts = [maker().tokens(each)[:3000] for each in requests]
-    assert 0.3 < infinite_cache_hits(prompts, 32) / sum(map(len, prompts)) < 0.95
-    assert all(left.at_s <= right.at_s for left, right in pairwise(requests))

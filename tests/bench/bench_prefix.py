@@ -1,7 +1,7 @@
 """Measures what routing by prefix is worth: one trace, one stack per routing policy, one table.
 
     make bench-prefix TRACE=mooncake_conversation.jsonl
-    make bench-prefix                                     # conversations made up by traces.py
+    make bench-prefix                                     # conversations made up by conversations.py
 
 Lengths are scaled: a trace block becomes `--tokens-per-block` tokens. The hit rate is prompt tokens not computed over
 prompt tokens, as usage reports them; the first row is what one shared cache without bounds would have, in whole blocks.
@@ -20,8 +20,9 @@ from pathlib import Path
 import httpx
 
 from loadtest.figures import Spread
-from loadtest.plan import BLOCK_TOKENS, PromptMaker, Scale, infinite_cache_hits, make_conversations, read_mooncake
+from loadtest.plan import BLOCK_TOKENS, PromptMaker, Scale, read_mooncake
 from loadtest.send import start_stack, stop_stack
+from tests.bench.conversations import infinite_cache_hits, make_conversations
 
 _POLICIES = ("kv", "prefix-hash", "least-loaded", "round-robin")
 _BLOCK_SIZE = 32
