@@ -122,6 +122,9 @@ class RouterConfig(Settings):
             raise SettingsError("give both --ssl-keyfile and --ssl-certfile, or neither", "ssl_keyfile")
         if any(not key for key in self.api_key):
             raise SettingsError("must not be empty", "api_key")
+        if any(key != key.strip() or "," in key for key in self.api_key):
+            # A variable separates keys by commas, and a header has no spaces around its value.
+            raise SettingsError("must have no comma, and no space at its ends", "api_key")
         keys = [split_key(entry)[1] for entry in self.api_key]
         if len(set(keys)) < len(keys):
             raise SettingsError("has the same key twice", "api_key")

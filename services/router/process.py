@@ -22,9 +22,10 @@ from kvstore.threads import OsThreads, Threads
 from services.grpc_orders import GrpcOrders
 from services.logs import configure_logging, report_ready
 from services.orders import Orders
+from services.router.admission import Admission
 from services.router.app import make_app
 from services.router.config import RouterConfig
-from services.router.edge import Admission, RouterParts
+from services.router.edge import RouterParts
 from services.router.fleet import Placer, PrefixFinder, Workers
 from services.router.fleet_metrics import FleetCollector
 from services.router.metrics import RouterMetrics
@@ -121,7 +122,13 @@ async def _serve(config: RouterConfig) -> int:
     try:
         async with open_parts(config, membership, _router_id(config, port), GrpcOrders(), OsThreads(), index) as parts:
             parts.metrics.registry_up.set_function(lambda: membership.connected)
-            server = _Server(server_config(config, parts))
+            settings = server_config(config, parts)
+            try:
+                settings.load()
+            except OSError as error:  # ssl's are of these
+                log.error("cannot serve TLS by %s and %s: %s", config.ssl_certfile, config.ssl_keyfile, error)
+                return 1
+            server = _Server(settings)
             serving = asyncio.create_task(server.serve([listener]), name="http")
             stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
             scheme = "https" if config.ssl_certfile else "http"

@@ -58,6 +58,8 @@ def _convert(item: Setting, value: object, split_commas: bool) -> object:
     if item.repeated:
         if isinstance(value, str) and split_commas:
             value = [part.strip() for part in value.split(",") if part.strip()]
+            if not value:
+                raise ValueError("it names nothing; leave it empty, or out, for none")
         members = value if isinstance(value, list) else [value]
         return tuple(_convert_scalar(item, member) for member in members)
     if isinstance(value, list | dict):

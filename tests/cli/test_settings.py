@@ -244,6 +244,13 @@ def test_kubernetes_service_links_are_not_mistaken_for_settings() -> None:
     assert resolve(environ=environ) == Example()
 
 
+def test_a_variable_of_nothing_but_commas_is_not_taken_for_no_keys() -> None:
+    for text in (" ", ",", " , "):
+        with pytest.raises(SettingsError) as caught:
+            resolve(environ={"TANDEM_API_KEY": text})
+        assert str(caught.value).startswith("environment variable TANDEM_API_KEY")
+
+
 def test_secrets_show_nowhere() -> None:
     settings = resolve("--api-key", "hunter2")
     shown = [repr(settings), str(argv_of(settings_of(Example), vars(settings)))]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from services.router.edge import Admission, Room
+from services.router.admission import Admission, Room
 from services.router.errors import ApiError
 
 

@@ -15,6 +15,7 @@ from tandem.v1 import worker_pb2 as pb
 from services.router.config import RouterConfig
 from services.router.edge import GenerateEndpoint
 from services.router.edge.access import AccessRecord
+from services.router.fleet.session import WorkerSession
 from services.router.openai import CompletionBody, CompletionRenderer, plan_completion
 from tests.router.fake_worker import FakeWorker, Script, endless, failing, permit
 from tests.router.harness import running_router, until
@@ -80,6 +81,28 @@ async def test_an_answer_not_yet_shown_starts_afresh_when_its_worker_dies(make_w
     choice = answer["choices"][0]
     assert choice["text"] == tokenizer.decode(sentence[:4])
     assert len(choice["logprobs"]["tokens"]) == answer["usage"]["completion_tokens"] == 4
+
+
+async def test_a_choice_that_a_stop_string_has_ended_does_not_start_afresh(make_worker, sentence, tokenizer):
+    class Dying(FakeWorker):
+        """Gives a request up in the very frame that completes a stop string."""
+
+        async def _run(self, request, frames):
+            tokens = pb.Output(handle=request.handle, token_ids=sentence[:4])
+            end = pb.Output(handle=request.handle, finish_reason=pb.FINISH_REASON_ERROR, error=UNAVAILABLE)
+            frames.put_nowait(pb.SessionFrame(outputs=[tokens, end], load=self.load))
+
+    original = make_worker()
+    dying = Dying(original.reply, model_path=original.model_path)
+    other = make_worker(load=pb.Load(num_running=5))
+    before, stop = tokenizer.decode(sentence[:3]), tokenizer.decode(sentence[3:4])
+    async with running_router(CONFIG, dying, other) as running, client(running) as http:
+        answer = (await http.post("/v1/completions", json=BODY | {"stop": stop, "max_tokens": 9})).json()
+        await other.wait_for_abort(1)
+        metrics = (await http.get("/metrics")).text
+    choice = answer["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (before, "stop", stop)
+    assert (sample(metrics, "vllm:num_requests_waiting{"), sample(metrics, "vllm:num_requests_running{")) == (0, 0)
 
 
 async def test_a_stream_that_has_shown_tokens_ends_with_an_error_when_its_worker_dies(make_worker):
@@ -176,6 +199,24 @@ async def test_a_session_that_the_other_end_cancels_ends_its_requests_and_is_ope
         assert (await http.post("/v1/completions", json=BODY)).status_code == 503
         worker.requests.clear()
         await until(lambda: running.parts.workers.num_sessions_up == 1)
+
+
+async def test_a_cancellation_that_nobody_ordered_does_not_cost_the_worker(make_worker):
+    class Cancelled:
+        num_calls = 0
+
+        async def session(self, address, requests):
+            self.num_calls += 1
+            raise asyncio.CancelledError
+            yield
+
+    orders = Cancelled()
+    session = WorkerSession(make_worker().record(), "router", orders, reconnect_max_s=0.01)
+    running = asyncio.create_task(session.run())
+    await until(lambda: orders.num_calls == 3 or running.done())
+    assert not running.done()
+    session.close()
+    await running
 
 
 async def test_a_session_is_owned_to_its_end_though_its_worker_is_back_already(make_worker):

@@ -254,6 +254,20 @@ async def test_the_pool_is_bounded_even_when_callers_give_up():
     pool.close()
 
 
+async def test_a_panic_in_the_pool_is_an_error_like_any_other():
+    class Panic(BaseException):
+        """As the tokenizers library raises it."""
+
+    def panics():
+        raise Panic("index out of range")
+
+    pool = TokenizerPool(OsThreads(), 1, 1)
+    with pytest.raises(RuntimeError, match="index out of range"):
+        await pool.run(panics)
+    assert await pool.run(lambda: 5) == 5
+    pool.close()
+
+
 def test_served_models_are_immutable(model_directory):
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_model_files(ModelSource(str(model_directory), str(model_directory)), "", True).vocab_size = 5

@@ -72,6 +72,11 @@ def test_null_counts_as_absent(model):
     assert completion(model, **dict.fromkeys(names)) == completion(model)
 
 
+def test_a_whole_number_written_as_16_0_harms_no_other_field(model):
+    params = completion(model, max_tokens=16.0, logit_bias={"5": -100}).common
+    assert (params.max_tokens, dict(params.sampling.logit_bias)) == (16, {5: -100})
+
+
 def test_the_models_defaults_hold_where_the_client_says_nothing(model_directory):
     model = served(model_directory, temperature=0.25, top_k=5)
     assert completion(model).common.sampling.temperature == 0.25

@@ -183,6 +183,14 @@ def test_stop_strings_wait_for_min_tokens(http, worker, tokenizer):
     assert (choice["text"], len(choice["token_ids"])) == ("a" * 6, 7)
 
 
+def test_a_stop_string_that_begins_within_min_tokens_ends_the_answer_behind_them(http, worker, tokenizer):
+    a, b = tokenizer.encode(["a"], False)[0][0], tokenizer.encode(["b"], False)[0][0]
+    worker.reply = endless([a, b])
+    body = {"prompt": "x", "stop": "ab", "min_tokens": 3, "max_tokens": 20, "return_token_ids": True}
+    choice = http.post("/v1/completions", json=body).json()["choices"][0]
+    assert (choice["text"], len(choice["token_ids"]), choice["finish_reason"]) == ("ab", 4, "stop")
+
+
 def test_usage_tells_cached_tokens(http, worker):
     worker.reply = lambda request: Script([[300]], num_cached_tokens=17)
     usage = http.post("/v1/completions", json={"prompt": ["x", "y"], "n": 2}).json()["usage"]

@@ -48,6 +48,7 @@ def test_flags_are_spelled_as_vllm_spells_them():
     "wrong",
     [
         {"port": 70000}, {"ssl_keyfile": "x"}, {"api_key": ("",)}, {"max_body_bytes": 0}, {"max_attempts": 0},
+        {"api_key": ("a,b",)}, {"api_key": (" a",)},
         {"max_queue": -1}, {"sse_keepalive_s": 0.0}, {"request_timeout_s": -1.0}, {"max_concurrent_requests": 0},
     ],
 )  # fmt: skip
@@ -92,6 +93,17 @@ def test_it_answers_without_a_registry_and_ends_on_sigterm():
             assert process.wait(timeout=20) == 0
         finally:
             process.kill()
+
+
+def test_certificates_that_are_none_are_refused_before_it_says_that_it_serves(tmp_path):
+    (tmp_path / "cert.pem").write_text("none")
+    flags = ("--ssl-certfile", str(tmp_path / "cert.pem"), "--ssl-keyfile", str(tmp_path / "key.pem"))
+    with start("--port", "0", "--redis", NO_REDIS, *flags) as process:
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert str(tmp_path / "cert.pem") in stderr
+    assert "TANDEM-READY" not in stderr
+    assert "Traceback" not in stderr
 
 
 def test_a_registry_url_that_is_none_is_refused():

@@ -17,9 +17,9 @@ from typing import Generic, TypeVar
 from services.lifecycle import Event, Timeline
 from services.logs import request_scope
 from services.router import sse
+from services.router.admission import Admission
 from services.router.config import RouterConfig
 from services.router.edge.access import AccessRecord
-from services.router.edge.admission import Admission
 from services.router.edge.http import FAILED, header, read_body, request_id_of, send_error, send_json
 from services.router.errors import ApiError, ClientDisconnected, internal, timed_out
 from services.router.fleet import Ask, Dispatch, Placer, PrefixFinder, Workers, routing_key

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from tandem.v1 import worker_pb2 as pb
 
-from services.router.edge import Room
+from services.router.admission import Room
 from services.router.errors import ApiError, from_worker, internal, is_retryable, overloaded, unavailable
 from services.router.fleet.placement import Ask, Placement, Placer
 from services.router.fleet.session import SessionDown, SessionFull, WorkerSession

@@ -18,7 +18,7 @@ from typing import Protocol
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import WorkerRecord
-from services.orders import Orders, StreamBroken
+from services.orders import Orders, StreamBroken, is_cancelled
 from services.rates import GUESSED, Rates
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,9 @@ class WorkerSession:
                 reason = str(error)
             except TimeoutError:
                 reason = f"no first frame within {HELLO_TIMEOUT_S:g} s"
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                if is_cancelled():
+                    raise
                 # A bug of ours must not cost the router this worker for ever.
                 log.exception("the session with decode worker %s crashed", self.record.worker_id)
                 reason = f"the router failed: {error!r}"

@@ -180,7 +180,7 @@ def decode(body: bytes, kind: type[B]) -> B:
     if not isinstance(content, dict):
         raise invalid("The body of the request must be a JSON object.")
     try:
-        return msgspec.convert({name: _whole(value) for name, value in content.items()}, type=kind)
+        return msgspec.convert({name: _whole(value) for name, value in content.items()}, type=kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise _refusal(str(error), content) from error
 

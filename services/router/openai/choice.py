@@ -99,11 +99,8 @@ class Choice:
             return len(token_ids)
         # Token by token: the answer ends with the token that completes the stop string.
         for position, token_id in enumerate(visible):
-            piece = self._text.feed((token_id,))
-            if self.num_tokens + position + 1 <= self._request.sampling.min_tokens:
-                delta.text += piece
-                continue
-            delta.text += self._stops.feed(piece)
+            may_stop = self.num_tokens + position + 1 > self._request.sampling.min_tokens
+            delta.text += self._stops.feed(self._text.feed((token_id,)), may_stop)
             if self._stopped(delta):
                 return position + 1
         if is_last:

@@ -148,11 +148,11 @@ class Generation:
 
     def _take(self, index: int, token_ids: list[int], output: pb.Output | None, merged: dict[int, Delta]) -> None:
         choice = self._choices[index]
+        if choice.finished:
+            return  # by a stop string, whatever became of it at its worker since
         if output is None and not token_ids:
             self._restart(index)
             merged[index] = Delta(index, restarted=True)
-        elif choice.finished:
-            return
         elif output is not None and output.finish_reason == pb.FINISH_REASON_ERROR:
             raise error_of(output)
         else:

@@ -87,12 +87,13 @@ class StopMatcher:
         self._held = ""
         self.matched: str | None = None
 
-    def feed(self, piece: str) -> str:
-        """The text that is safe to show. Once `matched` is set, the text has ended."""
+    def feed(self, piece: str, may_stop: bool = True) -> str:
+        """The text that is safe to show. Once `matched` is set, the text has ended; not within this piece where it must
+        not, but what begins here may end behind it."""
         text = self._held + piece
         best: tuple[int, int, str] | None = None
-        for stop in self._stops:
-            start = text.find(stop)
+        for stop in self._stops if may_stop else ():
+            start = text.find(stop, max(len(self._held) - len(stop) + 1, 0))
             if start >= 0 and (best is None or (start + len(stop), start) < best[:2]):
                 best = (start + len(stop), start, stop)
         if best is not None:

@@ -235,7 +235,12 @@ class TokenizerPool:
         future = asyncio.get_running_loop().run_in_executor(self._executor, function)
         future.add_done_callback(self._on_done)
         # The thread works on even when the caller has gone: its place is free only when the work is done.
-        return await asyncio.shield(future)
+        try:
+            return await asyncio.shield(future)
+        except (Exception, asyncio.CancelledError):
+            raise
+        except BaseException as error:  # the tokenizers library panics with one that is no Exception
+            raise RuntimeError(f"the tokenizer panicked: {error}") from error
 
     def _on_done(self, future: asyncio.Future[Any]) -> None:
         self._num_pending -= 1
