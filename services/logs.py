@@ -21,9 +21,9 @@ from typing import TextIO
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("auto", "text", "json")
 LAUNCHER_VARIABLE = "TANDEM_LAUNCHER"
-"""Set to 1 in the processes that `tandem up` starts: then, and only then, they report progress."""
+"""Set to 1 in the processes that `tandem up` starts: then, and only then, they report how far they are."""
 
-_PROGRESS_MARK = "TANDEM-PROGRESS"
+_PHASE_MARK = "TANDEM-PHASE"
 _READY_MARK = "TANDEM-READY"
 _STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 _REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
@@ -45,7 +45,8 @@ def configure_logging(
     """Sends the logs of the whole process to `stream` (standard error).
 
     `format` is one of LOG_FORMATS; `auto` is text on a terminal and JSON lines elsewhere. `fields`, such as the
-    worker_id, go into every JSON line. Calling it again replaces what it set up before.
+    worker_id, go into every JSON line. What each single request did stands in JSON lines, and in text at level debug.
+    Calling it again replaces what it set up before.
     """
     stream = stream or sys.stderr
     on_terminal = stream.isatty()
@@ -54,6 +55,8 @@ def configure_logging(
         handler.setFormatter(JsonFormatter(fields))
     else:
         handler.setFormatter(TextFormatter(colored=on_terminal and "NO_COLOR" not in os.environ))
+        if level.upper() == "INFO":
+            handler.addFilter(_is_for_people)
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)
@@ -61,6 +64,11 @@ def configure_logging(
     root.addHandler(handler)
     root.setLevel(level.upper())
     logging.captureWarnings(True)
+
+
+def _is_for_people(record: logging.LogRecord) -> bool:
+    """Whether a text log at level info shows it: at a thousand requests a second, nobody reads a line of each."""
+    return record.levelno > logging.INFO or "request_id" not in extra_fields(record)
 
 
 @contextmanager
@@ -138,9 +146,20 @@ class JsonFormatter(logging.Formatter):
 # ---- to the launcher --------------------------------------------------------
 
 
-def report_progress(fraction: float, what: str = "loading") -> None:
-    """Tells the launcher, if there is one, how much of the start is done (0 to 1), and what is being done."""
-    _report(f"{_PROGRESS_MARK} {min(max(fraction, 0.0), 1.0):.3f} {_one_line(what)}")
+def launched() -> bool:
+    """Whether `tandem up` started this process."""
+    return os.environ.get(LAUNCHER_VARIABLE) == "1"
+
+
+def detail_level() -> int:
+    """The level of what `tandem up` shows in its own way: where a process listens, how it starts, how fast it is."""
+    return logging.DEBUG if launched() else logging.INFO
+
+
+def report_phase(phase: str, fraction: float | None = None) -> None:
+    """Tells the launcher, if there is one, what part of its start this process is in, and how much of it is done."""
+    done = "-" if fraction is None else f"{min(max(fraction, 0.0), 1.0):.3f}"
+    _report(f"{_PHASE_MARK} {done} {_one_line(phase)}")
 
 
 def report_ready(**facts: object) -> None:
@@ -149,19 +168,19 @@ def report_ready(**facts: object) -> None:
 
 
 def _report(line: str) -> None:
-    if os.environ.get(LAUNCHER_VARIABLE) == "1":
+    if launched():
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
 
-def parse_progress(line: str) -> tuple[float, str] | None:
-    """`(fraction, what)` if the line comes from `report_progress`."""
+def parse_phase(line: str) -> tuple[str, float | None] | None:
+    """`(phase, fraction)` if the line comes from `report_phase`."""
     mark, _, rest = line.partition(" ")
-    number, _, what = rest.partition(" ")
-    if mark != _PROGRESS_MARK:
+    number, _, phase = rest.partition(" ")
+    if mark != _PHASE_MARK or not phase:
         return None
     try:
-        return min(max(float(number), 0.0), 1.0), what
+        return phase, None if number == "-" else min(max(float(number), 0.0), 1.0)
     except ValueError:
         return None
 

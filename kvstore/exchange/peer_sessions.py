@@ -191,7 +191,7 @@ class PeerSessions:
         connections[peer.peer_id] = connection
         self.undrained.add(connection)
         text = "connected: %s (%s, incarnation %s), blocks travel over %s, lane %s"
-        logger.info(text, connection.name, peer.role, peer.incarnation, connection.transport_name, lane)
+        logger.debug(text, connection.name, peer.role, peer.incarnation, connection.transport_name, lane)
         self._tools.observer.peer_connected(peer.peer_id, connection.transport_name, lane, we_read)
         self.start_task(self._run(connections, connection))
 
@@ -201,7 +201,7 @@ class PeerSessions:
         try:
             reason = await connection.run()
         finally:
-            logger.info("connection to %s has ended: %s", connection.name, reason)
+            logger.debug("connection to %s has ended: %s", connection.name, reason)
             if connections.get(peer_id) is connection:
                 del connections[peer_id]
                 if we_read:

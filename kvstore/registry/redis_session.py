@@ -119,7 +119,7 @@ class RedisSession:
     def _set_state(self, state: ConnectionState) -> None:
         if state is not self.connection_state:
             if state is ConnectionState.CONNECTED:
-                logger.info("%s: connected to Redis at %s", self._name, describe_url(self._redis_url))
+                logger.debug("%s: connected to Redis at %s", self._name, describe_url(self._redis_url))
             self.connection_state = state
 
 

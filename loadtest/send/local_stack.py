@@ -75,7 +75,7 @@ class _Output:
         with self.process.stdout as lines:
             for line in lines:
                 self.last_lines.append(line)
-                if found := re.search(r"((?:decode|prefill)-\d+) serves on .* debug (http://\S+?)\)?$", line):
+                if found := re.search(r"((?:decode|prefill)-\d+) +\| ready: (http://[^\s,]+)", line):
                     self.debug_urls[found[1]] = found[2]
                 if found := re.search(r"Tandem serves .* at (http://\S+)/v1", line):
                     self.url = found[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,18 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the subcommand that `argv` (the process's arguments) begins with; returns the exit status."""
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        print("tandem: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    finally:
+        if argv is None:  # we end: one more Ctrl-C must not become a traceback of whatever the interpreter tidies up
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run(argv: Sequence[str]) -> int:
+    name, *rest = argv or ["--help"]
     if name in ("-h", "--help", "help"):
         print(usage())
         return 0

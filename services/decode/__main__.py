@@ -6,12 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from services.decode.config import DecodeConfig
+from services.logs import report_phase
 from services.settings import load_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the settings, serve until told to stop, and return the exit status."""
     config = load_settings(DecodeConfig, argv, prog="tandem decode", description="Run one decode worker.")
+    report_phase("importing")
     # Imported after the settings are read: `--help` and a mistyped flag should not wait for torch.
     from services.decode.service import DecodeService
     from services.worker.process import run_worker

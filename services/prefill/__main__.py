@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from services.logs import report_phase
 from services.prefill.config import PrefillConfig
 from services.settings import load_settings
 
@@ -12,6 +13,7 @@ from services.settings import load_settings
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the settings, serve until told to stop, and return the exit status."""
     config = load_settings(PrefillConfig, argv, prog="tandem prefill", description="Run one prefill worker.")
+    report_phase("importing")
     # Imported after the settings are read: `--help` and a mistyped flag should not wait for torch.
     from services.prefill.service import PrefillService
     from services.worker.process import run_worker

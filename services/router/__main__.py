@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from services.logs import report_phase
 from services.router.config import RouterConfig
 from services.settings import load_settings
 
@@ -14,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_settings(
         RouterConfig, argv, prog="tandem router", description="Serve OpenAI's HTTP API in front of the workers."
     )
+    report_phase("importing")
     # Only now what takes long to import: --help and a wrong flag answer at once.
     from services.router.process import run_router
 

@@ -193,6 +193,24 @@ def _add_status_routes(app: FastAPI, parts: RouterParts) -> None:
 
 
 def _add_debug_routes(app: FastAPI, parts: RouterParts) -> None:
+    @app.get("/debug/workers")
+    async def list_workers() -> Response:
+        connected = {worker.worker_id for worker in parts.workers.decode_candidates() if worker.connected}
+        return _json(
+            {
+                "workers": [
+                    {
+                        "worker_id": record.worker_id,
+                        "role": record.role,
+                        "models": record.served_model_names,
+                        "connected": record.role != "decode" or record.worker_id in connected,
+                        "draining": record.draining,
+                    }
+                    for record in parts.workers.records
+                ]
+            }
+        )
+
     @app.get("/debug/routing/{request_id:path}")
     async def explain_routing(request: Request, request_id: str) -> Response:
         tenant: Tenant | None = request.scope["state"]["tenant"]

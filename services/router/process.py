@@ -20,7 +20,7 @@ from kvstore.index import IndexReader
 from kvstore.registry import Membership, WorkerRecord
 from kvstore.threads import OsThreads, Threads
 from services.grpc_orders import GrpcOrders
-from services.logs import configure_logging, report_ready
+from services.logs import configure_logging, detail_level, report_phase, report_ready
 from services.orders import Orders
 from services.router.admission import Admission
 from services.router.app import make_app
@@ -133,10 +133,11 @@ async def _serve(config: RouterConfig) -> int:
             stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
             scheme = "https" if config.ssl_certfile else "http"
             url = f"{scheme}://{config.host}:{port}"
-            log.info("listening on %s", url)
-            report_ready(url=url, http=f"{config.host}:{port}")
+            log.log(detail_level(), "listening on %s", url)
+            report_phase("waiting for workers")
+            report_ready(url=url)
             await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
-            log.info("stopping; running requests have %g s", config.shutdown_timeout_s)
+            log.log(detail_level(), "stopping; running requests have %g s", config.shutdown_timeout_s)
             stopped.cancel()
             server.should_exit = True
             await serving
@@ -161,6 +162,8 @@ def server_config(config: RouterConfig, parts: RouterParts) -> uvicorn.Config:
     return uvicorn.Config(
         make_app(parts),
         log_config=None,
+        # Its coming and going is ours to tell.
+        log_level={"info": "warning"}.get(config.log_level, config.log_level),
         access_log=False,
         lifespan="off",
         ws="none",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from services.logs import report_phase
 from services.settings import load_settings
 from services.store.config import StoreConfig
 
@@ -17,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="tandem store",
         description="Run one store node: it keeps KV blocks in memory and on disk, and lends them to workers.",
     )
+    report_phase("importing")
     # Imported after the settings are read: `--help` and a mistyped flag should not wait for UCX.
     from services.store.process import run_store
 

@@ -26,7 +26,7 @@ from kvstore.registry import Membership, Registrar, WorkerRecord, new_incarnatio
 from kvstore.store import DiskTier, DiskWrites, StoreNode, StoreTooSmall, TieredStore
 from kvstore.threads import Threads
 from kvstore.transport import make_transports
-from services.logs import configure_logging, report_progress, report_ready, request_scope
+from services.logs import configure_logging, detail_level, report_phase, report_ready, request_scope
 from services.store.config import StoreConfig
 from services.store.http import StoreHttp
 from services.store.index_feed import StoreIndexFeed
@@ -70,18 +70,20 @@ async def _serve_blocks(
     config: StoreConfig, outside: Outside, metrics: StoreMetrics, http: StoreHttp, stop: asyncio.Event
 ) -> None:
     http.not_ready = f"waiting for a worker of {', '.join(config.served_model_name) or 'any model'}"
-    log.info("%s; debug http://%s", http.not_ready, http.address)
+    log.log(detail_level(), "%s; debug http://%s", http.not_ready, http.address)
     worker, layout = await wait_for_layout(config, metrics, stop)
     http.not_ready = "opening memory and disk"
     async with open_store(config, outside, worker, layout, metrics, http) as record:
         fields = {"role": "store", "worker_id": record.worker_id}  # known now, given or made of the port
         configure_logging(config.log_level, config.log_format, fields=fields)
-        log.info("%s serves blocks on %s, debug http://%s", record.worker_id, record.kv_address, record.http_address)
-        report_ready(worker_id=record.worker_id, kv=record.kv_address, http=record.http_address)
+        text = "%s serves blocks on %s, debug http://%s"
+        log.log(detail_level(), text, record.worker_id, record.kv_address, record.http_address)
+        report_phase("registered")
+        report_ready(http=record.http_address)
         http.not_ready = ""
         await stop.wait()
         http.not_ready = "stopping"
-        log.info("%s stops", record.worker_id)
+        log.log(detail_level(), "%s stops", record.worker_id)
 
 
 async def wait_for_layout(
@@ -106,7 +108,7 @@ async def wait_for_layout(
     stopped = asyncio.ensure_future(stop.wait())
     either: list[asyncio.Future[Any]] = [chosen, stopped]
     try:
-        report_progress(0.0, "waiting for a worker")
+        report_phase("waiting for a worker")
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     finally:
         stopped.cancel()
@@ -157,7 +159,8 @@ async def open_store(
         metrics.index.watch_registry(lambda: registrar.connected)
         await registrar.start()
         cleanup.push_async_callback(registrar.close)
-        log.info(
+        log.log(
+            detail_level(),
             "%s keeps blocks of %s: %d of %d bytes in memory, %s",
             name,
             ", ".join(worker.served_model_names),
@@ -182,7 +185,7 @@ async def _open_tiers(config: StoreConfig, layout: BlockLayout, feed: StoreIndex
 
 
 def _open_disk(config: StoreConfig, layout: BlockLayout) -> DiskTier:
-    report_progress(0.5, "reading the disk")
+    report_phase("reading the disk")
     disk = DiskTier.open(Path(config.store_disk_dir), layout, config.store_disk_bytes)
     log.info("disk tier %s: %s", config.store_disk_dir, disk.recovery)
     return disk

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -24,7 +25,7 @@ from kvstore.registry import Registrar, WorkerRecord, new_incarnation
 from services.engine import native
 from services.engine.api import Engine
 from services.grpc_orders import GrpcOrders, GrpcServer
-from services.logs import configure_logging, report_progress, report_ready
+from services.logs import configure_logging, detail_level, report_phase, report_ready
 from services.node import DebugServer
 from services.orders import CannotListen, OrderServer
 from services.settings import SettingsError
@@ -62,11 +63,12 @@ def run_worker(config: WorkerConfig, role: Role, build: Callable[[WorkerParts], 
     try:
         num_threads = config.num_threads or len(os.sched_getaffinity(0))
         settings = dataclasses.replace(config, num_threads=num_threads)
-        engine: Engine = native.Engine.from_config(settings, progress=report_progress)
+        engine: Engine = native.Engine.from_config(settings, progress=partial(report_phase, "loading model"))
     except SettingsError as error:
         log.error("%s worker cannot start: %s", role, error)
         return 1
-    log.info(
+    log.log(
+        detail_level(),
         "model %s (%s) loaded in %.1f s: %d blocks of %d tokens, %d more in main memory",
         config.model,
         engine.layout.dtype,
@@ -75,6 +77,7 @@ def run_worker(config: WorkerConfig, role: Role, build: Callable[[WorkerParts], 
         engine.layout.block_size,
         engine.capabilities.num_host_blocks,
     )
+    report_phase("warming up")
     return uvloop.run(_serve(config, role, engine, build))
 
 
@@ -229,11 +232,13 @@ async def _serve(
             parts.metrics.index.watch_registry(lambda: registrar.connected)
             await registrar.start()
             try:
-                log.info("%s serves on %s, debug http://%s", parts.worker_id, record.grpc_address, record.http_address)
-                report_ready(worker_id=parts.worker_id, grpc=record.grpc_address, http=record.http_address)
+                text = "%s serves on %s, debug http://%s"
+                log.log(detail_level(), text, parts.worker_id, record.grpc_address, record.http_address)
+                report_phase("registered")
+                report_ready(http=record.http_address, about=_about(engine))
                 if not await _has_ended(stop.wait(), parts.thread):
                     return 1
-                log.info("%s drains for at most %g s", parts.worker_id, config.drain_timeout_s)
+                log.log(detail_level(), "%s drains for at most %g s", parts.worker_id, config.drain_timeout_s)
                 await worker.server.set_draining()
                 registrar.update(msgspec.structs.replace(record, draining=True))
                 if not await _has_ended(worker.service.drain(config.drain_timeout_s), parts.thread):
@@ -244,6 +249,14 @@ async def _serve(
         log.error("%s worker cannot start: %s", role, error)
         return 1
     return 0
+
+
+def _about(engine: Engine) -> str:
+    """What computes here, and with how much room, in a few words."""
+    compute, layout = engine.capabilities.compute, engine.layout
+    weights = layout.dtype if compute["quantization"] == "none" else compute["quantization"]
+    where = f"{compute['kernels']} kernels" if compute["device"] == "cpu" else compute["device"]
+    return f"{weights}, {where}, {engine.capabilities.num_blocks} KV blocks of {layout.block_size} tokens"
 
 
 async def _has_ended(work: Coroutine[Any, Any, object], thread: EngineThread) -> bool:

@@ -6,6 +6,7 @@ import io
 import json
 
 from services.cli.up.console import (
+    READY,
     JsonDisplay,
     PlainDisplay,
     TerminalDisplay,
@@ -22,17 +23,20 @@ def test_plain_lines_have_aligned_prefixes() -> None:
     assert stream.getvalue() == "router    | hello\nprefill-0 | hello\n"
 
 
-def test_plain_progress_comes_in_quarters() -> None:
+def test_plain_phases_are_lines_with_progress_in_quarters() -> None:
     stream = io.StringIO()
     shown = PlainDisplay(["p"], stream)
+    shown.phase("p", "importing")
     for fraction in (0.0, 0.1, 0.26, 0.3, 0.8, 1.0):
-        shown.progress("p", fraction, "weights")
-    shown.ready("p")
+        shown.phase("p", "weights", fraction)
+    shown.phase("p", READY, about="fast")
     assert stream.getvalue().splitlines() == [
+        "p | importing",
+        "p | weights",
         "p | weights: 25 %",
         "p | weights: 75 %",
         "p | weights: 100 %",
-        "p | ready",
+        "p | ready: fast",
     ]
 
 
@@ -43,25 +47,24 @@ def test_json_display_gives_objects_only_and_says_whose() -> None:
     shown.line("p", '{"level": "info", "message": "loaded"}')
     shown.line("p", "Traceback: é")
     shown.line("p", "[1]")
-    shown.progress("p", 0.5, "weights")
-    shown.ready("p")
+    shown.phase("p", "weights", 0.5)
+    shown.phase("p", "ready", about="fast")
     assert [json.loads(line) for line in stream.getvalue().splitlines()] == [
         {"process": "p", "level": "info", "message": "loaded"},
         {"process": "p", "message": "Traceback: é"},
         {"process": "p", "message": "[1]"},
         {"process": "p", "message": "weights", "progress": 0.5},
-        {"process": "p", "message": "ready"},
+        {"process": "p", "message": "ready", "about": "fast"},
     ]
 
 
-def test_terminal_display_keeps_text_as_it_is_and_takes_its_bars_down() -> None:
+def test_terminal_display_keeps_text_as_it_is_and_lets_no_row_live_after_the_start() -> None:
     stream = io.StringIO()
     shown = TerminalDisplay(["p"], stream)
-    shown.progress("p", 0.5, "weights")
+    shown.phase("p", "weights", 0.5)
     shown.line("p", "[bold]not markup[/bold]")
-    shown.ready("p")
+    shown.phase("p", READY)
     shown.settled()
-    shown.progress("p", 0.6, "late")
-    shown.ready("p")
+    shown.phase("p", READY, about="again")
     assert "[bold]not markup[/bold]" in stream.getvalue()
-    assert stream.getvalue().rstrip().endswith("p | ready")
+    assert stream.getvalue().rstrip().endswith("p | ready: again")

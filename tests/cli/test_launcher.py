@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from services.cli.up.supervise import (
     Child,
     ChildFailed,
     describe_exit,
+    last_words,
     restart_delay_s,
 )
 from tests.ports import free_port
@@ -33,11 +34,11 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 WORKER = """
 import signal, sys, time
-from services.logs import report_progress, report_ready
+from services.logs import report_phase, report_ready
 signal.signal(signal.SIGTERM, lambda *_: (print("drained", flush=True), sys.exit(0)))
-report_progress(0.5, "weights")
+report_phase("weights", 0.5)
 print("loaded", flush=True)
-report_ready(worker_id="w")
+report_ready(http="127.0.0.1:1", about="fast kernels")
 signal.pause()
 """
 
@@ -69,14 +70,29 @@ while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)
 """
 
 ROUTER = """
-import http.server, signal, sys
+import http.server, json, signal, sys
+from services.logs import report_ready
+port, status, *names = sys.argv[1:]
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200 if self.path == "/ready" else 404)
+        assert self.path == "/debug/workers"
+        print("listed", flush=True)
+        self.answer(200, {"workers": [{"worker_id": name, "connected": True} for name in names]})
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        print("asked", body["model"], self.headers["Authorization"], flush=True)
+        self.answer(int(status), {"error": {"message": "no"}})
+    def answer(self, status, entry):
+        body = json.dumps(entry).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        self.wfile.write(body)
     def log_message(self, *_): pass
 signal.signal(signal.SIGTERM, lambda *_: (print("router stops", flush=True), sys.exit(0)))
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+with http.server.HTTPServer(("127.0.0.1", int(port)), Handler) as server:
+    report_ready()
+    server.serve_forever()
 """
 
 
@@ -91,11 +107,9 @@ class Recorder:
         self.events.append((name, text))
         self.on_line(name, text)
 
-    def progress(self, name: str, fraction: float, what: str) -> None:
-        self.events.append((name, "progress", f"{fraction:g}", what))
-
-    def ready(self, name: str) -> None:
-        self.events.append((name, "READY"))
+    def phase(self, name: str, phase: str, fraction: float | None = None, about: str = "") -> None:
+        done = () if fraction is None else (f"{fraction:g}",)
+        self.events.append((name, "phase", phase, *done, *filter(None, [about])))
 
     def settled(self) -> None:
         self.events.append(("settled",))
@@ -106,9 +120,11 @@ def spec(name: str, code: str, *arguments: str, cores: tuple[int, ...] = (), gra
     return ChildSpec(name, (sys.executable, "-c", code, *arguments), environ, cores, grace_s)
 
 
-def stack(*workers: ChildSpec) -> Stack:
+def stack(*workers: ChildSpec, connected: Sequence[str] = (), status: int = 200) -> Stack:
+    """`connected`: whom the router has sessions with (default: all); `status`: its answer to the first request."""
     port = free_port()
-    return Stack(spec("router", ROUTER, str(port)), workers, "127.0.0.1", port, False, False, "m")
+    router = spec("router", ROUTER, str(port), str(status), *(connected or [worker.name for worker in workers]))
+    return Stack(router, workers, "127.0.0.1", port, False, "m", api_key="k")
 
 
 def stop_with(number: signal.Signals) -> Callable[[], None]:
@@ -121,8 +137,14 @@ async def test_a_stack_starts_announces_itself_and_stops_router_first() -> None:
         stack(spec("prefill-0", WORKER), spec("decode-0", WORKER)), shown, TIMEOUT_S, stop_with(signal.SIGTERM)
     )
     assert status == 0
-    assert ("prefill-0", "progress", "0.5", "weights") in shown.events
-    assert {("prefill-0", "READY"), ("decode-0", "READY"), ("decode-0", "loaded")} <= set(shown.events)
+    about = "http://127.0.0.1:1, fast kernels"
+    assert [event[1:] for event in shown.events if event[0] == "prefill-0"] == [
+        ("phase", "starting"), ("phase", "weights", "0.5"), ("loaded",), ("phase", "ready", about), ("drained",),
+    ]  # fmt: skip
+    asked = shown.events.index(("router", "asked m Bearer k"))
+    assert asked > shown.events.index(("decode-0", "phase", "ready", about))
+    assert asked < shown.events.index(("router", "phase", "ready"))
+    assert shown.events[-1] == ("tandem", "stopped")
     router_stops = shown.events.index(("router", "router stops"))
     assert router_stops < shown.events.index(("prefill-0", "drained"))
     assert router_stops < shown.events.index(("decode-0", "drained"))
@@ -137,8 +159,41 @@ async def test_a_worker_that_dies_at_its_start_stops_everything_with_its_last_li
     )
     assert status == 1
     assert announced == []
-    failure = shown.events.index(("tandem", "decode-0 exited with status 4 before it was ready; its last lines:"))
-    assert shown.events[failure + 1] == ("decode-0", "no such model")
+    assert shown.events[-1] == ("tandem", "decode-0 exited with status 4 before it was ready: no such model")
+    assert ("prefill-0", "drained") not in shown.events
+
+
+async def test_a_stack_is_not_announced_before_the_router_has_a_session_with_every_worker() -> None:
+    shown, announced = Recorder(), list[str]()
+    workers = spec("prefill-0", WORKER), spec("decode-0", WORKER)
+
+    def stop_when_looked_at_often(name: str, text: str) -> None:
+        if all(("phase", "weights", "0.5") in [event[1:] for event in shown.events if event[0] == each.name]
+               for each in workers) and shown.events.count(("router", "listed")) > 5:  # fmt: skip
+            os.kill(os.getpid(), signal.SIGINT)
+
+    shown.on_line = stop_when_looked_at_often
+    await run_stack(stack(*workers, connected=["prefill-0"]), shown, TIMEOUT_S, lambda: announced.append("announced"))
+    assert announced == []
+    ready = [event[0] for event in shown.events if event[1:3] == ("phase", "ready")]
+    assert ready == ["prefill-0"]
+
+
+async def test_a_stack_whose_first_request_fails_is_not_announced() -> None:
+    shown, announced = Recorder(), list[str]()
+    status = await run_stack(
+        stack(spec("decode-0", WORKER), status=500), shown, TIMEOUT_S, lambda: announced.append("announced")
+    )
+    assert (status, announced) == (1, [])
+    assert shown.events[-1] == ("tandem", "the first request failed: 500: no")
+
+
+def test_the_last_words_are_the_end_of_a_traceback_or_the_message_of_a_record() -> None:
+    assert last_words(["Traceback", "  in f", "ValueError: no", "", " "]) == "ValueError: no"
+    assert last_words(["19:14:00.447 ERROR services.worker.process: cannot start: no"]) == "cannot start: no"
+    assert last_words(['{"message": "broke", "exception": "Traceback\\nValueError: no\\n"}']) == "broke: ValueError: no"
+    assert last_words(["[1]"]) == "[1]"
+    assert last_words([]) == ""
 
 
 async def test_a_stack_that_does_not_become_ready_in_time_is_stopped() -> None:
@@ -237,7 +292,7 @@ async def test_a_child_is_pinned_to_its_cores() -> None:
     child = Child(spec("decode-0", "import os; print(sorted(os.sched_getaffinity(0)))", cores=(core,)), shown)
     with pytest.raises(ChildFailed):
         await child.run()
-    assert shown.events == [("decode-0", f"[{core}]")]
+    assert shown.events[1:] == [("decode-0", f"[{core}]")]
 
 
 async def test_long_and_unfinished_lines_come_through() -> None:
@@ -245,7 +300,7 @@ async def test_long_and_unfinished_lines_come_through() -> None:
     child = Child(spec("decode-0", "print('x' * 200_000); print('end', end='')"), shown)
     with pytest.raises(ChildFailed):
         await child.run()
-    assert shown.events == [("decode-0", "x" * 200_000), ("decode-0", "end")]
+    assert shown.events[1:] == [("decode-0", "x" * 200_000), ("decode-0", "end")]
 
 
 @needs_linux

@@ -12,9 +12,9 @@ import pytest
 
 from services.logs import (
     configure_logging,
-    parse_progress,
+    parse_phase,
     parse_ready,
-    report_progress,
+    report_phase,
     report_ready,
     request_scope,
 )
@@ -99,21 +99,42 @@ def test_level_drops_what_is_below_it() -> None:
     assert stream.getvalue() == ""
 
 
-def test_progress_is_reported_to_a_launcher_only(
+def test_a_text_log_tells_of_single_requests_only_when_they_fail_or_at_debug() -> None:
+    for format, level, shown in (("text", "info", 2), ("text", "debug", 4), ("json", "info", 4)):
+        log, stream = logged(format, level)
+        with request_scope("r1"):
+            log.info("served")
+            log.warning("failed")
+        log.info("served", extra={"request_id": "r2"})
+        log.info("of no request")
+        assert len(stream.getvalue().splitlines()) == shown, (format, level)
+
+
+def test_phases_are_reported_to_a_launcher_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("TANDEM_LAUNCHER", raising=False)
-    report_progress(0.5)
+    report_phase("importing")
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("TANDEM_LAUNCHER", "1")
-    report_progress(0.5, "weights\n")
+    report_phase("importing")
+    report_phase("weights\n", 0.5)
     report_ready(grpc="127.0.0.1:1")
-    progress, ready = capsys.readouterr().err.splitlines()
-    assert parse_progress(progress) == (0.5, "weights\\n")
+    importing, weights, ready = capsys.readouterr().err.splitlines()
+    assert parse_phase(importing) == ("importing", None)
+    assert parse_phase(weights) == ("weights\\n", 0.5)
     assert parse_ready(ready) == {"grpc": "127.0.0.1:1"}
 
 
-def test_other_lines_are_neither_progress_nor_ready() -> None:
-    for line in ("hello", "TANDEM-PROGRESS", "TANDEM-PROGRESS x", "TANDEM-READY [", "TANDEM-READY []", ""):
-        assert parse_progress(line) is None
+def test_other_lines_are_neither_phase_nor_ready() -> None:
+    for line in (
+        "hello",
+        "TANDEM-PHASE",
+        "TANDEM-PHASE x y",
+        "TANDEM-PHASE -",
+        "TANDEM-READY [",
+        "TANDEM-READY []",
+        "",
+    ):
+        assert parse_phase(line) is None
         assert parse_ready(line) is None

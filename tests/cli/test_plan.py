@@ -125,7 +125,7 @@ def test_secrets_are_in_no_arguments() -> None:
     assert not any("hunter2" in argument for spec in (*stack.workers, stack.router) for argument in spec.argv)
     assert router_of(stack.router).api_key == ("hunter2",)
     assert not any("TANDEM_API_KEY" in spec.environ for spec in stack.workers)
-    assert stack.needs_key
+    assert stack.api_key == "hunter2"
 
 
 def test_a_place_decides_threads_and_gpu_share_unless_the_user_does() -> None:

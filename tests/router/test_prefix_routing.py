@@ -252,6 +252,16 @@ async def test_a_decision_is_explained_without_the_prompt(make_worker, sentence)
         assert secret not in response.text
 
 
+async def test_the_workers_that_the_router_can_use_are_listed(make_worker, sentence):
+    decode, records = make_worker(), prefill_records(sentence)[:1]
+    async with running_router(RouterConfig(), decode, extra_records=records) as running, client(running) as http:
+        workers = (await http.get("/debug/workers")).json()["workers"]
+    assert {worker["worker_id"]: (worker["role"], worker["connected"], worker["draining"]) for worker in workers} == {
+        decode.worker_id: ("decode", True, False),
+        "prefill-a": ("prefill", True, False),
+    }
+
+
 async def test_retries_and_refusals_are_explained_too(make_worker):
     busy, free = make_worker(failing(pb.ERROR_CODE_OVERLOADED)), make_worker(load=pb.Load(num_running=5))
     config = RouterConfig(reconnect_max_s=0.2)

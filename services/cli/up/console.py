@@ -1,4 +1,4 @@
-"""Shows what `tandem up` does: one log stream with a prefix per process, and the loading of models.
+"""Shows what `tandem up` does: how far each process is with its start, and one log stream with a prefix per process.
 
 Logs go to standard error; standard output gets the URL alone, when there is something to ask.
 """
@@ -7,30 +7,34 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import Protocol, TextIO
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, TextIO
 
+if TYPE_CHECKING:
+    from rich.text import Text
+
+_PHASE_WIDTH = len("waiting for workers")
+READY = "ready"
+"""The last phase of a start."""
 _COLORS = (36, 35, 33, 32, 34, 96, 95, 93, 92, 94)  # not red: that is for errors
 
 
 class Display(Protocol):
-    """Takes the supervised processes' output."""
+    """Takes what the supervised processes and the launcher say."""
 
     def line(self, name: str, text: str) -> None:
         """A line of a process's output, or of the launcher's own."""
 
-    def progress(self, name: str, fraction: float, what: str) -> None:
-        """The process has done `fraction` (0 to 1) of its start."""
-
-    def ready(self, name: str) -> None:
-        """The process serves."""
+    def phase(self, name: str, phase: str, fraction: float | None = None, about: str = "") -> None:
+        """The process is in this phase of its start, and has done `fraction` (0 to 1) of it; `about` says more."""
 
     def settled(self) -> None:
-        """All processes serve, or the start has failed: no progress from here on."""
+        """The start is over, well or not: what comes are lines."""
 
 
-def make_display(names: Sequence[str], json_lines: bool, stream: TextIO = sys.stderr) -> Display:
+def make_display(names: Sequence[str], json_lines: bool, stream: TextIO) -> Display:
     """The display for these processes: JSON lines, a terminal's, or plain text."""
     if json_lines:
         return JsonDisplay(stream)
@@ -51,11 +55,8 @@ class WhileRead:
     def line(self, name: str, text: str) -> None:
         self._show(lambda shown: shown.line(name, text))
 
-    def progress(self, name: str, fraction: float, what: str) -> None:
-        self._show(lambda shown: shown.progress(name, fraction, what))
-
-    def ready(self, name: str) -> None:
-        self._show(lambda shown: shown.ready(name))
+    def phase(self, name: str, phase: str, fraction: float | None = None, about: str = "") -> None:
+        self._show(lambda shown: shown.phase(name, phase, fraction, about))
 
     def settled(self) -> None:
         self._show(lambda shown: shown.settled())
@@ -70,29 +71,26 @@ class WhileRead:
 
 
 class PlainDisplay:
-    """`prefill-0 | …`; progress in quarters."""
+    """`prefill-0 | …`; a line per phase, and one per quarter of it."""
 
     def __init__(self, names: Sequence[str], stream: TextIO) -> None:
         self._width = max((len(name) for name in names), default=0)
         self._stream = stream
-        self._quarters: dict[str, int] = {}
+        self._quarters: dict[str, tuple[str, int]] = {}  # by process: its phase and the quarters of it that were shown
 
     def line(self, name: str, text: str) -> None:
         self._stream.write(f"{name:<{self._width}} | {text}\n")
         self._stream.flush()
 
-    def progress(self, name: str, fraction: float, what: str) -> None:
-        quarter = int(fraction * 4)
-        if quarter > self._quarters.get(name, 0):
-            self._quarters[name] = quarter
-            self.line(name, f"{what}: {quarter * 25} %")
-
-    def ready(self, name: str) -> None:
-        self._quarters.pop(name, None)
-        self.line(name, "ready")
+    def phase(self, name: str, phase: str, fraction: float | None = None, about: str = "") -> None:
+        quarter = int((fraction or 0) * 4)
+        if self._quarters.get(name) == (phase, quarter):
+            return
+        self._quarters[name] = phase, quarter
+        self.line(name, phase + (f": {quarter * 25} %" if quarter else "") + (f": {about}" if about else ""))
 
     def settled(self) -> None:
-        self._quarters.clear()
+        """Nothing to take down."""
 
 
 class JsonDisplay:
@@ -110,11 +108,13 @@ class JsonDisplay:
             entry = {"message": text}
         self._write({"process": name} | entry)
 
-    def progress(self, name: str, fraction: float, what: str) -> None:
-        self._write({"process": name, "message": what, "progress": fraction})
-
-    def ready(self, name: str) -> None:
-        self._write({"process": name, "message": "ready"})
+    def phase(self, name: str, phase: str, fraction: float | None = None, about: str = "") -> None:
+        entry: dict[str, object] = {"process": name, "message": phase}
+        if fraction is not None:
+            entry["progress"] = fraction
+        if about:
+            entry["about"] = about
+        self._write(entry)
 
     def settled(self) -> None:
         """Nothing to take down."""
@@ -124,50 +124,67 @@ class JsonDisplay:
         self._stream.flush()
 
 
+@dataclass
+class _Row:
+    """How far one process is. `since_s`, `ended_s`: when its start began and, once it serves, ended."""
+
+    phase: str = "starting"
+    fraction: float | None = None
+    about: str = ""
+    since_s: float = field(default_factory=time.monotonic)
+    ended_s: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return (time.monotonic() if self.ended_s is None else self.ended_s) - self.since_s
+
+
 class TerminalDisplay:
-    """Coloured prefixes, and below them a progress bar for each process until it serves."""
+    """Lines with coloured prefixes and, below them, a table that lives: one row for each process that starts."""
 
     def __init__(self, names: Sequence[str], stream: TextIO) -> None:
         # Here and not above: a plain log must not cost the import.
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+        from rich.live import Live
 
         self._width = max((len(name) for name in names), default=0)
         self._colors = {name: _COLORS[index % len(_COLORS)] for index, name in enumerate(names)}
         self._console = Console(file=stream, highlight=False, markup=False, soft_wrap=True)
-        self._bars = Progress(
-            TextColumn("{task.fields[process]}"),
-            BarColumn(),
-            TextColumn("{task.fields[what]}"),
-            TimeElapsedColumn(),
-            console=self._console,
-            transient=True,
+        self._rows: dict[str, _Row] = {}
+        self._live = Live(
+            get_renderable=self._table, console=self._console, redirect_stdout=False, redirect_stderr=False
         )
-        self._tasks: dict[str, TaskID] = {}
         self._settled = False
 
     def line(self, name: str, text: str) -> None:
         from rich.text import Text
 
-        prefix = f"{name:<{self._width}} | "
-        if "NO_COLOR" not in os.environ:
-            prefix = f"\x1b[{self._colors.get(name, 0)}m{prefix}\x1b[0m"
-        self._console.print(Text.from_ansi(prefix + text))
+        self._console.print(Text.from_ansi(self._prefix(name, " | ") + text))
 
-    def progress(self, name: str, fraction: float, what: str) -> None:
+    def phase(self, name: str, phase: str, fraction: float | None = None, about: str = "") -> None:
         if self._settled:
+            self.line(name, f"{phase}: {about}" if about else phase)
             return
-        if name not in self._tasks:
-            self._bars.start()
-            self._tasks[name] = self._bars.add_task("", total=1.0, process=f"{name:<{self._width}}", what=what)
-        self._bars.update(self._tasks[name], completed=fraction, what=what)
-
-    def ready(self, name: str) -> None:
-        if name in self._tasks and not self._settled:
-            self._bars.update(self._tasks[name], completed=1.0, what="ready")
-        else:
-            self.line(name, "ready")
+        row = self._rows.setdefault(name, _Row())
+        row.phase, row.fraction, row.about = phase, fraction, about or row.about
+        row.ended_s = time.monotonic() if phase == READY else None
+        self._live.start(refresh=True)
 
     def settled(self) -> None:
+        """Leaves the table as it stands."""
         self._settled = True
-        self._bars.stop()
+        self._live.stop()
+
+    def _prefix(self, name: str, separator: str) -> str:
+        text = f"{name:<{self._width}}{separator}"
+        return text if "NO_COLOR" in os.environ else f"\x1b[{self._colors.get(name, 0)}m{text}\x1b[0m"
+
+    def _table(self) -> Text:
+        from rich.text import Text
+
+        rows = []
+        for name, row in self._rows.items():
+            done = "" if row.fraction is None else f"{row.fraction:.0%}"
+            facts = f"{row.phase:<{_PHASE_WIDTH}} {done:>4}  {row.seconds:5.1f} s  {row.about}"
+            rows.append(Text.from_ansi(self._prefix(name, " | ") + facts))
+        return Text("\n", no_wrap=True, overflow="ellipsis").join(rows)

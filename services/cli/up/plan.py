@@ -18,6 +18,7 @@ from services.decode.config import DecodeConfig
 from services.logs import LAUNCHER_VARIABLE
 from services.prefill.config import PrefillConfig
 from services.router.config import RouterConfig
+from services.router.tenants import split_key
 from services.settings import (
     ENVIRONMENT_PREFIX,
     Given,
@@ -153,9 +154,17 @@ def plan_stack(
         host=router.host,
         port=port,
         has_tls=bool(router.ssl_certfile),
-        needs_key=bool(router.api_key),
         served_model_name=(decode.served_model_name or (served_model_name,))[0],
+        api_key=split_key(router.api_key[0])[1] if router.api_key else "",
+        worker_prefix=worker_prefix,
+        first_prompt_words=_first_prompt_words(decode, any(role == "prefill" for role, _ in roles)),
     )
+
+
+def _first_prompt_words(decode: DecodeConfig, has_prefill: bool) -> int:
+    """Enough for a prompt that a prefill worker computes, where there is one: more than decode workers take on."""
+    wanted = decode.local_prefill_max_tokens + decode.block_size if has_prefill else 1
+    return min(wanted, decode.max_model_len // 2) if decode.max_model_len else wanted
 
 
 def _store(
@@ -187,6 +196,12 @@ def _store(
 
 def num_workers(config: UpConfig) -> int:
     return len(_roles(config))
+
+
+def process_names(config: UpConfig) -> list[str]:
+    """Everybody who may say something, the launcher first."""
+    workers = [f"{role}-{index}" for role, index in _roles(config)]
+    return ["tandem", "redis", "router", *workers, *(f"store-{index}" for index in range(config.stores))]
 
 
 def _roles(config: UpConfig) -> list[tuple[str, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,14 @@ class Stack:
     host: str
     port: int
     has_tls: bool
-    needs_key: bool
     served_model_name: str
     stores: tuple[ChildSpec, ...] = ()
+    api_key: str = field(default="", repr=False)
+    """One that the router takes; empty where it asks for none."""
+    worker_prefix: str = ""
+    """Stands before a process's name in the registry."""
+    first_prompt_words: int = 1
+    """Length of a prompt that takes the way of most, in tokens at least."""
 
     @property
     def reachable_host(self) -> str:

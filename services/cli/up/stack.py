@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import ssl
 from collections.abc import Callable, Sequence
 
 from services.cli.embedded_redis import EmbeddedRedis
-from services.cli.up.console import Display
+from services.cli.up.ask import RequestFailed, connected_workers, send_first_request
+from services.cli.up.console import READY, Display
 from services.cli.up.private_redis import keep_redis
 from services.cli.up.spec import Stack
 from services.cli.up.supervise import Child, ChildFailed
 
 _READY_RETRY_S = 0.2
-_HTTP_TIMEOUT_S = 5.0
 
 
 async def run_stack(
@@ -24,7 +23,7 @@ async def run_stack(
     announce: Callable[[], None],
     redis: EmbeddedRedis | None = None,
 ) -> int:
-    """Starts the processes, calls `announce` when the router is ready, keeps them running until a signal, stops them.
+    """Starts the processes, calls `announce` when one request has gone through, runs until a signal, stops them.
 
     `redis` is the private server, if there is one; it is kept running, too, and closed last. Returns the exit status:
     1 if the stack did not come up.
@@ -44,31 +43,30 @@ async def _run(stack: Stack, display: Display, startup_timeout_s: float, announc
     workers = [Child(spec, display) for spec in (*stack.workers, *stack.stores)]
     stop = _catch_signals([router, *workers], display)
     running = [asyncio.create_task(child.run(), name=child.spec.name) for child in [router, *workers]]
-    starting = asyncio.create_task(_started(stack, router, workers), name="start")
+    waiting = list(workers)
+    starting = asyncio.create_task(_started(stack, router, waiting, display), name="start")
     stopped = asyncio.create_task(stop.wait(), name="stop")
-    status = 0
+    failure = ""
     try:
         if await _reached(starting, stopped, running, startup_timeout_s):
             display.settled()
             announce()
             await _reached(stopped, stopped, running, None)
-    except ChildFailed as failure:
-        display.settled()
-        status = 1
-        display.line("tandem", f"{failure}; its last lines:")
-        for line in failure.lines:
-            display.line(failure.name, line)
+    except (ChildFailed, RequestFailed) as error:
+        failure = str(error)
     except TimeoutError:
-        waiting = [worker.spec.name for worker in workers if not worker.ready.is_set()] or ["the router's GET /ready"]
-        status = 1
-        display.line("tandem", f"not ready within {startup_timeout_s:g} s (--startup-timeout-s): {', '.join(waiting)}")
+        late = ", ".join(worker.spec.name for worker in waiting) or "the first request"
+        failure = f"not ready within {startup_timeout_s:g} s (--startup-timeout-s): {late}"
     finally:
         display.settled()
         for task in (starting, stopped):
             task.cancel()
+        for child in (router, *workers):
+            child.is_muted = bool(failure)  # whatever the others say at their end, the reason was said before
         await _stop_in_order(router, workers)
         await asyncio.gather(*running, starting, stopped, return_exceptions=True)
-    return status
+    display.line("tandem", failure or "stopped")
+    return 1 if failure else 0
 
 
 async def _reached(
@@ -86,29 +84,23 @@ async def _reached(
     return goal in done
 
 
-async def _started(stack: Stack, router: Child, workers: Sequence[Child]) -> None:
-    """Returns when the workers serve and the router knows them."""
-    await asyncio.gather(*(worker.ready.wait() for worker in workers))
-    # The router says when it listens, not when it has found its workers: so it must be asked.
-    while not await is_ready(stack):  # noqa: ASYNC110
-        await asyncio.sleep(_READY_RETRY_S)
-    router.ready.set()
+async def _started(stack: Stack, router: Child, waiting: list[Child], display: Display) -> None:
+    """Returns when the workers serve, the router has a session with each, and one request has gone through.
 
-
-async def is_ready(stack: Stack) -> bool:
-    """Whether the router's GET /ready answers 200."""
-    context = ssl._create_unverified_context() if stack.has_tls else None  # our own router, on this machine
-    try:
-        async with asyncio.timeout(_HTTP_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(stack.reachable_host, stack.port, ssl=context)
-            try:
-                writer.write(b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                status_line = await reader.readline()
-            finally:
-                writer.close()
-    except (OSError, TimeoutError):
-        return False
-    return status_line.split()[1:2] == [b"200"]
+    Takes the workers that are ready off the list.
+    """
+    await router.ready.wait()
+    while waiting:
+        connected = await connected_workers(stack)
+        for worker in list(waiting):
+            if worker.ready.is_set() and stack.worker_prefix + worker.spec.name in connected:
+                display.phase(worker.spec.name, READY, about=worker.about)
+                waiting.remove(worker)
+        if waiting:
+            await asyncio.sleep(_READY_RETRY_S)
+    display.phase(router.spec.name, "first request")
+    await send_first_request(stack)
+    display.phase(router.spec.name, READY)
 
 
 async def _stop_in_order(router: Child, workers: Sequence[Child]) -> None:

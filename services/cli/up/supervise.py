@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import re
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.cli.up.console import Display
+from services.cli.up.console import READY, Display
 from services.cli.up.spec import ChildSpec
-from services.logs import parse_progress, parse_ready
+from services.logs import parse_phase, parse_ready
 
 _SHIM = str(Path(__file__).with_name("child.py"))
 _MAX_LINE_BYTES = 1 << 20
@@ -29,13 +31,28 @@ _LAST_OUTPUT_S = 2.0
 STABLE_S = 60.0
 """A process that has run for so long before it died starts again with the shortest pause."""
 
+_LOG_PREFIX = re.compile(r"\d\d:\d\d:\d\d\.\d{3} [A-Z]+ [\w.]+: ")
+
 
 class ChildFailed(Exception):
-    """A process ended before it ever served."""
+    """A process ended before it ever served; the message has its last words."""
 
-    def __init__(self, name: str, status: int, lines: list[str]) -> None:
-        super().__init__(f"{name} {describe_exit(status)} before it was ready")
-        self.name, self.status, self.lines = name, status, lines
+    def __init__(self, name: str, status: int, last_words: str) -> None:
+        super().__init__(f"{name} {describe_exit(status)} before it was ready: {last_words or 'it said nothing'}")
+        self.name, self.status = name, status
+
+
+def last_words(lines: Iterable[str]) -> str:
+    """The last thing that a process said: the message of its log record, or the end of its traceback."""
+    said = next((line.strip() for line in reversed(list(lines)) if line.strip()), "")
+    try:
+        entry = json.loads(said)
+    except ValueError:
+        return _LOG_PREFIX.sub("", said, count=1)
+    if not isinstance(entry, dict):
+        return said
+    exception = str(entry.get("exception", "")).strip().splitlines()
+    return ": ".join([str(entry.get("message", "")), *exception[-1:]])
 
 
 def restart_delay_s(num_failures: int) -> float:
@@ -59,6 +76,9 @@ class Child:
     display: Display
     delay_s: Callable[[int], float] = restart_delay_s
     ready: asyncio.Event = field(default_factory=asyncio.Event)
+    about: str = ""
+    """What it says of itself once it serves: its page, and for a worker what it computes with."""
+    is_muted: bool = False
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _process: asyncio.subprocess.Process | None = None
     _lines: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
@@ -77,7 +97,7 @@ class Child:
             if self._stopping.is_set():
                 return
             if not self.ready.is_set():
-                raise ChildFailed(self.spec.name, status, list(self._lines))
+                raise ChildFailed(self.spec.name, status, last_words(self._lines))
             num_failures = 1 if time.monotonic() - started_s > STABLE_S else num_failures + 1
             pause_s = self.delay_s(num_failures)
             self.display.line(self.spec.name, f"{describe_exit(status)}; starting it again in {pause_s:g} s")
@@ -126,6 +146,7 @@ class Child:
         finally:
             os.close(write_end)
         self._process = process
+        self.display.phase(self.spec.name, "starting")
         if self._stopping.is_set():  # stop() came while it started, and found nothing to stop
             _kill_group(process)
         output = asyncio.create_task(self._read_all(read_end), name=f"read {self.spec.name}")
@@ -151,15 +172,19 @@ class Child:
                 transport.close()
 
     def _read(self, line: str) -> None:
-        progress = parse_progress(line)
-        if progress is not None:
-            self.display.progress(self.spec.name, *progress)
-        elif parse_ready(line) is not None:
+        phase, facts = parse_phase(line), parse_ready(line)
+        if phase is not None:
+            self.display.phase(self.spec.name, *phase)
+        elif facts is not None:
+            page = f"http://{facts['http']}" if "http" in facts else ""
+            self.about = ", ".join(filter(None, [page, str(facts.get("about", ""))]))
+            if self.ready.is_set():  # again; of the first time the launcher speaks, once the router knows it
+                self.display.phase(self.spec.name, READY, about=self.about)
             self.ready.set()
-            self.display.ready(self.spec.name)
         else:
             self._lines.append(line)
-            self.display.line(self.spec.name, line)
+            if not self.is_muted:
+                self.display.line(self.spec.name, line)
 
 
 def _kill_group(process: asyncio.subprocess.Process) -> None:

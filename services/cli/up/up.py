@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 
 from services.cli.config import DEMO_MODEL, UpConfig
+from services.cli.up.console import Display, WhileRead, make_display
 from services.cli.up.example import curl_line, example_request
 from services.cli.up.placement import available_cores, available_gpus, place_workers
-from services.cli.up.plan import check_forwarded, check_offloading, num_workers, plan_stack, up_settings
+from services.cli.up.plan import check_forwarded, check_offloading, num_workers, plan_stack, process_names, up_settings
 from services.cli.up.spec import Stack
+from services.decode.config import DecodeConfig
 from services.machine import available_memory_bytes
-from services.settings import SettingsError, build_settings, collect_settings, make_parser, refuse
+from services.router.config import RouterConfig
+from services.settings import Given, SettingsError, build_settings, collect_settings, make_parser, refuse
 
 _DESCRIPTION = (
     "Serves a model on this machine: a private Redis, prefill and decode workers, and a router, each a process of its "
@@ -29,7 +32,6 @@ class StartFailed(Exception):
 
 def main(argv: Sequence[str]) -> int:
     """Runs until SIGINT, SIGTERM or SIGHUP; returns the exit status."""
-
     parser = make_parser(up_settings(), prog="tandem up", description=_DESCRIPTION)
     try:
         given = collect_settings(up_settings(), argv, os.environ, parser)
@@ -39,43 +41,61 @@ def main(argv: Sequence[str]) -> int:
         check_offloading(config, decode, available_memory_bytes())
     except SettingsError as error:
         refuse(parser.prog, error)
-    # Here and not above: --help must not pay for them.
+    display = WhileRead(make_display(process_names(config), config.log_format == "json", sys.stderr))
+    display.line("tandem", f"starting {name}: {described(config)}")
+    try:
+        return _start(config, given, model, name, router, decode, display)
+    except StartFailed as error:
+        display.line("tandem", str(error))
+        return 1
+    except KeyboardInterrupt:  # before or after the time when signals are events
+        display.line("tandem", "stopped")
+        return 0
+
+
+def _start(
+    config: UpConfig,
+    given: Mapping[str, Given],
+    model: str,
+    name: str,
+    router: RouterConfig,
+    decode: DecodeConfig,
+    display: Display,
+) -> int:
+    """Runs the stack. Raises StartFailed."""
+    # Here and not above: neither --help nor the first line must wait for them.
     import asyncio
 
     from kvstore.errors import RedisServerError
     from services.cli.embedded_redis import EmbeddedRedis
     from services.cli.redis_probe import RedisUnusable, redis_version
-    from services.cli.up.console import WhileRead, make_display
     from services.cli.up.stack import run_stack
 
     with ExitStack() as cleanup:
+        port = claim_port(router.host, router.port)
         try:
-            port = claim_port(router.host, router.port)
             if config.redis:
                 redis_version(config.redis)
             redis = None if config.redis else cleanup.enter_context(EmbeddedRedis.start())
-            placements = place_workers(
-                num_workers(config),
-                available_cores() if config.pin else [],
-                [] if decode.device == "cpu" else available_gpus(),
-            )
-            stack = plan_stack(
-                config,
-                given,
-                model=model,
-                served_model_name=name,
-                redis=redis.url if redis else config.redis,
-                port=port,
-                placements=placements,
-                environ=os.environ,
-                worker_prefix="" if redis else f"{socket.gethostname()}-",
-            )
-        except (StartFailed, RedisServerError, RedisUnusable) as error:
-            print(f"tandem up: {error}", file=sys.stderr)
-            return 1
-        names = ["tandem", "redis", stack.router.name, *(spec.name for spec in (*stack.workers, *stack.stores))]
-        display = WhileRead(make_display(names, config.log_format == "json"))
-        announce = partial(print_example, stack, model)
+        except (RedisServerError, RedisUnusable) as error:
+            raise StartFailed(str(error)) from error
+        placements = place_workers(
+            num_workers(config),
+            available_cores() if config.pin else [],
+            [] if decode.device == "cpu" else available_gpus(),
+        )
+        stack = plan_stack(
+            config,
+            given,
+            model=model,
+            served_model_name=name,
+            redis=redis.url if redis else config.redis,
+            port=port,
+            placements=placements,
+            environ=os.environ,
+            worker_prefix="" if redis else f"{socket.gethostname()}-",
+        )
+        announce = partial(print_example, stack, config, model)
         return asyncio.run(run_stack(stack, display, config.startup_timeout_s, announce, redis))
 
 
@@ -105,14 +125,17 @@ def claim_port(host: str, port: int) -> int:
         raise StartFailed(f"cannot listen on {host}:{port}: {error}; choose another port with --port") from error
 
 
-def print_example(stack: Stack, model: str) -> None:
+def described(config: UpConfig) -> str:
+    """What there will be, in a few words."""
+    num_prefill = num_workers(config) - config.decode
+    parts = [f"{num_prefill} prefill", f"{config.decode} decode"]
+    if config.stores:
+        parts.append("1 store node" if config.stores == 1 else f"{config.stores} store nodes")
+    return ", ".join(parts)
+
+
+def print_example(stack: Stack, config: UpConfig, model: str) -> None:
     """The URL, and a request to try, on standard output."""
-    url = stack.url
-    num_prefill = sum(1 for spec in stack.workers if spec.name.startswith("prefill"))
-    print(f"\nTandem serves {stack.served_model_name} at {url}/v1", end=" ")
-    counts = f"{num_prefill} prefill, {len(stack.workers) - num_prefill} decode"
-    if stack.stores:
-        counts += f", {len(stack.stores)} store nodes" if len(stack.stores) > 1 else ", 1 store node"
-    print(f"({counts}; Ctrl-C stops it). Try:\n")
+    print(f"\nTandem serves {stack.served_model_name} at {stack.url}/v1 ({described(config)}; Ctrl-C stops it). Try:\n")
     path, body = example_request(stack.served_model_name, model)
-    print(curl_line(url, path, body, stack.needs_key) + "\n", flush=True)
+    print(curl_line(stack.url, path, body, bool(stack.api_key)) + "\n", flush=True)

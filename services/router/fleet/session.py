@@ -197,7 +197,7 @@ class WorkerSession:
                 f"registered is {self.record.incarnation!r}"
             )
         self.connected = True
-        log.info("session with decode worker %s is up", self.record.worker_id)
+        log.debug("session with decode worker %s is up", self.record.worker_id)
         self._on_frame(frame)
 
     async def _read_frames(self, frames: AsyncIterator[pb.SessionFrame]) -> None:
@@ -235,7 +235,7 @@ class WorkerSession:
 
     def _lose(self, reason: str) -> None:
         if self._closing.is_set():
-            log.info("session with decode worker %s is closed", self.record.worker_id)
+            log.debug("session with decode worker %s is closed", self.record.worker_id)
         elif self.connected:
             log.warning(
                 "session with decode worker %s lost with %d requests: %s", self.record.worker_id, self.num_live, reason

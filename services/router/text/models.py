@@ -219,7 +219,7 @@ class ModelDirectory:
             except BaseException as error:  # the tokenizers library panics with one that is no Exception
                 self._failed(source, error, pause_s)
             else:
-                log.info("model %s: tokenizer loaded, %d tokens", source.model_path, files.vocab_size)
+                log.debug("model %s: tokenizer loaded, %d tokens", source.model_path, files.vocab_size)
                 self._files[source] = files
                 break
             await asyncio.sleep(pause_s)

@@ -21,6 +21,7 @@ from services.engine.native.model.kernel_transformer import KernelTransformer
 from services.engine.native.model.linear import compute_dtype
 from services.engine.native.model.transformer import Transformer
 from services.engine.native.model.weights import WeightReader, check_tensors, find_model, open_checkpoint, stored_dtype
+from services.logs import detail_level
 
 _logger = logging.getLogger(__name__)
 
@@ -149,7 +150,9 @@ def load_model(
             int8 = quantization == "int8"
             computation = KernelTransformer(library, torch.get_num_threads(), config, reader, int8=int8)
     path = ComputePath("torch" if library is None else library.name, quantization, reason)
-    _logger.info("computing with %s%s", reason, "" if quantization == "none" else f", {quantization} weights")
+    _logger.log(
+        detail_level(), "computing with %s%s", reason, "" if quantization == "none" else f", {quantization} weights"
+    )
     fingerprint = builder.finish(config, resolved, quantization)
     longest = max_model_len or longest
     return LoadedModel(directory, config, resolved, str(target), fingerprint, longest, computation, path)
