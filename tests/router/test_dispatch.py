@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from pathlib import Path
 
 import grpc
 import httpx
@@ -17,6 +18,7 @@ from services.router.edge import GenerateEndpoint
 from services.router.edge.access import AccessRecord
 from services.router.fleet.session import WorkerSession
 from services.router.openai import CompletionBody, CompletionRenderer, plan_completion
+from services.router.text import ModelTokenizer
 from tests.router.fake_worker import FakeWorker, Script, endless, failing, permit
 from tests.router.harness import running_router, until
 
@@ -357,6 +359,28 @@ async def test_a_worker_that_leaves_the_registry_finishes_what_it_has(make_worke
         running.membership.set()
         assert (await asking).status_code == 200
         await until(lambda: running.parts.workers.num_sessions_up == 0)
+
+
+async def test_of_two_tokenizers_of_one_name_no_worker_gets_the_other_s_tokens(make_worker, fallback_directory):
+    class Revised(FakeWorker):
+        """Of another revision: other weights, another tokenizer."""
+
+        def record(self, role="decode"):
+            return msgspec.structs.replace(super().record(role), model_fingerprint="cd34")
+
+    old = make_worker()
+    new = [Revised(old.reply, model_path=str(fallback_directory)) for _ in range(2)]
+    tokens = {path: ModelTokenizer(Path(path)).encode(["x"], True)[0] for path in (old.model_path, new[0].model_path)}
+    async with running_router(CONFIG, old, *new) as running, client(running) as http:
+        for _ in range(4):
+            assert (await http.post("/v1/completions", json=BODY)).status_code == 200
+        assert (len(old.requests), sum(len(worker.requests) for worker in new)) == (0, 4)
+        running.membership.set(old.record(), new[0].record())
+        running.membership.set(old.record())
+        assert (await http.post("/v1/completions", json=BODY)).status_code == 200
+    for worker in (old, *new):
+        assert all(list(order.prompt_token_ids) == tokens[worker.model_path] for order in worker.requests)
+    assert len(old.requests) == 1
 
 
 async def test_a_draining_worker_gets_nothing_new(make_worker):

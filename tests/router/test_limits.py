@@ -115,7 +115,8 @@ async def test_orders_that_a_worker_does_not_read_are_bounded(make_worker, monke
     session.connected = True  # and nobody takes its orders
 
     def submit():
-        session.submit(pb.GenerateRequest(prompt_token_ids=[100_000] * 1000), sink=None)
+        order = pb.GenerateRequest(prompt_token_ids=[100_000] * 1000)
+        session.submit(pb.SessionRequest(generate=order), sink=None)
 
     for _ in range(4):
         submit()

@@ -69,6 +69,14 @@ async def test_among_several_models_the_client_must_choose(directory, model_dire
     assert (caught.value.status, caught.value.param) == (400, "model")
 
 
+async def test_a_client_that_names_no_model_may_come_back_while_none_is_served(directory, model_directory):
+    for records in ((), (record(model_directory),), ()):
+        directory.follow(records)
+        with pytest.raises(ApiError) as caught:
+            directory.get(None)
+        assert (caught.value.status, caught.value.retry_after_s) == (503, 2)
+
+
 async def test_prefill_workers_alone_serve_nothing(directory, model_directory):
     worker = FakeWorker(endless([300]), model_path=str(model_directory))
     directory.follow((worker.record("prefill"),))

@@ -22,7 +22,9 @@ USER = {"role": "user", "content": "hi"}
 def served(directory, **defaults) -> ServedModel:
     files = load_model_files(ModelSource(str(directory), str(directory)), "", use_defaults=False)
     files.sampling_defaults.update(defaults)
-    return ServedModel("tiny", files, max_model_len=256, created_unix_s=0, root=str(directory))
+    return ServedModel(
+        "tiny", files, max_model_len=256, created_unix_s=0, root=str(directory), fingerprints=frozenset()
+    )
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,8 @@ class GenerateEndpoint(Generic[B]):
             cache_salt = tenant.salt(cache_salt)
         # A prompt whose own log probabilities are wanted is computed afresh, whoever holds it.
         reuses = not request.sampling.HasField("prompt_logprobs")
-        spaces = parts.placer.spaces(plan.model.name) if reuses else []
+        versions = plan.model.fingerprints
+        spaces = parts.placer.spaces(plan.model.name, versions) if reuses else []
         blocks = await parts.prefixes.find(plan.prompts, cache_salt, spaces)
         num_prompt_tokens = parts.metrics.for_model(plan.model.name).prompt_tokens
 
@@ -161,7 +162,7 @@ class GenerateEndpoint(Generic[B]):
                 num_prompt_tokens.inc(len(plan.prompts[prompt]))
             order = plan.order(index, parts.config.request_timeout_s, cache_salt)
             key = routing_key(plan.prompts[prompt], cache_salt)
-            return Ask(name_of(tenant), plan.request_id, index, order, blocks[prompt], key)
+            return Ask(name_of(tenant), plan.request_id, index, order, versions, blocks[prompt], key)
 
         return make_ask
 

@@ -192,11 +192,10 @@ class Dispatch:
             return None
 
     def _send(self, sequence: _Sequence, placement: Placement) -> None:
-        order = pb.GenerateRequest()
-        order.CopyFrom(sequence.ask.order)
-        self._placer.fill_order(order, placement)
+        message = pb.SessionRequest(generate=sequence.ask.order)  # a copy: the next attempt needs the bare order
+        self._placer.fill_order(message.generate, placement)
         session = self._workers.session(*placement.decode_key)
-        sequence.handle = session.submit(order, sequence)
+        sequence.handle = session.submit(message, sequence)
         sequence.session = session
         sequence.placement = placement
         sequence.awaits_prefill = True

@@ -54,6 +54,8 @@ class Ask:
     """Of the HTTP request, which may have several sequences."""
     index: int
     order: pb.GenerateRequest
+    fingerprints: Collection[str]
+    """Of the model's weights: of workers with others, which a rollout gave the same name, none may get it."""
     blocks: PromptBlocks
     key: bytes
 
@@ -98,12 +100,12 @@ class Placer:
         self._state = PolicyState()
         self._recent = RecentPrefixes()
 
-    def spaces(self, model: str) -> list[BlockSpace]:
-        """The block spaces of the workers that serve the model; usually one."""
+    def spaces(self, model: str, fingerprints: Collection[str]) -> list[BlockSpace]:
+        """The block spaces of the workers that serve the model in one of these versions; usually one."""
         found = [
             BlockSpace(record.model_fingerprint, record.block_size)
             for record in self._workers.records
-            if model in record.served_model_names
+            if model in record.served_model_names and record.model_fingerprint in fingerprints
         ]
         return list(dict.fromkeys(found))
 
@@ -111,13 +113,13 @@ class Placer:
         self, ask: Ask, exclude: Collection[str], *, attempt: int = 1, retried_after: str = ""
     ) -> Placement | Refusal:
         """Chooses workers. Nothing is counted before `sent`."""
-        spaces = {space.model_fingerprint: space for space in self.spaces(ask.order.model)}
+        spaces = {space.model_fingerprint: space for space in self.spaces(ask.order.model, ask.fingerprints)}
         prefixes = {fingerprint: self._known(ask, space) for fingerprint, space in spaces.items()}
         cost = CostModel(self._workers.rates(next(iter(spaces), "")))
         request = RoutedRequest(ask.order.model, len(ask.order.prompt_token_ids), ask.key, prefixes)
         decision = choose(
             request,
-            self._workers.decode_candidates(),
+            [each for each in self._workers.decode_candidates() if each.model_fingerprint in spaces],
             self._workers.prefill_candidates(),
             exclude,
             policy=self._policy,

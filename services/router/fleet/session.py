@@ -96,18 +96,18 @@ class WorkerSession:
         num_taken = -(-self._num_tokens_since_load // self.record.block_size)
         return max(self.load.num_free_blocks - num_taken, 0)
 
-    def submit(self, request: pb.GenerateRequest, sink: OutputSink) -> int:
-        """Sends the order; returns the handle that names it here. Raises SessionDown, SessionFull."""
+    def submit(self, message: pb.SessionRequest, sink: OutputSink) -> int:
+        """Sends the order in `message`; returns the handle that names it here. Raises SessionDown, SessionFull."""
         if not self.connected:
             raise SessionDown(f"decode worker {self.record.worker_id} is not connected")
         if self._outbox_bytes >= MAX_OUTBOX_BYTES:
             raise SessionFull(f"{self._outbox_bytes} bytes of orders wait for decode worker {self.record.worker_id}")
         handle = self._next_handle()
-        request.handle = handle
+        message.generate.handle = handle
         self._live[handle] = sink
         self._num_sent_since_load += 1
-        self._num_tokens_since_load += len(request.prompt_token_ids)
-        self._send(pb.SessionRequest(generate=request))
+        self._num_tokens_since_load += len(message.generate.prompt_token_ids)
+        self._send(message)
         return handle
 
     def abort(self, handle: int, reason: str) -> None:

@@ -53,6 +53,8 @@ class ServedModel:
     max_model_len: int
     created_unix_s: int
     root: str
+    fingerprints: frozenset[str]
+    """Of the workers that `files` belong to: the model is theirs, whoever else serves the name."""
 
     @property
     def tokenizer(self) -> ModelTokenizer:
@@ -170,6 +172,8 @@ class ModelDirectory:
     def get(self, name: str | None) -> ServedModel:
         """The model that a client asks for; None is the only one there is. Raises ApiError."""
         if name is None:
+            if not self._models:
+                raise unavailable("No model can be served at the moment. Try again later.")
             if len({id(model.files) for model in self._models.values()}) == 1:
                 return self._models[self.names()[0]]
             raise invalid("you must provide a model parameter", "model")
@@ -240,25 +244,36 @@ class ModelDirectory:
         )
 
     def _rebuild(self) -> None:
-        known, self._models = self._models, {}
+        serving: dict[str, list[tuple[WorkerRecord, ModelFiles]]] = {}
         for record in self._records:
             files = self._files.get(self._source(record))
             if files is None:
                 continue
             for name in record.served_model_names:
-                if self._only and name not in self._only:
-                    continue
-                before, other = known.get(name), self._models.get(name)
-                self._models[name] = ServedModel(
-                    name=name,
-                    files=other.files if other else files,
-                    max_model_len=min(record.max_model_len, other.max_model_len if other else record.max_model_len),
-                    created_unix_s=before.created_unix_s if before else int(time.time()),
-                    root=record.model_path,
-                )
+                if not self._only or name in self._only:
+                    serving.setdefault(name, []).append((record, files))
+        known = self._models
+        self._models = {name: _served(name, workers, known.get(name)) for name, workers in serving.items()}
         self._files = {source: files for source, files in self._files.items() if source in self._wanted}
         for name in self._models:
             self._were_served.pop(name, None)
             self._were_served[name] = None
         while len(self._were_served) > _MAX_REMEMBERED_NAMES:
             del self._were_served[next(iter(self._were_served))]
+
+
+def _served(name: str, workers: list[tuple[WorkerRecord, ModelFiles]], before: ServedModel | None) -> ServedModel:
+    """The model of a name. Of several tokenizers, as within a rollout, that of most workers, then of the newest."""
+    by_tokenizer: dict[bytes, list[tuple[WorkerRecord, ModelFiles]]] = {}
+    for record, files in workers:
+        by_tokenizer.setdefault(files.tokenizer.digest, []).append((record, files))
+    ours = max(by_tokenizer.values(), key=lambda pairs: (len(pairs), max(pair[0].incarnation for pair in pairs)))
+    records = [record for record, _ in ours]
+    return ServedModel(
+        name=name,
+        files=ours[0][1],
+        max_model_len=min(record.max_model_len for record in records),
+        created_unix_s=before.created_unix_s if before else int(time.time()),
+        root=records[0].model_path,
+        fingerprints=frozenset(record.model_fingerprint for record in records),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -96,8 +97,10 @@ class ModelTokenizer:
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.special_tokens = _special_tokens(directory)
         self.eos_token_id: int | None = self._tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
-        definition = json.loads(self._tokenizer.to_str())
-        kinds = _kinds(definition.get("decoder"))
+        definition = self._tokenizer.to_str()
+        self.digest = hashlib.sha256(definition.encode()).digest()
+        """Equal where texts become the same tokens."""
+        kinds = _kinds(json.loads(definition).get("decoder"))
         self._is_byte_level = "ByteLevel" in kinds
         self._has_byte_tokens = "ByteFallback" in kinds
         self._word_mark = "▁" if {"Metaspace", "Replace"} & kinds else ""
