@@ -32,6 +32,7 @@ from services.settings import SettingsError
 from services.worker.assembly import Assembly, Role, Seams, WorkerParts, assemble, served_names
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread, StepListener
+from services.worker.pool_pages import pool_backed
 
 log = logging.getLogger(__name__)
 
@@ -236,8 +237,9 @@ async def _serve(
                 log.log(detail_level(), text, parts.worker_id, record.grpc_address, record.http_address)
                 report_phase("registered")
                 report_ready(http=record.http_address, about=_about(engine))
-                if not await _has_ended(stop.wait(), parts.thread):
-                    return 1
+                with pool_backed(engine.memory, parts.threads):
+                    if not await _has_ended(stop.wait(), parts.thread):
+                        return 1
                 log.log(detail_level(), "%s drains for at most %g s", parts.worker_id, config.drain_timeout_s)
                 await worker.server.set_draining()
                 registrar.update(msgspec.structs.replace(record, draining=True))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.native.kernels.library import Epilogue, KernelLibrary, Workspace
-from services.engine.native.kernels.projection import Projection
+from services.engine.native.model.projection import Projection
 from tests.kernels.conftest import Libraries
 
 ROWS = [1, 2, 5, 11, 12, 13, 16, 17, 31, 32, 33, 64, 75]

@@ -62,8 +62,8 @@ def distributions(log: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """What each service has loaded when it is ready, all started at once."""
+def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What `python -X importtime` says of each service until it is ready, all started at once."""
     directory = tmp_path_factory.mktemp("loaded")
     environ = {**os.environ, LAUNCHER_VARIABLE: "1"}
     with EmbeddedRedis.start() as redis:
@@ -73,12 +73,11 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
             with (directory / name).open("w") as log:
                 processes[name] = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
         try:
-            logs = {name: wait_ready(process, directory / name) for name, process in processes.items()}
+            return {name: wait_ready(process, directory / name) for name, process in processes.items()}
         finally:
             for process in processes.values():
                 process.kill()
                 process.wait()
-    return {name: distributions(log) for name, log in logs.items()}
 
 
 def wait_ready(process: subprocess.Popen[bytes], log: Path) -> str:
@@ -91,8 +90,19 @@ def wait_ready(process: subprocess.Popen[bytes], log: Path) -> str:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_service_loads_what_its_extra_installs_and_nothing_else(loaded: dict[str, set[str]], name: str) -> None:
-    assert loaded[name] == SERVICES[name][1]
+def test_a_service_loads_what_its_extra_installs_and_nothing_else(logs: dict[str, str], name: str) -> None:
+    assert distributions(logs[name]) == SERVICES[name][1]
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+def test_a_worker_on_a_cpu_does_not_load_torchs_compiler(logs: dict[str, str], name: str) -> None:
+    """It takes as long to import as all the rest of torch."""
+    assert "torch._dynamo" not in logs[name]
+
+
+def test_the_trial_of_the_kernels_does_not_load_torch() -> None:
+    """It is a process of its own, which each worker waits for."""
+    assert loaded_by("import services.engine.native.kernels.self_check") == {"numpy"}
 
 
 def loaded_by(code: str) -> set[str]:

@@ -2,6 +2,18 @@
 
 Implements the port, services.engine.api; a step is schedule, run, postprocess."""
 
-from services.engine.native.engine import Engine
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from services.engine.native.engine import Engine
 
 __all__ = ["Engine"]
+
+
+def __getattr__(name: str) -> object:
+    """Import the engine, and torch with it, when somebody asks for it: the kernels are tried in a process without."""
+    if name != "Engine":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from services.engine.native.engine import Engine
+
+    return Engine

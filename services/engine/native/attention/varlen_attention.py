@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from services.engine.native.attention.attention import Attention, AttentionStep, GatherAttention, store
 from services.engine.native.attention.forward import ForwardBatch
@@ -24,17 +23,28 @@ class VarlenAttention:
 
     def __init__(self, windows: Sequence[int | None]) -> None:
         """`windows[layer]` is the number of keys that a token sees there, itself included; None: all."""
+        # Here and not above: torch's compiler comes along, which takes longer to import than all that a CPU needs.
+        from torch.nn.attention.varlen import varlen_attn
+
         self._windows = tuple(windows)
+        self._attend: Callable[..., Tensor | tuple[Tensor, Tensor]] = varlen_attn
 
     def begin(self, batch: ForwardBatch, kv_cache: Tensor) -> AttentionStep:
         """Put what the layers of one step share on the device."""
-        return _VarlenStep(self._windows, batch, kv_cache)
+        return _VarlenStep(self._windows, self._attend, batch, kv_cache)
 
 
 class _VarlenStep:
-    def __init__(self, windows: Sequence[int | None], batch: ForwardBatch, kv_cache: Tensor) -> None:
+    def __init__(
+        self,
+        windows: Sequence[int | None],
+        attend: Callable[..., Tensor | tuple[Tensor, Tensor]],
+        batch: ForwardBatch,
+        kv_cache: Tensor,
+    ) -> None:
         device, block_size = kv_cache.device, kv_cache.shape[4]
         self._windows = windows
+        self._attend = attend
         self._cache = kv_cache
         self._slots = (batch.slot_mapping // block_size, batch.slot_mapping % block_size)
         self._block_tables = batch.block_tables
@@ -51,7 +61,7 @@ class _VarlenStep:
         """Let each query `[T, num_heads, head_dim]` see its sequence up to itself."""
         window = self._windows[layer]
         keys, values = self._cache[:, layer].unbind(1)  # each [num_blocks, num_kv_heads, block_size, head_dim]
-        attended = varlen_attn(
+        attended = self._attend(
             q.contiguous(),
             keys.transpose(1, 2),
             values.transpose(1, 2),

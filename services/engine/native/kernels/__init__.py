@@ -1,7 +1,8 @@
-"""The C kernels: built at install, chosen by the processor, checked before use."""
+"""The C kernels: built at install, chosen by the processor, checked before use. No torch."""
 
 from services.engine.native.kernels.choice import choose_kernels
 from services.engine.native.kernels.library import (
+    PANEL_COLUMNS,
     AppendCall,
     AttentionCall,
     Epilogue,
@@ -9,20 +10,20 @@ from services.engine.native.kernels.library import (
     KernelLibrary,
     Layer,
     Stage,
+    Weights,
     Workspace,
 )
-from services.engine.native.kernels.projection import MAX_INT8_DEPTH, Projection
 
 __all__ = [
-    "MAX_INT8_DEPTH",
+    "PANEL_COLUMNS",
     "AppendCall",
     "AttentionCall",
     "Epilogue",
     "ForwardCall",
     "KernelLibrary",
     "Layer",
-    "Projection",
     "Stage",
+    "Weights",
     "Workspace",
     "choose_kernels",
 ]

@@ -21,7 +21,7 @@ def open_host_tier(kv_cache: Tensor, memory: BlockMemory, num_slots: int) -> Hos
     shape = (num_slots, memory.block_bytes)
     copier: BlockCopier
     if kv_cache.device.type == "cpu":
-        slots = allocate_kv_cache(shape, torch.uint8, kv_cache.device)
+        slots = allocate_kv_cache(shape, torch.uint8, kv_cache.device).zero_()
         copier = MemoryCopier(kv_cache, slots)
     else:
         slots = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)

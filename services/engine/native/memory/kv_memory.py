@@ -16,12 +16,11 @@ _BLOCKS_AT_ONCE = 16  # bounds what digesting allocates on the device
 
 
 def allocate_kv_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros of `shape`; on CPU aligned to 2 MiB, and owned by the tensor."""
+    """Return zeros of `shape`; on CPU aligned to 2 MiB, owned by the tensor, backed as they are used."""
     if device.type != "cpu":
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
     num_bytes = torch.Size(shape).numel() * dtype.itemsize
-    raw = np.empty(num_bytes + _ALIGNMENT_BYTES, dtype=np.uint8)
-    raw.fill(0)  # touches every page: memory that is not there is missed now, and no step waits for page faults
+    raw = np.zeros(num_bytes + _ALIGNMENT_BYTES, dtype=np.uint8)
     skip = -raw.ctypes.data % _ALIGNMENT_BYTES
     return torch.from_numpy(raw[skip : skip + num_bytes]).view(dtype).view(tuple(shape))
 

@@ -18,18 +18,17 @@ from torch import Tensor
 from services.engine.model_config import ModelConfig, UnsupportedModel
 from services.engine.native.attention import ForwardBatch
 from services.engine.native.kernels import (
-    MAX_INT8_DEPTH,
     AppendCall,
     AttentionCall,
     Epilogue,
     ForwardCall,
     KernelLibrary,
     Layer,
-    Projection,
     Stage,
     Workspace,
 )
 from services.engine.native.model.layers import DecoderLayer, read_decoder
+from services.engine.native.model.projection import MAX_INT8_DEPTH, Projection
 from services.engine.native.model.rope import inverse_frequencies
 from services.engine.native.model.weights import WeightReader
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from services.engine.native.kernels.library import PANEL_COLUMNS, Epilogue, KernelLibrary, Weights, Workspace
+from services.engine.native.kernels import PANEL_COLUMNS, Epilogue, KernelLibrary, Weights, Workspace
 
 # In int8, sums of unsigned activations (up to 255) times weights (up to 127) must fit 32 bits.
 MAX_INT8_DEPTH: Final = 2**31 // (255 * 127)
