@@ -1,6 +1,6 @@
 """Measures how often the demo model recalls, by prompt length, number type and kind of prompt.
 
-    python deploy/demo_model/measure.py --model deploy/demo_model/tandem-demo --num-prompts 100
+    python deploy/demo_model/measure.py --model services/cli/demo_model/tandem-demo --num-prompts 100
 
 Greedy decoding through transformers, one prompt at a time, on the CPU. The prompts are those of `recall.py`, which
 training never sees.

@@ -1,6 +1,6 @@
 """Trains the demo model: a small Qwen3 that recalls codes stated anywhere in its prompt.
 
-    python deploy/demo_model/train.py --output deploy/demo_model/tandem-demo
+    python deploy/demo_model/train.py --output services/cli/demo_model/tandem-demo
 
 All text is made here, from the words in `recall.py` and a seed. Each training sequence states many facts and then asks
 for many of them, so that most of the loss falls on tokens that only attention to a distant fact can predict. Sequences

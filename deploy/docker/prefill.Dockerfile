@@ -66,7 +66,7 @@ ENTRYPOINT ["tandem", "prefill"]
 FROM runtime AS model-none
 
 FROM runtime AS model-demo
-COPY deploy/demo_model/tandem-demo /models/tandem-demo
+COPY services/cli/demo_model/tandem-demo /models/tandem-demo
 
 # hadolint ignore=DL3006
 FROM model-${MODEL}

@@ -23,7 +23,7 @@ from kvstore.transport.nixl_agent import AgentThread, Remote
 from kvstore.transport.nixl_pool import PoolAddress
 
 if TYPE_CHECKING:
-    from nixl_cu12._api import nixl_agent
+    from nixl_cu13._api import nixl_agent
 
 logger = logging.getLogger(__name__)
 
@@ -182,8 +182,8 @@ def _import_nixl() -> type[nixl_agent]:
     os.environ.setdefault("UCX_RCACHE_MAX_UNRELEASED", "1024")
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
     try:
-        from nixl_cu12._api import nixl_agent
+        from nixl_cu13._api import nixl_agent
     except (ImportError, OSError) as error:
-        raise TransportError(f"nixl cannot be loaded (pip install tandem[nixl]): {error}") from error
+        raise TransportError(f"nixl cannot be loaded (pip install tandem-serve[nixl]): {error}") from error
     agent_class: type[nixl_agent] = nixl_agent
     return agent_class

@@ -28,8 +28,8 @@ from kvstore.errors import ReadFailed, TransportError
 from kvstore.transport.nixl_pool import PoolAddress, all_blocks, memory_kind
 
 if TYPE_CHECKING:
-    from nixl_cu12._api import nixl_agent, nixl_prepped_dlist_handle, nixl_xfer_handle
-    from nixl_cu12._bindings import nixlRegDList
+    from nixl_cu13._api import nixl_agent, nixl_prepped_dlist_handle, nixl_xfer_handle
+    from nixl_cu13._bindings import nixlRegDList
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class AgentThread:
             self._revive()
 
     def _create_agent(self) -> None:
-        from nixl_cu12._api import nixl_agent_config
+        from nixl_cu13._api import nixl_agent_config
 
         memory, tokens = self._memory, self._tokens
         name = f"{self._role}-{os.getpid()}-{time.time_ns()}"  # a name that was used before confuses peers

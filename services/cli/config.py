@@ -7,8 +7,7 @@ from pathlib import Path
 
 from services.settings import Settings, setting
 
-DEMO_MODEL = Path(__file__).parents[2] / "deploy" / "demo_model" / "tandem-demo"
-"""Present in a checkout, absent from an installed wheel."""
+DEMO_MODEL = Path(__file__).parent / "demo_model" / "tandem-demo"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tests.engine_model.paged_run import PagedRun, Sequenced
 from tests.hf_models import random_prompts, reference_logits, write_model
 
 _ROOT = Path(__file__).parents[2]
-_DEMO = _ROOT / "deploy/demo_model/tandem-demo"
+_DEMO = _ROOT / "services/cli/demo_model/tandem-demo"
 _BLOCK_SIZE = 32
 _MAX_ANSWER_TOKENS = 16
 # What is computed with: name of the row, and settings of `load_model`.

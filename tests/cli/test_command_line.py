@@ -100,7 +100,7 @@ def test_a_model_may_be_a_directory_or_a_hub_name(tmp_path: Path) -> None:
 
 
 def test_the_example_suits_the_model(tmp_path: Path) -> None:
-    path, body = example_request("tandem-demo", "deploy/demo_model/tandem-demo")
+    path, body = example_request("tandem-demo", "services/cli/demo_model/tandem-demo")
     assert (path, body["temperature"]) == ("/v1/completions", 0)
     assert "What is the code of" in str(body["prompt"])
     assert example_request("m", str(tmp_path))[0] == "/v1/completions"

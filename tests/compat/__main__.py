@@ -27,7 +27,7 @@ from tests.compat import aiperf_bench, guidellm_bench, lm_eval_scores, vllm_benc
 from tests.compat.load import Load, Measure, Target
 from tests.compat.tool import REPOSITORY, Tool, ToolFailed
 
-TOKENIZER = REPOSITORY / "deploy" / "demo_model" / "tandem-demo"
+TOKENIZER = REPOSITORY / "services" / "cli" / "demo_model" / "tandem-demo"
 LOAD = Load(num_requests=40, rate=2, prompt_tokens=100, output_tokens=32)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from deploy.demo_model import recall
 
-MODEL_DIR = Path(__file__).resolve().parents[2] / "deploy" / "demo_model" / "tandem-demo"
+MODEL_DIR = Path(__file__).resolve().parents[2] / "services" / "cli" / "demo_model" / "tandem-demo"
 MAX_SIZE_BYTES = 8_000_000
 
 

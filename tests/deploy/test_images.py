@@ -129,5 +129,5 @@ def test_images_without_an_engine_have_no_torch(images: dict[str, Image], role: 
         env={"PATH": os.defpath},
     )
     names = {line.partition("==")[0] for line in listed.stdout.splitlines()}
-    assert "tandem" in names
+    assert "tandem-serve" in names
     assert not names & {"torch", "transformers", "safetensors"}

@@ -15,7 +15,7 @@ from deploy.validate.promql import BUILT_IN, queries, recorded, selectors
 from tests.stack import Stack
 
 ROOT = Path(__file__).parents[2]
-DEMO_MODEL = ROOT / "deploy/demo_model/tandem-demo"
+DEMO_MODEL = ROOT / "services/cli/demo_model/tandem-demo"
 PROMPT = "The code of amber is 4711. " + "The code of cedar is 0952. " * 30 + "What is the code of amber?"
 # Series of these begin with what one hopes not to see.
 EVENT_LABELS = frozenset({"status"})

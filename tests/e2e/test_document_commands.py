@@ -16,7 +16,7 @@ from tests.stack import Stack
 
 pytestmark = pytest.mark.timeout(400)
 
-DEMO_MODEL = ROOT / "deploy" / "demo_model" / "tandem-demo"
+DEMO_MODEL = ROOT / "services" / "cli" / "demo_model" / "tandem-demo"
 ROUTER = "127.0.0.1:8000"
 WORKER = "127.0.0.1:9100"
 """Where the documents say that the router and a decode worker's HTTP port are."""

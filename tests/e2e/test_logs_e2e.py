@@ -15,7 +15,7 @@ from tests.stack import Stack
 
 pytestmark = pytest.mark.timeout(400)
 
-DEMO_MODEL = Path(__file__).parents[2] / "deploy" / "demo_model" / "tandem-demo"
+DEMO_MODEL = Path(__file__).parents[2] / "services" / "cli" / "demo_model" / "tandem-demo"
 MARKER = "xylophone-marmalade-7741"
 TOKEN_IDS = [211, 97, 305, 118, 402, 266, 173, 350]
 KEY, WRONG_KEY = "sk-tandem-quartz-secret", "sk-wrong-but-somebodys-secret"

@@ -17,14 +17,14 @@ from tests.stack import Stack
 
 pytestmark = pytest.mark.timeout(400)
 
-DEMO = Path(__file__).parents[2] / "deploy" / "demo_model"
-MODEL = DEMO / "tandem-demo"
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "services" / "cli" / "demo_model" / "tandem-demo"
 NUM_PROMPTS = 50
 MAX_ANSWER_TOKENS = 16
 
 
 def load_recall() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recall", DEMO / "recall.py")
+    spec = importlib.util.spec_from_file_location("recall", ROOT / "deploy" / "demo_model" / "recall.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -19,7 +19,7 @@ from kvstore.transport.nixl_agent import AgentThread
 from kvstore.transport.nixl_pool import PoolAddress
 from tests.store_node.store_world import LAYOUT, PATIENT, until
 
-pytest.importorskip("nixl_cu12")
+pytest.importorskip("nixl_cu13")
 
 
 class Nixl:

@@ -16,14 +16,14 @@ from services.cli.embedded_redis import EmbeddedRedis
 from services.logs import LAUNCHER_VARIABLE, parse_ready
 
 ROOT = Path(__file__).parents[2]
-DEMO_MODEL = ROOT / "deploy" / "demo_model" / "tandem-demo"
+DEMO_MODEL = ROOT / "services" / "cli" / "demo_model" / "tandem-demo"
 WORKER = ("--model", str(DEMO_MODEL), "--num-gpu-blocks-override", "128", "--num-threads", "1")
 TIMEOUT_S = 120.0
 
 # What others load if it is there, and do without: redis, fastapi and torch do, uvicorn chooses among some, a .pth file
 # loads one at every start. Where torch computes, and not our kernels, it loads sympy.
 OPTIONAL = {
-    "cuda-bindings", "cuda-core", "cuda-pathfinder", "grpcio-tools", "h11", "httptools", "nixl-cu12", "nvidia-ml-py",
+    "cuda-bindings", "cuda-core", "cuda-pathfinder", "grpcio-tools", "h11", "httptools", "nixl-cu13", "nvidia-ml-py",
     "mpmath", "opentelemetry-api", "setuptools", "sympy", "wsproto",
 }  # fmt: skip
 HTTP = {
@@ -31,7 +31,7 @@ HTTP = {
     "pydantic_core", "sniffio", "starlette", "typing-inspection", "typing_extensions", "uvicorn", "uvloop",
 }  # fmt: skip
 EVERYBODY = HTTP | {"msgspec", "numpy", "redis"}
-BLOCKS = {"libucx-cu12", "libucxx-cu12", "librmm-cu12", "msgpack", "rapids-logger", "ucxx-cu12"}
+BLOCKS = {"libucx-cu13", "libucxx-cu13", "librmm-cu13", "msgpack", "rapids-logger", "ucxx-cu13"}
 ORDERS = {"grpcio", "grpcio-health-checking", "protobuf"}
 WORKERS = EVERYBODY | BLOCKS | ORDERS | {"safetensors", "torch", "tqdm"}
 
@@ -58,7 +58,7 @@ def distributions(log: str) -> set[str]:
     """The packages, other than ours, that a process loaded; `log` is of `python -X importtime`."""
     of = packages_distributions()
     modules = re.findall(r"^import time: .*\| +(\w+)\S*$", log, re.MULTILINE)
-    return {name for module in modules for name in of.get(module, ())} - OPTIONAL - {"tandem"}
+    return {name for module in modules for name in of.get(module, ())} - OPTIONAL - set(of["services"])
 
 
 @pytest.fixture(scope="module")

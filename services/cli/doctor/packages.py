@@ -27,7 +27,7 @@ def check_packages() -> list[Finding]:
             broken("python", platform.python_version(), "install Python 3.11 or later, then `make install`")
         )
     try:
-        requirements = [Requirement(line) for line in importlib.metadata.requires("tandem") or []]
+        requirements = [Requirement(line) for line in importlib.metadata.requires("tandem-serve") or []]
     except importlib.metadata.PackageNotFoundError:
         return [*findings, broken("packages", "tandem itself is not installed", "make install")]
     needed = {item.name: item for item in requirements if _is_needed(item)}
@@ -40,10 +40,10 @@ def check_packages() -> list[Finding]:
 
 
 def _check_nixl(requirements: list[Requirement]) -> list[Finding]:
-    complaints = [complaint for item in requirements if item.name == "nixl-cu12" and (complaint := _complaint(item))]
+    complaints = [complaint for item in requirements if item.name == "nixl-cu13" and (complaint := _complaint(item))]
     if not complaints:
         return []
-    return [worse("packages", f"{complaints[0]}: blocks can travel over ucxx only", "pip install 'tandem[nixl]'")]
+    return [worse("packages", f"{complaints[0]}: blocks can travel over ucxx only", "pip install 'tandem-serve[nixl]'")]
 
 
 def _is_needed(requirement: Requirement) -> bool:

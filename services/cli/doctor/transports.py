@@ -16,7 +16,7 @@ print(json.dumps({"version": ".".join(map(str, ucxx.get_ucx_version())), "info":
 
 _NIXL_PROBE = """
 import json
-from nixl_cu12._api import nixl_agent, nixl_agent_config
+from nixl_cu13._api import nixl_agent, nixl_agent_config
 agent = nixl_agent("tandem-doctor", nixl_agent_config(enable_prog_thread=False))
 print(json.dumps({"plugins": list(agent.get_plugin_list()), "memory": list(agent.get_plugin_mem_types("UCX"))}))
 """
@@ -70,7 +70,7 @@ def check_nixl() -> list[Finding]:
         said = probe(_NIXL_PROBE)
     except ProbeFailed as error:
         detail = f"does not load: {error}; blocks travel over ucxx"
-        return [worse("nixl", detail, "pip install 'tandem[nixl]'")]
+        return [worse("nixl", detail, "pip install 'tandem-serve[nixl]'")]
     kinds = {"DRAM_SEG": "host", "VRAM_SEG": "GPU"}
     memory = ", ".join(kinds[kind] for kind in said["memory"] if kind in kinds)
     return [good("nixl", f"UCX backend for {memory} memory")]

@@ -102,8 +102,6 @@ def _start(
 def choose_model(model: str) -> tuple[str, str]:
     """The model to load and the name to serve it under. Raises SettingsError where there is nothing to load."""
     if not model:
-        if not (DEMO_MODEL / "config.json").is_file():
-            raise SettingsError("--model is required: the demo model is part of a checkout, and this is not one")
         return str(DEMO_MODEL), DEMO_MODEL.name
     looks_like_path = model.startswith((".", "/", "~")) or os.path.isdir(model)
     path = os.path.expanduser(model)
