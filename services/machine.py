@@ -1,15 +1,28 @@
-"""Reads what this machine has and the control group leaves us: memory, processors, instructions.
+"""Reads what this machine has and the control group leaves us: memory, processors, instructions, GPUs.
 
-The only place that reads /proc and the control group's files. What cannot be known (not Linux) is 0, None or empty.
+The only place that reads /proc, the control group's files and the NVIDIA driver. What cannot be known (not Linux) is 0,
+None or empty.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
+_DEV = Path("/dev")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA device: its name for CUDA_VISIBLE_DEVICES, and its memory; 0 where the driver does not say."""
+
+    name: str
+    total_bytes: int = 0
+    free_bytes: int = 0
 
 
 def available_memory_bytes() -> int:
@@ -33,6 +46,32 @@ def cpu_quota() -> int | None:
 def processor_flags() -> frozenset[str]:
     """Return the abilities of the first processor that the system allows, in the kernel's words."""
     return frozenset((_field("cpuinfo", "flags") or _field("cpuinfo", "Features")).split())
+
+
+def gpus() -> list[Gpu]:
+    """Return the NVIDIA GPUs that CUDA_VISIBLE_DEVICES allows, else all. Neither torch nor CUDA is loaded."""
+    numbers = [path.name.removeprefix("nvidia") for path in _DEV.glob("nvidia[0-9]*")]
+    names = sorted((number for number in numbers if number.isdigit()), key=int)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names and visible is not None:
+        names = [name.strip() for name in visible.split(",") if name.strip() and name.strip() != "-1"]
+    return [_gpu(name) for name in names]
+
+
+def _gpu(name: str) -> Gpu:
+    """What the driver says of a GPU, by its number or its UUID."""
+    try:
+        import pynvml  # nvidia-ml-py, which comes with the transports
+    except ImportError:
+        return Gpu(name)
+    try:
+        pynvml.nvmlInit()
+        is_number = name.isdigit()
+        device = pynvml.nvmlDeviceGetHandleByIndex(int(name)) if is_number else pynvml.nvmlDeviceGetHandleByUUID(name)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(device)
+    except (pynvml.NVMLError, OSError):  # a driver that is broken, or hidden from this container
+        return Gpu(name)
+    return Gpu(name, int(memory.total), int(memory.free))
 
 
 def _field(file: str, name: str) -> str:

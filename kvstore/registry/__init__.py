@@ -2,11 +2,13 @@
 
 Also the session with Redis that the prefix index uses."""
 
+from kvstore.registry.probe import RegistryAway, redis_version
 from kvstore.registry.redis_session import (
     REDIS_FAILURES,
     ConnectionState,
     RedisSession,
     describe,
+    describe_url,
     open_client,
     raise_if_cancelled,
 )
@@ -19,9 +21,12 @@ __all__ = [
     "Membership",
     "RedisSession",
     "Registrar",
+    "RegistryAway",
     "WorkerRecord",
     "describe",
+    "describe_url",
     "new_incarnation",
     "open_client",
     "raise_if_cancelled",
+    "redis_version",
 ]

@@ -14,7 +14,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the settings, serve until told to stop, and return the exit status."""
     config = load_settings(DecodeConfig, argv, prog="tandem decode", description="Run one decode worker.")
     report_phase("importing")
-    # Imported after the settings are read: `--help` and a mistyped flag should not wait for torch.
+    # Imported after the settings are read: `--help` and a mistyped flag should not wait for torch, nor should a model
+    # that cannot be served.
+    from services.worker.start import can_start
+
+    if not can_start(config, "decode"):
+        return 2
     from services.decode.service import DecodeService
     from services.worker.process import run_worker
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from services.settings import Settings, SettingsError, setting
 
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+"""As `vllm serve` spells them."""
+
 
 @dataclass(frozen=True)
 class EngineConfig(Settings):

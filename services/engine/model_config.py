@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-DTYPES: Final = ("float32", "bfloat16", "float16")
+DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES: Final = tuple(DTYPE_BYTES)
 HIDDEN_ACTIVATIONS: Final = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh")
 
 Json = Mapping[str, object]
@@ -132,10 +133,26 @@ def read_config(directory: Path) -> ModelConfig:
 
     Raises `ModelNotFound` where there is no config.json, `UnsupportedModel` where it cannot be served.
     """
-    raw = read_json(directory / "config.json")
+    path = directory / "config.json"
+    raw = read_json(path)
     if raw is None:
-        raise ModelNotFound(f"{directory} has no config.json: it is not a model directory in HuggingFace format")
-    return parse_config(raw, read_json(directory / "generation_config.json"))
+        raise ModelNotFound(f"{directory} has no config.json: {_instead(directory)}")
+    generation = read_json(directory / "generation_config.json")
+    try:
+        return parse_config(raw, generation)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{path}: {error}") from error
+
+
+def _instead(directory: Path) -> str:
+    """What the directory is, if not a model for transformers, and what to do about it."""
+    if list(directory.glob("*.gguf")):
+        return "GGUF is not read; take the repository that it was made from"
+    if (directory / "adapter_config.json").is_file():
+        return "it is an adapter (LoRA), not a model; merge it into its base model"
+    if (directory / "params.json").is_file():
+        return "these are weights in their maker's own format; take the repository for transformers"
+    return "it is not the directory of a model for transformers; correct --model"
 
 
 def parse_config(raw: Json, generation: Json | None = None) -> ModelConfig:
@@ -144,7 +161,7 @@ def parse_config(raw: Json, generation: Json | None = None) -> ModelConfig:
     family = _FAMILIES[architecture]
     for name in _REFUSED_UNLESS_OFF:
         if raw.get(name) not in (None, False, 0, [], {}):
-            raise UnsupportedModel(f"config.json sets {name} to {raw[name]!r:.100}, which is not supported")
+            raise UnsupportedModel(_refusal(name, raw[name]))
     num_layers = _integer(raw, "num_hidden_layers")
     num_heads = _integer(raw, "num_attention_heads")
     hidden_size = _integer(raw, "hidden_size")
@@ -184,13 +201,23 @@ def parse_config(raw: Json, generation: Json | None = None) -> ModelConfig:
     )
 
 
+def _refusal(name: str, value: object) -> str:
+    if name not in ("quantization_config", "compression_config"):
+        return f"{name} {value!r:.100} is not supported; choose a model without it"
+    method = value.get("quant_method", "?") if isinstance(value, Mapping) else value
+    return (
+        f"weights quantized with {method!s:.40} ({name}) are not read; take the repository that they were made from "
+        "(--quantization int8 computes it in 8 bits, on CPUs)"
+    )
+
+
 def _architecture(raw: Json) -> str:
     names = raw.get("architectures")
     if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != 1:
-        raise UnsupportedModel(f"config.json must name one architecture under `architectures`, not {names!r:.100}")
+        raise UnsupportedModel(f"must name one architecture under `architectures`, not {names!r:.100}")
     if names[0] not in _FAMILIES:
         raise UnsupportedModel(
-            f"architecture {names[0]!r:.100} is not supported (only {', '.join(SUPPORTED_ARCHITECTURES)})"
+            f"architecture {names[0]!r:.100} is not supported; choose one of {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
     return str(names[0])
 
@@ -310,11 +337,11 @@ def _integer(raw: Json, name: str, default: int | None = None, *, null: int | No
     if value is None:
         value = null if name in raw and null is not None else default
     if value is None:
-        raise UnsupportedModel(f"config.json lacks {name}")
+        raise UnsupportedModel(f"lacks {name}")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise UnsupportedModel(f"config.json: {name} must be an integer of at least {minimum}, not {value!r:.100}")
+        raise UnsupportedModel(f"{name} must be an integer of at least {minimum}, not {value!r:.100}")
     return value
 
 
@@ -323,9 +350,9 @@ def _number(raw: Json, name: str, default: float | None = None) -> float:
     if value is None:
         value = default
     if value is None:
-        raise UnsupportedModel(f"config.json lacks {name}")
+        raise UnsupportedModel(f"lacks {name}")
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-        raise UnsupportedModel(f"config.json: {name} must be a number of at least 0, not {value!r:.100}")
+        raise UnsupportedModel(f"{name} must be a number of at least 0, not {value!r:.100}")
     return float(value)
 
 
@@ -334,7 +361,7 @@ def _boolean(raw: Json, name: str, default: bool) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise UnsupportedModel(f"config.json: {name} must be true or false, not {value!r:.100}")
+        raise UnsupportedModel(f"{name} must be true or false, not {value!r:.100}")
     return value
 
 
@@ -349,7 +376,7 @@ def read_json(path: Path) -> Json | None:
     try:
         value = json.loads(data)
     except ValueError as error:
-        raise UnsupportedModel(f"{path} is not JSON: {error}") from error
+        raise UnsupportedModel(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise UnsupportedModel(f"{path} must hold a JSON object")
     return value

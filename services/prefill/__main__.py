@@ -14,7 +14,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the settings, serve until told to stop, and return the exit status."""
     config = load_settings(PrefillConfig, argv, prog="tandem prefill", description="Run one prefill worker.")
     report_phase("importing")
-    # Imported after the settings are read: `--help` and a mistyped flag should not wait for torch.
+    # Imported after the settings are read: `--help` and a mistyped flag should not wait for torch, nor should a model
+    # that cannot be served.
+    from services.worker.start import can_start
+
+    if not can_start(config, "prefill"):
+        return 2
     from services.prefill.service import PrefillService
     from services.worker.process import run_worker
 

@@ -31,9 +31,11 @@ def load_settings(
         refuse(parser.prog, error)
 
 
-def refuse(prog: str, error: SettingsError) -> NoReturn:
-    """Ends the process with status 2 and the message."""
-    print(f"{prog}: error: {error}\nTry '{prog} --help'.", file=sys.stderr)
+def refuse(prog: str, error: Exception) -> NoReturn:
+    """Ends the process with status 2 and the message of an error that its operator can mend."""
+    print(f"{prog}: error: {error}", file=sys.stderr)
+    if isinstance(error, SettingsError):
+        print(f"Try '{prog} --help'.", file=sys.stderr)
     raise SystemExit(2) from error
 
 

@@ -19,11 +19,12 @@ import msgspec
 import uvloop
 
 import services
-from kvstore.errors import TransportError
+from kvstore.errors import RegistryError, TransportError
 from kvstore.exchange import Outside
 from kvstore.registry import Registrar, WorkerRecord, new_incarnation
 from services.engine import native
 from services.engine.api import Engine
+from services.engine.model_config import ModelError
 from services.grpc_orders import GrpcOrders, GrpcServer
 from services.logs import configure_logging, detail_level, report_phase, report_ready
 from services.node import DebugServer
@@ -33,6 +34,7 @@ from services.worker.assembly import Assembly, Role, Seams, WorkerParts, assembl
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread, StepListener
 from services.worker.pool_pages import pool_backed
+from services.worker.start import CANNOT_START
 
 log = logging.getLogger(__name__)
 
@@ -58,16 +60,15 @@ class WorkerService(StepListener, Protocol):
 
 
 def run_worker(config: WorkerConfig, role: Role, build: Callable[[WorkerParts], WorkerService]) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit status, 1 if the engine crashed."""
-    configure_logging(config.log_level, config.log_format, fields={"role": role, "worker_id": config.worker_id})
+    """Serve until SIGTERM or SIGINT; returns the exit status: 1 if the engine crashed, 2 if it could not start."""
     started_s = time.monotonic()
     try:
         num_threads = config.num_threads or len(os.sched_getaffinity(0))
         settings = dataclasses.replace(config, num_threads=num_threads)
         engine: Engine = native.Engine.from_config(settings, progress=partial(report_phase, "loading model"))
-    except SettingsError as error:
+    except (ModelError, SettingsError) as error:
         log.error("%s worker cannot start: %s", role, error)
-        return 1
+        return CANNOT_START
     log.log(
         detail_level(),
         "model %s (%s) loaded in %.1f s: %d blocks of %d tokens, %d more in main memory",
@@ -247,9 +248,9 @@ async def _serve(
                     return 1
             finally:
                 await registrar.close()
-    except (CannotListen, TransportError) as error:
+    except (CannotListen, RegistryError, TransportError) as error:
         log.error("%s worker cannot start: %s", role, error)
-        return 1
+        return CANNOT_START
     return 0
 
 

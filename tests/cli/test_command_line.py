@@ -14,7 +14,6 @@ import pytest
 from services.cli.main import main
 from services.cli.up import StartFailed, choose_model, claim_port
 from services.cli.up.example import curl_line, example_request
-from services.settings import SettingsError
 
 HEAVY = ("torch", "numpy", "fastapi", "uvicorn", "grpc", "google.protobuf", "redis", "ucxx", "rich", "yaml", "asyncio")
 
@@ -64,22 +63,18 @@ def test_up_refuses_a_misspelled_flag(capsys: pytest.CaptureFixture[str]) -> Non
     assert "--prefil is not a setting; did you mean --prefill?" in capsys.readouterr().err
 
 
-def test_a_taken_port_is_noticed_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text("{}")
+def test_a_taken_port_is_noticed_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert main(["up", "--model", str(tmp_path), "--port", str(port)]) == 1
+        assert main(["up", "--port", str(port)]) == 2
     assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
 
 
-def test_an_unreachable_redis_is_noticed_before_anything_starts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "config.json").write_text("{}")
+def test_an_unreachable_redis_is_noticed_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
     url = f"redis://:hunter2@127.0.0.1:{claim_port('127.0.0.1', 0)}/0"
-    assert main(["up", "--model", str(tmp_path), "--port", "0", "--redis", url]) == 1
+    assert main(["up", "--port", "0", "--redis", url]) == 2
     message = capsys.readouterr().err
     assert "Connection refused" in message
     assert "hunter2" not in message
@@ -95,8 +90,6 @@ def test_a_model_may_be_a_directory_or_a_hub_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert choose_model(str(tmp_path)) == (str(tmp_path), str(tmp_path))
     assert choose_model("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B")
-    with pytest.raises(SettingsError, match=r"has no config.json"):
-        choose_model("./no-such-model")
 
 
 def test_the_example_suits_the_model(tmp_path: Path) -> None:

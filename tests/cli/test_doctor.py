@@ -33,9 +33,13 @@ from services.cli.doctor.machine import (
 )
 from services.cli.doctor.model import check_model
 from services.cli.doctor.packages import check_packages
-from services.cli.doctor.registry import check_redis, without_password
+from services.cli.doctor.registry import check_redis
 from services.cli.doctor.transports import check_cross_memory_attach, check_rdma, ucx_resources
 from services.cli.up import claim_port
+from services.engine import check, checkpoint
+from services.engine.model_config import parse_config
+from services.hub import NotOnHub
+from tests.safetensors_files import write_weights
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -54,7 +58,7 @@ LLAMA = {
 def model_directory(path: Path, **changes: object) -> str:
     (path / "config.json").write_text(json.dumps(LLAMA | changes))
     (path / "tokenizer.json").write_text("{}")
-    (path / "model.safetensors").write_bytes(bytes(1 << 20))
+    write_weights(path, parse_config(LLAMA))
     return str(path)
 
 
@@ -80,7 +84,6 @@ def test_a_redis_that_does_not_answer_is_broken_and_its_password_stays_hidden() 
     assert finding.verdict is Verdict.BROKEN
     assert "hunter2" not in finding.detail + finding.remedy
     assert "--redis" in finding.remedy
-    assert without_password("redis://u:p@h:1/0") == "redis://h:1/0"
 
 
 def test_a_taken_port_is_broken_and_a_free_one_good() -> None:
@@ -96,7 +99,7 @@ def test_a_taken_port_is_broken_and_a_free_one_good() -> None:
 def test_a_model_directory_is_read_and_measured(tmp_path: Path) -> None:
     finding = only(check_model(model_directory(tmp_path)))
     assert finding.verdict is Verdict.GOOD
-    assert "1 MiB of weights, context 128" in finding.detail
+    assert "0 MiB of weights, context 128" in finding.detail
 
 
 def test_an_unsupported_architecture_is_broken_by_name(tmp_path: Path) -> None:
@@ -118,8 +121,29 @@ def test_a_directory_without_a_model_is_broken(tmp_path: Path) -> None:
     assert only(check_model(str(tmp_path))).verdict is Verdict.BROKEN
 
 
-def test_a_hub_name_is_worse_than_a_directory() -> None:
+def test_a_hub_name_is_worse_than_a_directory_and_broken_where_the_hub_does_not_give_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_directory(tmp_path)
+    monkeypatch.setattr(checkpoint, "fetch", lambda name, revision, patterns: tmp_path)
     assert only(check_model("Qwen/Qwen3-0.6B")).verdict is Verdict.WORSE
+
+    def fail(name: str, revision: str, patterns: object) -> Path:
+        raise NotOnHub(f"{name} is gated, and there is no token; give your token as HF_TOKEN")
+
+    monkeypatch.setattr(checkpoint, "fetch", fail)
+    finding = only(check_model("Qwen/Qwen3-0.6B"))
+    assert finding == broken("model", "Qwen/Qwen3-0.6B is gated, and there is no token", "give your token as HF_TOKEN")
+
+
+def test_a_model_that_does_not_fit_twice_is_told_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "available_memory_bytes", lambda: 1 << 10)
+    finding = check_model(model_directory(tmp_path))[1]
+    assert (finding.verdict, finding.subject) == (Verdict.WORSE, "model memory")
+    assert "2 workers need" in finding.detail
+    assert "--colocated" in finding.remedy
 
 
 def test_a_processor_without_bfloat16_is_told_to_use_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from safetensors import safe_open
 
 from services.cli.config import DEMO_MODEL, SizeConfig
 from services.cli.main import main
-from services.cli.size.sizing import Sizes, num_parameters, size
+from services.cli.size.sizing import Sizes, size
+from services.engine.checkpoint import num_parameters
 from services.engine.model_config import ModelConfig, parse_config, read_config
 from services.engine.native.model.model import load_model
 from tests.hf_models import FAMILIES, write_model
@@ -103,15 +104,29 @@ def test_the_table_and_the_json_say_the_same(capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     assert f"{expected.num_blocks_per_worker:,} blocks" in text
     assert "64 KiB" in text
-    assert main(["size", "--gpu-memory-bytes", "4MiB"]) == 0
-    assert "does not fit" in capsys.readouterr().out
+
+
+def test_a_model_that_does_not_fit_is_said_to_and_the_status_is_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["size", "--gpu-memory-bytes", "4MiB"]) == 1
+    assert "One request of full length does not fit: lower --max-model-len" in capsys.readouterr().out
+    assert main(["size", "--gpu-memory-bytes", "4MiB", "--max-model-len", "32"]) == 0
+    capsys.readouterr()
+    assert main(["size", "--gpu-memory-bytes", "2MiB"]) == 1
+    assert (
+        "The weights do not fit: they need 2.0 MiB, and a worker has 1.8 MiB (0.9 of 2 MiB)" in capsys.readouterr().out
+    )
+    assert main(["size", "--gpu-memory-bytes", "2MiB", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["fits"], told["weights_fit"]) == (False, False)
 
 
 def test_what_cannot_be_sized_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["size", "--model", str(tmp_path)]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        main(["size", "--model", str(tmp_path)])
     assert "has no config.json" in capsys.readouterr().err
     (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')
-    assert main(["size", "--model", str(tmp_path)]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        main(["size", "--model", str(tmp_path)])
     assert "MambaForCausalLM" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["size", "--bandwidth-gbit-per-s", "0"])

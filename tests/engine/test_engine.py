@@ -483,7 +483,7 @@ def test_the_pool_has_the_size_that_the_settings_say() -> None:
 
 
 def test_a_pool_too_small_for_one_full_request_is_refused_with_the_numbers() -> None:
-    with pytest.raises(SettingsError, match=r"2048 tokens need 64 KV blocks .* num_gpu_blocks_override gives 63"):
+    with pytest.raises(SettingsError, match=r"2048 tokens .* needs 64 KV blocks .*-override 63 holds 63"):
         choose_num_blocks(EngineConfig("m", num_gpu_blocks_override=63), 4096, 2048, "cpu")
 
 

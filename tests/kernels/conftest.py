@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from services.engine.cpu_kernels import REQUIRED_FLAGS
 from services.engine.native.kernels.build import SOURCES, compile_flags
-from services.engine.native.kernels.choice import REQUIRED_FLAGS, load_checked
+from services.engine.native.kernels.choice import load_checked
 from services.engine.native.kernels.library import KernelError, KernelLibrary
 from services.machine import processor_flags
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.engine.native.kernels.choice import REQUIRED_FLAGS
+from services.engine.cpu_kernels import REQUIRED_FLAGS
 from services.engine.native.kernels.library import KernelLibrary
 from tests.kernels.conftest import RUNNABLE, Libraries
 from tests.kernels.paged import LAYER, PagedCase

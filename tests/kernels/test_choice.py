@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from services.engine.native.kernels.choice import REQUIRED_FLAGS, choose
+from services.engine.cpu_kernels import REQUIRED_FLAGS
+from services.engine.native.kernels.choice import choose
 from services.engine.native.kernels.library import AttentionCall, KernelError, KernelLibrary
 from services.engine.native.kernels.self_check import check
 from tests.kernels.conftest import Libraries

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from services.engine.cpu_kernels import REQUIRED_FLAGS
 from services.engine.model_config import UnsupportedModel
-from services.engine.native.kernels.choice import REQUIRED_FLAGS, KernelChoice
+from services.engine.native.kernels.choice import KernelChoice
 from services.engine.native.model import linear, model
 from services.engine.native.model.model import LoadedModel, load_model
 from tests.engine_model.paged_run import PagedRun, Sequenced

@@ -42,6 +42,12 @@ def broken(subject: str, detail: str, remedy: str) -> Finding:
     return Finding(Verdict.BROKEN, subject, detail, remedy)
 
 
+def refused(subject: str, error: Exception) -> Finding:
+    """A message of ours as a finding: what and where, then, after the last semicolon, the remedy."""
+    detail, _, remedy = str(error).rpartition("; ")
+    return broken(subject, detail or remedy, remedy if detail else "")
+
+
 class ProbeFailed(Exception):
     """A probe crashed, hung, or said something else than JSON; the message is the last that it said."""
 

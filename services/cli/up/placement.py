@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.machine import cpu_quota
+from services.machine import cpu_quota, gpus
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,4 @@ def available_cores() -> list[Core]:
 
 def available_gpus() -> list[str]:
     """Lists the GPUs that CUDA_VISIBLE_DEVICES allows, else this machine's NVIDIA devices, by number."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [gpu.strip() for gpu in visible.split(",") if gpu.strip() and gpu.strip() != "-1"]
-    devices = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
-    return sorted((number for number in devices if number.isdigit()), key=int)
+    return [gpu.name for gpu in gpus()]

@@ -14,8 +14,10 @@ from services.cli.up.console import Display, WhileRead, make_display
 from services.cli.up.example import curl_line, example_request
 from services.cli.up.placement import available_cores, available_gpus, place_workers
 from services.cli.up.plan import check_forwarded, check_offloading, num_workers, plan_stack, process_names, up_settings
+from services.cli.up.preflight import check_stack
 from services.cli.up.spec import Stack
 from services.decode.config import DecodeConfig
+from services.engine.model_config import ModelError
 from services.machine import available_memory_bytes
 from services.router.config import RouterConfig
 from services.settings import Given, SettingsError, build_settings, collect_settings, make_parser, refuse
@@ -44,10 +46,11 @@ def main(argv: Sequence[str]) -> int:
     display = WhileRead(make_display(process_names(config), config.log_format == "json", sys.stderr))
     display.line("tandem", f"starting {name}: {described(config)}")
     try:
+        check_stack(num_workers(config), given, decode)
         return _start(config, given, model, name, router, decode, display)
-    except StartFailed as error:
-        display.line("tandem", str(error))
-        return 1
+    except (ModelError, SettingsError, StartFailed) as error:
+        display.line("tandem", f"cannot start: {error}")
+        return 2
     except KeyboardInterrupt:  # before or after the time when signals are events
         display.line("tandem", "stopped")
         return 0
@@ -66,18 +69,19 @@ def _start(
     # Here and not above: neither --help nor the first line must wait for them.
     import asyncio
 
-    from kvstore.errors import RedisServerError
+    from kvstore.errors import RedisServerError, RegistryError
     from services.cli.embedded_redis import EmbeddedRedis
-    from services.cli.redis_probe import RedisUnusable, redis_version
     from services.cli.up.stack import run_stack
 
     with ExitStack() as cleanup:
         port = claim_port(router.host, router.port)
         try:
             if config.redis:
+                from kvstore.registry import redis_version  # which loads a client that nobody else here needs
+
                 redis_version(config.redis)
             redis = None if config.redis else cleanup.enter_context(EmbeddedRedis.start())
-        except (RedisServerError, RedisUnusable) as error:
+        except (RedisServerError, RegistryError) as error:
             raise StartFailed(str(error)) from error
         placements = place_workers(
             num_workers(config),
@@ -103,11 +107,7 @@ def choose_model(model: str) -> tuple[str, str]:
     """The model to load and the name to serve it under. Raises SettingsError where there is nothing to load."""
     if not model:
         return str(DEMO_MODEL), DEMO_MODEL.name
-    looks_like_path = model.startswith((".", "/", "~")) or os.path.isdir(model)
-    path = os.path.expanduser(model)
-    if looks_like_path and not os.path.isfile(os.path.join(path, "config.json")):
-        raise SettingsError(f"--model: {model} has no config.json; expected a Hugging Face model directory")
-    return (path, model) if looks_like_path else (model, model)
+    return os.path.expanduser(model), model
 
 
 def claim_port(host: str, port: int) -> int:

@@ -24,7 +24,7 @@ from services.engine.api import (
     SamplingParams,
     StepOutput,
 )
-from services.engine.config import EngineConfig
+from services.engine.config import DTYPE_ALIASES, EngineConfig
 from services.engine.native.memory import (
     begin_restore,
     block_memory,
@@ -37,9 +37,6 @@ from services.engine.native.model import LoadedModel, load_model
 from services.engine.native.runner import ModelRunner
 from services.engine.native.scheduling import Batch, Request, SampledBatch, Scheduler, SchedulerConfig, check_fits
 from services.lifecycle import Event
-
-# As `vllm serve` spells them.
-_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
 class Engine:
@@ -90,7 +87,7 @@ class Engine:
         """Load the model and take the memory. Raises `ModelError` or `SettingsError`."""
         model = load_model(
             config.model,
-            dtype=_DTYPE_ALIASES.get(config.dtype, config.dtype),
+            dtype=DTYPE_ALIASES.get(config.dtype, config.dtype),
             device=_choose_device(config.device),
             revision=config.revision or None,
             num_threads=config.num_threads or None,

@@ -10,15 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from services.engine.native.kernels.library import KernelError, KernelLibrary, library_path
+from services.engine.cpu_kernels import REQUIRED_FLAGS, library_path
+from services.engine.native.kernels.library import KernelError, KernelLibrary
 from services.engine.native.kernels.self_check import check
 from services.machine import processor_flags
-
-# What each library's instructions are called in /proc/cpuinfo, fastest first.
-_AVX512: Final = frozenset(
-    {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma", "bmi2"}
-)
-REQUIRED_FLAGS: Final = {"amx": _AVX512 | {"amx_tile", "amx_bf16", "amx_int8"}, "avx512": _AVX512}
 
 _TRIAL_TIMEOUT_S: Final = 60.0
 

@@ -6,7 +6,6 @@ Addresses go in, nothing is checked there: whoever calls owns the arrays, and ha
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int64, c_uint32, c_void_p
 from enum import IntEnum
 from pathlib import Path
@@ -258,13 +257,3 @@ def aligned_bytes(num_bytes: int) -> npt.NDArray[np.uint8]:
     memory = np.empty(num_bytes + alignment, dtype=np.uint8)
     skip = -memory.ctypes.data % alignment
     return memory[skip : skip + num_bytes]
-
-
-def library_path(variant: str) -> Path | None:
-    """Return where the installation put the library of "avx512", "amx" or "portable"; None: it was not built."""
-    directory = Path(__file__).parent
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = directory / f"_{variant}{suffix}"
-        if path.is_file():
-            return path
-    return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvstore.block import BlockLayout
+from services.engine.checkpoint import check_tensors, find_model, stored_dtype
 from services.engine.model_config import DTYPES, ModelConfig, ModelError, UnsupportedModel, read_config
 from services.engine.native.attention import ForwardBatch
 from services.engine.native.kernels import KernelLibrary, choose_kernels
@@ -20,7 +21,7 @@ from services.engine.native.model.fingerprint import FingerprintBuilder
 from services.engine.native.model.kernel_transformer import KernelTransformer
 from services.engine.native.model.linear import compute_dtype
 from services.engine.native.model.transformer import Transformer
-from services.engine.native.model.weights import WeightReader, check_tensors, find_model, open_checkpoint, stored_dtype
+from services.engine.native.model.weights import WeightReader, open_checkpoint
 from services.logs import detail_level
 
 _logger = logging.getLogger(__name__)
@@ -124,15 +125,15 @@ def load_model(
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    directory = find_model(model, revision)
+    directory = find_model(model, revision or "")
     config = read_config(directory)
     target = _device(device)
     longest = config.max_context_len
     if max_model_len is not None and max_model_len > longest:
         raise UnsupportedModel(f"max_model_len {max_model_len} exceeds the model's context of {longest} tokens")
     with open_checkpoint(directory) as checkpoint:
-        check_tensors(checkpoint.tensors, config)
-        resolved = (config.dtype or stored_dtype(checkpoint)) if dtype == "auto" else dtype
+        check_tensors(checkpoint.tensors, config, directory)
+        resolved = (config.dtype or stored_dtype(checkpoint.tensors)) if dtype == "auto" else dtype
         if resolved not in DTYPES:
             raise UnsupportedModel(f"dtype {dtype!r} is not supported (only auto, {', '.join(DTYPES)})")
         builder = FingerprintBuilder()

@@ -1,0 +1,23 @@
+"""Says which C kernels a processor can run and where they lie, without loading them. No torch."""
+
+from __future__ import annotations
+
+import importlib.machinery
+from pathlib import Path
+from typing import Final
+
+# What each library's instructions are called in /proc/cpuinfo, fastest first.
+_AVX512: Final = frozenset(
+    {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma", "bmi2"}
+)
+REQUIRED_FLAGS: Final = {"amx": _AVX512 | {"amx_tile", "amx_bf16", "amx_int8"}, "avx512": _AVX512}
+
+
+def library_path(variant: str) -> Path | None:
+    """Return where the installation put the library of "avx512", "amx" or "portable"; None: it was not built."""
+    directory = Path(__file__).parent / "native" / "kernels"
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = directory / f"_{variant}{suffix}"
+        if path.is_file():
+            return path
+    return None
