@@ -26,7 +26,7 @@ async def run_stack(
     """Starts the processes, calls `announce` when one request has gone through, runs until a signal, stops them.
 
     `redis` is the private server, if there is one; it is kept running, too, and closed last. Returns the exit status:
-    1 if the stack did not come up.
+    1 if the stack did not come up, 2 if a process said what its operator must mend.
     """
     registry = asyncio.create_task(keep_redis(redis, display), name="redis") if redis else None
     try:
@@ -46,17 +46,17 @@ async def _run(stack: Stack, display: Display, startup_timeout_s: float, announc
     waiting = list(workers)
     starting = asyncio.create_task(_started(stack, router, waiting, display), name="start")
     stopped = asyncio.create_task(stop.wait(), name="stop")
-    failure = ""
+    failure, status = "", 0
     try:
         if await _reached(starting, stopped, running, startup_timeout_s):
             display.settled()
             announce()
             await _reached(stopped, stopped, running, None)
     except (ChildFailed, RequestFailed) as error:
-        failure = str(error)
+        failure, status = str(error), 2 if isinstance(error, ChildFailed) and error.status == 2 else 1
     except TimeoutError:
         late = ", ".join(worker.spec.name for worker in waiting) or "the first request"
-        failure = f"not ready within {startup_timeout_s:g} s (--startup-timeout-s): {late}"
+        failure, status = f"not ready within {startup_timeout_s:g} s (--startup-timeout-s): {late}", 1
     finally:
         display.settled()
         for task in (starting, stopped):
@@ -66,7 +66,7 @@ async def _run(stack: Stack, display: Display, startup_timeout_s: float, announc
         await _stop_in_order(router, workers)
         await asyncio.gather(*running, starting, stopped, return_exceptions=True)
     display.line("tandem", failure or "stopped")
-    return 1 if failure else 0
+    return status
 
 
 async def _reached(
