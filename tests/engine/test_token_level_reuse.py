@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore.block import BlockHash
 from kvstore.pool import BlockPool
 from services.engine.api import SamplingParams
 from services.engine.native.scheduling import Request
@@ -117,3 +118,21 @@ def test_the_choices_of_a_running_prompt_compute_its_last_token_each_and_no_more
     if num_steps < 3:  # else it has ended, and nothing but its full blocks is left
         assert [request.num_cached_tokens for request in choices[1:]] == [len(prompt) - 1] * (num_choices - 1)
     assert stranger.num_cached_tokens == 0
+
+
+def test_a_running_request_with_wrong_hashes_is_nobodys_source_and_stops_no_engine() -> None:
+    scheduler, world = make_world(50, max_num_batched_tokens=24)
+    scheduler.add(make_request(1, [1, 2, 3, 4, 5, 1, 2, 3, 4], ""))
+    run_to_end(scheduler, world)  # leaves two cached blocks
+    sampling = SamplingParams(max_tokens=20, ignore_eos=True)
+    liar = Request("liar", [5, 5, 5, 5, 5], sampling, given_hashes=[BlockHash(b"another prompt's")])
+    scheduler.add(liar)
+    while liar.num_computed_tokens <= 2 * BLOCK_SIZE:
+        batch = scheduler.schedule()
+        assert batch is not None
+        scheduler.update(batch, world.run(batch))
+    follower = make_request(2, [1, 2, 3, 4, 5, 1, 2, 3, 0, 0], "")
+    scheduler.add(follower)
+    run_to_end(scheduler, world)
+    for request in (liar, follower):
+        assert request.output_token_ids == expected_outputs(request.prompt_token_ids, request.sampling, MAX_MODEL_LEN)

@@ -59,7 +59,10 @@ def match_running_block(
     parent_hash = _parent_hash(request, num_present, config)
     wanted = request.token_ids[start : min(start + config.block_size, request.num_tokens - 1)]
     for other in running:
-        if other.num_computed_tokens <= start or _parent_hash(other, num_present, config) != parent_hash:
+        # One whose hashes are wrong has none for what it computed since, and they say nothing of what it is.
+        if other.num_computed_tokens <= start or not other.may_publish:
+            continue
+        if _parent_hash(other, num_present, config) != parent_hash:
             continue
         computed = other.token_ids[start : other.num_computed_tokens]
         pairs = enumerate(zip(wanted, computed, strict=False))
