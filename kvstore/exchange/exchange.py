@@ -117,6 +117,11 @@ class BlockExchange:
         self._verifier.shutdown(wait=True)
 
     @property
+    def transport_names(self) -> tuple[str, ...]:
+        """The transports that could start."""
+        return tuple(transport.name for transport in self._transports)
+
+    @property
     def can_move_blocks(self) -> bool:
         """Whether a transport works; where none does, no new peer gets anything from us, nor we from it."""
         return any(transport.problem() is None for transport in self._transports)

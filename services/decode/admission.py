@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,16 +44,12 @@ class Admission:
     """Gets live requests into the engine. `entered` is called on the engine thread, before the request's first step."""
 
     def __init__(
-        self,
-        config: DecodeConfig,
-        parts: WorkerParts,
-        entered: Callable[[LiveRequest, Request], None],
-        clock: Callable[[], float] = time.time,
+        self, config: DecodeConfig, parts: WorkerParts, entered: Callable[[LiveRequest, Request], None]
     ) -> None:
         self._config = config
         self._parts = parts
         self._entered = entered
-        self._clock = clock
+        self._clock = parts.clock
         self._disposals = Settlements("failed handoffs")
         self._being_handed_over: dict[tuple[object, ...], asyncio.Task[None]] = {}  # admissions, by prompt
 

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -91,12 +90,12 @@ def _output(live: LiveRequest, update: RequestUpdate) -> pb.Output:
 class DecodeService:
     """Serves one decode worker."""
 
-    def __init__(self, config: DecodeConfig, parts: WorkerParts, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, config: DecodeConfig, parts: WorkerParts) -> None:
         self._config = config
         self._parts = parts
-        self._clock = clock
+        self._clock = parts.clock
         self._loop = asyncio.get_running_loop()
-        self._admission = Admission(config, parts, self._entered, clock)
+        self._admission = Admission(config, parts, self._entered)
         self._sessions: dict[RouterSession, dict[int, LiveRequest]] = {}  # live requests by handle
         self._session_numbers = itertools.count(1)
         self._num_live = 0

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -96,10 +95,10 @@ class _Order:
 class PrefillService:
     """Serves one prefill worker."""
 
-    def __init__(self, config: PrefillConfig, parts: WorkerParts, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, config: PrefillConfig, parts: WorkerParts) -> None:
         self._max_num_orders = config.max_num_waiting + config.max_num_seqs
         self._parts = parts
-        self._clock = clock
+        self._clock = parts.clock
         self._loop = asyncio.get_running_loop()
         self._num_orders = 0
         self._loans = Settlements("loans")

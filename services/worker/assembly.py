@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from kvstore.exchange import BlockExchange, Outside, PeerIdentity
-from kvstore.pool import CacheChange
 from kvstore.protocol import ExchangeTimeouts
 from kvstore.registry import Membership
 from kvstore.threads import Threads
@@ -35,11 +34,12 @@ class Seams:
 
     orders: Orders
     outside: Outside
+    clock: Callable[[], float]  # Unix time, of requests' timelines
 
 
 @dataclass(frozen=True)
 class WorkerParts:
-    """The parts that a service is built from; the process owns and closes all of them."""
+    """The parts of a worker, which the process owns and closes; a service knows all but the feeds."""
 
     worker_id: str
     incarnation: str
@@ -48,49 +48,32 @@ class WorkerParts:
     exchange: BlockExchange
     orders: Orders
     threads: Threads
+    clock: Callable[[], float]
     host_prefixes: HostPrefixes
     fetcher: PrefixFetcher
     rates: RateLearner
     metrics: WorkerMetrics
-
-
-@dataclass(frozen=True)
-class Assembly:
-    """All parts, those included that no service needs to know."""
-
-    parts: WorkerParts
     index_feed: IndexFeed
     store_feed: StoreFeed | None
-    transports: tuple[str, ...]
 
 
 def assemble(
     config: WorkerConfig, role: Role, engine: Engine, worker_id: str, incarnation: str, seams: Seams
-) -> Assembly:
+) -> WorkerParts:
     """Build them. What the engine's cache gains and loses is told to the index and, if there is one, the store feed.
 
     Raises TransportError.
     """
-    metrics = WorkerMetrics(engine, served_names(config)[0], role)
-    transports = make_transports(config.kv_transport, engine.memory, worker_id)
-    metrics.exchange.watch(transports)
-    index_feed = IndexFeed(config.redis, worker_id, incarnation, config.lease_s, engine, metrics.index)
-    followers = [index_feed.changed]
-    rates = RateLearner()
+    metrics, rates, threads = WorkerMetrics(engine, served_names(config)[0], role), RateLearner(), seams.outside.threads
 
     def step_ended(output: StepOutput) -> None:
         metrics.steps.ended(output)
         rates.step_ended(output.shape, output.duration_s)
 
-    threads = seams.outside.threads
-    thread = EngineThread(
-        engine,
-        threads,
-        lambda changes: _tell_all(followers, changes),
-        index_feed.host_changed,
-        step_ended,
-    )
+    thread = EngineThread(engine, threads, step_ended)
     host_prefixes = HostPrefixes(engine, thread, threads, config.prefix_fetch_timeout_s)
+    transports = make_transports(config.kv_transport, engine.memory, worker_id)
+    metrics.exchange.watch(transports)
     exchange = BlockExchange(
         PeerIdentity(f"{worker_id}/{incarnation}", role, incarnation, engine.layout),
         engine.memory,
@@ -101,33 +84,38 @@ def assemble(
         lender=CacheLender(engine, thread, host_prefixes),
         request_scope=request_scope,
     )
+    costs = FetchCosts(rates, engine.layout.block_bytes // engine.layout.block_size, config.prefix_fetch)
+    index_feed = IndexFeed(config.redis, worker_id, incarnation, config.lease_s, engine, metrics.index)
+    thread.cache_followers.append(index_feed.changed)
+    thread.host_followers.append(index_feed.host_changed)
     store_feed = _store_feed(config, engine, exchange, metrics)
     if store_feed is not None:
-        followers.append(store_feed.changed)
-    fetcher = PrefixFetcher(
-        worker_id,
-        engine,
-        thread,
-        exchange,
-        host_prefixes,
-        FetchCosts(rates, engine.layout.block_bytes // engine.layout.block_size, config.prefix_fetch),
-        config.prefix_fetch_timeout_s,
-        metrics.prefix_fetched,
+        thread.cache_followers.append(store_feed.changed)
+    return WorkerParts(
+        worker_id=worker_id,
+        incarnation=incarnation,
+        engine=engine,
+        thread=thread,
+        exchange=exchange,
+        orders=seams.orders,
+        threads=threads,
+        clock=seams.clock,
+        host_prefixes=host_prefixes,
+        fetcher=PrefixFetcher(
+            worker_id,
+            engine,
+            thread,
+            exchange,
+            host_prefixes,
+            costs,
+            config.prefix_fetch_timeout_s,
+            metrics.prefix_fetched,
+        ),
+        rates=rates,
+        metrics=metrics,
+        index_feed=index_feed,
+        store_feed=store_feed,
     )
-    parts = WorkerParts(
-        worker_id,
-        incarnation,
-        engine,
-        thread,
-        exchange,
-        seams.orders,
-        threads,
-        host_prefixes,
-        fetcher,
-        rates,
-        metrics,
-    )
-    return Assembly(parts, index_feed, store_feed, tuple(transport.name for transport in transports))
 
 
 def served_names(config: WorkerConfig) -> tuple[str, ...]:
@@ -137,13 +125,11 @@ def served_names(config: WorkerConfig) -> tuple[str, ...]:
 
 def exchange_timeouts(config: WorkerConfig) -> ExchangeTimeouts:
     """The exchange's deadlines: those that a setting names, else its own defaults."""
+    handoff_timeout_s = getattr(config, "handoff_timeout_s", None)
     named = {
         "peer_timeout_s": config.peer_timeout_s,
         "offer_s": getattr(config, "prefill_queue_timeout_s", None),
-        "reserve_s": getattr(config, "handoff_timeout_s", None),
-        "announce_s": getattr(config, "handoff_timeout_s", None),
-        "read_s": getattr(config, "handoff_timeout_s", None),
-        "confirm_s": getattr(config, "handoff_timeout_s", None),
+        **dict.fromkeys(("reserve_s", "announce_s", "read_s", "confirm_s"), handoff_timeout_s),
         "lease_max_s": getattr(config, "lease_max_s", None),
         "lease_ttl_s": getattr(config, "lease_ttl_s", None),
     }
@@ -162,8 +148,3 @@ def _store_feed(
         only_reused=config.store_write_through == "reused",
         count=metrics.store_offered,
     )
-
-
-def _tell_all(followers: Sequence[Callable[[list[CacheChange]], None]], changes: list[CacheChange]) -> None:
-    for follower in followers:
-        follower(changes)

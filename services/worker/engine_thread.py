@@ -43,20 +43,15 @@ class EngineThread:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        threads: Threads,
-        on_cache_changes: Callable[[list[CacheChange]], None] = lambda changes: None,
-        on_host_changes: Callable[[list[CacheChange]], None] = lambda changes: None,
-        observe_step: Callable[[StepOutput], None] = lambda output: None,
+        self, engine: Engine, threads: Threads, observe_step: Callable[[StepOutput], None] = lambda output: None
     ) -> None:
-        """`on_cache_changes` hears on the event loop what happened to findable blocks, in order; `on_host_changes`, the
-        same of the host tier; `observe_step` hears of each step, on the engine thread.
-        """
+        """`observe_step` hears of each step, on the engine thread."""
+        self.cache_followers: list[Callable[[list[CacheChange]], None]] = []
+        """They hear on the event loop, in order, what happened to findable blocks; added before the start."""
+        self.host_followers: list[Callable[[list[CacheChange]], None]] = []
+        """The same of the host tier."""
         self._engine = engine
         self._threads = threads
-        self._on_cache_changes = on_cache_changes
-        self._on_host_changes = on_host_changes
         self._observe_step = observe_step
         self._loop = asyncio.get_running_loop()
         self._commands: deque[Callable[[], None]] = deque()
@@ -146,13 +141,13 @@ class EngineThread:
         return True
 
     def _report_cache_changes(self) -> None:
-        told = (
-            (self._engine.take_cache_changes(), self._on_cache_changes),
-            (self._engine.take_host_changes(), self._on_host_changes),
-        )
-        for changes, hear in told:
+        for changes, followers in (
+            (self._engine.take_cache_changes(), self.cache_followers),
+            (self._engine.take_host_changes(), self.host_followers),
+        ):
             if changes:
-                self._loop.call_soon_threadsafe(hear, changes)
+                for hear in followers:
+                    self._loop.call_soon_threadsafe(hear, changes)
 
     def _report_crash(self, error: BaseException) -> None:
         if not self.crashed.done():

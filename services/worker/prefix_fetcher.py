@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 
 from tandem.v1 import worker_pb2 as pb
@@ -67,7 +66,6 @@ class PrefixFetcher:
         costs: FetchCosts,
         timeout_s: float,
         count: Callable[[str, str, int, int], None],
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`timeout_s` is how long nothing may come of a fetch until it is given up.
 
@@ -81,7 +79,6 @@ class PrefixFetcher:
         self._host = host
         self._timeout_s = timeout_s
         self._count = count
-        self._clock = clock
         self._under_way: dict[BlockHash, asyncio.Future[None]] = {}  # by the first block that is being fetched
         self._disposals = Settlements("prefix fetches")
         self._shunned_until: dict[str, float] = {}  # holders that did not answer, or lied
@@ -144,7 +141,7 @@ class PrefixFetcher:
         self, source: pb.PrefixSource, hashes: Sequence[BlockHash], start: int
     ) -> pb.FetchedPrefix | None:
         """Bring `hashes[start:]`, or as much of it as the holder has, to the blocks before, which are here."""
-        started_s = self._clock()
+        started_s = self._exchange.clock()
         outcome, num_blocks, num_bytes = "unknown", 0, 0
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -168,7 +165,7 @@ class PrefixFetcher:
             self._count(source.tier, outcome, num_blocks, num_bytes)
         if outcome != "ok":
             return None
-        seconds = self._clock() - started_s
+        seconds = self._exchange.clock() - started_s
         num_tokens = result.num_blocks * self._engine.layout.block_size
         self.costs.learner.fetched(source.holder_id, source.tier, num_tokens, seconds)
         return pb.FetchedPrefix(
@@ -231,14 +228,14 @@ class PrefixFetcher:
 
     def _shun(self, holder_id: str) -> None:
         """Prompts with the same prefix wait for this one: they should not all try the same holder in turn."""
-        now_s = self._clock()
+        now_s = self._exchange.clock()
         self._shunned_until = {each: until_s for each, until_s in self._shunned_until.items() if until_s > now_s}
         self._shunned_until[holder_id] = now_s + _SHUN_S
 
     @property
     def shunned(self) -> list[str]:
         """The holders that nothing is fetched from at present."""
-        now_s = self._clock()
+        now_s = self._exchange.clock()
         return [holder_id for holder_id, until_s in self._shunned_until.items() if until_s > now_s]
 
     async def settle(self) -> None:

@@ -30,7 +30,7 @@ from services.logs import configure_logging, detail_level, report_phase, report_
 from services.node import DebugServer
 from services.orders import CannotListen, OrderServer
 from services.settings import SettingsError
-from services.worker.assembly import Assembly, Role, Seams, WorkerParts, assemble, served_names
+from services.worker.assembly import Role, Seams, WorkerParts, assemble, served_names
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread, StepListener
 from services.worker.pool_pages import pool_backed
@@ -111,11 +111,10 @@ async def open_worker(
         host = config.advertise_host or config.host
         server = GrpcServer(config.host, config.port)
         worker_id = config.worker_id or f"{role}-{host}-{server.port}"
-        assembly = assemble(config, role, engine, worker_id, new_incarnation(), seams)
-        parts, store_feed = assembly.parts, assembly.store_feed
+        parts = assemble(config, role, engine, worker_id, new_incarnation(), seams)
         service = build(parts)
         service.register(server)
-        _close_at_the_end(cleanup, assembly, service, server)
+        _close_at_the_end(cleanup, parts, service, server)
 
         try:
             await parts.exchange.start(config.host, config.kv_port)
@@ -123,28 +122,27 @@ async def open_worker(
             raise CannotListen(f"block-protocol port: {error}") from error
         parts.thread.start(service)
         await server.start()
-        debug = _debug_server(assembly, role, service)
+        debug = _debug_server(parts, role, service)
         try:
             http_address = await debug.start(config.host, config.http_port)
         except OSError as error:
             raise CannotListen(f"http port: {error}") from error
         cleanup.push_async_callback(debug.close)
-        await assembly.index_feed.start()
-        cleanup.push_async_callback(assembly.index_feed.close)
+        await parts.index_feed.start()
+        cleanup.push_async_callback(parts.index_feed.close)
         kv_address = f"{host}:{parts.exchange.address.rsplit(':', 1)[1]}"
-        if store_feed is not None:
-            await store_feed.start(kv_address)
-            cleanup.push_async_callback(store_feed.close)
+        if parts.store_feed is not None:
+            await parts.store_feed.start(kv_address)
+            cleanup.push_async_callback(parts.store_feed.close)
 
         addresses = _Addresses(f"{host}:{server.port}", kv_address, f"{host}:{http_address.rsplit(':', 1)[1]}")
-        yield RunningWorker(parts, service, _record(config, role, assembly, addresses), server)
+        yield RunningWorker(parts, service, _record(config, role, parts, addresses), server)
 
 
 def _close_at_the_end(
-    cleanup: contextlib.AsyncExitStack, assembly: Assembly, service: WorkerService, server: GrpcServer
+    cleanup: contextlib.AsyncExitStack, parts: WorkerParts, service: WorkerService, server: GrpcServer
 ) -> None:
     """Close from the last to the first: end calls, end transfers, settle what they held, stop the engine."""
-    parts = assembly.parts
     cleanup.push_async_callback(parts.thread.stop)
     cleanup.push_async_callback(parts.host_prefixes.settle)
     cleanup.push_async_callback(parts.fetcher.settle)
@@ -155,9 +153,7 @@ def _close_at_the_end(
     cleanup.push_async_callback(service.close)
 
 
-def _debug_server(assembly: Assembly, role: Role, service: WorkerService) -> DebugServer:
-    parts, store_feed = assembly.parts, assembly.store_feed
-
+def _debug_server(parts: WorkerParts, role: Role, service: WorkerService) -> DebugServer:
     def state() -> dict[str, object]:
         return {
             "worker_id": parts.worker_id,
@@ -169,8 +165,8 @@ def _debug_server(assembly: Assembly, role: Role, service: WorkerService) -> Deb
             "exchange": parts.exchange.state(),
             "shunned_holders": parts.fetcher.shunned,
             **service.state(),
-            "index": assembly.index_feed.state(),
-            "store_feed": store_feed and store_feed.state(),
+            "index": parts.index_feed.state(),
+            "store_feed": parts.store_feed and parts.store_feed.state(),
         }
 
     return DebugServer(
@@ -190,13 +186,13 @@ class _Addresses:
     http: str
 
 
-def _record(config: WorkerConfig, role: Role, assembly: Assembly, addresses: _Addresses) -> WorkerRecord:
+def _record(config: WorkerConfig, role: Role, parts: WorkerParts, addresses: _Addresses) -> WorkerRecord:
     """Return the worker's record for the registry."""
-    engine = assembly.parts.engine
+    engine = parts.engine
     return WorkerRecord(
-        worker_id=assembly.parts.worker_id,
+        worker_id=parts.worker_id,
         role=role,
-        incarnation=assembly.parts.incarnation,
+        incarnation=parts.incarnation,
         served_model_names=served_names(config),
         model_path=shared_path(config.model),
         tokenizer_path=shared_path(config.tokenizer or config.model),
@@ -210,7 +206,7 @@ def _record(config: WorkerConfig, role: Role, assembly: Assembly, addresses: _Ad
         max_model_len=engine.capabilities.max_model_len,
         max_num_seqs=config.max_num_seqs,
         dtype=engine.layout.dtype,
-        transports=assembly.transports,
+        transports=parts.exchange.transport_names,
         colocated=bool(getattr(config, "colocated", False)),
         local_prefill_max_tokens=int(getattr(config, "local_prefill_max_tokens", 0)),
         version=services.__version__,
@@ -226,7 +222,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        async with open_worker(config, role, engine, build, Seams(GrpcOrders(), Outside())) as worker:
+        async with open_worker(config, role, engine, build, Seams(GrpcOrders(), Outside(), time.time)) as worker:
             parts, record = worker.parts, worker.record
             # The id is known now, given or made of the port.
             configure_logging(config.log_level, config.log_format, fields={"role": role, "worker_id": parts.worker_id})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -62,7 +63,13 @@ class RouterOfTheTest:
 
 async def last_output(order: pb.GenerateRequest, **parts: object) -> pb.Output:
     """What a router hears of one order from a decode worker of these parts."""
-    common = {"worker_id": "decode-0", "incarnation": "1", "thread": ThreadOfTheTest(), "threads": LoopThreads()}
+    common = {
+        "worker_id": "decode-0",
+        "incarnation": "1",
+        "thread": ThreadOfTheTest(),
+        "threads": LoopThreads(),
+        "clock": time.time,
+    }
     others = SimpleNamespace(**common, **parts, metrics=MetricsOfTheTest(), rates=RateLearner())
     service = DecodeService(DecodeConfig(model="model"), others)  # type: ignore[arg-type]
     service._load = pb.Load  # type: ignore[method-assign]
@@ -92,7 +99,7 @@ async def test_a_router_of_another_version_is_refused_before_it_could_lose_token
     async def orders() -> AsyncIterator[pb.SessionRequest]:
         yield pb.SessionRequest(hello=pb.SessionHello(router_id="old", protocol_version="1"))
 
-    parts = SimpleNamespace(worker_id="decode-0", metrics=MetricsOfTheTest(), rates=RateLearner())
+    parts = SimpleNamespace(worker_id="decode-0", metrics=MetricsOfTheTest(), rates=RateLearner(), clock=time.time)
     service = DecodeService(DecodeConfig(model="model"), parts)  # type: ignore[arg-type]
     with pytest.raises(StreamRefused, match="session protocol '1'; this decode worker speaks '2'"):
         await service.serve_session(orders(), None)  # type: ignore[arg-type]
@@ -163,6 +170,7 @@ async def test_an_output_that_cannot_be_sent_ends_its_request_and_costs_the_othe
         incarnation="1",
         thread=ThreadOfTheTest(),
         threads=LoopThreads(),
+        clock=time.time,
         metrics=BrokenOnce(),
         engine=engine(),
         host_prefixes=SimpleNamespace(restore=restore),

@@ -150,7 +150,8 @@ async def test_commands_that_pile_up_during_a_step_are_seen(
 @pytest.mark.parametrize("threads", [OsThreads(), LoopThreads()], ids=["thread", "loop"])
 async def test_cache_changes_reach_the_loop(engine: ScriptedEngine, threads: Threads) -> None:
     heard: asyncio.Queue[list[tuple[bytes, bool]]] = asyncio.Queue()
-    thread = EngineThread(engine, threads, heard.put_nowait)  # type: ignore[arg-type]
+    thread = EngineThread(engine, threads)  # type: ignore[arg-type]
+    thread.cache_followers.append(heard.put_nowait)
     thread.start(Listener())
     await thread.call(engine.changes.append, (b"block", True))
     assert await heard.get() == [(b"block", True)]

@@ -3,7 +3,6 @@
 from services.rates import RateLearner, StepShape
 from services.worker.fetch_costs import FetchCosts
 
-MB = 1_000_000
 BYTES_PER_TOKEN = 10_000
 
 
@@ -42,7 +41,7 @@ def test_the_policy_can_decide_without_looking_at_the_costs() -> None:
 
 
 def test_a_piece_is_as_much_as_comes_in_its_time_and_never_small() -> None:
-    sizes = {"bytes_per_token": BYTES_PER_TOKEN, "min_piece_bytes": 1 * MB, "piece_s": 0.25}
-    assert FetchCosts(RateLearner(), **sizes).piece_tokens("peer", "device") == 100
-    assert FetchCosts(learner(1000, 10), **sizes).piece_tokens("peer", "device") == 100
-    assert 20_000 < FetchCosts(learner(1000, 100_000), **sizes).piece_tokens("peer", "device") < 30_000
+    num_bytes = 64 * 2**20 // 100
+    assert FetchCosts(RateLearner(), num_bytes).piece_tokens("peer", "device") == 100
+    assert FetchCosts(learner(1000, 10), num_bytes).piece_tokens("peer", "device") == 100
+    assert 20_000 < FetchCosts(learner(1000, 100_000), num_bytes).piece_tokens("peer", "device") < 30_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +91,7 @@ class World:
             engine=engine,
             thread=self.thread,
             threads=threads,
+            clock=time.time,
             exchange=SimpleNamespace(open_lease=self.open_lease),
             rates=RateLearner(),
             metrics=metrics,

@@ -48,6 +48,13 @@ class Cache:
         return self.scheduler.take_prefix(hashes)
 
 
+class SmallPieces(FetchCosts):
+    """Fetches PIECE blocks at once."""
+
+    def piece_tokens(self, holder_id: str, tier: str) -> int:
+        return PIECE * LAYOUT.block_size
+
+
 class Thread:
     """An engine thread between two steps: every command runs at once."""
 
@@ -68,8 +75,7 @@ class Reader:
             PeerIdentity("reader/1", "prefill", "1", LAYOUT), self.memory, [transport], PATIENT
         )
         self.outcomes: Counter[tuple[str, str]] = Counter()
-        bytes_per_token = LAYOUT.block_bytes // LAYOUT.block_size
-        costs = FetchCosts(RateLearner(), bytes_per_token, "always", PIECE * LAYOUT.block_bytes, piece_s=0.0)
+        costs = SmallPieces(RateLearner(), LAYOUT.block_bytes // LAYOUT.block_size, "always")
         cache: Any = self.cache
         thread: Any = Thread()
         host = HostPrefixes(cache, thread, OsThreads(), timeout_s)
@@ -282,7 +288,7 @@ async def test_no_holder_is_shunned_because_our_own_pool_took_too_long(monkeypat
 async def test_holders_that_were_shunned_long_ago_are_forgotten() -> None:
     async with world() as made, running(made) as reader:
         now_s = 0.0
-        reader.fetcher._clock = lambda: now_s
+        reader.exchange.clock = lambda: now_s
         for number in range(100):
             now_s += 10.0
             source = pb.PrefixSource(holder_id=str(number), kv_address="127.0.0.1:1", num_blocks=20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -107,7 +108,7 @@ async def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     async with AsyncExitStack() as stack:
         redis = EmbeddedRedis.start()
         stack.callback(redis.close)
-        workers, seams = [], Seams(GrpcOrders(), Outside())
+        workers, seams = [], Seams(GrpcOrders(), Outside(), time.time)
         for role, config_class, service in (
             ("prefill", PrefillConfig, PrefillService),
             ("decode", DecodeConfig, DecodeService),
