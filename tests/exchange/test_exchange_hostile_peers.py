@@ -193,12 +193,17 @@ async def test_a_lease_that_heartbeats_do_not_name_expires_and_its_confirmation_
         assert await renewed.closed is LeaseOutcome.CONFIRMED
 
 
+# As many turns of the loop go by until a frame so large is read: what comes after it is late, and our timers are not.
+LONG = 50_000
+
+
 async def test_a_stall_of_our_own_loop_ends_no_lease_that_its_reader_renewed_meanwhile():
-    owner = Worker("prefill-0", Switchboard(), timeouts=replace(PATIENT, lease_ttl_s=0.5))
+    owner = Worker("prefill-0", Switchboard(), timeouts=replace(PATIENT, heartbeat_s=0.4, lease_ttl_s=0.5))
     async with running(owner), dialled(owner) as script:
         await script.introduce_as_reader()
         lease = owner.exchange.open_lease(TRANSFER, "script-0", 1)
         lease.announce(0, owner.announced([3], [None]), last=True)
+        script.stream.send(Want(b"another", [bytes(16)] * LONG))
         script.stream.send(Heartbeat([TRANSFER]))
         time.sleep(1.0)  # noqa: ASYNC251 -- the stall: the heartbeat waits in the socket, and the lease's end passes
         await asyncio.sleep(0.3)
@@ -210,7 +215,7 @@ async def test_a_stall_of_our_own_loop_ends_no_lease_that_its_reader_renewed_mea
 async def test_a_stall_of_our_own_loop_ends_no_fetch_whose_owner_was_in_time():
     switchboard = Switchboard()
     pool = Worker("script-0", switchboard)
-    reader = Worker("decode-0", switchboard, timeouts=replace(PATIENT, offer_s=0.5))
+    reader = Worker("decode-0", switchboard, timeouts=replace(PATIENT, heartbeat_s=0.4, offer_s=0.5))
     scripts: list[Script] = []
 
     async def play(script: Script) -> None:
@@ -220,6 +225,7 @@ async def test_a_stall_of_our_own_loop_ends_no_fetch_whose_owner_was_in_time():
     async with running(reader), scripted_owner(play) as address:
         await reader.exchange.connect(address)
         fetch = reader.exchange.fetch(TRANSFER, "script-0", [None], room([5]))
+        scripts[0].stream.send(Announce(b"another", 0, [AnnouncedBlock(1, None, 1)] * LONG, last=True))
         scripts[0].stream.send(Offer(TRANSFER, 1))
         time.sleep(1.0)  # noqa: ASYNC251
         await asyncio.sleep(0.3)
