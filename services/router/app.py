@@ -29,7 +29,6 @@ from services.router.openai import (
     CompletionRenderer,
     DetokenizeBody,
     TokenizeBody,
-    check_chat_input,
     check_token_ids,
     decode,
     openapi_document,
@@ -142,7 +141,7 @@ def _add_tokenizer_routes(app: FastAPI, parts: RouterParts) -> None:
         model, prompt = parts.models.get(body.model), body.prompt
         async with parts.deadline():
             if body.messages is not None:
-                token_ids = await tokenize_chat(check_chat_input(body), model, parts.pool)
+                token_ids = await tokenize_chat(body, model, parts.pool)
             elif prompt is not None:
                 adds = body.add_special_tokens is not False
                 (token_ids,) = await parts.pool.run(lambda: model.tokenizer.encode([prompt], adds))

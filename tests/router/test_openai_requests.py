@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from services.router.config import RouterConfig
 from services.router.errors import ApiError
 from services.router.openai.bodies import ChatBody, CompletionBody, decode
-from services.router.openai.requests import check_chat, check_completion
+from services.router.openai.requests import check_chat, check_completion, check_messages, check_prompts
 from services.router.text import ServedModel
 from services.router.text.models import ModelSource, load_model_files
 
@@ -33,11 +33,14 @@ def model(model_directory):
 
 
 def parse_completion(body, model):
-    return check_completion(decode(json.dumps(body).encode(), CompletionBody), model, CONFIG)
+    read = decode(json.dumps(body).encode(), CompletionBody)
+    return check_completion(read, check_prompts(read.prompt, model.files.vocab_size), model, CONFIG)
 
 
 def parse_chat(body, model):
-    return check_chat(decode(json.dumps(body).encode(), ChatBody), model, CONFIG)
+    read = decode(json.dumps(body).encode(), ChatBody)
+    check_messages(read)
+    return check_chat(read, model, CONFIG)
 
 
 def completion(model, **fields):
@@ -50,12 +53,12 @@ def chat(model, **fields):
 
 def test_neutral_values_where_nothing_is_asked(model):
     request = completion(model)
-    params = request.common.sampling
+    params = request.sampling
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 1.0, 0, 0.0)
     assert params.repetition_penalty == 1.0
     assert not params.HasField("logprobs")
-    assert request.common.max_tokens is None
-    assert (request.common.n, request.common.stream, request.echo) == (1, False, False)
+    assert request.max_tokens is None
+    assert (request.body.n, request.body.stream, request.body.echo) == (1, False, False)
 
 
 def test_null_counts_as_absent(model):
@@ -75,16 +78,16 @@ def test_null_counts_as_absent(model):
 
 
 def test_a_whole_number_written_as_16_0_harms_no_other_field(model):
-    params = completion(model, max_tokens=16.0, logit_bias={"5": -100}).common
+    params = completion(model, max_tokens=16.0, logit_bias={"5": -100})
     assert (params.max_tokens, dict(params.sampling.logit_bias)) == (16, {5: -100})
 
 
 def test_the_models_defaults_hold_where_the_client_says_nothing(model_directory):
     model = served(model_directory, temperature=0.25, top_k=5)
-    assert completion(model).common.sampling.temperature == 0.25
-    assert completion(model).common.sampling.top_k == 5
-    assert completion(model, temperature=0).common.sampling.temperature == 0
-    assert completion(model, top_k=-1).common.sampling.top_k == 0
+    assert completion(model).sampling.temperature == 0.25
+    assert completion(model).sampling.top_k == 5
+    assert completion(model, temperature=0).sampling.temperature == 0
+    assert completion(model, top_k=-1).sampling.top_k == 0
 
 
 def test_every_sampling_field_arrives(model):
@@ -105,7 +108,7 @@ def test_every_sampling_field_arrives(model):
         max_tokens=10,
         logprobs=4,
         seed=11,
-    ).common.sampling_for(choice=2, max_tokens=10)
+    ).sampling_for(choice=2, max_tokens=10)
     assert dict(params.logit_bias) == {5: -100, 7: 2.5}
     assert list(params.allowed_token_ids) == [5, 6]
     assert list(params.stop_token_ids) == [9]
@@ -121,27 +124,27 @@ def test_every_sampling_field_arrives(model):
 
 
 def test_a_seed_is_drawn_where_none_is_given(model):
-    common = completion(model).common
-    assert len({common.sampling_for(0, 1).seed for _ in range(8)}) == 8
-    assert completion(model, seed=-1).common.sampling_for(0, 1).seed == 2**64 - 1
+    request = completion(model)
+    assert len({request.sampling_for(0, 1).seed for _ in range(8)}) == 8
+    assert completion(model, seed=-1).sampling_for(0, 1).seed == 2**64 - 1
 
 
 def test_echo_asks_for_the_prompts_logprobs(model):
-    assert completion(model, echo=True, logprobs=2).common.sampling.prompt_logprobs == 2
-    assert not completion(model, echo=True).common.sampling.HasField("prompt_logprobs")
-    assert completion(model, prompt_logprobs=0).common.sampling.HasField("prompt_logprobs")
+    assert completion(model, echo=True, logprobs=2).sampling.prompt_logprobs == 2
+    assert not completion(model, echo=True).sampling.HasField("prompt_logprobs")
+    assert completion(model, prompt_logprobs=0).sampling.HasField("prompt_logprobs")
 
 
 def test_chat_takes_both_names_of_max_tokens(model):
-    assert chat(model, max_tokens=3).common.max_tokens == 3
-    assert chat(model, max_tokens=3, max_completion_tokens=4).common.max_tokens == 4
-    assert chat(model).common.max_tokens is None
+    assert chat(model, max_tokens=3).max_tokens == 3
+    assert chat(model, max_tokens=3, max_completion_tokens=4).max_tokens == 4
+    assert chat(model).max_tokens is None
 
 
 def test_tool_call_arguments_become_objects(model):
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     request = chat(model, messages=[USER, {"role": "assistant", "content": None, "tool_calls": [call]}])
-    assert request.chat.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert check_messages(request.body)[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
     assert call["function"]["arguments"] == '{"a": 1}'
 
 
@@ -197,7 +200,7 @@ def test_a_bad_prompt_is_named(model, prompt):
 
 
 def test_max_tokens_zero_is_for_echo_only(model):
-    assert completion(model, max_tokens=0, echo=True).common.max_tokens == 0
+    assert completion(model, max_tokens=0, echo=True).max_tokens == 0
     with pytest.raises(ApiError, match="max_tokens"):
         completion(model, max_tokens=0)
 
@@ -237,7 +240,7 @@ def test_a_bad_chat_field_is_named(model, name, value):
 
 def test_tools_without_a_constraint_go_to_the_template(model):
     tools = [{"type": "function", "function": {"name": "f"}}]
-    assert chat(model, tools=tools, tool_choice="auto").chat.tools == tools
+    assert chat(model, tools=tools, tool_choice="auto").body.tools == tools
 
 
 JSON = st.recursive(
@@ -262,13 +265,13 @@ def test_garbage_is_read_or_refused_and_never_crashes(model, parse, body):
             request = parse(body, model)
         except ApiError as error:
             return error.status if json.loads(error.body())["error"]["message"] else 0
-        return 200 if request.common.sampling_for(0, 1).SerializeToString() else 0
+        return 200 if request.sampling_for(0, 1).SerializeToString() else 0
 
     assert read() in (200, 400)
 
 
 def test_whole_numbers_may_be_written_with_a_point(model):
-    assert completion(model, max_tokens=16.0, n=2.0, top_k=1e1).common.max_tokens == 16
+    assert completion(model, max_tokens=16.0, n=2.0, top_k=1e1).max_tokens == 16
 
 
 @pytest.mark.parametrize(
@@ -289,8 +292,8 @@ def test_a_refusal_says_what_was_expected_and_what_came(model, name, value, word
 
 
 def test_empty_stream_options_are_none(model):
-    assert not completion(model, stream_options={}).common.include_usage
-    assert completion(model, stream=True, stream_options={"include_usage": True}).common.include_usage
+    assert not completion(model, stream_options={}).body.stream_options.include_usage
+    assert completion(model, stream=True, stream_options={"include_usage": True}).body.stream_options.include_usage
 
 
 def test_what_is_missing_is_named(model):

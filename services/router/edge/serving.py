@@ -134,7 +134,7 @@ class GenerateEndpoint(Generic[B]):
                     room,
                     await self._find_prefixes(plan, tenant),
                     max_attempts=parts.config.max_attempts,
-                    restartable=not plan.request.stream,
+                    restartable=not plan.request.body.stream,
                 )
                 metrics = parts.metrics.for_model(plan.model.name)
                 generation = Generation(plan, dispatch, metrics, timeline)
@@ -146,7 +146,7 @@ class GenerateEndpoint(Generic[B]):
     async def _find_prefixes(self, plan: GenerationPlan, tenant: Tenant | None) -> Callable[[int], Ask]:
         """Makes a sequence's order, by its index, with all that placing it may depend on."""
         parts, request = self._parts, plan.request
-        cache_salt = request.cache_salt
+        cache_salt = request.body.cache_salt or ""
         if tenant is not None and parts.config.cache_sharing == "tenant":
             cache_salt = tenant.salt(cache_salt)
         # A prompt whose own log probabilities are wanted is computed afresh, whoever holds it.
@@ -157,7 +157,7 @@ class GenerateEndpoint(Generic[B]):
         num_prompt_tokens = parts.metrics.for_model(plan.model.name).prompt_tokens
 
         def make_ask(index: int) -> Ask:
-            prompt, choice = divmod(index, request.n)
+            prompt, choice = divmod(index, request.body.n)
             if choice == 0:
                 num_prompt_tokens.inc(len(plan.prompts[prompt]))
             order = plan.order(index, parts.config.request_timeout_s, cache_salt)
@@ -170,7 +170,7 @@ class GenerateEndpoint(Generic[B]):
         renderer = self._renderer(generation, int(time.time()))
         try:
             generation.start()
-            if generation.plan.request.stream:
+            if generation.plan.request.body.stream:
                 await _stream(generation, renderer, stream, self._parts.config.sse_keepalive_s)
             else:
                 await send_json(send, await _collect(generation, renderer))

@@ -7,7 +7,7 @@ from services.router.openai.completions import CompletionRenderer, plan_completi
 from services.router.openai.generation import Generation, GenerationPlan
 from services.router.openai.openapi import openapi_document
 from services.router.openai.renderer import Renderer
-from services.router.openai.requests import check_chat_input, check_token_ids
+from services.router.openai.requests import check_token_ids
 
 __all__ = [
     "ChatBody",
@@ -21,7 +21,6 @@ __all__ = [
     "GenerationPlan",
     "Renderer",
     "TokenizeBody",
-    "check_chat_input",
     "check_token_ids",
     "decode",
     "openapi_document",

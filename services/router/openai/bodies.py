@@ -1,6 +1,6 @@
 """Declares the bodies of POST endpoints as types, for decoding and for /openapi.json.
 
-Null counts as absent, unknown fields are ignored. What depends on the model or on settings is checked by
+A field that is null counts as absent, unknown ones are ignored. What depends on the model or on settings is checked by
 `requests`. Fields that steer a disaggregated server's insides (`kv_transfer_params` and the like) are not
 declared, so no client can reach them.
 """
@@ -79,32 +79,32 @@ class GenerateBody(Refused, kw_only=True):
     request_id: Annotated[str | None, Meta(description="1 to 128 printable ASCII characters without space.")] = None
     user: str | None = None
     receipt: Annotated[bool | None, Meta(description="Adds what the answer cost, and where.")] = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
+    stream: bool = False
+    stream_options: StreamOptions = msgspec.field(default_factory=StreamOptions)
 
-    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = 1
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
     best_of: Annotated[int, Meta(ge=0, le=MAX_CHOICES)] | None = None
     max_tokens: _Count | None = None
-    min_tokens: _Count | None = 0
+    min_tokens: _Count = 0
     temperature: Annotated[float, Meta(ge=0, le=1e6)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=INT32_MAX)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    presence_penalty: _Penalty | None = 0.0
-    frequency_penalty: _Penalty | None = 0.0
+    presence_penalty: _Penalty = 0.0
+    frequency_penalty: _Penalty = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     logit_bias: dict[int, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     allowed_token_ids: Annotated[list[_TokenId], Meta(min_length=1)] | None = None
     stop_token_ids: list[_TokenId] | None = None
-    ignore_eos: bool | None = False
+    ignore_eos: bool = False
     seed: Annotated[int, Meta(ge=-(2**63))] | None = None
     stop: str | Annotated[list[str], Meta(max_length=MAX_STOPS)] | None = None
-    include_stop_str_in_output: bool | None = False
-    skip_special_tokens: bool | None = True
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     prompt_logprobs: _Count | None = None
-    return_token_ids: bool | None = False
-    return_tokens_as_token_ids: bool | None = False
-    priority: Annotated[int, Meta(ge=-(2**31), le=INT32_MAX)] | None = 0
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    priority: Annotated[int, Meta(ge=-(2**31), le=INT32_MAX)] = 0
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
     response_format: Annotated[dict[str, Any] | None, Meta(description="Only the type `text`.")] = None
 
@@ -113,9 +113,9 @@ class CompletionBody(GenerateBody, kw_only=True):
     """Body of /v1/completions."""
 
     prompt: _Prompt
-    echo: bool | None = False
+    echo: bool = False
     logprobs: _Count | None = None
-    add_special_tokens: bool | None = True
+    add_special_tokens: bool = True
 
 
 class ChatBody(GenerateBody, kw_only=True):
@@ -126,11 +126,11 @@ class ChatBody(GenerateBody, kw_only=True):
     documents: _Objects | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = False
-    add_special_tokens: bool | None = False
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
     max_completion_tokens: _Positive | None = None
     max_tokens: _Positive | None = None
-    logprobs: bool | None = False
+    logprobs: bool = False
     top_logprobs: _Count | None = None
     tool_choice: Annotated[Any, Meta(description="`none` or `auto`.")] = None
     modalities: Annotated[Any, Meta(description='Only ["text"].')] = None
@@ -141,13 +141,13 @@ class TokenizeBody(Struct, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    return_token_strs: bool | None = False
+    return_token_strs: bool = False
     messages: Annotated[_Objects, Meta(min_length=1)] | None = None
     tools: _Objects | None = None
     documents: _Objects | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = False
+    continue_final_message: bool = False
     add_special_tokens: Annotated[bool | None, Meta(description="Default: true for a prompt, false for messages.")] = (
         None
     )
@@ -172,7 +172,7 @@ def decode(body: bytes, kind: type[B]) -> B:
         pass
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise invalid(f"We could not parse the JSON body of your request: {error}") from error
-    # Again, for those clients that write 16 as 16.0, and to show the others their value.
+    # Again, for those clients that write 16 as 16.0 or null for nothing, and to show the others their value.
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -180,7 +180,8 @@ def decode(body: bytes, kind: type[B]) -> B:
     if not isinstance(content, dict):
         raise invalid("The body of the request must be a JSON object.")
     try:
-        return msgspec.convert({name: _whole(value) for name, value in content.items()}, type=kind, str_keys=True)
+        given = {name: _whole(value) for name, value in content.items() if value is not None}
+        return msgspec.convert(given, type=kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise _refusal(str(error), content) from error
 

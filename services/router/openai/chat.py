@@ -5,12 +5,12 @@ from __future__ import annotations
 from services.router import sse
 from services.router.config import RouterConfig
 from services.router.errors import invalid
-from services.router.openai.bodies import ChatBody
+from services.router.openai.bodies import ChatBody, TokenizeBody
 from services.router.openai.choice import Delta
 from services.router.openai.generation import Generation, GenerationPlan, tokens_to_generate
 from services.router.openai.logprobs import TokenNamer, chat_logprobs, prompt_logprobs
 from services.router.openai.renderer import Renderer
-from services.router.openai.requests import ChatInput, check_chat
+from services.router.openai.requests import check_chat, check_messages
 from services.router.text import ChatTemplateError, ServedModel, TokenizerPool
 
 
@@ -19,28 +19,29 @@ async def plan_chat(
 ) -> GenerationPlan:
     """Checks the body, renders and tokenizes the conversation. Raises ApiError."""
     request = check_chat(body, model, config)
-    prompt = await tokenize_chat(request.chat, model, pool)
+    prompt = await tokenize_chat(body, model, pool)
     default = model.files.sampling_defaults.get("max_tokens")
     max_tokens = tokens_to_generate(
-        request.common, len(prompt), "messages", int(default) if default else None, model.max_model_len
+        request, len(prompt), "messages", int(default) if default else None, model.max_model_len
     )
-    return GenerationPlan(model, request.common, request_id, [prompt], [max_tokens])
+    return GenerationPlan(model, request, request_id, [prompt], [max_tokens])
 
 
-async def tokenize_chat(chat: ChatInput, model: ServedModel, pool: TokenizerPool) -> list[int]:
-    """Token ids of the rendered conversation. Raises ApiError where the template refuses it."""
-    template = model.chat_template(bool(chat.tools))
+async def tokenize_chat(body: ChatBody | TokenizeBody, model: ServedModel, pool: TokenizerPool) -> list[int]:
+    """Token ids of the rendered conversation. Raises ApiError, also where the template refuses it."""
+    messages, adds_prompt = check_messages(body), body.add_generation_prompt
+    template = model.chat_template(bool(body.tools))
 
     def run() -> list[int]:
         text = template.render(
-            chat.messages,
-            tools=chat.tools,
-            documents=chat.documents,
-            add_generation_prompt=chat.add_generation_prompt,
-            continue_final_message=chat.continue_final_message,
-            variables=chat.template_variables,
+            messages,
+            tools=body.tools,
+            documents=body.documents,
+            add_generation_prompt=not body.continue_final_message if adds_prompt is None else adds_prompt,
+            continue_final_message=body.continue_final_message,
+            variables=body.chat_template_kwargs,
         )
-        return model.tokenizer.encode([text], chat.add_special_tokens)[0]
+        return model.tokenizer.encode([text], bool(body.add_special_tokens))[0]
 
     try:
         return await pool.run(run)
@@ -55,7 +56,7 @@ class ChatRenderer(Renderer):
 
     def __init__(self, generation: Generation, created_unix_s: int) -> None:
         super().__init__(generation, created_unix_s)
-        self._namer = TokenNamer(self._plan.model.tokenizer, self._request.return_tokens_as_token_ids)
+        self._namer = TokenNamer(self._plan.model.tokenizer, self._body.return_tokens_as_token_ids)
 
     def opening(self) -> bytes:
         """The role chunk of each choice, with which every chat stream starts."""
@@ -68,7 +69,7 @@ class ChatRenderer(Renderer):
                 "finish_reason": None,
             }
             payload = self._chunk(choice, index)
-            if self._request.return_token_ids and index == 0:
+            if self._body.return_token_ids and index == 0:
                 payload["prompt_token_ids"] = self._plan.prompts[0]
             events.append(sse.event(payload))
         return b"".join(events)
@@ -84,7 +85,7 @@ class ChatRenderer(Renderer):
         }
         if delta.finish_reason:
             choice["stop_reason"] = delta.stop_reason
-        if self._request.return_token_ids:
+        if self._body.return_token_ids:
             choice["token_ids"] = delta.token_ids
         return choice
 
@@ -96,13 +97,13 @@ class ChatRenderer(Renderer):
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
-        if self._request.return_token_ids:
+        if self._body.return_token_ids:
             choice["token_ids"] = delta.token_ids
         return choice
 
     def _more(self, first: Delta) -> dict[str, object]:
         more: dict[str, object] = {}
-        if self._request.return_token_ids:
+        if self._body.return_token_ids:
             more["prompt_token_ids"] = self._plan.prompts[0]
         if self._request.sampling.HasField("prompt_logprobs"):
             more["prompt_logprobs"] = prompt_logprobs(self._plan.model.tokenizer, first.prompt_logprobs)

@@ -49,10 +49,11 @@ class Choice:
         self.usage: pb.Usage | None = None
         self.receipt: Receipt | None = None
         self._request = request
+        self._shows_stop = request.body.include_stop_str_in_output
         self._eos_token_ids = model.files.eos_token_ids
         self._discard = discard
-        self._text = model.tokenizer.detokenizer(request.skip_special_tokens)
-        self._stops = StopMatcher(request.stops, request.include_stop) if request.stops else None
+        self._text = model.tokenizer.detokenizer(request.body.skip_special_tokens)
+        self._stops = StopMatcher(request.stops, self._shows_stop) if request.stops else None
 
     def feed(self, token_ids: list[int], output: pb.Output | None = None) -> Delta:
         """Return the delta of tokens and their output. A stop string finishes the choice before the worker does."""
@@ -83,7 +84,7 @@ class Choice:
 
     def _num_hidden(self, output: pb.Output, token_ids: Sequence[int]) -> int:
         """1 if the last token ended the sequence and shall not show in the text, else 0."""
-        if output.finish_reason != pb.FINISH_REASON_STOP or not token_ids or self._request.include_stop:
+        if output.finish_reason != pb.FINISH_REASON_STOP or not token_ids or self._shows_stop:
             return 0
         stopped_by = output.stop_token_id if output.HasField("stop_token_id") else None
         return int(token_ids[-1] == stopped_by or token_ids[-1] in self._eos_token_ids)

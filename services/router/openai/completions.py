@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from services.router.config import RouterConfig
 from services.router.openai.bodies import CompletionBody
 from services.router.openai.choice import Delta
 from services.router.openai.generation import Generation, GenerationPlan, tokens_to_generate
 from services.router.openai.logprobs import CompletionLogprobs, prompt_logprobs
 from services.router.openai.renderer import Renderer
-from services.router.openai.requests import DEFAULT_COMPLETION_TOKENS, CompletionRequest, check_completion
+from services.router.openai.requests import DEFAULT_COMPLETION_TOKENS, check_completion, check_prompts
 from services.router.text import ServedModel, TokenizerPool
 
 
@@ -16,32 +18,36 @@ async def plan_completion(
     body: CompletionBody, model: ServedModel, config: RouterConfig, request_id: str, pool: TokenizerPool
 ) -> GenerationPlan:
     """Checks the body and tokenizes what is text. Raises ApiError."""
-    request = check_completion(body, model, config)
-    prompts = await _tokenize(request, model, pool)
+    given = check_prompts(body.prompt, model.files.vocab_size)
+    request = check_completion(body, given, model, config)
+    prompts = await _tokenize(given, body.add_special_tokens, model, pool)
+    limits = [
+        tokens_to_generate(request, len(prompt), "prompt", DEFAULT_COMPLETION_TOKENS, model.max_model_len)
+        for prompt in prompts
+    ]
+
+    def texts() -> list[str]:
+        decode, skips = model.tokenizer.decode, body.skip_special_tokens
+        return [prompt if isinstance(prompt, str) else decode(prompt, skips) for prompt in given]
+
     return GenerationPlan(
         model,
-        request.common,
+        request,
         request_id,
         prompts,
-        [
-            tokens_to_generate(request.common, len(prompt), "prompt", DEFAULT_COMPLETION_TOKENS, model.max_model_len)
-            for prompt in prompts
-        ],
-        discard_generated=request.common.max_tokens == 0,
-        echoed=await pool.run(lambda: _texts(request, model)) if request.echo else None,
+        limits,
+        discard_generated=request.max_tokens == 0,
+        echoed=await pool.run(texts) if body.echo else None,
     )
 
 
-def _texts(request: CompletionRequest, model: ServedModel) -> list[str]:
-    decode, skips = model.tokenizer.decode, request.common.skip_special_tokens
-    return [prompt if isinstance(prompt, str) else decode(prompt, skips) for prompt in request.prompts]
-
-
-async def _tokenize(request: CompletionRequest, model: ServedModel, pool: TokenizerPool) -> list[list[int]]:
-    texts = [prompt for prompt in request.prompts if isinstance(prompt, str)]
+async def _tokenize(
+    prompts: Sequence[str | list[int]], add_special_tokens: bool, model: ServedModel, pool: TokenizerPool
+) -> list[list[int]]:
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if not texts:
-        return [prompt for prompt in request.prompts if not isinstance(prompt, str)]
-    return await pool.run(lambda: model.tokenizer.encode(texts, request.add_special_tokens))
+        return [prompt for prompt in prompts if not isinstance(prompt, str)]
+    return await pool.run(lambda: model.tokenizer.encode(texts, add_special_tokens))
 
 
 class CompletionRenderer(Renderer):
@@ -51,11 +57,9 @@ class CompletionRenderer(Renderer):
 
     def __init__(self, generation: Generation, created_unix_s: int) -> None:
         super().__init__(generation, created_unix_s)
-        request = self._request
+        body, tokenizer = self._body, self._plan.model.tokenizer
         self._logprobs = [
-            CompletionLogprobs(
-                self._plan.model.tokenizer, request.return_tokens_as_token_ids, request.skip_special_tokens
-            )
+            CompletionLogprobs(tokenizer, body.return_tokens_as_token_ids, body.skip_special_tokens)
             for _ in range(self._plan.num_sequences)
         ]
         self._begun = [False] * self._plan.num_sequences
@@ -66,13 +70,13 @@ class CompletionRenderer(Renderer):
         if not (delta.text or delta.token_ids or delta.finish_reason or has_echo):
             return None
         choice = self._choice(delta)
-        if self._request.return_token_ids:
+        if self._body.return_token_ids:
             choice["prompt_token_ids"] = self._prompt_of(delta.index) if is_first else None
         return choice
 
     def _whole(self, delta: Delta) -> dict[str, object]:
         choice = self._choice(delta)
-        if self._request.return_token_ids:
+        if self._body.return_token_ids:
             choice["prompt_token_ids"] = self._prompt_of(delta.index)
         if self._request.sampling.HasField("prompt_logprobs"):
             choice["prompt_logprobs"] = prompt_logprobs(self._plan.model.tokenizer, delta.prompt_logprobs)
@@ -81,7 +85,7 @@ class CompletionRenderer(Renderer):
     def _choice(self, delta: Delta) -> dict[str, object]:
         text, token_ids, positions = delta.text, delta.token_ids, delta.logprobs
         if self._plan.echoed is not None and not self._begun[delta.index]:
-            text = self._plan.echoed[delta.index // self._request.n] + text
+            text = self._plan.echoed[delta.index // self._body.n] + text
             token_ids = [*self._prompt_of(delta.index), *token_ids]
             positions = [*delta.prompt_logprobs, *positions]
         self._begun[delta.index] = True
@@ -92,9 +96,9 @@ class CompletionRenderer(Renderer):
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
-        if self._request.return_token_ids:
+        if self._body.return_token_ids:
             choice["token_ids"] = delta.token_ids
         return choice
 
     def _prompt_of(self, index: int) -> list[int]:
-        return self._plan.prompts[index // self._request.n]
+        return self._plan.prompts[index // self._body.n]

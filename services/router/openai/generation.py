@@ -38,17 +38,17 @@ class GenerationPlan:
 
     @property
     def num_sequences(self) -> int:
-        return len(self.prompts) * self.request.n
+        return len(self.prompts) * self.request.body.n
 
     def order(self, index: int, timeout_s: float, cache_salt: str) -> pb.GenerateRequest:
         """Makes the order for a sequence's worker. `cache_salt` is the workers', not the client's."""
-        prompt, choice = divmod(index, self.request.n)
+        prompt, choice = divmod(index, self.request.body.n)
         return pb.GenerateRequest(
             request_id=self.request_id if self.num_sequences == 1 else f"{self.request_id}-{index}",
             model=self.model.name,
             prompt_token_ids=self.prompts[prompt],
             sampling=self._sampling(choice, self.max_tokens[prompt]),
-            priority=self.request.priority,
+            priority=self.request.body.priority,
             cache_salt=cache_salt,
             timeout_s=timeout_s,
         )
@@ -116,6 +116,7 @@ class Generation:
         timeline: Timeline,
     ) -> None:
         self.plan = plan
+        self._body = plan.request.body
         self._dispatch = dispatch
         self._metrics = metrics
         self._timeline = timeline
@@ -164,7 +165,7 @@ class Generation:
 
     def usage(self) -> UsageCount:
         """Sums usage over all sequences; a prompt counts once, however many answers it has."""
-        reports = [choice.usage for choice in self._choices[:: self.plan.request.n]]
+        reports = [choice.usage for choice in self._choices[:: self._body.n]]
         cached = sum(report.num_cached_tokens for report in reports if report is not None)
         return UsageCount(
             sum(map(len, self.plan.prompts)),
@@ -174,7 +175,7 @@ class Generation:
 
     def receipt(self) -> dict[str, object] | None:
         """Returns an answer's `receipt`, if the client asked for it: one per sequence, null where none is known."""
-        if not self.plan.request.receipt:
+        if not self._body.receipt:
             return None
         return {
             "request_id": self.plan.request_id,
@@ -183,7 +184,7 @@ class Generation:
 
     def usage_of(self, index: int) -> UsageCount:
         """Returns one sequence's usage, for continuous_usage_stats."""
-        return UsageCount(len(self.plan.prompts[index // self.plan.request.n]), self._choices[index].num_tokens)
+        return UsageCount(len(self.plan.prompts[index // self._body.n]), self._choices[index].num_tokens)
 
     def facts(self) -> dict[str, object]:
         """Returns the facts for the log: counts, seconds, ids of workers; nothing that the client wrote."""
@@ -192,7 +193,7 @@ class Generation:
         prefilled_by = {choice.receipt.prefill_worker_id for choice in self._choices if choice.receipt is not None}
         facts: dict[str, object] = {
             "model": self.plan.model.name,
-            "stream": self.plan.request.stream,
+            "stream": self._body.stream,
             "prompt_tokens": usage.num_prompt_tokens,
             "cached_tokens": usage.num_cached_tokens,
             "generated_tokens": usage.num_generated_tokens,
@@ -248,19 +249,19 @@ class Generation:
             choice.first_token_s = now
             if Event.FIRST_TOKEN not in self._timeline.unix_s:
                 self._timeline.mark(Event.FIRST_TOKEN)
-            if self.plan.request.stream:
+            if self._body.stream:
                 self._observe_first_token(now)
             self._metrics.num_waiting.dec()
             self._metrics.num_running.inc()
         else:
             self._metrics.inter_token_latency.observe((now - choice.last_token_s) / num_tokens)
         choice.last_token_s = now
-        if self.plan.request.stream:
+        if self._body.stream:
             self._metrics.generation_tokens.inc(num_tokens)
 
     def _count_whole(self, choice: Choice) -> None:
         """Counts unstreamed output at its end: until then a new attempt may make it void."""
-        if choice.first_token_s is not None and not self.plan.request.stream:
+        if choice.first_token_s is not None and not self._body.stream:
             self._metrics.generation_tokens.inc(choice.num_tokens)
             self._observe_first_token(choice.first_token_s)
 
@@ -279,7 +280,7 @@ class Generation:
         self._metrics.e2e_request_latency.observe(
             self._timeline.unix_s[Event.FINISHED] - self._timeline.unix_s[Event.ARRIVED]
         )
-        self._metrics.request_prompt_tokens.observe(len(self.plan.prompts[choice.index // self.plan.request.n]))
+        self._metrics.request_prompt_tokens.observe(len(self.plan.prompts[choice.index // self._body.n]))
         self._metrics.request_generation_tokens.observe(choice.num_tokens)
         self._make_receipt(choice, output)
 

@@ -24,7 +24,7 @@ class Renderer(ABC):
     def __init__(self, generation: Generation, created_unix_s: int) -> None:
         self._generation = generation
         self._plan = plan = generation.plan
-        self._request = plan.request
+        self._request, self._body = plan.request, plan.request.body
         self._wants_logprobs = plan.request.sampling.HasField("logprobs")
         self._head = {
             "id": f"{self.id_prefix}-{plan.request_id}",
@@ -60,7 +60,7 @@ class Renderer(ABC):
     def last_event(self) -> bytes:
         """The event after the last choice's end, with what the client asked to be told of the whole; empty if none."""
         told: dict[str, object] = {}
-        if self._request.include_usage:
+        if self._body.stream_options.include_usage:
             told["usage"] = self._generation.usage().to_json()
         told |= self._receipt()
         return sse.event({**self._head, "object": self.chunk, "choices": [], **told}) if told else b""
@@ -77,9 +77,9 @@ class Renderer(ABC):
 
     def _chunk(self, choice: dict[str, object], index: int) -> dict[str, object]:
         payload: dict[str, object] = {**self._head, "object": self.chunk, "choices": [choice]}
-        if self._request.continuous_usage:
+        if self._body.stream_options.continuous_usage_stats:
             payload["usage"] = self._generation.usage_of(index).to_json()
-        elif self._request.include_usage:
+        elif self._body.stream_options.include_usage:
             payload["usage"] = None
         return payload
 

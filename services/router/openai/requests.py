@@ -27,86 +27,39 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """The fields that both endpoints share."""
+    """A checked body, and what came of it."""
 
+    body: GenerateBody
     sampling: pb.SamplingParams
     """All but seed and max_tokens, which differ per sequence."""
     max_tokens: int | None
     max_tokens_field: str
     """Where the client wrote it."""
-    n: int
-    seed: int | None
     stops: tuple[str, ...]
-    include_stop: bool
-    skip_special_tokens: bool
-    stream: bool
-    include_usage: bool
-    continuous_usage: bool
-    return_token_ids: bool
-    return_tokens_as_token_ids: bool
-    priority: int
-    cache_salt: str
-    receipt: bool
 
     def sampling_for(self, choice: int, max_tokens: int) -> pb.SamplingParams:
         """The parameters of the choice-th answer to one prompt."""
-        params = pb.SamplingParams()
+        params, seed = pb.SamplingParams(), self.body.seed
         params.CopyFrom(self.sampling)
-        params.seed = secrets.randbits(63) if self.seed is None else (self.seed + choice) % 2**64
+        params.seed = secrets.randbits(63) if seed is None else (seed + choice) % 2**64
         params.max_tokens = max_tokens
         params.min_tokens = min(params.min_tokens, max_tokens)
         return params
 
 
-@dataclass(frozen=True)
-class CompletionRequest:
-    """Body of /v1/completions. `prompts` holds texts or token ids."""
-
-    common: GenerationRequest
-    prompts: tuple[str | list[int], ...]
-    echo: bool
-    add_special_tokens: bool
-
-
-@dataclass(frozen=True)
-class ChatInput:
-    """The conversation and how to render it; shared with /tokenize."""
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]]
-    documents: list[dict[str, Any]]
-    template_variables: dict[str, Any]
-    add_generation_prompt: bool
-    continue_final_message: bool
-    add_special_tokens: bool
-
-
-@dataclass(frozen=True)
-class ChatRequest:
-    """Body of /v1/chat/completions."""
-
-    common: GenerationRequest
-    chat: ChatInput
-
-
-def check_completion(body: CompletionBody, model: ServedModel, config: RouterConfig) -> CompletionRequest:
+def check_completion(
+    body: CompletionBody, prompts: Sequence[object], model: ServedModel, config: RouterConfig
+) -> GenerationRequest:
     """Raises ApiError."""
-    echo = bool(body.echo)
-    if body.max_tokens == 0 and not echo:
+    if body.max_tokens == 0 and not body.echo:
         raise invalid("`max_tokens` must be at least 1, or 0 with `echo`.", "max_tokens")
     _check_logprobs("logprobs", body.logprobs, config)
-    prompts = check_prompts(body.prompt, model.files.vocab_size)
-    prompt_logprobs = body.logprobs if echo and body.prompt_logprobs is None else body.prompt_logprobs
-    return CompletionRequest(
-        common=_check_common(body, model, config, len(prompts), "max_tokens", body.logprobs, prompt_logprobs),
-        prompts=prompts,
-        echo=echo,
-        add_special_tokens=body.add_special_tokens is not False,
-    )
+    prompt_logprobs = body.logprobs if body.echo and body.prompt_logprobs is None else body.prompt_logprobs
+    return _check_common(body, model, config, len(prompts), "max_tokens", body.logprobs, prompt_logprobs)
 
 
-def check_chat(body: ChatBody, model: ServedModel, config: RouterConfig) -> ChatRequest:
-    """Raises ApiError."""
+def check_chat(body: ChatBody, model: ServedModel, config: RouterConfig) -> GenerationRequest:
+    """All but the messages. Raises ApiError."""
     if body.tool_choice not in (None, "none", "auto"):
         raise not_supported("tool_choice", "only `none` and `auto` are; no tool call can be enforced")
     if body.modalities not in (None, ["text"]):
@@ -116,29 +69,16 @@ def check_chat(body: ChatBody, model: ServedModel, config: RouterConfig) -> Chat
         raise invalid("`top_logprobs` needs `logprobs` to be true.", "top_logprobs")
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    common = _check_common(body, model, config, 1, field, logprobs, body.prompt_logprobs)
-    return ChatRequest(common=common, chat=check_chat_input(body))
+    return _check_common(body, model, config, 1, field, logprobs, body.prompt_logprobs)
 
 
-def check_chat_input(body: ChatBody | TokenizeBody) -> ChatInput:
-    """Messages and the fields that go with them. Raises ApiError."""
-    continue_final_message = bool(body.continue_final_message)
-    add_generation_prompt = body.add_generation_prompt
-    if add_generation_prompt is None:
-        add_generation_prompt = not continue_final_message
-    if continue_final_message and add_generation_prompt:
+def check_messages(body: ChatBody | TokenizeBody) -> list[dict[str, Any]]:
+    """The messages as templates want them. Raises ApiError."""
+    if body.continue_final_message and body.add_generation_prompt:
         raise invalid(
             "`continue_final_message` and `add_generation_prompt` cannot both be true.", "continue_final_message"
         )
-    return ChatInput(
-        messages=[_check_message(message, f"messages[{i}]") for i, message in enumerate(body.messages or ())],
-        tools=body.tools or [],
-        documents=body.documents or [],
-        template_variables=body.chat_template_kwargs or {},
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continue_final_message,
-        add_special_tokens=bool(body.add_special_tokens),
-    )
+    return [_check_message(message, f"messages[{i}]") for i, message in enumerate(body.messages or ())]
 
 
 def check_prompts(prompt: str | list[str | int | list[int]], vocab_size: int) -> tuple[str | list[int], ...]:
@@ -178,39 +118,22 @@ def _check_common(
 ) -> GenerationRequest:
     _check_combinations(body, num_prompts, config)
     max_tokens: int | None = getattr(body, max_tokens_field)
-    if max_tokens is not None and (body.min_tokens or 0) > max_tokens:
+    if max_tokens is not None and body.min_tokens > max_tokens:
         raise invalid(f"`min_tokens` must not exceed the {max_tokens} tokens asked for.", "min_tokens")
-    sampling, options = _sampling(body, model), body.stream_options
+    sampling = _sampling(body, model)
     if logprobs is not None:
         sampling.logprobs = logprobs
     if prompt_logprobs is not None:
         sampling.prompt_logprobs = prompt_logprobs
-    return GenerationRequest(
-        sampling=sampling,
-        max_tokens=max_tokens,
-        max_tokens_field=max_tokens_field,
-        n=body.n or 1,
-        seed=body.seed,
-        stops=_stops(body.stop),
-        include_stop=bool(body.include_stop_str_in_output),
-        skip_special_tokens=body.skip_special_tokens is not False,
-        stream=bool(body.stream),
-        include_usage=bool(options and options.include_usage),
-        continuous_usage=bool(options and options.continuous_usage_stats),
-        return_token_ids=bool(body.return_token_ids),
-        return_tokens_as_token_ids=bool(body.return_tokens_as_token_ids),
-        priority=body.priority or 0,
-        cache_salt=body.cache_salt or "",
-        receipt=bool(body.receipt),
-    )
+    return GenerationRequest(body, sampling, max_tokens, max_tokens_field, _stops(body.stop))
 
 
 def _check_combinations(body: GenerateBody, num_prompts: int, config: RouterConfig) -> None:
     body.refuse()
-    n = body.n or 1
+    n = body.n
     if body.response_format and body.response_format.get("type") != "text":
         raise not_supported("response_format", "only the type `text` is; there is no constrained decoding")
-    if body.stream_options not in (None, StreamOptions()) and not body.stream:
+    if body.stream_options != StreamOptions() and not body.stream:
         raise invalid("`stream_options` is only allowed when `stream` is true.", "stream_options")
     if body.stream and body.prompt_logprobs is not None:
         raise invalid("`prompt_logprobs` are not available when `stream` is true.", "prompt_logprobs")
@@ -241,14 +164,14 @@ def _sampling(body: GenerateBody, model: ServedModel) -> pb.SamplingParams:
         top_p=chosen("top_p", 1.0),
         top_k=max(int(chosen("top_k", 0)), 0),
         min_p=chosen("min_p", 0.0),
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
         repetition_penalty=chosen("repetition_penalty", 1.0),
         logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
         allowed_token_ids=check_token_ids(body.allowed_token_ids or [], "allowed_token_ids", vocab_size),
-        min_tokens=body.min_tokens or 0,
+        min_tokens=body.min_tokens,
         stop_token_ids=check_token_ids(body.stop_token_ids or [], "stop_token_ids", vocab_size),
-        ignore_eos=bool(body.ignore_eos),
+        ignore_eos=body.ignore_eos,
     )
 
 
