@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import uvicorn
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from services.http_server import HttpServer
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class DebugServer:
             return JSONResponse({"ok": True})
 
         config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1)
-        self._server = _Server(config)
+        self._server = HttpServer(config)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> str:
@@ -78,11 +79,3 @@ class DebugServer:
 def _report_crash(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("the debug server broke; probes find nobody there", exc_info=error)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the worker has its own."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield

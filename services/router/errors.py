@@ -90,18 +90,17 @@ def internal(message: str) -> ApiError:
     return ApiError(500, message, type="server_error", code="internal_error")
 
 
+_OF_WORKERS = {
+    pb.ERROR_CODE_INVALID: invalid,
+    pb.ERROR_CODE_OVERLOADED: overloaded,
+    pb.ERROR_CODE_UNAVAILABLE: unavailable,
+    pb.ERROR_CODE_DEADLINE: timed_out,
+}
+
+
 def from_worker(error: pb.Error) -> ApiError:
     """A worker's error as the client sees it."""
-    message = error.message or "the worker gave no reason"
-    if error.code == pb.ERROR_CODE_INVALID:
-        return invalid(message)
-    if error.code == pb.ERROR_CODE_OVERLOADED:
-        return overloaded(message)
-    if error.code == pb.ERROR_CODE_UNAVAILABLE:
-        return unavailable(message)
-    if error.code == pb.ERROR_CODE_DEADLINE:
-        return timed_out(message)
-    return internal(message)
+    return _OF_WORKERS.get(error.code, internal)(error.message or "the worker gave no reason")
 
 
 def is_retryable(error: pb.Error) -> bool:

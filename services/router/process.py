@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import uvicorn
@@ -20,6 +19,7 @@ from kvstore.index import IndexReader
 from kvstore.registry import Membership, WorkerRecord
 from kvstore.threads import OsThreads, Threads
 from services.grpc_orders import GrpcOrders
+from services.http_server import HttpServer
 from services.logs import configure_logging, detail_level, report_phase, report_ready
 from services.orders import Orders
 from services.router.admission import Admission
@@ -79,14 +79,6 @@ async def open_parts(
         pool.close()
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, with signals left to us."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; bound here so that port 0 can be told to the launcher."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -128,7 +120,7 @@ async def _serve(config: RouterConfig) -> int:
             except OSError as error:  # ssl's are of these
                 log.error("cannot serve TLS by %s and %s: %s", config.ssl_certfile, config.ssl_keyfile, error)
                 return 1
-            server = _Server(settings)
+            server = HttpServer(settings)
             serving = asyncio.create_task(server.serve([listener]), name="http")
             stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
             scheme = "https" if config.ssl_certfile else "http"

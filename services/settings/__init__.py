@@ -18,11 +18,9 @@ from services.settings.load import (
     collect_settings,
     load_settings,
     refuse,
-    resolve_settings,
     secret_environment,
 )
 from services.settings.sources import Given
-from services.settings.values import parse_quantity
 
 __all__ = [
     "ENVIRONMENT_PREFIX",
@@ -35,9 +33,7 @@ __all__ = [
     "collect_settings",
     "load_settings",
     "make_parser",
-    "parse_quantity",
     "refuse",
-    "resolve_settings",
     "secret_environment",
     "setting",
     "settings_of",

@@ -26,8 +26,8 @@ from services.settings import (
     build_settings,
     collect_settings,
     make_parser,
-    resolve_settings,
 )
+from services.settings.load import resolve_settings
 from services.store.config import StoreConfig
 
 ENVIRON = {"PATH": os.environ["PATH"], "TANDEM_PORT": "9999", "TANDEM_MAX_NUM_SEQS": "8"}

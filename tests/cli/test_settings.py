@@ -18,13 +18,13 @@ from services.settings import (
     SettingsError,
     argv_of,
     load_settings,
-    parse_quantity,
-    resolve_settings,
     secret_environment,
     setting,
     settings_of,
 )
 from services.settings.declare import Range, names_of_all_services
+from services.settings.load import resolve_settings
+from services.settings.values import parse_quantity
 from services.store.config import StoreConfig
 from services.worker.config import WorkerConfig
 

@@ -46,11 +46,11 @@ def test_own_blocks_cost_nothing_in_the_paged_cache_and_a_load_in_slower_tiers()
     assert in_cache.total < in_host.total < prefill_terms(COST, "c", 7, 320, prefix).total
 
 
-def test_the_terms_add_up_in_the_explanation():
+def test_the_terms_add_up():
     prefix = KnownPrefix(32, 40, {"a": Held(3, (1, 2, 0, 0)), "b": Held(20, (0, 0, 20, 0))})
-    terms = prefill_terms(COST, "a", 100, 1290, prefix).to_json()
-    assert terms["total"] == terms["queued"] + terms["load"] + terms["fetch"] + terms["compute"]
-    assert (terms["num_own_blocks"], terms["fetched_from"], terms["num_fetched_blocks"]) == (3, "b", 17)
+    terms = prefill_terms(COST, "a", 100, 1290, prefix)
+    assert terms.total == terms.queued + terms.load + terms.fetch + terms.compute
+    assert (terms.num_own_blocks, terms.fetched_from, terms.num_fetched_blocks) == (3, "b", 17)
 
 
 def test_a_faster_prefill_makes_fetching_dearer():

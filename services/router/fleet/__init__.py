@@ -1,6 +1,6 @@
 """Knows the workers: keeps sessions with them, knows what each holds, and carries orders there and back."""
 
-from services.router.fleet.dispatch import Arrival, Dispatch, error_of
+from services.router.fleet.dispatch import Arrival, Dispatch
 from services.router.fleet.placement import Ask, Placer, routing_key
 from services.router.fleet.prefixes import PrefixFinder
 from services.router.fleet.workers import Workers
@@ -12,6 +12,5 @@ __all__ = [
     "Placer",
     "PrefixFinder",
     "Workers",
-    "error_of",
     "routing_key",
 ]

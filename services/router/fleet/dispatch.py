@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tandem.v1 import worker_pb2 as pb
 
 from services.router.admission import Room
-from services.router.errors import ApiError, from_worker, internal, is_retryable, overloaded, unavailable
+from services.router.errors import ApiError, is_retryable, overloaded, unavailable
 from services.router.fleet.placement import Ask, Placement, Placer
 from services.router.fleet.session import SessionDown, SessionFull, WorkerSession
 from services.router.fleet.workers import Workers
@@ -280,8 +280,3 @@ class Dispatch:
     def _wake(self, has_news: bool = True) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(has_news)
-
-
-def error_of(output: pb.Output) -> ApiError:
-    """The error that an output with FINISH_REASON_ERROR carries, as the client sees it."""
-    return from_worker(output.error) if output.HasField("error") else internal("the worker gave no reason")

@@ -88,12 +88,7 @@ class Placement:
 class Placer:
     """Places sequences. One per router."""
 
-    def __init__(
-        self,
-        workers: Workers,
-        policy: Policy,
-        log: DecisionLog,
-    ) -> None:
+    def __init__(self, workers: Workers, policy: Policy, log: DecisionLog) -> None:
         self.log = log
         self._workers = workers
         self._policy = policy

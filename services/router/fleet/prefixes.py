@@ -39,12 +39,7 @@ class PromptBlocks:
 class PrefixFinder:
     """Hashes prompts and asks the index. One per router."""
 
-    def __init__(
-        self,
-        index: IndexReader | None,
-        metrics: RouterMetrics,
-        timeout_s: float = 0.05,
-    ) -> None:
+    def __init__(self, index: IndexReader | None, metrics: RouterMetrics, timeout_s: float) -> None:
         self._index = index
         self._metrics = metrics
         self._timeout_s = timeout_s

@@ -11,8 +11,8 @@ from prometheus_client import Gauge
 from tandem.v1 import worker_pb2 as pb
 
 from services.lifecycle import Event, Timeline
-from services.router.errors import ApiError, invalid
-from services.router.fleet import Dispatch, error_of
+from services.router.errors import ApiError, from_worker, invalid
+from services.router.fleet import Dispatch
 from services.router.metrics import ModelMetrics
 from services.router.openai.choice import Choice, Delta
 from services.router.openai.requests import GenerationRequest
@@ -108,13 +108,7 @@ class UsageCount:
 class Generation:
     """Runs a plan. The owner calls `start`, then `deltas` until `finished`, and `close` whatever happens."""
 
-    def __init__(
-        self,
-        plan: GenerationPlan,
-        dispatch: Dispatch,
-        metrics: ModelMetrics,
-        timeline: Timeline,
-    ) -> None:
+    def __init__(self, plan: GenerationPlan, dispatch: Dispatch, metrics: ModelMetrics, timeline: Timeline) -> None:
         self.plan = plan
         self._body = plan.request.body
         self._dispatch = dispatch
@@ -155,7 +149,7 @@ class Generation:
             self._restart(index)
             merged[index] = Delta(index, restarted=True)
         elif output is not None and output.finish_reason == pb.FINISH_REASON_ERROR:
-            raise error_of(output)
+            raise from_worker(output.error)
         else:
             delta = self._feed(choice, token_ids, output)
             if index in merged:

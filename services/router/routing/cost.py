@@ -111,9 +111,6 @@ class PrefillTerms:
     def total(self) -> float:
         return self.queued + self.load + self.fetch + self.compute
 
-    def to_json(self) -> dict[str, object]:
-        return {**{name: getattr(self, name) for name in self.__slots__}, "total": self.total}
-
 
 @dataclass(frozen=True, slots=True)
 class DecodeTerms:
@@ -135,9 +132,6 @@ class DecodeTerms:
     @property
     def total(self) -> float:
         return self.prefill + self.handoff + self.running + self.queued + self.kv_use + self.kv_shortage
-
-    def to_json(self) -> dict[str, object]:
-        return {**{name: getattr(self, name) for name in self.__slots__}, "total": self.total}
 
 
 def prefill_terms(

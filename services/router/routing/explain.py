@@ -90,7 +90,7 @@ def _outcome(outcome: Decision | Refusal) -> dict[str, object]:
 
 
 def _terms(terms: Sequence[DecodeTerms] | Sequence[PrefillTerms]) -> list[dict[str, object]]:
-    return [member.to_json() for member in terms]
+    return [{**{name: getattr(member, name) for name in member.__slots__}, "total": member.total} for member in terms]
 
 
 class DecisionLog:
