@@ -21,6 +21,7 @@ class _Command:
 
 _COMMANDS = {
     "up": _Command("serve a model on this machine: everything in one command", "services.cli.up.up"),
+    "serve": _Command("the same as up, under the name that vLLM's users know", "services.cli.up.up"),
     "router": _Command("run a router: the HTTP API", "services.router.__main__", "services.router.config:RouterConfig"),
     "prefill": _Command("run a prefill worker", "services.prefill.__main__", "services.prefill.config:PrefillConfig"),
     "decode": _Command("run a decode worker", "services.decode.__main__", "services.decode.config:DecodeConfig"),

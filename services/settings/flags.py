@@ -5,33 +5,44 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, NoReturn
 
 from services.settings.declare import Setting, SettingsClass, SettingsError, closest, settings_of
 from services.settings.sources import CONFIG_VARIABLE, Given
 from services.settings.values import convert, listed
+from services.settings.vllm_flags import VLLM_FLAGS, VllmFlag, judge, vllm_flag
 
 
 class _Parser(argparse.ArgumentParser):
+    positional: str = ""
+    """The setting that an argument without a flag gives; empty for none."""
+
     def error(self, message: str) -> NoReturn:
         raise SettingsError(message.removeprefix("argument "))
 
 
 def make_parser(
-    settings: type[SettingsClass] | Sequence[Setting], prog: str | None = None, description: str | None = None
+    settings: type[SettingsClass] | Sequence[Setting],
+    prog: str | None = None,
+    description: str | None = None,
+    positional: str = "",
 ) -> argparse.ArgumentParser:
-    """A parser for these settings, in groups. It keeps values as text, and leaves out what is not given."""
+    """A parser for these settings, in groups. It keeps values as text, and leaves out what is not given.
+
+    `positional` names the setting that may also be given without its flag.
+    """
     items = settings_of(settings) if isinstance(settings, type) else settings
     parser = _Parser(
         prog=prog,
         description=textwrap.fill(description, 100) if description else None,
-        usage="%(prog)s [flags]",
+        usage=f"%(prog)s [{positional.upper()}] [flags]" if positional else "%(prog)s [flags]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         epilog=_epilog(items[0]),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34),
     )
+    parser.positional = positional
     parser.add_argument("--config", metavar="FILE", help=f"YAML or TOML file with settings [{CONFIG_VARIABLE}]")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for item in items:
@@ -39,7 +50,36 @@ def make_parser(
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         _add_flag(groups[title], item)
+    _add_vllm_flags(parser, {flag for item in items for flag in item.flags})
     return parser
+
+
+class _Judged(argparse.Action):
+    """A flag of vLLM's that we lack."""
+
+    def __init__(self, row: VllmFlag, **rest: Any) -> None:
+        super().__init__(**rest)
+        self._row = row
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        flag = option_string or ""
+        off = "no" if self._row.is_switch and flag.startswith("--no-") else ""
+        judge(flag, self._row, off or " ".join(map(str, values or ())))
+
+
+def _add_vllm_flags(parser: argparse.ArgumentParser, ours: Set[str]) -> None:
+    for row in VLLM_FLAGS:
+        flags = [flag for flag in row.flags if flag not in ours]
+        flags += [flag.replace("--", "--no-", 1) for flag in flags if row.is_switch]
+        num_values = 0 if row.is_switch else 1 if row.same else "*"  # of those that are refused, however many
+        if flags:
+            parser.add_argument(*flags, action=_Judged, row=row, nargs=num_values, help=argparse.SUPPRESS)
 
 
 def _add_flag(group: argparse._ArgumentGroup, item: Setting) -> None:
@@ -85,9 +125,14 @@ def from_flags(
     # vLLM takes --max_num_seqs for --max-num-seqs, and people's scripts have both.
     spelled = [re.sub(r"^--[^=]*", lambda match: match[0].replace("_", "-"), argument) for argument in argv]
     namespace, rest = parser.parse_known_args(spelled)
+    given = vars(namespace)
+    positional = parser.positional if isinstance(parser, _Parser) else ""
+    if positional and rest and not rest[0].startswith("-"):
+        if given.setdefault(positional, rest[0]) != rest[0]:
+            raise SettingsError(f"{items[positional].flag} {given[positional]}, and {rest[0]!r} beside it: which?")
+        rest = rest[1:]
     if rest:
         raise SettingsError(_unknown(rest[0], items))
-    given = vars(namespace)
     path = given.pop("config", None)
     return {
         name: Given(convert(items[name], value, items[name].flag), items[name].flag) for name, value in given.items()
@@ -98,5 +143,7 @@ def _unknown(argument: str, items: Mapping[str, Setting]) -> str:
     if not argument.startswith("-"):
         return f"{argument!r} belongs to no flag"
     flag = argument.partition("=")[0]
+    if (row := vllm_flag(flag)) is not None:  # in a spelling that the parser does not have, as --x.y
+        return row.refusal(flag)
     near = closest(flag.lstrip("-").replace("-", "_"), items)
     return f"{flag} is not a setting" + (f"; did you mean {items[near].flag}?" if near else "")

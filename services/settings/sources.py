@@ -10,6 +10,7 @@ from pathlib import Path
 
 from services.settings.declare import ENVIRONMENT_PREFIX, Setting, SettingsError, closest, names_of_all_services
 from services.settings.values import convert
+from services.settings.vllm_flags import judge, vllm_flag
 
 CONFIG_VARIABLE = "TANDEM_CONFIG"
 """Names the file, as --config does."""
@@ -40,6 +41,8 @@ def from_file(items: Mapping[str, Setting], path: str) -> dict[str, Given]:
             raise SettingsError(f"{source} is there twice", name)
         if name in items:
             found[name] = Given(convert(items[name], value, source), source)
+        elif (row := vllm_flag("--" + name.replace("_", "-"))) is not None:
+            judge(source, row, ("" if value else "no") if row.is_switch else str(value))
         elif name not in names_of_all_services():
             near = closest(name, items)
             hint = f"; did you mean {near.replace('_', '-')}?" if near else ""

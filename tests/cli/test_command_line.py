@@ -46,7 +46,7 @@ def test_up_help_names_the_settings_of_all_processes(capsys: pytest.CaptureFixtu
 
 def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["upp"]) == 2
-    assert "'upp' is no command; there are up, router" in capsys.readouterr().err
+    assert "'upp' is no command; there are up, serve, router" in capsys.readouterr().err
 
 
 def test_version_lists_what_it_runs_on(capsys: pytest.CaptureFixture[str]) -> None:

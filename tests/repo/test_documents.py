@@ -10,16 +10,15 @@ import pytest
 
 from kvstore.protocol import ExchangeTimeouts, messages
 from services.settings.declare import names_of_all_services
+from services.settings.vllm_flags import VLLM_FLAGS
 from tests.configuration_page import PAGE, page
 from tests.documents import COMMANDS, PAGES, ROOT, TEXTS, anchors_of, code_blocks, prose_of
 
 PROTOCOL = ROOT / "docs" / "protocol.md"
 # Of other programs.
 FOREIGN_FLAGS = {
-    "--base-url", "--data-parallel-size", "--enable-auto-tool-choice", "--enable-lora", "--kv-overlap-score-weight",
-    "--kv-transfer-config", "--max-local-prefill-length", "--pipeline-parallel-size", "--prefix-caching-hash-algo",
-    "--quantization", "--reasoning-parser", "--router-mode", "--router-temperature", "--speculative-config",
-    "--tensor-parallel-size", "--config",
+    "--base-url", "--kv-overlap-score-weight", "--max-local-prefill-length", "--router-mode", "--router-temperature",
+    "--config", *(flag for row in VLLM_FLAGS for flag in row.flags),
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ class StartFailed(Exception):
 
 def main(argv: Sequence[str]) -> int:
     """Runs until SIGINT, SIGTERM or SIGHUP; returns the exit status."""
-    parser = make_parser(up_settings(), prog="tandem up", description=_DESCRIPTION)
+    parser = make_parser(up_settings(), prog="tandem up", description=_DESCRIPTION, positional="model")
     try:
         given = collect_settings(up_settings(), argv, os.environ, parser)
         config = build_settings(UpConfig, given)

@@ -1,0 +1,171 @@
+"""Knows the flags of `vllm serve` that Tandem lacks, and says what it does instead.
+
+A flag that asks for what Tandem does anyway is taken, with a note; any other ends the process with its answer, in one
+line. docs/from-vllm-or-dynamo.md shows this table, and a test holds them equal.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from services.settings.declare import SettingsError
+
+
+@dataclass(frozen=True)
+class VllmFlag:
+    """One row. `same`: the values that are taken with a note; "" for a switch without one."""
+
+    flags: tuple[str, ...]
+    answer: str
+    same: tuple[str, ...] = ()
+
+    @property
+    def is_switch(self) -> bool:
+        return "" in self.same
+
+    def refusal(self, flag: str) -> str:
+        return f"{flag} is vLLM's, not Tandem's: {self._plain}"
+
+    def note(self, flag: str) -> str:
+        return f"note: {flag} changes nothing: {self._plain}"
+
+    @property
+    def _plain(self) -> str:
+        return self.answer.replace("`", "")
+
+
+def _row(flags: str, answer: str, *same: str) -> VllmFlag:
+    return VllmFlag(tuple(flags.split()), answer, same)
+
+
+_SWITCH = ""
+
+VLLM_FLAGS = (
+    # Taken, since nothing changes.
+    _row("--enable-chunked-prefill", "prompts are always computed in chunks of `--max-num-batched-tokens`", _SWITCH),
+    _row("--enforce-eager", "nothing is captured or compiled", _SWITCH),
+    _row("--trust-remote-code", "no code of a model is ever run", _SWITCH),
+    _row("--disable-log-requests", "single requests are logged in JSON and at `--log-level debug` only", _SWITCH),
+    _row("--enable-prompt-tokens-details", "`usage` always has `cached_tokens`", _SWITCH),
+    _row("--enable-request-id-headers", "answers always have `X-Request-Id`", _SWITCH),
+    _row("--enable-server-load-tracking", "`GET /load` is always there", _SWITCH),
+    _row("--disable-fastapi-docs", "there are none; `/openapi.json` is always there", _SWITCH),
+    _row("--disable-custom-all-reduce", "a worker computes on one device", _SWITCH),
+    _row("--use-tqdm-on-load", "`tandem up` shows how far loading is", _SWITCH),
+    _row("--load-format", "weights are read from safetensors", "auto", "safetensors"),
+    _row("--config-format", "config.json is read", "auto", "hf"),
+    _row("--tokenizer-mode", "tokenizer.json is read", "auto", "hf"),
+    _row("--model-impl", "the model's family is computed by Tandem's own code", "auto"),
+    _row("--kv-cache-dtype", "KV blocks have the model's dtype", "auto"),
+    _row("--task --runner", "text is generated; there are no embeddings, scores or classes", "auto", "generate"),
+    _row("--chat-template-content-format", "the template decides", "auto"),
+    _row("--response-role", "answers are the assistant's", "assistant"),
+    # Several devices.
+    _row(
+        "--tensor-parallel-size -tp --pipeline-parallel-size -pp",
+        "a worker computes on one device, and the model must fit it",
+        "1",
+    ),
+    _row(
+        "--data-parallel-size -dp",
+        "start more workers: `--prefill N --decode N`, or `--colocated --decode N`",
+        "1",
+    ),
+    _row(
+        "--data-parallel-size-local --data-parallel-rank --data-parallel-address",
+        "workers are alike; `--redis` joins them",
+    ),
+    _row(
+        "--api-server-count",
+        "a router is one process, and any number of them stand side by side",
+        "1",
+    ),
+    _row("--enable-expert-parallel --enable-eplb", "mixtures of experts are not supported"),
+    _row("--distributed-executor-backend", "each worker is one process; `--redis` joins those of several machines"),
+    _row(
+        "--nnodes --node-rank --master-addr --master-port --headless",
+        "workers of all machines find each other by `--redis`",
+    ),
+    # Disaggregation and the cache.
+    _row(
+        "--kv-transfer-config",
+        "the roles are commands, `tandem prefill` and `tandem decode`; `tandem up` starts both",
+    ),
+    _row("--kv-events-config", "workers write the prefix index in Redis by themselves"),
+    _row("--kv-offloading-backend", "`--kv-offloading-size` alone: blocks go to host memory"),
+    _row(
+        "--swap-space", "preempted requests are computed again; `--kv-offloading-size` keeps blocks in host memory", "0"
+    ),
+    _row("--cpu-offload-gb", "weights stay on the device; `tandem size` says whether they fit", "0"),
+    _row("--prefix-caching-hash-algo", "always BLAKE2b, 128 bits, the same in every process"),
+    _row("--calculate-kv-scales", "KV blocks have the model's dtype"),
+    # Features.
+    _row("--enable-lora --lora-modules --max-loras --max-lora-rank --max-cpu-loras", "no LoRA: serve merged weights"),
+    _row(
+        "--speculative-config --speculative-model --num-speculative-tokens",
+        "no speculative decoding: leave it out, the answers are the same",
+    ),
+    _row(
+        "--enable-auto-tool-choice --tool-call-parser --tool-parser-plugin --tool-server",
+        "tools reach the chat template; a call comes back as text",
+    ),
+    _row("--reasoning-parser --enable-reasoning", "reasoning comes back as part of the text"),
+    _row("--guided-decoding-backend --structured-outputs-config", "no structured output: requests for it get a 400"),
+    _row(
+        "--limit-mm-per-prompt --mm-processor-kwargs --allowed-local-media-path --mm-processor-cache-gb",
+        "text only: no images, audio or video",
+    ),
+    _row("--logits-processors --logits-processor-pattern", "a request's `logit_bias` and `allowed_token_ids` alone"),
+    _row("--enable-sleep-mode", "no sleep mode: stop the worker, and start it again"),
+    # The model's files.
+    _row("--hf-overrides --hf-config-path --rope-scaling --rope-theta", "change the model's config.json"),
+    _row("--hf-token", "set `HF_TOKEN` in the environment"),
+    _row("--download-dir", "set `HF_HOME` in the environment"),
+    _row("--tokenizer-revision --code-revision", "`--revision` alone, for all files of the model"),
+    _row("--skip-tokenizer-init", "the router needs the tokenizer; prompts may be token ids all the same"),
+    _row("--model-loader-extra-config --ignore-patterns --pt-load-map-location", "weights are read from safetensors"),
+    _row("--override-generation-config", "`--generation-config` and the requests decide"),
+    _row("--disable-sliding-window", "`--max-model-len` within the window has the same effect"),
+    # Scheduling and compute.
+    _row("--seed", "each request has its own `seed`; one is drawn where it has none"),
+    _row(
+        "--max-num-partial-prefills --max-long-partial-prefills --long-prefill-token-threshold",
+        "chunks of waiting prompts share `--max-num-batched-tokens`",
+    ),
+    _row(
+        "--num-scheduler-steps --async-scheduling --scheduler-cls",
+        "there is one scheduler; `--scheduling-policy` is its order",
+    ),
+    _row("--compilation-config -O --cuda-graph-sizes --max-seq-len-to-capture", "nothing is captured or compiled"),
+    _row("--attention-backend", "the device decides; on CPUs `--cpu-kernels`"),
+    _row("--additional-config --worker-cls --worker-extension-cls", "the engine is not extended by configuration"),
+    # The server.
+    _row("--enable-log-requests", "`--log-format json`, or `--log-level debug`"),
+    _row("--max-log-len", "no log has a prompt's text"),
+    _row("--log-config-file", "`--log-level` and `--log-format`"),
+    _row(
+        "--allow-credentials --allowed-methods --allowed-headers",
+        "`--allowed-origins` alone; all methods and headers are allowed",
+    ),
+    _row("--ssl-ca-certs --ssl-cert-reqs --uds --middleware", "put a proxy in front of the router"),
+    _row("--otlp-traces-endpoint --collect-detailed-traces", '`"receipt": true` in a request says where its time went'),
+)
+
+_BY_FLAG = {flag: row for row in VLLM_FLAGS for flag in row.flags}
+
+
+def vllm_flag(flag: str) -> VllmFlag | None:
+    """The row of a flag such as `--seed`, of `--no-` and it, or of a dotted one (`--kv-transfer-config.kv_role`)."""
+    head = flag.partition(".")[0]
+    return _BY_FLAG.get(head) or _BY_FLAG.get(head.replace("--no-", "--", 1))
+
+
+def judge(flag: str, row: VllmFlag, value: str) -> None:
+    """Prints the row's answer as a note if this value changes nothing, else raises it as a SettingsError.
+
+    `value` is "" for a switch that was given, "no" for one that was turned off.
+    """
+    if value not in row.same:
+        raise SettingsError(row.refusal(flag))
+    print(row.note(flag), file=sys.stderr)
