@@ -24,8 +24,8 @@ WORKDIR /src
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/* \
-    && python -m venv /opt/tandem
+    && rm -rf /var/lib/apt/lists/*
+RUN python -m venv /opt/tandem
 COPY constraints.txt ./
 RUN pip install --constraint constraints.txt torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
 COPY pyproject.toml setup.py README.md LICENSE ./
