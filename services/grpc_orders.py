@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
 
@@ -149,8 +148,12 @@ class GrpcServer:
 
     def __init__(self, host: str, port: int) -> None:
         """Take the port; 0 chooses a free one. Raises CannotListen."""
+        # Who only gives orders, as the router does, need not have it installed.
+        from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
         self._server = grpc.aio.server(options=_OPTIONS)
         self._health = health.aio.HealthServicer()
+        self._status = health_pb2.HealthCheckResponse
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         try:
             self.port = self._server.add_insecure_port(f"{host}:{port}")
@@ -165,11 +168,11 @@ class GrpcServer:
 
     async def start(self) -> None:
         await self._server.start()
-        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self._health.set("", self._status.SERVING)
 
     async def set_draining(self) -> None:
         """Say to whoever asks for our health that no new work should come."""
-        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._health.set("", self._status.NOT_SERVING)
 
     async def stop(self, grace_s: float | None) -> None:
         """Calls that are still open may take so long to end by themselves."""
