@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import queue
 import threading
 from collections.abc import Callable
@@ -17,6 +18,8 @@ _Result = TypeVar("_Result")
 
 # How long an idle loop sleeps at most; a wake ends that at once.
 _IDLE_WAIT_S = 1.0
+# Single works at a time; further ones wait.
+_MAX_RUNNING = 32
 
 
 class Runner(Protocol):
@@ -45,11 +48,32 @@ class Threads(Protocol):
 class OsThreads:
     """`Threads` by the operating system's."""
 
+    def __init__(self) -> None:
+        self._running = asyncio.Semaphore(_MAX_RUNNING)
+
     def pool(self, name: str, num_threads: int = 1) -> Executor:
         return ThreadPoolExecutor(num_threads, thread_name_prefix=name)
 
     async def run(self, work: Callable[[], _Result]) -> _Result:
-        return await asyncio.to_thread(work)
+        # Not `asyncio.to_thread`: at its end a process waits for those threads, and this one may hang in a file system.
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+        done: asyncio.Future[_Result] = loop.create_future()
+
+        def settle(set_outcome: Callable[..., None], outcome: object) -> None:
+            if not done.done():
+                set_outcome(outcome)
+
+        def run() -> None:
+            try:
+                end: tuple[Callable[..., None], object] = (done.set_result, context.run(work))
+            except BaseException as error:
+                end = (done.set_exception, error)
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(settle, *end)
+
+        async with self._running:
+            threading.Thread(target=run, name="work", daemon=True).start()
+            return await done
 
     def start(self, name: str, turn: Callable[[], bool]) -> Runner:
         return _ThreadRunner(name, turn)

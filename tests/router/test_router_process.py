@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +12,12 @@ import sys
 import httpx
 import pytest
 
+from kvstore.registry import Registrar
+from services.cli.embedded_redis import EmbeddedRedis
 from services.router.config import RouterConfig
-from services.settings import (
-    SettingsError,
-    argv_of,
-    load_settings,
-    settings_of,
-)
+from services.settings import SettingsError, argv_of, load_settings, settings_of
+from tests.waiting import until
+from tests.worker_records import worker_record
 
 NO_REDIS = "redis://127.0.0.1:1/0"
 
@@ -93,6 +93,26 @@ def test_it_answers_without_a_registry_and_ends_on_sigterm():
             assert process.wait(timeout=20) == 0
         finally:
             process.kill()
+
+
+async def test_a_tokenizer_that_cannot_be_read_to_its_end_does_not_keep_the_router_alive(tmp_path, model_directory):
+    shutil.copy(model_directory / "tokenizer.json", tmp_path)
+    os.mkfifo(tmp_path / "config.json")  # as on a file system that hangs
+    record = worker_record(role="decode", model_path=str(tmp_path), tokenizer_path=str(tmp_path))
+    with EmbeddedRedis.start() as redis:
+        registrar = Registrar(redis.url, record, lease_s=30)
+        await registrar.start()
+        with start("--port", "0", "--redis", redis.url) as process:
+            try:
+                assert process.stderr is not None
+                ready = next(line for line in process.stderr if line.startswith("TANDEM-READY"))
+                url = json.loads(ready.partition(" ")[2])["url"]
+                await until(lambda: "is being loaded" in httpx.get(f"{url}/ready").text)
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(timeout=20) == 0
+            finally:
+                process.kill()
+        await registrar.close()
 
 
 def test_certificates_that_are_none_are_refused_before_it_says_that_it_serves(tmp_path):
