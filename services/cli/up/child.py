@@ -8,22 +8,31 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Collection
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def main(arguments: list[str]) -> None:
     parent, cores, program = int(arguments[0]), arguments[1], arguments[2:]
-    if sys.platform == "linux":
-        # The kernel kills us when the launcher dies, however it dies. The setting survives exec.
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-        if os.getppid() != parent:  # it died before the line above
-            sys.exit(1)
-        if cores:
-            os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    bind(parent, [int(core) for core in cores.split(",") if core])
     os.execvp(program[0], program)
+
+
+def bind(parent: int, cores: Collection[int]) -> None:
+    """Let the kernel kill this process when `parent`, which forked it, dies, however that dies; keep to the cores.
+
+    Both survive exec. Exits where the parent is dead already. Linux; elsewhere nothing.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it died before the line above
+        sys.exit(1)
+    if cores:
+        os.sched_setaffinity(0, cores)
 
 
 if __name__ == "__main__":

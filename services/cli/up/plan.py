@@ -139,6 +139,7 @@ def plan_stack(
                 environ=base | _threads(own) | _gpu(placement) | secret_environment(worker_settings(cls), own),
                 cores=placement.cores,
                 grace_s=(prefill if role == "prefill" else decode).drain_timeout_s + _EXTRA_GRACE_S,
+                is_forked=True,
             )
         )
     router_values = values | {"port": port}

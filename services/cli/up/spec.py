@@ -11,6 +11,7 @@ class ChildSpec:
     """A program to keep running.
 
     `cores` are the processors that it may use, none for all of them; `grace_s` is the time from SIGTERM to SIGKILL.
+    `is_forked`: `argv` is a worker's `python -m MODULE …`, which starts sooner in a process that has torch loaded.
     """
 
     name: str
@@ -18,6 +19,7 @@ class ChildSpec:
     environ: Mapping[str, str]
     cores: tuple[int, ...] = ()
     grace_s: float = 10.0
+    is_forked: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from services.cli.embedded_redis import EmbeddedRedis
 from services.cli.up.ask import RequestFailed, connected_workers, send_first_request
 from services.cli.up.console import READY, Display
+from services.cli.up.forks import Forks
 from services.cli.up.private_redis import keep_redis
 from services.cli.up.spec import Stack
 from services.cli.up.supervise import Child, ChildFailed
@@ -22,25 +23,29 @@ async def run_stack(
     startup_timeout_s: float,
     announce: Callable[[], None],
     redis: EmbeddedRedis | None = None,
+    forks: Forks | None = None,
 ) -> int:
     """Starts the processes, calls `announce` when one request has gone through, runs until a signal, stops them.
 
-    `redis` is the private server, if there is one; it is kept running, too, and closed last. Returns the exit status:
-    1 if the stack did not come up, 2 if a process said what its operator must mend.
+    `redis` is the private server, if there is one; it is kept running, too, and closed last. `forks` is who starts
+    the workers, if there is one; it stays the caller's. Returns the exit status: 1 if the stack did not come up, 2 if
+    a process said what its operator must mend.
     """
     registry = asyncio.create_task(keep_redis(redis, display), name="redis") if redis else None
     try:
-        return await _run(stack, display, startup_timeout_s, announce)
+        return await _run(stack, display, startup_timeout_s, announce, forks)
     finally:
         if registry is not None:
             registry.cancel()
             await asyncio.gather(registry, return_exceptions=True)
 
 
-async def _run(stack: Stack, display: Display, startup_timeout_s: float, announce: Callable[[], None]) -> int:
+async def _run(
+    stack: Stack, display: Display, startup_timeout_s: float, announce: Callable[[], None], forks: Forks | None
+) -> int:
     router = Child(stack.router, display)
     # A store node starts and ends as the workers do; it is ready when it has found one.
-    workers = [Child(spec, display) for spec in (*stack.workers, *stack.stores)]
+    workers = [Child(spec, display, forks) for spec in (*stack.workers, *stack.stores)]
     stop = _catch_signals([router, *workers], display)
     running = [asyncio.create_task(child.run(), name=child.spec.name) for child in [router, *workers]]
     waiting = list(workers)

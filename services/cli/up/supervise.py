@@ -19,8 +19,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from services.cli.up.console import READY, Display
+from services.cli.up.forks import Forks, ForksLost
 from services.cli.up.spec import ChildSpec
 from services.logs import parse_phase, parse_ready
 
@@ -68,19 +70,37 @@ def describe_exit(status: int) -> str:
     return f"was killed by {signal.Signals(-status).name}{hint}"
 
 
+class Process(Protocol):
+    """A program that runs, in a session of its own."""
+
+    @property
+    def pid(self) -> int: ...
+
+    async def wait(self) -> int:
+        """Return the exit status, negative for a signal."""
+
+    def terminate(self) -> None:
+        """Send SIGTERM. Raises ProcessLookupError."""
+
+
 @dataclass
 class Child:
-    """Supervises one program. `run()` owns the process; `stop()` makes `run()` return."""
+    """Supervises one program. `run()` owns the process; `stop()` makes `run()` return.
+
+    With `forks`, a program that may be forked is; it is started as others are once that server is lost.
+    """
 
     spec: ChildSpec
     display: Display
+    forks: Forks | None = None
     delay_s: Callable[[int], float] = restart_delay_s
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     about: str = ""
     """What it says of itself once it serves: its page, and for a worker what it computes with."""
     is_muted: bool = False
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
-    _process: asyncio.subprocess.Process | None = None
+    _process: Process | None = None
+    _starting: asyncio.Task[Process] | None = None
     _lines: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
 
     @property
@@ -109,6 +129,8 @@ class Child:
         self._stopping.set()
         process = self._process
         if process is None:
+            if self._starting is not None:
+                self._starting.cancel()
             return
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
@@ -125,28 +147,25 @@ class Child:
         self._stopping.set()
         if self._process is not None:
             _kill_group(self._process)
+        elif self._starting is not None:
+            self._starting.cancel()
 
     async def _run_once(self) -> int:
         """Runs it from start to exit; returns the exit status, negative for a signal."""
-        cores = ",".join(str(core) for core in self.spec.cores)
         # Our own pipe: with asyncio's, wait() would last until everybody who inherited it had closed it.
         read_end, write_end = os.pipe()
+        self.display.phase(self.spec.name, "starting")
+        self._starting = asyncio.create_task(self._start(write_end), name=f"start {self.spec.name}")
         try:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", _SHIM, str(os.getpid()), cores, *self.spec.argv),
-                env=dict(self.spec.environ),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=write_end,
-                stderr=write_end,
-                start_new_session=True,  # a terminal's Ctrl-C is for the launcher alone, which then stops the others
-            )
+            process = await self._starting
         except BaseException:
             os.close(read_end)
+            if self._stopping.is_set() and self._starting.cancelled():
+                return 0
             raise
         finally:
             os.close(write_end)
         self._process = process
-        self.display.phase(self.spec.name, "starting")
         if self._stopping.is_set():  # stop() came while it started, and found nothing to stop
             _kill_group(process)
         output = asyncio.create_task(self._read_all(read_end), name=f"read {self.spec.name}")
@@ -158,6 +177,23 @@ class Child:
             self._process = None
             with contextlib.suppress(TimeoutError):  # somebody who left the group may still hold the pipe
                 await asyncio.wait_for(output, _LAST_OUTPUT_S)
+
+    async def _start(self, output: int) -> Process:
+        if self.forks is not None and self.spec.is_forked:
+            try:
+                return await self.forks.fork(self.spec, output)
+            except ForksLost:
+                self.forks = None
+                self.display.line(self.spec.name, "the fork server has ended: starting without it")
+        cores = ",".join(str(core) for core in self.spec.cores)
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", _SHIM, str(os.getpid()), cores, *self.spec.argv),
+            env=dict(self.spec.environ),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # a terminal's Ctrl-C is for the launcher alone, which then stops the others
+        )
 
     async def _read_all(self, read_end: int) -> None:
         reader = asyncio.StreamReader()
@@ -187,7 +223,7 @@ class Child:
                 self.display.line(self.spec.name, line)
 
 
-def _kill_group(process: asyncio.subprocess.Process) -> None:
+def _kill_group(process: Process) -> None:
     with contextlib.suppress(ProcessLookupError):  # all gone already
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -71,15 +71,19 @@ def _start(
 
     from kvstore.errors import RedisServerError, RegistryError
     from services.cli.embedded_redis import EmbeddedRedis
+    from services.cli.up.forks import WORKER_MODULES, Forks
     from services.cli.up.stack import run_stack
 
     with ExitStack() as cleanup:
         port = claim_port(router.host, router.port)
+        forks = None
         try:
             if config.redis:
                 from kvstore.registry import redis_version  # which loads a client that nobody else here needs
 
                 redis_version(config.redis)
+            if sys.platform == "linux":  # elsewhere a process that has torch loaded must not fork
+                forks = cleanup.enter_context(closing(Forks(WORKER_MODULES, os.environ)))
             redis = None if config.redis else cleanup.enter_context(EmbeddedRedis.start())
         except (RedisServerError, RegistryError) as error:
             raise StartFailed(str(error)) from error
@@ -100,7 +104,7 @@ def _start(
             worker_prefix="" if redis else f"{socket.gethostname()}-",
         )
         announce = partial(print_example, stack, config, model)
-        return asyncio.run(run_stack(stack, display, config.startup_timeout_s, announce, redis))
+        return asyncio.run(run_stack(stack, display, config.startup_timeout_s, announce, redis, forks))
 
 
 def choose_model(model: str) -> tuple[str, str]:

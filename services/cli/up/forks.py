@@ -1,0 +1,140 @@
+"""The launcher's end of the fork server: orders children from it, and knows when they end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.cli.up.fork_server import FILLER, LENGTH
+from services.cli.up.spec import ChildSpec
+
+_SHIM = str(Path(__file__).with_name("child.py"))
+WORKER_MODULES = (
+    "services.worker.process",
+    "services.engine.native.engine",
+    "services.prefill.service",
+    "services.decode.service",
+)
+"""What workers import before they serve. None of them starts a thread, or opens UCX, CUDA or gRPC."""
+
+
+class ForksLost(Exception):
+    """The fork server has ended, and its children with it."""
+
+
+@dataclass
+class Forked:
+    """A process that the server forked, as `asyncio.subprocess.Process` shows its own."""
+
+    pid: int
+    ended: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    async def wait(self) -> int:
+        """Return the exit status, negative for a signal."""
+        return await asyncio.shield(self.ended)
+
+    def terminate(self) -> None:
+        """Send SIGTERM. Raises ProcessLookupError."""
+        if self.ended.done():
+            raise ProcessLookupError
+        os.kill(self.pid, signal.SIGTERM)
+
+
+class Forks:
+    """The fork server's process, and its children. Start it early, on the main thread; then use it from one loop."""
+
+    def __init__(self, modules: Sequence[str], environ: Mapping[str, str]) -> None:
+        """Start the server, which imports the modules at once. Libraries read `environ` as they load."""
+        self._control, theirs = socket.socketpair()
+        self._control.setblocking(False)
+        with theirs:
+            self._server = subprocess.Popen(
+                [
+                    *(sys.executable, "-I", "-S", _SHIM, str(os.getpid()), ""),
+                    *(sys.executable, "-m", "services.cli.up.fork_server", str(theirs.fileno()), *modules, FILLER),
+                ],
+                # OpenBLAS would start threads as it loads. Workers use it for next to nothing.
+                env={"OPENBLAS_NUM_THREADS": "1", **environ, "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # it says nothing, unless it fails
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        self._reading: asyncio.Task[None] | None = None
+        self._ordering: asyncio.Lock = asyncio.Lock()
+        self._starting: deque[asyncio.Future[Forked]] = deque()
+        self._running: dict[int, Forked] = {}
+
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self._server.pid
+
+    async def fork(self, spec: ChildSpec, output: int) -> Forked:
+        """Start `python -m MODULE …`, what `spec.argv` is, writing to `output`, which stays the caller's.
+
+        Waits for the server to have loaded its modules. Raises ForksLost.
+        """
+        python, dash_m, module, *flags = spec.argv
+        assert (python, dash_m) == (sys.executable, "-m"), spec.argv
+        order = {"name": spec.name, "module": module, "flags": flags}
+        data = json.dumps(order | {"environ": dict(spec.environ), "cores": spec.cores}).encode()
+        loop = asyncio.get_running_loop()
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read(), name="fork server")
+        if self._reading.done():
+            raise ForksLost
+        started: asyncio.Future[Forked] = loop.create_future()
+        async with self._ordering:
+            self._starting.append(started)
+            try:
+                socket.send_fds(self._control, [LENGTH.pack(len(data))], [output])
+                await loop.sock_sendall(self._control, data)
+            except OSError as error:
+                raise ForksLost from error
+        return await started
+
+    def close(self) -> None:
+        """Kill the server and, with it, what it has forked and still runs."""
+        if self._reading is not None:
+            self._reading.cancel()
+        self._server.kill()
+        self._server.wait()
+        self._control.close()
+
+    async def _read(self) -> None:
+        """Take in what the server says, until it has ended."""
+        rest = b""
+        loop = asyncio.get_running_loop()
+        try:
+            while data := await loop.sock_recv(self._control, 1 << 16):
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    self._hear(json.loads(line))
+        except ConnectionError:
+            pass  # as an end
+        for started in self._starting:
+            if not started.done():
+                started.set_exception(ForksLost())
+        for child in self._running.values():
+            child.ended.set_result(-signal.SIGKILL)  # by the kernel, as the server had asked
+
+    def _hear(self, message: dict[str, int]) -> None:
+        if "started" in message:
+            child = self._running[message["started"]] = Forked(message["started"])
+            started = self._starting.popleft()
+            if started.done():  # nobody waits for it any more
+                os.kill(child.pid, signal.SIGKILL)
+            else:
+                started.set_result(child)
+        else:
+            self._running.pop(message["ended"]).ended.set_result(message["status"])
