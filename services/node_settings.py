@@ -51,3 +51,6 @@ class NodeSettings(Settings):
     log_format: str = setting(
         "auto", help="text, json, or auto: text on a terminal", choices=("auto", "text", "json"), group="logs"
     )
+    disable_log_stats: bool = setting(
+        False, help="no line every 10 s on how busy this process is, while it is", group="logs"
+    )

@@ -110,6 +110,9 @@ class RouterConfig(Settings):
     log_format: str = setting(
         "auto", help="text, json, or auto: text on a terminal", choices=("auto", "text", "json"), group="logs"
     )
+    disable_log_stats: bool = setting(
+        False, help="no line every 10 s on how busy this process is, while it is", group="logs"
+    )
     disable_uvicorn_access_log: bool = setting(
         False, help="no line per request; those that failed by our fault are logged all the same", group="logs"
     )

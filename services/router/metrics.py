@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from services.activity import recent_handoffs
 from services.exposition import ExposedRegistry, add_process_series
 from services.lifecycle import Event
 from services.metric_families import REQUESTS, ROUTER
@@ -115,6 +116,7 @@ class RouterMetrics:
         self.index_up = ROUTER.gauge("tandem:router_index_up", self.registry)
         self.registry_up = ROUTER.gauge("tandem:router_registry_up", self.registry)
         self._models: dict[str, ModelMetrics] = {}
+        self.handoffs_s = recent_handoffs()
 
     def for_model(self, model: str) -> ModelMetrics:
         """`model` is a served name, never what a client wrote: the number of series stays small."""
@@ -135,6 +137,9 @@ class RouterMetrics:
     def count_receipt(self, receipt: Receipt) -> None:
         for name, value_of in _OF_RECEIPTS.items():
             self._of_receipts[name].inc(value_of(receipt))
+        handoff_s = receipt.seconds_between(Event.PREFILL_FINISHED, Event.DECODE_JOINED)
+        if handoff_s is not None and receipt.usage.num_transferred_blocks:
+            self.handoffs_s.append(handoff_s)
         self._computed.inc(receipt.num_computed_tokens)
         self._reused.inc(receipt.num_reused_tokens)
         self._fetched.inc(receipt.num_fetched_tokens)

@@ -18,9 +18,10 @@ from kvstore.errors import RegistryError
 from kvstore.index import IndexReader
 from kvstore.registry import Membership, WorkerRecord
 from kvstore.threads import OsThreads, Threads
+from services.activity import Activity, activity_logged, sample
 from services.grpc_orders import GrpcOrders
 from services.http_server import HttpServer
-from services.logs import configure_logging, detail_level, report_phase, report_ready
+from services.logs import configure_logging, detail_level, launched, report_phase, report_ready
 from services.orders import Orders
 from services.router.admission import Admission
 from services.router.app import make_app
@@ -128,7 +129,10 @@ async def _serve(config: RouterConfig) -> int:
             log.log(detail_level(), "listening on %s", url)
             report_phase("waiting for workers")
             report_ready(url=url)
-            await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
+            metrics = parts.metrics
+            activity = Activity(lambda: sample(metrics.registry), metrics.handoffs_s, own_tokens=int(launched()))
+            async with activity_logged(activity.line, logging.DEBUG if config.disable_log_stats else logging.INFO):
+                await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
             log.log(detail_level(), "stopping; running requests have %g s", config.shutdown_timeout_s)
             stopped.cancel()
             server.should_exit = True

@@ -26,7 +26,9 @@ from kvstore.registry import Membership, Registrar, WorkerRecord, new_incarnatio
 from kvstore.store import DiskTier, DiskWrites, StoreNode, StoreTooSmall, TieredStore
 from kvstore.threads import Threads
 from kvstore.transport import make_transports
+from services.activity import activity_logged
 from services.logs import configure_logging, detail_level, report_phase, report_ready, request_scope
+from services.store.activity import StoreActivity, store_series
 from services.store.config import StoreConfig
 from services.store.http import StoreHttp
 from services.store.index_feed import StoreIndexFeed
@@ -81,7 +83,9 @@ async def _serve_blocks(
         report_phase("registered")
         report_ready(http=record.http_address)
         http.not_ready = ""
-        await stop.wait()
+        activity = StoreActivity(lambda: store_series(metrics.registry))
+        async with activity_logged(activity.line, logging.DEBUG if config.disable_log_stats else detail_level()):
+            await stop.wait()
         http.not_ready = "stopping"
         log.log(detail_level(), "%s stops", record.worker_id)
 

@@ -22,6 +22,7 @@ import services
 from kvstore.errors import RegistryError, TransportError
 from kvstore.exchange import Outside
 from kvstore.registry import Registrar, WorkerRecord, new_incarnation
+from services.activity import Activity, activity_logged, sample
 from services.engine import native
 from services.engine.api import Engine
 from services.engine.model_config import ModelError
@@ -234,9 +235,13 @@ async def _serve(
                 log.log(detail_level(), text, parts.worker_id, record.grpc_address, record.http_address)
                 report_phase("registered")
                 report_ready(http=record.http_address, about=_about(engine))
-                with pool_backed(engine.memory, parts.threads):
-                    if not await _has_ended(stop.wait(), parts.thread):
-                        return 1
+                metrics = parts.metrics
+                activity = Activity(lambda: sample(metrics.registry), metrics.requests.handoffs_s)
+                level = logging.DEBUG if config.disable_log_stats else detail_level()
+                async with activity_logged(activity.line, level):
+                    with pool_backed(engine.memory, parts.threads):
+                        if not await _has_ended(stop.wait(), parts.thread):
+                            return 1
                 log.log(detail_level(), "%s drains for at most %g s", parts.worker_id, config.drain_timeout_s)
                 await worker.server.set_draining()
                 registrar.update(msgspec.structs.replace(record, draining=True))

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from prometheus_client import CollectorRegistry, Histogram
 from tandem.v1 import worker_pb2 as pb
 
+from services.activity import recent_handoffs
 from services.engine.api import Engine
 from services.exposition import ExposedRegistry, add_process_series
 from services.lifecycle import Event, Timeline
@@ -58,6 +59,7 @@ class RequestMetrics:
         self.num_prompt_tokens = WORKER.histogram("vllm:request_prompt_tokens", registry)
         self.num_generated_tokens = WORKER.histogram("vllm:request_generation_tokens", registry)
         self.success = WORKER.counter("vllm:request_success", registry, _FINISH_REASONS)
+        self.handoffs_s = recent_handoffs()
         self.stage_s = WORKER.histogram("tandem:request_stage_seconds", registry)
         for stage in (*_HANDOFF_STAGES, *_STAGES):
             self.stage_s.labels(stage)
@@ -77,6 +79,8 @@ class RequestMetrics:
         elif usage.num_transferred_blocks:
             for stage, events in _HANDOFF_STAGES.items():
                 _observe(self.stage_s.labels(stage), timeline.seconds_between(*events))
+            if (handoff_s := timeline.seconds_between(*_HANDOFF_STAGES["handoff"])) is not None:
+                self.handoffs_s.append(handoff_s)
         if finish_reason not in _REGULAR_ENDS:
             return
         decode_s = timeline.seconds_between(Event.FIRST_TOKEN, Event.FINISHED)
