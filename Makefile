@@ -1,10 +1,10 @@
 # `make help` lists what there is. Variables are set on the command line: make serve MODEL=/models/qwen3-0.6b PORT=8080
 
-PYTHON ?= python3.11
-# Where torch comes from; empty: the configured package index. The exact version is pinned, the build is a choice:
-#   GPU:                make install TORCH_INDEX=https://download.pytorch.org/whl/cu130
-#   CPU, 3 GB smaller:  make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
-TORCH_INDEX ?=
+# Empty: the best one that deploy/install.sh finds
+PYTHON ?=
+# Where torch comes from: auto (CPU or CUDA build, by whether there is an NVIDIA driver), a URL, or empty for the
+# configured package index
+TORCH_INDEX ?= auto
 MODEL ?=
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -42,18 +42,16 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index compat agreement loadtest clean
+.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index compat agreement loadtest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## make .venv and install everything, pinned by constraints.txt
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard services/engine/native/kernels/csrc/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,nixl,dev]"
-	touch $@
+$(INSTALLED): pyproject.toml constraints.txt setup.py deploy/install.sh $(wildcard services/engine/native/kernels/csrc/*)
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" deploy/install.sh
+	@touch $@
 
 serve: $(INSTALLED) ## serve MODEL (the demo model) on PORT with PREFILL and DECODE workers
 	$(BIN)/tandem up --host $(HOST) --port $(PORT) --prefill $(PREFILL) --decode $(DECODE) $(if $(MODEL),--model $(MODEL)) $(UP_ARGS)
@@ -102,6 +100,14 @@ proto-check: $(INSTALLED) ## the committed stubs are what the generator gives
 	$(PROTOC) --python_out=build/proto --grpc_python_out=build/proto --pyi_out=build/proto
 	for stub in build/proto/tandem/v1/*; do cmp $$stub proto/tandem/v1/$$(basename $$stub) || { echo "run 'make proto'"; exit 1; }; done
 
+dist: $(INSTALLED) ## build/dist: the sdist, and the wheel made from it for this Python and processor
+	rm -rf build/dist && mkdir -p build/dist
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('build/dist')"
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir build/dist build/dist/*.tar.gz
+
+check-pythons: $(INSTALLED) ## every package of the lock has a wheel for Python 3.11 to 3.14 (minutes)
+	$(BIN)/pytest tests/repo/test_pythons.py -m slow
+
 kernels: $(INSTALLED) ## build the CPU kernels again, after a change to their sources
 	$(BIN)/python setup.py --quiet build_ext --inplace --force
 
@@ -125,7 +131,7 @@ bench-engine: $(INSTALLED) ## decode steps and prefill of one engine, beside the
 	$(BIN)/python -m tests.bench.bench_engine $(BENCH_ARGS)
 
 bench-peer: $(INSTALLED) ## bench-engine with vLLM beside it, in an environment of its own (2 GB), and our targets (BENCH_ARGS)
-	$(BIN)/python -m tests.bench.bench_peer $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(BENCH_ARGS)
+	$(BIN)/python -m tests.bench.bench_peer $(if $(filter-out auto,$(TORCH_INDEX)),--torch-index $(TORCH_INDEX)) $(BENCH_ARGS)
 
 bench-prefix: $(INSTALLED) ## hit rate and TTFT by routing policy: make bench-prefix TRACE=mooncake_conversation.jsonl
 	$(BIN)/python -m tests.bench.bench_prefix $(if $(TRACE),--trace $(TRACE)) $(BENCH_ARGS)
@@ -134,10 +140,10 @@ bench-index: $(INSTALLED) ## the prefix index with a million blocks: lookups aga
 	$(BIN)/python -m tests.bench.bench_index $(BENCH_ARGS)
 
 compat: $(INSTALLED) ## vllm bench, guidellm, aiperf, lm-eval, litellm, langchain against our server (7 GB); TOOLS=…
-	$(BIN)/python -m tests.compat $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(TOOLS)
+	$(BIN)/python -m tests.compat $(if $(filter-out auto,$(TORCH_INDEX)),--torch-index $(TORCH_INDEX)) $(TOOLS)
 
 agreement: $(INSTALLED) ## do our load test, vllm bench serve, guidellm and aiperf measure the same? 20 minutes
-	$(BIN)/python -m tests.compat.agreement $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(BENCH_ARGS)
+	$(BIN)/python -m tests.compat.agreement $(if $(filter-out auto,$(TORCH_INDEX)),--torch-index $(TORCH_INDEX)) $(BENCH_ARGS)
 
 clean: ## remove what the tools leave behind; keeps .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -80,7 +80,8 @@ def test_every_dependency_is_pinned_by_the_constraints() -> None:
 
 
 def test_torch_is_pinned_alike_everywhere() -> None:
-    for name in ("pyproject.toml", "constraints.txt", "Makefile"):
+    dockerfiles = [str(path) for path in (ROOT / "deploy/docker").glob("*.Dockerfile") if path.stem != "router"]
+    for name in ("pyproject.toml", "constraints.txt", "deploy/install.sh", *dockerfiles):
         assert set(re.findall(r"torch==([0-9.]+[0-9])", (ROOT / name).read_text(encoding="utf-8"))) == {"2.13.0"}, name
 
 
