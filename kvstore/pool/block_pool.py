@@ -79,7 +79,7 @@ class BlockPool(SlotBook):
         """
         if not self.enable_prefix_caching:
             return False
-        is_new = super().publish(slot_id, block_hash, parent_hash, proof)
+        is_new = SlotBook.publish(self, slot_id, block_hash, parent_hash, proof)
         if is_new and proof is None:
             self._unproven.append(slot_id)
         if tokens is not None and block_hash in self._by_hash:
@@ -135,7 +135,7 @@ class BlockPool(SlotBook):
 
     def _unlink(self, slot: Slot) -> None:
         self._shared_tokens.discard(slot.slot_id)
-        super()._unlink(slot)
+        SlotBook._unlink(self, slot)
 
     def _find_problems(self) -> list[str]:
         by_block = {slot.slot_id: slot.block_hash for slot in self._slots if slot.block_hash is not None}

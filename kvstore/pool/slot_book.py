@@ -168,16 +168,21 @@ class SlotBook:
         for slot_id in taken:
             slots[slot_id].num_references = 1
         evicted: list[Block] = []
-        while len(taken) < n:
-            slot = self._next_victim(keep)
-            if slot is None:
-                break
-            self.stats.num_evictions += 1
+        while len(taken) < n and self._idle:
+            if self._segments is None:
+                slot, _ = self._idle.popitem(last=False)
+            else:
+                victim = self._segments.evict(keep)
+                if victim is None:
+                    break
+                slot = victim
+                del self._idle[slot]
             if self._on_evict is not None and slot.proof is not None:  # what nobody vouches for is not kept elsewhere
                 evicted.append(describe(slot))
             self._unlink(slot)
             slot.num_references = 1
             taken.append(slot.slot_id)
+        self.stats.num_evictions += len(taken) - num_empty
         if evicted and self._on_evict is not None:
             self._on_evict(evicted)
         return taken
@@ -190,7 +195,9 @@ class SlotBook:
         False where that changes nothing: another slot has the block, which stays the findable one, or this one was
         dropped. Raises `IntegrityError` for a slot that nobody refers to, or that is findable under another hash.
         """
-        slot = self._check_referenced(slot_id, "publish")
+        if not 0 <= slot_id < len(self._slots) or self._slots[slot_id].num_references == 0:
+            raise self._no_reference(slot_id, "publish")
+        slot = self._slots[slot_id]
         if slot.block_hash is not None and slot.block_hash != block_hash:
             raise IntegrityError(f"publish of slot {slot_id} as {block_hash.hex()}: it is {self._name(slot_id)}")
         if block_hash in self._by_hash or slot.is_dropped:
@@ -207,10 +214,12 @@ class SlotBook:
 
     def acquire(self, ids: Sequence[int]) -> None:
         """Take one more reference on each slot. All must be referenced already; `match_prefix` is for idle ones."""
+        slots, num_slots = self._slots, len(self._slots)
         for slot_id in ids:
-            self._check_referenced(slot_id, "acquire")
+            if not 0 <= slot_id < num_slots or slots[slot_id].num_references == 0:
+                raise self._no_reference(slot_id, "acquire")
         for slot_id in ids:
-            self._slots[slot_id].num_references += 1
+            slots[slot_id].num_references += 1
 
     def match_prefix(self, hashes: Sequence[BlockHash], is_use: bool = True) -> list[int]:
         """Return the slots of the longest prefix of `hashes` that is here, with one reference taken on each.
@@ -229,7 +238,9 @@ class SlotBook:
             slot = self._by_hash.get(block_hash)
             if slot is None:
                 break
-            self._hold(slot)
+            if slot.num_references == 0:
+                del self._idle[slot]
+            slot.num_references += 1
             if is_use and not slot.was_reused:
                 slot.was_reused = True
                 self._tell(CacheChange(block_hash, CacheEvent.REUSED))
@@ -248,20 +259,21 @@ class SlotBook:
         released before heads, so a chain is evicted from its end and what is left of it stays a usable prefix. Raises
         `IntegrityError` if there is no reference to give back.
         """
-        slots, free = self._slots, self._free
+        slots, num_slots = self._slots, len(self._slots)
         for slot_id in reversed(ids):
-            if not 0 <= slot_id < len(slots) or slots[slot_id].num_references == 0:
-                raise IntegrityError(f"release of slot {slot_id}, which has no reference: {self._name(slot_id)}")
+            if not 0 <= slot_id < num_slots or slots[slot_id].num_references == 0:
+                raise self._no_reference(slot_id, "release")
             slot = slots[slot_id]
             slot.num_references -= 1
-            if slot.num_references == 0:
-                if slot.block_hash is None:
-                    slot.is_dropped = False
-                    free.append(slot_id)
-                else:
-                    self._idle[slot] = None
-                    if self._segments is not None:
-                        self._segments.idle(slot)
+            if slot.num_references:
+                continue
+            if slot.block_hash is None:
+                slot.is_dropped = False
+                self._free.append(slot_id)
+            else:
+                self._idle[slot] = None
+                if self._segments is not None:
+                    self._segments.idle(slot)
 
     # -- out --
 
@@ -332,14 +344,6 @@ class SlotBook:
             del self._idle[slot]
         slot.num_references += 1
 
-    def _next_victim(self, keep: BlockHash | None) -> Slot | None:
-        if self._segments is None:
-            return self._idle.popitem(last=False)[0] if self._idle else None
-        slot = self._segments.evict(keep)
-        if slot is not None:
-            del self._idle[slot]
-        return slot
-
     def _release_hash(self, slot: Slot) -> None:
         """Make a findable slot unfindable, whoever refers to it; free, if nobody does."""
         if slot.num_references == 0:
@@ -359,8 +363,11 @@ class SlotBook:
 
     def _check_referenced(self, slot_id: int, operation: str) -> Slot:
         if not 0 <= slot_id < len(self._slots) or self._slots[slot_id].num_references == 0:
-            raise IntegrityError(f"{operation} of slot {slot_id}, to which nobody refers: {self._name(slot_id)}")
+            raise self._no_reference(slot_id, operation)
         return self._slots[slot_id]
+
+    def _no_reference(self, slot_id: int, operation: str) -> IntegrityError:
+        return IntegrityError(f"{operation} of slot {slot_id}, to which nobody refers: {self._name(slot_id)}")
 
     def _name(self, slot_id: int) -> str:
         if not 0 <= slot_id < len(self._slots):
