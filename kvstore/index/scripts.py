@@ -76,7 +76,8 @@ local function registered(id)
 end
 """
 
-# First, what is not of its type, hence not ours, goes: a script that stops at it would leave its work half done.
+# First, what is not of its type, hence not ours, goes: a script that stops at it would leave its work half done. Where
+# slots and ids do not match any more, nobody would find the slot of a holder that dies: all go, and are claimed anew.
 # retire(slot): its entries become invisible and await the sweep. Lost bits are replaced by all bits.
 _RETIRE = f"""
 local types = {{[''] = 'hash', [':slots'] = 'hash', [':ids'] = 'hash', [':seqs'] = 'hash', [':dead'] = 'set',
@@ -87,6 +88,13 @@ for suffix, expected in pairs(types) do
 end
 local function new_version(slot)
   redis.call('HSET', index, 'v', clock[1] .. '.' .. clock[2] .. '.' .. slot)
+end
+if redis.call('HLEN', index .. ':slots') ~= redis.call('HLEN', index .. ':ids') then
+  for _, slot in ipairs(redis.call('HKEYS', index .. ':slots')) do
+    if redis.call('EXISTS', index .. ':held:' .. slot) == 1 then redis.call('SADD', index .. ':dead', slot) end
+  end
+  redis.call('DEL', index .. ':slots', index .. ':ids', index .. ':seqs')
+  new_version('')
 end
 local function retire(slot)
   local record = redis.call('HGET', index .. ':slots', slot)
@@ -276,6 +284,8 @@ SWEEP = Script(
     + _RETIRE
     + _BLOCKS
     + """
+local type_of_departed = redis.call('TYPE', registry .. ':departed').ok
+if type_of_departed ~= 'set' and type_of_departed ~= 'none' then redis.call('DEL', registry .. ':departed') end
 local expired = redis.pcall('ZRANGEBYSCORE', registry .. ':leases', '-inf', now_ms, 'LIMIT', 0, 16)
 for _, id in ipairs(expired) do
   redis.call('ZREM', registry .. ':leases', id)

@@ -45,9 +45,19 @@ MIN_LEASE_S = 0.05
 
 _MAX_DRAINED_MESSAGES = 256
 
+# KEYS: workers, leases, departed. What is not of its type is not ours, and would keep all workers out, or dead ones in.
+_REPAIR = """
+for i, expected in ipairs({'hash', 'zset', 'set'}) do
+  local found = redis.call('TYPE', KEYS[i]).ok
+  if found ~= expected and found ~= 'none' then redis.call('DEL', KEYS[i]) end
+end
+"""
+
 # KEYS: workers, leases, departed. ARGV: id, incarnation, record, lease in ms, channel. Returns the newer incarnation
 # that holds the id, or "" once announced. What has expired is pruned first, so that a dead twin never bars the living.
-_ANNOUNCE = """
+_ANNOUNCE = (
+    _REPAIR
+    + """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local expired = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now)
@@ -73,10 +83,13 @@ end
 if old ~= ARGV[3] then redis.call('PUBLISH', ARGV[5], 'announced ' .. ARGV[1] .. ' ' .. ARGV[2]) end
 return ''
 """
+)
 
 # KEYS: workers, leases, departed. ARGV: id, incarnation, channel. Removes the worker unless another incarnation holds
 # the id.
-_WITHDRAW = """
+_WITHDRAW = (
+    _REPAIR
+    + """
 local old = redis.call('HGET', KEYS[1], ARGV[1])
 if not old then return 0 end
 local ok, record = pcall(cjson.decode, old)
@@ -88,6 +101,7 @@ redis.call('EXPIRE', KEYS[3], 86400)
 redis.call('PUBLISH', ARGV[3], 'withdrawn ' .. ARGV[1] .. ' ' .. ARGV[2])
 return 1
 """
+)
 
 # KEYS: workers, leases. Returns id, remaining ms and record of every live worker, in one flat list. Writes nothing.
 _READ = """

@@ -243,6 +243,17 @@ async def test_garbage_in_redis_and_on_the_channel_is_reported_once_and_ignored(
     assert len(warnings) == len(set(warnings)) == len(garbage) + 2
 
 
+@pytest.mark.parametrize("key", ["workers", "leases", "departed"])
+async def test_a_key_that_is_not_ours_does_not_keep_workers_out_for_good(cluster, key):
+    async with redis.asyncio.Redis.from_url(cluster.url) as client:
+        await client.set(f"{{tandem}}:{key}", "rubbish")
+    registrar = await cluster.join(make_record("decode-0"))
+    membership = await cluster.follow()
+    await until(lambda: ids(membership) == ["decode-0"], WAIT_S)
+    await registrar.close()
+    await until(lambda: ids(membership) == [], WAIT_S)
+
+
 async def test_deployments_with_different_prefixes_do_not_see_each_other(cluster):
     await cluster.join(make_record())
     other = Membership(cluster.url, prefix="staging")

@@ -355,6 +355,7 @@ async def test_when_all_slots_are_taken_a_holder_waits_for_one(world, client, ca
     with client.pipeline() as pipeline:
         for slot in range(1, 4096):
             pipeline.hset(f"{INDEX}:slots", str(slot), f"t i other-{slot}")
+            pipeline.hset(f"{INDEX}:ids", f"other-{slot}", str(slot))
         pipeline.execute()
     writer = IndexWriter(world.url, "w0", "i", lambda: [(HASHES[0], Tier.DEVICE)], lease_s=LEASE_S)
     registered = registrar(world.url)

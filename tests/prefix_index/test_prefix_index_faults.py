@@ -216,6 +216,18 @@ async def test_garbage_in_redis_costs_hints_and_is_repaired(world, client, comma
     assert await reader.lookup(HASHES, LOOKUP_S) == []
 
 
+@pytest.mark.parametrize("key", [f"{INDEX}:ids", f"{INDEX}:slots", "{tandem}:departed"])
+@pytest.mark.parametrize("damage", ["lost", "not ours"])
+async def test_a_holder_that_dies_while_its_name_is_lost_does_not_stay_in_the_index(world, client, key, damage):
+    stays, dies = await world.hold("stays", 10), await world.hold("dies", 40)
+    reader = await world.read()
+    await world.kill(dies)
+    client.delete(key)
+    if damage == "not ours":
+        client.set(key, "rubbish")
+    await world.finds(reader, HASHES, [stays])
+
+
 async def test_a_password_is_taken_from_the_url(own_server):
     with redis.Redis.from_url(own_server.url) as client:
         client.config_set("requirepass", "s3cret/ä")
