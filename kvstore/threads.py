@@ -8,11 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import logging
+import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Protocol, TypeVar
+
+logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -20,6 +25,27 @@ _Result = TypeVar("_Result")
 _IDLE_WAIT_S = 1.0
 # Single works at a time; further ones wait.
 _MAX_RUNNING = 32
+
+
+# How long threads that are left may take to end when the process does.
+_LEAVE_S = 1.0
+
+
+def end_threads(status: int) -> int:
+    """Return the process's exit status once nothing runs beside the main thread, for which the interpreter would wait.
+
+    Where a thread hangs in a system call (a disk that does not answer), the process ends here, with that status.
+    """
+    deadline_s = time.monotonic() + _LEAVE_S
+    others = [each for each in threading.enumerate() if each is not threading.main_thread() and not each.daemon]
+    for thread in others:
+        thread.join(max(0.0, deadline_s - time.monotonic()))
+    hanging = [thread.name for thread in others if thread.is_alive()]
+    if hanging:
+        logger.error("ending, although threads hang: %s", ", ".join(hanging))
+        logging.shutdown()
+        os._exit(status)
+    return status
 
 
 class Runner(Protocol):

@@ -123,7 +123,6 @@ NODE = Table(
     _gauge("tandem:transport_up", "Whether blocks can travel over a transport.", "transport"),
     _histogram("tandem:index_write_seconds", "Time that the prefix index took for one batch of changes.", _INDEX_S),
     _counter("tandem:index_written_blocks", "Blocks in these batches."),
-    _counter("tandem:index_refused_blocks", "Blocks that the index had no room for."),
     _counter("tandem:index_resyncs", "Times that all blocks were announced anew.", "reason"),
     _gauge("tandem:index_pending_blocks", "Changes that wait to be written to the index."),
     _gauge("tandem:index_up", "Whether the prefix index takes our changes."),

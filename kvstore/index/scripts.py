@@ -171,18 +171,17 @@ return {{-1}}
 """
 )
 
-# ARGV: base, slot, record, batch number, most blocks in the index (0: no bound), changes ('': only ask).
-# Applies the batch once, however often it arrives, and only if none before it is missing. Returns {1, number of blocks
-# refused for want of room}, or {0} if what we wrote is not what is here: announce everything anew.
+# ARGV: base, slot, record, batch number, changes ('': only ask). Applies the batch once, however often it arrives, and
+# only if none before it is missing. Returns 1, or 0 if what we wrote is not what is here: announce everything anew.
 WRITE = Script(
     _CLOCK
     + _BLOCKS
     + """
-local slot, seq, changes, max_blocks = tonumber(ARGV[2]), tonumber(ARGV[4]), ARGV[6], tonumber(ARGV[5])
-if redis.call('HGET', index .. ':slots', slot) ~= ARGV[3] then return {0} end
+local slot, seq, changes = tonumber(ARGV[2]), tonumber(ARGV[4]), ARGV[5]
+if redis.call('HGET', index .. ':slots', slot) ~= ARGV[3] then return 0 end
 local last = tonumber(redis.call('HGET', index .. ':seqs', slot) or -1)
-if last ~= seq and (changes == '' or last ~= seq - 1) then return {0} end
-if last == seq then return {1, 0} end
+if last ~= seq and (changes == '' or last ~= seq - 1) then return 0 end
+if last == seq then return 1 end
 
 -- Returns the value with the tiers of our slot changed.
 local function amend(value, clear, set)
@@ -202,26 +201,21 @@ local function amend(value, clear, set)
 end
 
 local held = index .. ':held:' .. slot
-local num_blocks = tonumber(redis.call('HGET', index, 'n') or 0)
-local before, num_refused = num_blocks, 0
+local num_new = 0
 for i = 1, #changes, 9 do
   local first, second, masks = string.byte(changes, i), string.byte(changes, i + 1), string.byte(changes, i + 8)
   local bucket, field = base .. string.sub(changes, i, i + 1), string.sub(changes, i + 2, i + 7)
   local whole = base .. string.sub(changes, i, i + 7)
   local value, is_wide = read_block(bucket, field, whole)
-  if value == '' and max_blocks > 0 and num_blocks >= max_blocks and bit.band(masks, 15) ~= 0 then
-    num_refused = num_refused + 1
-  else
-    local amended, was_ours = amend(value, bit.rshift(masks, 4), bit.band(masks, 15))
-    if amended ~= value then
-      num_blocks = num_blocks + write_block(bucket, field, whole, amended, is_wide)
-      if not was_ours then redis.call('SETBIT', held, first * 256 + second, 1) end
-    end
+  local amended, was_ours = amend(value, bit.rshift(masks, 4), bit.band(masks, 15))
+  if amended ~= value then
+    num_new = num_new + write_block(bucket, field, whole, amended, is_wide)
+    if not was_ours then redis.call('SETBIT', held, first * 256 + second, 1) end
   end
 end
 redis.call('HSET', index .. ':seqs', slot, seq)
-if num_blocks ~= before then redis.call('HSET', index, 'n', num_blocks) end
-return {1, num_refused}
+if num_new ~= 0 then redis.call('HINCRBY', index, 'n', num_new) end
+return 1
 """
 )
 

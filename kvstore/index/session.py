@@ -48,8 +48,8 @@ class IndexObserver:
     def lookup_ended(self, outcome: LookupOutcome, num_blocks: int, num_held: int, duration_s: float) -> None:
         """A lookup for `num_blocks` has ended; the longest prefix found has `num_held`."""
 
-    def batch_written(self, num_blocks: int, num_refused: int, duration_s: float) -> None:
-        """Redis took a batch; `num_refused` of its blocks found the index full."""
+    def batch_written(self, num_blocks: int, duration_s: float) -> None:
+        """Redis took a batch."""
 
     def resync_started(self, reason: ResyncReason) -> None:
         """A writer begins to announce everything."""

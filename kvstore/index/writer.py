@@ -71,21 +71,17 @@ class IndexWriter(IndexSession):
         flush_s: float = 0.05,
         max_batch: int = 256,
         max_pending: int = 65_536,
-        max_entries: int = 0,
         prefix: str = "tandem",
         timeout_s: float = 1.0,
         observer: IndexObserver | None = None,
     ) -> None:
-        """`lease_s` is the registry's: that Redis forgot us is noticed within a third of it.
-
-        `max_entries` bounds the blocks in the whole index; 0: no bound. Raises RegistryError.
-        """
+        """`lease_s` is the registry's: that Redis forgot us is noticed within a third of it. Raises RegistryError."""
         if not holder_id or not incarnation or any(character.isspace() for character in incarnation):
             raise RegistryError(f"no fit names of a holder and its incarnation: {holder_id!r}, {incarnation!r}")
         if lease_s < _MIN_LEASE_S or flush_s < 0:
             raise RegistryError(f"{holder_id}: lease of {lease_s} s (least: {_MIN_LEASE_S}), flush after {flush_s} s")
-        if max_batch < 1 or max_pending < 1 or max_entries < 0:
-            raise RegistryError(f"{holder_id}: batch {max_batch}, pending {max_pending}, entries {max_entries}")
+        if max_batch < 1 or max_pending < 1:
+            raise RegistryError(f"{holder_id}: batch {max_batch}, pending {max_pending}")
         super().__init__(redis_url, f"prefix index of {holder_id}", prefix, lease_s / 3, timeout_s)
         self._holder_id = holder_id
         self._incarnation = incarnation
@@ -93,7 +89,6 @@ class IndexWriter(IndexSession):
         self._lease_s = lease_s
         self._flush_s = flush_s
         self._max_batch = max_batch
-        self._max_entries = max_entries
         self._observer = observer or IndexObserver()
         self._pending = PendingChanges(max_pending)
         self._in_flight = b""  # changes that Redis may or may not have taken
@@ -191,16 +186,14 @@ class IndexWriter(IndexSession):
         assert claim is not None, "a batch without a slot"
         seq = claim.seq + 1 if changes else claim.seq
         start_s = time.monotonic()
-        arguments = (claim.slot, claim.record, seq, self._max_entries, changes)
-        reply = cast("list[int]", await self._call(client, WRITE, *arguments))
-        if reply[0] == 0:
+        if await self._call(client, WRITE, claim.slot, claim.record, seq, changes) == 0:
             self._resync_reason = ResyncReason.LOST
             return False
         claim.seq = seq
         self._next_check_s = start_s + self._lease_s / 3
         self._set_state(ConnectionState.CONNECTED)
         if changes:
-            self._observer.batch_written(len(changes) // _CHANGE_BYTES, reply[1], time.monotonic() - start_s)
+            self._observer.batch_written(len(changes) // _CHANGE_BYTES, time.monotonic() - start_s)
         return True
 
     async def _resync(self, client: redis.asyncio.Redis, reason: ResyncReason) -> bool:

@@ -35,8 +35,12 @@ class StoreDirectory:
             raise DirectoryLocked(
                 f"{path} is in use by another store, process {owner}: give each store a directory of its own"
             ) from error
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+        except OSError:
+            os.close(fd)
+            raise
         self.path = path
         self._lock_fd = fd
 

@@ -212,6 +212,8 @@ class DiskFiles:
     def _write_all(self, fd: int, rest: memoryview, offset: int) -> None:
         while rest:
             num_written = self._calls.write(fd, [rest], offset)
+            if num_written == 0:
+                raise OSError(errno.EIO, f"nothing of {len(rest)} bytes is written")
             rest, offset = rest[num_written:], offset + num_written
 
     def _read_into(self, fd: int, into: memoryview, offset: int) -> int:

@@ -134,7 +134,9 @@ class Intake:
         if self._is_closing:
             return
         line = self._lines.setdefault(offer.peer.peer_id, _Line())
-        line.queue.pop(offer.hashes[-1], None)  # the latest word on a chain is the one that counts
+        # The latest word on a chain is the one that counts, and one that begins at its head says all of those before.
+        for said_again in offer.hashes if offer.parent_hash is None else offer.hashes[-1:]:
+            line.queue.pop(said_again, None)
         while self.num_queued >= _MAX_QUEUED:
             longest = max(self._lines.values(), key=lambda each: len(each.queue))
             if not longest.queue:
@@ -225,7 +227,8 @@ class Intake:
                 : self._max_pull_blocks
             ]
             # Pinned, the chain that we are about to continue is not what is evicted for its own tail.
-            pins = self._store.dram.match_prefix(hashes[:start], is_use=False)
+            dram, before = self._store.dram, [] if parent_hash is None else [parent_hash]
+            pins = dram.match_prefix(before, is_use=False) + dram.match_prefix(hashes[:start], is_use=False)
             try:
                 num_pulled = await self._pull_marked(offer, hashes[start - 1] if start else parent_hash, piece)
             finally:

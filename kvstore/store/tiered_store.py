@@ -112,20 +112,17 @@ class TieredStore:
 
     # -- in --
 
-    async def reserve(
-        self, num_blocks: int, timeout_s: float | None = None, after: BlockHash | None = None
-    ) -> list[int]:
+    async def reserve(self, num_blocks: int, timeout_s: float | None = None) -> list[int]:
         """Return up to `num_blocks` private slots, evicting; fewer if pins, or the disk at the deadline, hold the rest.
 
         What still has to be written is waited for: this is how a slow disk slows its writers down. The caller fills the
-        slots, then gives each to `publish` or `abandon`. `after` is the block that the new ones follow: it is not
-        evicted for them.
+        slots, then gives each to `publish` or `abandon`. It pins the block that they follow, or that may give way.
         """
         slots: list[int] = []
         try:
             async with asyncio.timeout(self._timeout_s if timeout_s is None else timeout_s):
                 while not self._is_closed:
-                    slots += self.dram.take(num_blocks - len(slots), keep=after)
+                    slots += self.dram.take(num_blocks - len(slots))
                     if len(slots) == num_blocks or not self._write_behind.num_held:
                         break
                     await self._write_behind.progress()

@@ -16,7 +16,6 @@ class IndexMetrics(IndexObserver):
     def __init__(self, registry: CollectorRegistry) -> None:
         self._write_s = NODE.histogram("tandem:index_write_seconds", registry)
         self._written = NODE.counter("tandem:index_written_blocks", registry)
-        self._refused = NODE.counter("tandem:index_refused_blocks", registry)
         self._resyncs = NODE.counter("tandem:index_resyncs", registry, (each.value for each in ResyncReason))
         self._pending = NODE.gauge("tandem:index_pending_blocks", registry)
         self._index_up = NODE.gauge("tandem:index_up", registry)
@@ -31,10 +30,9 @@ class IndexMetrics(IndexObserver):
         """Register where to read the registrar's state from, at scrape time."""
         self._registry_up.set_function(is_connected)
 
-    def batch_written(self, num_blocks: int, num_refused: int, duration_s: float) -> None:
+    def batch_written(self, num_blocks: int, duration_s: float) -> None:
         self._write_s.observe(duration_s)
         self._written.inc(num_blocks)
-        self._refused.inc(num_refused)
 
     def resync_started(self, reason: ResyncReason) -> None:
         self._resyncs.labels(reason.value).inc()

@@ -24,7 +24,7 @@ from kvstore.exchange import Outside, PeerIdentity
 from kvstore.protocol import ExchangeTimeouts
 from kvstore.registry import Membership, Registrar, WorkerRecord, new_incarnation
 from kvstore.store import DiskTier, DiskWrites, StoreNode, StoreTooSmall, TieredStore
-from kvstore.threads import Threads
+from kvstore.threads import Threads, end_threads
 from kvstore.transport import make_transports
 from services.activity import activity_logged
 from services.logs import configure_logging, detail_level, report_phase, report_ready, request_scope
@@ -45,7 +45,7 @@ class Stopped(Exception):
 def run_store(config: StoreConfig) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status, 1 if the node cannot start."""
     configure_logging(config.log_level, config.log_format, fields={"role": "store", "worker_id": config.worker_id})
-    return uvloop.run(_serve(config, Outside()))
+    return end_threads(uvloop.run(_serve(config, Outside())))
 
 
 async def _serve(config: StoreConfig, outside: Outside) -> int:

@@ -42,7 +42,6 @@ class Recorder(IndexObserver):
 
     def __init__(self) -> None:
         self.outcomes: list[LookupOutcome] = []
-        self.num_refused = 0
         self.batch_sizes: list[int] = []
         self.resyncs: list[ResyncReason] = []
         self.announced: list[int] = []
@@ -50,9 +49,8 @@ class Recorder(IndexObserver):
     def lookup_ended(self, outcome: LookupOutcome, num_blocks: int, num_held: int, duration_s: float) -> None:
         self.outcomes.append(outcome)
 
-    def batch_written(self, num_blocks: int, num_refused: int, duration_s: float) -> None:
+    def batch_written(self, num_blocks: int, duration_s: float) -> None:
         self.batch_sizes.append(num_blocks)
-        self.num_refused += num_refused
 
     def resync_started(self, reason: ResyncReason) -> None:
         self.resyncs.append(reason)

@@ -227,7 +227,7 @@ async def test_changes_during_the_announcement_prevail_over_the_snapshot(world, 
     for block_hash in HASHES:
         holder.blocks[block_hash] = {Tier.DEVICE}
 
-    def change(num_blocks: int, num_refused: int, duration_s: float) -> None:
+    def change(num_blocks: int, duration_s: float) -> None:
         if not holder.recorder.announced:  # after each slice of the snapshot, of blocks announced already and not yet
             holder.remove(HASHES[10:20])
             holder.add(HASHES[10:15], Tier.HOST)
@@ -291,27 +291,6 @@ async def test_many_changes_of_few_blocks_need_few_writes(world):
     assert holder.recorder.batch_sizes == [2]
     reader = await world.read()
     await world.finds(reader, HASHES, [holder])
-
-
-async def test_a_full_index_refuses_new_blocks_and_takes_new_holders_of_known_ones(world, client):
-    first = await world.hold("first", max_entries=8)
-    first.add(HASHES[:12])
-    await first.synced()
-    assert first.recorder.num_refused == 4
-    second = await world.hold("second", max_entries=8)
-    second.add(HASHES[:12])
-    await second.synced()
-    reader = await world.read()
-    assert [held.num_blocks for held in await reader.lookup(HASHES, LOOKUP_S)] == [8, 8]
-    first.remove(HASHES[:12])
-    second.remove(HASHES[:12])
-    await first.synced()
-    await second.synced()
-    first.add(HASHES[20:28])
-    await first.synced()
-    assert first.recorder.num_refused == 4
-    assert [held.num_blocks for held in await reader.lookup(HASHES[20:], LOOKUP_S)] == [8]
-    check_integrity(client)
 
 
 async def test_a_block_of_many_holders_keeps_its_bucket_compact_and_comes_back_into_it(world, client):

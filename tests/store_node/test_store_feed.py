@@ -15,6 +15,7 @@ from kvstore.pool.slot_book import CacheChange, CacheEvent
 from kvstore.registry import WorkerRecord
 from kvstore.store import StoreNode, StoreTier
 from services.worker.store import StoreFeed
+from services.worker.store.chain_book import ChainOffer
 from tests.store_node.store_world import LAYOUT, Worker, chain, until, world
 from tests.tiers.blocks import locate
 from tests.worker_records import worker_record
@@ -114,6 +115,21 @@ async def test_a_node_that_cannot_be_reached_costs_a_bounded_queue_and_no_one_el
         await until(lambda: node.intake.stats.num_pulled_blocks > 0 and node.intake.is_idle)
         await until(lambda: counts["sent"] + feed.state()["nodes"]["store-9"]["num_queued"] == 16)  # type: ignore[index]
         assert counts["sent"] > 0
+        await feed.close()
+
+
+async def test_a_chain_that_grows_while_its_node_is_away_is_one_offer() -> None:
+    async with world() as made:
+        worker, dead = await made.worker(), await made.node()
+        await dead.close()
+        feed, registry = make_feed(worker, Counter())
+        await feed.start(worker.exchange.address)
+        registry.list(record_of(dead))
+        line, hashes = feed._nodes["store-0"], chain("a", 40)
+        for length in range(1, 41):
+            line.put(ChainOffer(None, tuple(hashes[:length])))
+        line.put(ChainOffer(hashes[-1], tuple(chain("b", 2))))
+        assert [len(offer.hashes) for offer in line.queue.values()] == [40, 2]
         await feed.close()
 
 

@@ -234,6 +234,34 @@ async def test_closing_while_blocks_come_in_gives_every_slot_back() -> None:
         giver.may_lend.set()
 
 
+async def test_the_block_that_an_offer_goes_on_from_is_not_evicted_for_it() -> None:
+    async with world() as made:
+        node, giver = await made.node(num_slots=8), await made.worker()
+        head, tail, others = chain("head", 1), chain("tail", 2), chain("other", 7)
+        giver.hold([*head, *others, *tail])
+        await giver.offer(node, head)
+        await idle(node, 1)
+        for number, other in enumerate(others):
+            await giver.offer(node, [other])
+            await idle(node, 2 + number)
+        await giver.offer(node, tail, parent=head[0])
+        await idle(node, 9)
+        assert locate(node.store, [*head, *tail]) == [StoreTier.DRAM] * 3
+
+
+async def test_a_chain_that_grows_while_it_waits_is_one_offer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with mute_address() as address, world() as made:
+        node = await made.node()
+        vanished = PeerIdentity("vanished/1", "prefill", "1", LAYOUT)
+        hashes = chain("a", 40)
+        for length in range(1, 41):
+            node.intake.offered(vanished, Have(address, None, list(hashes[:length])))
+        node.intake.offered(vanished, Have(address, hashes[-1], list(chain("b", 2))))
+        node.intake.offered(vanished, Have(address, None, list(hashes[:20] + chain("c", 2))))
+        assert node.intake.num_queued == 3
+        assert node.intake.stats.num_offers_dropped == 0
+
+
 async def test_a_worker_ignores_what_is_offered_to_it() -> None:
     async with world() as made:
         giver, other = await made.worker(), await made.worker("prefill-1")

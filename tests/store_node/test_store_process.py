@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,9 +35,9 @@ def redis_url() -> Iterator[str]:
 class StoreProcess:
     """A store node that was started; its log is `log_path`."""
 
-    def __init__(self, redis_url: str, log_path: Path, *flags: str) -> None:
+    def __init__(self, redis_url: str, log_path: Path, *flags: str, program: Sequence[str]) -> None:
         self._log_path = log_path
-        command = [sys.executable, "-m", "services.store", "--redis", redis_url, "--worker-id", "store-0", *flags]
+        command = [sys.executable, *program, "--redis", redis_url, "--worker-id", "store-0", *flags]
         with log_path.open("w") as log:
             self.process = subprocess.Popen(command, stderr=log)
         self.wait_for(lambda: "debug http://" in self.log, "it to listen")
@@ -59,8 +59,10 @@ class StoreProcess:
 
 
 @contextmanager
-def store_process(redis_url: str, log_path: Path, *flags: str) -> Iterator[StoreProcess]:
-    store = StoreProcess(redis_url, log_path, *flags)
+def store_process(
+    redis_url: str, log_path: Path, *flags: str, program: Sequence[str] = ("-m", "services.store")
+) -> Iterator[StoreProcess]:
+    store = StoreProcess(redis_url, log_path, *flags, program=program)
     try:
         yield store
     finally:
@@ -110,3 +112,26 @@ def test_a_port_that_is_taken_ends_the_process_with_a_line_that_names_it(redis_u
         assert second.returncode == 1
         assert "store node cannot start" in second.stderr
         assert port in second.stderr
+
+
+# A disk that never answers, and no patience with it.
+_HANGING = """
+import os, sys, threading
+os.fdatasync = lambda fd: threading.Event().wait()
+import kvstore.store.tiered_store
+kvstore.store.tiered_store._CLOSE_S = 0.1
+from services.store.__main__ import main
+sys.exit(main())
+"""
+
+
+async def test_a_disk_that_hangs_does_not_keep_the_process_from_ending(redis_url: str, tmp_path: Path) -> None:
+    flags = ("--served-model-name", "m", "--store-disk-dir", str(tmp_path / "disk"), "--drain-timeout-s", "0.1")
+    with store_process(redis_url, tmp_path / "log", *flags, program=("-c", _HANGING)) as store:
+        registrar = Registrar(redis_url, WORKER)
+        await registrar.start()
+        await asyncio.to_thread(store.wait_for, lambda: store.get("/ready").status_code == 200, "it to be ready")
+        await registrar.close()
+        store.process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(store.process.wait, 60) == 0
+        assert "the disk hangs" in store.log

@@ -89,7 +89,12 @@ async def insert_block(
     """False if there was no room, or it is in memory already."""
     if store.dram.contains(block_hash):
         return False
-    for slot in await store.reserve(1, timeout_s, after=parent):
+    pins = store.dram.match_prefix([parent] if parent else [], is_use=False)
+    try:
+        slots = await store.reserve(1, timeout_s)
+    finally:
+        store.unpin(pins)
+    for slot in slots:
         store.memory.view(slot)[:] = payload(block_hash)
         return store.publish(slot, block_hash, parent, proof(block_hash))
     return False

@@ -208,6 +208,30 @@ def test_a_disk_that_refuses_writes_still_reads_and_takes_blocks_again_later(tmp
         assert (sorted(tier.hashes()), tier.recovery.num_bad_records) == (sorted(a[:2]), 0)
 
 
+def test_a_disk_that_takes_no_byte_and_says_no_error_is_one_that_fails(tmp_path):
+    num_calls = iter(range(100))  # an endless loop shows as StopIteration
+
+    def write_nothing(fd, buffers, offset):
+        next(num_calls)
+        return 0
+
+    with closing(DiskTier.open(tmp_path, LAYOUT, MAX_BYTES, calls=FileCalls(write=write_nothing))) as tier:
+        block_hash = named_hash("a")
+        assert tier.put(block_hash, None, proof(block_hash), payload(block_hash)).outcome is PutOutcome.PAUSED
+        tier.check_integrity()
+
+
+def test_an_owner_that_cannot_be_named_leaves_the_directory_to_the_next(tmp_path, monkeypatch):
+    def full(fd, data, offset):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="no space"):
+            DiskTier.open(tmp_path, LAYOUT, MAX_BYTES)
+    DiskTier.open(tmp_path, LAYOUT, MAX_BYTES).close()
+
+
 def test_a_disk_that_is_full_from_the_start_leaves_nothing_behind(tmp_path):
     disk = Disk()
     disk.allocate_error = errno.ENOSPC

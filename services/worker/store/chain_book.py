@@ -6,6 +6,7 @@ An offer always names the whole chain, so that it also mends what was lost of it
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -58,10 +59,12 @@ class ChainBook:
         while len(self._parent_of) > self._max_blocks:
             self._forget(next(iter(self._parent_of)))
 
-    def take_grown(self) -> list[ChainOffer]:
-        """The chains that grew since the last call, each once, up to its end."""
-        grown, self._grown = self._grown, {}
-        return [self._chain_to(end) for end in grown]
+    def take_grown(self, max_chains: int) -> list[ChainOffer]:
+        """Up to so many of the chains that grew and were not taken since, each up to its end."""
+        taken = list(itertools.islice(self._grown, max_chains))
+        for end in taken:
+            del self._grown[end]
+        return [self._chain_to(end) for end in taken]
 
     def forget_growth(self) -> None:
         """Forget what grew until now."""

@@ -109,11 +109,12 @@ class StoreFeed:
             await self._has_grown.wait()
             await asyncio.sleep(_GATHER_S)
             self._has_grown.clear()
+            while self._nodes and (offers := self._book.take_grown(_BURST)):
+                for offer in offers:
+                    self._nodes[node_of_chain(offer, self._nodes)].put(offer)
+                await asyncio.sleep(0)  # for a newcomer that may be all that is cached
             if not self._nodes:
                 self._book.forget_growth()  # the first node to come is offered everything
-                continue
-            for offer in self._book.take_grown():
-                self._nodes[node_of_chain(offer, self._nodes)].put(offer)
 
 
 async def _keep_going(run: Callable[[], Awaitable[None]], what: str) -> None:
@@ -140,7 +141,9 @@ class _NodeLine:
         self.task = asyncio.create_task(_keep_going(self._run, name), name=name)
 
     def put(self, offer: ChainOffer) -> None:
-        self.queue.pop(offer.hashes[-1], None)
+        # One that begins at the head of its chain says all of those before.
+        for said_again in offer.hashes if offer.parent_hash is None else offer.hashes[-1:]:
+            self.queue.pop(said_again, None)
         while len(self.queue) >= _MAX_QUEUED:
             del self.queue[next(iter(self.queue))]
             self._count("dropped", 1)
