@@ -10,7 +10,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block import hash_blocks, namespace
 from kvstore.index import IndexReader, IndexWriter, Tier
-from kvstore.index.entries import Holding
+from kvstore.index.entries import Holding, decode_holdings
 from kvstore.registry import Registrar
 from services.rates import GUESSED
 from services.router.config import RouterConfig
@@ -109,7 +109,14 @@ async def test_at_most_four_sources_go_into_an_order_the_longest_first(make_work
 
 
 @pytest.mark.parametrize(
-    "index", [None, FakeIndex(available=False), FakeIndex(hangs=True)], ids=["no index", "away", "hangs"]
+    "index",
+    [
+        None,
+        FakeIndex(available=False),
+        FakeIndex(hangs=True),
+        FakeIndex(lambda hashes: decode_holdings([(1, b"x")], {})),
+    ],
+    ids=["no index", "away", "hangs", "nonsense"],
 )
 async def test_without_an_answer_of_the_index_requests_go_on(make_worker, index):
     decode = make_worker()

@@ -6,6 +6,7 @@ The index is a hint. Where it is slow, down or not there, the answer is "nobody"
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from typing import NamedTuple
 from kvstore.block import BlockHash, hash_blocks, namespace
 from kvstore.index import Holding, IndexReader
 from services.router.metrics import RouterMetrics
+
+log = logging.getLogger(__name__)
 
 MAX_LOOKUPS = 32
 """Prompts of one HTTP request that the index is asked for; the others go by what this router remembers."""
@@ -77,6 +80,9 @@ class PrefixFinder:
                 answers = await asyncio.gather(*(index.lookup(hashes[space], self._timeout_s) for space in asked))
             has_answered = was_available and index.available
         except TimeoutError:
+            has_answered = False
+        except Exception:
+            log.exception("the index's answer cannot be read")
             has_answered = False
         index_s = time.monotonic() - start
         self._metrics.count_lookup("found" if any(answers) else "nothing" if has_answered else "no_answer", index_s)

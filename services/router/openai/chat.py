@@ -29,12 +29,12 @@ async def plan_chat(
 
 async def tokenize_chat(body: ChatBody | TokenizeBody, model: ServedModel, pool: TokenizerPool) -> list[int]:
     """Token ids of the rendered conversation. Raises ApiError, also where the template refuses it."""
-    messages, adds_prompt = check_messages(body), body.add_generation_prompt
+    adds_prompt = body.add_generation_prompt
     template = model.chat_template(bool(body.tools))
 
     def run() -> list[int]:
         text = template.render(
-            messages,
+            check_messages(body),  # here, since there may be a million of them
             tools=body.tools,
             documents=body.documents,
             add_generation_prompt=not body.continue_final_message if adds_prompt is None else adds_prompt,
