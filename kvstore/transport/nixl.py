@@ -171,7 +171,7 @@ class NixlLink:
         self._links.discard(self)
         if self._remote is not None:
             remote, self._remote = self._remote, None
-            await asyncio.wrap_future(self._thread.remove_remote(remote))
+            self._thread.remove_remote(remote)  # not waited for: the thread may be stuck in a call to a lost peer
 
 
 def _import_nixl() -> type[nixl_agent]:

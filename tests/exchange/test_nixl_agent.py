@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ import pytest
 from kvstore.block import HostMemory
 from kvstore.errors import IncompatiblePeer, ReadFailed, TransportError
 from kvstore.exchange import BlockExchange, PeerIdentity
+from kvstore.transport import nixl as nixl_transport
 from kvstore.transport import nixl_agent
 from kvstore.transport.nixl_agent import AgentThread
 from kvstore.transport.nixl_pool import PoolAddress
@@ -151,6 +153,30 @@ async def test_a_reset_that_fails_ends_its_reads_and_is_tried_until_an_agent_liv
         await until(lambda: len(nixl.states) > num_known)
         nixl.states[list(nixl.states)[-1]] = "DONE"
         await reading
+
+
+async def test_an_agent_that_does_not_answer_holds_up_no_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent_class: Any = Nixl().make
+    monkeypatch.setattr(nixl_transport, "_import_nixl", lambda: agent_class)
+    monkeypatch.setattr(nixl_transport, "_MAX_STOP_S", 0.05)
+    transport = nixl_transport.NixlTransport(HostMemory.allocate(8, 512), "test")
+    await transport.start()
+    remote = await asyncio.wrap_future(transport._thread.add_remote(peer()))
+    transport._links.add(nixl_transport.NixlLink(transport._thread, "peer", "tcp", remote, transport._links))
+    may_go_on, is_stuck = threading.Event(), threading.Event()
+
+    def hang(_: object) -> None:
+        is_stuck.set()
+        may_go_on.wait()
+
+    monkeypatch.setattr(FakeAgent, "make_connection", lambda _, name: hang(name))
+    try:
+        transport._thread.add_remote(PoolAddress(b"another", "DRAM", 0, 4096, 8, 512, 8192, bytes(16)))
+        await until(is_stuck.is_set)
+        await asyncio.wait_for(transport.close(), 20)
+    finally:
+        may_go_on.set()
+    await asyncio.wait_for(asyncio.wrap_future(transport._thread.stop()), 20)
 
 
 class Broken:
