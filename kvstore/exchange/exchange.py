@@ -24,9 +24,8 @@ from kvstore.exchange.reader import Fetch, ReserveFunction
 from kvstore.protocol import (
     MAX_HASHES,
     ExchangeTimeouts,
-    FetchCause,
     Have,
-    OwnerLost,
+    PeerGone,
     Revoke,
     Suspect,
     Want,
@@ -128,34 +127,14 @@ class BlockExchange:
 
     def state(self) -> dict[str, object]:
         """Return what goes on, as plain values, for a debug endpoint."""
+        handles = [handle for connection in self._peers.undrained for handle in connection.handles.values()]
         return {
             "address": self.address,
             "transports": {transport.name: transport.problem() or "ok" for transport in self._transports},
             "owners": [_describe(connection) for connection in self._peers.owners.values()],
             "readers": [_describe(connection) for connection in self._peers.readers.values()],
-            "fetches": [
-                {
-                    "transfer_id": fetch.transfer_id.hex(),
-                    "owner": connection.peer.peer_id,
-                    "state": fetch.machine.state.value,
-                    "quarantined_blocks": fetch.machine.quarantined,
-                }
-                for connection in self._peers.undrained
-                for fetch in connection.handles.values()
-                if isinstance(fetch, Fetch)
-            ],
-            "leases": [
-                {
-                    "transfer_id": lease.transfer_id.hex(),
-                    "reader": connection.peer.peer_id,
-                    "request_id": lease.request_id,
-                    "state": lease.machine.state.value,
-                    "num_announced": len(lease.machine.blocks),
-                }
-                for connection in self._peers.undrained
-                for lease in connection.handles.values()
-                if isinstance(lease, Lease)
-            ],
+            "fetches": [handle.describe() for handle in handles if isinstance(handle, Fetch)],
+            "leases": [handle.describe() for handle in handles if isinstance(handle, Lease)],
         }
 
     # ---- connections ----
@@ -236,7 +215,7 @@ class BlockExchange:
         fetch = Fetch(connection, machine, reserve)
         if owner_incarnation is not None and connection.peer.incarnation != owner_incarnation:
             detail = f"{owner_peer_id} is incarnation {connection.peer.incarnation}, not {owner_incarnation}"
-            fetch.handle(OwnerLost(detail, FetchCause.UNKNOWN_INCARNATION))
+            fetch.handle(PeerGone(detail, was_another=True))
         return fetch
 
     def fetch_prefix(

@@ -18,6 +18,7 @@ from kvstore.block import BlockHash
 from kvstore.exchange.connection import Connection
 from kvstore.exchange.reader import begin
 from kvstore.protocol import (
+    AbortOrdered,
     Action,
     AnnouncedBlock,
     BlocksComputed,
@@ -27,7 +28,6 @@ from kvstore.protocol import (
     LeaseOutcome,
     OwnerSession,
     Revoke,
-    RevokeOrdered,
     SendEnded,
     StartSend,
     Want,
@@ -75,6 +75,16 @@ class Lease:
 
     over = closed
 
+    def describe(self) -> dict[str, object]:
+        """Return the state, as plain values."""
+        return {
+            "transfer_id": self.transfer_id.hex(),
+            "reader": self._connection.peer.peer_id,
+            "request_id": self.request_id,
+            "state": self.machine.state.value,
+            "num_announced": len(self.machine.blocks),
+        }
+
     def announce(self, first_index: int, blocks: Sequence[AnnouncedBlock], last: bool) -> None:
         """Tell the reader of newly computed blocks, in order; nothing happens once the lease is over.
 
@@ -84,7 +94,7 @@ class Lease:
 
     def revoke(self, reason: str) -> None:
         """End the lease: the reader discards what it has. Nothing happens once the lease is over."""
-        self._handle(RevokeOrdered(reason))
+        self._handle(AbortOrdered(reason))
 
     def _handle(self, event: LeaseEvent) -> None:
         connection = self._connection

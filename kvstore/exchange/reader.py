@@ -72,6 +72,15 @@ class Fetch:
 
     over = quiesced
 
+    def describe(self) -> dict[str, object]:
+        """Return the state, as plain values."""
+        return {
+            "transfer_id": self.transfer_id.hex(),
+            "owner": self._connection.peer.peer_id,
+            "state": self.machine.state.value,
+            "quarantined_blocks": self.machine.quarantined,
+        }
+
     def abort(self, reason: str) -> None:
         """End the fetch; nothing happens once it has a result."""
         self.handle(AbortOrdered(reason))

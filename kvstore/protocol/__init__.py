@@ -4,14 +4,12 @@ Pure: events and clock readings in, actions out. `kvstore.exchange` runs it."""
 
 from kvstore.protocol.fetch import FetchMachine
 from kvstore.protocol.fetch_events import (
-    AbortOrdered,
     FetchCause,
     FetchEvent,
     FetchFailure,
     FetchResult,
     FetchStamps,
     FetchState,
-    OwnerLost,
     Quiesced,
     ReadEnded,
     Reservation,
@@ -28,11 +26,10 @@ from kvstore.protocol.lease import (
     LeaseEvent,
     LeaseMachine,
     LeaseOutcome,
-    RevokeOrdered,
     SendEnded,
     StartSend,
 )
-from kvstore.protocol.machine import HangUp
+from kvstore.protocol.machine import AbortOrdered, HangUp, PeerGone
 from kvstore.protocol.messages import (
     FEATURES,
     LENGTH_BYTES,
@@ -83,9 +80,9 @@ __all__ = [
     "LeaseMachine",
     "LeaseOutcome",
     "Message",
-    "OwnerLost",
     "OwnerSession",
     "Pass",
+    "PeerGone",
     "Quiesced",
     "Read",
     "ReadEnded",
@@ -98,7 +95,6 @@ __all__ = [
     "Reserved",
     "Resolve",
     "Revoke",
-    "RevokeOrdered",
     "SendEnded",
     "StartSend",
     "Suspect",

@@ -14,7 +14,6 @@ from typing import Any, Final, TypeAlias
 
 from kvstore.block import BlockHash
 from kvstore.protocol.fetch_events import (
-    AbortOrdered,
     FetchAction,
     FetchCause,
     FetchEvent,
@@ -22,7 +21,6 @@ from kvstore.protocol.fetch_events import (
     FetchResult,
     FetchStamps,
     FetchState,
-    OwnerLost,
     Quiesced,
     ReadEnded,
     ReadLimits,
@@ -35,7 +33,7 @@ from kvstore.protocol.fetch_events import (
     Verified,
     Verify,
 )
-from kvstore.protocol.machine import HangUp, History, Timer
+from kvstore.protocol.machine import AbortOrdered, HangUp, History, PeerGone, Timer
 from kvstore.protocol.messages import Announce, AnnouncedBlock, Confirm, Confirmed, Offer, Release, Revoke, Suspect
 from kvstore.protocol.timeouts import ExchangeTimeouts
 
@@ -260,8 +258,9 @@ class FetchMachine:
     def _abort(self, event: AbortOrdered, now: float) -> list[FetchAction]:
         return self._fail(FetchCause.ABORTED, event.reason, now)
 
-    def _owner_lost(self, event: OwnerLost, now: float) -> list[FetchAction]:
-        return self._fail(event.cause, event.detail, now)
+    def _owner_lost(self, event: PeerGone, now: float) -> list[FetchAction]:
+        cause = FetchCause.UNKNOWN_INCARNATION if event.was_another else FetchCause.PEER_LOST
+        return self._fail(cause, event.detail, now)
 
     def _stage_timer(self, event: Timer, now: float) -> list[FetchAction]:
         deadline = self.next_deadline
@@ -348,7 +347,7 @@ _GOING_ON: Final[Mapping[type, _Handler]] = {
     Confirmed: _UNEXPECTED,
     Revoke: FetchMachine._revoked,
     AbortOrdered: FetchMachine._abort,
-    OwnerLost: FetchMachine._owner_lost,
+    PeerGone: FetchMachine._owner_lost,
     Timer: FetchMachine._stage_timer,
 }
 _OVER: Final[Mapping[type, _Handler]] = dict.fromkeys(_GOING_ON, _IGNORE)

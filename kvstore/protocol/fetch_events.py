@@ -8,7 +8,7 @@ from enum import Enum
 from typing import TypeAlias
 
 from kvstore.block import Proof
-from kvstore.protocol.machine import HangUp, Timer
+from kvstore.protocol.machine import AbortOrdered, HangUp, PeerGone, Timer
 from kvstore.protocol.messages import Announce, Confirmed, Offer, ReaderMessage, Revoke
 
 
@@ -136,21 +136,6 @@ class Verified:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class AbortOrdered:
-    """Local: the caller wants no more of it."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class OwnerLost:
-    """The connection is gone, or never was. `cause` is PEER_LOST or UNKNOWN_INCARNATION."""
-
-    detail: str
-    cause: FetchCause = FetchCause.PEER_LOST
-
-
 FetchEvent: TypeAlias = (
     Offer
     | Announce
@@ -161,7 +146,7 @@ FetchEvent: TypeAlias = (
     | ReadEnded
     | Verified
     | AbortOrdered
-    | OwnerLost
+    | PeerGone
     | Timer
 )
 

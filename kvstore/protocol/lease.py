@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any, Final, TypeAlias
 
 from kvstore.errors import ProtocolViolation
-from kvstore.protocol.machine import HangUp, History, Timer
+from kvstore.protocol.machine import AbortOrdered, HangUp, History, PeerGone, Timer
 from kvstore.protocol.messages import (
     Announce,
     AnnouncedBlock,
@@ -68,22 +68,8 @@ class SendEnded:
     read_id: int
 
 
-@dataclass(frozen=True)
-class RevokeOrdered:
-    """Local: the owner aborts the transfer."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class ReaderLost:
-    """The connection is gone."""
-
-    detail: str
-
-
 LeaseEvent: TypeAlias = (
-    BlocksComputed | SendEnded | RevokeOrdered | ReaderLost | Timer | Heartbeat | ReadRequest | Confirm | Release
+    BlocksComputed | SendEnded | AbortOrdered | PeerGone | Timer | Heartbeat | ReadRequest | Confirm | Release
 )
 
 # ---- actions ----------------------------------------------------------------
@@ -206,10 +192,10 @@ class LeaseMachine:
     def _release(self, event: Release, now: float) -> list[LeaseAction]:
         return self._end(LeaseOutcome.RELEASED, now)
 
-    def _revoke(self, event: RevokeOrdered, now: float) -> list[LeaseAction]:
+    def _revoke(self, event: AbortOrdered, now: float) -> list[LeaseAction]:
         return [Revoke(self.transfer_id, event.reason), *self._end(LeaseOutcome.REVOKED, now)]
 
-    def _reader_lost(self, event: ReaderLost, now: float) -> list[LeaseAction]:
+    def _reader_lost(self, event: PeerGone, now: float) -> list[LeaseAction]:
         return self._end(LeaseOutcome.PEER_LOST, now)
 
     def _expire(self, event: Timer, now: float) -> list[LeaseAction]:
@@ -268,8 +254,8 @@ _OPEN: Final[Mapping[type, _Handler]] = {
     Heartbeat: LeaseMachine._renew,
     Confirm: LeaseMachine._early_confirm,
     Release: LeaseMachine._release,
-    RevokeOrdered: LeaseMachine._revoke,
-    ReaderLost: LeaseMachine._reader_lost,
+    AbortOrdered: LeaseMachine._revoke,
+    PeerGone: LeaseMachine._reader_lost,
     Timer: LeaseMachine._expire,
 }
 _OVER: Final[Mapping[type, _Handler]] = {
@@ -278,7 +264,7 @@ _OVER: Final[Mapping[type, _Handler]] = {
     Confirm: LeaseMachine._refuse_confirm,
 }
 
-# Every state has a row for every event: `ReaderLost` is the lost peer, `Timer` the deadline, `RevokeOrdered` and
+# Every state has a row for every event: `PeerGone` is the lost peer, `Timer` the deadline, `AbortOrdered` and
 # `Release` the two ends' aborts. None: a bug of ours, which raises with the history.
 TRANSITIONS: Final[Mapping[LeaseState, Mapping[type, _Handler | None]]] = {
     LeaseState.OPEN: _OPEN,

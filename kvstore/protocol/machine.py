@@ -1,4 +1,4 @@
-"""Holds what both machines of a transfer share: the action that ends a connection, and a short history.
+"""Holds what both machines of a transfer share: three events, the action that ends a connection, a short history.
 
 Events are the peer's messages (`messages`) and what happens here; actions are messages to send and orders to the shell.
 """
@@ -18,6 +18,22 @@ _HISTORY_LENGTH: Final = 32
 @dataclass(frozen=True)
 class Timer:
     """Event: the time of `next_deadline` has come, perhaps."""
+
+
+@dataclass(frozen=True)
+class AbortOrdered:
+    """Event: our own side wants no more of the transfer."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class PeerGone:
+    """Event: the connection is gone, or never was one to the process that was meant."""
+
+    detail: str
+    was_another: bool = False
+    """Whether another start of the peer's process is at the other end."""
 
 
 @dataclass(frozen=True)

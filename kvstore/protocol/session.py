@@ -20,7 +20,6 @@ from kvstore.protocol.fetch_events import (
     FetchAction,
     FetchCause,
     FetchEvent,
-    OwnerLost,
     Quiesced,
     ReadEnded,
     Reserve,
@@ -28,8 +27,8 @@ from kvstore.protocol.fetch_events import (
     StartRead,
     Verify,
 )
-from kvstore.protocol.lease import Closed, LeaseAction, LeaseEvent, LeaseMachine, ReaderLost, StartSend
-from kvstore.protocol.machine import HangUp, Timer
+from kvstore.protocol.lease import Closed, LeaseAction, LeaseEvent, LeaseMachine, StartSend
+from kvstore.protocol.machine import HangUp, PeerGone, Timer
 from kvstore.protocol.messages import (
     HEARS_SUSPICIONS,
     MAX_HASHES,
@@ -187,7 +186,7 @@ class ReaderSession(_Session[FetchMachine]):
 
     def lose(self, detail: str, now: float) -> Actions:
         actions = [
-            each for transfer_id in list(self.transfers) for each in self.tell(transfer_id, OwnerLost(detail), now)
+            each for transfer_id in list(self.transfers) for each in self.tell(transfer_id, PeerGone(detail), now)
         ]
         ungranted, self._ungranted = self._ungranted, {}
         for read_id, (transfer_id, _) in ungranted.items():
@@ -270,9 +269,7 @@ class OwnerSession(_Session[LeaseMachine]):
         self._num_owed -= 1
 
     def lose(self, detail: str, now: float) -> Actions:
-        return [
-            each for transfer_id in list(self.transfers) for each in self.tell(transfer_id, ReaderLost(detail), now)
-        ]
+        return [each for transfer_id in list(self.transfers) for each in self.tell(transfer_id, PeerGone(detail), now)]
 
     def _receive(self, message: Message, now: float) -> Actions:
         match message:

@@ -15,7 +15,7 @@ from kvstore.protocol import (
     FetchMachine,
     FetchState,
     HangUp,
-    OwnerLost,
+    PeerGone,
     Quiesced,
     ReadEnded,
     Reservation,
@@ -94,7 +94,7 @@ EVENTS: list[FetchEvent] = [
     Confirmed(TRANSFER, True),
     Revoke(TRANSFER, "expired"),
     AbortOrdered("enough"),
-    OwnerLost("gone"),
+    PeerGone("gone"),
     Timer(),
 ]
 
@@ -212,7 +212,7 @@ def test_a_read_that_does_not_end_times_out_then_has_its_link_aborted_and_only_t
     assert only(actions, Resolve).result.failure.detail == "read of 2 blocks from 0 not read within 4 s"
     assert t.fetch.next_deadline == 12.0
     assert [type(action) for action in t.tell(Timer(), 7.0)] == [HangUp]
-    assert t.tell(OwnerLost("link aborted")) == []
+    assert t.tell(PeerGone("link aborted")) == []
     assert t.tell(ReadEnded(1, FetchCause.READ_FAILED, "aborted"), 1.0) == [Quiesced(ROOM)]
 
 
@@ -266,13 +266,13 @@ def test_every_event_in_every_state_is_handled_ignored_or_refused_with_the_histo
 IN_PROGRESS = (FetchState.ORDERED, FetchState.RESERVING, FetchState.READING, FetchState.CONFIRMING)
 
 
-@pytest.mark.parametrize("event", [AbortOrdered("x"), OwnerLost("x"), Revoke(TRANSFER, "x")], ids=repr)
+@pytest.mark.parametrize("event", [AbortOrdered("x"), PeerGone("x"), Revoke(TRANSFER, "x")], ids=repr)
 @pytest.mark.parametrize("state", IN_PROGRESS)
 def test_abort_lost_peer_and_revocation_end_a_fetch_in_every_stage(state, event):
     t = Transcript().to(state)
     cause = {
         AbortOrdered: FetchCause.ABORTED,
-        OwnerLost: FetchCause.PEER_LOST,
+        PeerGone: FetchCause.PEER_LOST,
         Revoke: FetchCause.REVOKED,
     }[type(event)]
     actions = t.tell(event)

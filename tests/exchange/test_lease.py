@@ -6,6 +6,7 @@ import pytest
 
 from kvstore.errors import IllegalTransition, ProtocolViolation
 from kvstore.protocol import (
+    AbortOrdered,
     AnnouncedBlock,
     BlocksComputed,
     Closed,
@@ -14,12 +15,12 @@ from kvstore.protocol import (
     LeaseEvent,
     LeaseMachine,
     LeaseOutcome,
+    PeerGone,
     Revoke,
-    RevokeOrdered,
     SendEnded,
     StartSend,
 )
-from kvstore.protocol.lease import TRANSITIONS, LeaseState, ReaderLost
+from kvstore.protocol.lease import TRANSITIONS, LeaseState
 from kvstore.protocol.machine import Timer
 from kvstore.protocol.messages import (
     Announce,
@@ -53,7 +54,7 @@ def complete_lease() -> LeaseMachine:
 def closing_lease() -> LeaseMachine:
     lease = complete_lease()
     lease.handle(ReadRequest(1, TRANSFER, [(0, 2)]), 0.0)
-    lease.handle(ReaderLost("gone"), 0.0)
+    lease.handle(PeerGone("gone"), 0.0)
     return lease
 
 
@@ -76,8 +77,8 @@ EVENTS: list[LeaseEvent] = [
     Heartbeat([TRANSFER]),
     Confirm(TRANSFER),
     Release(TRANSFER, "enough"),
-    RevokeOrdered("aborted"),
-    ReaderLost("gone"),
+    AbortOrdered("aborted"),
+    PeerGone("gone"),
     Timer(),
 ]
 
@@ -189,14 +190,14 @@ def test_every_event_in_every_state_is_handled_ignored_or_refused_with_the_histo
     assert bool(closed) == (lease.state is LeaseState.CLOSED and state is not LeaseState.CLOSED)
 
 
-@pytest.mark.parametrize("event", [Release(TRANSFER, "x"), RevokeOrdered("x"), ReaderLost("x")], ids=repr)
+@pytest.mark.parametrize("event", [Release(TRANSFER, "x"), AbortOrdered("x"), PeerGone("x")], ids=repr)
 @pytest.mark.parametrize("state", [LeaseState.OPEN, LeaseState.COMPLETE])
 def test_abort_and_lost_peer_end_a_lease_in_every_state(state, event):
     lease = IN_STATE[state]()
     outcome = {
         Release: LeaseOutcome.RELEASED,
-        RevokeOrdered: LeaseOutcome.REVOKED,
-        ReaderLost: LeaseOutcome.PEER_LOST,
+        AbortOrdered: LeaseOutcome.REVOKED,
+        PeerGone: LeaseOutcome.PEER_LOST,
     }[type(event)]
     assert lease.handle(event, 1.0)[-1] == Closed(outcome)
     assert lease.handle(BlocksComputed(0, BLOCKS, last=True), 2.0) == []

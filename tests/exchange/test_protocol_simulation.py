@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from kvstore.block import BlockHash, coalesce
-from kvstore.protocol import ExchangeTimeouts, FetchMachine, HangUp
+from kvstore.protocol import AbortOrdered, ExchangeTimeouts, FetchMachine, HangUp, PeerGone
 from kvstore.protocol import fetch_events as f
 from kvstore.protocol import lease as le
 from kvstore.protocol import messages as m
@@ -87,9 +87,9 @@ class World:
         self.at(self.random.uniform(0, 3 if draw() < 0.9 else 30), self.open_lease)
         self.at(1.0, self.beat)
         if draw() < 0.25:
-            self.at(self.random.uniform(0, 15), lambda: self.tell_fetch(f.AbortOrdered("the client left")))
+            self.at(self.random.uniform(0, 15), lambda: self.tell_fetch(AbortOrdered("the client left")))
         if draw() < 0.15:
-            self.at(self.random.uniform(0, 15), lambda: self.tell_lease(le.RevokeOrdered("aborted")))
+            self.at(self.random.uniform(0, 15), lambda: self.tell_lease(AbortOrdered("aborted")))
         if draw() < 0.25:
             self.at(self.random.uniform(0, 15), self.break_connection)
         if draw() < 0.25:
@@ -162,11 +162,11 @@ class World:
         """The shell's teardown: tell the machine, then abort the link and wait for what is under way."""
         self.cut[side] = True
         if side == "owner":
-            self.tell_lease(le.ReaderLost("cut"))
+            self.tell_lease(PeerGone("cut"))
             for read_id in list(self.sends):
                 self.at(self.random.uniform(0, 1), lambda read_id=read_id: self.end_send(read_id))
             return
-        self.tell_fetch(f.OwnerLost("cut"))
+        self.tell_fetch(PeerGone("cut"))
         ungranted, self.ungranted = self.ungranted, {}
         for read_id in ungranted:
             self.tell_fetch(f.ReadEnded(read_id, f.FetchCause.PEER_LOST, "cut"))

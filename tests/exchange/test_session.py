@@ -15,9 +15,9 @@ from kvstore.protocol import (
     HangUp,
     Have,
     LeaseOutcome,
-    OwnerLost,
     OwnerSession,
     Pass,
+    PeerGone,
     Quiesced,
     Read,
     ReaderSession,
@@ -128,7 +128,7 @@ def test_a_read_that_was_never_granted_ends_with_its_connection() -> None:
     kinds = [type(action) for action in told(session.lose("gone", 1.0))]
     assert kinds == [Resolve, Quiesced]
     assert session.transfers == {}
-    assert told(session.tell(TRANSFER, OwnerLost("again"), 1.0)) == []
+    assert told(session.tell(TRANSFER, PeerGone("again"), 1.0)) == []
 
 
 def test_a_refused_read_fails_its_fetch() -> None:
