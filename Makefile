@@ -22,14 +22,17 @@ TRACE ?=
 # Which of them `make compat` runs; empty: all
 TOOLS ?=
 # What `make loadtest` compares: stacks that it starts (`disaggregated`, `colocated`), and a server that runs at URL.
-#   make loadtest MODEL=/models/qwen2-0.5b TRACE=azure_conv.csv RATES=0.5,1,1.5 GOODPUT=ttft:2000,tpot:150
-#   make loadtest TARGETS= URL=http://gpu-box:8000 RATES=1,2,4,8
+#   make loadtest MODEL=/models/qwen2-0.5b TRACE=azure_conv.csv RATES=0.5,1,1.5 GOODPUT=ttft:2000,itl:150
+#   make loadtest TARGETS= URL=http://gpu-box:8000
 TARGETS ?= disaggregated colocated
 URL ?=
-RATES ?= 10,20,30,40
-DURATION ?= 25
+RATES ?=
+DURATION ?= 30
 TIMEOUT ?= 25
-GOODPUT ?= ttft:500,tpot:50
+GOODPUT ?= auto
+WORKLOAD ?= random
+PROMPT_TOKENS ?= 512
+OUTPUT_TOKENS ?= 128
 SCALE ?= 0.25
 LOADTEST_ARGS ?=
 
@@ -121,11 +124,12 @@ kernels-asan: $(INSTALLED) ## the kernels' tests under AddressSanitizer and UBSa
 bench: $(INSTALLED) ## run BENCHES with BENCH_ARGS; each prints a table
 	for bench in $(BENCHES); do $(BIN)/python -m $$(echo $${bench%.py} | tr / .) $(BENCH_ARGS) || exit 1; done
 
-loadtest: $(INSTALLED) ## rate sweep over TARGETS and URL; writes build/loadtest/report.html (RATES, TRACE, MODEL, …)
+loadtest: $(INSTALLED) ## disaggregated against colocated, or a server at URL; writes build/loadtest/report.html; ten minutes
 	$(BIN)/python -m loadtest sweep $(foreach target,$(TARGETS),--target $(target)) $(if $(URL),--target server=$(URL)) \
-		--rates $(RATES) --duration-s $(DURATION) --timeout-s $(TIMEOUT) --goodput $(GOODPUT) --scale $(SCALE) \
-		$(if $(TRACE),--trace $(TRACE),--workload azure) $(if $(MODEL),--up-model $(MODEL)) \
-		$(if $(UP_ARGS),--up-args "$(UP_ARGS)") $(LOADTEST_ARGS)
+		$(if $(RATES),--rates $(RATES)) --duration-s $(DURATION) --timeout-s $(TIMEOUT) --goodput $(GOODPUT) \
+		$(if $(TRACE),--trace $(TRACE) --scale $(SCALE),--workload $(WORKLOAD) \
+		$(if $(filter azure mooncake,$(WORKLOAD)),--scale $(SCALE),--prompt-tokens $(PROMPT_TOKENS) --output-tokens $(OUTPUT_TOKENS))) \
+		--up-model $(or $(MODEL),random) $(if $(UP_ARGS),--up-args "$(UP_ARGS)") $(LOADTEST_ARGS)
 
 bench-engine: $(INSTALLED) ## decode steps and prefill of one engine, beside the machine's floors (BENCH_ARGS)
 	$(BIN)/python -m tests.bench.bench_engine $(BENCH_ARGS)

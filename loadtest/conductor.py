@@ -16,7 +16,7 @@ from locust.env import Environment
 from locust.rpc.protocol import Message
 from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
-from loadtest.figures import RunResult, Scraper
+from loadtest.figures import RunResult, Scraper, server_facts
 from loadtest.performer import Assignment, Performer
 from loadtest.plan import Job, Plan, RequestRecord, make_plan
 from loadtest.send import API_KEY_VARIABLE, ServedModel, TargetError, look_up_model
@@ -137,6 +137,10 @@ class Conductor:
                 records=tuple(run.records),
                 samples=tuple(run.scraper.samples),
                 notes=tuple(run.notes),
+                turn=job.turn,
+                server_command=job.server_command,
+                server_facts=server_facts(job.metrics_urls),
+                origin=job.origin,
             )
         )
 

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from loadtest.figures.scrape import Sample
-from loadtest.plan import LoadOptions, RequestRecord
+from loadtest.plan import LoadOptions, Origin, RequestRecord
 
 _SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class MachineUse:
+    """Who used the processors of the machine during a run: means, in processors.
+
+    `ours` are this process and what it started. `others` are all other processes of the machine, and what its host took
+    away (steal).
+    """
+
+    num_processors: int
+    ours: float
+    others: float
+
+    @property
+    def others_share(self) -> float:
+        """Of all processors."""
+        return self.others / self.num_processors
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,13 @@ class RunResult:
     records: tuple[RequestRecord, ...]
     samples: tuple[Sample, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    turn: int = 1
+    server_command: str = ""
+    server_facts: Mapping[str, str] = field(default_factory=dict)
+    """What the server's /metrics says of itself: device, kernels, dtype, lanes."""
+    origin: Origin = field(default_factory=Origin)
+    machine_use: MachineUse | None = None
+    """None where the server is not ours: then its load cannot be told from that of others."""
 
     @property
     def measured(self) -> list[RequestRecord]:

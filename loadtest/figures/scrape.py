@@ -1,10 +1,10 @@
-"""Reads the server's gauges from its /metrics once a second during a run, by vLLM's names."""
+"""Reads the server's gauges from its /metrics once a second during a run, by vLLM's names, and what it says it is."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import gevent
@@ -45,6 +45,48 @@ def parse_gauges(text: str) -> dict[str, float]:
     return found
 
 
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+# Labels that say what a server is: by series, and what we call them.
+_FACTS = {
+    "tandem:compute_info": {"device": "device", "kernels": "kernels", "quantization": "quantization"},
+    "vllm:cache_config_info": {"cache_dtype": "dtype of keys and values"},
+    "tandem:transfer_bytes_total": {"lane": "lane"},
+    "tandem:build_info": {"version": "version"},
+}
+_FACT_LINE = re.compile(rf"^({'|'.join(_FACTS)})\{{(.*)\}} (\S+)", re.MULTILINE)
+
+
+def parse_facts(pages: Iterable[str]) -> dict[str, str]:
+    """What a server's processes say of themselves; different values are joined by commas. Lanes are those that blocks
+    have travelled on."""
+    found: dict[str, set[str]] = {}
+    for page in pages:
+        for series, labels, value in _FACT_LINE.findall(page):
+            for label, text in _LABEL.findall(labels):
+                if (name := _FACTS[series].get(label)) and float(value) > 0:
+                    found.setdefault(name, set()).add(text)
+    return {name: ", ".join(sorted(values)) for name, values in found.items()}
+
+
+def server_facts(urls: Mapping[str, str]) -> dict[str, str]:
+    """Asks all processes of a server what they are. Pages that do not come say nothing."""
+    reads = [gevent.spawn(_read, url) for url in urls.values()]
+    gevent.joinall(reads)
+    return parse_facts(each.value or "" for each in reads)
+
+
+def _read(url: str) -> str:
+    """A page of metrics; "" where it does not come."""
+    try:
+        with gevent.Timeout(_TIMEOUT_S, TimeoutError(f"no metrics within {_TIMEOUT_S:g} s")):
+            http = HTTPClient.from_url(url, connection_timeout=_TIMEOUT_S, network_timeout=_TIMEOUT_S)
+            path = "/" + "/".join(url.split("/")[3:])
+            response = http.request("GET", path, headers={"Connection": "close"})
+            return response.read().decode(errors="replace") if response.status_code == 200 else ""
+    except (OSError, HTTPParseError):
+        return ""
+
+
 _INTERVAL_S = 1.0
 
 
@@ -77,13 +119,8 @@ class Scraper:
     def _scrape(self, process: str, url: str, start: float) -> None:
         at_s = time.perf_counter() - start
         try:
-            with gevent.Timeout(_TIMEOUT_S, TimeoutError(f"no metrics within {_TIMEOUT_S:g} s")):
-                http = HTTPClient.from_url(url, connection_timeout=_TIMEOUT_S, network_timeout=_TIMEOUT_S)
-                path = "/" + "/".join(url.split("/")[3:])
-                response = http.request("GET", path, headers={"Connection": "close"})
-                text = response.read().decode(errors="replace") if response.status_code == 200 else ""
-            found = parse_gauges(text)
-        except (OSError, HTTPParseError, ValueError):
+            found = parse_gauges(_read(url))
+        except ValueError:
             found = {}
         if not found:
             self.num_missed += 1

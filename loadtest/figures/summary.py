@@ -6,7 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from loadtest.figures.result import RunResult
-from loadtest.plan import Outcome, RequestRecord, Slo, num_good
+from loadtest.plan import Outcome, RequestRecord, Slo, num_good, percentile
+
+HEALTHY = 0.9
+"""The share of good requests from which on a target keeps up."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class ClassSummary:
     ttft: Spread
     tpot: Spread
     itl: Spread
+    request_itl: Spread
     e2e: Spread
 
 
@@ -47,7 +51,8 @@ class Summary:
     """One run. Rates are per second.
 
     `offered_rate`, `goodput` and `good` count requests due in the window, whenever they end. `request_rate` and token
-    rates count from the first request due to the last token, as `vllm bench serve` does.
+    rates count from the first request due to the last token, as `vllm bench serve` does. `itl` is of all gaps together,
+    `request_itl` of each request's 99th percentile: the objective `itl` is about the latter.
     """
 
     target: str
@@ -72,9 +77,19 @@ class Summary:
     ttft: Spread
     tpot: Spread
     itl: Spread
+    request_itl: Spread
     e2e: Spread
     classes: tuple[ClassSummary, ...]
     first_error: str
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether 90 % of the requests were good: below that, nothing here is called the best."""
+        return self.good >= HEALTHY and self.num_requests > 0
+
+    @property
+    def late_share(self) -> float:
+        return self.num_late / max(1, self.num_requests)
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -116,12 +131,14 @@ def summarize(result: RunResult) -> Summary:
     )
 
 
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """Returns a percentile of ascending values, interpolated as numpy does by default."""
-    place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+def as_ms(seconds: float | None) -> float | None:
+    """Milliseconds, where there is a figure."""
+    return None if seconds is None else seconds * 1000
+
+
+def shown(value: float | None, form: str = ",.0f") -> str:
+    """A figure as people read it; a dash where there is none."""
+    return "–" if value is None else format(value, form)
 
 
 def _kinds(records: Sequence[RequestRecord]) -> list[str]:
@@ -149,6 +166,7 @@ def _latencies(done: Sequence[RequestRecord]) -> dict[str, Spread]:
         "ttft": Spread.of(each.ttft_s for each in done),
         "tpot": Spread.of(each.tpot_s for each in done),
         "itl": Spread.of(gap for each in done for gap in each.gaps_s),
+        "request_itl": Spread.of(each.itl_s for each in done),
         "e2e": Spread.of(each.e2e_s for each in done),
     }
 

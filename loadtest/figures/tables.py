@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from loadtest.figures.case import cases
 from loadtest.figures.result import RunResult
-from loadtest.figures.summary import Spread, Summary, summarize
+from loadtest.figures.summary import Spread, Summary, as_ms, shown, summarize
 from loadtest.figures.verdict import judge
 from loadtest.plan import RequestRecord
 
-_SPREADS = ("ttft", "tpot", "itl", "e2e")
+_SPREADS = ("ttft", "tpot", "itl", "request_itl", "e2e")
 
 
 def write_tables(folder: Path, results: Sequence[RunResult]) -> None:
@@ -30,7 +31,7 @@ def write_tables(folder: Path, results: Sequence[RunResult]) -> None:
         writer = csv.DictWriter(file, list(requests[0]) if requests else [])
         writer.writeheader()
         writer.writerows(requests)
-    document = {"verdict": asdict(judge(summaries)), "runs": [each.to_json() for each in summaries]}
+    document = {"verdict": asdict(judge(cases(results))), "runs": [each.to_json() for each in summaries]}
     (folder / "summary.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
@@ -47,18 +48,14 @@ def _markdown(summaries: Sequence[Summary]) -> str:
             each.target,
             f"{each.goodput:.2f}",
             f"{each.good:.0%}",
-            f"{_ms(each.ttft.p50)} / {_ms(each.ttft.p90)}",
-            f"{_ms(each.tpot.p50)} / {_ms(each.tpot.p90)}",
-            _ms(each.itl.p99),
+            f"{shown(as_ms(each.ttft.p50))} / {shown(as_ms(each.ttft.p90))}",
+            f"{shown(as_ms(each.tpot.p50), ',.1f')} / {shown(as_ms(each.tpot.p90), ',.1f')}",
+            shown(as_ms(each.itl.p99)),
             f"{each.output_token_rate:,.0f}",
             f"{each.num_refusals} / {each.num_errors} / {each.num_late}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
-
-
-def _ms(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{seconds * 1000:,.0f}"
 
 
 def _flat(summary: Summary) -> dict[str, object]:
@@ -77,4 +74,8 @@ def _request_row(result: RunResult, record: RequestRecord) -> dict[str, object]:
     row = {"target": result.target, "rate": result.options.rate} | record.to_dict()
     del row["gaps_s"]
     row |= {"ttft_s": record.ttft_s, "tpot_s": record.tpot_s, "e2e_s": record.e2e_s, "late_s": record.late_s}
-    return row | {"itl_max_s": max(record.gaps_s, default=None), "good": result.options.slo.is_met(record)}
+    return row | {
+        "itl_s": record.itl_s,
+        "itl_max_s": max(record.gaps_s, default=None),
+        "good": result.options.slo.is_met(record),
+    }

@@ -1,18 +1,21 @@
 """Decides what a run sends and when: options, traces, arrivals, prompts; defines the record of a request."""
 
-from loadtest.plan.job import Job, RunFailed, base_url
-from loadtest.plan.options import LoadOptions, OptionError, add_flags, options_from
+from loadtest.plan.job import Job, Origin, RunFailed, base_url
+from loadtest.plan.objectives import AUTO, lone_ttft_s, objectives_from
+from loadtest.plan.options import LoadOptions, OptionError, add_flags, options_from, settings_text
 from loadtest.plan.plan import Plan, PlannedRequest, make_plan
-from loadtest.plan.prompts import PromptMaker, Scale
-from loadtest.plan.records import Outcome, RequestRecord
+from loadtest.plan.prompts import PromptMaker, Scale, word
+from loadtest.plan.records import Outcome, RequestRecord, percentile
 from loadtest.plan.slo import Slo, num_good
 from loadtest.plan.traces import BLOCK_TOKENS, TraceRequest, read_mooncake
 
 __all__ = [
+    "AUTO",
     "BLOCK_TOKENS",
     "Job",
     "LoadOptions",
     "OptionError",
+    "Origin",
     "Outcome",
     "Plan",
     "PlannedRequest",
@@ -24,8 +27,13 @@ __all__ = [
     "TraceRequest",
     "add_flags",
     "base_url",
+    "lone_ttft_s",
     "make_plan",
     "num_good",
+    "objectives_from",
     "options_from",
+    "percentile",
     "read_mooncake",
+    "settings_text",
+    "word",
 ]

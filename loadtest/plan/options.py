@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -57,7 +58,7 @@ class LoadOptions:
     extra_body: str = _flag("{}", "a JSON object to add to every request's body")
     goodput: str = _flag(
         "ttft:2000,tpot:200", "objectives of a good request, NAME:MILLISECONDS joined by commas; names: ttft, tpot, "
-        "itl_max (the longest gap between two chunks), e2el",
+        "itl (99th percentile of a request's own gaps between chunks), itl_max (the longest of them), e2el",
     )  # fmt: skip
     timeout_s: float = _flag(300.0, "a request that takes longer is an error")
     late_ms: float = _flag(50.0, "a request that leaves this much after its time counts as sent late")
@@ -139,6 +140,23 @@ def options_from(namespace: argparse.Namespace) -> LoadOptions:
     """The settings in parsed flags. Raises OptionError."""
     values: dict[str, Any] = {each.name: getattr(namespace, each.name) for each in fields(LoadOptions)}
     return LoadOptions(**values)
+
+
+def settings_text(options: LoadOptions) -> str:
+    """The flags that make this load, without those at their defaults, and without rate, seed and model."""
+    flags = []
+    for each in fields(LoadOptions):
+        value = getattr(options, each.name)
+        if value != each.default and each.name not in ("rate", "seed", "model"):
+            flags += [
+                flag_of(each.name),
+                f"{value:g}"
+                if isinstance(value, float)
+                else str(value).lower()
+                if isinstance(value, bool)
+                else str(value),
+            ]
+    return shlex.join(flags)
 
 
 def _boolean(text: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Annotated
@@ -66,6 +66,11 @@ class RequestRecord:
         return (self.finished_s - self.first_token_s) / (self.num_output_tokens - 1)
 
     @property
+    def itl_s(self) -> float | None:
+        """The 99th percentile of this answer's own gaps; None for an answer of one chunk."""
+        return percentile(sorted(self.gaps_s), 0.99) if self.gaps_s else None
+
+    @property
     def e2e_s(self) -> float:
         return self.finished_s - self.scheduled_s
 
@@ -81,3 +86,11 @@ class RequestRecord:
             return msgspec.convert(data, cls)
         except msgspec.ValidationError as error:
             raise ValueError(f"no record of a request: {error}") from error
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """Returns a percentile of ascending values, interpolated as numpy does by default."""
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)

@@ -11,6 +11,7 @@ from loadtest.plan.records import RequestRecord
 _NAMES = {
     "ttft": "time to first token",
     "tpot": "time per output token",
+    "itl": "99th percentile of a request's gaps between chunks",
     "itl_max": "longest gap between chunks",
     "e2el": "end-to-end latency",
 }
@@ -47,6 +48,7 @@ class Slo:
         measured = {
             "ttft": record.ttft_s,
             "tpot": record.tpot_s,
+            "itl": record.itl_s,
             "itl_max": max(record.gaps_s, default=None),
             "e2el": record.e2e_s,
         }

@@ -52,7 +52,7 @@ class RunProgress:
 class SweepProgress(SweepWatcher):
     """Two bars on a terminal: all runs, and the one under way. A line for each run that has ended, everywhere."""
 
-    def __init__(self, console: Console, num_runs: int) -> None:
+    def __init__(self, console: Console, num_runs: int | None) -> None:
         self._console = console
         self._run = RunProgress(console, "")
         self._all = self._run.bars.add_task("sweep", total=num_runs, note="")
@@ -67,7 +67,10 @@ class SweepProgress(SweepWatcher):
 
     def preparing(self, target: Target) -> None:
         self._run.rename(f"{target.name} starts")
-        self._console.print(f"{target.name}: {target.description}", highlight=False, markup=False, soft_wrap=True)
+        self._print(f"{target.name}: {target.description}")
+
+    def says(self, line: str) -> None:
+        self._print(line)
 
     def running(self, target: Target, rate: float) -> Callable[[Counts], None]:
         self._run.rename(f"{target.name} at {rate:g}/s")
@@ -82,6 +85,11 @@ class SweepProgress(SweepWatcher):
             line += f", TTFT p90 {summary.ttft.p90 * 1000:.0f} ms, ITL p99 {summary.itl.p99 * 1000:.0f} ms"
         doubts = {"refused": summary.num_refusals, "errors": summary.num_errors, "late": summary.num_late}
         line += "".join(f", {number} {name}" for name, number in doubts.items() if number)
+        if result.machine_use:
+            line += f", others used {result.machine_use.others_share:.0%} of the processors"
+        self._print(line)
+
+    def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

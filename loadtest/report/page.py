@@ -1,47 +1,26 @@
-"""Holds what all parts of a report's page share: runs, figures, colours of targets, the style sheet."""
+"""Holds what all parts of a report's page share: cases, colours of targets, tables, the style sheet."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
-from loadtest.figures import RunResult, Summary, Verdict, judge, summarize
+from loadtest.figures import Case, RunResult, Verdict, cases, judge
 from loadtest.plan import Slo
 
-# Okabe and Ito's colours: told apart by colour-blind readers too.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: 0.2rem; } h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; }
-.verdict { font-size: 1.2rem; border-left: 6px solid #009E73; background: #f1f8f5; padding: 0.7rem 1rem; }
-.doubt { border-left: 6px solid #E69F00; background: #fdf6e7; padding: 0.4rem 1rem; }
-.note { color: #57606a; font-size: 0.9rem; }
-table { margin: 0.8rem 0; border-collapse: collapse; font-size: 0.83rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.45rem; border-bottom: 1px solid #d8dee4; text-align: right; white-space: nowrap; }
-th { font-weight: 600; background: #f6f8fa; vertical-align: bottom; }
-td.name, th.name { text-align: left; } tr.first td { border-top: 2px solid #afb8c1; }
-td.best { font-weight: 700; background: #e6f4ee; } .wide { overflow-x: auto; }
-.swatch { display: inline-block; width: 0.8em; height: 0.8em; border-radius: 2px; margin: 0 0.35em 0 0.2em; }
-.legend { margin: 0.4rem 0; } .legend span { margin-right: 1.2rem; }
-.charts { display: flex; flex-wrap: wrap; gap: 0.6rem; }
-details { border: 1px solid #d8dee4; border-radius: 6px; margin: 0.5rem 0; padding: 0.4rem 0.8rem; }
-summary { cursor: pointer; font-weight: 600; }
-svg { max-width: 100%; height: auto; font: 11px system-ui, sans-serif; }
-svg .title { font-size: 13px; font-weight: 600; fill: #1b1f24; } svg .tick, svg .label { fill: #57606a; }
-svg .mid { text-anchor: middle; } svg .end { text-anchor: end; } svg .grid { stroke: #e7ebef; }
-svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
-svg .level { stroke: #1b1f24; stroke-dasharray: 2 3; }
-svg .shade { fill: #f1f3f5; } svg .none { text-anchor: middle; fill: #57606a; }
-"""
+# The style sheet has so many colours of targets, for light and for dark.
+_NUM_COLORS = 6
+STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Page:
-    """Runs and figures, in the same order."""
+    """Runs, and what was made of them."""
 
     results: tuple[RunResult, ...]
-    summaries: tuple[Summary, ...]
+    cases: tuple[Case, ...]
     verdict: Verdict
     colors: Mapping[str, str]
 
@@ -51,22 +30,26 @@ class Page:
 
     @property
     def rates(self) -> list[float]:
-        return sorted({each.rate for each in self.summaries})
+        return sorted({each.rate for each in self.cases})
+
+    @property
+    def compared_rates(self) -> list[float]:
+        """Without those that only helped to find the others."""
+        return sorted({each.rate for each in self.cases if not each.is_probe}) or self.rates
 
     @property
     def slo(self) -> Slo:
         return self.results[0].options.slo
 
-    def at(self, rate: float) -> list[tuple[RunResult, Summary]]:
-        both = zip(self.results, self.summaries, strict=True)
-        return [(result, summary) for result, summary in both if summary.rate == rate]
+    def at(self, rate: float) -> list[Case]:
+        return [each for each in self.cases if each.rate == rate]
 
     @classmethod
     def of(cls, results: Sequence[RunResult]) -> Page:
-        summaries = tuple(map(summarize, results))
+        made = tuple(cases(results))
         targets = dict.fromkeys(each.target for each in results)
-        colors = {target: _COLORS[index % len(_COLORS)] for index, target in enumerate(targets)}
-        return cls(tuple(results), summaries, judge(summaries), colors)
+        colors = {target: f"var(--c{index % _NUM_COLORS})" for index, target in enumerate(targets)}
+        return cls(tuple(results), made, judge(made), colors)
 
     def name(self, target: str) -> str:
         """A target's name as HTML, its colour before it."""
@@ -79,6 +62,37 @@ class Page:
         return f'<div class="legend">{items}</div>'
 
 
-def ms(seconds: float | None) -> float | None:
-    """Milliseconds, where there is a figure."""
-    return None if seconds is None else seconds * 1000
+@dataclass(frozen=True)
+class Cell:
+    """One cell as HTML. `kind` is a class of the style sheet: name, best, weak."""
+
+    html: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """`kind` is a class of the style sheet: first (of a group), weak."""
+
+    cells: Sequence[Cell]
+    kind: str = ""
+
+
+def table(heads: Sequence[str], rows: Sequence[Row]) -> str:
+    """A table; on a phone each row is a card, in which each figure has its head beside it."""
+    first = rows[0].cells if rows else [Cell("")] * len(heads)
+    top = "".join(f"<th{_class(cell.kind)}>{escape(head)}</th>" for head, cell in zip(heads, first, strict=True))
+    body = "".join(
+        f"<tr{_class(row.kind)}>"
+        + "".join(
+            f'<td data-head="{escape(head)}"{_class(cell.kind)}><span>{cell.html}</span></td>'
+            for head, cell in zip(heads, row.cells, strict=True)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _class(kind: str) -> str:
+    return f' class="{kind}"' if kind else ""

@@ -1,27 +1,37 @@
-"""Writes the report: one HTML page, without outside resources, that says which target is better."""
+"""Writes the report: one HTML page, without outside resources, that says which target is better, or why it cannot."""
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from loadtest.figures import RunResult, compare, write_tables
+from loadtest.figures import Level, RunResult, compare, write_tables
+from loadtest.plan import settings_text
 from loadtest.report.page import STYLE, Page
 from loadtest.report.report_charts import rate_charts, run_charts
-from loadtest.report.report_tables import classes_table, figures_table
+from loadtest.report.report_tables import classes_table, doubts_table, figures_table, standings_table
+
+_LABELS = {
+    Level.CLEAR: "Verdict",
+    Level.DOUBTFUL: "Verdict, with doubts",
+    Level.TIE: "No difference",
+    Level.NONE: "No verdict",
+}
 
 
-def write_report(folder: Path, results: Sequence[RunResult], machine: str = "") -> Path:
+def write_report(folder: Path, results: Sequence[RunResult]) -> Path:
     """report.html and the tables beside it; returns the page's path. Raises ValueError where there is no result."""
     if not results:
         raise ValueError("no run has a result: there is nothing to report")
     folder.mkdir(parents=True, exist_ok=True)
     write_tables(folder, results)
     path = folder / "report.html"
-    path.write_text(render(results, machine or this_machine()), encoding="utf-8")
+    path.write_text(render(results), encoding="utf-8")
     return path
 
 
@@ -35,117 +45,143 @@ def this_machine() -> str:
     return f"{os.cpu_count()} CPUs ({model}), {platform.system()} {platform.machine()}"
 
 
-def render(results: Sequence[RunResult], machine: str) -> str:
+def this_commit() -> str:
+    """The commit of this source, with `-dirty` where it has been changed; "" where it is no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return process.stdout.strip() if process.returncode == 0 else ""
+
+
+def render(results: Sequence[RunResult]) -> str:
     """The page."""
     page = Page.of(results)
     title = f"Load test: {' against '.join(page.targets)}"
     body = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="note">{escape(results[0].workload)}. Measured on {escape(machine)}.</p>',
-        f'<p class="verdict"><strong>{escape(page.verdict.sentence)}</strong></p>',
-        f"<p>A request counts as good if {escape(str(page.slo))}; <em>goodput</em> is good requests per second.</p>",
-        _doubts(page),
-        _standings(page),
+        f'<p class="note">{escape(results[0].workload)}. {escape(_where_and_when(results))}</p>',
+        _verdict(page),
+        f"<p>A request is good if {escape(str(page.slo))}; <em>goodput</em> is good requests per second.</p>",
+        standings_table(page),
+        doubts_table(page),
         "<h2>Over the rates</h2>",
         page.legend,
         rate_charts(page),
         "<h2>All figures</h2>",
         figures_table(page),
         "<h2>Each rate in detail</h2>",
-        *(_detail(page, rate, is_open=rate == _telling_rate(page)) for rate in page.rates),
+        *(_detail(page, rate, is_open=rate == _telling_rate(page)) for rate in page.compared_rates),
+        "<h2>What ran</h2>",
+        _what_ran(page),
         "<h2>How this was measured</h2>",
         _method(page),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    head += f"<style>{STYLE}</style>"
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
     return f'<!DOCTYPE html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>'
 
 
-def _doubts(page: Page) -> str:
-    """Lists the reasons to doubt a figure."""
-    doubts = []
-    late = [each for each in page.summaries if each.num_late]
-    if late:
-        where = "; ".join(
-            f"{each.target} at {each.rate:g}/s: {each.num_late} of {each.num_requests} requests, by at most "
-            f"{each.latest_send_s * 1000:.0f} ms"
-            for each in late
-        )
-        doubts.append(
-            f"Requests left late, since the load generator was short of CPU ({where}). Latencies count from when a "
-            "request was due, so they include it."
-        )
-    for result, summary in zip(page.results, page.summaries, strict=True):
-        where = f"{summary.target} at {summary.rate:g}/s"
-        if summary.num_errors:
-            doubts.append(f"{where}: {summary.num_errors} errors, the first: {summary.first_error}")
-        if summary.num_lost:
-            doubts.append(f"{where}: {summary.num_lost} requests without a record: the run was cut short")
-        doubts += [f"{where}: {note}" for note in result.notes]
-    items = "".join(f"<li>{escape(doubt)}</li>" for doubt in doubts)
-    return f'<div class="doubt"><ul>{items}</ul></div>' if doubts else ""
+def _where_and_when(results: Sequence[RunResult]) -> str:
+    machines = [each.origin.machine for each in results if each.origin.machine]
+    day = time.strftime("%Y-%m-%d", time.gmtime(min(each.started_unix_s for each in results)))
+    return f"Measured on {machines[0]}, {day}." if machines else f"Measured on {day}."
 
 
-def _standings(page: Page) -> str:
-    best = page.verdict.standings[0].best_goodput
-    rows = []
-    for index, each in enumerate(page.verdict.standings):
-        mark = ' class="best"' if index == 0 and page.verdict.winner == each.target else ""
-        of_best = f"{each.best_goodput / best:.0%}" if best else "–"
-        healthy = f"{each.healthy_rate:g}/s" if each.healthy_rate is not None else "none tried"
-        rows.append(
-            f'<tr><td class="name">{page.name(each.target)}</td><td{mark}>'
-            f"{each.best_goodput:.2f}/s</td><td>{of_best}</td><td>{each.at_rate:g}/s</td><td>{healthy}</td></tr>"
-        )
-    head = "".join(
-        f"<th>{text}</th>"
-        for text in ("highest goodput", "of the best", "at offered rate", "highest rate with ≥ 90 % good")
-    )
-    return f'<table><tr><th class="name">target</th>{head}</tr>{"".join(rows)}</table>'
+def _verdict(page: Page) -> str:
+    verdict = page.verdict
+    sentence = verdict.sentence.removeprefix("No verdict: ").removeprefix("No difference found: ")
+    text = f'<p class="label">{_LABELS[verdict.level]}</p><p class="sentence">{escape(sentence)}</p>'
+    if verdict.reservation:
+        text += f'<p class="reservation"><strong>But:</strong> {escape(verdict.reservation)}.</p>'
+    return f'<div class="verdict {verdict.level}">{text}</div>'
 
 
 def _telling_rate(page: Page) -> float:
     """The rate at which the targets' goodputs differ most; of one target, the highest."""
 
     def difference(rate: float) -> float:
-        goodputs = [summary.goodput for _, summary in page.at(rate)]
+        goodputs = [each.summary.goodput for each in page.at(rate)]
         return max(goodputs) - min(goodputs)
 
-    return max(page.rates, key=lambda rate: (difference(rate), rate))
+    return max(page.compared_rates, key=lambda rate: (difference(rate), rate))
 
 
 def _detail(page: Page, rate: float, is_open: bool) -> str:
-    runs = page.at(rate)
+    cases = page.at(rate)
     comparisons = [
-        compare("TTFT p90", {each.target: each.ttft.p90 for _, each in runs}),
-        compare("TPOT p90", {each.target: each.tpot.p90 for _, each in runs}),
-        compare("ITL p99", {each.target: each.itl.p99 for _, each in runs}),
-        compare("end-to-end p90", {each.target: each.e2e.p90 for _, each in runs}),
+        compare("TTFT p90", lambda each: each.ttft.p90, cases),
+        compare("TPOT p90", lambda each: each.tpot.p90, cases),
+        compare("a request's ITL p99, p90", lambda each: each.request_itl.p90, cases),
+        compare("end-to-end p90", lambda each: each.e2e.p90, cases),
     ]
     found = "; ".join(filter(None, comparisons))
-    better = f"<p>At this rate: {escape(found)}.</p>" if found else ""
-    content = better + page.legend + run_charts(page, runs) + classes_table(page, runs)
+    better = f"<p>At this rate, beyond the noise: {escape(found)}.</p>" if found else ""
+    content = better + page.legend + run_charts(page, cases) + classes_table(page, cases)
     return f"<details{' open' if is_open else ''}><summary>{rate:g} requests/s</summary>{content}</details>"
 
 
-def _method(page: Page) -> str:
+def _what_ran(page: Page) -> str:
+    """What a reader needs to make these figures again."""
     first = page.results[0]
-    options, measured = first.options, first.measured
+    began, ended = (time.gmtime(pick(each.started_unix_s for each in page.results)) for pick in (min, max))
+    entries = {
+        "command": f"<code>{escape(first.origin.command)}</code>" if first.origin.command else "",
+        "commit": escape(first.origin.commit),
+        "date": f"{time.strftime('%Y-%m-%d %H:%M', began)} to {time.strftime('%H:%M', ended)} UTC",
+        "machine": escape(first.origin.machine),
+        "load": f"<code>{escape(settings_text(first.options))}</code>",
+        "seed": str(first.options.seed if first.origin.seed is None else first.origin.seed),
+    }
+    for target in page.targets:
+        mine = [each for each in page.results if each.target == target]
+        facts = {name: text for each in mine for name, text in each.server_facts.items()}
+        told = "; ".join(f"{escape(name)} {escape(text)}" for name, text in facts.items())
+        started = f"<code>{escape(mine[0].server_command)}</code>" if mine[0].server_command else escape(mine[0].url)
+        entries[target] = f"{started}<br>model {escape(mine[0].model)}{'; ' + told if told else ''}"
+    uses = [each.machine_use for each in page.results if each.machine_use]
+    if uses:
+        others = max(each.others_share for each in uses)
+        ours = max(each.ours / each.num_processors for each in uses)
+        entries["processors"] = f"at most {ours:.0%} used by the test and its servers, {others:.0%} by others"
+    else:
+        entries["processors"] = "not watched: the servers were not started here"
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{html}</dd>" for name, html in entries.items() if html)
+    return f"<dl>{items}</dl>"
+
+
+def _method(page: Page) -> str:
     num_cut = max(result.num_cut for result in page.results)
-    lengths = [(each.prompt_tokens, each.output_tokens) for each in page.summaries if each.num_ok]
-    mean = f"{lengths[0][0]:.0f} prompt and {lengths[0][1]:.0f} output tokens on average" if lengths else "no answer"
-    cut = f"{num_cut} requests of a run were cut to fit the model's context. " if num_cut else ""
-    hits = ", ".join(f"{each.target} {each.cached_share:.0%}" for each in page.summaries if each.rate == page.rates[-1])
-    servers = "; ".join(dict.fromkeys(f"{result.target}: model {result.model}" for result in page.results))
-    items = (
-        f"Open loop: requests leave when they are due, whether or not earlier ones have been answered. {len(measured)} "
-        f"requests at {options.rate:g}/s, {mean}. {cut}The first {options.warmup_requests} are warm-up and left out.",
+    answered = [each.summary for each in page.cases if each.summary.num_ok]
+    lengths = (
+        f"{answered[0].prompt_tokens:.0f} prompt and {answered[0].output_tokens:.0f} output tokens on average"
+        if answered
+        else "no answer"
+    )
+    cut = f" {num_cut} requests of a run were cut to fit the model's context." if num_cut else ""
+    last = page.rates[-1]
+    hits = ", ".join(f"{each.target} {each.summary.cached_share:.0%}" for each in page.at(last))
+    items = [
+        f"Open loop: requests leave when they are due, whether or not earlier ones have been answered; {lengths}.{cut} "
+        f"The first {page.results[0].options.warmup_requests} of a run are warm-up and left out.",
         "All latencies count from the time when a request was due. TTFT: to the first chunk with tokens. TPOT: from "
-        "the first to the last token, over the number of tokens after the first. ITL: between one chunk and the next.",
+        "the first to the last token, over the number of tokens after the first. ITL: between one chunk and the next; "
+        "the objective itl is about the 99th percentile of a request's own gaps.",
         "At one rate all targets get the same requests at the same times. Goodput is good requests over the time in "
         "which they were due; token rates count to the last token.",
-        f"Prompt tokens that the server took from a cache, at {page.rates[-1]:g}/s: {hits}.",
-        f"Targets: {servers}.",
-        "Beside this page: summary.csv and summary.md (a line per run), requests.csv (one per request), summary.json.",
-    )
+        "Noise: the runs at one rate are cut into up to eight stretches, and two targets are compared stretch by "
+        "stretch (Student's t, 95 %). What does not exceed that is called no difference.",
+        "Doubts: more than 1 % of the requests sent late, or more than 5 % of the processors used by others (other "
+        "processes, and what the host took away), weaken a verdict; more than 10 % and 25 % void it.",
+        f"Prompt tokens that the server took from a cache, at {last:g}/s: {hits}.",
+        "Beside this page: summary.csv and summary.md (a line per target and rate), requests.csv (one per request), "
+        "summary.json.",
+    ]
+    if any(each.is_probe for each in page.cases):
+        items.insert(
+            3,
+            "Each target's highest rate was looked for by doubling, halving and bisecting, over rates 20 % apart, in "
+            "shorter runs; then all targets were measured at the rates found, taking turns.",
+        )
     return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"

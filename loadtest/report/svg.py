@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 30, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 30, 42
 _LOG_STEPS = (1, 2, 5)
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line. `dash` is an SVG dash pattern; "" is a solid line. With `dots`, each point shows its values."""
+    """One line. `color` is one of CSS. `dash` is an SVG dash pattern; "" is a solid line. With `dots`, each point shows
+    its values."""
 
     name: str
     color: str
@@ -29,8 +30,8 @@ class Chart:
     title: str
     x_label: str
     y_label: str
-    width: int = 560
-    height: int = 290
+    width: int = 420
+    height: int = 270
     log_x: bool = False
     log_y: bool = False
     x_min: float | None = None
@@ -38,8 +39,9 @@ class Chart:
     x_max: float | None = None
     y_max: float | None = None
     y_line: float | None = None
-    """A dotted level, such as an objective."""
+    """A dotted level, such as an objective: the axis reaches as far."""
     x_line: float | None = None
+    line_name: str = ""
     shaded_to: float | None = None
     """The stretch from 0 to here is shaded: it does not count."""
 
@@ -47,26 +49,28 @@ class Chart:
 def draw(chart: Chart, series: Sequence[Series]) -> str:
     """The chart as an <svg> element. Series without points are left out."""
     drawn = [each for each in series if each.points]
-    xs = [x for each in drawn for x, _ in each.points]
-    ys = [y for each in drawn for _, y in each.points]
+    xs = [x for each in drawn for x, _ in each.points] + ([chart.x_line] if chart.x_line else [])
+    ys = [y for each in drawn for _, y in each.points] + ([chart.y_line] if chart.y_line else [])
     x_axis = _axis([max(x, chart.x_min or x) for x in xs], chart.x_max, chart.log_x, _LEFT, chart.width - _RIGHT)
     y_axis = _axis(ys, chart.y_max, chart.log_y, chart.height - _BOTTOM, _TOP)
     parts = [_frame(chart, x_axis, y_axis)]
+    if drawn:
+        parts += _levels(chart, x_axis, y_axis)
     for each in drawn:
         # A logarithm has no place for what is not positive.
         path = [(x, y) for x, y in each.points if (x > 0 or not chart.log_x) and (y > 0 or not chart.log_y)]
         corners = " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in path)
         dash = f' stroke-dasharray="{each.dash}"' if each.dash else ""
-        parts.append(f'<polyline class="line" stroke="{each.color}"{dash} points="{corners}"/>')
+        parts.append(f'<polyline class="line" style="stroke:{each.color}"{dash} points="{corners}"/>')
         if each.dots:
             parts += [
-                f'<circle cx="{x_axis.at(x):.1f}" cy="{y_axis.at(y):.1f}" r="3.5" fill="{each.color}">'
+                f'<circle cx="{x_axis.at(x):.1f}" cy="{y_axis.at(y):.1f}" r="3.5" style="fill:{each.color}">'
                 f"<title>{escape(each.name)}: {_short(y)} at {_short(x)}</title></circle>"
                 for x, y in path
             ]
     if not drawn:
         parts.append(f'<text x="{chart.width / 2}" y="{chart.height / 2}" class="none">nothing measured</text>')
-    size = f'viewBox="0 0 {chart.width} {chart.height}" width="{chart.width}" height="{chart.height}"'
+    size = f'viewBox="0 0 {chart.width} {chart.height}"'
     return f'<svg {size} role="img" aria-label="{escape(chart.title)}">{"".join(parts)}</svg>'
 
 
@@ -124,17 +128,28 @@ def _frame(chart: Chart, x_axis: _Axis, y_axis: _Axis) -> str:
         x = x_axis.at(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{y_axis.start}" y2="{y_axis.end}"/>')
         parts.append(f'<text x="{x:.1f}" y="{y_axis.start + 15}" class="tick mid">{_short(tick)}</text>')
-    if chart.y_line is not None:
-        y = y_axis.at(chart.y_line)
-        parts.append(f'<line class="level" x1="{_LEFT}" x2="{x_axis.end}" y1="{y:.1f}" y2="{y:.1f}"/>')
-    if chart.x_line is not None:
-        x = x_axis.at(chart.x_line)
-        parts.append(f'<line class="level" x1="{x:.1f}" x2="{x:.1f}" y1="{y_axis.start}" y2="{y_axis.end}"/>')
     middle = (x_axis.start + x_axis.end) / 2
     parts.append(f'<text x="{middle}" y="{chart.height - 8}" class="label mid">{escape(chart.x_label)}</text>')
     half = (y_axis.start + y_axis.end) / 2
     parts.append(f'<text transform="translate(13 {half}) rotate(-90)" class="label mid">{escape(chart.y_label)}</text>')
     return "".join(parts)
+
+
+def _levels(chart: Chart, x_axis: _Axis, y_axis: _Axis) -> list[str]:
+    """The dotted lines, each with its name at its end."""
+    parts = []
+    if chart.y_line is not None:
+        y = y_axis.at(chart.y_line)
+        parts.append(f'<line class="level" x1="{_LEFT}" x2="{x_axis.end}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{_LEFT + 5}" y="{y - 4:.1f}" class="level-name">{escape(chart.line_name)}</text>')
+    if chart.x_line is not None:
+        x = x_axis.at(chart.x_line)
+        parts.append(f'<line class="level" x1="{x:.1f}" x2="{x:.1f}" y1="{y_axis.start}" y2="{y_axis.end}"/>')
+        # On the side where there is room.
+        place, side = (x - 5, " end") if x > (x_axis.start + x_axis.end) / 2 else (x + 5, "")
+        name = escape(chart.line_name)
+        parts.append(f'<text x="{place:.1f}" y="{y_axis.start - 6}" class="level-name{side}">{name}</text>')
+    return parts
 
 
 def _short(value: float) -> str:

@@ -34,11 +34,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Server:
-    """A target that answers: where, under which model name ("": its first), and its pages of gauges."""
+    """A target that answers: where, under which model name ("": its first), its pages of gauges, and what started it
+    ("": it ran already)."""
 
     url: str
     model: str
     metrics_urls: Mapping[str, str]
+    command: str = ""
 
 
 def parse_target(text: str) -> Target:
@@ -64,10 +66,11 @@ def serving(target: Target, stack_flags: Sequence[str], served_name: str) -> Ite
     if target.url:
         yield Server(target.url, served_name, {"server": f"{target.url}/metrics"})
         return
-    stack = start_stack(target.name, [*stack_flags, "--served-model-name", SERVED_NAME, *target.up_flags])
+    flags = [*stack_flags, "--served-model-name", SERVED_NAME, *target.up_flags]
+    stack = start_stack(target.name, flags)
     try:
         # The workers have the gauges of queues and blocks. The router counts the same requests once more.
         pages = {name: f"{url}/metrics" for name, url in sorted(stack.debug_urls.items())}
-        yield Server(stack.url, SERVED_NAME, pages)
+        yield Server(stack.url, SERVED_NAME, pages, f"tandem up {shlex.join(flags)}")
     finally:
         stop_stack(stack)

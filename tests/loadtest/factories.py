@@ -47,7 +47,18 @@ def records(number: int, rate: float, ttft_s: float, gap_s: float = 0.05) -> lis
     return made
 
 
+def some_good(number: int, rate: float, good: float) -> list[RequestRecord]:
+    """Requests of which this share, evenly spread, has a time to first token of 0.2 s, the others one of 3 s."""
+    return [
+        each
+        if int((each.index + 1) * good + 1e-9) > int(each.index * good + 1e-9)
+        else replace(each, first_token_s=each.scheduled_s + 3, finished_s=each.scheduled_s + 3.2)
+        for each in records(number, rate, ttft_s=0.2)
+    ]
+
+
 def result(target: str, rate: float, made: Sequence[RequestRecord], goodput: str = "ttft:1000,tpot:100") -> RunResult:
+    """A run of these records; none of them counts as warm-up unless it says so."""
     measured = [each.scheduled_s for each in made if not each.is_warmup]
     return RunResult(
         target=target,
@@ -55,7 +66,7 @@ def result(target: str, rate: float, made: Sequence[RequestRecord], goodput: str
         model="stub",
         workload="made for a test",
         started_unix_s=0.0,
-        options=LoadOptions(rate=rate, goodput=goodput),
+        options=LoadOptions(rate=rate, goodput=goodput, warmup_requests=len(made) - len(measured)),
         num_planned=len(made),
         num_cut=0,
         measured_from_s=measured[0],

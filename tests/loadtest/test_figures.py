@@ -1,4 +1,4 @@
-"""Records become figures: what counts, what does not, and which target is called better."""
+"""Records become figures: what counts, and what does not."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.figures import Spread, compare, judge, read_result, summarize, timeline, write_result
-from loadtest.figures.scrape import Sample, parse_gauges
-from loadtest.figures.summary import percentile
-from loadtest.plan import Outcome, RequestRecord, Slo
+from loadtest.figures import Spread, read_result, summarize, timeline, write_result
+from loadtest.figures.scrape import Sample, parse_facts, parse_gauges
+from loadtest.plan import Outcome, RequestRecord, Slo, percentile
 from loadtest.send.sse import BadStream, Chunk, parse_line
 from tests.loadtest.factories import RECORD, records, result
 
@@ -68,6 +67,8 @@ def test_a_message_that_is_no_record_is_refused(change: dict[str, object]) -> No
         ("tpot:249", False),
         ("itl_max:400", True),
         ("itl_max:399", False),
+        ("itl:397", True),
+        ("itl:396", False),
         ("e2el:1000 ttft:500", True),
         ("e2el:999,ttft:500", False),
     ],
@@ -129,44 +130,13 @@ def test_a_file_that_is_no_result_is_named(tmp_path: Path, text: str) -> None:
         read_result(tmp_path / "run.json")
 
 
-def summaries(**ttft_s: float) -> list:  # type: ignore[type-arg]
-    """One run per target at 10/s, in which every second request has the time to first token, the others none."""
-    made = []
-    for target, slow_s in ttft_s.items():
-        all_records = [
-            replace(each, first_token_s=each.scheduled_s + slow_s) if each.index % 2 else each
-            for each in records(20, 10.0, 0.1)
-        ]
-        made.append(summarize(result(target, 10.0, all_records)))
-    return made
-
-
-def test_the_verdict_names_the_winner_and_the_factor() -> None:
-    verdict = judge(summaries(slow=2.0, fast=0.1))
-    assert (verdict.winner, verdict.ratio) == ("fast", pytest.approx(2.0))
-    assert "fast is better than slow by a factor of 2.00: 10.00 against 5.00 requests/s" in verdict.sentence
-    assert [(each.target, each.healthy_rate) for each in verdict.standings] == [("fast", 10.0), ("slow", None)]
-
-
-def test_the_verdict_does_not_invent_a_difference() -> None:
-    verdict = judge(summaries(one=0.3, two=0.1))
-    assert verdict.winner is None
-    assert "do not differ clearly" in verdict.sentence
-    assert "higher rates would tell more" in verdict.sentence
-    assert "time to first token (p90) 100 ms on two, 300 ms on one (3.00 times)" in verdict.sentence
-
-
-def test_a_target_without_a_good_request_loses_to_one_with_some() -> None:
-    nothing = summarize(result("dead", 10.0, [replace(each, outcome=Outcome.ERROR) for each in records(10, 10.0, 0.1)]))
-    verdict = judge([nothing, *summaries(alive=0.1)])
-    assert (verdict.winner, verdict.ratio) == ("alive", None)
-    assert judge([nothing, replace(nothing, target="dead too")]).winner is None
-
-
-def test_a_comparison_of_equals_says_nothing() -> None:
-    assert compare("TTFT", {"a": 1.0, "b": 1.04}) == ""
-    assert compare("TTFT", {"a": 1.0, "b": None}) == ""
-    assert compare("TTFT", {"a": 30.0, "b": 1.5}) == "TTFT 1,500 ms on b, 30.0 s on a (20.00 times)"
+def test_a_request_s_itl_is_the_99th_percentile_of_its_own_gaps() -> None:
+    """Of 127 gaps one stall is forgiven, two are not."""
+    stalled = (0.01,) * 126 + (1.0,)
+    once, twice = replace(RECORD, gaps_s=stalled), replace(RECORD, gaps_s=(*stalled[1:], 1.0))
+    assert once.itl_s == pytest.approx(0.01)
+    assert twice.itl_s == pytest.approx(0.01 + 0.74 * 0.99)
+    assert replace(RECORD, gaps_s=()).itl_s is None
 
 
 def test_timelines_add_up() -> None:
@@ -192,6 +162,20 @@ def test_gauges_of_several_series_are_added_and_usage_is_the_largest() -> None:
     )
     assert parse_gauges(page) == {"running": 5.0, "waiting": 1.0, "kv_usage": 0.75}
     assert parse_gauges("") == {}
+
+
+def test_a_server_says_what_it_computes_with_and_which_lanes_blocks_took() -> None:
+    decode = (
+        'tandem:compute_info{device="cpu",kernels="amx",model_name="m",quantization="none"} 1.0\n'
+        'vllm:cache_config_info{block_size="32",cache_dtype="bfloat16"} 1.0\n'
+        'tandem:transfer_bytes_total{lane="cma",outcome="ok"} 5e+06\n'
+        'tandem:transfer_bytes_total{lane="tcp",outcome="ok"} 0.0\n'
+    )
+    prefill = 'tandem:compute_info{device="cpu",kernels="avx512",quantization="none"} 1.0\n'
+    assert parse_facts([decode, prefill, ""]) == {
+        "device": "cpu", "kernels": "amx, avx512", "quantization": "none", "dtype of keys and values": "bfloat16",
+        "lane": "cma",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from loadtest.plan import LoadOptions, OptionError
-from loadtest.send import Sweep, Target, parse_target
+from loadtest.figures import Level, RunResult, cases, judge
+from loadtest.plan import Job, LoadOptions, OptionError
+from loadtest.send import Sweep, SweepWatcher, Target, parse_target, run_sweep
+from loadtest.send.machine_watch import MachineWatch
+from tests.loadtest.factories import result, some_good
 from tests.loadtest.stubs import loadtest, read_json, stub_server
 
-_LOAD = ("--num-requests", "12", "--prompt-tokens", "20", "--output-tokens", "5")
+_LOAD = ("--num-requests", "24", "--prompt-tokens", "20", "--output-tokens", "5")
 
 
 def test_a_sweep_of_two_servers_reports_which_is_better(tmp_path: Path) -> None:
     folder = tmp_path / "report"
     with stub_server("--token-s", "0.001") as fast, stub_server("--token-s", "0.6") as slow:
         out, err = loadtest(
-            "sweep", "--target", f"slow={slow}/v1", "--target", f"fast={fast}", "--rates", "5,10",
+            "sweep", "--target", f"slow={slow}/v1", "--target", f"fast={fast}", "--rates", "10,20",
             "--goodput", "tpot:300", "--output", str(folder), *_LOAD,
         )  # fmt: skip
         prompts = [[body["prompt"] for body in read_json(f"{url}/seen")["bodies"]] for url in (slow, fast)]  # type: ignore[attr-defined]
     assert out.strip() == str(folder / "report.html")
-    assert "fast at 10/s: goodput" in err
+    assert "fast at 20/s: goodput" in err
     assert sorted(path.name for path in folder.rglob("*.*")) == [
-        "fast-10.json", "fast-5.json", "report.html", "requests.csv", "slow-10.json", "slow-5.json", "summary.csv",
+        "fast-10.json", "fast-20.json", "report.html", "requests.csv", "slow-10.json", "slow-20.json", "summary.csv",
         "summary.json", "summary.md",
     ]  # fmt: skip
     assert json.loads((folder / "summary.json").read_text())["verdict"]["winner"] == "fast"
     assert "fast is better" in (folder / "report.html").read_text()
     both = [sorted(map(tuple, each)) for each in prompts]
     assert both[0] == both[1], "both servers got the same requests"
-    assert len(set(both[0])) == 32, "another rate has prompts of its own"
+    assert len(set(both[0])) == 56, "another rate has prompts of its own"
     again, _ = loadtest("report", *map(str, (folder / "runs").iterdir()), "--output", str(tmp_path / "again"))
     assert "fast is better" in Path(again.strip()).read_text()
 
@@ -58,7 +64,7 @@ def test_what_is_no_target_is_named(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "rates"), [(("a", "a"), (1.0,)), ((), (1.0,)), (("a",), ()), (("a",), (2.0, 1.0)), (("a",), (0.0, 1.0))]
+    ("names", "rates"), [(("a", "a"), (1.0,)), ((), (1.0,)), (("a",), (2.0, 1.0)), (("a",), (0.0, 1.0))]
 )
 def test_a_sweep_that_makes_no_sense_is_refused(names: tuple[str, ...], rates: tuple[float, ...]) -> None:
     targets = tuple(Target(name, url="http://x") for name in names)
@@ -66,13 +72,107 @@ def test_a_sweep_that_makes_no_sense_is_refused(names: tuple[str, ...], rates: t
         Sweep(targets, rates, LoadOptions(), (), Path("x"))
 
 
+class Pretended:
+    """Runs in no time: each target keeps up with a rate, and beyond it answers late."""
+
+    def __init__(self, **capacity: float) -> None:
+        self.capacity = capacity
+        self.jobs: list[Job] = []
+
+    def run(self, job: Job, watch: object) -> RunResult:
+        self.jobs.append(job)
+        options = job.options
+        good = 1.0 if options.rate <= self.capacity[job.target] or options.num_requests == 1 else 0.3
+        number = options.total_requests
+        made = [
+            replace(each, is_warmup=each.index < options.warmup_requests)
+            for each in some_good(number, options.rate, good)
+        ]
+        run = result(job.target, options.rate, made, options.goodput)
+        return replace(run, options=options, turn=job.turn, origin=job.origin)
+
+
+def pretended_sweep(tmp_path: Path, pretended: Pretended, **settings: object) -> list[RunResult]:
+    with stub_server() as url:
+        targets = tuple(Target(name, url=url) for name in pretended.capacity)
+        sweep = Sweep(targets, (), LoadOptions(goodput="ttft:1000"), (), tmp_path, 2)
+        return run_sweep(replace(sweep, **settings), pretended.run, "", SweepWatcher())  # type: ignore[arg-type]
+
+
+def test_rates_are_found_and_then_compared_taking_turns(tmp_path: Path) -> None:
+    pretended = Pretended(one=3.5, two=1.3)
+    results = pretended_sweep(tmp_path, pretended)
+    compared = [(each.target, each.options.rate, each.turn) for each in results if each.turn]
+    assert compared == [
+        ("two", 1.2, 1), ("two", 3.3, 1), ("one", 1.2, 1), ("one", 3.3, 1),
+        ("one", 1.2, 2), ("one", 3.3, 2), ("two", 1.2, 2), ("two", 3.3, 2),
+    ]  # fmt: skip
+    found = judge(cases(results))
+    assert (found.winner, found.factor) == ("one", pytest.approx(3.3 / 1.2))
+    assert [(each.target, each.healthy_rate, each.next_rate) for each in found.standings] == [
+        ("one", 3.3, 3.9), ("two", 1.2, 1.5),
+    ]  # fmt: skip
+
+
+def test_no_run_repeats_the_prompts_of_another_and_targets_get_the_same(tmp_path: Path) -> None:
+    pretended = Pretended(one=3.5, two=3.5)
+    pretended_sweep(tmp_path, pretended)
+    runs = [(job.target, job.options.seed, job.options.rate, job.turn) for job in pretended.jobs]
+    seeds = {(rate, turn, seed) for _, seed, rate, turn in runs if rate != 10.0}
+    assert len({seed for _, _, seed in seeds}) == len({(rate, turn) for rate, turn, _ in seeds}) == len(seeds)
+
+
+def test_objectives_come_from_lone_requests_where_none_are_named(tmp_path: Path) -> None:
+    pretended = Pretended(one=3.5)
+    results = pretended_sweep(tmp_path, pretended, sets_objectives=True)
+    lone, others = pretended.jobs[:6], pretended.jobs[6:]
+    assert {(job.options.total_requests, job.options.arrivals) for job in lone} == {(1, "constant")}
+    assert len({job.options.seed for job in lone}) == 6, "none finds the prompt of another in a cache"
+    assert {job.options.goodput for job in others} == {"ttft:1000,itl:300"}
+    assert {each.options.goodput for each in results} == {"ttft:1000,itl:300"}
+    assert all(len(each.measured) >= 12 for each in results)
+
+
+def test_rates_that_are_given_are_run_as_they_are(tmp_path: Path) -> None:
+    pretended = Pretended(one=3.5, two=3.5)
+    results = pretended_sweep(tmp_path, pretended, rates=(1.0, 2.0), rounds=1)
+    assert [(each.target, each.options.rate, each.turn) for each in results] == [
+        ("one", 1.0, 1), ("one", 2.0, 1), ("two", 1.0, 1), ("two", 2.0, 1),
+    ]  # fmt: skip
+    assert len(pretended.jobs) == 4
+
+
+def test_nobody_who_keeps_up_with_anything_ends_in_no_verdict(tmp_path: Path) -> None:
+    results = pretended_sweep(tmp_path, Pretended(one=0.0, two=0.0))
+    assert not [each for each in results if each.turn]
+    assert judge(cases(results)).level is Level.NONE
+
+
+def test_a_machine_watch_tells_our_processes_from_others() -> None:
+    """A child's work is ours, and what nobody is known to have done is others'."""
+    watch = MachineWatch()
+    burn = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", f"{burn}\nprint(flush=True)\ninput()"], stdin=-1, stdout=-1) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        use = watch.use()
+        child.communicate(b"\n")
+    assert use.num_processors >= 1
+    assert use.ours > 0
+    assert 0 <= use.others <= use.num_processors * 1.1
+
+
 def test_a_stack_of_this_machine_is_started_measured_and_stopped(tmp_path: Path) -> None:
     """The real thing, once: `tandem up` with the demo model, its gauges, and its end."""
     loadtest(
-        "sweep", "--target", "disaggregated", "--rates", "4", "--workload", "azure", "--scale", "0.1",
+        "sweep", "--target", "disaggregated", "--up-model", "demo", "--rates", "4",
+        "--goodput", "ttft:2000", "--workload", "azure", "--scale", "0.1",
         "--output", str(tmp_path), "--num-requests", "8",
     )  # fmt: skip
     run = json.loads((tmp_path / "runs" / "disaggregated-4.json").read_text())
     assert run["summary"]["num_ok"] == 8, run["summary"]["first_error"]
     assert {each["process"] for each in run["samples"]} == {"decode-0", "prefill-0"}
+    assert run["server_command"].startswith("tandem up --served-model-name loadtest --prefill 1")
+    assert {"device", "kernels", "dtype of keys and values", "lane", "version"} <= set(run["server_facts"])
+    assert run["machine_use"]["ours"] > 0
     assert all(each["kv_usage"] is not None for each in run["samples"])
