@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,15 @@ import pytest
 from services.cli.config import DoctorConfig
 from services.cli.doctor import machine
 from services.cli.doctor.doctor import (
-    examine,
     format_finding,
     main,
     report,
 )
+from services.cli.doctor.examination import checks_of, examine
 from services.cli.doctor.findings import (
     Finding,
     ProbeFailed,
+    ProbeTimedOut,
     Verdict,
     broken,
     good,
@@ -210,8 +212,43 @@ def test_a_probe_that_crashes_or_hangs_or_babbles_is_reported(monkeypatch: pytes
     with pytest.raises(ProbeFailed, match="unexpected output 'hello'"):
         probe("print('hello')")
     monkeypatch.setattr("services.cli.doctor.findings._PROBE_TIMEOUT_S", 0.1)
-    with pytest.raises(ProbeFailed, match=r"no answer within 0.1 s"):
+    with pytest.raises(ProbeTimedOut, match=r"no answer within 0.1 s"):
         probe("import signal; signal.pause()")
+    with pytest.raises(ProbeTimedOut):  # nor may what it leaves running hold it up
+        probe("import os, signal; os.fork(); signal.pause()")
+
+
+async def test_checks_run_side_by_side() -> None:
+    together = threading.Barrier(2)
+
+    def meet() -> list[Finding]:
+        together.wait(timeout=30)
+        return [good("met", "")]
+
+    assert [finding async for finding in examine({"a": meet, "b": meet})] == [good("met", "")] * 2
+
+
+async def test_a_check_that_times_out_hangs_or_crashes_is_a_warning() -> None:
+    def time_out() -> list[Finding]:
+        raise ProbeTimedOut("no answer within 60 s")
+
+    def crash() -> list[Finding]:
+        raise ValueError("no")
+
+    done = threading.Event()
+
+    def hang() -> list[Finding]:
+        done.wait(60)
+        return []
+
+    checks = {"torch": time_out, "ucxx": crash, "nixl": hang, "port": lambda: [good("port", "free")]}
+    found = [finding async for finding in examine(checks, timeout_s=1.0)]
+    done.set()
+    assert [(finding.subject, finding.verdict) for finding in found] == [
+        ("torch", Verdict.WORSE), ("ucxx", Verdict.WORSE), ("nixl", Verdict.WORSE), ("port", Verdict.GOOD),
+    ]  # fmt: skip
+    assert "ValueError('no')" in found[1].detail
+    assert found[2].detail == "no answer within 1 s"
 
 
 def test_findings_read_as_lines_with_the_remedy_below() -> None:
@@ -227,7 +264,8 @@ def test_findings_read_as_lines_with_the_remedy_below() -> None:
 def test_exit_status_is_1_only_where_something_would_not_serve(
     finding: Finding, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("services.cli.doctor.doctor.examine", lambda config: [good("x", "y"), finding])
+    checks = {"x": lambda: [good("x", "y")], "a": lambda: [finding]}
+    monkeypatch.setattr("services.cli.doctor.examination.checks_of", lambda config: checks)
     assert main(["--json"]) == status
     assert json.loads(capsys.readouterr().out)["serves"] is (status == 0)
     assert main([]) == status
@@ -235,9 +273,9 @@ def test_exit_status_is_1_only_where_something_would_not_serve(
 
 
 @pytest.mark.slow
-def test_a_whole_examination_covers_every_subject(tmp_path: Path) -> None:
+async def test_a_whole_examination_covers_every_subject(tmp_path: Path) -> None:
     config = DoctorConfig(model=model_directory(tmp_path), port=claim_port("127.0.0.1", 0))
-    subjects = {finding.subject for finding in examine(config)}
+    subjects = {finding.subject async for finding in examine(checks_of(config))}
     assert {
         "python",
         "packages",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from services.cli.config import DoctorConfig
@@ -19,14 +19,18 @@ def main(argv: Sequence[str]) -> int:
     """Prints the findings; returns 1 if one of them stops Tandem from serving, else 0."""
     description = (
         "Examines packages, processor, memory, GPUs, Redis, UCX transports, the router's port and the model. "
-        "✓ is well, ! serves with less, ✗ does not serve. Exit status 1 if there is a ✗."
+        "✓ is well, ! serves with less or did not answer in time, ✗ does not serve. Exit status 1 if there is a ✗."
     )
     config = load_settings(DoctorConfig, argv, prog="tandem doctor", description=description)
-    findings = []
-    for finding in examine(config):
-        findings.append(finding)
+    import asyncio  # here and not above: --help must not pay for it
+
+    is_colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    def show(finding: Finding) -> None:
         if not config.json:
-            print(format_finding(finding, colored=sys.stdout.isatty() and "NO_COLOR" not in os.environ), flush=True)
+            print(format_finding(finding, is_colored), flush=True)
+
+    findings = asyncio.run(_examine(config, show))
     serves = all(finding.verdict is not Verdict.BROKEN for finding in findings)
     if config.json:
         print(report(findings, serves))
@@ -35,24 +39,14 @@ def main(argv: Sequence[str]) -> int:
     return 0 if serves else 1
 
 
-def examine(config: DoctorConfig) -> Iterable[Finding]:
-    """Lists all findings, the quick ones first."""
-    # Here and not above: --help must not pay for them.
-    from services.cli.doctor.machine import check_kernels, check_memory, check_port, check_processor, check_torch
-    from services.cli.doctor.model import check_model
-    from services.cli.doctor.packages import check_packages
-    from services.cli.doctor.registry import check_redis
-    from services.cli.doctor.transports import check_transports
+async def _examine(config: DoctorConfig, show: Callable[[Finding], None]) -> list[Finding]:
+    from services.cli.doctor.examination import checks_of, examine
 
-    yield from check_packages()
-    yield from check_processor()
-    yield from check_kernels()
-    yield from check_memory()
-    yield from check_port(config.host, config.port)
-    yield from check_redis(config.redis)
-    yield from check_model(config.model)
-    yield from check_transports()
-    yield from check_torch()
+    findings = []
+    async for finding in examine(checks_of(config)):
+        findings.append(finding)
+        show(finding)
+    return findings
 
 
 def format_finding(finding: Finding, colored: bool) -> str:

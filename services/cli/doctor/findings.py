@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
+_SHIM = str(Path(__file__).parents[1] / "up" / "child.py")  # who is killed with us
 _PROBE_TIMEOUT_S = 60.0
 
 
@@ -49,29 +54,39 @@ def refused(subject: str, error: Exception) -> Finding:
 
 
 class ProbeFailed(Exception):
-    """A probe crashed, hung, or said something else than JSON; the message is the last that it said."""
+    """A probe crashed, or said something else than JSON; the message is the last that it said."""
+
+
+class ProbeTimedOut(Exception):
+    """A probe did not answer in time, which says nothing of what it looked at."""
 
 
 def probe(code: str, *arguments: str) -> Any:
     """Runs `code` in a Python of its own and returns what it prints as JSON in its last line.
 
-    Native libraries are examined so: one that aborts or hangs must not take the examination along. Raises ProbeFailed.
+    Native libraries are examined so: one that aborts or hangs must not take the examination along. Raises ProbeFailed,
+    ProbeTimedOut.
     """
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=_PROBE_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ProbeFailed(f"no answer within {_PROBE_TIMEOUT_S:g} s") from error
-    lines = done.stdout.strip().splitlines()
-    if done.returncode != 0 or not lines:
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ProbeFailed(f"exit status {done.returncode}: {said}")
+    shim = [sys.executable, "-I", "-S", _SHIM, str(os.getpid()), ""]
+    with subprocess.Popen(
+        [*shim, sys.executable, "-c", code, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=_PROBE_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise ProbeTimedOut(f"no answer within {_PROBE_TIMEOUT_S:g} s") from error
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with whatever it has started, which may hold the pipes
+    lines = output.strip().splitlines()
+    if process.returncode != 0 or not lines:
+        said = (errors.strip().splitlines() or ["it said nothing"])[-1]
+        raise ProbeFailed(f"exit status {process.returncode}: {said}")
     try:
         return json.loads(lines[-1])
     except ValueError as error:

@@ -41,11 +41,6 @@ print(json.dumps({"errno": status, "why": os.strerror(status) if 0 < status < 25
 """
 
 
-def check_transports() -> list[Finding]:
-    """ucxx, NIXL, and the ways between two workers: shared memory, RDMA, TCP."""
-    return [*check_ucxx(), *check_nixl(), *check_cross_memory_attach(), *check_rdma()]
-
-
 def check_ucxx() -> list[Finding]:
     """Checks that UCX loads; lists its transports and devices."""
     try:
