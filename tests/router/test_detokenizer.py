@@ -53,8 +53,8 @@ def special_ids(tokenizer: Tokenizer) -> set[int]:
     return {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
 
-def streamed(tokenizer: Tokenizer, token_ids, sizes, skip_special_tokens=True) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, special_ids(tokenizer) if skip_special_tokens else ())
+def streamed(tokenizer: Tokenizer, token_ids, sizes, skip_special_tokens=True, prompt=()) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, special_ids(tokenizer) if skip_special_tokens else (), prompt)
     pieces = [detokenizer.feed(piece) for piece in cut(token_ids, sizes)]
     return [*pieces, detokenizer.flush()]
 
@@ -87,6 +87,20 @@ def test_pieces_add_up_to_the_text_of_arbitrary_tokens(kind, numbers, sizes):
             assert all(character in rest for character in whole if character != "\ufffd")
 
 
+@settings(max_examples=60, deadline=None)
+@given(text=TEXT, num_prompt_tokens=st.integers(1, 40), sizes=st.lists(st.integers(1, 5), max_size=60))
+@example(text="hello world", num_prompt_tokens=1, sizes=[])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_goes_on_from_its_prompt(kind, text, num_prompt_tokens, sizes):
+    """So that a space before its first word stays, which decoders strip where a text begins."""
+    tokenizer = tokenizer_of(kind)
+    token_ids = tokenizer.encode(text, add_special_tokens=False).ids
+    prompt, answer = token_ids[:num_prompt_tokens], token_ids[num_prompt_tokens:]
+    if "\ufffd" not in tokenizer.decode(prompt):
+        pieces = streamed(tokenizer, answer, sizes, prompt=prompt)
+        assert tokenizer.decode(prompt) + "".join(pieces) == tokenizer.decode(token_ids)
+
+
 def test_no_space_is_lost_behind_tokens_that_do_not_show():
     tokenizer = tokenizer_of("llama")
     hello, special, world = (tokenizer.token_to_id(token) for token in ("▁hello", "<s>", "▁world"))
@@ -116,7 +130,7 @@ def test_endless_broken_bytes_are_shown_in_time_and_a_character_behind_them_is_w
     tokenizer = tokenizer_of(kind)
     crab = tokenizer.encode("\U0001f980", add_special_tokens=False).ids[-4:]
     for num_broken in range(450, 520):
-        detokenizer = Detokenizer(tokenizer)
+        detokenizer = Detokenizer(tokenizer, (), ())
         shown = "".join(detokenizer.feed(crab[:1]) for _ in range(num_broken))
         assert num_broken - 40 < len(shown) < num_broken
         shown += "".join(detokenizer.feed([token_id]) for token_id in crab)
@@ -130,7 +144,7 @@ def test_what_is_held_is_bounded_whatever_comes():
     tokenizer = tokenizer_of("byte-level")
     broken = tokenizer.encode("\U0001f980", add_special_tokens=False).ids[0]
     for token_id in (broken, tokenizer.token_to_id("<s>"), tokenizer.get_vocab_size() + 1, 300):
-        detokenizer = Detokenizer(tokenizer, {tokenizer.token_to_id("<s>")})
+        detokenizer = Detokenizer(tokenizer, {tokenizer.token_to_id("<s>")}, ())
         for _ in range(1000):
             detokenizer.feed([token_id])
             assert len(detokenizer._context) + len(detokenizer._pending) < 70

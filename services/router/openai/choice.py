@@ -38,7 +38,9 @@ class Delta:
 class Choice:
     """The state of one sequence on the router."""
 
-    def __init__(self, index: int, request: GenerationRequest, model: ServedModel, discard: bool = False) -> None:
+    def __init__(
+        self, index: int, request: GenerationRequest, model: ServedModel, prompt: Sequence[int], discard: bool
+    ) -> None:
         """`discard`: the generated token is not wanted, only what comes with it (echo with max_tokens=0)."""
         self.index = index
         self.num_tokens = 0
@@ -52,7 +54,7 @@ class Choice:
         self._shows_stop = request.body.include_stop_str_in_output
         self._eos_token_ids = model.files.eos_token_ids
         self._discard = discard
-        self._text = model.tokenizer.detokenizer(request.body.skip_special_tokens)
+        self._text = model.tokenizer.detokenizer(request.body.skip_special_tokens, prompt)
         self._stops = StopMatcher(request.stops, self._shows_stop) if request.stops else None
 
     def feed(self, token_ids: list[int], output: pb.Output | None = None) -> Delta:

@@ -217,7 +217,8 @@ class Generation:
     # ---- one sequence ---------------------------------------------------------
 
     def _new_choice(self, index: int) -> Choice:
-        return Choice(index, self.plan.request, self.plan.model, self.plan.discard_generated)
+        plan = self.plan
+        return Choice(index, plan.request, plan.model, plan.prompts[index // self._body.n], plan.discard_generated)
 
     def _restart(self, index: int) -> None:
         """The attempt before is void, and so is what was measured of it."""

@@ -15,6 +15,8 @@ from tokenizers.decoders import DecodeStream
 _MOST_PENDING_TOKENS = 32
 # ... but for the last ones, which may be the beginning of a character: it has four bytes at most.
 _MOST_UNFINISHED_TOKENS = 3
+# Of a prompt's end so many are looked at.
+_FEWEST_PROMPT_TOKENS, _MOST_PROMPT_TOKENS = 4, 24
 
 
 class Detokenizer:
@@ -27,13 +29,15 @@ class Detokenizer:
     - it does not give what it holds back at the end.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skipped: Collection[int] = ()) -> None:
-        """`skipped`: ids that give no text."""
+    def __init__(self, tokenizer: Tokenizer, skipped: Collection[int], prompt: Sequence[int]) -> None:
+        """`skipped`: ids that give no text. `prompt`: what the text goes on from: where a text begins, decoders strip
+        the space before its first word."""
         self._tokenizer = tokenizer
         self._skipped = skipped
         self._stream = DecodeStream(skip_special_tokens=False)
         self._context: list[int] = []  # what gave the newest text: decoders look at what is before a token
         self._pending: list[int] = []  # what came since
+        self._begin_behind(prompt)
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete."""
@@ -53,8 +57,17 @@ class Detokenizer:
         return ""
 
     def flush(self) -> str:
-        """Returns what was held back, with U+FFFD for unfinished characters. Nothing may be fed after this."""
+        """Returns what was held back, with U+FFFD for unfinished characters."""
         return self._take(len(self._pending)) if self._pending else ""
+
+    def _begin_behind(self, prompt: Sequence[int]) -> None:
+        # A tail that begins inside of a character would spoil the bytes behind it.
+        for num_tokens in range(_FEWEST_PROMPT_TOKENS, _MOST_PROMPT_TOKENS):
+            tail = prompt[-num_tokens:]
+            if "\ufffd" not in self._decode(tail):
+                self.feed(tail)
+                self.flush()
+                return
 
     def _take(self, num_tokens: int) -> str:
         """The text of the first pending tokens, whole or not. A new stream goes on behind them."""
@@ -68,7 +81,7 @@ class Detokenizer:
                 self._stream.step(self._tokenizer, token_ids)
         return text
 
-    def _decode(self, token_ids: list[int]) -> str:
+    def _decode(self, token_ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)
         return text
 

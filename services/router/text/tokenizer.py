@@ -120,9 +120,9 @@ class ModelTokenizer:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
-    def detokenizer(self, skip_special_tokens: bool) -> Detokenizer:
-        """`decode` for tokens that come one after the other."""
-        return Detokenizer(self._tokenizer, self._special_ids if skip_special_tokens else ())
+    def detokenizer(self, skip_special_tokens: bool, prompt: Sequence[int]) -> Detokenizer:
+        """`decode` for tokens that come one after the other, behind a prompt's."""
+        return Detokenizer(self._tokenizer, self._special_ids if skip_special_tokens else (), prompt)
 
     def is_special(self, token_id: int) -> bool:
         """Whether `skip_special_tokens` leaves the token out."""
