@@ -19,6 +19,10 @@ class DirectoryLocked(KVStoreError):
     """Another process has the directory; the message names both."""
 
 
+class DirectoryUnusable(KVStoreError):
+    """The directory cannot be made, or not be written to."""
+
+
 class StoreDirectory:
     """A locked directory. The lock goes with the process, however that ends."""
 
@@ -33,7 +37,7 @@ class StoreDirectory:
             owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(fd)
             raise DirectoryLocked(
-                f"{path} is in use by another store, process {owner}: give each store a directory of its own"
+                f"{path} is in use by another store, process {owner}; give each store a directory of its own"
             ) from error
         try:
             os.ftruncate(fd, 0)
@@ -55,3 +59,13 @@ class StoreDirectory:
     def close(self) -> None:
         """Unlock. The lock file stays: removing it could let two owners lock two files of one name."""
         os.close(self._lock_fd)
+
+
+def check_directory(path: Path) -> None:
+    """Make a directory, lock it and let it go, at a start. Raises `DirectoryLocked`, `DirectoryUnusable`."""
+    try:
+        StoreDirectory(path).close()
+    except OSError as error:
+        raise DirectoryUnusable(
+            f"--store-disk-dir {path}: {error.strerror}; give a directory that this user may write to"
+        ) from error

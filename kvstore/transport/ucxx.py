@@ -89,7 +89,7 @@ class UcxxTransport:
             self._is_running = True
             self._listener = self._ucxx.create_listener(self._on_endpoint)
         except (RuntimeError, self._error) as error:
-            raise TransportError(f"ucxx: cannot start: {error}") from error
+            raise TransportError(f"UCX cannot start: {error}; see UCX_TLS, and `tandem doctor`") from error
 
     def descriptor(self) -> bytes:
         """The listener's port; the host is the control connection's."""

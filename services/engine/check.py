@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Final, Literal
 
 from services.engine.capacity import asked_bytes, choose_num_blocks, default_gpu_bytes, default_host_bytes
-from services.engine.checkpoint import check_tensors, find_model, num_parameters, read_tensors, stored_dtype
+from services.engine.checkpoint import (
+    WITHOUT_WEIGHTS,
+    check_tensors,
+    find_model,
+    num_parameters,
+    read_tensors,
+    stored_dtype,
+)
 from services.engine.config import DTYPE_ALIASES, EngineConfig
 from services.engine.cpu_kernels import REQUIRED_FLAGS, library_path
 from services.engine.model_config import DTYPE_BYTES, ModelConfig, UnsupportedModel, read_config
@@ -76,7 +83,7 @@ class Model:
 
 def look_at_model(model: str, revision: str = "", dtype: str = "auto") -> Model:
     """Look at a model's files, all of them where it is a directory. Raises `ModelError`."""
-    directory = find_model(model, revision, only_configuration=True)
+    directory = find_model(model, revision, WITHOUT_WEIGHTS)
     config = read_config(directory)
     is_whole = Path(model).expanduser().is_dir()
     tensors = {}

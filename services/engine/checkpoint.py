@@ -10,7 +10,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -29,9 +29,10 @@ IGNORED_TENSORS: Final = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\
 
 LM_HEAD: Final = "lm_head.weight"
 
-# What a snapshot from the hub needs: configuration, tokenizer, weights. Never pickled weights.
-_CONFIGURATION: Final = ("config.json", "generation_config.json")
-_WHOLE_MODEL: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+CONFIGURATION: Final = ("config.json", "generation_config.json")
+WITHOUT_WEIGHTS: Final = ("*.json", "*.jinja", "tokenizer.model")
+WHOLE_MODEL: Final = (*WITHOUT_WEIGHTS, "*.safetensors")
+"""What a snapshot from the hub needs, by how much is wanted of it. Never pickled weights."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
-def find_model(model: str, revision: str = "", *, only_configuration: bool = False) -> Path:
+def find_model(model: str, revision: str = "", files: Sequence[str] = WHOLE_MODEL) -> Path:
     """Return the directory of `model`: itself where it is one, else a snapshot from the hub, downloaded if need be.
 
-    With `only_configuration` no weights are downloaded. Raises `ModelNotFound`.
+    `files` are patterns: the files that are downloaded. Raises `ModelNotFound`.
     """
     directory = Path(model).expanduser()
     if directory.is_dir():
@@ -55,9 +56,9 @@ def find_model(model: str, revision: str = "", *, only_configuration: bool = Fal
         raise ModelNotFound(f"{model} is GGUF, which is not read; take the repository that it was made from")
     if looks_like_path(model):
         what = "is a file" if directory.exists() else "is not there"
-        raise ModelNotFound(f"{model} {what}, and not a directory with a model for transformers; correct --model")
+        raise ModelNotFound(f"{model} {what}, and no directory with a model for transformers; correct the path")
     try:
-        return fetch(model, revision, _CONFIGURATION if only_configuration else _WHOLE_MODEL)
+        return fetch(model, revision, files)
     except NotOnHub as error:
         raise ModelNotFound(str(error)) from error
 

@@ -152,7 +152,7 @@ def _instead(directory: Path) -> str:
         return "it is an adapter (LoRA), not a model; merge it into its base model"
     if (directory / "params.json").is_file():
         return "these are weights in their maker's own format; take the repository for transformers"
-    return "it is not the directory of a model for transformers; correct --model"
+    return "it is not the directory of a model for transformers; correct the path"
 
 
 def parse_config(raw: Json, generation: Json | None = None) -> ModelConfig:

@@ -16,10 +16,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     report_phase("importing")
     # Imported after the settings are read: `--help` and a mistyped flag should not wait for torch, nor should a model
     # that cannot be served.
+    from services.startup import CANNOT_START
     from services.worker.start import can_start
 
     if not can_start(config, "prefill"):
-        return 2
+        return CANNOT_START
     from services.prefill.service import PrefillService
     from services.worker.process import run_worker
 

@@ -31,7 +31,14 @@ from services.router.fleet import Placer, PrefixFinder, Workers
 from services.router.fleet_metrics import FleetCollector
 from services.router.metrics import RouterMetrics
 from services.router.routing import DecisionLog, Policy
-from services.router.text import ModelDirectory, TokenizerPool
+from services.router.text import (
+    ChatTemplateError,
+    ModelDirectory,
+    TokenizerError,
+    TokenizerPool,
+    check_overrides,
+)
+from services.startup import CANNOT_START, cannot_listen, check_registry
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +48,12 @@ def run_router(config: RouterConfig) -> int:
     configure_logging(config.log_level, config.log_format, fields={"role": "router"})
     # The pool has its own threads; the library's would fight the event loop for the cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        check_registry(config.redis)
+        check_overrides(config.tokenizer, config.chat_template)
+    except (ChatTemplateError, RegistryError, TokenizerError) as error:
+        log.error("router cannot start: %s", error)
+        return CANNOT_START
     return uvloop.run(_serve(config))
 
 
@@ -101,11 +114,11 @@ async def _serve(config: RouterConfig) -> int:
         index = IndexReader(config.redis)
         listener = bind(config.host, config.port)
     except RegistryError as error:
-        log.error("%s", error)
-        return 1
+        log.error("router cannot start: %s", error)
+        return CANNOT_START
     except OSError as error:
-        log.error("cannot listen on %s:%d: %s", config.host, config.port, error)
-        return 1
+        log.error("router cannot start: %s", cannot_listen(config.host, config.port, "--port", error.strerror))
+        return CANNOT_START
     port = listener.getsockname()[1]
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -119,8 +132,9 @@ async def _serve(config: RouterConfig) -> int:
             try:
                 settings.load()
             except OSError as error:  # ssl's are of these
-                log.error("cannot serve TLS by %s and %s: %s", config.ssl_certfile, config.ssl_keyfile, error)
-                return 1
+                files = f"--ssl-certfile {config.ssl_certfile} and --ssl-keyfile {config.ssl_keyfile}"
+                log.error("router cannot start: %s: %s; give a certificate and its key, as PEM", files, error)
+                return CANNOT_START
             server = HttpServer(settings)
             serving = asyncio.create_task(server.serve([listener]), name="http")
             stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")

@@ -23,11 +23,12 @@ from kvstore.errors import KVStoreError
 from kvstore.exchange import Outside, PeerIdentity
 from kvstore.protocol import ExchangeTimeouts
 from kvstore.registry import Membership, Registrar, WorkerRecord, new_incarnation
-from kvstore.store import DiskTier, DiskWrites, StoreNode, StoreTooSmall, TieredStore
+from kvstore.store import DiskTier, DiskWrites, StoreNode, StoreTooSmall, TieredStore, check_directory
 from kvstore.threads import Threads, end_threads
 from kvstore.transport import make_transports
 from services.activity import activity_logged
 from services.logs import configure_logging, detail_level, report_phase, report_ready, request_scope
+from services.startup import CANNOT_START, cannot_listen, check_registry
 from services.store.activity import StoreActivity, store_series
 from services.store.config import StoreConfig
 from services.store.http import StoreHttp
@@ -43,8 +44,15 @@ class Stopped(Exception):
 
 
 def run_store(config: StoreConfig) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit status, 1 if the node cannot start."""
+    """Serve until SIGTERM or SIGINT; returns the exit status, 2 if the node cannot start."""
     configure_logging(config.log_level, config.log_format, fields={"role": "store", "worker_id": config.worker_id})
+    try:
+        check_registry(config.redis)
+        if config.store_disk_dir:  # now, and not when a worker is there
+            check_directory(Path(config.store_disk_dir))
+    except KVStoreError as error:
+        log.error("store node cannot start: %s", error)
+        return CANNOT_START
     return end_threads(uvloop.run(_serve(config, Outside())))
 
 
@@ -56,15 +64,19 @@ async def _serve(config: StoreConfig, outside: Outside) -> int:
     http = StoreHttp(config.worker_id, metrics)
     try:
         await http.start(config.host, config.http_port)
-        try:
-            await _serve_blocks(config, outside, metrics, http, stop)
-        finally:
-            await http.close()
+    except OSError as error:
+        why = cannot_listen(config.host, config.http_port, "--http-port", error.strerror)
+        log.error("store node cannot start: %s", why)
+        return CANNOT_START
+    try:
+        await _serve_blocks(config, outside, metrics, http, stop)
     except Stopped:
         return 0
     except (KVStoreError, OSError, ValueError) as error:
         log.error("store node cannot start: %s", error)
-        return 1
+        return CANNOT_START
+    finally:
+        await http.close()
     return 0
 
 

@@ -31,11 +31,11 @@ from services.logs import configure_logging, detail_level, report_phase, report_
 from services.node import DebugServer
 from services.orders import CannotListen, OrderServer
 from services.settings import SettingsError
+from services.startup import CANNOT_START, cannot_listen
 from services.worker.assembly import Role, Seams, WorkerParts, assemble, served_names
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread, StepListener
 from services.worker.pool_pages import pool_backed
-from services.worker.start import CANNOT_START
 
 log = logging.getLogger(__name__)
 
@@ -120,14 +120,14 @@ async def open_worker(
         try:
             await parts.exchange.start(config.host, config.kv_port)
         except OSError as error:
-            raise CannotListen(f"block-protocol port: {error}") from error
+            raise CannotListen(cannot_listen(config.host, config.kv_port, "--kv-port", error.strerror)) from error
         parts.thread.start(service)
         await server.start()
         debug = _debug_server(parts, role, service)
         try:
             http_address = await debug.start(config.host, config.http_port)
         except OSError as error:
-            raise CannotListen(f"http port: {error}") from error
+            raise CannotListen(cannot_listen(config.host, config.http_port, "--http-port", error.strerror)) from error
         cleanup.push_async_callback(debug.close)
         await parts.index_feed.start()
         cleanup.push_async_callback(parts.index_feed.close)

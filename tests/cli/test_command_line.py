@@ -82,7 +82,7 @@ def test_an_unreachable_redis_is_noticed_before_anything_starts(capsys: pytest.C
 
 def test_port_0_becomes_a_free_port() -> None:
     assert claim_port("127.0.0.1", 0) > 0
-    with pytest.raises(StartFailed, match="choose another port with --port"):
+    with pytest.raises(StartFailed, match="give another --host or --port"):
         claim_port("192.0.2.1", 8000)
 
 

@@ -120,7 +120,7 @@ def test_certificates_that_are_none_are_refused_before_it_says_that_it_serves(tm
     flags = ("--ssl-certfile", str(tmp_path / "cert.pem"), "--ssl-keyfile", str(tmp_path / "key.pem"))
     with start("--port", "0", "--redis", NO_REDIS, *flags) as process:
         _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert str(tmp_path / "cert.pem") in stderr
     assert "TANDEM-READY" not in stderr
     assert "Traceback" not in stderr
@@ -129,6 +129,6 @@ def test_certificates_that_are_none_are_refused_before_it_says_that_it_serves(tm
 def test_a_registry_url_that_is_none_is_refused():
     with start("--port", "0", "--redis", "nonsense") as process:
         _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert "nonsense" in stderr
     assert "Traceback" not in stderr

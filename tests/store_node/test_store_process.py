@@ -109,7 +109,7 @@ def test_a_port_that_is_taken_ends_the_process_with_a_line_that_names_it(redis_u
         port = first.url.rsplit(":", 1)[1]
         command = [sys.executable, "-m", "services.store", "--redis", redis_url, "--http-port", port]
         second = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert second.returncode == 1
+        assert second.returncode == 2
         assert "store node cannot start" in second.stderr
         assert port in second.stderr
 

@@ -21,11 +21,11 @@ def main(argv: Sequence[str]) -> int:
     # Here and not above: --help must not pay for them.
     from kvstore.errors import KVStoreError
     from services.cli.size.sizing import size
-    from services.engine.checkpoint import find_model
+    from services.engine.checkpoint import CONFIGURATION, find_model
     from services.engine.model_config import ModelError, read_config
 
     try:
-        directory = find_model(config.model or str(DEMO_MODEL), config.revision, only_configuration=True)
+        directory = find_model(config.model or str(DEMO_MODEL), config.revision, CONFIGURATION)
         sizes = size(read_config(directory), config)
     except (ModelError, KVStoreError) as error:
         refuse("tandem size", error)

@@ -19,7 +19,7 @@ def example_request(model_name: str, model: str) -> tuple[str, dict[str, object]
     body: dict[str, object] = {"model": model_name}
     if directory.name == "tandem-demo":
         return "/v1/completions", body | {"prompt": _RECALL, "max_tokens": 16, "temperature": 0}
-    if _has_chat_template(directory):
+    if has_chat_template(directory):
         message = {"role": "user", "content": "Say hello in three languages."}
         return "/v1/chat/completions", body | {"messages": [message], "max_tokens": 64}
     return "/v1/completions", body | {"prompt": "Once upon a time", "max_tokens": 32}
@@ -32,7 +32,7 @@ def curl_line(url: str, path: str, body: dict[str, object], needs_key: bool) -> 
     return f"curl {url}{path} -H 'Content-Type: application/json'{authorization} -d {payload}"
 
 
-def _has_chat_template(directory: Path) -> bool:
+def has_chat_template(directory: Path) -> bool:
     if (directory / "chat_template.jinja").is_file():
         return True
     try:

@@ -179,7 +179,7 @@ def _store(
     """One store node. It has no cores of its own: it waits for the network and the disk most of the time."""
     name, own = f"store-{index}", dict(values)
     if config.store_disk_dir:
-        own["store_disk_dir"] = str(Path(config.store_disk_dir).absolute() / name)
+        own["store_disk_dir"] = str(store_directory(config, index))
     return ChildSpec(
         name=name,
         argv=(
@@ -193,6 +193,11 @@ def _store(
         environ=dict(base),
         grace_s=config.drain_timeout_s + _EXTRA_GRACE_S,
     )
+
+
+def store_directory(config: StoreConfig, index: int) -> Path:
+    """A directory for each store node, below the one that the user gave."""
+    return Path(config.store_disk_dir).absolute() / f"store-{index}"
 
 
 def num_workers(config: UpConfig) -> int:

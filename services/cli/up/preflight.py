@@ -10,22 +10,53 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from services.cli.config import UpConfig
+from services.cli.up.example import has_chat_template
 from services.cli.up.placement import available_gpus, place_workers
+from services.cli.up.plan import num_workers, store_directory
+from services.engine.checkpoint import WITHOUT_WEIGHTS, find_model
 from services.engine.model_config import ModelNotFound, UnsupportedModel
+from services.router.config import RouterConfig
 from services.settings import Given
+from services.store.config import StoreConfig
 from services.worker.config import WorkerConfig
 
 
-def check_stack(num_workers: int, given: Mapping[str, Given], worker: WorkerConfig) -> None:
-    """Check the model against this machine, for all workers. Raises `ModelError`, `SettingsError`."""
+def check_stack(
+    config: UpConfig, given: Mapping[str, Given], router: RouterConfig, worker: WorkerConfig, store: StoreConfig
+) -> None:
+    """Check the model against this machine, for all workers, and what else the processes are told to use.
+
+    Raises `ModelError`, `SettingsError`, `KVStoreError`.
+    """
     from services.engine.check import Machine, check_engine
 
-    placement = place_workers(num_workers, [], available_gpus())[0]
+    placement = place_workers(num_workers(config), [], available_gpus())[0]
     if placement.gpu_share is not None and "gpu_memory_utilization" not in given:
         worker = replace(worker, gpu_memory_utilization=worker.gpu_memory_utilization * placement.gpu_share)
-    model = check_engine(worker, Machine.this(), num_workers)
-    if model.is_whole or worker.tokenizer:
-        check_tokenizer(Path(worker.tokenizer).expanduser() if worker.tokenizer else model.directory)
+    model = check_engine(worker, Machine.this(), num_workers(config))
+    directory = find_model(worker.tokenizer, "", WITHOUT_WEIGHTS) if worker.tokenizer else model.directory
+    check_tokenizer(directory)
+    if router.chat_template or has_chat_template(directory):
+        _check_templates(router.chat_template, directory)
+    if config.stores and store.store_disk_dir:
+        from kvstore.store import check_directory
+
+        for index in range(config.stores):
+            check_directory(store_directory(store, index))
+
+
+def _check_templates(override: str, directory: Path) -> None:
+    """Check what the router will render conversations with. Raises `UnsupportedModel`."""
+    # Here and not above: most of the router's code for text is read for it.
+    from services.router.text import ChatTemplateError, TokenizerError, check_overrides, check_templates
+
+    try:
+        check_overrides("", override)
+        if not override:
+            check_templates(directory)
+    except (ChatTemplateError, TokenizerError) as error:
+        raise UnsupportedModel(str(error)) from error
 
 
 def check_tokenizer(directory: Path) -> None:

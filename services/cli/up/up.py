@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 
+from kvstore.errors import KVStoreError
 from services.cli.config import DEMO_MODEL, UpConfig
 from services.cli.up.console import Display, WhileRead, make_display
 from services.cli.up.example import curl_line, example_request
@@ -21,6 +22,7 @@ from services.engine.model_config import ModelError
 from services.machine import available_memory_bytes
 from services.router.config import RouterConfig
 from services.settings import Given, SettingsError, build_settings, collect_settings, make_parser, refuse
+from services.startup import CANNOT_START, cannot_listen
 
 _DESCRIPTION = (
     "Serves a model on this machine: a private Redis, prefill and decode workers, and a router, each a process of its "
@@ -39,18 +41,18 @@ def main(argv: Sequence[str]) -> int:
         given = collect_settings(up_settings(), argv, os.environ, parser)
         config = build_settings(UpConfig, given)
         model, name = choose_model(config.model)
-        router, _, decode, _ = check_forwarded(given, model)
+        router, _, decode, store = check_forwarded(given, model)
         check_offloading(config, decode, available_memory_bytes())
     except SettingsError as error:
         refuse(parser.prog, error)
     display = WhileRead(make_display(process_names(config), config.log_format == "json", sys.stderr))
     display.line("tandem", f"starting {name}: {described(config)}")
     try:
-        check_stack(num_workers(config), given, decode)
+        check_stack(config, given, router, decode, store)
         return _start(config, given, model, name, router, decode, display)
-    except (ModelError, SettingsError, StartFailed) as error:
+    except (KVStoreError, ModelError, SettingsError, StartFailed) as error:
         display.line("tandem", f"cannot start: {error}")
-        return 2
+        return CANNOT_START
     except KeyboardInterrupt:  # before or after the time when signals are events
         display.line("tandem", "stopped")
         return 0
@@ -65,28 +67,24 @@ def _start(
     decode: DecodeConfig,
     display: Display,
 ) -> int:
-    """Runs the stack. Raises StartFailed."""
+    """Runs the stack. Raises StartFailed, `KVStoreError`."""
     # Here and not above: neither --help nor the first line must wait for them.
     import asyncio
 
-    from kvstore.errors import RedisServerError, RegistryError
     from services.cli.embedded_redis import EmbeddedRedis
     from services.cli.up.forks import WORKER_MODULES, Forks
     from services.cli.up.stack import run_stack
 
     with ExitStack() as cleanup:
         port = claim_port(router.host, router.port)
-        forks = None
-        try:
-            if config.redis:
-                from kvstore.registry import redis_version  # which loads a client that nobody else here needs
+        if config.redis:
+            from kvstore.registry import redis_version  # which loads a client that nobody else here needs
 
-                redis_version(config.redis)
-            if sys.platform == "linux":  # elsewhere a process that has torch loaded must not fork
-                forks = cleanup.enter_context(closing(Forks(WORKER_MODULES, os.environ)))
-            redis = None if config.redis else cleanup.enter_context(EmbeddedRedis.start())
-        except (RedisServerError, RegistryError) as error:
-            raise StartFailed(str(error)) from error
+            redis_version(config.redis)
+        forks = None
+        if sys.platform == "linux":  # elsewhere a process that has torch loaded must not fork
+            forks = cleanup.enter_context(closing(Forks(WORKER_MODULES, os.environ)))
+        redis = None if config.redis else cleanup.enter_context(EmbeddedRedis.start())
         placements = place_workers(
             num_workers(config),
             available_cores() if config.pin else [],
@@ -124,7 +122,7 @@ def claim_port(host: str, port: int) -> int:
             claimed: int = probe.getsockname()[1]
             return claimed
     except OSError as error:
-        raise StartFailed(f"cannot listen on {host}:{port}: {error}; choose another port with --port") from error
+        raise StartFailed(cannot_listen(host, port, "--port", error.strerror)) from error
 
 
 def described(config: UpConfig) -> str:

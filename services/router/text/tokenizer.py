@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 from tokenizers import Tokenizer
 
 from kvstore.threads import Threads
+from services.hub import NotOnHub, fetch, looks_like_path
 from services.router.errors import overloaded
-from services.router.text.chat_template import ChatTemplate
+from services.router.text.chat_template import ChatTemplate, ChatTemplateError
 from services.router.text.detokenizer import Detokenizer
 
 T = TypeVar("T")
@@ -43,17 +44,12 @@ def locate_model_files(path_or_name: str, revision: str = "") -> Path:
     directory = Path(path_or_name).expanduser()
     if directory.is_dir():
         return directory
-    if path_or_name.startswith(("/", ".", "~")):
+    if looks_like_path(path_or_name):
         raise TokenizerError(f"{path_or_name} is not a directory")
-    import huggingface_hub  # imports slowly, and local directories do not need it
-
-    download = huggingface_hub.snapshot_download
     try:
-        return Path(download(path_or_name, revision=revision or None, allow_patterns=list(_FILES)))
-    except (OSError, ValueError) as error:  # the hub's errors are HTTP errors (OSError) and bad names (ValueError)
-        raise TokenizerError(
-            f"{path_or_name!r} is neither a directory nor a model that the hub gives us: {error}"
-        ) from error
+        return fetch(path_or_name, revision, _FILES)
+    except NotOnHub as error:
+        raise TokenizerError(str(error)) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -202,6 +198,31 @@ def load_chat_templates(directory: Path, special_tokens: dict[str, str], overrid
         if (directory / "chat_template.jinja").is_file():
             sources["default"] = _read_text(directory / "chat_template.jinja")
     return {name: ChatTemplate(source, special_tokens) for name, source in sources.items()}
+
+
+def check_overrides(tokenizer: str, chat_template: str) -> None:
+    """Check what settings give in the place of the model's own, before there is a model; "" where they do not.
+
+    A name on the hub is not looked for. Raises TokenizerError, ChatTemplateError.
+    """
+    if looks_like_path(tokenizer):
+        directory = Path(tokenizer).expanduser()
+        if not (directory / "tokenizer.json").is_file():
+            raise TokenizerError(f"--tokenizer {tokenizer}: there is no tokenizer.json; give a directory that has one")
+    if chat_template:
+        try:
+            load_chat_templates(Path(), {}, chat_template)
+        except (TokenizerError, ChatTemplateError) as error:
+            where = "" if any(mark in chat_template for mark in ("{{", "{%", "\n")) else f" {chat_template}"
+            raise type(error)(f"--chat-template{where}: {error}; give a Jinja template, or its file") from error
+
+
+def check_templates(directory: Path) -> None:
+    """Check the chat templates of a model. Raises TokenizerError, ChatTemplateError."""
+    try:
+        load_chat_templates(directory, {}, "")
+    except (TokenizerError, ChatTemplateError) as error:
+        raise type(error)(f"{directory}: {error}; correct it, or give another by --chat-template") from error
 
 
 def _declared_templates(declared: object) -> dict[str, str]:
