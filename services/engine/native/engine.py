@@ -174,7 +174,7 @@ class Engine:
         self._scheduler.publish_lent(block_ids, hashes, proofs, parent_hash)
 
     def proofs(self, block_ids: Sequence[int]) -> list[Proof]:
-        """Return the proofs of lent blocks: as published, else computed now (new blocks, or a partial one)."""
+        # As published, else computed now: of new blocks, or of a partial one.
         known = self.pool.proofs(block_ids)
         fresh = [block_id for block_id, proof in zip(block_ids, known, strict=True) if proof is None]
         made = dict(zip(fresh, prove(self.memory, fresh), strict=True))
@@ -215,7 +215,6 @@ class Engine:
         return self._scheduler.has_work
 
     def step(self, on_begun: Callable[[api.Request], None] = lambda request: None) -> StepOutput:
-        """Schedule, run, postprocess; empty where nothing can run before a command frees memory or brings work."""
         batch = self._schedule(on_begun)
         if batch is None:
             return StepOutput()
@@ -287,7 +286,6 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Raise unless each block's references are those that requests and callers hold; the host tier likewise."""
         self._scheduler.check_integrity()
         if self.host_tier is not None:
             self.host_tier.check_integrity()

@@ -51,7 +51,10 @@ from services.engine.native.scheduling.request import Request, RequestStatus
 
 
 class Scheduler:
-    """Owns the queues and, with the pool, every block reference that is not lent to a caller. One thread only."""
+    """Owns the queues and, with the pool, every block reference that is not lent to a caller. One thread only.
+
+    The port (`services.engine.api`) says what the outside may expect of the methods of the same name.
+    """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
         self.config = config
@@ -87,7 +90,6 @@ class Scheduler:
         return sum(num_tokens for num_tokens in remaining if num_tokens > 1)  # 1: a decode row
 
     def add(self, request: Request) -> None:
-        """Queue a request to be computed here. Raises `InvalidRequest` or `QueueFull`, changing nothing."""
         self._enter(request, RequestStatus.WAITING)
         self._admission.note_change()
 
@@ -100,7 +102,6 @@ class Scheduler:
         self._enter(request, RequestStatus.RESERVING)
 
     def cancel_reservation(self, asked: api.Request) -> bool:
-        """Stop waiting for blocks; the request is NEW again. False where it waits for none, granted or not."""
         request = self._queues.live(asked.request_id)
         if request is None or request.status is not RequestStatus.RESERVING:
             return False
@@ -109,21 +110,14 @@ class Scheduler:
         return True
 
     def release_reservation(self, asked: api.Request, block_ids: Sequence[int]) -> None:
-        """Give back a granted reservation that came to nothing: its blocks, and its place if it has one still.
-
-        The request, unless it was aborted, is NEW again. Raises `NotLent` as `release_lent`.
-        """
+        """Take back the blocks of a reservation that came to nothing, and its place if it has one still."""
         self.release_lent(block_ids)
         request = self._queues.live(asked.request_id)
         if request is not None and request.status is RequestStatus.RESERVED:
             self._queues.move(request, RequestStatus.NEW)
 
     def abort(self, request_id: str) -> bool:
-        """End a live request, whatever its status, and free what it holds. Returns whether there was one.
-
-        Blocks that are lent (a granted reservation's) are the caller's to release. Blocks that the step in progress
-        writes to are freed when it ends.
-        """
+        """End a live request; blocks that the step in progress writes to are freed when that ends."""
         request = self._queues.live(request_id)
         if request is None:
             return False
@@ -138,16 +132,11 @@ class Scheduler:
         self._admission.note_change()
 
     def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
-        """Lend the longest cached prefix of `hashes` to the caller: one reference on each block; may be none."""
         block_ids = self.pool.match_prefix(hashes)
         self.loans.pass_over(block_ids)
         return block_ids
 
     def take_prefix(self, hashes: Sequence[BlockHash]) -> Reservation | None:
-        """Lend the caller a block per hash: the cached ones, and new ones to bring the others' content into.
-
-        None, taking nothing, where the running requests need the room. `publish_lent` makes filled ones findable.
-        """
         blocks = self._admission.take_prefix(hashes)
         if blocks is not None:
             self.loans.pass_over(blocks.block_ids)
@@ -160,10 +149,7 @@ class Scheduler:
         proofs: Sequence[Proof],
         parent_hash: BlockHash | None = None,
     ) -> None:
-        """Make lent blocks findable that the caller filled and verified: a run of a chain. Raises `NotLent`.
-
-        `parent_hash` is that of the block before them; None where they begin at the head of the chain.
-        """
+        """Make lent blocks findable that the caller filled and verified: a run of a chain. Raises `NotLent`."""
         self.loans.check(block_ids)
         for block_id, block_hash, proof in zip(block_ids, hashes, proofs, strict=True):
             self.pool.publish(block_id, block_hash, parent_hash, proof)
@@ -183,12 +169,6 @@ class Scheduler:
     def add_prefilled(
         self, asked: api.Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken
     ) -> RequestUpdate:
-        """Run a request on from its first token: its prompt's KV is in `block_ids`, verified by `proofs`, in order.
-
-        The request must be RESERVED; `block_ids` are the lent blocks of its reservation and become the request's.
-        Raises `NotReserved` or `NotLent`, changing nothing, otherwise. The update says whether the first token was also
-        the last.
-        """
         num_needed = self.config.num_blocks_for(asked.num_prompt_tokens)
         request = self._queues.live(asked.request_id)
         if request is None or request.status is not RequestStatus.RESERVED or len(block_ids) != num_needed:
