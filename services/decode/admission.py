@@ -238,5 +238,6 @@ class _PendingReservation:
     async def cancel(self) -> None:
         """Give up waiting. A reservation granted before stands, and its blocks are the fetch's to give back."""
         self._cancelled = True
-        if await self._parts.thread.call(self._parts.engine.cancel_reservation, self.request):
+        withdrawn = await self._parts.thread.call(self._parts.engine.cancel_reservation, self.request)
+        if withdrawn and not self._granted.done():  # else the exchange has closed, which ended whoever waited
             self._granted.set_exception(ReservationWithdrawn("the fetch was abandoned"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,9 @@ from tandem.v1 import worker_pb2_grpc
 from kvstore.errors import PeerUnreachable
 from kvstore.protocol import FetchResult, Reservation
 from services import grpc_orders
+from services.decode.admission import _PendingReservation
 from services.decode.handoff import Handoff, HandoffFailed, prefill_remotely
+from services.engine.api import Request, SamplingParams
 from services.grpc_orders import GrpcOrders
 
 
@@ -145,3 +147,17 @@ async def test_channels_to_workers_of_the_past_are_not_kept(monkeypatch: pytest.
         is_closed = [channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN for channel in opened]
         assert is_closed == [True, False]
         await orders.close()
+
+
+async def test_a_reservation_whose_exchange_closed_while_it_waited_is_withdrawn_all_the_same() -> None:
+    async def call(function: Callable[..., object], *arguments: object) -> object:
+        return function(*arguments)
+
+    engine = SimpleNamespace(reserve=lambda *_: None, cancel_reservation=lambda _: True)
+    parts: Any = SimpleNamespace(engine=engine, thread=SimpleNamespace(call=call))
+    pending = _PendingReservation(parts, Request("r", [1], SamplingParams()))
+    waiting = asyncio.create_task(pending.reserve(1))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    await pending.cancel()
