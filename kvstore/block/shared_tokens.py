@@ -62,11 +62,6 @@ class SharedTokenIndex:
             if not siblings:
                 del self._siblings[after]
 
-    def clear(self) -> None:
-        """Forget all."""
-        self._siblings.clear()
-        self._places.clear()
-
     def find(self, tokens: BlockTokens) -> SharedTokens | None:
         """The block that shares the most leading tokens with `tokens`, of which there is a block's worth at most."""
         siblings = self._siblings.get(tokens.after)

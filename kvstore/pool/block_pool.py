@@ -33,16 +33,6 @@ class BlockPool(SlotBook):
         self._shared_tokens = SharedTokenIndex()  # of findable blocks, as far as their tokens were told
         self._unproven: list[int] = []  # made findable without a proof since `take_unproven`
 
-    @property
-    def num_cached(self) -> int:
-        """Number of blocks that can be found by their hash, referenced or not."""
-        return len(self)
-
-    @property
-    def usage(self) -> float:
-        """Share of the blocks that somebody refers to, 0 .. 1."""
-        return 1.0 - self.num_free / self.num_blocks
-
     def allocate(self, n: int) -> list[int]:
         """`take`, all or nothing: raises `OutOfBlocks` if `n > num_free`."""
         if n > self.num_free:

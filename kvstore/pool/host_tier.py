@@ -83,11 +83,6 @@ class HostTier:
         """Identities of all findable blocks. From any thread."""
         return self._book.hashes()
 
-    def parent_of(self, block_hash: BlockHash) -> BlockHash | None:
-        """The parent of a findable block, as far as it was told."""
-        found = self._book.find(block_hash)
-        return found.parent_hash if found is not None else None
-
     # -- in --
 
     def take_evicted(self, blocks: Sequence[Block]) -> None:

@@ -55,8 +55,6 @@ class Block(NamedTuple):
 class BookStats:
     """Counts since the book was made, in blocks."""
 
-    num_queried: int = 0  # hashes given to `match_prefix` and `pin`
-    num_hits: int = 0  # of these, found
     num_evictions: int = 0  # blocks that lost their slot to others
     num_corrupt: int = 0  # blocks that were dropped since their bytes had changed
 
@@ -224,7 +222,7 @@ class SlotBook:
     def match_prefix(self, hashes: Sequence[BlockHash], is_use: bool = True) -> list[int]:
         """Return the slots of the longest prefix of `hashes` that is here, with one reference taken on each.
 
-        With `is_use` this counts as a use of each, for the policy and in `stats`.
+        With `is_use` this is a use of each, for the policy.
         """
         return [slot.slot_id for slot in self._match(hashes, is_use)]
 
@@ -245,11 +243,8 @@ class SlotBook:
                 slot.was_reused = True
                 self._tell(CacheChange(block_hash, CacheEvent.REUSED))
             found.append(slot)
-        if is_use:
-            if self._segments is not None:
-                self._segments.touch(found)
-            self.stats.num_queried += len(hashes)
-            self.stats.num_hits += len(found)
+        if is_use and self._segments is not None:
+            self._segments.touch(found)
         return found
 
     def release(self, ids: Sequence[int]) -> None:

@@ -159,7 +159,7 @@ class Registrar(RedisSession):
 
     def update(self, record: WorkerRecord) -> None:
         """Announce a changed record at once: draining, another capacity. Id and incarnation must stay."""
-        if (record.worker_id, record.incarnation) != (self.record.worker_id, self.record.incarnation):
+        if record.key != self.record.key:
             raise RegistryError(f"an update of {self.record.worker_id} must keep its worker id and incarnation")
         self.record = record
         self._updated.set()

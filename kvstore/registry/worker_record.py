@@ -48,6 +48,11 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     revision: str = ""  # of model_path on the hub; empty: its default
     layout: dict[str, int | str] | None = None  # `BlockLayout.to_wire()`
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """The names of one process's life: worker id and incarnation."""
+        return self.worker_id, self.incarnation
+
     def __post_init__(self) -> None:
         is_store = self.role == "store"
         addresses = ("kv_address",) if is_store else ("grpc_address",)

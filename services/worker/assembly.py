@@ -19,7 +19,7 @@ from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread
 from services.worker.fetch_costs import FetchCosts
 from services.worker.host_prefixes import HostPrefixes
-from services.worker.index_feed import IndexFeed
+from services.worker.index_feed import WorkerIndexFeed
 from services.worker.lender import CacheLender
 from services.worker.metrics import WorkerMetrics
 from services.worker.prefix_fetcher import PrefixFetcher
@@ -53,7 +53,7 @@ class WorkerParts:
     fetcher: PrefixFetcher
     rates: RateLearner
     metrics: WorkerMetrics
-    index_feed: IndexFeed
+    index_feed: WorkerIndexFeed
     store_feed: StoreFeed | None
 
 
@@ -85,7 +85,7 @@ def assemble(
         request_scope=request_scope,
     )
     costs = FetchCosts(rates, engine.layout.block_bytes // engine.layout.block_size, config.prefix_fetch)
-    index_feed = IndexFeed(config.redis, worker_id, incarnation, config.lease_s, engine, metrics.index)
+    index_feed = WorkerIndexFeed(config.redis, worker_id, incarnation, config.lease_s, engine, metrics.index)
     thread.cache_followers.append(index_feed.changed)
     thread.host_followers.append(index_feed.host_changed)
     store_feed = _store_feed(config, engine, exchange, metrics)

@@ -1,4 +1,4 @@
-"""Tells the prefix index what a worker's tiers hold."""
+"""Tells the prefix index what a worker's paged cache and host tier hold."""
 
 from __future__ import annotations
 
@@ -6,28 +6,19 @@ import itertools
 from collections.abc import Sequence
 
 from kvstore.block import BlockHash
-from kvstore.index import IndexWriter, Tier
+from kvstore.index import Tier
 from kvstore.pool import CacheChange, CacheEvent
 from services.engine.api import Engine
-from services.node import IndexMetrics
+from services.node import IndexFeed, IndexMetrics
 
 
-class IndexFeed:
-    """Tells the prefix index what the paged cache and the host tier hold."""
+class WorkerIndexFeed(IndexFeed):
+    """A worker's `IndexFeed`."""
 
     def __init__(
         self, redis_url: str, worker_id: str, incarnation: str, lease_s: float, engine: Engine, metrics: IndexMetrics
     ) -> None:
-        self._writer = writer = IndexWriter(
-            redis_url, worker_id, incarnation, lambda: _holdings(engine), lease_s=lease_s, observer=metrics
-        )
-        metrics.watch_index(lambda: writer.connected, lambda: writer.num_pending)
-
-    async def start(self) -> None:
-        await self._writer.start()
-
-    async def close(self) -> None:
-        await self._writer.close()
+        super().__init__(redis_url, worker_id, incarnation, lease_s, lambda: _holdings(engine), metrics)
 
     def changed(self, changes: Sequence[CacheChange]) -> None:
         """Note which blocks of the paged cache became findable or were evicted, in this order."""
@@ -43,13 +34,6 @@ class IndexFeed:
                 self._writer.added([change.block_hash for change in run], tier)
             elif event is CacheEvent.EVICTED:
                 self._writer.removed([change.block_hash for change in run], tier)
-
-    def state(self) -> dict[str, object]:
-        return {
-            "redis": self._writer.connection_state.value,
-            "synced": self._writer.synced,
-            "num_pending": self._writer.num_pending,
-        }
 
 
 def _holdings(engine: Engine) -> list[tuple[BlockHash, Tier]]:

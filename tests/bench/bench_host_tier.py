@@ -63,8 +63,6 @@ def measure(model: Path, arguments: argparse.Namespace) -> None:
         before_s = tier.stats.offload_s
         _, second_s = serve(engine, other)
         offload_s = tier.stats.offload_s - before_s
-        while tier.digesting(first.block_hashes) is not None:
-            time.sleep(0.001)
         started_s = time.perf_counter()
         restore = engine.begin_restore(first.block_hashes[:-1])
         assert restore is not None
@@ -93,7 +91,6 @@ def measure(model: Path, arguments: argparse.Namespace) -> None:
         median_s = statistics.median(seconds)
         rate = f"{num_bytes / median_s / 1e9:.1f}" if has_rate else ""
         print(f"| {name} | {1000 * median_s:.1f} | {rate} |")
-    tier.close()
 
 
 def main() -> None:

@@ -459,7 +459,7 @@ def test_a_request_whose_logits_are_bad_ends_with_an_error_and_publishes_nothing
     (update,) = bench.scheduler.update(batch, SampledBatch((SampledSequence(failure="3 logits are not finite"),)))
     assert (update.finish_reason, update.failure) == (FinishReason.ERROR, "3 logits are not finite")
     assert request.is_finished
-    assert (bench.pool.num_cached, bench.pool.num_free) == (0, 100)
+    assert (len(bench.pool), bench.pool.num_free) == (0, 100)
 
 
 # ---- blocks that callers hold ---------------------------------------------------

@@ -19,7 +19,7 @@ def test_an_evicted_block_is_found_and_comes_back_whole() -> None:
     world.evict_all()
     assert world.tier.may_have(a[0])
     assert set(world.tier.hashes()) == set(a)
-    assert world.pool.num_cached == 0
+    assert len(world.pool) == 0
     assert world.bring_back(a) == 3
     assert world.pool.peek_prefix(a) == 3
     world.check_content(a)

@@ -58,15 +58,6 @@ def test_nothing_is_found_after_another_parent():
     assert index.find(BlockTokens(PARENTS[0], [99, *range(31)])) is None
 
 
-def test_what_was_cleared_is_not_found():
-    index = SharedTokenIndex()
-    index.add(1, BlockTokens(PARENTS[0], range(32)))
-    index.clear()
-    assert 1 not in index
-    assert index.find(BlockTokens(PARENTS[0], range(32))) is None
-    assert index.find_problems({}) == []
-
-
 def test_a_block_that_is_kept_without_being_cached_is_noticed():
     index = SharedTokenIndex()
     index.add(1, BlockTokens(PARENTS[0], range(32)))

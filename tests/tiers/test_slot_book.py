@@ -55,7 +55,6 @@ def test_a_pin_covers_the_consecutive_prefix_and_is_a_use_if_so_said():
     assert [block.slot for block in book.pin([*a[:2], named_hash("absent"), a[2]])] == [0, 1]
     book.pin(a[2:], is_use=False)
     assert [book.find(each).was_reused for each in a] == [True, True, False]
-    assert (book.stats.num_queried, book.stats.num_hits) == (4, 2)
     book.check_integrity({0: 1, 1: 1, 2: 1})
 
 

@@ -281,7 +281,7 @@ class Engine:
             num_free_blocks=self.pool.num_free,
             num_blocks=self.pool.num_blocks,
             num_waiting_tokens=scheduler.num_waiting_tokens,
-            num_cached_blocks=self.pool.num_cached,
+            num_cached_blocks=len(self.pool),
             num_lent_blocks=scheduler.loans.num_blocks,
         )
 

@@ -58,9 +58,9 @@ class Workers:
 
     def _follow(self, snapshot: tuple[WorkerRecord, ...]) -> None:
         """Opens sessions to new decode workers, ends those that are gone and done."""
-        self._registered = {(record.worker_id, record.incarnation): record for record in snapshot}
+        self._registered = {record.key: record for record in snapshot}
         self._records = tuple(record for record in snapshot if self._serves(record))
-        listed = {(record.worker_id, record.incarnation): record for record in self._records}
+        listed = {record.key: record for record in self._records}
         for key, record in listed.items():
             if record.role != "decode":
                 continue
@@ -95,8 +95,8 @@ class Workers:
 
     def retire_if_idle(self, session: WorkerSession) -> None:
         """Closes the session of a worker that has left the registry, once nothing runs on it any more."""
-        key = (session.record.worker_id, session.record.incarnation)
-        listed = any((record.worker_id, record.incarnation) == key for record in self._records)
+        key = session.record.key
+        listed = any(record.key == key for record in self._records)
         if not listed and session.num_live == 0 and self._sessions.get(key) is session:
             del self._sessions[key]
             session.close()
@@ -174,7 +174,7 @@ class Workers:
             self._queued_tokens[worker] = count
 
     def _num_queued_tokens(self, record: WorkerRecord) -> int:
-        return self._queued_tokens.get((record.worker_id, record.incarnation), 0)
+        return self._queued_tokens.get(record.key, 0)
 
     async def close(self) -> None:
         """Ends all sessions; what still runs on them ends with a retryable error."""
@@ -190,7 +190,7 @@ class Workers:
 
     def _decode_sessions(self) -> Iterable[tuple[WorkerRecord, WorkerSession]]:
         for record in self._records:
-            session = self._sessions.get((record.worker_id, record.incarnation))
+            session = self._sessions.get(record.key)
             if session is not None:
                 yield record, session
 

@@ -46,7 +46,7 @@ class HostRestore:
         """Publish what came back whole, up to the first block that did not; give back everything else."""
         start, end = self.room.num_present, self.room.num_present + self.copied.num_whole
         # Peers ask for what they lack: that may begin in the middle of a chain.
-        parent_hash = self.hashes[start - 1] if start else self.tier.parent_of(self.hashes[0])
+        parent_hash = self.hashes[start - 1] if start else self.pinned[0].parent_hash
         proofs = [block.proof for block in self.pinned[: self.copied.num_whole]]
         self.scheduler.publish_lent(self.room.block_ids[start:end], self.hashes[start:end], proofs, parent_hash)
         self.scheduler.release_lent(self.room.block_ids)
