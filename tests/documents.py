@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "deploy/README.md", *sorted((ROOT / "docs").glob("*.md")))
+_HEADS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "deploy/README.md", "deploy/demo_model/README.md")
+PAGES = (*(ROOT / name for name in _HEADS), *sorted((ROOT / "docs").glob("*.md")))
 COMMANDS = ("bash", "python")
 """Languages of blocks that are run; the info string may say `no-test: why not` behind it."""
 TEXTS = ("text", "yaml", "json", "toml", "promql")

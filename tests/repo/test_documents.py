@@ -50,6 +50,11 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert anchor in anchors_of(path), f"{document.name}: {target}"
 
 
+def test_the_readme_is_read_in_five_minutes() -> None:
+    words = [word for word in (ROOT / "README.md").read_text(encoding="utf-8").split() if re.search(r"\w", word)]
+    assert len(words) <= 950
+
+
 def test_the_configuration_page_is_what_the_code_declares() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run `python -m tests.configuration_page`"
 
