@@ -80,9 +80,9 @@ class Choice:
             self.usage = output.usage
         if delta.finish_reason is None and output.finish_reason:
             delta.finish_reason = "stop" if output.finish_reason == pb.FINISH_REASON_STOP else "length"
-            # An end of sequence that we added to the order is no stop token of the client's.
-            stopped_by = output.stop_token_id if output.HasField("stop_token_id") else None
-            delta.stop_reason = stopped_by if stopped_by in self._request.sampling.stop_token_ids else None
+            # An end of sequence is no stop token of the client's.
+            if output.HasField("stop_token_id") and output.stop_token_id in (self._request.body.stop_token_ids or ()):
+                delta.stop_reason = output.stop_token_id
 
     def _num_hidden(self, output: pb.Output, token_ids: Sequence[int]) -> int:
         """1 if the last token ended the sequence and shall not show in the text, else 0."""

@@ -47,19 +47,11 @@ class GenerationPlan:
             request_id=self.request_id if self.num_sequences == 1 else f"{self.request_id}-{index}",
             model=self.model.name,
             prompt_token_ids=self.prompts[prompt],
-            sampling=self._sampling(choice, self.max_tokens[prompt]),
+            sampling=self.request.sampling_for(choice, self.max_tokens[prompt]),
             priority=self.request.body.priority,
             cache_salt=cache_salt,
             timeout_s=timeout_s,
         )
-
-    def _sampling(self, choice: int, max_tokens: int) -> pb.SamplingParams:
-        sampling = self.request.sampling_for(choice, max_tokens)
-        eos_token_id = self.model.tokenizer.eos_token_id
-        # Workers read the model's configuration only; the tokenizer's may name another end, as base models' often do.
-        if eos_token_id is not None and not sampling.ignore_eos:
-            sampling.stop_token_ids.append(eos_token_id)
-        return sampling
 
 
 def tokens_to_generate(

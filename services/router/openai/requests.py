@@ -159,6 +159,9 @@ def _sampling(body: GenerateBody, model: ServedModel) -> pb.SamplingParams:
         value: float | None = getattr(body, name)
         return value if value is not None else defaults.get(name, neutral)
 
+    eos_token_id = model.tokenizer.eos_token_id
+    # Workers read the model's configuration only; the tokenizer's may name another end, as base models' often do.
+    own_ends = [] if eos_token_id is None or body.ignore_eos else [eos_token_id]
     return pb.SamplingParams(
         temperature=chosen("temperature", 1.0),
         top_p=chosen("top_p", 1.0),
@@ -170,7 +173,7 @@ def _sampling(body: GenerateBody, model: ServedModel) -> pb.SamplingParams:
         logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
         allowed_token_ids=check_token_ids(body.allowed_token_ids or [], "allowed_token_ids", vocab_size),
         min_tokens=body.min_tokens,
-        stop_token_ids=check_token_ids(body.stop_token_ids or [], "stop_token_ids", vocab_size),
+        stop_token_ids=[*check_token_ids(body.stop_token_ids or [], "stop_token_ids", vocab_size), *own_ends],
         ignore_eos=body.ignore_eos,
     )
 
