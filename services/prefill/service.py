@@ -124,7 +124,7 @@ class PrefillService:
         self._num_orders += 1
         started_s = self._clock()
         self._idle.clear()
-        outcome: OrderOutcome = "cancelled"
+        outcome: OrderOutcome = "failed"
         order: _Order | None = None
         try:
             order = self._make_order(
@@ -135,8 +135,7 @@ class PrefillService:
             outcome = "finished"
         except asyncio.CancelledError:
             # The decode worker hangs up once it has the last event, perhaps before we hear that this was sent.
-            if order is not None and order.is_computed:
-                outcome = "finished"
+            outcome = "finished" if order is not None and order.is_computed else "cancelled"
             raise
         except InvalidRequest as error:
             outcome = "refused"
@@ -147,10 +146,8 @@ class PrefillService:
             self._parts.metrics.refused("full")
             await send(_failed(pb.ERROR_CODE_OVERLOADED, str(error)))
         except PrefillFailed as error:
-            outcome = "failed"
             await send(_failed(pb.ERROR_CODE_INTERNAL, str(error)))
         except (PeerLost, EngineCrashed) as error:
-            outcome = "failed"
             await send(_failed(pb.ERROR_CODE_UNAVAILABLE, str(error)))
         finally:
             self._parts.metrics.order_ended(outcome)

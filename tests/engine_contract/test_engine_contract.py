@@ -305,6 +305,11 @@ def test_a_prefix_that_has_no_room_is_refused_and_takes_nothing(engine: Engine) 
     assert engine.take_prefix(hashes) is None
 
 
+def test_a_prefix_of_no_blocks_is_taken_and_lent_as_that(engine: Engine) -> None:
+    assert engine.take_prefix([]) == Reservation([])
+    assert engine.lend_prefix([]) == []
+
+
 def test_a_block_that_has_changed_is_dropped_and_counted(engine: Engine) -> None:
     prompt = prompt_of(64)
     run(engine, ask("r", prompt, max_tokens=1))

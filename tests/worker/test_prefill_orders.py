@@ -137,6 +137,22 @@ async def test_an_order_counts_as_finished_from_its_last_event_on(
         await world.close()
 
 
+async def test_an_order_that_breaks_is_no_cancelled_one(
+    engine: Engine, threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> LeaseOfTheTest:
+        raise ValueError("the transfer has a lease already")
+
+    world = World(engine, threads)
+    monkeypatch.setattr(world.service._parts.exchange, "open_lease", refuse)
+    async with asyncio.timeout(30):
+        with pytest.raises(ValueError, match="a lease already"):
+            await world.order(Caller("finished"))
+        assert world.outcomes == ["failed"]
+        await world.thread.call(lambda: None)  # what was posted before has run
+        await world.close()
+
+
 async def test_orders_are_bounded_before_they_reach_the_queue(engine: Engine, threads: Threads) -> None:
     world, slow, late = World(engine, threads, max_num_waiting=1), Caller("scheduled"), Caller("failed")
     async with asyncio.timeout(30):

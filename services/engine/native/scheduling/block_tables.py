@@ -22,7 +22,7 @@ def take_blocks(pool: BlockPool, hashes: Sequence[BlockHash], num_blocks: int, *
     block_ids = pool.match_prefix(hashes)
     num_missing = num_blocks - len(block_ids)
     # After a full hit the last block is written to. If others hold it, too, that takes one more, to copy it to.
-    num_copies = int(num_missing == 0 and pool.num_references(block_ids[-1]) > 1)
+    num_copies = int(bool(block_ids) and num_missing == 0 and pool.num_references(block_ids[-1]) > 1)
     if num_missing + num_copies + headroom > pool.num_free:
         pool.release(block_ids)
         return None
