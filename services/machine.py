@@ -18,11 +18,12 @@ _DEV = Path("/dev")
 
 @dataclass(frozen=True)
 class Gpu:
-    """A CUDA device: its name for CUDA_VISIBLE_DEVICES, and its memory; 0 where the driver does not say."""
+    """A CUDA device: its name for CUDA_VISIBLE_DEVICES, its memory and its model; 0 and "" where nobody says."""
 
     name: str
     total_bytes: int = 0
     free_bytes: int = 0
+    model: str = ""
 
 
 def available_memory_bytes() -> int:
@@ -68,10 +69,10 @@ def _gpu(name: str) -> Gpu:
         pynvml.nvmlInit()
         is_number = name.isdigit()
         device = pynvml.nvmlDeviceGetHandleByIndex(int(name)) if is_number else pynvml.nvmlDeviceGetHandleByUUID(name)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(device)
+        memory, model = pynvml.nvmlDeviceGetMemoryInfo(device), pynvml.nvmlDeviceGetName(device)
     except (pynvml.NVMLError, OSError):  # a driver that is broken, or hidden from this container
         return Gpu(name)
-    return Gpu(name, int(memory.total), int(memory.free))
+    return Gpu(name, int(memory.total), int(memory.free), str(model))
 
 
 def _field(file: str, name: str) -> str:

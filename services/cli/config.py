@@ -64,7 +64,9 @@ class SizeConfig(Settings):
     )
     block_size: int = setting(32, min=1, help="tokens per KV block")
     max_model_len: int = setting(0, min=0, help="tokens of the longest request; 0: the model's context")
-    max_num_seqs: int = setting(64, min=1, help="requests that one decode worker runs at once")
+    max_num_seqs: int = setting(
+        0, min=0, help="requests that one decode worker runs at once; 0: its default on a device with so much memory"
+    )
     gpu_memory_bytes: int = setting(80 << 30, min=1, help="memory of one worker's device")
     gpu_memory_utilization: float = setting(0.9, above=0, max=1, help="the part of it that weights and KV may take")
     kv_cache_memory_bytes: int = setting(0, min=0, help="memory for KV blocks; 0: what the weights leave")

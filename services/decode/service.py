@@ -191,7 +191,7 @@ class DecodeService:
             return error_of(pb.ERROR_CODE_INTERNAL, f"handle {order.handle} is in use in this session")
         if self._draining:
             return error_of(pb.ERROR_CODE_UNAVAILABLE, f"decode worker {worker} is draining")
-        limit = self._config.max_num_waiting + self._config.max_num_seqs
+        limit = self._config.max_num_waiting + self._parts.engine.capabilities.max_num_seqs
         if self._num_live >= limit or self._parts.thread.is_behind:
             return error_of(pb.ERROR_CODE_OVERLOADED, f"decode worker {worker} has {self._num_live} live requests")
         return None

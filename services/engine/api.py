@@ -65,6 +65,7 @@ class Capabilities:
     """The properties of an engine that last as long as it lives."""
 
     max_model_len: int  # prompt and output tokens of one request
+    max_num_seqs: int  # requests in one step
     num_blocks: int  # in `memory`
     num_host_blocks: int  # that it keeps beside, and brings back by `begin_restore`; 0: none
     caches_prefixes: bool

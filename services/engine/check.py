@@ -22,7 +22,7 @@ from services.engine.checkpoint import (
     read_tensors,
     stored_dtype,
 )
-from services.engine.config import DTYPE_ALIASES, EngineConfig
+from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
 from services.engine.cpu_kernels import REQUIRED_FLAGS, library_path
 from services.engine.model_config import DTYPE_BYTES, ModelConfig, UnsupportedModel, read_config
 from services.machine import Gpu, available_memory_bytes, gpus, processor_flags
@@ -169,6 +169,7 @@ def _check_memory(config: EngineConfig, model: Model, device: str, machine: Mach
         default = default_gpu_bytes(available - weights, gpu.total_bytes, config.gpu_memory_utilization)
     else:
         return  # the driver says nothing of the memory: the worker will see
+    config = with_device_defaults(config, gpu)
     choose_num_blocks(config, block_bytes, config.max_model_len or model.config.max_context_len, default)
 
 

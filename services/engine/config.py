@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from services.machine import Gpu
 from services.settings import Settings, SettingsError, setting
 
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
@@ -63,9 +64,18 @@ class EngineConfig(Settings):
         group="KV cache",
     )
     enable_prefix_caching: bool = setting(True, help="reuse the KV blocks of equal prefixes", group="KV cache")
-    max_num_seqs: int = setting(64, min=1, help="requests in one step at most", group="scheduling")
+    max_num_seqs: int = setting(
+        0,
+        min=0,
+        help="requests in one step at most; 0: 64 on a CPU, 256 on a GPU, 1024 on a GPU of 70 GiB or more (not A100)",
+        group="scheduling",
+    )
     max_num_batched_tokens: int = setting(
-        512, min=1, help="token budget of a step; also the longest prefill chunk", group="scheduling"
+        0,
+        min=0,
+        help="token budget of a step; also the longest prefill chunk; 0: 512 on a CPU, 2048 on a GPU, 8192 on a GPU of"
+        " 70 GiB or more (not A100)",
+        group="scheduling",
     )
     max_num_waiting: int = setting(
         1024, min=1, help="requests that may wait for their first step; more are refused", group="scheduling"
@@ -77,3 +87,26 @@ class EngineConfig(Settings):
             raise SettingsError("give the directory of a Hugging Face model, or its name on the hub (--model)", "model")
         if self.kv_offloading_size and not self.enable_prefix_caching:
             raise SettingsError("needs prefix caching: what it keeps is found by prefix", "kv_offloading_size")
+
+
+_LARGE_GPU_BYTES = 70 << 30
+
+
+def with_device_defaults(config: EngineConfig, gpu: Gpu | None) -> EngineConfig:
+    """Fill in what depends on the device, where the settings leave it open; `gpu` None: a CPU.
+
+    On GPUs these are vLLM's for its server (`EngineArgs.get_batch_defaults` in vllm/engine/arg_utils.py, 0.11): chunks
+    that keep the arithmetic busy. On a CPU a chunk of 512 tokens does so already, and blocks travel while the next is
+    computed.
+    """
+    if gpu is None:
+        num_seqs, num_tokens = 64, 512
+    elif gpu.total_bytes >= _LARGE_GPU_BYTES and "a100" not in gpu.model.lower():
+        num_seqs, num_tokens = 1024, 8192
+    else:
+        num_seqs, num_tokens = 256, 2048
+    return replace(
+        config,
+        max_num_seqs=config.max_num_seqs or num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or num_tokens,
+    )

@@ -96,7 +96,7 @@ class PrefillService:
     """Serves one prefill worker."""
 
     def __init__(self, config: PrefillConfig, parts: WorkerParts) -> None:
-        self._max_num_orders = config.max_num_waiting + config.max_num_seqs
+        self._max_num_orders = config.max_num_waiting + parts.engine.capabilities.max_num_seqs
         self._parts = parts
         self._clock = parts.clock
         self._loop = asyncio.get_running_loop()

@@ -205,7 +205,7 @@ def _record(config: WorkerConfig, role: Role, parts: WorkerParts, addresses: _Ad
         block_size=engine.layout.block_size,
         num_blocks=engine.capabilities.num_blocks,
         max_model_len=engine.capabilities.max_model_len,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=engine.capabilities.max_num_seqs,
         dtype=engine.layout.dtype,
         transports=parts.exchange.transport_names,
         colocated=bool(getattr(config, "colocated", False)),

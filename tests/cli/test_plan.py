@@ -156,7 +156,7 @@ def test_store_nodes_have_directories_and_names_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--max-num-seqs", "0"], "--max-num-seqs: must be at least 1"),
+        (["--max-num-seqs", "-1"], "--max-num-seqs: must not be negative"),
         (["--prefill", "-1"], "--prefill: must not be negative"),
         (["--stores", "-1"], "--stores: must not be negative"),
         (["--store-dram-bytes", "0"], "--store-dram-bytes: must be positive"),

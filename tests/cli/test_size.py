@@ -17,6 +17,7 @@ from safetensors import safe_open
 from services.cli.config import DEMO_MODEL, SizeConfig
 from services.cli.main import main
 from services.cli.size.sizing import Sizes, size
+from services.engine.check import look_at_model
 from services.engine.checkpoint import num_parameters
 from services.engine.model_config import ModelConfig, parse_config, read_config
 from services.engine.native.model.model import load_model
@@ -58,6 +59,11 @@ def test_llama_3_8b(llama: ModelConfig) -> None:
     assert sizes.store_window_seconds == pytest.approx(sizes.store_blocks / 126)
 
 
+def test_the_requests_of_a_step_are_those_of_a_device_with_so_much_memory(llama: ModelConfig) -> None:
+    assert size(llama, SizeConfig()).max_num_seqs == 1024
+    assert size(llama, SizeConfig(gpu_memory_bytes=24 << 30)).max_num_seqs == 256
+
+
 def test_the_dtype_is_the_checkpoints_unless_it_is_said(llama: ModelConfig) -> None:
     assert size(llama, SizeConfig(dtype="float")).kv_bytes_per_token == 2 * 131_072
     assert size(llama, SizeConfig(dtype="half")).dtype == "float16"
@@ -70,6 +76,7 @@ def test_a_block_is_the_engines_and_the_weights_are_those_on_disk(family: str, t
     config = read_config(directory)
     model = load_model(str(directory), dtype="float32", device="cpu")
     assert size(config, SizeConfig(dtype="float32")).block_bytes == model.block_layout(32).block_bytes
+    assert look_at_model(str(directory)).block_bytes(32) == model.block_layout(32).block_bytes
     num_on_disk = 0
     for file in directory.glob("*.safetensors"):
         with safe_open(file, "numpy") as tensors:

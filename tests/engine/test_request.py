@@ -120,8 +120,8 @@ def test_what_can_never_fit_is_refused() -> None:
     [
         {"model": ""},
         {"block_size": 0},
-        {"max_num_seqs": 0},
-        {"max_num_batched_tokens": 0},
+        {"max_num_seqs": -1},
+        {"max_num_batched_tokens": -1},
         {"max_model_len": -1},
         {"gpu_memory_utilization": 0.0},
         {"gpu_memory_utilization": 1.1},

@@ -92,7 +92,9 @@ def order(**fields: object) -> pb.GenerateRequest:
 
 def engine(check: Callable[[object], None] = lambda request: None) -> SimpleNamespace:
     layout = SimpleNamespace(model_fingerprint="model", block_size=16)
-    return SimpleNamespace(layout=layout, check=check, peek_prefix=lambda hashes: 0)
+    return SimpleNamespace(
+        capabilities=SimpleNamespace(max_num_seqs=64), layout=layout, check=check, peek_prefix=lambda hashes: 0
+    )
 
 
 async def test_a_router_of_another_version_is_refused_before_it_could_lose_tokens() -> None:

@@ -60,7 +60,9 @@ class Caller:
 def engine(tmp_path: Path) -> Iterator[Engine]:
     torch.set_num_threads(1)
     model = write_model(tmp_path / "model", "llama3")
-    config = EngineConfig(str(model), device="cpu", block_size=16, max_model_len=400, num_gpu_blocks_override=25)
+    config = EngineConfig(
+        str(model), device="cpu", block_size=16, max_model_len=400, num_gpu_blocks_override=25, max_num_seqs=1
+    )
     engine = Engine.from_config(config)
     yield engine
     engine.check_integrity()
@@ -96,7 +98,7 @@ class World:
             rates=RateLearner(),
             metrics=metrics,
         )
-        config = PrefillConfig(model="model", max_num_waiting=max_num_waiting, max_num_seqs=1)
+        config = PrefillConfig(model="model", max_num_waiting=max_num_waiting)
         self.service = PrefillService(config, parts)  # type: ignore[arg-type]
         self.thread.start(self.service)
 

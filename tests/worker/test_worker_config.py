@@ -16,7 +16,7 @@ from services.worker.config import WorkerConfig
     [
         ({"peer_timeout_s": 0.9}, "peer_timeout_s"),
         ({"host": "0.0.0.0"}, "host"),
-        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"max_num_seqs": -1}, "max_num_seqs"),
         ({"kv_port": 65_536}, "kv_port"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
         ({"kv_offloading_size": -1.0}, "kv_offloading_size"),

@@ -48,7 +48,7 @@ def table(sizes: Sizes, config: SizeConfig) -> str:
             ("tokens", f"{sizes.num_tokens_per_worker:,}"),
             (f"requests of {sizes.context_tokens:,} tokens", f"{sizes.max_concurrent_at_context:,}"),
             (f"requests of {config.prompt_tokens:,} tokens", f"{sizes.max_concurrent_at_prompt:,}"),
-            (f"KV of {config.max_num_seqs} full requests", _bytes(sizes.kv_bytes_for_max_num_seqs)),
+            (f"KV of {sizes.max_num_seqs} full requests", _bytes(sizes.kv_bytes_for_max_num_seqs)),
         ],
         f"Handoff of {config.prompt_tokens:,} tokens at {config.bandwidth_gbit_per_s:g} Gbit/s": [
             ("blocks", f"{sizes.handoff_blocks:,}"),

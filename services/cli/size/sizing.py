@@ -11,8 +11,9 @@ from typing import Final
 from kvstore.block import DTYPE_BYTES, BlockLayout
 from services.cli.config import SizeConfig
 from services.engine.checkpoint import num_parameters
-from services.engine.config import DTYPE_ALIASES
+from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
 from services.engine.model_config import ModelConfig
+from services.machine import Gpu
 
 INDEX_BYTES_PER_BLOCK: Final = 25
 """Redis's memory for a block that one holder has (docs/architecture.md has the measurement)."""
@@ -42,6 +43,8 @@ class Sizes:
     """Requests of full length that fit into one worker's blocks."""
     max_concurrent_at_prompt: int
     """Requests of the typical prompt's length."""
+    max_num_seqs: int
+    """Requests in one step of a worker."""
     kv_bytes_for_max_num_seqs: int
     """What `max_num_seqs` requests of full length need."""
     handoff_blocks: int
@@ -73,6 +76,9 @@ def size(model: ModelConfig, config: SizeConfig) -> Sizes:
     budget = int(config.gpu_memory_bytes * config.gpu_memory_utilization) - weight_bytes
     num_blocks = max(0, config.kv_cache_memory_bytes or budget) // layout.block_bytes
 
+    worker = EngineConfig("sized", max_num_seqs=config.max_num_seqs)
+    num_seqs = with_device_defaults(worker, Gpu("sized", config.gpu_memory_bytes)).max_num_seqs
+
     def blocks_of(num_tokens: int) -> int:
         return -(-num_tokens // config.block_size)
 
@@ -95,7 +101,8 @@ def size(model: ModelConfig, config: SizeConfig) -> Sizes:
         num_tokens_per_worker=num_blocks * config.block_size,
         max_concurrent_at_context=num_blocks // blocks_of(context),
         max_concurrent_at_prompt=num_blocks // handoff_blocks,
-        kv_bytes_for_max_num_seqs=config.max_num_seqs * blocks_of(context) * layout.block_bytes,
+        max_num_seqs=num_seqs,
+        kv_bytes_for_max_num_seqs=num_seqs * blocks_of(context) * layout.block_bytes,
         handoff_blocks=handoff_blocks,
         handoff_bytes=handoff_bytes,
         handoff_seconds=handoff_s,

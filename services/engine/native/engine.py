@@ -24,7 +24,7 @@ from services.engine.api import (
     SamplingParams,
     StepOutput,
 )
-from services.engine.config import DTYPE_ALIASES, EngineConfig
+from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
 from services.engine.native.memory import (
     begin_restore,
     block_memory,
@@ -37,6 +37,7 @@ from services.engine.native.model import LoadedModel, load_model
 from services.engine.native.runner import ModelRunner
 from services.engine.native.scheduling import Batch, Request, SampledBatch, Scheduler, SchedulerConfig, check_fits
 from services.lifecycle import Event
+from services.machine import Gpu
 
 
 class Engine:
@@ -51,10 +52,12 @@ class Engine:
         num_host_slots: int = 0,
     ) -> None:
         """`num_host_slots`: blocks in the host tier; 0: there is none."""
+        config = with_device_defaults(config, _gpu(model.device))
         self.model = model
         self.config = config
         self.capabilities = Capabilities(
             max_model_len=model.max_model_len,
+            max_num_seqs=config.max_num_seqs,
             num_blocks=num_blocks,
             num_host_blocks=num_host_slots,
             caches_prefixes=config.enable_prefix_caching,
@@ -96,6 +99,7 @@ class Engine:
             cpu_kernels=config.cpu_kernels,
             progress=progress,
         )
+        config = with_device_defaults(config, _gpu(model.device))
         block_bytes = model.block_layout(config.block_size).block_bytes
         num_blocks = choose_num_blocks(config, block_bytes, model.max_model_len, model.device)
         num_host_slots = choose_num_host_slots(config, block_bytes, num_blocks, model.device)
@@ -303,6 +307,14 @@ def _choose_device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _gpu(device: str) -> Gpu | None:
+    """What torch knows of a GPU, None for a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(device, properties.total_memory, model=properties.name)
 
 
 def scheduler_config(config: EngineConfig, model: LoadedModel) -> SchedulerConfig:

@@ -13,5 +13,9 @@ def nvmlDeviceGetHandleByIndex(index):
     return index
 
 
+def nvmlDeviceGetName(handle):
+    return "NVIDIA Small"
+
+
 def nvmlDeviceGetMemoryInfo(handle):
     return SimpleNamespace(total=1 << 20, free=1 << 19)
