@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import services
-from services.settings import make_parser
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,22 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the subcommand that `argv` (the process's arguments) begins with; returns the exit status."""
+    if argv is None:  # this process is ours
+        signal.signal(signal.SIGINT, _interrupt_once)
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         print("tandem: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     finally:
-        if argv is None:  # we end: one more Ctrl-C must not become a traceback of whatever the interpreter tidies up
+        if argv is None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _interrupt_once(number: int, frame: object) -> None:
+    """Ends what runs, in order. One more Ctrl-C while it ends must not become a traceback of whatever it tidies up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -58,6 +65,8 @@ def _run(argv: Sequence[str]) -> int:
         return 2
     if command.config and any(argument in ("-h", "--help") for argument in rest):
         module, _, cls = command.config.partition(":")
+        from services.settings import make_parser
+
         config = getattr(importlib.import_module(module), cls)
         make_parser(config, prog=f"tandem {name}", description=command.summary).print_help()
         return 0

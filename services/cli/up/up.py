@@ -46,14 +46,15 @@ def main(argv: Sequence[str]) -> int:
     except SettingsError as error:
         refuse(parser.prog, error)
     display = WhileRead(make_display(process_names(config), config.log_format == "json", sys.stderr))
-    display.line("tandem", f"starting {name}: {described(config)}")
     try:
+        display.line("tandem", f"starting {name}: {described(config)}")
         check_stack(config, given, router, decode, store)
         return _start(config, given, model, name, router, decode, display)
     except (KVStoreError, ModelError, SettingsError, StartFailed) as error:
         display.line("tandem", f"cannot start: {error}")
         return CANNOT_START
     except KeyboardInterrupt:  # before or after the time when signals are events
+        display.settled()
         display.line("tandem", "stopped")
         return 0
 
