@@ -103,9 +103,9 @@ class GrpcOrders:
             await channel.grpc.close()
 
     async def close(self) -> None:
-        for channel in self._channels.values():
+        while self._channels:  # one may begin meanwhile
+            _, channel = self._channels.popitem()
             await channel.grpc.close()
-        self._channels.clear()
 
     def _channel(self, address: str) -> _Channel:
         if address not in self._channels:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from services.router.errors import ApiError
@@ -28,7 +27,6 @@ class AccessRecord:
 
     method: str
     path: str
-    clock: Callable[[], float] = time.monotonic
     status: int = CLIENT_GONE
     """How it went in the end, which for a stream that broke is not what its head says."""
     error: str | None = None
@@ -36,10 +34,7 @@ class AccessRecord:
     finished: bool = False
     """Of the answer: its head, and its last byte."""
     facts: dict[str, object] = field(default_factory=dict)
-    started_s: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.started_s = self.clock()
+    started_s: float = field(default_factory=time.monotonic)
 
     def failed(self, error: ApiError) -> None:
         """It ends with this error, whatever was sent before."""
@@ -57,7 +52,11 @@ class AccessRecord:
     def close(self, request_id: str, metrics: RouterMetrics, is_shown: bool) -> None:
         """Count and log it."""
         metrics.count_request(self.endpoint, self.status)
-        extra = {"request_id": request_id, "status": self.status, "seconds": round(self.clock() - self.started_s, 4)}
+        extra = {
+            "request_id": request_id,
+            "status": self.status,
+            "seconds": round(time.monotonic() - self.started_s, 4),
+        }
         if self.error is not None:
             extra["error"] = self.error
         level = logging.INFO if is_shown and self.endpoint != "other" else logging.DEBUG
