@@ -12,6 +12,8 @@ same path, on each machine. `python -m loadtest report run.json` makes the page.
 from __future__ import annotations
 
 import logging
+import shlex
+import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -20,8 +22,8 @@ from locust.env import Environment
 
 from loadtest.conductor import Conductor
 from loadtest.figures import RunResult, summarize, write_result
-from loadtest.plan import Job, add_flags, base_url, options_from
-from loadtest.report import summary_lines
+from loadtest.plan import Job, Origin, add_flags, base_url, options_from
+from loadtest.report import summary_lines, this_commit, this_machine
 from loadtest.users import OpenLoopUser, PlannedShape, attach
 
 __all__ = ["OpenLoopUser", "PlannedShape"]
@@ -49,7 +51,9 @@ def _set_up(environment: Environment, **_: object) -> None:
         if not environment.host:
             raise ValueError("no target: set --host, or the host in the form")
         pages = dict(each.split("=", 1) for each in filter(None, flags.metrics_url.split(",")))
-        return Job(flags.target_name, base_url(environment.host), options_from(flags), pages)
+        options = options_from(flags)
+        origin = Origin(shlex.join(sys.argv), this_commit(), this_machine(), options.seed)
+        return Job(flags.target_name, base_url(environment.host), options, pages, origin=origin)
 
     def failed(reason: str) -> None:
         log.error("the run cannot start: %s", reason)

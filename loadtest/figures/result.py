@@ -57,7 +57,7 @@ class RunResult:
     """What the server's /metrics says of itself: device, kernels, dtype, lanes."""
     origin: Origin = field(default_factory=Origin)
     machine_use: MachineUse | None = None
-    """None where the server is not ours: then its load cannot be told from that of others."""
+    """None where it is not known: where the server is not ours, its load cannot be told from that of others."""
 
     @property
     def measured(self) -> list[RequestRecord]:

@@ -146,7 +146,7 @@ def _what_ran(page: Page) -> str:
         ours = max(each.ours / each.num_processors for each in uses)
         entries["processors"] = f"at most {ours:.0%} used by the test and its servers, {others:.0%} by others"
     else:
-        entries["processors"] = "not watched: the servers were not started here"
+        entries["processors"] = "others' use is not known: servers started elsewhere, or a container with a quota"
     items = "".join(f"<dt>{escape(name)}</dt><dd>{html}</dd>" for name, html in entries.items() if html)
     return f"<dl>{items}</dl>"
 

@@ -18,6 +18,9 @@ class _Column:
     lower_is_better: bool | None = None  # None: nothing to be better at
 
 
+_NUM_DOUBTS_SHOWN = 8
+
+
 def _whole(value: float | None) -> str:
     return shown(value)
 
@@ -64,8 +67,9 @@ def standings_table(page: Page) -> str:
 
 
 def doubts_table(page: Page) -> str:
-    """Every reason to doubt a figure, the heaviest first; empty where there is none."""
-    doubts = sorted((doubt for case in page.cases for doubt in doubts_of(case)), key=lambda each: -each.weight)
+    """Every reason to doubt a figure, those about compared runs first, and the heaviest; empty where there is none."""
+    cases = sorted(page.cases, key=lambda case: case.is_probe)
+    doubts = sorted((doubt for case in cases for doubt in doubts_of(case)), key=lambda each: -each.weight)
     if not doubts:
         return ""
     means = {
@@ -85,7 +89,10 @@ def doubts_table(page: Page) -> str:
         )
         for each in doubts
     ]
-    return "<h2>Doubts</h2>" + table(("doubt", "target", "rate", "what was seen", "what it does"), rows)
+    heads = ("doubt", "target", "rate", "what was seen", "what it does")
+    first, more = rows[:_NUM_DOUBTS_SHOWN], rows[_NUM_DOUBTS_SHOWN:]
+    folded = f"<details><summary>{len(more)} more</summary>{table(heads, more)}</details>" if more else ""
+    return f"<h2>Doubts</h2>{table(heads, first)}{folded}"
 
 
 def figures_table(page: Page) -> str:

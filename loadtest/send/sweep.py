@@ -143,6 +143,7 @@ class _UnderWay:
     def _lone(self, target: Target) -> list[RequestRecord]:
         """Requests one after the other, the first of which only warms the server up. Raises ValueError where none is
         answered."""
+        self._watcher.says(f"{target.name}: what do lone requests take?")
         records: list[RequestRecord] = []
         for number in range(_NUM_LONE):
             options = self._sweep.load_at(_LONE_RATE, 0)
@@ -157,6 +158,7 @@ class _UnderWay:
         """The highest rate that each target keeps up with, ascending."""
         found: set[float] = set()
         for target in self._sweep.targets:
+            self._watcher.says(f"{target.name}: which rate can it keep up with?")
             search = RateSearch(start)
             for _ in range(_MAX_PROBES):
                 rate = search.next_rate

@@ -166,6 +166,19 @@ def test_doubts_are_a_table_before_the_figures() -> None:
     assert "<h2>Doubts</h2>" not in render(runs()), "without doubts there is no table of them"
 
 
+def test_many_doubts_are_folded_away_but_for_the_first_which_are_about_what_was_compared() -> None:
+    made = []
+    for rate in range(1, 12):
+        (run,) = [each for each in runs() if each.target == "disaggregated" and each.options.rate == 5.0]
+        options = replace(run.options, rate=float(rate))
+        made.append(replace(run, options=options, turn=int(rate == 11), machine_use=MachineUse(2, 1.0, 0.3)))
+    table = render(made).split("<h2>Doubts</h2>")[1].split("Over the rates")[0]
+    seen, folded = table.split("<details>")
+    assert re.findall(r'data-head="rate"><span>([^<]*)<', seen)[0] == "11/s"
+    assert (seen.count("machine busy"), folded.count("machine busy")) == (8, 3)
+    assert "<summary>3 more</summary>" in folded
+
+
 def lines_of(html: str, title: str) -> tuple[list[ElementTree.Element], ElementTree.Element]:
     """A chart's dotted lines, and the chart."""
     (svg,) = [each for each in re.findall(r"<svg.*?</svg>", html, re.DOTALL) if f'aria-label="{title}' in each]

@@ -12,7 +12,7 @@ import pytest
 
 from loadtest.figures import Level, RunResult, cases, judge
 from loadtest.plan import Job, LoadOptions, OptionError
-from loadtest.send import Sweep, SweepWatcher, Target, parse_target, run_sweep
+from loadtest.send import Sweep, SweepWatcher, Target, machine_watch, parse_target, run_sweep
 from loadtest.send.machine_watch import MachineWatch
 from tests.loadtest.factories import result, some_good
 from tests.loadtest.stubs import loadtest, read_json, stub_server
@@ -148,8 +148,9 @@ def test_nobody_who_keeps_up_with_anything_ends_in_no_verdict(tmp_path: Path) ->
     assert judge(cases(results)).level is Level.NONE
 
 
-def test_a_machine_watch_tells_our_processes_from_others() -> None:
+def test_a_machine_watch_tells_our_processes_from_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child's work is ours, and what nobody is known to have done is others'."""
+    monkeypatch.setattr(machine_watch, "_QUOTA", tmp_path / "cpu.max")
     watch = MachineWatch()
     burn = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
     with subprocess.Popen([sys.executable, "-c", f"{burn}\nprint(flush=True)\ninput()"], stdin=-1, stdout=-1) as child:
@@ -157,9 +158,12 @@ def test_a_machine_watch_tells_our_processes_from_others() -> None:
         child.stdout.readline()
         use = watch.use()
         child.communicate(b"\n")
+    assert use is not None
     assert use.num_processors >= 1
     assert use.ours > 0
     assert 0 <= use.others <= use.num_processors * 1.1
+    (tmp_path / "cpu.max").write_text("200000 100000\n")
+    assert MachineWatch().use() is None, "a container with a quota cannot tell"
 
 
 def test_a_stack_of_this_machine_is_started_measured_and_stopped(tmp_path: Path) -> None:
@@ -174,5 +178,5 @@ def test_a_stack_of_this_machine_is_started_measured_and_stopped(tmp_path: Path)
     assert {each["process"] for each in run["samples"]} == {"decode-0", "prefill-0"}
     assert run["server_command"].startswith("tandem up --served-model-name loadtest --prefill 1")
     assert {"device", "kernels", "dtype of keys and values", "lane", "version"} <= set(run["server_facts"])
-    assert run["machine_use"]["ours"] > 0
+    assert run["machine_use"] is None or run["machine_use"]["ours"] > 0
     assert all(each["kv_usage"] is not None for each in run["samples"])
