@@ -13,7 +13,8 @@ _PAGE = (_ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 # Of `tandem up`, of locust, of pip and of `make bench-prefix`.
 _FOREIGN = {
     "--model", "--prefill", "--decode", "--routing-policy", "--host", "--headless", "--master", "--worker",
-    "--expect-workers", "--master-host", "--result", "--up-args", "--prefix-fetch",
+    "--expect-workers", "--master-host", "--result", "--up-args", "--prefix-fetch", "--max-num-batched-tokens",
+    "--quantization",
 }  # fmt: skip
 
 
