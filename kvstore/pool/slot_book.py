@@ -165,7 +165,7 @@ class SlotBook:
         del self._free[len(self._free) - num_empty :]
         for slot_id in taken:
             slots[slot_id].num_references = 1
-        evicted: list[Block] = []
+        on_evict, evicted = self._on_evict, list[Block]()
         while len(taken) < n and self._idle:
             if self._segments is None:
                 slot, _ = self._idle.popitem(last=False)
@@ -175,14 +175,16 @@ class SlotBook:
                     break
                 slot = victim
                 del self._idle[slot]
-            if self._on_evict is not None and slot.proof is not None:  # what nobody vouches for is not kept elsewhere
-                evicted.append(describe(slot))
+            if on_evict is not None:
+                block_hash, proof = slot.block_hash, slot.proof
+                if block_hash is not None and proof is not None:  # what nobody vouches for is not kept elsewhere
+                    evicted.append(Block(slot.slot_id, block_hash, slot.parent_hash, proof, slot.was_reused))
             self._unlink(slot)
             slot.num_references = 1
             taken.append(slot.slot_id)
         self.stats.num_evictions += len(taken) - num_empty
-        if evicted and self._on_evict is not None:
-            self._on_evict(evicted)
+        if evicted and on_evict is not None:
+            on_evict(evicted)
         return taken
 
     def publish(

@@ -1,12 +1,12 @@
 """Keeps blocks on disk: found by hash, bounded in bytes, verified on every read, kept over restarts.
 
 Preallocated slots (`disk_files`) measured better than LMDB: cold reads are 5 to 12 times faster, writes 1.5 to 3 times;
-they stay within their bound, and a flipped byte costs its block, not the process (docs/architecture.md).
+they stay within their bound, and a flipped byte costs its block, not the process (docs/tiers.md).
 
 What is durable: nothing until `sync` or `close`, except against the death of this process. What is never served: bytes
 whose proof is not the one that was put, whatever happened to them.
 
-Threads: `put`, `get`, `delete` and `sync` block on the disk and may be called from any threads at once; a lock is held
+Threads: `put`, `get` and `sync` block on the disk and may be called from any threads at once; a lock is held
 for bookkeeping and never during I/O. `contains`, `len` and the properties take no lock and never block: an event loop
 may call them. `open` and `close` belong to one thread.
 """

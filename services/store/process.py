@@ -203,9 +203,7 @@ async def _open_tiers(config: StoreConfig, layout: BlockLayout, feed: StoreIndex
 
 def _open_disk(config: StoreConfig, layout: BlockLayout) -> DiskTier:
     report_phase("reading the disk")
-    disk = DiskTier.open(Path(config.store_disk_dir), layout, config.store_disk_bytes)
-    log.info("disk tier %s: %s", config.store_disk_dir, disk.recovery)
-    return disk
+    return DiskTier.open(Path(config.store_disk_dir), layout, config.store_disk_bytes)
 
 
 def _record(
