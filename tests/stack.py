@@ -190,9 +190,10 @@ class Stack:
             time.sleep(0.02)
 
     def records(self) -> list[WorkerRecord]:
-        """What the workers announce in the registry."""
+        """What the workers that serve announce in the registry."""
         with redis.Redis.from_url(self.redis.url) as client:
-            return [decode_record(data) for data in client.hgetall("{tandem}:workers").values()]
+            records = [decode_record(data) for data in client.hgetall("{tandem}:workers").values()]
+        return [record for record in records if not record.phase]
 
     def debug_state(self, name: str) -> dict[str, object]:
         response = self._http.get(f"{self.services[name].debug_url}/debug/state")

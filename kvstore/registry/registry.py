@@ -53,8 +53,9 @@ for i, expected in ipairs({'hash', 'zset', 'set'}) do
 end
 """
 
-# KEYS: workers, leases, departed. ARGV: id, incarnation, record, lease in ms, channel. Returns the newer incarnation
-# that holds the id, or "" once announced. What has expired is pruned first, so that a dead twin never bars the living.
+# KEYS: workers, leases, departed. ARGV: id, incarnation, record, lease in ms, channel, "1" from one that starts.
+# Returns the newer incarnation that holds the id, or "" once announced. What has expired is pruned first, so that a
+# dead twin never bars the living. Who only starts takes no id from one that serves: it may never get so far.
 _ANNOUNCE = (
     _REPAIR
     + """
@@ -73,6 +74,8 @@ if old and redis.call('ZSCORE', KEYS[2], ARGV[1]) then
   if ok and type(record) == 'table' and type(record.incarnation) == 'string' and record.incarnation > ARGV[2] then
     return record.incarnation
   end
+  if ARGV[6] == '1' and ok and type(record) == 'table' and record.incarnation ~= ARGV[2] and (record.phase or '') == ''
+  then return '' end
 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
 redis.call('ZADD', KEYS[2], now + ARGV[4], ARGV[1])
@@ -158,7 +161,7 @@ class Registrar(RedisSession):
         """The newer incarnation that holds our worker id; we keep trying, and take over when its lease ends."""
 
     def update(self, record: WorkerRecord) -> None:
-        """Announce a changed record at once: draining, another capacity. Id and incarnation must stay."""
+        """Announce a changed record at once: serving, draining. Id and incarnation must stay."""
         if record.key != self.record.key:
             raise RegistryError(f"an update of {self.record.worker_id} must keep its worker id and incarnation")
         self.record = record
@@ -191,7 +194,8 @@ class Registrar(RedisSession):
     async def _announce(self, client: redis.asyncio.Redis) -> None:
         record = self.record
         lease_ms = round(self._lease_s * 1000)
-        arguments = (record.worker_id, record.incarnation, encode_record(record), lease_ms, self._names.channel)
+        identity = (record.worker_id, record.incarnation)
+        arguments = (*identity, encode_record(record), lease_ms, self._names.channel, int(bool(record.phase)))
         reply = await run_script(client, _ANNOUNCE, self._names.keys, arguments, self._timeout_s)
         superseded_by = reply.decode(errors="replace") if isinstance(reply, bytes) and reply else None
         if superseded_by is not None and superseded_by != self.superseded_by:
@@ -233,15 +237,23 @@ class Membership(RedisSession):
         self._poll_s = poll_s
         self._roster = Roster(grace_s)
         self._snapshot: tuple[WorkerRecord, ...] = ()
+        self._starting: tuple[WorkerRecord, ...] = ()
         self._callbacks: list[Callable[[tuple[WorkerRecord, ...]], None]] = []
         self._bad_records: dict[str, bytes] = {}
 
     def snapshot(self) -> tuple[WorkerRecord, ...]:
-        """The workers believed to be alive, in order of id; with Redis away, the last known ones."""
+        """The workers believed to serve, in order of id; with Redis away, the last known ones."""
         return self._snapshot
 
+    def starting(self) -> tuple[WorkerRecord, ...]:
+        """The workers that have announced themselves and do not serve yet: each record has a phase."""
+        return self._starting
+
     def on_change(self, callback: Callable[[tuple[WorkerRecord, ...]], None]) -> None:
-        """Call `callback` with the new snapshot, in the event loop, whenever a worker came, changed or went."""
+        """Call `callback` with the new snapshot, in the event loop, whenever a worker came, changed or went.
+
+        Also when one that starts did.
+        """
         self._callbacks.append(callback)
 
     async def _session(self, client: redis.asyncio.Redis) -> None:
@@ -300,12 +312,13 @@ class Membership(RedisSession):
         return sightings
 
     def _publish(self) -> None:
-        records = self._roster.records
-        if records == self._snapshot:
+        serving = tuple(record for record in self._roster.records if not record.phase)
+        starting = tuple(record for record in self._roster.records if record.phase)
+        if (serving, starting) == (self._snapshot, self._starting):
             return
-        self._snapshot = records
+        self._snapshot, self._starting = serving, starting
         for callback in self._callbacks:
             try:
-                callback(records)
+                callback(serving)
             except Exception:  # one follower's fault must neither stop the others nor the membership
                 logger.exception("membership: a callback failed")

@@ -21,7 +21,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     Addresses are `host:port`. `worker_id` stays the same over restarts; `incarnation` (from `new_incarnation`) is new
     for every process and sorts by its start. A store node (role "store") generates nothing: it has no gRPC address
-    and no limits of requests, and takes its layout from the workers' records.
+    and no limits of requests, and takes its layout from the workers' records. A worker in a `phase` of its start does
+    not serve yet: what it will know only of its model, and addresses at which nobody listens yet, may be empty.
     """
 
     worker_id: str
@@ -47,6 +48,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     started_unix_s: float = 0.0
     revision: str = ""  # of model_path on the hub; empty: its default
     layout: dict[str, int | str] | None = None  # `BlockLayout.to_wire()`
+    phase: str = ""  # of its start, for a person to read; empty once it serves
 
     @property
     def key(self) -> tuple[str, str]:
@@ -55,8 +57,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         is_store = self.role == "store"
-        addresses = ("kv_address",) if is_store else ("grpc_address",)
-        for field in ("worker_id", "incarnation", "model_fingerprint", *addresses):
+        known_later = () if self.phase else ("model_fingerprint", "kv_address" if is_store else "grpc_address")
+        for field in ("worker_id", "incarnation", *known_later):
             # Ids and incarnations travel as words of a message; nothing printed in a log may carry control characters.
             value: str = getattr(self, field)
             if not 0 < len(value) <= _MAX_NAME_CHARS or not value.isascii() or not value.isprintable() or " " in value:
@@ -68,7 +70,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
         if not self.served_model_names or not all(self.served_model_names):
             raise ValueError(f"served_model_names must name at least one model, not {self.served_model_names!r:.80}")
         limits = () if is_store else ("max_model_len", "max_num_seqs")
-        for field in ("block_size", "num_blocks", *limits):
+        for field in () if self.phase else ("block_size", "num_blocks", *limits):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
 

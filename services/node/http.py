@@ -22,30 +22,30 @@ class DebugServer:
 
     def __init__(
         self,
-        registry: CollectorRegistry,
+        registry: Callable[[], CollectorRegistry],
         state: Callable[[], Mapping[str, object]],
         check_integrity: Callable[[], Awaitable[None]],
-        is_healthy: Callable[[], bool],
-        not_ready: Callable[[], str] | None = None,
+        unhealthy: Callable[[], str],
+        not_ready: Callable[[], str],
     ) -> None:
-        """`not_ready` says why the process does not serve, empty when it does; without it there is no `/ready`."""
+        """`unhealthy` says why nobody should rely on it, `not_ready` why it does not serve; empty: all is well."""
         app = FastAPI(openapi_url=None)
 
         @app.get("/metrics")
         async def metrics() -> Response:
-            return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+            return Response(generate_latest(registry()), media_type=CONTENT_TYPE_LATEST)
 
         @app.get("/health")
         async def health() -> Response:
-            return Response(status_code=200 if is_healthy() else 503)
+            if why := unhealthy():
+                return JSONResponse({"status": "unhealthy", "reason": why}, status_code=503)
+            return Response(status_code=200)
 
-        if not_ready is not None:
-
-            @app.get("/ready")
-            async def ready() -> JSONResponse:
-                if why := not_ready():
-                    return JSONResponse({"status": "not ready", "reason": why}, status_code=503)
-                return JSONResponse({"status": "ready"})
+        @app.get("/ready")
+        async def ready() -> JSONResponse:
+            if why := not_ready():
+                return JSONResponse({"status": "not ready", "reason": why}, status_code=503)
+            return JSONResponse({"status": "ready"})
 
         @app.get("/debug/state")
         async def debug_state() -> JSONResponse:

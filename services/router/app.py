@@ -202,10 +202,11 @@ def _add_debug_routes(app: FastAPI, parts: RouterParts) -> None:
                         "worker_id": record.worker_id,
                         "role": record.role,
                         "models": record.served_model_names,
-                        "connected": record.role != "decode" or record.worker_id in connected,
+                        "connected": not record.phase and (record.role != "decode" or record.worker_id in connected),
                         "draining": record.draining,
+                        "phase": record.phase,
                     }
-                    for record in parts.workers.records
+                    for record in (*parts.workers.records, *parts.workers.starting)
                 ]
             }
         )

@@ -83,8 +83,8 @@ async def open_parts(
     placer = Placer(workers, Policy(config.routing_policy), DecisionLog(config.routing_history))
     metrics.registry.register(FleetCollector(workers))
     workers.start()
-    models.follow(workers.records)
-    membership.on_change(lambda snapshot: models.follow(workers.records))
+    models.follow(workers.records, workers.starting)
+    membership.on_change(lambda snapshot: models.follow(workers.records, workers.starting))
     try:
         yield RouterParts(config, models, workers, pool, admission, metrics, prefixes, placer)
     finally:

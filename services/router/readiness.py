@@ -13,13 +13,17 @@ def readiness(models: ModelDirectory, workers: Workers) -> tuple[list[str], dict
     """
     reachable: set[str] = set()
     waiting: set[str] = set()
-    for worker in workers.decode_candidates():
-        if worker.connected and not worker.draining:
-            (waiting if workers.awaits_prefill(worker) else reachable).update(worker.model_names)
+    for candidate in workers.decode_candidates():
+        if candidate.connected and not candidate.draining:
+            (waiting if workers.awaits_prefill(candidate) else reachable).update(candidate.model_names)
     not_ready = models.not_loaded()
     for name in models.names():
         if name in waiting - reachable:
             not_ready[name] = "no prefill worker of it has registered yet"
         elif name not in reachable:
             not_ready[name] = "no decode worker of it is connected"
+    for worker in workers.starting:
+        for name in worker.served_model_names:
+            if name not in reachable:
+                not_ready.setdefault(name, f"{worker.worker_id} is {worker.phase}")
     return [name for name in models.names() if name in reachable], not_ready

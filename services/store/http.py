@@ -23,10 +23,10 @@ class StoreHttp:
         self._node: StoreNode | None = None
         self._feed: StoreIndexFeed | None = None
         self._server = DebugServer(
-            metrics.registry,
+            lambda: metrics.registry,
             state=self._state,
             check_integrity=self._check_integrity,
-            is_healthy=lambda: self._node is None or self._node.exchange.can_move_blocks,
+            unhealthy=self._unhealthy,
             not_ready=lambda: self.not_ready,
         )
 
@@ -46,6 +46,9 @@ class StoreHttp:
         if self._node is None or self._feed is None:
             return {"worker_id": self._worker_id, "role": "store", **why}
         return self._node.state() | {"index": self._feed.state(), **why}
+
+    def _unhealthy(self) -> str:
+        return "" if self._node is None or self._node.exchange.can_move_blocks else "no transport works"
 
     async def _check_integrity(self) -> None:
         if self._node is not None:

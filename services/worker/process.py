@@ -22,19 +22,20 @@ import services
 from kvstore.errors import RegistryError, TransportError
 from kvstore.exchange import Outside
 from kvstore.registry import Registrar, WorkerRecord, new_incarnation
+from kvstore.threads import Threads
 from services.activity import Activity, activity_logged, sample
 from services.engine import native
 from services.engine.api import Engine
 from services.engine.model_config import ModelError
 from services.grpc_orders import GrpcOrders, GrpcServer
 from services.logs import configure_logging, detail_level, report_phase, report_ready
-from services.node import DebugServer
 from services.orders import CannotListen, OrderServer
 from services.settings import SettingsError
 from services.startup import CANNOT_START, cannot_listen
 from services.worker.assembly import Role, Seams, WorkerParts, assemble, served_names
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread, StepListener
+from services.worker.http import WorkerHttp
 from services.worker.pool_pages import pool_backed
 
 log = logging.getLogger(__name__)
@@ -62,31 +63,28 @@ class WorkerService(StepListener, Protocol):
 
 def run_worker(config: WorkerConfig, role: Role, build: Callable[[WorkerParts], WorkerService]) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status: 1 if the engine crashed, 2 if it could not start."""
-    started_s = time.monotonic()
-    try:
-        num_threads = config.num_threads or len(os.sched_getaffinity(0))
-        settings = dataclasses.replace(config, num_threads=num_threads)
-        engine: Engine = native.Engine.from_config(settings, progress=partial(report_phase, "loading model"))
-    except (ModelError, SettingsError) as error:
-        log.error("%s worker cannot start: %s", role, error)
-        return CANNOT_START
-    log.log(
-        detail_level(),
-        "model %s (%s) loaded in %.1f s: %d blocks of %d tokens, %d more in main memory",
-        config.model,
-        engine.layout.dtype,
-        time.monotonic() - started_s,
-        engine.capabilities.num_blocks,
-        engine.layout.block_size,
-        engine.capabilities.num_host_blocks,
-    )
-    report_phase("warming up")
-    return uvloop.run(_serve(config, role, engine, build))
+    configure_logging(config.log_level, config.log_format, fields={"role": role, "worker_id": config.worker_id})
+    status = uvloop.run(_serve(config, role, build))
+    if status is None:
+        os._exit(0)  # the model is being loaded still, by a thread that an orderly end would pull the ground from under
+    return status
 
 
 def shared_path(model: str) -> str:
     """A directory by its absolute path, since the router has another working directory; a hub name as it is."""
     return os.path.abspath(model) if os.path.isdir(model) else model
+
+
+@dataclass(frozen=True)
+class Front:
+    """What of a worker is there before its model: its name, and its ports."""
+
+    worker_id: str
+    incarnation: str
+    host: str
+    server: GrpcServer
+    http: WorkerHttp
+    http_address: str
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,37 @@ class RunningWorker:
 
 
 @asynccontextmanager
+async def open_front(config: WorkerConfig, role: Role) -> AsyncIterator[Front]:
+    """The ports, of which HTTP answers already; closed at the end. Raises CannotListen."""
+    host = config.advertise_host or config.host
+    server = GrpcServer(config.host, config.port)
+    http = WorkerHttp(role)
+    try:
+        http_address = await http.start(config.host, config.http_port)
+    except OSError as error:
+        raise CannotListen(cannot_listen(config.host, config.http_port, "--http-port", error.strerror)) from error
+    try:
+        yield Front(
+            worker_id=config.worker_id or f"{role}-{host}-{server.port}",
+            incarnation=new_incarnation(),
+            host=host,
+            server=server,
+            http=http,
+            http_address=f"{host}:{http_address.rsplit(':', 1)[1]}",
+        )
+    finally:
+        await http.close()
+        await server.stop(None)
+
+
+@asynccontextmanager
 async def open_worker(
-    config: WorkerConfig, role: Role, engine: Engine, build: Callable[[WorkerParts], WorkerService], seams: Seams
+    config: WorkerConfig,
+    role: Role,
+    engine: Engine,
+    build: Callable[[WorkerParts], WorkerService],
+    seams: Seams,
+    front: Front,
 ) -> AsyncIterator[RunningWorker]:
     """Everything that serves, up and listening but not announced; closed at the end.
 
@@ -109,35 +136,25 @@ async def open_worker(
     Raises CannotListen, TransportError.
     """
     async with contextlib.AsyncExitStack() as cleanup:
-        host = config.advertise_host or config.host
-        server = GrpcServer(config.host, config.port)
-        worker_id = config.worker_id or f"{role}-{host}-{server.port}"
-        parts = assemble(config, role, engine, worker_id, new_incarnation(), seams)
+        parts = assemble(config, role, engine, front.worker_id, front.incarnation, seams)
         service = build(parts)
-        service.register(server)
-        _close_at_the_end(cleanup, parts, service, server)
+        service.register(front.server)
+        _close_at_the_end(cleanup, parts, service, front.server)
 
         try:
             await parts.exchange.start(config.host, config.kv_port)
         except OSError as error:
             raise CannotListen(cannot_listen(config.host, config.kv_port, "--kv-port", error.strerror)) from error
         parts.thread.start(service)
-        await server.start()
-        debug = _debug_server(parts, role, service)
-        try:
-            http_address = await debug.start(config.host, config.http_port)
-        except OSError as error:
-            raise CannotListen(cannot_listen(config.host, config.http_port, "--http-port", error.strerror)) from error
-        cleanup.push_async_callback(debug.close)
+        await front.server.start()
+        front.http.watch(parts, service.state)
         await parts.index_feed.start()
         cleanup.push_async_callback(parts.index_feed.close)
-        kv_address = f"{host}:{parts.exchange.address.rsplit(':', 1)[1]}"
+        kv_address = f"{front.host}:{parts.exchange.address.rsplit(':', 1)[1]}"
         if parts.store_feed is not None:
             await parts.store_feed.start(kv_address)
             cleanup.push_async_callback(parts.store_feed.close)
-
-        addresses = _Addresses(f"{host}:{server.port}", kv_address, f"{host}:{http_address.rsplit(':', 1)[1]}")
-        yield RunningWorker(parts, service, _record(config, role, parts, addresses), server)
+        yield RunningWorker(parts, service, _record(config, role, front, parts, kv_address), front.server)
 
 
 def _close_at_the_end(
@@ -154,105 +171,144 @@ def _close_at_the_end(
     cleanup.push_async_callback(service.close)
 
 
-def _debug_server(parts: WorkerParts, role: Role, service: WorkerService) -> DebugServer:
-    def state() -> dict[str, object]:
-        return {
-            "worker_id": parts.worker_id,
-            "incarnation": parts.incarnation,
-            "role": role,
-            "engine": dataclasses.asdict(parts.engine.load()),
-            "rates": parts.rates.rates.to_wire(),
-            "host_tier": parts.engine.host_figures() or None,
-            "exchange": parts.exchange.state(),
-            "shunned_holders": parts.fetcher.shunned,
-            **service.state(),
-            "index": parts.index_feed.state(),
-            "store_feed": parts.store_feed and parts.store_feed.state(),
-        }
-
-    return DebugServer(
-        parts.metrics.registry,
-        state=state,
-        check_integrity=lambda: parts.thread.call(parts.engine.check_integrity),
-        is_healthy=lambda: parts.exchange.can_move_blocks and not parts.thread.crashed.done(),
-    )
-
-
-@dataclass(frozen=True)
-class _Addresses:
-    """The addresses at which others reach the worker, each `host:port`."""
-
-    grpc: str
-    kv: str
-    http: str
-
-
-def _record(config: WorkerConfig, role: Role, parts: WorkerParts, addresses: _Addresses) -> WorkerRecord:
-    """Return the worker's record for the registry."""
-    engine = parts.engine
+def _starting_record(config: WorkerConfig, role: Role, front: Front) -> WorkerRecord:
+    """Return the worker's record for the registry before its model is there."""
     return WorkerRecord(
-        worker_id=parts.worker_id,
+        worker_id=front.worker_id,
         role=role,
-        incarnation=parts.incarnation,
+        incarnation=front.incarnation,
         served_model_names=served_names(config),
         model_path=shared_path(config.model),
         tokenizer_path=shared_path(config.tokenizer or config.model),
         revision=config.revision,
+        model_fingerprint="",
+        grpc_address=f"{front.host}:{front.server.port}",
+        kv_address="",
+        http_address=front.http_address,
+        block_size=config.block_size,
+        num_blocks=0,
+        max_model_len=0,
+        max_num_seqs=0,
+        dtype="",
+        transports=(),
+        colocated=bool(getattr(config, "colocated", False)),
+        local_prefill_max_tokens=int(getattr(config, "local_prefill_max_tokens", 0)),
+        version=services.__version__,
+        started_unix_s=time.time(),
+        phase=front.http.phase,
+    )
+
+
+def _record(config: WorkerConfig, role: Role, front: Front, parts: WorkerParts, kv_address: str) -> WorkerRecord:
+    """Return the record of the worker that serves."""
+    engine = parts.engine
+    return msgspec.structs.replace(
+        _starting_record(config, role, front),
         model_fingerprint=engine.layout.model_fingerprint,
-        grpc_address=addresses.grpc,
-        kv_address=addresses.kv,
-        http_address=addresses.http,
-        block_size=engine.layout.block_size,
+        kv_address=kv_address,
         num_blocks=engine.capabilities.num_blocks,
         max_model_len=engine.capabilities.max_model_len,
         max_num_seqs=engine.capabilities.max_num_seqs,
         dtype=engine.layout.dtype,
         transports=parts.exchange.transport_names,
-        colocated=bool(getattr(config, "colocated", False)),
-        local_prefill_max_tokens=int(getattr(config, "local_prefill_max_tokens", 0)),
-        version=services.__version__,
-        started_unix_s=time.time(),
         layout=engine.layout.to_wire(),
+        phase="",
     )
 
 
-async def _serve(
-    config: WorkerConfig, role: Role, engine: Engine, build: Callable[[WorkerParts], WorkerService]
-) -> int:
+@asynccontextmanager
+async def _announced(config: WorkerConfig, record: WorkerRecord) -> AsyncIterator[Registrar]:
+    """A worker in the registry, until the end or the body's own `close`."""
+    registrar = Registrar(config.redis, record, lease_s=config.lease_s)
+    await registrar.start()
+    try:
+        yield registrar
+    finally:
+        await registrar.close()
+
+
+async def _load(config: WorkerConfig, threads: Threads, stop: asyncio.Event) -> Engine | None:
+    """Load the model in a thread; None if the worker is to stop before that is done.
+
+    Raises ModelError, SettingsError.
+    """
+    started_s = time.monotonic()
+    num_threads = config.num_threads or len(os.sched_getaffinity(0))
+    settings = dataclasses.replace(config, num_threads=num_threads)
+
+    def load() -> Engine:
+        return native.Engine.from_config(settings, progress=partial(report_phase, "loading model"))
+
+    loading, stopped = asyncio.ensure_future(threads.run(load)), asyncio.ensure_future(stop.wait())
+    await asyncio.wait([loading, stopped], return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not loading.done():
+        loading.cancel()
+        return None
+    engine = loading.result()
+    log.log(
+        detail_level(),
+        "model %s (%s) loaded in %.1f s: %d blocks of %d tokens, %d more in main memory",
+        config.model,
+        engine.layout.dtype,
+        time.monotonic() - started_s,
+        engine.capabilities.num_blocks,
+        engine.layout.block_size,
+        engine.capabilities.num_host_blocks,
+    )
+    return engine
+
+
+async def _serve(config: WorkerConfig, role: Role, build: Callable[[WorkerParts], WorkerService]) -> int | None:
+    """Load, serve, drain. Return the exit status; None if the end came while a thread still loads the model."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    seams = Seams(GrpcOrders(), Outside(), time.time)
     try:
-        async with open_worker(config, role, engine, build, Seams(GrpcOrders(), Outside(), time.time)) as worker:
-            parts, record = worker.parts, worker.record
+        async with open_front(config, role) as front:
             # The id is known now, given or made of the port.
-            configure_logging(config.log_level, config.log_format, fields={"role": role, "worker_id": parts.worker_id})
-            registrar = Registrar(config.redis, record, lease_s=config.lease_s)
-            parts.metrics.index.watch_registry(lambda: registrar.connected)
-            await registrar.start()
-            try:
-                text = "%s serves on %s, debug http://%s"
-                log.log(detail_level(), text, parts.worker_id, record.grpc_address, record.http_address)
-                report_phase("registered")
-                report_ready(http=record.http_address, about=_about(engine))
-                metrics = parts.metrics
-                activity = Activity(lambda: sample(metrics.registry), metrics.requests.handoffs_s)
-                level = logging.DEBUG if config.disable_log_stats else detail_level()
-                async with activity_logged(activity.line, level):
-                    with pool_backed(engine.memory, parts.threads):
-                        if not await _has_ended(stop.wait(), parts.thread):
-                            return 1
-                log.log(detail_level(), "%s drains for at most %g s", parts.worker_id, config.drain_timeout_s)
-                await worker.server.set_draining()
-                registrar.update(msgspec.structs.replace(record, draining=True))
-                if not await _has_ended(worker.service.drain(config.drain_timeout_s), parts.thread):
-                    return 1
-            finally:
-                await registrar.close()
-    except (CannotListen, RegistryError, TransportError) as error:
+            configure_logging(config.log_level, config.log_format, fields={"role": role, "worker_id": front.worker_id})
+            front.http.phase = "loading the model"
+            async with _announced(config, _starting_record(config, role, front)) as registrar:
+                engine = await _load(config, seams.outside.threads, stop)
+                if engine is None:
+                    return None
+                report_phase("warming up")
+                front.http.phase = "opening transports"
+                registrar.update(_starting_record(config, role, front))
+                async with open_worker(config, role, engine, build, seams, front) as worker:
+                    return await _serve_open(config, worker, front, registrar, stop)
+    except (CannotListen, ModelError, RegistryError, SettingsError, TransportError) as error:
         log.error("%s worker cannot start: %s", role, error)
         return CANNOT_START
-    return 0
+
+
+async def _serve_open(
+    config: WorkerConfig, worker: RunningWorker, front: Front, registrar: Registrar, stop: asyncio.Event
+) -> int:
+    parts, record = worker.parts, worker.record
+    parts.metrics.index.watch_registry(lambda: registrar.connected)
+    front.http.phase = ""
+    registrar.update(record)
+    try:
+        text = "%s serves on %s, debug http://%s"
+        log.log(detail_level(), text, parts.worker_id, record.grpc_address, record.http_address)
+        report_phase("registered")
+        report_ready(http=record.http_address, about=_about(parts.engine))
+        activity = Activity(lambda: sample(parts.metrics.registry), parts.metrics.requests.handoffs_s)
+        level = logging.DEBUG if config.disable_log_stats else detail_level()
+        async with activity_logged(activity.line, level):
+            with pool_backed(parts.engine.memory, parts.threads):
+                if not await _has_ended(stop.wait(), parts.thread):
+                    return 1
+        log.log(detail_level(), "%s drains for at most %g s", parts.worker_id, config.drain_timeout_s)
+        front.http.phase = "draining"
+        await worker.server.set_draining()
+        registrar.update(msgspec.structs.replace(record, draining=True))
+        return 0 if await _has_ended(worker.service.drain(config.drain_timeout_s), parts.thread) else 1
+    finally:
+        await registrar.close()  # before what it has announced is gone
 
 
 def _about(engine: Engine) -> str:

@@ -107,6 +107,31 @@ async def test_a_worker_that_joins_is_seen_with_its_whole_record(cluster):
     assert seen == [(record,)]
 
 
+async def test_a_worker_that_starts_is_not_among_those_that_serve(cluster):
+    membership = await cluster.follow()
+    seen: list[tuple[WorkerRecord, ...]] = []
+    membership.on_change(seen.append)
+    record = make_record()
+    starting = msgspec.structs.replace(record, phase="loading", model_fingerprint="", num_blocks=0)
+    registrar = await cluster.join(starting)
+    await until(lambda: membership.starting() == (starting,), WAIT_S)
+    registrar.update(record)
+    await until(lambda: membership.snapshot() == (record,), WAIT_S)
+    assert membership.starting() == ()
+    assert seen == [(), (record,)]
+
+
+async def test_a_process_that_may_never_serve_takes_no_id_from_one_that_does(cluster):
+    membership = await cluster.follow()
+    serving = await cluster.join(make_record())
+    twin = make_record(phase="loading")
+    late = await cluster.join(twin)
+    await until(lambda: bool(membership.snapshot()), WAIT_S)
+    assert (membership.snapshot(), membership.starting()) == ((serving.record,), ())
+    late.update(msgspec.structs.replace(twin, phase=""))
+    await until(lambda: membership.snapshot()[0].incarnation == twin.incarnation, WAIT_S)
+
+
 async def test_a_router_that_starts_later_sees_those_who_are_there(cluster):
     await cluster.join(make_record("decode-1"))
     await cluster.join(make_record("decode-0"))

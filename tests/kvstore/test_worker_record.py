@@ -93,3 +93,13 @@ def test_later_incarnations_sort_after_earlier_ones_and_none_are_equal():
     assert incarnations == sorted(incarnations)
     assert len({len(incarnation) for incarnation in incarnations}) == 1
     assert new_incarnation(lambda: 5) != new_incarnation(lambda: 5)
+
+
+def test_a_worker_that_starts_may_not_know_its_model_yet():
+    wire = {"phase": "loading", "model_fingerprint": "", "grpc_address": "", "num_blocks": 0, "max_model_len": 0}
+    starting = decode_record(changed(**wire))
+    assert decode_record(encode_record(starting)) == starting
+    with pytest.raises(InvalidRecord, match="model_fingerprint"):
+        decode_record(changed(**wire | {"phase": ""}))
+    with pytest.raises(InvalidRecord, match="worker_id"):
+        decode_record(changed(**wire, worker_id=""))

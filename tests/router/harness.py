@@ -31,18 +31,23 @@ class FakeMembership:
 
     def __init__(self, records: tuple[WorkerRecord, ...] = ()) -> None:
         self._records = records
+        self._starting: tuple[WorkerRecord, ...] = ()
         self._callbacks: list[Callable[[tuple[WorkerRecord, ...]], None]] = []
 
     def snapshot(self) -> tuple[WorkerRecord, ...]:
         return self._records
 
+    def starting(self) -> tuple[WorkerRecord, ...]:
+        return self._starting
+
     def on_change(self, callback: Callable[[tuple[WorkerRecord, ...]], None]) -> None:
         self._callbacks.append(callback)
 
     def set(self, *records: WorkerRecord) -> None:
-        self._records = records
+        self._records = tuple(record for record in records if not record.phase)
+        self._starting = tuple(record for record in records if record.phase)
         for callback in self._callbacks:
-            callback(records)
+            callback(self._records)
 
 
 @dataclass

@@ -308,6 +308,29 @@ async def test_a_fleet_without_prefill_workers_is_ready_when_it_says_so_or_after
         assert (await http.get("/ready")).json() == {"status": "ready", "models": ["tiny"], "not_ready": {}}
 
 
+async def test_a_worker_that_starts_is_shown_and_gets_nothing_before_it_serves(make_worker):
+    worker = make_worker(colocated=True)
+    async with running_router(CONFIG) as running, client(running) as http:
+        await worker.start()
+        running.workers.append(worker)
+        record = worker.record()
+        starting = msgspec.structs.replace(record, phase="loading the model", model_fingerprint="", num_blocks=0)
+        running.membership.set(starting)
+        assert running.parts.workers.decode_candidates() == []
+        early = await http.get("/ready")
+        assert early.status_code == 503
+        assert f"`tiny`: {worker.worker_id} is loading the model" in early.json()["error"]["message"]
+        (shown,) = (await http.get("/debug/workers")).json()["workers"]
+        assert (shown["phase"], shown["connected"]) == ("loading the model", False)
+        assert (await http.post("/v1/completions", json=BODY)).status_code in (404, 503)
+        running.membership.set(record)
+        await until(lambda: running.parts.workers.num_sessions_up == 1 and running.parts.models.names() == ["tiny"])
+        assert (await http.get("/ready")).status_code == 200
+        assert (await http.post("/v1/completions", json=BODY)).status_code == 200
+        assert (len(worker.hellos), len(worker.requests)) == (1, 1)
+        await worker.stop()
+
+
 async def test_ready_names_the_model_that_cannot_be_loaded(make_worker, tmp_path):
     broken = FakeWorker(endless([1]), worker_id="b", model_names=("broken",), model_path=str(tmp_path)).record()
     worker = make_worker(colocated=True)

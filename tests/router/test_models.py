@@ -55,6 +55,15 @@ async def test_models_appear_with_their_worker_and_one_that_is_away_may_come_bac
     assert unknown.value.status == 404
 
 
+async def test_files_are_loaded_while_a_worker_starts_and_served_when_it_serves(directory, model_directory):
+    serving = record(model_directory)
+    directory.follow((), (msgspec.structs.replace(serving, phase="loading the model"),))
+    await until(lambda: bool(directory._files))
+    assert directory.names() == []
+    directory.follow((serving,))
+    assert directory.names() == ["m"]
+
+
 async def test_a_model_promises_what_its_smallest_worker_holds(directory, model_directory):
     directory.follow((record(model_directory, max_model_len=100), record(model_directory, max_model_len=50)))
     await until(lambda: directory.names() == ["m"])

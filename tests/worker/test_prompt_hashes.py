@@ -27,7 +27,7 @@ from services.prefill.config import PrefillConfig
 from services.prefill.service import PrefillService
 from services.worker.assembly import Seams
 from services.worker.convert import prompt_hashes
-from services.worker.process import open_worker
+from services.worker.process import open_front, open_worker
 from tests.hf_models import random_prompts, write_model
 from tests.memory_transport import MemoryTransport, Switchboard
 
@@ -115,7 +115,8 @@ async def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         ):
             config = config_class(model=str(model), redis=redis.url, block_size=16, num_gpu_blocks_override=128)
             engine = Engine.from_config(config)
-            worker = open_worker(config, role, engine, lambda parts, c=config, s=service: s(c, parts), seams)
+            front = await stack.enter_async_context(open_front(config, role))
+            worker = open_worker(config, role, engine, lambda parts, c=config, s=service: s(c, parts), seams, front)
             workers.append(await stack.enter_async_context(worker))
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(workers[1].record.grpc_address))
         session = worker_pb2_grpc.DecodeServiceStub(channel).Session()

@@ -44,6 +44,7 @@ class Workers:
         self._serves = serves
         self._clock = time.monotonic
         self._records: tuple[WorkerRecord, ...] = ()
+        self._starting: tuple[WorkerRecord, ...] = ()
         self._registered: dict[WorkerKey, WorkerRecord] = {}
         self._sessions: dict[WorkerKey, WorkerSession] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -60,6 +61,7 @@ class Workers:
         """Opens sessions to new decode workers, ends those that are gone and done."""
         self._registered = {record.key: record for record in snapshot}
         self._records = tuple(record for record in snapshot if self._serves(record))
+        self._starting = tuple(record for record in self._membership.starting() if self._serves(record))
         listed = {record.key: record for record in self._records}
         for key, record in listed.items():
             if record.role != "decode":
@@ -105,6 +107,11 @@ class Workers:
     def records(self) -> tuple[WorkerRecord, ...]:
         """The registered workers that serve a model of ours."""
         return self._records
+
+    @property
+    def starting(self) -> tuple[WorkerRecord, ...]:
+        """The workers of a model of ours that start: they are shown, and get nothing to do."""
+        return self._starting
 
     @property
     def num_sessions_up(self) -> int:

@@ -156,10 +156,10 @@ class ModelDirectory:
         self._were_served: dict[str, None] = {}  # names, the latest last
         self._records: tuple[WorkerRecord, ...] = ()
 
-    def follow(self, records: tuple[WorkerRecord, ...]) -> None:
-        """Takes over who serves what. Call it in the event loop."""
+    def follow(self, records: tuple[WorkerRecord, ...], starting: tuple[WorkerRecord, ...] = ()) -> None:
+        """Takes over who serves what, and who will: files load while a worker does. Call it in the event loop."""
         self._records = tuple(record for record in records if record.role == "decode")
-        self._wanted = {self._source(record) for record in self._records}
+        self._wanted = {self._source(record) for record in (*self._records, *starting) if record.role == "decode"}
         for source in self._wanted:
             if source not in self._files and source not in self._loads:
                 self._loads[source] = asyncio.create_task(self._load(source), name=f"load {source.model_path}")
