@@ -56,19 +56,19 @@ a_line_per_package() {
     while read -r verb what rest; do
         case $verb in
             Collecting | Processing) num=$((num + 1)) && printf '  %3d  %s\n' $num "${what##*/}" ;;
-            Installing) say "unpacking them" ;;
+            Installing) [ "$what" != collected ] || say "unpacking them" ;;
+            Building) [ "$what" != editable ] || say "compiling the CPU kernels" ;;
         esac
     done
 }
 
 [ "$(uname -s)" = Linux ] || { say "Tandem runs on Linux, x86-64 or ARM64; this is $(uname -s)" >&2; exit 1; }
-if [ ! -x .venv/bin/python ]; then
-    choose_python
-    "$python" -m venv .venv
-fi
 python=.venv/bin/python
-version=$($python -c 'import platform; print(platform.python_version())')
+[ -x $python ] || choose_python
+version=$("$python" -c 'import platform; print(platform.python_version())')
 say "1/3 Python $version, in .venv"
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+python=.venv/bin/python
 choose_torch
 say "2/3 torch 2.13.0: $build"
 # What torch needs comes with the rest: PyTorch's own index has not every version of it.

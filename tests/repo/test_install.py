@@ -16,7 +16,8 @@ PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *urlopen*) exit ${{INDEX_STATUS:-0}} ;;
   "-m venv .venv") mkdir -p .venv/bin; cat "$0" >.venv/bin/python; chmod +x .venv/bin/python ;;
-  "-m pip"*) echo "$*" >>pip.log; printf 'Collecting numpy==2.4.6 (from torch)\\n  Using cached\\nInstalling x\\n' ;;
+  "-m pip"*) echo "$*" >>pip.log
+    printf '%s\\n' 'Collecting numpy==2.4.6 (from torch)' '  Using cached' 'Installing build' 'Installing collected' ;;
   *) exec {real} -c "import sys; sys.version_info = {version} + ('final', 0); sys.modules.update({modules})
 import platform; platform.python_version = lambda: '%d.%d.%d' % sys.version_info[:3]
 exec(sys.argv[1])" "$2" ;;
@@ -112,6 +113,7 @@ def test_a_machine_without_a_driver_gets_the_cpu_build(machine: Machine) -> None
     assert machine.pip[1] == "-m pip install --constraint constraints.txt --editable .[all,nixl,dev]"
     assert "    1  numpy==2.4.6\n" in done.stdout
     assert "Using cached" not in done.stdout.split("3/3")[1]
+    assert done.stdout.count("tandem: unpacking them\n") == 1
 
 
 @pytest.mark.parametrize(("driver", "is_old"), [("580.65.06", False), ("535.183.01", True)])
