@@ -81,11 +81,12 @@ def ratio(figure: Figure, one: Case, other: Case) -> noise.Interval | None:
     return noise.ratio([figure(each) for each in one.stretches], [figure(each) for each in other.stretches])
 
 
-def lead(one: Case, other: Case) -> noise.Interval | None:
-    """By how much the share of good requests of `one` exceeds that of `other`; None where they cannot be compared."""
+def lead(one: Case, other: Case, figure: Figure = lambda each: each.good) -> noise.Interval | None:
+    """By how much a figure of `one` exceeds that of `other`, the share of good requests unless another one is given;
+    None where they cannot be compared."""
     if not are_comparable(one, other):
         return None
-    return noise.difference([each.good for each in one.stretches], [each.good for each in other.stretches])
+    return noise.difference([figure(each) for each in one.stretches], [figure(each) for each in other.stretches])
 
 
 def _merged(runs: Sequence[RunResult]) -> RunResult:

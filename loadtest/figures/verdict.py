@@ -110,8 +110,12 @@ def compare(name: str, figure: Figure, cases: Sequence[Case]) -> str:
 
 def is_clearly_better(figure: Figure, one: Case, other: Case, lower_is_better: bool) -> bool:
     """Whether `one` is better in this figure by 5 % and by more than the noise."""
-    times = ratio(figure, other, one) if lower_is_better else ratio(figure, one, other)
-    return times is not None and times.mean >= _NO_DIFFERENCE and times.low > 1.0
+    if lower_is_better:
+        times = ratio(figure, other, one)
+        return times is not None and times.mean >= _NO_DIFFERENCE and times.low > 1.0
+    more = lead(one, other, figure)  # no ratio: the other one's may be 0
+    mine, others = figure(one.summary), figure(other.summary)
+    return more is not None and more.low > 0 and (mine or 0.0) >= (others or 0.0) * _NO_DIFFERENCE
 
 
 def _standing(mine: Sequence[Case]) -> Standing:
@@ -175,7 +179,7 @@ def _up_to(standing: Standing) -> str:
 
 
 def _until(standing: Standing) -> str:
-    return f" (not at {standing.next_rate:g})" if standing.next_rate is not None else ", the highest tried"
+    return f" (not at {standing.next_rate:g})" if standing.next_rate is not None else " (the highest tried)"
 
 
 def _factor(best: Standing, second: Standing) -> tuple[float | None, float | None, float | None]:

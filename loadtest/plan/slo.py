@@ -11,7 +11,7 @@ from loadtest.plan.records import RequestRecord
 _NAMES = {
     "ttft": "time to first token",
     "tpot": "time per output token",
-    "itl": "99th percentile of a request's gaps between chunks",
+    "itl": "99th percentile of gaps between chunks",
     "itl_max": "longest gap between chunks",
     "e2el": "end-to-end latency",
 }

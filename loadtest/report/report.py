@@ -63,7 +63,7 @@ def render(results: Sequence[RunResult]) -> str:
         f"<h1>{escape(title)}</h1>",
         f'<p class="note">{escape(results[0].workload)}. {escape(_where_and_when(results))}</p>',
         _verdict(page),
-        f"<p>A request is good if {escape(str(page.slo))}; <em>goodput</em> is good requests per second.</p>",
+        f"<p>A request is good if its {escape(str(page.slo))}; <em>goodput</em> is good requests per second.</p>",
         standings_table(page),
         doubts_table(page),
         "<h2>Over the rates</h2>",

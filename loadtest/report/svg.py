@@ -141,7 +141,9 @@ def _levels(chart: Chart, x_axis: _Axis, y_axis: _Axis) -> list[str]:
     if chart.y_line is not None:
         y = y_axis.at(chart.y_line)
         parts.append(f'<line class="level" x1="{_LEFT}" x2="{x_axis.end}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT + 5}" y="{y - 4:.1f}" class="level-name">{escape(chart.line_name)}</text>')
+        below = y < y_axis.end + 16  # above it stands the title
+        height = y + 13 if below else y - 4
+        parts.append(f'<text x="{_LEFT + 5}" y="{height:.1f}" class="level-name">{escape(chart.line_name)}</text>')
     if chart.x_line is not None:
         x = x_axis.at(chart.x_line)
         parts.append(f'<line class="level" x1="{x:.1f}" x2="{x:.1f}" y1="{y_axis.start}" y2="{y_axis.end}"/>')

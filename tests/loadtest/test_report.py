@@ -145,6 +145,12 @@ def test_only_the_healthy_are_best_and_only_beyond_the_noise() -> None:
     assert 'class="best"' not in refuses
 
 
+def test_what_is_better_than_nothing_is_the_best() -> None:
+    made = [result("some", 10.0, records(40, 10.0, 0.3)), result("none", 10.0, some_good(40, 10.0, 0.0))]
+    html = render(made)
+    assert html[html.index("All figures") :].count('data-head="goodput, req/s" class="best"') == 1
+
+
 def test_a_busy_machine_makes_the_verdict_amber_and_says_so_beside_it() -> None:
     made = [replace(each, machine_use=MachineUse(2, 1.5, 0.2)) for each in runs()]
     html = render(made)
