@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.settings import Settings, setting
+from services.settings import Settings, SettingsError, setting
 
+_MAX_NAME_CHARS = 256  # see kvstore.registry.worker_record
 _MIN_LEASE_S = 0.05  # see kvstore.registry.registry
 _HEARTBEAT_S = 1.0  # of the block protocol; see kvstore.protocol.timeouts
 
@@ -54,3 +55,12 @@ class NodeSettings(Settings):
     disable_log_stats: bool = setting(
         False, help="no line every 10 s on how busy this process is, while it is", group="logs"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = self.worker_id
+        if len(name) > _MAX_NAME_CHARS or not name.isascii() or (name and not name.isprintable()) or " " in name:
+            raise SettingsError(
+                f"must be at most {_MAX_NAME_CHARS} printable ASCII characters without spaces, not {name!r:.80}",
+                "worker_id",
+            )

@@ -12,16 +12,21 @@ from services.settings import SettingsError
 _MAX_HOST_BYTES: Final = 4 << 30
 _HOST_SHARE: Final = 0.2
 
+_GPU_HEADROOM: Final = 0.05  # of what is free, for a step, where others have taken more than their share
+
 
 def default_host_bytes(available_bytes: int) -> int:
     """Return the size of the KV pool on a CPU where no setting gives it. `available_bytes` 0: not known."""
     return min(_MAX_HOST_BYTES, int(_HOST_SHARE * available_bytes)) if available_bytes else _MAX_HOST_BYTES
 
 
-def default_gpu_bytes(free_bytes: int, total_bytes: int, utilization: float) -> int:
-    """Return the size of the KV pool on a GPU with the weights in its memory, where no setting gives it."""
-    # What a step allocates must fit into the share that is left out.
-    return max(0, int(free_bytes - (1 - utilization) * total_bytes))
+def default_gpu_bytes(free_bytes: int, total_bytes: int, own_bytes: int, utilization: float) -> int:
+    """Return the size of the KV pool on a GPU, of which this process holds `own_bytes`, where no setting gives it.
+
+    A share of the GPU is the process's own, as in vLLM: what another worker beside it has taken does not count against
+    it, whoever came first. What a step allocates must fit into what is left out.
+    """
+    return max(0, int(min(utilization * total_bytes - own_bytes, (1 - _GPU_HEADROOM) * free_bytes)))
 
 
 def asked_bytes(config: EngineConfig, block_bytes: int) -> int:

@@ -144,7 +144,8 @@ def weight_bytes(model: Model, device: str, quantization: str = "none") -> int:
 
 def _check_memory(config: EngineConfig, model: Model, device: str, machine: Machine, num_workers: int) -> None:
     weights, block_bytes = weight_bytes(model, device, config.quantization), model.block_bytes(config.block_size)
-    gpu = min(machine.gpus, key=lambda gpu: gpu.free_bytes) if device == "cuda" else None
+    # One worker takes the first GPU, the launcher gives them out in turn.
+    gpu = min(machine.gpus[:num_workers], key=lambda gpu: gpu.free_bytes) if device == "cuda" else None
     num_sharing = -(-num_workers // len(machine.gpus)) if gpu else num_workers
     available = gpu.free_bytes if gpu else machine.available_bytes
     where = f"on GPU {gpu.name}" if gpu else "on this machine"
@@ -166,7 +167,7 @@ def _check_memory(config: EngineConfig, model: Model, device: str, machine: Mach
     if not gpu:
         default = default_host_bytes(available - weights if available else 0)
     elif available:
-        default = default_gpu_bytes(available - weights, gpu.total_bytes, config.gpu_memory_utilization)
+        default = default_gpu_bytes(available - weights, gpu.total_bytes, weights, config.gpu_memory_utilization)
     else:
         return  # the driver says nothing of the memory: the worker will see
     config = with_device_defaults(config, gpu)

@@ -55,8 +55,8 @@ def find_model(model: str, revision: str = "", files: Sequence[str] = WHOLE_MODE
     if directory.suffix == ".gguf":
         raise ModelNotFound(f"{model} is GGUF, which is not read; take the repository that it was made from")
     if looks_like_path(model):
-        what = "is a file" if directory.exists() else "is not there"
-        raise ModelNotFound(f"{model} {what}, and no directory with a model for transformers; correct the path")
+        what = "is a file, not a directory" if directory.exists() else "is not there"
+        raise ModelNotFound(f"{model} {what}; give the directory of a model for transformers")
     try:
         return fetch(model, revision, files)
     except NotOnHub as error:

@@ -44,5 +44,7 @@ class WorkerConfig(NodeSettings, EngineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not all(self.served_model_name):
+            raise SettingsError("must not be empty", "served_model_name")
         if self.host in _WILDCARDS and not self.advertise_host:
             raise SettingsError(f"{self.host} is no address that others can dial: give --advertise-host too", "host")

@@ -259,7 +259,7 @@ def test_wrong_configurations(name: str, tandem: Tandem, tmp_path: Path) -> None
 
 
 def test_a_path_that_is_not_there_and_a_file(tandem: Tandem, tmp_path: Path) -> None:
-    check(tandem("up", "--model", "/no/such/model"), "/no/such/model is not there", "correct the path")
+    check(tandem("up", "--model", "/no/such/model"), "/no/such/model is not there", "give the directory")
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
     check(tandem("up", "--model", str(file)), f"{file} is GGUF, which is not read", "take the repository")
@@ -492,6 +492,19 @@ def test_a_directory_that_cannot_be_written(command: str, tandem: Tandem, tmp_pa
     argv = ("--stores", "1", "--port", "0") if command == "up" else ()
     outcome = tandem(command, *argv, "--redis", redis_url, "--store-disk-dir", directory)
     check(outcome, f"--store-disk-dir {directory}", "Not a directory", "may write to")
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (("--worker-id", "two words"), ("--worker-id: must be at most 256 printable ASCII", "'two words'")),
+        (("--served-model-name", ""), ("--served-model-name: must not be empty",)),
+        (("--num-threads", "99999"), ("--num-threads: must be from 0 to 1024, got 99999",)),
+        (("--host", "0.0.0.0"), ("--host: 0.0.0.0 is no address that others can dial", "--advertise-host")),
+    ],
+)
+def test_settings_of_a_worker_that_none_can_have(argv: tuple[str, ...], parts: tuple[str, ...], tandem: Tandem) -> None:
+    check(tandem("decode", "--model", str(DEMO_MODEL), *argv), *parts)
 
 
 def test_a_misspelled_flag_and_a_command_that_is_none(tandem: Tandem) -> None:

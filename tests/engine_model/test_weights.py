@@ -145,7 +145,7 @@ def test_a_tensor_in_two_shards_is_refused(model_dir: ModelDir, tmp_path: Path) 
 
 @pytest.mark.parametrize("model", ["/no/such/dir", "./no-such-dir", "a/b/c"])
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(model: str) -> None:
-    with pytest.raises(ModelNotFound, match="not a directory"):
+    with pytest.raises(ModelNotFound, match="is not there; give the directory"):
         load_model(model)
 
 

@@ -25,6 +25,7 @@ from services.engine.api import (
     StepOutput,
 )
 from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
+from services.engine.model_config import ModelError
 from services.engine.native.memory import (
     begin_restore,
     block_memory,
@@ -88,6 +89,21 @@ class Engine:
         clock: Callable[[], float] = time.time,
     ) -> Engine:
         """Load the model and take the memory. Raises `ModelError` or `SettingsError`."""
+        try:
+            return cls._loaded(config, progress, clock)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            why = str(error).strip().splitlines()[:1] or ["not told"]
+            raise ModelError(
+                f"{config.model}: memory ran out for its weights or its KV pool ({why[0]:.200});"
+                " lower --kv-cache-memory-bytes, --gpu-memory-utilization or --max-model-len, or take more memory"
+            ) from error
+
+    @classmethod
+    def _loaded(
+        cls, config: EngineConfig, progress: Callable[[float], None] | None, clock: Callable[[], float]
+    ) -> Engine:
         model = load_model(
             config.model,
             dtype=DTYPE_ALIASES.get(config.dtype, config.dtype),
@@ -307,6 +323,11 @@ def _choose_device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: numpy's, a GPU's, or one of torch on a CPU, which has no class of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _gpu(device: str) -> Gpu | None:

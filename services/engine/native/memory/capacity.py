@@ -38,4 +38,5 @@ def _default_bytes(config: EngineConfig, device: str) -> int:
     if not device.startswith("cuda"):
         return capacity.default_host_bytes(available_memory_bytes())
     free, total = torch.cuda.mem_get_info(device)
-    return capacity.default_gpu_bytes(free, total, config.gpu_memory_utilization)
+    own = torch.cuda.memory_reserved(device)
+    return capacity.default_gpu_bytes(free, total, own, config.gpu_memory_utilization)

@@ -130,7 +130,9 @@ def load_model(
     target = _device(device)
     longest = config.max_context_len
     if max_model_len is not None and max_model_len > longest:
-        raise UnsupportedModel(f"max_model_len {max_model_len} exceeds the model's context of {longest} tokens")
+        raise UnsupportedModel(
+            f"max_model_len {max_model_len} exceeds the context of {longest} tokens of {directory}; give less"
+        )
     with open_checkpoint(directory) as checkpoint:
         check_tensors(checkpoint.tensors, config, directory)
         resolved = (config.dtype or stored_dtype(checkpoint.tensors)) if dtype == "auto" else dtype
@@ -141,7 +143,8 @@ def load_model(
         library, reason = _choose_kernels(resolved, computed_in, target, cpu_kernels)
         if quantization != "none" and (quantization != "int8" or library is None):
             raise UnsupportedModel(
-                f"quantization {quantization!r} needs the CPU kernels, int8 only: here computes {reason}"
+                f"quantization {quantization!r} needs the CPU kernels, int8 only, and here computes {reason};"
+                " leave --quantization out"
             )
         reader = WeightReader(checkpoint, builder, computed_in, target, progress)
         computation: Computation
@@ -186,5 +189,8 @@ def _device(name: str) -> torch.device:
         raise ModelError(f"device {name!r} is not supported (only cpu, cuda, cuda:N)")
     index = device.index or 0
     if index >= torch.cuda.device_count():
-        raise ModelError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise ModelError(
+            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices;"
+            " compare the driver in `nvidia-smi` with torch's build, or give --device cpu"
+        )
     return torch.device("cuda", index)
