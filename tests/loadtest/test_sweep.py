@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ from loadtest.plan import Job, LoadOptions, OptionError
 from loadtest.send import Sweep, SweepWatcher, Target, machine_watch, parse_target, run_sweep
 from loadtest.send.machine_watch import MachineWatch
 from tests.loadtest.factories import result, some_good
-from tests.loadtest.stubs import loadtest, read_json, stub_server
+from tests.loadtest.stubs import TIMEOUT_S, loadtest, read_json, start, stub_server
 
 _LOAD = ("--num-requests", "24", "--prompt-tokens", "20", "--output-tokens", "5")
 
@@ -41,6 +42,35 @@ def test_a_sweep_of_two_servers_reports_which_is_better(tmp_path: Path) -> None:
     assert len(set(both[0])) == 56, "another rate has prompts of its own"
     again, _ = loadtest("report", *map(str, (folder / "runs").iterdir()), "--output", str(tmp_path / "again"))
     assert "fast is better" in Path(again.strip()).read_text()
+
+
+_ONE_KIND = ("--warmup-requests", "0", "--prompt-tokens", "20", "--output-tokens", "3", "--goodput", "ttft:1000")
+
+
+def test_a_rate_at_which_nothing_is_answered_is_a_result_and_no_failure(tmp_path: Path) -> None:
+    flags = ("--rates", "20,40", "--num-requests", "6", *_ONE_KIND, "--output", str(tmp_path))
+    with stub_server("--fail", *map(str, range(6, 12))) as url:
+        _, err = loadtest("sweep", "--target", f"falls={url}", *flags)
+    assert "falls kept 90 % of its requests good up to 20 requests/s (not at 40)" in err
+    with stub_server("--fail", *map(str, range(12))) as url:
+        _, err = loadtest("sweep", "--target", f"dead={url}", *flags, status=1)
+    assert "No verdict: no target answered any request" in err
+
+
+def test_a_sweep_that_is_interrupted_leaves_a_report_of_what_it_has(tmp_path: Path) -> None:
+    with stub_server() as url:
+        flags = ("--target", f"one={url}", "--rates", "10,20", "--num-requests", "6", *_ONE_KIND)
+        flags = (*flags, "--output", str(tmp_path), "--rounds", "90")
+        with start("loadtest", "sweep", *flags) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if "one at 10/s" in line:
+                    process.send_signal(signal.SIGINT)
+                    break
+            _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 130, err
+    assert f"incomplete: {tmp_path / 'report.html'}" in err
+    assert "one kept" in (tmp_path / "report.html").read_text()
 
 
 def test_a_dead_server_fails_the_sweep_before_it_begins(tmp_path: Path) -> None:
