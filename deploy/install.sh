@@ -53,12 +53,16 @@ choose_torch() {
 }
 
 a_line_per_package() {
-    local num=0 verb what rest
-    while read -r verb what rest; do
-        case $verb in
-            Collecting | Processing) num=$((num + 1)) && printf '  %3d  %s\n' $num "${what##*/}" ;;
-            Installing) [ "$what" != collected ] || say "unpacking them" ;;
-            Building) [ "$what" != editable ] || say "compiling the CPU kernels" ;;
+    local num=0 line
+    while read -r line; do
+        case $line in
+            Collecting\ * | Processing\ *)
+                line=${line#* }
+                line=${line%% *}
+                num=$((num + 1)) && printf '  %3d  %s\n' $num "${line##*/}"
+                ;;
+            "Building editable "*started) say "compiling the CPU kernels" ;;
+            "Installing collected "*) say "unpacking them" ;;
         esac
     done
 }

@@ -18,7 +18,7 @@ case "$*" in
   *'version("torch")'*) cat torch.version ;;
   "-m venv .venv") mkdir -p .venv/bin; cat "$0" >.venv/bin/python; chmod +x .venv/bin/python ;;
   "-m pip"*) echo "$*" >>pip.log; echo 2.13.0+cpu >torch.version
-    printf '%s\\n' 'Collecting numpy==2.4.6 (from torch)' '  Using cached' 'Installing build' 'Installing collected' ;;
+    printf '%s\\n' 'Collecting numpy==2.4.6 (from torch)' '  Using cached' 'Installing x' 'Installing collected x' ;;
   *) exec {real} -c "import sys; sys.version_info = {version} + ('final', 0); sys.modules.update({modules})
 import platform; platform.python_version = lambda: '%d.%d.%d' % sys.version_info[:3]
 exec(sys.argv[1])" "$2" ;;
