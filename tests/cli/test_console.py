@@ -65,6 +65,9 @@ def test_terminal_display_keeps_text_as_it_is_and_lets_no_row_live_after_the_sta
     shown.line("p", "[bold]not markup[/bold]")
     shown.phase("p", READY)
     shown.settled()
+    for _ in range(3):
+        shown.phase("p", "weights", 0.1)
+    assert stream.getvalue().count("weights") == 1
     shown.phase("p", READY, about="again")
     assert "[bold]not markup[/bold]" in stream.getvalue()
     assert stream.getvalue().rstrip().endswith("p | ready: again")

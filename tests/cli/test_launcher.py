@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +67,24 @@ LEAVING = """
 import pathlib, subprocess, sys, time
 print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
 while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)
+"""
+
+STOPS_AFTER = """
+import pathlib, signal, sys, time
+directory, name, other = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+def stop(*_):
+    (directory / f"{name}-stops").touch()
+    while other and not (directory / f"{other}-stops").exists(): time.sleep(0.01)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+(directory / f"{name}-runs").touch()
+while True: signal.pause()
+"""
+
+FAILS_WHEN_THEY_RUN = """
+import pathlib, sys, time
+while len(list(pathlib.Path(sys.argv[1]).glob("*-runs"))) < 2: time.sleep(0.01)
+sys.exit(4)
 """
 
 ROUTER = """
@@ -160,7 +178,19 @@ async def test_a_worker_that_dies_at_its_start_stops_everything_with_its_last_li
     assert status == 1
     assert announced == []
     assert shown.events[-1] == ("tandem", "decode-0 exited with status 4 before it was ready: no such model")
+    assert ("decode-0", "phase", "failed") in shown.events
     assert ("prefill-0", "drained") not in shown.events
+
+
+async def test_a_start_that_fails_waits_for_no_router_before_it_stops_the_workers(tmp_path: Path) -> None:
+    """A worker must not go on loading for as long as the router takes to end."""
+    shown, directory = Recorder(), str(tmp_path)
+    router = spec("router", STOPS_AFTER, directory, "router", "prefill", grace_s=TIMEOUT_S)
+    prefill = spec("prefill-0", STOPS_AFTER, directory, "prefill", "", grace_s=TIMEOUT_S)
+    broken = spec("decode-0", FAILS_WHEN_THEY_RUN, directory)
+    status = await run_stack(replace(stack(prefill, broken), router=router), shown, TIMEOUT_S, lambda: None)
+    assert status == 1
+    assert not any("killed" in text for event in shown.events for text in event), shown.events
 
 
 async def test_a_stack_is_not_announced_before_the_router_has_a_session_with_every_worker() -> None:

@@ -70,24 +70,36 @@ class WhileRead:
             self._shown = None
 
 
+class _Steps:
+    """Words phases as lines: one per phase, and one per quarter of it."""
+
+    def __init__(self) -> None:
+        self._shown: dict[str, tuple[str, int]] = {}  # by process: its phase and the quarters of it that were shown
+
+    def next(self, name: str, phase: str, fraction: float | None, about: str) -> str:
+        """The line; empty where the last one says it already."""
+        quarter = int((fraction or 0) * 4)
+        if self._shown.get(name) == (phase, quarter):
+            return ""
+        self._shown[name] = phase, quarter
+        return phase + (f": {quarter * 25} %" if quarter else "") + (f": {about}" if about else "")
+
+
 class PlainDisplay:
-    """`prefill-0 | …`; a line per phase, and one per quarter of it."""
+    """`prefill-0 | …`"""
 
     def __init__(self, names: Sequence[str], stream: TextIO) -> None:
         self._width = max((len(name) for name in names), default=0)
         self._stream = stream
-        self._quarters: dict[str, tuple[str, int]] = {}  # by process: its phase and the quarters of it that were shown
+        self._steps = _Steps()
 
     def line(self, name: str, text: str) -> None:
         self._stream.write(f"{name:<{self._width}} | {text}\n")
         self._stream.flush()
 
     def phase(self, name: str, phase: str, fraction: float | None = None, about: str = "") -> None:
-        quarter = int((fraction or 0) * 4)
-        if self._quarters.get(name) == (phase, quarter):
-            return
-        self._quarters[name] = phase, quarter
-        self.line(name, phase + (f": {quarter * 25} %" if quarter else "") + (f": {about}" if about else ""))
+        if text := self._steps.next(name, phase, fraction, about):
+            self.line(name, text)
 
     def settled(self) -> None:
         """Nothing to take down."""
@@ -155,6 +167,7 @@ class TerminalDisplay:
             get_renderable=self._table, console=self._console, redirect_stdout=False, redirect_stderr=False
         )
         self._settled = False
+        self._steps = _Steps()  # of those that start again
 
     def line(self, name: str, text: str) -> None:
         from rich.text import Text
@@ -163,7 +176,8 @@ class TerminalDisplay:
 
     def phase(self, name: str, phase: str, fraction: float | None = None, about: str = "") -> None:
         if self._settled:
-            self.line(name, f"{phase}: {about}" if about else phase)
+            if text := self._steps.next(name, phase, fraction, about):
+                self.line(name, text)
             return
         row = self._rows.setdefault(name, _Row())
         row.phase, row.fraction, row.about = phase, fraction, about or row.about

@@ -51,13 +51,16 @@ async def _run(
     waiting = list(workers)
     starting = asyncio.create_task(_started(stack, router, waiting, display), name="start")
     stopped = asyncio.create_task(stop.wait(), name="stop")
-    failure, status = "", 0
+    failure, status, is_up = "", 0, False
     try:
         if await _reached(starting, stopped, running, startup_timeout_s):
             display.settled()
             announce()
+            is_up = True
             await _reached(stopped, stopped, running, None)
     except (ChildFailed, RequestFailed) as error:
+        if isinstance(error, ChildFailed):
+            display.phase(error.name, "failed")
         failure, status = str(error), 2 if isinstance(error, ChildFailed) and error.status == 2 else 1
     except TimeoutError:
         late = ", ".join(worker.spec.name for worker in waiting) or "the first request"
@@ -68,7 +71,9 @@ async def _run(
             task.cancel()
         for child in (router, *workers):
             child.is_muted = bool(failure)  # whatever the others say at their end, the reason was said before
-        await _stop_in_order(router, workers)
+        if is_up:
+            await router.stop()  # it finishes what it has taken on, and then the workers have nothing left to do
+        await asyncio.gather(*(child.stop() for child in (router, *workers)))
         await asyncio.gather(*running, starting, stopped, return_exceptions=True)
     display.line("tandem", failure or "stopped")
     return status
@@ -106,12 +111,6 @@ async def _started(stack: Stack, router: Child, waiting: list[Child], display: D
     display.phase(router.spec.name, "first request")
     await send_first_request(stack)
     display.phase(router.spec.name, READY)
-
-
-async def _stop_in_order(router: Child, workers: Sequence[Child]) -> None:
-    """The router first, which finishes what it has taken on; then the workers, which have nothing left to do."""
-    await router.stop()
-    await asyncio.gather(*(worker.stop() for worker in workers))
 
 
 def _catch_signals(children: Sequence[Child], display: Display) -> asyncio.Event:

@@ -210,7 +210,8 @@ class Child:
     def _read(self, line: str) -> None:
         phase, facts = parse_phase(line), parse_ready(line)
         if phase is not None:
-            self.display.phase(self.spec.name, *phase)
+            if not self._stopping.is_set():
+                self.display.phase(self.spec.name, *phase)
         elif facts is not None:
             page = f"http://{facts['http']}" if "http" in facts else ""
             self.about = ", ".join(filter(None, [page, str(facts.get("about", ""))]))
