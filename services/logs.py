@@ -127,9 +127,8 @@ class JsonFormatter(logging.Formatter):
         self._fields = dict(fields or {})
 
     def format(self, record: logging.LogRecord) -> str:
-        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         entry: dict[str, object] = {
-            "time": f"{seconds}.{int(record.msecs):03d}Z",
+            "time": utc_time(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -141,6 +140,12 @@ class JsonFormatter(logging.Formatter):
         if record.stack_info:
             entry["stack"] = self.formatStack(record.stack_info)
         return json.dumps(entry, default=str, ensure_ascii=False)
+
+
+def utc_time(unix_s: float) -> str:
+    """`2026-01-31T14:03:07.123Z`, as JSON lines have it."""
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(unix_s))
+    return f"{seconds}.{int(unix_s % 1 * 1000):03d}Z"
 
 
 # ---- to the launcher --------------------------------------------------------

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 import pytest
 from prometheus_client import CollectorRegistry
+from tandem.v1 import worker_pb2 as pb
 
 from services.activity import Activity, Sample, activity_logged, recent_handoffs, sample
+from services.lifecycle import Event, Timeline
 from services.metric_families import REQUESTS, STORE
+from services.router.metrics import RouterMetrics
+from services.router.receipt import make_receipt
 from services.store.activity import StoreActivity, store_series
+from services.worker.metrics.worker_metrics import RequestMetrics
 from tests.waiting import until
 
 
@@ -115,3 +121,16 @@ def test_a_store_node_says_what_it_took_in_and_gave() -> None:
     assert activity.line() == (
         "Blocks in memory: 7 of 8, on disk: 0, Taken in: 0.5 MB/s, Asked for: 4.0 blocks/s, Hit rate: 75.0%"
     )
+
+
+def test_router_and_decode_worker_note_how_long_handoffs_took_and_no_local_prefill() -> None:
+    stamps = {Event.PREFILL_FINISHED: 10.0, Event.DECODE_JOINED: 10.25, Event.FIRST_TOKEN: 11.0, Event.FINISHED: 12.0}
+    handed_over, local = pb.Usage(num_transferred_blocks=4), pb.Usage(prefilled_locally=True)
+    router, worker = RouterMetrics(), RequestMetrics(CollectorRegistry())
+    for usage in (handed_over, local):
+        sent = [pb.Stamp(event=event, unix_s=unix_s) for event, unix_s in stamps.items()]
+        own = {Event.ARRIVED: 8.0, Event.TOKENIZED: 8.1, Event.ROUTED: 8.2, Event.FINISHED: 12.1}
+        sizes = {"block_size": 32, "num_attempts": 1, "num_generated_tokens": 1}
+        router.count_receipt(make_receipt(0, usage, sent, own, decode_worker_id="d", **sizes))
+        worker.finished(Timeline(time.time, dict(stamps)), usage, pb.FINISH_REASON_STOP)
+    assert list(router.handoffs_s) == list(worker.handoffs_s) == [0.25]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from services.logs import utc_time
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -117,11 +119,11 @@ class JsonDisplay:
         except ValueError:
             entry = None
         if not isinstance(entry, dict):
-            entry = {"message": text}
+            entry = self._own() | {"message": text}
         self._write({"process": name} | entry)
 
     def phase(self, name: str, phase: str, fraction: float | None = None, about: str = "") -> None:
-        entry: dict[str, object] = {"process": name, "message": phase}
+        entry = {"process": name} | self._own() | {"message": phase}
         if fraction is not None:
             entry["progress"] = fraction
         if about:
@@ -130,6 +132,10 @@ class JsonDisplay:
 
     def settled(self) -> None:
         """Nothing to take down."""
+
+    def _own(self) -> dict[str, object]:
+        """What the lines of processes have by themselves."""
+        return {"time": utc_time(time.time()), "level": "info"}
 
     def _write(self, entry: dict[str, object]) -> None:
         self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
