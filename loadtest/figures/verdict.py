@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from loadtest.figures.case import Case, Figure, are_comparable, lead, ratio
-from loadtest.figures.doubts import Doubt, Weight, doubts_of, told, worst
+from loadtest.figures.doubts import Weight, doubts_of, told, worst
 from loadtest.figures.summary import HEALTHY
 
 _NO_DIFFERENCE = 1.05
@@ -63,31 +63,29 @@ def judge(cases: Sequence[Case]) -> Verdict:
         (_standing([each for each in cases if each.target == target]) for target in targets),
         key=lambda standing: -(standing.healthy_rate or 0.0),
     )
-    best = standings[0]
+    best, *others = standings
     if best.healthy_rate is None:
-        return _none(standings, _nobody(cases), told(doubts_of(_nearest(cases)), Weight.DOUBTFUL))
-    if len(standings) == 1:
+        return _weighed(standings, [_nearest(cases)], Level.NONE, _nobody(cases))
+    if not others:
         sentence = f"{best.target} kept {_KEEPS} up to {best.healthy_rate:g} requests/s{_until(best)}."
-        return _doubted(standings, doubts_of(_at(cases, best.target, best.healthy_rate)), Level.CLEAR, sentence)
-    second = standings[1]
-    deciding = [
-        case
-        for case in cases
-        if case.target in (best.target, second.target) and case.rate in (best.healthy_rate, second.healthy_rate)
+        return _weighed(standings, _at(cases, best, best.healthy_rate), Level.CLEAR, sentence)
+    second = others[0]
+    pair = _compared(cases, best, second)
+    reached = [
+        case for each in (best, second) for rate in (best, second) for case in _at(cases, each, rate.healthy_rate)
     ]
-    doubts = [doubt for case in deciding for doubt in doubts_of(case)]
+    deciding = list({id(case): case for case in (*reached, *pair)}.values())
     if best.healthy_rate == second.healthy_rate:
         sentence = f"No difference found: {best.target} and {second.target} both kept {_KEEPS} up to "
         sentence += f"{best.healthy_rate:g} requests/s."
         if best.next_rate is None and second.next_rate is None:
             sentence += " Neither was overloaded at any rate: higher rates would tell more."
-        return _doubted(standings, doubts, Level.TIE, sentence + _latencies(cases, standings))
-    if why := _noise(cases, best, second):
-        return _none(standings, why, told(doubts, Weight.DOUBTFUL))
+        return _weighed(standings, deciding, Level.TIE, sentence + _latencies(cases, standings))
+    if why := _noise(pair, best, second):
+        return _weighed(standings, deciding, Level.NONE, why)
     sentence = f"{best.target} is better: it kept {_KEEPS} up to {best.healthy_rate:g} requests/s{_until(best)}, "
     sentence += f"{second.target} {_up_to(second)}{_factor_text(best, second)}."
-    sentence += _latencies(cases, standings)
-    return _doubted(standings, doubts, Level.CLEAR, sentence, best.target)
+    return _weighed(standings, deciding, Level.CLEAR, sentence + _latencies(cases, standings), best.target)
 
 
 def compare(name: str, figure: Figure, cases: Sequence[Case]) -> str:
@@ -141,23 +139,28 @@ def _nearest(cases: Sequence[Case]) -> Case:
     return max(cases, key=lambda each: each.summary.good)
 
 
-def _noise(cases: Sequence[Case], best: Standing, second: Standing) -> str:
-    """Why the best is not known to be better than the second; "" where it is."""
-    assert best.healthy_rate is not None
-    common = [
+def _compared(cases: Sequence[Case], best: Standing, second: Standing) -> tuple[Case, ...]:
+    """The two cases that decide: at the highest rate that the best keeps up with and the second does not, and at which
+    both got the same requests. One rate, and not the best of several: some rate shows a difference by chance."""
+    pairs = [
         (one, other)
         for one in cases
         for other in cases
-        if (one.target, other.target) == (best.target, second.target) and are_comparable(one, other)
+        if (one.target, other.target) == (best.target, second.target)
+        and one.rate > (second.healthy_rate or 0.0)
+        and are_comparable(one, other)
     ]
-    # One rate decides, and not the best of several: some rate shows a difference by chance.
-    above = sorted((pair for pair in common if pair[0].rate > (second.healthy_rate or 0.0)), key=lambda e: e[0].rate)
-    above = [pair for pair in above if pair[0].rate <= best.healthy_rate][-1:] or above[:1]
+    pairs.sort(key=lambda pair: pair[0].rate)
+    return next(iter([pair for pair in pairs if pair[0].rate <= (best.healthy_rate or 0.0)][-1:] or pairs[:1]), ())
+
+
+def _noise(pair: Sequence[Case], best: Standing, second: Standing) -> str:
+    """Why the best is not known to be better than the second; "" where it is."""
     start = f"No verdict: {best.target} kept {_KEEPS} up to {best.healthy_rate:g} requests/s, {second.target} "
     start += f"{_up_to(second)}, but "
-    if not above:
+    if not pair:
         return f"{start}no rate between these was compared with enough requests (at least 20) to tell that from noise."
-    one, other = above[0]
+    one, other = pair
     found = lead(one, other)
     assert found is not None  # they are comparable
     if found.low > 0:
@@ -215,25 +218,25 @@ def _latencies(cases: Sequence[Case], standings: Sequence[Standing]) -> str:
     return ""
 
 
-def _doubted(
-    standings: Sequence[Standing], doubts: Sequence[Doubt], level: Level, sentence: str, winner: str | None = None
+def _weighed(
+    standings: Sequence[Standing], deciding: Sequence[Case], level: Level, sentence: str, winner: str | None = None
 ) -> Verdict:
-    """The verdict that the sentence gives, as far as these doubts let it stand."""
+    """The verdict that the sentence gives, as far as the doubts about the deciding cases let it stand."""
+    doubts = [doubt for case in deciding for doubt in doubts_of(case)]
     weight = worst(doubts)
     if weight is Weight.VOID:
-        return _none(standings, f"No verdict: {told(doubts, Weight.VOID)}. Measure again on a quiet machine.")
+        return Verdict(
+            Level.NONE, tuple(standings), None, None, None, None,
+            f"No verdict: {told(doubts, Weight.VOID)}. Measure again on a quiet machine.", "",
+        )  # fmt: skip
     if level is Level.CLEAR and weight is Weight.DOUBTFUL:
         level = Level.DOUBTFUL
     factors = _factor(standings[0], standings[1]) if winner else (None, None, None)
     return Verdict(level, tuple(standings), winner, *factors, sentence, told(doubts, Weight.DOUBTFUL))
 
 
-def _none(standings: Sequence[Standing], sentence: str, reservation: str = "") -> Verdict:
-    return Verdict(Level.NONE, tuple(standings), None, None, None, None, sentence, reservation)
-
-
-def _at(cases: Sequence[Case], target: str, rate: float) -> Case:
-    return next(each for each in cases if (each.target, each.rate) == (target, rate))
+def _at(cases: Sequence[Case], standing: Standing, rate: float | None) -> list[Case]:
+    return [each for each in cases if (each.target, each.rate) == (standing.target, rate)]
 
 
 def _percent(share: float) -> str:

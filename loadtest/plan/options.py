@@ -143,11 +143,11 @@ def options_from(namespace: argparse.Namespace) -> LoadOptions:
 
 
 def settings_text(options: LoadOptions) -> str:
-    """The flags that make this load, without those at their defaults, and without rate, seed and model."""
+    """The flags that make this load, without those at their defaults, and without what differs from run to run."""
     flags = []
     for each in fields(LoadOptions):
         value = getattr(options, each.name)
-        if value != each.default and each.name not in ("rate", "seed", "model"):
+        if value != each.default and each.name not in ("rate", "seed", "model", "num_requests"):
             flags += [
                 flag_of(each.name),
                 f"{value:g}"

@@ -94,7 +94,11 @@ def make_plan(options: LoadOptions, max_model_len: int | None) -> Plan:
 def _times(options: LoadOptions, number: int, rng: random.Random) -> list[float]:
     if options.arrivals == "constant":
         return arrivals.constant(options.rate, number)
-    return arrivals.gamma(options.rate, options.burstiness, number, rng)
+    # Warm-up and the rest each have the rate, however few they are.
+    num_warmup = min(number, options.warmup_requests)
+    warmup = arrivals.gamma(options.rate, options.burstiness, num_warmup, rng)
+    rest = arrivals.gamma(options.rate, options.burstiness, number - num_warmup, rng)
+    return warmup + [num_warmup / options.rate + at_s for at_s in rest]
 
 
 def _workload(options: LoadOptions, times_s: Sequence[float], rng: random.Random) -> list[TraceRequest]:

@@ -17,7 +17,7 @@ _QUIET = "var(--quiet)"
 
 def rate_charts(page: Page) -> str:
     """Goodput, its share, and each latency that has an objective of its own, over the offered load."""
-    highest = max(each.summary.offered_rate for each in page.cases)
+    highest = max(page.rates)
     ideal = Series("all requests good", _QUIET, ((0.0, 0.0), (highest, highest)), "4 4")
     share = Chart(
         "Requests within the objectives", _LOAD, "% of requests", y_max=100.0, y_line=HEALTHY * 100, line_name="90 %"
@@ -45,7 +45,7 @@ def _over_rates(page: Page, value: Callable[[Summary], float | None], dash: str 
     series = []
     for target in page.targets:
         mine = [each.summary for each in page.cases if each.target == target]
-        points = [(each.offered_rate, known) for each in mine if (known := value(each)) is not None]
+        points = [(each.rate, known) for each in mine if (known := value(each)) is not None]
         series.append(Series(target + suffix, page.colors[target], tuple(sorted(points)), dash, dots=True))
     return series
 

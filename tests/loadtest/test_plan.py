@@ -102,3 +102,12 @@ def test_think_times_are_seconds_at_any_rate() -> None:
         plan = make_plan(options, 1 << 20)
         first = next(each for each in plan.requests if each.request.turn == 1)
         assert 0.5 < first.at_s < 20
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_short_run_has_its_rate_in_the_window_that_counts(seed: int) -> None:
+    """Warm-up takes its share of the time, not more and not less: twelve requests at 5/s come in about 2.4 s."""
+    plan = make_plan(LoadOptions(rate=5.0, num_requests=12, warmup_requests=4, seed=seed), None)
+    assert plan.requests[3].at_s == pytest.approx(4 / 5)
+    assert plan.requests[-1].at_s == pytest.approx(16 / 5)
+    assert plan.measured_s < 12 / 5 * 12 / 11

@@ -151,9 +151,19 @@ def test_doubts_about_runs_that_decide_nothing_do_not_weaken_the_verdict() -> No
 
 
 def test_nobody_healthy_on_a_busy_machine_says_both() -> None:
-    found = verdict(*(busy(run, 1.0) for run in runs(10, a=0.5, b=0.2)))
+    found = verdict(*(busy(run, 0.4) for run in runs(10, a=0.5, b=0.2)))
     assert found.level is Level.NONE
-    assert "others used 50%" in found.reservation
+    assert "nobody kept 90 %" in found.sentence
+    assert "others used 20%" in found.reservation
+
+
+def test_a_very_busy_machine_is_the_reason_whatever_else_there_is() -> None:
+    """Noise, a tie, nobody healthy: on such a machine none of them was found out."""
+    for shares in ({"a": 0.5, "b": 0.2}, {"a": 1, "b": 1}, {"a": 0.92, "b": 0.88}):
+        found = verdict(*(busy(run, 1.0) for run in runs(10, **shares)))
+        assert found.level is Level.NONE
+        assert found.sentence.startswith("No verdict: machine busy")
+        assert "Measure again on a quiet machine" in found.sentence
 
 
 def test_rounds_are_taken_together_and_searches_left_out() -> None:
