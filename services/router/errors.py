@@ -75,9 +75,9 @@ def overloaded(message: str) -> ApiError:
     return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", retry_after_s=1)
 
 
-def unavailable(message: str) -> ApiError:
+def unavailable(message: str, code: str = "service_unavailable") -> ApiError:
     """503: nobody is there to serve it now."""
-    return ApiError(503, message, type="server_error", code="service_unavailable", retry_after_s=2)
+    return ApiError(503, message, type="server_error", code=code, retry_after_s=2)
 
 
 def timed_out(message: str) -> ApiError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -478,6 +479,15 @@ def test_wrong_files_of_the_router(
     argv: tuple[str, ...], parts: tuple[str, ...], tandem: Tandem, redis_url: str
 ) -> None:
     check(tandem("router", "--port", "0", "--redis", redis_url, *argv), *parts)
+
+
+def test_a_tokenizer_that_only_the_router_finds_wrong_ends_the_start(tandem: Tandem, tmp_path: Path) -> None:
+    model = shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    (model / "tokenizer.json").write_text("{}")
+    outcome = tandem("up", "--colocated", "--port", "0", "--model", str(model), "--num-gpu-blocks-override", "128")
+    assert outcome.status == 2
+    assert outcome.said.splitlines()[-1].startswith("tandem   | ")
+    assert f"{model}/tokenizer.json cannot be loaded" in outcome.said.splitlines()[-1]
 
 
 def test_a_chat_template_that_is_not_there_is_noticed_before_anything_starts(tandem: Tandem) -> None:

@@ -130,7 +130,7 @@ async def test_whatever_is_wrong_with_a_model_s_files_is_said_and_tried_again(
     await until(lambda: words in directory.not_loaded().get("m", ""))
     with pytest.raises(ApiError, match=words) as caught:
         directory.get("m")
-    assert caught.value.status == 503
+    assert (caught.value.status, caught.value.code) == (503, "model_not_loaded")
     (copy / file).unlink()
     if good is not None:
         (copy / file).write_bytes(good)

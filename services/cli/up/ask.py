@@ -20,6 +20,10 @@ class RequestFailed(Exception):
     """The router refused the first request, or failed at it."""
 
 
+class ModelNotLoaded(RequestFailed):
+    """The router cannot load the model's tokenizer or its templates; the message says why."""
+
+
 async def connected_workers(stack: Stack) -> set[str]:
     """The ids of the workers and store nodes that the router can use; empty while it does not answer."""
     status, body = await _ask(stack, "GET", "/debug/workers")
@@ -45,16 +49,25 @@ async def send_first_request(stack: Stack) -> None:
         status, answer = await _ask(stack, "POST", "/v1/completions", json.dumps(body).encode())
         if status == 200:
             return
+        error = _error(answer)
+        if error.get("code") == "model_not_loaded":
+            raise ModelNotLoaded(str(error["message"]).removesuffix(" Try again later."))
         if status not in _NOT_YET:
             raise RequestFailed(f"the first request failed: {_message(status, answer)}")
         await asyncio.sleep(_RETRY_S)
 
 
 def _message(status: int, body: bytes) -> str:
+    return f"{status}: {_error(body).get('message') or body[:200].decode(errors='replace')}"
+
+
+def _error(body: bytes) -> dict[str, object]:
+    """OpenAI's error object in an answer, {} where there is none."""
     try:
-        return f"{status}: {json.loads(body)['error']['message']}"
+        error = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError):
-        return f"{status}: {body[:200].decode(errors='replace')}"
+        return {}
+    return error if isinstance(error, dict) else {}
 
 
 async def _ask(stack: Stack, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Sequence
 
 from services.cli.embedded_redis import EmbeddedRedis
-from services.cli.up.ask import RequestFailed, connected_workers, send_first_request
+from services.cli.up.ask import ModelNotLoaded, RequestFailed, connected_workers, send_first_request
 from services.cli.up.console import READY, Display
 from services.cli.up.forks import Forks
 from services.cli.up.private_redis import keep_redis
@@ -61,7 +61,8 @@ async def _run(
     except (ChildFailed, RequestFailed) as error:
         if isinstance(error, ChildFailed):
             display.phase(error.name, "failed")
-        failure, status = str(error), 2 if isinstance(error, ChildFailed) and error.status == 2 else 1
+        is_mistake = isinstance(error, ModelNotLoaded) or (isinstance(error, ChildFailed) and error.status == 2)
+        failure, status = str(error), 2 if is_mistake else 1
     except TimeoutError:
         late = ", ".join(worker.spec.name for worker in waiting) or "the first request"
         failure, status = f"not ready within {startup_timeout_s:g} s (--startup-timeout-s): {late}", 1

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 _MAX_REMEMBERED_NAMES = 256
 _FIRST_RETRY_S = 1.0
 _LONGEST_RETRY_S = 60.0
+_BEING_LOADED = "its tokenizer is being loaded"
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -185,7 +186,7 @@ class ModelDirectory:
     def not_loaded(self) -> dict[str, str]:
         """Says why each registered model that we are to serve is not among `names`."""
         return {
-            name: self._failures.get(self._source(record), "its tokenizer is being loaded")
+            name: self._failures.get(self._source(record), _BEING_LOADED)
             for record in self._records
             for name in record.served_model_names
             if name not in self._models and (not self._only or name in self._only)
@@ -205,7 +206,9 @@ class ModelDirectory:
             return unavailable(f"No worker serves model `{name}` at the moment. Try again later.")
         if reason is None:
             return model_not_found(name)
-        return unavailable(f"The router cannot serve model `{name}` yet: {reason}. Try again later.")
+        # What failed once may succeed later, but a launcher that waits for the first answer should say so and stop.
+        code = "service_unavailable" if reason == _BEING_LOADED else "model_not_loaded"
+        return unavailable(f"The router cannot serve model `{name}` yet: {reason}. Try again later.", code)
 
     def _source(self, record: WorkerRecord) -> ModelSource:
         tokenizer_path = self._tokenizer or record.tokenizer_path or record.model_path
