@@ -52,6 +52,11 @@ VLLM_FLAGS = (
     _row("--enable-server-load-tracking", "`GET /load` is always there", _SWITCH),
     _row("--disable-fastapi-docs", "there are none; `/openapi.json` is always there", _SWITCH),
     _row("--disable-custom-all-reduce", "a worker computes on one device", _SWITCH),
+    _row("--disable-cascade-attn", "attention has one kernel a device", _SWITCH),
+    _row("--disable-frontend-multiprocessing", "a router is one process", _SWITCH),
+    _row("--use-v2-block-manager", "there is one block manager", _SWITCH),
+    _row("--preemption-mode", "preempted requests are computed again", "recompute"),
+    _row("--stream-interval", "tokens are sent as they come", "1"),
     _row("--use-tqdm-on-load", "`tandem up` shows how far loading is", _SWITCH),
     _row("--load-format", "weights are read from safetensors", "auto", "safetensors"),
     _row("--config-format", "config.json is read", "auto", "hf"),
@@ -63,7 +68,7 @@ VLLM_FLAGS = (
     _row("--response-role", "answers are the assistant's", "assistant"),
     # Several devices.
     _row(
-        "--tensor-parallel-size -tp --pipeline-parallel-size -pp",
+        "--tensor-parallel-size -tp --pipeline-parallel-size -pp --decode-context-parallel-size -dcp",
         "a worker computes on one device, and the model must fit it",
         "1",
     ),
@@ -73,7 +78,8 @@ VLLM_FLAGS = (
         "1",
     ),
     _row(
-        "--data-parallel-size-local --data-parallel-rank --data-parallel-address",
+        "--data-parallel-size-local --data-parallel-rank --data-parallel-start-rank --data-parallel-address"
+        " --data-parallel-rpc-port --data-parallel-backend --data-parallel-hybrid-lb --data-parallel-external-lb",
         "workers are alike; `--redis` joins them",
     ),
     _row(
@@ -101,20 +107,29 @@ VLLM_FLAGS = (
     _row("--prefix-caching-hash-algo", "always BLAKE2b, 128 bits, the same in every process"),
     _row("--calculate-kv-scales", "KV blocks have the model's dtype"),
     # Features.
-    _row("--enable-lora --lora-modules --max-loras --max-lora-rank --max-cpu-loras", "no LoRA: serve merged weights"),
+    _row(
+        "--enable-lora --lora-modules --max-loras --max-lora-rank --max-cpu-loras --lora-dtype --fully-sharded-loras",
+        "no LoRA: serve merged weights",
+    ),
     _row(
         "--speculative-config --speculative-model --num-speculative-tokens",
         "no speculative decoding: leave it out, the answers are the same",
     ),
     _row(
-        "--enable-auto-tool-choice --tool-call-parser --tool-parser-plugin --tool-server",
+        "--enable-auto-tool-choice --tool-call-parser --tool-parser-plugin --tool-server"
+        " --exclude-tools-when-tool-choice-none",
         "tools reach the chat template; a call comes back as text",
     ),
     _row("--reasoning-parser --enable-reasoning", "reasoning comes back as part of the text"),
     _row("--guided-decoding-backend --structured-outputs-config", "no structured output: requests for it get a 400"),
     _row(
-        "--limit-mm-per-prompt --mm-processor-kwargs --allowed-local-media-path --mm-processor-cache-gb",
+        "--limit-mm-per-prompt --mm-processor-kwargs --allowed-local-media-path --mm-processor-cache-gb"
+        " --disable-mm-preprocessor-cache --mm-encoder-tp-mode --skip-mm-profiling --interleave-mm-strings",
         "text only: no images, audio or video",
+    ),
+    _row(
+        "--convert --pooler-config --override-pooler-config",
+        "text is generated; there are no embeddings, scores or classes",
     ),
     _row("--logits-processors --logits-processor-pattern", "a request's `logit_bias` and `allowed_token_ids` alone"),
     _row("--enable-sleep-mode", "no sleep mode: stop the worker, and start it again"),
@@ -134,21 +149,31 @@ VLLM_FLAGS = (
         "chunks of waiting prompts share `--max-num-batched-tokens`",
     ),
     _row(
-        "--num-scheduler-steps --async-scheduling --scheduler-cls",
+        "--num-scheduler-steps --async-scheduling --scheduler-cls --scheduler-delay-factor --num-lookahead-slots",
         "there is one scheduler; `--scheduling-policy` is its order",
     ),
-    _row("--compilation-config -O --cuda-graph-sizes --max-seq-len-to-capture", "nothing is captured or compiled"),
+    _row(
+        "--compilation-config -O --optimization-level --cuda-graph-sizes --max-seq-len-to-capture",
+        "nothing is captured or compiled",
+    ),
     _row("--attention-backend", "the device decides; on CPUs `--cpu-kernels`"),
     _row("--additional-config --worker-cls --worker-extension-cls", "the engine is not extended by configuration"),
     # The server.
     _row("--enable-log-requests", "`--log-format json`, or `--log-level debug`"),
+    _row("--return-tokens-as-token-ids", "a request asks for it: `return_token_ids`"),
+    _row("--enable-force-include-usage", "a request asks for it: `stream_options`"),
+    _row("--enable-tokenizer-info-endpoint", "`/tokenize` and `/detokenize` alone"),
+    _row("--h11-max-incomplete-event-size --h11-max-header-count", "`--max-body-bytes` bounds a request"),
+    _row("--show-hidden-metrics-for-version", "no series is hidden"),
     _row("--max-log-len", "no log has a prompt's text"),
     _row("--log-config-file", "`--log-level` and `--log-format`"),
     _row(
         "--allow-credentials --allowed-methods --allowed-headers",
         "`--allowed-origins` alone; all methods and headers are allowed",
     ),
-    _row("--ssl-ca-certs --ssl-cert-reqs --uds --middleware", "put a proxy in front of the router"),
+    _row(
+        "--ssl-ca-certs --ssl-cert-reqs --enable-ssl-refresh --uds --middleware", "put a proxy in front of the router"
+    ),
     _row("--otlp-traces-endpoint --collect-detailed-traces", '`"receipt": true` in a request says where its time went'),
 )
 

@@ -62,8 +62,8 @@ def test_the_configuration_page_is_what_the_code_declares() -> None:
 @pytest.mark.parametrize("name", ["operations.md", "from-vllm-or-dynamo.md", "protocol.md", "metrics.md"])
 def test_flags_that_the_pages_name_exist(name: str) -> None:
     declared = {f"--{setting.replace('_', '-')}" for setting in names_of_all_services()}
-    spelled = set(re.findall(r"`(--[a-z-]+)`", PAGE.read_text(encoding="utf-8")))
-    named = set(re.findall(r"`(--[a-z][a-z-]+)", (ROOT / "docs" / name).read_text(encoding="utf-8")))
+    spelled = set(re.findall(r"`(--[a-z0-9-]+)`", PAGE.read_text(encoding="utf-8")))
+    named = set(re.findall(r"`(--[a-z][a-z0-9-]+)", (ROOT / "docs" / name).read_text(encoding="utf-8")))
     assert named <= declared | spelled | FOREIGN_FLAGS, named - declared - spelled - FOREIGN_FLAGS
 
 
