@@ -50,8 +50,14 @@ class Plan:
 
     @property
     def measured_s(self) -> float:
-        """Window of the requests that count, one mean gap included: their number over it is the offered rate."""
+        """Window of the requests that count, as many gaps as requests: their number over it is the offered rate.
+
+        It begins with the last warm-up request; where there is none, one mean gap is added.
+        """
         measured = [each.at_s for each in self.requests if not each.is_warmup]
+        warmup = [each.at_s for each in self.requests if each.is_warmup]
+        if measured and warmup and measured[-1] > warmup[-1]:
+            return measured[-1] - warmup[-1]
         if len(measured) < 2:
             return 1.0
         return (measured[-1] - measured[0]) * len(measured) / (len(measured) - 1)

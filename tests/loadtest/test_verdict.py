@@ -223,3 +223,33 @@ def test_two_equal_targets_seldom_differ() -> None:
         assert found is not None
         num_wrong += not found.has(0.0)
     assert 8 <= num_wrong <= 34
+
+
+def test_equal_targets_seldom_get_a_winner() -> None:
+    """Both have nine good requests in ten, by chance: often one is above the line and the other below, and that is no
+    verdict but in a few of a hundred."""
+    rng = random.Random(1)
+    num_winners = num_apart = 0
+    for _ in range(100):
+        found = verdict(*(result(target, 10.0, by_chance(80, 0.9, rng)) for target in ("one", "two")))
+        num_winners += found.winner is not None
+        num_apart += len({each.healthy_rate for each in found.standings}) == 2
+    assert num_apart > 30
+    assert num_winners <= 5
+
+
+def test_different_targets_mostly_get_one() -> None:
+    rng = random.Random(2)
+    found = [
+        verdict(result("good", 10.0, by_chance(80, 0.97, rng)), result("bad", 10.0, by_chance(80, 0.6, rng))).winner
+        for _ in range(50)
+    ]
+    assert found.count("good") >= 45
+    assert found.count("bad") == 0
+
+
+def by_chance(number: int, good: float, rng: random.Random) -> list[RequestRecord]:
+    return [
+        each if rng.random() < good else replace(each, first_token_s=each.scheduled_s + 3)
+        for each in records(number, 10.0, ttft_s=0.2)
+    ]
