@@ -16,6 +16,7 @@ from loadtest.report.page import STYLE, Page
 from loadtest.report.report_charts import rate_charts, run_charts
 from loadtest.report.report_tables import classes_table, doubts_table, figures_table, standings_table
 
+_GIT_TIMEOUT_S = 10.0
 _LABELS = {
     Level.CLEAR: "Verdict",
     Level.DOUBTFUL: "Verdict, with doubts",
@@ -45,11 +46,17 @@ def this_machine() -> str:
     return f"{os.cpu_count()} CPUs ({model}), {platform.system()} {platform.machine()}"
 
 
-def this_commit() -> str:
-    """The commit of this source, with `-dirty` where it has been changed; "" where it is no checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+def this_commit(source: Path = Path(__file__)) -> str:
+    """The commit of this source, with `-dirty` where it has been changed; "" where it is in no checkout, or installed
+    into somebody else's."""
+    return _git(source, "ls-files", source.name) and _git(source, "describe", "--always", "--dirty", "--exclude=*")
+
+
+def _git(source: Path, *arguments: str) -> str:
     try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        process = subprocess.run(
+            ["git", "-C", str(source.parent), *arguments], capture_output=True, text=True, timeout=_GIT_TIMEOUT_S
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return process.stdout.strip() if process.returncode == 0 else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from loadtest.figures import MachineUse, RunResult
 from loadtest.plan import Origin, Outcome
-from loadtest.report import write_report
+from loadtest.report import this_commit, write_report
 from loadtest.report.report import render
 from loadtest.report.svg import (
     Chart,
@@ -230,6 +231,26 @@ def test_the_page_says_what_ran_so_that_it_can_be_run_again() -> None:
         "dtype of keys and values bfloat16", "lane cma", "2001-09-09 01:46", "--goodput ttft:1000,tpot:100",
     ):  # fmt: skip
         assert expected in text, expected
+
+
+def test_the_commit_is_that_of_our_source_and_not_of_whoever_installed_it(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=n", "-c", "user.email=e@x")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    source = tmp_path / "site-packages" / "report.py"
+    source.parent.mkdir()
+    source.touch()
+    assert this_commit(source) == "", "no checkout"
+    git("init")
+    git("commit", "--allow-empty", "--message", "theirs")
+    assert this_commit(source) == "", "a checkout that does not have this file"
+    git("add", ".")
+    git("commit", "--message", "ours")
+    commit = this_commit(source)
+    assert re.fullmatch("[0-9a-f]{7,}", commit)
+    source.write_text("changed")
+    assert this_commit(source) == f"{commit}-dirty"
 
 
 def test_rates_that_were_only_searched_have_no_chapter_of_their_own() -> None:
