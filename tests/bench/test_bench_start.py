@@ -34,10 +34,8 @@ def test_the_table_has_the_fastest_run_the_median_and_the_least_processor_time()
 
 def test_processor_time_is_counted_of_children_and_of_those_that_have_ended() -> None:
     burn = "import os\nwhile sum(os.times()[:2]) < 0.3: pass"
-    code = (
-        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {burn!r}])\nprint(flush=True)\nsys.stdin.read()"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    program = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {burn!r}])\nprint(flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         assert tree_cpu_s(process.pid) >= 0.3

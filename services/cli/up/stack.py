@@ -14,7 +14,7 @@ from services.cli.up.private_redis import keep_redis
 from services.cli.up.spec import Stack
 from services.cli.up.supervise import Child, ChildFailed
 
-_READY_RETRY_S = 0.2
+_READY_RETRY_S = 0.05
 
 
 async def run_stack(
