@@ -173,8 +173,8 @@ def phases_of(heard: Sequence[tuple[float, str]], answered_s: float) -> tuple[Ph
     for second, line in heard:
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
-            # A line of a process's log has a level; a phase has none.
-            if isinstance(entry, dict) and {"process", "message"} <= entry.keys() and "level" not in entry:
+            # A line of a process's log has a logger; a phase has none.
+            if isinstance(entry, dict) and {"process", "message"} <= entry.keys() and "logger" not in entry:
                 begun.setdefault((entry["process"], entry["message"]), second)
     phases = []
     for (process, name), start_s in begun.items():

@@ -16,8 +16,8 @@ def test_a_phase_lasts_until_its_process_is_in_the_next_or_there_is_an_answer() 
         (0.3, '{"process": "decode-0", "message": "loading model", "progress": 0.1}\n'),
         (0.4, '{"process": "decode-0", "message": "loading model", "progress": 0.9}\n'),
         (0.5, "a warning of a library\n"),
-        (0.6, '{"process": "decode-0", "message": "one of its logs", "level": "info"}\n'),
-        (0.7, '{"process": "decode-0", "message": "ready"}\n'),
+        (0.6, '{"process": "decode-0", "message": "one of its logs", "logger": "kvstore"}\n'),
+        (0.7, '{"process": "decode-0", "level": "info", "message": "ready"}\n'),
         (2.0, '{"process": "decode-0", "message": "draining"}\n'),
     ]
     assert phases_of(heard, answered_s=1.0) == (
