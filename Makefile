@@ -135,7 +135,7 @@ loadtest: $(DEVELOPED) ## disaggregated against colocated, or a server at URL; w
 		$(if $(RATES),--rates $(RATES)) --duration-s $(DURATION) --timeout-s $(TIMEOUT) --goodput $(GOODPUT) \
 		$(if $(TRACE),--trace $(TRACE) --scale $(SCALE),--workload $(WORKLOAD) \
 		$(if $(filter azure mooncake,$(WORKLOAD)),--scale $(SCALE),--prompt-tokens $(PROMPT_TOKENS) --output-tokens $(OUTPUT_TOKENS))) \
-		--up-model $(or $(MODEL),random) $(if $(UP_ARGS),--up-args "$(UP_ARGS)") $(LOADTEST_ARGS)
+		--up-model $(or $(MODEL),random) $(if $(UP_ARGS),--up-args="$(UP_ARGS)") $(LOADTEST_ARGS)
 
 bench-engine: $(DEVELOPED) ## decode steps and prefill of one engine, beside the machine's floors (BENCH_ARGS)
 	$(BIN)/python -m tests.bench.bench_engine $(BENCH_ARGS)
