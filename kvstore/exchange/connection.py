@@ -135,7 +135,7 @@ class Connection(Generic[_SessionT]):
 
     async def run(self) -> str:
         """Read and beat until the connection ends, then end its transfers and abort its link; returns why."""
-        loops = [asyncio.ensure_future(self._guard(work)) for work in (self._receive(), self._beat())]
+        loops = [asyncio.ensure_future(self._guard(work)) for work in (self._receive, self._beat)]
         reason = "the exchange was cancelled"
         try:
             reason = await self._lost
@@ -156,10 +156,10 @@ class Connection(Generic[_SessionT]):
         await self.link.close()
         await asyncio.gather(*(handle.over for handle in self.handles.values()))
 
-    async def _guard(self, work: Coroutine[None, None, None]) -> None:
+    async def _guard(self, work: Callable[[], Awaitable[None]]) -> None:
         """Run one of the two loops; however it fails, the connection ends with the reason."""
         try:
-            await work
+            await work()
         except PeerLost as error:
             self.close(str(error))
         except ProtocolViolation as error:

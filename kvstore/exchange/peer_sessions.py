@@ -37,8 +37,8 @@ class PeerSessions:
         """`transports` may lose some until the first connection."""
         self.owners: dict[str, ToOwner] = {}  # whom we read from
         self.readers: dict[str, ToReader] = {}  # who reads from us
-        # These and all that are gone but not drained yet.
-        self.undrained: set[ToOwner | ToReader] = set()
+        # These and all that are gone but not drained yet, as keys, in the order in which they began.
+        self.undrained: dict[ToOwner | ToReader, None] = {}
         self._identity = identity
         self._outside = outside
         self._transports = transports
@@ -164,8 +164,8 @@ class PeerSessions:
         except (ExchangeError, TimeoutError, asyncio.CancelledError) as error:
             self._log_failed_handshake(stream, error)
             await stream.close(flush_s=self._timeouts.heartbeat_s)
-            if isinstance(error, asyncio.CancelledError):
-                raise
+            if isinstance(error, asyncio.CancelledError) and not self._closing:
+                raise  # else it is ours, and asyncio's streams (Python 3.11) would report it as an error
             return
         finally:
             self._strangers.discard(task)
@@ -189,7 +189,7 @@ class PeerSessions:
         if (old := connections.get(peer.peer_id)) is not None:
             old.close(f"incarnation {peer.incarnation} of {peer.peer_id} has connected anew")
         connections[peer.peer_id] = connection
-        self.undrained.add(connection)
+        self.undrained[connection] = None
         text = "connected: %s (%s, incarnation %s), blocks travel over %s, lane %s"
         logger.debug(text, connection.name, peer.role, peer.incarnation, connection.transport_name, lane)
         self._tools.observer.peer_connected(peer.peer_id, connection.transport_name, lane, we_read)
@@ -208,4 +208,4 @@ class PeerSessions:
                     self._owner_at = {address: each for address, each in self._owner_at.items() if each != peer_id}
             self._tools.observer.peer_lost(peer_id, reason, we_read)
             await connection.drained()
-            self.undrained.discard(connection)
+            del self.undrained[connection]

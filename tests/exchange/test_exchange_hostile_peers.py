@@ -1,6 +1,7 @@
 """What an exchange makes of peers that die, freeze, stall or talk nonsense: played by a script over a plain socket."""
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,7 +10,9 @@ from dataclasses import replace
 import pytest
 
 from kvstore.errors import PeerUnreachable
+from kvstore.exchange.connection import Connection
 from kvstore.exchange.framing import TcpFrames
+from kvstore.exchange.peer_sessions import PeerSessions
 from kvstore.protocol import (
     PROTOCOL_VERSION,
     AnnouncedBlock,
@@ -27,6 +30,7 @@ from kvstore.protocol import (
 from kvstore.protocol.messages import MAX_FRAME_BYTES, Announce, Confirm, Confirmed, Heartbeat, Offer
 from tests.exchange.exchange_worker import LAYOUT, PATIENT, TRANSFER, Worker, room, running
 from tests.memory_transport import Switchboard
+from tests.waiting import until
 
 BOUND_S = 10.0
 
@@ -380,3 +384,29 @@ async def test_many_strangers_are_turned_away_without_touching_established_peers
             writer.transport.abort()
         lease = owner.exchange.open_lease(TRANSFER, "decode-0", 1)
         assert await lease.closed is LeaseOutcome.RELEASED
+
+
+async def test_a_stranger_in_the_middle_of_its_handshake_is_no_error_when_we_close():
+    worker, errors = Worker("prefill-0", Switchboard()), []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    async with running(worker):
+        _, writer = await asyncio.open_connection(*worker.exchange.address.split(":"))
+        await until(lambda: worker.exchange._peers._strangers)
+    writer.close()
+    assert errors == []
+
+
+async def test_a_connection_that_ends_before_it_runs_leaves_no_coroutine_unawaited(monkeypatch: pytest.MonkeyPatch):
+    install = PeerSessions._install
+
+    def install_and_close(sessions: PeerSessions, connections: dict, connection: Connection) -> None:
+        install(sessions, connections, connection)
+        connection.close("replaced in this very moment")
+
+    switchboard = Switchboard()
+    owner, reader = Worker("prefill-0", switchboard), Worker("decode-0", switchboard)
+    monkeypatch.setattr(PeerSessions, "_install", install_and_close)
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        await until(lambda: not reader.exchange._peers.undrained)
+    gc.collect()  # what was never awaited says so now, and a warning is an error
