@@ -14,8 +14,8 @@ import grpc
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
 
-from services.orders import CannotListen, ServePrefill, ServeSession, StreamBroken, StreamRefused, is_cancelled
-from services.startup import cannot_listen
+from services.orders import ServePrefill, ServeSession, StreamBroken, StreamRefused, is_cancelled
+from services.startup import CannotListen
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ class GrpcServer:
         try:
             self.port = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
-            raise CannotListen(cannot_listen(host, port, "--port", "in use, or not ours")) from error
+            raise CannotListen(host, port, "--port", "in use, or not ours") from error
 
     def serve_sessions(self, serve: ServeSession) -> None:
         worker_pb2_grpc.add_DecodeServiceServicer_to_server(_Sessions(serve), self._server)  # type: ignore[no-untyped-call]

@@ -25,10 +25,6 @@ class StreamRefused(Exception):
         self.kind = kind
 
 
-class CannotListen(Exception):
-    """A port is taken, or the address is not ours."""
-
-
 class Orders(Protocol):
     """Gives orders to workers. Closing one of the iterators ends its stream at the worker, too."""
 

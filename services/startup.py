@@ -1,8 +1,10 @@
-"""Says what the starts of all processes have in common: the status of one that its operator must help, and Redis."""
+"""What the starts of all processes have in common: the status of one that its operator must help, ports, Redis."""
 
 from __future__ import annotations
 
 import logging
+import socket
+from contextlib import closing
 from typing import Final
 
 log = logging.getLogger(__name__)
@@ -11,9 +13,24 @@ CANNOT_START: Final = 2
 """The exit status of a process that has said, in one line, what is wrong, where, and what to do about it."""
 
 
-def cannot_listen(host: str, port: int, flag: str, why: object) -> str:
-    """The message where an address cannot be listened on: `flag` is what gives the port."""
-    return f"cannot listen on {host}:{port}: {why}; give another --host or {flag}"
+class CannotListen(Exception):
+    """A port is taken, or the address is not ours. `flag` is the setting that gives the port."""
+
+    def __init__(self, host: str, port: int, flag: str, why: object) -> None:
+        super().__init__(f"cannot listen on {host}:{port}: {why}; give another --host or {flag}")
+
+
+def claim_port(host: str, port: int, flag: str = "--port") -> int:
+    """`port` if it is free, or a free one if it is 0. Raises CannotListen: better now than after loading the model."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            claimed: int = probe.getsockname()[1]
+            return claimed
+    except OSError as error:
+        raise CannotListen(host, port, flag, error.strerror) from error
 
 
 def check_registry(url: str) -> None:

@@ -38,7 +38,7 @@ from services.router.text import (
     TokenizerPool,
     check_overrides,
 )
-from services.startup import CANNOT_START, cannot_listen, check_registry
+from services.startup import CANNOT_START, CannotListen, check_registry
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ async def _serve(config: RouterConfig) -> int:
         log.error("router cannot start: %s", error)
         return CANNOT_START
     except OSError as error:
-        log.error("router cannot start: %s", cannot_listen(config.host, config.port, "--port", error.strerror))
+        log.error("router cannot start: %s", CannotListen(config.host, config.port, "--port", error.strerror))
         return CANNOT_START
     port = listener.getsockname()[1]
     stop = asyncio.Event()

@@ -28,7 +28,7 @@ from kvstore.threads import Threads, end_threads
 from kvstore.transport import make_transports
 from services.activity import activity_logged
 from services.logs import configure_logging, detail_level, report_phase, report_ready, request_scope
-from services.startup import CANNOT_START, cannot_listen, check_registry
+from services.startup import CANNOT_START, CannotListen, check_registry
 from services.store.activity import StoreActivity, store_series
 from services.store.config import StoreConfig
 from services.store.http import StoreHttp
@@ -65,7 +65,7 @@ async def _serve(config: StoreConfig, outside: Outside) -> int:
     try:
         await http.start(config.host, config.http_port)
     except OSError as error:
-        why = cannot_listen(config.host, config.http_port, "--http-port", error.strerror)
+        why = CannotListen(config.host, config.http_port, "--http-port", error.strerror)
         log.error("store node cannot start: %s", why)
         return CANNOT_START
     try:

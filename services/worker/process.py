@@ -29,9 +29,9 @@ from services.engine.api import Engine
 from services.engine.model_config import ModelError
 from services.grpc_orders import GrpcOrders, GrpcServer
 from services.logs import configure_logging, detail_level, report_phase, report_ready
-from services.orders import CannotListen, OrderServer
+from services.orders import OrderServer
 from services.settings import SettingsError
-from services.startup import CANNOT_START, cannot_listen
+from services.startup import CANNOT_START, CannotListen
 from services.worker.assembly import Role, Seams, WorkerParts, assemble, served_names
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread, StepListener
@@ -106,7 +106,7 @@ async def open_front(config: WorkerConfig, role: Role) -> AsyncIterator[Front]:
     try:
         http_address = await http.start(config.host, config.http_port)
     except OSError as error:
-        raise CannotListen(cannot_listen(config.host, config.http_port, "--http-port", error.strerror)) from error
+        raise CannotListen(config.host, config.http_port, "--http-port", error.strerror) from error
     try:
         yield Front(
             worker_id=config.worker_id or f"{role}-{host}-{server.port}",
@@ -144,7 +144,7 @@ async def open_worker(
         try:
             await parts.exchange.start(config.host, config.kv_port)
         except OSError as error:
-            raise CannotListen(cannot_listen(config.host, config.kv_port, "--kv-port", error.strerror)) from error
+            raise CannotListen(config.host, config.kv_port, "--kv-port", error.strerror) from error
         parts.thread.start(service)
         await front.server.start()
         front.http.watch(parts, service.state)

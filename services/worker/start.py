@@ -9,7 +9,7 @@ from services.engine.check import Machine, check_engine
 from services.engine.model_config import ModelError
 from services.logs import configure_logging
 from services.settings import SettingsError
-from services.startup import check_registry
+from services.startup import CannotListen, check_registry, claim_port
 from services.worker.config import WorkerConfig
 
 log = logging.getLogger(__name__)
@@ -20,8 +20,11 @@ def can_start(config: WorkerConfig, role: str) -> bool:
     configure_logging(config.log_level, config.log_format, fields={"role": role, "worker_id": config.worker_id})
     try:
         check_engine(config, Machine.this())
+        for port, flag in ((config.port, "--port"), (config.kv_port, "--kv-port"), (config.http_port, "--http-port")):
+            if port:
+                claim_port(config.host, port, flag)
         check_registry(config.redis)
-    except (ModelError, SettingsError, RegistryError) as error:
+    except (CannotListen, ModelError, SettingsError, RegistryError) as error:
         log.error("%s worker cannot start: %s", role, error)
         return False
     return True

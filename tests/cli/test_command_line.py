@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from services.cli.main import main
-from services.cli.up import StartFailed, choose_model, claim_port
+from services.cli.up import choose_model
 from services.cli.up.example import curl_line, example_request
+from services.startup import CannotListen, claim_port
 
 HEAVY = ("torch", "numpy", "fastapi", "uvicorn", "grpc", "google.protobuf", "redis", "ucxx", "rich", "yaml", "asyncio")
 
@@ -82,7 +83,7 @@ def test_an_unreachable_redis_is_noticed_before_anything_starts(capsys: pytest.C
 
 def test_port_0_becomes_a_free_port() -> None:
     assert claim_port("127.0.0.1", 0) > 0
-    with pytest.raises(StartFailed, match="give another --host or --port"):
+    with pytest.raises(CannotListen, match="give another --host or --port"):
         claim_port("192.0.2.1", 8000)
 
 

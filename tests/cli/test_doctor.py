@@ -37,10 +37,10 @@ from services.cli.doctor.model import check_model
 from services.cli.doctor.packages import check_packages
 from services.cli.doctor.registry import check_redis
 from services.cli.doctor.transports import check_cross_memory_attach, check_rdma, ucx_resources
-from services.cli.up import claim_port
 from services.engine import check, checkpoint
 from services.engine.model_config import parse_config
 from services.hub import NotOnHub
+from services.startup import claim_port
 from tests.safetensors_files import write_weights
 
 LLAMA = {

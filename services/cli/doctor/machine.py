@@ -7,8 +7,9 @@ import resource
 from pathlib import Path
 
 from services.cli.doctor.findings import Finding, ProbeFailed, broken, good, probe, worse
-from services.cli.up import StartFailed, available_cores, claim_port
+from services.cli.up import available_cores
 from services.machine import available_memory_bytes, processor_flags
+from services.startup import CannotListen, claim_port
 
 _MIN_SHM_BYTES = 64 << 20
 _MIN_OPEN_FILES = 4096
@@ -119,6 +120,6 @@ def check_port(host: str, port: int) -> list[Finding]:
     """Checks that the router can listen on its port."""
     try:
         claim_port(host, port)
-    except StartFailed as error:
+    except CannotListen as error:
         return [broken("port", str(error), "stop what listens there (`ss -ltnp`), or give the router another --port")]
     return [good("port", f"{host}:{port} is free")]

@@ -2,6 +2,6 @@
 
 from services.cli.up.placement import available_cores
 from services.cli.up.preflight import check_tokenizer
-from services.cli.up.up import StartFailed, choose_model, claim_port
+from services.cli.up.up import choose_model
 
-__all__ = ["StartFailed", "available_cores", "check_tokenizer", "choose_model", "claim_port"]
+__all__ = ["available_cores", "check_tokenizer", "choose_model"]

@@ -22,16 +22,12 @@ from services.engine.model_config import ModelError
 from services.machine import available_memory_bytes
 from services.router.config import RouterConfig
 from services.settings import Given, SettingsError, build_settings, collect_settings, make_parser, refuse
-from services.startup import CANNOT_START, cannot_listen
+from services.startup import CANNOT_START, CannotListen, claim_port
 
 _DESCRIPTION = (
     "Serves a model on this machine: a private Redis, prefill and decode workers, and a router, each a process of its "
     "own. Ends by printing a request to try; Ctrl-C stops everything in order, a second one at once."
 )
-
-
-class StartFailed(Exception):
-    """The stack cannot start; the message says what to do about it."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         display.line("tandem", f"starting {name}: {described(config)}")
         check_stack(config, given, router, decode, store)
         return _start(config, given, model, name, router, decode, display)
-    except (KVStoreError, ModelError, SettingsError, StartFailed) as error:
+    except (CannotListen, KVStoreError, ModelError, SettingsError) as error:
         display.line("tandem", f"cannot start: {error}")
         return CANNOT_START
     except KeyboardInterrupt:  # before or after the time when signals are events
@@ -68,7 +64,7 @@ def _start(
     decode: DecodeConfig,
     display: Display,
 ) -> int:
-    """Runs the stack. Raises StartFailed, `KVStoreError`."""
+    """Runs the stack. Raises CannotListen, `KVStoreError`."""
     # Here and not above: neither --help nor the first line must wait for them.
     import asyncio
 
@@ -111,19 +107,6 @@ def choose_model(model: str) -> tuple[str, str]:
     if not model:
         return str(DEMO_MODEL), DEMO_MODEL.name
     return os.path.expanduser(model), model
-
-
-def claim_port(host: str, port: int) -> int:
-    """`port` if it is free, or a free one if it is 0. Raises StartFailed: better now than after loading the model."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            claimed: int = probe.getsockname()[1]
-            return claimed
-    except OSError as error:
-        raise StartFailed(cannot_listen(host, port, "--port", error.strerror)) from error
 
 
 def described(config: UpConfig) -> str:
