@@ -316,7 +316,7 @@ def _about(engine: Engine) -> str:
     compute, layout = engine.capabilities.compute, engine.layout
     weights = layout.dtype if compute["quantization"] == "none" else compute["quantization"]
     where = f"{compute['kernels']} kernels" if compute["device"] == "cpu" else compute["device"]
-    return f"{weights}, {where}, {engine.capabilities.num_blocks} KV blocks of {layout.block_size} tokens"
+    return f"{weights}, {where}, {engine.capabilities.num_blocks} blocks of {layout.block_size} tokens"
 
 
 async def _has_ended(work: Coroutine[Any, Any, object], thread: EngineThread) -> bool:
