@@ -142,10 +142,21 @@ def loaded_by(code: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("command", "packages"),
-    [(["up", "--help"], set()), (["doctor", "--help"], set()), (["size", "--model", str(DEMO_MODEL)], {"numpy"})],
+    [
+        (["--help"], set()),
+        (["up", "--help"], set()),
+        (["doctor", "--help"], set()),
+        (["size", "--model", str(DEMO_MODEL)], {"numpy"}),
+    ],
 )
 def test_the_command_line_loads_next_to_nothing(command: list[str], packages: set[str]) -> None:
     assert loaded_by(f"from services.cli.main import main; main({command})") == packages
+
+
+def test_the_launcher_and_its_fork_server_load_no_package_by_themselves() -> None:
+    """What workers need is loaded by the fork server on order, and by no process that only starts others."""
+    modules = ("up.up", "up.stack", "up.forks", "up.fork_server", "embedded_redis")
+    assert loaded_by(f"import {', '.join(f'services.cli.{name}' for name in modules)}") == set()
 
 
 @pytest.mark.parametrize("name", SERVICES)
