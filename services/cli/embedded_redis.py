@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 from kvstore.errors import RedisServerError
 
@@ -31,39 +32,30 @@ _SHIM = str(Path(__file__).parent / "up" / "child.py")
 class EmbeddedRedis:
     """A running server; made by `EmbeddedRedis.start`, ended by `close`. A context manager, too."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, owned_directory: Path | None) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
         self._process = process
-        self._owned_directory = owned_directory
         self.port = port
         self.url = f"redis://{_HOST}:{port}/0"
 
     @classmethod
-    def start(cls, port: int = 0, directory: Path | None = None) -> EmbeddedRedis:
+    def start(cls, port: int = 0) -> EmbeddedRedis:
         """Start a server and return once it answers. Blocks for some tens of milliseconds.
 
-        `port` 0 takes a free one. `directory` takes the log; without it a temporary one is made and removed on close.
-        Call it from a thread that outlives the server: to Linux the thread's end is the parent's death. Raises
-        `RedisServerError`.
+        `port` 0 takes a free one. Call it from a thread that outlives the server: to Linux the thread's end is the
+        parent's death. Raises `RedisServerError`.
         """
         binary = find_redis_server()
-        owned_directory = None if directory else Path(tempfile.mkdtemp(prefix="tandem-redis-"))
-        log_path = (directory or owned_directory or Path()) / "redis.log"
-        try:
+        with _open_log() as log:
             # A free port can be taken by another process between our looking and the server's binding.
             for _ in range(1 if port else _NUM_PORT_TRIES):
                 chosen_port = port or _find_free_port()
-                process = _spawn(binary, chosen_port, log_path)
+                process = _spawn(binary, chosen_port, log)
                 if _wait_ready(process, chosen_port):
-                    return cls(process, chosen_port, owned_directory)
+                    return cls(process, chosen_port)
                 _stop(process)
-            log_tail = log_path.read_text(errors="replace")[-2000:].strip() if log_path.exists() else "(no log)"
-            raise RedisServerError(
-                f"{binary} did not come up on {_HOST}:{chosen_port}; its log ends: {log_tail.strip()}"
-            )
-        except BaseException:
-            if owned_directory:
-                shutil.rmtree(owned_directory, ignore_errors=True)
-            raise
+            log.seek(0)
+            log_tail = log.read().decode(errors="replace")[-2000:].strip() or "(no log)"
+            raise RedisServerError(f"{binary} did not come up on {_HOST}:{chosen_port}; its log ends: {log_tail}")
 
     @property
     def pid(self) -> int:
@@ -73,8 +65,6 @@ class EmbeddedRedis:
     def close(self) -> None:
         """Stop the server and wait for its end; nothing happens the second time."""
         _stop(self._process)
-        if self._owned_directory:
-            shutil.rmtree(self._owned_directory, ignore_errors=True)
 
     def __enter__(self) -> EmbeddedRedis:
         return self
@@ -108,16 +98,24 @@ def find_redis_server() -> Path:
     )
 
 
-def _spawn(binary: Path, port: int, log_path: Path) -> subprocess.Popen[bytes]:
+def _open_log() -> IO[bytes]:
+    """A file without a name: nothing is left of it, however the server and we end."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        raise RedisServerError(f"there is no place for the log of a private Redis: {error}") from error
+
+
+def _spawn(binary: Path, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
     server = [str(binary), "--port", str(port), "--bind", _HOST, "--save", "", "--appendonly", "no"]
-    server += ["--daemonize", "no", "--dir", str(log_path.parent), "--logfile", str(log_path)]
+    server += ["--daemonize", "no", "--dir", "/"]  # where it writes nothing
     # A session of its own: Ctrl-C in the terminal reaches the launcher, which stops the workers first and the server
     # last.
     return subprocess.Popen(
         [sys.executable, "-I", "-S", _SHIM, str(os.getpid()), "", *server],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
         start_new_session=True,
     )
 
