@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the subcommand that `argv` (the process's arguments) begins with; returns the exit status."""
     if argv is None:  # this process is ours
         signal.signal(signal.SIGINT, _interrupt_once)
+        _open_standard_streams()
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
@@ -43,6 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if argv is None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _open_standard_streams() -> None:
+    """Opens to nothing what our starter has closed: a socket of ours must not become what others take for theirs."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _interrupt_once(number: int, frame: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import socket
@@ -11,9 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from services.cli.config import DEMO_MODEL, UpConfig
 from services.cli.main import main
 from services.cli.up import choose_model
+from services.cli.up.console import PlainDisplay
 from services.cli.up.example import curl_line, example_request
+from services.cli.up.spec import ChildSpec, Stack
+from services.cli.up.up import announce_stack
 from services.startup import CannotListen, claim_port
 
 HEAVY = ("torch", "numpy", "fastapi", "uvicorn", "grpc", "google.protobuf", "redis", "ucxx", "rich", "yaml", "asyncio")
@@ -108,3 +113,24 @@ def test_the_example_is_a_shell_command_that_holds_no_key() -> None:
     assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/completions"]
     assert json.loads(words[words.index("-d") + 1]) == {"model": "m", "prompt": "it's"}
     assert "Authorization: Bearer $TANDEM_API_KEY" in words
+
+
+def test_a_command_whose_streams_are_closed_ends_as_others_do() -> None:
+    command = ["sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh", sys.executable, "-m", "services.cli.main"]
+    assert subprocess.run([*command, "up", "--model", "/no/such/model", "--port", "0"]).returncode == 2
+    assert subprocess.run([*command, "version"]).returncode == 0
+
+
+def test_a_stack_that_cannot_say_on_standard_output_where_it_serves_says_so_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = io.StringIO()
+    stack = Stack(ChildSpec("router", (), {}), (), "127.0.0.1", 8000, False, "tandem-demo")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        announce_stack(stack, UpConfig(), str(DEMO_MODEL), PlainDisplay([], said))
+        monkeypatch.undo()
+    assert said.getvalue() == (
+        "tandem | Tandem serves tandem-demo at http://127.0.0.1:8000/v1;"
+        " standard output takes nothing: No space left on device\n"
+    )

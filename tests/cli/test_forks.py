@@ -93,7 +93,7 @@ async def test_a_forked_program_sees_what_one_sees_that_was_started_by_itself(se
     seen = []
     for forks in (None, server, server):
         shown = Lines()
-        child = Child(spec("wait", "--flag", cores=(core,)), shown, forks)
+        child = Child(spec("wait", "--flag", os.fsdecode(b"mod\xe9l"), cores=(core,)), shown, forks)
         running = asyncio.create_task(child.run())
         await shown.until("argv")
         await child.stop()
@@ -139,6 +139,41 @@ async def test_a_stop_does_not_wait_for_the_server_to_have_loaded(tmp_path: Path
         await child.stop()
         await running
     server.close()
+
+
+async def test_orders_that_fill_the_socket_while_the_server_loads_all_arrive(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\nwhile not pathlib.Path('{}').exists(): time.sleep(0.01)\n".format(tmp_path / "go")
+    )
+    server = Forks(["slow"], {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"})
+    large = ENVIRON | {f"LARGE_{number}": "x" * 100_000 for number in range(5)}
+    shown = [Lines() for _ in range(6)]
+    children = [Child(spec("wait", str(number), environ=large), shown[number], server) for number in range(6)]
+    running = [asyncio.create_task(child.run()) for child in children]
+    (tmp_path / "go").touch()
+    for number, child in enumerate(children):
+        await shown[number].until("argv")
+        assert (shown[number].facts["argv"][1], shown[number].facts["parent"]) == (str(number), server.pid)
+        await child.stop()
+    await asyncio.gather(*running)
+    server.close()
+
+
+async def test_a_server_that_hangs_holds_up_neither_a_stop_nor_a_kill(server: Forks) -> None:
+    hung = Forks((), os.environ)
+    for forks, ends in ((server, lambda child: child.stop(grace_s=0.1)), (hung, lambda child: _kill(child))):
+        child = Child(spec("wait"), shown := Lines(), forks)
+        running = asyncio.create_task(child.run())
+        await shown.until("argv")
+        os.kill(forks.pid, signal.SIGSTOP)
+        async with asyncio.timeout(TIMEOUT_S):
+            await ends(child)
+            await running
+    hung.close()
+
+
+async def _kill(child: Child) -> None:
+    child.kill()
 
 
 async def test_with_the_server_its_children_end_and_the_next_ones_start_without_it(server: Forks) -> None:

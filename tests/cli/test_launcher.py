@@ -253,6 +253,21 @@ async def test_a_stack_whose_output_nobody_reads_any_more_still_stops() -> None:
     assert status == 0
 
 
+async def test_a_stack_that_nohup_started_outlives_its_terminal() -> None:
+    shown = Recorder()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def announced() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        assert await run_stack(stack(spec("decode-0", WORKER)), shown, TIMEOUT_S, announced) == 0
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert ("tandem", "SIGTERM: stopping; once more to stop at once") in shown.events
+
+
 async def test_a_second_signal_kills_at_once() -> None:
     shown = Recorder()
     shown.on_line = lambda name, text: os.kill(os.getpid(), signal.SIGINT) if text == "router stops" else None

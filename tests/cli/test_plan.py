@@ -10,6 +10,7 @@ from services.cli.config import UpConfig
 from services.cli.up.placement import Placement
 from services.cli.up.plan import (
     check_offloading,
+    check_stores,
     num_workers,
     plan_stack,
     router_settings,
@@ -151,6 +152,14 @@ def test_store_nodes_have_directories_and_names_of_their_own() -> None:
         assert (config.store_dram_bytes, config.kv_transport) == (64 << 20, "ucxx")
         assert (config.served_model_name, config.redis) == (("m",), "redis://:hunter2@127.0.0.1:7000/0")
     assert plan().stores == ()
+
+
+def test_what_is_said_of_store_nodes_is_not_taken_where_there_are_none() -> None:
+    argv = ("--store-disk-dir", "/var/kv", "--store-write-through", "none")
+    given = collect_settings(up_settings(), argv, {}, make_parser(up_settings()))
+    with pytest.raises(SettingsError, match="--store-disk-dir: there is no store node; give --stores 1, too"):
+        check_stores(UpConfig(), given)
+    check_stores(UpConfig(stores=1), given)
 
 
 @pytest.mark.parametrize(

@@ -129,10 +129,15 @@ def test_ctrl_c_twice_while_it_starts_ends_it_without_a_traceback(phase: str) ->
     assert "Tandem serves" not in shown.text
 
 
-def test_into_a_file_go_plain_lines(tmp_path: Path) -> None:
+def test_into_a_file_go_plain_lines_wherever_it_is_started(tmp_path: Path) -> None:
+    """Here, where packages lie that have the names of its own."""
+    for name in ("services", "kvstore", "torch"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('not that one')\n")
     log, out = tmp_path / "log", tmp_path / "out"
+    command = [COMMAND[0], "-P", *COMMAND[1:], "--colocated"]
     with log.open("w") as errors, out.open("w") as output:
-        process = subprocess.Popen([*COMMAND, "--colocated"], stdout=output, stderr=errors)
+        process = subprocess.Popen(command, stdout=output, stderr=errors, cwd=tmp_path)
         try:
             deadline_s = time.monotonic() + TIMEOUT_S
             while not re.search(r"Tandem serves .* Try:\n\ncurl .*\n", out.read_text()):

@@ -115,7 +115,7 @@ def show_command(name: str, argv: list[str]) -> None:
     with open("/proc/self/stat", encoding="utf-8") as file:
         fields = file.read().rpartition(")")[2].split()
     start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end of proc(5), counted from the state
-    text = b"\0".join(argument.encode() for argument in argv)[: end - start - 1]
+    text = b"\0".join(os.fsencode(argument) for argument in argv)[: end - start - 1]
     ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
 
 

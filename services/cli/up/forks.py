@@ -100,17 +100,35 @@ class Forks:
         async with self._ordering:
             self._starting.append(started)
             try:
-                socket.send_fds(self._control, [LENGTH.pack(len(data))], [output])
+                await self._send_head(LENGTH.pack(len(data)), output)
                 await loop.sock_sendall(self._control, data)
             except OSError as error:
                 raise ForksLost from error
         return await started
 
+    async def _send_head(self, head: bytes, output: int) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                socket.send_fds(self._control, [head], [output])
+                return
+            except BlockingIOError:  # full of orders for a server that still loads
+                has_room = asyncio.Event()
+                loop.add_writer(self._control, has_room.set)
+                try:
+                    await has_room.wait()
+                finally:
+                    loop.remove_writer(self._control)
+
+    def kill(self) -> None:
+        """Kill the server; the kernel does the same to its children, and whoever waits for one hears of it."""
+        self._server.kill()
+
     def close(self) -> None:
         """Kill the server and, with it, what it has forked and still runs."""
         if self._reading is not None:
             self._reading.cancel()
-        self._server.kill()
+        self.kill()
         self._server.wait()
         self._control.close()
 

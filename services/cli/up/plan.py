@@ -35,6 +35,8 @@ from services.worker.config import WorkerConfig
 _DECIDED_HERE = frozenset({"redis", "worker_id", "router_id", "colocated", "log_format"})
 _WORKER_ADDRESSES = frozenset({"host", "port", "kv_port", "http_port", "advertise_host"})
 _EXTRA_GRACE_S = 5.0
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""Keeps `python -m` from looking for packages in the working directory, which may have a `services` of its own."""
 
 
 def router_settings() -> list[Setting]:
@@ -94,6 +96,13 @@ def check_offloading(config: UpConfig, worker: WorkerConfig, available_bytes: in
             f" and {available_bytes / 2**30:.1f} GiB of memory are available",
             "kv_offloading_size",
         )
+
+
+def check_stores(config: UpConfig, given: Mapping[str, Given]) -> None:
+    """Refuse what is said of store nodes where there are none, and nothing would be kept. Raises SettingsError."""
+    for item in store_settings():
+        if item.name.startswith("store_") and item.name in given and not config.stores:
+            raise SettingsError(f"{given[item.name].source}: there is no store node; give --stores 1, too", item.name)
 
 
 def _only(given: Mapping[str, Given], items: Sequence[Setting]) -> dict[str, Given]:
@@ -222,7 +231,7 @@ def _base_environment(environ: Mapping[str, str], redis: str) -> dict[str, str]:
     so it is not a flag.
     """
     kept = {name: value for name, value in environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
-    return kept | {LAUNCHER_VARIABLE: "1", "PYTHONUNBUFFERED": "1", "TANDEM_REDIS": redis}
+    return kept | SAFE_PATH | {LAUNCHER_VARIABLE: "1", "PYTHONUNBUFFERED": "1", "TANDEM_REDIS": redis}
 
 
 def _placed(values: Mapping[str, object], placement: Placement) -> dict[str, object]:

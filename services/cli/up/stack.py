@@ -128,5 +128,6 @@ def _catch_signals(children: Sequence[Child], display: Display) -> asyncio.Event
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, on_signal, number)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish stands
+            loop.add_signal_handler(number, on_signal, number)
     return stop

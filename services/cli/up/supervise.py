@@ -140,11 +140,17 @@ class Child:
         except TimeoutError:
             self.display.line(self.spec.name, f"did not stop within {grace_s:g} s: killed")
             _kill_group(process)
-            await process.wait()
+            try:
+                await asyncio.wait_for(process.wait(), _LAST_OUTPUT_S)
+            except TimeoutError:  # whoever should tell of its end hangs
+                self.kill()
+                await process.wait()
 
     def kill(self) -> None:
-        """SIGKILL, to the program and whatever it has started. `run()` returns soon after."""
+        """SIGKILL, to the program and whatever it has started, and to the fork server. `run()` returns soon after."""
         self._stopping.set()
+        if self.forks is not None:  # one that hangs would not tell of the end
+            self.forks.kill()
         if self._process is not None:
             _kill_group(self._process)
         elif self._starting is not None:

@@ -14,7 +14,16 @@ from services.cli.config import DEMO_MODEL, UpConfig
 from services.cli.up.console import Display, WhileRead, make_display
 from services.cli.up.example import curl_line, example_request
 from services.cli.up.placement import available_cores, available_gpus, place_workers
-from services.cli.up.plan import check_forwarded, check_offloading, num_workers, plan_stack, process_names, up_settings
+from services.cli.up.plan import (
+    SAFE_PATH,
+    check_forwarded,
+    check_offloading,
+    check_stores,
+    num_workers,
+    plan_stack,
+    process_names,
+    up_settings,
+)
 from services.cli.up.preflight import check_stack
 from services.cli.up.spec import Stack
 from services.decode.config import DecodeConfig
@@ -39,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
         model, name = choose_model(config.model)
         router, _, decode, store = check_forwarded(given, model)
         check_offloading(config, decode, available_memory_bytes())
+        check_stores(config, given)
     except SettingsError as error:
         refuse(parser.prog, error)
     display = WhileRead(make_display(process_names(config), config.log_format == "json", sys.stderr))
@@ -80,7 +90,7 @@ def _start(
             redis_version(config.redis)
         forks = None
         if sys.platform == "linux":  # elsewhere a process that has torch loaded must not fork
-            forks = cleanup.enter_context(closing(Forks(WORKER_MODULES, os.environ)))
+            forks = cleanup.enter_context(closing(Forks(WORKER_MODULES, {**os.environ, **SAFE_PATH})))
         redis = None if config.redis else cleanup.enter_context(EmbeddedRedis.start())
         placements = place_workers(
             num_workers(config),
@@ -98,7 +108,7 @@ def _start(
             environ=os.environ,
             worker_prefix="" if redis else f"{socket.gethostname()}-",
         )
-        announce = partial(print_example, stack, config, model)
+        announce = partial(announce_stack, stack, config, model, display)
         return asyncio.run(run_stack(stack, display, config.startup_timeout_s, announce, redis, forks))
 
 
@@ -118,8 +128,14 @@ def described(config: UpConfig) -> str:
     return ", ".join(parts)
 
 
-def print_example(stack: Stack, config: UpConfig, model: str) -> None:
-    """The URL, and a request to try, on standard output."""
-    print(f"\nTandem serves {stack.served_model_name} at {stack.url}/v1 ({described(config)}; Ctrl-C stops it). Try:\n")
+def announce_stack(stack: Stack, config: UpConfig, model: str, display: Display) -> None:
+    """The URL, and a request to try, on standard output, which may be closed or full: who serves goes on."""
     path, body = example_request(stack.served_model_name, model)
-    print(curl_line(stack.url, path, body, bool(stack.api_key)) + "\n", flush=True)
+    serves = f"Tandem serves {stack.served_model_name} at {stack.url}/v1"
+    try:
+        print(f"\n{serves} ({described(config)}; Ctrl-C stops it). Try:\n")
+        print(curl_line(stack.url, path, body, bool(stack.api_key)) + "\n", flush=True)
+    except OSError as error:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # else the interpreter tries again at its end
+        display.line("tandem", f"{serves}; standard output takes nothing: {error.strerror}")
