@@ -26,9 +26,18 @@ _LABELS = {
 
 
 def write_report(folder: Path, results: Sequence[RunResult]) -> Path:
-    """report.html and the tables beside it; returns the page's path. Raises ValueError where there is no result."""
+    """report.html and the tables beside it; returns the path. Raises ValueError where there is no result, and for
+    results that cannot be compared."""
     if not results:
         raise ValueError("no run has a result: there is nothing to report")
+    for what, values in (
+        ("objectives", {each.options.goodput for each in results}),
+        ("workloads", {each.workload for each in results}),
+    ):
+        if len(values) > 1:
+            raise ValueError(
+                f"these runs have different {what}, which one page cannot have: {'; '.join(sorted(values))}"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     write_tables(folder, results)
     path = folder / "report.html"

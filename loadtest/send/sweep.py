@@ -53,7 +53,8 @@ class Sweep:
     options: LoadOptions
     stack_flags: tuple[str, ...]
     folder: Path
-    """Where each run's result is written, as soon as there is one."""
+    """Where each run's result is written, as soon as there is one. Results of an earlier sweep there are removed: they
+    would be taken for this one's."""
     rounds: int = 1
     sets_objectives: bool = False
     """Whether the objectives of `options` are replaced by what lone requests take on the first target, times five."""
@@ -106,6 +107,8 @@ def run_sweep(sweep: Sweep, run: Run, api_key: str, watcher: SweepWatcher) -> li
                 look_up_model(target.url, sweep.options.model, api_key)
             except TargetError as error:
                 raise SweepFailed(f"{target.name}: {error}") from error
+    for path in sweep.folder.glob("*.json"):
+        path.unlink()
     with ExitStack() as stack:
         return _UnderWay(sweep, run, watcher, stack).results()
 

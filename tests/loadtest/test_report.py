@@ -292,6 +292,15 @@ def test_there_is_no_report_of_nothing(tmp_path: Path) -> None:
         write_report(tmp_path, [])
 
 
+def test_runs_that_cannot_be_compared_are_no_report(tmp_path: Path) -> None:
+    one, other = runs()[:2]
+    easier = replace(other, options=replace(other.options, goodput="ttft:9000"))
+    with pytest.raises(ValueError, match=r"different objectives.*ttft:1000,tpot:100; ttft:9000"):
+        write_report(tmp_path, [one, easier])
+    with pytest.raises(ValueError, match="different workloads"):
+        write_report(tmp_path, [one, replace(other, workload="something else")])
+
+
 def test_a_chart_keeps_its_points_within_its_frame() -> None:
     chart = Chart("t", "x", "y", log_x=True, x_min=1.0, y_max=100.0, x_line=5000.0)
     svg = ElementTree.fromstring(draw(chart, [Series("s", "#000", ((1e-6, 0.0), (3.0, 50.0), (70.0, 120.0)))]))

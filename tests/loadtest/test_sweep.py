@@ -163,6 +163,12 @@ def test_objectives_come_from_lone_requests_where_none_are_named(tmp_path: Path)
     assert all(len(each.measured) >= 12 for each in results)
 
 
+def test_a_sweep_does_not_leave_its_results_among_those_of_an_earlier_one(tmp_path: Path) -> None:
+    pretended_sweep(tmp_path, Pretended(one=3.5))
+    pretended_sweep(tmp_path, Pretended(two=3.5), rates=(1.0,), rounds=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two-1-2.json", "two-1.json"]
+
+
 def test_rates_that_are_given_are_run_as_they_are(tmp_path: Path) -> None:
     pretended = Pretended(one=3.5, two=3.5)
     results = pretended_sweep(tmp_path, pretended, rates=(1.0, 2.0), rounds=1)
