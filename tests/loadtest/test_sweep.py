@@ -26,7 +26,7 @@ def test_a_sweep_of_two_servers_reports_which_is_better(tmp_path: Path) -> None:
     with stub_server("--token-s", "0.001") as fast, stub_server("--token-s", "0.6") as slow:
         out, err = loadtest(
             "sweep", "--target", f"slow={slow}/v1", "--target", f"fast={fast}", "--rates", "10,20",
-            "--goodput", "tpot:300", "--output", str(folder), *_LOAD,
+            "--goodput", "tpot:300", "--late-ms", "60000", "--output", str(folder), *_LOAD,
         )  # fmt: skip
         prompts = [[body["prompt"] for body in read_json(f"{url}/seen")["bodies"]] for url in (slow, fast)]  # type: ignore[attr-defined]
     assert out.strip() == str(folder / "report.html")
@@ -44,7 +44,18 @@ def test_a_sweep_of_two_servers_reports_which_is_better(tmp_path: Path) -> None:
     assert "fast is better" in Path(again.strip()).read_text()
 
 
-_ONE_KIND = ("--warmup-requests", "0", "--prompt-tokens", "20", "--output-tokens", "3", "--goodput", "ttft:1000")
+_ONE_KIND = (
+    "--warmup-requests",
+    "0",
+    "--late-ms",
+    "60000",
+    "--prompt-tokens",
+    "20",
+    "--output-tokens",
+    "3",
+    "--goodput",
+    "ttft:60000",
+)
 
 
 def test_a_rate_at_which_nothing_is_answered_is_a_result_and_no_failure(tmp_path: Path) -> None:
