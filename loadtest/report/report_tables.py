@@ -57,7 +57,7 @@ def standings_table(page: Page) -> str:
         )
         cells = (
             Cell(page.name(each.target), "name"),
-            Cell("none tried" if each.healthy_rate is None else f"{each.healthy_rate:g}/s", best),
+            Cell("none" if each.healthy_rate is None else f"{each.healthy_rate:g}/s", best),
             Cell("none tried" if each.next_rate is None else f"{each.next_rate:g}/s"),
             Cell("–" if each.goodput is None else f"{each.goodput:.2f}/s"),
             Cell("–" if there is None else _good(there)),
