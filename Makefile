@@ -35,6 +35,8 @@ PROMPT_TOKENS ?= 512
 OUTPUT_TOKENS ?= 128
 SCALE ?= 0.25
 LOADTEST_ARGS ?=
+# How long `make simulate` runs seeds
+MINUTES ?= 10
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -47,7 +49,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index compat agreement loadtest clean
+.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index simulate simulate-removals compat agreement loadtest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -148,6 +150,12 @@ bench-prefix: $(DEVELOPED) ## hit rate and TTFT by routing policy: make bench-pr
 
 bench-index: $(DEVELOPED) ## the prefix index with a million blocks: lookups against PING, bytes per block (BENCH_ARGS)
 	$(BIN)/python -m tests.bench.bench_index $(BENCH_ARGS)
+
+simulate: $(DEVELOPED) ## the block exchange under seeded faults for MINUTES; adds to build/simulation/tally.json
+	$(BIN)/python -m tests.simulation --minutes $(MINUTES)
+
+simulate-removals: $(DEVELOPED) ## for each safeguard the first seed that fails without it
+	$(BIN)/python -m tests.simulation --removals
 
 compat: $(DEVELOPED) ## vllm bench, guidellm, aiperf, lm-eval, litellm, langchain against our server (7 GB); TOOLS=…
 	$(BIN)/python -m tests.compat $(if $(filter-out auto,$(TORCH_INDEX)),--torch-index $(TORCH_INDEX)) $(TOOLS)

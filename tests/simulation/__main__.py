@@ -1,0 +1,134 @@
+"""Runs seeds for a time, adds them to a tally, and prints what they have reached; `make simulate MINUTES=60`.
+
+python -m tests.simulation --minutes 5          seeds that no run here has had, in turn
+python -m tests.simulation --seed 123           one seed, and what it broke
+python -m tests.simulation --removals           for each safeguard, the first seeds that fail without it
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.simulation.removals import REMOVALS
+from tests.simulation.world import Report, all_transitions, simulate
+
+TALLY = Path("build/simulation/tally.json")
+_SECOND_RUN_EVERY = 20  # seeds: each of these runs twice, and leaves the same trace or is a failure
+_MAX_REMOVAL_SEEDS = 10_000
+
+
+class Tally:
+    """What all runs here have come to; one JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.num_seeds = int(known.get("num_seeds", 0))
+        self.next_seed = int(known.get("next_seed", 0))
+        self.seconds = float(known.get("seconds", 0.0))
+        self.num_callbacks = int(known.get("num_callbacks", 0))
+        self.virtual_s = float(known.get("virtual_s", 0.0))
+        self.failed: dict[str, str] = dict(known.get("failed", {}))
+        self.faults: Counter[str] = Counter(known.get("faults", {}))
+        self.reached: Counter[str] = Counter(known.get("reached", {}))
+        self.transitions: Counter[str] = Counter(known.get("transitions", {}))
+
+    def add(self, report: Report) -> None:
+        self.num_seeds += 1
+        self.next_seed = max(self.next_seed, report.seed + 1)
+        self.num_callbacks += report.num_callbacks
+        self.virtual_s += report.virtual_s
+        self.faults += report.faults
+        self.reached += report.reached
+        self.transitions += report.transitions
+        if report.violations:
+            self.failed[str(report.seed)] = str(report.violations[0])
+
+    def save(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        names = [name for name in vars(self) if not name.startswith("_")]
+        text = json.dumps({name: getattr(self, name) for name in names}, indent=1)
+        self._path.write_text(text, encoding="utf-8")
+
+    def page(self) -> str:
+        rows, met, rate = all_transitions(), set(self.transitions), self.num_seeds / self.seconds
+        lines = [
+            f"seeds        {self.num_seeds:,} in {self.seconds / 60:.1f} min: {rate:.1f} a second",
+            f"simulated    {self.virtual_s / 3600:,.1f} h, {self.num_callbacks:,} callbacks",
+            f"transitions  {len(rows & met)} of {len(rows)} entries of the two tables",
+            f"failed       {len(self.failed)} seeds {' '.join(list(self.failed)[:10])}",
+            "faults       " + ", ".join(f"{kind} {count:,}" for kind, count in self.faults.most_common()),
+            "reached      " + ", ".join(f"{what} {count:,}" for what, count in self.reached.most_common()),
+        ]
+        return "\n".join(lines)
+
+
+def replay_command(seed: int, without: str | None = None) -> str:
+    return f"python -m tests.simulation --seed {seed}" + (f" --without {without}" if without else "")
+
+
+def run_for(minutes: float) -> int:
+    tally, start_s = Tally(TALLY), time.monotonic()
+    before_s, num_failed = tally.seconds, 0
+    while time.monotonic() - start_s < minutes * 60:
+        seed = tally.next_seed
+        report = simulate(seed)
+        tally.add(report)
+        if seed % _SECOND_RUN_EVERY == 0 and simulate(seed).trace != report.trace:
+            tally.failed[str(seed)] = "the second run left another trace"
+        if str(seed) in tally.failed:
+            num_failed += 1
+            print(f"seed {seed}: {tally.failed[str(seed)]}\n  {replay_command(seed)}", flush=True)
+        tally.seconds = before_s + time.monotonic() - start_s
+        tally.save()
+    print(tally.page())
+    return 1 if num_failed else 0
+
+
+def show(seed: int, without: str | None) -> int:
+    with REMOVALS[without].take_out() if without else contextlib.nullcontext():
+        report = simulate(seed)
+    for violation in report.violations:
+        print(violation)
+    print(f"seed {seed}: {len(report.violations)} violations, {report.num_callbacks:,} callbacks, trace {report.trace}")
+    print(f"faults {dict(report.faults)}\nreached {dict(report.reached)}")
+    return 1 if report.violations else 0
+
+
+def search_removals() -> int:
+    num_unseen = 0
+    for name, removal in REMOVALS.items():
+        for seed in range(_MAX_REMOVAL_SEEDS):
+            with removal.take_out():
+                violations = simulate(seed).violations
+            if violations and violations[0].invariant is removal.breaks:
+                print(f"{name}: seed {seed}: {violations[0]}\n  {replay_command(seed, name)}", flush=True)
+                break
+        else:
+            num_unseen += 1
+            print(f"{name}: nobody missed it in {_MAX_REMOVAL_SEEDS} seeds")
+    return 1 if num_unseen else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation")
+    parser.add_argument("--minutes", type=float, default=1.0, help="how long to run seeds")
+    parser.add_argument("--seed", type=int, help="run this one, and show what it broke")
+    parser.add_argument("--without", choices=REMOVALS, help="with --seed: take this safeguard out")
+    parser.add_argument("--removals", action="store_true", help="search the seed that misses each safeguard")
+    given = parser.parse_args()
+    if given.removals:
+        return search_removals()
+    if given.seed is not None:
+        return show(given.seed, given.without)
+    return run_for(given.minutes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

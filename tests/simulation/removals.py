@@ -1,0 +1,118 @@
+"""Takes one safeguard of the product out at a time. Each is there for an invariant; without it a run breaks that one.
+
+A removal replaces one function, or one entry of a table, while a run lasts. `test_simulation.py` pins for each the seed
+of a run that fails; `python -m tests.simulation --removals` searches for others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Final
+from unittest import mock
+
+from kvstore.exchange import Lease
+from kvstore.exchange import reader as exchange_reader
+from kvstore.protocol import AbortOrdered, Actions, FetchMachine, LeaseOutcome, PeerGone, ReaderSession
+from kvstore.protocol import fetch as fetch_table
+from kvstore.protocol.fetch_events import FetchState
+from kvstore.protocol.machine import Timer
+from kvstore.protocol.messages import Confirmed, Revoke
+from tests.simulation.pool import Invariant
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A safeguard, what it is for, and how it is taken out."""
+
+    what: str
+    breaks: Invariant
+    take_out: Callable[[], AbstractContextManager[object]]
+
+
+def _free_early() -> AbstractContextManager[object]:
+    def closed(lease: Lease) -> asyncio.Future[LeaseOutcome]:
+        done = asyncio.get_running_loop().create_future()
+        done.set_result(LeaseOutcome.CONFIRMED)
+        return done
+
+    return mock.patch.object(Lease, "closed", property(closed))
+
+
+def _confirm_unseen() -> AbstractContextManager[object]:
+    row, answered = fetch_table.TRANSITIONS[FetchState.CONFIRMING], FetchMachine._confirm_answered
+
+    def believe(machine: FetchMachine, event: Confirmed | Revoke, now: float) -> list[Any]:
+        return answered(machine, Confirmed(event.transfer_id, held=True), now)
+
+    return mock.patch.dict(row, {Confirmed: believe, Revoke: believe})
+
+
+def _trust_bytes() -> AbstractContextManager[object]:
+    def find_wrong(memory: object, block_ids: Sequence[int], proofs: object) -> list[int]:
+        return []
+
+    return mock.patch.object(exchange_reader, "find_wrong", find_wrong)
+
+
+def _reuse_early() -> AbstractContextManager[object]:
+    drain = FetchMachine._drained
+
+    def drained(machine: FetchMachine) -> list[Any]:
+        """Give the blocks back at once; what ends later is nobody's."""
+        machine.reads.clear()
+        return drain(machine)
+
+    return mock.patch.object(FetchMachine, "_drained", drained)
+
+
+def _any_start() -> AbstractContextManager[object]:
+    lost = FetchMachine._owner_lost
+    row = fetch_table.TRANSITIONS[FetchState.ORDERED]
+
+    def accept(machine: FetchMachine, event: PeerGone, now: float) -> list[Any]:
+        return [] if event.was_another else lost(machine, event, now)
+
+    return mock.patch.dict(row, {PeerGone: accept})
+
+
+def _miss_aborts() -> AbstractContextManager[object]:
+    return mock.patch.dict(fetch_table.TRANSITIONS[FetchState.READING], {AbortOrdered: FetchMachine._ignore})
+
+
+def _drain_for_ever() -> AbstractContextManager[object]:
+    return mock.patch.dict(fetch_table.TRANSITIONS[FetchState.DRAINING], {Timer: FetchMachine._ignore})
+
+
+def _never_silent() -> AbstractContextManager[object]:
+    tick = ReaderSession.tick
+
+    def patient(session: ReaderSession, now: float) -> Actions:
+        session._heard_at = now
+        return tick(session, now)
+
+    return mock.patch.object(ReaderSession, "tick", patient)
+
+
+REMOVALS: Final = {
+    "source-freed-early": Removal("the owner frees before the confirmation", Invariant.SOURCE_HELD, _free_early),
+    "lease-not-checked": Removal(
+        "the reader takes any answer to its confirmation for a yes", Invariant.CONFIRMED, _confirm_unseen
+    ),
+    "no-digest-check": Removal("the reader takes any bytes", Invariant.RIGHT_BYTES, _trust_bytes),
+    "destination-reused-early": Removal(
+        "the reader gives blocks back while a read into them goes on", Invariant.NO_LATE_BYTE, _reuse_early
+    ),
+    "stale-incarnation": Removal(
+        "the reader takes another start of the process for the one that it means",
+        Invariant.SAME_INCARNATION,
+        _any_start,
+    ),
+    "abort-misses-a-state": Removal("an abort while blocks are read is lost", Invariant.ABORTS_END, _miss_aborts),
+    "drain-without-end": Removal(
+        "a read that does not end is not ended with its link", Invariant.WAITS_END, _drain_for_ever
+    ),
+    "silence-unnoticed": Removal("a reader never takes a silent owner for lost", Invariant.SERVES_AGAIN, _never_silent),
+}
