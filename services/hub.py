@@ -53,4 +53,5 @@ def _explain(name: str, revision: str, error: BaseException, has_token: bool) ->
             f"{name} is neither a directory here nor in the hub's cache, and {endpoint} cannot be reached ({why}); "
             f"give a directory, or mend the network"
         )
-    return f"{name} cannot be had from {endpoint}: {type(error).__name__}: {str(error).splitlines()[:1]}; try again"
+    why = f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{name} cannot be had from {endpoint}: {why}; see disk, proxy and HF_HOME, and try again"
