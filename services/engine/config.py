@@ -76,7 +76,7 @@ class EngineConfig(Settings):
         0,
         min=0,
         help="token budget of a step; also the longest prefill chunk; 0: 512 on a CPU, 2048 on a GPU, 8192 on a GPU of"
-        " 70 GiB or more (not A100)",
+        " 70 GiB or more (not A100), 16384 from 160 GiB on",
         group="scheduling",
     )
     max_num_waiting: int = setting(
@@ -92,17 +92,20 @@ class EngineConfig(Settings):
 
 
 _LARGE_GPU_BYTES = 70 << 30
+_HUGE_GPU_BYTES = 160 << 30
 
 
 def with_device_defaults(config: EngineConfig, gpu: Gpu | None) -> EngineConfig:
     """Fill in what depends on the device, where the settings leave it open; `gpu` None: a CPU.
 
-    On GPUs these are vLLM's for its server (`EngineArgs.get_batch_defaults` in vllm/engine/arg_utils.py, 0.11): chunks
+    On GPUs these are vLLM's for its server (`EngineArgs.get_batch_defaults` in vllm/engine/arg_utils.py, 0.28): chunks
     that keep the arithmetic busy. On a CPU a chunk of 512 tokens does so already, and blocks travel while the next is
     computed.
     """
     if gpu is None:
         num_seqs, num_tokens = 64, 512
+    elif gpu.total_bytes >= _HUGE_GPU_BYTES:
+        num_seqs, num_tokens = 1024, 16384
     elif gpu.total_bytes >= _LARGE_GPU_BYTES and "a100" not in gpu.model.lower():
         num_seqs, num_tokens = 1024, 8192
     else:

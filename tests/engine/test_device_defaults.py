@@ -22,6 +22,7 @@ from tests.hf_models import write_model
         (None, 64, 512),
         (Gpu("0", 24 << 30, model="NVIDIA L4"), 256, 2048),
         (Gpu("0", 79 << 30, model="NVIDIA H100 80GB HBM3"), 1024, 8192),
+        (Gpu("0", 179 << 30, model="NVIDIA B200"), 1024, 16384),
         (Gpu("0", 79 << 30, model="NVIDIA A100-SXM4-80GB"), 256, 2048),
         (Gpu("0"), 256, 2048),
     ],
