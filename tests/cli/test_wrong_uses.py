@@ -266,6 +266,11 @@ def test_a_path_that_is_not_there_and_a_file(tandem: Tandem, tmp_path: Path) -> 
     check(tandem("up", "--model", str(file)), f"{file} is GGUF, which is not read", "take the repository")
 
 
+def test_a_path_that_is_no_text(tandem: Tandem, tmp_path: Path) -> None:
+    model = write_model(Path(os.fsdecode(bytes(tmp_path) + b"/mod\xe9l")))
+    check(tandem("up", "--model", str(model)), "mod\\udce9l'", "no UTF-8", "rename it")
+
+
 # ---- the hub -----------------------------------------------------------------
 
 
