@@ -53,7 +53,7 @@ def find_model(model: str, revision: str = "", files: Sequence[str] = WHOLE_MODE
     try:
         str(directory.absolute()).encode()
     except UnicodeEncodeError as error:  # safetensors, the registry and JSON refuse it, each in its own way
-        raise ModelNotFound(f"--model {ascii(model)}: the path has bytes that are no UTF-8; rename it") from error
+        raise ModelNotFound(f"--model {model!a}: the path has bytes that are no UTF-8; rename it") from error
     if directory.is_dir():
         return directory
     if directory.suffix == ".gguf":
