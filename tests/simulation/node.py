@@ -72,6 +72,7 @@ class Node:
         self.random = random.Random(world.random.getrandbits(64))
         self.pool = WatchedPool(self.process.name, _NUM_BLOCKS, self._num_leased, world.report)
         self.live_fetches: list[Fetch] = []
+        self.is_leaving = False
         self.num_busy = 0  # users of ours that hold something, or wait
         self.threads = SimThreads(world.loop)
         self.transport = world.make_transport(self.pool.memory, self.random.getrandbits(32))
@@ -119,7 +120,7 @@ class Node:
     # ---- the reader ----
 
     async def _be_client(self) -> None:
-        while not self.world.is_ending:
+        while not (self.world.is_ending or self.is_leaving):
             await asyncio.sleep(self.random.uniform(0, 1.0))
             peers = [name for name in self.world.names if name != self.name]
             owner, hashes = self.random.choice(peers), self.world.draw_hashes(self.random)
@@ -235,7 +236,7 @@ class Node:
     # ---- the store ----
 
     def _on_have(self, peer: PeerIdentity, have: Have) -> None:
-        if not self.world.is_ending:
+        if not (self.world.is_ending or self.is_leaving):
             self.world.reach("have")
             owner = have.address.partition(":")[0]
             hashes = [BlockHash(each) for each in have.hashes]

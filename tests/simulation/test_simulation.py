@@ -19,13 +19,13 @@ SEEDS = range(16)
 # the test searches, which takes longer.
 PINNED = {
     "source-freed-early": 0,
-    "lease-not-checked": 12,
+    "lease-not-checked": 35,
     "no-digest-check": 3,
     "destination-reused-early": 0,
-    "stale-incarnation": 2,
+    "stale-incarnation": 0,
     "abort-misses-a-state": 5,
-    "drain-without-end": 6,
-    "silence-unnoticed": 5,
+    "drain-without-end": 9,
+    "silence-unnoticed": 2,
 }
 MAX_SEARCHED = 100
 
@@ -44,7 +44,7 @@ def test_whatever_happens_every_invariant_holds_and_the_situations_arise():
     causes = {"aborted", "digest", "peer_lost", "read_failed", "revoked", "timeout", "unknown_incarnation"}
     assert {f"failed: {cause}" for cause in causes} <= set(reached)
     assert {f"lease: {outcome}" for outcome in ("confirmed", "released", "peer_lost", "revoked")} <= set(reached)
-    assert {"quarantine", "suspect", "no room", "have", "order lost"} <= set(reached)
+    assert {"quarantine", "suspect", "no room", "have", "order lost", "left in order"} <= set(reached)
     assert len(set(transitions) & all_transitions()) >= 45
 
 

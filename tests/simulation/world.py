@@ -45,6 +45,7 @@ from tests.simulation.transport import TwoSidedTransport, Wire
 LOAD_S: Final = 30.0
 SERVE_S: Final = 30.0
 WAIT_S: Final = 150.0
+LEAVE_S: Final = 60.0
 END_S: Final = 400.0
 TIMEOUTS: Final = ExchangeTimeouts(
     heartbeat_s=1.0,
@@ -65,7 +66,18 @@ _CHAIN_BLOCKS: Final = 6
 
 STANDING: Final = ("reorder", "split", "cut", "slow reads", "broken reads", "bit flips", "slow threads", "old records")
 """Faults of a whole run: they count once a seed, cuts each."""
-DEALT: Final = ("delay", "partition", "kill", "vanish", "pause", "clock jump", "rot", "full pool", "abort storm")
+DEALT: Final = (
+    "delay",
+    "partition",
+    "kill",
+    "vanish",
+    "restart",
+    "pause",
+    "clock jump",
+    "rot",
+    "full pool",
+    "abort storm",
+)
 USERS: Final = ("aborts", "revokes")
 
 
@@ -216,6 +228,7 @@ class World:
                 self.nodes[name].hold(chain)
         await self._be_nemesis()
         self._stop_faults()
+        await self._comes_true(lambda: not any(node.is_leaving for node in self.nodes.values()), LEAVE_S + 1.0)
         await self._see_them_serve()
         self.is_ending = True
         if not await self._comes_true(lambda: not any(node.num_busy for node in self.nodes.values()), WAIT_S):
@@ -286,6 +299,22 @@ class World:
         self.net.kill(name, silently)
         self.switchboard.pull_out(node.transport.descriptor())
 
+    async def _restart(self, node: Node) -> None:
+        """Have a worker leave in order: its exchange closes, its users end, nothing is left; then it comes back."""
+        closing = self._within(node, node.exchange.close())
+        is_gone = await self._comes_true(
+            lambda: node.process.is_killed or (closing.done() and not node.num_busy), LEAVE_S
+        )
+        if node.process.is_killed:
+            return
+        if is_gone:
+            node.pool.check_at_rest()
+            self.reach("left in order")
+        else:
+            self.report(Invariant.WAITS_END, f"{node.process.name} has not left after {LEAVE_S} s")
+        self._kill(node.name, silently=False)
+        self._start(node.name)
+
     def _draw_habits(self) -> Habits:
         return Habits(
             abort=0.3 if "aborts" in self.mix else 0.0,
@@ -331,6 +360,10 @@ class World:
             case "kill" | "vanish":
                 self._kill(name, silently=kind == "vanish")
                 self._later(lasts_s / 3, lambda: self._start(name))
+            case "restart":
+                if not node.is_leaving:
+                    node.is_leaving = True
+                    self.keep(self.loop.create_task(self._restart(node), name=f"restart {name}"))
             case "pause":
                 self.loop.pause(node.process)
                 self._later(lasts_s, lambda: self.loop.resume(node.process))
@@ -343,12 +376,17 @@ class World:
                     node.pool.flip(block, self.random.randrange(BLOCK_BYTES), self.random.randrange(8))
             case "full pool":
                 ids = node.pool.take(node.pool.book.num_free)
-                self._later(lasts_s, lambda: node.pool.give_back(ids))
+                node.num_busy += 1
+                self._later(lasts_s, lambda: self._make_room(node, ids))
             case "abort storm":
                 for each in self.nodes.values():
                     with self.loop.within(each.process):
                         for fetch in list(each.live_fetches):
                             each.abort(fetch, "everybody left")
+
+    def _make_room(self, node: Node, ids: Sequence[int]) -> None:
+        node.num_busy -= 1
+        node.pool.give_back(ids)
 
     def _calm(self) -> None:
         self.net.weather.max_latency_s = Weather.max_latency_s
