@@ -25,7 +25,7 @@ from kvstore.registry import WorkerRecord
 from kvstore.registry.worker_record import decode_record
 from services.cli.embedded_redis import EmbeddedRedis
 
-_READY_TIMEOUT_S = 60.0
+_READY_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 20.0
 _HTTP_TIMEOUT_S = 30.0
 

@@ -27,7 +27,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/tandem
 COPY constraints.txt ./
-RUN pip install --no-deps torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
+RUN pip install --no-deps --constraint constraints.txt torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY proto proto
 COPY kvstore kvstore

@@ -19,7 +19,7 @@ WORKDIR /src
 RUN python -m venv /opt/tandem
 COPY constraints.txt ./
 RUN case "$EXTRAS" in *nixl*) \
-        pip install --no-deps torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} ;; \
+        pip install --no-deps --constraint constraints.txt torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} ;; \
     esac
 COPY pyproject.toml README.md LICENSE ./
 COPY proto proto

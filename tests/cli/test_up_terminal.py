@@ -39,8 +39,8 @@ class Terminal:
 
     @property
     def text(self) -> str:
-        """All that was ever written, without colours and movements of the cursor."""
-        return _ESCAPES.sub("", self.raw.decode(errors="replace")).replace("\r", "\n")
+        """All that was ever written, without colours, movements of the cursor, and the terminal's echo of the keys."""
+        return _ESCAPES.sub("", self.raw.decode(errors="replace")).replace("\r", "\n").replace("^C", "")
 
     def read(self, timeout_s: float) -> bool:
         """Take in what is there; False at the end."""
