@@ -2,5 +2,7 @@
 
 import importlib
 
-for name in ("decode.service", "prefill.service", "worker.process", "router.process", "store.process"):
-    importlib.import_module(f"services.{name}")
+from services.cli.up.forks import WORKER_MODULES
+
+for name in (*WORKER_MODULES, "services.router.process", "services.store.process"):
+    importlib.import_module(name)
