@@ -132,7 +132,7 @@ kernels-asan: $(DEVELOPED) ## the kernels' tests under AddressSanitizer and UBSa
 bench: $(DEVELOPED) ## run BENCHES with BENCH_ARGS; each prints a table
 	for bench in $(BENCHES); do $(BIN)/python -m $$(echo $${bench%.py} | tr / .) $(BENCH_ARGS) || exit 1; done
 
-loadtest: $(DEVELOPED) ## disaggregated against colocated, or a server at URL; writes build/loadtest/report.html; ten minutes
+loadtest: $(DEVELOPED) ## disaggregated against colocated, or a server at URL; writes build/loadtest/report.html; twelve minutes
 	$(BIN)/python -m loadtest sweep $(foreach target,$(TARGETS),--target $(target)) $(if $(URL),--target server=$(URL)) \
 		$(if $(RATES),--rates $(RATES)) --duration-s $(DURATION) --timeout-s $(TIMEOUT) --goodput $(GOODPUT) \
 		$(if $(TRACE),--trace $(TRACE) --scale $(SCALE),--workload $(WORKLOAD) \
