@@ -13,6 +13,7 @@ from services.cli.up.forks import Forks
 from services.cli.up.private_redis import keep_redis
 from services.cli.up.spec import Stack
 from services.cli.up.supervise import Child, ChildFailed
+from services.startup import CANNOT_START
 
 _READY_RETRY_S = 0.05
 
@@ -58,11 +59,11 @@ async def _run(
             announce()
             is_up = True
             await _reached(stopped, stopped, running, None)
-    except (ChildFailed, RequestFailed) as error:
-        if isinstance(error, ChildFailed):
-            display.phase(error.name, "failed")
-        is_mistake = isinstance(error, ModelNotLoaded) or (isinstance(error, ChildFailed) and error.status == 2)
-        failure, status = str(error), 2 if is_mistake else 1
+    except ChildFailed as error:
+        display.phase(error.name, "failed")
+        failure, status = str(error), CANNOT_START if error.status == CANNOT_START else 1
+    except RequestFailed as error:
+        failure, status = str(error), CANNOT_START if isinstance(error, ModelNotLoaded) else 1
     except TimeoutError:
         late = ", ".join(worker.spec.name for worker in waiting) or "the first request"
         failure, status = f"not ready within {startup_timeout_s:g} s (--startup-timeout-s): {late}", 1
