@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # What a shell starts in the background ignores SIGINT, and so would every process that a test starts and interrupts.
+    # What a shell starts in the background ignores SIGINT, and so would each process that a test starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     binary = config.getoption("--redis-server")
     if binary is not None:
