@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.settings import Settings, SettingsError, setting
+from services.peer_settings import PeerSettings
+from services.settings import SettingsError, setting
 
 _MAX_NAME_CHARS = 256  # see kvstore.registry.worker_record
 _MIN_LEASE_S = 0.05  # see kvstore.registry.registry
@@ -12,7 +13,7 @@ _HEARTBEAT_S = 1.0  # of the block protocol; see kvstore.protocol.timeouts
 
 
 @dataclass(frozen=True)
-class NodeSettings(Settings):
+class NodeSettings(PeerSettings):
     """Whoever exchanges blocks and announces itself: where it listens, and what others are told of it."""
 
     host: str = setting("127.0.0.1", help="address to listen on", group="network")

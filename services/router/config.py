@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.peer_settings import PeerSettings
 from services.router.tenants import split_key
-from services.settings import Settings, SettingsError, setting
+from services.secrets import Secret, read_secret
+from services.settings import SettingsError, setting
 
 
 @dataclass(frozen=True)
-class RouterConfig(Settings):
+class RouterConfig(PeerSettings):
     """One router process: where it listens, whom it lets in, how much it takes on, and where it finds workers."""
 
     host: str = setting("127.0.0.1", help="address to listen on", group="HTTP")
@@ -24,6 +26,12 @@ class RouterConfig(Settings):
     root_path: str = setting(
         "", help="path prefix behind a proxy, such as /llm; the proxy may strip it or not", group="HTTP"
     )
+    tenant_secret_file: str = setting(
+        "",
+        help="file with the secret that tenants' cached blocks are kept apart by, the same for all routers; mode 0600",
+        group="secrets",
+    )
+    tenant_secret: str = setting("", help="the same, not in a file", secret=True, group="secrets")
     ssl_keyfile: str = setting("", help="TLS key; with --ssl-certfile the API is served over HTTPS", group="HTTP")
     ssl_certfile: str = setting("", help="TLS certificate chain", group="HTTP")
     max_body_bytes: int = setting(32 << 20, min=1, help="largest request body; larger ones get a 413", group="HTTP")
@@ -116,6 +124,10 @@ class RouterConfig(Settings):
     disable_uvicorn_access_log: bool = setting(
         False, help="no line per request; those that failed by our fault are logged all the same", group="logs"
     )
+
+    def read_tenant_secret(self) -> Secret | None:
+        """Return it, None where there is none. Raises SettingsError."""
+        return read_secret("tenant_secret", self.tenant_secret, self.tenant_secret_file)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -194,12 +194,14 @@ def settings_of(cls: type[SettingsClass]) -> tuple[Setting, ...]:
 
 @functools.cache
 def names_of_all_services() -> frozenset[str]:
-    """The settings that any service declares, read from the source of the `services/**/config.py` files.
+    """The settings that any service declares, read from the source of the `services/**/config.py` files, and of the
+    `services/*_settings.py` files that several share.
 
     Not by importing them: the services never import each other, and an image may lack what another service needs.
     """
     names: set[str] = set()
-    for path in Path(__file__).parents[1].glob("**/config.py"):
+    services = Path(__file__).parents[1]
+    for path in (*services.glob("**/config.py"), *services.glob("*_settings.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and _is_setting(node.value):
                 names.add(node.target.id)

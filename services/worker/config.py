@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from services.engine.config import EngineConfig
 from services.node_settings import NodeSettings
+from services.secrets import Secret, read_secret
 from services.settings import SettingsError, setting
 
 _WILDCARDS = ("", "0.0.0.0", "::", "[::]")
@@ -22,6 +23,13 @@ class WorkerConfig(NodeSettings, EngineConfig):
         "", help="directory or hub name of the tokenizer; the default is the model's", group="model"
     )
     port: int = setting(0, min=0, max=65535, help="gRPC port; 0 chooses a free one", group="network")
+    proof_key_file: str = setting(
+        "",
+        help="file with the secret that KV blocks are tagged with, the same for all workers; no store node has it; mode"
+        " 0600",
+        group="secrets",
+    )
+    proof_key: str = setting("", help="the same, not in a file", secret=True, group="secrets")
     prefix_fetch_timeout_s: float = setting(
         5.0,
         above=0,
@@ -41,6 +49,10 @@ class WorkerConfig(NodeSettings, EngineConfig):
         choices=("all", "reused", "none"),
         group="KV cache",
     )
+
+    def read_proof_key(self) -> Secret | None:
+        """Return it, None where there is none. Raises SettingsError."""
+        return read_secret("proof_key", self.proof_key, self.proof_key_file)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -225,9 +225,9 @@ def test_unreadable_and_unparsable_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_settings_of_other_services_are_passed_over_in_file_and_environment(tmp_path: Path) -> None:
-    assert "max_num_seqs" in names_of_all_services()
-    path = write(tmp_path / "deployment.yaml", "max-num-seqs: 4\nport: 1")
-    assert resolve("--config", path, environ={"TANDEM_MAX_NUM_SEQS": "8"}).port == 1
+    assert {"max_num_seqs", "kv_port", "peer_secret_file"} <= names_of_all_services()
+    path = write(tmp_path / "deployment.yaml", "max-num-seqs: 4\nkv-port: 5\nport: 1")
+    assert resolve("--config", path, environ={"TANDEM_MAX_NUM_SEQS": "8", "TANDEM_KV_PORT": "5"}).port == 1
 
 
 def test_other_services_flags_are_not_passed_over() -> None:
