@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from services.cli.config import UpConfig
+from services.cli.up.own_secrets import make_secrets, own_secrets
 from services.cli.up.placement import Placement
 from services.cli.up.plan import (
     check_offloading,
@@ -23,6 +27,7 @@ from services.decode.config import DecodeConfig
 from services.prefill.config import PrefillConfig
 from services.router.config import RouterConfig
 from services.settings import (
+    Given,
     SettingsError,
     build_settings,
     collect_settings,
@@ -197,3 +202,50 @@ def test_host_tiers_must_fit_into_the_machine_between_them() -> None:
     with pytest.raises(SettingsError, match=r"4 workers want 8 GiB between them, and 7\.0 GiB") as caught:
         check_offloading(config, worker, 7 << 30)
     assert caught.value.setting == "kv_offloading_size"
+
+
+def test_who_has_which_secret(tmp_path: Path) -> None:
+    config, store, given = UpConfig(stores=1), StoreConfig(store_disk_dir=str(tmp_path)), {}
+    with ExitStack() as cleanup:
+        own = own_secrets(config, store, given, cleanup)
+        make_secrets(own)
+    secrets = tmp_path / "secrets"
+    assert sorted(path.name for path in secrets.iterdir()) == ["peer-secret", "proof-key", "tenant-secret"]
+    stack = plan("--stores", "1", *(word for name, each in own.items() for word in (flag(name), str(each.value))))
+    had = {
+        spec.name: {
+            Path(word.partition("=")[2]).name for word in spec.argv if word.partition("=")[2].startswith(str(secrets))
+        }
+        for spec in (*stack.workers, *stack.stores, stack.router)
+    }
+    assert had == {
+        "prefill-0": {"peer-secret", "proof-key"},
+        "decode-0": {"peer-secret", "proof-key"},
+        "store-0": {"peer-secret"},
+        "router": {"peer-secret", "tenant-secret"},
+    }
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def test_a_stack_keeps_its_secrets_where_its_blocks_stay_and_nowhere_else(tmp_path: Path) -> None:
+    with ExitStack() as cleanup:
+        one = own_secrets(UpConfig(), StoreConfig(), {}, cleanup)
+        make_secrets(one)
+        paths = [Path(str(each.value)) for each in one.values()]
+        assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o600}
+    assert not any(path.parent.exists() for path in paths)
+    given = {"peer_secret": Given("x", "--peer-secret"), "proof_key_file": Given("y", "--proof-key-file")}
+    with ExitStack() as cleanup:
+        assert list(own_secrets(UpConfig(), StoreConfig(), given, cleanup)) == ["tenant_secret_file"]
+
+
+def test_secrets_that_are_no_files_reach_processes_by_their_environment() -> None:
+    secret = "0123456789abcdef" * 4
+    stack = plan("--stores", "1", environ={"TANDEM_PEER_SECRET": secret, "TANDEM_PROOF_KEY": secret})
+    processes = (*stack.workers, *stack.stores, stack.router)
+    assert not any(secret in word for spec in processes for word in spec.argv)
+    assert {spec.environ.get("TANDEM_PEER_SECRET") for spec in processes} == {secret}
+    assert [spec.name for spec in processes if "TANDEM_PROOF_KEY" in spec.environ] == ["prefill-0", "decode-0"]

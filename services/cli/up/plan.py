@@ -69,6 +69,11 @@ def up_settings() -> list[Setting]:
     return list(items.values())
 
 
+def store_config(given: Mapping[str, Given]) -> StoreConfig:
+    """The store nodes' configuration. Raises SettingsError."""
+    return build_settings(StoreConfig, _only(given, store_settings()))
+
+
 def check_forwarded(
     given: Mapping[str, Given], model: str
 ) -> tuple[RouterConfig, PrefillConfig, DecodeConfig, StoreConfig]:
@@ -80,8 +85,7 @@ def check_forwarded(
     with_model = dict(given) | {"model": Given(model, "--model")}
     prefill = build_settings(PrefillConfig, _only(with_model, worker_settings(PrefillConfig)))
     decode = build_settings(DecodeConfig, _only(with_model, worker_settings(DecodeConfig)))
-    store = build_settings(StoreConfig, _only(given, store_settings()))
-    return router, prefill, decode, store
+    return router, prefill, decode, store_config(given)
 
 
 def check_offloading(config: UpConfig, worker: WorkerConfig, available_bytes: int) -> None:
@@ -181,7 +185,7 @@ def _store(
     index: int,
     config: StoreConfig,
     values: Mapping[str, object],
-    base: Mapping[str, str],
+    base: dict[str, str],
     log_flag: str,
     worker_prefix: str,
 ) -> ChildSpec:
@@ -199,7 +203,7 @@ def _store(
             f"--worker-id={worker_prefix}{name}",
             log_flag,
         ),
-        environ=dict(base),
+        environ=base | secret_environment(store_settings(), own),
         grace_s=config.drain_timeout_s + _EXTRA_GRACE_S,
     )
 

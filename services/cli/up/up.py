@@ -13,6 +13,7 @@ from kvstore.errors import KVStoreError
 from services.cli.config import DEMO_MODEL, UpConfig
 from services.cli.up.console import Display, WhileRead, make_display
 from services.cli.up.example import curl_line, example_request
+from services.cli.up.own_secrets import check_secrets, make_secrets, own_secrets
 from services.cli.up.placement import available_cores, available_gpus, place_workers
 from services.cli.up.plan import (
     SAFE_PATH,
@@ -22,6 +23,7 @@ from services.cli.up.plan import (
     num_workers,
     plan_stack,
     process_names,
+    store_config,
     up_settings,
 )
 from services.cli.up.preflight import check_stack
@@ -41,11 +43,18 @@ _DESCRIPTION = (
 
 def main(argv: Sequence[str]) -> int:
     """Runs until SIGINT, SIGTERM or SIGHUP; returns the exit status."""
+    with ExitStack() as cleanup:
+        return _main(argv, cleanup)
+
+
+def _main(argv: Sequence[str], cleanup: ExitStack) -> int:
     parser = make_parser(up_settings(), prog="tandem up", description=_DESCRIPTION, positional="model")
     try:
         given = collect_settings(up_settings(), argv, os.environ, parser)
         config = build_settings(UpConfig, given)
         model, name = choose_model(config.model)
+        own = own_secrets(config, store_config(given), given, cleanup)
+        given |= own
         router, _, decode, store = check_forwarded(given, model)
         check_offloading(config, decode, available_memory_bytes())
         check_stores(config, given)
@@ -55,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         display.line("tandem", f"starting {name}: {described(config)}")
         check_stack(config, given, router, decode, store)
+        make_secrets(own)
+        check_secrets(router, decode)
         return _start(config, given, model, name, router, decode, display)
     except (CannotListen, KVStoreError, ModelError, SettingsError) as error:
         display.line("tandem", f"cannot start: {error}")
