@@ -1,7 +1,7 @@
 """Runs seeds for a time, adds them to a tally, and prints what they have reached; `make simulate MINUTES=60`.
 
-python -m tests.simulation --minutes 5          seeds that no run here has had, in turn
-python -m tests.simulation --seed 123           one seed, and what it broke
+python -m tests.simulation --minutes 5          seeds that no run here has had, in turn; --twice: each two times
+python -m tests.simulation --seed 123           one seed, and what it broke; --shrink: the least of it that breaks that
 python -m tests.simulation --removals           for each safeguard, the first seeds that fail without it
 """
 
@@ -15,11 +15,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from tests.simulation.plan import LOAD_S, Plan
 from tests.simulation.removals import REMOVALS
-from tests.simulation.world import Report, all_transitions, simulate
+from tests.simulation.shrink import shrink
+from tests.simulation.watching import all_transitions
+from tests.simulation.world import Report, simulate
 
 TALLY = Path("build/simulation/tally.json")
-_SECOND_RUN_EVERY = 20  # seeds: each of these runs twice, and leaves the same trace or is a failure
+_SECOND_RUN_EVERY = 20  # seeds: each of these runs twice in any case, and leaves the same trace or is a failure
 _MAX_REMOVAL_SEEDS = 10_000
 
 
@@ -41,14 +44,14 @@ class Tally:
 
     def add(self, report: Report) -> None:
         self.num_seeds += 1
-        self.next_seed = max(self.next_seed, report.seed + 1)
+        self.next_seed = max(self.next_seed, report.plan.seed + 1)
         self.num_callbacks += report.num_callbacks
         self.virtual_s += report.virtual_s
         self.faults += report.faults
         self.reached += report.reached
         self.transitions += report.transitions
         if report.violations:
-            self.failed[str(report.seed)] = str(report.violations[0])
+            self.failed[str(report.plan.seed)] = str(report.violations[0])
 
     def save(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,34 +72,37 @@ class Tally:
         return "\n".join(lines)
 
 
-def replay_command(seed: int, without: str | None = None) -> str:
-    return f"python -m tests.simulation --seed {seed}" + (f" --without {without}" if without else "")
-
-
-def run_for(minutes: float) -> int:
+def run_for(minutes: float, is_twice: bool) -> int:
     tally, start_s = Tally(TALLY), time.monotonic()
     before_s, num_failed = tally.seconds, 0
     while time.monotonic() - start_s < minutes * 60:
-        seed = tally.next_seed
-        report = simulate(seed)
+        plan = Plan(tally.next_seed)
+        report = simulate(plan)
         tally.add(report)
-        if seed % _SECOND_RUN_EVERY == 0 and simulate(seed).trace != report.trace:
-            tally.failed[str(seed)] = "the second run left another trace"
-        if str(seed) in tally.failed:
+        if report.violations:
             num_failed += 1
-            print(f"seed {seed}: {tally.failed[str(seed)]}\n  {replay_command(seed)}", flush=True)
+            print(f"seed {plan.seed}: {report.violations[0]}\n  {plan.command()}", flush=True)
+            print(f"  shrunk: {shrink(plan, simulate).command()}", flush=True)
+        elif (is_twice or plan.seed % _SECOND_RUN_EVERY == 0) and simulate(plan) != report:
+            num_failed += 1
+            tally.failed[str(plan.seed)] = "the second run left another trace"
+            print(f"seed {plan.seed}: the second run left another trace\n  {plan.command()}", flush=True)
         tally.seconds = before_s + time.monotonic() - start_s
         tally.save()
     print(tally.page())
     return 1 if num_failed else 0
 
 
-def show(seed: int, without: str | None) -> int:
+def show(plan: Plan, without: str | None, is_shrunk: bool) -> int:
     with REMOVALS[without].take_out() if without else contextlib.nullcontext():
-        report = simulate(seed)
-    for violation in report.violations:
-        print(violation)
-    print(f"seed {seed}: {len(report.violations)} violations, {report.num_callbacks:,} callbacks, trace {report.trace}")
+        if is_shrunk:
+            plan = shrink(plan, simulate)
+            print(plan.command(without))
+        report = simulate(plan)
+    for line in (*report.story, *map(str, report.violations)):
+        print(line)
+    print(f"seed {plan.seed}: {len(report.violations)} violations, {report.num_callbacks:,} callbacks", end=", ")
+    print(f"{report.virtual_s:.1f} s, {len(report.parts)} parts, trace {report.trace}")
     print(f"faults {dict(report.faults)}\nreached {dict(report.reached)}")
     return 1 if report.violations else 0
 
@@ -106,9 +112,9 @@ def search_removals() -> int:
     for name, removal in REMOVALS.items():
         for seed in range(_MAX_REMOVAL_SEEDS):
             with removal.take_out():
-                violations = simulate(seed).violations
+                violations = simulate(Plan(seed)).violations
             if violations and violations[0].invariant is removal.breaks:
-                print(f"{name}: seed {seed}: {violations[0]}\n  {replay_command(seed, name)}", flush=True)
+                print(f"{name}: seed {seed}: {violations[0]}\n  {Plan(seed).command(name)}", flush=True)
                 break
         else:
             num_unseen += 1
@@ -119,15 +125,20 @@ def search_removals() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation")
     parser.add_argument("--minutes", type=float, default=1.0, help="how long to run seeds")
+    parser.add_argument("--twice", action="store_true", help="run each seed twice: equal seeds leave equal traces")
     parser.add_argument("--seed", type=int, help="run this one, and show what it broke")
+    parser.add_argument("--only", help="with --seed: these parts of its schedule, separated by commas")
+    parser.add_argument("--load-s", type=float, default=LOAD_S, help="with --seed: how long faults are dealt")
+    parser.add_argument("--shrink", action="store_true", help="with --seed: look for less that breaks the same")
     parser.add_argument("--without", choices=REMOVALS, help="with --seed: take this safeguard out")
     parser.add_argument("--removals", action="store_true", help="search the seed that misses each safeguard")
     given = parser.parse_args()
     if given.removals:
         return search_removals()
-    if given.seed is not None:
-        return show(given.seed, given.without)
-    return run_for(given.minutes)
+    if given.seed is None:
+        return run_for(given.minutes, given.twice)
+    only = frozenset(given.only.split(",")) if given.only is not None else None
+    return show(Plan(given.seed, only, given.load_s), given.without, given.shrink)
 
 
 if __name__ == "__main__":

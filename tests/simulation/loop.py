@@ -30,6 +30,10 @@ class Stuck(AssertionError):
     """Nothing will ever happen again, or too much at one instant, or the time is up; the message names who waits."""
 
 
+class Stopped(Exception):
+    """Somebody has called `SimLoop.stop`."""
+
+
 class Process:
     """One simulated process. `clock_ahead_s`: how far its monotonic clock is ahead of the loop's time."""
 
@@ -73,6 +77,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._tasks: list[SimTask] = []
         self._processes = [self.world]
         self._trace = hashlib.blake2b(digest_size=16)
+        self._is_stopped = False
         self._is_over = False
 
     # ---- processes ----
@@ -111,12 +116,18 @@ class SimLoop(asyncio.AbstractEventLoop):
         return self._trace.hexdigest()
 
     def run(self, main: Coroutine[Any, Any, _Result], max_s: float) -> _Result:
-        """Run until it has returned. Raises `Stuck`."""
+        """Run until it has returned. Raises `Stuck`, `Stopped`."""
         with self._running():
             task = self.create_task(main)
             while not task.done():
+                if self._is_stopped:
+                    raise Stopped
                 self._step(max_s)
             return task.result()
+
+    def stop(self) -> None:
+        """Run nothing after this callback."""
+        self._is_stopped = True
 
     def finish(self) -> None:
         """Let go of everything: whoever is paused or killed wakes up to be cancelled. Nothing counts any more."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import random
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -69,7 +69,7 @@ class Node:
     def __post_init__(self) -> None:
         world = self.world
         self.process = world.loop.new_process(f"{self.name}/{self.incarnation}")
-        self.random = random.Random(world.random.getrandbits(64))
+        self.random = world.plan.stream(f"node {self.process.name}")
         self.pool = WatchedPool(self.process.name, _NUM_BLOCKS, self._num_leased, world.report)
         self.live_fetches: list[Fetch] = []
         self.is_leaving = False
@@ -91,8 +91,8 @@ class Node:
 
     async def start(self) -> None:
         await self.exchange.start(self.name, PORT)
-        for _ in range(_NUM_CLIENTS):
-            self.spawn(self._be_client)
+        for number in range(_NUM_CLIENTS):
+            self.spawn(functools.partial(self._be_client, f"{self.process.name}.{number}"))
 
     def spawn(self, work: Callable[[], object]) -> None:
         """Run one of our users; the world hears of its errors."""
@@ -119,12 +119,18 @@ class Node:
 
     # ---- the reader ----
 
-    async def _be_client(self) -> None:
-        while not (self.world.is_ending or self.is_leaving):
-            await asyncio.sleep(self.random.uniform(0, 1.0))
-            peers = [name for name in self.world.names if name != self.name]
-            owner, hashes = self.random.choice(peers), self.world.draw_hashes(self.random)
-            if self.random.random() < 0.5:
+    async def _be_client(self, name: str) -> None:
+        for number in itertools.count():
+            if self.world.is_ending or self.is_leaving:
+                return
+            operation = f"{name}.{number}"
+            draw = self.world.plan.stream(operation)
+            await asyncio.sleep(draw.uniform(0, 1.0))
+            peers = [each for each in self.world.names if each != self.name]
+            owner, hashes = draw.choice(peers), self.world.draw_hashes(draw)
+            if not self.world.does(operation):
+                continue
+            if draw.random() < 0.5:
                 await self.fetch_prefix(owner, hashes)
             else:
                 await self.order(owner, hashes)

@@ -1,29 +1,26 @@
 """One run: three workers that read from each other, a nemesis, and what must hold whatever it does.
 
     0 s         start; clients fetch prefixes, order prompts, tell each other what they have
-    .. LOAD_S   the nemesis deals the faults that this seed has drawn (a swarm: each seed has its own mix)
+    .. load_s   the nemesis deals the faults that this seed has drawn (a swarm: each seed has its own mix)
     then        faults stop, the dead are restarted; within SERVE_S each worker gets a fresh block from each other one
     then        clients end, exchanges close, and everything is counted: blocks, outcomes, bytes
 
-All randomness comes from the seed. `simulate` runs one; equal seeds give equal traces.
+All randomness comes from the plan's seed. `simulate` runs one, until its first violation; equal plans give equal
+traces.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import itertools
-import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
-from unittest import mock
 
 from kvstore.block import BlockHash, BlockMemory
-from kvstore.exchange import reader as exchange_reader
 from kvstore.protocol import (
     Closed,
     ExchangeTimeouts,
@@ -33,16 +30,16 @@ from kvstore.protocol import (
     Quiesced,
     Resolve,
 )
-from kvstore.protocol import fetch as fetch_table
-from kvstore.protocol import lease as lease_table
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
-from tests.simulation.loop import SimLoop, Stuck
-from tests.simulation.net import SimNet, Weather
+from tests.simulation.loop import SimLoop, Stopped, Stuck
+from tests.simulation.nemesis import Nemesis
+from tests.simulation.net import SimNet
 from tests.simulation.node import Habits, Node, Order
-from tests.simulation.pool import BLOCK_BYTES, Invariant, Violation
+from tests.simulation.plan import Plan
+from tests.simulation.pool import Invariant, Violation
 from tests.simulation.transport import TwoSidedTransport, Wire
+from tests.simulation.watching import watching
 
-LOAD_S: Final = 30.0
 SERVE_S: Final = 30.0
 WAIT_S: Final = 150.0
 LEAVE_S: Final = 60.0
@@ -64,30 +61,19 @@ TIMEOUTS: Final = ExchangeTimeouts(
 _CHAINS: Final = 6
 _CHAIN_BLOCKS: Final = 6
 
-STANDING: Final = ("reorder", "split", "cut", "slow reads", "broken reads", "bit flips", "slow threads", "old records")
-"""Faults of a whole run: they count once a seed, cuts each."""
-DEALT: Final = (
-    "delay",
-    "partition",
-    "kill",
-    "vanish",
-    "restart",
-    "pause",
-    "clock jump",
-    "rot",
-    "full pool",
-    "abort storm",
-)
-USERS: Final = ("aborts", "revokes")
-
 
 @dataclass(frozen=True)
 class Report:
     """What a run has shown."""
 
-    seed: int
+    plan: Plan
     trace: str
     violations: tuple[Violation, ...]
+    """The first of all, and what came at the same moment."""
+    parts: tuple[str, ...]
+    """Of the schedule: all that was asked for, in order."""
+    story: tuple[str, ...]
+    """What the nemesis did."""
     faults: Counter[str]
     reached: Counter[str]
     transitions: Counter[str]
@@ -95,31 +81,45 @@ class Report:
     virtual_s: float
 
 
-def simulate(seed: int) -> Report:
-    """Run one seed to its verdict."""
-    world = World(seed)
-    with _watching(world):
+def simulate(plan: Plan) -> Report:
+    """Run one plan to its verdict."""
+    world = World(plan)
+    with watching(world):
         try:
             world.loop.run(world.main(), END_S)
         except Stuck as error:
             world.report(Invariant.WAITS_END, str(error))
-        except Violation:
-            pass  # it is noted
+        except Stopped:
+            pass  # a violation is noted
         for context in world.loop.errors:
             world.report(Invariant.NO_INTERNAL_ERROR, f"{context.get('message')}: {context.get('exception')!r}")
-        violations, trace = tuple(world.violations), world.loop.trace
-        num_callbacks, virtual_s = world.loop.num_callbacks, world.loop.time()
+        report = Report(
+            plan=plan,
+            trace=world.loop.trace,
+            violations=tuple(world.violations),
+            parts=tuple(world.parts),
+            story=tuple(world.story),
+            faults=world.faults + world.net.faults,
+            reached=world.reached,
+            transitions=world.transitions,
+            num_callbacks=world.loop.num_callbacks,
+            virtual_s=world.loop.time(),
+        )
         world.loop.finish()
-    faults = world.faults + world.net.faults
-    return Report(seed, trace, violations, faults, world.reached, world.transitions, num_callbacks, virtual_s)
+    return report
 
 
 class World:
     """What the nodes share, what the nemesis does to them, and the verdict."""
 
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.mix = frozenset(kind for kind in (*STANDING, *DEALT, *USERS) if self.random.random() < 0.4)
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.parts: dict[str, None] = {}
+        self.story: list[str] = []
+        self.random = plan.stream("world")
+        self.faults: Counter[str] = Counter()
+        self._nemesis = Nemesis(self)
+        self.mix = self._nemesis.mix
         self.loop = SimLoop(self.random.getrandbits(64), shuffles="reorder" in self.mix)
         self.net = SimNet(self.loop)
         self.switchboard = Switchboard()
@@ -131,24 +131,27 @@ class World:
         self.verifies_off_loop = self.random.random() < 0.5
         self.is_ending = False
         self.violations: list[Violation] = []
-        self.faults: Counter[str] = Counter(dict.fromkeys((self.mix & set(STANDING)) - {"cut"}, 1))
         self.reached: Counter[str] = Counter()
         self.transitions: Counter[str] = Counter()
-        self._ids = random.Random(self.random.getrandbits(64))
-        self._chains = [_chain(f"{seed}/{number}") for number in range(_CHAINS)]
+        self._ids = plan.stream("ids")
+        self._chains = [_chain(f"{plan.seed}/{number}") for number in range(_CHAINS)]
         self._starts: dict[str, list[tuple[float, str]]] = {name: [] for name in self.names}
         self._record_lag_s = 5.0 if "old records" in self.mix else 0.0
         self._leases: dict[bytes, tuple[str, LeaseMachine]] = {}
         self._fetches: dict[bytes, str] = {}
         self._num_ends: Counter[tuple[str, bytes]] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._healing: list[Callable[[], None]] = []
         if "split" in self.mix:
             self.net.weather.split = 0.3
         if "cut" in self.mix:
             self.net.weather.cut = 0.3
 
     # ---- for the nodes ----
+
+    def does(self, part: str) -> bool:
+        """Note that the schedule has this part; whether it happens."""
+        self.parts[part] = None
+        return self.plan.has(part)
 
     def new_id(self) -> bytes:
         return self._ids.getrandbits(128).to_bytes(16, "big")
@@ -183,6 +186,7 @@ class World:
 
     def report(self, invariant: Invariant, detail: str) -> None:
         self.violations.append(Violation(invariant, f"{detail} (at {self.loop.time():.3f} s)"))
+        self.loop.stop()
 
     def reach(self, what: str) -> None:
         self.reached[what] += 1
@@ -221,13 +225,13 @@ class World:
 
     async def main(self) -> None:
         for name in self.names:
-            self._start(name)
+            self.start(name)
         await asyncio.sleep(0.5)
         for name in self.names:
             for chain in self.random.sample(self._chains, 2):
                 self.nodes[name].hold(chain)
-        await self._be_nemesis()
-        self._stop_faults()
+        await self._nemesis.deal()
+        self._nemesis.stop()
         await self._comes_true(lambda: not any(node.is_leaving for node in self.nodes.values()), LEAVE_S + 1.0)
         await self._see_them_serve()
         self.is_ending = True
@@ -283,23 +287,23 @@ class World:
 
     # ---- life and death of nodes ----
 
-    def _start(self, name: str) -> None:
+    def start(self, name: str) -> None:
         starts = self._starts[name]
         incarnation = str(len(starts) + 1)
         starts.append((self.loop.time(), incarnation))
-        node = Node(self, name, incarnation, self._draw_habits())
+        node = Node(self, name, incarnation, self._draw_habits(self.plan.stream(f"habits {name}/{incarnation}")))
         node.threads.max_delay_s = 1.0 if "slow threads" in self.mix else 0.01
         self.nodes[name] = node
         self.net.back(name)
         self._within(node, node.start())
 
-    def _kill(self, name: str, silently: bool) -> None:
+    def kill(self, name: str, silently: bool) -> None:
         node = self.nodes.pop(name)
         self.loop.kill(node.process)
         self.net.kill(name, silently)
         self.switchboard.pull_out(node.transport.descriptor())
 
-    async def _restart(self, node: Node) -> None:
+    async def restart(self, node: Node) -> None:
         """Have a worker leave in order: its exchange closes, its users end, nothing is left; then it comes back."""
         closing = self._within(node, node.exchange.close())
         is_gone = await self._comes_true(
@@ -312,103 +316,25 @@ class World:
             self.reach("left in order")
         else:
             self.report(Invariant.WAITS_END, f"{node.process.name} has not left after {LEAVE_S} s")
-        self._kill(node.name, silently=False)
-        self._start(node.name)
+        self.kill(node.name, silently=False)
+        self.start(node.name)
 
-    def _draw_habits(self) -> Habits:
+    def _draw_habits(self, draw: random.Random) -> Habits:
         return Habits(
             abort=0.3 if "aborts" in self.mix else 0.0,
             revoke=0.1 if "revokes" in self.mix else 0.0,
-            compute_s=self.random.choice([0.05, 0.5, 2.0]),
+            compute_s=draw.choice([0.05, 0.5, 2.0]),
         )
 
     def _draw_read_faults(self) -> Faults:
-        slow, broken = "slow reads" in self.mix, "broken reads" in self.mix
+        slow_s, broken = self.random.choice([0.1, 0.5, 2.0]), "broken reads" in self.mix
         return Faults(
-            max_delay_s=self.random.choice([0.1, 0.5, 2.0]) if slow else 0.002,
+            max_delay_s=slow_s if "slow reads" in self.mix else 0.002,
             stall=0.05 if broken else 0.0,
             fail=0.05 if broken else 0.0,
             cut=0.05 if broken else 0.0,
             corrupt=0.1 if "bit flips" in self.mix else 0.0,
         )
-
-    # ---- the nemesis ----
-
-    async def _be_nemesis(self) -> None:
-        kinds = [kind for kind in DEALT if kind in self.mix]
-        while self.loop.time() < LOAD_S:
-            await asyncio.sleep(self.random.uniform(0, 4.0))
-            if kinds:
-                self._deal(self.random.choice(kinds))
-
-    def _deal(self, kind: str) -> None:
-        """Do one thing, and arrange for its end."""
-        upright = [name for name, node in self.nodes.items() if not node.process.is_paused]
-        if len(upright) < 2:
-            return
-        name = self.random.choice(upright)
-        node, lasts_s = self.nodes[name], self.random.uniform(0.2, 9.0)
-        self.faults[kind] += 1
-        match kind:
-            case "delay":
-                self.net.weather.max_latency_s = self.random.choice([0.05, 0.5, 1.5])
-                self._later(lasts_s, self._calm)
-            case "partition":
-                other = self.random.choice([each for each in self.names if each != name])
-                self.net.part(name, other)
-                self._later(lasts_s, lambda: self.net.join(name, other))
-            case "kill" | "vanish":
-                self._kill(name, silently=kind == "vanish")
-                self._later(lasts_s / 3, lambda: self._start(name))
-            case "restart":
-                if not node.is_leaving:
-                    node.is_leaving = True
-                    self.keep(self.loop.create_task(self._restart(node), name=f"restart {name}"))
-            case "pause":
-                self.loop.pause(node.process)
-                self._later(lasts_s, lambda: self.loop.resume(node.process))
-            case "clock jump":
-                node.process.clock_ahead_s += self.random.choice([1.0, 7.0, 100.0])
-            case "rot":
-                held = [node.pool.book.find(each) for each in node.pool.book.hashes()]
-                if blocks := [block for block in held if block is not None]:
-                    block = self.random.choice(blocks)
-                    node.pool.flip(block, self.random.randrange(BLOCK_BYTES), self.random.randrange(8))
-            case "full pool":
-                ids = node.pool.take(node.pool.book.num_free)
-                node.num_busy += 1
-                self._later(lasts_s, lambda: self._make_room(node, ids))
-            case "abort storm":
-                for each in self.nodes.values():
-                    with self.loop.within(each.process):
-                        for fetch in list(each.live_fetches):
-                            each.abort(fetch, "everybody left")
-
-    def _make_room(self, node: Node, ids: Sequence[int]) -> None:
-        node.num_busy -= 1
-        node.pool.give_back(ids)
-
-    def _calm(self) -> None:
-        self.net.weather.max_latency_s = Weather.max_latency_s
-
-    def _later(self, delay_s: float, end: Callable[[], None]) -> None:
-        """End a fault after a while, or when all faults end."""
-
-        def once() -> None:
-            if once in self._healing:
-                self._healing.remove(once)
-                end()
-
-        self._healing.append(once)
-        self.loop.call_later(delay_s, once)
-
-    def _stop_faults(self) -> None:
-        for end in list(self._healing):
-            end()
-        self.net.weather = Weather()
-        for node in self.nodes.values():
-            node.transport.faults = Faults()
-            node.habits = Habits()
 
 
 def _chain(name: str) -> list[BlockHash]:
@@ -416,64 +342,3 @@ def _chain(name: str) -> list[BlockHash]:
         BlockHash(hashlib.blake2b(f"{name}/{index}".encode(), digest_size=16).digest())
         for index in range(_CHAIN_BLOCKS)
     ]
-
-
-# ---- what the run looks at in the product ----
-
-
-@contextlib.contextmanager
-def _watching(world: World) -> Iterator[None]:
-    """See every transition of both machines, and every error that the product logs."""
-
-    def watched(handle: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-        def run(machine: Any, event: object, now: float) -> list[Any]:
-            state = machine.state.name
-            actions = handle(machine, event, now)
-            world.saw(machine, state, event, actions)
-            return actions
-
-        return run
-
-    logger, listener = logging.getLogger("kvstore"), _LogListener(world)
-    propagate, level = logger.propagate, logger.level
-    logger.addHandler(listener)
-    logger.propagate = False
-    logger.setLevel(logging.WARNING)
-    inline_bytes = BLOCK_BYTES if world.verifies_off_loop else exchange_reader._MAX_INLINE_BYTES
-    try:
-        with (
-            mock.patch.object(FetchMachine, "handle", watched(FetchMachine.handle)),
-            mock.patch.object(LeaseMachine, "handle", watched(LeaseMachine.handle)),
-            mock.patch.object(exchange_reader, "_MAX_INLINE_BYTES", inline_bytes),
-        ):
-            yield
-    finally:
-        logger.removeHandler(listener)
-        logger.propagate = propagate
-        logger.setLevel(level)
-
-
-class _LogListener(logging.Handler):
-    """Errors with a traceback are ours, and so is a violation among peers that all keep the protocol."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__(logging.WARNING)
-        self._world = world
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if record.exc_info or "violates the block protocol" in message:
-            error = record.exc_info[1] if record.exc_info else None
-            self._world.report(Invariant.NO_INTERNAL_ERROR, f"{message}: {error!r}")
-
-
-def all_transitions() -> set[str]:
-    """Every row of both tables that may be met."""
-    names = {"fetch": fetch_table.TRANSITIONS, "lease": lease_table.TRANSITIONS}
-    return {
-        f"{kind} {state.name} {event.__name__}"
-        for kind, table in names.items()
-        for state, row in table.items()
-        for event, handler in row.items()
-        if handler is not None
-    }
