@@ -49,7 +49,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index simulate simulate-removals compat agreement loadtest clean
+.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index simulate simulate-exhaustive simulate-removals compat agreement loadtest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -153,6 +153,9 @@ bench-index: $(DEVELOPED) ## the prefix index with a million blocks: lookups aga
 
 simulate: $(DEVELOPED) ## the block exchange under seeded faults for MINUTES; adds to build/simulation/tally.json
 	$(BIN)/python -m tests.simulation --minutes $(MINUTES)
+
+simulate-exhaustive: $(DEVELOPED) ## every state that the two ends of a connection can reach, with few faults: minutes
+	$(BIN)/python -m tests.simulation.exhaustive
 
 simulate-removals: $(DEVELOPED) ## for each safeguard the first seed that fails without it
 	$(BIN)/python -m tests.simulation --removals

@@ -350,10 +350,10 @@ _GOING_ON: Final[Mapping[type, _Handler]] = {
     PeerGone: FetchMachine._owner_lost,
     Timer: FetchMachine._stage_timer,
 }
-_OVER: Final[Mapping[type, _Handler]] = dict.fromkeys(_GOING_ON, _IGNORE)
 
-# Every state has a row for all that the peer, the caller and the clock may do. An answer to what was not asked for has
-# none: a bug of ours, which raises with the history.
+# Every state has a row for all that the peer, the caller and the clock may do. What has none is a bug of ours, which
+# raises with the history: an answer to what was not asked for, and anything after `Quiesced`, with which a session
+# forgets a fetch.
 TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler]]] = {
     FetchState.ORDERED: {**_GOING_ON, Offer: FetchMachine._offered},
     FetchState.RESERVING: {
@@ -369,14 +369,14 @@ TRANSITIONS: Final[Mapping[FetchState, Mapping[type, _Handler]]] = {
         Verified: FetchMachine._verified,
     },
     FetchState.CONFIRMING: {**_GOING_ON, Confirmed: FetchMachine._confirm_answered},
-    FetchState.DONE: _OVER,
+    FetchState.DONE: {},
     FetchState.DRAINING: {
-        **_OVER,
+        **dict.fromkeys(_GOING_ON, _IGNORE),
         Reserved: FetchMachine._drain_reservation,
         ReserveFailed: FetchMachine._drain_reservation,
         ReadEnded: FetchMachine._drain_read,
         Verified: FetchMachine._drain_read,
         Timer: FetchMachine._drain_timer,
     },
-    FetchState.FAILED: _OVER,
+    FetchState.FAILED: {},
 }

@@ -129,7 +129,7 @@ class LeaseMachine:
         the caller announces blocks out of order or too many.
         """
         self._history.note(now, self.state, event)
-        handler = TRANSITIONS[self.state][type(event)]
+        handler = TRANSITIONS[self.state].get(type(event))
         if handler is None:
             raise self._history.illegal(self.state, event)
         return handler(self, event, now)
@@ -247,28 +247,36 @@ class LeaseMachine:
 _Handler: TypeAlias = Callable[[LeaseMachine, Any, float], list[LeaseAction]]
 _IGNORE: Final = LeaseMachine._ignore  # met on purpose: a race that has been decided already
 
-_OPEN: Final[Mapping[type, _Handler]] = {
-    BlocksComputed: LeaseMachine._announce,
+_HELD: Final[Mapping[type, _Handler]] = {
     ReadRequest: LeaseMachine._grant,
     SendEnded: LeaseMachine._send_ended,
     Heartbeat: LeaseMachine._renew,
-    Confirm: LeaseMachine._early_confirm,
     Release: LeaseMachine._release,
     AbortOrdered: LeaseMachine._revoke,
     PeerGone: LeaseMachine._reader_lost,
     Timer: LeaseMachine._expire,
 }
-_OVER: Final[Mapping[type, _Handler]] = {
-    **dict.fromkeys(_OPEN, _IGNORE),
-    ReadRequest: LeaseMachine._refuse_read,
-    Confirm: LeaseMachine._refuse_confirm,
-}
 
-# Every state has a row for every event: `PeerGone` is the lost peer, `Timer` the deadline, `AbortOrdered` and
-# `Release` the two ends' aborts. None: a bug of ours, which raises with the history.
-TRANSITIONS: Final[Mapping[LeaseState, Mapping[type, _Handler | None]]] = {
-    LeaseState.OPEN: _OPEN,
-    LeaseState.COMPLETE: {**_OPEN, BlocksComputed: None, Confirm: LeaseMachine._confirm},
-    LeaseState.CLOSING: {**_OVER, SendEnded: LeaseMachine._late_send_ended, Timer: LeaseMachine._abort_sends},
-    LeaseState.CLOSED: {**_OVER, SendEnded: None},
+# `PeerGone` is the lost peer, `Timer` the deadline, `AbortOrdered` and `Release` the two ends' aborts. What has no row
+# is a bug of ours, which raises with the history: blocks after the last ones, and anything after `Closed`, with which a
+# session forgets a lease.
+TRANSITIONS: Final[Mapping[LeaseState, Mapping[type, _Handler]]] = {
+    LeaseState.OPEN: {
+        **_HELD,
+        BlocksComputed: LeaseMachine._announce,
+        Confirm: LeaseMachine._early_confirm,
+    },
+    LeaseState.COMPLETE: {
+        **_HELD,
+        Confirm: LeaseMachine._confirm,
+    },
+    LeaseState.CLOSING: {
+        **dict.fromkeys(_HELD, _IGNORE),
+        BlocksComputed: _IGNORE,
+        ReadRequest: LeaseMachine._refuse_read,
+        Confirm: LeaseMachine._refuse_confirm,
+        SendEnded: LeaseMachine._late_send_ended,
+        Timer: LeaseMachine._abort_sends,
+    },
+    LeaseState.CLOSED: {},
 }

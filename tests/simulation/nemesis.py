@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from tests.memory_transport import Faults
+from tests.simulation.loop import SimLoop
 from tests.simulation.net import Weather
 from tests.simulation.node import Habits, Node
 from tests.simulation.pool import BLOCK_BYTES
@@ -33,6 +34,28 @@ DEALT: Final = (
 USERS: Final = ("aborts", "revokes")
 
 
+class Healing:
+    """The ends of faults that go on: each comes after a while, or when all faults end."""
+
+    def __init__(self, loop: SimLoop) -> None:
+        self._loop = loop
+        self._ends: list[Callable[[], None]] = []
+
+    def later(self, delay_s: float, end: Callable[[], None]) -> None:
+        def once() -> None:
+            if once in self._ends:
+                self._ends.remove(once)
+                end()
+
+        self._ends.append(once)
+        self._loop.call_later(delay_s, once)
+
+    def now(self) -> None:
+        """End all."""
+        for end in list(self._ends):
+            end()
+
+
 class Nemesis:
     """`mix`: the kinds of fault that this run has."""
 
@@ -42,7 +65,6 @@ class Nemesis:
         drawn = [kind for kind in (*STANDING, *DEALT, *USERS) if draw.random() < 0.4]
         self._dealt = [kind for kind in drawn if kind in DEALT]
         self.mix = frozenset(kind for kind in drawn if world.does(kind))
-        self._healing: list[Callable[[], None]] = []
         world.faults.update(dict.fromkeys((self.mix & set(STANDING)) - {"cut"}, 1))
 
     async def deal(self) -> None:
@@ -70,21 +92,21 @@ class Nemesis:
         match kind:
             case "delay":
                 world.net.weather.max_latency_s = draw.choice([0.05, 0.5, 1.5])
-                self._later(lasts_s, self._calm)
+                world.healing.later(lasts_s, self._calm)
             case "partition":
                 other = draw.choice([each for each in world.names if each != name])
                 world.net.part(name, other)
-                self._later(lasts_s, lambda: world.net.join(name, other))
+                world.healing.later(lasts_s, lambda: world.net.join(name, other))
             case "kill" | "vanish":
                 world.kill(name, silently=kind == "vanish")
-                self._later(lasts_s / 3, lambda: world.start(name))
+                world.healing.later(lasts_s / 3, lambda: world.start(name))
             case "restart":
                 if not node.is_leaving:
                     node.is_leaving = True
                     world.keep(world.loop.create_task(world.restart(node), name=f"restart {name}"))
             case "pause":
                 world.loop.pause(node.process)
-                self._later(lasts_s, lambda: world.loop.resume(node.process))
+                world.healing.later(lasts_s, lambda: world.loop.resume(node.process))
             case "clock jump":
                 node.process.clock_ahead_s += draw.choice([1.0, 7.0, 100.0])
             case "rot":
@@ -95,7 +117,7 @@ class Nemesis:
             case "full pool":
                 ids = node.pool.take(node.pool.book.num_free)
                 node.num_busy += 1
-                self._later(lasts_s, lambda: self._make_room(node, ids))
+                world.healing.later(lasts_s, lambda: self._make_room(node, ids))
             case "abort storm":
                 for each in world.nodes.values():
                     with world.loop.within(each.process):
@@ -109,21 +131,9 @@ class Nemesis:
     def _calm(self) -> None:
         self._world.net.weather.max_latency_s = Weather.max_latency_s
 
-    def _later(self, delay_s: float, end: Callable[[], None]) -> None:
-        """End a fault after a while, or when all faults end."""
-
-        def once() -> None:
-            if once in self._healing:
-                self._healing.remove(once)
-                end()
-
-        self._healing.append(once)
-        self._world.loop.call_later(delay_s, once)
-
     def stop(self) -> None:
         """End all faults."""
-        for end in list(self._healing):
-            end()
+        self._world.healing.now()
         self._world.net.weather = Weather()
         for node in self._world.nodes.values():
             node.transport.faults = Faults()

@@ -32,7 +32,7 @@ from kvstore.protocol import (
 )
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
 from tests.simulation.loop import SimLoop, Stopped, Stuck
-from tests.simulation.nemesis import Nemesis
+from tests.simulation.nemesis import Healing, Nemesis
 from tests.simulation.net import SimNet
 from tests.simulation.node import Habits, Node, Order
 from tests.simulation.plan import Plan
@@ -121,6 +121,7 @@ class World:
         self._nemesis = Nemesis(self)
         self.mix = self._nemesis.mix
         self.loop = SimLoop(self.random.getrandbits(64), shuffles="reorder" in self.mix)
+        self.healing = Healing(self.loop)
         self.net = SimNet(self.loop)
         self.switchboard = Switchboard()
         self._wire = Wire(self.loop) if self.random.random() < 0.5 else None
