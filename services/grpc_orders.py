@@ -31,6 +31,12 @@ _OPTIONS = (
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.so_reuseport", 0),
 )
+# Whoever connects and says nothing, or has had no call for long, holds a descriptor for nothing. A prefill order finds
+# its connection closed then, and opens another.
+_SILENCE_OPTIONS = (
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 60_000),
+)
 _SESSION_OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -152,7 +158,7 @@ class GrpcServer:
         # Who only gives orders, as the router does, need not have it installed.
         from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-        self._server = grpc.aio.server(options=_OPTIONS)
+        self._server = grpc.aio.server(options=(*_OPTIONS, *_SILENCE_OPTIONS))
         self._health = health.aio.HealthServicer()
         self._status = health_pb2.HealthCheckResponse
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -248,6 +248,7 @@ ROUTER = Table(
     _counter("tandem:router_errors", "Error answers, by HTTP status.", "status"),
     _counter("tandem:router_refusals", "Requests not taken on, by reason.", "reason"),
     _counter("tandem:router_retries", "Sequences given to another decode worker."),
+    _counter("tandem:router_cut_connections", "Connections that were ended by the router, by reason.", "reason"),
     _counter("tandem:router_client_disconnects", "Requests that the client cut."),
     _counter(
         "tandem:router_decisions",

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from services.http_server import HttpServer
+from services.http_server import HttpLimits, HttpServer, bound_unsent, bounded
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +59,21 @@ class DebugServer:
                 return JSONResponse({"ok": False, "error": f"{type(error).__name__}: {error}"}, status_code=500)
             return JSONResponse({"ok": True})
 
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app,
+            http=bounded(HttpLimits()),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+        )
         self._server = HttpServer(config)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> str:
         """Listen and return "host:port"."""
         sock = socket.create_server((host, port))
+        bound_unsent(sock)
         self._task = asyncio.create_task(self._server.serve(sockets=[sock]), name="debug-http")
         self._task.add_done_callback(_report_crash)
         return f"{host}:{sock.getsockname()[1]}"

@@ -35,6 +35,12 @@ class RouterConfig(PeerSettings):
     ssl_keyfile: str = setting("", help="TLS key; with --ssl-certfile the API is served over HTTPS", group="HTTP")
     ssl_certfile: str = setting("", help="TLS certificate chain", group="HTTP")
     max_body_bytes: int = setting(32 << 20, min=1, help="largest request body; larger ones get a 413", group="HTTP")
+    unread_timeout_s: float = setting(
+        10.0,
+        above=0,
+        help="a client that reads nothing of its answer for so long is cut, and its sequences end",
+        group="HTTP",
+    )
     sse_keepalive_s: float = setting(15.0, above=0, help="a stream idle for so long gets a comment line", group="HTTP")
 
     redis: str = setting("redis://127.0.0.1:6379/0", help="URL of the registry", group="workers", secret=True)

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from services.activity import recent_handoffs
 from services.exposition import ExposedRegistry, add_process_series
+from services.http_server import CUTS
 from services.lifecycle import Event
 from services.metric_families import REQUESTS, ROUTER
 from services.rates import TIERS
@@ -109,6 +110,7 @@ class RouterMetrics:
         self._errors = ROUTER.counter("tandem:router_errors", self.registry)
         self._refusals = ROUTER.counter("tandem:router_refusals", self.registry, REFUSALS)
         self.retries = ROUTER.counter("tandem:router_retries", self.registry)
+        self._cuts = ROUTER.counter("tandem:router_cut_connections", self.registry, CUTS)
         self.disconnects = ROUTER.counter("tandem:router_client_disconnects", self.registry)
         self._decisions = ROUTER.counter("tandem:router_decisions", self.registry)
         self._lookups = ROUTER.counter("tandem:router_index_lookups", self.registry, ("found", "nothing", "no_answer"))
@@ -130,6 +132,10 @@ class RouterMetrics:
 
     def count_refusal(self, reason: str) -> None:
         self._refusals.labels(reason).inc()
+
+    def count_cut(self, why: str) -> None:
+        """Count a connection that we ended: one of `CUTS`."""
+        self._cuts.labels(why).inc()
 
     def count_error(self, status: int) -> None:
         self._errors.labels(str(status)).inc()

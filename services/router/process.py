@@ -20,7 +20,7 @@ from kvstore.registry import Membership, WorkerRecord
 from kvstore.threads import OsThreads, Threads
 from services.activity import Activity, activity_logged, sample
 from services.grpc_orders import GrpcOrders
-from services.http_server import HttpServer
+from services.http_server import HttpLimits, HttpServer, bound_unsent, bounded
 from services.logs import configure_logging, detail_level, launched, report_phase, report_ready
 from services.orders import Orders
 from services.router.admission import Admission
@@ -100,6 +100,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        bound_unsent(listener)
         listener.listen(2048)
     except OSError:
         listener.close()
@@ -171,6 +172,7 @@ def server_config(config: RouterConfig, parts: RouterParts) -> uvicorn.Config:
     """Configures uvicorn. It does not see the proxy's prefix: `Edge` takes it off."""
     return uvicorn.Config(
         make_app(parts),
+        http=bounded(HttpLimits(write_timeout_s=config.unread_timeout_s), parts.metrics.count_cut),
         log_config=None,
         # Its coming and going is ours to tell.
         log_level={"info": "warning"}.get(config.log_level, config.log_level),

@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 
+import grpc
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
+from services import grpc_orders
 from services.grpc_orders import GrpcOrders, GrpcServer
 from services.orders import OrderServer, StreamBroken, StreamRefused
 from tests.memory_orders import MemoryOrders, MemoryServer
@@ -122,3 +124,44 @@ async def test_one_who_is_cancelled_while_waiting_is_cancelled(carrier) -> None:
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
+
+
+@pytest.mark.parametrize("said", [b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"])
+async def test_who_connects_to_a_worker_and_says_nothing_of_use_is_closed(monkeypatch, said):
+    monkeypatch.setattr(grpc_orders, "_SILENCE_OPTIONS", (("grpc.server_handshake_timeout_ms", 100),))
+    server = GrpcServer("127.0.0.1", 0)
+    await server.start()
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(said)
+        async with asyncio.timeout(20):
+            await reader.read()  # at most the server's own settings come before the end
+        writer.close()
+    finally:
+        await server.stop(None)
+
+
+async def test_a_connection_to_a_worker_without_calls_is_closed_and_opened_again_for_the_next(monkeypatch):
+    monkeypatch.setattr(grpc_orders, "_SILENCE_OPTIONS", (("grpc.max_connection_idle_ms", 100),))
+    calls = 0
+
+    async def serve(order, send):
+        nonlocal calls
+        calls += 1
+        await send(pb.PrefillEvent(scheduled=pb.PrefillScheduled()))
+
+    server, orders = GrpcServer("127.0.0.1", 0), GrpcOrders()
+    server.serve_prefills(serve)
+    await server.start()
+    try:
+        for _ in range(2):
+            async with aclosing(orders.prefill(f"127.0.0.1:{server.port}", pb.PrefillRequest())) as events:
+                assert [event.WhichOneof("kind") async for event in events] == ["scheduled"]
+            (channel,) = orders._channels.values()
+            async with asyncio.timeout(20):
+                while channel.grpc.get_state() is not grpc.ChannelConnectivity.IDLE:
+                    await channel.grpc.wait_for_state_change(channel.grpc.get_state())
+        assert calls == 2
+    finally:
+        await orders.close()
+        await server.stop(None)
