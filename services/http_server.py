@@ -1,4 +1,4 @@
-"""Serves HTTP for every process of ours by uvicorn, which leaves the signals to the process, and bounds each connection.
+"""Serves HTTP for every process of ours by uvicorn, which leaves the signals to the process; bounds each connection.
 
 What a connection may do before it is closed, so that nobody holds memory or a descriptor for nothing:
 
@@ -145,7 +145,10 @@ class BoundedHttp(HttpToolsProtocol):
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self._on_cut("refused")
         if self.cycle is not None and not self.cycle.response_complete:
-            self.transport.abort()  # an earlier request of this connection is being answered: ours would lie within it
+            # An earlier request of this connection is being answered: a refusal would lie within its answer.
+            if self._reads_body:
+                self.transport.abort()  # it is that one's body that is broken
+            self.cycle.keep_alive = False
             return
         self.transport.write(STATUS_LINE[status] + head + body)
         if self.transport.can_write_eof():

@@ -1,4 +1,4 @@
-"""What one HTTP connection may hold, of any process: silence, heads, bodies that nobody wanted, answers that nobody reads."""
+"""What one HTTP connection may hold, of any process: silence, heads, unwanted bodies, answers that nobody reads."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Served:
 
 @asynccontextmanager
 async def serving(limits: HttpLimits):
-    """`/stream` writes until its client is gone, `/whole` answers 8 MB at once, all else a few bytes; none reads a body."""
+    """`/stream` writes until its client is gone, `/whole` answers 8 MB at once, others little. None reads bodies."""
     sock = socket.create_server(("127.0.0.1", 0))
     bound_unsent(sock)
     served = Served(sock.getsockname()[1])
@@ -177,14 +177,30 @@ async def test_an_answer_that_nobody_reads_is_cut_and_its_request_hears_of_it(pa
 
 
 async def test_who_reads_slowly_is_not_cut():
-    limits = HttpLimits(write_timeout_s=0.2)
-    async with serving(limits) as served:
-        reader, writer = await served.connect(num_bytes=4096)
+    async with serving(HttpLimits(write_timeout_s=1.0)) as served:
+        reader, writer = await served.connect()
         writer.write(b"GET /stream HTTP/1.1\r\n\r\n")
         num_read = 0
-        while num_read < 1 << 20:
+        while num_read < 2_000_000:
             num_read += len(await reader.readexactly(100_000))
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.1)
         assert served.cuts == []
         writer.transport.abort()
         await until(lambda: served.disconnects == ["/stream"])
+
+
+async def test_garbage_behind_a_request_costs_its_sender_nothing_but_the_connection():
+    async with serving(PATIENT) as served:
+        answer = await served.ask(b"GET / HTTP/1.1\r\n\r\n}}} garbage\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200 OK")
+        assert answer.endswith(b"{}")
+
+
+async def test_a_body_in_broken_chunks_ends_the_connection():
+    async with serving(PATIENT) as served:
+        reader, writer = await served.connect()
+        writer.write(b"POST /stream HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"no number\r\n")
+        await until(lambda: served.disconnects == ["/stream"])
+        writer.transport.abort()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
 
 from kvstore.block import BlockHash
 from kvstore.protocol import AnnouncedBlock
@@ -68,13 +72,13 @@ class SamplingParams:
         _check_float("presence_penalty", self.presence_penalty, -_MAX_PENALTY, _MAX_PENALTY)
         _check_float("frequency_penalty", self.frequency_penalty, -_MAX_PENALTY, _MAX_PENALTY)
         _check_float("repetition_penalty", self.repetition_penalty, _MIN_FACTOR, _MAX_FACTOR)
-        for token_id, bias in self.logit_bias.items():
-            _check_int("logit_bias", token_id, 0, 2**32 - 1)
-            _check_float("logit_bias", bias, -_MAX_LOGIT_BIAS, _MAX_LOGIT_BIAS)
-        for token_id in self.allowed_token_ids:
-            _check_int("allowed_token_ids", token_id, 0, 2**32 - 1)
-        for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids", token_id, 0, 2**32 - 1)
+        # Of these there may be as many as the vocabulary has.
+        _check_token_ids("logit_bias", self.logit_bias)
+        if not (np.abs(self.biases) <= _MAX_LOGIT_BIAS).all():
+            for bias in self.logit_bias.values():
+                _check_float("logit_bias", bias, -_MAX_LOGIT_BIAS, _MAX_LOGIT_BIAS)
+        _check_token_ids("allowed_token_ids", self.allowed_token_ids)
+        _check_token_ids("stop_token_ids", self.stop_token_ids)
         _check_int("seed", self.seed, 0, _MAX_SEED)
         _check_int("max_tokens", self.max_tokens, 1, 2**32 - 1)
         _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
@@ -87,6 +91,33 @@ class SamplingParams:
         """Whether the most likely token is always taken."""
         return self.temperature < GREEDY_TEMPERATURE
 
+    # As the sampler wants them at every step.
+
+    @functools.cached_property
+    def allowed_index(self) -> npt.NDArray[np.int64]:
+        """`allowed_token_ids`."""
+        return np.array(self.allowed_token_ids, np.int64)
+
+    @functools.cached_property
+    def biased_index(self) -> npt.NDArray[np.int64]:
+        """The tokens of `logit_bias`."""
+        return np.fromiter(self.logit_bias.keys(), np.int64, len(self.logit_bias))
+
+    @functools.cached_property
+    def biases(self) -> npt.NDArray[np.float32]:
+        """Those of `biased_index`, in its order."""
+        return np.fromiter(self.logit_bias.values(), np.float32, len(self.logit_bias))
+
+    @functools.cached_property
+    def stop_index(self) -> npt.NDArray[np.int64]:
+        """`stop_token_ids`."""
+        return np.array(self.stop_token_ids, np.int64)
+
+    @functools.cached_property
+    def stop_set(self) -> frozenset[int]:
+        """`stop_token_ids`."""
+        return frozenset(self.stop_token_ids)
+
     def ends(self, eos_token_ids: Iterable[int]) -> set[int]:
         """The tokens that end the output, and that `min_tokens` therefore forbids at first."""
         return {*self.stop_token_ids, *(() if self.ignore_eos else eos_token_ids)}
@@ -96,6 +127,12 @@ def _check_float(name: str, value: float, low: float, high: float, *, exclude_lo
     in_range = low < value <= high if exclude_low else low <= value <= high
     if not in_range or not math.isfinite(value):
         raise InvalidRequest(name, f"must be in {'(' if exclude_low else '['}{low:g}, {high:g}], got {value:g}")
+
+
+def _check_token_ids(name: str, token_ids: Collection[int]) -> None:
+    if token_ids:
+        _check_int(name, min(token_ids), 0, 2**32 - 1)
+        _check_int(name, max(token_ids), 0, 2**32 - 1)
 
 
 def _check_int(name: str, value: int, low: int, high: int) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-import msgspec
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -12,12 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 import services
-from services.router.edge import CLIENT_GONE, FAILED, App, Edge, GenerateEndpoint, Guard, RouterParts, read_body
+from services.router.edge import CLIENT_GONE, FAILED, App, Edge, GenerateEndpoint, Guard, RouterParts
 from services.router.errors import (
     ApiError,
     ClientDisconnected,
     internal,
-    invalid,
     method_not_allowed,
     model_not_found,
     unavailable,
@@ -29,18 +28,18 @@ from services.router.openai import (
     CompletionRenderer,
     DetokenizeBody,
     TokenizeBody,
-    check_token_ids,
-    decode,
+    detokenize,
     openapi_document,
     plan_chat,
     plan_completion,
-    tokenize_chat,
+    tokenize,
 )
 from services.router.readiness import readiness
 from services.router.sse import Message, Receive, Send
 from services.router.tenants import Keyring, Tenant, name_of
+from services.router.text import ClientPool, ServedModel
 
-B = TypeVar("B", bound=msgspec.Struct)
+B = TypeVar("B", TokenizeBody, DetokenizeBody)
 
 
 def make_app(parts: RouterParts) -> App:
@@ -132,34 +131,22 @@ def _add_model_routes(app: FastAPI, parts: RouterParts) -> None:
 
 
 def _add_tokenizer_routes(app: FastAPI, parts: RouterParts) -> None:
-    async def body_of(request: Request, kind: type[B]) -> B:
-        return decode(await read_body(request.scope, request.receive, parts.config.max_body_bytes), kind)
+    async def answer(
+        request: Request, kind: type[B], work: Callable[[B, ServedModel, ClientPool], Awaitable[bytes]]
+    ) -> Response:
+        async with parts.deadline():
+            with parts.client(request.scope) as client:
+                async with client.body(request.scope, request.receive, kind) as body:
+                    content = await work(body, parts.models.get(body.model), client.pool)
+        return Response(content, media_type="application/json")
 
     @app.post("/tokenize")
-    async def tokenize(request: Request) -> Response:
-        body = await body_of(request, TokenizeBody)
-        model, prompt = parts.models.get(body.model), body.prompt
-        async with parts.deadline():
-            if body.messages is not None:
-                token_ids = await tokenize_chat(body, model, parts.pool)
-            elif prompt is not None:
-                adds = body.add_special_tokens is not False
-                (token_ids,) = await parts.pool.run(lambda: model.tokenizer.encode([prompt], adds))
-            else:
-                raise invalid("Either `prompt` or `messages` is required.", "prompt")
-        names = [model.tokenizer.token_name(token_id) for token_id in token_ids] if body.return_token_strs else None
-        return _json(
-            {"count": len(token_ids), "max_model_len": model.max_model_len, "tokens": token_ids, "token_strs": names}
-        )
+    async def post_tokenize(request: Request) -> Response:
+        return await answer(request, TokenizeBody, tokenize)
 
     @app.post("/detokenize")
-    async def detokenize(request: Request) -> Response:
-        body = await body_of(request, DetokenizeBody)
-        model = parts.models.get(body.model)
-        token_ids = check_token_ids(body.tokens, "tokens", model.files.vocab_size)
-        async with parts.deadline():
-            text = await parts.pool.run(lambda: model.tokenizer.decode(token_ids, skip_special_tokens=False))
-        return _json({"prompt": text})
+    async def post_detokenize(request: Request) -> Response:
+        return await answer(request, DetokenizeBody, detokenize)
 
 
 def _add_status_routes(app: FastAPI, parts: RouterParts) -> None:
@@ -244,7 +231,7 @@ def _add_error_handlers(app: FastAPI, parts: RouterParts) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         if error.status_code == 404:
-            message = f"Unknown request URL: {request.method} {request.url.path}."
+            message = f"Unknown request URL: {request.method} {request.url.path:.200}."
             return respond(request, ApiError(404, message, code="unknown_url"))
         if error.status_code == 405:
             return respond(request, method_not_allowed(request.method, request.url.path))

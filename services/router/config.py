@@ -34,7 +34,7 @@ class RouterConfig(PeerSettings):
     tenant_secret: str = setting("", help="the same, not in a file", secret=True, group="secrets")
     ssl_keyfile: str = setting("", help="TLS key; with --ssl-certfile the API is served over HTTPS", group="HTTP")
     ssl_certfile: str = setting("", help="TLS certificate chain", group="HTTP")
-    max_body_bytes: int = setting(32 << 20, min=1, help="largest request body; larger ones get a 413", group="HTTP")
+    max_body_bytes: int = setting(8 << 20, min=1, help="largest request body; larger ones get a 413", group="HTTP")
     unread_timeout_s: float = setting(
         10.0,
         above=0,
@@ -101,6 +101,20 @@ class RouterConfig(PeerSettings):
         group="limits",
     )
     max_queue: int = setting(1024, min=0, help="sequences that may queue for that; more get a 429", group="limits")
+    request_memory_bytes: int = setting(
+        64 << 20,
+        min=1,
+        help="of bodies and of answers in one piece, beyond the first 64 KiB of each; then large requests get a 429",
+        group="limits",
+    )
+    client_share: float = setting(
+        0.75,
+        above=0,
+        max=1,
+        help="most of the tokenizer's queue and of the request memory that one client may take: a tenant, or where"
+        " there are no keys an address",
+        group="limits",
+    )
     request_timeout_s: float = setting(
         600.0,
         min=0,

@@ -9,6 +9,10 @@ from __future__ import annotations
 import orjson
 from tandem.v1 import worker_pb2 as pb
 
+# Of what a client wrote a message quotes a part, so that no answer is as long as its question.
+_MAX_MESSAGE_CHARS = 1000
+_MAX_NAME_CHARS = 200
+
 
 class ApiError(Exception):
     """An answer with an HTTP error status. `retry_after_s` becomes the Retry-After header, in whole seconds."""
@@ -25,9 +29,9 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = _bounded(message, _MAX_MESSAGE_CHARS)
         self.type = type
-        self.param = param
+        self.param = None if param is None else _bounded(param, _MAX_NAME_CHARS)
         self.code = code
         self.retry_after_s = retry_after_s
 
@@ -46,6 +50,12 @@ class ApiError(Exception):
         return headers
 
 
+def _bounded(text: str, max_chars: int) -> str:
+    # JSON may hold lone surrogates, which no answer can.
+    sound = text if text.isascii() else text.encode(errors="replace").decode()
+    return sound if len(sound) <= max_chars else f"{sound[:max_chars]}…"
+
+
 class ClientDisconnected(Exception):
     """The client has gone: there is nobody to answer."""
 
@@ -62,12 +72,12 @@ def not_supported(name: str, why: str) -> ApiError:
 
 def model_not_found(name: str) -> ApiError:
     """404 in OpenAI's words."""
-    return ApiError(404, f"The model `{name}` does not exist.", param="model", code="model_not_found")
+    return ApiError(404, f"The model `{name:.200}` does not exist.", param="model", code="model_not_found")
 
 
 def method_not_allowed(method: str, path: str) -> ApiError:
     """405."""
-    return ApiError(405, f"Not allowed to {method} on {path}.", code="method_not_allowed")
+    return ApiError(405, f"Not allowed to {method} on {path:.200}.", code="method_not_allowed")
 
 
 def overloaded(message: str) -> ApiError:

@@ -21,7 +21,8 @@ from services.router.receipt import Receipt
 _ROLE = "router"
 _FINISH_REASONS = ("stop", "length", "abort", "error")
 REFUSALS = (
-    "queue_full", "tokenizer_full", "workers_full", "no_worker", "not_connected", "draining", "all_tried",
+    "queue_full", "tokenizer_full", "memory_full", "workers_full",
+    "no_worker", "not_connected", "draining", "all_tried",
 )  # fmt: skip
 """Why a request is not taken on: our own queues, the workers', or no worker to take it (`routing.Refusal`)."""
 _OF_RECEIPTS: dict[str, Callable[[Receipt], float]] = {

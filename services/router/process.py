@@ -22,11 +22,12 @@ from services.activity import Activity, activity_logged, sample
 from services.grpc_orders import GrpcOrders
 from services.http_server import HttpLimits, HttpServer, bound_unsent, bounded
 from services.logs import configure_logging, detail_level, launched, report_phase, report_ready
+from services.machine import bound_arenas
 from services.orders import Orders
 from services.router.admission import Admission
 from services.router.app import make_app
 from services.router.config import RouterConfig
-from services.router.edge import RouterParts
+from services.router.edge import RequestMemory, RouterParts
 from services.router.fleet import Placer, PrefixFinder, Workers
 from services.router.fleet_metrics import FleetCollector
 from services.router.metrics import RouterMetrics
@@ -48,6 +49,7 @@ def run_router(config: RouterConfig) -> int:
     configure_logging(config.log_level, config.log_format, fields={"role": "router"})
     # The pool has its own threads; the library's would fight the event loop for the cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    bound_arenas()
     try:
         check_registry(config.redis)
         check_overrides(config.tokenizer, config.chat_template)
@@ -76,7 +78,14 @@ async def open_parts(
 
     workers = Workers(membership, router_id, orders, config.reconnect_max_s, serves)
     pool = TokenizerPool(
-        threads, config.tokenizer_pool_size, config.tokenizer_queue, lambda: metrics.count_refusal("tokenizer_full")
+        threads,
+        config.tokenizer_pool_size,
+        config.tokenizer_queue,
+        config.client_share,
+        lambda: metrics.count_refusal("tokenizer_full"),
+    )
+    memory = RequestMemory(
+        config.request_memory_bytes, config.client_share, threads, lambda: metrics.count_refusal("memory_full")
     )
     admission = Admission(config.max_concurrent_requests, config.max_queue, lambda: metrics.count_refusal("queue_full"))
     prefixes = PrefixFinder(index, metrics, config.index_timeout_s)
@@ -86,11 +95,12 @@ async def open_parts(
     models.follow(workers.records, workers.starting)
     membership.on_change(lambda snapshot: models.follow(workers.records, workers.starting))
     try:
-        yield RouterParts(config, models, workers, pool, admission, metrics, prefixes, placer)
+        yield RouterParts(config, models, workers, pool, memory, admission, metrics, prefixes, placer)
     finally:
         await workers.close()
         await models.close()
         pool.close()
+        await memory.close()
 
 
 def bind(host: str, port: int) -> socket.socket:

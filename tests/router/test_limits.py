@@ -172,7 +172,7 @@ def test_what_does_not_fit_the_context_is_called_as_the_client_wrote_it(router, 
 async def test_a_tokenizer_that_hangs_holds_nobody_for_ever(make_worker, monkeypatch, url):
     async with running_router(RouterConfig(request_timeout_s=0.1), make_worker()) as running, client(running) as http:
 
-        async def hangs(function):
+        async def hangs(*work):
             await asyncio.Event().wait()
 
         monkeypatch.setattr(running.parts.pool, "run", hangs)

@@ -257,17 +257,17 @@ def test_special_tokens(tokenizer):
 async def test_the_pool_is_bounded_even_when_callers_give_up():
     pool = TokenizerPool(OsThreads(), 1, 1)
     gate = threading.Event()
-    running = asyncio.create_task(pool.run(lambda: gate.wait(10)))
-    waiting = asyncio.create_task(pool.run(lambda: 5))
+    running = asyncio.create_task(pool.run(lambda go_on: gate.wait(10)))
+    waiting = asyncio.create_task(pool.run(lambda go_on: 5))
     await asyncio.sleep(0)
     running.cancel()
     await asyncio.wait([running])
     with pytest.raises(ApiError) as caught:  # the thread is busy all the same
-        await pool.run(lambda: 6)
+        await pool.run(lambda go_on: 6)
     assert caught.value.status == 429
     gate.set()
     assert await waiting == 5
-    assert await pool.run(lambda: 7) == 7
+    assert await pool.run(lambda go_on: 7) == 7
     pool.close()
 
 
@@ -275,13 +275,13 @@ async def test_a_panic_in_the_pool_is_an_error_like_any_other():
     class Panic(BaseException):
         """As the tokenizers library raises it."""
 
-    def panics():
+    def panics(go_on):
         raise Panic("index out of range")
 
     pool = TokenizerPool(OsThreads(), 1, 1)
     with pytest.raises(RuntimeError, match="index out of range"):
         await pool.run(panics)
-    assert await pool.run(lambda: 5) == 5
+    assert await pool.run(lambda go_on: 5) == 5
     pool.close()
 
 

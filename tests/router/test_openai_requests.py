@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from services.router.config import RouterConfig
 from services.router.errors import ApiError
-from services.router.openai.bodies import ChatBody, CompletionBody, decode
+from services.router.openai.bodies import ChatBody, CompletionBody
+from services.router.openai.decoding import decode
 from services.router.openai.requests import check_chat, check_completion, check_messages, check_prompts
 from services.router.text import ServedModel
 from services.router.text.models import ModelSource, load_model_files

@@ -8,7 +8,8 @@ from starlette.routing import Route
 
 from services.router.app import generating_endpoints, make_api
 from services.router.errors import ApiError
-from services.router.openai.bodies import CompletionBody, decode
+from services.router.openai.bodies import CompletionBody
+from services.router.openai.decoding import decode
 
 
 @pytest.fixture(scope="module")

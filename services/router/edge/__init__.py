@@ -1,7 +1,8 @@
 """The HTTP edge: checks keys, reads bodies, logs each request once, serves the generating endpoints."""
 
 from services.router.edge.access import CLIENT_GONE
-from services.router.edge.http import FAILED, App, Edge, Guard, read_body
+from services.router.edge.http import FAILED, App, Edge, Guard
+from services.router.edge.memory import RequestMemory
 from services.router.edge.serving import GenerateEndpoint, RouterParts
 
 __all__ = [
@@ -11,6 +12,6 @@ __all__ = [
     "Edge",
     "GenerateEndpoint",
     "Guard",
+    "RequestMemory",
     "RouterParts",
-    "read_body",
 ]

@@ -38,8 +38,11 @@ def header(scope: Message, name: bytes) -> str | None:
     return None
 
 
-async def read_body(scope: Message, receive: Receive, max_bytes: int) -> bytes:
-    """The request's body. Raises ApiError (400 for another content type, 408, 413) and ClientDisconnected."""
+async def read_body(scope: Message, receive: Receive, max_bytes: int, hold: Callable[[int], None]) -> bytes:
+    """The request's body. `hold` hears of each part's size, and may raise.
+
+    Raises ApiError (400 for another content type, 408, 413) and ClientDisconnected.
+    """
     content_type = (header(scope, b"content-type") or "application/json").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise invalid(f"The Content-Type must be application/json, not {content_type[:80]!r}.")
@@ -48,12 +51,12 @@ async def read_body(scope: Message, receive: Receive, max_bytes: int) -> bytes:
         raise _too_large(max_bytes)
     try:
         async with asyncio.timeout(_BODY_TIMEOUT_S):
-            return await _read_chunks(receive, max_bytes)
+            return await _read_chunks(receive, max_bytes, hold)
     except TimeoutError as error:
         raise ApiError(408, f"The request body did not arrive within {_BODY_TIMEOUT_S:g} s.", code="timeout") from error
 
 
-async def _read_chunks(receive: Receive, max_bytes: int) -> bytes:
+async def _read_chunks(receive: Receive, max_bytes: int, hold: Callable[[int], None]) -> bytes:
     chunks, num_bytes, more = [], 0, True
     while more:
         message = await receive()
@@ -63,6 +66,7 @@ async def _read_chunks(receive: Receive, max_bytes: int) -> bytes:
         num_bytes += len(chunk)
         if num_bytes > max_bytes:
             raise _too_large(max_bytes)
+        hold(len(chunk))
         chunks.append(chunk)
         more = message.get("more_body", False)
     return b"".join(chunks)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -20,18 +20,22 @@ from services.router import sse
 from services.router.admission import Admission
 from services.router.config import RouterConfig
 from services.router.edge.access import AccessRecord
-from services.router.edge.http import FAILED, header, read_body, request_id_of, send_error, send_json
+from services.router.edge.client import Client, client_name
+from services.router.edge.http import FAILED, header, request_id_of, send_error, send_json
+from services.router.edge.memory import Holding, RequestMemory
 from services.router.errors import ApiError, ClientDisconnected, internal, timed_out
 from services.router.fleet import Ask, Dispatch, Placer, PrefixFinder, Workers, routing_key
 from services.router.metrics import RouterMetrics
-from services.router.openai import Delta, GenerateBody, Generation, GenerationPlan, Renderer, decode
+from services.router.openai import Delta, GenerateBody, Generation, GenerationPlan, Renderer
 from services.router.tenants import Tenant, name_of
-from services.router.text import ModelDirectory, ServedModel, TokenizerPool
+from services.router.text import ClientPool, ModelDirectory, ServedModel, TokenizerPool
 
 log = logging.getLogger(__name__)
 
 # How long a client may take to read the error that ends its request.
 _LAST_WORDS_TIMEOUT_S = 5.0
+# Of a stream, what is made before its client is waited for.
+_EVENTS_AT_ONCE_BYTES = 1 << 18
 _RECEIPT_HEADER = b"x-tandem-receipt"
 
 
@@ -43,10 +47,18 @@ class RouterParts:
     models: ModelDirectory
     workers: Workers
     pool: TokenizerPool
+    memory: RequestMemory
     admission: Admission
     metrics: RouterMetrics
     prefixes: PrefixFinder
     placer: Placer
+
+    @contextmanager
+    def client(self, scope: sse.Message) -> Iterator[Client]:
+        """Whose request it is; what it holds is given back at the end."""
+        name = client_name(scope)
+        with self.memory.hold(name) as memory:
+            yield Client(name, self.pool.of(name), memory, self.config.max_body_bytes)
 
     @asynccontextmanager
     async def deadline(self) -> AsyncIterator[None]:
@@ -60,7 +72,7 @@ class RouterParts:
 
 
 B = TypeVar("B", bound=GenerateBody)
-Plan = Callable[[B, ServedModel, RouterConfig, str, TokenizerPool], Awaitable[GenerationPlan]]
+Plan = Callable[[B, ServedModel, RouterConfig, str, ClientPool], Awaitable[GenerationPlan]]
 """Checks and tokenizes a body. Raises ApiError."""
 
 
@@ -80,14 +92,14 @@ class GenerateEndpoint(Generic[B]):
         stream = sse.EventStream(send)
         try:
             try:
-                body = decode(await read_body(scope, receive, self._parts.config.max_body_bytes), self._kind)
-                if body.receipt is None:
-                    body.receipt = header(scope, _RECEIPT_HEADER) == "1"
-                async with sse.cancelled_on_disconnect(receive):
-                    tenant: Tenant | None = scope["state"].get("tenant")
-                    request_id = request_id_of(scope, body.request_id)
-                    with request_scope(request_id):
-                        await self._serve(body, request_id, tenant, timeline, stream, send, access)
+                with self._parts.client(scope) as client:
+                    async with client.body(scope, receive, self._kind) as body:
+                        if body.receipt is None:
+                            body.receipt = header(scope, _RECEIPT_HEADER) == "1"
+                        tenant: Tenant | None = scope["state"].get("tenant")
+                        request_id = request_id_of(scope, body.request_id)
+                        with request_scope(request_id):
+                            await self._serve(body, request_id, client, tenant, timeline, stream, send, access)
             except ApiError as error:
                 await self._fail(error, stream, send)
                 access.failed(error)
@@ -116,6 +128,7 @@ class GenerateEndpoint(Generic[B]):
         self,
         body: B,
         request_id: str,
+        client: Client,
         tenant: Tenant | None,
         timeline: Timeline,
         stream: sse.EventStream,
@@ -124,7 +137,8 @@ class GenerateEndpoint(Generic[B]):
     ) -> None:
         async with self._parts.deadline():
             parts = self._parts
-            plan = await self._plan(body, parts.models.get(body.model), parts.config, request_id, parts.pool)
+            plan = await self._plan(body, parts.models.get(body.model), parts.config, request_id, client.pool)
+            body.drop_input()
             timeline.mark(Event.TOKENIZED)
             with parts.admission.admit(plan.num_sequences) as room:
                 dispatch = Dispatch(
@@ -139,7 +153,7 @@ class GenerateEndpoint(Generic[B]):
                 metrics = parts.metrics.for_model(plan.model.name)
                 generation = Generation(plan, dispatch, metrics, timeline)
                 try:
-                    await self._generate(generation, stream, send)
+                    await self._generate(generation, client.memory, stream, send)
                 finally:
                     access.facts = generation.facts()
 
@@ -166,24 +180,25 @@ class GenerateEndpoint(Generic[B]):
 
         return make_ask
 
-    async def _generate(self, generation: Generation, stream: sse.EventStream, send: sse.Send) -> None:
+    async def _generate(self, generation: Generation, memory: Holding, stream: sse.EventStream, send: sse.Send) -> None:
         renderer = self._renderer(generation, int(time.time()))
         try:
             generation.start()
             if generation.plan.request.body.stream:
                 await _stream(generation, renderer, stream, self._parts.config.sse_keepalive_s)
             else:
-                await send_json(send, await _collect(generation, renderer))
+                await send_json(send, await _collect(generation, renderer, memory))
         except BaseException as error:
             generation.close(error)
             raise
         generation.close(None)
 
 
-async def _collect(generation: Generation, renderer: Renderer) -> bytes:
+async def _collect(generation: Generation, renderer: Renderer, memory: Holding) -> bytes:
     whole = [Delta(index) for index in range(generation.plan.num_sequences)]
     while not generation.finished:
         for delta in await generation.deltas():
+            memory.add(len(delta.text) + 4 * len(delta.token_ids) + await renderer.show_logprobs(delta))
             if delta.restarted:
                 whole[delta.index] = delta
             else:
@@ -196,7 +211,14 @@ async def _stream(generation: Generation, renderer: Renderer, stream: sse.EventS
     events = renderer.opening()
     while True:
         deltas = await generation.deltas(keepalive_s)
-        events += b"".join(map(renderer.event, deltas)) if deltas else sse.KEEP_ALIVE
+        for delta in deltas:
+            await renderer.show_logprobs(delta)
+            events += renderer.event(delta)
+            if len(events) > _EVENTS_AT_ONCE_BYTES:
+                await stream.write(events)
+                events = b""
+        if not deltas:
+            events += sse.KEEP_ALIVE
         if generation.finished:
             break
         if events:

@@ -1,13 +1,14 @@
 """Speaks OpenAI's API: bodies to requests, tokens to choices, choices to answers whole or streamed."""
 
-from services.router.openai.bodies import ChatBody, CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody, decode
-from services.router.openai.chat import ChatRenderer, plan_chat, tokenize_chat
+from services.router.openai.bodies import ChatBody, CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody
+from services.router.openai.chat import ChatRenderer, plan_chat
 from services.router.openai.choice import Delta
 from services.router.openai.completions import CompletionRenderer, plan_completion
+from services.router.openai.decoding import decode
 from services.router.openai.generation import Generation, GenerationPlan
 from services.router.openai.openapi import openapi_document
 from services.router.openai.renderer import Renderer
-from services.router.openai.requests import check_token_ids
+from services.router.openai.tokenizing import detokenize, tokenize
 
 __all__ = [
     "ChatBody",
@@ -21,10 +22,10 @@ __all__ = [
     "GenerationPlan",
     "Renderer",
     "TokenizeBody",
-    "check_token_ids",
     "decode",
+    "detokenize",
     "openapi_document",
     "plan_chat",
     "plan_completion",
-    "tokenize_chat",
+    "tokenize",
 ]

@@ -7,21 +7,17 @@ declared, so no client can reach them.
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
-import orjson
 from msgspec import Meta, Struct
 
-from services.router.errors import ApiError, invalid, not_supported
+from services.router.errors import not_supported
 
 INT32_MAX = 2**31 - 1
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
-
-B = TypeVar("B", bound=Struct)
 
 _Count = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 _Positive = Annotated[int, Meta(ge=1, le=INT32_MAX)]
@@ -108,6 +104,10 @@ class GenerateBody(Refused, kw_only=True):
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
     response_format: Annotated[dict[str, Any] | None, Meta(description="Only the type `text`.")] = None
 
+    def drop_input(self) -> None:
+        """Give back the memory of what is not needed any more once the request is planned."""
+        self.user = self.logit_bias = self.allowed_token_ids = self.stop_token_ids = self.response_format = None
+
 
 class CompletionBody(GenerateBody, kw_only=True):
     """Body of /v1/completions."""
@@ -116,6 +116,10 @@ class CompletionBody(GenerateBody, kw_only=True):
     echo: bool = False
     logprobs: _Count | None = None
     add_special_tokens: bool = True
+
+    def drop_input(self) -> None:
+        super().drop_input()
+        self.prompt = ""
 
 
 class ChatBody(GenerateBody, kw_only=True):
@@ -134,6 +138,10 @@ class ChatBody(GenerateBody, kw_only=True):
     top_logprobs: _Count | None = None
     tool_choice: Annotated[Any, Meta(description="`none` or `auto`.")] = None
     modalities: Annotated[Any, Meta(description='Only ["text"].')] = None
+
+    def drop_input(self) -> None:
+        super().drop_input()
+        self.messages, self.tools, self.documents, self.chat_template_kwargs = [], None, None, None
 
 
 class TokenizeBody(Struct, kw_only=True):
@@ -158,46 +166,3 @@ class DetokenizeBody(Struct, kw_only=True):
 
     tokens: list[_TokenId]
     model: str | None = None
-
-
-_WHERE = re.compile(r"(.*?)(?: - at (`key` in )?`\$\.(.*)`)?", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(.*)`")
-
-
-def decode(body: bytes, kind: type[B]) -> B:
-    """The body as the declared type. Raises ApiError 400, which names the field."""
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError:
-        pass
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise invalid(f"We could not parse the JSON body of your request: {error}") from error
-    # Again, for those clients that write 16 as 16.0 or null for nothing, and to show the others their value.
-    try:
-        content = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise invalid(f"We could not parse the JSON body of your request: {error}") from error
-    if not isinstance(content, dict):
-        raise invalid("The body of the request must be a JSON object.")
-    try:
-        given = {name: _whole(value) for name, value in content.items() if value is not None}
-        return msgspec.convert(given, type=kind, str_keys=True)
-    except msgspec.ValidationError as error:
-        raise _refusal(str(error), content) from error
-
-
-def _whole(value: object) -> object:
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
-
-
-def _refusal(text: str, content: dict[str, object]) -> ApiError:
-    if missing := _MISSING.fullmatch(text):
-        return invalid(f"`{missing[1]}` is required.", missing[1])
-    match = _WHERE.fullmatch(text)
-    assert match is not None  # it takes any text
-    what, is_key, path = match[1].replace(" | null", ""), match[2], match[3] or ""
-    name = re.split(r"[.\[]", path)[0]
-    where = " has a key that is wrong" if is_key else f" is wrong at `{path}`" if path != name else ""
-    value = content.get(name)
-    got = f", got {value}" if isinstance(value, int | float) and "got" not in what else ""
-    return invalid(f"`{name}`{where}: {what[:1].lower()}{what[1:]}{got}.", name or None)

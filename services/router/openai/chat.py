@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from array import array
+from typing import Any
+
+import orjson
+
 from services.router import sse
 from services.router.config import RouterConfig
 from services.router.errors import invalid
 from services.router.openai.bodies import ChatBody, TokenizeBody
 from services.router.openai.choice import Delta
-from services.router.openai.generation import Generation, GenerationPlan, tokens_to_generate
-from services.router.openai.logprobs import TokenNamer, chat_logprobs, prompt_logprobs
-from services.router.openai.renderer import Renderer
+from services.router.openai.generation import Generation, GenerationPlan, prompt_too_long, tokens_to_generate
+from services.router.openai.logprobs import TokenNamer, chat_position, prompt_position
+from services.router.openai.renderer import Renderer, in_pieces
 from services.router.openai.requests import check_chat, check_messages
-from services.router.text import ChatTemplateError, ServedModel, TokenizerPool
+from services.router.text import ChatTemplateError, ClientPool, GoOn, PromptTooLong, ServedModel
 
 
 async def plan_chat(
-    body: ChatBody, model: ServedModel, config: RouterConfig, request_id: str, pool: TokenizerPool
+    body: ChatBody, model: ServedModel, config: RouterConfig, request_id: str, pool: ClientPool
 ) -> GenerationPlan:
     """Checks the body, renders and tokenizes the conversation. Raises ApiError."""
     request = check_chat(body, model, config)
-    prompt = await tokenize_chat(body, model, pool)
+    prompt = await tokenize_chat(body, model, pool, model.max_model_len)
     default = model.files.sampling_defaults.get("max_tokens")
     max_tokens = tokens_to_generate(
         request, len(prompt), "messages", int(default) if default else None, model.max_model_len
@@ -27,12 +32,15 @@ async def plan_chat(
     return GenerationPlan(model, request, request_id, [prompt], [max_tokens])
 
 
-async def tokenize_chat(body: ChatBody | TokenizeBody, model: ServedModel, pool: TokenizerPool) -> list[int]:
+async def tokenize_chat(
+    body: ChatBody | TokenizeBody, model: ServedModel, pool: ClientPool, max_tokens: int
+) -> array[int]:
     """Token ids of the rendered conversation. Raises ApiError, also where the template refuses it."""
     adds_prompt = body.add_generation_prompt
     template = model.chat_template(bool(body.tools))
 
-    def run() -> list[int]:
+    def run(go_on: GoOn) -> array[int]:
+        go_on()
         text = template.render(
             check_messages(body),  # here, since there may be a million of them
             tools=body.tools,
@@ -41,12 +49,20 @@ async def tokenize_chat(body: ChatBody | TokenizeBody, model: ServedModel, pool:
             continue_final_message=body.continue_final_message,
             variables=body.chat_template_kwargs,
         )
-        return model.tokenizer.encode([text], bool(body.add_special_tokens))[0]
+        return model.tokenizer.encode_bounded(text, bool(body.add_special_tokens), max_tokens, go_on)
 
     try:
-        return await pool.run(run)
+        return await pool.run(run, sum(map(_num_chars, body.messages or ())))
     except ChatTemplateError as error:
         raise invalid(str(error), "messages") from error
+    except PromptTooLong as error:
+        raise prompt_too_long(max_tokens, error.at_least, "messages") from error
+
+
+def _num_chars(message: dict[str, Any]) -> int:
+    """Roughly; a message is work by itself."""
+    content = message.get("content")
+    return 64 * len(message) + (len(content) if isinstance(content, str) else 0)
 
 
 class ChatRenderer(Renderer):
@@ -57,6 +73,22 @@ class ChatRenderer(Renderer):
     def __init__(self, generation: Generation, created_unix_s: int) -> None:
         super().__init__(generation, created_unix_s)
         self._namer = TokenNamer(self._plan.model.tokenizer, self._body.return_tokens_as_token_ids)
+
+    async def show_logprobs(self, delta: Delta) -> int:
+        num_bytes = 0
+        if self._request.sampling.HasField("prompt_logprobs"):
+            tokenizer, of_prompt = self._plan.model.tokenizer, delta.prompt_logprobs
+            shown = await in_pieces(lambda i: prompt_position(tokenizer, of_prompt[i]), len(of_prompt))
+            delta.shown_prompt_logprobs = list(map(orjson.Fragment, shown))
+            num_bytes += sum(map(len, shown))
+        if self._wants_logprobs:
+            namer, pairs = self._namer, list(zip(delta.token_ids, delta.logprobs, strict=True))
+            num_top = self._request.sampling.logprobs
+            shown = await in_pieces(lambda i: chat_position(namer, *pairs[i], num_top), len(pairs))
+            delta.shown_logprobs = list(map(orjson.Fragment, shown))
+            num_bytes += sum(map(len, shown))
+        delta.logprobs, delta.prompt_logprobs = [], []
+        return num_bytes
 
     def opening(self) -> bytes:
         """The role chunk of each choice, with which every chat stream starts."""
@@ -70,7 +102,7 @@ class ChatRenderer(Renderer):
             }
             payload = self._chunk(choice, index)
             if self._body.return_token_ids and index == 0:
-                payload["prompt_token_ids"] = self._plan.prompts[0]
+                payload["prompt_token_ids"] = list(self._plan.prompts[0])
             events.append(sse.event(payload))
         return b"".join(events)
 
@@ -104,12 +136,12 @@ class ChatRenderer(Renderer):
     def _more(self, first: Delta) -> dict[str, object]:
         more: dict[str, object] = {}
         if self._body.return_token_ids:
-            more["prompt_token_ids"] = self._plan.prompts[0]
+            more["prompt_token_ids"] = list(self._plan.prompts[0])
         if self._request.sampling.HasField("prompt_logprobs"):
-            more["prompt_logprobs"] = prompt_logprobs(self._plan.model.tokenizer, first.prompt_logprobs)
+            more["prompt_logprobs"] = first.shown_prompt_logprobs
         return more
 
     def _logprobs(self, delta: Delta) -> dict[str, object] | None:
         if not self._wants_logprobs:
             return None
-        return chat_logprobs(self._namer, delta.token_ids, delta.logprobs, self._request.sampling.logprobs)
+        return {"content": delta.shown_logprobs, "refusal": None}

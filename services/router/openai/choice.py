@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
+import orjson
 from tandem.v1 import worker_pb2 as pb
 
 from services.router.openai.requests import GenerationRequest
 from services.router.receipt import Receipt
-from services.router.text import ServedModel, StopMatcher
+from services.router.text import Detokenizer, ServedModel, StopMatcher
 
 
 @dataclass(slots=True)
@@ -21,6 +24,9 @@ class Delta:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[pb.PositionLogprobs] = field(default_factory=list)
     prompt_logprobs: list[pb.PositionLogprobs] = field(default_factory=list)
+    shown_logprobs: list[Any] = field(default_factory=list)
+    """Of each position what the renderer makes of it, in the place of the two above."""
+    shown_prompt_logprobs: list[orjson.Fragment] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     restarted: bool = False
@@ -31,6 +37,8 @@ class Delta:
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
         self.prompt_logprobs += later.prompt_logprobs
+        self.shown_logprobs += later.shown_logprobs
+        self.shown_prompt_logprobs += later.shown_prompt_logprobs
         self.finish_reason = later.finish_reason
         self.stop_reason = later.stop_reason
 
@@ -54,8 +62,14 @@ class Choice:
         self._shows_stop = request.body.include_stop_str_in_output
         self._eos_token_ids = model.files.eos_token_ids
         self._discard = discard
-        self._text = model.tokenizer.detokenizer(request.body.skip_special_tokens, prompt)
+        self._model = model
+        self._prompt = prompt
         self._stops = StopMatcher(request.stops, self._shows_stop) if request.stops else None
+
+    @cached_property
+    def _text(self) -> Detokenizer:
+        # Made with the first token: a request may have a thousand choices.
+        return self._model.tokenizer.detokenizer(self._request.body.skip_special_tokens, self._prompt)
 
     def feed(self, token_ids: list[int], output: pb.Output | None = None) -> Delta:
         """Return the delta of tokens and their output. A stop string finishes the choice before the worker does."""
@@ -81,7 +95,7 @@ class Choice:
         if delta.finish_reason is None and output.finish_reason:
             delta.finish_reason = "stop" if output.finish_reason == pb.FINISH_REASON_STOP else "length"
             # An end of sequence is no stop token of the client's.
-            if output.HasField("stop_token_id") and output.stop_token_id in (self._request.body.stop_token_ids or ()):
+            if output.HasField("stop_token_id") and output.stop_token_id in self._request.stop_token_ids:
                 delta.stop_reason = output.stop_token_id
 
     def _num_hidden(self, output: pb.Output, token_ids: Sequence[int]) -> int:

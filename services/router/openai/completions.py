@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
+import orjson
+
 from services.router.config import RouterConfig
+from services.router.errors import invalid
 from services.router.openai.bodies import CompletionBody
 from services.router.openai.choice import Delta
-from services.router.openai.generation import Generation, GenerationPlan, tokens_to_generate
-from services.router.openai.logprobs import CompletionLogprobs, prompt_logprobs
-from services.router.openai.renderer import Renderer
+from services.router.openai.decoding import MAX_VALUES
+from services.router.openai.generation import Generation, GenerationPlan, prompt_too_long, tokens_to_generate
+from services.router.openai.logprobs import CompletionLogprobs, prompt_position
+from services.router.openai.renderer import Renderer, in_pieces
 from services.router.openai.requests import DEFAULT_COMPLETION_TOKENS, check_completion, check_prompts
-from services.router.text import ServedModel, TokenizerPool
+from services.router.text import ClientPool, GoOn, PromptTooLong, ServedModel
+
+# What a position takes beside its alternatives.
+_POSITION_BYTES = 100
 
 
 async def plan_completion(
-    body: CompletionBody, model: ServedModel, config: RouterConfig, request_id: str, pool: TokenizerPool
+    body: CompletionBody, model: ServedModel, config: RouterConfig, request_id: str, pool: ClientPool
 ) -> GenerationPlan:
     """Checks the body and tokenizes what is text. Raises ApiError."""
     given = check_prompts(body.prompt, model.files.vocab_size)
@@ -26,10 +34,6 @@ async def plan_completion(
         for prompt in prompts
     ]
 
-    def texts() -> list[str]:
-        decode, skips = model.tokenizer.decode, body.skip_special_tokens
-        return [prompt if isinstance(prompt, str) else decode(prompt, skips) for prompt in given]
-
     return GenerationPlan(
         model,
         request,
@@ -37,17 +41,50 @@ async def plan_completion(
         prompts,
         limits,
         discard_generated=request.max_tokens == 0,
-        echoed=await pool.run(texts) if body.echo else None,
+        echoed=await _texts(given, body.skip_special_tokens, model, pool) if body.echo else None,
     )
 
 
 async def _tokenize(
-    prompts: Sequence[str | list[int]], add_special_tokens: bool, model: ServedModel, pool: TokenizerPool
-) -> list[list[int]]:
+    prompts: Sequence[str | array[int]], add_special_tokens: bool, model: ServedModel, pool: ClientPool
+) -> list[array[int]]:
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if not texts:
         return [prompt for prompt in prompts if not isinstance(prompt, str)]
-    return await pool.run(lambda: model.tokenizer.encode(texts, add_special_tokens))
+    return await tokenize_texts(texts, add_special_tokens, model, pool, model.max_model_len)
+
+
+async def tokenize_texts(
+    texts: Sequence[str], add_special_tokens: bool, model: ServedModel, pool: ClientPool, max_tokens: int
+) -> list[array[int]]:
+    """Token ids of each. Raises ApiError where one has more than `max_tokens`, or all of them too many."""
+
+    def run(go_on: GoOn) -> list[array[int]]:
+        tokenized, room = [], MAX_VALUES
+        for text in texts:
+            tokenized.append(model.tokenizer.encode_bounded(text, add_special_tokens, max_tokens, go_on))
+            room -= len(tokenized[-1])
+            if room < 0:
+                raise invalid(f"The prompts together have more than {MAX_VALUES} tokens.", "prompt")
+        return tokenized
+
+    try:
+        return await pool.run(run, sum(map(len, texts)))
+    except PromptTooLong as error:
+        raise prompt_too_long(max_tokens, error.at_least, "prompt") from error
+
+
+async def _texts(
+    prompts: Sequence[str | array[int]], skips_special_tokens: bool, model: ServedModel, pool: ClientPool
+) -> list[str]:
+    def run(go_on: GoOn) -> list[str]:
+        texts = []
+        for prompt in prompts:
+            go_on()
+            texts.append(prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt, skips_special_tokens))
+        return texts
+
+    return await pool.run(run, sum(map(len, prompts)))
 
 
 class CompletionRenderer(Renderer):
@@ -57,12 +94,35 @@ class CompletionRenderer(Renderer):
 
     def __init__(self, generation: Generation, created_unix_s: int) -> None:
         super().__init__(generation, created_unix_s)
-        body, tokenizer = self._body, self._plan.model.tokenizer
-        self._logprobs = [
-            CompletionLogprobs(tokenizer, body.return_tokens_as_token_ids, body.skip_special_tokens)
-            for _ in range(self._plan.num_sequences)
-        ]
+        self._logprobs: dict[int, CompletionLogprobs] = {}
         self._begun = [False] * self._plan.num_sequences
+
+    async def show_logprobs(self, delta: Delta) -> int:
+        if delta.restarted:
+            self._logprobs.pop(delta.index, None)
+        num_bytes = 0
+        if self._request.sampling.HasField("prompt_logprobs") and not self._body.stream:
+            tokenizer, of_prompt = self._plan.model.tokenizer, delta.prompt_logprobs
+            shown = await in_pieces(lambda i: prompt_position(tokenizer, of_prompt[i]), len(of_prompt))
+            delta.shown_prompt_logprobs = list(map(orjson.Fragment, shown))
+            num_bytes += sum(map(len, shown))
+        if self._wants_logprobs:
+            pairs = list(zip(delta.token_ids, delta.logprobs, strict=True))
+            if self._plan.echoed is not None and delta.prompt_logprobs:
+                pairs = [*zip(self._prompt_of(delta.index), delta.prompt_logprobs, strict=True), *pairs]
+            form = self._form(delta.index)
+            delta.shown_logprobs = await in_pieces(lambda i: form.position(*pairs[i]), len(pairs))
+            num_bytes += sum(len(each.top or b"") + _POSITION_BYTES for each in delta.shown_logprobs)
+        delta.logprobs, delta.prompt_logprobs = [], []
+        return num_bytes
+
+    def _form(self, index: int) -> CompletionLogprobs:
+        if index not in self._logprobs:
+            body, tokenizer = self._body, self._plan.model.tokenizer
+            self._logprobs[index] = CompletionLogprobs(
+                tokenizer, body.return_tokens_as_token_ids, body.skip_special_tokens
+            )
+        return self._logprobs[index]
 
     def _news(self, delta: Delta) -> dict[str, object] | None:
         is_first = not self._begun[delta.index]
@@ -71,28 +131,26 @@ class CompletionRenderer(Renderer):
             return None
         choice = self._choice(delta)
         if self._body.return_token_ids:
-            choice["prompt_token_ids"] = self._prompt_of(delta.index) if is_first else None
+            choice["prompt_token_ids"] = list(self._prompt_of(delta.index)) if is_first else None
         return choice
 
     def _whole(self, delta: Delta) -> dict[str, object]:
         choice = self._choice(delta)
         if self._body.return_token_ids:
-            choice["prompt_token_ids"] = self._prompt_of(delta.index)
+            choice["prompt_token_ids"] = list(self._prompt_of(delta.index))
         if self._request.sampling.HasField("prompt_logprobs"):
-            choice["prompt_logprobs"] = prompt_logprobs(self._plan.model.tokenizer, delta.prompt_logprobs)
+            choice["prompt_logprobs"] = delta.shown_prompt_logprobs
         return choice
 
     def _choice(self, delta: Delta) -> dict[str, object]:
-        text, token_ids, positions = delta.text, delta.token_ids, delta.logprobs
+        text = delta.text
         if self._plan.echoed is not None and not self._begun[delta.index]:
             text = self._plan.echoed[delta.index // self._body.n] + text
-            token_ids = [*self._prompt_of(delta.index), *token_ids]
-            positions = [*delta.prompt_logprobs, *positions]
         self._begun[delta.index] = True
         choice: dict[str, object] = {
             "index": delta.index,
             "text": text,
-            "logprobs": self._logprobs[delta.index].format(token_ids, positions) if self._wants_logprobs else None,
+            "logprobs": CompletionLogprobs.joined(delta.shown_logprobs) if self._wants_logprobs else None,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
@@ -100,5 +158,5 @@ class CompletionRenderer(Renderer):
             choice["token_ids"] = delta.token_ids
         return choice
 
-    def _prompt_of(self, index: int) -> list[int]:
+    def _prompt_of(self, index: int) -> Sequence[int]:
         return self._plan.prompts[index // self._body.n]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from services.router.text import ServedModel
 
 log = logging.getLogger(__name__)
 
+_ARRIVALS_AT_ONCE = 64
+
 
 @dataclass(frozen=True)
 class GenerationPlan:
@@ -29,7 +32,7 @@ class GenerationPlan:
     model: ServedModel
     request: GenerationRequest
     request_id: str
-    prompts: Sequence[list[int]]
+    prompts: Sequence[Sequence[int]]
     max_tokens: Sequence[int]
     """Per prompt; at least 1."""
     discard_generated: bool = False
@@ -67,14 +70,27 @@ def tokens_to_generate(
     if num_prompt_tokens == 0:
         raise invalid("The prompt has no tokens.", prompt_field)
     if wanted > room:
-        asked_words = f" ({num_prompt_tokens} in the prompt; {wanted} for the completion)"
-        raise invalid(
-            f"This model's maximum context length is {max_model_len} tokens. However, you requested"
-            f" {num_prompt_tokens + wanted} tokens{asked_words}. Please reduce the length of the prompt or completion.",
+        raise _too_long(
+            max_model_len,
+            f"requested {num_prompt_tokens + wanted} tokens ({num_prompt_tokens} in the prompt; {wanted} for the"
+            " completion). Please reduce the length of the prompt or completion.",
             prompt_field if asked is None or room < 1 else request.max_tokens_field,
-            "context_length_exceeded",
         )
     return wanted
+
+
+def prompt_too_long(max_model_len: int, at_least: int, prompt_field: str) -> ApiError:
+    """The error of a text that was not tokenized to its end."""
+    words = f"requested at least {at_least} tokens in the prompt. Please reduce the length of the prompt."
+    return _too_long(max_model_len, words, prompt_field)
+
+
+def _too_long(max_model_len: int, requested: str, field: str) -> ApiError:
+    return invalid(
+        f"This model's maximum context length is {max_model_len} tokens. However, you {requested}",
+        field,
+        "context_length_exceeded",
+    )
 
 
 @dataclass(frozen=True)
@@ -129,8 +145,10 @@ class Generation:
             arrivals = await self._dispatch.arrivals(idle_s)
             if not arrivals:
                 break
-            for index, token_ids, output in arrivals:
+            for number, (index, token_ids, output) in enumerate(arrivals, start=1):
                 self._take(index, token_ids, output, merged)
+                if number % _ARRIVALS_AT_ONCE == 0:
+                    await asyncio.sleep(0)  # many pile up for who is slow: others are served between
         return list(merged.values())
 
     def _take(self, index: int, token_ids: list[int], output: pb.Output | None, merged: dict[int, Delta]) -> None:

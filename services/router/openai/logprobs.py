@@ -1,9 +1,15 @@
-"""Formats log probabilities for completions, for chat, and as vLLM's prompt_logprobs."""
+"""Formats log probabilities for completions, for chat, and as vLLM's prompt_logprobs.
+
+Position by position, as JSON: an answer may have hundreds of thousands of alternatives, which as objects would take
+much memory, and all at once a long time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import orjson
 from tandem.v1 import worker_pb2 as pb
 
 from services.router.text import ModelTokenizer
@@ -30,8 +36,17 @@ class TokenNamer:
         return self._tokenizer.token_bytes(token_id)
 
 
+class CompletionPosition(NamedTuple):
+    """One token in the completions form. `top` is JSON; None for the prompt's first."""
+
+    text_offset: int
+    token: str
+    logprob: float | None
+    top: bytes | None
+
+
 class CompletionLogprobs:
-    """The completions form of one choice, piece by piece: `text_offset` counts on from piece to piece."""
+    """The completions form of one choice, position by position: `text_offset` counts on."""
 
     def __init__(self, tokenizer: ModelTokenizer, as_token_ids: bool, skip_special_tokens: bool) -> None:
         self._namer = TokenNamer(tokenizer, as_token_ids)
@@ -39,24 +54,26 @@ class CompletionLogprobs:
         self._skip_special_tokens = skip_special_tokens
         self._num_characters = 0  # begun so far
 
-    def format(self, token_ids: Sequence[int], positions: Sequence[pb.PositionLogprobs]) -> dict[str, object]:
-        """`positions[i]` belongs to `token_ids[i]`; one without `chosen` (the prompt's first) gives nulls."""
-        names, offsets = [], []
-        logprobs: list[float | None] = []
-        tops: list[dict[str, float] | None] = []
-        for token_id, position in zip(token_ids, positions, strict=True):
-            names.append(self._namer.name(token_id))
-            offsets.append(self._offset(token_id))
-            if not position.HasField("chosen"):
-                logprobs.append(None)
-                tops.append(None)
-                continue
-            logprobs.append(_finite(position.chosen.logprob))
-            top = {self._namer.name(token.token_id): _finite(token.logprob) for token in reversed(position.top)}
-            top = dict(reversed(top.items()))  # of two tokens with one text the likelier stays
-            top.setdefault(names[-1], _finite(position.chosen.logprob))
-            tops.append(top)
-        return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": names, "top_logprobs": tops}
+    def position(self, token_id: int, position: pb.PositionLogprobs) -> CompletionPosition:
+        """The next one."""
+        offset, name = self._offset(token_id), self._namer.name(token_id)
+        if not position.HasField("chosen"):
+            return CompletionPosition(offset, name, None, None)
+        logprob = _finite(position.chosen.logprob)
+        top = {self._namer.name(token.token_id): _finite(token.logprob) for token in reversed(position.top)}
+        top = dict(reversed(top.items()))  # of two tokens with one text the likelier stays
+        top.setdefault(name, logprob)
+        return CompletionPosition(offset, name, logprob, orjson.dumps(top))
+
+    @staticmethod
+    def joined(positions: Sequence[CompletionPosition]) -> dict[str, object]:
+        """The field `logprobs` of a choice or of a piece of it."""
+        return {
+            "text_offset": [position.text_offset for position in positions],
+            "token_logprobs": [position.logprob for position in positions],
+            "tokens": [position.token for position in positions],
+            "top_logprobs": [None if each.top is None else orjson.Fragment(each.top) for each in positions],
+        }
 
     def _offset(self, token_id: int) -> int:
         """Returns where in the text the token begins, in characters; inside a character: where that begins."""
@@ -69,39 +86,28 @@ class CompletionLogprobs:
         return offset
 
 
-def chat_logprobs(
-    namer: TokenNamer, token_ids: Sequence[int], positions: Sequence[pb.PositionLogprobs], num_top: int
-) -> dict[str, object]:
-    """The chat form: `{"content": [...]}`."""
-    content = []
-    for token_id, position in zip(token_ids, positions, strict=True):
-        entry = _chat_entry(namer, token_id, position.chosen.logprob)
-        entry["top_logprobs"] = [_chat_entry(namer, token.token_id, token.logprob) for token in position.top[:num_top]]
-        content.append(entry)
-    return {"content": content, "refusal": None}
+def chat_position(namer: TokenNamer, token_id: int, position: pb.PositionLogprobs, num_top: int) -> bytes:
+    """An entry of the chat form's `content`, as JSON."""
+    entry = _chat_entry(namer, token_id, position.chosen.logprob)
+    entry["top_logprobs"] = [_chat_entry(namer, token.token_id, token.logprob) for token in position.top[:num_top]]
+    return orjson.dumps(entry)
 
 
 def _chat_entry(namer: TokenNamer, token_id: int, logprob: float) -> dict[str, object]:
     return {"token": namer.name(token_id), "logprob": _finite(logprob), "bytes": list(namer.bytes_of(token_id))}
 
 
-def prompt_logprobs(
-    tokenizer: ModelTokenizer, positions: Sequence[pb.PositionLogprobs]
-) -> list[dict[str, dict[str, object]] | None]:
-    """vLLM's form: per prompt token, null for the first, else token id to logprob, rank and text."""
-    found: list[dict[str, dict[str, object]] | None] = []
-    for position in positions:
-        if not position.HasField("chosen"):
-            found.append(None)
-            continue
-        found.append(
-            {
-                str(token.token_id): {
-                    "logprob": _finite(token.logprob),
-                    "rank": token.rank,
-                    "decoded_token": tokenizer.token_text(token.token_id),
-                }
-                for token in (position.chosen, *position.top)
+def prompt_position(tokenizer: ModelTokenizer, position: pb.PositionLogprobs) -> bytes:
+    """vLLM's form as JSON: null for the prompt's first token, else token id to logprob, rank and text."""
+    if not position.HasField("chosen"):
+        return b"null"
+    return orjson.dumps(
+        {
+            str(token.token_id): {
+                "logprob": _finite(token.logprob),
+                "rank": token.rank,
+                "decoded_token": tokenizer.token_text(token.token_id),
             }
-        )
-    return found
+            for token in (position.chosen, *position.top)
+        }
+    )

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, TypeVar
 
 import orjson
 
 from services.router import sse
 from services.router.openai.choice import Delta
 from services.router.openai.generation import Generation
+
+T = TypeVar("T")
+
+# Of positions with all their alternatives: two milliseconds.
+_POSITIONS_AT_ONCE = 64
 
 
 class Renderer(ABC):
@@ -47,6 +53,13 @@ class Renderer(ABC):
     def _more(self, first: Delta) -> dict[str, object]:
         """What a whole answer says beside choices and usage."""
         return {}
+
+    async def show_logprobs(self, delta: Delta) -> int:
+        """Turns a delta's log probabilities into what its event or answer has of them; returns its size in bytes.
+
+        A few positions at a time: others are served between. Every delta comes here, in order, if any were asked for.
+        """
+        return 0
 
     def opening(self) -> bytes:
         """Opens a stream with nothing: no token, no chunk."""
@@ -86,3 +99,13 @@ class Renderer(ABC):
     def _receipt(self) -> dict[str, object]:
         receipt = self._generation.receipt()
         return {} if receipt is None else {"receipt": receipt}
+
+
+async def in_pieces(render: Callable[[int], T], count: int) -> list[T]:
+    """`render` of each number below `count`."""
+    rendered = []
+    for number in range(count):
+        if number % _POSITIONS_AT_ONCE == _POSITIONS_AT_ONCE - 1:
+            await asyncio.sleep(0)
+        rendered.append(render(number))
+    return rendered

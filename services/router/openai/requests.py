@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,8 @@ class GenerationRequest:
     max_tokens_field: str
     """Where the client wrote it."""
     stops: tuple[str, ...]
+    stop_token_ids: frozenset[int]
+    """The client's own."""
 
     def sampling_for(self, choice: int, max_tokens: int) -> pb.SamplingParams:
         """The parameters of the choice-th answer to one prompt."""
@@ -81,15 +84,19 @@ def check_messages(body: ChatBody | TokenizeBody) -> list[dict[str, Any]]:
     return [_check_message(message, f"messages[{i}]") for i, message in enumerate(body.messages or ())]
 
 
-def check_prompts(prompt: str | list[str | int | list[int]], vocab_size: int) -> tuple[str | list[int], ...]:
+def check_prompts(prompt: str | list[str | int | list[int]], vocab_size: int) -> tuple[str | array[int], ...]:
     """A text, texts, token ids, or lists of token ids: always as a sequence of prompts. Raises ApiError."""
+
+    def packed(token_ids: list[int]) -> array[int]:
+        return array("I", check_token_ids(token_ids, "prompt", vocab_size))  # a tenth of the list's memory
+
     if isinstance(prompt, str):
         return (prompt,)
     kinds = set(map(type, prompt))
     if kinds == {int}:
-        return (check_token_ids(prompt, "prompt", vocab_size),)  # type: ignore[arg-type]
+        return (packed(prompt),)  # type: ignore[arg-type]
     if kinds == {list}:
-        return tuple(check_token_ids(ids, "prompt", vocab_size) for ids in prompt)  # type: ignore[arg-type]
+        return tuple(packed(ids) for ids in prompt)  # type: ignore[arg-type]
     if kinds != {str}:
         raise invalid("`prompt` must hold strings, token ids, or lists of token ids, not several of these.", "prompt")
     return tuple(prompt)  # type: ignore[arg-type]
@@ -125,7 +132,8 @@ def _check_common(
         sampling.logprobs = logprobs
     if prompt_logprobs is not None:
         sampling.prompt_logprobs = prompt_logprobs
-    return GenerationRequest(body, sampling, max_tokens, max_tokens_field, _stops(body.stop))
+    stop_token_ids = frozenset(body.stop_token_ids or ())
+    return GenerationRequest(body, sampling, max_tokens, max_tokens_field, _stops(body.stop), stop_token_ids)
 
 
 def _check_combinations(body: GenerateBody, num_prompts: int, config: RouterConfig) -> None:
@@ -171,11 +179,18 @@ def _sampling(body: GenerateBody, model: ServedModel) -> pb.SamplingParams:
         frequency_penalty=body.frequency_penalty,
         repetition_penalty=chosen("repetition_penalty", 1.0),
         logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
-        allowed_token_ids=check_token_ids(body.allowed_token_ids or [], "allowed_token_ids", vocab_size),
+        allowed_token_ids=_distinct(check_token_ids(body.allowed_token_ids or [], "allowed_token_ids", vocab_size)),
         min_tokens=body.min_tokens,
-        stop_token_ids=[*check_token_ids(body.stop_token_ids or [], "stop_token_ids", vocab_size), *own_ends],
+        stop_token_ids=_distinct(
+            [*check_token_ids(body.stop_token_ids or [], "stop_token_ids", vocab_size), *own_ends]
+        ),
         ignore_eos=body.ignore_eos,
     )
+
+
+def _distinct(token_ids: Iterable[int]) -> list[int]:
+    """Each id once, in order, so that there are no more of them than the vocabulary has."""
+    return list(dict.fromkeys(token_ids))
 
 
 def _logit_bias(biases: dict[int, float], vocab_size: int) -> dict[int, float]:

@@ -1,24 +1,31 @@
 """Turns text into tokens and back: tokenizers, chat templates, and the models that they belong to."""
 
 from services.router.text.chat_template import ChatTemplateError
-from services.router.text.detokenizer import StopMatcher
+from services.router.text.detokenizer import Detokenizer, StopMatcher
 from services.router.text.models import ModelDirectory, ServedModel
+from services.router.text.pool import LONG_CHARS, ClientPool, GoOn, TokenizerPool, WorkStopped
 from services.router.text.tokenizer import (
     ModelTokenizer,
+    PromptTooLong,
     TokenizerError,
-    TokenizerPool,
     check_overrides,
     check_templates,
 )
 
 __all__ = [
+    "LONG_CHARS",
     "ChatTemplateError",
+    "ClientPool",
+    "Detokenizer",
+    "GoOn",
     "ModelDirectory",
     "ModelTokenizer",
+    "PromptTooLong",
     "ServedModel",
     "StopMatcher",
     "TokenizerError",
     "TokenizerPool",
+    "WorkStopped",
     "check_overrides",
     "check_templates",
 ]

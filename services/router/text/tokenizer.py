@@ -1,25 +1,22 @@
-"""The tokenizer pool: loads `tokenizer.json` and runs tokenizers in threads, off the event loop."""
+"""Loads `tokenizer.json`, and turns text into tokens and back."""
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from kvstore.threads import Threads
 from services.hub import NotOnHub, fetch, looks_like_path
-from services.router.errors import overloaded
 from services.router.text.chat_template import ChatTemplate, ChatTemplateError
 from services.router.text.detokenizer import Detokenizer
-
-T = TypeVar("T")
+from services.router.text.pool import GoOn
 
 _FILES = (
     "tokenizer.json",
@@ -32,6 +29,12 @@ _FILES = (
     "config.json",
 )
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# A text is looked at for so many characters per token first. English has four.
+_LIKELY_CHARS = 4
+# A part of a text may have a few tokens more than it has within the whole, at its end.
+_MOST_AT_CUT = 64
+# Composing characters shortens a text, of Hangul to a third.
+_MOST_SHORTENED = 3
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -72,6 +75,14 @@ def _read_text(path: Path) -> str:
         raise TokenizerError(f"{path} cannot be read: {error}") from error
 
 
+class PromptTooLong(Exception):
+    """A text has more tokens than it may; `at_least` so many."""
+
+    def __init__(self, at_least: int) -> None:
+        super().__init__(f"at least {at_least} tokens")
+        self.at_least = at_least
+
+
 class ModelTokenizer:
     """Text to token ids and back. Calls are thread-safe; encoding releases the interpreter lock."""
 
@@ -96,7 +107,11 @@ class ModelTokenizer:
         definition = self._tokenizer.to_str()
         self.digest = hashlib.sha256(definition.encode()).digest()
         """Equal where texts become the same tokens."""
-        kinds = _kinds(json.loads(definition).get("decoder"))
+        parsed = json.loads(definition)
+        longest = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
+        self.max_chars_per_token = longest * (_MOST_SHORTENED if parsed.get("normalizer") else 1)
+        """No text has more. But for white space that an added token swallows, and runs of what it does not know."""
+        kinds = _kinds(parsed.get("decoder"))
         self._is_byte_level = "ByteLevel" in kinds
         self._has_byte_tokens = "ByteFallback" in kinds
         self._word_mark = "▁" if {"Metaspace", "Replace"} & kinds else ""
@@ -108,8 +123,26 @@ class ModelTokenizer:
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text."""
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
+
+    def encode_bounded(self, text: str, add_special_tokens: bool, max_tokens: int, go_on: GoOn) -> array[int]:
+        """Token ids of a text that shall have `max_tokens` at most. Raises PromptTooLong.
+
+        Time and memory go with `max_tokens` and not with the text: its beginning is looked at first, as much of it as
+        would be too long nearly always, then twice as much, and so on. Twice the work is the most that this costs.
+        """
+        if len(text) > max_tokens * self.max_chars_per_token:
+            raise PromptTooLong(-(-len(text) // self.max_chars_per_token))
+        num_chars = max_tokens * _LIKELY_CHARS
+        while num_chars < len(text):
+            go_on()
+            at_least = len(self.encode([text[:num_chars]], False)[0]) - _MOST_AT_CUT
+            if at_least > max_tokens:
+                raise PromptTooLong(at_least)
+            num_chars *= 2
+        go_on()
+        return array("I", self.encode([text], add_special_tokens)[0])
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids; ids without a token, which padded vocabularies have, give none."""
@@ -237,40 +270,3 @@ def _declared_templates(declared: object) -> dict[str, str]:
         raise TokenizerError(
             f"chat_template must be a template, or a list of objects with `name` and `template`, not {declared!r:.200}"
         ) from error
-
-
-class TokenizerPool:
-    """A few threads with a bounded queue before them."""
-
-    def __init__(
-        self, threads: Threads, num_threads: int, max_queue: int, on_refusal: Callable[[], None] = lambda: None
-    ) -> None:
-        self._executor = threads.pool("tokenizer", num_threads)
-        self._limit = num_threads + max_queue
-        self._num_pending = 0
-        self._on_refusal = on_refusal
-
-    async def run(self, function: Callable[[], T]) -> T:
-        """The function's result. Raises ApiError 429 when the queue is full."""
-        if self._num_pending >= self._limit:
-            self._on_refusal()
-            raise overloaded(f"{self._num_pending} prompts wait for the tokenizer. Try again later.")
-        self._num_pending += 1
-        future = asyncio.get_running_loop().run_in_executor(self._executor, function)
-        future.add_done_callback(self._on_done)
-        # The thread works on even when the caller has gone: its place is free only when the work is done.
-        try:
-            return await asyncio.shield(future)
-        except (Exception, asyncio.CancelledError):
-            raise
-        except BaseException as error:  # the tokenizers library panics with one that is no Exception
-            raise RuntimeError(f"the tokenizer panicked: {error}") from error
-
-    def _on_done(self, future: asyncio.Future[Any]) -> None:
-        self._num_pending -= 1
-        if not future.cancelled():
-            future.exception()  # the caller has seen it, or has gone
-
-    def close(self) -> None:
-        """Waits for nothing: what has not begun is dropped."""
-        self._executor.shutdown(wait=False, cancel_futures=True)

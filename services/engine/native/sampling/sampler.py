@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -170,16 +172,21 @@ def _edit(logits: Tensor, row: SamplingRow, eos_token_ids: Sequence[int]) -> Non
         known = [token_id for token_id in token_ids if token_id < logits.shape[0]]
         return torch.tensor(known, dtype=torch.int64, device=device)
 
+    def known(token_ids: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(token_ids[token_ids < logits.shape[0]]).to(device)
+
     if sampling.allowed_token_ids:
-        allowed = index(sampling.allowed_token_ids)
+        allowed = known(sampling.allowed_index)
         kept = logits[allowed]
         logits.fill_(-math.inf)
         logits[allowed] = kept
     if len(row.output_token_ids) < sampling.min_tokens:
-        logits[index(sampling.ends(eos_token_ids))] = -math.inf
-    for token_id, bias in sampling.logit_bias.items():
-        if token_id < logits.shape[0]:
-            logits[token_id] += bias
+        logits[known(sampling.stop_index)] = -math.inf
+        if not sampling.ignore_eos:
+            logits[index(eos_token_ids)] = -math.inf
+    if sampling.logit_bias:
+        biases = sampling.biases[sampling.biased_index < logits.shape[0]]
+        logits[known(sampling.biased_index)] += torch.from_numpy(biases).to(device)
     if sampling.repetition_penalty != 1.0:
         seen = index(sorted({*row.prompt_token_ids, *row.output_token_ids}))
         values = logits[seen]

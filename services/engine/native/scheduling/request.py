@@ -103,7 +103,7 @@ class Request(asked.Request):
         if num_outputs >= self.sampling.min_tokens:
             if token_id in eos_token_ids and not self.sampling.ignore_eos:
                 return FinishReason.STOP
-            if token_id in self.sampling.stop_token_ids:
+            if token_id in self.sampling.stop_set:
                 self.stop_token_id = token_id
                 return FinishReason.STOP
         if num_outputs >= self.sampling.max_tokens or self.num_tokens >= max_model_len:

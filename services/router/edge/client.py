@@ -1,0 +1,50 @@
+"""A client's request as the endpoints work with it: whose it is, its turns in the pool, the memory that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+from services.router.edge.http import read_body
+from services.router.edge.memory import SMALL_BYTES, Holding
+from services.router.openai import decode
+from services.router.sse import Message, Receive, cancelled_on_disconnect
+from services.router.tenants import Tenant
+from services.router.text import ClientPool
+
+B = TypeVar("B", bound=msgspec.Struct)
+
+
+def client_name(scope: Message) -> str:
+    """Who shares with whom: the tenant of the key, or where no key is needed the address."""
+    tenant: Tenant | None = scope["state"].get("tenant")
+    if tenant is not None:
+        return f"tenant {tenant.name}"
+    address: tuple[str, int] | None = scope.get("client")
+    return address[0] if address else ""
+
+
+@dataclass(frozen=True)
+class Client:
+    """One request of a client."""
+
+    name: str
+    pool: ClientPool
+    memory: Holding
+    max_body_bytes: int
+
+    @asynccontextmanager
+    async def body(self, scope: Message, receive: Receive, kind: type[B]) -> AsyncIterator[B]:
+        """The request's body. What runs under it is cancelled when the client goes away. Raises ApiError."""
+        received = [await read_body(scope, receive, self.max_body_bytes, self.memory.add)]
+        async with cancelled_on_disconnect(receive):
+            yield await self._decode(received.pop(), kind)
+
+    async def _decode(self, content: bytes, kind: type[B]) -> B:
+        if len(content) <= SMALL_BYTES:
+            return decode(content, kind)
+        return await self.pool.run(lambda go_on: decode(content, kind), len(content))

@@ -1,0 +1,231 @@
+"""What a request may take before it is known to be one: values, characters, tokens, memory; and what is given back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+from kvstore.threads import OsThreads
+from services.router.config import RouterConfig
+from services.router.edge import RequestMemory
+from services.router.edge.memory import SMALL_BYTES
+from services.router.errors import ApiError, model_not_found
+from services.router.openai import decoding
+from services.router.openai.bodies import ChatBody, CompletionBody
+from services.router.openai.decoding import decode
+from services.router.text import ModelTokenizer, PromptTooLong, WorkStopped
+from services.router.text import tokenizer as tokenizer_module
+from tests.router.fake_worker import Script, permit
+from tests.router.harness import running_router, until
+
+URL = "/v1/completions"
+
+
+def client(running, **options) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=running.base_url, timeout=60, **options)
+
+
+# ---- bodies -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [[5] * 40, [[]] * 20, [[5]] * 20], ids=["ids", "lists", "both"])
+def test_values_are_counted_before_they_become_objects(monkeypatch, prompt):
+    monkeypatch.setattr(decoding, "MAX_VALUES", 30)
+    monkeypatch.setattr(decoding, "MAX_CONTAINERS", 10)
+    monkeypatch.setattr(decoding.msgspec.json, "decode", lambda *args, **kwargs: pytest.fail("it was decoded"))
+    with pytest.raises(ApiError, match="too many values: 30") as caught:
+        decode(json.dumps({"prompt": prompt}).encode(), CompletionBody)
+    assert caught.value.status == 400
+
+
+def test_what_stands_in_strings_is_no_value(monkeypatch):
+    monkeypatch.setattr(decoding, "MAX_VALUES", 30)
+    monkeypatch.setattr(decoding, "MAX_CONTAINERS", 10)
+    text = 'a "quoted\\", [text], {with} ' * 50
+    assert decode(json.dumps({"prompt": text}).encode(), CompletionBody).prompt == text
+
+
+def test_a_planned_request_holds_its_input_no_more():
+    body = decode(b'{"messages": [{"role": "user", "content": "x"}], "allowed_token_ids": [5], "user": "x"}', ChatBody)
+    body.drop_input()
+    assert (body.messages, body.allowed_token_ids, body.user) == ([], None, None)
+
+
+async def test_lists_of_tokens_are_as_long_as_the_vocabulary_at_most(make_worker):
+    worker = make_worker()
+    async with running_router(RouterConfig(), worker) as running, client(running) as http:
+        repeated = [5, 6, 7] * 10_000
+        body = {"prompt": "x", "max_tokens": 1, "n": 2, "allowed_token_ids": repeated, "stop_token_ids": repeated}
+        assert (await http.post(URL, json=body)).status_code == 200
+    for request in worker.requests:
+        assert list(request.sampling.allowed_token_ids) == [5, 6, 7]
+        assert list(request.sampling.stop_token_ids)[:3] == [5, 6, 7]
+        assert len(request.sampling.stop_token_ids) <= 4
+
+
+def test_an_error_quotes_a_part_of_what_the_client_wrote():
+    assert len(model_not_found("x" * 1_000_000).body()) < 1000
+    assert len(ApiError(400, "\x01" * 100_000, param="\x01" * 100_000).body()) < 20_000
+    assert b"?" in ApiError(400, "a lone surrogate: \ud800").body()
+
+
+@pytest.mark.parametrize("path", [f"/{'x' * 20_000}", f"/v1/models/{'x' * 20_000}"])
+def test_no_answer_is_as_long_as_its_url(router, path):
+    answer = httpx.get(router.base_url + path, timeout=20)
+    assert answer.status_code == 404
+    assert len(answer.content) < 1000
+
+
+# ---- text --------------------------------------------------------------------
+
+
+@pytest.fixture
+def watched(tokenizer, monkeypatch):
+    """The tokenizer, and the lengths of what it was given."""
+    lengths: list[int] = []
+    encode = ModelTokenizer.encode
+
+    def watching(self, texts, add_special_tokens):
+        lengths.extend(map(len, texts))
+        return encode(self, texts, add_special_tokens)
+
+    monkeypatch.setattr(ModelTokenizer, "encode", watching)
+    return tokenizer, lengths
+
+
+def encode_bounded(tokenizer, text, max_tokens, go_on=lambda: None):
+    return tokenizer.encode_bounded(text, False, max_tokens, go_on)
+
+
+def test_a_text_longer_than_any_that_fits_is_not_tokenized(watched):
+    tokenizer, lengths = watched
+    with pytest.raises(PromptTooLong) as caught:
+        encode_bounded(tokenizer, "x" * (100 * tokenizer.max_chars_per_token + 1), 100)
+    assert caught.value.at_least == 101
+    assert lengths == []
+
+
+def test_of_a_text_that_is_too_long_as_much_is_tokenized_as_shows_it(watched):
+    tokenizer, lengths = watched
+    text = "xyz, " * (1000 * tokenizer.max_chars_per_token // 5)
+    with pytest.raises(PromptTooLong) as caught:
+        encode_bounded(tokenizer, text, 1000)
+    assert 1000 < caught.value.at_least <= len(tokenizer.encode([text], False)[0])
+    assert lengths[0] < len(text)
+    assert lengths == [lengths[0], len(text)]  # the second is the line above
+
+
+@pytest.mark.parametrize("text", ["the quick brown fox jumps over the lazy dog. " * 40, "你好 🙂" * 9, "", " " * 200])
+@pytest.mark.parametrize("max_tokens", [100, 500])
+def test_what_fits_has_the_tokens_that_it_always_had(tokenizer, text, max_tokens):
+    (whole,) = tokenizer.encode([text], False)
+    if len(whole) <= max_tokens:
+        assert list(encode_bounded(tokenizer, text, max_tokens)) == whole
+
+
+def test_every_token_fits_the_bound_of_characters(tokenizer, fallback_tokenizer):
+    for each in (tokenizer, fallback_tokenizer):
+        names = [each.decode([token_id], skip_special_tokens=False) for token_id in range(each.vocab_size)]
+        assert max(map(len, names)) <= each.max_chars_per_token
+
+
+def test_tokenizing_stops_between_two_parts_once_the_client_has_gone(watched, monkeypatch):
+    tokenizer, lengths = watched
+    monkeypatch.setattr(tokenizer_module, "_LIKELY_CHARS", 1)
+    turns = iter([None, None])
+
+    def go_on():
+        if next(turns, "gone") == "gone":
+            raise WorkStopped
+
+    with pytest.raises(WorkStopped):
+        encode_bounded(tokenizer, "the quick brown fox " * 25, 100, go_on)
+    assert lengths == [100, 200]
+
+
+async def test_a_prompt_that_is_too_long_says_so_in_openais_words(make_worker):
+    worker = make_worker()
+    async with running_router(RouterConfig(), worker) as running, client(running) as http:
+        for url, body, param in (
+            (URL, {"prompt": "x, " * 20_000}, "prompt"),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x, " * 20_000}]}, "messages"),
+        ):
+            refused = await http.post(url, json=body)
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+            assert "maximum context length is 256 tokens" in error["message"]
+        assert worker.requests == []
+
+
+# ---- memory --------------------------------------------------------------------
+
+
+async def test_large_requests_share_a_bounded_memory_and_give_it_back():
+    memory = RequestMemory(1000, 0.6, OsThreads())
+    with memory.hold("a") as first:
+        first.add(SMALL_BYTES)
+        assert memory.num_bytes == 0
+        first.add(500)
+        with pytest.raises(ApiError, match="500 of them yours") as caught, memory.hold("a") as second:
+            second.add(SMALL_BYTES + 101)
+        assert caught.value.status == 429
+        with memory.hold("b") as other:
+            other.add(SMALL_BYTES + 500)
+            with pytest.raises(ApiError), memory.hold("c") as third:
+                third.add(SMALL_BYTES + 1)
+    assert memory.num_bytes == 0
+    await memory.close()
+
+
+async def test_a_body_holds_memory_until_its_request_has_ended(make_worker, sentence):
+    permits = asyncio.Semaphore(0)
+    worker = make_worker(lambda request: Script([sentence[:1]], permits=permits))
+    async with running_router(RouterConfig(request_memory_bytes=150_000), worker) as running, client(running) as http:
+        padded = {"prompt": "x", "max_tokens": 1, "user": "x" * 150_000}
+        first = asyncio.create_task(http.post(URL, json=padded))
+        await until(lambda: worker.requests)
+        assert 80_000 < running.parts.memory.num_bytes < 90_000
+        refused = await http.post(URL, json=padded)
+        assert refused.status_code == 429
+        permit(permits, 2)
+        assert (await http.post(URL, json={"prompt": "x", "max_tokens": 1})).status_code == 200
+        assert (await first).status_code == 200
+        assert running.parts.memory.num_bytes == 0
+        assert 'tandem:router_refusals_total{reason="memory_full"} 1.0' in (await http.get("/metrics")).text
+
+
+async def test_an_answer_in_one_piece_is_bounded_and_a_stream_is_not(make_worker):
+    worker = make_worker()
+    async with running_router(RouterConfig(request_memory_bytes=100_000), worker) as running, client(running) as http:
+        body = {"prompt": "x", "max_tokens": 100, "n": 16, "logprobs": 20}
+        assert (await http.post(URL, json=body)).status_code == 429
+        stream = await http.post(URL, json={**body, "stream": True})
+        assert stream.status_code == 200
+        assert stream.text.endswith("data: [DONE]\n\n")
+        assert running.parts.admission.num_running == running.parts.memory.num_bytes == 0
+
+
+async def test_rendering_log_probabilities_freezes_nobody(make_worker, monkeypatch):
+    """Others take a turn between any two slices of sixty-four positions."""
+    turns, at = 0, []
+    from services.router.openai import logprobs as module
+
+    position = module.CompletionLogprobs.position
+
+    def watched(self, *args):
+        at.append(turns)
+        return position(self, *args)
+
+    monkeypatch.setattr(module.CompletionLogprobs, "position", watched)
+    async with running_router(RouterConfig(), make_worker()) as running, client(running) as http:
+        body = {"prompt": [5] * 250, "echo": True, "logprobs": 5, "max_tokens": 1}
+        asking = asyncio.create_task(http.post(URL, json=body))
+        while not asking.done():
+            turns += 1
+            await asyncio.sleep(0)
+        assert len((await asking).json()["choices"][0]["logprobs"]["tokens"]) == 251
+    assert len(at) == 251
+    assert max(at.count(turn) for turn in set(at)) <= 64
