@@ -163,7 +163,7 @@ async def watch(port: int, router: psutil.Process, seconds: float) -> Seen:
 
     async def ask(times: list[float], method: str, path: str, pause_s: float, content: object = None) -> None:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=90) as http:
-            while time.monotonic() < end:
+            while time.monotonic() < end or not times:
                 start = time.monotonic()
                 answer = await http.request(method, path, json=content)
                 times.append(time.monotonic() - start)
@@ -207,6 +207,7 @@ def run(port: int, router: psutil.Process, only: str, seconds: float) -> None:
     for name in ATTACKS:
         if only not in name:
             continue
+        httpx.post(f"http://127.0.0.1:{port}{COMPLETIONS}", json=SMALL, timeout=300)  # the one before is over
         idle = asyncio.run(watch(port, router, 2))
         ours, theirs = mp.Pipe()
         attacker = mp.Process(target=attack_in_process, args=(port, name, seconds, theirs))
