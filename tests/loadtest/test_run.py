@@ -56,7 +56,6 @@ def test_a_slow_answer_holds_up_no_other(tmp_path: Path) -> None:
     with stub_server("--slow", "0", "--token-s", "0.02") as url:
         result = run_against(url, tmp_path, "--rate", "20", "--num-requests", "20", "--warmup-requests", "0")
     slowest, *others = sorted(result.measured, key=lambda each: each.finished_s, reverse=True)
-    assert slowest.index == 0
     assert min(slowest.gaps_s) > 1.5, "its chunks have the times at which they came"
     assert slowest.finished_s - max(each.finished_s for each in others) > 2
 

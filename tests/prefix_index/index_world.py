@@ -26,6 +26,7 @@ from tests.waiting import until
 WAIT_S = 20.0  # an upper bound for waits on events, far above what any of them takes
 LEASE_S = 0.6
 LOOKUP_S = 5.0  # a deadline that no lookup in these tests may need
+REDIS_S = 3.0  # nor any other answer of a Redis that is there
 
 INDEX = IndexKeys.under("tandem").index
 LEASES = "{tandem}:leases"  # the registry's
@@ -81,7 +82,7 @@ def registrar(
         dtype="float32",
         transports=("ucxx",),
     )
-    return Registrar(url, record, lease_s, prefix=prefix, timeout_s=0.5)
+    return Registrar(url, record, lease_s, prefix=prefix, timeout_s=REDIS_S)
 
 
 class Holder:
@@ -94,7 +95,7 @@ class Holder:
         self.incarnation = incarnation or new_incarnation()
         self.blocks: dict[BlockHash, set[Tier]] = {}
         self.recorder = Recorder()
-        arguments = {"lease_s": LEASE_S, "flush_s": 0.0, "timeout_s": 0.5, "observer": self.recorder, **settings}
+        arguments = {"lease_s": LEASE_S, "flush_s": 0.0, "timeout_s": REDIS_S, "observer": self.recorder, **settings}
         self.writer = self.writer_class(url, holder_id, self.incarnation, self.snapshot, **arguments)
         registered = {name: settings[name] for name in ("lease_s", "prefix") if name in settings}
         self.registrar = registrar(url, holder_id, self.incarnation, **registered)
@@ -177,7 +178,7 @@ class World:
         self.holders.remove(holder)
 
     async def read(self, recorder: Recorder | None = None, **settings: object) -> IndexReader:
-        reader = IndexReader(self.url, **{"timeout_s": 0.5, "probe_s": 0.1, "observer": recorder, **settings})
+        reader = IndexReader(self.url, **{"timeout_s": REDIS_S, "probe_s": 0.1, "observer": recorder, **settings})
         self.readers.append(reader)
         await reader.start()
         await until(lambda: reader.available, WAIT_S)
