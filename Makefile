@@ -12,8 +12,8 @@ PREFILL ?= 1
 DECODE ?= 1
 # Further flags of `tandem up`, e.g. UP_ARGS="--colocated --dtype bfloat16"
 UP_ARGS ?=
-# Two processes: the end-to-end tests wait as much as they compute. PYTEST_ARGS= runs everything in one.
-PYTEST_ARGS ?= -n 2 --dist loadscope
+# Three processes for two cores: the end-to-end tests wait more than they compute. PYTEST_ARGS= runs everything in one.
+PYTEST_ARGS ?= -n 3 --dist loadscope
 # What `make bench` runs, and with which flags:
 #   make bench BENCH_ARGS="--help"
 BENCHES ?= tests/bench/bench_transfer.py

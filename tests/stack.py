@@ -191,7 +191,7 @@ class Stack:
 
     def records(self) -> list[WorkerRecord]:
         """What the workers that serve announce in the registry."""
-        with redis.Redis.from_url(self.redis.url) as client:
+        with redis.Redis.from_url(self.redis.url, socket_timeout=60) as client:
             records = [decode_record(data) for data in client.hgetall("{tandem}:workers").values()]
         return [record for record in records if not record.phase]
 
