@@ -49,6 +49,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     revision: str = ""  # of model_path on the hub; empty: its default
     layout: dict[str, int | str] | None = None  # `BlockLayout.to_wire()`
     phase: str = ""  # of its start, for a person to read; empty once it serves
+    is_simulation: bool = False  # its tokens mean nothing
 
     @property
     def key(self) -> tuple[str, str]:

@@ -71,6 +71,7 @@ class Capabilities:
     caches_prefixes: bool
     is_exact: bool  # the same tokens whatever else is computed with them, and however a prompt is cut
     compute: Mapping[str, str]  # what computes the model, as labels: device, kernels, quantization
+    is_simulation: bool = False  # its tokens mean nothing; whoever shows them says so
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -25,6 +25,7 @@ from services.engine.checkpoint import (
 from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
 from services.engine.cpu_kernels import REQUIRED_FLAGS, library_path
 from services.engine.model_config import DTYPE_BYTES, ModelConfig, UnsupportedModel, read_config
+from services.engine.paced import read_profile
 from services.machine import Gpu, available_memory_bytes, gpus, processor_flags
 from services.settings import SettingsError
 
@@ -81,11 +82,11 @@ class Model:
         return block_size * per_token * DTYPE_BYTES[self.dtype]
 
 
-def look_at_model(model: str, revision: str = "", dtype: str = "auto") -> Model:
+def look_at_model(model: str, revision: str = "", dtype: str = "auto", *, needs_weights: bool = True) -> Model:
     """Look at a model's files, all of them where it is a directory. Raises `ModelError`."""
     directory = find_model(model, revision, WITHOUT_WEIGHTS)
     config = read_config(directory)
-    is_whole = Path(model).expanduser().is_dir()
+    is_whole = needs_weights and Path(model).expanduser().is_dir()
     tensors = {}
     if is_whole:
         tensors = read_tensors(directory)
@@ -100,8 +101,12 @@ def check_engine(config: EngineConfig, machine: Machine, num_workers: int = 1) -
 
     They share the machine's memory, or its GPUs in turn.
     """
-    device = machine.device(config.device)
-    model = look_at_model(config.model, config.revision, config.dtype)
+    is_paced = config.engine == "paced"
+    device = "cpu" if is_paced else machine.device(config.device)
+    model = look_at_model(config.model, config.revision, config.dtype, needs_weights=not is_paced)
+    if is_paced:
+        read_profile(config.paced_profile)
+        model = replace(model, num_parameters=0)
     longest = model.config.max_context_len
     if config.max_model_len > longest:
         raise SettingsError(

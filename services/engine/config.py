@@ -37,6 +37,16 @@ class EngineConfig(Settings):
         choices=("auto", "torch"),
         group="model",
     )
+    engine: str = setting(
+        "native",
+        help="native computes the model; paced simulates it, to try a fleet without its machines: steps take as long as"
+        " a profile says, tokens mean nothing, no weights are needed",
+        choices=("native", "paced"),
+        group="model",
+    )
+    paced_profile: str = setting(
+        "gpu", help="with --engine paced: gpu, cpu, or a JSON file of how long steps take", group="model"
+    )
     device: str = setting(
         "auto", help="auto takes cuda where there is one, else cpu", choices=("auto", "cpu", "cuda"), group="model"
     )

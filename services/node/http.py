@@ -27,8 +27,12 @@ class DebugServer:
         check_integrity: Callable[[], Awaitable[None]],
         unhealthy: Callable[[], str],
         not_ready: Callable[[], str],
+        note: Callable[[], str] = str,
     ) -> None:
-        """`unhealthy` says why nobody should rely on it, `not_ready` why it does not serve; empty: all is well."""
+        """`unhealthy` says why nobody should rely on it, `not_ready` why it does not serve; empty: all is well.
+
+        `note`: what whoever finds it healthy must know.
+        """
         app = FastAPI(openapi_url=None)
 
         @app.get("/metrics")
@@ -39,6 +43,8 @@ class DebugServer:
         async def health() -> Response:
             if why := unhealthy():
                 return JSONResponse({"status": "unhealthy", "reason": why}, status_code=503)
+            if what := note():
+                return JSONResponse({"status": "healthy", "note": what})
             return Response(status_code=200)
 
         @app.get("/ready")

@@ -192,6 +192,7 @@ def _add_debug_routes(app: FastAPI, parts: RouterParts) -> None:
                         "connected": not record.phase and (record.role != "decode" or record.worker_id in connected),
                         "draining": record.draining,
                         "phase": record.phase,
+                        "is_simulation": record.is_simulation,
                     }
                     for record in (*parts.workers.records, *parts.workers.starting)
                 ]

@@ -39,6 +39,8 @@ class Receipt:
     """Decode workers that it was given to."""
     num_generated_tokens: int
     unix_s: Mapping[Event, float]
+    is_simulation: bool
+    """A worker simulated it: its tokens mean nothing."""
     total_s: float
     """From the request's arrival to the sequence's last token, both at the router."""
 
@@ -88,6 +90,7 @@ class Receipt:
             "decode_worker_id": self.decode_worker_id,
             "prefill_worker_id": self.prefill_worker_id,
             "prefilled_locally": self.prefill_worker_id == self.decode_worker_id,
+            **({"is_simulation": True} if self.is_simulation else {}),
             "attempts": self.num_attempts,
             "recomputes": usage.num_recomputes,
             "prompt_tokens": usage.num_prompt_tokens,
@@ -126,6 +129,7 @@ def make_receipt(
     block_size: int,
     num_attempts: int,
     num_generated_tokens: int,
+    is_simulation: bool = False,
 ) -> Receipt:
     """`router_unix_s`: the sequence's timeline at the router, from ARRIVED to FINISHED. Where the workers have stamped
     the same event theirs counts, so that stages are measured by one clock; there are no `stamps` where a stop string
@@ -138,6 +142,7 @@ def make_receipt(
         block_size=block_size,
         num_attempts=num_attempts,
         num_generated_tokens=num_generated_tokens,
+        is_simulation=is_simulation,
         unix_s=dict(router_unix_s) | {Event(stamp.event): stamp.unix_s for stamp in stamps if stamp.event in known},
         total_s=max(router_unix_s[Event.FINISHED] - router_unix_s[Event.ARRIVED], 0.0),
     )

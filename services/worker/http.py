@@ -11,6 +11,9 @@ from services.node import DebugServer
 from services.worker.assembly import Role, WorkerParts
 
 
+SIMULATION = "a simulation: nothing is computed, tokens mean nothing"
+
+
 class WorkerHttp:
     """Serves metrics, health and state of a worker that may not be there yet."""
 
@@ -27,6 +30,7 @@ class WorkerHttp:
             check_integrity=self._check_integrity,
             unhealthy=self._unhealthy,
             not_ready=lambda: self.phase or self._unhealthy(),
+            note=lambda: SIMULATION if self._parts and self._parts.engine.capabilities.is_simulation else "",
         )
 
     async def start(self, host: str, port: int) -> str:
@@ -56,6 +60,7 @@ class WorkerHttp:
             "incarnation": parts.incarnation,
             "role": self._role,
             "phase": self.phase,
+            "is_simulation": parts.engine.capabilities.is_simulation,
             "engine": dataclasses.asdict(parts.engine.load()),
             "rates": parts.rates.rates.to_wire(),
             "host_tier": parts.engine.host_figures() or None,

@@ -24,8 +24,8 @@ from kvstore.exchange import Outside
 from kvstore.registry import Registrar, WorkerRecord, new_incarnation
 from kvstore.threads import Threads
 from services.activity import Activity, activity_logged, sample
-from services.engine import native
 from services.engine.api import Engine
+from services.engine.choice import open_engine
 from services.engine.model_config import ModelError
 from services.grpc_orders import GrpcOrders, GrpcServer
 from services.logs import configure_logging, detail_level, report_phase, report_ready
@@ -212,6 +212,7 @@ def _record(config: WorkerConfig, role: Role, front: Front, parts: WorkerParts, 
         dtype=engine.layout.dtype,
         transports=parts.exchange.transport_names,
         layout=engine.layout.to_wire(),
+        is_simulation=engine.capabilities.is_simulation,
         phase="",
     )
 
@@ -237,7 +238,7 @@ async def _load(config: WorkerConfig, threads: Threads, stop: asyncio.Event) -> 
     settings = dataclasses.replace(config, num_threads=num_threads)
 
     def load() -> Engine:
-        return native.Engine.from_config(settings, progress=partial(report_phase, "loading model"))
+        return open_engine(settings, progress=partial(report_phase, "loading model"))
 
     loading, stopped = asyncio.ensure_future(threads.run(load)), asyncio.ensure_future(stop.wait())
     await asyncio.wait([loading, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -315,6 +316,8 @@ def _about(engine: Engine) -> str:
     """What computes here, and with how much room, in a few words."""
     compute, layout = engine.capabilities.compute, engine.layout
     weights = layout.dtype if compute["quantization"] == "none" else compute["quantization"]
+    if engine.capabilities.is_simulation:
+        weights = f"SIMULATED, no weights, {weights}"
     where = f"{compute['kernels']} kernels" if compute["device"] == "cpu" else compute["device"]
     return f"{weights}, {where}, {engine.capabilities.num_blocks} blocks of {layout.block_size} tokens"
 

@@ -26,6 +26,7 @@ from services.engine.api import (
 )
 from services.engine.config import EngineConfig
 from services.engine.native import Engine as NativeEngine
+from services.engine.paced import open_paced
 from tests.hf_models import VOCAB_SIZE, random_prompts, write_model
 
 SETTINGS = {
@@ -39,6 +40,10 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
     "native": lambda model: NativeEngine.from_config(EngineConfig(str(model), device="cpu", **SETTINGS)),  # type: ignore[arg-type]
     "native with a host tier": lambda model: NativeEngine.from_config(
         EngineConfig(str(model), device="cpu", kv_offloading_size=0.01, **SETTINGS)  # type: ignore[arg-type]
+    ),
+    "paced": lambda model: open_paced(
+        EngineConfig(str(model), engine="paced", **SETTINGS),  # type: ignore[arg-type]
+        sleep=lambda seconds: None,
     ),
 }
 NUM_OUTPUTS = 8

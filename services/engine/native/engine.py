@@ -35,7 +35,7 @@ from services.engine.native.memory import (
     open_host_tier,
 )
 from services.engine.native.model import LoadedModel, load_model
-from services.engine.native.runner import ModelRunner
+from services.engine.native.runner import ModelRunner, Runner
 from services.engine.native.scheduling import Batch, Request, SampledBatch, Scheduler, SchedulerConfig, check_fits
 from services.lifecycle import Event
 from services.machine import Gpu
@@ -51,8 +51,9 @@ class Engine:
         num_blocks: int,
         clock: Callable[[], float] = time.time,
         num_host_slots: int = 0,
+        wrap_runner: Callable[[Runner], Runner] = lambda runner: runner,
     ) -> None:
-        """`num_host_slots`: blocks in the host tier; 0: there is none."""
+        """`num_host_slots`: blocks in the host tier; 0: there is none. `wrap_runner` may put one around ours."""
         config = with_device_defaults(config, _gpu(model.device))
         self.model = model
         self.config = config
@@ -68,6 +69,7 @@ class Engine:
                 "kernels": model.compute_path.kernels,
                 "quantization": model.compute_path.quantization,
             },
+            is_simulation=model.compute_path.is_simulation,
         )
         self.layout: BlockLayout = model.block_layout(config.block_size)
         self.kv_cache: Tensor = model.new_kv_cache(num_blocks, config.block_size)
@@ -75,7 +77,7 @@ class Engine:
         self.host_tier = open_host_tier(self.kv_cache, self.memory, num_host_slots) if num_host_slots else None
         take_evicted = self.host_tier.take_evicted if self.host_tier is not None else None
         self.pool = BlockPool(num_blocks, config.enable_prefix_caching, take_evicted)
-        self._runner = ModelRunner(model, self.kv_cache, config.block_size)
+        self._runner = wrap_runner(ModelRunner(model, self.kv_cache, config.block_size))
         self._scheduler = Scheduler(scheduler_config(config, model), self.pool)
         self._on_grant: dict[str, Callable[[Reservation], None]] = {}  # by id of a reserving request
         self._clock = clock

@@ -30,6 +30,13 @@ class ForwardModel(Protocol):
         """Store keys and values in the cache, return float32 logits `[len(batch.logits_indices), vocab_size]`."""
 
 
+class Runner(Protocol):
+    """Runs a step's batch."""
+
+    def run(self, batch: Batch) -> SampledBatch:
+        """Compute the batch's tokens; sample where a sequence asks for it."""
+
+
 class ModelRunner:
     """Owns the KV cache's content, `[num_blocks, ...]`, but not which block is whose: that is the scheduler's."""
 

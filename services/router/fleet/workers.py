@@ -137,6 +137,7 @@ class Workers:
                 num_free_blocks=session.num_free_blocks,
                 colocated=record.colocated,
                 local_prefill_max_tokens=record.local_prefill_max_tokens,
+                is_simulation=record.is_simulation,
             )
             for record, session in self._decode_sessions()
         ]

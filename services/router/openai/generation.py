@@ -310,6 +310,7 @@ class Generation:
             block_size=served_by.placement.space.block_size,
             num_attempts=served_by.num_attempts,
             num_generated_tokens=choice.num_tokens,
+            is_simulation=served_by.placement.decision.decode.is_simulation,
         )
         self._metrics.count_receipt(choice.receipt)
         log.debug("%s", choice.receipt)

@@ -63,6 +63,8 @@ class DecodeCandidate:
     """It prefills everything by itself."""
     local_prefill_max_tokens: int = 0
     """It prefills by itself what lacks no more than so many."""
+    is_simulation: bool = False
+    """Its tokens mean nothing."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class ComputePath:
     kernels: str  # "amx", "avx512"; "torch" where the C kernels are not used
     quantization: str  # "int8" or "none"
     reason: str  # one line for a person
+    is_simulation: bool = False  # nothing is computed: tokens mean nothing
 
 
 @dataclass(frozen=True)
