@@ -42,9 +42,11 @@ class KeyedKV:
         self._rolled = np.lib.stride_tricks.sliding_window_view(np.concatenate((noise, noise)), vocab_size)
         self._vocab_size = np.uint64(vocab_size)
         self._root = np.uint64(int.from_bytes(root, "little"))
-        self._words = np.empty((0, 0, 0, 0), np.uint64)
-        self._factors = self._inverses = np.empty(0, np.uint64)
-        self._powers = self._unpowers = np.ones(1, np.uint64)
+        self._words: Words = np.empty((0, 0, 0, 0), np.uint64)
+        self._factors: Words = np.empty(0, np.uint64)
+        self._inverses: Words = self._factors
+        self._powers: Words = np.ones(1, np.uint64)
+        self._unpowers: Words = self._powers
         self._num_steps = 0
 
     @property
