@@ -143,6 +143,7 @@ class Admission:
             priority=live.order.priority,
             cache_salt=live.order.cache_salt,
             prefix_sources=live.order.prefix_sources,
+            timeout_s=live.left_s(),
         )
         live.timeline.mark(Event.PREFILL_ORDERED)
         handoff = await prefill_remotely(

@@ -134,5 +134,6 @@ async def _finished(call: AsyncGenerator[pb.PrefillEvent, None], worker_id: str)
 def _refusal(error: pb.Error, worker_id: str) -> Exception:
     if error.code == pb.ERROR_CODE_INVALID:
         return PromptRefused(error.message)
-    cause = "overloaded" if error.code == pb.ERROR_CODE_OVERLOADED else "refused"
+    causes = {pb.ERROR_CODE_OVERLOADED: "overloaded", pb.ERROR_CODE_DEADLINE: "deadline"}
+    cause = causes.get(error.code, "refused")
     return HandoffFailed(cause, f"prefill worker {worker_id}: {error.message}")

@@ -42,6 +42,12 @@ class LiveRequest:
             return "handoff"
         return "decode" if self.newest_token_s is not None else "prefill queue"
 
+    def left_s(self) -> float:
+        """Seconds until its deadline, at least 1 ms; 0: it has none. Whoever works for it has no longer."""
+        if self.timeout is None:
+            return 0.0
+        return max(self.timeout.when() - asyncio.get_running_loop().time(), 0.001)
+
     def new_attempt(self, clock_s: float) -> Request:
         """A fresh engine request for the next attempt: each has its own id, since a failed one may linger.
 

@@ -11,6 +11,7 @@ An order's life, with the side that each step happens on (E: engine thread, L: e
     the call is cancelled, or breaks     compute aborted, lease (if there is one) revoked, settled once it has closed
     the reader is lost or releases       the lease closes; compute aborted, `failed` sent, settled
     the lease expires                    the same; a reader that comes back is told that the lease was not held
+    the order's time-out passes          as a cancelled call, in whatever stage, a prefix fetch too; `failed` sent
     the worker drains                    new orders are refused; running ones and their loans end first
 
 Announced blocks are pinned by references that the order took on the engine thread. Settling gives them back, exactly
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -126,13 +128,20 @@ class PrefillService:
         self._idle.clear()
         outcome: OrderOutcome = "failed"
         order: _Order | None = None
+        limit = asyncio.timeout(message.timeout_s if 0 < message.timeout_s < math.inf else None)
         try:
-            order = self._make_order(
-                message, await convert.prompt_hashes(message, self._parts.engine.layout, self._parts.threads)
-            )
-            with request_scope(message.request_id):
-                await self._run(order, send)
+            async with limit:
+                order = self._make_order(
+                    message, await convert.prompt_hashes(message, self._parts.engine.layout, self._parts.threads)
+                )
+                with request_scope(message.request_id):
+                    await self._run(order, send)
             outcome = "finished"
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            outcome = "expired"
+            await send(_failed(pb.ERROR_CODE_DEADLINE, f"no end after {message.timeout_s:g} s of prefill"))
         except asyncio.CancelledError:
             # The decode worker hangs up once it has the last event, perhaps before we hear that this was sent.
             outcome = "finished" if order is not None and order.is_computed else "cancelled"

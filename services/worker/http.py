@@ -10,7 +10,6 @@ from prometheus_client import CollectorRegistry
 from services.node import DebugServer
 from services.worker.assembly import Role, WorkerParts
 
-
 SIMULATION = "a simulation: nothing is computed, tokens mean nothing"
 
 

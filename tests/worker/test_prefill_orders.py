@@ -106,13 +106,14 @@ class World:
         self.leases.append(LeaseOfTheTest())
         return self.leases[-1]
 
-    def order(self, caller: Caller, transfer_id: bytes = bytes(16)) -> asyncio.Task[None]:
+    def order(self, caller: Caller, transfer_id: bytes = bytes(16), timeout_s: float = 0.0) -> asyncio.Task[None]:
         order = pb.PrefillRequest(
             request_id="r",
             prompt_token_ids=random_prompts([100])[0],
             sampling=pb.SamplingParams(top_p=1, repetition_penalty=1, max_tokens=1),
             transfer_id=transfer_id,
             reader_peer_id="decode-0/1",
+            timeout_s=timeout_s,
         )
         return asyncio.create_task(self.service.serve_prefill(order, caller.send))
 
@@ -176,3 +177,45 @@ async def test_what_a_slow_reader_has_not_heard_of_does_not_pile_up() -> None:
     for step in (_Scheduled(), _Computed(0, [], None), _Computed(0, [], None), _Computed(0, [], finished)):
         order.add_step(step)
     assert order.steps == [_Scheduled(), _Computed(0, [], finished)]
+
+
+@pytest.mark.parametrize("stage", ["fetch", "queue", "compute"])
+async def test_an_orders_time_out_ends_its_work_in_every_stage(
+    engine: Engine, threads: Threads, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    world, caller = World(engine, threads), Caller("failed")
+    cancelled, add_step = asyncio.Event(), _Order.add_step
+
+    def add_first(order: _Order, step: object) -> None:
+        if isinstance(step, _Scheduled):
+            add_step(order, step)  # type: ignore[arg-type]
+
+    async def fetch(_: object) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    async with asyncio.timeout(30):
+        room = None
+        if stage == "queue":  # somebody has all the blocks
+            room = await world.thread.call(engine.take_prefix, [bytes([number]) * 16 for number in range(25)])
+            assert room is not None
+        if stage == "fetch":
+            monkeypatch.setattr(world.service, "_fetch_prefix", fetch)
+        if stage == "compute":  # no step comes after the first, which opens the lease
+            monkeypatch.setattr(_Order, "add_step", add_first)
+        call = world.order(caller, timeout_s=0.05)
+        await caller.has_heard.wait()
+        assert caller.heard.failed.code == pb.ERROR_CODE_DEADLINE
+        assert cancelled.is_set() == (stage == "fetch")
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        assert world.outcomes == ["expired"]
+        assert len(world.leases) == (stage == "compute")
+        assert [lease.closed.done() for lease in world.leases] == [True] * len(world.leases)
+        if room is not None:
+            await world.thread.call(engine.release_blocks, room.block_ids)
+        await world.close()
+        load = engine.load()
+    assert (load.num_waiting, load.num_running, load.num_lent_blocks) == (0, 0, 0)

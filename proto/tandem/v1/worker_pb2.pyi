@@ -358,7 +358,7 @@ class SessionFrame(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., incarnation: _Optional[str] = ..., handles: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "transfer_id", "reader_peer_id", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefix_sources", "prompt_hashes")
+    __slots__ = ("request_id", "transfer_id", "reader_peer_id", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefix_sources", "prompt_hashes", "timeout_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     READER_PEER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -368,6 +368,7 @@ class PrefillRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PREFIX_SOURCES_FIELD_NUMBER: _ClassVar[int]
     PROMPT_HASHES_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     transfer_id: bytes
     reader_peer_id: str
@@ -377,7 +378,8 @@ class PrefillRequest(_message.Message):
     cache_salt: str
     prefix_sources: _containers.RepeatedCompositeFieldContainer[PrefixSource]
     prompt_hashes: PromptHashes
-    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., reader_peer_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ..., prompt_hashes: _Optional[_Union[PromptHashes, _Mapping]] = ...) -> None: ...
+    timeout_s: float
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., reader_peer_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ..., prompt_hashes: _Optional[_Union[PromptHashes, _Mapping]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class PrefillScheduled(_message.Message):
     __slots__ = ()

@@ -41,7 +41,7 @@ _FINISH_REASONS = ("stop", "length", "abort", "error")
 _HANDOFF_FAILURES = ("unreachable", "timeout", "digest", "peer_lost", "rpc", "overloaded")
 
 Refusal = Literal["draining", "full", "invalid", "protocol"]
-OrderOutcome = Literal["finished", "refused", "failed", "cancelled"]
+OrderOutcome = Literal["finished", "refused", "failed", "cancelled", "expired"]
 RecomputeCause = Literal["handoff", "preemption"]
 
 
