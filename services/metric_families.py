@@ -260,6 +260,7 @@ ROUTER = Table(
     _counter("tandem:router_index_lookups", "Questions to the prefix index.", "outcome"),
     _histogram("tandem:router_index_lookup_seconds", "How long they took.", _INDEX_S),
     _gauge("tandem:router_index_up", "Whether the prefix index answers; 0 also where there is none."),
+    _gauge("tandem:router_quotas_shared", "Whether Redis keeps the tenants' limits; 0: this router its part of them."),
     _gauge("tandem:router_registry_up", "Whether the registry in Redis answers."),
     _counter("tandem:router_receipts", "Sequences that ended regularly and whose worker said what they cost."),
     _counter("tandem:router_receipt_prompt_tokens", "Prompt tokens, by where their KV came from.", "source"),

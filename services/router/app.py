@@ -35,6 +35,7 @@ from services.router.openai import (
     tokenize,
 )
 from services.router.readiness import readiness
+from services.router.sharing import RATE_LIMIT_HEADERS
 from services.router.sse import Message, Receive, Send
 from services.router.tenants import Keyring, Tenant, name_of
 from services.router.text import ClientPool, ServedModel
@@ -62,7 +63,7 @@ def make_app(parts: RouterParts) -> App:
             allow_origins=list(config.allowed_origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", *RATE_LIMIT_HEADERS],
         )
     return Edge(
         app,

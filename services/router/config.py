@@ -124,6 +124,23 @@ class RouterConfig(PeerSettings):
     )
     tokenizer_pool_size: int = setting(2, min=1, help="threads that tokenize and render templates", group="limits")
     tokenizer_queue: int = setting(256, min=1, help="prompts that may wait for these; more get a 429", group="limits")
+    ttft_deadline_s: float = setting(
+        0.0,
+        min=0,
+        help="a request whose first token is expected later, counted from its arrival, gets a 503 at once; the header"
+        " x-slo-ttft-ms may say less; 0: as --request-timeout",
+        group="limits",
+    )
+    worker_backlog_s: float = setting(
+        0.5,
+        min=0,
+        help="prompt work that may wait at a worker, in seconds of its time; more waits in the router, where priority"
+        " and fairness order it; 0: no limit",
+        group="limits",
+    )
+    tenants_file: str = setting(
+        "", help="YAML or JSON file of tenants' weights, priorities and limits; none: all are equal", group="limits"
+    )
     shutdown_timeout_s: float = setting(
         30.0, min=0, flags=("--shutdown-timeout",), help="how long SIGTERM waits for running requests", group="limits"
     )

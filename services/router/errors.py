@@ -90,6 +90,11 @@ def unavailable(message: str, code: str = "service_unavailable") -> ApiError:
     return ApiError(503, message, type="server_error", code=code, retry_after_s=2)
 
 
+def too_late(message: str, retry_after_s: int) -> ApiError:
+    """503: its first token would come after its deadline, so nothing of it is begun."""
+    return ApiError(503, message, type="server_error", code="ttft_deadline", retry_after_s=retry_after_s)
+
+
 def timed_out(message: str) -> ApiError:
     """504: a deadline passed; the message names which."""
     return ApiError(504, message, type="server_error", code="timeout")

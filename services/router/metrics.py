@@ -21,7 +21,7 @@ from services.router.receipt import Receipt
 _ROLE = "router"
 _FINISH_REASONS = ("stop", "length", "abort", "error")
 REFUSALS = (
-    "queue_full", "tokenizer_full", "memory_full", "workers_full",
+    "queue_full", "ttft_deadline", "quota", "tokenizer_full", "memory_full", "workers_full",
     "no_worker", "not_connected", "draining", "all_tried",
 )  # fmt: skip
 """Why a request is not taken on: our own queues, the workers', or no worker to take it (`routing.Refusal`)."""
@@ -117,6 +117,7 @@ class RouterMetrics:
         self._lookups = ROUTER.counter("tandem:router_index_lookups", self.registry, ("found", "nothing", "no_answer"))
         self._lookup_time = ROUTER.histogram("tandem:router_index_lookup_seconds", self.registry)
         self.index_up = ROUTER.gauge("tandem:router_index_up", self.registry)
+        self.quotas_shared = ROUTER.gauge("tandem:router_quotas_shared", self.registry)
         self.registry_up = ROUTER.gauge("tandem:router_registry_up", self.registry)
         self._models: dict[str, ModelMetrics] = {}
         self.handoffs_s = recent_handoffs()

@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -27,11 +28,12 @@ from services.orders import Orders
 from services.router.admission import Admission
 from services.router.app import make_app
 from services.router.config import RouterConfig
-from services.router.edge import RequestMemory, RouterParts
-from services.router.fleet import Placer, PrefixFinder, Workers
+from services.router.edge import Limits, RequestMemory, RouterParts
+from services.router.fleet import Headroom, Placer, PrefixFinder, Workers
 from services.router.fleet_metrics import FleetCollector
 from services.router.metrics import RouterMetrics
 from services.router.routing import DecisionLog, Policy
+from services.router.sharing import Quotas, open_quotas, read_shares
 from services.router.text import (
     ChatTemplateError,
     ModelDirectory,
@@ -39,6 +41,7 @@ from services.router.text import (
     TokenizerPool,
     check_overrides,
 )
+from services.settings import SettingsError
 from services.startup import CANNOT_START, CannotListen, check_registry
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,8 @@ def run_router(config: RouterConfig) -> int:
     try:
         check_registry(config.redis)
         check_overrides(config.tokenizer, config.chat_template)
-    except (ChatTemplateError, RegistryError, TokenizerError) as error:
+        read_shares(config.tenants_file)
+    except (ChatTemplateError, RegistryError, SettingsError, TokenizerError) as error:
         log.error("router cannot start: %s", error)
         return CANNOT_START
     return uvloop.run(_serve(config))
@@ -67,8 +71,9 @@ async def open_parts(
     orders: Orders,
     threads: Threads,
     index: IndexReader | None = None,
+    quotas: Quotas | None = None,
 ) -> AsyncIterator[RouterParts]:
-    """Everything that the application works with; closed at the end. `membership` and `index` stay the caller's."""
+    """Everything that the application works with; closed at the end. What was given stays the caller's."""
     metrics = RouterMetrics()
     wanted = frozenset(config.served_model_name)
     models = ModelDirectory(config.tokenizer, config.chat_template, config.generation_config == "auto", threads, wanted)
@@ -87,7 +92,17 @@ async def open_parts(
     memory = RequestMemory(
         config.request_memory_bytes, config.client_share, threads, lambda: metrics.count_refusal("memory_full")
     )
-    admission = Admission(config.max_concurrent_requests, config.max_queue, lambda: metrics.count_refusal("queue_full"))
+    shares = read_shares(config.tenants_file)
+    admission = Admission(
+        config.max_concurrent_requests,
+        config.max_queue,
+        metrics.count_refusal,
+        Headroom(workers, config.worker_backlog_s),
+        lambda client: shares.of_client(client).weight,
+    )
+    workers.on_news = admission.fill
+    quotas = quotas or Quotas(None, router_id, time.monotonic)
+    metrics.quotas_shared.set_function(lambda: quotas.is_shared)
     prefixes = PrefixFinder(index, metrics, config.index_timeout_s)
     placer = Placer(workers, Policy(config.routing_policy), DecisionLog(config.routing_history))
     metrics.registry.register(FleetCollector(workers))
@@ -95,7 +110,8 @@ async def open_parts(
     models.follow(workers.records, workers.starting)
     membership.on_change(lambda snapshot: models.follow(workers.records, workers.starting))
     try:
-        yield RouterParts(config, models, workers, pool, memory, admission, metrics, prefixes, placer)
+        limits = Limits(quotas, metrics)
+        yield RouterParts(config, models, workers, pool, memory, admission, metrics, prefixes, placer, shares, limits)
     finally:
         await workers.close()
         await models.close()
@@ -137,7 +153,11 @@ async def _serve(config: RouterConfig) -> int:
     await membership.start()
     await index.start()
     try:
-        async with open_parts(config, membership, _router_id(config, port), GrpcOrders(), OsThreads(), index) as parts:
+        router_id = _router_id(config, port)
+        async with (
+            open_quotas(config.redis, router_id) as quotas,
+            open_parts(config, membership, router_id, GrpcOrders(), OsThreads(), index, quotas) as parts,
+        ):
             parts.metrics.registry_up.set_function(lambda: membership.connected)
             settings = server_config(config, parts)
             try:

@@ -2,6 +2,7 @@
 
 from services.router.edge.access import CLIENT_GONE
 from services.router.edge.http import FAILED, App, Edge, Guard
+from services.router.edge.limits import Limits
 from services.router.edge.memory import RequestMemory
 from services.router.edge.serving import GenerateEndpoint, RouterParts
 
@@ -12,6 +13,7 @@ __all__ = [
     "Edge",
     "GenerateEndpoint",
     "Guard",
+    "Limits",
     "RequestMemory",
     "RouterParts",
 ]

@@ -140,7 +140,8 @@ class Edge:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 access.status, access.started = message["status"], True
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", state["request_id"].encode())]
+                own = [(b"x-request-id", state["request_id"].encode()), *state.get("headers", ())]
+                message["headers"] = [*message.get("headers", ()), *own]
             else:
                 access.finished = not message.get("more_body", False)
             await send(message)

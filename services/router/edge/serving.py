@@ -21,13 +21,17 @@ from services.router.admission import Admission
 from services.router.config import RouterConfig
 from services.router.edge.access import AccessRecord
 from services.router.edge.client import Client, client_name
+from services.router.edge.deadlines import Deadlines
+from services.router.edge.entrance import Visit
 from services.router.edge.http import FAILED, header, request_id_of, send_error, send_json
+from services.router.edge.limits import Limits
 from services.router.edge.memory import Holding, RequestMemory
 from services.router.errors import ApiError, ClientDisconnected, internal, timed_out
 from services.router.fleet import Ask, Dispatch, Placer, PrefixFinder, Workers, routing_key
 from services.router.metrics import RouterMetrics
 from services.router.openai import Delta, GenerateBody, Generation, GenerationPlan, Renderer
-from services.router.tenants import Tenant, name_of
+from services.router.sharing import Shares
+from services.router.tenants import name_of
 from services.router.text import ClientPool, ModelDirectory, ServedModel, TokenizerPool
 
 log = logging.getLogger(__name__)
@@ -52,6 +56,8 @@ class RouterParts:
     metrics: RouterMetrics
     prefixes: PrefixFinder
     placer: Placer
+    shares: Shares
+    limits: Limits
 
     @contextmanager
     def client(self, scope: sse.Message) -> Iterator[Client]:
@@ -61,14 +67,14 @@ class RouterParts:
             yield Client(name, self.pool.of(name), memory, self.config.max_body_bytes)
 
     @asynccontextmanager
-    async def deadline(self) -> AsyncIterator[None]:
-        """Ends what runs under it in time, with ApiError 504."""
-        timeout_s = self.config.request_timeout_s or None
+    async def deadline(self, deadlines: Deadlines | None = None) -> AsyncIterator[None]:
+        """Ends what runs under it in time, with ApiError 504. None: as the settings say, from now on."""
+        deadlines = deadlines or Deadlines.of_settings(self.config, time.monotonic())
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(deadlines.left_s(time.monotonic())):
                 yield
         except TimeoutError as error:
-            raise timed_out(f"The request was not finished within {timeout_s:g} s.") from error
+            raise timed_out(f"The request was not finished within {deadlines.total_s:g} s.") from error
 
 
 B = TypeVar("B", bound=GenerateBody)
@@ -96,10 +102,14 @@ class GenerateEndpoint(Generic[B]):
                     async with client.body(scope, receive, self._kind) as body:
                         if body.receipt is None:
                             body.receipt = header(scope, _RECEIPT_HEADER) == "1"
-                        tenant: Tenant | None = scope["state"].get("tenant")
                         request_id = request_id_of(scope, body.request_id)
                         with request_scope(request_id):
-                            await self._serve(body, request_id, client, tenant, timeline, stream, send, access)
+                            model = self._parts.models.get(body.model)
+                            deadlines = Deadlines.of(scope, self._parts.config, access.started_s)
+                            visit = Visit.of(
+                                scope, self._parts.shares, deadlines, client.name, model.name, body.priority
+                            )
+                            await self._serve(body, request_id, model, client, visit, timeline, stream, send, access)
             except ApiError as error:
                 await self._fail(error, stream, send)
                 access.failed(error)
@@ -128,25 +138,27 @@ class GenerateEndpoint(Generic[B]):
         self,
         body: B,
         request_id: str,
+        model: ServedModel,
         client: Client,
-        tenant: Tenant | None,
+        visit: Visit,
         timeline: Timeline,
         stream: sse.EventStream,
         send: sse.Send,
         access: AccessRecord,
     ) -> None:
-        async with self._parts.deadline():
+        async with self._parts.deadline(visit.deadlines):
             parts = self._parts
-            plan = await self._plan(body, parts.models.get(body.model), parts.config, request_id, client.pool)
+            visit.check_delay(parts.admission)  # before anything is spent on it, its prompt's length unknown
+            plan = await self._plan(body, model, parts.config, request_id, client.pool)
             body.drop_input()
             timeline.mark(Event.TOKENIZED)
-            with parts.admission.admit(plan.num_sequences) as room:
+            async with visit.room(plan, parts.admission, parts.limits) as (room, spent):
                 dispatch = Dispatch(
                     parts.workers,
                     parts.placer,
                     parts.metrics,
                     room,
-                    await self._find_prefixes(plan, tenant),
+                    await self._find_prefixes(plan, visit),
                     max_attempts=parts.config.max_attempts,
                     restartable=not plan.request.body.stream,
                 )
@@ -156,10 +168,12 @@ class GenerateEndpoint(Generic[B]):
                     await self._generate(generation, client.memory, stream, send)
                 finally:
                     access.facts = generation.facts()
+                    usage = generation.usage()
+                    spent.num_tokens = usage.num_prompt_tokens + usage.num_generated_tokens
 
-    async def _find_prefixes(self, plan: GenerationPlan, tenant: Tenant | None) -> Callable[[int], Ask]:
+    async def _find_prefixes(self, plan: GenerationPlan, visit: Visit) -> Callable[[int], Ask]:
         """Makes a sequence's order, by its index, with all that placing it may depend on."""
-        parts, request = self._parts, plan.request
+        parts, request, tenant = self._parts, plan.request, visit.tenant
         cache_salt = request.body.cache_salt or ""
         if tenant is not None and parts.config.cache_sharing == "tenant":
             cache_salt = tenant.salt(cache_salt)
@@ -174,7 +188,8 @@ class GenerateEndpoint(Generic[B]):
             prompt, choice = divmod(index, request.body.n)
             if choice == 0:
                 num_prompt_tokens.inc(len(plan.prompts[prompt]))
-            order = plan.order(index, parts.config.request_timeout_s, cache_salt)
+            order = plan.order(index, visit.left_s or 0.0, cache_salt)
+            order.priority = visit.applicant.priority
             key = routing_key(plan.prompts[prompt], cache_salt)
             return Ask(name_of(tenant), plan.request_id, index, order, versions, blocks[prompt], key)
 

@@ -115,6 +115,8 @@ class Dispatch:
         One caller at a time. Raises ApiError when there is no worker for a sequence; then close it.
         """
         while True:
+            if self._room.refusal is not None:
+                raise self._room.refusal
             while self._room.num_free:
                 session = self._begin()
                 await asyncio.sleep(0)  # others are served between two
@@ -156,10 +158,10 @@ class Dispatch:
     # ---- one sequence ---------------------------------------------------------
 
     def _begin(self) -> WorkerSession:
-        self._room.begin()
         sequence = _Sequence(self, self._make_ask(len(self._sequences)))
         self._sequences.append(sequence)
         refusal = self._submit(sequence)
+        self._room.begin()
         if refusal is not None:
             raise self._refused(refusal, sequence)
         assert sequence.session is not None
@@ -274,6 +276,7 @@ class Dispatch:
         return unavailable(f"Model `{model}`: {words[refusal]}. Try again later.")
 
     def _arrive(self, arrival: Arrival) -> None:
+        self._room.generated(len(arrival.token_ids))
         self._arrivals.append(arrival)
         self._wake()
 

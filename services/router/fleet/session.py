@@ -12,7 +12,7 @@ import contextlib
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from tandem.v1 import worker_pb2 as pb
@@ -57,8 +57,17 @@ def rates_from_proto(message: pb.Rates) -> Rates:
 class WorkerSession:
     """The session with one incarnation of one decode worker. `run()` is its life, a task that its owner awaits."""
 
-    def __init__(self, record: WorkerRecord, router_id: str, orders: Orders, reconnect_max_s: float) -> None:
+    def __init__(
+        self,
+        record: WorkerRecord,
+        router_id: str,
+        orders: Orders,
+        reconnect_max_s: float,
+        on_load: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_load`: called when its load is news, or when it is lost."""
         self.record = record
+        self._on_load = on_load
         self.connected = False
         self.load = pb.Load()
         self.rates = GUESSED
@@ -228,6 +237,8 @@ class WorkerSession:
             if (sink := self._live.pop(output.handle, None)) is not None:
                 self._forget_one_sent()
                 sink.deliver(output)
+        if frame.HasField("load"):
+            self._on_load()
 
     def _forget_one_sent(self) -> None:
         # It has ended, so it stands in front of nobody, whether or not a load has counted it yet.
@@ -256,6 +267,7 @@ class WorkerSession:
                 message=f"the session with decode worker {self.record.worker_id} was lost: {reason}",
             )
             sink.deliver(pb.Output(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=error))
+        self._on_load()
 
     def _send(self, message: pb.SessionRequest) -> None:
         num_bytes = message.ByteSize()

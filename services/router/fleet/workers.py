@@ -37,6 +37,8 @@ class Workers:
         reconnect_max_s: float,
         serves: Callable[[WorkerRecord], bool] = lambda record: True,
     ) -> None:
+        self.on_news: Callable[[], None] = lambda: None
+        """Called when a worker may have room that it had not before."""
         self._membership = membership
         self._router_id = router_id
         self._orders = orders
@@ -75,6 +77,7 @@ class Workers:
                 self.retire_if_idle(self._sessions[key])
         self._queued_tokens = {key: count for key, count in self._queued_tokens.items() if key in listed}
         self._await_prefill()
+        self.on_news()
         worker_ids = {worker_id for worker_id, _ in listed}
         self._prefill_rates = {each: rates for each, rates in self._prefill_rates.items() if each in worker_ids}
 
@@ -180,6 +183,8 @@ class Workers:
         count = self._queued_tokens.pop(worker, 0) + num_tokens
         if count > 0:
             self._queued_tokens[worker] = count
+        if num_tokens < 0:
+            self.on_news()
 
     def _num_queued_tokens(self, record: WorkerRecord) -> int:
         return self._queued_tokens.get(record.key, 0)
@@ -203,7 +208,7 @@ class Workers:
                 yield record, session
 
     def _open(self, key: WorkerKey, record: WorkerRecord) -> None:
-        session = WorkerSession(record, self._router_id, self._orders, self._reconnect_max_s)
+        session = WorkerSession(record, self._router_id, self._orders, self._reconnect_max_s, lambda: self.on_news())
         self._sessions[key] = session
         task = asyncio.create_task(session.run(), name=f"session with {record.worker_id}")
         self._tasks.add(task)

@@ -1,0 +1,82 @@
+"""Leads a request in: its deadlines, its tenant's limits, and room for it.
+
+    arrived ─▶ expected delay ─▶ tokenized ─▶ expected delay ─▶ tenant's limits ─▶ queue ─▶ room
+                  503 too late                   503 too late      429 limit     429 full, 503 waited too long
+
+The first look costs next to nothing, and spares an overloaded router the tokenizing of what it will refuse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from services.router.admission import Admission, Applicant, Room
+from services.router.edge.deadlines import Deadlines
+from services.router.edge.limits import Limits, Spent
+from services.router.errors import too_late
+from services.router.openai import GenerationPlan
+from services.router.sharing import Share, Shares
+from services.router.sse import Message
+from services.router.tenants import Tenant, name_of
+
+_MAX_PRIORITY = 2**31 - 1  # what an order can carry
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One HTTP request on its way in, and what bounds it."""
+
+    scope: Message
+    tenant: Tenant | None
+    share: Share
+    deadlines: Deadlines
+    applicant: Applicant
+
+    @classmethod
+    def of(cls, scope: Message, shares: Shares, deadlines: Deadlines, client: str, model: str, priority: int) -> Visit:
+        """`client`: as the edge names it; `priority`: the request's own, which adds to its tenant's."""
+        tenant: Tenant | None = scope["state"].get("tenant")
+        share = shares.of(name_of(tenant))
+        priority = min(max(priority + share.priority, -_MAX_PRIORITY), _MAX_PRIORITY)
+        return cls(scope, tenant, share, deadlines, Applicant(model, client, priority))
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until its end; None: without one."""
+        return self.deadlines.left_s(time.monotonic())
+
+    def check_delay(self, admission: Admission) -> None:
+        """Raise ApiError 503 if its first token cannot be expected in time."""
+        left_s = self.deadlines.first_token_s - time.monotonic()
+        if left_s < math.inf:
+            admission.check(self.applicant, left_s, self.deadlines.first_token_is_clients_own)
+
+    @asynccontextmanager
+    async def room(
+        self, plan: GenerationPlan, admission: Admission, limits: Limits
+    ) -> AsyncIterator[tuple[Room, Spent]]:
+        """Room for a plan, for as long as it lasts; the body says in `Spent` what it used. Raises ApiError."""
+        applicant = replace(self.applicant, num_prompt_tokens=sum(map(len, plan.prompts)))
+        visit = replace(self, applicant=applicant)
+        visit.check_delay(admission)
+        async with limits.within(self.share, name_of(self.tenant), plan, self.scope, self.left_s) as spent:
+            with admission.admit(plan.num_sequences, applicant) as room:
+                timer = visit.end_of_waiting(room)
+                try:
+                    yield room, spent
+                finally:
+                    if timer is not None:
+                        timer.cancel()
+
+    def end_of_waiting(self, room: Room) -> asyncio.TimerHandle | None:
+        """Refuse it if it still waits in the router when its first token is due."""
+        if self.deadlines.first_token_s >= self.deadlines.end_s:
+            return None  # that deadline ends it
+        left_s = self.deadlines.first_token_s - time.monotonic()
+        refusal = too_late("The first token would come too late: the request still waits. Try again later.", 1)
+        return asyncio.get_running_loop().call_later(max(left_s, 0), room.give_up, refusal)

@@ -1,0 +1,167 @@
+"""Keeps tenants' limits for all routers together, in Redis; each for itself where Redis is away.
+
+One script call before a request and one after it. It has 50 ms; a router that hears nothing in time keeps the limits by
+itself, each divided by the number of routers that Redis last knew of (they note themselves with each call, a minute
+long), and asks Redis again a second later. So limits hold about as well without Redis, and are never a reason to refuse
+everybody or to let in everybody. What local buckets gave away is not booked in Redis afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Final, cast
+
+import redis.asyncio
+
+from kvstore.registry import REDIS_FAILURES, describe, open_client, raise_if_cancelled
+from services.router.sharing.quota import Book, Kind, Verdict
+from services.router.sharing.shares import Share
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S: Final = 0.05
+_RETRY_S: Final = 1.0
+_MAX_CALLS: Final = 32  # at a time, each on a connection of its own
+_KEPT_BOOKS: Final = 10_000
+_KINDS: Final[tuple[Kind, ...]] = ("", "concurrent", "requests", "tokens")
+
+# KEYS: the buckets (hash), the leases (zset by end), the routers (zset by end), all of one tenant and in one slot.
+# ARGV: take or settle, requests a minute, tokens a minute, most at a time, request, tokens, lease in seconds, router.
+# Answer: which limit refuses (0: none), requests left, tokens left, running, routers. Floats as text: Redis cuts them.
+SCRIPT: Final = """
+local time = redis.call('TIME')
+local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
+local rpm, tpm, most = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local want = tonumber(ARGV[6])
+local old = redis.call('HMGET', KEYS[1], 'requests', 'tokens', 'at')
+local minutes = math.max(now - (tonumber(old[3]) or now), 0) / 60
+local requests = math.min((tonumber(old[1]) or rpm) + rpm * minutes, rpm)
+local tokens = math.min((tonumber(old[2]) or tpm) + tpm * minutes, tpm)
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
+local refused = 0
+if ARGV[1] == 'settle' then
+  if tpm > 0 then tokens = math.min(tokens + want, tpm) end
+  redis.call('ZREM', KEYS[2], ARGV[5])
+elseif most > 0 and redis.call('ZCARD', KEYS[2]) >= most then refused = 1
+elseif rpm > 0 and requests < 1 then refused = 2
+elseif tpm > 0 and tokens < want then refused = 3
+else
+  if rpm > 0 then requests = requests - 1 end
+  if tpm > 0 then tokens = tokens - want end
+  redis.call('ZADD', KEYS[2], now + tonumber(ARGV[7]), ARGV[5])
+  redis.call('PEXPIRE', KEYS[2], math.ceil(tonumber(ARGV[7]) * 1000) + 1000)
+end
+redis.call('HSET', KEYS[1], 'requests', string.format('%.6f', requests), 'tokens', string.format('%.6f', tokens),
+  'at', string.format('%.6f', now))
+redis.call('PEXPIRE', KEYS[1], 3600000)
+redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
+redis.call('ZADD', KEYS[3], now + 60, ARGV[8])
+redis.call('PEXPIRE', KEYS[3], 61000)
+return {refused, string.format('%.6f', requests), string.format('%.6f', tokens), redis.call('ZCARD', KEYS[2]),
+  redis.call('ZCARD', KEYS[3])}
+"""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A request's part of its tenant's limits. `verdict` says whether there is one."""
+
+    tenant: str
+    share: Share
+    """As it was applied: where Redis is away, this router's part of it."""
+    request: str
+    num_tokens: int
+    verdict: Verdict
+    is_local: bool
+
+
+class Quotas:
+    """All tenants' limits, as one router sees them. Event loop only."""
+
+    def __init__(
+        self,
+        client: redis.asyncio.Redis | None,
+        router_id: str,
+        clock: Callable[[], float],
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        """`client` None: there is no Redis, and this is the only router. `clock`: any that runs evenly."""
+        self._timeout_s = timeout_s
+        self._client = client
+        self._router_id = router_id
+        self._clock = clock
+        self._calls = asyncio.Semaphore(_MAX_CALLS)
+        self._num_routers = 1
+        self._ask_again_s = 0.0
+        self._books: dict[str, Book] = {}  # the one used longest ago first
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether Redis keeps the limits, as far as is known."""
+        return self._client is not None and self._clock() >= self._ask_again_s
+
+    async def take(self, tenant: str, share: Share, request: str, num_tokens: int, lease_s: float) -> Taken:
+        """Take a request's part of the limits. `lease_s`: when it has ended at the latest, were we to die."""
+        verdict = await self._ask("take", tenant, share, request, num_tokens, lease_s)
+        if verdict is not None:
+            return Taken(tenant, share, request, num_tokens, verdict, is_local=False)
+        own, now_s = share.part(self._num_routers), self._clock()
+        book = self._book(tenant, own, now_s)
+        return Taken(
+            tenant, own, request, num_tokens, book.take(own, request, num_tokens, lease_s, now_s), is_local=True
+        )
+
+    async def settle(self, taken: Taken, num_used_tokens: int) -> None:
+        """End a request that was let in, of which so many tokens were used."""
+        num_unused = taken.num_tokens - num_used_tokens
+        if taken.is_local:
+            self._book(taken.tenant, taken.share, self._clock()).settle(
+                taken.share, taken.request, num_unused, self._clock()
+            )
+        else:  # what cannot be told to Redis runs out by itself: the lease, and the bucket refills
+            await self._ask("settle", taken.tenant, taken.share, taken.request, num_unused, 0.0)
+
+    async def _ask(
+        self, verb: str, tenant: str, share: Share, request: str, num_tokens: int, lease_s: float
+    ) -> Verdict | None:
+        """Run the script; None where Redis does not answer in time."""
+        if not self.is_shared:
+            return None
+        assert self._client is not None, "nobody is asked where there is no Redis"
+        base = f"tandem:quota:{{{tenant}}}"
+        limits = (share.requests_per_minute, share.tokens_per_minute, share.max_concurrent)
+        arguments = (verb, *limits, request, num_tokens, lease_s, self._router_id)
+        try:
+            async with asyncio.timeout(self._timeout_s), self._calls:
+                reply = await cast(
+                    "asyncio.Future[list[bytes | int]]",
+                    self._client.eval(SCRIPT, 3, base, f"{base}:running", f"{base}:routers", *map(str, arguments)),
+                )
+            raise_if_cancelled()
+            refused, requests, tokens, running, routers = reply
+            self._num_routers = max(int(routers), 1)
+            return Verdict(_KINDS[int(refused)], float(requests), float(tokens), int(running))
+        except REDIS_FAILURES as error:
+            text = "tenants' limits: no answer from Redis (%s); this router keeps 1/%d of each by itself"
+            log.warning(text, describe(error), self._num_routers)
+            self._ask_again_s = self._clock() + _RETRY_S
+            return None
+
+    def _book(self, tenant: str, share: Share, now_s: float) -> Book:
+        book = self._books.pop(tenant, None) or Book.full(share, now_s)
+        self._books[tenant] = book
+        if len(self._books) > _KEPT_BOOKS:
+            del self._books[next(iter(self._books))]
+        return book
+
+
+@contextlib.asynccontextmanager
+async def open_quotas(redis_url: str, router_id: str) -> AsyncIterator[Quotas]:
+    """Keep limits in that Redis, which need not be there. The URL is well-formed: the registry has it, too."""
+    async with open_client(redis_url, TIMEOUT_S) as client:
+        yield Quotas(client, router_id, time.monotonic)

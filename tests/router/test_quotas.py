@@ -1,0 +1,135 @@
+"""Tenants' limits: one arithmetic in Redis and here, for all routers together, and without Redis a part for each."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import redis.asyncio
+
+from services.router.sharing import Quotas, Share, headers
+from services.router.sharing.quota import Book, Verdict, duration, wait_s
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_bucket_lets_a_burst_through_and_then_so_many_a_minute() -> None:
+    share, clock = Share(requests_per_minute=6), Clock()
+    book = Book.full(share, clock())
+    verdicts = [book.take(share, str(n), 0, 60, clock()) for n in range(8)]
+    assert [each.refused for each in verdicts] == [""] * 6 + ["requests"] * 2
+    assert wait_s(share, verdicts[-1], 0) == pytest.approx(10)
+    clock.now_s += 10
+    assert [book.take(share, str(n), 0, 60, clock()).refused for n in (8, 9)] == ["", "requests"]
+
+
+def test_unused_tokens_come_back_and_more_than_was_taken_is_paid_later() -> None:
+    share, clock = Share(tokens_per_minute=600), Clock()
+    book = Book.full(share, clock())
+    assert book.take(share, "a", 500, 60, clock()).tokens == 100
+    assert book.take(share, "b", 200, 60, clock()).refused == "tokens"
+    book.settle(share, "a", 400, clock())
+    assert book.take(share, "b", 200, 60, clock()).tokens == 300
+    book.settle(share, "b", -900, clock())
+    refused = book.take(share, "c", 100, 60, clock())
+    assert (refused.refused, refused.tokens, wait_s(share, refused, 100)) == ("tokens", -600, pytest.approx(70))
+
+
+def test_a_lease_ends_by_itself_where_nobody_ends_it() -> None:
+    share, clock = Share(max_concurrent=2), Clock()
+    book = Book.full(share, clock())
+    assert [book.take(share, name, 0, 30, clock()).refused for name in "abc"] == ["", "", "concurrent"]
+    book.settle(share, "a", 0, clock())
+    assert book.take(share, "c", 0, 60, clock()).refused == ""
+    clock.now_s += 31  # b's router is gone
+    assert book.take(share, "d", 0, 30, clock()).num_running == 2
+
+
+def test_headers_are_openais() -> None:
+    share = Share(requests_per_minute=60, tokens_per_minute=6000)
+    assert dict(headers(share, Verdict("", 59, 0, 1))) == {
+        b"x-ratelimit-limit-requests": b"60",
+        b"x-ratelimit-remaining-requests": b"59",
+        b"x-ratelimit-reset-requests": b"1s",
+        b"x-ratelimit-limit-tokens": b"6000",
+        b"x-ratelimit-remaining-tokens": b"0",
+        b"x-ratelimit-reset-tokens": b"1m0s",
+    }
+    assert headers(Share(max_concurrent=3), Verdict("", 0, 0, 1)) == []
+    assert [duration(seconds) for seconds in (0, 0.02, 1.5, 360)] == ["0ms", "20ms", "1.5s", "6m0s"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_redis_says_what_the_arithmetic_here_says(redis_url, seed) -> None:
+    draw, clock = random.Random(seed), Clock()
+    # So few a minute that a bucket gains nothing to speak of while this runs.
+    share = Share(requests_per_minute=draw.choice([0, 9]), tokens_per_minute=draw.choice([0, 30]), max_concurrent=4)
+    book, running = Book.full(share, clock()), []
+    async with redis.asyncio.Redis.from_url(redis_url) as client:
+        quotas = Quotas(client, "router-1", clock, timeout_s=30)
+        for number in range(40):
+            if running and draw.random() < 0.4:
+                taken = running.pop(draw.randrange(len(running)))
+                used = draw.randrange(8)
+                await quotas.settle(taken, used)
+                book.settle(share, taken.request, taken.num_tokens - used, clock())
+                continue
+            taken = await quotas.take("t", share, str(number), 2 * draw.randrange(4), 600)
+            expected = book.take(share, str(number), taken.num_tokens, 600, clock())
+            assert not taken.is_local
+            assert (taken.verdict.refused, taken.verdict.num_running) == (expected.refused, expected.num_running)
+            # It has gained by the second, ours not at all.
+            assert taken.verdict.requests == pytest.approx(expected.requests, abs=0.9)
+            assert taken.verdict.tokens == pytest.approx(expected.tokens, abs=1.9)
+            if not taken.verdict.refused:
+                running.append(taken)
+
+
+async def test_two_routers_share_one_limit(redis_url) -> None:
+    share, clock = Share(requests_per_minute=3, max_concurrent=10), Clock()
+    async with redis.asyncio.Redis.from_url(redis_url) as client:
+        first, second = Quotas(client, "router-1", clock, timeout_s=30), Quotas(client, "router-2", clock, timeout_s=30)
+        refused = [
+            (await quotas.take("t", share, f"{number}", 0, 60)).verdict.refused
+            for number, quotas in enumerate([first, second, first, second, first])
+        ]
+        assert refused == ["", "", "", "requests", "requests"]
+        assert (await first.take("another", share, "r", 0, 60)).verdict.refused == ""
+
+
+class GoneRedis:
+    """A Redis that was there, and is not any more."""
+
+    def __init__(self, client: redis.asyncio.Redis) -> None:
+        self.client, self.is_gone, self.num_asked = client, False, 0
+
+    async def eval(self, *arguments: object) -> object:
+        self.num_asked += 1
+        if self.is_gone:
+            raise redis.exceptions.ConnectionError("gone")
+        return await self.client.eval(*arguments)
+
+
+async def test_without_redis_each_router_keeps_its_part_and_asks_again_a_second_later(redis_url) -> None:
+    share, clock = Share(requests_per_minute=8), Clock()
+    async with redis.asyncio.Redis.from_url(redis_url) as client:
+        gone = GoneRedis(client)
+        first, second = Quotas(gone, "router-1", clock, timeout_s=30), Quotas(client, "router-2", clock, timeout_s=30)
+        await second.take("t", share, "a", 0, 60)
+        await first.take("t", share, "b", 0, 60)
+        gone.is_gone = True
+        taken = [await first.take("t", share, str(number), 0, 60) for number in range(6)]
+        assert [each.verdict.refused for each in taken] == [""] * 4 + ["requests"] * 2
+        assert all(each.is_local and each.share.requests_per_minute == 4 for each in taken)
+        assert (gone.num_asked, first.is_shared) == (2, False)
+        await first.settle(taken[0], 0)
+        gone.is_gone = False
+        clock.now_s += 1.1
+        assert first.is_shared
+        assert not (await first.take("t", share, "z", 0, 60)).is_local
