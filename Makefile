@@ -151,7 +151,7 @@ bench-prefix: $(DEVELOPED) ## hit rate and TTFT by routing policy: make bench-pr
 bench-index: $(DEVELOPED) ## the prefix index with a million blocks: lookups against PING, bytes per block (BENCH_ARGS)
 	$(BIN)/python -m tests.bench.bench_index $(BENCH_ARGS)
 
-simulate: $(DEVELOPED) ## the block exchange under seeded faults for MINUTES; adds to build/simulation/tally.json
+simulate: $(DEVELOPED) ## the block exchange and a fleet under seeded faults, MINUTES in all; adds to build/simulation
 	$(BIN)/python -m tests.simulation --minutes $(MINUTES)
 
 simulate-exhaustive: $(DEVELOPED) ## every state that the two ends of a connection can reach, with few faults: minutes

@@ -1,6 +1,7 @@
 """Runs seeds for a time, adds them to a tally, and prints what they have reached; `make simulate MINUTES=60`.
 
 python -m tests.simulation --minutes 5          seeds that no run here has had, in turn; --twice: each two times
+python -m tests.simulation --world fleet        the same of a small fleet alone; by default half of the time is its
 python -m tests.simulation --seed 123           one seed, and what it broke; --shrink: the least of it that breaks that
 python -m tests.simulation --removals           for each safeguard, the first seeds that fail without it
 """
@@ -17,12 +18,14 @@ from pathlib import Path
 
 from tests.simulation.plan import LOAD_S, Plan
 from tests.simulation.removals import REMOVALS
+from tests.simulation.run import WORLDS, never_judged, simulate
 from tests.simulation.shrink import shrink
 from tests.simulation.watching import all_transitions
-from tests.simulation.world import Report, simulate
+from tests.simulation.world import Report
 
-TALLY = Path("build/simulation/tally.json")
+TALLIES = Path("build/simulation")
 _SECOND_RUN_EVERY = 20  # seeds: each of these runs twice in any case, and leaves the same trace or is a failure
+_SEEDS_FOR_ALL = 20  # in so many every situation must have arisen
 _MAX_REMOVAL_SEEDS = 10_000
 
 
@@ -64,7 +67,7 @@ class Tally:
         lines = [
             f"seeds        {self.num_seeds:,} in {self.seconds / 60:.1f} min: {rate:.1f} a second",
             f"simulated    {self.virtual_s / 3600:,.1f} h, {self.num_callbacks:,} callbacks",
-            f"transitions  {len(rows & met)} of {len(rows)} entries of the two tables",
+            *([f"transitions  {len(rows & met)} of {len(rows)} entries of the two tables"] if met else []),
             f"failed       {len(self.failed)} seeds {' '.join(list(self.failed)[:10])}",
             "faults       " + ", ".join(f"{kind} {count:,}" for kind, count in self.faults.most_common()),
             "reached      " + ", ".join(f"{what} {count:,}" for what, count in self.reached.most_common()),
@@ -72,11 +75,11 @@ class Tally:
         return "\n".join(lines)
 
 
-def run_for(minutes: float, is_twice: bool) -> int:
-    tally, start_s = Tally(TALLY), time.monotonic()
+def run_for(minutes: float, world: str, is_twice: bool) -> int:
+    tally, start_s = Tally(TALLIES / f"{world}.json"), time.monotonic()
     before_s, num_failed = tally.seconds, 0
     while time.monotonic() - start_s < minutes * 60:
-        plan = Plan(tally.next_seed)
+        plan = Plan(tally.next_seed, world)
         report = simulate(plan)
         tally.add(report)
         if report.violations:
@@ -89,8 +92,11 @@ def run_for(minutes: float, is_twice: bool) -> int:
             print(f"seed {plan.seed}: the second run left another trace\n  {plan.command()}", flush=True)
         tally.seconds = before_s + time.monotonic() - start_s
         tally.save()
-    print(tally.page())
-    return 1 if num_failed else 0
+    print(f"---- {world}\n{tally.page()}")
+    unseen = never_judged(world, tally.reached) if tally.num_seeds >= _SEEDS_FOR_ALL else []
+    if unseen:
+        print(f"never judged: {', '.join(unseen)}: these checks show nothing")
+    return 1 if num_failed or unseen else 0
 
 
 def show(plan: Plan, without: str | None, is_shrunk: bool) -> int:
@@ -112,9 +118,9 @@ def search_removals() -> int:
     for name, removal in REMOVALS.items():
         for seed in range(_MAX_REMOVAL_SEEDS):
             with removal.take_out():
-                violations = simulate(Plan(seed)).violations
+                violations = simulate(Plan(seed, removal.world)).violations
             if violations and violations[0].invariant is removal.breaks:
-                print(f"{name}: seed {seed}: {violations[0]}\n  {Plan(seed).command(name)}", flush=True)
+                print(f"{name}: seed {seed}: {violations[0]}\n  {Plan(seed, removal.world).command(name)}", flush=True)
                 break
         else:
             num_unseen += 1
@@ -125,6 +131,7 @@ def search_removals() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation")
     parser.add_argument("--minutes", type=float, default=1.0, help="how long to run seeds")
+    parser.add_argument("--world", choices=WORLDS, help="what is simulated; by default all, one after the other")
     parser.add_argument("--twice", action="store_true", help="run each seed twice: equal seeds leave equal traces")
     parser.add_argument("--seed", type=int, help="run this one, and show what it broke")
     parser.add_argument("--only", help="with --seed: these parts of its schedule, separated by commas")
@@ -136,9 +143,10 @@ def main() -> int:
     if given.removals:
         return search_removals()
     if given.seed is None:
-        return run_for(given.minutes, given.twice)
+        worlds = [given.world] if given.world is not None else list(WORLDS)
+        return max(run_for(given.minutes / len(worlds), world, given.twice) for world in worlds)
     only = frozenset(given.only.split(",")) if given.only is not None else None
-    return show(Plan(given.seed, only, given.load_s), given.without, given.shrink)
+    return show(Plan(given.seed, given.world or "exchange", only, given.load_s), given.without, given.shrink)
 
 
 if __name__ == "__main__":

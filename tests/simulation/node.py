@@ -70,7 +70,7 @@ class Node:
         world = self.world
         self.process = world.loop.new_process(f"{self.name}/{self.incarnation}")
         self.random = world.plan.stream(f"node {self.process.name}")
-        self.pool = WatchedPool(self.process.name, _NUM_BLOCKS, self._num_leased, world.report)
+        self.pool = WatchedPool(self.process.name, _NUM_BLOCKS, self._num_leased, world.report, world.judge)
         self.live_fetches: list[Fetch] = []
         self.is_leaving = False
         self.num_busy = 0  # users of ours that hold something, or wait
@@ -211,6 +211,8 @@ class Node:
 
     def abort(self, fetch: Fetch, reason: str) -> None:
         """End a fetch of ours, and see that it has ended."""
+        if fetch.machine.may_succeed:
+            self.world.judge(Invariant.ABORTS_END)
         fetch.abort(reason)
         if fetch.machine.may_succeed:
             state = fetch.machine.state.name

@@ -15,9 +15,10 @@ LOAD_S: Final = 30.0
 
 @dataclass(frozen=True)
 class Plan:
-    """One run. `only`: the parts that happen; None: all."""
+    """One run. `world`: what is simulated (`run.WORLDS`). `only`: the parts that happen; None: all."""
 
     seed: int
+    world: str = "exchange"
     only: frozenset[str] | None = None
     load_s: float = LOAD_S
 
@@ -31,7 +32,7 @@ class Plan:
 
     def command(self, without: str | None = None) -> str:
         """The command that replays it."""
-        words = [f"python -m tests.simulation --seed {self.seed}"]
+        words = [f"python -m tests.simulation --world {self.world} --seed {self.seed}"]
         if self.load_s != LOAD_S:
             words.append(f"--load-s {self.load_s:g}")
         if self.only is not None:

@@ -38,6 +38,9 @@ class Invariant(enum.StrEnum):
     WAITS_END = "every wait ends"
     SERVES_AGAIN = "who is healthy serves again once faults stop"
     NO_INTERNAL_ERROR = "no error is ours"
+    RIGHT_TOKENS = "every token of every stream is right, and none is missing"
+    NOBODYS_WORK = "nothing of a request that has ended enters the engine"
+    NO_FALSE_ALARM = "where nothing has failed, nobody is blamed, no deadline passes, and no stream ends in an error"
 
 
 class Violation(AssertionError):
@@ -54,7 +57,10 @@ def content_of(name: bytes) -> bytes:
 
 
 class WatchedPool:
-    """`num_leased(block_id)`: how many leases of ours that are not over have the block. `report` notes a violation."""
+    """`num_leased(block_id)`: how many leases of ours that are not over have the block.
+
+    `report` notes a violation, `judge` that there could have been one.
+    """
 
     def __init__(
         self,
@@ -62,12 +68,14 @@ class WatchedPool:
         num_blocks: int,
         num_leased: Callable[[int], int],
         report: Callable[[Invariant, str], None],
+        judge: Callable[[Invariant], None],
     ) -> None:
         self.memory = HostMemory.allocate(num_blocks, BLOCK_BYTES)
         self.book = BlockPool(num_blocks)
         self._name = name
         self._num_leased = num_leased
         self._report = report
+        self._judge = judge
         self._rotten: set[int] = set()  # cached, and changed where they lie: used here unchecked, as the engine does
         self._expected: dict[int, bytes | None] = {}  # None: being filled by whoever took it
         for block_id in range(num_blocks):
@@ -77,6 +85,7 @@ class WatchedPool:
         """Blocks to be filled. Raises `OutOfBlocks`."""
         ids = self.book.allocate(num_blocks)
         for block_id in ids:
+            self._judge(Invariant.ONE_OWNER)
             if block_id in self._expected and self._expected[block_id] is None:
                 self._report(Invariant.ONE_OWNER, f"{self._name}: block {block_id} is given out, and being filled")
             self.check_bytes(block_id)
@@ -99,6 +108,7 @@ class WatchedPool:
         """Read a block that holds what this name says."""
         if block_id in self._rotten:
             return
+        self._judge(Invariant.RIGHT_BYTES)
         if self.memory.view(block_id).tobytes() != content_of(name):
             self._report(Invariant.RIGHT_BYTES, f"{self._name}: block {block_id} is not {name.hex()}")
         self._expected[block_id] = content_of(name)
@@ -106,8 +116,10 @@ class WatchedPool:
     def give_back(self, ids: Sequence[int]) -> None:
         """One reference on each; what is then nobody's is overwritten."""
         for block_id in ids:
-            num_left = self.book.num_references(block_id) - 1
-            if num_left < self._num_leased(block_id):
+            num_left, num_leased = self.book.num_references(block_id) - 1, self._num_leased(block_id)
+            if num_leased:
+                self._judge(Invariant.SOURCE_HELD)
+            if num_left < num_leased:
                 self._report(Invariant.SOURCE_HELD, f"{self._name}: block {block_id} is freed, and a lease has it")
         try:
             self.book.release(ids)
@@ -127,6 +139,8 @@ class WatchedPool:
     def check_bytes(self, block_id: int) -> None:
         """Whether a block that nobody fills holds what it should."""
         expected = self._expected[block_id]
+        if expected is not None:
+            self._judge(Invariant.NO_LATE_BYTE)
         if expected is not None and self.memory.view(block_id).tobytes() != expected:
             self._report(Invariant.NO_LATE_BYTE, f"{self._name}: block {block_id} was written to by somebody else")
 
@@ -134,6 +148,7 @@ class WatchedPool:
         """Nothing goes on any more: nobody holds anything, and every byte is where it was."""
         for block_id in range(self.memory.num_blocks):
             self.check_bytes(block_id)
+            self._judge(Invariant.NO_LEAK)
             if self.book.num_references(block_id):
                 text = f"{self._name}: block {block_id} has {self.book.num_references(block_id)} references"
                 self._report(Invariant.NO_LEAK, text)

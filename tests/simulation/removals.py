@@ -7,6 +7,7 @@ of a run that fails; `python -m tests.simulation --removals` searches for others
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from kvstore.protocol import fetch as fetch_table
 from kvstore.protocol.fetch_events import FetchState
 from kvstore.protocol.machine import Timer
 from kvstore.protocol.messages import Confirmed, Revoke
+from services.decode.admission import Admission
+from services.decode.live import LiveRequest
+from services.prefill.service import PrefillService
+from services.worker import prefix_fetcher
 from tests.simulation.pool import Invariant
 
 
@@ -30,6 +35,7 @@ class Removal:
     what: str
     breaks: Invariant
     take_out: Callable[[], AbstractContextManager[object]]
+    world: str = "exchange"
 
 
 def _free_early() -> AbstractContextManager[object]:
@@ -96,6 +102,34 @@ def _never_silent() -> AbstractContextManager[object]:
     return mock.patch.object(ReaderSession, "tick", patient)
 
 
+def _lose_a_wake_up() -> AbstractContextManager[object]:
+    next_step = PrefillService._next_step
+
+    async def forget(service: PrefillService, order: Any, lease: Lease | None) -> Any:
+        step = await next_step(service, order, lease)
+        order.has_step.clear()  # although another one may be there
+        return step
+
+    return mock.patch.object(PrefillService, "_next_step", forget)
+
+
+def _swallow_cancellations() -> AbstractContextManager[object]:
+    admit = Admission.admit
+
+    async def go_on(admission: Admission, live: LiveRequest) -> Any:
+        work = asyncio.ensure_future(admit(admission, live))
+        while not work.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.shield(work)
+        return work.result()
+
+    return mock.patch.object(Admission, "admit", go_on)
+
+
+def _blame_the_holder() -> AbstractContextManager[object]:
+    return mock.patch.object(prefix_fetcher, "_is_holders_fault", return_value=True)
+
+
 REMOVALS: Final = {
     "source-freed-early": Removal("the owner frees before the confirmation", Invariant.SOURCE_HELD, _free_early),
     "lease-not-checked": Removal(
@@ -115,4 +149,17 @@ REMOVALS: Final = {
         "a read that does not end is not ended with its link", Invariant.WAITS_END, _drain_for_ever
     ),
     "silence-unnoticed": Removal("a reader never takes a silent owner for lost", Invariant.SERVES_AGAIN, _never_silent),
+    "unverified-tokens": Removal("a worker computes on any bytes", Invariant.RIGHT_TOKENS, _trust_bytes, "fleet"),
+    "lost-wake-up": Removal(
+        "a prefill order forgets that a step of it waits", Invariant.NO_FALSE_ALARM, _lose_a_wake_up, "fleet"
+    ),
+    "cancellation-swallowed": Removal(
+        "a request's way into the engine goes on when it is cancelled",
+        Invariant.NOBODYS_WORK,
+        _swallow_cancellations,
+        "fleet",
+    ),
+    "holder-shunned": Removal(
+        "a holder is left alone for what is not its fault", Invariant.NO_FALSE_ALARM, _blame_the_holder, "fleet"
+    ),
 }

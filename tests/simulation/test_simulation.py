@@ -17,12 +17,12 @@ from tests.simulation.nemesis import DEALT, STANDING, USERS
 from tests.simulation.plan import Plan
 from tests.simulation.pool import Invariant
 from tests.simulation.removals import REMOVALS
+from tests.simulation.run import never_judged, simulate
 from tests.simulation.shrink import shrink
 from tests.simulation.watching import all_transitions
-from tests.simulation.world import simulate
 
 PAGE = ROOT / "docs" / "reliability.md"
-SEEDS = range(16)
+SEEDS = range(11)
 # The first seed that fails without a safeguard (`make simulate-removals`). A change of the product may move it: then
 # the test searches, which takes longer.
 PINNED = {
@@ -34,6 +34,10 @@ PINNED = {
     "abort-misses-a-state": 1,
     "drain-without-end": 2,
     "silence-unnoticed": 12,
+    "unverified-tokens": 1,
+    "lost-wake-up": 3,
+    "cancellation-swallowed": 0,
+    "holder-shunned": 3,
 }
 MAX_SEARCHED = 100
 
@@ -49,8 +53,9 @@ def test_whatever_happens_every_invariant_holds_and_the_situations_arise():
         reached += report.reached
         transitions += report.transitions
     # No check has passed for want of the situation.
+    assert never_judged("exchange", reached) == []
     assert set(faults) >= {*DEALT, *STANDING, *USERS}
-    assert reached["fetched"] > 500
+    assert reached["fetched"] > 300
     causes = {"aborted", "digest", "peer_lost", "read_failed", "revoked", "timeout", "unknown_incarnation"}
     assert {f"failed: {cause}" for cause in causes} <= set(reached)
     assert {f"lease: {outcome}" for outcome in ("confirmed", "released", "peer_lost", "revoked")} <= set(reached)
@@ -82,7 +87,8 @@ def test_a_failing_run_shrinks_to_the_little_that_breaks_the_same():
 
 @pytest.mark.parametrize("name", REMOVALS)
 def test_each_safeguard_is_missed(name: str):
-    for plan in map(Plan, (PINNED[name], *range(MAX_SEARCHED))):
+    for seed in (PINNED[name], *range(MAX_SEARCHED)):
+        plan = Plan(seed, REMOVALS[name].world)
         with REMOVALS[name].take_out():
             violations = simulate(plan).violations
         if violations and violations[0].invariant is REMOVALS[name].breaks:

@@ -192,6 +192,10 @@ class World:
     def reach(self, what: str) -> None:
         self.reached[what] += 1
 
+    def judge(self, invariant: Invariant) -> None:
+        """Note that an invariant could have been broken here."""
+        self.reached[f"judged {invariant.name}"] += 1
+
     def keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -210,12 +214,16 @@ class World:
             if isinstance(action, Resolve | Quiesced | Closed):
                 what = type(action).__name__, machine.transfer_id
                 self._num_ends[what] += 1
+                self.judge(Invariant.ONE_OUTCOME)
                 if self._num_ends[what] > 1:
                     self.report(Invariant.ONE_OUTCOME, f"{what[0]} twice, of {machine.transfer_id.hex()}")
 
     def check_taken(self, transfer_id: bytes, incarnation: str) -> None:
         """A reader is about to use what it has fetched."""
+        self.judge(Invariant.CONFIRMED)
         owner, lease = self._leases.get(transfer_id, ("nobody", None))
+        if len(self._starts.get(owner.partition("/")[0], ())) > 1:
+            self.judge(Invariant.SAME_INCARNATION)  # there is another that it could have been
         if lease is None or lease.outcome is not LeaseOutcome.CONFIRMED:
             said = lease.outcome if lease is not None else None
             self.report(Invariant.CONFIRMED, f"transfer {transfer_id.hex()} is used, its lease at {owner} is {said}")
@@ -236,6 +244,7 @@ class World:
         await self._comes_true(lambda: not any(node.is_leaving for node in self.nodes.values()), LEAVE_S + 1.0)
         await self._see_them_serve()
         self.is_ending = True
+        self.judge(Invariant.WAITS_END)
         if not await self._comes_true(lambda: not any(node.num_busy for node in self.nodes.values()), WAIT_S):
             busy = {node.process.name: node.num_busy for node in self.nodes.values() if node.num_busy}
             self.report(Invariant.WAITS_END, f"{WAIT_S} s after the last fault users still wait: {busy}")
@@ -260,6 +269,7 @@ class World:
         tasks = []
         for reader, owner in pairs:
             node = self.nodes[reader]
+            self.judge(Invariant.SERVES_AGAIN)
             tasks.append(self._within(node, self._is_served(node, owner)))
         if not await self._comes_true(lambda: all(task.done() for task in tasks), SERVE_S):
             waiting = [pair for pair, task in zip(pairs, tasks, strict=True) if not task.done()]

@@ -1,0 +1,156 @@
+"""One simulated worker: the product's parts and service over a native engine, on simulated outsides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+from unittest import mock
+
+from kvstore.block import BlockHash
+from kvstore.errors import KVStoreError
+from kvstore.exchange import Outside
+from kvstore.registry import WorkerRecord
+from services.decode.config import DecodeConfig
+from services.decode.service import DecodeService
+from services.prefill.config import PrefillConfig
+from services.prefill.service import PrefillService
+from services.worker import assembly
+from services.worker.assembly import Role, Seams, WorkerParts, assemble
+from services.worker.config import WorkerConfig
+from tests.simulation.fleet.computation import FINGERPRINT, MAX_MODEL_LEN, make_engine
+from tests.simulation.fleet.orders import SimOrders, SimOrderServer
+from tests.simulation.pool import Invariant
+from tests.simulation.threads import SimThreads
+
+if TYPE_CHECKING:
+    from tests.simulation.fleet.world import FleetWorld
+
+MODEL: Final = "sim"
+BLOCK_SIZE: Final = 16
+_NUM_BLOCKS: Final = 24
+_KV_PORT, _ORDER_PORT = 7000, 8000
+_WORKER: Final = {
+    "model": MODEL,
+    "block_size": BLOCK_SIZE,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 32,
+    "peer_timeout_s": 4.0,
+    "prefix_fetch": "always",
+    "prefix_fetch_timeout_s": 3.0,
+    "store_write_through": "none",
+}
+
+
+class SimWorker:
+    """One start of a prefill or decode worker."""
+
+    def __init__(self, world: FleetWorld, name: str, role: Role, incarnation: str) -> None:
+        self.name, self.role, self.incarnation = name, role, incarnation
+        self.is_leaving = False
+        self._world = world
+        self.process = world.loop.new_process(f"{name}/{incarnation}")
+        with world.loop.within(self.process):
+            config = _config(role)
+            self.threads = SimThreads(world.loop)
+            self.engine = make_engine(config, _NUM_BLOCKS, self.unix_s)
+            self.transport = world.make_transport(self.engine.memory, self.process.name)
+            self.server = SimOrderServer(world.orders, f"{name}:{_ORDER_PORT}", self.process)
+            outside = Outside(world.net.of(name, self.process), self.clock, world.new_id, self.threads)
+            seams = Seams(SimOrders(world.orders, name, self.process), outside, self.unix_s)
+            with mock.patch.object(assembly, "make_transports", return_value=[self.transport]):
+                self.parts: WorkerParts = assemble(config, role, self.engine, name, incarnation, seams)
+            self._note_fetches()
+            self.service = self._make_service(config)
+            self.service.register(self.server)
+        self.record = self._record()
+
+    def _make_service(self, config: WorkerConfig) -> DecodeService | PrefillService:
+        if isinstance(config, DecodeConfig):
+            return DecodeService(config, self.parts)
+        assert isinstance(config, PrefillConfig)
+        return PrefillService(config, self.parts)
+
+    def _note_fetches(self) -> None:
+        count = self.parts.fetcher._count
+
+        def note(tier: str, outcome: str, num_blocks: int, num_bytes: int) -> None:
+            self._world.reach(f"prefix fetch: {outcome}")
+            count(tier, outcome, num_blocks, num_bytes)
+
+        self.parts.fetcher._count = note
+
+    def clock(self) -> float:
+        return self._world.loop.time() + self.process.clock_ahead_s
+
+    def unix_s(self) -> float:
+        return 1e9 + self.clock()
+
+    async def start(self) -> None:
+        await self.parts.exchange.start(self.name, _KV_PORT)
+        self.parts.thread.start(self.service)
+        self.server.start()
+        self._world.registry.announce(self.record)
+
+    async def leave(self, drain_s: float) -> None:
+        """What a worker does at SIGTERM: refuse, finish, then close from the outside in."""
+        self._world.registry.withdraw(self.record)
+        await self.service.drain(drain_s)
+        await self.close()
+
+    async def close(self) -> None:
+        await self.service.close()
+        await self.server.stop()
+        await self.parts.exchange.close()
+        await self.service.settle()
+        await self.parts.orders.close()
+        await self.parts.fetcher.settle()
+        await self.parts.host_prefixes.settle()
+        await self.parts.thread.call(lambda: None)  # what was posted before has run
+        self.check_at_rest()
+        await self.parts.thread.stop()
+
+    def held(self) -> list[BlockHash]:
+        """The blocks that the index knows of."""
+        return self.engine.cached_hashes()
+
+    def check_at_rest(self) -> None:
+        """Nobody has anything of ours any more."""
+        self._world.judge(Invariant.NO_LEAK)
+        self._world.judge(Invariant.ONE_OWNER)
+        load, state = self.engine.load(), self.parts.exchange.state()
+        held = {"running": load.num_running, "waiting": load.num_waiting, "lent": load.num_lent_blocks}
+        held |= {what: len(state[what]) for what in ("fetches", "leases")}  # type: ignore[arg-type]
+        held |= {what: value for what, value in self.service.state().items() if isinstance(value, int)}
+        left = {what: count for what, count in held.items() if count and what != "draining"}
+        if left:
+            self._world.report(Invariant.NO_LEAK, f"{self.process.name} at rest: {left}")
+        try:
+            self.engine.check_integrity()
+        except (AssertionError, KVStoreError) as error:
+            self._world.report(Invariant.ONE_OWNER, f"{self.process.name}: {error}")
+
+    def _record(self) -> WorkerRecord:
+        return WorkerRecord(
+            worker_id=self.name,
+            role=self.role,
+            incarnation=self.incarnation,
+            served_model_names=(MODEL,),
+            model_path=MODEL,
+            tokenizer_path=MODEL,
+            model_fingerprint=FINGERPRINT,
+            grpc_address=f"{self.name}:{_ORDER_PORT}",
+            kv_address=f"{self.name}:{_KV_PORT}",
+            http_address="",
+            block_size=BLOCK_SIZE,
+            num_blocks=_NUM_BLOCKS,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=8,
+            dtype="float32",
+            transports=("memory",),
+            local_prefill_max_tokens=BLOCK_SIZE,
+        )
+
+
+def _config(role: Role) -> WorkerConfig:
+    if role == "prefill":
+        return PrefillConfig(**_WORKER, lease_ttl_s=5.0, lease_max_s=60.0)  # type: ignore[arg-type]
+    return DecodeConfig(**_WORKER, prefill_queue_timeout_s=8.0, handoff_timeout_s=4.0)  # type: ignore[arg-type]

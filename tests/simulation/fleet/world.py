@@ -1,0 +1,411 @@
+"""One run of a small fleet: a router, two prefill and two decode workers, clients that check every token, a nemesis.
+
+    0 s         start; clients send requests, of which some share a prefix, and some are left by their client
+    .. load_s   the nemesis deals the faults that this seed has drawn
+    then        faults stop, the dead are restarted; requests must be served within SERVE_S
+    then        everything closes in order, and every block is where it belongs
+
+What runs is the product's but for the model's arithmetic (`computation`): router without HTTP, services, prefetcher,
+lender, engine, exchange. `simulate` runs one plan, as `tests.simulation.world` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Final
+from unittest import mock
+
+from kvstore.block import BlockHash, BlockMemory
+from services.decode.live import LiveRequest
+from services.decode.service import DecodeService
+from services.engine.api import Request
+from services.router.fleet import dispatch, placement, prefixes, session, workers
+from services.worker.assembly import Role
+from services.worker.prefix_fetcher import PrefixFetcher
+from tests.memory_transport import Faults, MemoryTransport, Switchboard
+from tests.simulation.fleet.membership import LEASE_S, SimRegistry
+from tests.simulation.fleet.orders import OrderNet
+from tests.simulation.fleet.router import SimRouter
+from tests.simulation.fleet.worker import SimWorker
+from tests.simulation.loop import SimLoop, Stopped, Stuck
+from tests.simulation.nemesis import Healing
+from tests.simulation.net import SimNet, Weather
+from tests.simulation.plan import Plan
+from tests.simulation.pool import Invariant, Violation
+from tests.simulation.world import Report
+
+SERVE_S: Final = 30.0
+WAIT_S: Final = 120.0
+CLOSE_S: Final = 60.0
+DRAIN_S: Final = 30.0
+END_S: Final = 400.0
+_NUM_CLIENTS: Final = 5
+_ROLES: Final[dict[str, Role]] = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
+
+GENTLE: Final = ("reorder", "split", "slow threads", "aborts", "abort storm", "full pool", "drain")
+"""Of these nobody is to blame, and no stream ends in an error of theirs."""
+STANDING: Final = ("reorder", "split", "slow threads", "cut", "slow reads", "broken reads", "bit flips")
+DEALT: Final = ("abort storm", "full pool", "drain", "delay", "partition", "kill", "vanish", "pause", "clock jump")
+USERS: Final = ("aborts",)
+
+
+def simulate(plan: Plan) -> Report:
+    """Run one plan to its verdict."""
+    world = FleetWorld(plan)
+    with _watching(world):
+        try:
+            world.loop.run(world.main(), END_S)
+        except Stuck as error:
+            world.report(Invariant.WAITS_END, str(error))
+        except Stopped:
+            pass  # a violation is noted
+        for context in world.loop.errors:
+            world.report(Invariant.NO_INTERNAL_ERROR, f"{context.get('message')}: {context.get('exception')!r}")
+        report = Report(
+            plan=plan,
+            trace=world.loop.trace,
+            violations=tuple(world.violations),
+            parts=tuple(world.parts),
+            story=tuple(world.story),
+            faults=world.faults + world.net.faults,
+            reached=world.reached,
+            transitions=Counter(),
+            num_callbacks=world.loop.num_callbacks,
+            virtual_s=world.loop.time(),
+        )
+        world.loop.finish()
+    return report
+
+
+class FleetWorld:
+    """What all processes share, what is done to them, and the verdict."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.parts: dict[str, None] = {}
+        self.story: list[str] = []
+        self.violations: list[Violation] = []
+        self.reached: Counter[str] = Counter()
+        draw = plan.stream("mix")
+        self.is_gentle = draw.random() < 0.3
+        possible = [each for each in dict.fromkeys((*STANDING, *DEALT, *USERS)) if not self.is_gentle or each in GENTLE]
+        drawn = [kind for kind in possible if draw.random() < 0.4]
+        self._dealt = [kind for kind in drawn if kind in DEALT]
+        self.mix = frozenset(kind for kind in drawn if self.does(kind))
+        self.faults: Counter[str] = Counter(dict.fromkeys((self.mix & set(STANDING)) - {"cut"}, 1))
+        self.loop = SimLoop(draw.getrandbits(64), shuffles="reorder" in self.mix)
+        self.net = SimNet(self.loop)
+        self.orders = OrderNet(self.loop, self.net)
+        self.registry = SimRegistry(self)
+        self.healing = Healing(self.loop)
+        self.workers: dict[str, SimWorker] = {}
+        self.is_ending = False
+        self._switchboard = Switchboard()
+        self._ids = plan.stream("ids")
+        self._num_starts: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._requests: dict[asyncio.Task[str], None] = {}
+        slow_s, broken = draw.choice([0.1, 0.5]), 0.05 if "broken reads" in self.mix else 0.0
+        self._read_faults = Faults(
+            max_delay_s=slow_s if "slow reads" in self.mix else 0.002,
+            stall=broken,
+            fail=broken,
+            cut=broken,
+            corrupt=0.1 if "bit flips" in self.mix else 0.0,
+        )
+        self.net.weather.split = 0.3 if "split" in self.mix else 0.0
+        self.net.weather.cut = 0.2 if "cut" in self.mix else 0.0
+
+    # ---- for the processes ----
+
+    def does(self, part: str) -> bool:
+        """Note that the schedule has this part; whether it happens."""
+        self.parts[part] = None
+        return self.plan.has(part)
+
+    def new_id(self) -> bytes:
+        return self._ids.getrandbits(128).to_bytes(16, "big")
+
+    def make_transport(self, memory: BlockMemory, name: str) -> MemoryTransport:
+        seed = self.plan.stream(f"transport {name}").getrandbits(32)
+        return MemoryTransport(memory, self._switchboard, self._read_faults, seed)
+
+    def holders(self) -> list[tuple[str, SimWorker]]:
+        return list(self.workers.items())
+
+    def report(self, invariant: Invariant, detail: str) -> None:
+        self.violations.append(Violation(invariant, f"{detail} (at {self.loop.time():.3f} s)"))
+        self.loop.stop()
+
+    def reach(self, what: str) -> None:
+        self.reached[what] += 1
+
+    def judge(self, invariant: Invariant) -> None:
+        """Note that an invariant could have been broken here."""
+        self.reached[f"judged {invariant.name}"] += 1
+
+    def alarm(self, what: str) -> None:
+        """Somebody is blamed, or a deadline has passed."""
+        self.reach(what.partition(":")[0])
+        if self.is_gentle:
+            self.report(Invariant.NO_FALSE_ALARM, what)
+
+    # ---- the run ----
+
+    async def main(self) -> None:
+        for name in _ROLES:
+            self._start(name)
+        self.router = SimRouter(self)
+        await self._within(self.router.process, self.router.start())
+        self._within(self.router.process, self._refresh_index())
+        await asyncio.sleep(1.0)
+        for number in range(_NUM_CLIENTS):
+            self._within(self.router.process, self._be_client(number))
+        await self._deal()
+        self._stop_faults()
+        await self._see_it_serve()
+        self.is_ending = True
+        if not await self._comes_true(lambda: not self.router.num_live, WAIT_S):
+            self.report(Invariant.WAITS_END, f"{self.router.num_live} requests have not ended after {WAIT_S} s")
+        await self._comes_true(lambda: not any(each.is_leaving for each in self.workers.values()), CLOSE_S)
+        await self._close()
+
+    async def _close(self) -> None:
+        closing = [self._within(self.router.process, self.router.close())]
+        if not await self._comes_true(lambda: closing[0].done(), CLOSE_S):
+            self.report(Invariant.WAITS_END, "the router does not close")
+        closing += [self._within(each.process, each.close()) for each in self.workers.values()]
+        if not await self._comes_true(lambda: all(task.done() for task in closing), CLOSE_S):
+            self.report(Invariant.WAITS_END, f"not closed after {CLOSE_S} s: {[t for t in closing if not t.done()]}")
+
+    async def _be_client(self, client: int) -> None:
+        for number in itertools.count():
+            name = f"request {client}.{number}"
+            draw = self.plan.stream(name)
+            await asyncio.sleep(draw.uniform(0, 1.0))
+            if self.is_ending:
+                return
+            if not self.does(name):
+                continue
+            leaves_after = draw.randrange(0, 10) if "aborts" in self.mix and draw.random() < 0.3 else None
+            self.faults["aborts"] += leaves_after is not None
+            work = self.router.request(f"{client}.{number}", draw, leaves_after)
+            request = asyncio.get_running_loop().create_task(work, name=name)
+            self._requests[request] = None
+            await asyncio.wait([request])
+            del self._requests[request]
+            self._ended("left" if request.cancelled() else request.result())
+
+    def _ended(self, how: str) -> None:
+        self.reach(f"ended: {how.partition(':')[0]}")
+        self.judge(Invariant.WAITS_END)
+        if self.is_gentle:
+            self.judge(Invariant.NO_FALSE_ALARM)
+        if how.startswith(("error", "refused")):
+            self.alarm(f"stream in error: {how}")
+
+    async def _see_it_serve(self) -> None:
+        """Requests of the kind that everybody sends are served, now that nothing fails."""
+        since_s = self.loop.time()
+        for number in itertools.count():
+            said = await self._send_some(f"last {number}")
+            self.judge(Invariant.SERVES_AGAIN)
+            if set(said) == {"length"}:
+                return
+            if self.loop.time() >= since_s + SERVE_S:
+                self.report(Invariant.SERVES_AGAIN, f"{SERVE_S} s after the last fault: {said}")
+                return
+            await asyncio.sleep(0.5)
+
+    async def _send_some(self, name: str) -> list[str]:
+        """Four requests at once; how each has ended."""
+        sent = [
+            self._within(self.router.process, self.router.request(f"{name}.{each}", random.Random(each)))
+            for each in range(4)
+        ]
+        await self._comes_true(lambda: all(request.done() for request in sent), SERVE_S)
+        return [request.result() if request.done() else "no end" for request in sent]
+
+    async def _refresh_index(self) -> None:
+        while True:
+            await asyncio.sleep(0.3)
+            self.router.index.look()
+
+    async def _comes_true(self, condition: Callable[[], bool], within_s: float) -> bool:
+        end_s = self.loop.time() + within_s
+        while not condition() and self.loop.time() < end_s:  # noqa: ASYNC110 -- the time is virtual
+            await asyncio.sleep(0.25)
+        return condition()
+
+    def _within(self, process: Any, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        with self.loop.within(process):
+            task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.report(Invariant.NO_INTERNAL_ERROR, f"{task.get_name()}: {error!r}")
+
+    # ---- life and death, and the nemesis ----
+
+    def _start(self, name: str) -> None:
+        self._num_starts[name] += 1
+        self.net.back(name)
+        worker = SimWorker(self, name, _ROLES[name], f"{self._num_starts[name]:04d}")
+        worker.threads.max_delay_s = 0.2 if "slow threads" in self.mix else 0.01
+        self.workers[name] = worker
+        self._within(worker.process, worker.start())
+
+    def _kill(self, name: str, silently: bool) -> None:
+        worker = self.workers.pop(name)
+        self.loop.kill(worker.process)
+        self.net.kill(name, silently)
+        self.orders.kill(worker.process, silently)
+        self._switchboard.pull_out(worker.transport.descriptor())
+        self.registry.withdraw(worker.record, LEASE_S)
+
+    async def _drain(self, worker: SimWorker) -> None:
+        leaving = self._within(worker.process, worker.leave(DRAIN_S))
+        if not await self._comes_true(lambda: worker.process.is_killed or leaving.done(), DRAIN_S + CLOSE_S):
+            self.report(Invariant.WAITS_END, f"{worker.process.name} has not left after {DRAIN_S + CLOSE_S} s")
+        if not worker.process.is_killed:
+            self.reach("left in order")
+            self._kill(worker.name, silently=False)
+            self._start(worker.name)
+
+    async def _deal(self) -> None:
+        for number in itertools.count():
+            draw = self.plan.stream(f"deal {number}")
+            await asyncio.sleep(draw.uniform(0, 5.0))
+            if self.loop.time() >= self.plan.load_s:
+                return
+            kind = draw.choice(self._dealt) if self._dealt else None
+            if kind in self.mix and self.does(f"deal {number}"):
+                self._deal_one(kind, draw)
+
+    def _deal_one(self, kind: str, draw: random.Random) -> None:
+        upright = [name for name in _ROLES if name in self.workers and not self.workers[name].process.is_paused]
+        if len(upright) < 3:
+            return
+        name = draw.choice(upright)
+        worker, lasts_s = self.workers[name], draw.uniform(0.2, 9.0)
+        self.faults[kind] += 1
+        self.story.append(f"{self.loop.time():.3f} s: {kind} ({worker.process.name}, {lasts_s:.1f} s)")
+        match kind:
+            case "delay":
+                self.net.weather.max_latency_s = draw.choice([0.05, 0.3])
+                self.healing.later(lasts_s, self._calm)
+            case "partition":
+                other = draw.choice([each for each in (*_ROLES, "r") if each != name])
+                self.net.part(name, other)
+                self.healing.later(lasts_s, lambda: self.net.join(name, other))
+            case "kill" | "vanish":
+                self._kill(name, silently=kind == "vanish")
+                self.healing.later(lasts_s / 3, lambda: self._start(name))
+            case "drain":
+                # Never the last of its kind: that is another fault.
+                others = [each for each in self.workers.values() if each.role == worker.role and each is not worker]
+                if not any(each.is_leaving for each in (worker, *others)):
+                    worker.is_leaving = True
+                    self._within(self.loop.world, self._drain(worker))
+            case "pause":
+                self.loop.pause(worker.process)
+                self.healing.later(lasts_s, lambda: self.loop.resume(worker.process))
+            case "clock jump":
+                worker.process.clock_ahead_s += draw.choice([1.0, 7.0, 100.0])
+            case "full pool":
+                self._within(worker.process, self._fill(worker, lasts_s, draw))
+            case "abort storm":
+                for request in list(self._requests):
+                    request.cancel()
+
+    async def _fill(self, worker: SimWorker, lasts_s: float, draw: random.Random) -> None:
+        """Hold much of a worker's pool for a while."""
+        engine, thread = worker.engine, worker.parts.thread
+        hashes = [BlockHash(draw.randbytes(16)) for _ in range(max(0, engine.load().num_free_blocks - 2))]
+        room = await thread.call(engine.take_prefix, hashes)
+        if room is not None:
+            await asyncio.sleep(min(lasts_s, 2.0))
+            await thread.call(engine.release_blocks, room.block_ids)
+
+    def _calm(self) -> None:
+        self.net.weather.max_latency_s = Weather.max_latency_s
+
+    def _stop_faults(self) -> None:
+        self.healing.now()
+        self.net.weather = Weather()
+        for worker in self.workers.values():
+            worker.transport.faults = Faults()
+
+
+# ---- what the run looks at in the product, and the clocks that nobody hands down ----
+
+
+class _SimTime:
+    def __init__(self, loop: SimLoop) -> None:
+        self.monotonic = loop.time
+        self.time = lambda: 1e9 + loop.time()
+
+
+@contextlib.contextmanager
+def _watching(world: FleetWorld) -> Iterator[None]:
+    listener = _LogListener(world)
+    shun, sim_time = PrefixFetcher._shun, _SimTime(world.loop)
+    enter, leave = DecodeService._entered, DecodeService._leave
+    gone: dict[int, LiveRequest] = {}  # kept, so that no number is given out twice
+
+    def entered(service: DecodeService, live: LiveRequest, request: Request) -> None:
+        world.judge(Invariant.NOBODYS_WORK)
+        if id(live) in gone:
+            world.report(Invariant.NOBODYS_WORK, f"request {live.order.request_id} enters after its end")
+        enter(service, live, request)
+
+    def left(service: DecodeService, live: LiveRequest) -> None:
+        gone[id(live)] = live
+        leave(service, live)
+
+    def shunned(fetcher: PrefixFetcher, holder_id: str) -> None:
+        world.alarm(f"shunned: {holder_id} by {fetcher._worker_id}")
+        shun(fetcher, holder_id)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(PrefixFetcher, "_shun", shunned))
+        stack.enter_context(mock.patch.object(DecodeService, "_entered", entered))
+        stack.enter_context(mock.patch.object(DecodeService, "_leave", left))
+        for module in (dispatch, placement, prefixes, workers):
+            stack.enter_context(mock.patch.object(module, "time", sim_time))
+        stack.enter_context(mock.patch.object(session, "random", world.plan.stream("backoff")))
+        for name in ("kvstore", "services"):
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            stack.callback(setattr, logger, "propagate", logger.propagate)
+            stack.callback(logger.removeHandler, listener)
+            logger.addHandler(listener)
+            logger.propagate = False
+            logger.setLevel(logging.WARNING)
+        yield
+
+
+class _LogListener(logging.Handler):
+    """Errors with a traceback are ours, and so is a violation among peers that all keep the protocol."""
+
+    def __init__(self, world: FleetWorld) -> None:
+        super().__init__(logging.WARNING)
+        self._world = world
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if record.exc_info or "violates the block protocol" in message:
+            error = record.exc_info[1] if record.exc_info else None
+            self._world.report(Invariant.NO_INTERNAL_ERROR, f"{message}: {error!r}")
+        elif message.startswith("prefill by"):
+            self._world.alarm(f"handoff failed: {message}")
