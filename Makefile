@@ -35,7 +35,7 @@ PROMPT_TOKENS ?= 512
 OUTPUT_TOKENS ?= 128
 SCALE ?= 0.25
 LOADTEST_ARGS ?=
-# How long `make simulate` runs seeds
+# How long `make simulate` runs seeds, and `make soak` a fleet
 MINUTES ?= 10
 
 VENV := .venv
@@ -49,7 +49,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index simulate simulate-exhaustive simulate-removals compat agreement loadtest clean
+.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index simulate simulate-exhaustive simulate-removals soak compat agreement loadtest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -159,6 +159,9 @@ simulate-exhaustive: $(DEVELOPED) ## every state that the two ends of a connecti
 
 simulate-removals: $(DEVELOPED) ## for each safeguard the first seed that fails without it
 	$(BIN)/python -m tests.simulation --removals
+
+soak: $(DEVELOPED) ## a fleet under mixed load for MINUTES: memory and files of each process, and whether they grow
+	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 compat: $(DEVELOPED) ## vllm bench, guidellm, aiperf, lm-eval, litellm, langchain against our server (7 GB); TOOLS=…
 	$(BIN)/python -m tests.compat $(if $(filter-out auto,$(TORCH_INDEX)),--torch-index $(TORCH_INDEX)) $(TOOLS)

@@ -1,0 +1,182 @@
+"""How long a client hears nothing when something fails, with another worker at hand.
+
+    make bench BENCHES=tests/bench/bench_silence.py
+    make bench BENCHES=tests/bench/bench_silence.py BENCH_ARGS='--runs 3 --faults "decode stopped" "redis stopped"'
+
+Starts two prefill and two decode workers, a store node, a router and Redis, all with default deadlines, and for each
+fault asks for one long greedy stream. The fault comes in mid-stream, or right before the request where that says so.
+The silence is the longest time without news between the request, or the fault, and the end; of requests whose first
+token is waited for, what an undisturbed one takes is in the table, too. Between the processes lie relays, which can
+hold everything back (a partition) or lose one end (a half-open connection).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from tests.completions import Client
+from tests.hf_models import random_prompts, write_model
+from tests.ports import free_port
+from tests.relay import FAR_HOST, Relays
+from tests.stack import Stack
+
+NUM_TOKENS = 1500
+FAULT_AT = 100
+PROMPT_TOKENS = 1800
+WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
+STOPPABLE = (*WORKERS, "store-0")
+
+
+class Fleet:
+    """The processes, and what can be done to them."""
+
+    def __init__(self, stack: Stack, relays: Relays, ports: dict[str, tuple[int, int]]) -> None:
+        self.stack = stack
+        self._relays = relays
+        self._ports = ports
+
+    def stop(self, name: str) -> None:
+        os.kill(self._pid(name), signal.SIGSTOP)
+
+    def part(self, name: str) -> None:
+        self._relays.stall(*self._ports[name])
+
+    def lose(self, name: str) -> None:
+        self._relays.half_open(*self._ports[name])
+
+    def heal(self) -> None:
+        for name in (*STOPPABLE, "redis"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid(name), signal.SIGCONT)
+        for ports in self._ports.values():
+            self._relays.heal(*ports)
+
+    def serving(self, role: str, timeout_s: float = 10.0) -> str:
+        """The worker of that role that has something to do now."""
+        key = "live" if role == "decode" else "orders"
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            for name in WORKERS:
+                if name.startswith(role) and self.stack.debug_state(name)[key]:
+                    return name
+        raise TimeoutError(f"no {role} worker has anything to do")
+
+    def _pid(self, name: str) -> int:
+        pid = self.stack.redis.pid if name == "redis" else self.stack.services[name].process.pid
+        assert pid is not None
+        return pid
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`cause` is called in mid-stream, or, where it is `early`, before the request."""
+
+    name: str
+    cause: Callable[[Fleet], None]
+    early: bool = False
+
+
+FAULTS = (
+    Fault("none", lambda fleet: None),
+    Fault("decode stopped", lambda fleet: fleet.stop(fleet.serving("decode"))),
+    Fault("decode cut off", lambda fleet: fleet.part(fleet.serving("decode"))),
+    Fault("decode half open", lambda fleet: fleet.lose(fleet.serving("decode"))),
+    Fault("decode stopped before the request", lambda fleet: fleet.stop("decode-0"), early=True),
+    Fault("prefill stopped before the request", lambda fleet: fleet.stop("prefill-0"), early=True),
+    Fault("prefill cut off before the request", lambda fleet: fleet.part("prefill-0"), early=True),
+    Fault("store stopped before the request", lambda fleet: fleet.stop("store-0"), early=True),
+    Fault("redis stopped", lambda fleet: fleet.stop("redis")),
+    Fault("redis stopped before the request", lambda fleet: fleet.stop("redis"), early=True),
+)
+
+
+@dataclass
+class Heard:
+    """What a client heard of one stream."""
+
+    first_token_s: float = 0.0
+    silence_s: float = 0.0
+    num_tokens: int = 0
+    error: str = ""
+
+
+async def listen(client: Client, prompt: list[int], in_midst: Callable[[], None]) -> Heard:
+    heard, begun_s = Heard(), time.monotonic()
+    last_s, is_caused = begun_s, False
+    try:
+        async with client.stream(prompt, max_tokens=NUM_TOKENS) as events:
+            async for event in events:
+                now_s = time.monotonic()
+                heard.silence_s, last_s = max(heard.silence_s, now_s - last_s), now_s
+                if "error" in event:
+                    heard.error = event["error"]["message"]
+                    break
+                heard.first_token_s = heard.first_token_s or now_s - begun_s
+                heard.num_tokens += sum(len(choice["token_ids"]) for choice in event["choices"])
+                if heard.num_tokens > FAULT_AT and not is_caused:
+                    is_caused = True
+                    await asyncio.to_thread(in_midst)
+    except (httpx.HTTPError, AssertionError) as error:
+        heard.silence_s = max(heard.silence_s, time.monotonic() - last_s)
+        heard.error = repr(error)[:100]
+    return heard
+
+
+async def run(fleet: Fleet, fault: Fault, prompt: list[int]) -> Heard:
+    async with Client(fleet.stack, NUM_TOKENS) as client:
+        try:
+            if fault.early:
+                fault.cause(fleet)
+            return await listen(client, prompt, lambda: None if fault.early else fault.cause(fleet))
+        finally:
+            fleet.heal()
+            await asyncio.sleep(6)  # leases run out, what was shunned is so no more, sessions are back
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--faults", nargs="*", default=[fault.name for fault in FAULTS])
+    parser.add_argument("--router", default="", help="further flags of the router")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place)
+        model = write_model(directory / "model", "qwen3", max_position_embeddings=4096)
+        ports = {name: (free_port(), free_port()) for name in WORKERS}
+        far = {name: f"--advertise-host {FAR_HOST} --port {grpc} --kv-port {kv}" for name, (grpc, kv) in ports.items()}
+        stack = Stack(
+            directory / "logs",
+            prefill=[far["prefill-0"], far["prefill-1"]],
+            decode=[far["decode-0"], far["decode-1"]],
+            store=["--store-dram-bytes 64MiB --kv-transport nixl"],
+            worker="--kv-transport nixl --num-gpu-blocks-override 512",
+            router=options.router,
+            model=model,
+        )
+        with Relays([port for pair in ports.values() for port in pair]) as relays, stack:
+            for service in stack.services.values():
+                service.debug_url = service.debug_url.replace(FAR_HOST, "127.0.0.1")
+            fleet = Fleet(stack, relays, ports)
+            print(f"{'fault':40} {'first token':>12} {'silence':>9} {'tokens':>7}  end")
+            for number in range(options.runs):
+                prompts = random_prompts([PROMPT_TOKENS] * len(FAULTS), seed=number)
+                for fault, prompt in zip(FAULTS, prompts, strict=True):
+                    if fault.name in options.faults:
+                        heard = asyncio.run(run(fleet, fault, prompt))
+                        times = f"{heard.first_token_s:10.2f} s {heard.silence_s:7.2f} s"
+                        print(f"{fault.name:40} {times} {heard.num_tokens:7}  {heard.error or 'whole'}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
