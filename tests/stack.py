@@ -85,7 +85,7 @@ class Stack:
                     "store",
                     [*common, *(word.replace("{disk}", str(self.disk)) for word in _words(flags))],
                 )
-            self.start("router", "router", [*common, "--port", "0", *_words(self.router)])
+            self.start("router", "router", [*common, "--port", "0", "--model-grace-s", "0", *_words(self.router)])
             self.wait_ready()
         except BaseException:
             self.__exit__(None, None, None)

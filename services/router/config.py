@@ -50,6 +50,13 @@ class RouterConfig(PeerSettings):
     reconnect_max_s: float = setting(
         5.0, above=0, help="longest pause between two tries to reach a worker", group="workers"
     )
+    silence_timeout_s: float = setting(
+        2.0,
+        min=0.2,
+        help="a decode worker that says nothing for so long is left, and its requests go elsewhere; it speaks four"
+        " times as often",
+        group="workers",
+    )
     max_attempts: int = setting(3, min=1, help="decode workers that a request is tried on", group="workers")
 
     routing_policy: str = setting(
@@ -77,6 +84,12 @@ class RouterConfig(PeerSettings):
 
     served_model_name: tuple[str, ...] = setting(
         (), help="serve these of the registered models only; the default is all", group="models"
+    )
+    model_grace_s: float = setting(
+        30.0,
+        min=0,
+        help="so long after the first model has come, one that nobody serves is a 503, no 404 yet: it may be starting",
+        group="models",
     )
     tokenizer: str = setting("", help="directory or hub name of the tokenizer; default: the model's", group="models")
     chat_template: str = setting(

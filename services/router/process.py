@@ -46,6 +46,9 @@ from services.startup import CANNOT_START, CannotListen, check_registry
 
 log = logging.getLogger(__name__)
 
+# After its time-out, until a client has been told that its request is cut.
+_LAST_WORDS_S = 3
+
 
 def run_router(config: RouterConfig) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit status."""
@@ -76,12 +79,19 @@ async def open_parts(
     """Everything that the application works with; closed at the end. What was given stays the caller's."""
     metrics = RouterMetrics()
     wanted = frozenset(config.served_model_name)
-    models = ModelDirectory(config.tokenizer, config.chat_template, config.generation_config == "auto", threads, wanted)
+    models = ModelDirectory(
+        config.tokenizer,
+        config.chat_template,
+        config.generation_config == "auto",
+        threads,
+        wanted,
+        config.model_grace_s,
+    )
 
     def serves(record: WorkerRecord) -> bool:
         return not wanted or bool(wanted & set(record.served_model_names))
 
-    workers = Workers(membership, router_id, orders, config.reconnect_max_s, serves)
+    workers = Workers(membership, router_id, orders, config.reconnect_max_s, serves, config.silence_timeout_s)
     pool = TokenizerPool(
         threads,
         config.tokenizer_pool_size,
@@ -181,6 +191,9 @@ async def _serve(config: RouterConfig) -> int:
             log.log(detail_level(), "stopping; running requests have %g s", config.shutdown_timeout_s)
             stopped.cancel()
             server.should_exit = True
+            await asyncio.wait([serving], timeout=config.shutdown_timeout_s)
+            if num_cut := parts.stopping.end():
+                log.warning("time is up after %g s: %d requests are cut", config.shutdown_timeout_s, num_cut)
             await serving
             if not stop.is_set():
                 log.error("the HTTP server ended by itself")
@@ -212,7 +225,7 @@ def server_config(config: RouterConfig, parts: RouterParts) -> uvicorn.Config:
         server_header=False,
         ssl_keyfile=config.ssl_keyfile or None,
         ssl_certfile=config.ssl_certfile or None,
-        timeout_graceful_shutdown=int(config.shutdown_timeout_s),
+        timeout_graceful_shutdown=int(config.shutdown_timeout_s) + _LAST_WORDS_S,
         timeout_keep_alive=65,
         backlog=2048,
     )

@@ -84,6 +84,7 @@ async def running_router(
     index: Any = None,
 ):
     """In the current event loop: fake workers, and the router on a free port, ready to serve."""
+    config = replace(config, model_grace_s=0.0)  # whoever is there is there at once
     for worker in workers:
         await worker.start()
     membership = FakeMembership((*(worker.record() for worker in workers), *extra_records))

@@ -55,6 +55,37 @@ async def test_models_appear_with_their_worker_and_one_that_is_away_may_come_bac
     assert unknown.value.status == 404
 
 
+async def test_a_router_that_has_just_started_does_not_deny_that_there_is_a_model(model_directory):
+    """SDKs try again after a 503, and never after a 404."""
+    models = ModelDirectory("", "", True, OsThreads(), grace_s=1000.0)
+
+    def status(name):
+        with pytest.raises(ApiError) as caught:
+            models.get(name)
+        assert (caught.value.status == 503) == (caught.value.retry_after_s is not None)
+        return caught.value.status
+
+    assert status("a") == 503, "nothing is known yet"
+    models.follow((record(model_directory, ("a",)),))
+    await until(lambda: models.names() == ["a"])
+    assert status("b") == 503, "it may be on its way"
+    models._grace_s = 0.0
+    assert status("b") == 404
+    models.follow((), (msgspec.structs.replace(record(model_directory, ("b",)), phase="loading the model"),))
+    assert [status(name) for name in ("a", "b", "c")] == [503, 503, 404]
+    await models.close()
+
+
+async def test_a_model_that_the_router_is_to_serve_exists_even_before_it_has_a_worker():
+    models = ModelDirectory("", "", True, OsThreads(), frozenset({"b"}))
+    with pytest.raises(ApiError) as wanted:
+        models.get("b")
+    with pytest.raises(ApiError) as other:
+        models.get("a")
+    assert (wanted.value.status, other.value.status) == (503, 404)
+    await models.close()
+
+
 async def test_files_are_loaded_while_a_worker_starts_and_served_when_it_serves(directory, model_directory):
     serving = record(model_directory)
     directory.follow((), (msgspec.structs.replace(serving, phase="loading the model"),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -11,11 +12,13 @@ import sys
 
 import httpx
 import pytest
+from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import Registrar
 from services.cli.embedded_redis import EmbeddedRedis
 from services.router.config import RouterConfig
 from services.settings import SettingsError, argv_of, load_settings, settings_of
+from tests.router.fake_worker import Script
 from tests.waiting import until
 from tests.worker_records import worker_record
 
@@ -88,11 +91,43 @@ def test_it_answers_without_a_registry_and_ends_on_sigterm():
             assert response.status_code == 503
             assert "retry-after" in response.headers
             assert httpx.get(f"{url}/v1/models").json() == {"object": "list", "data": []}
-            assert httpx.post(f"{url}/v1/completions", json={"model": "x", "prompt": "x"}).status_code == 404
+            assert httpx.post(f"{url}/v1/completions", json={"model": "x", "prompt": "x"}).status_code == 503
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=20) == 0
         finally:
             process.kill()
+
+
+async def test_a_stream_that_outlives_the_shutdown_is_cut_with_an_error_and_logged_as_cut(make_worker, sentence):
+    worker = make_worker(lambda request: Script([sentence[:2]], pb.FINISH_REASON_UNSPECIFIED), colocated=True)
+    await worker.start()
+    with EmbeddedRedis.start() as redis:
+        registrar = Registrar(redis.url, worker.record(), lease_s=30)
+        await registrar.start()
+        with start("--port", "0", "--redis", redis.url, "--shutdown-timeout", "0.5") as process:
+            try:
+                assert process.stderr is not None
+                ready = next(line for line in process.stderr if line.startswith("TANDEM-READY"))
+                url = json.loads(ready.partition(" ")[2])["url"]
+                async with httpx.AsyncClient(base_url=url, timeout=30) as http:
+                    while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110 -- another process's
+                        await asyncio.sleep(0.05)
+                    body = {"model": "tiny", "prompt": "x", "max_tokens": 9, "stream": True}
+                    async with http.stream("POST", "/v1/completions", json=body) as response:
+                        lines = response.aiter_lines()
+                        await anext(lines)
+                        process.send_signal(signal.SIGTERM)
+                        rest = [line async for line in lines if line]
+                stderr = await asyncio.to_thread(process.stderr.read)
+                assert process.wait(timeout=20) == 0
+            finally:
+                process.kill()
+        await registrar.close()
+    await worker.stop()
+    assert "shutting down" in json.loads(rest[-1].removeprefix("data: "))["error"]["message"]
+    assert "Traceback" not in stderr
+    assert "1 requests are cut" in stderr
+    assert "router_stopping" in stderr
 
 
 async def test_a_tokenizer_that_cannot_be_read_to_its_end_does_not_keep_the_router_alive(tmp_path, model_directory):

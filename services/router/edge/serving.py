@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from services.lifecycle import Event, Timeline
@@ -26,7 +26,8 @@ from services.router.edge.entrance import Visit
 from services.router.edge.http import FAILED, header, request_id_of, send_error, send_json
 from services.router.edge.limits import Limits
 from services.router.edge.memory import Holding, RequestMemory
-from services.router.errors import ApiError, ClientDisconnected, internal, timed_out
+from services.router.edge.stopping import Stopping
+from services.router.errors import ApiError, ClientDisconnected, internal
 from services.router.fleet import Ask, Dispatch, Placer, PrefixFinder, Workers, routing_key
 from services.router.metrics import RouterMetrics
 from services.router.openai import Delta, GenerateBody, Generation, GenerationPlan, Renderer
@@ -37,7 +38,7 @@ from services.router.text import ClientPool, ModelDirectory, ServedModel, Tokeni
 log = logging.getLogger(__name__)
 
 # How long a client may take to read the error that ends its request.
-_LAST_WORDS_TIMEOUT_S = 5.0
+_LAST_WORDS_TIMEOUT_S = 2.0
 # Of a stream, what is made before its client is waited for.
 _EVENTS_AT_ONCE_BYTES = 1 << 18
 _RECEIPT_HEADER = b"x-tandem-receipt"
@@ -58,6 +59,7 @@ class RouterParts:
     placer: Placer
     shares: Shares
     limits: Limits
+    stopping: Stopping = field(default_factory=Stopping)
 
     @contextmanager
     def client(self, scope: sse.Message) -> Iterator[Client]:
@@ -66,15 +68,11 @@ class RouterParts:
         with self.memory.hold(name) as memory:
             yield Client(name, self.pool.of(name), memory, self.config.max_body_bytes)
 
-    @asynccontextmanager
-    async def deadline(self, deadlines: Deadlines | None = None) -> AsyncIterator[None]:
-        """Ends what runs under it in time, with ApiError 504. None: as the settings say, from now on."""
-        deadlines = deadlines or Deadlines.of_settings(self.config, time.monotonic())
-        try:
-            async with asyncio.timeout(deadlines.left_s(time.monotonic())):
-                yield
-        except TimeoutError as error:
-            raise timed_out(f"The request was not finished within {deadlines.total_s:g} s.") from error
+    def deadline(self, deadlines: Deadlines | None = None) -> AbstractAsyncContextManager[None]:
+        """Ends what runs under it in time, with an ApiError. None: as the settings say, from now on."""
+        now_s = time.monotonic()
+        deadlines = deadlines or Deadlines.of_settings(self.config, now_s)
+        return self.stopping.deadline(deadlines.left_s(now_s), deadlines.total_s)
 
 
 B = TypeVar("B", bound=GenerateBody)

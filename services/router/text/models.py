@@ -142,13 +142,20 @@ class ModelDirectory:
         use_generation_config: bool,
         threads: Threads,
         only: frozenset[str] = frozenset(),
+        grace_s: float = 0.0,
     ) -> None:
-        """`tokenizer` and `chat_template` override the model's own. `only`: the names to serve; empty: all."""
+        """`tokenizer` and `chat_template` override the model's own. `only`: the names to serve; empty: all.
+
+        `grace_s`: for so long after the first model has come, others may be on their way.
+        """
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._use_generation_config = use_generation_config
         self._threads = threads
         self._only = only
+        self._grace_s = grace_s
+        self._first_came_s = math.inf
+        self._starting: tuple[WorkerRecord, ...] = ()
         self._files: dict[ModelSource, ModelFiles] = {}
         self._loads: dict[ModelSource, asyncio.Task[None]] = {}
         self._failures: dict[ModelSource, str] = {}
@@ -160,6 +167,7 @@ class ModelDirectory:
     def follow(self, records: tuple[WorkerRecord, ...], starting: tuple[WorkerRecord, ...] = ()) -> None:
         """Takes over who serves what, and who will: files load while a worker does. Call it in the event loop."""
         self._records = tuple(record for record in records if record.role == "decode")
+        self._starting = starting
         self._wanted = {self._source(record) for record in (*self._records, *starting) if record.role == "decode"}
         for source in self._wanted:
             if source not in self._files and source not in self._loads:
@@ -204,11 +212,25 @@ class ModelDirectory:
         if reason is None and name in self._were_served:
             # It restarts, or a lease ran out on a busy machine: clients should come back, as they do after a 503 only.
             return unavailable(f"No worker serves model `{name}` at the moment. Try again later.")
+        if reason is None and self._may_come(name):
+            return unavailable(f"No worker serves model `{name}` yet; some may still be starting. Try again later.")
         if reason is None:
             return model_not_found(name)
         # What failed once may succeed later, but a launcher that waits for the first answer should say so and stop.
         code = "service_unavailable" if reason == _BEING_LOADED else "model_not_loaded"
         return unavailable(f"The router cannot serve model `{name}` yet: {reason}. Try again later.", code)
+
+    def _may_come(self, name: str) -> bool:
+        """Whether it is too early to say that there is no such model: after its start a router knows of none, and those
+        of a fleet that starts come one by one.
+        """
+        if self._only and name not in self._only:
+            return False
+        return (
+            time.monotonic() < self._first_came_s + self._grace_s
+            or name in self._only
+            or any(name in record.served_model_names for record in self._starting)
+        )
 
     def _source(self, record: WorkerRecord) -> ModelSource:
         tokenizer_path = self._tokenizer or record.tokenizer_path or record.model_path
@@ -258,6 +280,8 @@ class ModelDirectory:
         known = self._models
         self._models = {name: _served(name, workers, known.get(name)) for name, workers in serving.items()}
         self._files = {source: files for source, files in self._files.items() if source in self._wanted}
+        if self._models and math.isinf(self._first_came_s):
+            self._first_came_s = time.monotonic()
         for name in self._models:
             self._were_served.pop(name, None)
             self._were_served[name] = None
