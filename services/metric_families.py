@@ -127,6 +127,7 @@ NODE = Table(
     _gauge("tandem:index_pending_blocks", "Changes that wait to be written to the index."),
     _gauge("tandem:index_up", "Whether the prefix index takes our changes."),
     _gauge("tandem:registry_up", "Whether the registry in Redis answers this process."),
+    _gauge("tandem:stuck_seconds", "How long a part with work to do has stood still; 0: it gets on.", "part"),
 )
 
 WORKER = Table(

@@ -9,7 +9,7 @@ from services.settings import SettingsError, setting
 
 _MAX_NAME_CHARS = 256  # see kvstore.registry.worker_record
 _MIN_LEASE_S = 0.05  # see kvstore.registry.registry
-_HEARTBEAT_S = 1.0  # of the block protocol; see kvstore.protocol.timeouts
+_HEARTBEAT_S = 0.5  # of the block protocol; see kvstore.protocol.timeouts
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,28 @@ class NodeSettings(PeerSettings):
         5.0, min=_MIN_LEASE_S, help="registry lease: a process silent for so long is forgotten", group="network"
     )
     peer_timeout_s: float = setting(
-        5.0,
+        2.0,
         above=_HEARTBEAT_S,
-        help="a block-protocol peer silent for so long is lost; longer than a heartbeat, 1 s",
+        help="a block-protocol peer silent for so long is lost; longer than a heartbeat, 0.5 s",
         group="network",
     )
     drain_timeout_s: float = setting(
         30.0,
         above=0,
         help="how long SIGTERM waits for running requests, or for blocks to be written to disk",
+        group="network",
+    )
+    stuck_after_s: float = setting(
+        2.0,
+        above=0,
+        help="how long event loop, step loop, a transport or the disk may stand still although there is work, beyond"
+        " what the work is expected to take; then the process is not ready, and routers leave it",
+        group="network",
+    )
+    stuck_exit_s: float = setting(
+        60.0,
+        min=0,
+        help="how much longer, until the process ends with status 3, to be started again; 0: never",
         group="network",
     )
     log_level: str = setting("info", help="what to log", choices=("debug", "info", "warning", "error"), group="logs")

@@ -1,4 +1,4 @@
-"""What the starts of all processes have in common: the status of one that its operator must help, ports, Redis."""
+"""What the starts and ends of all processes have in common: exit statuses, ports, Redis."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ log = logging.getLogger(__name__)
 
 CANNOT_START: Final = 2
 """The exit status of a process that has said, in one line, what is wrong, where, and what to do about it."""
+
+STUCK: Final = 3
+"""The exit status of a process a part of which had work and did not get on; its log says which, and where."""
 
 
 class CannotListen(Exception):

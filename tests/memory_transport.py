@@ -61,6 +61,7 @@ class MemoryTransport:
 
     name = "memory"
     two_sided = False
+    num_turns: int | None = None
 
     def __init__(
         self, memory: BlockMemory, switchboard: Switchboard, faults: Faults | None = None, seed: int = 0

@@ -125,6 +125,11 @@ class BlockExchange:
         """Whether a transport works; where none does, no new peer gets anything from us, nor we from it."""
         return any(transport.problem() is None for transport in self._transports)
 
+    def transport_turns(self) -> dict[str, int]:
+        """Return how often each transport that works, and has a thread of its own, has come round. Any thread."""
+        turns = {each.name: each.num_turns for each in self._transports if each.problem() is None}
+        return {name: number for name, number in turns.items() if number is not None}
+
     def state(self) -> dict[str, object]:
         """Return what goes on, as plain values, for a debug endpoint."""
         handles = [handle for connection in self._peers.undrained for handle in connection.handles.values()]

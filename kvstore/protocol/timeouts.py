@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields, replace
 class ExchangeTimeouts:
     """The deadlines of one worker. Both ends of a connection should use the same heartbeat and peer timeout."""
 
-    heartbeat_s: float = 1.0
+    heartbeat_s: float = 0.5
     """Interval of heartbeats, both ways."""
-    peer_timeout_s: float = 5.0
+    peer_timeout_s: float = 2.0
     """A peer from which no complete message has come for so long is lost."""
     connect_s: float = 10.0
     """From dialling to a usable connection, handshake and transport link included."""

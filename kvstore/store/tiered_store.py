@@ -95,6 +95,9 @@ class TieredStore:
         self._promoting: dict[BlockHash, asyncio.Task[None]] = {}
         self._write_behind = WriteBehind(self.dram, self._write, self._blocks_per_job)
         self._is_closed = False
+        self._disk_jobs: set[object] = set()
+        self.num_disk_jobs_ended = 0
+        """For who watches that the disk gets on; one of two that end in the same moment may be missing."""
 
     # -- what is there --
 
@@ -103,6 +106,11 @@ class TieredStore:
         if self.dram.contains(block_hash):
             return StoreTier.DRAM
         return StoreTier.DISK if self.disk is not None and self.disk.contains(block_hash) else None
+
+    @property
+    def has_disk_jobs(self) -> bool:
+        """Whether the disk has been asked for something that it has not done yet. Any thread."""
+        return bool(self._disk_jobs)
 
     def contents(self) -> Iterator[tuple[BlockHash, StoreTier]]:
         """Iterate over a snapshot of all blocks of both tiers: what an index is told anew after it forgot."""
@@ -330,7 +338,16 @@ class TieredStore:
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         """Cancelling this does not end the work, nor free what it uses: only tasks that nobody cancels await it."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+        def job() -> _Result:
+            try:
+                return work()
+            finally:
+                self._disk_jobs.discard(job)
+                self.num_disk_jobs_ended += 1
+
+        self._disk_jobs.add(job)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, job)
 
     def _dram_changed(self, change: CacheChange) -> None:
         if self._on_change is not None and change.event is not CacheEvent.REUSED:

@@ -80,6 +80,10 @@ class Transport(Protocol):
     def problem(self) -> str | None:
         """Why no new link can be made at present, or None. A transport with a problem is not offered to peers."""
 
+    @property
+    def num_turns(self) -> int | None:
+        """How often the transport's own thread has come round, for who watches that it does; None: it has none."""
+
     async def connect(self, peer: LinkPeer) -> Link:
         """Make our end of a link; both ends call this, at about the same time. Raises `TransportError`.
 

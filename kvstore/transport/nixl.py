@@ -77,6 +77,11 @@ class NixlTransport:
         """That the agent is gone, until it could be made anew."""
         return self._thread.problem
 
+    @property
+    def num_turns(self) -> int | None:
+        """The turns of the agent's thread."""
+        return self._thread.num_turns
+
     async def connect(self, peer: LinkPeer) -> NixlLink:
         """Load the owner's metadata, and read its token as a proof; the owner's end has nothing to do."""
         if not peer.dialled:

@@ -85,6 +85,8 @@ class AgentThread:
         self._address: PoolAddress | None = None
         self.problem: str | None = "not started"
         """Why nothing can be read at present; None: all is well."""
+        self.num_turns = 0
+        """Calls into the agent, and rounds without one."""
         # From here on: touched by the thread only.
         self._generation = 0
         self._agent: nixl_agent | None = None
@@ -176,9 +178,11 @@ class AgentThread:
         try:
             self._commands.get(timeout=_BUSY_POLL_S if time.monotonic() < self._busy_until else _IDLE_POLL_S)()
             while not self._commands.empty():
+                self.num_turns += 1
                 self._commands.get()()
         except queue.Empty:
             pass
+        self.num_turns += 1
         if self._agent is not None and not self._stopping.is_set():
             self._agent.get_new_notifs()  # makes progress; nobody sends us any
             if self._poll_reads():

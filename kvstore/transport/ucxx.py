@@ -70,6 +70,7 @@ class UcxxTransport:
 
     name = "ucxx"
     two_sided = True
+    num_turns: int | None = None  # its threads are the library's
 
     def __init__(self, memory: BlockMemory) -> None:
         self._ucxx, self._options = import_ucxx()

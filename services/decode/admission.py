@@ -15,7 +15,7 @@ from tandem.v1 import worker_pb2 as pb
 from kvstore.block import BlockHash
 from kvstore.errors import KVStoreError
 from kvstore.exchange import Fetch
-from kvstore.protocol import FetchResult, FetchStamps, Reservation
+from kvstore.protocol import FetchCause, FetchResult, FetchStamps, Reservation
 from services.decode.config import DecodeConfig
 from services.decode.handoff import HandoffFailed, prefill_remotely
 from services.decode.live import LiveRequest
@@ -24,8 +24,11 @@ from services.lifecycle import Event
 from services.worker import convert
 from services.worker.assembly import WorkerParts
 from services.worker.settling import Settlements
+from services.worker.shunned import Shunned
 
 log = logging.getLogger(__name__)
+
+_SHUNNED_FOR = frozenset({"unreachable", FetchCause.PEER_LOST.value})
 
 
 class ReservationWithdrawn(KVStoreError):
@@ -51,6 +54,8 @@ class Admission:
         self._entered = entered
         self._clock = parts.clock
         self._disposals = Settlements("failed handoffs")
+        # Starts of prefill workers. Each that does not answer costs a request seconds, so the next does not ask it.
+        self._shunned = Shunned(asyncio.get_running_loop().time)
         self._being_handed_over: dict[tuple[object, ...], asyncio.Task[None]] = {}  # admissions, by prompt
 
     async def admit(self, live: LiveRequest) -> Admitted | None:
@@ -64,10 +69,15 @@ class Admission:
             # Before it is decided who prefills: what is here already is neither computed nor handed over.
             await self._parts.host_prefixes.restore(hashes)
         if not self._is_local(live, hashes) and not await self._is_brought_by_another(live, hashes):
+            shunned = self._shunned.names()
             for target in live.order.prefill_targets:
+                if target.incarnation in shunned:
+                    continue
                 try:
                     return await self._prefill_elsewhere(live, target, hashes)
                 except HandoffFailed as failure:
+                    if failure.cause in _SHUNNED_FOR:
+                        self._shunned.add(target.incarnation)
                     log.warning("prefill by %s failed (%s): %s", target.worker_id, failure.cause, failure)
                     self._parts.metrics.handoff_failed(failure.cause)
                     self._parts.metrics.recomputed("handoff")

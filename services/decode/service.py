@@ -102,6 +102,7 @@ class DecodeService:
         self._num_admitting = 0
         self._in_engine: dict[str, LiveRequest] = {}  # engine thread: by engine request id
         self._draining = False
+        self._stuck = ""
         self._idle = asyncio.Event()
         self._idle.set()
         parts.metrics.watch_service(lambda: self._num_admitting, lambda: self._draining)
@@ -131,6 +132,8 @@ class DecodeService:
             self._parts.incarnation,
             self._load,
             lambda: self._parts.rates.rates,
+            first.hello.heartbeat_s,
+            self._stuck,
         )
         self._sessions[session] = {}
         reader = asyncio.create_task(self._read_orders(session, orders), name=f"session-{session.router_id}")
@@ -166,7 +169,8 @@ class DecodeService:
         refusal = self._refusal(session, order)
         if refusal is not None:
             session.push(error_output(order.handle, refusal))
-            self._parts.metrics.refused(_REFUSALS[refusal.code])
+            is_stuck = self._stuck and refusal.code == pb.ERROR_CODE_UNAVAILABLE
+            self._parts.metrics.refused("stuck" if is_stuck else _REFUSALS[refusal.code])
             log_refusal(order, refusal.code)
             return
         timeline = Timeline(self._clock)
@@ -191,6 +195,8 @@ class DecodeService:
             return error_of(pb.ERROR_CODE_INTERNAL, f"handle {order.handle} is in use in this session")
         if self._draining:
             return error_of(pb.ERROR_CODE_UNAVAILABLE, f"decode worker {worker} is draining")
+        if self._stuck:
+            return error_of(pb.ERROR_CODE_UNAVAILABLE, f"decode worker {worker} makes no progress: {self._stuck}")
         limit = self._config.max_num_waiting + self._parts.engine.capabilities.max_num_seqs
         if self._num_live >= limit or self._parts.thread.is_behind:
             return error_of(pb.ERROR_CODE_OVERLOADED, f"decode worker {worker} has {self._num_live} live requests")
@@ -366,6 +372,11 @@ class DecodeService:
             "admitting": self._num_admitting,
             "draining": self._draining,
         }
+
+    def set_stuck(self, stuck: str) -> None:
+        self._stuck = stuck
+        for session in self._sessions:
+            session.set_stuck(stuck)
 
     async def drain(self, timeout_s: float) -> None:
         self._draining = True

@@ -15,6 +15,7 @@ from services.worker import convert
 MAX_PENDING_OUTPUTS = 65_536
 # How soon a router learns of a load that changed without outputs of its own.
 _LOAD_INTERVAL_S = 0.25
+_MIN_HEARTBEAT_S = 0.05
 
 
 class SessionOverflow(Exception):
@@ -31,15 +32,20 @@ class RouterSession:
         incarnation: str,
         load: Callable[[], pb.Load],
         rates: Callable[[], Rates],
+        heartbeat_s: float = 0.0,
+        stuck: str = "",
     ) -> None:
         """`number` is unique among the worker's sessions, past ones included. `rates` gives the same object until there
-        is news, and goes out with the load when there is.
+        is news, and goes out with the load when there is. `heartbeat_s`: a frame goes out at least so often; 0: only
+        with news. `stuck`: see `set_stuck`.
         """
         self.router_id = router_id
         self.number = number
         self._incarnation = incarnation
         self._load = load
         self._rates = rates
+        self._heartbeat_s = max(heartbeat_s, _MIN_HEARTBEAT_S) if heartbeat_s > 0 else 0.0
+        self._stuck = stuck
         self._pending: list[pb.Output] = []
         self._handles: list[int] = []
         self._token_ids: list[int] = []
@@ -70,6 +76,11 @@ class RouterSession:
             if self._sender is not None:
                 self._sender.cancel()  # it may hang in `send`
 
+    def set_stuck(self, stuck: str) -> None:
+        """Tell the router at once which parts of the worker stand still; empty: none."""
+        self._stuck = stuck
+        self._wake.set()
+
     def close(self) -> None:
         """Let `frames` end once it has sent what is pending."""
         self._closed = True
@@ -90,28 +101,38 @@ class RouterSession:
             raise SessionOverflow(f"router {self.router_id}: more than {MAX_PENDING_OUTPUTS} outputs unread")
 
     async def _send_frames(self, send: Callable[[pb.SessionFrame], Awaitable[None]]) -> None:
-        last_load, last_rates = self._load(), self._rates()
-        frame = pb.SessionFrame(load=last_load, incarnation=self._incarnation)
+        loop = asyncio.get_running_loop()
+        last_load, last_rates, last_stuck = self._load(), self._rates(), self._stuck
+        frame = pb.SessionFrame(
+            load=last_load, incarnation=self._incarnation, heartbeat_s=self._heartbeat_s, stuck=last_stuck
+        )
         frame.load.rates.CopyFrom(convert.rates_to_proto(last_rates))
         await send(frame)
+        sent_s = loop.time()
         while not (self._closed and not self._num_pending) and not self._overflowed:
             await self._wait()
             load = self._load()
-            if self._num_pending or load != last_load:
+            is_due = self._heartbeat_s > 0 and loop.time() - sent_s >= 0.9 * self._heartbeat_s
+            if self._num_pending or load != last_load or self._stuck != last_stuck or is_due:
                 frame = pb.SessionFrame(
-                    outputs=self._pending, load=load, handles=self._handles, token_ids=self._token_ids
+                    outputs=self._pending,
+                    load=load,
+                    handles=self._handles,
+                    token_ids=self._token_ids,
+                    stuck=self._stuck,
                 )
                 rates = self._rates()
                 if rates is not last_rates:
                     frame.load.rates.CopyFrom(convert.rates_to_proto(rates))
                 self._pending, self._handles, self._token_ids = [], [], []
-                last_load, last_rates = load, rates
+                last_load, last_rates, last_stuck = load, rates, self._stuck
                 await send(frame)
+                sent_s = loop.time()
 
     async def _wait(self) -> None:
         """Wait until something is pending, or it is time to look at the load."""
         if not self._num_pending and not self._closed:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOAD_INTERVAL_S):
+                async with asyncio.timeout(min(_LOAD_INTERVAL_S, self._heartbeat_s or _LOAD_INTERVAL_S)):
                     await self._wake.wait()
         self._wake.clear()

@@ -239,6 +239,10 @@ class Engine(Protocol):
     def has_work(self) -> bool:
         """Whether a step would compute something. False while all that waits waits for memory that others hold."""
 
+    @property
+    def step_shape(self) -> StepShape:
+        """The work of the step that is being computed, NO_STEP between two. Any thread."""
+
     def step(self, on_begun: Callable[[Request], None] = ...) -> StepOutput:
         """Choose work, compute it and book it. An exception leaves the engine unusable. `on_begun` hears of each
         request that takes part for the first time, before anything is computed.

@@ -1,8 +1,19 @@
-"""Holds what workers and store nodes share: the debug HTTP server, the feed of the index, metrics."""
+"""Holds what workers and store nodes share: the debug HTTP server, the feed of the index, metrics, the watchdog."""
 
 from services.node.exchange_metrics import ExchangeMetrics
 from services.node.http import DebugServer
 from services.node.index_feed import IndexFeed
 from services.node.index_metrics import IndexMetrics
+from services.node.watchdog import ProgressMetrics, Watchdog, loop_watch, transport_watches, watched
 
-__all__ = ["DebugServer", "ExchangeMetrics", "IndexFeed", "IndexMetrics"]
+__all__ = [
+    "DebugServer",
+    "ExchangeMetrics",
+    "IndexFeed",
+    "IndexMetrics",
+    "ProgressMetrics",
+    "Watchdog",
+    "loop_watch",
+    "transport_watches",
+    "watched",
+]

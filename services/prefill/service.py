@@ -12,6 +12,7 @@ An order's life, with the side that each step happens on (E: engine thread, L: e
     the reader is lost or releases       the lease closes; compute aborted, `failed` sent, settled
     the lease expires                    the same; a reader that comes back is told that the lease was not held
     the order's time-out passes          as a cancelled call, in whatever stage, a prefix fetch too; `failed` sent
+    the worker stands still              `failed` sent at once; the rest ends when it gets on, or with the process
     the worker drains                    new orders are refused; running ones and their loans end first
 
 Announced blocks are pinned by references that the order took on the engine thread. Settling gives them back, exactly
@@ -23,7 +24,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -63,6 +65,10 @@ class _Computed:
 
 class PrefillFailed(Exception):
     """The engine could not get a token out of the prompt."""
+
+
+class Stuck(Exception):
+    """A part of this worker stands still: another one should have the prompt."""
 
 
 _Send: TypeAlias = Callable[[pb.PrefillEvent], Awaitable[None]]
@@ -106,6 +112,8 @@ class PrefillService:
         self._loans = Settlements("loans")
         self._active: dict[str, _Order] = {}  # engine thread: by engine request id, until settled
         self._draining = False
+        self._stuck = ""
+        self._running: set[asyncio.Timeout] = set()  # what orders run in; brought forward, they end
         self._idle = asyncio.Event()
         self._idle.set()
         parts.metrics.watch_service(lambda: 0, lambda: self._draining)
@@ -117,8 +125,8 @@ class PrefillService:
 
     async def serve_prefill(self, message: pb.PrefillRequest, send: _Send) -> None:
         """Run one order; see worker.proto."""
-        if self._draining:
-            await self._refuse(message, send, "draining")
+        if self._draining or self._stuck:
+            await self._refuse(message, send, "stuck" if self._stuck else "draining")
             return
         if self._num_orders >= self._max_num_orders or self._parts.thread.is_behind:
             await self._refuse(message, send, "full")
@@ -130,7 +138,7 @@ class PrefillService:
         order: _Order | None = None
         limit = asyncio.timeout(message.timeout_s if 0 < message.timeout_s < math.inf else None)
         try:
-            async with limit:
+            async with limit, self._while_progress():
                 order = self._make_order(
                     message, await convert.prompt_hashes(message, self._parts.engine.layout, self._parts.threads)
                 )
@@ -156,7 +164,7 @@ class PrefillService:
             await send(_failed(pb.ERROR_CODE_OVERLOADED, str(error)))
         except PrefillFailed as error:
             await send(_failed(pb.ERROR_CODE_INTERNAL, str(error)))
-        except (PeerLost, EngineCrashed) as error:
+        except (PeerLost, EngineCrashed, Stuck) as error:
             await send(_failed(pb.ERROR_CODE_UNAVAILABLE, str(error)))
         finally:
             self._parts.metrics.order_ended(outcome)
@@ -165,11 +173,28 @@ class PrefillService:
             if not self._num_orders:
                 self._idle.set()
 
-    async def _refuse(self, message: pb.PrefillRequest, send: _Send, reason: Literal["draining", "full"]) -> None:
+    @asynccontextmanager
+    async def _while_progress(self) -> AsyncIterator[None]:
+        """Run an order; raises Stuck in it as soon as the worker stands still, whatever it waits for."""
+        running = asyncio.timeout(None)
+        try:
+            async with running:
+                self._running.add(running)
+                yield
+        except TimeoutError as error:
+            if not running.expired():
+                raise
+            raise Stuck(f"{self._parts.worker_id} makes no progress: {self._stuck}") from error
+        finally:
+            self._running.discard(running)
+
+    async def _refuse(
+        self, message: pb.PrefillRequest, send: _Send, reason: Literal["draining", "full", "stuck"]
+    ) -> None:
         self._parts.metrics.refused(reason)
         self._parts.metrics.order_ended("refused")
         log.info("prefill refused", extra={"request_id": message.request_id, "error": reason})
-        code = pb.ERROR_CODE_UNAVAILABLE if reason == "draining" else pb.ERROR_CODE_OVERLOADED
+        code = pb.ERROR_CODE_OVERLOADED if reason == "full" else pb.ERROR_CODE_UNAVAILABLE
         await send(_failed(code, f"{self._parts.worker_id} is {reason} ({self._num_orders} orders)"))
 
     def _make_order(self, message: pb.PrefillRequest, hashes: Sequence[BlockHash]) -> _Order:
@@ -255,6 +280,12 @@ class PrefillService:
 
     def state(self) -> dict[str, object]:
         return {"orders": self._num_orders, "loans": len(self._loans), "draining": self._draining}
+
+    def set_stuck(self, stuck: str) -> None:
+        self._stuck = stuck
+        if stuck:
+            for running in self._running:
+                running.reschedule(self._loop.time())
 
     async def drain(self, timeout_s: float) -> None:
         self._draining = True

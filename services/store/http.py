@@ -19,6 +19,8 @@ class StoreHttp:
         """`host:port` that we listen on."""
         self.not_ready = "starting"
         """Why the node does not lend blocks; empty when it does."""
+        self.stuck = ""
+        """What stands still; empty: nothing."""
         self._worker_id = worker_id
         self._node: StoreNode | None = None
         self._feed: StoreIndexFeed | None = None
@@ -27,7 +29,7 @@ class StoreHttp:
             state=self._state,
             check_integrity=self._check_integrity,
             unhealthy=self._unhealthy,
-            not_ready=lambda: self.not_ready,
+            not_ready=lambda: self.not_ready or (f"no progress of: {self.stuck}" if self.stuck else ""),
         )
 
     async def start(self, host: str, port: int) -> None:
@@ -42,7 +44,7 @@ class StoreHttp:
         self._node, self._feed = node, feed
 
     def _state(self) -> dict[str, object]:
-        why = {"not_ready": self.not_ready}
+        why = {"not_ready": self.not_ready, "stuck": self.stuck}
         if self._node is None or self._feed is None:
             return {"worker_id": self._worker_id, "role": "store", **why}
         return self._node.state() | {"index": self._feed.state(), **why}

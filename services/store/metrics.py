@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from kvstore.store import StoreNode
 from services.exposition import ExposedRegistry, add_process_series
 from services.metric_families import STORE
-from services.node import ExchangeMetrics, IndexMetrics
+from services.node import ExchangeMetrics, IndexMetrics, ProgressMetrics
 
 
 class StoreMetrics:
@@ -23,6 +23,7 @@ class StoreMetrics:
         self.registry: CollectorRegistry = ExposedRegistry(self._own, {"role": "store"})
         self.exchange = ExchangeMetrics(self._own)
         self.index = IndexMetrics(self._own)
+        self.progress = ProgressMetrics(self._own)
 
     def watch(self, node: StoreNode) -> None:
         """Read the node's own figures at each scrape from now on."""

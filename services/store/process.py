@@ -28,6 +28,8 @@ from kvstore.threads import Threads, end_threads
 from kvstore.transport import make_transports
 from services.activity import activity_logged
 from services.logs import configure_logging, detail_level, report_phase, report_ready, request_scope
+from services.node import loop_watch, transport_watches, watched
+from services.progress import Watch
 from services.startup import CANNOT_START, CannotListen, check_registry
 from services.store.activity import StoreActivity, store_series
 from services.store.config import StoreConfig
@@ -37,6 +39,11 @@ from services.store.metrics import StoreMetrics
 from services.store.whose import choose_worker
 
 log = logging.getLogger(__name__)
+
+# A worker lends between two steps, which may be long; nobody waits for what a store pulls.
+_OFFER_S = 5.0
+# A write that waits for the device's cache to empty is slow, and no more.
+_SLOW_DISK_S = 10.0
 
 
 class Stopped(Exception):
@@ -160,12 +167,13 @@ async def open_store(
             store,
             transports,
             outside=outside,
-            timeouts=ExchangeTimeouts(peer_timeout_s=config.peer_timeout_s, offer_s=config.peer_timeout_s),
+            timeouts=ExchangeTimeouts(peer_timeout_s=config.peer_timeout_s, offer_s=_OFFER_S),
             observer=metrics.exchange,
             request_scope=request_scope,
         )
         cleanup.push_async_callback(node.close, config.drain_timeout_s)
         await node.start(config.host, config.kv_port)
+        await cleanup.enter_async_context(_watched(config, node, outside.threads, metrics, http))
         metrics.watch(node)
         http.watch(node, feed)
         feed.watch(store)
@@ -186,6 +194,30 @@ async def open_store(
             "no disk" if store.disk is None else f"{len(store.disk)} found on disk",
         )
         yield record
+
+
+@asynccontextmanager
+async def _watched(
+    config: StoreConfig, node: StoreNode, threads: Threads, metrics: StoreMetrics, http: StoreHttp
+) -> AsyncIterator[None]:
+    """Have it watched that the node gets on. One whose disk hangs lends what is in memory, and stays as it is."""
+
+    def disk_has_work() -> bool:
+        disk.num_advances = node.store.num_disk_jobs_ended
+        return node.store.has_disk_jobs
+
+    def on_change(stuck: str) -> None:
+        http.stuck = stuck
+
+    disk = Watch("disk", disk_has_work, lambda: _SLOW_DISK_S + config.stuck_after_s, is_curable=False)
+    watches = [
+        loop_watch(config.stuck_after_s),
+        *transport_watches(node.exchange, config.stuck_after_s),
+        *([disk] if node.store.disk is not None else []),
+    ]
+    async with watched(watches, config.stuck_exit_s, threads, on_change) as dog:
+        metrics.progress.watch(dog)
+        yield
 
 
 async def _open_tiers(config: StoreConfig, layout: BlockLayout, feed: StoreIndexFeed, threads: Threads) -> TieredStore:

@@ -27,6 +27,10 @@ from services.worker.store import StoreFeed
 
 Role: TypeAlias = Literal["prefill", "decode"]
 
+# A step that takes so many times what it was expected to is slow, and no more; what was never done is a guess.
+_HONEST_SLOWNESS = 10.0
+_FIRST_STEP_S = 300.0
+
 
 @dataclass(frozen=True)
 class Seams:
@@ -70,7 +74,13 @@ def assemble(
         metrics.steps.ended(output)
         rates.step_ended(output.shape, output.duration_s)
 
-    thread = EngineThread(engine, threads, step_ended)
+    def allowed_s() -> float:
+        """How long the engine's thread may take over what it does; before the first step, the machine is unknown."""
+        if not rates.rates.num_steps:
+            return _FIRST_STEP_S
+        return config.stuck_after_s + _HONEST_SLOWNESS * rates.rates.step_s(engine.step_shape)
+
+    thread = EngineThread(engine, threads, step_ended, allowed_s)
     host_prefixes = HostPrefixes(engine, thread, threads, config.prefix_fetch_timeout_s)
     transports = make_transports(config.kv_transport, engine.memory, worker_id)
     metrics.exchange.watch(transports)

@@ -31,7 +31,7 @@ class WorkerConfig(NodeSettings, EngineConfig):
     )
     proof_key: str = setting("", help="the same, not in a file", secret=True, group="secrets")
     prefix_fetch_timeout_s: float = setting(
-        5.0,
+        2.5,
         above=0,
         help="how long nothing may come of a prefix that another worker holds; then it is computed",
         group="network",

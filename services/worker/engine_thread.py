@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import ParamSpec, Protocol, TypeVar
@@ -14,6 +15,7 @@ from typing import ParamSpec, Protocol, TypeVar
 from kvstore.pool import CacheChange
 from kvstore.threads import Runner, Threads
 from services.engine.api import Engine, Request, StepOutput
+from services.progress import Watch
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +45,13 @@ class EngineThread:
     """
 
     def __init__(
-        self, engine: Engine, threads: Threads, observe_step: Callable[[StepOutput], None] = lambda output: None
+        self,
+        engine: Engine,
+        threads: Threads,
+        observe_step: Callable[[StepOutput], None] = lambda output: None,
+        allowed_s: Callable[[], float] = lambda: math.inf,
     ) -> None:
-        """`observe_step` hears of each step, on the engine thread."""
+        """`observe_step` hears of each step, on the engine thread. `allowed_s`: how long what runs now may take."""
         self.cache_followers: list[Callable[[list[CacheChange]], None]] = []
         """They hear on the event loop, in order, what happened to findable blocks; added before the start."""
         self.host_followers: list[Callable[[list[CacheChange]], None]] = []
@@ -58,6 +64,9 @@ class EngineThread:
         self._runner: Runner | None = None
         self.crashed: asyncio.Future[BaseException] = self._loop.create_future()
         self._ended: str | None = None  # why the thread takes no more commands
+        self._is_in_turn = False
+        self.watch = Watch("step_loop", lambda: self._is_in_turn or self._is_waited_for, allowed_s)
+        """What the thread has begun, it ends; what waits for it begins."""
         self._pending: set[asyncio.Future[object]] = set()
 
     def start(self, listener: StepListener) -> None:
@@ -104,6 +113,10 @@ class EngineThread:
         """Whether so many commands wait that a worker should take no more work on."""
         return len(self._commands) >= _MAX_COMMANDS
 
+    @property
+    def _is_waited_for(self) -> bool:
+        return self._runner is not None and self._ended is None and bool(self._commands)
+
     async def stop(self) -> None:
         """Finish the step in progress and end the thread; requests that still run are left as they are."""
         if self._runner is not None and not await self._runner.stop(_STOP_TIMEOUT_S):
@@ -120,9 +133,11 @@ class EngineThread:
         """Run the commands that wait, and a step; whether there was one."""
         if self._ended is not None:
             return False
+        self._is_in_turn = True
         try:
             while self._commands:
                 self._commands.popleft()()
+                self.watch.advanced()
             has_stepped = self._engine.has_work and self._step(listener)
             self._report_cache_changes()
         except BaseException as error:
@@ -130,6 +145,9 @@ class EngineThread:
             self._ended = str(error)
             self._loop.call_soon_threadsafe(self._report_crash, error)
             return False
+        finally:
+            self._is_in_turn = False
+            self.watch.advanced()
         return has_stepped
 
     def _step(self, listener: StepListener) -> bool:

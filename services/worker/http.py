@@ -19,6 +19,8 @@ class WorkerHttp:
     def __init__(self, role: Role) -> None:
         self.phase = "starting"
         """Of the worker's start, or of its end; empty while it serves."""
+        self.stuck = ""
+        """What stands still; empty: nothing."""
         self._role = role
         self._parts: WorkerParts | None = None
         self._service_state: Callable[[], Mapping[str, object]] = dict
@@ -28,7 +30,7 @@ class WorkerHttp:
             state=self._state,
             check_integrity=self._check_integrity,
             unhealthy=self._unhealthy,
-            not_ready=lambda: self.phase or self._unhealthy(),
+            not_ready=self._not_ready,
             note=lambda: SIMULATION if self._parts and self._parts.engine.capabilities.is_simulation else "",
         )
 
@@ -50,6 +52,9 @@ class WorkerHttp:
             return "the engine has crashed"
         return "" if self._parts.exchange.can_move_blocks else "no transport works"
 
+    def _not_ready(self) -> str:
+        return self.phase or self._unhealthy() or (f"no progress of: {self.stuck}" if self.stuck else "")
+
     def _state(self) -> dict[str, object]:
         parts = self._parts
         if parts is None:
@@ -60,6 +65,7 @@ class WorkerHttp:
             "role": self._role,
             "phase": self.phase,
             "is_simulation": parts.engine.capabilities.is_simulation,
+            "stuck": self.stuck,
             "engine": dataclasses.asdict(parts.engine.load()),
             "rates": parts.rates.rates.to_wire(),
             "host_tier": parts.engine.host_figures() or None,

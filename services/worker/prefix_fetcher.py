@@ -30,13 +30,13 @@ from services.worker.engine_thread import EngineThread
 from services.worker.fetch_costs import FetchCosts
 from services.worker.host_prefixes import HostPrefixes
 from services.worker.settling import Settlements
+from services.worker.shunned import Shunned
 
 log = logging.getLogger(__name__)
 
 # Holders that one prompt is fetched from at most: each may go on where the one before ended, or was lost.
 _MAX_SOURCES = 3
-# A holder is left alone for so long after one of these.
-_SHUN_S = 5.0
+# A holder is left alone for a while after one of these.
 _HOLDERS_FAULTS = frozenset(
     {
         FetchCause.TIMEOUT,
@@ -81,19 +81,21 @@ class PrefixFetcher:
         self._count = count
         self._under_way: dict[BlockHash, asyncio.Future[None]] = {}  # by the first block that is being fetched
         self._disposals = Settlements("prefix fetches")
-        self._shunned_until: dict[str, float] = {}  # holders that did not answer, or lied
+        self._shunned = Shunned(exchange.clock)  # holders that did not answer, or lied
 
     async def fetch(self, hashes: Sequence[BlockHash], sources: Sequence[pb.PrefixSource]) -> list[pb.FetchedPrefix]:
         """Bring the longest useful prefix of `hashes` into the cache: our own tiers' part, then what others have of the
         rest. Returns what was brought from others.
 
-        Never raises for a failed fetch, and gives up a holder of which nothing has come for the timeout.
+        Never raises for a failed fetch, gives up a holder of which nothing has come for the timeout, and fetching where
+        all that failed has taken as long: the client waits.
         """
         await self._host.restore(hashes)
         # Piece by piece from the holder of the longest prefix; what it does not give, from another from there on.
         parts: list[pb.FetchedPrefix] = []
         exhausted: set[str] = set()
-        while len(exhausted) < _MAX_SOURCES:
+        fruitless_s = 0.0
+        while len(exhausted) < _MAX_SOURCES and fruitless_s < self._timeout_s:
             # A hint, read from outside the engine thread; `take_prefix` looks again.
             num_present = self._engine.peek_prefix(hashes)
             source = self._choose(hashes, num_present, [s for s in sources if s.holder_id not in exhausted])
@@ -107,12 +109,15 @@ class PrefixFetcher:
             piece = max(1, num_tokens // self._engine.layout.block_size)
             end = min(source.num_blocks, num_present + piece)
             done = self._under_way[first] = asyncio.get_running_loop().create_future()
+            started_s = self._exchange.clock()
             try:
                 part = await self._fetch_from(source, hashes[:end], num_present)
             finally:
                 del self._under_way[first]
                 done.set_result(None)
-            if part is not None:
+            if part is None:
+                fruitless_s += self._exchange.clock() - started_s
+            else:
                 _add_part(parts, part)
             if self._engine.peek_prefix(hashes) < end:
                 exhausted.add(source.holder_id)
@@ -153,11 +158,11 @@ class PrefixFetcher:
                 outcome = result.failure.cause.value
                 log.info("blocks %d .. %d from %s: %s", start, len(hashes), source.holder_id, result.failure)
                 if _is_holders_fault(result.failure):
-                    self._shun(source.holder_id)
+                    self._shunned.add(source.holder_id)
         except (PeerUnreachable, PeerLost, IncompatiblePeer, TimeoutError) as error:
             outcome = "unreachable"
             log.info("prefix of %d blocks from %s: %r", len(hashes), source.holder_id, error)
-            self._shun(source.holder_id)
+            self._shunned.add(source.holder_id)
         except asyncio.CancelledError:
             outcome = "aborted"  # nobody waits for the prompt any more, which says nothing about the holder
             raise
@@ -226,17 +231,11 @@ class PrefixFetcher:
         leftovers = await fetch.leftovers()
         await self._thread.call(self._engine.release_blocks, head + leftovers)
 
-    def _shun(self, holder_id: str) -> None:
-        """Prompts with the same prefix wait for this one: they should not all try the same holder in turn."""
-        now_s = self._exchange.clock()
-        self._shunned_until = {each: until_s for each, until_s in self._shunned_until.items() if until_s > now_s}
-        self._shunned_until[holder_id] = now_s + _SHUN_S
-
     @property
     def shunned(self) -> list[str]:
-        """The holders that nothing is fetched from at present."""
-        now_s = self._exchange.clock()
-        return [holder_id for holder_id, until_s in self._shunned_until.items() if until_s > now_s]
+        """The holders that nothing is fetched from at present: prompts with the same prefix should not all try one that
+        does not answer."""
+        return self._shunned.names()
 
     async def settle(self) -> None:
         """Wait, with the exchange closed, until all that fetches held has been given back."""

@@ -29,6 +29,7 @@ from services.engine.choice import open_engine
 from services.engine.model_config import ModelError
 from services.grpc_orders import GrpcOrders, GrpcServer
 from services.logs import configure_logging, detail_level, report_phase, report_ready
+from services.node import loop_watch, transport_watches, watched
 from services.orders import OrderServer
 from services.settings import SettingsError
 from services.startup import CANNOT_START, CannotListen
@@ -50,6 +51,9 @@ class WorkerService(StepListener, Protocol):
     def register(self, server: OrderServer) -> None: ...
 
     def state(self) -> dict[str, object]: ...
+
+    def set_stuck(self, stuck: str) -> None:
+        """A part of the worker stands still (empty: no longer): take nothing on, and tell whoever waits."""
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new work; return when the running work is done, or when the time is up."""
@@ -299,17 +303,37 @@ async def _serve_open(
         report_ready(http=record.http_address, about=_about(parts.engine))
         activity = Activity(lambda: sample(parts.metrics.registry), parts.metrics.requests.handoffs_s)
         level = logging.DEBUG if config.disable_log_stats else detail_level()
-        async with activity_logged(activity.line, level):
+        async with activity_logged(activity.line, level), _watched(config, worker, front, registrar):
             with pool_backed(parts.engine.memory, parts.threads):
                 if not await _has_ended(stop.wait(), parts.thread):
                     return 1
-        log.log(detail_level(), "%s drains for at most %g s", parts.worker_id, config.drain_timeout_s)
-        front.http.phase = "draining"
-        await worker.server.set_draining()
-        registrar.update(msgspec.structs.replace(record, draining=True))
-        return 0 if await _has_ended(worker.service.drain(config.drain_timeout_s), parts.thread) else 1
+            log.log(detail_level(), "%s drains for at most %g s", parts.worker_id, config.drain_timeout_s)
+            front.http.phase = "draining"
+            await worker.server.set_draining()
+            registrar.update(msgspec.structs.replace(registrar.record, draining=True))
+            return 0 if await _has_ended(worker.service.drain(config.drain_timeout_s), parts.thread) else 1
     finally:
         await registrar.close()  # before what it has announced is gone
+
+
+@asynccontextmanager
+async def _watched(
+    config: WorkerConfig, worker: RunningWorker, front: Front, registrar: Registrar
+) -> AsyncIterator[None]:
+    """Have it watched that the worker gets on. Where it does not, probes, routers and who waits for it are told."""
+    parts = worker.parts
+
+    def on_change(stuck: str) -> None:
+        front.http.stuck = stuck
+        worker.service.set_stuck(stuck)
+        phase = f"no progress of: {stuck}" if stuck else ""
+        registrar.update(msgspec.structs.replace(registrar.record, phase=phase))
+
+    transports = transport_watches(parts.exchange, config.stuck_after_s)
+    watches = [loop_watch(config.stuck_after_s), parts.thread.watch, *transports]
+    async with watched(watches, config.stuck_exit_s, parts.threads, on_change) as dog:
+        parts.metrics.progress.watch(dog)
+        yield
 
 
 def _about(engine: Engine) -> str:

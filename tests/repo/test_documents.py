@@ -72,7 +72,7 @@ def test_the_protocol_page_names_every_message_and_deadline() -> None:
     kinds = [*messages.HandshakeMessage.__args__, *messages.ReaderMessage.__args__, *messages.OwnerMessage.__args__]
     for kind in kinds:
         assert f"`{kind.__struct_config__.tag}`" in text, kind.__name__
-    rows = dict(re.findall(r"^\| `(\w+_s)` \| (\d+) \|", text, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+_s)` \| ([\d.]+) \|", text, re.MULTILINE))
     assert rows == {field.name: f"{field.default:g}" for field in dataclasses.fields(ExchangeTimeouts)}
 
 

@@ -89,6 +89,9 @@ class FakeWorker(DecodeServiceServicer):
     worker_id: str = ""
     colocated: bool = False
     load: pb.Load = field(default_factory=pb.Load)
+    heartbeat_s: float = 0.0  # promised, and kept until it is mute
+    stuck: str = ""  # what its sessions begin with
+    is_mute: asyncio.Event = field(default_factory=asyncio.Event)
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     aborts: list[pb.AbortRequest] = field(default_factory=list)
     hellos: list[pb.SessionHello] = field(default_factory=list)
@@ -101,6 +104,7 @@ class FakeWorker(DecodeServiceServicer):
         self.port = 0
         self._server: grpc.aio.Server | None = None
         self._abort_seen = asyncio.Event()
+        self._sessions: list[asyncio.Queue[pb.SessionFrame | None]] = []
 
     async def start(self) -> None:
         self._server = grpc.aio.server()
@@ -136,21 +140,35 @@ class FakeWorker(DecodeServiceServicer):
 
     async def Session(self, request_iterator, context):
         frames: asyncio.Queue[pb.SessionFrame | None] = asyncio.Queue()
-        reader = asyncio.create_task(self._read(request_iterator, frames))
+        self._sessions.append(frames)
+        tasks = [asyncio.create_task(self._read(request_iterator, frames)), asyncio.create_task(self._beat(frames))]
         try:
             while (frame := await frames.get()) is not None:
                 yield frame
         finally:
-            reader.cancel()
+            for task in tasks:
+                task.cancel()
             for task in self.live.values():
                 task.cancel()
             self.live.clear()
+
+    def say(self, frame: pb.SessionFrame) -> None:
+        """In the newest session, and, if it is what stands still, at the beginning of each one that follows."""
+        self.stuck = frame.stuck
+        self._sessions[-1].put_nowait(frame)
+
+    async def _beat(self, frames: asyncio.Queue[pb.SessionFrame | None]) -> None:
+        while self.heartbeat_s and not self.is_mute.is_set():
+            await asyncio.sleep(self.heartbeat_s)
+            frames.put_nowait(pb.SessionFrame())
 
     async def _read(self, requests, frames: asyncio.Queue[pb.SessionFrame | None]) -> None:
         async for message in requests:
             if message.HasField("hello"):
                 self.hellos.append(message.hello)
-                frames.put_nowait(pb.SessionFrame(load=self.load, incarnation=self.incarnation))
+                frame = pb.SessionFrame(load=self.load, incarnation=self.incarnation)
+                frame.heartbeat_s, frame.stuck = self.heartbeat_s, self.stuck
+                frames.put_nowait(frame)
             elif message.HasField("generate"):
                 self.requests.append(message.generate)
                 self.live[message.generate.handle] = asyncio.create_task(self._run(message.generate, frames))

@@ -17,6 +17,7 @@ from services.router.config import RouterConfig
 from services.router.edge import GenerateEndpoint
 from services.router.edge.access import AccessRecord
 from services.router.fleet.session import WorkerSession
+from services.router.fleet.silence import Silence
 from services.router.openai import CompletionBody, CompletionRenderer, plan_completion
 from services.router.text import ModelTokenizer
 from tests.router.fake_worker import FakeWorker, Script, endless, failing, permit
@@ -213,12 +214,46 @@ async def test_a_cancellation_that_nobody_ordered_does_not_cost_the_worker(make_
             yield
 
     orders = Cancelled()
-    session = WorkerSession(make_worker().record(), "router", orders, reconnect_max_s=0.01)
+    session = WorkerSession(make_worker().record(), "router", orders, 0.01, Silence(2.0))
     running = asyncio.create_task(session.run())
     await until(lambda: orders.num_calls == 3 or running.done())
     assert not running.done()
     session.close()
     await running
+
+
+async def test_a_worker_that_falls_silent_loses_its_requests_and_gets_no_new_ones(make_worker, sentence, tokenizer):
+    """As one that hangs, is stopped, or is cut off: its connection stays up, and nothing comes over it."""
+    silent = make_worker(lambda request: Script([], pb.FINISH_REASON_UNSPECIFIED), heartbeat_s=0.05)
+    other = make_worker(load=pb.Load(num_running=5))
+    config = RouterConfig(reconnect_max_s=0.2, silence_timeout_s=0.4)
+    async with running_router(config, silent, other) as running, client(running) as http:
+        asking = [asyncio.create_task(http.post("/v1/completions", json=BODY)) for _ in range(2)]
+        await until(lambda: len(silent.requests) == 2)
+        assert [hello.heartbeat_s for hello in silent.hellos] == [0.1]
+        silent.heartbeat_s = 0.0  # and of later sessions it promises nothing
+        silent.is_mute.set()
+        for answer in await asyncio.gather(*asking):
+            assert answer.json()["choices"][0]["text"] == tokenizer.decode(sentence[:4])
+        assert len(other.requests) == 2
+        assert (await http.post("/v1/completions", json=BODY)).status_code == 200
+        assert len(silent.requests) == 2
+
+
+async def test_a_worker_that_says_that_it_stands_still_is_left_until_it_gets_on(make_worker):
+    stuck = make_worker(lambda request: Script([], pb.FINISH_REASON_UNSPECIFIED))
+    other = make_worker(load=pb.Load(num_running=5))
+    async with running_router(CONFIG, stuck, other) as running, client(running) as http:
+        asking = asyncio.create_task(http.post("/v1/completions", json=BODY))
+        await until(lambda: stuck.requests)
+        stuck.say(pb.SessionFrame(stuck="step loop"))
+        assert (await asking).status_code == 200
+        assert (len(stuck.requests), len(other.requests)) == (1, 1)
+        # It says so of each session that the router begins, too, until it gets on.
+        await until(lambda: len(stuck.hellos) > 2)
+        assert running.parts.workers.num_sessions_up == 1
+        stuck.stuck = ""
+        await until(lambda: running.parts.workers.num_sessions_up == 2)
 
 
 async def test_a_session_is_owned_to_its_end_though_its_worker_is_back_already(make_worker):

@@ -12,6 +12,7 @@ from services.router.config import RouterConfig
 from services.router.errors import ClientDisconnected
 from services.router.fleet import session as session_module
 from services.router.fleet.session import SessionFull, WorkerSession
+from services.router.fleet.silence import Silence
 from services.router.sse import cancelled_on_disconnect
 from tests.memory_orders import MemoryOrders
 from tests.router.fake_worker import Script, permit
@@ -111,7 +112,7 @@ async def test_token_id_prompts_do_not_wait_for_the_tokenizer(make_worker):
 
 async def test_orders_that_a_worker_does_not_read_are_bounded(make_worker, monkeypatch):
     monkeypatch.setattr(session_module, "MAX_OUTBOX_BYTES", 10_000)
-    session = WorkerSession(make_worker().record(), "router", MemoryOrders(), 1.0)
+    session = WorkerSession(make_worker().record(), "router", MemoryOrders(), 1.0, Silence(2.0))
     session.connected = True  # and nobody takes its orders
 
     def submit():

@@ -44,6 +44,7 @@ class TwoSidedTransport(MemoryTransport):
     """`MemoryTransport`, whose reads the owner takes part in."""
 
     two_sided = True
+    num_turns: int | None = None
 
     def __init__(self, memory: BlockMemory, switchboard: Switchboard, faults: Faults, seed: int, wire: Wire) -> None:
         super().__init__(memory, switchboard, faults, seed)

@@ -191,3 +191,55 @@ async def test_an_output_that_cannot_be_sent_ends_its_request_and_costs_the_othe
     assert lives[1].usage.num_generated_tokens == 1
     service._abort(lives[1], "the test is over")
     await asyncio.wait([live.admission for live in lives if live.admission is not None])
+
+
+async def frames_of(session: RouterSession, number: int) -> list[pb.SessionFrame]:
+    """The first frames that a session sends."""
+    frames: asyncio.Queue[pb.SessionFrame] = asyncio.Queue()
+    sending = asyncio.create_task(session.send_frames(frames.put))
+    async with asyncio.timeout(30):
+        got = [await frames.get() for _ in range(number)]
+    session.close()
+    await sending
+    return got
+
+
+async def test_a_session_speaks_as_often_as_it_promised_with_nothing_to_say() -> None:
+    rates = RateLearner().rates
+    first, *others = await frames_of(RouterSession("router", 1, "7", pb.Load, lambda: rates, heartbeat_s=0.1), 4)
+    assert first.heartbeat_s == pytest.approx(0.1)
+    assert all(frame == pb.SessionFrame(load=pb.Load()) for frame in others)
+
+
+async def test_a_session_says_at_once_that_the_worker_stands_still_and_that_it_gets_on() -> None:
+    rates = RateLearner().rates
+    session = RouterSession("router", 1, "7", pb.Load, lambda: rates)
+    loop = asyncio.get_running_loop()
+    loop.call_later(0.01, session.set_stuck, "step loop")
+    loop.call_later(0.05, session.set_stuck, "")
+    first, *others = await frames_of(session, 3)
+    assert (first.heartbeat_s, first.stuck) == (0.0, "")
+    assert [frame.stuck for frame in others] == ["step loop", ""]
+
+
+async def test_a_worker_that_stands_still_takes_nothing_on() -> None:
+    parts = SimpleNamespace(
+        worker_id="decode-0",
+        incarnation="1",
+        engine=engine(),
+        thread=ThreadOfTheTest(),
+        metrics=MetricsOfTheTest(),
+        rates=RateLearner(),
+        clock=time.time,
+    )
+    service = DecodeService(DecodeConfig(model="model"), parts)  # type: ignore[arg-type]
+    service._load = pb.Load  # type: ignore[method-assign]
+    service.set_stuck("step loop")
+    router = RouterOfTheTest(order())
+    serving = asyncio.create_task(service.serve_session(router.orders(), router.send))  # type: ignore[arg-type]
+    async with asyncio.timeout(30):
+        output = await router.outputs.get()
+    serving.cancel()
+    await asyncio.wait([serving])
+    assert output.error.code == pb.ERROR_CODE_UNAVAILABLE
+    assert "no progress: step loop" in output.error.message

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -51,6 +52,13 @@ class ScriptedEngine:
         self.log.append("work")
         self.num_steps_left = num_steps
         return "done"
+
+
+def until_true(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
 
 
 class Listener:
@@ -116,6 +124,22 @@ async def test_a_crash_fails_pending_and_later_calls(engine: ScriptedEngine, thr
     assert isinstance(await thread.crashed, RuntimeError)
     with pytest.raises(EngineCrashed, match="the step burst"):
         await thread.call(lambda: "never")
+
+
+async def test_the_thread_has_work_while_it_steps_and_gets_on_with_each_step(
+    engine: ScriptedEngine, thread: EngineThread
+) -> None:
+    await thread.call(lambda: None)
+    await asyncio.to_thread(until_true, lambda: not thread.watch.has_work())
+    await thread.call(engine.work, 2)
+    assert await asyncio.to_thread(engine.in_step.wait, 10)
+    before = thread.watch.num_advances
+    thread.post(lambda: None)
+    assert thread.watch.has_work()
+    assert thread.watch.num_advances == before, "a step that hangs is no progress, whatever waits for it"
+    engine.may_finish.set()
+    await asyncio.to_thread(until_true, lambda: not thread.watch.has_work())
+    assert thread.watch.num_advances > before
 
 
 async def test_an_error_that_nobody_waits_for_is_not_lost(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from services.rates import RateLearner
 from services.worker.engine_thread import EngineThread
 from tests.hf_models import random_prompts, write_model
 from tests.loop_threads import LoopThreads
+from tests.waiting import until
 
 
 class LeaseOfTheTest:
@@ -168,6 +170,36 @@ async def test_orders_are_bounded_before_they_reach_the_queue(engine: Engine, th
             call.cancel()
         await asyncio.wait(calls)
         assert world.outcomes == ["refused", "cancelled", "cancelled"]
+        await world.close()
+
+
+async def test_orders_of_a_worker_that_stands_still_fail_at_once_wherever_they_are(engine: Engine) -> None:
+    world = World(engine, OsThreads(), max_num_waiting=1)
+    is_standing, goes_on = threading.Event(), threading.Event()
+
+    def stand_still() -> None:
+        is_standing.set()
+        assert goes_on.wait(30)
+
+    world.thread.post(stand_still)
+    callers = [Caller("failed"), Caller("failed")]
+    async with asyncio.timeout(30):
+        assert await asyncio.to_thread(is_standing.wait, 30)
+        waiting = world.order(callers[0])  # for the engine's thread
+        await until(lambda: world.service._running)
+        world.service.set_stuck("step loop")
+        await callers[0].has_heard.wait()
+        late = world.order(callers[1], bytes([1]) * 16)
+        await callers[1].has_heard.wait()
+        for caller in callers:
+            assert caller.heard.failed.code == pb.ERROR_CODE_UNAVAILABLE
+        assert "no progress: step loop" in callers[0].heard.failed.message
+        goes_on.set()
+        for call in (waiting, late):
+            call.cancel()
+        await asyncio.wait([waiting, late])
+        await world.thread.call(lambda: None)
+        assert engine.load().num_waiting == engine.load().num_running == 0
         await world.close()
 
 

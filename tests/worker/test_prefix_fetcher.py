@@ -24,6 +24,7 @@ from services.rates import RateLearner
 from services.worker.fetch_costs import FetchCosts
 from services.worker.host_prefixes import HostPrefixes
 from services.worker.prefix_fetcher import PrefixFetcher
+from services.worker.shunned import Shunned
 from tests.memory_transport import MemoryTransport
 from tests.store_node.store_world import LAYOUT, PATIENT, Worker, World, chain, world
 
@@ -285,15 +286,27 @@ async def test_no_holder_is_shunned_because_our_own_pool_took_too_long(monkeypat
             busy.set_result(None)  # at last: there is no room
 
 
-async def test_holders_that_were_shunned_long_ago_are_forgotten() -> None:
-    async with world() as made, running(made) as reader:
-        now_s = 0.0
-        reader.exchange.clock = lambda: now_s
-        for number in range(100):
-            now_s += 10.0
-            source = pb.PrefixSource(holder_id=str(number), kv_address="127.0.0.1:1", num_blocks=20)
-            assert await reader.fetcher.fetch(CHAIN, [source]) == []
-        assert list(reader.fetcher._shunned_until) == ["99"]
+def test_holders_that_were_shunned_long_ago_are_forgotten() -> None:
+    now_s = 0.0
+    shunned = Shunned(lambda: now_s)
+    for number in range(100):
+        now_s += 10.0
+        shunned.add(str(number))
+    assert list(shunned._until_s) == ["99"]
+    assert shunned.names() == ["99"]
+    now_s += 5.0
+    assert shunned.names() == []
+
+
+async def test_holders_that_hang_cost_a_prompt_one_timeout_and_not_one_each() -> None:
+    async with world() as made:
+        first, second = Holder("first", made, 20, num_wants=0), Holder("second", made, 19, num_wants=0)
+        async with running(made, first, second, timeout_s=0.5) as reader:
+            assert await reader.fetcher.fetch(CHAIN, [first.source(), second.source(19)]) == []
+            assert reader.outcomes == {("device", "timeout"): 1}
+            for holder in (first, second):
+                holder.may_lend.set()
+            await reader.fetcher.settle()
 
 
 async def test_a_liar_gives_nothing_and_another_goes_on() -> None:

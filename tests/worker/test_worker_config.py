@@ -14,7 +14,7 @@ from services.worker.config import WorkerConfig
 @pytest.mark.parametrize(
     ("fields", "setting"),
     [
-        ({"peer_timeout_s": 0.9}, "peer_timeout_s"),
+        ({"peer_timeout_s": 0.4}, "peer_timeout_s"),
         ({"host": "0.0.0.0"}, "host"),
         ({"max_num_seqs": -1}, "max_num_seqs"),
         ({"kv_port": 65_536}, "kv_port"),

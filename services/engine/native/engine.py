@@ -39,6 +39,7 @@ from services.engine.native.runner import ModelRunner, Runner
 from services.engine.native.scheduling import Batch, Request, SampledBatch, Scheduler, SchedulerConfig, check_fits
 from services.lifecycle import Event
 from services.machine import Gpu
+from services.rates import NO_STEP
 
 
 class Engine:
@@ -82,6 +83,7 @@ class Engine:
         self._on_grant: dict[str, Callable[[Reservation], None]] = {}  # by id of a reserving request
         self._clock = clock
         self._step_started_s = 0.0
+        self.step_shape = NO_STEP
 
     @classmethod
     def from_config(
@@ -240,7 +242,11 @@ class Engine:
         batch = self._schedule(on_begun)
         if batch is None:
             return StepOutput()
-        return self._postprocess(batch, self._runner.run(batch))
+        self.step_shape = batch.shape
+        try:
+            return self._postprocess(batch, self._runner.run(batch))
+        finally:
+            self.step_shape = NO_STEP
 
     def _schedule(self, on_begun: Callable[[api.Request], None]) -> Batch | None:
         self._step_started_s = self._clock()
@@ -271,7 +277,7 @@ class Engine:
                     timeline.mark(Event.DECODE_JOINED)
         self._grant_reservations()
         duration_s = self._clock() - self._step_started_s
-        return StepOutput(tuple(updates), batch.num_tokens, batch.shape, duration_s)
+        return StepOutput(tuple(updates), batch.num_tokens, self.step_shape, duration_s)
 
     def _lend_prompt(self, update: RequestUpdate) -> RequestUpdate:
         """Lend the caller what the step completed of a prompt that another worker goes on from."""

@@ -3,6 +3,9 @@
 The session reconnects by itself. It hands each output to whoever submitted the request, at once and without waiting
 (`OutputSink.deliver` only stores), so that one slow client never holds up the others. When the stream ends, however it
 does, every request on it ends with a retryable error.
+
+A worker promises a frame at least every so often. One that is silent for too long, since it hangs or is cut off, or
+says that a part of it stands still, is left: its stream ends.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from tandem.v1 import worker_pb2 as pb
 from kvstore.registry import WorkerRecord
 from services.orders import Orders, StreamBroken, is_cancelled
 from services.rates import GUESSED, Rates
+from services.router.fleet.silence import Silence
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +58,11 @@ def rates_from_proto(message: pb.Rates) -> Rates:
     return Rates.from_wire({field.name: value for field, value in message.ListFields()})
 
 
+def _check_progress(frame: pb.SessionFrame) -> None:
+    if frame.stuck:
+        raise StreamBroken(f"the worker makes no progress: {frame.stuck}")
+
+
 class WorkerSession:
     """The session with one incarnation of one decode worker. `run()` is its life, a task that its owner awaits."""
 
@@ -63,6 +72,7 @@ class WorkerSession:
         router_id: str,
         orders: Orders,
         reconnect_max_s: float,
+        silence: Silence,
         on_load: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_load`: called when its load is news, or when it is lost."""
@@ -84,6 +94,12 @@ class WorkerSession:
         self._outbox_drained = asyncio.Event()
         self._outbox_drained.set()
         self._closing = asyncio.Event()
+        self._silence = silence
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the worker should have said something by now: others are preferred, until it does."""
+        return self.connected and self._silence.is_suspect(asyncio.get_running_loop().time())
 
     @property
     def num_live(self) -> int:
@@ -178,17 +194,32 @@ class WorkerSession:
             self._on_first_frame(first)
             reading = asyncio.create_task(self._read_frames(frames), name=f"frames from {self.record.worker_id}")
             closing = asyncio.create_task(self._closing.wait(), name=f"close of {self.record.worker_id}")
+            listening = asyncio.create_task(self._listen(), name=f"silence of {self.record.worker_id}")
             try:
-                await asyncio.wait([reading, closing], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([reading, closing, listening], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 closing.cancel()
+                listening.cancel()
                 if reading.cancel():
                     await asyncio.wait([reading])
-            if reading.done() and not reading.cancelled():
-                reading.result()
+            for each in (reading, listening):
+                if each.done() and not each.cancelled():
+                    each.result()
+
+    async def _listen(self) -> None:
+        """Raise StreamBroken once the worker has been silent for too long."""
+        while True:
+            await asyncio.sleep(self._silence.look_s)
+            self._silence.look(asyncio.get_running_loop().time())
+            if self._silence.is_broken:
+                raise StreamBroken(f"silent for more than {self._silence.timeout_s:g} s")
 
     async def _requests(self) -> AsyncIterator[pb.SessionRequest]:
-        yield pb.SessionRequest(hello=pb.SessionHello(router_id=self._router_id, protocol_version=PROTOCOL_VERSION))
+        yield pb.SessionRequest(
+            hello=pb.SessionHello(
+                router_id=self._router_id, protocol_version=PROTOCOL_VERSION, heartbeat_s=self._silence.heartbeat_s
+            )
+        )
         while True:
             await self._outbox_filled.wait()
             while self._outbox:
@@ -205,6 +236,8 @@ class WorkerSession:
                 f"{self.record.grpc_address} answers as incarnation {frame.incarnation!r}, "
                 f"registered is {self.record.incarnation!r}"
             )
+        _check_progress(frame)
+        self._silence.begin(asyncio.get_running_loop().time(), is_promised=frame.heartbeat_s > 0)
         self.connected = True
         log.debug("session with decode worker %s is up", self.record.worker_id)
         self._on_frame(frame)
@@ -215,6 +248,8 @@ class WorkerSession:
         raise StreamBroken("the worker ended the session")
 
     def _on_frame(self, frame: pb.SessionFrame) -> None:
+        _check_progress(frame)
+        self._silence.heard(asyncio.get_running_loop().time())
         if frame.HasField("load"):
             self.load = frame.load
             if frame.load.HasField("rates"):

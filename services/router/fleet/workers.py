@@ -18,6 +18,7 @@ from kvstore.registry import Membership, WorkerRecord
 from services.orders import Orders
 from services.rates import Rates, mean_rates
 from services.router.fleet.session import WorkerSession, rates_from_proto
+from services.router.fleet.silence import Silence
 from services.router.routing import DecodeCandidate, PrefillCandidate, WorkerKey
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Workers:
         orders: Orders,
         reconnect_max_s: float,
         serves: Callable[[WorkerRecord], bool] = lambda record: True,
+        silence_timeout_s: float = 2.0,
     ) -> None:
         self.on_news: Callable[[], None] = lambda: None
         """Called when a worker may have room that it had not before."""
@@ -44,6 +46,7 @@ class Workers:
         self._orders = orders
         self._reconnect_max_s = reconnect_max_s
         self._serves = serves
+        self._silence_timeout_s = silence_timeout_s
         self._clock = time.monotonic
         self._records: tuple[WorkerRecord, ...] = ()
         self._starting: tuple[WorkerRecord, ...] = ()
@@ -125,13 +128,19 @@ class Workers:
         return self._sessions[worker_id, incarnation]
 
     def decode_candidates(self) -> list[DecodeCandidate]:
+        # One that should have said something is passed over while others of its model have.
+        heard = {
+            record.model_fingerprint
+            for record, session in self._decode_sessions()
+            if session.connected and not session.is_suspect
+        }
         return [
             DecodeCandidate(
                 worker_id=record.worker_id,
                 incarnation=record.incarnation,
                 model_names=record.served_model_names,
                 model_fingerprint=record.model_fingerprint,
-                connected=session.connected,
+                connected=session.connected and not (session.is_suspect and record.model_fingerprint in heard),
                 draining=record.draining or session.load.draining,
                 num_outstanding=session.num_outstanding,
                 num_waiting_tokens=max(session.load.num_waiting_tokens, self._num_queued_tokens(record)),
@@ -208,7 +217,10 @@ class Workers:
                 yield record, session
 
     def _open(self, key: WorkerKey, record: WorkerRecord) -> None:
-        session = WorkerSession(record, self._router_id, self._orders, self._reconnect_max_s, lambda: self.on_news())
+        silence = Silence(self._silence_timeout_s)
+        session = WorkerSession(
+            record, self._router_id, self._orders, self._reconnect_max_s, silence, lambda: self.on_news()
+        )
         self._sessions[key] = session
         task = asyncio.create_task(session.run(), name=f"session with {record.worker_id}")
         self._tasks.add(task)

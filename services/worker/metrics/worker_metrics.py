@@ -17,7 +17,7 @@ from services.engine.api import Engine
 from services.exposition import ExposedRegistry, add_process_series
 from services.lifecycle import Event, Timeline
 from services.metric_families import WORKER
-from services.node import ExchangeMetrics, IndexMetrics
+from services.node import ExchangeMetrics, IndexMetrics, ProgressMetrics
 from services.rates import TIERS
 from services.worker.metrics.engine_metrics import EngineCollector, HostTierCollector, StepMetrics
 
@@ -40,7 +40,7 @@ _REGULAR_ENDS = frozenset({pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH})
 _FINISH_REASONS = ("stop", "length", "abort", "error")
 _HANDOFF_FAILURES = ("unreachable", "timeout", "digest", "peer_lost", "rpc", "overloaded")
 
-Refusal = Literal["draining", "full", "invalid", "protocol"]
+Refusal = Literal["draining", "full", "stuck", "invalid", "protocol"]
 OrderOutcome = Literal["finished", "refused", "failed", "cancelled", "expired"]
 RecomputeCause = Literal["handoff", "preemption"]
 
@@ -104,6 +104,7 @@ class WorkerMetrics:
         self.registry: CollectorRegistry = ExposedRegistry(own, {"model_name": model_name, "role": role})
         self.exchange = ExchangeMetrics(own)
         self.index = IndexMetrics(own)
+        self.progress = ProgressMetrics(own)
         self.steps = StepMetrics(own)
         self.requests = RequestMetrics(own)
 

@@ -1,0 +1,150 @@
+"""Watches from a thread of its own that this process gets on, says so where it does not, and ends it in the end.
+
+A thread, since an event loop that hangs cannot look at itself. What it cannot see is a call into C that never gives the
+interpreter back: then nothing here runs, and peers (by the silence) and whoever asks for `/health` find out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+
+from prometheus_client import CollectorRegistry
+
+from kvstore.exchange import BlockExchange
+from kvstore.threads import Threads
+from services.metric_families import NODE
+from services.progress import Progress, Watch
+from services.startup import STUCK
+
+log = logging.getLogger(__name__)
+
+_INTERVAL_S = 0.25
+_LAST_WORDS_S = 2.0
+
+
+def loop_watch(allowed_s: float) -> Watch:
+    """Watch the running event loop: it has to come round to a callback of ours, again and again."""
+    loop, num_sent = asyncio.get_running_loop(), 0
+
+    def ask() -> bool:
+        nonlocal num_sent
+        if watch.num_advances == num_sent:
+            num_sent += 1
+            with contextlib.suppress(RuntimeError):  # it is closed
+                loop.call_soon_threadsafe(watch.advanced)
+        return True
+
+    watch = Watch("event_loop", ask, lambda: allowed_s)
+    return watch
+
+
+def transport_watches(exchange: BlockExchange, allowed_s: float) -> list[Watch]:
+    """Watch the transports that have a thread of their own: it has to come round, too."""
+    return [_transport_watch(exchange, name, allowed_s) for name in exchange.transport_turns()]
+
+
+def _transport_watch(exchange: BlockExchange, name: str, allowed_s: float) -> Watch:
+    def has_work() -> bool:
+        watch.num_advances = exchange.transport_turns().get(name, 0)
+        return watch.num_advances > 0  # else it is being made anew, which is its own affair
+
+    watch = Watch(name, has_work, lambda: allowed_s)
+    return watch
+
+
+class Watchdog:
+    """Looks every quarter of a second. Any thread may ask it."""
+
+    def __init__(
+        self,
+        watches: Sequence[Watch],
+        exit_s: float,
+        threads: Threads,
+        on_change: Callable[[str], None],
+        end: Callable[[int], object] = os._exit,
+    ) -> None:
+        """`on_change` hears in the event loop what stands still, in words; empty: nothing does any more.
+
+        `exit_s`: after a standstill of so much more than allowed the process ends by `end`; 0: never.
+        """
+        self.stuck = ""
+        self._progress = Progress(watches, _INTERVAL_S)
+        self._exit_s = exit_s
+        self._on_change = on_change
+        self._end = end
+        self._loop = asyncio.get_running_loop()
+        # Of its own: who hangs may hold a log handler's lock, or our output may be full.
+        self._words = threads.pool("watchdog-words")
+
+    def still_s(self) -> dict[str, float]:
+        """Seconds that each part has stood still although it had work."""
+        return self._progress.still_s()
+
+    def turn(self) -> bool:
+        """Wait, and look. Returns True: there is a next turn."""
+        time.sleep(_INTERVAL_S)
+        self.look(time.monotonic())
+        return True
+
+    def look(self, now_s: float) -> None:
+        """Look once."""
+        self._progress.look(now_s)
+        names = self._progress.stuck()
+        stuck = ", ".join(name.replace("_", " ") for name in names)
+        if stuck != self.stuck:
+            self.stuck = stuck
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._on_change, stuck)
+            self._words.submit(log.error if stuck else log.warning, "no progress of: %s", stuck or "nothing any more")
+        if self._exit_s and (overdue := self._progress.overdue(self._exit_s)):
+            saying = self._words.submit(_say_where, overdue)
+            with contextlib.suppress(TimeoutError):
+                saying.result(_LAST_WORDS_S)
+            self._end(STUCK)
+
+    def close(self) -> None:
+        """Nothing is said any more."""
+        self._words.shutdown(wait=False)
+
+
+def _say_where(names: Sequence[str]) -> None:
+    log.critical("ending with status %d: no progress of %s, although there was work", STUCK, ", ".join(names))
+    faulthandler.dump_traceback(all_threads=True)
+
+
+class ProgressMetrics:
+    """Exports what the watchdog sees."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._still_s = NODE.gauge("tandem:stuck_seconds", registry)
+
+    def watch(self, dog: Watchdog) -> None:
+        """Register where to read, at scrape time."""
+        for part in dog.still_s():
+            self._still_s.labels(part).set_function(partial(_still_s, dog, part))
+
+
+def _still_s(dog: Watchdog, part: str) -> float:
+    return dog.still_s()[part]
+
+
+@asynccontextmanager
+async def watched(
+    watches: Sequence[Watch], exit_s: float, threads: Threads, on_change: Callable[[str], None]
+) -> AsyncIterator[Watchdog]:
+    """A watchdog that runs while the body does."""
+    dog = Watchdog(watches, exit_s, threads, on_change)
+    runner = threads.start("watchdog", dog.turn)
+    try:
+        yield dog
+    finally:
+        await runner.stop(2 * _INTERVAL_S + _LAST_WORDS_S)
+        dog.close()

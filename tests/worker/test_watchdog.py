@@ -1,0 +1,95 @@
+"""The watchdog: what it says and to whom, and how the process ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+
+from services.node import Watchdog, loop_watch
+from services.progress import Watch
+from services.startup import STUCK
+from tests.loop_threads import LoopThreads
+
+
+def seconds(number: float) -> list[float]:
+    return [0.25 * i for i in range(int(number * 4) + 1)]
+
+
+async def test_who_should_know_hears_of_a_standstill_and_of_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[str] = []
+    watch = Watch("step_loop", lambda: True, lambda: 2.0)
+    dog = Watchdog([watch], 60.0, LoopThreads(), heard.append, end=lambda status: pytest.fail("ended"))
+    for now_s in seconds(3):
+        dog.look(now_s)
+    assert dog.stuck == "step loop"
+    watch.advanced()
+    dog.look(4.0)
+    await asyncio.sleep(0)
+    assert heard == ["step loop", ""]
+    assert [record.levelno for record in caplog.records] == [logging.ERROR, logging.WARNING]
+
+
+async def test_what_stands_still_for_good_ends_the_process_and_says_where_it_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ends: list[int] = []
+    dog = Watchdog([Watch("step_loop", lambda: True, lambda: 2.0)], 5.0, LoopThreads(), lambda _: None, ends.append)
+    for now_s in seconds(7):
+        dog.look(now_s)
+    assert ends == []
+    dog.look(7.25)
+    assert ends == [STUCK]
+    assert "ending with status 3: no progress of step_loop" in caplog.text
+
+
+async def test_a_process_may_be_told_never_to_end_itself() -> None:
+    dog = Watchdog(
+        [Watch("step_loop", lambda: True, lambda: 2.0)],
+        0.0,
+        LoopThreads(),
+        lambda _: None,
+        end=lambda status: pytest.fail("ended"),
+    )
+    for now_s in seconds(1000):
+        dog.look(now_s)
+
+
+async def test_a_loop_that_comes_round_gets_on_and_one_that_hangs_does_not() -> None:
+    watch = loop_watch(2.0)
+    dog = Watchdog([watch], 0.0, LoopThreads(), lambda _: None)
+    for now_s in seconds(10):
+        dog.look(now_s)
+        await asyncio.sleep(0)
+    assert dog.still_s() == {"event_loop": 0.0}
+    for now_s in seconds(3):
+        dog.look(10 + now_s)
+    assert dog.stuck == "event loop"
+
+
+_HANGS = """
+import asyncio, sys, time
+from kvstore.threads import OsThreads
+from services.node import loop_watch, watched
+
+def hang_in_the_loop():
+    time.sleep(60)
+
+async def main():
+    async with watched([loop_watch(0.3)], 0.3, OsThreads(), lambda stuck: None):
+        hang_in_the_loop()
+
+asyncio.run(main())
+"""
+
+
+def test_a_process_whose_event_loop_hangs_ends_with_a_status_and_all_stacks() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _HANGS], capture_output=True, text=True, timeout=50, env=dict(os.environ), check=False
+    )
+    assert ended.returncode == STUCK
+    assert "hang_in_the_loop" in ended.stderr
