@@ -404,7 +404,7 @@ async def test_the_private_redis_is_started_again_on_its_port() -> None:
 
 
 def test_pauses_before_restarts_double_and_are_bounded() -> None:
-    assert [restart_delay_s(num) for num in (1, 2, 3, 6, 99)] == [1, 2, 4, 30, 30]
+    assert [restart_delay_s(num) for num in (1, 2, 3, 4, 7, 99)] == [0, 1, 2, 4, 30, 30]
 
 
 def test_exits_are_described_in_words() -> None:

@@ -1,8 +1,8 @@
 """Keeps processes running: starts them, reads their output, restarts one that dies, stops them.
 
 A process that ends before it has ever served raises `ChildFailed`: something is wrong that trying again does not cure.
-One that ends later is started again, after a pause that doubles with each failure in a row. On Linux no child outlives
-the launcher, even if that is killed (see child.py).
+One that ends later is started again: at once, and after a pause that doubles where it ends again and again. On Linux no
+child outlives the launcher, even if that is killed (see child.py).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _SHIM = str(Path(__file__).with_name("child.py"))
 _MAX_LINE_BYTES = 1 << 20
 _KEPT_LINES = 20
 _LAST_OUTPUT_S = 2.0
-STABLE_S = 60.0
-"""A process that has run for so long before it died starts again with the shortest pause."""
+STABLE_S = 30.0
+"""A process that has run for so long before it died starts again at once."""
 
 _LOG_PREFIX = re.compile(r"\d\d:\d\d:\d\d\.\d{3} [A-Z]+ [\w.]+: ")
 
@@ -58,8 +58,8 @@ def last_words(lines: Iterable[str]) -> str:
 
 
 def restart_delay_s(num_failures: int) -> float:
-    """The pause before the next start, after so many failures in a row (at least 1): 1, 2, 4, … 30 seconds."""
-    return float(min(2 ** (num_failures - 1), 30))
+    """The pause before the next start, after so many failures in a row (at least 1): 0, 1, 2, 4, … 30 seconds."""
+    return 0.0 if num_failures == 1 else float(min(2 ** (num_failures - 2), 30))
 
 
 def describe_exit(status: int) -> str:
