@@ -285,7 +285,8 @@ class PrefillService:
         self._stuck = stuck
         if stuck:
             for running in self._running:
-                running.reschedule(self._loop.time())
+                if not running.expired():
+                    running.reschedule(self._loop.time())
 
     async def drain(self, timeout_s: float) -> None:
         self._draining = True
