@@ -35,6 +35,7 @@ from kvstore.protocol import (
     Resolve,
     StartSend,
     Suspect,
+    Take,
     Verify,
     Want,
 )
@@ -53,7 +54,7 @@ class Tools:
     verifier: Executor
     start_task: Callable[[Coroutine[None, None, None]], asyncio.Task[None]]
     """Runs a coroutine as a task that the exchange owns and awaits at its close."""
-    passed: Callable[[Connection[OwnerSession], Want | Have | Suspect], None]
+    passed: Callable[[Connection[OwnerSession], Want | Take | Have | Suspect], None]
     """Hears what a reader says to whoever holds the blocks."""
 
 

@@ -17,17 +17,20 @@ from kvstore.errors import PeerLost, TransportError
 from kvstore.exchange.connection import Tools
 from kvstore.exchange.framing import Listener, Outside
 from kvstore.exchange.handshake import PeerIdentity
+from kvstore.exchange.keep import Keep, Keeps
 from kvstore.exchange.observer import ExchangeObserver
 from kvstore.exchange.owner import Lease, PrefixLender, lend
 from kvstore.exchange.peer_sessions import PeerSessions, ToOwner, ToReader
 from kvstore.exchange.reader import Fetch, ReserveFunction
 from kvstore.protocol import (
     MAX_HASHES,
+    AnnouncedBlock,
     ExchangeTimeouts,
     Have,
     PeerGone,
     Revoke,
     Suspect,
+    Take,
     Want,
 )
 from kvstore.transport import Transport
@@ -74,12 +77,13 @@ class BlockExchange:
         self._on_have = on_have
         self._request_scope = request_scope or (lambda _: contextlib.nullcontext())
         self._listener: Listener | None = None
+        self._timeouts = timeouts or ExchangeTimeouts()
+        self._keeps = Keeps()
         self._verifier = outside.threads.pool("kv-verify")
 
         def make_tools(peers: PeerSessions) -> Tools:
             seen = observer or ExchangeObserver()
-            given = timeouts or ExchangeTimeouts()
-            return Tools(memory, given, outside.clock, seen, self._verifier, peers.start_task, self._passed)
+            return Tools(memory, self._timeouts, outside.clock, seen, self._verifier, peers.start_task, self._passed)
 
         self._peers = PeerSessions(identity, outside, self._transports, make_tools)
 
@@ -110,6 +114,7 @@ class BlockExchange:
         """End all connections, leases and fetches, then the transports. Bounded in time; may be called again."""
         if self._listener is not None:
             self._listener.close()
+        self._keeps.close()
         await self._peers.close()
         for transport in self._transports:
             await transport.close()
@@ -140,6 +145,7 @@ class BlockExchange:
             "readers": [_describe(connection) for connection in self._peers.readers.values()],
             "fetches": [handle.describe() for handle in handles if isinstance(handle, Fetch)],
             "leases": [handle.describe() for handle in handles if isinstance(handle, Lease)],
+            "num_kept": len(self._keeps),
         }
 
     # ---- connections ----
@@ -172,8 +178,17 @@ class BlockExchange:
             raise PeerLost(f"transfer {transfer_id.hex()}: reader {reader_peer_id} is not connected")
         return Lease(connection, transfer_id, num_blocks, request_id)
 
-    def _passed(self, connection: ToReader, message: Want | Have | Suspect) -> None:
+    def keep(self, transfer_id: bytes, blocks: Sequence[AnnouncedBlock], request_id: str = "") -> Keep:
+        """Keep blocks for whoever names this random id within `lease_ttl_s`; errors none, `request_id` as above."""
+        keep = Keep(transfer_id, blocks, request_id)
+        self._keeps.add(keep, self._timeouts.lease_ttl_s)
+        return keep
+
+    def _passed(self, connection: ToReader, message: Want | Take | Have | Suspect) -> None:
         """A reader speaks to whoever holds the blocks."""
+        if isinstance(message, Take):
+            self._keeps.take(message.transfer_id, connection)
+            return
         if isinstance(message, Have):
             if self._on_have is not None:  # else: we keep nothing for others, and nobody waits for an answer
                 self._on_have(connection.peer, message)
@@ -244,6 +259,24 @@ class BlockExchange:
         if fetch.machine.may_succeed:
             connection = self._peers.owners[owner_peer_id]
             connection.do(connection.session.want(transfer_id, hashes, request_id))
+        return fetch
+
+    def fetch_kept(
+        self,
+        transfer_id: bytes,
+        owner_peer_id: str,
+        expected_hashes: Sequence[BlockHash | None],
+        reserve: ReserveFunction,
+        owner_incarnation: str | None = None,
+    ) -> Fetch:
+        """Read the blocks that an owner keeps under this id; arguments and errors as `fetch`.
+
+        A failure with cause `revoked` means that it keeps none, or no more.
+        """
+        fetch = self.fetch(transfer_id, owner_peer_id, expected_hashes, reserve, owner_incarnation)
+        if fetch.machine.may_succeed:
+            connection = self._peers.owners[owner_peer_id]
+            connection.do(connection.session.take(transfer_id, self.clock()))
         return fetch
 
     def tell_have(

@@ -20,7 +20,8 @@ from kvstore.errors import ProtocolViolation
 PROTOCOL_VERSION: Final = 1
 WANTS_NAME_REQUESTS: Final = "want.request_id"
 HEARS_SUSPICIONS: Final = "suspect"
-FEATURES: Final = (WANTS_NAME_REQUESTS, HEARS_SUSPICIONS)
+LENDS_KEPT: Final = "take"
+FEATURES: Final = (WANTS_NAME_REQUESTS, HEARS_SUSPICIONS, LENDS_KEPT)
 """What was added within this version: optional fields and messages, sent only to a peer whose Hello names them."""
 MAX_REQUEST_ID_CHARS: Final = 256
 MAX_HASHES: Final = 65536
@@ -89,6 +90,15 @@ class Want(_Message, frozen=True, tag="want", omit_defaults=True):
     transfer_id: _TransferId
     hashes: Annotated[list[_Hash], msgspec.Meta(max_length=MAX_HASHES)]
     request_id: Annotated[str, msgspec.Meta(max_length=MAX_REQUEST_ID_CHARS)] = ""
+
+
+class Take(_Message, frozen=True, tag="take"):
+    """Reader: lend the blocks that you keep under this transfer's id; answered by `offer`, or by `revoke` for none.
+
+    Whoever knows the id, 16 random bytes, was told it by the owner, by way of who moves the request.
+    """
+
+    transfer_id: _TransferId
 
 
 class Have(_Message, frozen=True, tag="have"):
@@ -191,7 +201,7 @@ class Revoke(_Message, frozen=True, tag="revoke"):
 
 
 HandshakeMessage: TypeAlias = Hello | Reject | Choose | Ready
-ReaderMessage: TypeAlias = Heartbeat | Want | Have | ReadRequest | Confirm | Suspect | Release
+ReaderMessage: TypeAlias = Heartbeat | Want | Take | Have | ReadRequest | Confirm | Suspect | Release
 OwnerMessage: TypeAlias = Heartbeat | Offer | Announce | ReadGranted | ReadRefused | Confirmed | Revoke
 Message: TypeAlias = HandshakeMessage | ReaderMessage | OwnerMessage
 

@@ -28,9 +28,10 @@ from kvstore.protocol.fetch_events import (
     Verify,
 )
 from kvstore.protocol.lease import Closed, LeaseAction, LeaseEvent, LeaseMachine, StartSend
-from kvstore.protocol.machine import HangUp, PeerGone, Timer
+from kvstore.protocol.machine import AbortOrdered, HangUp, PeerGone, Timer
 from kvstore.protocol.messages import (
     HEARS_SUSPICIONS,
+    LENDS_KEPT,
     MAX_HASHES,
     MAX_REQUEST_ID_CHARS,
     WANTS_NAME_REQUESTS,
@@ -47,6 +48,7 @@ from kvstore.protocol.messages import (
     Release,
     Revoke,
     Suspect,
+    Take,
     Want,
 )
 from kvstore.protocol.timeouts import ExchangeTimeouts
@@ -68,9 +70,9 @@ class Read:
 
 @dataclass(frozen=True)
 class Pass:
-    """Action: pass a message on to whoever holds the blocks. After all but a `Have`, `OwnerSession.settled` follows."""
+    """Action: pass a message on to whoever holds the blocks. `OwnerSession.settled` follows a `Want` or `Suspect`."""
 
-    message: Want | Have | Suspect
+    message: Want | Take | Have | Suspect
 
 
 Action: TypeAlias = Message | Reserve | Read | Verify | Resolve | Quiesced | StartSend | Closed | HangUp | Pass
@@ -176,6 +178,12 @@ class ReaderSession(_Session[FetchMachine]):
         known = request_id[:MAX_REQUEST_ID_CHARS] if WANTS_NAME_REQUESTS in self._features else ""
         return [(transfer_id, Want(transfer_id, list(hashes[:MAX_HASHES]), known))]
 
+    def take(self, transfer_id: bytes, now: float) -> Actions:
+        """Ask for the blocks that the owner keeps under this id; an owner that keeps none is not asked."""
+        if LENDS_KEPT not in self._features:
+            return self.tell(transfer_id, AbortOrdered("the owner keeps no blocks of moved requests"), now)
+        return [(transfer_id, Take(transfer_id))]
+
     def tell(self, transfer_id: bytes, event: FetchEvent, now: float) -> Actions:
         """Tell a fetch what has happened; nothing, where it is over."""
         machine = self.transfers.get(transfer_id)
@@ -275,7 +283,7 @@ class OwnerSession(_Session[LeaseMachine]):
         match message:
             case Heartbeat(transfer_ids):
                 return [each for transfer_id in transfer_ids for each in self.tell(transfer_id, message, now)]
-            case Have():
+            case Have() | Take():
                 return [(_NO_TRANSFER, Pass(message))]
             case Want(transfer_id) if self._num_owed >= _MAX_OWED:
                 return [(transfer_id, Revoke(transfer_id, f"{_MAX_OWED} transfers are being lent to you already"))]

@@ -13,6 +13,7 @@ from kvstore.protocol import (
     Ready,
     Reject,
     Revoke,
+    Take,
     TransportOffer,
     Want,
     decode,
@@ -50,6 +51,7 @@ MESSAGES = [
     Revoke(TRANSFER, "lease expired"),
     Want(TRANSFER, [bytes(16), TRANSFER]),
     Want(TRANSFER, [TRANSFER], "chatcmpl-7"),
+    Take(TRANSFER),
     Have("127.0.0.1:5002", None, [TRANSFER]),
     Have("127.0.0.1:5002", bytes(16), [TRANSFER, bytes(16)]),
 ]
