@@ -1,7 +1,8 @@
-"""The CPU kernels, built along with the package; all else is in pyproject.toml.
+"""The C parts, built along with the package; all else is in pyproject.toml.
 
-They are C, bound with ctypes: no Python or torch header is needed. Each is optional: where it does not compile (no
-compiler, a processor of another kind), the installation goes on, and workers compute with torch and say so.
+They are bound with ctypes: no Python or torch header is needed. Each is optional: where it does not compile (no
+compiler, a processor of another kind), the installation goes on: workers compute with torch and say so, and blocks are
+summed by numpy.
 """
 
 import runpy
@@ -24,5 +25,13 @@ setup(
             optional=True,
         )
         for variant in build["VARIANT_FLAGS"]
+    ]
+    + [
+        Extension(
+            "kvstore.block._row_sums",
+            ["kvstore/block/row_sums.c"],
+            extra_compile_args=["-std=gnu11", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"],
+            optional=True,
+        )
     ]
 )

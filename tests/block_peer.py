@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block import BlockHash, BlockLayout, HostMemory, Proof
@@ -47,6 +48,18 @@ class BlockPeer:
         """What is sent of this block from now on is not what is announced."""
         self._order("flip", block_hash, offset)
 
+    def hold(self, hashes: Sequence[BlockHash], content: bytes, proofs: Sequence[int]) -> None:
+        """Claim that these blocks have this content, each with the proof given."""
+        self._order("hold", list(hashes), content, list(proofs))
+
+    def swap(self, one: BlockHash, other: BlockHash, *, content: bool, proofs: bool) -> None:
+        """Lend one block's content, proof or both under the other's name, and the other way round."""
+        self._order("swap", one, other, content, proofs)
+
+    def offer(self, store: WorkerRecord, hashes: Sequence[BlockHash]) -> None:
+        """Tell a store node that we hold this chain, for it to take over."""
+        self._order("offer", store.kv_address, list(hashes))
+
     def suspected(self) -> list[BlockHash]:
         """The blocks of which readers said that the bytes are wrong."""
         return list(self._order("suspected"))
@@ -79,9 +92,8 @@ class _Peer:
         self._suspected: list[BlockHash] = []
         self.incarnation = new_incarnation()
         identity = PeerIdentity(f"peer/{self.incarnation}", "store", self.incarnation, layout)
-        self.exchange = BlockExchange(
-            identity, self._memory, make_transports("ucxx", self._memory, "peer"), lender=self
-        )
+        transports = make_transports("ucxx", self._memory, "peer")
+        self.exchange = BlockExchange(identity, self._memory, transports, proof_key=None, lender=self)
 
     async def fetch(self, address: str, hashes: list[BlockHash]) -> list[bytes]:
         first = len(self._slots)
@@ -98,6 +110,21 @@ class _Peer:
 
     async def flip(self, block_hash: BlockHash, offset: int) -> None:
         self._memory.view(self._slots[block_hash][0])[offset] ^= 1
+
+    async def hold(self, hashes: list[BlockHash], content: bytes, proofs: list[int]) -> None:
+        for block_hash, proof in zip(hashes, proofs, strict=True):
+            slot = len(self._slots)
+            self._memory.view(slot)[:] = np.frombuffer(content, dtype=np.uint8)
+            self._slots[block_hash] = (slot, Proof(proof))
+
+    async def swap(self, one: BlockHash, other: BlockHash, content: bool, proofs: bool) -> None:
+        slots, tags = zip(self._slots[one], self._slots[other], strict=True)
+        slots, tags = slots[::-1] if content else slots, tags[::-1] if proofs else tags
+        self._slots[one], self._slots[other] = zip(slots, tags, strict=True)
+
+    async def offer(self, address: str, hashes: list[BlockHash]) -> None:
+        owner = await self.exchange.connect(address)
+        self.exchange.tell_have(owner, self.exchange.address, None, hashes)
 
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
         held = hashes[: next((i for i, each in enumerate(hashes) if each not in self._slots), len(hashes))]

@@ -2,7 +2,6 @@
 
 Everything else in kvstore is about where blocks live and how they move."""
 
-from kvstore.block.digest import multipliers
 from kvstore.block.hash import (
     HASH_BYTES,
     BlockHash,
@@ -15,33 +14,44 @@ from kvstore.block.hash import (
 )
 from kvstore.block.layout import DTYPE_BYTES, LAYOUT_VERSION, BlockLayout
 from kvstore.block.memory import BlockMemory, HostMemory
-from kvstore.block.proof import MAX_PROOF, Proof, find_wrong, prove, proves
+from kvstore.block.proof import MAX_PROOF, MIN_KEY_BYTES, Proof, ProofKey, Subject, subject_of
+from kvstore.block.row_sums import ROW_WORDS, Multipliers, is_compiled
 from kvstore.block.runs import Run, coalesce
 from kvstore.block.shared_tokens import BlockTokens, SharedTokenIndex, SharedTokens
+from kvstore.block.unkeyed import MAX_CHECKSUM, Checksum, checksum, checksums, find_changed, public_multipliers
 
 __all__ = [
     "DTYPE_BYTES",
     "HASH_BYTES",
     "LAYOUT_VERSION",
+    "MAX_CHECKSUM",
     "MAX_PROOF",
+    "MIN_KEY_BYTES",
+    "ROW_WORDS",
     "BlockHash",
     "BlockLayout",
     "BlockMemory",
     "BlockTokens",
+    "Checksum",
     "HostMemory",
+    "Multipliers",
     "Proof",
+    "ProofKey",
     "Run",
     "SharedTokenIndex",
     "SharedTokens",
+    "Subject",
+    "checksum",
+    "checksums",
     "coalesce",
     "extend_hashes",
-    "find_wrong",
+    "find_changed",
     "hash_block",
     "hash_blocks",
-    "multipliers",
+    "is_compiled",
     "namespace",
     "pack_hashes",
-    "prove",
-    "proves",
+    "public_multipliers",
+    "subject_of",
     "unpack_hashes",
 ]

@@ -1,4 +1,4 @@
-"""Describes blocks: their shape, their element type, and the model whose keys and values they hold.
+"""Describes blocks: their shape, their element type, the model whose keys and values they hold, and what proves them.
 
 Two workers exchange a layout when they first meet. Blocks are raw bytes, so any difference in layout means that one
 side would read the other's bytes as something they are not: the peers refuse each other, by field and value.
@@ -19,7 +19,7 @@ DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16":
 
 _MAX_DIMENSION = 1 << 20
 _MAX_BLOCK_BYTES = 1 << 32
-_MAX_FINGERPRINT_CHARS = 256
+_MAX_NAME_CHARS = 256
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class BlockLayout:
     """One block: `[num_layers, 2 (key, value), num_kv_heads, block_size (tokens), head_dim]`, contiguous, of `dtype`.
 
     `model_fingerprint` (hex digits in practice) covers the model's configuration, its dtype and all its weight bytes.
-    Construction raises `InvalidLayout` for impossible values.
+    `proof_key` is the id of the key that these blocks are proven under. Construction raises `InvalidLayout` for
+    impossible values.
     """
 
     num_layers: int
@@ -37,6 +38,7 @@ class BlockLayout:
     dtype: str
     model_fingerprint: str
     version: int = LAYOUT_VERSION
+    proof_key: str = ""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "block_size", "head_dim", "version"):
@@ -47,17 +49,18 @@ class BlockLayout:
                 )
         if not isinstance(self.dtype, str) or self.dtype not in DTYPE_BYTES:
             raise InvalidLayout(f"block layout: dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype!r:.80}")
-        name = self.model_fingerprint
-        is_printable = isinstance(name, str) and name.isascii() and name.isprintable()
-        if not is_printable or not 0 < len(name) <= _MAX_FINGERPRINT_CHARS:
-            raise InvalidLayout(
-                f"block layout: model_fingerprint must be 1 .. {_MAX_FINGERPRINT_CHARS} printable ASCII characters, "
-                f"not {self.model_fingerprint!r:.80}"
-            )
+        for name, min_chars in (("model_fingerprint", 1), ("proof_key", 0)):
+            text = getattr(self, name)
+            is_printable = isinstance(text, str) and text.isascii() and text.isprintable()
+            if not is_printable or not min_chars <= len(text) <= _MAX_NAME_CHARS:
+                raise InvalidLayout(
+                    f"block layout: {name} must be {min_chars} .. {_MAX_NAME_CHARS} printable ASCII characters, "
+                    f"not {text!r:.80}"
+                )
         if self.block_bytes > _MAX_BLOCK_BYTES:
             raise InvalidLayout(f"block layout: a block of {self.block_bytes} bytes exceeds {_MAX_BLOCK_BYTES}")
         if self.block_bytes % 8:
-            # The payload digest reads blocks as 64-bit words.
+            # Proofs and checksums read blocks as 64-bit words.
             raise InvalidLayout(f"block layout: a block of {self.block_bytes} bytes is no whole number of 8-byte words")
 
     @property

@@ -1,6 +1,6 @@
 """Defines block memory: one pool, addressed by block id.
 
-Transports move bytes between pools and the protocol checks digests, both through this interface; neither knows torch.
+Transports move bytes between pools, and proofs are made of them, through this interface; neither knows torch.
 The CPU pool is here; the CUDA one is in `services.engine`.
 """
 
@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.block.digest import digest_rows
+from kvstore.block.row_sums import Multipliers
 
 _PAGE_BYTES = 4096
 
@@ -36,8 +36,8 @@ class BlockMemory(Protocol):
     def address(self) -> int:
         """Address of block 0; block `i` starts `i * block_bytes` after it."""
 
-    def digests(self, block_ids: Sequence[int]) -> list[int]:
-        """Return the payload digest of each block, in the order given."""
+    def sums(self, block_ids: Sequence[int], multipliers: Multipliers) -> list[bytes]:
+        """Return the sums of each block's rows (`Multipliers.sums`), in the order given."""
 
 
 class HostMemory:
@@ -52,7 +52,7 @@ class HostMemory:
         if num_blocks < 1 or block_bytes < 8 or block_bytes % 8:
             raise ValueError(f"expected at least one block of a multiple of 8 bytes, got {num_blocks} of {block_bytes}")
         self.array = array
-        self._words = array.view("<i8")
+        self._words = array.view("<u8")
 
     @classmethod
     def allocate(cls, num_blocks: int, block_bytes: int) -> HostMemory:
@@ -87,13 +87,13 @@ class HostMemory:
         row: npt.NDArray[np.uint8] = self.array[block_id]
         return row
 
-    def digests(self, block_ids: Sequence[int]) -> list[int]:
-        """Return the payload digest of each block, in the order given. Raises IndexError."""
-        digests: list[int] = []
-        for block_id in block_ids:  # one by one: gathering scattered rows first would copy them
+    def sums(self, block_ids: Sequence[int], multipliers: Multipliers) -> list[bytes]:
+        """Return the sums of each block's rows, in the order given. Raises IndexError."""
+        sums: list[bytes] = []
+        for block_id in block_ids:  # one by one: gathering scattered blocks first would copy them
             self._check(block_id)
-            digests += digest_rows(self._words[block_id : block_id + 1])
-        return digests
+            sums.append(multipliers.sums(self._words[block_id]))
+        return sums
 
     def _check(self, block_id: int) -> None:
         # numpy would take -1 as the last block.

@@ -13,7 +13,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from kvstore.block import BlockMemory
+from kvstore.block import BlockMemory, ProofKey
 from kvstore.errors import PeerLost, ProtocolViolation
 from kvstore.exchange.framing import FrameStream
 from kvstore.exchange.handshake import Introduction
@@ -48,6 +48,7 @@ class Tools:
     """The tools that all connections of a process share."""
 
     memory: BlockMemory
+    proof_key: ProofKey | None
     timeouts: ExchangeTimeouts
     clock: Callable[[], float]
     observer: ExchangeObserver

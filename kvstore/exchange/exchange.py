@@ -12,7 +12,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 
-from kvstore.block import BlockHash, BlockMemory
+from kvstore.block import BlockHash, BlockMemory, ProofKey
 from kvstore.errors import PeerLost, TransportError
 from kvstore.exchange.connection import Tools
 from kvstore.exchange.framing import Listener, Outside
@@ -57,13 +57,17 @@ class BlockExchange:
         transports: Sequence[Transport],
         timeouts: ExchangeTimeouts | None = None,
         *,
+        proof_key: ProofKey | None,
         outside: Outside | None = None,
         observer: ExchangeObserver | None = None,
         lender: PrefixLender | None = None,
         on_have: OnHave | None = None,
         request_scope: RequestScope | None = None,
     ) -> None:
-        """`outside`: the real world by default."""
+        """`proof_key`: None for whom keeps blocks for others; what it reads is checked by whoever uses it.
+
+        `outside`: the real world by default.
+        """
         if memory.block_bytes != identity.layout.block_bytes:
             raise ValueError(
                 f"the pool's blocks have {memory.block_bytes} bytes, the layout's {identity.layout.block_bytes}"
@@ -83,7 +87,9 @@ class BlockExchange:
 
         def make_tools(peers: PeerSessions) -> Tools:
             seen = observer or ExchangeObserver()
-            return Tools(memory, self._timeouts, outside.clock, seen, self._verifier, peers.start_task, self._passed)
+            return Tools(
+                memory, proof_key, self._timeouts, outside.clock, seen, self._verifier, peers.start_task, self._passed
+            )
 
         self._peers = PeerSessions(identity, outside, self._transports, make_tools)
 

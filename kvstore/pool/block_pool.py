@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from kvstore.block import BlockHash, BlockTokens, Proof, SharedTokenIndex, SharedTokens
+from kvstore.block import BlockHash, BlockTokens, Checksum, Proof, SharedTokenIndex, SharedTokens
 from kvstore.errors import OutOfBlocks
 from kvstore.pool.eviction import Slot
 from kvstore.pool.slot_book import Block, CacheChange, SlotBook, describe
@@ -61,6 +61,8 @@ class BlockPool(SlotBook):
         parent_hash: BlockHash | None = None,
         proof: Proof | None = None,
         tokens: BlockTokens | None = None,
+        *,
+        checksum: Checksum | None = None,
     ) -> bool:
         """Publish as in any book, where caching is on.
 
@@ -69,18 +71,18 @@ class BlockPool(SlotBook):
         """
         if not self.enable_prefix_caching:
             return False
-        is_new = SlotBook.publish(self, slot_id, block_hash, parent_hash, proof)
+        is_new = SlotBook.publish(self, slot_id, block_hash, parent_hash, proof, checksum=checksum)
         if is_new and proof is None:
             self._unproven.append(slot_id)
         if tokens is not None and block_hash in self._by_hash:
             self._shared_tokens.add(self._by_hash[block_hash].slot_id, tokens)
         return is_new
 
-    def take_unproven(self) -> list[int]:
-        """Blocks that were made findable without a proof since the last call, and are so still."""
+    def take_unproven(self) -> dict[int, BlockHash]:
+        """Blocks that were made findable without a proof since the last call, and are so still, with their hashes."""
         unproven, self._unproven = self._unproven, []
         slots = map(self._slots.__getitem__, unproven)
-        return [slot.slot_id for slot in slots if slot.block_hash is not None and slot.proof is None]
+        return {slot.slot_id: slot.block_hash for slot in slots if slot.block_hash is not None and slot.proof is None}
 
     def set_proofs(self, ids: Sequence[int], proofs: Sequence[Proof]) -> None:
         """Keep the proofs of blocks that `take_unproven` named."""

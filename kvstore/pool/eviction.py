@@ -20,7 +20,7 @@ import heapq
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from kvstore.block import BlockHash, Proof
+from kvstore.block import BlockHash, Checksum, Proof
 
 # Of 0.1 .. 0.95 the best over Mooncake's conversation trace and synthetic chat. Larger shares lost to plain LRU there:
 # a conversation's blocks are used again by its next turn and, once it has ended, are dead weight among the protected.
@@ -32,6 +32,7 @@ class Slot:
 
     __slots__ = (
         "block_hash",
+        "checksum",
         "is_dropped",
         "is_protected",
         "last_use",
@@ -48,6 +49,7 @@ class Slot:
         self.block_hash: BlockHash | None = None  # None: not findable
         self.parent_hash: BlockHash | None = None
         self.proof: Proof | None = None
+        self.checksum: Checksum | None = None  # a store's, which cannot check proofs
         self.was_reused = False  # used at least once after its publication
         self.is_dropped = False
         self.last_use = 0  # the segmented policy's, as is `is_protected`

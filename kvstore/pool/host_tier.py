@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from kvstore.block import BlockHash, BlockMemory, HostMemory, find_wrong
+from kvstore.block import BlockHash, BlockMemory, HostMemory, ProofKey, subject_of
 from kvstore.errors import IntegrityError
 from kvstore.pool.eviction import PROTECTED_SHARE
 from kvstore.pool.slot_book import Block, CacheChange, SlotBook
@@ -64,7 +64,7 @@ NOTHING_COPIED = CopiedBack([], 0.0)
 class HostTier:
     """A book of slots in main memory, with their bytes, that a paged pool evicts into."""
 
-    def __init__(self, memory: HostMemory, paged: BlockMemory, copier: BlockCopier) -> None:
+    def __init__(self, memory: HostMemory, paged: BlockMemory, copier: BlockCopier, proof_key: ProofKey) -> None:
         if memory.block_bytes != paged.block_bytes:
             raise ValueError(f"slots of {memory.block_bytes} bytes for blocks of {paged.block_bytes}")
         self.stats = HostTierStats()
@@ -73,6 +73,7 @@ class HostTier:
         self._book = SlotBook(memory.num_blocks, PROTECTED_SHARE, on_change=self._changes.append)
         self._paged = paged
         self._copier = copier
+        self._proof_key = proof_key
         self._num_pins = 0
 
     def may_have(self, block_hash: BlockHash) -> bool:
@@ -115,7 +116,8 @@ class HostTier:
         """Copy pinned blocks into paged blocks of the caller's, and verify them there. On any thread."""
         started_s = time.perf_counter()
         self._copier.copy_in([block.slot for block in pinned], block_ids)
-        wrong = set(find_wrong(self._paged, block_ids, [block.proof for block in pinned]))
+        subjects = [subject_of(block.block_hash) for block in pinned]
+        wrong = self._proof_key.find_wrong(self._paged, block_ids, subjects, [block.proof for block in pinned])
         is_whole = [position not in wrong for position in range(len(pinned))]
         return CopiedBack(is_whole, time.perf_counter() - started_s)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from kvstore.block import BlockHash, Proof
+from kvstore.block import BlockHash, Checksum, Proof
 from kvstore.errors import IntegrityError
 from kvstore.pool.eviction import SegmentedLru, Slot
 
@@ -49,6 +49,8 @@ class Block(NamedTuple):
     parent_hash: BlockHash | None
     proof: Proof
     was_reused: bool
+    checksum: Checksum | None = None
+    """Of its bytes when they were stored, by whom cannot check the proof."""
 
 
 @dataclass
@@ -175,10 +177,8 @@ class SlotBook:
                     break
                 slot = victim
                 del self._idle[slot]
-            if on_evict is not None:
-                block_hash, proof = slot.block_hash, slot.proof
-                if block_hash is not None and proof is not None:  # what nobody vouches for is not kept elsewhere
-                    evicted.append(Block(slot.slot_id, block_hash, slot.parent_hash, proof, slot.was_reused))
+            if on_evict is not None and slot.proof is not None:  # what is not proven is not kept elsewhere
+                evicted.append(describe(slot))
             self._unlink(slot)
             slot.num_references = 1
             taken.append(slot.slot_id)
@@ -188,7 +188,13 @@ class SlotBook:
         return taken
 
     def publish(
-        self, slot_id: int, block_hash: BlockHash, parent_hash: BlockHash | None = None, proof: Proof | None = None
+        self,
+        slot_id: int,
+        block_hash: BlockHash,
+        parent_hash: BlockHash | None = None,
+        proof: Proof | None = None,
+        *,
+        checksum: Checksum | None = None,
     ) -> bool:
         """Make a full, verified slot findable, of which the caller holds a reference. It is not written to any more.
 
@@ -202,7 +208,7 @@ class SlotBook:
             raise IntegrityError(f"publish of slot {slot_id} as {block_hash.hex()}: it is {self._name(slot_id)}")
         if block_hash in self._by_hash or slot.is_dropped:
             return False
-        slot.block_hash, slot.parent_hash, slot.proof = block_hash, parent_hash, proof
+        slot.block_hash, slot.parent_hash, slot.proof, slot.checksum = block_hash, parent_hash, proof, checksum
         slot.was_reused = False
         self._by_hash[block_hash] = slot
         if self._segments is not None:
@@ -355,7 +361,7 @@ class SlotBook:
         block_hash = slot.block_hash
         assert block_hash is not None, f"slot {slot.slot_id} is not findable"
         del self._by_hash[block_hash]
-        slot.block_hash = slot.proof = None
+        slot.block_hash = slot.proof = slot.checksum = None
         self._tell(CacheChange(block_hash, CacheEvent.EVICTED))
 
     def _check_referenced(self, slot_id: int, operation: str) -> Slot:
@@ -381,4 +387,4 @@ def _ignore(change: CacheChange) -> None:
 def describe(slot: Slot) -> Block:
     assert slot.block_hash is not None
     assert slot.proof is not None
-    return Block(slot.slot_id, slot.block_hash, slot.parent_hash, slot.proof, slot.was_reused)
+    return Block(slot.slot_id, slot.block_hash, slot.parent_hash, slot.proof, slot.was_reused, slot.checksum)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
-from kvstore.block import BlockHash
+from kvstore.block import BlockHash, Subject, subject_of
 from kvstore.protocol.fetch_events import (
     FetchAction,
     FetchCause,
@@ -186,8 +186,13 @@ class FetchMachine:
             return self._fail(event.cause, f"{_describe(read)}: {event.detail}", now)
         self.stamps = replace(self.stamps, last_read=now)
         read.verifying = True
+        subjects = tuple(self._subject(index) for index in read.indexes)
         proofs = tuple(self._progress.announced[index].proof for index in read.indexes)
-        return [Verify(event.read_id, read.local_ids, proofs)]
+        return [Verify(event.read_id, read.local_ids, subjects, proofs)]
+
+    def _subject(self, index: int) -> Subject:
+        """What we wait for in this place, whatever the owner calls it: else it could give what it has a proof of."""
+        return subject_of(self._expected_hashes[index], self.transfer_id, index)
 
     def _verified(self, event: Verified, now: float) -> list[FetchAction]:
         read = self.reads.pop(event.read_id)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
-from kvstore.block import Proof
+from kvstore.block import Proof, Subject
 from kvstore.protocol.machine import AbortOrdered, HangUp, PeerGone, Timer
 from kvstore.protocol.messages import Announce, Confirmed, Offer, ReaderMessage, Revoke
 
@@ -172,10 +172,11 @@ class StartRead:
 
 @dataclass(frozen=True)
 class Verify:
-    """Hold our blocks against their proofs. `Verified` must follow, always."""
+    """Hold our blocks against their proofs, each for its subject. `Verified` must follow, always."""
 
     read_id: int
     local_ids: tuple[int, ...]
+    subjects: tuple[Subject, ...]
     proofs: tuple[Proof, ...]
 
 

@@ -4,9 +4,9 @@
     tandem.table    | head, to 4096 | record 0 | record 1 | ...
 
 The table is a file of its own so that a start reads one small run, and so that both grow and shrink at their ends. Each
-record is checksummed together with its slot, and carries the block's proof. A slot is rewritten in the order erase
-record, write payload, write record, without fsync: a killed process leaves an erased record; a lost power supply may
-leave any mixture, which the checksum and the proof tell from a block. Data can be lost, never wrong.
+record is checksummed together with its slot, and carries the block's proof and checksum. A slot is rewritten in the
+order erase record, write payload, write record, without fsync: a killed process leaves an erased record; a lost power
+supply may leave any mixture, which both checksums tell from a block. Data can be lost, never wrong.
 
 No lock here: `kvstore.store.disk_tier` sees to it that a slot has one writer, or readers.
 """
@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from kvstore.block import HASH_BYTES, BlockHash, Proof
+from kvstore.block import HASH_BYTES, BlockHash, Checksum, Proof
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 BLOCKS_NAME: Final = "tandem.blocks"
 TABLE_NAME: Final = "tandem.table"
 HEAD_BYTES: Final = 4096
@@ -38,7 +38,7 @@ _MIN_NUM_GROWTHS: Final = 16  # so that a small store grows in small steps
 _MAGIC: Final = b"TANDEMKV"
 _HEAD: Final = struct.Struct("<8sHHIQ32s")  # magic, version, 0, 0, block bytes, fingerprint
 _HAS_PARENT: Final = 1
-_RECORD: Final = struct.Struct("<HHIQQ16s16s")  # version, flags, 0, sequence, proof, hash, parent
+_RECORD: Final = struct.Struct("<HHIQQQ16s16s")  # version, flags, 0, sequence, proof, checksum, hash, parent
 RECORD_BYTES: Final = _RECORD.size + _CHECKSUM_BYTES
 _ERASED: Final = bytes(RECORD_BYTES)
 _OPEN: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # what a link points to is not ours to write
@@ -59,6 +59,7 @@ class Record(NamedTuple):
 
     sequence: int
     proof: Proof
+    checksum: Checksum  # of the payload
     block_hash: BlockHash
     parent_hash: BlockHash | None
 
@@ -107,7 +108,8 @@ class DiskFiles:
     def recover(self) -> tuple[dict[int, Record], RecoveryReport]:
         """Read the table, and cut the files to the bound and to each other; the good records by slot. Raises OSError.
 
-        What is no table of ours, or has another version or layout, is emptied, and the blocks with it.
+        What is no table of ours, or has another version or layout (another proof key's, too), is emptied, and the
+        blocks with it.
         """
         records: dict[int, Record] = {}
         report = RecoveryReport(num_unusable_files=self._num_links)
@@ -122,7 +124,9 @@ class DiskFiles:
         num_slots = os.fstat(self._blocks).st_size // self.block_bytes
         if head[: len(self._head())] != self._head():
             if table_bytes or num_slots:
-                logger.warning("the table is damaged, or of another version or layout: all blocks are dropped")
+                logger.warning(
+                    "the table is damaged, or of another version, layout or proof key: all blocks are dropped"
+                )
                 report.num_unusable_files += 1
             num_slots, table = 0, b""
         self.num_slots = min(num_slots, self._max_slots)
@@ -176,7 +180,7 @@ class DiskFiles:
             logger.warning("slot %d cannot be erased: %s", slot, error)
 
     def read(self, slot: int, into: memoryview) -> bool:
-        """Fill `into` with a slot's payload; False if the file ends before. Whether it is right, the proof says."""
+        """Fill `into` with a slot's payload; False if the file ends before. Whether it is right, the checksum says."""
         return self._read_into(self._blocks, into, slot * self.block_bytes) == len(into)
 
     def sync(self) -> None:
@@ -246,7 +250,8 @@ def _checksum(body: bytes, place: bytes = b"") -> bytes:
 def _encode_record(record: Record, slot: int) -> bytes:
     flags = 0 if record.parent_hash is None else _HAS_PARENT
     parent = bytes(HASH_BYTES) if record.parent_hash is None else record.parent_hash
-    body = _RECORD.pack(FORMAT_VERSION, flags, 0, record.sequence, record.proof, record.block_hash, parent)
+    numbers = (FORMAT_VERSION, flags, 0, record.sequence, record.proof, record.checksum)
+    body = _RECORD.pack(*numbers, record.block_hash, parent)
     return body + _checksum(body, slot.to_bytes(8, "little"))
 
 
@@ -254,7 +259,8 @@ def _decode_record(encoded: bytes, slot: int) -> Record | None:
     body, checksum = encoded[: _RECORD.size], encoded[_RECORD.size :]
     if checksum != _checksum(body, slot.to_bytes(8, "little")):
         return None
-    version, flags, _, sequence, proof, block_hash, parent = _RECORD.unpack(body)
+    version, flags, _, sequence, proof, checksum, block_hash, parent = _RECORD.unpack(body)
     if version != FORMAT_VERSION:
         return None
-    return Record(sequence, Proof(proof), BlockHash(block_hash), BlockHash(parent) if flags & _HAS_PARENT else None)
+    parent_hash = BlockHash(parent) if flags & _HAS_PARENT else None
+    return Record(sequence, Proof(proof), Checksum(checksum), BlockHash(block_hash), parent_hash)

@@ -4,7 +4,7 @@ Preallocated slots (`disk_files`) measured better than LMDB: cold reads are 5 to
 they stay within their bound, and a flipped byte costs its block, not the process (docs/tiers.md).
 
 What is durable: nothing until `sync` or `close`, except against the death of this process. What is never served: bytes
-whose proof is not the one that was put, whatever happened to them.
+whose checksum is not the one that was put, whatever happened to them. Proofs are kept and given back.
 
 Threads: `put`, `get` and `sync` block on the disk and may be called from any threads at once; a lock is held
 for bookkeeping and never during I/O. `contains`, `len` and the properties take no lock and never block: an event loop
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.block import HASH_BYTES, MAX_PROOF, BlockHash, BlockLayout, Proof, proves
+from kvstore.block import HASH_BYTES, MAX_CHECKSUM, MAX_PROOF, BlockHash, BlockLayout, Checksum, Proof, checksum
 from kvstore.errors import IntegrityError, KVStoreError
 from kvstore.pool import PROTECTED_SHARE, Block, SlotBook
 from kvstore.store.directory import StoreDirectory
@@ -67,6 +67,7 @@ class StoredBlock(NamedTuple):
 
     parent_hash: BlockHash | None
     proof: Proof
+    checksum: Checksum
 
 
 class GetFailure(Enum):
@@ -165,7 +166,12 @@ class DiskTier:
         return self._book.hashes()
 
     def put(
-        self, block_hash: BlockHash, parent_hash: BlockHash | None, proof: Proof, payload: ReadableBuffer
+        self,
+        block_hash: BlockHash,
+        parent_hash: BlockHash | None,
+        proof: Proof,
+        checksum: Checksum,
+        payload: ReadableBuffer,
     ) -> PutResult:
         """Write a block, evicting others if need be. The caller keeps `payload` unchanged until this returns.
 
@@ -174,15 +180,16 @@ class DiskTier:
         `DiskTierClosed`.
         """
         data = _as_bytes(payload)
-        if len(data) != self.layout.block_bytes or len(block_hash) != HASH_BYTES or not 0 <= proof <= MAX_PROOF:
-            raise ValueError(f"put of block {block_hash.hex()}: {len(data)} bytes, proof {proof}")
+        is_sized = len(data) == self.layout.block_bytes and len(block_hash) == HASH_BYTES
+        if not is_sized or not 0 <= proof <= MAX_PROOF or not 0 <= checksum <= MAX_CHECKSUM:
+            raise ValueError(f"put of block {block_hash.hex()}: {len(data)} bytes, proof {proof}, checksum {checksum}")
         with self._operation():
             claim = self._claim(block_hash, parent_hash)
             if isinstance(claim, PutOutcome):
                 return PutResult(claim, ())
             is_stored = False
             try:
-                self._files.write(claim.slot, Record(claim.sequence, proof, block_hash, parent_hash), data)
+                self._files.write(claim.slot, Record(claim.sequence, proof, checksum, block_hash, parent_hash), data)
                 is_stored = True
             except OSError as error:
                 with self._lock:
@@ -191,7 +198,7 @@ class DiskTier:
                 with self._lock:
                     self._writing.remove(block_hash)
                     if is_stored:
-                        self._book.publish(claim.slot, block_hash, parent_hash, proof)
+                        self._book.publish(claim.slot, block_hash, parent_hash, proof, checksum=checksum)
                         self.stats.num_stored += 1
                         self._resume_writes()
                     self._book.release([claim.slot])
@@ -214,9 +221,17 @@ class DiskTier:
                 self.stats.num_read += is_right
                 self.stats.num_corrupt += not is_right
             if is_right:
-                return StoredBlock(block.parent_hash, block.proof)
+                assert block.checksum is not None, "each record has one"
+                return StoredBlock(block.parent_hash, block.proof, block.checksum)
             self._drop(block)
             return GetFailure.CORRUPT
+
+    def drop(self, block_hash: BlockHash) -> bool:
+        """Forget a block, if it is here; whether it was. Raises `DiskTierClosed`."""
+        with self._operation(), self._pinned(block_hash) as block:
+            if block is not None:
+                self._drop(block)
+            return block is not None
 
     def sync(self) -> None:
         """Wait until what was put before is durable. Raises OSError, `DiskTierClosed`."""
@@ -310,7 +325,7 @@ class DiskTier:
         with self._lock:
             is_first = self._book.drop([block.slot]) == 1
         if is_first:
-            # Where this fails a restart finds it again; then it is what its proof says, or is dropped again.
+            # Where this fails a restart finds it again; then it is what its checksum says, or is dropped again.
             self._files.try_to_erase(block.slot)
 
     # -- I/O --
@@ -321,7 +336,7 @@ class DiskTier:
         except OSError as error:
             logger.warning("%s: reading slot %d failed: %s", self._directory.path, block.slot, error)
             return False
-        if is_whole and proves(block.proof, target):
+        if is_whole and checksum(target) == block.checksum:
             return True
         logger.warning("%s: slot %d is corrupt: its block is dropped", self._directory.path, block.slot)
         return False
@@ -367,7 +382,8 @@ class DiskTier:
         self._book.extend(self._files.num_slots)
         slots = self._book.take(self._files.num_slots)
         for block_hash, slot in slot_of.items():
-            self._book.publish(slot, block_hash, records[slot].parent_hash, records[slot].proof)
+            record = records[slot]
+            self._book.publish(slot, block_hash, record.parent_hash, record.proof, checksum=record.checksum)
         self._book.release(slots)
         self.recovery.num_blocks = len(self._book)
         num_old, self.recovery.num_foreign_files = self._directory.tidy()

@@ -1,7 +1,7 @@
 """Takes blocks into a store node: workers say what they hold, the node fetches what it lacks.
 
     have (a chain) -> the worker's line -> connect to the worker -> what of it is not here? -> reserve slots
-    -> fetch_prefix -> verify, confirm -> publish
+    -> fetch_prefix -> confirm -> checksums -> publish, with the proofs that they came with
 
 Nobody writes into another's memory: a busy node fetches later or not at all. An offer is a hint. A chain is offered
 from its head each time it has grown, so the next offer makes good one that was dropped or failed. Each worker has a
@@ -11,17 +11,19 @@ line of its own: one that has vanished is dialled once for all its offers, and t
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 
-from kvstore.block import BlockHash
+from kvstore.block import BlockHash, checksums
 from kvstore.errors import IncompatiblePeer, PeerLost, PeerUnreachable
 from kvstore.exchange import BlockExchange, Fetch, PeerIdentity
 from kvstore.protocol import Have, Reservation
 from kvstore.store.tiered_store import TieredStore
+from kvstore.threads import Threads
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +76,11 @@ class Intake:
     Close the exchange before `settle`: that ends the fetches, and with them everything that is done here.
     """
 
-    def __init__(self, exchange: BlockExchange, store: TieredStore) -> None:
+    def __init__(self, exchange: BlockExchange, store: TieredStore, threads: Threads) -> None:
         self.stats = IntakeStats()
         self._exchange = exchange
         self._store = store
+        self._threads = threads
         self._lines: dict[str, _Line] = {}  # by peer id
         self._under_way: dict[BlockHash, _Pull] = {}
         self._num_waiting = 0  # for what is under way
@@ -271,9 +274,12 @@ class Intake:
             if result.failure is not None:
                 self._failed(offer, len(hashes), result.failure.cause.value, result.failure.detail)
                 return 0
-            for slot, block_hash, proof in zip(result.block_ids, hashes, result.proofs, strict=False):
+            known_by = await self._threads.run(functools.partial(checksums, self._store.memory, result.block_ids))
+            for slot, block_hash, proof, checksum in zip(
+                result.block_ids, hashes, result.proofs, known_by, strict=False
+            ):
                 unpublished.discard(slot)
-                self._store.publish(slot, block_hash, parent_hash, proof)
+                self._store.publish(slot, block_hash, parent_hash, proof, checksum)
                 parent_hash = block_hash
             self.stats.num_pulled_blocks += len(result.block_ids)
             self.stats.num_pulled_bytes += result.num_bytes

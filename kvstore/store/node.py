@@ -1,7 +1,8 @@
 """The store node: keeps blocks in DRAM and on disk, lends them by name, outlives the workers.
 
 A node is a block exchange like a worker's, over the memory of a `TieredStore`: it lends by pinning, and fills itself
-by fetching what workers offer (`intake`). It knows neither Redis nor settings; `services.store` runs it.
+by fetching what workers offer (`intake`). It has no key: it keeps the proofs that blocks came with, passes them on, and
+knows its own blocks by checksums. It knows neither Redis nor settings; `services.store` runs it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
-from kvstore.block import BlockHash, find_wrong
+from kvstore.block import BlockHash, find_changed
 from kvstore.errors import KVStoreError
 from kvstore.exchange import BlockExchange, ExchangeObserver, Outside, PeerIdentity, RequestScope
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts
@@ -38,6 +39,7 @@ class StoreLender:
         self._threads = threads
         self.num_lent = 0  # blocks, at present
         self.num_corrupt = 0  # blocks whose bytes had changed in memory
+        self.num_refuted = 0  # blocks dropped since a reader found their proofs wrong, while they had not changed here
 
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
         """Pin the longest prefix that the tiers give in time."""
@@ -51,18 +53,28 @@ class StoreLender:
         self._store.unpin(block.block_id for block in blocks)
 
     async def recheck(self, hashes: Sequence[BlockHash]) -> None:
-        """Drop what has changed in memory. A good copy on disk stays, and is what the next reader gets."""
+        """Drop what has changed in memory: a good copy on disk stays, and is what the next reader gets.
+
+        What has not changed is dropped from both tiers. Its reader can check proofs, and we cannot: it came here wrong,
+        or somebody has lied.
+        """
         dram = self._store.dram
         pinned = [block for block_hash in hashes for block in dram.pin([block_hash], is_use=False)]
         ids = [block.slot for block in pinned]
         try:
-            proofs = [block.proof for block in pinned]
-            wrong = await self._threads.run(functools.partial(find_wrong, self._store.memory, ids, proofs))
-            self.num_corrupt += dram.drop(ids[position] for position in wrong)
-            for position in wrong:
-                logger.error("block %s has changed in memory", pinned[position].block_hash.hex())
+            job = functools.partial(find_changed, self._store.memory, ids, [block.checksum for block in pinned])
+            changed = [pinned[position] for position in await self._threads.run(job)]
+            self.num_corrupt += dram.drop(block.slot for block in changed)
+            for block in changed:
+                logger.error("block %s has changed in memory", block.block_hash.hex())
         finally:
             dram.release(ids)
+        refuted = sorted(set(hashes).difference(block.block_hash for block in changed))
+        self.num_refuted += await self._store.drop(refuted)
+        for block_hash in refuted:
+            logger.error(
+                "block %s is not what was computed, as a reader finds; it has not changed here", block_hash.hex()
+            )
 
 
 class StoreNode:
@@ -87,13 +99,14 @@ class StoreNode:
             store.memory,
             transports,
             timeouts,
+            proof_key=None,
             outside=outside,
             observer=observer,
             lender=self.lender,
             on_have=lambda peer, have: self.intake.offered(peer, have),
             request_scope=request_scope,
         )
-        self.intake = Intake(self.exchange, store)
+        self.intake = Intake(self.exchange, store, outside.threads)
 
     async def start(self, host: str, port: int) -> None:
         """Listen; port 0 takes a free one. Raises `TransportError`, OSError."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
 
-from kvstore.block import BlockHash, HostMemory, Proof
+from kvstore.block import BlockHash, Checksum, HostMemory, Proof
 from kvstore.errors import IntegrityError
 from kvstore.pool import (
     PROTECTED_SHARE,
@@ -141,12 +141,14 @@ class TieredStore:
             raise
         return slots
 
-    def publish(self, slot: int, block_hash: BlockHash, parent_hash: BlockHash | None, proof: Proof) -> bool:
-        """Make a private slot, filled and verified, findable and the store's, and see to its copy on disk.
+    def publish(
+        self, slot: int, block_hash: BlockHash, parent_hash: BlockHash | None, proof: Proof, checksum: Checksum
+    ) -> bool:
+        """Make a private slot that has been filled findable and the store's, and see to its copy on disk.
 
         If the block is here already, that one stays, the slot becomes free, and this returns False.
         """
-        is_new = self.dram.publish(slot, block_hash, parent_hash, proof)
+        is_new = self.dram.publish(slot, block_hash, parent_hash, proof, checksum=checksum)
         if is_new:
             self._write_soon([block_hash])
         self.dram.release([slot])
@@ -188,6 +190,16 @@ class TieredStore:
     def unpin(self, slots: Iterable[int]) -> None:
         """Give back one pin on each slot."""
         self.dram.release(list(slots))
+
+    async def drop(self, hashes: Sequence[BlockHash]) -> int:
+        """Forget blocks in both tiers; how many were here. Whoever has one pinned keeps it."""
+        num_here = sum(self.tier_of(block_hash) is not None for block_hash in hashes)
+        self.dram.drop(block.slot for each in hashes if (block := self.dram.find(each)) is not None)
+        disk = self.disk
+        if disk is not None and not self._is_closed:
+            await self._in_thread(lambda: [disk.drop(block_hash) for block_hash in hashes])
+            self._report_disk(hashes)
+        return num_here
 
     # -- life --
 
@@ -276,7 +288,9 @@ class TieredStore:
         def put_all() -> list[BlockHash]:
             changed: list[BlockHash] = []
             for block in sound:
-                result = disk.put(block.block_hash, block.parent_hash, block.proof, self.memory.view(block.slot))
+                assert block.checksum is not None, "publish gives one"
+                payload = self.memory.view(block.slot)
+                result = disk.put(block.block_hash, block.parent_hash, block.proof, block.checksum, payload)
                 changed += (block.block_hash, *result.evicted)
             return changed
 
@@ -329,7 +343,7 @@ class TieredStore:
             for (block_hash, slot), result in zip(wanted, results, strict=True):
                 if isinstance(result, StoredBlock):
                     private.remove(slot)
-                    self.publish(slot, block_hash, result.parent_hash, result.proof)
+                    self.publish(slot, block_hash, result.parent_hash, result.proof, result.checksum)
         finally:
             self.abandon(private)
             self._report_disk(block_hash for block_hash, _ in wanted)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof
+from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof, ProofKey, Subject
 from kvstore.pool import CacheChange, CopiedBack
 from kvstore.protocol import Reservation
 from services.engine.request import (
@@ -127,11 +127,15 @@ class Engine(Protocol):
 
     @property
     def layout(self) -> BlockLayout:
-        """Returns the layout of its blocks. Any thread, as the next two."""
+        """Returns the layout of its blocks. Any thread, as the next three."""
 
     @property
     def memory(self) -> BlockMemory:
         """The paged blocks' bytes, for transports to read and to write."""
+
+    @property
+    def proof_key(self) -> ProofKey:
+        """What proves the blocks that it computes, and those that it is given."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -204,8 +208,8 @@ class Engine(Protocol):
     def release_blocks(self, block_ids: Sequence[int]) -> None:
         """Give back references that the caller holds. Raises `NotLent`, changing nothing, if it holds no such one."""
 
-    def proofs(self, block_ids: Sequence[int]) -> list[Proof]:
-        """The proofs of blocks that the caller holds."""
+    def proofs(self, block_ids: Sequence[int], subjects: Sequence[Subject]) -> list[Proof]:
+        """The proofs, each for its subject, of blocks that the caller holds."""
 
     def recheck(self, hashes: Sequence[BlockHash]) -> int:
         """Hold cached blocks against their proofs and drop those that have changed; returns how many."""

@@ -186,6 +186,7 @@ class Request:
     cache_salt: str = ""
     arrival_s: float = 0.0  # FIFO within a priority; any clock, the same for all requests of an engine
     hold_blocks: bool = False  # ends after the first token; its updates lend the caller the prompt's blocks
+    transfer_id: bytes = b""  # with hold_blocks: that its blocks are lent in, which their proofs need
     given_hashes: Sequence[BlockHash] = ()  # of the prompt's full blocks, where somebody has hashed it already
     timeline: Timeline = field(default_factory=lambda: Timeline(time.time))
 

@@ -209,6 +209,7 @@ class PrefillService:
             cache_salt=message.cache_salt,
             arrival_s=self._clock(),
             hold_blocks=True,
+            transfer_id=bytes(message.transfer_id),
             given_hashes=hashes,
             timeline=Timeline(self._clock),
         )

@@ -89,6 +89,7 @@ def assemble(
         engine.memory,
         transports,
         exchange_timeouts(config),
+        proof_key=engine.proof_key,
         outside=seams.outside,
         observer=metrics.exchange,
         lender=CacheLender(engine, thread, host_prefixes),

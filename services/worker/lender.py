@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from kvstore.block import BlockHash
+from kvstore.block import BlockHash, subject_of
 from kvstore.protocol import AnnouncedBlock
 from services.engine.api import Engine
 from services.worker.engine_thread import EngineThread
@@ -39,4 +39,5 @@ class CacheLender:
 
     def _lend(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:  # engine thread
         block_ids = self._engine.lend_prefix(hashes)
-        return list(map(AnnouncedBlock, block_ids, hashes, self._engine.proofs(block_ids)))
+        subjects = [subject_of(block_hash) for block_hash in hashes[: len(block_ids)]]
+        return list(map(AnnouncedBlock, block_ids, hashes, self._engine.proofs(block_ids, subjects)))

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvstore.block import BlockHash, BlockLayout, HostMemory, Proof, prove
-from kvstore.block.digest import digest_rows
+from kvstore.block import BlockHash, BlockLayout, HostMemory, Proof, checksum, checksums
 from kvstore.pool import PROTECTED_SHARE
 from kvstore.pool.slot_book import SlotBook
 from kvstore.store import DiskTier, DiskWrites, TieredStore
@@ -67,12 +66,13 @@ def bench_disk(layout: BlockLayout, directory: Path, total_bytes: int) -> None:
     parent_of = {h: parent for prompt in prompts for h, parent in zip(prompt, parents(prompt), strict=True)}
     hashes, newer = list(parent_of)[:num_old], list(parent_of)[num_old:]
     content = np.random.default_rng(0).integers(0, 256, (32, block_bytes), dtype=np.uint8)
-    proofs = [Proof(each) for each in digest_rows(content.view("<i8"))]
+    known_by = [checksum(each) for each in content]
     target = np.empty(block_bytes, np.uint8)
 
     def put_all(tier: DiskTier, blocks: list[BlockHash]) -> None:
         for index, block_hash in enumerate(blocks):
-            result = tier.put(block_hash, parent_of[block_hash], proofs[index % 32], content[index % 32])
+            number = index % 32
+            result = tier.put(block_hash, parent_of[block_hash], Proof(0), known_by[number], content[number])
             assert result.outcome is PutOutcome.STORED
 
     def get_all(tier: DiskTier, blocks: list[BlockHash]) -> None:
@@ -123,7 +123,7 @@ async def bench_promotion(layout: BlockLayout, directory: Path) -> None:
     store = TieredStore(memory, disk, disk_writes=DiskWrites.ALL)
     slots = await store.reserve(num_blocks)
     for slot, block_hash, parent in zip(slots, hashes, parents(hashes), strict=True):
-        store.publish(slot, block_hash, parent, prove(memory, [slot])[0])
+        store.publish(slot, block_hash, parent, Proof(0), *checksums(memory, [slot]))
     start = time.perf_counter()
     assert await store.flush(120)
     print_row("write behind, durable", num_blocks, layout.block_bytes, time.perf_counter() - start)

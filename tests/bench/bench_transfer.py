@@ -25,6 +25,7 @@ from kvstore.block import BlockLayout, HostMemory
 from kvstore.exchange import BlockExchange, PeerIdentity
 from kvstore.protocol import AnnouncedBlock, Reservation
 from kvstore.transport import make_transports
+from tests.proofs import KEY, prove_handoff
 
 _POOL_FACTOR = 4  # pools hold so many transfers, so that blocks are scattered and caches cold
 
@@ -34,7 +35,7 @@ def make_exchange(name: str, transport: str, num_blocks: int, block_kib: int) ->
     layout = BlockLayout(1, 1, 32, block_kib * 4, "float32", "be0c")
     memory = HostMemory.allocate(num_blocks * _POOL_FACTOR, layout.block_bytes)
     identity = PeerIdentity(name, name, f"{name}-{os.getpid()}", layout)
-    return BlockExchange(identity, memory, make_transports(transport, memory, name)), memory
+    return BlockExchange(identity, memory, make_transports(transport, memory, name), proof_key=KEY), memory
 
 
 async def own(arguments: argparse.Namespace) -> None:
@@ -43,7 +44,6 @@ async def own(arguments: argparse.Namespace) -> None:
     memory.array[:] = np.random.default_rng(1).integers(0, 256, memory.array.shape, np.uint8)
     await exchange.start("127.0.0.1", 0)
     print("address", exchange.address, flush=True)
-    digests = memory.digests(range(memory.num_blocks))
     ids = list(range(memory.num_blocks))
     rng = random.Random(1)
     lines = asyncio.StreamReader()
@@ -53,7 +53,8 @@ async def own(arguments: argparse.Namespace) -> None:
         transfer_id = bytes.fromhex(line.split()[1].decode())
         lease = exchange.open_lease(transfer_id, "reader", arguments.blocks)
         await asyncio.sleep(0.02)  # the reader reserves meanwhile, as it would behind the prompt's computation
-        announced = [AnnouncedBlock(block_id, None, digests[block_id]) for block_id in block_ids]
+        proofs = prove_handoff(memory, block_ids, transfer_id)
+        announced = [AnnouncedBlock(*block) for block in zip(block_ids, [None] * len(block_ids), proofs, strict=True)]
         print("announced", time.monotonic(), flush=True)
         lease.announce(0, announced, last=True)
         await lease.closed

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore.block import prove
+from kvstore.block import subject_of
 from kvstore.protocol import Reservation
 from services.engine.api import (
     FinishReason,
@@ -35,6 +35,7 @@ from services.settings import SettingsError
 from tests.hf_models import EOS_TOKEN_IDS, VOCAB_SIZE, random_prompts, reference_greedy, reference_logits, write_model
 
 NUM_OUTPUTS = 12
+TRANSFER = b"a transfer's id."
 LENGTHS = (1, 15, 16, 17, 64, 130, 300)
 
 # Family to directory of its model, written once.
@@ -194,7 +195,7 @@ def test_what_a_copied_block_goes_on_with_reaches_nobody_else(models: Models) ->
     base = random_prompts([30], seed=15)[0]
     prompt = [*base[:20], 9, 9]
     engine = make_engine(models("llama3"))
-    other = Request("other", [*base, *base], SamplingParams(temperature=0.0), hold_blocks=True)
+    other = Request("other", [*base, *base], SamplingParams(temperature=0.0), hold_blocks=True, transfer_id=TRANSFER)
     run(engine, [other])
     engine.kv_cache[other.block_table[1], ..., 20 - 16 :, :] = math.nan
     (request,) = make_requests([prompt])
@@ -250,16 +251,20 @@ def test_a_seed_gives_the_same_stream_whatever_the_batching(models: Models) -> N
 
 def hand_off(prefill: Engine, decode: Engine, request: Request) -> Request:
     """Prefill in one engine, copy the blocks, go on in the other. Returns the request that goes on."""
-    source = Request(request.request_id, request.prompt_token_ids, request.sampling, hold_blocks=True)
-    (*_, last) = run(prefill, [source])
+    source = Request(
+        request.request_id, request.prompt_token_ids, request.sampling, hold_blocks=True, transfer_id=TRANSFER
+    )
+    updates = run(prefill, [source])
+    blocks, last = [block for update in updates for block in update.blocks], updates[-1]
     assert last.finish_reason is FinishReason.HANDED_OFF
     granted: list[Reservation] = []
     decode.reserve(request, granted.append)
     (reservation,) = granted
     for index in range(reservation.num_present, len(reservation.block_ids)):
         decode.kv_cache[reservation.block_ids[index]] = prefill.kv_cache[source.block_table[index]]
-    proofs = prefill.proofs(source.block_table)
-    assert proofs == prove(prefill.memory, source.block_table), "as the blocks were made"
+    subjects = [subject_of(block.block_hash, TRANSFER, index) for index, block in enumerate(blocks)]
+    proofs = [block.proof for block in blocks]
+    assert proofs == prefill.proof_key.prove(prefill.memory, source.block_table, subjects), "as the blocks were made"
     prefill.release_blocks(source.block_table)
     update = decode.add_prefilled(request, reservation.block_ids, proofs, last.new_tokens[0])
     assert (update.new_tokens, update.finish_reason) == (last.new_tokens, None)
@@ -313,7 +318,14 @@ def test_a_prompt_that_is_preempted_lends_each_of_its_blocks_once(models: Models
         engine.add_request(request)
     while any(not request.output_token_ids for request in others):
         engine.step()
-    held = Request("held", random_prompts([330])[0], SamplingParams(temperature=0.0), arrival_s=1.0, hold_blocks=True)
+    held = Request(
+        "held",
+        random_prompts([330])[0],
+        SamplingParams(temperature=0.0),
+        arrival_s=1.0,
+        hold_blocks=True,
+        transfer_id=TRANSFER,
+    )
     updates = [update for update in run(engine, [held]) if update.request is held]
     assert updates[-1].num_preemptions > 0
     blocks = [block for update in updates for block in update.blocks]
@@ -325,7 +337,9 @@ def test_a_prompt_that_is_preempted_lends_each_of_its_blocks_once(models: Models
 
 def test_a_reservation_waits_without_keeping_the_engine_busy(models: Models) -> None:
     engine = make_engine(models("qwen2"), num_gpu_blocks_override=8, max_model_len=128)
-    held = Request("held", random_prompts([100])[0], SamplingParams(temperature=0.0), hold_blocks=True)
+    held = Request(
+        "held", random_prompts([100])[0], SamplingParams(temperature=0.0), hold_blocks=True, transfer_id=TRANSFER
+    )
     run(engine, [held])
     granted: list[Reservation] = []
     first, second = make_requests(random_prompts([60, 60], seed=8))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore.block import BlockHash
+from kvstore.block import BlockHash, ProofKey
 from kvstore.protocol import Reservation
 from services.engine.api import SamplingParams
 from services.engine.config import EngineConfig
@@ -198,7 +198,7 @@ def test_a_size_beyond_the_memory_there_is_or_below_one_block_is_refused(monkeyp
 
 def test_the_memory_is_aligned_touched_and_copied_block_by_block() -> None:
     kv_cache = torch.arange(4 * 64, dtype=torch.float32).reshape(4, 64)
-    tier = open_host_tier(kv_cache, DeviceMemory(kv_cache), 3)
+    tier = open_host_tier(kv_cache, DeviceMemory(kv_cache), 3, ProofKey.public())
     copier = tier._copier
     copier.copy_out([2, 0], [1, 2])
     kv_cache.zero_()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvstore.block import BlockHash, hash_blocks, namespace, prove
+from kvstore.block import BlockHash, hash_blocks, namespace, subject_of
 from kvstore.pool import CacheEvent
 from kvstore.protocol import Reservation
 from services.engine.api import (
@@ -47,6 +47,7 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
     ),
 }
 NUM_OUTPUTS = 8
+TRANSFER = b"a transfer's id."
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,8 @@ def engine(make: Callable[[], Engine]) -> Engine:
 
 def ask(name: str, prompt: Sequence[int], hold_blocks: bool = False, **sampling: object) -> Request:
     chosen: dict[str, object] = {"temperature": 0.0, "max_tokens": NUM_OUTPUTS, "ignore_eos": True, **sampling}
-    return Request(name, prompt, SamplingParams(**chosen), hold_blocks=hold_blocks)  # type: ignore[arg-type]
+    sampling_params = SamplingParams(**chosen)  # type: ignore[arg-type]
+    return Request(name, prompt, sampling_params, hold_blocks=hold_blocks, transfer_id=TRANSFER if hold_blocks else b"")
 
 
 def prompt_of(num_tokens: int, seed: int = 0) -> list[int]:
@@ -212,12 +214,29 @@ def test_a_prompt_to_hand_off_lends_each_block_once_with_its_proof(engine: Engin
     assert [(update.first_block, len(update.blocks)) for update in updates] == [(0, 2), (2, 2), (4, 1)]
     blocks = [block for update in updates for block in update.blocks]
     assert [block.block_hash for block in blocks] == [*hashes_of(engine, prompt), None]
-    assert [block.proof for block in blocks] == prove(engine.memory, block_ids) == engine.proofs(block_ids)
+    subjects = [subject_of(block.block_hash, TRANSFER, index) for index, block in enumerate(blocks)]
+    made = engine.proof_key.prove(engine.memory, block_ids, subjects)
+    assert [block.proof for block in blocks] == made == engine.proofs(block_ids, subjects)
     assert (updates[-1].finish_reason, len(updates[-1].new_tokens)) == (FinishReason.HANDED_OFF, 1)
     assert engine.load().num_lent_blocks == 5
     engine.release_blocks(block_ids)
     with pytest.raises(NotLent):
         engine.release_blocks(block_ids[:1])
+
+
+def test_a_prompt_whose_hashes_are_wrong_is_proven_to_be_nobodys(engine: Engine) -> None:
+    # Who gives a worker orders must not get another prompt's name certified for what he had computed.
+    mine, theirs = prompt_of(70), prompt_of(70, seed=1)
+    order = ask("r", mine, hold_blocks=True)
+    order.given_hashes = hashes_of(engine, theirs)
+    blocks = [block for update in run(engine, order) for block in update.blocks]
+    block_ids = [block.block_id for block in blocks]
+    assert [block.block_hash for block in blocks] == [None] * 5
+    claimed = [subject_of(each, TRANSFER, index) for index, each in enumerate([*hashes_of(engine, theirs), None])]
+    proofs = [block.proof for block in blocks]
+    assert engine.proof_key.find_wrong(engine.memory, block_ids, claimed, proofs) == [0, 1, 2, 3]
+    assert engine.cached_hashes() == []
+    engine.release_blocks(block_ids)
 
 
 def test_blocks_lent_before_an_abort_stay_the_callers(engine: Engine) -> None:
@@ -240,7 +259,8 @@ def test_a_request_goes_on_where_another_engine_has_computed_its_prompt(
     assert (reservation.num_present, len(reservation.block_ids)) == (0, len(block_ids))
     copy(first, block_ids, second, reservation.block_ids)
     (token,) = updates[-1].new_tokens
-    joined = second.add_prefilled(request, reservation.block_ids, first.proofs(block_ids), token)
+    proofs = [block.proof for update in updates for block in update.blocks]
+    joined = second.add_prefilled(request, reservation.block_ids, proofs, token)
     first.release_blocks(block_ids)
     assert (joined.new_tokens, joined.finish_reason, joined.num_output_tokens) == ((token,), None, 1)
     assert [token.token_id, *tokens(run(second), "r")] == tokens(run(first, ask("alone", prompt)), "alone")
@@ -287,7 +307,7 @@ def test_a_prefix_of_another_engine_is_found_like_an_own_one(make: Callable[[], 
     assert (len(lent), taken.num_present, len(taken.block_ids)) == (4, 0, 4)
     copy(holder, lent, reader, taken.block_ids)
     reader.take_cache_changes()
-    reader.publish_blocks(taken.block_ids, hashes, holder.proofs(lent))
+    reader.publish_blocks(taken.block_ids, hashes, holder.proofs(lent, list(map(subject_of, hashes))))
     assert [(change.event, change.block_hash) for change in reader.take_cache_changes()] == [
         (CacheEvent.PUBLISHED, block_hash) for block_hash in hashes
     ]

@@ -1,16 +1,15 @@
-"""The cache as memory for transports: the same bytes, aligned, with the digests that peers compute."""
+"""The cache as memory for transports: the same bytes, aligned, with the sums that peers compute."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from kvstore.block import HostMemory
-from kvstore.block.digest import digest_rows
+from kvstore.block import ROW_WORDS, HostMemory, Multipliers
 from services.engine.native.memory.kv_memory import DeviceMemory, allocate_kv_cache, block_memory
 
 SHAPE = (40, 3, 2, 2, 16, 8)
+KEY, OTHER_KEY = Multipliers.of(b"a key"), Multipliers.of(b"another key")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -30,15 +29,15 @@ def test_the_cpu_cache_is_zeroed_aligned_and_shared_with_its_memory(dtype: torch
     assert bool((kv_cache[8] == 1.5).all())
 
 
-def test_device_digests_are_those_of_the_block_store() -> None:
-    generator = torch.Generator().manual_seed(0)
-    kv_cache = torch.randn(SHAPE, generator=generator).to(torch.bfloat16)
+@pytest.mark.parametrize("num_words", [96, ROW_WORDS, 2 * ROW_WORDS + 24], ids=["part of a row", "a row", "more"])
+def test_a_device_sums_to_the_same_bytes_as_a_cpu(num_words: int) -> None:
+    kv_cache = torch.randn((40, 4 * num_words), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     ids = [39, 0, 7, 7, *range(30)]
-    words = kv_cache.view(40, -1).view(torch.int64).numpy()
-    memory = DeviceMemory(kv_cache)
-    assert memory.digests(ids) == digest_rows(np.ascontiguousarray(words[ids]))
-    assert memory.digests(ids) == HostMemory(words.view(np.uint8)).digests(ids)
-    assert memory.digests([]) == []
+    on_device, on_cpu = DeviceMemory(kv_cache), HostMemory(kv_cache.view(torch.uint8).numpy())
+    for multipliers in (KEY, OTHER_KEY):
+        assert on_device.sums(ids, multipliers) == on_cpu.sums(ids, multipliers)
+    assert on_device.sums(ids, KEY) != on_device.sums(ids, OTHER_KEY)
+    assert on_device.sums([], KEY) == []
 
 
 def test_device_memory_addresses_blocks() -> None:
@@ -57,12 +56,12 @@ def test_blocks_outside_the_pool_are_refused(block_id: int) -> None:
     with pytest.raises(IndexError, match="40"):
         memory.view(block_id)
     with pytest.raises(IndexError, match="40"):
-        memory.digests([0, block_id])
+        memory.sums([0, block_id], KEY)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_digests_are_those_of_the_block_store() -> None:
-    kv_cache = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
-    expected = HostMemory(kv_cache.view(40, -1).view(torch.uint8).numpy()).digests(range(40))
-    assert block_memory(kv_cache.cuda()).digests(range(40)) == expected
+def test_a_cuda_device_sums_to_the_same_bytes_as_a_cpu() -> None:
+    kv_cache = torch.randn((40, 9, 1000), generator=torch.Generator().manual_seed(0))
+    expected = HostMemory(kv_cache.view(40, -1).view(torch.uint8).numpy()).sums(range(40), KEY)
+    assert block_memory(kv_cache.cuda()).sums(range(40), KEY) == expected

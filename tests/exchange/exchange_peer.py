@@ -15,6 +15,7 @@ from kvstore.errors import KVStoreError
 from kvstore.exchange import BlockExchange, Fetch, PeerIdentity
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, Reservation
 from kvstore.transport import make_transports
+from tests.proofs import KEY, prove_handoff
 
 LAYOUT = BlockLayout(4, 2, 32, 64, "bfloat16", "ab12")  # 64 KiB a block
 NUM_BLOCKS = 256
@@ -33,7 +34,8 @@ class Peer:
         self.memory = HostMemory.allocate(NUM_BLOCKS, LAYOUT.block_bytes)
         self.memory.array[:] = content(name)
         identity = PeerIdentity(name, name.partition("-")[0], f"{name}-1", LAYOUT)
-        self.exchange = BlockExchange(identity, self.memory, make_transports(transport, self.memory, name), TIMEOUTS)
+        transports = make_transports(transport, self.memory, name)
+        self.exchange = BlockExchange(identity, self.memory, transports, TIMEOUTS, proof_key=KEY)
         self.fetches: dict[str, Fetch] = {}
 
     async def connect(self, address: str) -> Any:
@@ -45,8 +47,8 @@ class Peer:
     async def lease(self, transfer_id: str, reader: str, block_ids: list[int], hang: bool) -> Any:
         """Announce blocks, all of them or (`hang`) all but the last."""
         lease = self.exchange.open_lease(transfer_id.encode(), reader, len(block_ids))
-        digests = self.memory.digests(block_ids)
-        blocks = [AnnouncedBlock(*block) for block in zip(block_ids, [None] * len(block_ids), digests, strict=True)]
+        proofs = prove_handoff(self.memory, block_ids, transfer_id.encode())
+        blocks = [AnnouncedBlock(*block) for block in zip(block_ids, [None] * len(block_ids), proofs, strict=True)]
         half = len(blocks) // 2
         lease.announce(0, blocks[:half], last=False)
         await asyncio.sleep(0.01)

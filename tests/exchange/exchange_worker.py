@@ -5,11 +5,12 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 
-from kvstore.block import BlockHash, BlockLayout, HostMemory
+from kvstore.block import BlockHash, BlockLayout, HostMemory, subject_of
 from kvstore.exchange import BlockExchange, PeerIdentity, RequestScope
 from kvstore.exchange.owner import PrefixLender
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, Reservation
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
+from tests.proofs import KEY
 
 LAYOUT = BlockLayout(num_layers=2, num_kv_heads=1, block_size=8, head_dim=4, dtype="float32", model_fingerprint="ab12")
 # Nothing is late by these on a machine that stands still for a while; what has failed is given back soon.
@@ -41,14 +42,18 @@ class Worker:
             self.memory,
             [self.transport],
             timeouts,
+            proof_key=KEY,
             lender=lender,
             request_scope=request_scope,
         )
 
-    def announced(self, block_ids: list[int], hashes: list[BlockHash | None]) -> list[AnnouncedBlock]:
-        """What this worker, as an owner, announces of its blocks."""
-        digests = self.memory.digests(block_ids)
-        return [AnnouncedBlock(*block) for block in zip(block_ids, hashes, digests, strict=True)]
+    def announced(
+        self, block_ids: list[int], hashes: list[BlockHash | None], first: int = 0, transfer_id: bytes = TRANSFER
+    ) -> list[AnnouncedBlock]:
+        """What this worker, as an owner, announces of its blocks, `first` of a transfer and those after it."""
+        subjects = [subject_of(each, transfer_id, index) for index, each in enumerate(hashes, first)]
+        proofs = KEY.prove(self.memory, block_ids, subjects)
+        return [AnnouncedBlock(*block) for block in zip(block_ids, hashes, proofs, strict=True)]
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from kvstore.exchange import BlockExchange
 from kvstore.protocol import ExchangeTimeouts, FetchCause, LeaseOutcome, Reservation
 from tests.exchange.exchange_worker import LAYOUT, PATIENT, TRANSFER, Worker, room, running, some_hashes
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
+from tests.proofs import KEY
 
 SOURCE, TARGET = [9, 10, 11, 3, 40, 41, 7, 8, 63, 0], [5, 6, 7, 20, 30, 31, 1, 2, 3, 4]
 
@@ -44,7 +46,7 @@ async def test_blocks_announced_in_chunks_arrive_and_the_lease_is_confirmed():
         fetch = reader.exchange.fetch(TRANSFER, "prefill-0", hashes, room(TARGET, num_present=1))
         lease = owner.exchange.open_lease(TRANSFER, "decode-0", 10)
         lease.announce(0, owner.announced(SOURCE[:6], hashes[:6]), last=False)
-        lease.announce(6, owner.announced(SOURCE[6:], hashes[6:]), last=True)
+        lease.announce(6, owner.announced(SOURCE[6:], hashes[6:], first=6), last=True)
         result = await fetch.result
         assert result.ok, result.failure
         assert (result.block_ids, result.num_blocks) == (TARGET, 9)
@@ -67,7 +69,8 @@ async def test_two_workers_may_read_from_each_other_at_once():
         there, _ = start_transfer(owner, reader)
         hashes = some_hashes(2)
         back = owner.exchange.fetch(b"back", "decode-0", hashes, room([20, 21]))
-        reader.exchange.open_lease(b"back", "prefill-0", 2).announce(0, reader.announced([50, 51], hashes), last=True)
+        announced = reader.announced([50, 51], hashes, transfer_id=b"back")
+        reader.exchange.open_lease(b"back", "prefill-0", 2).announce(0, announced, last=True)
         assert (await there.result).ok
         assert (await back.result).ok
         np.testing.assert_array_equal(owner.memory.array[[20, 21]], reader.memory.array[[50, 51]])
@@ -96,6 +99,31 @@ async def test_a_flipped_bit_fails_the_fetch_with_cause_digest_and_the_blocks_co
         assert sorted(await fetch.quiesced) == sorted(TARGET)
         assert await lease.closed is LeaseOutcome.RELEASED
         assert reader.exchange.is_connected("prefill-0")
+
+
+@pytest.mark.parametrize("forged", ["of another transfer", "of another place", "another block's"])
+async def test_what_was_proven_for_something_else_is_not_taken_in_a_handoff(forged: str):
+    owner, reader = make_pair()
+    hashes = some_hashes(10)
+    honest = owner.announced(SOURCE, hashes)
+    announced = list(honest)
+    match forged:
+        case "of another transfer":  # the partial block, as it was proven before
+            announced[9] = owner.announced(SOURCE[9:], [None], first=9, transfer_id=b"an earlier one")[0]
+        case "of another place":
+            announced[9] = owner.announced(SOURCE[9:], [None], first=8)[0]
+        case "another block's":  # good bytes with their good proof, under another name
+            announced[3] = msgspec.structs.replace(announced[4], block_hash=hashes[3])
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        fetch = reader.exchange.fetch(TRANSFER, "prefill-0", hashes, room(TARGET))
+        owner.exchange.open_lease(TRANSFER, "decode-0", 10).announce(0, announced, last=True)
+        failure = (await fetch.result).failure
+        assert failure is not None
+        assert failure.cause is FetchCause.DIGEST_MISMATCH
+        wrong = next(index for index, block in enumerate(honest) if block != announced[index])
+        assert f"blocks [{wrong}]" in failure.detail
+        assert sorted(await fetch.quiesced) == sorted(TARGET)
 
 
 async def test_a_hanging_read_times_out_is_ended_with_its_link_and_the_next_connection_works():
@@ -255,14 +283,14 @@ async def test_a_transport_that_cannot_start_is_left_out_unless_it_is_the_only_o
     owner, reader = make_pair()
     broken = BrokenTransport(owner.memory, Switchboard())
     identity = owner.exchange.identity
-    fallback = BlockExchange(identity, owner.memory, [broken, owner.transport], PATIENT)
+    fallback = BlockExchange(identity, owner.memory, [broken, owner.transport], PATIENT, proof_key=KEY)
     async with running(reader):
         await fallback.start("127.0.0.1", 0)
         await reader.exchange.connect(fallback.address)
         assert [peer["transport"] for peer in reader.exchange.state()["owners"]] == ["memory"]
         await fallback.close()
     with pytest.raises(TransportError, match="no device"):
-        await BlockExchange(identity, owner.memory, [broken], PATIENT).start("127.0.0.1", 0)
+        await BlockExchange(identity, owner.memory, [broken], PATIENT, proof_key=KEY).start("127.0.0.1", 0)
 
 
 async def test_two_workers_of_one_name_are_refused():

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from kvstore.block import BlockHash
+from kvstore.block import BlockHash, subject_of
 from kvstore.errors import IllegalTransition
 from kvstore.protocol import (
     AbortOrdered,
@@ -117,8 +117,9 @@ def test_a_transfer_in_two_chunks_from_order_to_confirmation():
     assert t.tell(Announce(TRANSFER, 0, ANNOUNCED[:3], False), 1.0) == []  # no room yet: remembered
     assert t.tell(Reserved(Reservation(ROOM, 1)), 1.0) == [StartRead(1, (1, 2), (41, 42), (8, 9))]  # 0 is present
     assert t.tell(Announce(TRANSFER, 3, ANNOUNCED[3:], True), 1.0) == [StartRead(2, (3, 4), (43, 44), (3, 1))]
-    assert t.tell(ReadEnded(2), 1.0) == [Verify(2, (3, 1), (1003, 1004))]
-    assert t.tell(ReadEnded(1), 1.0) == [Verify(1, (8, 9), (1001, 1002))]
+    subjects = [subject_of(block_hash, TRANSFER, index) for index, block_hash in enumerate(EXPECTED)]
+    assert t.tell(ReadEnded(2), 1.0) == [Verify(2, (3, 1), (subjects[3], subjects[4]), (1003, 1004))]
+    assert t.tell(ReadEnded(1), 1.0) == [Verify(1, (8, 9), (subjects[1], subjects[2]), (1001, 1002))]
     assert t.tell(Verified(1, []), 1.0) == []
     assert t.tell(Verified(2, []), 1.0) == [Confirm(TRANSFER)]
     resolved, quiesced = t.tell(Confirmed(TRANSFER, True), 1.0)
@@ -155,6 +156,14 @@ def test_a_block_of_another_identity_is_never_read():
     assert not [action for action in actions if isinstance(action, StartRead)]
     assert only(actions, Quiesced) == Quiesced(ROOM)
     only(actions, Release)
+
+
+def test_the_partial_block_is_checked_for_its_place_whatever_the_owner_calls_it():
+    t = Transcript(num_present=4).to(FetchState.READING)
+    t.tell(
+        Announce(TRANSFER, 0, [*ANNOUNCED[:4], AnnouncedBlock(44, HASHES[2], 1002)], True)
+    )  # of which it has a proof
+    assert only(t.tell(ReadEnded(1)), Verify).subjects == (subject_of(None, TRANSFER, 4),)
 
 
 def test_wrong_bytes_fail_the_fetch_are_reported_and_other_reads_keep_the_blocks_in_quarantine():

@@ -7,11 +7,12 @@ from io import StringIO
 
 import numpy as np
 
-from kvstore.block import BlockHash
+from kvstore.block import BlockHash, Proof
 from kvstore.protocol import AnnouncedBlock, FetchCause, FetchState, Reservation
 from services.logs import TextFormatter, current_request_id, request_scope
 from tests.exchange.exchange_worker import TRANSFER, Worker, room, running
 from tests.memory_transport import Faults, Switchboard
+from tests.proofs import prove
 from tests.waiting import until
 
 HASHES = [BlockHash(bytes([i]) * 16) for i in range(10)]
@@ -21,9 +22,9 @@ WAIT_S = 20.0
 class Shelf:
     """A lender that holds the first blocks of HASHES, and books what it has lent."""
 
-    def __init__(self, num_held: int, wrong_digest: bool = False) -> None:
+    def __init__(self, num_held: int, wrong_proof: bool = False) -> None:
         self.slots = {block_hash: 20 + i for i, block_hash in enumerate(HASHES[:num_held])}
-        self.wrong_digest = wrong_digest
+        self.wrong_proof = wrong_proof
         self.worker: Worker | None = None
         self.num_pinned = 0
         self.suspected: list[BlockHash] = []
@@ -37,11 +38,11 @@ class Shelf:
                 break
             held.append(block_hash)
         block_ids = [self.slots[block_hash] for block_hash in held]
-        digests = self.worker.memory.digests(block_ids)
+        proofs = prove(self.worker.memory, block_ids, held)
         self.num_pinned += len(held)
         return [
-            AnnouncedBlock(block_id, block_hash, digest ^ self.wrong_digest)
-            for block_id, block_hash, digest in zip(block_ids, held, digests, strict=True)
+            AnnouncedBlock(block_id, block_hash, Proof(proof ^ self.wrong_proof))
+            for block_id, block_hash, proof in zip(block_ids, held, proofs, strict=True)
         ]
 
     async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None:
@@ -150,7 +151,7 @@ async def test_a_worker_without_a_lender_says_so() -> None:
 
 
 async def test_a_holder_that_lies_is_found_out_and_its_blocks_are_unpinned() -> None:
-    shelf = Shelf(num_held=3, wrong_digest=True)
+    shelf = Shelf(num_held=3, wrong_proof=True)
     owner, reader = make_pair(shelf)
     async with running(owner, reader):
         await reader.exchange.connect(owner.exchange.address)
@@ -164,7 +165,7 @@ async def test_a_holder_that_lies_is_found_out_and_its_blocks_are_unpinned() -> 
 
 async def test_a_holder_of_an_older_version_is_not_told_what_is_wrong(monkeypatch) -> None:
     monkeypatch.setattr("kvstore.exchange.handshake.FEATURES", ())
-    shelf = Shelf(num_held=3, wrong_digest=True)
+    shelf = Shelf(num_held=3, wrong_proof=True)
     owner, reader = make_pair(shelf)
     async with running(owner, reader):
         await reader.exchange.connect(owner.exchange.address)

@@ -19,6 +19,7 @@ from kvstore.transport import nixl as nixl_transport
 from kvstore.transport import nixl_agent
 from kvstore.transport.nixl_agent import AgentThread
 from kvstore.transport.nixl_pool import PoolAddress
+from tests.proofs import KEY
 from tests.store_node.store_world import LAYOUT, PATIENT, until
 
 pytest.importorskip("nixl_cu13")
@@ -202,7 +203,7 @@ async def test_a_transport_that_is_broken_is_not_offered_and_the_exchange_says_s
     def exchange(name: str) -> BlockExchange:
         broken: Any = Broken()
         identity = PeerIdentity(name, "prefill", "1", LAYOUT)
-        return BlockExchange(identity, HostMemory.allocate(4, LAYOUT.block_bytes), [broken], PATIENT)
+        return BlockExchange(identity, HostMemory.allocate(4, LAYOUT.block_bytes), [broken], PATIENT, proof_key=KEY)
 
     ours, theirs = exchange("ours"), exchange("theirs")
     for each in (ours, theirs):

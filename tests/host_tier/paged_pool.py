@@ -8,6 +8,7 @@ import numpy as np
 
 from kvstore.block import BlockHash, HostMemory
 from kvstore.pool import BlockPool, HostTier
+from tests.proofs import KEY
 from tests.tiers.blocks import BLOCK_BYTES, payload, proof
 
 
@@ -31,7 +32,7 @@ class PagedPool:
     def __init__(self, num_blocks: int, num_slots: int, slot_bytes: int = BLOCK_BYTES) -> None:
         self.memory = HostMemory.allocate(num_blocks, BLOCK_BYTES)
         self.slots = HostMemory.allocate(num_slots, slot_bytes)
-        self.tier = HostTier(self.slots, self.memory, PlainCopier(self.memory, self.slots))
+        self.tier = HostTier(self.slots, self.memory, PlainCopier(self.memory, self.slots), KEY)
         self.pool = BlockPool(num_blocks, on_evict=self.tier.take_evicted)
 
     def cache(self, hashes: Sequence[BlockHash], parent: BlockHash | None = None) -> None:

@@ -284,8 +284,8 @@ def test_the_first_hit_of_a_block_since_its_publication_is_told_once():
 def test_a_block_published_without_a_proof_gets_one_once_and_keeps_it_while_it_can_be_found():
     pool = BlockPool(2)
     first, second = cached_chain(pool, chain("a", 2))
-    assert pool.take_unproven() == [first, second]
-    assert (pool.take_unproven(), pool.find(chain("a", 1)[0])) == ([], None)
+    assert pool.take_unproven() == dict(zip([first, second], chain("a", 2), strict=True))
+    assert (pool.take_unproven(), pool.find(chain("a", 1)[0])) == ({}, None)
     pool.set_proofs([first, second], [11, 12])
     assert pool.proofs([first, second]) == [11, 12]
     assert pool.find(chain("a", 2)[1]) == Block(second, *reversed(chain("a", 2)), 12, False)
@@ -293,7 +293,7 @@ def test_a_block_published_without_a_proof_gets_one_once_and_keeps_it_while_it_c
     assert pool.proofs([again]) == [None], "evicted"
     pool.publish(again, *chain("b", 1), proof=13)
     pool.publish(again, *chain("b", 1), proof=14)
-    assert (pool.proofs([again]), pool.take_unproven()) == ([13], []), "the first word counts"
+    assert (pool.proofs([again]), pool.take_unproven()) == ([13], {}), "the first word counts"
     pool.drop(range(pool.num_blocks))
     pool.publish(again, *chain("c", 1))
     assert pool.proofs([again]) == [None]

@@ -34,7 +34,7 @@ def test_the_wire_form_is_plain_and_reads_back_equal():
 
 
 def test_the_fingerprint_is_fixed_and_differs_with_every_field():
-    assert LAYOUT.fingerprint == "da002c3cec892e95bf72c6bd9aef4d8c"
+    assert LAYOUT.fingerprint == "2fde666d2653892f5124f8ac4c527a5f"
     changed = {
         "num_layers": 23,
         "num_kv_heads": 4,
@@ -43,6 +43,7 @@ def test_the_fingerprint_is_fixed_and_differs_with_every_field():
         "dtype": "float16",
         "model_fingerprint": "0123abce",
         "version": 2,
+        "proof_key": "89ab",
     }
     variants = [LAYOUT] + [dataclasses.replace(LAYOUT, **{name: value}) for name, value in changed.items()]
     assert len({variant.fingerprint for variant in variants}) == len(dataclasses.fields(BlockLayout)) + 1
@@ -79,11 +80,19 @@ def test_a_refusal_names_the_peer_and_every_difference_with_both_values():
         ("model_fingerprint", "x" * 1000),
         ("model_fingerprint", b"0123abcd"),
         ("version", 0),
+        ("proof_key", "a\nb"),
+        ("proof_key", None),
     ],
 )
 def test_an_impossible_value_from_a_peer_is_refused_by_name(field, value):
     with pytest.raises(InvalidLayout, match=f"block layout: {field} must be"):
         BlockLayout.from_wire({**LAYOUT.to_wire(), field: value})
+
+
+def test_workers_with_other_proof_keys_are_refused_by_the_keys_ids():
+    peer = dataclasses.replace(LAYOUT, proof_key="89ab")
+    with pytest.raises(IncompatibleLayout, match=f"proof_key: ours {LAYOUT.proof_key}, theirs 89ab"):
+        LAYOUT.check_compatible(peer, "prefill-7")
 
 
 def test_missing_and_unknown_fields_are_refused_by_name():

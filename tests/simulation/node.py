@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from kvstore.block import BlockHash, find_wrong
+from kvstore.block import BlockHash, Subject, subject_of
 from kvstore.errors import IncompatiblePeer, KVStoreError, OutOfBlocks, PeerLost, PeerUnreachable
 from kvstore.exchange import BlockExchange, Fetch, Lease, Outside, PeerIdentity
 from kvstore.protocol import AnnouncedBlock, FetchResult, Have, LeaseOutcome, Reservation
+from tests.proofs import KEY
 from tests.simulation.pool import LAYOUT, Invariant, WatchedPool
 from tests.simulation.threads import SimThreads
 
@@ -56,6 +57,9 @@ class Order:
     def name(self, index: int) -> bytes:
         return self.hashes[index] if index < len(self.hashes) else self.transfer_id
 
+    def subject(self, index: int) -> Subject:
+        return subject_of(self.hashes[index] if index < len(self.hashes) else None, self.transfer_id, index)
+
 
 @dataclass
 class Node:
@@ -81,6 +85,7 @@ class Node:
             self.pool.memory,
             [self.transport],
             world.timeouts,
+            proof_key=KEY,
             outside=Outside(world.net.of(self.name, self.process), self.clock, world.new_id, self.threads),
             lender=self,
             on_have=self._on_have,
@@ -263,9 +268,9 @@ class Node:
         self.world.reach("suspect")
         pinned = [block for block_hash in hashes for block in self.pool.book.pin([block_hash], is_use=False)]
         ids = [block.slot for block in pinned]
-        proofs = [block.proof for block in pinned]
+        subjects, proofs = [subject_of(block.block_hash) for block in pinned], [block.proof for block in pinned]
         try:
-            wrong = await self.threads.run(functools.partial(find_wrong, self.pool.memory, ids, proofs))
+            wrong = await self.threads.run(functools.partial(KEY.find_wrong, self.pool.memory, ids, subjects, proofs))
             self.pool.book.drop(ids[position] for position in wrong)
         finally:
             self.pool.give_back(ids)
@@ -281,7 +286,8 @@ class Node:
         parent: BlockHash | None = None
         for block_id, block_hash in zip(ids, hashes, strict=True):
             if block_id not in held:
-                self.pool.publish(block_id, block_hash, parent, self.pool.fill(block_id, block_hash))
+                proof = self.pool.fill(block_id, block_hash, subject_of(block_hash))
+                self.pool.publish(block_id, block_hash, parent, proof)
             parent = block_hash
         self.pool.give_back(ids)
         return True
@@ -320,7 +326,8 @@ class Node:
             end = min(order.num_blocks, first + self.random.randrange(1, 4))
             blocks = []
             for index in range(first, end):
-                name, proof = order.name(index), self.pool.fill(ids[index], order.name(index))
+                name = order.name(index)
+                proof = self.pool.fill(ids[index], name, order.subject(index))
                 block_hash = order.hashes[index] if index < len(order.hashes) else None
                 if block_hash is not None:
                     self.pool.publish(ids[index], block_hash, parent, proof)

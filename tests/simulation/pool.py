@@ -13,9 +13,10 @@ from typing import Final
 
 import numpy as np
 
-from kvstore.block import BlockHash, BlockLayout, HostMemory, Proof, prove
+from kvstore.block import BlockHash, BlockLayout, HostMemory, Proof, Subject
 from kvstore.errors import IntegrityError
 from kvstore.pool import Block, BlockPool
+from tests.proofs import KEY
 
 LAYOUT: Final = BlockLayout(
     num_layers=1, num_kv_heads=1, block_size=2, head_dim=16, dtype="float16", model_fingerprint="51"
@@ -93,11 +94,11 @@ class WatchedPool:
             self._rotten.discard(block_id)
         return ids
 
-    def fill(self, block_id: int, name: bytes) -> Proof:
+    def fill(self, block_id: int, name: bytes, subject: Subject) -> Proof:
         """Compute a block."""
         self.memory.view(block_id)[:] = np.frombuffer(content_of(name), dtype=np.uint8)
         self._expected[block_id] = content_of(name)
-        return prove(self.memory, [block_id])[0]
+        return KEY.prove(self.memory, [block_id], [subject])[0]
 
     def publish(self, block_id: int, block_hash: BlockHash, parent: BlockHash | None, proof: Proof) -> None:
         """Make a block findable that we filled or fetched."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 from unittest import mock
 
+from kvstore.block import ProofKey
 from kvstore.exchange import Lease
-from kvstore.exchange import reader as exchange_reader
 from kvstore.protocol import AbortOrdered, Actions, FetchMachine, LeaseOutcome, PeerGone, ReaderSession
 from kvstore.protocol import fetch as fetch_table
 from kvstore.protocol.fetch_events import FetchState
@@ -57,10 +57,12 @@ def _confirm_unseen() -> AbstractContextManager[object]:
 
 
 def _trust_bytes() -> AbstractContextManager[object]:
-    def find_wrong(memory: object, block_ids: Sequence[int], proofs: object) -> list[int]:
+    def find_wrong(
+        key: ProofKey, memory: object, block_ids: Sequence[int], subjects: object, proofs: object
+    ) -> list[int]:
         return []
 
-    return mock.patch.object(exchange_reader, "find_wrong", find_wrong)
+    return mock.patch.object(ProofKey, "find_wrong", find_wrong)
 
 
 def _reuse_early() -> AbstractContextManager[object]:

@@ -14,6 +14,7 @@ from kvstore.exchange import BlockExchange, Outside, PeerIdentity
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, FetchResult, Reservation
 from kvstore.store import DiskTier, StoreNode, StoreTier, TieredStore
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
+from tests.proofs import KEY, prove
 from tests.waiting import until
 
 LAYOUT = BlockLayout(num_layers=2, num_kv_heads=1, block_size=8, head_dim=4, dtype="float32", model_fingerprint="ab12")
@@ -41,7 +42,7 @@ class Worker:
         self.may_lend.set()
         identity = PeerIdentity(f"{name}/1", "prefill", "1", LAYOUT)
         transport = MemoryTransport(self.memory, switchboard, None, seed=seed)
-        self.exchange = BlockExchange(identity, self.memory, [transport], PATIENT, lender=self)
+        self.exchange = BlockExchange(identity, self.memory, [transport], PATIENT, proof_key=KEY, lender=self)
         self._room = iter(range(40, 64))
 
     def hold(self, hashes: Sequence[BlockHash]) -> None:
@@ -56,8 +57,8 @@ class Worker:
         await self.may_lend.wait()
         held = hashes[: next((i for i, each in enumerate(hashes) if each not in self.slots), len(hashes))]
         ids = [self.slots[each] for each in held]
-        digests = self.memory.digests(ids)
-        return [AnnouncedBlock(*each) for each in zip(ids, held, (d ^ self.lies for d in digests), strict=True)]
+        proofs = (proof ^ self.lies for proof in prove(self.memory, ids, held))
+        return [AnnouncedBlock(*each) for each in zip(ids, held, proofs, strict=True)]
 
     async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None: ...
 

@@ -84,20 +84,42 @@ async def test_the_middle_of_a_chain_is_pulled_only_where_its_head_is() -> None:
         assert locate(node.store, hashes) == [StoreTier.DRAM] * 6
 
 
-async def test_a_liar_gives_nothing_and_costs_no_slot() -> None:
+async def test_what_a_liar_gave_is_found_out_by_its_first_reader_and_dropped_from_both_tiers(tmp_path: Path) -> None:
     async with world() as made:
-        node, liar, honest = await made.node(), await made.worker(lies=True), await made.worker("prefill-1", seed=2)
+        node, liar = await made.node(disk=tmp_path), await made.worker(lies=True)
+        honest, reader = await made.worker("prefill-1", seed=2), await made.worker("decode-0")
         hashes = chain("a", 4)
         for worker in (liar, honest):
             worker.hold(hashes)
         await liar.offer(node, hashes)
         await idle(node, 1)
-        assert (dict(node.intake.stats.failures), len(node.store.dram)) == ({FetchCause.DIGEST_MISMATCH.value: 1}, 0)
+        assert await node.store.flush(20)
+        result, _ = await reader.fetch(node, hashes)
+        assert result.failure.cause is FetchCause.DIGEST_MISMATCH
+        await until(lambda: node.lender.num_refuted == 4)
+        assert (locate(node.store, hashes), node.lender.num_corrupt) == ([], 0)
+        await until(lambda: node.lender.num_lent == 0)
         assert node.store.dram.num_free == 32
         await honest.offer(node, hashes)
         await idle(node, 2)
-        slots = [node.store.dram.find(each).slot for each in hashes]
-        assert [node.store.memory.view(slot).tobytes() for slot in slots] == [honest.bytes_of(e) for e in hashes]
+        result, payloads = await reader.fetch(node, hashes)
+        assert result.ok, result.failure
+        assert payloads == [honest.bytes_of(each) for each in hashes]
+        await until(lambda: node.lender.num_lent == 0)
+        node.check_integrity()
+
+
+async def test_bytes_that_change_on_their_way_in_are_found_by_their_first_reader_and_dropped() -> None:
+    async with world() as made:
+        node, giver = await made.node(faults=Faults(corrupt=1.0)), await made.worker()
+        hashes = chain("a", 4)
+        giver.hold(hashes)
+        await giver.offer(node, hashes)
+        await idle(node, 1)
+        result, _ = await giver.fetch(node, hashes)
+        assert result.failure.cause is FetchCause.DIGEST_MISMATCH
+        await until(lambda: node.lender.num_refuted > 0)
+        assert len(locate(node.store, hashes)) < 4
 
 
 async def test_an_address_that_is_somebody_elses_is_not_read_from() -> None:
@@ -120,7 +142,7 @@ async def test_an_offer_of_what_was_evicted_meanwhile_brings_the_part_that_is_le
         assert node.store.dram.num_empty == 30
 
 
-@pytest.mark.parametrize("faults", [Faults(stall=1.0), Faults(fail=1.0), Faults(cut=1.0), Faults(corrupt=1.0)])
+@pytest.mark.parametrize("faults", [Faults(stall=1.0), Faults(fail=1.0), Faults(cut=1.0)])
 async def test_reads_that_go_wrong_cost_no_slot(faults: Faults) -> None:
     async with world() as made:
         node, giver = await made.node(faults=faults, timeouts=replace(PATIENT, read_s=0.5)), await made.worker()

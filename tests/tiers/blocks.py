@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.block import BlockHash, BlockLayout, Proof
-from kvstore.block.digest import digest_rows
+from kvstore.block import BlockHash, BlockLayout, Checksum, HostMemory, Proof, checksum
 from kvstore.pool import PROTECTED_SHARE
 from kvstore.pool.slot_book import Block, SlotBook
 from kvstore.store import StoreTier, TieredStore
+from tests.proofs import prove
 
 LAYOUT = BlockLayout(num_layers=1, num_kv_heads=1, block_size=4, head_dim=8, dtype="float32", model_fingerprint="m1")
 OTHER_LAYOUT = BlockLayout(
@@ -40,7 +40,11 @@ def payload(block_hash: BlockHash, block_bytes: int = BLOCK_BYTES) -> npt.NDArra
 
 
 def proof(block_hash: BlockHash, block_bytes: int = BLOCK_BYTES) -> Proof:
-    return Proof(digest_rows(payload(block_hash, block_bytes).view("<i8").reshape(1, -1))[0])
+    return prove(HostMemory(payload(block_hash, block_bytes).reshape(1, -1).copy()), [0], [block_hash])[0]
+
+
+def checksum_of(block_hash: BlockHash, block_bytes: int = BLOCK_BYTES) -> Checksum:
+    return checksum(payload(block_hash, block_bytes))
 
 
 class Cache(SlotBook):
@@ -96,5 +100,5 @@ async def insert_block(
         store.unpin(pins)
     for slot in slots:
         store.memory.view(slot)[:] = payload(block_hash)
-        return store.publish(slot, block_hash, parent, proof(block_hash))
+        return store.publish(slot, block_hash, parent, proof(block_hash), checksum_of(block_hash))
     return False

@@ -24,7 +24,7 @@ from kvstore.store.disk_files import (
     FileCalls,
 )
 from kvstore.store.disk_tier import PutOutcome, StoredBlock
-from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, named_hash, parents, payload, proof
+from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, checksum_of, named_hash, parents, payload, proof
 
 BLOCKS = chain("a", 6)
 MAX_BYTES = 16 * 12 * 1024
@@ -37,7 +37,10 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("intact")
     with closing(DiskTier.open(directory, LAYOUT, MAX_BYTES)) as tier:
         for block_hash, parent in zip(BLOCKS, parents(BLOCKS), strict=True):
-            assert tier.put(block_hash, parent, proof(block_hash), payload(block_hash)).outcome is PutOutcome.STORED
+            assert (
+                tier.put(block_hash, parent, proof(block_hash), checksum_of(block_hash), payload(block_hash)).outcome
+                is PutOutcome.STORED
+            )
     return directory
 
 
@@ -56,14 +59,14 @@ def read_all(tier: DiskTier) -> dict[BlockHash, bool]:
         served[block_hash] = isinstance(found, StoredBlock)
         if isinstance(found, StoredBlock):
             assert bytes(buffer) == payload(block_hash).tobytes()
-            assert found == StoredBlock(parent, proof(block_hash))
+            assert found == StoredBlock(parent, proof(block_hash), checksum_of(block_hash))
     return served
 
 
 def rewrite_all(tier: DiskTier) -> None:
     """What was lost can be stored again, and nothing is out of place."""
     for block_hash, parent in zip(BLOCKS, parents(BLOCKS), strict=True):
-        outcome = tier.put(block_hash, parent, proof(block_hash), payload(block_hash)).outcome
+        outcome = tier.put(block_hash, parent, proof(block_hash), checksum_of(block_hash), payload(block_hash)).outcome
         assert outcome in (PutOutcome.STORED, PutOutcome.PRESENT)
     assert all(read_all(tier).values())
     tier.check_integrity()
@@ -215,7 +218,7 @@ def test_damage_is_found_at_a_start_on_a_full_disk_too(damaged):
 
 
 def test_another_format_is_emptied(damaged, monkeypatch):
-    monkeypatch.setattr("kvstore.store.disk_files.FORMAT_VERSION", 3)
+    monkeypatch.setattr("kvstore.store.disk_files.FORMAT_VERSION", 4)
     with closing(DiskTier.open(damaged, LAYOUT, MAX_BYTES)) as tier:
         assert (tier.recovery.num_unusable_files, len(tier)) == (1, 0)
         rewrite_all(tier)
@@ -227,12 +230,12 @@ WRITER = """
 import sys
 from pathlib import Path
 from kvstore.store.disk_tier import DiskTier
-from tests.tiers.blocks import LAYOUT, proof, named_hash, payload
+from tests.tiers.blocks import LAYOUT, checksum_of, proof, named_hash, payload
 tier = DiskTier.open(Path(sys.argv[1]), LAYOUT, 300_000)
 number = int(sys.argv[2])
 while True:
     block_hash = named_hash(f"written{number}")
-    tier.put(block_hash, None, proof(block_hash), payload(block_hash))
+    tier.put(block_hash, None, proof(block_hash), checksum_of(block_hash), payload(block_hash))
     print(number, flush=True)
     number += 1
 """

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kvstore.block import BlockHash
+from kvstore.block import BlockHash, Checksum
 from kvstore.store import DiskTier
 from kvstore.store.directory import DirectoryLocked
 from kvstore.store.disk_files import HEAD_BYTES, RECORD_BYTES, FileCalls
@@ -24,7 +25,17 @@ from kvstore.store.disk_tier import (
     PutResult,
     StoredBlock,
 )
-from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, OTHER_LAYOUT, chain, named_hash, parents, payload, proof
+from tests.tiers.blocks import (
+    BLOCK_BYTES,
+    LAYOUT,
+    OTHER_LAYOUT,
+    chain,
+    checksum_of,
+    named_hash,
+    parents,
+    payload,
+    proof,
+)
 
 MAX_BYTES = 16 * 12 * 1024  # grows by 12 KiB, 48 blocks
 
@@ -65,7 +76,7 @@ def open_tier(directory: Path, max_bytes: int = MAX_BYTES, layout=LAYOUT, disk: 
 
 
 def put(tier: DiskTier, block_hash: BlockHash, parent: BlockHash | None = None) -> PutResult:
-    return tier.put(block_hash, parent, proof(block_hash), payload(block_hash))
+    return tier.put(block_hash, parent, proof(block_hash), checksum_of(block_hash), payload(block_hash))
 
 
 def put_chain(tier: DiskTier, hashes: list[BlockHash]) -> None:
@@ -75,7 +86,7 @@ def put_chain(tier: DiskTier, hashes: list[BlockHash]) -> None:
 
 def assert_reads(tier: DiskTier, block_hash: BlockHash, parent: BlockHash | None = None) -> None:
     buffer = np.full(BLOCK_BYTES, 0xEE, np.uint8)
-    assert tier.get(block_hash, buffer) == StoredBlock(parent, proof(block_hash))
+    assert tier.get(block_hash, buffer) == StoredBlock(parent, proof(block_hash), checksum_of(block_hash))
     assert buffer.tobytes() == payload(block_hash).tobytes()
 
 
@@ -217,7 +228,10 @@ def test_a_disk_that_takes_no_byte_and_says_no_error_is_one_that_fails(tmp_path)
 
     with closing(DiskTier.open(tmp_path, LAYOUT, MAX_BYTES, calls=FileCalls(write=write_nothing))) as tier:
         block_hash = named_hash("a")
-        assert tier.put(block_hash, None, proof(block_hash), payload(block_hash)).outcome is PutOutcome.PAUSED
+        assert (
+            tier.put(block_hash, None, proof(block_hash), checksum_of(block_hash), payload(block_hash)).outcome
+            is PutOutcome.PAUSED
+        )
         tier.check_integrity()
 
 
@@ -277,12 +291,35 @@ def test_an_unreadable_block_is_dropped_and_its_slot_used_again(tmp_path):
         tier.check_integrity()
 
 
-def test_a_block_whose_proof_was_never_right_is_not_served(tmp_path):
+def test_a_block_whose_checksum_was_never_right_is_not_served(tmp_path):
     (a,) = chain("a", 1)
     with closing(open_tier(tmp_path)) as tier:
-        tier.put(a, None, proof(a) ^ 1, payload(a))
+        tier.put(a, None, proof(a), Checksum(checksum_of(a) ^ 1), payload(a))
         assert tier.get(a, bytearray(BLOCK_BYTES)) is GetFailure.CORRUPT
         assert not tier.contains(a)
+
+
+def test_a_block_that_was_doubted_is_gone_and_stays_gone(tmp_path):
+    a, b = chain("a", 2)
+    with closing(open_tier(tmp_path)) as tier:
+        put(tier, a)
+        put(tier, b)
+        assert (tier.drop(a), tier.drop(a), tier.hashes()) == (True, False, [b])
+        tier.check_integrity()
+    with closing(open_tier(tmp_path)) as tier:
+        assert tier.hashes() == [b]
+
+
+def test_blocks_proven_under_another_key_are_misses_and_their_room_is_used(tmp_path):
+    a, b = chain("a", 2)
+    with closing(open_tier(tmp_path, layout=replace(LAYOUT, proof_key="old"))) as tier:
+        put(tier, a)
+    with closing(open_tier(tmp_path, layout=replace(LAYOUT, proof_key="new"))) as tier:
+        assert (tier.hashes(), tier.recovery.num_unusable_files) == ([], 1)
+        assert tier.get(a, bytearray(BLOCK_BYTES)) is GetFailure.MISSING
+        put(tier, b)
+    with closing(open_tier(tmp_path, layout=replace(LAYOUT, proof_key="new"))) as tier:
+        assert tier.hashes() == [b]
 
 
 def test_a_block_being_read_is_neither_evicted_nor_overwritten(tmp_path):
@@ -356,9 +393,9 @@ def test_after_closing_every_operation_says_so(tmp_path):
 def test_malformed_blocks_and_impossible_bounds_are_refused(tmp_path):
     with closing(open_tier(tmp_path)) as tier:
         with pytest.raises(ValueError, match="8 bytes"):
-            tier.put(named_hash("a"), None, 0, bytes(8))
+            tier.put(named_hash("a"), None, 0, 0, bytes(8))
         with pytest.raises(ValueError, match="proof -1"):
-            tier.put(named_hash("a"), None, -1, bytes(BLOCK_BYTES))
+            tier.put(named_hash("a"), None, -1, 0, bytes(BLOCK_BYTES))
         with pytest.raises(ValueError, match="into 8 bytes"):
             tier.get(named_hash("a"), bytearray(8))
     with pytest.raises(ValueError, match="has no room for one block of 256 bytes"):

@@ -19,6 +19,7 @@ from kvstore.pool.slot_book import (
     CacheEvent,
     SlotBook,
 )
+from tests.proofs import prove
 from tests.tiers.blocks import BLOCK_BYTES, chain, named_hash, parents, payload, proof
 
 
@@ -219,7 +220,7 @@ class SlotBookMachine(RuleBasedStateMachine):
             assert self.memory.view(pin.slot).tobytes() == payload(pin.block_hash).tobytes()
         for block_hash in self.present:
             found = self.book.find(block_hash)
-            assert self.memory.digests([found.slot]) == [found.proof] == [proof(block_hash)]
+            assert prove(self.memory, [found.slot], [block_hash]) == [found.proof] == [proof(block_hash)]
 
 
 TestSlotBookAgainstADict = SlotBookMachine.TestCase

@@ -21,7 +21,18 @@ from kvstore.pool.slot_book import Block
 from kvstore.store import DiskTier, DiskWrites, StoreTier, TieredStore
 from kvstore.store.disk_files import FileCalls
 from kvstore.store.disk_tier import RETRY_AFTER_S
-from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, insert_block, locate, named_hash, parents, payload, proof
+from tests.tiers.blocks import (
+    BLOCK_BYTES,
+    LAYOUT,
+    chain,
+    checksum_of,
+    insert_block,
+    locate,
+    named_hash,
+    parents,
+    payload,
+    proof,
+)
 
 DRAM, DISK = StoreTier.DRAM, StoreTier.DISK
 
@@ -92,7 +103,7 @@ async def take_in(store: TieredStore, hashes: list[BlockHash]) -> None:
     for block_hash, parent in zip(hashes, parents(hashes), strict=True):
         (slot,) = await store.reserve(1)
         store.memory.view(slot)[:] = payload(block_hash)
-        assert store.publish(slot, block_hash, parent, proof(block_hash))
+        assert store.publish(slot, block_hash, parent, proof(block_hash), checksum_of(block_hash))
 
 
 def assert_right(store: TieredStore, pinned: list[Block], hashes: list[BlockHash]) -> None:
@@ -155,7 +166,7 @@ async def test_written_behind_blocks_leave_dram_at_no_cost(tmp_path):
         assert store.disk.stats.num_stored == num_written
         for slot, block_hash, parent in zip(taken, b, parents(b), strict=True):
             store.memory.view(slot)[:] = payload(block_hash)
-            store.publish(slot, block_hash, parent, proof(block_hash))
+            store.publish(slot, block_hash, parent, proof(block_hash), checksum_of(block_hash))
         assert await store.flush(20)
         assert locate(store, a) == [DISK] * 8
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore.block import BlockHash, prove
+from kvstore.block import BlockHash
 from kvstore.pool import HostTier
 from kvstore.threads import OsThreads
 from services.engine.api import Request, StepOutput
@@ -20,6 +20,7 @@ from services.worker.engine_thread import EngineThread
 from services.worker.host_prefixes import HostPrefixes
 from services.worker.lender import CacheLender
 from tests.hf_models import write_model
+from tests.proofs import prove
 
 NUM_BLOCKS = 25
 CHAIN = [BlockHash(bytes([1, i]) * 8) for i in range(20)]
@@ -51,7 +52,7 @@ class World:
         assert taken is not None
         for block_id, block_hash in zip(taken.block_ids, hashes, strict=True):
             self.engine.kv_cache[block_id].view(torch.uint8).fill_(block_hash[1] + 1)
-        self.engine.publish_blocks(taken.block_ids, hashes, prove(self.engine.memory, taken.block_ids))
+        self.engine.publish_blocks(taken.block_ids, hashes, prove(self.engine.memory, taken.block_ids, hashes))
         self.engine.release_blocks(taken.block_ids)
 
     async def evict(self, num_blocks: int = NUM_BLOCKS) -> None:
@@ -191,7 +192,7 @@ async def test_a_peer_is_lent_what_was_evicted(world: World) -> None:
     lender = CacheLender(world.engine, world.thread, world.prefixes)
     blocks = await lender.lend_prefix(CHAIN)
     assert [block.block_hash for block in blocks] == CHAIN
-    assert [block.proof for block in blocks] == prove(world.engine.memory, [block.block_id for block in blocks])
+    assert [block.proof for block in blocks] == prove(world.engine.memory, [block.block_id for block in blocks], CHAIN)
     await lender.take_back(blocks)
 
 

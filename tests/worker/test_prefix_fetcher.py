@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
-from kvstore.block import BlockHash, HostMemory, prove
+from kvstore.block import BlockHash, HostMemory
 from kvstore.exchange import BlockExchange, PeerIdentity
 from kvstore.pool import BlockPool
 from kvstore.protocol import AnnouncedBlock, Reservation
@@ -26,6 +26,7 @@ from services.worker.host_prefixes import HostPrefixes
 from services.worker.prefix_fetcher import PrefixFetcher
 from services.worker.shunned import Shunned
 from tests.memory_transport import MemoryTransport
+from tests.proofs import KEY, prove
 from tests.store_node.store_world import LAYOUT, PATIENT, Worker, World, chain, world
 
 NUM_BLOCKS = 40
@@ -73,7 +74,7 @@ class Reader:
         self.cache = Cache(num_blocks)
         transport = MemoryTransport(self.memory, made.switchboard, None, seed=9)
         self.exchange = BlockExchange(
-            PeerIdentity("reader/1", "prefill", "1", LAYOUT), self.memory, [transport], PATIENT
+            PeerIdentity("reader/1", "prefill", "1", LAYOUT), self.memory, [transport], PATIENT, proof_key=KEY
         )
         self.outcomes: Counter[tuple[str, str]] = Counter()
         costs = SmallPieces(RateLearner(), LAYOUT.block_bytes // LAYOUT.block_size, "always")
@@ -89,7 +90,7 @@ class Reader:
         """Have computed these."""
         taken = self.cache.take_prefix(hashes)
         assert taken is not None
-        self.cache.publish_blocks(taken.block_ids, hashes, prove(self.memory, taken.block_ids))
+        self.cache.publish_blocks(taken.block_ids, hashes, prove(self.memory, taken.block_ids, hashes))
         self.cache.release_blocks(taken.block_ids)
 
     def check(self, hashes: Sequence[BlockHash], holder: Holder, first: int = 0) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof, find_wrong, prove
+from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof, ProofKey, Subject, subject_of
 from kvstore.pool import BlockPool, CacheChange
 from kvstore.protocol import AnnouncedBlock, Reservation
 from services.engine import api
@@ -53,8 +53,12 @@ class Engine:
         clock: Callable[[], float] = time.time,
         num_host_slots: int = 0,
         wrap_runner: Callable[[Runner], Runner] = lambda runner: runner,
+        proof_key: ProofKey | None = None,
     ) -> None:
-        """`num_host_slots`: blocks in the host tier; 0: there is none. `wrap_runner` may put one around ours."""
+        """`num_host_slots`: blocks in the host tier; 0: there is none. `wrap_runner` may put one around ours.
+
+        `proof_key`: None takes the public one.
+        """
         config = with_device_defaults(config, _gpu(model.device))
         self.model = model
         self.config = config
@@ -72,11 +76,13 @@ class Engine:
             },
             is_simulation=model.compute_path.is_simulation,
         )
-        self.layout: BlockLayout = model.block_layout(config.block_size)
+        self.proof_key = proof_key or ProofKey.public()
+        self.layout: BlockLayout = replace(model.block_layout(config.block_size), proof_key=self.proof_key.key_id)
         self.kv_cache: Tensor = model.new_kv_cache(num_blocks, config.block_size)
         self.memory: BlockMemory = block_memory(self.kv_cache)
-        self.host_tier = open_host_tier(self.kv_cache, self.memory, num_host_slots) if num_host_slots else None
-        take_evicted = self.host_tier.take_evicted if self.host_tier is not None else None
+        tier = open_host_tier(self.kv_cache, self.memory, num_host_slots, self.proof_key) if num_host_slots else None
+        self.host_tier = tier
+        take_evicted = tier.take_evicted if tier is not None else None
         self.pool = BlockPool(num_blocks, config.enable_prefix_caching, take_evicted)
         self._runner = wrap_runner(ModelRunner(model, self.kv_cache, config.block_size))
         self._scheduler = Scheduler(scheduler_config(config, model), self.pool)
@@ -91,10 +97,11 @@ class Engine:
         config: EngineConfig,
         progress: Callable[[float], None] | None = None,
         clock: Callable[[], float] = time.time,
+        proof_key: ProofKey | None = None,
     ) -> Engine:
         """Load the model and take the memory. Raises `ModelError` or `SettingsError`."""
         try:
-            return cls._loaded(config, progress, clock)
+            return cls._loaded(config, progress, clock, proof_key)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -106,7 +113,11 @@ class Engine:
 
     @classmethod
     def _loaded(
-        cls, config: EngineConfig, progress: Callable[[float], None] | None, clock: Callable[[], float]
+        cls,
+        config: EngineConfig,
+        progress: Callable[[float], None] | None,
+        clock: Callable[[], float],
+        proof_key: ProofKey | None,
     ) -> Engine:
         model = load_model(
             config.model,
@@ -123,7 +134,7 @@ class Engine:
         block_bytes = model.block_layout(config.block_size).block_bytes
         num_blocks = choose_num_blocks(config, block_bytes, model.max_model_len, model.device)
         num_host_slots = choose_num_host_slots(config, block_bytes, num_blocks, model.device)
-        return cls(model, config, num_blocks, clock, num_host_slots)
+        return cls(model, config, num_blocks, clock, num_host_slots, proof_key)
 
     # ---- commands, between steps ----------------------------------------------
 
@@ -197,16 +208,21 @@ class Engine:
     ) -> None:
         self._scheduler.publish_lent(block_ids, hashes, proofs, parent_hash)
 
-    def proofs(self, block_ids: Sequence[int]) -> list[Proof]:
-        # As published, else computed now: of new blocks, or of a partial one.
+    def proofs(self, block_ids: Sequence[int], subjects: Sequence[Subject]) -> list[Proof]:
+        # As published, else made now: of new blocks, or of a partial one.
         known = self.pool.proofs(block_ids)
-        fresh = [block_id for block_id, proof in zip(block_ids, known, strict=True) if proof is None]
-        made = dict(zip(fresh, prove(self.memory, fresh), strict=True))
+        fresh = {
+            block_id: subject
+            for block_id, subject, proof in zip(block_ids, subjects, known, strict=True)
+            if proof is None
+        }
+        made = dict(zip(fresh, self.proof_key.prove(self.memory, list(fresh), list(fresh.values())), strict=True))
         return [made[block_id] if proof is None else proof for block_id, proof in zip(block_ids, known, strict=True)]
 
     def recheck(self, hashes: Sequence[BlockHash]) -> int:
         found = [block for each in hashes if (block := self.pool.find(each)) is not None]
-        wrong = find_wrong(self.memory, [block.slot for block in found], [block.proof for block in found])
+        slots, subjects = [block.slot for block in found], [subject_of(block.block_hash) for block in found]
+        wrong = self.proof_key.find_wrong(self.memory, slots, subjects, [block.proof for block in found])
         return self.pool.drop(found[position].slot for position in wrong)
 
     def begin_restore(self, hashes: Sequence[BlockHash]) -> Restore | None:
@@ -265,9 +281,9 @@ class Engine:
     def _postprocess(self, batch: Batch, sampled: SampledBatch) -> StepOutput:
         """Book the step's results."""
         updates = self._scheduler.update(batch, sampled)
-        born = self.pool.take_unproven()
-        if born:
-            self.pool.set_proofs(born, prove(self.memory, born))
+        if born := self.pool.take_unproven():
+            ids, subjects = list(born), [subject_of(block_hash) for block_hash in born.values()]
+            self.pool.set_proofs(ids, self.proof_key.prove(self.memory, ids, subjects))
         updates = [self._lend_prompt(update) if update.request.hold_blocks else update for update in updates]
         for update in updates:
             timeline = update.request.timeline
@@ -287,10 +303,13 @@ class Engine:
         end = num_full + 1 if is_last else update.num_computed_tokens // self.layout.block_size
         block_ids = request.block_table[first:end]
         # A block that the first token fills up is still the prompt's partial block: it has no identity yet.
-        hashes = [*request.block_hashes[:num_full], None][first:end]
+        hashes: list[BlockHash | None] = [*request.block_hashes[:num_full], None][first : first + len(block_ids)]
+        if not request.may_publish:  # the hashes that it came with are wrong: nothing is proven to be what they say
+            hashes = [None] * len(block_ids)
         self._scheduler.loans.lend(block_ids)
         request.num_lent_blocks += len(block_ids)
-        blocks = tuple(map(AnnouncedBlock, block_ids, hashes, self.proofs(block_ids)))
+        subjects = [subject_of(each, request.transfer_id, index) for index, each in enumerate(hashes, first)]
+        blocks = tuple(map(AnnouncedBlock, block_ids, hashes, self.proofs(block_ids, subjects)))
         if is_last:
             self._scheduler.release_lent(request.block_table)  # the request's own; the caller's stay
         return replace(update, first_block=first, blocks=blocks)

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvstore.block import BlockMemory, HostMemory
+from kvstore.block import BlockMemory, HostMemory, ProofKey
 from kvstore.pool import BlockCopier, HostTier
 from services.engine.native.memory.kv_memory import allocate_kv_cache, as_bytes
 
 
-def open_host_tier(kv_cache: Tensor, memory: BlockMemory, num_slots: int) -> HostTier:
+def open_host_tier(kv_cache: Tensor, memory: BlockMemory, num_slots: int, proof_key: ProofKey) -> HostTier:
     """A tier of so many slots beside the cache `[num_blocks, ...]`, which is `memory`; takes all its memory at once.
 
     Beside a GPU it is page-locked: the device copies into pageable memory at a fraction of the speed.
@@ -26,7 +26,7 @@ def open_host_tier(kv_cache: Tensor, memory: BlockMemory, num_slots: int) -> Hos
     else:
         slots = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
         copier = DeviceCopier(kv_cache, slots)
-    return HostTier(HostMemory(slots.numpy()), memory, copier)
+    return HostTier(HostMemory(slots.numpy()), memory, copier, proof_key)
 
 
 class MemoryCopier:

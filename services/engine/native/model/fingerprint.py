@@ -1,8 +1,8 @@
 """Fingerprints a model: a digest over configuration, dtype and all weight bytes.
 
 Two fine-tunes with equal headers must never share a block, so every byte counts, and it must cost no more than
-reading the weights costs: each tensor is cut into rows of 64 KiB, each row hashed multilinearly (see
-`kvstore.block.digest`), and the row hashes go, with the tensor's name, dtype and shape, into BLAKE2b.
+reading the weights costs: each tensor's rows are summed (`kvstore.block.row_sums`, under multipliers that everybody
+knows), and the sums go, with the tensor's name, dtype and shape, into BLAKE2b.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from dataclasses import asdict
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.block import LAYOUT_VERSION, multipliers
+from kvstore.block import LAYOUT_VERSION, public_multipliers
 from services.engine.model_config import ModelConfig
 
-_ROW_WORDS = 8192
-_ROWS_AT_ONCE = 16  # 1 MiB: the second pass over it comes from cache
+_BYTES_AT_ONCE = 1 << 20
 
 # They change what is refused or when generation ends, but no key and no value.
 _IRRELEVANT_FIELDS = ("max_position_embeddings", "eos_token_ids", "dtype", "architecture")
@@ -50,19 +49,11 @@ class FingerprintBuilder:
 
 
 def tensor_digest(data: npt.NDArray[np.uint8]) -> str:
-    """Return 32 hex digits that depend on every bit of `data`, uint8 `(num_bytes,)`.
-
-    A multilinear hash does not see an even number of flipped topmost bits (signs, in weights), so each row is hashed
-    a second time by its words' upper halves alone, where these bits are not topmost.
-    """
+    """Return 32 hex digits that depend on every bit of `data`, uint8 `(num_bytes,)`."""
     digest = hashlib.blake2b(len(data).to_bytes(8, "little"), digest_size=16, person=b"tandem.tensor")
-    row_bytes = _ROW_WORDS * 8
-    table = multipliers(_ROW_WORDS)
-    for start in range(0, len(data), row_bytes * _ROWS_AT_ONCE):
-        piece = data[start : start + row_bytes * _ROWS_AT_ONCE]
-        if len(piece) % row_bytes:
-            piece = np.concatenate([piece, np.zeros(-len(piece) % row_bytes, dtype=np.uint8)])
-        words = piece.view("<i8").reshape(-1, _ROW_WORDS)
-        digest.update(np.einsum("ij,j->i", words, table).astype("<i8").tobytes())
-        digest.update(np.einsum("ij,j->i", words >> 32, table).astype("<i8").tobytes())
+    for start in range(0, len(data), _BYTES_AT_ONCE):
+        piece = data[start : start + _BYTES_AT_ONCE]
+        if len(piece) % 8:
+            piece = np.concatenate([piece, np.zeros(-len(piece) % 8, dtype=np.uint8)])
+        digest.update(public_multipliers().sums(np.ascontiguousarray(piece).view("<u8")))
     return digest.hexdigest()

@@ -1,4 +1,8 @@
-"""A bit flips wherever a block can rest: nobody uses that block, its holder drops and counts it, tokens are right."""
+"""Blocks that are not what was computed, by a flipped bit or by a forger: nobody uses one, tokens are right.
+
+A bit flips wherever a block can rest, and the holder drops and counts the block. A forger has the peers' secret, speaks
+the protocol, and lends what he likes; he lacks the workers' proof key.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.block import HostMemory
+from kvstore.block import HostMemory, ProofKey, subject_of
 from kvstore.index import Tier
 from services.engine.api import SamplingParams
 from services.engine.config import EngineConfig
@@ -73,7 +77,8 @@ class Case:
 def block_contents(model: Path, prompt: list[int]) -> list[bytes]:
     """What a worker of the stack writes into the blocks of this prompt: its engine is this one, to the last bit."""
     engine = Engine.from_config(EngineConfig(str(model), max_model_len=1800, num_gpu_blocks_override=64, num_threads=1))
-    request = Request("r", prompt, SamplingParams(temperature=0.0, max_tokens=1), hold_blocks=True)
+    sampling = SamplingParams(temperature=0.0, max_tokens=1)
+    request = Request("r", prompt, sampling, hold_blocks=True, transfer_id=bytes(16))
     engine.add_request(request)
     while engine.has_work:
         engine.step()
@@ -220,4 +225,62 @@ async def test_bytes_that_change_in_flight_are_not_used_and_the_holder_keeps_the
         assert peer.suspected() == [case.hashes[-2]]
     assert (tokens, list(usage.fetched), usage.num_cached_tokens) == (case.expected[1], [], 0)
     assert stack.metric("prefill-1", "tandem:digests_failed_total") == mismatches + 1
+    stack.check_clean()
+
+
+# ---- forged ----
+
+FORGERIES = ("zeros", "zeros under the public key", "swapped blocks", "swapped proofs", "blocks under other names")
+
+
+def forge(kind: str, peer: BlockPeer, case: Case) -> None:
+    """Have the peer lend something else for block `WRONG` than was computed."""
+    wrong, other = case.hashes[WRONG], case.hashes[3]
+    block_bytes = len(case.contents[0])
+    zeros = HostMemory.allocate(1, block_bytes)
+    peer.fetch(case.orders.record("prefill-0"), case.hashes)
+    match kind:
+        case "zeros":
+            peer.hold(case.hashes, bytes(block_bytes), [0] * NUM_SHARED_BLOCKS)
+        case "zeros under the public key":
+            proofs = [ProofKey.public().prove(zeros, [0], [subject_of(each)])[0] for each in case.hashes]
+            peer.hold(case.hashes, bytes(block_bytes), proofs)
+        case "swapped blocks":
+            peer.swap(wrong, other, content=True, proofs=False)
+        case "swapped proofs":
+            peer.swap(wrong, other, content=False, proofs=True)
+        case "blocks under other names":
+            peer.swap(wrong, other, content=True, proofs=True)
+
+
+@pytest.mark.parametrize("kind", FORGERIES)
+async def test_what_a_forger_lends_is_not_used(stack: Stack, kind: str) -> None:
+    case = Case(stack, 40 + FORGERIES.index(kind))
+    await case.compute("decode-0", "prefill-0")
+    failed = stack.metric("prefill-1", "tandem:digests_failed_total")
+    with BlockPeer(case.orders.record("prefill-0")) as peer:
+        forge(kind, peer, case)
+        await case.until(lambda: shunned(stack, "prefill-1") == [], "the peer to be asked again")
+        source = peer.source(NUM_SHARED_BLOCKS)
+        tokens, usage = await case.orders.generate(case.prompts[1], "decode-1", "prefill-1", [source])
+    assert (tokens, list(usage.fetched), usage.num_cached_tokens) == (case.expected[1], [], 0)
+    assert stack.metric("prefill-1", "tandem:digests_failed_total") > failed
+    stack.check_clean()
+
+
+async def test_what_a_forger_gives_a_store_is_not_used_and_leaves_it_for_what_was_computed(stack: Stack) -> None:
+    case = Case(stack, 50)
+    with BlockPeer(case.orders.record("prefill-0")) as peer:
+        peer.hold(case.hashes, bytes(len(case.contents[0])), [0] * NUM_SHARED_BLOCKS)
+        peer.offer(case.orders.record("store-0"), case.hashes)
+        await until_held(stack, case.hashes, "store-0", Tier.STORE)
+    refuted = stack.metric("store-0", "tandem:store_refuted_blocks_total")
+    assert await case.ask(0, "decode-0", "prefill-0", "store-0", "store") == 0
+    await case.until(
+        lambda: stack.metric("store-0", "tandem:store_refuted_blocks_total") == refuted + NUM_SHARED_BLOCKS,
+        "the store to drop them",
+    )
+    await until_held(stack, case.hashes, "store-0", Tier.STORE)
+    stack.restart(*WORKERS)
+    assert await case.ask(1, "decode-1", "prefill-1", "store-0", "store") == NUM_SHARED_BLOCKS, "as computed"
     stack.check_clean()

@@ -1,0 +1,36 @@
+// Sums a block's rows under secret multipliers; kvstore/block/row_sums.py says what for, and has the same in numpy.
+//
+// Plain C that compilers vectorize; where the processor has wider vectors, the loader takes the clone that uses them.
+
+#include <stdint.h>
+
+#if defined(__x86_64__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#else
+#define CLONES
+#endif
+
+enum { ROW_WORDS = 1024 };
+
+CLONES static void sum_row(
+    const uint64_t *words, int64_t num_words, const uint64_t *even, const uint64_t *odd, uint64_t *sums)
+{
+    uint64_t first = 0, second = 0;
+    for (int64_t j = 0; j < num_words; j++) {
+        uint64_t low = words[j] & 0xffffffffu, high = words[j] >> 32;
+        first += low * even[j] + high * odd[j];
+        second += low * odd[j] + high * even[j + 1];
+    }
+    sums[0] = first;
+    sums[1] = second;
+}
+
+// `even` has ROW_WORDS + 1 multipliers, `odd` ROW_WORDS; `sums` takes two numbers for each begun row.
+__attribute__((visibility("default"))) void tandem_row_sums_1(
+    const uint64_t *words, int64_t num_words, const uint64_t *even, const uint64_t *odd, uint64_t *sums)
+{
+    for (int64_t start = 0; start < num_words; start += ROW_WORDS, sums += 2) {
+        int64_t rest = num_words - start;
+        sum_row(words + start, rest < ROW_WORDS ? rest : ROW_WORDS, even, odd, sums);
+    }
+}
