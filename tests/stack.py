@@ -24,6 +24,7 @@ import redis
 from kvstore.registry import WorkerRecord
 from kvstore.registry.worker_record import decode_record
 from services.cli.embedded_redis import EmbeddedRedis
+from services.secrets import make_secret_file
 
 _READY_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 20.0
@@ -75,7 +76,10 @@ class Stack:
         self._http = httpx.Client(timeout=_HTTP_TIMEOUT_S, limits=httpx.Limits(max_keepalive_connections=0))
         try:
             common = self.common
+            proof_key = self.directory / "proof-key"
+            make_secret_file(proof_key)
             model = ["--num-threads", "1", "--model", str(self.model), "--served-model-name", "m"]
+            model += ["--proof-key-file", str(proof_key)]
             for role, workers in (("prefill", self.prefill), ("decode", self.decode)):
                 for index, flags in enumerate(workers):
                     self.start(f"{role}-{index}", role, [*common, *model, *_words(self.worker), *_words(flags)])

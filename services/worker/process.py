@@ -19,6 +19,7 @@ import msgspec
 import uvloop
 
 import services
+from kvstore.block import ProofKey
 from kvstore.errors import RegistryError, TransportError
 from kvstore.exchange import Outside
 from kvstore.registry import Registrar, WorkerRecord, new_incarnation
@@ -240,9 +241,10 @@ async def _load(config: WorkerConfig, threads: Threads, stop: asyncio.Event) -> 
     started_s = time.monotonic()
     num_threads = config.num_threads or len(os.sched_getaffinity(0))
     settings = dataclasses.replace(config, num_threads=num_threads)
+    proof_key = _proof_key(config)
 
     def load() -> Engine:
-        return open_engine(settings, progress=partial(report_phase, "loading model"))
+        return open_engine(settings, proof_key, progress=partial(report_phase, "loading model"))
 
     loading, stopped = asyncio.ensure_future(threads.run(load)), asyncio.ensure_future(stop.wait())
     await asyncio.wait([loading, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -262,6 +264,15 @@ async def _load(config: WorkerConfig, threads: Threads, stop: asyncio.Event) -> 
         engine.capabilities.num_host_blocks,
     )
     return engine
+
+
+def _proof_key(config: WorkerConfig) -> ProofKey:
+    """What blocks are proven under. Raises SettingsError."""
+    secret = config.read_proof_key()
+    if secret is None:
+        log.warning("no --proof-key-file: blocks are proven under a key that everybody knows, which stops no forger")
+        return ProofKey.public()
+    return ProofKey(secret.derive("proofs of KV blocks"))
 
 
 async def _serve(config: WorkerConfig, role: Role, build: Callable[[WorkerParts], WorkerService]) -> int | None:

@@ -359,7 +359,7 @@ class Joint:
                     self.rooms |= {transfer_id}
                 case Read(read_id, _):
                     self.link |= {read_id}
-                case Verify(read_id, _, _):
+                case Verify(read_id):
                     self.verifying |= {read_id}
                 case Resolve(result):
                     self._resolve(transfer_id, result.ok)

@@ -134,7 +134,7 @@ class Engine:
         block_bytes = model.block_layout(config.block_size).block_bytes
         num_blocks = choose_num_blocks(config, block_bytes, model.max_model_len, model.device)
         num_host_slots = choose_num_host_slots(config, block_bytes, num_blocks, model.device)
-        return cls(model, config, num_blocks, clock, num_host_slots, proof_key)
+        return cls(model, config, num_blocks, clock, num_host_slots, proof_key=proof_key)
 
     # ---- commands, between steps ----------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import Final
 
 import torch
 
+from kvstore.block import ProofKey
 from services.engine.checkpoint import WITHOUT_WEIGHTS, find_model
 from services.engine.config import DTYPE_ALIASES, EngineConfig
 from services.engine.model_config import UnsupportedModel, read_config
@@ -30,7 +31,10 @@ _LATE_SHARE: Final = 0.05
 
 
 def open_paced(
-    config: EngineConfig, clock: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep
+    config: EngineConfig,
+    proof_key: ProofKey | None = None,
+    clock: Callable[[], float] = time.time,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Engine:
     """Make one from a model's configuration alone. Raises `ModelError` or `SettingsError`."""
     profile = read_profile(config.paced_profile)
@@ -69,7 +73,13 @@ def open_paced(
         profile.origin,
     )
     return Engine(
-        model, config, num_blocks, clock, num_host_slots, wrap_runner=lambda runner: PacedRunner(runner, profile, sleep)
+        model,
+        config,
+        num_blocks,
+        clock,
+        num_host_slots,
+        wrap_runner=lambda runner: PacedRunner(runner, profile, sleep),
+        proof_key=proof_key,
     )
 
 
