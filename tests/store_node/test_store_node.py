@@ -236,8 +236,8 @@ async def test_a_flipped_byte_in_memory_is_found_by_the_reader_and_the_disks_cop
 
         result, _ = await giver.fetch(node, hashes)
         assert result.failure.cause is FetchCause.DIGEST_MISMATCH
-        await until(lambda: node.lender.num_lent == 0)
-        assert (node.lender.num_corrupt, locate(node.store, hashes)[2]) == (1, StoreTier.DISK)
+        await until(lambda: node.lender.num_lent == 0 and node.lender.num_corrupt == 1)
+        assert (node.lender.num_refuted, locate(node.store, hashes)[2]) == (0, StoreTier.DISK)
         result, payloads = await giver.fetch(node, hashes)
         assert result.ok, result.failure
         assert payloads == [giver.bytes_of(each) for each in hashes]
