@@ -49,7 +49,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index simulate simulate-exhaustive simulate-removals soak compat agreement loadtest clean
+.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index simulate simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -162,6 +162,8 @@ simulate-removals: $(DEVELOPED) ## for each safeguard the first seed that fails 
 
 soak: $(DEVELOPED) ## a fleet under mixed load for MINUTES: memory and files of each process, and whether they grow
 	$(BIN)/python -m tests.soak --minutes $(MINUTES)
+chaos: $(DEVELOPED) ## open-loop load on real processes that are killed, stopped, restarted and cut off, for MINUTES
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES)
 
 compat: $(DEVELOPED) ## vllm bench, guidellm, aiperf, lm-eval, litellm, langchain against our server (7 GB); TOOLS=…
 	$(BIN)/python -m tests.compat $(if $(filter-out auto,$(TORCH_INDEX)),--torch-index $(TORCH_INDEX)) $(TOOLS)

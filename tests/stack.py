@@ -156,7 +156,7 @@ class Stack:
         if role != "router":
             argv = [*argv, "--worker-id", worker_id or name]
         log_path = self.directory / f"{name}.log"
-        process = FORK_SERVER.Process(target=_run_service, args=(role, argv, str(log_path), self.environ), name=name)
+        process = FORK_SERVER.Process(target=run_service, args=(role, argv, str(log_path), self.environ), name=name)
         process.start()
         service = Service(name, role, argv, log_path, process)
         self.services[name] = service
@@ -265,8 +265,9 @@ def _words(flags: Flags) -> Sequence[str]:
     return flags.split() if isinstance(flags, str) else flags
 
 
-def _run_service(role: str, argv: list[str], log_path: str, environ: dict[str, str]) -> None:
-    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def run_service(role: str, argv: list[str], log_path: str, environ: dict[str, str], append: bool = False) -> None:
+    """Be that process, as a fork of the server; what it prints goes to a file, after what is there if `append`."""
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else os.O_TRUNC))
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(environ)
