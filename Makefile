@@ -49,7 +49,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index simulate simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos
+.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index bench-attacks schemathesis simulate simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ $(DEVELOPED): $(INSTALLED)
 
 serve: $(INSTALLED) ## serve MODEL (the demo model) on PORT with PREFILL and DECODE workers
 	$(BIN)/tandem up --host $(HOST) --port $(PORT) --prefill $(PREFILL) --decode $(DECODE) $(if $(MODEL),--model $(MODEL)) $(UP_ARGS)
+
+schemathesis: $(DEVELOPED) ## 10,000 cases made of /openapi.json, right and wrong ones: no 5xx (minutes)
+	$(BIN)/pytest -q -s -m slow tests/router/test_schemathesis.py
 
 doctor: $(INSTALLED) ## check this machine: packages, Redis, UCX, ports, model
 	$(BIN)/tandem doctor --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
@@ -150,6 +153,9 @@ bench-prefix: $(DEVELOPED) ## hit rate and TTFT by routing policy: make bench-pr
 
 bench-index: $(DEVELOPED) ## the prefix index with a million blocks: lookups against PING, bytes per block (BENCH_ARGS)
 	$(BIN)/python -m tests.bench.bench_index $(BENCH_ARGS)
+
+bench-attacks: $(DEVELOPED) ## what one client can do to the others, as a table (BENCH_ARGS)
+	$(BIN)/python -m tests.bench.bench_attacks $(BENCH_ARGS)
 
 simulate: $(DEVELOPED) ## the block exchange and a fleet under seeded faults, MINUTES in all; adds to build/simulation
 	$(BIN)/python -m tests.simulation --minutes $(MINUTES)

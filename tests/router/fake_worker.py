@@ -107,7 +107,8 @@ class FakeWorker(DecodeServiceServicer):
         self._sessions: list[asyncio.Queue[pb.SessionFrame | None]] = []
 
     async def start(self) -> None:
-        self._server = grpc.aio.server()
+        # Routers ping a session that is idle.
+        self._server = grpc.aio.server(options=[("grpc.http2.min_recv_ping_interval_without_data_ms", 1000)])
         add_DecodeServiceServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self._server.start()
