@@ -12,7 +12,9 @@ that priority and fairness order the queue until the last moment. A request's se
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -154,16 +156,19 @@ class Admission:
         on_refusal: Callable[[str], None] = lambda reason: None,
         fleet: Fleet | None = None,
         weight_of: Callable[[str], float] = lambda client: 1.0,
+        client_share: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`client_share`: how much of the queue one client may fill, by more than one request."""
         self._capacity = capacity
         self._max_queue = max_queue
+        self._max_queue_of_one = math.ceil(max_queue * client_share)
         self._on_refusal = on_refusal
         self._fleet = fleet or OpenFleet()
         self._weight_of = weight_of
         self._clock = clock
         self._lines: dict[str, _Line] = {}
-        self._num_unbegun = 0  # sequences of requests of which nothing was granted yet
+        self._num_unbegun: Counter[str] = Counter()  # by client, sequences of requests of which nothing was granted yet
         self._is_filling = False
         self.num_running = 0
         self.num_waiting = 0
@@ -194,16 +199,13 @@ class Admission:
     @contextmanager
     def admit(self, num_sequences: int, applicant: Applicant = Applicant()) -> Iterator[Room]:
         """The request's room, for as long as it lasts. Raises ApiError 429 when the queue is full."""
-        if self.num_running >= self._capacity and self._num_unbegun + num_sequences > self._max_queue:
-            self._on_refusal("queue_full")
-            raise overloaded(
-                f"The server is full: {self.num_running} sequences run and {self.num_waiting} wait. Try again later."
-            )
         line = self._lines.setdefault(applicant.model, _Line(FairQueue(self._weight_of)))
+        if not self._has_room(applicant.model, line) or len(line.queue):
+            self._check_queue(num_sequences, applicant.client)
         room = Room(num_sequences, applicant, line, self._give_back)
         self._wait(room, line)
         self.num_waiting += num_sequences
-        self._num_unbegun += num_sequences
+        self._num_unbegun[applicant.client] += num_sequences
         self.fill()
         try:
             yield room
@@ -212,7 +214,7 @@ class Admission:
                 line.queue.remove(room, applicant.client, applicant.priority)
                 self.num_waiting -= room.num_waiting
                 if not room.was_granted:
-                    self._num_unbegun -= room.num_waiting
+                    self._begun(applicant.client, room.num_waiting)
             room.leave()
             self._give_back(room.num_free + room.num_begun)
 
@@ -230,13 +232,11 @@ class Admission:
 
     def _grant_next(self, model: str, line: _Line) -> bool:
         """Let one sequence begin, if there is one and room for it."""
-        if not len(line.queue) or self.num_running >= self._capacity:
-            return False
-        if not self._fleet.has_room(model, line.num_pending, line.num_pending_tokens):
+        if not len(line.queue) or not self._has_room(model, line):
             return False
         room, client = line.queue.pop()
         if not room.was_granted:
-            self._num_unbegun -= room.num_waiting
+            self._begun(client, room.num_waiting)
         line.queue.charge(client, room.num_tokens)
         self.num_waiting -= 1
         self.num_running += 1
@@ -246,6 +246,26 @@ class Admission:
             self._wait(room, line)
         room.granted()
         return True
+
+    def _has_room(self, model: str, line: _Line) -> bool:
+        return self.num_running < self._capacity and self._fleet.has_room(
+            model, line.num_pending, line.num_pending_tokens
+        )
+
+    def _check_queue(self, num_sequences: int, client: str) -> None:
+        own, others = self._num_unbegun[client], self._num_unbegun.total() - self._num_unbegun[client]
+        if own + others + num_sequences > self._max_queue or (own and own + num_sequences > self._max_queue_of_one):
+            self._on_refusal("queue_full")
+            raise overloaded(
+                f"The server is full: {self.num_running} sequences run and {self.num_waiting} wait, of which {own} are"
+                " yours. Try again later."
+            )
+
+    def _begun(self, client: str, num_sequences: int) -> None:
+        """Some of a request may run, or it has gone: it stands in the queue no more."""
+        self._num_unbegun[client] -= num_sequences
+        if not self._num_unbegun[client]:
+            del self._num_unbegun[client]
 
     def _wait(self, room: Room, line: _Line) -> None:
         line.queue.push(room, room.applicant.client, room.num_tokens, room.applicant.priority)

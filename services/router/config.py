@@ -124,8 +124,8 @@ class RouterConfig(PeerSettings):
         0.75,
         above=0,
         max=1,
-        help="most of the tokenizer's queue and of the request memory that one client may take: a tenant, or where"
-        " there are no keys an address",
+        help="most of the queue, of the tokenizer's and of the request memory that one client may take: a tenant, or"
+        " where there are no keys an address",
         group="limits",
     )
     request_timeout_s: float = setting(

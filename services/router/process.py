@@ -109,6 +109,7 @@ async def open_parts(
         metrics.count_refusal,
         Headroom(workers, config.worker_backlog_s),
         lambda client: shares.of_client(client).weight,
+        config.client_share,
     )
     workers.on_news = admission.fill
     quotas = quotas or Quotas(None, router_id, time.monotonic)

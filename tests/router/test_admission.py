@@ -8,16 +8,16 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from services.router.admission import Admission, Room
+from services.router.admission import Admission, Applicant, OpenFleet, Room
 from services.router.errors import ApiError
 
 
 class Visitor:
     """A request that begins whatever it may."""
 
-    def __init__(self, admission: Admission, num_sequences: int = 1) -> None:
+    def __init__(self, admission: Admission, num_sequences: int = 1, client: str = "") -> None:
         self._stack = ExitStack()
-        self.room: Room = self._stack.enter_context(admission.admit(num_sequences))
+        self.room: Room = self._stack.enter_context(admission.admit(num_sequences, Applicant(client=client)))
         self.room.on_grant = self.begin
         self.begin()
 
@@ -93,6 +93,36 @@ def test_one_who_gives_up_waiting_leaves_no_trace():
     assert last.num_inside == 1
     last.leave()
     assert (admission.num_running, admission.num_waiting) == (0, 0)
+
+
+def test_one_client_leaves_some_of_the_queue_to_others():
+    admission = Admission(1, max_queue=8, client_share=0.5)
+    busy = [Visitor(admission, client="busy") for _ in range(5)]
+    with pytest.raises(ApiError, match="4 are yours"):
+        Visitor(admission, client="busy")
+    others = [Visitor(admission, client=f"other-{number}") for number in range(4)]
+    with pytest.raises(ApiError, match="0 are yours"):
+        Visitor(admission, client="late")
+    for visitor in (*busy, *others):
+        visitor.leave()
+    big = [Visitor(admission, client="big"), Visitor(admission, 7, client="big")]
+    assert admission.num_waiting == 7, "a lone request may be as large as the queue"
+    for visitor in big:
+        visitor.leave()
+    assert (admission.num_running, admission.num_waiting) == (0, 0)
+
+
+def test_the_queue_before_workers_that_have_no_room_is_bounded():
+    class Full(OpenFleet):
+        def has_room(self, model: str, num_pending: int, num_pending_tokens: float) -> bool:
+            return False
+
+    admission = Admission(1000, max_queue=2, fleet=Full())
+    waiting = [Visitor(admission) for _ in range(2)]
+    with pytest.raises(ApiError):
+        Visitor(admission)
+    waiting[0].leave()
+    assert Visitor(admission).num_inside == 0
 
 
 class AdmissionMachine(RuleBasedStateMachine):

@@ -13,6 +13,7 @@ from schemathesis.generation import GenerationMode
 # Its strategies draw from `random`, and warn of what is their own affair.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+
 @pytest.fixture(scope="module")
 def operations(router):
     document = httpx.get(f"{router.base_url}/openapi.json", timeout=20).json()
