@@ -108,7 +108,8 @@ class FakeWorker(DecodeServiceServicer):
 
     async def start(self) -> None:
         # Routers ping a session that is idle.
-        self._server = grpc.aio.server(options=[("grpc.http2.min_recv_ping_interval_without_data_ms", 1000)])
+        options = [("grpc.http2.min_recv_ping_interval_without_data_ms", 1000), ("grpc.http2.max_ping_strikes", 0)]
+        self._server = grpc.aio.server(options=options)
         add_DecodeServiceServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self._server.start()
