@@ -47,6 +47,10 @@ class IncompatiblePeer(ExchangeError):
     """A peer answered and one side refused the other; the message says both sides' values."""
 
 
+class UnprovenPeer(IncompatiblePeer):
+    """A peer has not shown that it has our key, or it has none in common with us."""
+
+
 class PeerLost(ExchangeError):
     """The connection to a peer is gone, or there never was one."""
 

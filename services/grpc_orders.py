@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ import grpc
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
 
+from kvstore.peer_keys import PeerKeys
+from services.call_proofs import NONCE_BYTES, NotProven, WorkerSessions
+from services.grpc_peers import PeerGuard, PeerService, ProvenChannel
 from services.orders import ServePrefill, ServeSession, StreamBroken, StreamRefused, is_cancelled
 from services.startup import CannotListen
 
@@ -51,6 +55,9 @@ _SESSION_OPTIONS = (
 )
 # More prefill workers than one decode worker orders from at a time; old addresses of restarted ones count, too.
 _MAX_CHANNELS = 64
+_SESSION = "/tandem.v1.DecodeService/Session"
+_PREFILL = "/tandem.v1.PrefillService/Prefill"
+_NO_KEYS = PeerKeys()
 _REFUSALS = {
     "invalid": grpc.StatusCode.INVALID_ARGUMENT,
     "incompatible": grpc.StatusCode.FAILED_PRECONDITION,
@@ -61,23 +68,34 @@ _REFUSALS = {
 # ---- giving orders --------------------------------------------------------------
 
 
+class _UnknownSession(StreamBroken):
+    """The worker does not know our session: it has been restarted, or has too many."""
+
+
 @dataclass(eq=False)
 class _Channel:
-    grpc: grpc.aio.Channel
+    proven: ProvenChannel
     num_calls: int = 0
+
+    async def close(self) -> None:
+        await self.proven.channel.close()
 
 
 class GrpcOrders:
     """`Orders` over gRPC: a channel per session, and one per prefill worker, of which the latest used ones are kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: PeerKeys = _NO_KEYS) -> None:
+        """`keys`: by which we and the workers know each other; none: their ports take orders from anybody."""
+        self._keys = keys
         self._channels: OrderedDict[str, _Channel] = OrderedDict()
 
     async def session(
         self, address: str, requests: AsyncIterator[pb.SessionRequest]
     ) -> AsyncGenerator[pb.SessionFrame, None]:
         async with grpc.aio.insecure_channel(address, options=_SESSION_OPTIONS) as channel:
-            call = worker_pb2_grpc.DecodeServiceStub(channel).Session()  # type: ignore[no-untyped-call]
+            with _translated():
+                proof = await ProvenChannel(channel, address, self._keys).metadata(_SESSION)
+            call = worker_pb2_grpc.DecodeServiceStub(channel).Session(metadata=proof)  # type: ignore[no-untyped-call]
             sending = asyncio.create_task(_send(call, requests), name=f"requests to {address}")
             try:
                 with _translated(call):
@@ -94,30 +112,45 @@ class GrpcOrders:
         try:
             if len(self._channels) > _MAX_CHANNELS:
                 await self.forget(next(iter(self._channels)))
-            call = worker_pb2_grpc.PrefillServiceStub(channel.grpc).Prefill(order)  # type: ignore[no-untyped-call]
-            with _translated(call):
-                async for event in call:
-                    yield event
+            try:
+                async with contextlib.aclosing(_prefill(channel.proven, order)) as events:
+                    async for event in events:
+                        yield event
+            except _UnknownSession:  # before it has read anything of the order
+                channel.proven.forget()
+                async with contextlib.aclosing(_prefill(channel.proven, order)) as events:
+                    async for event in events:
+                        yield event
         finally:
             channel.num_calls -= 1
             if not channel.num_calls and self._channels.get(address) is not channel:
-                await channel.grpc.close()
+                await channel.close()
 
     async def forget(self, address: str) -> None:
         channel = self._channels.pop(address, None)
         if channel is not None and not channel.num_calls:
-            await channel.grpc.close()
+            await channel.close()
 
     async def close(self) -> None:
         while self._channels:  # one may begin meanwhile
             _, channel = self._channels.popitem()
-            await channel.grpc.close()
+            await channel.close()
 
     def _channel(self, address: str) -> _Channel:
         if address not in self._channels:
-            self._channels[address] = _Channel(grpc.aio.insecure_channel(address, options=_OPTIONS))
+            channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+            self._channels[address] = _Channel(ProvenChannel(channel, address, self._keys))
         self._channels.move_to_end(address)
         return self._channels[address]
+
+
+async def _prefill(channel: ProvenChannel, order: pb.PrefillRequest) -> AsyncGenerator[pb.PrefillEvent, None]:
+    with _translated():
+        proof = await channel.metadata(_PREFILL)
+    call = worker_pb2_grpc.PrefillServiceStub(channel.channel).Prefill(order, metadata=proof)  # type: ignore[no-untyped-call]
+    with _translated(call):
+        async for event in call:
+            yield event
 
 
 async def _send(call: grpc.aio.StreamStreamCall[Any, Any], requests: AsyncIterator[pb.SessionRequest]) -> None:
@@ -132,19 +165,23 @@ async def _send(call: grpc.aio.StreamStreamCall[Any, Any], requests: AsyncIterat
 
 
 @contextlib.contextmanager
-def _translated(call: grpc.aio.Call) -> Iterator[None]:
+def _translated(call: grpc.aio.Call | None = None) -> Iterator[None]:
     """Ends the call at the end, and says in our words how it ended before."""
     try:
         yield
+    except NotProven as error:
+        raise StreamBroken(str(error)) from error
     except grpc.aio.AioRpcError as error:
-        raise StreamBroken(f"{error.code().name}: {error.details()}") from error
+        broken = _UnknownSession if error.code() is grpc.StatusCode.UNAUTHENTICATED else StreamBroken
+        raise broken(f"{error.code().name}: {error.details()}") from error
     except asyncio.CancelledError as error:
         if is_cancelled():
             raise
         # A channel that was closed, or the other end's word for "aborted": nobody here has ordered it.
         raise StreamBroken("the call was cancelled, and not by us") from error
     finally:
-        call.cancel()
+        if call is not None:
+            call.cancel()
 
 
 # ---- taking orders --------------------------------------------------------------
@@ -153,12 +190,20 @@ def _translated(call: grpc.aio.Call) -> Iterator[None]:
 class GrpcServer:
     """`OrderServer` over gRPC, with the health service that Kubernetes asks."""
 
-    def __init__(self, host: str, port: int) -> None:
-        """Take the port; 0 chooses a free one. Raises CannotListen."""
+    def __init__(self, host: str, port: int, keys: PeerKeys = _NO_KEYS, advertise_host: str = "") -> None:
+        """Take the port; 0 chooses a free one. Raises CannotListen.
+
+        `keys`: orders are taken from who has one; none: from anybody. `advertise_host`: under which others reach us,
+        where that is not `host`.
+        """
         # Who only gives orders, as the router does, need not have it installed.
         from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-        self._server = grpc.aio.server(options=(*_OPTIONS, *_SILENCE_OPTIONS))
+        self._sessions = sessions = WorkerSessions(keys, lambda: os.urandom(NONCE_BYTES))
+        self._server = grpc.aio.server(
+            options=(*_OPTIONS, *_SILENCE_OPTIONS), interceptors=[PeerGuard(sessions)] if keys else []
+        )
+        worker_pb2_grpc.add_PeerServiceServicer_to_server(PeerService(sessions), self._server)  # type: ignore[no-untyped-call]
         self._health = health.aio.HealthServicer()
         self._status = health_pb2.HealthCheckResponse
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -166,6 +211,7 @@ class GrpcServer:
             self.port = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
             raise CannotListen(host, port, "--port", "in use, or not ours") from error
+        sessions.address = f"{advertise_host or host}:{self.port}"
 
     def serve_sessions(self, serve: ServeSession) -> None:
         worker_pb2_grpc.add_DecodeServiceServicer_to_server(_Sessions(serve), self._server)  # type: ignore[no-untyped-call]

@@ -119,6 +119,7 @@ NODE = Table(
     _counter("tandem:leased_blocks", "Blocks announced in these leases.", "outcome"),
     _histogram("tandem:lease_seconds", "Life of a lease.", _STAGE_S),
     _counter("tandem:peers_refused", "Incompatible peers refused."),
+    _counter("tandem:peers_unproven", "Connections of strangers to the block-protocol port refused."),
     _counter("tandem:peers_lost", "Block-protocol connections that ended."),
     _gauge("tandem:transport_up", "Whether blocks can travel over a transport.", "transport"),
     _histogram("tandem:index_write_seconds", "Time that the prefix index took for one batch of changes.", _INDEX_S),

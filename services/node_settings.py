@@ -16,10 +16,15 @@ _HEARTBEAT_S = 0.5  # of the block protocol; see kvstore.protocol.timeouts
 class NodeSettings(PeerSettings):
     """Whoever exchanges blocks and announces itself: where it listens, and what others are told of it."""
 
-    host: str = setting("127.0.0.1", help="address to listen on", group="network")
     kv_port: int = setting(0, min=0, max=65535, help="block-protocol port; 0 chooses a free one", group="network")
     http_port: int = setting(
         0, min=0, max=65535, help="port of /metrics, /health and /debug/state; 0 chooses a free one", group="network"
+    )
+    open_metrics: bool = setting(
+        True,
+        help="/metrics of the HTTP port needs no token, just as /health and /ready; all else there does, if there is a"
+        " peer secret",
+        group="network",
     )
     advertise_host: str = setting(
         "", help="address under which others reach this process; the default is --host", group="network"

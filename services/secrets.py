@@ -96,8 +96,8 @@ def _read_file(name: str, path: str) -> list[str]:
             content = file.read(_MAX_FILE_BYTES + 1)
     except OSError as error:
         raise SettingsError(f"{where}: {error.strerror}", setting) from error
-    # A group may read what belongs to another user, since else we could not: that is how Kubernetes mounts a secret.
-    if status.st_mode & 0o007 or (status.st_mode & 0o070 and status.st_uid == os.geteuid()):
+    # A group may read what is root's or another user's, since else we could not: so Kubernetes mounts a secret.
+    if status.st_mode & 0o007 or (status.st_mode & 0o070 and status.st_uid == os.geteuid() != 0):
         raise SettingsError(f"{where}: others can read it; chmod 600 {path}", setting)
     if len(content) > _MAX_FILE_BYTES:
         raise SettingsError(f"{where}: more than {_MAX_FILE_BYTES} bytes, which is no secret", setting)

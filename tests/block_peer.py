@@ -15,6 +15,7 @@ from kvstore.exchange import BlockExchange, PeerIdentity
 from kvstore.protocol import AnnouncedBlock, Reservation
 from kvstore.registry import WorkerRecord, new_incarnation
 from kvstore.transport import make_transports
+from tests.peers import PROOFS
 from tests.stack import FORK_SERVER
 
 _NUM_SLOTS = 512
@@ -93,7 +94,9 @@ class _Peer:
         self.incarnation = new_incarnation()
         identity = PeerIdentity(f"peer/{self.incarnation}", "store", self.incarnation, layout)
         transports = make_transports("ucxx", self._memory, "peer")
-        self.exchange = BlockExchange(identity, self._memory, transports, proof_key=None, lender=self)
+        self.exchange = BlockExchange(
+            identity, self._memory, transports, proof_key=None, keys=PROOFS.blocks, lender=self
+        )
 
     async def fetch(self, address: str, hashes: list[BlockHash]) -> list[bytes]:
         first = len(self._slots)

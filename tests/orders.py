@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 
-import grpc
 from tandem.v1 import worker_pb2 as pb
-from tandem.v1 import worker_pb2_grpc
 
 from kvstore.block import BlockHash, hash_blocks, namespace
 from kvstore.registry import WorkerRecord
+from tests.peers import session_with
 from tests.stack import Stack
 
 REQUEST_ID = "ordered"
@@ -64,8 +63,7 @@ class Orders:
             prefix_sources=sources,
         )
         tokens: list[int] = []
-        async with grpc.aio.insecure_channel(self.record(decode).grpc_address) as channel:
-            session = worker_pb2_grpc.DecodeServiceStub(channel).Session()
+        async with session_with(self.record(decode).grpc_address) as session:
             await session.write(pb.SessionRequest(hello=pb.SessionHello(router_id="test", protocol_version="2")))
             await session.write(pb.SessionRequest(generate=order))
             async for frame in session:

@@ -25,6 +25,7 @@ from kvstore.registry import WorkerRecord
 from kvstore.registry.worker_record import decode_record
 from services.cli.embedded_redis import EmbeddedRedis
 from services.secrets import make_secret_file
+from tests.peers import AUTHORIZATION, PEER_SECRET
 
 _READY_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 20.0
@@ -149,14 +150,15 @@ class Stack:
         self.redis.close()
 
     def start_redis(self) -> None:
-        self.redis = EmbeddedRedis.start(port=self.redis.port)
+        self.redis = self.redis.start_again()
 
     def start(self, name: str, role: str, argv: list[str], worker_id: str = "") -> Service:
         """Start a process of that role; a worker announces itself under `worker_id`, or else under `name`."""
         if role != "router":
             argv = [*argv, "--worker-id", worker_id or name]
         log_path = self.directory / f"{name}.log"
-        process = FORK_SERVER.Process(target=run_service, args=(role, argv, str(log_path), self.environ), name=name)
+        environ = {"TANDEM_PEER_SECRET": PEER_SECRET, **self.environ}
+        process = FORK_SERVER.Process(target=run_service, args=(role, argv, str(log_path), environ), name=name)
         process.start()
         service = Service(name, role, argv, log_path, process)
         self.services[name] = service
@@ -200,7 +202,7 @@ class Stack:
         return [record for record in records if not record.phase]
 
     def debug_state(self, name: str) -> dict[str, object]:
-        response = self._http.get(f"{self.services[name].debug_url}/debug/state")
+        response = self._http.get(f"{self.services[name].debug_url}/debug/state", headers=AUTHORIZATION)
         response.raise_for_status()
         return dict(response.json())
 
@@ -245,7 +247,7 @@ class Stack:
                 timeout_s,
             )
             if service.process.is_alive():
-                response = self._http.get(f"{service.debug_url}/debug/integrity")
+                response = self._http.get(f"{service.debug_url}/debug/integrity", headers=AUTHORIZATION)
                 assert response.status_code == 200, f"{service.name}: {response.text}"
 
     def _is_at_rest(self, name: str) -> bool:

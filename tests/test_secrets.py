@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from services.decode.config import DecodeConfig
+from services.peer_settings import PeerProofs
 from services.router.config import RouterConfig
 from services.secrets import Secret, make_secret_file, read_secret
 from services.settings import SettingsError
@@ -54,10 +55,11 @@ def test_no_secret_is_shown(tmp_path: Path) -> None:
 def test_a_file_and_a_variable_give_the_same(tmp_path: Path) -> None:
     path = secret_file(tmp_path)
     worker = DecodeConfig(model="m", peer_secret_file=path, proof_key_file=path)
-    assert worker.read_peer_secret() == StoreConfig(peer_secret=ONE).read_peer_secret() == of(ONE)
+    assert worker.read_peer_proofs() == StoreConfig(peer_secret=ONE).read_peer_proofs() != PeerProofs()
     assert worker.read_proof_key() == of(ONE)
     assert RouterConfig(tenant_secret_file=path).read_tenant_secret() == of(ONE)
-    assert RouterConfig().read_peer_secret() is RouterConfig().read_tenant_secret() is None
+    assert RouterConfig().read_peer_proofs() == PeerProofs()
+    assert RouterConfig().read_tenant_secret() is None
 
 
 def test_a_second_line_is_accepted_and_not_used(tmp_path: Path) -> None:
@@ -68,8 +70,11 @@ def test_a_second_line_is_accepted_and_not_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o604, 0o602, 0o640, 0o660])
-def test_a_file_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
+def test_a_file_that_others_can_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int) -> None:
     path = secret_file(tmp_path, mode=mode)
+    if os.geteuid() == 0:  # whose own files a group may read
+        os.chown(path, 1234, 1234)
+        monkeypatch.setattr(os, "geteuid", lambda: 1234)
     with pytest.raises(
         SettingsError, match=f"--peer-secret-file {path}: others can read it; chmod 600 {path}"
     ) as error:
@@ -93,7 +98,7 @@ def test_a_file_of_another_user_may_be_read_by_our_group(tmp_path: Path, monkeyp
         ("tandem-tandem-tandem-tandem-tandem-tandem-tandem", "fewer than 32 random bytes"),
         ("correct-horse-battery-staple", "fewer than 32 random bytes"),
         (f"{ONE}\nshort", "fewer than 32 random bytes"),
-        (os.urandom(48).replace(b"\n", b"x") + b"\xff", "it must be text"),
+        (b"\xf1\xf2" * 24, "it must be text"),
         (ONE * 65, "no secret"),
     ],
 )

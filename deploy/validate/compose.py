@@ -15,6 +15,7 @@ from deploy.validate.schemas import load_schema, violations
 from deploy.validate.tools import run_tool
 
 _VARIABLE = re.compile(r"\$\{\w+:-([^}]*)\}")
+_NEEDED = re.compile(r"\$\{\w+:\?[^}]*\}")
 _COMPOSE = "deploy/compose/compose.yaml"
 _PROMETHEUS = "deploy/compose/prometheus.yml"
 # What every container of ours has, and so every one that comes with it.
@@ -70,8 +71,8 @@ def _service(root: Path, document: dict[str, Any], service: dict[str, Any]) -> I
 
 
 def _default(text: str) -> str:
-    """The text with every `${NAME:-default}` at its default."""
-    return _VARIABLE.sub(r"\1", text)
+    """The text with every `${NAME:-default}` at its default, and some value for every `${NAME:?why}`."""
+    return _NEEDED.sub("given", _VARIABLE.sub(r"\1", text))
 
 
 def _prometheus(root: Path, services: set[str]) -> Iterator[str]:

@@ -16,12 +16,13 @@ from kvstore.block import BlockHash, BlockMemory, ProofKey
 from kvstore.errors import PeerLost, TransportError
 from kvstore.exchange.connection import Tools
 from kvstore.exchange.framing import Listener, Outside
-from kvstore.exchange.handshake import PeerIdentity
+from kvstore.exchange.handshake import Ourselves, PeerIdentity
 from kvstore.exchange.keep import Keep, Keeps
 from kvstore.exchange.observer import ExchangeObserver
 from kvstore.exchange.owner import Lease, PrefixLender, lend
 from kvstore.exchange.peer_sessions import PeerSessions, ToOwner, ToReader
 from kvstore.exchange.reader import Fetch, ReserveFunction
+from kvstore.peer_keys import PeerKeys
 from kvstore.protocol import (
     MAX_HASHES,
     AnnouncedBlock,
@@ -58,15 +59,17 @@ class BlockExchange:
         timeouts: ExchangeTimeouts | None = None,
         *,
         proof_key: ProofKey | None,
+        keys: PeerKeys | None = None,
         outside: Outside | None = None,
         observer: ExchangeObserver | None = None,
         lender: PrefixLender | None = None,
         on_have: OnHave | None = None,
         request_scope: RequestScope | None = None,
     ) -> None:
-        """`proof_key`: None for whom keeps blocks for others; what it reads is checked by whoever uses it.
+        """`keys`: by which peers know each other; without one, everybody who has none is a peer.
 
-        `outside`: the real world by default.
+        `proof_key`: None for whom keeps blocks for others; what it reads is checked by whoever uses it. `outside`: the
+        real world by default.
         """
         if memory.block_bytes != identity.layout.block_bytes:
             raise ValueError(
@@ -91,7 +94,8 @@ class BlockExchange:
                 memory, proof_key, self._timeouts, outside.clock, seen, self._verifier, peers.start_task, self._passed
             )
 
-        self._peers = PeerSessions(identity, outside, self._transports, make_tools)
+        ourselves = Ourselves(identity, keys or PeerKeys())
+        self._peers = PeerSessions(ourselves, outside, self._transports, make_tools)
 
     # ---- life ----
 

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from kvstore.errors import PeerLost
-from kvstore.protocol import LENGTH_BYTES, Message, decode, decode_length, encode
+from kvstore.errors import PeerLost, ProtocolViolation
+from kvstore.peer_keys import SEAL_BYTES, Seal
+from kvstore.protocol import LENGTH_BYTES, MAX_FRAME_BYTES, Message, decode, decode_length, encode
 from kvstore.threads import OsThreads, Threads
 
 MAX_UNSENT_BYTES: Final = 16 * 1024 * 1024
@@ -33,6 +35,12 @@ class FrameStream(Protocol):
 
     async def receive(self) -> Message:
         """Return the next message. Raises `PeerLost` at the end of the stream, `ProtocolViolation` on garbage."""
+
+    async def receive_body(self, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
+        """Return the next message as it came; errors as `receive`."""
+
+    def seal(self, sending: Seal, receiving: Seal) -> None:
+        """Seal what is sent from now on, and take nothing without a seal."""
 
     def send(self, message: Message) -> None:
         """Queue a message; nothing happens on a closed stream. Raises `PeerLost` where the peer takes no more data."""
@@ -94,6 +102,9 @@ class TcpListener:
 class TcpFrames:
     """A TCP connection."""
 
+    _sending: Seal | None = None
+    _receiving: Seal | None = None
+
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
@@ -102,22 +113,40 @@ class TcpFrames:
         self.peer_address = f"{peername[0]}:{peername[1]}" if peername else "unknown"
 
     async def receive(self) -> Message:
+        """Read a frame."""
+        return decode(await self.receive_body())
+
+    async def receive_body(self, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
         """Read a length, then a body of it."""
+        max_bytes += SEAL_BYTES if self._receiving is not None else 0
         try:
-            num_bytes = decode_length(await self._reader.readexactly(LENGTH_BYTES))
+            num_bytes = decode_length(await self._reader.readexactly(LENGTH_BYTES), max_bytes)
             body = await self._reader.readexactly(num_bytes)
         except asyncio.IncompleteReadError as error:
             where = f" in the middle of a frame ({len(error.partial)} bytes)" if error.partial else ""
             raise PeerLost(f"the peer closed the connection{where}") from error
         except OSError as error:
             raise PeerLost(f"the connection broke: {error}") from error
-        return decode(body)
+        if self._receiving is None:
+            return body
+        body, seal = body[:-SEAL_BYTES], body[-SEAL_BYTES:]
+        if not hmac.compare_digest(seal, self._receiving.of(body)):
+            raise ProtocolViolation(f"a frame of {num_bytes} bytes that the peer has not sealed")
+        return body
+
+    def seal(self, sending: Seal, receiving: Seal) -> None:
+        """From now on."""
+        self._sending, self._receiving = sending, receiving
 
     def send(self, message: Message) -> None:
         """Write to the socket's buffer."""
         if self._writer.is_closing():
             return
-        self._writer.write(encode(message))
+        frame = encode(message)
+        if self._sending is not None:
+            body = frame[LENGTH_BYTES:] + self._sending.of(frame[LENGTH_BYTES:])
+            frame = len(body).to_bytes(LENGTH_BYTES, "big") + body
+        self._writer.write(frame)
         num_unsent = self._writer.transport.get_write_buffer_size()
         if num_unsent > MAX_UNSENT_BYTES:
             raise PeerLost(f"the peer takes no data: {num_unsent} bytes wait to be sent")

@@ -14,6 +14,9 @@ class ExchangeObserver:
     def peer_refused(self, peer: str, reason: str) -> None:
         """A peer (its id, or its address where it gave none) was incompatible."""
 
+    def peer_unproven(self, address: str, reason: str) -> None:
+        """Somebody who has dialled us has not proven to be a peer."""
+
     def peer_lost(self, peer_id: str, reason: str, we_read: bool) -> None:
         """A connection has ended."""
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
-from kvstore.errors import ExchangeError, IncompatiblePeer, PeerUnreachable
+from kvstore.complaints import Complaints
+from kvstore.errors import ExchangeError, IncompatiblePeer, PeerUnreachable, UnprovenPeer
 from kvstore.exchange.connection import Connection, Tools
 from kvstore.exchange.framing import FrameStream, Outside
-from kvstore.exchange.handshake import PeerIdentity, introduce_as_owner, introduce_as_reader
+from kvstore.exchange.handshake import Ourselves, PeerIdentity, introduce_as_owner, introduce_as_reader
 from kvstore.protocol import OwnerSession, ReaderSession
 from kvstore.transport import Transport
 
@@ -20,7 +21,8 @@ logger = logging.getLogger(__name__)
 ToOwner: TypeAlias = Connection[ReaderSession]
 ToReader: TypeAlias = Connection[OwnerSession]
 
-# Strangers: connected, and not introduced yet. More are turned away, since each may hold a frame of memory.
+# Strangers: connected, and not proven yet. Of more the first is turned away, so that those who only connect, and say
+# nothing, keep nobody out for long.
 _MAX_STRANGERS: Final = 64
 
 
@@ -29,7 +31,7 @@ class PeerSessions:
 
     def __init__(
         self,
-        identity: PeerIdentity,
+        ourselves: Ourselves,
         outside: Outside,
         transports: Sequence[Transport],
         make_tools: Callable[[PeerSessions], Tools],
@@ -39,14 +41,17 @@ class PeerSessions:
         self.readers: dict[str, ToReader] = {}  # who reads from us
         # These and all that are gone but not drained yet, as keys, in the order in which they began.
         self.undrained: dict[ToOwner | ToReader, None] = {}
-        self._identity = identity
+        self._ourselves = ourselves
         self._outside = outside
+        self._complaints = Complaints(logger, outside.clock)  # of those who may be anybody
+        self._refusals = Complaints(logger, outside.clock)  # of those who may be peers, and do not fit
         self._transports = transports
         self._tools = make_tools(self)
         self._timeouts = self._tools.timeouts
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._strangers: set[asyncio.Task[None]] = set()
+        self._strangers: dict[asyncio.Task[None], FrameStream] = {}
+        self._newcomers: set[asyncio.Task[None]] = set()  # proven, and their link is being made
         self._dials: dict[str, asyncio.Task[str]] = {}
         self._owner_at: dict[str, str] = {}  # address as dialled -> peer id
 
@@ -83,7 +88,7 @@ class PeerSessions:
     async def close(self) -> None:
         """Turn newcomers away and end all connections, with what goes over them. Bounded in time."""
         self._closing = True
-        newcomers = [*self._strangers, *self._dials.values()]
+        newcomers = [*self._strangers, *self._newcomers, *self._dials.values()]
         for task in newcomers:
             task.cancel()
         await asyncio.gather(*newcomers, return_exceptions=True)
@@ -118,7 +123,11 @@ class PeerSessions:
                 stage = "handshake"
                 try:
                     introduction = await introduce_as_reader(
-                        stream, self._identity, self._transports, self._outside.new_id()
+                        stream,
+                        self._ourselves,
+                        self._transports,
+                        self._outside.new_id,
+                        lambda peer: self._check_newest(self.owners, peer),
                     )
                 except BaseException:
                     await stream.close(flush_s=self._timeouts.heartbeat_s)
@@ -152,15 +161,24 @@ class PeerSessions:
         """Shake hands with a peer that has dialled us, and install its session."""
         task = asyncio.current_task()
         assert task is not None
-        if self._closing or len(self._strangers) >= _MAX_STRANGERS:
-            why = "we are closing" if self._closing else f"{_MAX_STRANGERS} others are introducing themselves"
-            logger.warning("%s turned away: %s", stream.peer_address, why)
+        if self._closing:
             await stream.close()
             return
-        self._strangers.add(task)
+        if len(self._strangers) >= _MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            await self._strangers.pop(oldest).close()  # which ends its handshake
+        self._strangers[task] = stream
+
+        def on_proven(peer: PeerIdentity) -> None:
+            del self._strangers[task]
+            self._newcomers.add(task)
+            self._check_newest(self.readers, peer)
+
         try:
             async with asyncio.timeout(self._timeouts.connect_s):
-                introduction = await introduce_as_owner(stream, self._identity, self._transports)
+                introduction = await introduce_as_owner(
+                    stream, self._ourselves, self._transports, self._outside.new_id, on_proven
+                )
         except (ExchangeError, TimeoutError, asyncio.CancelledError) as error:
             self._log_failed_handshake(stream, error)
             await stream.close(flush_s=self._timeouts.heartbeat_s)
@@ -168,27 +186,45 @@ class PeerSessions:
                 raise  # else it is ours, and asyncio's streams (Python 3.11) would report it as an error
             return
         finally:
-            self._strangers.discard(task)
+            self._strangers.pop(task, None)
+            self._newcomers.discard(task)
         transport = introduction.transport
         session = OwnerSession(transport.name, transport.two_sided, self._timeouts, self._tools.clock())
         name = f"reader {introduction.peer.peer_id} at {stream.peer_address}"
         self._install(self.readers, Connection(name, stream, introduction, session, self._tools))
 
     def _log_failed_handshake(self, stream: FrameStream, error: BaseException) -> None:
-        if isinstance(error, IncompatiblePeer):
-            logger.error("%s is no peer of ours: %s", stream.peer_address, error)
-            self._tools.observer.peer_refused(stream.peer_address, str(error))
+        who, observer = stream.peer_address, self._tools.observer
+        if isinstance(error, UnprovenPeer):
+            self._complaints.log(logging.WARNING, "%s is no peer of ours: %s", who, error)
+            observer.peer_unproven(who, str(error))
+        elif isinstance(error, IncompatiblePeer):
+            self._refusals.log(logging.ERROR, "%s is no peer of ours: %s", who, error)
+            observer.peer_refused(who, str(error))
         elif isinstance(error, TimeoutError):
-            logger.warning("%s: no handshake within %s s", stream.peer_address, self._timeouts.connect_s)
+            self._complaints.log(logging.WARNING, "%s: no handshake within %s s", who, self._timeouts.connect_s)
         elif isinstance(error, ExchangeError):
-            logger.warning("%s: handshake failed: %s", stream.peer_address, error)
+            self._complaints.log(logging.WARNING, "%s: handshake failed: %s", who, error)
+
+    def _check_newest(self, connections: Mapping[str, Connection[Any]], peer: PeerIdentity) -> None:
+        """Refuse a start of a process that has been succeeded by another. Raises `IncompatiblePeer`."""
+        known = connections.get(peer.peer_id)
+        if known is not None and known.is_open and known.peer.incarnation > peer.incarnation:
+            raise IncompatiblePeer(
+                f"{peer.peer_id} is connected as incarnation {known.peer.incarnation}, newer than {peer.incarnation}"
+            )
 
     def _install(self, connections: dict[str, Connection[Any]], connection: Connection[Any]) -> None:
         """Make a connection the live one of its pair; an older one is a corpse that we had not noticed yet."""
         peer, lane, we_read = connection.peer, connection.link.lane, connections is self.owners
-        if (old := connections.get(peer.peer_id)) is not None:
-            old.close(f"incarnation {peer.incarnation} of {peer.peer_id} has connected anew")
-        connections[peer.peer_id] = connection
+        try:
+            self._check_newest(connections, peer)  # again: that one may have come while this link was made
+        except IncompatiblePeer as error:
+            connection.close(str(error))
+        else:
+            if (old := connections.get(peer.peer_id)) is not None:
+                old.close(f"incarnation {peer.incarnation} of {peer.peer_id} has connected anew")
+            connections[peer.peer_id] = connection
         self.undrained[connection] = None
         text = "connected: %s (%s, incarnation %s), blocks travel over %s, lane %s"
         logger.debug(text, connection.name, peer.role, peer.incarnation, connection.transport_name, lane)

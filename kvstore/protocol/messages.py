@@ -2,6 +2,7 @@
 
 A frame is a 4-byte big-endian length and that many bytes of msgpack: a map whose `type` names the message. What a peer
 sends is data: the length is checked before anything is read, and the body against the schema below, field by field.
+Fields that we do not know are skipped: a newer peer may send more than we read. A type that we do not know is refused.
 
 On every connection the peer that dialled is the *reader* and the peer that accepted is the *owner* of blocks; each
 has its own set of messages, and using the other's is a violation.
@@ -17,7 +18,7 @@ import msgspec
 from kvstore.block import Proof
 from kvstore.errors import ProtocolViolation
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2  # 2: peers prove themselves
 WANTS_NAME_REQUESTS: Final = "want.request_id"
 HEARS_SUSPICIONS: Final = "suspect"
 LENDS_KEPT: Final = "take"
@@ -27,6 +28,8 @@ MAX_REQUEST_ID_CHARS: Final = 256
 MAX_HASHES: Final = 65536
 LENGTH_BYTES: Final = 4
 MAX_FRAME_BYTES: Final = 4 * 1024 * 1024
+MAX_HELLO_BYTES: Final = 64 * 1024
+"""A frame of somebody who has not proven himself."""
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 _Text = Annotated[str, msgspec.Meta(max_length=4096)]
@@ -35,24 +38,25 @@ _Hash = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 32)]
 _ReadId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
 _Proof = Annotated[Proof, msgspec.Meta(ge=0)]
+_Mac = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 
 
-class _Message(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
+class _Message(msgspec.Struct, frozen=True, tag_field="type"):
     """Base of all messages."""
 
 
-class TransportOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TransportOffer(msgspec.Struct, frozen=True):
     """One transport that a peer can use. Only that transport reads its descriptor."""
 
     name: _Name
     descriptor: Annotated[bytes, msgspec.Meta(max_length=1024 * 1024)]
 
 
-class Hello(msgspec.Struct, frozen=True, tag_field="type", tag="hello"):
-    """The first message of both sides: who they are, what their blocks are, and how these can travel.
+class Hello(_Message, frozen=True, tag="hello"):
+    """The first message of both sides: who they say they are, what their blocks are, and by what these can travel.
 
-    Alone among the messages it may have fields that we do not know: a newer peer's must still be read, to refuse it by
-    its `protocol_version`.
+    `transports` have no descriptors yet. `nonce`: random, new for each connection; `key_ids`: of the keys that the
+    sender can prove itself by. Both are empty in a Hello of version 1, which can be read to be refused by its version.
     """
 
     protocol_version: _Count
@@ -62,6 +66,21 @@ class Hello(msgspec.Struct, frozen=True, tag_field="type", tag="hello"):
     layout: dict[_Name, int | str]
     transports: Annotated[list[TransportOffer], msgspec.Meta(max_length=8)]
     features: Annotated[list[_Name], msgspec.Meta(max_length=64)] = []
+    nonce: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
+    key_ids: Annotated[list[Annotated[bytes, msgspec.Meta(max_length=64)]], msgspec.Meta(max_length=8)] = []
+
+
+class Prove(_Message, frozen=True, tag="prove"):
+    """Reader: I have the key, and sent that Hello."""
+
+    mac: _Mac
+
+
+class Welcome(_Message, frozen=True, tag="welcome"):
+    """Owner: so have I; and this is how to reach my pool. The proof includes the transports."""
+
+    mac: _Mac
+    transports: Annotated[list[TransportOffer], msgspec.Meta(max_length=8)]
 
 
 class Reject(_Message, frozen=True, tag="reject"):
@@ -125,7 +144,7 @@ class Offer(_Message, frozen=True, tag="offer"):
     num_blocks: _Count
 
 
-class AnnouncedBlock(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class AnnouncedBlock(msgspec.Struct, frozen=True, array_like=True):
     """A computed block: its id in the owner's pool, its identity (None: the partial last block), its proof."""
 
     block_id: _Count
@@ -200,7 +219,7 @@ class Revoke(_Message, frozen=True, tag="revoke"):
     reason: _Text
 
 
-HandshakeMessage: TypeAlias = Hello | Reject | Choose | Ready
+HandshakeMessage: TypeAlias = Hello | Prove | Welcome | Reject | Choose | Ready
 ReaderMessage: TypeAlias = Heartbeat | Want | Take | Have | ReadRequest | Confirm | Suspect | Release
 OwnerMessage: TypeAlias = Heartbeat | Offer | Announce | ReadGranted | ReadRefused | Confirmed | Revoke
 Message: TypeAlias = HandshakeMessage | ReaderMessage | OwnerMessage
@@ -214,11 +233,11 @@ def encode(message: Message) -> bytes:
     return len(body).to_bytes(LENGTH_BYTES, "big") + body
 
 
-def decode_length(prefix: bytes) -> int:
+def decode_length(prefix: bytes, max_bytes: int = MAX_FRAME_BYTES) -> int:
     """Return the body length that a frame's first 4 bytes announce. Raises `ProtocolViolation` out of bounds."""
     num_bytes = int.from_bytes(prefix, "big")
-    if not 1 <= num_bytes <= MAX_FRAME_BYTES:
-        raise ProtocolViolation(f"a frame of {num_bytes} bytes; 1 to {MAX_FRAME_BYTES} are allowed")
+    if not 1 <= num_bytes <= max_bytes:
+        raise ProtocolViolation(f"a frame of {num_bytes} bytes; 1 to {max_bytes} are allowed")
     return num_bytes
 
 

@@ -15,6 +15,7 @@ from typing import Final
 from kvstore.block import BlockHash, find_changed
 from kvstore.errors import KVStoreError
 from kvstore.exchange import BlockExchange, ExchangeObserver, Outside, PeerIdentity, RequestScope
+from kvstore.peer_keys import PeerKeys
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts
 from kvstore.store.intake import Intake
 from kvstore.store.tiered_store import TieredStore
@@ -87,6 +88,7 @@ class StoreNode:
         transports: Sequence[Transport],
         *,
         outside: Outside,
+        keys: PeerKeys,
         timeouts: ExchangeTimeouts | None = None,
         observer: ExchangeObserver | None = None,
         request_scope: RequestScope | None = None,
@@ -100,6 +102,7 @@ class StoreNode:
             transports,
             timeouts,
             proof_key=None,
+            keys=keys,
             outside=outside,
             observer=observer,
             lender=self.lender,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.peer_settings import PeerSettings
 from services.settings import Settings, setting
 
 DEMO_MODEL = Path(__file__).parent / "demo_model" / "tandem-demo"
@@ -36,6 +37,11 @@ class UpConfig(Settings):
         choices=("auto", "text", "json"),
         group="logs",
     )
+
+
+@dataclass(frozen=True)
+class TokenConfig(PeerSettings):
+    """Settings of `tandem token`."""
 
 
 @dataclass(frozen=True)

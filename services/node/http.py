@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 import uvicorn
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.types import Receive, Scope, Send
 
 from services.http_server import HttpLimits, HttpServer, bound_unsent, bounded
 
 log = logging.getLogger(__name__)
+
+
+_NEEDS_TOKEN = "a token is needed: `tandem token` prints it"
+_PROBES = frozenset({"/health", "/ready"})
+
+
+class _Guard:
+    """Lets in who has a token; what is open is open to all."""
+
+    def __init__(self, app: FastAPI, tokens: Sequence[str], is_open: Collection[str]) -> None:
+        self._app = app
+        self._accepted = [f"Bearer {token}".encode() for token in tokens]
+        self._is_open = is_open
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in self._is_open and not self._has_token(scope):
+            refusal = JSONResponse({"error": _NEEDS_TOKEN}, 401, {"WWW-Authenticate": "Bearer"})
+            await refusal(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _has_token(self, scope: Scope) -> bool:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        return len(given) == 1 and any(hmac.compare_digest(given[0], each) for each in self._accepted)
 
 
 class DebugServer:
@@ -28,10 +54,13 @@ class DebugServer:
         unhealthy: Callable[[], str],
         not_ready: Callable[[], str],
         note: Callable[[], str] = str,
+        tokens: Sequence[str] = (),
+        open_metrics: bool = True,
     ) -> None:
         """`unhealthy` says why nobody should rely on it, `not_ready` why it does not serve; empty: all is well.
 
-        `note`: what whoever finds it healthy must know.
+        `note`: what whoever finds it healthy must know. `tokens`: one of them is needed for all but the probes, and
+        the metrics with `open_metrics`; where there are none, nothing needs one.
         """
         app = FastAPI(openapi_url=None)
 
@@ -65,8 +94,9 @@ class DebugServer:
                 return JSONResponse({"ok": False, "error": f"{type(error).__name__}: {error}"}, status_code=500)
             return JSONResponse({"ok": True})
 
+        is_open = _PROBES | {"/metrics"} if open_metrics else _PROBES
         config = uvicorn.Config(
-            app,
+            _Guard(app, tokens, is_open) if tokens else app,
             http=bounded(HttpLimits()),
             log_level="warning",
             access_log=False,

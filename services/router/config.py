@@ -14,7 +14,9 @@ from services.settings import SettingsError, setting
 class RouterConfig(PeerSettings):
     """One router process: where it listens, whom it lets in, how much it takes on, and where it finds workers."""
 
-    host: str = setting("127.0.0.1", help="address to listen on", group="HTTP")
+    host: str = setting(
+        "127.0.0.1", help="address to listen on; another than loopback needs a peer secret", group="HTTP"
+    )
     port: int = setting(8000, min=0, max=65535, help="port of the HTTP API; 0 chooses a free one", group="HTTP")
     api_key: tuple[str, ...] = setting(
         (),

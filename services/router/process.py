@@ -25,6 +25,7 @@ from services.http_server import HttpLimits, HttpServer, bound_unsent, bounded
 from services.logs import configure_logging, detail_level, launched, report_phase, report_ready
 from services.machine import bound_arenas
 from services.orders import Orders
+from services.peer_settings import PeerProofs
 from services.router.admission import Admission
 from services.router.app import make_app
 from services.router.config import RouterConfig
@@ -57,13 +58,14 @@ def run_router(config: RouterConfig) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     bound_arenas()
     try:
+        proofs = config.read_peer_proofs()
         check_registry(config.redis)
         check_overrides(config.tokenizer, config.chat_template)
         read_shares(config.tenants_file)
     except (ChatTemplateError, RegistryError, SettingsError, TokenizerError) as error:
         log.error("router cannot start: %s", error)
         return CANNOT_START
-    return uvloop.run(_serve(config))
+    return uvloop.run(_serve(config, proofs))
 
 
 @asynccontextmanager
@@ -146,7 +148,7 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _serve(config: RouterConfig) -> int:
+async def _serve(config: RouterConfig, proofs: PeerProofs) -> int:
     try:
         membership = Membership(config.redis)
         index = IndexReader(config.redis)
@@ -164,10 +166,10 @@ async def _serve(config: RouterConfig) -> int:
     await membership.start()
     await index.start()
     try:
-        router_id = _router_id(config, port)
+        router_id, orders = _router_id(config, port), GrpcOrders(proofs.orders)
         async with (
             open_quotas(config.redis, router_id) as quotas,
-            open_parts(config, membership, router_id, GrpcOrders(), OsThreads(), index, quotas) as parts,
+            open_parts(config, membership, router_id, orders, OsThreads(), index, quotas) as parts,
         ):
             parts.metrics.registry_up.set_function(lambda: membership.connected)
             settings = server_config(config, parts)

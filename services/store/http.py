@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvstore.store import StoreNode
 from services.node import DebugServer
 from services.store.index_feed import StoreIndexFeed
@@ -14,7 +16,10 @@ from services.store.metrics import StoreMetrics
 class StoreHttp:
     """Serves metrics, health and state of a node that may not be there yet."""
 
-    def __init__(self, worker_id: str, metrics: StoreMetrics) -> None:
+    def __init__(
+        self, worker_id: str, metrics: StoreMetrics, tokens: Sequence[str] = (), open_metrics: bool = True
+    ) -> None:
+        """`tokens`, `open_metrics`: as `DebugServer`."""
         self.address = ""
         """`host:port` that we listen on."""
         self.not_ready = "starting"
@@ -30,6 +35,8 @@ class StoreHttp:
             check_integrity=self._check_integrity,
             unhealthy=self._unhealthy,
             not_ready=lambda: self.not_ready or (f"no progress of: {self.stuck}" if self.stuck else ""),
+            tokens=tokens,
+            open_metrics=open_metrics,
         )
 
     async def start(self, host: str, port: int) -> None:

@@ -21,6 +21,7 @@ import services
 from kvstore.block import BlockLayout, HostMemory
 from kvstore.errors import KVStoreError
 from kvstore.exchange import Outside, PeerIdentity
+from kvstore.peer_keys import PeerKeys
 from kvstore.protocol import ExchangeTimeouts
 from kvstore.registry import Membership, Registrar, WorkerRecord, new_incarnation
 from kvstore.store import DiskTier, DiskWrites, StoreNode, StoreTooSmall, TieredStore, check_directory
@@ -29,7 +30,9 @@ from kvstore.transport import make_transports
 from services.activity import activity_logged
 from services.logs import configure_logging, detail_level, report_phase, report_ready, request_scope
 from services.node import loop_watch, transport_watches, watched
+from services.peer_settings import PeerProofs
 from services.progress import Watch
+from services.settings import SettingsError
 from services.startup import CANNOT_START, CannotListen, check_registry
 from services.store.activity import StoreActivity, store_series
 from services.store.config import StoreConfig
@@ -57,18 +60,19 @@ def run_store(config: StoreConfig) -> int:
         check_registry(config.redis)
         if config.store_disk_dir:  # now, and not when a worker is there
             check_directory(Path(config.store_disk_dir))
-    except KVStoreError as error:
+        proofs = config.read_peer_proofs()
+    except (KVStoreError, SettingsError) as error:
         log.error("store node cannot start: %s", error)
         return CANNOT_START
-    return end_threads(uvloop.run(_serve(config, Outside())))
+    return end_threads(uvloop.run(_serve(config, Outside(), proofs)))
 
 
-async def _serve(config: StoreConfig, outside: Outside) -> int:
+async def _serve(config: StoreConfig, outside: Outside, proofs: PeerProofs) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     metrics = StoreMetrics()
-    http = StoreHttp(config.worker_id, metrics)
+    http = StoreHttp(config.worker_id, metrics, proofs.tokens, config.open_metrics)
     try:
         await http.start(config.host, config.http_port)
     except OSError as error:
@@ -76,7 +80,7 @@ async def _serve(config: StoreConfig, outside: Outside) -> int:
         log.error("store node cannot start: %s", why)
         return CANNOT_START
     try:
-        await _serve_blocks(config, outside, metrics, http, stop)
+        await _serve_blocks(config, outside, proofs.blocks, metrics, http, stop)
     except Stopped:
         return 0
     except (KVStoreError, OSError, ValueError) as error:
@@ -88,13 +92,18 @@ async def _serve(config: StoreConfig, outside: Outside) -> int:
 
 
 async def _serve_blocks(
-    config: StoreConfig, outside: Outside, metrics: StoreMetrics, http: StoreHttp, stop: asyncio.Event
+    config: StoreConfig,
+    outside: Outside,
+    keys: PeerKeys,
+    metrics: StoreMetrics,
+    http: StoreHttp,
+    stop: asyncio.Event,
 ) -> None:
     http.not_ready = f"waiting for a worker of {', '.join(config.served_model_name) or 'any model'}"
     log.log(detail_level(), "%s; debug http://%s", http.not_ready, http.address)
     worker, layout = await wait_for_layout(config, metrics, stop)
     http.not_ready = "opening memory and disk"
-    async with open_store(config, outside, worker, layout, metrics, http) as record:
+    async with open_store(config, outside, keys, worker, layout, metrics, http) as record:
         fields = {"role": "store", "worker_id": record.worker_id}  # known now, given or made of the port
         configure_logging(config.log_level, config.log_format, fields=fields)
         text = "%s serves blocks on %s, debug http://%s"
@@ -145,6 +154,7 @@ async def wait_for_layout(
 async def open_store(
     config: StoreConfig,
     outside: Outside,
+    keys: PeerKeys,
     worker: WorkerRecord,
     layout: BlockLayout,
     metrics: StoreMetrics,
@@ -167,6 +177,7 @@ async def open_store(
             store,
             transports,
             outside=outside,
+            keys=keys,
             timeouts=ExchangeTimeouts(peer_timeout_s=config.peer_timeout_s, offer_s=_OFFER_S),
             observer=metrics.exchange,
             request_scope=request_scope,

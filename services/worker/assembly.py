@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from kvstore.exchange import BlockExchange, Outside, PeerIdentity
+from kvstore.peer_keys import PeerKeys
 from kvstore.protocol import ExchangeTimeouts
 from kvstore.registry import Membership
 from kvstore.threads import Threads
@@ -39,6 +40,7 @@ class Seams:
     orders: Orders
     outside: Outside
     clock: Callable[[], float]  # Unix time, of requests' timelines
+    block_keys: PeerKeys = field(default_factory=PeerKeys)  # by which block-protocol peers know each other
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def assemble(
         transports,
         exchange_timeouts(config),
         proof_key=engine.proof_key,
+        keys=seams.block_keys,
         outside=seams.outside,
         observer=metrics.exchange,
         lender=CacheLender(engine, thread, host_prefixes),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry
 
@@ -16,7 +16,8 @@ SIMULATION = "a simulation: nothing is computed, tokens mean nothing"
 class WorkerHttp:
     """Serves metrics, health and state of a worker that may not be there yet."""
 
-    def __init__(self, role: Role) -> None:
+    def __init__(self, role: Role, tokens: Sequence[str] = (), open_metrics: bool = True) -> None:
+        """`tokens`, `open_metrics`: as `DebugServer`."""
         self.phase = "starting"
         """Of the worker's start, or of its end; empty while it serves."""
         self.stuck = ""
@@ -32,6 +33,8 @@ class WorkerHttp:
             unhealthy=self._unhealthy,
             not_ready=self._not_ready,
             note=lambda: SIMULATION if self._parts and self._parts.engine.capabilities.is_simulation else "",
+            tokens=tokens,
+            open_metrics=open_metrics,
         )
 
     async def start(self, host: str, port: int) -> str:

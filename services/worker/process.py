@@ -32,6 +32,7 @@ from services.grpc_orders import GrpcOrders, GrpcServer
 from services.logs import configure_logging, detail_level, report_phase, report_ready
 from services.node import loop_watch, transport_watches, watched
 from services.orders import OrderServer
+from services.peer_settings import PeerProofs
 from services.settings import SettingsError
 from services.startup import CANNOT_START, CannotListen
 from services.worker.assembly import Role, Seams, WorkerParts, assemble, served_names
@@ -103,11 +104,11 @@ class RunningWorker:
 
 
 @asynccontextmanager
-async def open_front(config: WorkerConfig, role: Role) -> AsyncIterator[Front]:
+async def open_front(config: WorkerConfig, role: Role, proofs: PeerProofs) -> AsyncIterator[Front]:
     """The ports, of which HTTP answers already; closed at the end. Raises CannotListen."""
     host = config.advertise_host or config.host
-    server = GrpcServer(config.host, config.port)
-    http = WorkerHttp(role)
+    server = GrpcServer(config.host, config.port, proofs.orders, host)
+    http = WorkerHttp(role, proofs.tokens, config.open_metrics)
     try:
         http_address = await http.start(config.host, config.http_port)
     except OSError as error:
@@ -280,9 +281,10 @@ async def _serve(config: WorkerConfig, role: Role, build: Callable[[WorkerParts]
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    seams = Seams(GrpcOrders(), Outside(), time.time)
     try:
-        async with open_front(config, role) as front:
+        proofs = config.read_peer_proofs()
+        seams = Seams(GrpcOrders(proofs.orders), Outside(), time.time, proofs.blocks)
+        async with open_front(config, role, proofs) as front:
             # The id is known now, given or made of the port.
             configure_logging(config.log_level, config.log_format, fields={"role": role, "worker_id": front.worker_id})
             front.http.phase = "loading the model"

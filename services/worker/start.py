@@ -19,6 +19,7 @@ def can_start(config: WorkerConfig, role: str) -> bool:
     """Whether nothing is known that would keep the worker from serving; else say it, in one line."""
     configure_logging(config.log_level, config.log_format, fields={"role": role, "worker_id": config.worker_id})
     try:
+        config.read_proof_key()
         check_engine(config, Machine.this())
         for port, flag in ((config.port, "--port"), (config.kv_port, "--kv-port"), (config.http_port, "--http-port")):
             if port:

@@ -25,6 +25,7 @@ from kvstore.block import BlockLayout, HostMemory
 from kvstore.exchange import BlockExchange, PeerIdentity
 from kvstore.protocol import AnnouncedBlock, Reservation
 from kvstore.transport import make_transports
+from tests.peers import PROOFS
 from tests.proofs import KEY, prove_handoff
 
 _POOL_FACTOR = 4  # pools hold so many transfers, so that blocks are scattered and caches cold
@@ -35,7 +36,9 @@ def make_exchange(name: str, transport: str, num_blocks: int, block_kib: int) ->
     layout = BlockLayout(1, 1, 32, block_kib * 4, "float32", "be0c")
     memory = HostMemory.allocate(num_blocks * _POOL_FACTOR, layout.block_bytes)
     identity = PeerIdentity(name, name, f"{name}-{os.getpid()}", layout)
-    return BlockExchange(identity, memory, make_transports(transport, memory, name), proof_key=KEY), memory
+    return BlockExchange(
+        identity, memory, make_transports(transport, memory, name), proof_key=KEY, keys=PROOFS.blocks
+    ), memory
 
 
 async def own(arguments: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from tests.chaos.faults import Nemesis
 from tests.chaos.fleet import Fleet
 from tests.chaos.load import ALLOWED, Load
 from tests.hf_models import write_model
+from tests.peers import AUTHORIZATION
 
 DIRECTORY = Path("build/chaos")
 _REST_S = 60.0
@@ -110,7 +111,7 @@ def _held(fleet: Fleet, name: str) -> list[str]:
     if member.role == "store":
         return []
     held = fleet.metric(member, "tandem:kv_blocks") - fleet.metric(member, "tandem:kv_blocks_free")
-    response = fleet.http.get(f"{member.http_url}/debug/integrity")
+    response = fleet.http.get(f"{member.http_url}/debug/integrity", headers=AUTHORIZATION)
     problems = [f"{name} holds {held:g} blocks"] if held else []
     return problems + ([f"{name}: {response.text}"] if response.status_code != 200 else [])
 

@@ -18,6 +18,7 @@ import redis
 
 from services.cli.embedded_redis import find_redis_server
 from tests.chaos import network
+from tests.peers import PEER_SECRET
 from tests.ports import free_port
 from tests.stack import FORK_SERVER, run_service
 
@@ -61,7 +62,7 @@ class Fleet:
         self._redis_port = free_port()
         self._password = secrets.token_hex(16)
         self.redis_url = f"redis://:{self._password}@{self._hub}:{self._redis_port}/0"
-        self._environ = {name: secrets.token_hex(32) for name in ("TANDEM_PEER_SECRET", "TANDEM_TENANT_SECRET")}
+        self._environ = {"TANDEM_PEER_SECRET": PEER_SECRET, "TANDEM_TENANT_SECRET": secrets.token_hex(32)}
         self._worker_environ = {"TANDEM_PROOF_KEY": secrets.token_hex(32)}
         self._redis: subprocess.Popen[bytes] | None = None
         self.http = httpx.Client(timeout=5, limits=httpx.Limits(max_keepalive_connections=0))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+import redis
 
 from services.cli.embedded_redis import EmbeddedRedis
 from services.cli.up.console import PlainDisplay, WhileRead
@@ -394,11 +395,8 @@ async def test_the_private_redis_is_started_again_on_its_port() -> None:
     os.kill(server.pid, signal.SIGKILL)
     await asyncio.wait_for(restarted.wait(), TIMEOUT_S)
     await asyncio.sleep(0)  # the restart itself does not yield
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(b"PING\r\n")
-    assert await reader.readline() == b"+PONG\r\n"
-    writer.close()
-    await writer.wait_closed()
+    with redis.Redis.from_url(server.url) as client:
+        assert client.ping()
     keeper.cancel()
     await asyncio.gather(keeper, return_exceptions=True)
 

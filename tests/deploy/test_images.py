@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.deploy.image import ROOT, Image, build, install_lines
+from tests.peers import PEER_SECRET
 from tests.ports import free_port
 
 DOCKERFILES = ROOT / "deploy/docker"
@@ -49,7 +50,7 @@ def files(root: Path) -> dict[str, int]:
 def variables(images: dict[str, Image], redis_url: str) -> dict[str, dict[str, str]]:
     """By role, what `docker run -e` would say: what deploy/compose says, and free ports instead of the image's."""
     model = str(images["decode"].root / "models/tandem-demo")
-    router = {"TANDEM_REDIS": redis_url}
+    router = {"TANDEM_REDIS": redis_url, "TANDEM_PEER_SECRET": PEER_SECRET}
     store = router | {"TANDEM_ADVERTISE_HOST": "localhost"}
     worker = store | {"TANDEM_MODEL": model, "TANDEM_SERVED_MODEL_NAME": "tandem-demo", "TANDEM_NUM_THREADS": "1"}
     by_role = {"router": router, "prefill": worker, "decode": worker, "store": store}

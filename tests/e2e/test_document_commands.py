@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.documents import COMMANDS, ROOT, CodeBlock, code_blocks
+from tests.peers import PEER_SECRET
 from tests.stack import Stack
 
 pytestmark = pytest.mark.timeout(400)
@@ -41,7 +42,12 @@ def as_it_is_here(text: str, stack: Stack) -> str:
 def test_a_command_of_the_documents_succeeds(block: CodeBlock, stack: Stack, tmp_path: Path) -> None:
     text = as_it_is_here(block.text, stack)
     argv = ["bash", "-euo", "pipefail", "-c", text] if block.language == "bash" else [sys.executable, "-c", text]
-    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}", "TMPDIR": str(tmp_path)}
+    environ = {
+        **os.environ,
+        "TANDEM_PEER_SECRET": PEER_SECRET,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}",
+        "TMPDIR": str(tmp_path),
+    }
     done = subprocess.run(argv, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert done.stdout.strip(), f"{block} shows something"

@@ -14,6 +14,7 @@ import pytest
 
 from tests.completions import Client
 from tests.hf_models import random_prompts, reference_greedy, write_model
+from tests.peers import session_with
 from tests.stack import Stack
 
 NUM_NEW_TOKENS = 16
@@ -145,14 +146,11 @@ async def test_a_worker_that_does_not_fit_is_refused_by_name(
 
 async def handshake_refusal(stack: Stack) -> str:
     """What the decode worker says when it is told to take blocks from the prefill worker all the same."""
-    import grpc
     from tandem.v1 import worker_pb2 as pb
-    from tandem.v1 import worker_pb2_grpc
 
     records = {record.worker_id: record for record in stack.records()}
     prefill, decode = records["prefill-0"], records["decode-0"]
-    async with grpc.aio.insecure_channel(decode.grpc_address) as channel:
-        session = worker_pb2_grpc.DecodeServiceStub(channel).Session()
+    async with session_with(decode.grpc_address) as session:
         await session.write(pb.SessionRequest(hello=pb.SessionHello(router_id="test", protocol_version="2")))
         target = pb.PrefillTarget(
             worker_id=prefill.worker_id,

@@ -15,6 +15,7 @@ from kvstore.errors import KVStoreError
 from kvstore.exchange import BlockExchange, Fetch, PeerIdentity
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, Reservation
 from kvstore.transport import make_transports
+from tests.peers import PROOFS
 from tests.proofs import KEY, prove_handoff
 
 LAYOUT = BlockLayout(4, 2, 32, 64, "bfloat16", "ab12")  # 64 KiB a block
@@ -35,7 +36,7 @@ class Peer:
         self.memory.array[:] = content(name)
         identity = PeerIdentity(name, name.partition("-")[0], f"{name}-1", LAYOUT)
         transports = make_transports(transport, self.memory, name)
-        self.exchange = BlockExchange(identity, self.memory, transports, TIMEOUTS, proof_key=KEY)
+        self.exchange = BlockExchange(identity, self.memory, transports, TIMEOUTS, proof_key=KEY, keys=PROOFS.blocks)
         self.fetches: dict[str, Fetch] = {}
 
     async def connect(self, address: str) -> Any:

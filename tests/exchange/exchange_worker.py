@@ -1,13 +1,15 @@
 """A worker of the exchange tests: a pool with random contents and an exchange over the in-memory transport."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
 
 from kvstore.block import BlockHash, BlockLayout, HostMemory, subject_of
-from kvstore.exchange import BlockExchange, PeerIdentity, RequestScope
+from kvstore.exchange import BlockExchange, ExchangeObserver, PeerIdentity, RequestScope
+from kvstore.exchange.exchange import OnHave
 from kvstore.exchange.owner import PrefixLender
+from kvstore.peer_keys import PeerKeys
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, Reservation
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
 from tests.proofs import KEY
@@ -18,6 +20,7 @@ PATIENT = ExchangeTimeouts(
     heartbeat_s=0.05, peer_timeout_s=20.0, connect_s=20.0, lease_ttl_s=20.0, drain_s=0.3, close_s=0.5, read_s=20.0
 )
 TRANSFER = b"0123456789abcdef"
+PEER_KEY = b"the key of these tests" * 2
 
 
 class Worker:
@@ -32,18 +35,25 @@ class Worker:
         timeouts: ExchangeTimeouts = PATIENT,
         lender: PrefixLender | None = None,
         request_scope: RequestScope | None = None,
+        keys: Sequence[bytes] = (PEER_KEY,),
+        incarnation: str = "",
+        observer: ExchangeObserver | None = None,
+        on_have: OnHave | None = None,
     ) -> None:
         self.memory = HostMemory.allocate(64, layout.block_bytes)
         self.memory.array[:] = np.random.default_rng(len(name)).integers(0, 256, self.memory.array.shape, np.uint8)
         self.transport = MemoryTransport(self.memory, switchboard, faults, seed=1)
-        identity = PeerIdentity(name, name.partition("-")[0], f"{name}-1", layout)
+        identity = PeerIdentity(name, name.partition("-")[0], incarnation or f"{name}-1", layout)
         self.exchange = BlockExchange(
             identity,
             self.memory,
             [self.transport],
             timeouts,
             proof_key=KEY,
+            keys=PeerKeys(tuple(keys)),
+            observer=observer,
             lender=lender,
+            on_have=on_have,
             request_scope=request_scope,
         )
 

@@ -15,8 +15,9 @@ from kvstore.errors import (
     TransportError,
 )
 from kvstore.exchange import BlockExchange
+from kvstore.peer_keys import PeerKeys
 from kvstore.protocol import ExchangeTimeouts, FetchCause, LeaseOutcome, Reservation
-from tests.exchange.exchange_worker import LAYOUT, PATIENT, TRANSFER, Worker, room, running, some_hashes
+from tests.exchange.exchange_worker import LAYOUT, PATIENT, PEER_KEY, TRANSFER, Worker, room, running, some_hashes
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
 from tests.proofs import KEY
 
@@ -283,7 +284,8 @@ async def test_a_transport_that_cannot_start_is_left_out_unless_it_is_the_only_o
     owner, reader = make_pair()
     broken = BrokenTransport(owner.memory, Switchboard())
     identity = owner.exchange.identity
-    fallback = BlockExchange(identity, owner.memory, [broken, owner.transport], PATIENT, proof_key=KEY)
+    keys = PeerKeys((PEER_KEY,))
+    fallback = BlockExchange(identity, owner.memory, [broken, owner.transport], PATIENT, proof_key=KEY, keys=keys)
     async with running(reader):
         await fallback.start("127.0.0.1", 0)
         await reader.exchange.connect(fallback.address)

@@ -3,107 +3,29 @@
 import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 
 from kvstore.errors import PeerUnreachable
 from kvstore.exchange.connection import Connection
-from kvstore.exchange.framing import TcpFrames
 from kvstore.exchange.peer_sessions import PeerSessions
 from kvstore.protocol import (
-    PROTOCOL_VERSION,
+    MAX_HELLO_BYTES,
     AnnouncedBlock,
-    Choose,
     FetchCause,
     Hello,
     LeaseOutcome,
-    Ready,
     Reject,
     Revoke,
-    TransportOffer,
     Want,
     encode,
 )
-from kvstore.protocol.messages import MAX_FRAME_BYTES, Announce, Confirm, Confirmed, Heartbeat, Offer
-from tests.exchange.exchange_worker import LAYOUT, PATIENT, TRANSFER, Worker, room, running
+from kvstore.protocol.messages import Announce, Confirm, Confirmed, Heartbeat, Offer
+from tests.exchange.exchange_worker import PATIENT, TRANSFER, Worker, room, running
+from tests.exchange.scripted_peer import BOUND_S, Script, dialled, hello, scripted_owner
 from tests.memory_transport import Switchboard
 from tests.waiting import until
-
-BOUND_S = 10.0
-
-
-def hello(version: int = PROTOCOL_VERSION, descriptor: bytes = b"") -> Hello:
-    offers = [TransportOffer("memory", descriptor)]
-    return Hello(version, "script-0", "decode", "script-1", LAYOUT.to_wire(), offers)
-
-
-class Script:
-    """A peer that does what the test writes down."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.writer = writer
-        self.stream = TcpFrames(reader, writer)
-
-    async def expect(self, kind: type):
-        """Return the next message that is no heartbeat."""
-        async with asyncio.timeout(BOUND_S):
-            while isinstance(message := await self.stream.receive(), Heartbeat) and kind is not Heartbeat:
-                pass
-        assert isinstance(message, kind), message
-        return message
-
-    async def read_until_closed(self) -> None:
-        async with asyncio.timeout(BOUND_S):
-            try:
-                while await self.stream._reader.read(1 << 16):
-                    pass
-            except ConnectionResetError:
-                pass
-
-    async def introduce_as_reader(self) -> None:
-        self.stream.send(hello())
-        await self.expect(Hello)
-        self.stream.send(Choose("memory", bytes(16)))
-        self.stream.send(Ready())
-        await self.expect(Ready)
-
-    async def introduce_as_owner(self, pool: Worker) -> None:
-        await self.expect(Hello)
-        self.stream.send(hello(descriptor=pool.transport.descriptor()))
-        await self.expect(Choose)
-        await self.expect(Ready)
-        self.stream.send(Ready())
-
-
-@asynccontextmanager
-async def dialled(worker: Worker) -> AsyncIterator[Script]:
-    host, _, port = worker.exchange.address.rpartition(":")
-    script = Script(*await asyncio.open_connection(host, int(port)))
-    try:
-        yield script
-    finally:
-        script.writer.transport.abort()
-
-
-@asynccontextmanager
-async def scripted_owner(play) -> AsyncIterator[str]:
-    """An owner that plays `play(script)`, then falls silent with its connection open, as a stopped process does."""
-    scripts: list[Script] = []
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        scripts.append(Script(reader, writer))
-        await play(scripts[-1])
-
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    try:
-        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        server.close()
-        for script in scripts:
-            script.writer.transport.abort()
 
 
 @pytest.mark.parametrize(
@@ -112,7 +34,7 @@ async def scripted_owner(play) -> AsyncIterator[str]:
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
         b"\x00\x00\x00\x05hello",
         b"\x00\x00\x00\x00",
-        (MAX_FRAME_BYTES + 1).to_bytes(4, "big"),
+        (MAX_HELLO_BYTES + 1).to_bytes(4, "big"),
         b"\xff" * 100,
         encode(Confirm(TRANSFER)),  # a good message where a Hello belongs
     ],
@@ -152,7 +74,7 @@ async def test_a_peer_of_another_protocol_version_is_told_both_versions():
         script.stream.send(hello(version=7))
         await script.expect(Hello)
         reject = await script.expect(Reject)
-        assert reject.reason == "script-0 speaks block protocol 7, prefill-0 speaks 1"
+        assert reject.reason == "script-0 speaks block protocol 7, prefill-0 speaks 2"
 
 
 async def test_a_reader_that_sends_what_only_owners_send_is_cut_off_and_its_leases_end():
@@ -371,15 +293,16 @@ async def test_an_address_where_nobody_listens_is_unreachable(address: str):
             await reader.exchange.connect(address)
 
 
-async def test_many_strangers_are_turned_away_without_touching_established_peers():
+async def test_many_strangers_are_turned_away_without_touching_established_peers_or_keeping_new_ones_out():
     switchboard = Switchboard()
-    owner, reader = Worker("prefill-0", switchboard), Worker("decode-0", switchboard)
-    async with running(owner, reader):
+    owner, reader, late = (Worker(name, switchboard) for name in ("prefill-0", "decode-0", "decode-1"))
+    async with running(owner, reader, late):
         await reader.exchange.connect(owner.exchange.address)
         host, _, port = owner.exchange.address.rpartition(":")
         strangers = [await asyncio.open_connection(host, int(port)) for _ in range(80)]
-        await strangers[-1][0].read()  # closed at once: one too many
+        await strangers[0][0].read()  # closed at once: one too many
         assert owner.exchange.is_connected("decode-0")
+        assert await late.exchange.connect(owner.exchange.address) == "prefill-0"
         for _, writer in strangers:
             writer.transport.abort()
         lease = owner.exchange.open_lease(TRANSFER, "decode-0", 1)

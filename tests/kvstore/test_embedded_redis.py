@@ -39,6 +39,27 @@ def test_a_started_server_answers_on_loopback_and_keeps_nothing_on_disk():
         assert client.config_get("appendonly") == {"appendonly": "no"}
 
 
+def test_a_stranger_gets_nothing_from_a_private_redis_and_no_command_line_has_its_password():
+    with EmbeddedRedis.start() as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as stranger, stranger.makefile() as answers:
+            for command in ("PING", "CONFIG GET *", "INFO", "FLUSHALL", "HGETALL {tandem}:workers"):
+                stranger.sendall(f"{command}\r\n".encode())
+                assert answers.readline().startswith("-NOAUTH")
+        with redis.Redis.from_url(server.url) as client:
+            password = client.connection_pool.connection_kwargs["password"]
+        assert len(password) == 64
+        assert password.encode() not in Path(f"/proc/{server.pid}/cmdline").read_bytes()
+        assert password.encode() not in Path(f"/proc/{server.pid}/environ").read_bytes()
+
+
+def test_a_server_that_is_started_again_is_reached_by_the_same_url():
+    server = EmbeddedRedis.start()
+    server.close()
+    with server.start_again() as again, redis.Redis.from_url(server.url) as client:
+        assert client.ping()
+        assert again.url == server.url
+
+
 def test_closing_ends_the_process_and_may_be_repeated():
     server = EmbeddedRedis.start()
     server.close()

@@ -312,7 +312,7 @@ async def test_redis_killed_and_restarted_changes_no_membership(own_server, own_
     await asyncio.sleep(1.5 * LEASE_S)  # longer than the lease: it says nothing while nobody can renew it
     assert ids(membership) == ["prefill-0"]
 
-    with EmbeddedRedis.start(port=own_server.port):
+    with own_server.start_again():
         await until(lambda: membership.connected, WAIT_S)
         await until(lambda: registrar.connected, WAIT_S)
         latecomer = await own_cluster.join(make_record("prefill-1"))
@@ -332,7 +332,7 @@ async def test_a_worker_that_died_while_redis_was_away_is_dropped_after_the_grac
     os.kill(own_server.pid, signal.SIGKILL)
     await until(lambda: not membership.connected, WAIT_S)
     await own_cluster.kill(dead)
-    with EmbeddedRedis.start(port=own_server.port):
+    with own_server.start_again():
         await until(lambda: membership.connected, WAIT_S)
         assert ids(membership) == ["prefill-0", "prefill-1"]
         await until(lambda: ids(membership) == ["prefill-1"], WAIT_S)
@@ -362,7 +362,7 @@ async def test_workers_and_routers_start_before_redis_does(own_server, own_clust
     await membership.start()
     await until(lambda: registrar.connection_state is ConnectionState.DISCONNECTED, WAIT_S)
     assert membership.snapshot() == ()
-    with EmbeddedRedis.start(port=own_server.port):
+    with own_server.start_again():
         await until(lambda: ids(membership) == ["prefill-0"], WAIT_S)
         await registrar.close()
 

@@ -89,7 +89,7 @@ async def test_redis_killed_and_restarted_loses_hints_for_a_while_and_nothing_el
     await until(lambda: not holder.writer.connected, WAIT_S)
     holder.add(HASHES[10:20])
     assert not holder.writer.synced
-    with EmbeddedRedis.start(port=own_server.port):
+    with own_server.start_again():
         await holder.synced()
         await until(lambda: reader.available, WAIT_S)
         await own_world.finds(reader, HASHES, [holder])
@@ -161,7 +161,7 @@ async def test_members_start_before_redis_does(own_server, caplog):
     world.readers.append(reader)
     await reader.start()
     assert await reader.lookup(HASHES) == []
-    with EmbeddedRedis.start(port=own_server.port):
+    with own_server.start_again():
         await until(lambda: reader.available, WAIT_S)
         await world.finds(reader, HASHES, [holder])
         await world.close()
@@ -285,8 +285,9 @@ async def tls_port(own_server: EmbeddedRedis, certificate: tuple[Path, Path]) ->
     await asyncio.gather(*connections, return_exceptions=True)
 
 
-async def test_tls_is_spoken_where_the_url_says_so(tls_port, certificate):
-    world = World(f"rediss://127.0.0.1:{tls_port}/0?ssl_ca_certs={certificate[1]}")
+async def test_tls_is_spoken_where_the_url_says_so(own_server, tls_port, certificate):
+    url = own_server.url.replace("redis://", "rediss://").replace(f":{own_server.port}", f":{tls_port}")
+    world = World(f"{url}?ssl_ca_certs={certificate[1]}")
     holder = await world.hold(num_blocks=3)
     await world.finds(await world.read(), HASHES, [holder])
     await world.close()

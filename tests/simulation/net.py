@@ -35,7 +35,7 @@ class Weather:
     """How often a piece arrives as two."""
     cut: float = 0.0
     """How often a new connection is cut, after any number of bytes below the next one."""
-    max_cut_bytes: int = 3000  # a handshake takes some 600, a transfer some 300 more
+    max_cut_bytes: int = 3000  # a handshake takes some 1000, a transfer some 300 more
 
 
 @dataclass

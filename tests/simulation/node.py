@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from kvstore.block import BlockHash, Subject, subject_of
 from kvstore.errors import IncompatiblePeer, KVStoreError, OutOfBlocks, PeerLost, PeerUnreachable
 from kvstore.exchange import BlockExchange, Fetch, Lease, Outside, PeerIdentity
+from kvstore.peer_keys import PeerKeys
 from kvstore.protocol import AnnouncedBlock, FetchResult, Have, LeaseOutcome, Reservation
 from tests.proofs import KEY
 from tests.simulation.pool import LAYOUT, Invariant, WatchedPool
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 PORT: Final = 7000
 _NUM_BLOCKS: Final = 24
 _NUM_CLIENTS: Final = 2
+_KEYS: Final = PeerKeys((b"the key of the simulated deployment",))
 
 
 @dataclass
@@ -87,6 +89,7 @@ class Node:
             world.timeouts,
             proof_key=KEY,
             outside=Outside(world.net.of(self.name, self.process), self.clock, world.new_id, self.threads),
+            keys=_KEYS,
             lender=self,
             on_have=self._on_have,
         )

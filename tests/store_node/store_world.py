@@ -14,6 +14,7 @@ from kvstore.exchange import BlockExchange, Outside, PeerIdentity
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, FetchResult, Reservation
 from kvstore.store import DiskTier, StoreNode, StoreTier, TieredStore
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
+from tests.peers import PROOFS
 from tests.proofs import KEY, prove
 from tests.waiting import until
 
@@ -42,7 +43,9 @@ class Worker:
         self.may_lend.set()
         identity = PeerIdentity(f"{name}/1", "prefill", "1", LAYOUT)
         transport = MemoryTransport(self.memory, switchboard, None, seed=seed)
-        self.exchange = BlockExchange(identity, self.memory, [transport], PATIENT, proof_key=KEY, lender=self)
+        self.exchange = BlockExchange(
+            identity, self.memory, [transport], PATIENT, proof_key=KEY, keys=PROOFS.blocks, lender=self
+        )
         self._room = iter(range(40, 64))
 
     def hold(self, hashes: Sequence[BlockHash]) -> None:
@@ -103,7 +106,7 @@ class World:
         store = TieredStore(memory, tier, on_change=lambda *change: self.changes.append(change), timeout_s=20.0)
         identity = PeerIdentity(f"store-0/{incarnation}", "store", incarnation, LAYOUT)
         transport = MemoryTransport(memory, self.switchboard, faults, seed=3)
-        node = StoreNode(identity, store, [transport], outside=Outside(), timeouts=timeouts)
+        node = StoreNode(identity, store, [transport], outside=Outside(), keys=PROOFS.blocks, timeouts=timeouts)
         await node.start("127.0.0.1", 0)
         self._open.append(node.close)
         return node

@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 
 import grpc
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
+from kvstore.peer_keys import PeerKeys
 from services import grpc_orders
 from services.grpc_orders import GrpcOrders, GrpcServer
 from services.orders import OrderServer, StreamBroken, StreamRefused
 from tests.memory_orders import MemoryOrders, MemoryServer
 
+KEYS = PeerKeys((b"the key of these tests" * 2,))
 
-@pytest.fixture(params=["grpc", "memory"])
+
+@pytest.fixture(params=["grpc", "proven", "memory"])
 def carrier(request: pytest.FixtureRequest):
     """Opens a server that `register` says what to serve: gives the orders to it, its address and how to stop it."""
 
     @asynccontextmanager
-    async def grpc(register: Callable[[OrderServer], None]):
-        server, orders = GrpcServer("127.0.0.1", 0), GrpcOrders()
+    async def grpc(register: Callable[[OrderServer], None], keys: PeerKeys = PeerKeys()):  # noqa: B008
+        server, orders = GrpcServer("127.0.0.1", 0, keys), GrpcOrders(keys)
         register(server)
         await server.start()
         try:
@@ -39,7 +43,7 @@ def carrier(request: pytest.FixtureRequest):
         yield orders, "worker", server.stop
         await orders.close()
 
-    return {"grpc": grpc, "memory": memory}[request.param]
+    return {"grpc": grpc, "proven": partial(grpc, keys=KEYS), "memory": memory}[request.param]
 
 
 async def say(*router_ids: str) -> AsyncIterator[pb.SessionRequest]:

@@ -8,11 +8,9 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-import grpc
 import pytest
 import torch
 from tandem.v1 import worker_pb2 as pb
-from tandem.v1 import worker_pb2_grpc
 
 from kvstore.block import BlockLayout, hash_blocks, namespace, pack_hashes
 from kvstore.block import hash as block_hash
@@ -30,6 +28,7 @@ from services.worker.convert import prompt_hashes
 from services.worker.process import open_front, open_worker
 from tests.hf_models import random_prompts, write_model
 from tests.memory_transport import MemoryTransport, Switchboard
+from tests.peers import PROOFS, session_with
 
 LAYOUT = BlockLayout(num_layers=1, num_kv_heads=1, block_size=16, head_dim=8, dtype="float32", model_fingerprint="f")
 PROMPT = list(range(100, 170))  # four full blocks of 16, and a part
@@ -108,18 +107,17 @@ async def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     async with AsyncExitStack() as stack:
         redis = EmbeddedRedis.start()
         stack.callback(redis.close)
-        workers, seams = [], Seams(GrpcOrders(), Outside(), time.time)
+        workers, seams = [], Seams(GrpcOrders(PROOFS.orders), Outside(), time.time, PROOFS.blocks)
         for role, config_class, service in (
             ("prefill", PrefillConfig, PrefillService),
             ("decode", DecodeConfig, DecodeService),
         ):
             config = config_class(model=str(model), redis=redis.url, block_size=16, num_gpu_blocks_override=128)
             engine = Engine.from_config(config)
-            front = await stack.enter_async_context(open_front(config, role))
+            front = await stack.enter_async_context(open_front(config, role, PROOFS))
             worker = open_worker(config, role, engine, lambda parts, c=config, s=service: s(c, parts), seams, front)
             workers.append(await stack.enter_async_context(worker))
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(workers[1].record.grpc_address))
-        session = worker_pb2_grpc.DecodeServiceStub(channel).Session()
+        session = await stack.enter_async_context(session_with(workers[1].record.grpc_address))
         await session.write(pb.SessionRequest(hello=pb.SessionHello(router_id="test", protocol_version="2")))
         yield Fleet(*workers, session)
         await session.done_writing()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 from services.decode.config import DecodeConfig
+from services.peer_settings import PeerProofs, PeerSettings
 from services.prefill.config import PrefillConfig
+from services.router.config import RouterConfig
 from services.settings import SettingsError
+from services.store.config import StoreConfig
 from services.worker.assembly import exchange_timeouts
 from services.worker.config import WorkerConfig
 
@@ -33,7 +36,26 @@ def test_impossible_settings_are_refused(fields: dict[str, object], setting: str
 
 
 def test_a_wildcard_address_needs_one_that_others_can_dial() -> None:
-    assert WorkerConfig(model="m", host="0.0.0.0", advertise_host="10.0.0.7").advertise_host == "10.0.0.7"
+    host = {"model": "m", "host": "0.0.0.0", "peer_secret": "s"}
+    assert WorkerConfig(**host, advertise_host="10.0.0.7").advertise_host == "10.0.0.7"
+    with pytest.raises(SettingsError, match="give --advertise-host too"):
+        WorkerConfig(**host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.7", "::", "", "gpu-3"])
+@pytest.mark.parametrize("config", [WorkerConfig, StoreConfig, RouterConfig])
+def test_whoever_listens_to_others_needs_a_secret_to_know_peers_by(config: type[PeerSettings], host: str) -> None:
+    model: dict[str, str] = {"model": "m", "advertise_host": "a"} if config is WorkerConfig else {}
+    with pytest.raises(SettingsError, match="give --peer-secret-file, too") as caught:
+        config(host=host, **model)
+    assert caught.value.setting == "host"
+    for given in ({"peer_secret": "s"}, {"peer_secret_file": "f"}):
+        assert config(host=host, **given, **model).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
+def test_whoever_listens_to_this_machine_alone_needs_none(host: str) -> None:
+    assert StoreConfig(host=host).read_peer_proofs() == PeerProofs()
 
 
 def test_a_lease_must_outlive_a_heartbeat() -> None:

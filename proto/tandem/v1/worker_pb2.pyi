@@ -146,14 +146,16 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[_Union[ErrorCode, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class SessionHello(_message.Message):
-    __slots__ = ("router_id", "protocol_version", "heartbeat_s")
+    __slots__ = ("router_id", "protocol_version", "heartbeat_s", "features")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_S_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     protocol_version: str
     heartbeat_s: float
-    def __init__(self, router_id: _Optional[str] = ..., protocol_version: _Optional[str] = ..., heartbeat_s: _Optional[float] = ...) -> None: ...
+    features: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, router_id: _Optional[str] = ..., protocol_version: _Optional[str] = ..., heartbeat_s: _Optional[float] = ..., features: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PromptHashes(_message.Message):
     __slots__ = ("root", "block_size", "hashes")
@@ -346,7 +348,7 @@ class Load(_message.Message):
     def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., draining: _Optional[bool] = ..., rates: _Optional[_Union[Rates, _Mapping]] = ...) -> None: ...
 
 class SessionFrame(_message.Message):
-    __slots__ = ("outputs", "load", "incarnation", "handles", "token_ids", "heartbeat_s", "stuck")
+    __slots__ = ("outputs", "load", "incarnation", "handles", "token_ids", "heartbeat_s", "stuck", "features")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -354,6 +356,7 @@ class SessionFrame(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_S_FIELD_NUMBER: _ClassVar[int]
     STUCK_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
     outputs: _containers.RepeatedCompositeFieldContainer[Output]
     load: Load
     incarnation: str
@@ -361,7 +364,8 @@ class SessionFrame(_message.Message):
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     heartbeat_s: float
     stuck: str
-    def __init__(self, outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., incarnation: _Optional[str] = ..., handles: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., heartbeat_s: _Optional[float] = ..., stuck: _Optional[str] = ...) -> None: ...
+    features: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., incarnation: _Optional[str] = ..., handles: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., heartbeat_s: _Optional[float] = ..., stuck: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
     __slots__ = ("request_id", "transfer_id", "reader_peer_id", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefix_sources", "prompt_hashes", "timeout_s")
@@ -422,3 +426,23 @@ class PrefillEvent(_message.Message):
     finished: PrefillFinished
     failed: Error
     def __init__(self, scheduled: _Optional[_Union[PrefillScheduled, _Mapping]] = ..., finished: _Optional[_Union[PrefillFinished, _Mapping]] = ..., failed: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class Introduction(_message.Message):
+    __slots__ = ("nonce", "key_ids", "address")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    KEY_IDS_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    key_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    address: str
+    def __init__(self, nonce: _Optional[bytes] = ..., key_ids: _Optional[_Iterable[bytes]] = ..., address: _Optional[str] = ...) -> None: ...
+
+class IntroductionReply(_message.Message):
+    __slots__ = ("nonce", "key_ids", "proof")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    KEY_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    key_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    proof: bytes
+    def __init__(self, nonce: _Optional[bytes] = ..., key_ids: _Optional[_Iterable[bytes]] = ..., proof: _Optional[bytes] = ...) -> None: ...

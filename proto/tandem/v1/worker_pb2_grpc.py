@@ -170,3 +170,77 @@ class PrefillService:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class PeerServiceStub:
+    """Missing associated documentation comment in .proto file."""
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Introduce = channel.unary_unary(
+                '/tandem.v1.PeerService/Introduce',
+                request_serializer=tandem_dot_v1_dot_worker__pb2.Introduction.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_worker__pb2.IntroductionReply.FromString,
+                _registered_method=True)
+
+
+class PeerServiceServicer:
+    """Missing associated documentation comment in .proto file."""
+
+    def Introduce(self, request, context):
+        """Comes before all else on a connection, where there is a peer secret. Each call after it carries, as metadata
+        `tandem-call`, the session, a number that it has not had yet, and a proof over both and the method's name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_PeerServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Introduce': grpc.unary_unary_rpc_method_handler(
+                    servicer.Introduce,
+                    request_deserializer=tandem_dot_v1_dot_worker__pb2.Introduction.FromString,
+                    response_serializer=tandem_dot_v1_dot_worker__pb2.IntroductionReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'tandem.v1.PeerService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('tandem.v1.PeerService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class PeerService:
+    """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Introduce(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.PeerService/Introduce',
+            tandem_dot_v1_dot_worker__pb2.Introduction.SerializeToString,
+            tandem_dot_v1_dot_worker__pb2.IntroductionReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

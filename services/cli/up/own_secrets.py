@@ -46,6 +46,6 @@ def make_secrets(own: Mapping[str, Given]) -> None:
 
 def check_secrets(router: RouterConfig, worker: WorkerConfig) -> None:
     """Read all of them, before a process fails to. Raises SettingsError."""
-    router.read_peer_secret()
+    router.read_peer_proofs()
     router.read_tenant_secret()
     worker.read_proof_key()

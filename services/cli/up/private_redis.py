@@ -21,7 +21,7 @@ async def keep_redis(server: EmbeddedRedis, display: Display) -> None:
             await _ended(server.pid)
             display.line("redis", "the private Redis died; starting it again")
             server.close()
-            server = EmbeddedRedis.start(port=server.port)
+            server = server.start_again()
     except RedisServerError as error:
         display.line("redis", f"{error}; serving goes on, but no worker can join")
     finally:
