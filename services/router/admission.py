@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ from services.router.sharing import (
     DrainRate,
     Estimate,
     FairQueue,
+    Surplus,
     expected_ttft,
     is_hopeless,
     retry_after_s,
@@ -84,6 +85,7 @@ class _Line:
 
     queue: FairQueue[Room]
     drain: DrainRate = field(default_factory=DrainRate)
+    surplus: Surplus = field(default_factory=Surplus)
     num_pending: int = 0
     num_pending_tokens: float = 0.0
 
@@ -104,14 +106,20 @@ class Room:
         """It waited too long: whoever waits for it is to raise this."""
         self.num_tokens = applicant.num_prompt_tokens / num_sequences
         """Of each sequence's prompt; choices of one prompt share it."""
+        self._due_s: deque[float] = deque()  # of those granted and not begun
         self._line = line
         self._give_back = give_back
 
-    def begin(self) -> None:
-        """Note that one of the free places is taken, and its order sent."""
+    def begin(self) -> float:
+        """Note that one of the free places is taken, and its order sent; returns when its first token is due."""
         self.num_free -= 1
         self.num_begun += 1
         self._settle_pending(1)
+        return self._due_s.popleft()
+
+    def first_token(self, due_s: float, now_s: float) -> None:
+        """Note when the first token of one has come, and when it was due."""
+        self._line.surplus.observe(now_s - due_s, now_s)
 
     def end(self) -> None:
         """Note that one that had begun has ended."""
@@ -128,8 +136,9 @@ class Room:
             self.refusal = refusal
             self.on_grant()
 
-    def granted(self) -> None:
-        """Note that one more sequence may begin, and tell whoever waits."""
+    def granted(self, due_s: float) -> None:
+        """Note that one more sequence may begin, whose first token is reckoned to come then, and tell whoever waits."""
+        self._due_s.append(due_s)
         self.was_granted = True
         self.num_waiting -= 1
         self.num_free += 1
@@ -194,7 +203,8 @@ class Admission:
             reckoned_per_s = self._fleet.num_prefilling(model) / rates.prompt_token_s
             drain_per_s = line.drain.per_s(reckoned_per_s, self._clock())
         front = self._fleet.front_tokens(model)
-        return expected_ttft(ahead, drain_per_s, front, applicant.num_prompt_tokens, rates)
+        surplus_s = line.surplus.likely_s(self._clock()) if line is not None else 0.0
+        return expected_ttft(ahead, drain_per_s, front, applicant.num_prompt_tokens, rates, surplus_s)
 
     @contextmanager
     def admit(self, num_sequences: int, applicant: Applicant = Applicant()) -> Iterator[Room]:
@@ -244,7 +254,7 @@ class Admission:
         line.drain.left(room.num_tokens, self._clock(), is_backlogged)
         if room.num_waiting > 1:
             self._wait(room, line)
-        room.granted()
+        room.granted(self._clock() + self._reckoned_s(model, line, room.num_tokens))
         return True
 
     def _has_room(self, model: str, line: _Line) -> bool:
@@ -266,6 +276,12 @@ class Admission:
         self._num_unbegun[client] -= num_sequences
         if not self._num_unbegun[client]:
             del self._num_unbegun[client]
+
+    def _reckoned_s(self, model: str, line: _Line, num_tokens: float) -> float:
+        """From its grant to its first token, by the worker's rates alone."""
+        front = self._fleet.front_tokens(model) + line.num_pending_tokens / self._fleet.num_prefilling(model)
+        estimate = expected_ttft(0.0, 1.0, front, num_tokens, self._fleet.rates(model))
+        return estimate.worker_s + estimate.own_s
 
     def _wait(self, room: Room, line: _Line) -> None:
         line.queue.push(room, room.applicant.client, room.num_tokens, room.applicant.priority)

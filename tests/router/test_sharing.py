@@ -14,6 +14,7 @@ from services.router.sharing import (
     Estimate,
     FairQueue,
     Share,
+    Surplus,
     expected_ttft,
     is_hopeless,
     read_shares,
@@ -154,9 +155,29 @@ RATES = Rates(base_s=0.01, prompt_token_s=1e-3, prompt_pair_s=1e-12, spread=0.1,
 
 def test_the_estimate_adds_up_what_is_ahead_what_is_in_front_and_its_own() -> None:
     estimate = expected_ttft(2000, 1000, 300, 100, RATES)
-    assert (estimate.queue_s, estimate.worker_s) == (2.0, pytest.approx(0.33, rel=1e-3))
+    assert (estimate.queue_s, estimate.worker_s) == (pytest.approx(2.3), pytest.approx(0.33, rel=1e-3))
     assert estimate.own_s == pytest.approx(0.121, rel=1e-3)
     assert expected_ttft(0, 1, 300, 0, replace(RATES, num_steps=0)).worker_s == pytest.approx(0.3, rel=1e-3)
+
+
+def test_what_first_tokens_take_beyond_the_estimate_is_learnt_and_one_stall_is_no_rule() -> None:
+    surplus = Surplus()
+    for step in range(200):
+        surplus.observe(0.2 if step % 2 else 0.3, now_s=step / 10)
+    assert surplus.likely_s(20) == pytest.approx(0.25 + 2 * 0.05, rel=0.15)
+    surplus.observe(30.0, now_s=20)
+    assert surplus.likely_s(20) < 0.45
+    for step in range(100):
+        surplus.observe(2.0, now_s=20 + step / 10)
+    assert surplus.likely_s(30) == pytest.approx(2.0, rel=0.1)
+
+
+def test_a_surplus_that_nothing_confirms_locks_nobody_out() -> None:
+    surplus = Surplus()
+    for step in range(200):
+        surplus.observe(5.0, now_s=step / 10)
+    assert surplus.likely_s(20) > 4
+    assert surplus.likely_s(40) < 0.2
 
 
 @pytest.mark.parametrize(

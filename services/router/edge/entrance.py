@@ -66,17 +66,18 @@ class Visit:
         visit.check_delay(admission)
         async with limits.within(self.share, name_of(self.tenant), plan, self.scope, self.left_s) as spent:
             with admission.admit(plan.num_sequences, applicant) as room:
-                timer = visit.end_of_waiting(room)
+                timer = visit.end_of_waiting(room, admission)
                 try:
                     yield room, spent
                 finally:
                     if timer is not None:
                         timer.cancel()
 
-    def end_of_waiting(self, room: Room) -> asyncio.TimerHandle | None:
-        """Refuse it if it still waits in the router when its first token is due."""
+    def end_of_waiting(self, room: Room, admission: Admission) -> asyncio.TimerHandle | None:
+        """Refuse it if it still waits in the router when its first token could not be in time any more."""
         if self.deadlines.first_token_s >= self.deadlines.end_s:
             return None  # that deadline ends it
-        left_s = self.deadlines.first_token_s - time.monotonic()
+        estimate = admission.estimate(self.applicant)
+        left_s = self.deadlines.first_token_s - time.monotonic() - (estimate.total_s - estimate.queue_s)
         refusal = too_late("The first token would come too late: the request still waits. Try again later.", 1)
         return asyncio.get_running_loop().call_later(max(left_s, 0), room.give_up, refusal)

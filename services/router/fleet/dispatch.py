@@ -58,6 +58,8 @@ class _Sequence:
     awaits_prefill: bool = False
     tried: list[str] = field(default_factory=list)
     routed_unix_s: float = 0.0
+    due_s: float | None = None
+    """When its first token is reckoned to come, by the monotonic clock; None once it has."""
     num_tokens: int = 0
     was_full: bool = False
     """The last worker had no room for the order itself."""
@@ -161,7 +163,7 @@ class Dispatch:
         sequence = _Sequence(self, self._make_ask(len(self._sequences)))
         self._sequences.append(sequence)
         refusal = self._submit(sequence)
-        self._room.begin()
+        sequence.due_s = self._room.begin()
         if refusal is not None:
             raise self._refused(refusal, sequence)
         assert sequence.session is not None
@@ -257,6 +259,9 @@ class Dispatch:
             return
         sequence.awaits_prefill = False
         if output is not None and output.token_ids:
+            if sequence.due_s is not None:
+                self._room.first_token(sequence.due_s, time.monotonic())
+                sequence.due_s = None
             self._placer.prefilled(placement, output.usage if output.HasField("usage") else None)
         else:
             self._placer.withdraw(placement)

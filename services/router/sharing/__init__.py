@@ -1,6 +1,6 @@
 """Decides who of those that wait goes first, who waits at all, and who has had enough: fairness, delay, quotas."""
 
-from services.router.sharing.delay import Estimate, expected_ttft, is_hopeless, retry_after_s
+from services.router.sharing.delay import Estimate, Surplus, expected_ttft, is_hopeless, retry_after_s
 from services.router.sharing.drain_rate import DrainRate
 from services.router.sharing.fair_queue import OUTPUT_TOKEN_COST, FairQueue
 from services.router.sharing.quota import RATE_LIMIT_HEADERS, headers, wait_s
@@ -16,6 +16,7 @@ __all__ = [
     "Quotas",
     "Share",
     "Shares",
+    "Surplus",
     "Taken",
     "expected_ttft",
     "headers",
