@@ -89,22 +89,27 @@ def _flag(name: str) -> str:
 
 
 def _read_file(name: str, path: str) -> list[str]:
+    lines = read_private_file(name, path).split()
+    if not lines:
+        raise SettingsError(f"--{_flag(name)}-file {path}: it is empty; {_HOW_TO_MAKE}", f"{name}_file")
+    return lines
+
+
+def read_private_file(name: str, path: str, max_bytes: int = _MAX_FILE_BYTES) -> str:
+    """Return the text of the file that the setting `NAME_file` gives. Raises SettingsError if others can read it."""
     where, setting = f"--{_flag(name)}-file {path}", f"{name}_file"
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
-            content = file.read(_MAX_FILE_BYTES + 1)
+            content = file.read(max_bytes + 1)
     except OSError as error:
         raise SettingsError(f"{where}: {error.strerror}", setting) from error
     # A group may read what is root's or another user's, since else we could not: so Kubernetes mounts a secret.
     if status.st_mode & 0o007 or (status.st_mode & 0o070 and status.st_uid == os.geteuid() != 0):
         raise SettingsError(f"{where}: others can read it; chmod 600 {path}", setting)
-    if len(content) > _MAX_FILE_BYTES:
-        raise SettingsError(f"{where}: more than {_MAX_FILE_BYTES} bytes, which is no secret", setting)
-    lines = content.decode("latin-1").split()
-    if not lines:
-        raise SettingsError(f"{where}: it is empty; {_HOW_TO_MAKE}", setting)
-    return lines
+    if len(content) > max_bytes:
+        raise SettingsError(f"{where}: more than {max_bytes} bytes, which is no secret", setting)
+    return content.decode("utf-8", "replace")
 
 
 def _checked(text: str, where: str, setting: str) -> bytes:

@@ -44,7 +44,7 @@ B = TypeVar("B", TokenizeBody, DetokenizeBody)
 
 
 def make_app(parts: RouterParts) -> App:
-    """The ASGI application."""
+    """The ASGI application. Raises SettingsError."""
     config = parts.config
     api, generating = make_api(parts), generating_endpoints(parts)
 
@@ -56,7 +56,8 @@ def make_app(parts: RouterParts) -> App:
         await endpoint(scope, receive, send)
 
     roots = {"v1", *(route.path.split("/")[1] for route in api.routes if isinstance(route, Route))}
-    app: App = Guard(front, Keyring(config.api_key), parts.metrics)
+    keyring = Keyring(config.read_api_keys(), config.read_tenant_secret())
+    app: App = Guard(front, keyring, parts.metrics, config.public_routes)
     if config.allowed_origins:
         app = CORSMiddleware(
             app,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from services.peer_settings import PeerSettings
-from services.router.tenants import split_key
-from services.secrets import Secret, read_secret
+from services.router.tenants import ApiKey
+from services.secrets import Secret, read_private_file, read_secret
 from services.settings import SettingsError, setting
+
+PUBLIC_ROUTES: Final = ("metrics", "load", "version", "openapi", "debug")
+_MAX_KEYS_BYTES: Final = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -20,8 +25,18 @@ class RouterConfig(PeerSettings):
     port: int = setting(8000, min=0, max=65535, help="port of the HTTP API; 0 chooses a free one", group="HTTP")
     api_key: tuple[str, ...] = setting(
         (),
-        help="accepted bearer tokens, each as KEY or TENANT:KEY (keys of one tenant share a cache); none: all may ask",
+        help="accepted bearer tokens, each as KEY or TENANT:KEY (keys of one tenant share a cache), KEY plain or as"
+        " sha256:HASH; none: all may ask",
         secret=True,
+        group="HTTP",
+    )
+    api_key_file: str = setting(
+        "", help="file with more of them, one a line, # before a comment; mode 0600; read at the start", group="HTTP"
+    )
+    public_routes: tuple[str, ...] = setting(
+        (),
+        help="what needs no API key, where there are keys, beside /health and /ready: metrics, load, version, openapi,"
+        " debug",
         group="HTTP",
     )
     allowed_origins: tuple[str, ...] = setting((), help="origins that browsers may ask from (CORS)", group="HTTP")
@@ -36,6 +51,17 @@ class RouterConfig(PeerSettings):
     tenant_secret: str = setting("", help="the same, not in a file", secret=True, group="secrets")
     ssl_keyfile: str = setting("", help="TLS key; with --ssl-certfile the API is served over HTTPS", group="HTTP")
     ssl_certfile: str = setting("", help="TLS certificate chain", group="HTTP")
+    ssl_ca_certs: str = setting(
+        "",
+        help="certificates of authorities: clients whose certificate one of them has signed are let in",
+        group="HTTP",
+    )
+    ssl_cert_reqs: int = setting(
+        0,
+        help="whether a client needs a certificate of --ssl-ca-certs (mutual TLS): 0 no, 1 if it has one, 2 yes",
+        choices=(0, 1, 2),
+        group="HTTP",
+    )
     max_body_bytes: int = setting(8 << 20, min=1, help="largest request body; larger ones get a 413", group="HTTP")
     unread_timeout_s: float = setting(
         10.0,
@@ -177,6 +203,18 @@ class RouterConfig(PeerSettings):
         False, help="no line per request; those that failed by our fault are logged all the same", group="logs"
     )
 
+    def read_api_keys(self) -> tuple[str, ...]:
+        """Return the entries of setting and file. Raises SettingsError."""
+        if not self.api_key_file:
+            return self.api_key
+        lines = read_private_file("api_key", self.api_key_file, _MAX_KEYS_BYTES).splitlines()
+        entries = [line.strip() for line in lines if not line.lstrip().startswith("#")]
+        given = (*self.api_key, *filter(None, entries))
+        if not given:
+            raise SettingsError(f"{self.api_key_file} has no key; all would be let in", "api_key_file")
+        _check_keys(given, "api_key_file")
+        return given
+
     def read_tenant_secret(self) -> Secret | None:
         """Return it, None where there is none. Raises SettingsError."""
         return read_secret("tenant_secret", self.tenant_secret, self.tenant_secret_file)
@@ -187,11 +225,21 @@ class RouterConfig(PeerSettings):
             raise SettingsError(f"must start with a slash, got {self.root_path!r}", "root_path")
         if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
             raise SettingsError("give both --ssl-keyfile and --ssl-certfile, or neither", "ssl_keyfile")
-        if any(not key for key in self.api_key):
-            raise SettingsError("must not be empty", "api_key")
-        if any(key != key.strip() or "," in key for key in self.api_key):
-            # A variable separates keys by commas, and a header has no spaces around its value.
-            raise SettingsError("must have no comma, and no space at its ends", "api_key")
-        keys = [split_key(entry)[1] for entry in self.api_key]
-        if len(set(keys)) < len(keys):
-            raise SettingsError("has the same key twice", "api_key")
+        if self.ssl_cert_reqs and not self.ssl_ca_certs:
+            raise SettingsError("needs --ssl-ca-certs: whose certificates are clients to have?", "ssl_cert_reqs")
+        if self.ssl_ca_certs and not self.ssl_certfile:
+            raise SettingsError("needs --ssl-certfile and --ssl-keyfile", "ssl_ca_certs")
+        if unknown := set(self.public_routes).difference(PUBLIC_ROUTES):
+            raise SettingsError(f"must be of {', '.join(PUBLIC_ROUTES)}, not {min(unknown)!r:.80}", "public_routes")
+        _check_keys(self.api_key, "api_key")
+
+
+def _check_keys(entries: Sequence[str], setting: str) -> None:
+    if any(not key for key in entries):
+        raise SettingsError("must not be empty", setting)
+    if any(key != key.strip() or "," in key for key in entries):
+        # A variable separates keys by commas, and a header has no spaces around its value.
+        raise SettingsError("must have no comma, and no space at its ends", setting)
+    digests = [ApiKey.parse(entry).digest for entry in entries]
+    if len(set(digests)) < len(digests):
+        raise SettingsError("has the same key twice", setting)

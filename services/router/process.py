@@ -35,6 +35,7 @@ from services.router.fleet_metrics import FleetCollector
 from services.router.metrics import RouterMetrics
 from services.router.routing import DecisionLog, Policy
 from services.router.sharing import Quotas, open_quotas, read_shares
+from services.router.tenants import Keyring
 from services.router.text import (
     ChatTemplateError,
     ModelDirectory,
@@ -62,6 +63,8 @@ def run_router(config: RouterConfig) -> int:
         check_registry(config.redis)
         check_overrides(config.tokenizer, config.chat_template)
         read_shares(config.tenants_file)
+        if Keyring(config.read_api_keys(), config.read_tenant_secret()).needs_tenant_secret:
+            log.warning("no --tenant-secret-file: a tenant's cached blocks are lost to it when one of its keys changes")
     except (ChatTemplateError, RegistryError, SettingsError, TokenizerError) as error:
         log.error("router cannot start: %s", error)
         return CANNOT_START
@@ -177,6 +180,7 @@ async def _serve(config: RouterConfig, proofs: PeerProofs) -> int:
                 settings.load()
             except OSError as error:  # ssl's are of these
                 files = f"--ssl-certfile {config.ssl_certfile} and --ssl-keyfile {config.ssl_keyfile}"
+                files += f" and --ssl-ca-certs {config.ssl_ca_certs}" if config.ssl_ca_certs else ""
                 log.error("router cannot start: %s: %s; give a certificate and its key, as PEM", files, error)
                 return CANNOT_START
             server = HttpServer(settings)
@@ -228,6 +232,8 @@ def server_config(config: RouterConfig, parts: RouterParts) -> uvicorn.Config:
         server_header=False,
         ssl_keyfile=config.ssl_keyfile or None,
         ssl_certfile=config.ssl_certfile or None,
+        ssl_ca_certs=config.ssl_ca_certs or None,
+        ssl_cert_reqs=config.ssl_cert_reqs,
         timeout_graceful_shutdown=int(config.shutdown_timeout_s) + _LAST_WORDS_S,
         timeout_keep_alive=65,
         backlog=2048,

@@ -1,8 +1,12 @@
 """Names the tenant behind an API key, and keeps tenants' cached blocks apart.
 
 An entry of `--api-key` is a key, or `tenant:key`: keys of one tenant share its cached prefixes, and a key without a
-tenant is one of its own. A tenant's salt is an HMAC, so whatever a client sends as its own `cache_salt`, it never
-meets another tenant's blocks, neither as a hit nor as an answer that comes sooner. Names only are ever logged.
+tenant is one of its own. For a key its hash may stand, `sha256:` and 64 hex digits. Only hashes are kept: keys are long
+and random, so a fast hash gives nothing away that could be searched for, and a slow one would cost each request.
+
+A tenant's salt is an HMAC under a secret that routers alone have, so neither what a client sends as its own
+`cache_salt`, nor a tenant's name, leads to another tenant's blocks: neither to a hit nor to an answer that comes
+sooner. Names only are ever logged.
 """
 
 from __future__ import annotations
@@ -13,8 +17,29 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from services.secrets import Secret
+
 _NAMED_KEY = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63}):(.+)", re.DOTALL)
+_HASH = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _SALT_PURPOSE = b"tandem cache salt 1\0"
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """An entry of `--api-key`. `tenant` is empty for a key of its own, `plain` where only the hash was given."""
+
+    tenant: str
+    digest: bytes = field(repr=False)
+    plain: str = field(repr=False)
+
+    @classmethod
+    def parse(cls, entry: str) -> ApiKey:
+        """Read an entry."""
+        named = None if _HASH.fullmatch(entry) else _NAMED_KEY.fullmatch(entry)
+        tenant, key = (named[1], named[2]) if named is not None else ("", entry)
+        if (hashed := _HASH.fullmatch(key)) is not None:
+            return cls(tenant, bytes.fromhex(hashed[1]), "")
+        return cls(tenant, hashlib.sha256(key.encode()).digest(), key)
 
 
 @dataclass(frozen=True)
@@ -23,7 +48,7 @@ class Tenant:
 
     name: str
     secret: bytes = field(repr=False)
-    """Equal in every router with the same keys."""
+    """Equal in every router with the same tenant secret, or where there is none, with the same keys."""
 
     def salt(self, cache_salt: str) -> str:
         """The salt that the workers get, from the one that the client gave (or "")."""
@@ -38,10 +63,13 @@ def name_of(tenant: Tenant | None) -> str:
 
 
 class Keyring:
-    """The accepted keys and whose they are."""
+    """The accepted keys, by their hashes, and whose they are."""
 
-    def __init__(self, entries: Sequence[str]) -> None:
-        self._tenants = [_parse(index, entry) for index, entry in enumerate(entries)]
+    def __init__(self, entries: Sequence[str], tenant_secret: Secret | None = None) -> None:
+        """Without a `tenant_secret` a tenant's salts follow from its keys: its cache is lost when one changes."""
+        keys = [ApiKey.parse(entry) for entry in entries]
+        self._tenants = [(key.digest, _tenant(index, key, keys, tenant_secret)) for index, key in enumerate(keys)]
+        self.needs_tenant_secret = tenant_secret is None and any(key.tenant for key in keys)
 
     def __bool__(self) -> bool:
         return bool(self._tenants)
@@ -49,20 +77,18 @@ class Keyring:
     def find(self, given: bytes) -> Tenant | None:
         """Returns the tenant of a key."""
         # Compare with every key, in constant time: the time must not tell which or how much of it is right.
-        matches = [tenant for key, tenant in self._tenants if hmac.compare_digest(given, key)]
+        digest = hashlib.sha256(given).digest()
+        matches = [tenant for known, tenant in self._tenants if hmac.compare_digest(digest, known)]
         return matches[0] if matches else None
 
 
-def split_key(entry: str) -> tuple[str, str]:
-    """Tenant and key of an entry of `--api-key`; the tenant is empty where the key is one of its own."""
-    match = _NAMED_KEY.fullmatch(entry)
-    return (match[1], match[2]) if match is not None else ("", entry)
-
-
-def _parse(index: int, entry: str) -> tuple[bytes, Tenant]:
-    name, key = split_key(entry)
-    if not name:
-        # "#" keeps it apart from any name that can be given.
-        return key.encode(), Tenant(f"#{index + 1}", hashlib.sha256(b"key\0" + key.encode()).digest())
+def _tenant(index: int, key: ApiKey, keys: Sequence[ApiKey], tenant_secret: Secret | None) -> Tenant:
+    # "#" keeps it apart from any name that can be given.
+    name = key.tenant or f"#{index + 1}"
     # By name and not by key, so that a tenant keeps its cache when its key is changed.
-    return key.encode(), Tenant(name, hashlib.sha256(b"tenant\0" + name.encode()).digest())
+    identity = b"tenant\0" + key.tenant.encode() if key.tenant else b"key\0" + key.digest
+    if tenant_secret is not None:
+        return Tenant(name, hmac.digest(tenant_secret.derive("tenants' namespaces"), identity, hashlib.sha256))
+    # Who knows the name alone must not know this.
+    own = sorted(each.digest for each in keys if each.tenant == key.tenant) if key.tenant else []
+    return Tenant(name, hashlib.sha256(identity + b"\0" + b"".join(own)).digest())

@@ -6,6 +6,7 @@ import functools
 import itertools
 import shutil
 import struct
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.block import ROW_WORDS, Multipliers, is_compiled, row_sums
-from kvstore.block.row_sums import sums_by_numpy
+from kvstore.block import ROW_WORDS, Multipliers, row_sums
+from kvstore.block.row_sums import sums_by_c, sums_by_numpy
 
 KEY = Multipliers.of(b"a test's own secret")
+SOURCE = Path(row_sums.__file__).with_suffix(".c")
 
 
 @functools.cache
@@ -79,9 +81,15 @@ def test_words_of_another_type_or_shape_are_refused() -> None:
             KEY.sums(wrong)
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler was there to build it")
-def test_where_there_is_a_compiler_c_does_it() -> None:
-    assert is_compiled(), "build it: make kernels"
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is here")
+def test_c_sums_to_the_same_bytes_as_numpy(tmp_path: Path) -> None:
+    library = tmp_path / "row_sums.so"
+    flags = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+    subprocess.run(["cc", *flags, "-o", library, SOURCE], check=True)
+    by_c, random = sums_by_c(library), np.random.default_rng(3)
+    for num_words in (*range(1, 40), ROW_WORDS - 1, ROW_WORDS, ROW_WORDS + 1, 3 * ROW_WORDS + 7):
+        words = random.integers(0, 2**64, num_words, dtype=np.uint64)
+        assert by_c(KEY, words) == sums_by_numpy(KEY, words), num_words
 
 
 @pytest.mark.parametrize(

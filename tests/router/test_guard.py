@@ -7,13 +7,14 @@ import pytest
 from starlette.routing import Route
 
 from services.router.app import generating_endpoints, make_api
-from services.router.config import RouterConfig
+from services.router.config import PUBLIC_ROUTES, RouterConfig
 from services.settings import SettingsError
 from tests.router.harness import running_router, until
 from tests.router.test_access import ended
 
 KEY = {"authorization": "Bearer secret"}
-OPEN = ("/health", "/ready", "/version", "/load", "/metrics", "/openapi.json")
+OPEN = ("/health", "/ready")
+OPENED = ("/metrics", "/load", "/version", "/openapi.json", "/debug/workers", "/debug/routing/mine")
 ORIGIN = "https://chat.example"
 
 
@@ -27,10 +28,13 @@ def routes_of(parts) -> list[tuple[str, str]]:
     ]
 
 
+@pytest.mark.parametrize("public", [(), PUBLIC_ROUTES], ids=["by default", "as configured"])
 @pytest.mark.parametrize("root_path", ["", "/x", "/x/", "/v1", "/v1/models", "/health"])
-async def test_no_route_is_open_by_a_prefix(make_worker, root_path):
+async def test_no_route_is_open_by_a_prefix(make_worker, root_path, public):
+    config = RouterConfig(api_key=("secret",), root_path=root_path, public_routes=public)
+    is_open = {*OPEN, *(OPENED if public else ())}
     async with (
-        running_router(RouterConfig(api_key=("secret",), root_path=root_path), make_worker()) as running,
+        running_router(config, make_worker()) as running,
         httpx.AsyncClient(base_url=running.base_url, timeout=60) as http,
     ):
         routes = routes_of(running.parts)
@@ -41,8 +45,8 @@ async def test_no_route_is_open_by_a_prefix(make_worker, root_path):
                 answers = [await http.request(method, prefix + path, headers=headers) for headers in
                            ({}, {"authorization": "Bearer wrong"}, KEY)]  # fmt: skip
                 statuses = [answer.status_code for answer in answers]
-                if path in OPEN:
-                    assert set(statuses) <= {200, 503}, (prefix, path)  # 503: not ready without a prefill worker
+                if path in is_open:  # 503: not ready without a prefill worker; 404: no such decision
+                    assert set(statuses) <= {200, 404, 503}, (prefix, path)
                 else:
                     assert statuses[:2] == [401, 401], (prefix, path)
                     assert statuses[2] in (200, 400, 404), (prefix, path, answers[2].text)
@@ -72,6 +76,7 @@ async def test_a_prefix_hides_no_tenant_and_no_endpoint(make_worker):
             answer = await http.post(f"{prefix}/v1/completions", json={"prompt": "x", "max_tokens": 1})
             assert answer.status_code == 200
         metrics = (await http.get("/x/metrics")).text
+        assert (await http.get("/x/metrics", headers={"authorization": ""})).status_code == 401
     salts = {request.cache_salt for request in worker.requests}
     assert len(salts) == 1
     assert "" not in salts
@@ -97,7 +102,7 @@ async def test_browsers_can_read_refusals_and_crashes(make_worker):
         answers = [
             await http.post("/v1/completions", json=body),
             await http.get("/v1/models"),
-            await http.get("/metrics"),
+            await http.get("/metrics", headers=KEY),
             await http.get("/debug/routing/x", headers=KEY),
             await http.get("/nowhere", headers=KEY),
             await http.post("/v1/completions", json={}, headers=KEY),

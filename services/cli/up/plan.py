@@ -6,6 +6,7 @@ on what was given. What the launcher decides itself (addresses, names, the regis
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from services.decode.config import DecodeConfig
 from services.logs import LAUNCHER_VARIABLE
 from services.prefill.config import PrefillConfig
 from services.router.config import RouterConfig
-from services.router.tenants import split_key
+from services.router.tenants import ApiKey
 from services.settings import (
     ENVIRONMENT_PREFIX,
     Given,
@@ -155,7 +156,7 @@ def plan_stack(
                 is_forked=True,
             )
         )
-    router_values = values | {"port": port}
+    api_key, router_values = _our_key(router, values | {"port": port})
     return Stack(
         router=ChildSpec(
             name="router",
@@ -169,10 +170,21 @@ def plan_stack(
         port=port,
         has_tls=bool(router.ssl_certfile),
         served_model_name=(decode.served_model_name or (served_model_name,))[0],
-        api_key=split_key(router.api_key[0])[1] if router.api_key else "",
+        api_key=api_key,
         worker_prefix=worker_prefix,
         first_prompt_words=_first_prompt_words(decode, any(role == "prefill" for role, _ in roles)),
     )
+
+
+def _our_key(router: RouterConfig, values: Mapping[str, object]) -> tuple[str, dict[str, object]]:
+    """A key for the launcher's own questions, and the router's values, of which it may be one; empty where none is
+    needed.
+    """
+    plain = [key.plain for key in map(ApiKey.parse, router.read_api_keys()) if key.plain]
+    if plain or not router.read_api_keys():
+        return (plain or [""])[0], dict(values)
+    ours = secrets.token_urlsafe(32)  # of the others only the hashes are known
+    return ours, {**values, "api_key": (*router.api_key, f"tandem-up:{ours}")}
 
 
 def _first_prompt_words(decode: DecodeConfig, has_prefill: bool) -> int:

@@ -25,8 +25,8 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _BODY_TIMEOUT_S = 60.0
 
-OPEN = frozenset({"/health", "/ready", "/version", "/load", "/metrics", "/openapi.json"})
-"""What needs no API key: for probes and scrapers. All else does, also what is not there."""
+_OPEN = frozenset({"/health", "/ready"})
+_OPENED = {"metrics": "/metrics", "load": "/load", "version": "/version", "openapi": "/openapi.json"}
 
 
 def header(scope: Message, name: bytes) -> str | None:
@@ -155,10 +155,19 @@ class Edge:
 class Guard:
     """Lets in who has a key, and turns a crash into a 500. Stands inside of CORS, so that browsers can read both."""
 
-    def __init__(self, app: App, keyring: Keyring, metrics: RouterMetrics) -> None:
+    def __init__(self, app: App, keyring: Keyring, metrics: RouterMetrics, public_routes: Collection[str] = ()) -> None:
+        """With keys all routes need one, also what is not there, but /health, /ready and `public_routes`, by their
+        names in the setting.
+        """
         self._app = app
         self._keyring = keyring
         self._metrics = metrics
+        self._open = _OPEN.union(_OPENED[name] for name in public_routes if name in _OPENED)
+        self._debug_is_open = "debug" in public_routes
+
+    def _needs_key(self, path: str) -> bool:
+        is_open = path in self._open or (self._debug_is_open and path.startswith("/debug/"))
+        return bool(self._keyring) and not is_open
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         access: AccessRecord = scope["state"]["access"]
@@ -180,7 +189,7 @@ class Guard:
 
     def _tenant(self, scope: Message) -> Tenant | None:
         """Returns the tenant of the request's key; None where no key is needed. Raises ApiError 401."""
-        if not self._keyring or scope["path"] in OPEN:
+        if not self._needs_key(scope["path"]):
             return None
         kind, _, key = (header(scope, b"authorization") or "").partition(" ")
         given = key.strip().encode("latin-1") if kind.lower() == "bearer" else b""

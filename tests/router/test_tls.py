@@ -1,0 +1,104 @@
+"""The API over TLS, and to whom it speaks where clients need a certificate; all certificates are made on the spot."""
+
+from __future__ import annotations
+
+import shutil
+import ssl
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+
+from services.router.config import RouterConfig
+from services.settings import SettingsError
+from tests.router.harness import running_router
+
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
+
+BODY = {"prompt": "x", "max_tokens": 1}
+
+
+def openssl(directory: Path, *arguments: str) -> None:
+    subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)
+
+
+def make_authority(directory: Path, name: str) -> None:
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", f"{name}.key")
+    openssl(directory, "req", "-x509", *key, "-out", f"{name}.pem", "-subj", f"/CN={name}", "-days", "2")
+
+
+def make_certificate(directory: Path, name: str, authority: str) -> None:
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", f"{name}.key")
+    openssl(directory, "req", "-new", *key, "-out", f"{name}.csr", "-subj", f"/CN={name}")
+    (directory / "san").write_text("subjectAltName=IP:127.0.0.1\n")
+    signer = ("-CA", f"{authority}.pem", "-CAkey", f"{authority}.key", "-CAcreateserial", "-extfile", "san")
+    openssl(directory, "x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signer, "-days", "2")
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("pki")
+    for authority in ("ours", "theirs"):
+        make_authority(directory, authority)
+    for name, authority in (("server", "ours"), ("client", "ours"), ("stranger", "theirs")):
+        make_certificate(directory, name, authority)
+    return directory
+
+
+def with_tls(pki: Path, **more: object) -> RouterConfig:
+    return RouterConfig(
+        api_key=("secret",),
+        ssl_certfile=str(pki / "server.pem"),
+        ssl_keyfile=str(pki / "server.key"),
+        **more,  # type: ignore[arg-type]
+    )
+
+
+async def ask(url: str, pki: Path, certificate: str = "") -> int:
+    context = ssl.create_default_context(cafile=str(pki / "ours.pem"))
+    if certificate:
+        context.load_cert_chain(pki / f"{certificate}.pem", pki / f"{certificate}.key")
+    headers = {"authorization": "Bearer secret"}
+    async with httpx.AsyncClient(verify=context, headers=headers, timeout=60) as http:
+        return (await http.post(f"{url}/v1/completions", json=BODY)).status_code
+
+
+async def test_the_api_speaks_tls_and_nothing_else(make_worker, pki: Path) -> None:
+    async with running_router(with_tls(pki), make_worker()) as running:
+        url = running.base_url.replace("http:", "https:")
+        assert await ask(url, pki) == 200
+        async with httpx.AsyncClient(timeout=60) as plain:
+            with pytest.raises(httpx.TransportError):
+                await plain.get(f"{running.base_url}/health")
+            with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+                await plain.get(f"{url}/health")
+
+
+@pytest.mark.parametrize(("needs", "without"), [(2, None), (1, 200)], ids=["all need one", "those who have one"])
+async def test_clients_prove_themselves_by_certificates_of_our_authority(
+    make_worker, pki: Path, needs: int, without: int | None
+) -> None:
+    config = with_tls(pki, ssl_ca_certs=str(pki / "ours.pem"), ssl_cert_reqs=needs)
+    async with running_router(config, make_worker()) as running:
+        url = running.base_url.replace("http:", "https:")
+        assert await ask(url, pki, "client") == 200
+        for certificate, status in (("", without), ("stranger", None)):
+            if status is not None:
+                assert await ask(url, pki, certificate) == status
+                continue
+            with pytest.raises(httpx.TransportError):  # by TLS 1.3 it hears of it with its first answer
+                await ask(url, pki, certificate)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"ssl_cert_reqs": 2}, "needs --ssl-ca-certs"),
+        ({"ssl_ca_certs": "ca.pem"}, "needs --ssl-certfile"),
+        ({"ssl_keyfile": "key.pem"}, "give both"),
+    ],
+)
+def test_settings_that_would_let_everybody_in_are_refused(settings: dict[str, object], says: str) -> None:
+    with pytest.raises(SettingsError, match=says):
+        RouterConfig(**settings)  # type: ignore[arg-type]
