@@ -12,6 +12,9 @@ from typing import Literal, Protocol, TypeAlias
 
 from tandem.v1 import worker_pb2 as pb
 
+RESUMES = "resume"
+"""The feature of a decode worker that takes `resumed_token_ids`: it is told in a session's first frame."""
+
 
 class StreamBroken(Exception):
     """A stream ended otherwise than by its server's return; the message says how."""

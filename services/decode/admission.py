@@ -101,9 +101,10 @@ class Admission:
         and compute one token each. A first that fails is waited for once only: then everybody tries at the same time.
         """
         order = live.order
-        if live.sampling.prompt_logprobs is not None or live.sampling.max_tokens == 1:
+        num_left = live.sampling.max_tokens - len(live.resumed_token_ids)
+        if live.sampling.prompt_logprobs is not None or num_left == 1:
             return False  # of those, the first needs every position, and the second no blocks
-        tail = order.prompt_token_ids[len(hashes) * self._parts.engine.layout.block_size :]
+        tail = convert.context_token_ids(order)[len(hashes) * self._parts.engine.layout.block_size :]
         prompt = (order.cache_salt, order.priority, *hashes[-1:], *tail)
         first = self._being_handed_over.get(prompt)
         if first is None:
@@ -115,8 +116,8 @@ class Admission:
         return self._parts.engine.peek_prefix(hashes) == len(hashes)
 
     def _num_uncached(self, live: LiveRequest, hashes: list[BlockHash]) -> int:
-        """Prompt tokens that would be computed here; the last one always is."""
-        num_tokens = len(live.prompt_token_ids)
+        """Context tokens that would be computed here; the last one always is."""
+        num_tokens = live.num_context_tokens
         if live.sampling.prompt_logprobs is None:
             # A hint, read from outside the engine thread: dictionary lookups, and nothing is held on its account.
             num_tokens -= self._parts.engine.peek_prefix(hashes) * self._parts.engine.layout.block_size
@@ -144,10 +145,11 @@ class Admission:
         # Before anybody computes it: what our own engine cannot serve is no other worker's failure.
         self._parts.engine.check(request)
         pending = _PendingReservation(self._parts, request)
-        num_blocks = -(-request.num_prompt_tokens // self._parts.engine.layout.block_size)
+        num_blocks = -(-request.num_context_tokens // self._parts.engine.layout.block_size)
         order = pb.PrefillRequest(
             request_id=live.order.request_id,
             prompt_token_ids=live.order.prompt_token_ids,
+            resumed_token_ids=live.order.resumed_token_ids,
             prompt_hashes=live.order.prompt_hashes,
             sampling=live.order.sampling,
             priority=live.order.priority,

@@ -87,6 +87,9 @@ async def prefill_remotely(
         if not events.done():
             _check(fetch.result.result())
         finished = await _within(finish_timeout_s, events, target.worker_id)
+        if finished.num_resumed_tokens != len(order.resumed_token_ids):
+            # Of another version: its token belongs to another place.
+            raise HandoffFailed("incompatible", f"prefill worker {target.worker_id} resumes no output")
         if finished.finish_reason != pb.FINISH_REASON_UNSPECIFIED:
             return Handoff(finished, None)
         fetched = _check(await fetch.result)

@@ -29,11 +29,17 @@ class LiveRequest:
     newest_token_s: float | None = None  # when it was sent to the router, by the timeline's clock
     is_finished: bool = False
 
-    hashes: list[BlockHash] = field(default_factory=list)  # of the prompt's full blocks
+    hashes: list[BlockHash] = field(default_factory=list)  # of the context's full blocks
 
     def __post_init__(self) -> None:
         self.prompt_token_ids = tuple(self.order.prompt_token_ids)
-        self.usage.num_prompt_tokens = len(self.prompt_token_ids)
+        self.resumed_token_ids = tuple(self.order.resumed_token_ids)
+        self.usage.num_prompt_tokens = self.num_context_tokens
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Prompt tokens, and those of the output that another worker has sent already."""
+        return len(self.prompt_token_ids) + len(self.resumed_token_ids)
 
     @property
     def stage(self) -> str:
@@ -58,6 +64,7 @@ class LiveRequest:
         return Request(
             request_id=f"{self.order.request_id}/{self.session.number}.{self.order.handle}.{self.num_attempts}",
             prompt_token_ids=self.prompt_token_ids,
+            resumed_token_ids=self.resumed_token_ids,
             given_hashes=self.hashes,
             sampling=self.sampling,
             priority=self.order.priority,

@@ -62,7 +62,8 @@ class _News(NamedTuple):
 
 def _news(live: LiveRequest, update: RequestUpdate) -> _News:
     is_last = update.finish_reason is not None
-    if not is_last and update.num_output_tokens > 1 and len(update.new_tokens) == 1:
+    is_first = update.num_output_tokens == len(update.request.resumed_token_ids) + 1
+    if not is_last and not is_first and len(update.new_tokens) == 1:
         (token,) = update.new_tokens
         if token.logprobs is None:
             return _News(live, token.token_id)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from tandem.v1 import worker_pb2 as pb
 
+from services.orders import RESUMES
 from services.rates import Rates
 from services.worker import convert
 
@@ -104,7 +105,11 @@ class RouterSession:
         loop = asyncio.get_running_loop()
         last_load, last_rates, last_stuck = self._load(), self._rates(), self._stuck
         frame = pb.SessionFrame(
-            load=last_load, incarnation=self._incarnation, heartbeat_s=self._heartbeat_s, stuck=last_stuck
+            load=last_load,
+            incarnation=self._incarnation,
+            features=[RESUMES],
+            heartbeat_s=self._heartbeat_s,
+            stuck=last_stuck,
         )
         frame.load.rates.CopyFrom(convert.rates_to_proto(last_rates))
         await send(frame)

@@ -93,7 +93,7 @@ class EngineStats:
 
     num_steps: int = 0
     num_preemptions: int = 0
-    num_prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
+    num_prefix_queries: int = 0  # prompt tokens (and resumed ones) looked up in the prefix cache
     num_prefix_hits: int = 0  # of these, found
     num_partial_hit_tokens: int = 0  # of those found, the ones copied from a block that goes on with other tokens
     num_prompt_tokens: int = 0  # computed, recomputation included
@@ -150,7 +150,7 @@ class Engine(Protocol):
         """Queue a request to be computed here. Raises `InvalidRequest` or `QueueFull`."""
 
     def reserve(self, request: Request, callback: Callable[[Reservation], None]) -> None:
-        """Ask for blocks to read the request's prompt into, one for each that the prompt fills or begins.
+        """Ask for blocks to read the request's context into, one for each that it fills or begins.
 
         `callback` is called once, here or within a later call, on this thread; never after `cancel_reservation` or
         `abort`. The blocks are then the caller's: they go to `add_prefilled`, or back through `release_reservation`.
@@ -166,9 +166,9 @@ class Engine(Protocol):
     def add_prefilled(
         self, request: Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken
     ) -> RequestUpdate:
-        """Join a request whose prompt another worker computed to the running batch.
+        """Join a request whose context another worker computed to the running batch.
 
-        `block_ids` are those of its granted reservation; they hold the KV of the whole prompt, verified by `proofs`,
+        `block_ids` are those of its granted reservation; they hold the KV of the whole context, verified by `proofs`,
         and become the request's. The update carries the first token, which later steps do not repeat, and says whether
         it was the last. Raises `NotReserved` (say, aborted), `NotLent` or `InvalidRequest`, changing nothing.
         """

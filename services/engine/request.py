@@ -177,7 +177,11 @@ class FinishReason(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """An order to an engine. Nobody changes it but by marking events; what comes of it is in the updates."""
+    """An order to an engine. Nobody changes it but by marking events; what comes of it is in the updates.
+
+    A request may be resumed: what another engine put out already comes with it, and the next token is the one that
+    would have followed there. Its *context* is prompt and these; positions, limits and penalties count them as output.
+    """
 
     request_id: str  # of one request at a time
     prompt_token_ids: Sequence[int]
@@ -185,9 +189,10 @@ class Request:
     priority: int = 0  # smaller is sooner
     cache_salt: str = ""
     arrival_s: float = 0.0  # FIFO within a priority; any clock, the same for all requests of an engine
-    hold_blocks: bool = False  # ends after the first token; its updates lend the caller the prompt's blocks
+    hold_blocks: bool = False  # ends after its first token here; its updates lend the caller the context's blocks
     transfer_id: bytes = b""  # with hold_blocks: that its blocks are lent in, which their proofs need
-    given_hashes: Sequence[BlockHash] = ()  # of the prompt's full blocks, where somebody has hashed it already
+    given_hashes: Sequence[BlockHash] = ()  # of the context's full blocks, where somebody has hashed it already
+    resumed_token_ids: Sequence[int] = ()  # the output so far, where another engine began it
     timeline: Timeline = field(default_factory=lambda: Timeline(time.time))
 
     @property
@@ -195,9 +200,14 @@ class Request:
         return len(self.prompt_token_ids)
 
     @property
+    def num_context_tokens(self) -> int:
+        """Tokens that must be computed, or be there, before the first one is sampled here: prompt and resumed ones."""
+        return len(self.prompt_token_ids) + len(self.resumed_token_ids)
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether prompt logprobs were asked for."""
-        return self.sampling.prompt_logprobs is not None
+        """Whether prompt logprobs were asked for, and have not been told by who began the output."""
+        return self.sampling.prompt_logprobs is not None and not self.resumed_token_ids
 
 
 @dataclass(frozen=True)
@@ -211,10 +221,11 @@ class RequestUpdate:
     stop_token_id: int | None = None  # the stop_token_ids member that ended it
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None  # with the first token; None at position 0
     failure: str | None = None  # with FinishReason.ERROR: why there is no token
-    num_output_tokens: int = 0  # so far
-    num_cached_tokens: int = 0  # prompt tokens that the prefix cache held when the request was first scheduled
+    num_output_tokens: int = 0  # so far, resumed ones included
+    num_cached_tokens: int = 0  # context tokens that the prefix cache held when the request was first scheduled
     num_preemptions: int = 0
-    # With hold_blocks: the prompt's blocks that this step completed, each lent to the caller (`Engine.release_blocks`).
+    # With hold_blocks: the context's blocks that this step completed, each lent to the caller
+    # (`Engine.release_blocks`).
     # The first is number `first_block`; the last come with the first token, the partial one, without a hash, too.
     first_block: int = 0
     blocks: tuple[AnnouncedBlock, ...] = ()

@@ -204,6 +204,7 @@ class PrefillService:
             # The client's id may repeat; the transfer's does not.
             request_id=f"{message.request_id}/{message.transfer_id.hex()[:12]}",
             prompt_token_ids=tuple(message.prompt_token_ids),
+            resumed_token_ids=tuple(message.resumed_token_ids),
             sampling=convert.sampling_from_proto(message.sampling),
             priority=message.priority,
             cache_salt=message.cache_salt,
@@ -213,7 +214,7 @@ class PrefillService:
             given_hashes=hashes,
             timeline=Timeline(self._clock),
         )
-        num_blocks = -(-len(request.prompt_token_ids) // self._parts.engine.layout.block_size)
+        num_blocks = -(-request.num_context_tokens // self._parts.engine.layout.block_size)
         sources = () if request.wants_prompt_logprobs else tuple(message.prefix_sources)
         return _Order(request, message.reader_peer_id, bytes(message.transfer_id), num_blocks, sources)
 
@@ -347,6 +348,7 @@ def _facts(message: pb.PrefillRequest, started_s: float, now_s: float) -> dict[s
     return {
         "request_id": message.request_id,
         "prompt_tokens": len(message.prompt_token_ids),
+        "resumed_tokens": len(message.resumed_token_ids),
         "reader": message.reader_peer_id.partition("/")[0],
         "transfer": message.transfer_id.hex(),
         "seconds": round(now_s - started_s, 4),
@@ -358,6 +360,7 @@ def _finished(update: RequestUpdate, fetched: list[pb.FetchedPrefix]) -> pb.Pref
     message = pb.PrefillFinished(
         token_id=token.token_id,
         num_cached_tokens=update.num_cached_tokens,
+        num_resumed_tokens=len(update.request.resumed_token_ids),
         stamps=convert.stamps_to_proto(update.request.timeline),
         fetched=fetched,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tandem.v1 import worker_pb2 as pb
 
@@ -61,13 +61,21 @@ def prompt_logprobs_to_proto(positions: Iterable[PositionLogprobs | None]) -> li
     return [pb.PositionLogprobs() if position is None else logprobs_to_proto(position) for position in positions]
 
 
+def context_token_ids(order: pb.GenerateRequest | pb.PrefillRequest) -> Sequence[int]:
+    """What must be there before the order's first token is sampled: the prompt, and what is resumed of the output."""
+    if not order.resumed_token_ids:
+        return order.prompt_token_ids
+    return [*order.prompt_token_ids, *order.resumed_token_ids]
+
+
 async def prompt_hashes(
     order: pb.GenerateRequest | pb.PrefillRequest, layout: BlockLayout, threads: Threads
 ) -> list[BlockHash]:
-    """The hashes of the prompt's full blocks: those that came with the order, else made here, in a thread, and put into
-    the order for whoever it is passed on to."""
+    """The hashes of the context's full blocks: those that came with the order, else made here, in a thread, and put
+    into the order for whoever it is passed on to."""
     root = namespace(layout.model_fingerprint, order.cache_salt)
-    given, num_blocks = order.prompt_hashes, len(order.prompt_token_ids) // layout.block_size
+    token_ids = context_token_ids(order)
+    given, num_blocks = order.prompt_hashes, len(token_ids) // layout.block_size
     if not num_blocks:
         return []
     if given.root == root and given.block_size == layout.block_size:
@@ -76,7 +84,7 @@ async def prompt_hashes(
         log.warning("the order has %d bytes of hashes for %d blocks", len(given.hashes), num_blocks)
     elif given.root:
         log.warning("the prompt was hashed for another model, salt or block size than ours: hashed anew")
-    hashes = await threads.run(lambda: hash_blocks(root, order.prompt_token_ids, layout.block_size))
+    hashes = await threads.run(lambda: hash_blocks(root, token_ids, layout.block_size))
     made = pb.PromptHashes(root=root, block_size=layout.block_size, hashes=pack_hashes(hashes))
     order.prompt_hashes.CopyFrom(made)
     return hashes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import isclose
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,105 @@ def test_an_abort_while_it_waits_for_blocks_calls_nobody(engine: Engine) -> None
     assert engine.abort("second")
     engine.release_reservation(first, reservation.block_ids)
     assert granted == []
+
+
+# ---- resumed requests -------------------------------------------------------------------
+
+LENGTH = 64
+SAMPLINGS: dict[str, dict[str, object]] = {
+    "greedy": {},
+    "drawn": {"temperature": 1.5, "seed": 7, "top_k": 40, "top_p": 0.9, "logit_bias": {5: 3.0, 9: -100.0}},
+    "penalized": {"repetition_penalty": 1.3, "frequency_penalty": 0.7, "presence_penalty": 0.4, "logprobs": 3},
+    "with an early end": {"stop_token_ids": tuple(range(0, VOCAB_SIZE, 3)), "min_tokens": 40, "temperature": 1.0},
+}
+
+
+def resume(name: str, begun: Request, outputs: Sequence[SampledToken], **changes: object) -> Request:
+    so_far = tuple(token.token_id for token in outputs)
+    return Request(name, begun.prompt_token_ids, begun.sampling, resumed_token_ids=so_far, **changes)  # type: ignore[arg-type]
+
+
+def same(found: SampledToken, expected: SampledToken) -> bool:
+    """Equal tokens; log probabilities may differ in the last bits, as they do with another chunk of the same prompt."""
+    if found.token_id != expected.token_id or (found.logprobs is None) != (expected.logprobs is None):
+        return False
+    told = [(token.logprobs.chosen, *token.logprobs.top) for token in (found, expected) if token.logprobs]
+    return all(
+        (a.token_id, a.rank) == (b.token_id, b.rank) and isclose(a.logprob, b.logprob, rel_tol=1e-4)
+        for a, b in zip(*told, strict=True)
+    )
+
+
+@pytest.mark.parametrize("sampling", list(SAMPLINGS))
+def test_a_resumed_request_goes_on_as_if_it_had_never_been_interrupted(
+    make: Callable[[], Engine], sampling: str
+) -> None:
+    first, second = make(), make()
+    whole = ask("whole", prompt_of(37), **{"max_tokens": LENGTH, **SAMPLINGS[sampling]})
+    updates = [update for update in run(first, whole) if update.new_tokens]
+    outputs = [update.new_tokens[0] for update in updates]
+    assert len(outputs) > 39
+    for start in range(1, len(outputs)):
+        second.add_request(resume("again", whole, outputs[:start]))
+        told: list[RequestUpdate] = []
+        # At every index the next one; from some on everything.
+        while second.has_work and (start % 32 == 1 or not told):
+            told += [update for update in second.step().updates if update.new_tokens]
+        assert all(map(same, [update.new_tokens[0] for update in told], outputs[start:])), start
+        assert [update.num_output_tokens for update in told] == list(range(start + 1, start + len(told) + 1))
+        if second.abort("again"):
+            continue
+        assert start + len(told) == len(outputs)
+        assert (told[-1].finish_reason, told[-1].stop_token_id) == (
+            updates[-1].finish_reason,
+            updates[-1].stop_token_id,
+        )
+
+
+def test_a_resumed_request_reports_no_prompt_logprobs_again(engine: Engine) -> None:
+    whole = ask("whole", prompt_of(40), prompt_logprobs=2)
+    told = run(engine, whole)
+    assert [update.prompt_logprobs is not None for update in told if update.new_tokens].count(True) == 1
+    outputs = [token for update in told for token in update.new_tokens]
+    again = run(engine, resume("again", whole, outputs[:3]))
+    assert all(update.prompt_logprobs is None for update in again)
+    assert tokens(again, "again") == tokens(told, "whole")[3:]
+    assert again[-1].num_cached_tokens >= 32
+
+
+@pytest.mark.parametrize("num_resumed", [1, 4, 30])
+def test_a_resumed_request_is_handed_over_with_all_that_it_has_said(
+    make: Callable[[], Engine], num_resumed: int
+) -> None:
+    first, second, prompt = make(), make(), prompt_of(50)
+    whole = ask("whole", prompt, max_tokens=40, frequency_penalty=1.5, temperature=1.0, seed=3)
+    outputs = [token for update in run(first, whole) for token in update.new_tokens]
+    held = run(first, resume("held", whole, outputs[:num_resumed], hold_blocks=True, transfer_id=TRANSFER))
+    block_ids = [block.block_id for update in held for block in update.blocks]
+    context = [*prompt, *(token.token_id for token in outputs[:num_resumed])]
+    partial = [None] * (len(context) % 16 > 0)
+    assert [block.block_hash for update in held for block in update.blocks] == [*hashes_of(first, context), *partial]
+    request = resume("joined", whole, outputs[:num_resumed])
+    reservation = reserve(second, request)
+    copy(first, block_ids, second, reservation.block_ids)
+    (token,) = held[-1].new_tokens
+    proofs = [block.proof for update in held for block in update.blocks]
+    joined = second.add_prefilled(request, reservation.block_ids, proofs, token)
+    first.release_blocks(block_ids)
+    assert (token, joined.num_output_tokens) == (outputs[num_resumed], num_resumed + 1)
+    rest = [token for update in run(second) for token in update.new_tokens]
+    assert rest == outputs[num_resumed + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("resumed", "param"),
+    [([1] * NUM_OUTPUTS, "resumed_token_ids"), ([VOCAB_SIZE], "resumed_token_ids"), ([1] * 390, "prompt")],
+)
+def test_what_leaves_nothing_to_resume_is_refused(engine: Engine, resumed: list[int], param: str) -> None:
+    request = Request("r", prompt_of(10), SamplingParams(max_tokens=NUM_OUTPUTS), resumed_token_ids=resumed)
+    with pytest.raises(InvalidRequest) as refusal:
+        engine.add_request(request)
+    assert refusal.value.param == param
 
 
 # ---- the prefix cache -------------------------------------------------------------------

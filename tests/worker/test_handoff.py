@@ -77,11 +77,13 @@ async def nothing_to_reserve(num_blocks: int) -> Reservation:
     raise AssertionError("nobody offers anything")
 
 
-def hand_over(orders: GrpcOrders, exchange: ExchangeOfTheTest, address: str, kv: str = "kv") -> asyncio.Task[Handoff]:
+def hand_over(
+    orders: GrpcOrders, exchange: ExchangeOfTheTest, address: str, kv: str = "kv", resumed: Sequence[int] = ()
+) -> asyncio.Task[Handoff]:
     hashes: Sequence[None] = [None]
     target = pb.PrefillTarget(worker_id="prefill-0", grpc_address=address, kv_address=kv)
     handing_over = prefill_remotely(
-        pb.PrefillRequest(request_id="r"),
+        pb.PrefillRequest(request_id="r", resumed_token_ids=resumed),
         target,
         hashes,
         nothing_to_reserve,
@@ -102,6 +104,16 @@ async def test_a_channel_closed_under_an_order_is_a_failed_handoff_and_no_cancel
         with pytest.raises(HandoffFailed) as failure:
             await order
         assert failure.value.cause == "rpc"
+
+
+async def test_the_token_of_a_prefill_worker_that_does_not_know_of_resuming_is_not_used() -> None:
+    orders = GrpcOrders()
+    async with prefill_worker() as (worker, address), asyncio.timeout(30):
+        worker.may_finish.set()
+        with pytest.raises(HandoffFailed, match="prefill-0 resumes no output") as failure:
+            await hand_over(orders, ExchangeOfTheTest(), address, resumed=[3, 4])
+        assert failure.value.cause == "incompatible"
+        await orders.close()
 
 
 async def test_an_unreachable_peer_does_not_take_other_requests_orders_with_it() -> None:

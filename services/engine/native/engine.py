@@ -141,6 +141,7 @@ class Engine:
     def check(self, request: api.Request) -> None:
         vocab_size = self.model.config.vocab_size
         _check_token_ids("prompt", request.prompt_token_ids, vocab_size)
+        _check_token_ids("resumed_token_ids", request.resumed_token_ids, vocab_size)
         sampling = request.sampling
         _check_token_ids("logit_bias", tuple(sampling.logit_bias), vocab_size)
         _check_token_ids("allowed_token_ids", sampling.allowed_token_ids, vocab_size)
@@ -287,7 +288,7 @@ class Engine:
         updates = [self._lend_prompt(update) if update.request.hold_blocks else update for update in updates]
         for update in updates:
             timeline = update.request.timeline
-            if update.new_tokens and update.num_output_tokens == 1:
+            if update.new_tokens and update.num_output_tokens == len(update.request.resumed_token_ids) + 1:
                 timeline.mark(Event.PREFILL_FINISHED)
                 if update.finish_reason is None:
                     timeline.mark(Event.DECODE_JOINED)
@@ -299,7 +300,7 @@ class Engine:
         """Lend the caller what the step completed of a prompt that another worker goes on from."""
         request = Request.of(update.request)
         first, is_last = request.num_lent_blocks, bool(update.new_tokens)
-        num_full = request.num_prompt_tokens // self.layout.block_size
+        num_full = request.num_context_tokens // self.layout.block_size
         end = num_full + 1 if is_last else update.num_computed_tokens // self.layout.block_size
         block_ids = request.block_table[first:end]
         # A block that the first token fills up is still the prompt's partial block: it has no identity yet.

@@ -124,7 +124,7 @@ class Admission:
         reused = reuse_cached_tokens(self._pool, request, blocks.num_present, self._config, step, running)
         if not request.was_scheduled:
             request.num_cached_tokens = reused.num_tokens
-            self._stats.num_prefix_queries += request.num_prompt_tokens
+            self._stats.num_prefix_queries += request.num_context_tokens
             self._stats.num_prefix_hits += reused.num_tokens
             self._stats.num_partial_hit_tokens += reused.num_copied
         request.num_computed_tokens = reused.num_tokens

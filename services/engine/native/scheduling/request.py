@@ -51,9 +51,9 @@ class Request(asked.Request):
     output_token_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)  # prompt, then output
     num_computed_tokens: int = 0  # tokens whose KV is in the block table
-    num_cached_tokens: int = 0  # prompt tokens that the prefix cache held when the request was first scheduled
+    num_cached_tokens: int = 0  # context tokens that the prefix cache held when the request was first scheduled
     num_preemptions: int = 0
-    num_lent_blocks: int = 0  # with hold_blocks: of the prompt's, those that updates have lent; preempted or not
+    num_lent_blocks: int = 0  # with hold_blocks: of the context's, those that updates have lent; preempted or not
     num_published_blocks: int = 0  # blocks of the table that were offered to the prefix cache
     may_publish: bool = True  # False once a given hash was found to be wrong
     was_scheduled: bool = False  # has been in a step
@@ -65,6 +65,7 @@ class Request(asked.Request):
 
     def __post_init__(self) -> None:
         self.prompt_token_ids = tuple(self.prompt_token_ids)
+        self.output_token_ids = [*self.resumed_token_ids, *self.output_token_ids]
         self.token_ids = [*self.prompt_token_ids, *self.output_token_ids]
         self.block_hashes = list(self.given_hashes)
 

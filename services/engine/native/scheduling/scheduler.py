@@ -169,7 +169,7 @@ class Scheduler:
     def add_prefilled(
         self, asked: api.Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken
     ) -> RequestUpdate:
-        num_needed = self.config.num_blocks_for(asked.num_prompt_tokens)
+        num_needed = self.config.num_blocks_for(asked.num_context_tokens)
         request = self._queues.live(asked.request_id)
         if request is None or request.status is not RequestStatus.RESERVED or len(block_ids) != num_needed:
             raise NotReserved(
@@ -180,7 +180,7 @@ class Scheduler:
         self._queues.move(request, RequestStatus.RUNNING)
         request.block_table = list(block_ids)
         request.was_scheduled = True
-        request.num_computed_tokens = request.num_prompt_tokens
+        request.num_computed_tokens = request.num_context_tokens
         publish_full_blocks(self.pool, request, self.config, proofs)
         return self._book_token(ScheduledSequence(request, 0, 0, False, True, None), first_token)
 
@@ -302,7 +302,7 @@ class Scheduler:
             # What these logits came from is not worth keeping.
             return replace(self._finish(sequence, FinishReason.ERROR, None), failure=result.failure)
         request.num_computed_tokens = sequence.end
-        if sequence.num_tokens > 1 or sequence.start < request.num_prompt_tokens:
+        if sequence.num_tokens > 1 or sequence.start < request.num_context_tokens:
             self.stats.num_prompt_tokens += sequence.num_tokens
         if sequence.num_prompt_logprobs is not None:
             request.prompt_logprobs += result.prompt_logprobs
