@@ -96,6 +96,7 @@ _STAGE_S: Final = (
 _READ_S: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SPEED_BYTES_PER_S: Final = (1e6, 3e6, 1e7, 3e7, 1e8, 3e8, 1e9, 3e9, 1e10, 2e10, 4e10, 1e11, 4e11)
 """From a bad network to NVLink."""
+_PAUSE_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0)
 _INDEX_S: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0)
 _TOKENS: Final = tuple(mantissa * 10**exponent for exponent in range(7) for mantissa in (1, 2, 5))
 _BATCH_TOKENS: Final = tuple(float(2**exponent) for exponent in range(16))
@@ -252,6 +253,13 @@ ROUTER = Table(
     _counter("tandem:router_refusals", "Requests not taken on, by reason.", "reason"),
     _counter("tandem:router_retries", "Sequences given to another decode worker."),
     _counter("tandem:router_cut_connections", "Connections that were ended by the router, by reason.", "reason"),
+    _counter(
+        "tandem:router_resumes", "Pauses in begun sequences, by cause and by what came of them.", "reason", "outcome"
+    ),
+    _histogram("tandem:router_resume_pause_seconds", "From a lost worker's last token to the next one.", _PAUSE_S),
+    _counter(
+        "tandem:router_resumed_tokens", "Tokens of prompts and output so far, by where their KV came from.", "source"
+    ),
     _counter("tandem:router_client_disconnects", "Requests that the client cut."),
     _counter(
         "tandem:router_decisions",

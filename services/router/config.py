@@ -86,6 +86,15 @@ class RouterConfig(PeerSettings):
         group="workers",
     )
     max_attempts: int = setting(3, min=1, help="decode workers that a request is tried on", group="workers")
+    max_worker_deaths: int = setting(
+        2, min=1, help="a request that so many decode workers are lost with is given up, with a 500", group="workers"
+    )
+    resume_wait_s: float = setting(
+        30.0,
+        min=0,
+        help="seconds that a request whose decode worker was lost waits for another one, where there is none",
+        group="workers",
+    )
 
     routing_policy: str = setting(
         "kv",

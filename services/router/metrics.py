@@ -16,7 +16,7 @@ from services.http_server import CUTS
 from services.lifecycle import Event
 from services.metric_families import REQUESTS, ROUTER
 from services.rates import TIERS
-from services.router.receipt import Receipt
+from services.router.receipt import Receipt, Resume
 
 _ROLE = "router"
 _FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -112,6 +112,9 @@ class RouterMetrics:
         self._refusals = ROUTER.counter("tandem:router_refusals", self.registry, REFUSALS)
         self.retries = ROUTER.counter("tandem:router_retries", self.registry)
         self._cuts = ROUTER.counter("tandem:router_cut_connections", self.registry, CUTS)
+        self._resumes = ROUTER.counter("tandem:router_resumes", self.registry)
+        self._resume_pause = ROUTER.histogram("tandem:router_resume_pause_seconds", self.registry)
+        self._resumed_tokens = ROUTER.counter("tandem:router_resumed_tokens", self.registry)
         self.disconnects = ROUTER.counter("tandem:router_client_disconnects", self.registry)
         self._decisions = ROUTER.counter("tandem:router_decisions", self.registry)
         self._lookups = ROUTER.counter("tandem:router_index_lookups", self.registry, ("found", "nothing", "no_answer"))
@@ -156,6 +159,15 @@ class RouterMetrics:
             tier = part.tier if part.tier in TIERS else "other"
             self._fetched_blocks.labels(tier).inc(part.num_blocks)
             self._fetched_bytes.labels(tier).inc(part.num_bytes)
+
+    def count_resume(self, resume: Resume, outcome: str = "resumed") -> None:
+        """A pause in a sequence has ended: by its next token, or as `outcome` says."""
+        self._resumes.labels(resume.reason, outcome).inc()
+        if resume.pause_s is not None:
+            self._resume_pause.observe(resume.pause_s)
+            self._resumed_tokens.labels("recomputed").inc(resume.num_recomputed_tokens)
+            self._resumed_tokens.labels("fetched").inc(resume.num_fetched_tokens)
+            self._resumed_tokens.labels("reused").inc(resume.num_cached_tokens - resume.num_fetched_tokens)
 
     def count_decision(self, policy: str, reason: str, prefills_locally: bool) -> None:
         """Workers were chosen; `reason` is `Decision.cause`."""

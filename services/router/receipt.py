@@ -26,14 +26,62 @@ _STAGES = {
 }
 
 
+@dataclass
+class Resume:
+    """A pause in a sequence: its worker was lost or gave it up after some tokens, and another one went on."""
+
+    worker_id: str
+    """Who was lost."""
+    reason: str
+    """lost, given_up"""
+    num_carried_tokens: int
+    """What it had said, which nobody sampled again."""
+    block_size: int
+    since_s: float
+    """When the last of these tokens had come; any clock."""
+    pause_s: float | None = None
+    """From then to the next token; None: it has not come."""
+    usage: pb.Usage | None = None
+    """What the worker that went on said of prompt and carried tokens."""
+    num_repeated_tokens: int = 0
+    """Of the carried ones, those that it had to say again, since it is of an older version."""
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return 0 if self.usage is None else min(self.usage.num_cached_tokens, self.usage.num_prompt_tokens)
+
+    @property
+    def num_recomputed_tokens(self) -> int:
+        """Of prompt and carried tokens; one at least, whose logits are wanted."""
+        num_computed = 0 if self.usage is None else self.usage.num_prompt_tokens - self.num_cached_tokens
+        return num_computed + self.num_repeated_tokens
+
+    @property
+    def num_fetched_tokens(self) -> int:
+        num_blocks = 0 if self.usage is None else sum(part.num_blocks for part in self.usage.fetched)
+        return min(num_blocks * self.block_size, self.num_cached_tokens)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "worker_id": self.worker_id,
+            "reason": self.reason,
+            "pause_seconds": self.pause_s,
+            "carried_tokens": self.num_carried_tokens,
+            "recomputed_tokens": self.num_recomputed_tokens,
+            "reused_tokens": self.num_cached_tokens - self.num_fetched_tokens,
+            "fetched_tokens": self.num_fetched_tokens,
+        }
+
+
 @dataclass(frozen=True)
 class Receipt:
     """One sequence that ended regularly. num_computed + num_reused + num_fetched tokens are the prompt's."""
 
     index: int
     usage: pb.Usage
-    """As the worker reported it."""
+    """As the worker reported it: of a resumed sequence the first one, but for recomputes, which are all."""
     decode_worker_id: str
+    """Who ended it."""
     block_size: int
     num_attempts: int
     """Decode workers that it was given to."""
@@ -43,11 +91,16 @@ class Receipt:
     """A worker simulated it: its tokens mean nothing."""
     total_s: float
     """From the request's arrival to the sequence's last token, both at the router."""
+    resumes: tuple[Resume, ...] = ()
+
+    @property
+    def first_decode_worker_id(self) -> str:
+        return self.resumes[0].worker_id if self.resumes else self.decode_worker_id
 
     @property
     def prefill_worker_id(self) -> str:
         """The decode worker itself after a local prefill."""
-        return self.decode_worker_id if self.usage.prefilled_locally else self.usage.prefill_worker_id
+        return self.first_decode_worker_id if self.usage.prefilled_locally else self.usage.prefill_worker_id
 
     @property
     def num_cached_tokens(self) -> int:
@@ -89,10 +142,11 @@ class Receipt:
             "index": self.index,
             "decode_worker_id": self.decode_worker_id,
             "prefill_worker_id": self.prefill_worker_id,
-            "prefilled_locally": self.prefill_worker_id == self.decode_worker_id,
+            "prefilled_locally": self.prefill_worker_id == self.first_decode_worker_id,
             **({"is_simulation": True} if self.is_simulation else {}),
             "attempts": self.num_attempts,
             "recomputes": usage.num_recomputes,
+            "resumes": [resume.to_json() for resume in self.resumes],
             "prompt_tokens": usage.num_prompt_tokens,
             "completion_tokens": self.num_generated_tokens,
             "computed_tokens": self.num_computed_tokens,
@@ -130,6 +184,7 @@ def make_receipt(
     num_attempts: int,
     num_generated_tokens: int,
     is_simulation: bool = False,
+    resumes: tuple[Resume, ...] = (),
 ) -> Receipt:
     """`router_unix_s`: the sequence's timeline at the router, from ARRIVED to FINISHED. Where the workers have stamped
     the same event theirs counts, so that stages are measured by one clock; there are no `stamps` where a stop string
@@ -145,4 +200,5 @@ def make_receipt(
         is_simulation=is_simulation,
         unix_s=dict(router_unix_s) | {Event(stamp.event): stamp.unix_s for stamp in stamps if stamp.event in known},
         total_s=max(router_unix_s[Event.FINISHED] - router_unix_s[Event.ARRIVED], 0.0),
+        resumes=resumes,
     )

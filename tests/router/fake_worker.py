@@ -12,6 +12,7 @@ from tandem.v1 import worker_pb2 as pb
 from tandem.v1.worker_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
 
 from kvstore.registry import WorkerRecord
+from services.orders import RESUMES
 from tests.worker_records import worker_record
 
 _counter = itertools.count(1)
@@ -36,7 +37,8 @@ Reply = Callable[[pb.GenerateRequest], Script]
 
 
 def endless(token_ids: Sequence[int], eos_token_id: int | None = None, tokens_per_frame: int = 1) -> Reply:
-    """Repeats the tokens up to max_tokens, or says them once and then end-of-sequence (unless ignore_eos)."""
+    """Repeats the tokens up to max_tokens, or says them once and then end-of-sequence (unless ignore_eos); goes on
+    behind those that it resumes."""
 
     def reply(request: pb.GenerateRequest) -> Script:
         limit = request.sampling.max_tokens
@@ -45,7 +47,7 @@ def endless(token_ids: Sequence[int], eos_token_id: int | None = None, tokens_pe
             finish = pb.FINISH_REASON_STOP if len(tokens) <= limit else pb.FINISH_REASON_LENGTH
         else:
             tokens, finish = list(itertools.islice(itertools.cycle(token_ids), limit)), pb.FINISH_REASON_LENGTH
-        tokens = tokens[:limit]
+        tokens = tokens[len(request.resumed_token_ids) : limit]
         frames = [tokens[i : i + tokens_per_frame] for i in range(0, len(tokens), tokens_per_frame)]
         return Script(frames, finish)
 
@@ -88,6 +90,7 @@ class FakeWorker(DecodeServiceServicer):
     max_model_len: int = 256
     worker_id: str = ""
     colocated: bool = False
+    features: tuple[str, ...] = (RESUMES,)
     load: pb.Load = field(default_factory=pb.Load)
     heartbeat_s: float = 0.0  # promised, and kept until it is mute
     stuck: str = ""  # what its sessions begin with
@@ -168,7 +171,7 @@ class FakeWorker(DecodeServiceServicer):
         async for message in requests:
             if message.HasField("hello"):
                 self.hellos.append(message.hello)
-                frame = pb.SessionFrame(load=self.load, incarnation=self.incarnation)
+                frame = pb.SessionFrame(load=self.load, incarnation=self.incarnation, features=self.features)
                 frame.heartbeat_s, frame.stuck = self.heartbeat_s, self.stuck
                 frames.put_nowait(frame)
             elif message.HasField("generate"):
@@ -224,6 +227,6 @@ class FakeWorker(DecodeServiceServicer):
         output.usage.num_cached_tokens = script.num_cached_tokens
         if script.usage is not None:
             output.usage.CopyFrom(script.usage)
-        output.usage.num_prompt_tokens = len(request.prompt_token_ids)
+        output.usage.num_prompt_tokens = len(request.prompt_token_ids) + len(request.resumed_token_ids)
         output.usage.num_generated_tokens = num_generated
         output.stamps.extend(pb.Stamp(event=event, unix_s=unix_s) for event, unix_s in script.stamps)

@@ -28,7 +28,7 @@ from services.router.edge.limits import Limits
 from services.router.edge.memory import Holding, RequestMemory
 from services.router.edge.stopping import Stopping
 from services.router.errors import ApiError, ClientDisconnected, internal
-from services.router.fleet import Ask, Dispatch, Placer, PrefixFinder, Workers, routing_key
+from services.router.fleet import Ask, Budget, Dispatch, Placer, PrefixFinder, Workers, routing_key
 from services.router.metrics import RouterMetrics
 from services.router.openai import Delta, GenerateBody, Generation, GenerationPlan, Renderer
 from services.router.sharing import Shares
@@ -145,20 +145,20 @@ class GenerateEndpoint(Generic[B]):
         access: AccessRecord,
     ) -> None:
         async with self._parts.deadline(visit.deadlines):
-            parts = self._parts
+            parts, config = self._parts, self._parts.config
             visit.check_delay(parts.admission)  # before anything is spent on it, its prompt's length unknown
-            plan = await self._plan(body, model, parts.config, request_id, client.pool)
+            plan = await self._plan(body, model, config, request_id, client.pool)
             body.drop_input()
             timeline.mark(Event.TOKENIZED)
             async with visit.room(plan, parts.admission, parts.limits) as (room, spent):
                 dispatch = Dispatch(
                     parts.workers,
                     parts.placer,
+                    parts.prefixes,
                     parts.metrics,
                     room,
                     await self._find_prefixes(plan, visit),
-                    max_attempts=parts.config.max_attempts,
-                    restartable=not plan.request.body.stream,
+                    Budget(config.max_attempts, config.max_worker_deaths, config.resume_wait_s),
                 )
                 metrics = parts.metrics.for_model(plan.model.name)
                 generation = Generation(plan, dispatch, metrics, timeline)
@@ -212,10 +212,7 @@ async def _collect(generation: Generation, renderer: Renderer, memory: Holding) 
     while not generation.finished:
         for delta in await generation.deltas():
             memory.add(len(delta.text) + 4 * len(delta.token_ids) + await renderer.show_logprobs(delta))
-            if delta.restarted:
-                whole[delta.index] = delta
-            else:
-                whole[delta.index].extend(delta)
+            whole[delta.index].extend(delta)
     return renderer.response(whole)
 
 

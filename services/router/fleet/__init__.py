@@ -1,14 +1,16 @@
 """Knows the workers: keeps sessions with them, knows what each holds, and carries orders there and back."""
 
-from services.router.fleet.dispatch import Arrival, Dispatch
+from services.router.fleet.dispatch import Dispatch
 from services.router.fleet.headroom import Headroom
 from services.router.fleet.placement import Ask, Placer, routing_key
 from services.router.fleet.prefixes import PrefixFinder
+from services.router.fleet.sequence import Arrival, Budget
 from services.router.fleet.workers import Workers
 
 __all__ = [
     "Arrival",
     "Ask",
+    "Budget",
     "Dispatch",
     "Headroom",
     "Placer",

@@ -1,8 +1,9 @@
-"""Leads a request through the workers: chooses, submits, and tries another while nothing is lost by it.
+"""Leads a request through the workers: chooses, submits, and goes on elsewhere where a worker is lost.
 
-One HTTP request becomes one or more sequences (prompts times n); each is an order of its own, and all of them report
-to one `Dispatch`, which one consumer drains. Sequences begin as the request's room grants it, a breath between two.
-What arrives while the consumer is busy piles up here, at most the sequences' max_tokens, and is taken in one piece.
+One HTTP request becomes one or more sequences (prompts times n); each is an order of its own (`sequence.py` has its
+states), and all of them report to one `Dispatch`, which one consumer drains. Sequences begin as the request's room
+grants it, a breath between two. What arrives while the consumer is busy piles up here, at most the sequences'
+max_tokens, and is taken in one piece.
 """
 
 from __future__ import annotations
@@ -11,75 +12,53 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from tandem.v1 import worker_pb2 as pb
 
+from services.orders import RESUMES
 from services.router.admission import Room
 from services.router.errors import ApiError, is_retryable, overloaded, unavailable
 from services.router.fleet.placement import Ask, Placement, Placer
+from services.router.fleet.prefixes import PrefixFinder
+from services.router.fleet.sequence import Arrival, Budget, Diverged, Sequence, SequenceState, ServedBy
 from services.router.fleet.session import SessionDown, SessionFull, WorkerSession
 from services.router.fleet.workers import Workers
 from services.router.metrics import RouterMetrics
+from services.router.receipt import Resume
 from services.router.routing import Refusal
 
 log = logging.getLogger(__name__)
 
-
-class Arrival(NamedTuple):
-    """Something that happened to a sequence: tokens, and at its first, its last and with log probabilities the
-    output that they came with. Neither: it starts afresh, forget what came before."""
-
-    sequence_index: int
-    token_ids: list[int]
-    output: pb.Output | None = None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class ServedBy:
-    """The place of a sequence, and the number of decode workers it was given to."""
-
-    placement: Placement
-    num_attempts: int
-    routed_unix_s: float
-    """When it was first sent."""
-
-
-@dataclass
-class _Sequence:
-    """One order and where it runs now. Its session delivers to it."""
+class _Sink:
+    """Takes what a session delivers for a sequence. What fails here ends that, not all that runs on the session."""
 
     dispatch: Dispatch
-    ask: Ask
-    session: WorkerSession | None = None
-    handle: int = 0
-    placement: Placement | None = None
-    awaits_prefill: bool = False
-    tried: list[str] = field(default_factory=list)
-    routed_unix_s: float = 0.0
-    due_s: float | None = None
-    """When its first token is reckoned to come, by the monotonic clock; None once it has."""
-    num_tokens: int = 0
-    was_full: bool = False
-    """The last worker had no room for the order itself."""
-    ended: bool = False
-
-    @property
-    def index(self) -> int:
-        return self.ask.index
+    sequence: Sequence
 
     def deliver(self, output: pb.Output) -> None:
-        try:
-            self.dispatch._on_output(self, output)
-        except Exception:
-            # It ends this sequence, not the session and all that runs on it.
-            log.exception("an output could not be taken", extra={"request_id": self.ask.order.request_id})
-            self.dispatch._break_off(self)
+        self._guarded(self.dispatch._on_output, output)
 
     def deliver_token(self, token_id: int) -> None:
-        self.num_tokens += 1
-        self.dispatch._arrive(Arrival(self.index, [token_id]))
+        self._guarded(self.dispatch._on_token, token_id)
+
+    def lose(self, reason: str) -> None:
+        self._guarded(self.dispatch._on_loss, reason)
+
+    def _guarded(self, take: Callable[[Sequence, T], None], news: T) -> None:
+        try:
+            take(self.sequence, news)
+        except Diverged as error:
+            log.error("its worker began afresh, and differs: %s", error, extra={"request_id": self.sequence.request_id})
+            self.dispatch._break_off(self.sequence, f"the answer cannot go on: {error}")
+        except Exception:
+            log.exception("an output could not be taken", extra={"request_id": self.sequence.request_id})
+            self.dispatch._break_off(self.sequence, "the router failed to take an output")
 
 
 class Dispatch:
@@ -89,27 +68,27 @@ class Dispatch:
         self,
         workers: Workers,
         placer: Placer,
+        prefixes: PrefixFinder,
         metrics: RouterMetrics,
         room: Room,
         make_ask: Callable[[int], Ask],
-        *,
-        max_attempts: int,
-        restartable: bool,
+        budget: Budget,
     ) -> None:
         """`make_ask`: what the sequence of that index asks for, called when it begins; its order lacks handle, prefill
-        targets and prefix sources. `restartable`: a sequence may start afresh after tokens were seen (nothing of it has
-        reached the client)."""
+        targets and prefix sources."""
         self._workers = workers
         self._placer = placer
+        self._prefixes = prefixes
         self._metrics = metrics
-        self._max_attempts = max_attempts
-        self._restartable = restartable
+        self._budget = budget
+        self._clock = asyncio.get_running_loop().time
         self._arrivals: list[Arrival] = []
         self._waiter: asyncio.Future[bool] | None = None
         self._make_ask = make_ask
         self._room = room
         room.on_grant = self._wake
-        self._sequences: list[_Sequence] = []  # those that have begun, by index
+        self._sequences: list[Sequence] = []  # those that have begun, by index
+        self._searches: dict[int, asyncio.Task[None]] = {}  # of lost ones, by index
 
     async def arrivals(self, idle_s: float | None = None) -> list[Arrival]:
         """Wait for arrivals, at most `idle_s`, and return all in order; begin what there is room for.
@@ -143,71 +122,94 @@ class Dispatch:
         sequence = self._sequences[index] if index < len(self._sequences) else None
         if sequence is None or sequence.placement is None:
             return None
-        return ServedBy(sequence.placement, len(sequence.tried), sequence.routed_unix_s)
+        resumes = tuple(sequence.resumes)
+        return ServedBy(sequence.placement, sequence.num_attempts, sequence.routed_unix_s, resumes)
 
     def abort(self, index: int, reason: str) -> None:
         """Ends one sequence at its worker, if it still runs."""
         sequence = self._sequences[index]
         if not sequence.ended:
             self._leave(sequence, reason)
-            self._end(sequence)
+            self._end(sequence, "left")
 
     def close(self, reason: str = "the request has ended") -> None:
         """Ends what still runs. Safe to call again."""
         for sequence in self._sequences:
             self.abort(sequence.index, reason)
 
-    # ---- one sequence ---------------------------------------------------------
+    # ---- placing a sequence -----------------------------------------------------
 
     def _begin(self) -> WorkerSession:
-        sequence = _Sequence(self, self._make_ask(len(self._sequences)))
+        ask = self._make_ask(len(self._sequences))
+        sequence = Sequence(ask)
         self._sequences.append(sequence)
-        refusal = self._submit(sequence)
+        refusal = self._submit(sequence, ask)
         sequence.due_s = self._room.begin()
         if refusal is not None:
             raise self._refused(refusal, sequence)
         assert sequence.session is not None
         sequence.routed_unix_s = time.time()
+        if ask.order.timeout_s > 0:
+            sequence.ends_s = self._clock() + ask.order.timeout_s
         return sequence.session
 
-    def _end(self, sequence: _Sequence) -> None:
-        if not sequence.ended:
-            sequence.ended = True
-            self._room.end()
-
-    def _submit(self, sequence: _Sequence, retried_after: str = "") -> Refusal | None:
-        request_id = sequence.ask.order.request_id
+    def _submit(self, sequence: Sequence, ask: Ask, retried_after: str = "") -> Refusal | None:
         while True:
-            attempt = len(sequence.tried) + 1
-            placement = self._placer.place(sequence.ask, sequence.tried, attempt=attempt, retried_after=retried_after)
+            attempt = sequence.num_attempts + 1
+            placement = self._placer.place(ask, sequence.tried, attempt=attempt, retried_after=retried_after)
             if isinstance(placement, Refusal):
                 return placement
             sequence.tried.append(placement.decision.decode.worker_id)
+            sequence.num_attempts += 1
             try:
-                self._send(sequence, placement)
+                self._send(sequence, ask, placement)
             except (SessionDown, SessionFull) as error:
-                log.info("%s", error, extra={"request_id": request_id})
+                log.info("%s", error, extra={"request_id": sequence.request_id})
                 sequence.was_full = isinstance(error, SessionFull)
                 retried_after = "session full" if sequence.was_full else "session down"
                 continue
             decision = placement.decision
             self._metrics.count_decision(decision.policy.value, decision.cause, decision.prefills_locally)
-            log.debug("%s", decision.reason, extra={"request_id": request_id})
+            log.debug("%s", decision.reason, extra={"request_id": sequence.request_id})
             return None
 
-    def _send(self, sequence: _Sequence, placement: Placement) -> None:
-        message = pb.SessionRequest(generate=sequence.ask.order)  # a copy: the next attempt needs the bare order
-        self._placer.fill_order(message.generate, placement)
+    def _send(self, sequence: Sequence, ask: Ask, placement: Placement) -> None:
+        message = pb.SessionRequest(generate=ask.order)  # a copy: the next attempt needs the bare order
+        order = message.generate
+        self._placer.fill_order(order, placement)
         session = self._workers.session(*placement.decode_key)
-        sequence.handle = session.submit(message, sequence)
+        num_repeated = 0
+        if order.resumed_token_ids and RESUMES not in session.features:
+            num_repeated = len(order.resumed_token_ids)
+            for resumed_field in ("resumed_token_ids", "prompt_hashes", "prefix_sources"):
+                order.ClearField(resumed_field)
+        if sequence.ends_s is not None:
+            order.timeout_s = max(sequence.ends_s - self._clock(), 0.001)
+        sequence.handle = session.submit(message, _Sink(self, sequence))
         sequence.session = session
         sequence.placement = placement
         sequence.awaits_prefill = True
+        sequence.num_repeated = num_repeated
+        if sequence.resumes:
+            sequence.resumes[-1].num_repeated_tokens = num_repeated
         self._placer.sent(placement)
 
-    def _on_output(self, sequence: _Sequence, output: pb.Output) -> None:
+    # ---- what its worker says -----------------------------------------------------
+
+    def _on_token(self, sequence: Sequence, token_id: int) -> None:
+        was_resuming = sequence.state is SequenceState.RESUMING
+        if sequence.add_token(token_id, self._clock()):
+            if was_resuming:
+                self._resumed(sequence)
+            self._arrive(Arrival(sequence.index, [token_id]))
+
+    def _on_output(self, sequence: Sequence, output: pb.Output) -> None:
         if output.token_ids or output.finish_reason:
             self._settle_prefill(sequence, output)
+        was_resuming = sequence.state is SequenceState.RESUMING
+        sequence.take_output(output, self._clock())
+        if was_resuming and sequence.state is SequenceState.STREAMING:
+            self._resumed(sequence)
         if output.finish_reason:
             if output.finish_reason == pb.FINISH_REASON_ABORT:
                 # Not by us: ours are no longer delivered. The worker gave the request up, so another may take it.
@@ -215,44 +217,127 @@ class Dispatch:
                 output.error.code = pb.ERROR_CODE_UNAVAILABLE
                 output.error.message = "the decode worker aborted the request"
             self._leave(sequence, "")
-            if output.finish_reason == pb.FINISH_REASON_ERROR and self._retry(sequence, output.error):
+            if output.finish_reason == pb.FINISH_REASON_ERROR and self._goes_on(sequence, output.error):
                 return
-            self._end(sequence)
-            if output.error.code == pb.ERROR_CODE_OVERLOADED:
-                self._metrics.count_refusal("workers_full")
-        sequence.num_tokens += len(output.token_ids)
-        self._arrive(Arrival(sequence.index, list(output.token_ids), output))
+            if output.finish_reason == pb.FINISH_REASON_ERROR:
+                self._fail(sequence, output.error, "refused")
+                return
+            self._end(sequence, "refused")
+        if output.token_ids or output.prompt_logprobs or output.finish_reason:
+            self._arrive(Arrival(sequence.index, list(output.token_ids), output))
 
-    def _break_off(self, sequence: _Sequence) -> None:
-        self._end(sequence)
-        error = pb.Error(code=pb.ERROR_CODE_INTERNAL, message="the router failed to take an output")
-        output = pb.Output(handle=sequence.handle, finish_reason=pb.FINISH_REASON_ERROR, error=error)
-        self._arrive(Arrival(sequence.index, list(output.token_ids), output))
-        self._leave(sequence, "the router failed")
-
-    def _retry(self, sequence: _Sequence, error: pb.Error) -> bool:
-        if not is_retryable(error) or len(sequence.tried) >= self._max_attempts:
+    def _goes_on(self, sequence: Sequence, error: pb.Error) -> bool:
+        """Whether another worker is looked for, since this one gave the sequence up."""
+        if not is_retryable(error) or len(sequence.tried) >= self._budget.max_attempts:
             return False
-        if sequence.num_tokens and not self._restartable:
-            return False
-        if self._submit(sequence, pb.ErrorCode.Name(error.code)) is not None:
-            return False
-        extra = {"request_id": sequence.ask.order.request_id}
-        log.info("tried on another worker: %s", error.message, extra=extra)
-        self._metrics.retries.inc()
-        if sequence.num_tokens:
-            sequence.num_tokens = 0
-            self._arrive(Arrival(sequence.index, []))
+        waits = bool(sequence.token_ids) and error.code == pb.ERROR_CODE_UNAVAILABLE
+        self._search(sequence, error, "given_up", waits=waits)
         return True
 
-    def _leave(self, sequence: _Sequence, reason: str) -> None:
+    def _on_loss(self, sequence: Sequence, reason: str) -> None:
+        """Its worker is gone, with it aboard."""
+        assert sequence.placement is not None, f"{sequence.request_id} was lost by a worker that it was never given to"
+        worker_id = sequence.placement.decision.decode.worker_id
+        self._leave(sequence, "")
+        sequence.num_deaths += 1
+        sequence.tried.clear()
+        message = f"the session with decode worker {worker_id} was lost: {reason}"
+        if sequence.num_deaths < self._budget.max_worker_deaths:
+            error = pb.Error(code=pb.ERROR_CODE_UNAVAILABLE, message=message)
+            self._search(sequence, error, "lost", waits=True)
+            return
+        self._note_pause(sequence, "lost")
+        told = (
+            f"{sequence.num_deaths} decode workers were lost with this request aboard; it is given up. The last one: "
+        )
+        self._fail(sequence, pb.Error(code=pb.ERROR_CODE_INTERNAL, message=told + message), "worker_deaths")
+
+    def _break_off(self, sequence: Sequence, why: str) -> None:
+        self._leave(sequence, "the router cannot take it")
+        self._fail(sequence, pb.Error(code=pb.ERROR_CODE_INTERNAL, message=why), "refused")
+
+    def _fail(self, sequence: Sequence, error: pb.Error, outcome: str) -> None:
+        if sequence.ended:
+            return
+        self._end(sequence, outcome)
+        if error.code == pb.ERROR_CODE_OVERLOADED:
+            self._metrics.count_refusal("workers_full")
+        output = pb.Output(handle=sequence.handle, finish_reason=pb.FINISH_REASON_ERROR, error=error)
+        self._arrive(Arrival(sequence.index, [], output))
+
+    # ---- going on elsewhere -------------------------------------------------------
+
+    def _search(self, sequence: Sequence, error: pb.Error, reason: str, *, waits: bool) -> None:
+        """Look for another worker; without one the sequence ends with `error`."""
+        self._note_pause(sequence, reason)
+        sequence.move_to(SequenceState.LOST)
+        sequence.due_s = None  # what comes now teaches nobody how long a first token takes
+        search = self._find_another(sequence, error, waits)
+        task = self._searches[sequence.index] = asyncio.create_task(search, name=f"resume-{sequence.request_id}")
+        task.add_done_callback(lambda done: self._on_search_ended(sequence, done))
+
+    async def _find_another(self, sequence: Sequence, error: pb.Error, waits: bool) -> None:
+        ask = await self._longer_ask(sequence) if sequence.token_ids else sequence.ask
+        deadline_s = self._clock() + self._budget.resume_wait_s
+        while self._submit(sequence, ask, pb.ErrorCode.Name(error.code)) is not None:
+            if not waits or not await self._workers.changed(deadline_s):
+                self._fail(sequence, error, "no_worker")
+                return
+            sequence.tried.clear()
+        sequence.move_to(SequenceState.RESUMING if sequence.token_ids else SequenceState.DISPATCHING)
+        log.info("goes on at another worker: %s", error.message, extra={"request_id": sequence.request_id})
+        self._metrics.retries.inc()
+
+    async def _longer_ask(self, sequence: Sequence) -> Ask:
+        """What it asks for now: prompt and tokens so far, and who holds their blocks."""
+        ask, order = sequence.ask, sequence.resumed_order()
+        spaces = self._placer.spaces(order.model, ask.fingerprints)
+        context = [*order.prompt_token_ids, *order.resumed_token_ids]
+        (blocks,) = await self._prefixes.find([context], order.cache_salt, spaces)
+        return replace(ask, order=order, blocks=blocks)
+
+    def _on_search_ended(self, sequence: Sequence, task: asyncio.Task[None]) -> None:
+        if self._searches.get(sequence.index) is task:
+            del self._searches[sequence.index]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the search for another worker failed", exc_info=error)
+            self._break_off(sequence, "the router failed to find another worker")
+
+    def _note_pause(self, sequence: Sequence, reason: str) -> None:
+        """A pause of what the client sees begins, unless it has seen nothing yet, or no end of the last one."""
+        if sequence.token_ids and not (sequence.resumes and sequence.resumes[-1].pause_s is None):
+            assert sequence.placement is not None
+            worker_id, space = sequence.placement.decision.decode.worker_id, sequence.placement.space
+            num_tokens = len(sequence.token_ids)
+            sequence.resumes.append(Resume(worker_id, reason, num_tokens, space.block_size, sequence.newest_token_s))
+
+    def _resumed(self, sequence: Sequence) -> None:
+        resume = sequence.resumes[-1]
+        resume.pause_s = max(self._clock() - resume.since_s, 0.0)
+        self._metrics.count_resume(resume)
+
+    # ---- its end --------------------------------------------------------------------
+
+    def _end(self, sequence: Sequence, outcome: str) -> None:
+        """`outcome`: what becomes of a pause that had not ended."""
+        if sequence.ended:
+            return
+        if sequence.resumes and sequence.resumes[-1].pause_s is None:
+            self._metrics.count_resume(sequence.resumes[-1], outcome)
+        sequence.move_to(SequenceState.ENDED)
+        self._room.end()
+
+    def _leave(self, sequence: Sequence, reason: str) -> None:
+        search = self._searches.pop(sequence.index, None)
+        if search is not None:
+            search.cancel()
         session, sequence.session = sequence.session, None
         self._settle_prefill(sequence)
         if session is not None:
             session.abort(sequence.handle, reason)
             self._workers.retire_if_idle(session)
 
-    def _settle_prefill(self, sequence: _Sequence, output: pb.Output | None = None) -> None:
+    def _settle_prefill(self, sequence: Sequence, output: pb.Output | None = None) -> None:
         """The prefill has ended: by a token in `output`, or because the sequence has."""
         placement = sequence.placement
         if placement is None or not sequence.awaits_prefill:
@@ -266,7 +351,7 @@ class Dispatch:
         else:
             self._placer.withdraw(placement)
 
-    def _refused(self, refusal: Refusal, sequence: _Sequence) -> ApiError:
+    def _refused(self, refusal: Refusal, sequence: Sequence) -> ApiError:
         model = sequence.ask.order.model
         if sequence.was_full:
             self._metrics.count_refusal("workers_full")

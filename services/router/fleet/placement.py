@@ -47,7 +47,7 @@ def routing_key(prompt_token_ids: Sequence[int], cache_salt: str) -> bytes:
 
 @dataclass(frozen=True)
 class Ask:
-    """A sequence to be placed. `blocks` are its prompt's."""
+    """A sequence to be placed. `blocks` are those of its prompt, and of the output that its order resumes."""
 
     tenant: str
     request_id: str
@@ -111,7 +111,8 @@ class Placer:
         spaces = {space.model_fingerprint: space for space in self.spaces(ask.order.model, ask.fingerprints)}
         prefixes = {fingerprint: self._known(ask, space) for fingerprint, space in spaces.items()}
         cost = CostModel(self._workers.rates(next(iter(spaces), "")))
-        request = RoutedRequest(ask.order.model, len(ask.order.prompt_token_ids), ask.key, prefixes)
+        num_tokens = len(ask.order.prompt_token_ids) + len(ask.order.resumed_token_ids)
+        request = RoutedRequest(ask.order.model, num_tokens, ask.key, prefixes)
         decision = choose(
             request,
             [each for each in self._workers.decode_candidates() if each.model_fingerprint in spaces],

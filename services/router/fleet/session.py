@@ -2,7 +2,7 @@
 
 The session reconnects by itself. It hands each output to whoever submitted the request, at once and without waiting
 (`OutputSink.deliver` only stores), so that one slow client never holds up the others. When the stream ends, however it
-does, every request on it ends with a retryable error.
+does, every request on it is lost.
 
 A worker promises a frame at least every so often. One that is silent for too long, since it hangs or is cut off, or
 says that a part of it stands still, is left: its stream ends.
@@ -36,13 +36,16 @@ _FIRST_BACKOFF_S = 0.1
 
 
 class OutputSink(Protocol):
-    """Takes a request's outputs. Both methods run in the event loop, and must neither block nor raise."""
+    """Takes a request's outputs. Its methods run in the event loop, and must neither block nor raise."""
 
     def deliver(self, output: pb.Output) -> None:
         """The first token, log probabilities, or the end: each request has exactly one."""
 
     def deliver_token(self, token_id: int) -> None:
         """A further token."""
+
+    def lose(self, reason: str) -> None:
+        """The end, too: the worker is lost. Nothing else comes."""
 
 
 class SessionDown(Exception):
@@ -75,10 +78,12 @@ class WorkerSession:
         silence: Silence,
         on_load: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_load`: called when its load is news, or when it is lost."""
+        """`on_load`: called when its load is news, as with its first frame, or when it is lost."""
         self.record = record
         self._on_load = on_load
         self.connected = False
+        self.features: frozenset[str] = frozenset()
+        """What the worker understands beyond the protocol's version."""
         self.load = pb.Load()
         self.rates = GUESSED
         self._router_id = router_id
@@ -131,7 +136,7 @@ class WorkerSession:
         message.generate.handle = handle
         self._live[handle] = sink
         self._num_sent_since_load += 1
-        self._num_tokens_since_load += len(message.generate.prompt_token_ids)
+        self._num_tokens_since_load += len(message.generate.prompt_token_ids) + len(message.generate.resumed_token_ids)
         self._send(message)
         return handle
 
@@ -239,6 +244,7 @@ class WorkerSession:
         _check_progress(frame)
         self._silence.begin(asyncio.get_running_loop().time(), is_promised=frame.heartbeat_s > 0)
         self.connected = True
+        self.features = frozenset(frame.features)
         log.debug("session with decode worker %s is up", self.record.worker_id)
         self._on_frame(frame)
 
@@ -296,12 +302,8 @@ class WorkerSession:
         self._num_tokens_since_load = 0
         self.load = pb.Load()
         lost, self._live = self._live, {}
-        for handle, sink in lost.items():
-            error = pb.Error(
-                code=pb.ERROR_CODE_UNAVAILABLE,
-                message=f"the session with decode worker {self.record.worker_id} was lost: {reason}",
-            )
-            sink.deliver(pb.Output(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=error))
+        for sink in lost.values():
+            sink.lose(reason)
         self._on_load()
 
     def _send(self, message: pb.SessionRequest) -> None:

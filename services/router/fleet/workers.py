@@ -7,6 +7,7 @@ lost lease may only mean that Redis had a bad moment.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -56,6 +57,8 @@ class Workers:
         self._queued_tokens: dict[WorkerKey, int] = {}
         self._prefill_awaited_until_s: dict[str, float] = {}  # by model fingerprint
         self._prefill_rates: dict[str, Rates] = {}  # by worker id, as the last answer of that worker had them
+        self._news: asyncio.Event | None = None  # that somebody waits for
+        self._closed = False
 
     def start(self) -> None:
         """Reads the membership and follows it from now on. Call it in the event loop."""
@@ -80,9 +83,33 @@ class Workers:
                 self.retire_if_idle(self._sessions[key])
         self._queued_tokens = {key: count for key, count in self._queued_tokens.items() if key in listed}
         self._await_prefill()
-        self.on_news()
         worker_ids = {worker_id for worker_id, _ in listed}
         self._prefill_rates = {each: rates for each, rates in self._prefill_rates.items() if each in worker_ids}
+        self._note_news()
+
+    async def changed(self, deadline_s: float) -> bool:
+        """Waits until other decode workers can be given work than now; False at the deadline, by the loop's clock, and
+        at the end."""
+        before = self._able()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline_s):
+                while self._able() == before and not self._closed:
+                    self._news = self._news or asyncio.Event()
+                    await self._news.wait()
+        return self._able() != before and not self._closed
+
+    def _able(self) -> set[WorkerKey]:
+        return {
+            record.key
+            for record, session in self._decode_sessions()
+            if session.connected and not (record.draining or session.load.draining)
+        }
+
+    def _note_news(self) -> None:
+        if self._news is not None:
+            self._news.set()
+            self._news = None
+        self.on_news()
 
     def _await_prefill(self) -> None:
         found = {record.model_fingerprint for record in self._records if record.role == "prefill"}
@@ -193,13 +220,14 @@ class Workers:
         if count > 0:
             self._queued_tokens[worker] = count
         if num_tokens < 0:
-            self.on_news()
+            self._note_news()
 
     def _num_queued_tokens(self, record: WorkerRecord) -> int:
         return self._queued_tokens.get(record.key, 0)
 
     async def close(self) -> None:
-        """Ends all sessions; what still runs on them ends with a retryable error."""
+        """Ends all sessions; what still runs on them is lost."""
+        self._closed = True
         for session in self._sessions.values():
             session.close()
         tasks = list(self._tasks)
@@ -209,6 +237,7 @@ class Workers:
             for task in late:
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)  # a crash was logged when it happened
+        self._note_news()
 
     def _decode_sessions(self) -> Iterable[tuple[WorkerRecord, WorkerSession]]:
         for record in self._records:
@@ -218,9 +247,7 @@ class Workers:
 
     def _open(self, key: WorkerKey, record: WorkerRecord) -> None:
         silence = Silence(self._silence_timeout_s)
-        session = WorkerSession(
-            record, self._router_id, self._orders, self._reconnect_max_s, silence, lambda: self.on_news()
-        )
+        session = WorkerSession(record, self._router_id, self._orders, self._reconnect_max_s, silence, self._note_news)
         self._sessions[key] = session
         task = asyncio.create_task(session.run(), name=f"session with {record.worker_id}")
         self._tasks.add(task)

@@ -17,7 +17,7 @@ from services.router.text import Detokenizer, ServedModel, StopMatcher
 
 @dataclass(slots=True)
 class Delta:
-    """The news of choice `index`. `restarted`: earlier deltas are void."""
+    """The news of choice `index`."""
 
     index: int
     text: str = ""
@@ -29,7 +29,6 @@ class Delta:
     shown_prompt_logprobs: list[orjson.Fragment] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    restarted: bool = False
 
     def extend(self, later: Delta) -> None:
         """Takes a later delta of the same choice in."""

@@ -98,8 +98,6 @@ class CompletionRenderer(Renderer):
         self._begun = [False] * self._plan.num_sequences
 
     async def show_logprobs(self, delta: Delta) -> int:
-        if delta.restarted:
-            self._logprobs.pop(delta.index, None)
         num_bytes = 0
         if self._request.sampling.HasField("prompt_logprobs") and not self._body.stream:
             tokenizer, of_prompt = self._plan.model.tokenizer, delta.prompt_logprobs

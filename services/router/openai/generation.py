@@ -122,7 +122,10 @@ class Generation:
         self._dispatch = dispatch
         self._metrics = metrics
         self._timeline = timeline
-        self._choices = [self._new_choice(index) for index in range(plan.num_sequences)]
+        self._choices = [
+            Choice(index, plan.request, plan.model, plan.prompts[index // self._body.n], plan.discard_generated)
+            for index in range(plan.num_sequences)
+        ]
         self._num_unfinished = plan.num_sequences
         self._started = False
 
@@ -155,17 +158,13 @@ class Generation:
         choice = self._choices[index]
         if choice.finished:
             return  # by a stop string, whatever became of it at its worker since
-        if output is None and not token_ids:
-            self._restart(index)
-            merged[index] = Delta(index, restarted=True)
-        elif output is not None and output.finish_reason == pb.FINISH_REASON_ERROR:
+        if output is not None and output.finish_reason == pb.FINISH_REASON_ERROR:
             raise from_worker(output.error)
+        delta = self._feed(choice, token_ids, output)
+        if index in merged:
+            merged[index].extend(delta)
         else:
-            delta = self._feed(choice, token_ids, output)
-            if index in merged:
-                merged[index].extend(delta)
-            else:
-                merged[index] = delta
+            merged[index] = delta
 
     def usage(self) -> UsageCount:
         """Sums usage over all sequences; a prompt counts once, however many answers it has."""
@@ -206,6 +205,7 @@ class Generation:
             "decoded_by": ",".join(sorted({by.placement.decision.decode.worker_id for by in served})) or None,
             "prefilled_by": ",".join(sorted(prefilled_by)) or None,
             "attempts": max((by.num_attempts for by in served), default=0),
+            "resumes": sum(len(by.resumes) for by in served) or None,
         }
         if isinstance(facts["ttft_seconds"], float):
             facts["ttft_seconds"] = round(facts["ttft_seconds"], 4)
@@ -220,25 +220,10 @@ class Generation:
         reason = "error" if isinstance(error, ApiError) else "abort"
         for choice in self._choices:
             if not choice.finished:
-                self._count_whole(choice)
                 self._gauge(choice).dec()
                 self._metrics.count_finished(reason)
 
     # ---- one sequence ---------------------------------------------------------
-
-    def _new_choice(self, index: int) -> Choice:
-        plan = self.plan
-        return Choice(index, plan.request, plan.model, plan.prompts[index // self._body.n], plan.discard_generated)
-
-    def _restart(self, index: int) -> None:
-        """The attempt before is void, and so is what was measured of it."""
-        self._gauge(self._choices[index]).dec()
-        self._metrics.num_waiting.inc()
-        self._choices[index] = self._new_choice(index)
-        self._timeline.unix_s.pop(Event.FIRST_TOKEN, None)
-        others = [choice.first_token_s for choice in self._choices if choice.first_token_s is not None]
-        if others:
-            self._timeline.unix_s[Event.FIRST_TOKEN] = min(others)
 
     def _feed(self, choice: Choice, token_ids: list[int], output: pb.Output | None) -> Delta:
         if token_ids:
@@ -254,24 +239,13 @@ class Generation:
             choice.first_token_s = now
             if Event.FIRST_TOKEN not in self._timeline.unix_s:
                 self._timeline.mark(Event.FIRST_TOKEN)
-            if self._body.stream:
-                self._observe_first_token(now)
+            self._metrics.time_to_first_token.observe(now - self._timeline.unix_s[Event.ARRIVED])
             self._metrics.num_waiting.dec()
             self._metrics.num_running.inc()
         else:
             self._metrics.inter_token_latency.observe((now - choice.last_token_s) / num_tokens)
         choice.last_token_s = now
-        if self._body.stream:
-            self._metrics.generation_tokens.inc(num_tokens)
-
-    def _count_whole(self, choice: Choice) -> None:
-        """Counts unstreamed output at its end: until then a new attempt may make it void."""
-        if choice.first_token_s is not None and not self._body.stream:
-            self._metrics.generation_tokens.inc(choice.num_tokens)
-            self._observe_first_token(choice.first_token_s)
-
-    def _observe_first_token(self, first_token_s: float) -> None:
-        self._metrics.time_to_first_token.observe(first_token_s - self._timeline.unix_s[Event.ARRIVED])
+        self._metrics.generation_tokens.inc(num_tokens)
 
     def _finish(self, choice: Choice, delta: Delta, output: pb.Output | None) -> None:
         self._num_unfinished -= 1
@@ -279,7 +253,6 @@ class Generation:
         if output is None or not output.finish_reason:
             self._dispatch.abort(choice.index, "a stop string was generated")
         self._timeline.mark(Event.FINISHED)
-        self._count_whole(choice)
         self._gauge(choice).dec()
         self._metrics.count_finished(choice.finish_reason)
         self._metrics.e2e_request_latency.observe(
@@ -311,6 +284,7 @@ class Generation:
             num_attempts=served_by.num_attempts,
             num_generated_tokens=choice.num_tokens,
             is_simulation=served_by.placement.decision.decode.is_simulation,
+            resumes=served_by.resumes,
         )
         self._metrics.count_receipt(choice.receipt)
         log.debug("%s", choice.receipt)

@@ -9,7 +9,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.router.admission import Admission, Room
 from services.router.errors import ApiError
-from services.router.fleet import Ask, Dispatch, Placer, PrefixFinder, Workers, routing_key
+from services.router.fleet import Ask, Budget, Dispatch, Placer, PrefixFinder, Workers, routing_key
 from services.router.metrics import RouterMetrics
 from services.router.routing import DecisionLog, Policy
 from tests.simulation.fleet.computation import FINGERPRINT, VOCAB_SIZE, expected_tokens
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.simulation.fleet.world import FleetWorld
 
 REQUEST_TIMEOUT_S: Final = 40.0
-_MAX_ATTEMPTS: Final = 4
+_BUDGET: Final = Budget(max_attempts=4, max_worker_deaths=3, resume_wait_s=15)
 
 
 class SimRouter:
@@ -70,11 +70,11 @@ class SimRouter:
         dispatch = Dispatch(
             self.workers,
             self._placer,
+            self._finder,
             self.metrics,
             room,
             lambda _: ask,
-            max_attempts=_MAX_ATTEMPTS,
-            restartable=False,
+            _BUDGET,
         )
         tokens: list[int] = []
         try:
@@ -86,6 +86,9 @@ class SimRouter:
                         what = f"request {ask.request_id} got {tokens}, and not {expected}"
                         self._world.report(Invariant.RIGHT_TOKENS, what)
                     if arrival.output is not None and arrival.output.finish_reason:
+                        served_by = dispatch.served_by(0)
+                        if served_by is not None and served_by.resumes:
+                            self._world.reach("resumed")
                         return self._end(ask, arrival.output, tokens, expected)
             self._world.reach("client left")
             return "left"

@@ -1,0 +1,195 @@
+"""A router in the test's own loop, over decode workers whose every token depends on all that they should have seen.
+
+Orders go through memory (`tests.memory_orders`), requests straight to the endpoint: only the router's own code runs,
+and thousands of requests take seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+from tandem.v1 import worker_pb2 as pb
+
+from kvstore.registry import WorkerRecord
+from kvstore.threads import OsThreads
+from services.orders import RESUMES
+from services.router.config import RouterConfig
+from services.router.edge import RouterParts
+from services.router.process import open_parts
+from tests.memory_orders import MemoryOrders, MemoryServer
+from tests.router.direct import DirectClient
+from tests.router.fake_worker import position
+from tests.router.harness import FakeIndex, FakeMembership
+from tests.waiting import until
+from tests.worker_records import worker_record
+
+FIRST_TOKEN, NUM_TOKENS = 5, 390  # of the tiny model's vocabulary, without special tokens
+_numbers = itertools.count(1)
+
+
+class Killed(Exception):
+    """The worker is gone."""
+
+
+@dataclass(eq=False)
+class ScriptedWorker:
+    """A decode worker in which a token follows from seed, prompt and all tokens before it."""
+
+    model_path: str
+    num_outstanding: int = 0
+    features: tuple[str, ...] = (RESUMES,)
+    dies_after: int | None = None
+    """Tokens of its first order; the frame that carries the last of them is sent, and nobody is there any more."""
+    is_dead: bool = False
+    gives_up_after: int | None = None
+    """The same; then every order gets a word that the worker is shutting down."""
+    silent_after: int | None = None
+    """The same; then this session is served no more, and stays up."""
+    differs: bool = False
+    """Its tokens are not those of the others."""
+    orders: list[pb.GenerateRequest] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        number = next(_numbers)
+        self.record = worker_record(
+            worker_id=f"scripted-{number}",
+            incarnation=f"{number:024x}",
+            role="decode",
+            served_model_names=("tiny",),
+            model_path=self.model_path,
+            tokenizer_path=self.model_path,
+            grpc_address=f"scripted-{number}",
+            max_model_len=512,
+            colocated=True,
+            transports=("memory",),
+        )
+
+    async def serve(
+        self, requests: AsyncIterator[pb.SessionRequest], send: Callable[[pb.SessionFrame], Awaitable[None]]
+    ) -> None:
+        if self.is_dead:
+            raise Killed
+        live: dict[int, _Output] = {}
+        has_work = asyncio.Event()
+        load = pb.Load(num_running=self.num_outstanding)
+        first = pb.SessionFrame(load=load, incarnation=self.record.incarnation, features=self.features)
+        first.heartbeat_s = float(self.silent_after is not None)
+        await send(first)
+        reading = asyncio.create_task(self._read(requests, live, has_work))
+        try:
+            while True:
+                await has_work.wait()
+                if not live:
+                    has_work.clear()
+                    continue
+                frame, num_said = pb.SessionFrame(load=load), 0
+                for handle, output in list(live.items()):
+                    if output.order is self.orders[0]:
+                        num_said = output.num_said + 1
+                    if output.say(frame):
+                        del live[handle]
+                await send(frame)
+                await asyncio.sleep(0)  # orders and aborts come in between two steps
+                if num_said == self.dies_after:
+                    self.is_dead = True
+                    raise Killed
+                if num_said == self.silent_after:
+                    await asyncio.Event().wait()
+                if num_said == self.gives_up_after:
+                    gone = pb.Error(code=pb.ERROR_CODE_UNAVAILABLE, message="shutting down")
+                    frame = pb.SessionFrame(load=pb.Load(draining=True))
+                    for handle in live:
+                        frame.outputs.add(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=gone)
+                    live.clear()
+                    await send(frame)
+        finally:
+            reading.cancel()
+            with suppress(asyncio.CancelledError):
+                await reading
+
+    async def _read(
+        self, requests: AsyncIterator[pb.SessionRequest], live: dict[int, _Output], has_work: asyncio.Event
+    ) -> None:
+        async for message in requests:
+            if message.HasField("generate"):
+                self.orders.append(message.generate)
+                live[message.generate.handle] = _Output(message.generate, int(self.differs))
+                has_work.set()
+            elif message.HasField("abort"):
+                live.pop(message.abort.handle, None)
+
+
+class _Output:
+    """An order's output: a hash of what came before is the next token."""
+
+    def __init__(self, order: pb.GenerateRequest, start: int) -> None:
+        self.order = order
+        self.num_said = 0
+        self._num_before = len(order.resumed_token_ids)
+        self._state = zlib.crc32(repr(list(order.prompt_token_ids)).encode(), start)
+        for token_id in order.resumed_token_ids:
+            self._add(token_id)
+
+    def _add(self, token_id: int) -> None:
+        self._state = zlib.crc32(token_id.to_bytes(4), self._state)
+
+    def say(self, frame: pb.SessionFrame) -> bool:
+        """Add the next token to the frame; whether it was the last."""
+        order, sampling = self.order, self.order.sampling
+        seed = sampling.seed if sampling.temperature > 0 else 0
+        token_id = FIRST_TOKEN + zlib.crc32(seed.to_bytes(8), self._state) % NUM_TOKENS
+        self._add(token_id)
+        self.num_said += 1
+        is_last = self._num_before + self.num_said == sampling.max_tokens
+        has_logprobs = sampling.HasField("logprobs")
+        if self.num_said > 1 and not is_last and not has_logprobs:
+            frame.handles.append(order.handle)
+            frame.token_ids.append(token_id)
+            return False
+        output = frame.outputs.add(handle=order.handle, token_ids=[token_id])
+        if has_logprobs:
+            output.logprobs.append(position(token_id, sampling.logprobs))
+        num_tokens = len(order.prompt_token_ids) + self._num_before
+        if self.num_said == 1 or is_last:
+            output.usage.CopyFrom(pb.Usage(num_prompt_tokens=num_tokens, prefilled_locally=True, num_cached_tokens=3))
+        if is_last:
+            output.finish_reason = pb.FINISH_REASON_LENGTH
+        return is_last
+
+
+class ScriptedFleet(DirectClient):
+    """The router and who serves at the moment."""
+
+    def __init__(self, parts: RouterParts, membership: FakeMembership, orders: MemoryOrders) -> None:
+        super().__init__(parts)
+        self._membership = membership
+        self._orders = orders
+
+    async def serve_with(self, *workers: ScriptedWorker) -> None:
+        """These are the workers from now on; returns when the router has reached all."""
+        self.announce(*workers)
+        await until(lambda: self.parts.workers.num_sessions_up == len(workers) and "tiny" in self.parts.models.names())
+
+    def announce(self, *workers: ScriptedWorker, holds: tuple[WorkerRecord, ...] = ()) -> None:
+        """The same, without waiting; `holds` are others, who hold blocks."""
+        self._orders.servers.clear()
+        for worker in workers:
+            server = self._orders.servers[worker.record.grpc_address] = MemoryServer()
+            server.serve_sessions(worker.serve)
+        self._membership.set(*(worker.record for worker in workers), *holds)
+
+
+@asynccontextmanager
+async def scripted_fleet(
+    config: RouterConfig | None = None, index: FakeIndex | None = None
+) -> AsyncIterator[ScriptedFleet]:
+    membership, orders = FakeMembership(), MemoryOrders()
+    config = config or RouterConfig()
+    async with open_parts(config, membership, "router", orders, OsThreads(), index) as parts:  # type: ignore[arg-type]
+        yield ScriptedFleet(parts, membership, orders)
+        membership.set()

@@ -1,0 +1,239 @@
+"""A decode worker that is lost in mid-stream: another one goes on, and the client gets what it would have got."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import pytest
+
+from kvstore.block import hash_blocks, namespace
+from kvstore.index.entries import Holding
+from services.router.config import RouterConfig
+from tests.router.direct import Answer
+from tests.router.harness import FakeIndex
+from tests.router.scripted_fleet import ScriptedFleet, ScriptedWorker, scripted_fleet
+from tests.waiting import until
+
+LENGTH = 64
+PROMPT = list(range(20, 60))
+ALIKE: dict[str, object] = {"prompt": PROMPT, "max_tokens": LENGTH, "seed": 7, "return_token_ids": True}
+STREAM: dict[str, object] = {**ALIKE, "stream": True, "stream_options": {"include_usage": True}}
+
+
+@pytest.fixture
+def make(model_directory):
+    """Makes workers; those with less in front of them are asked first."""
+
+    def make_one(num_outstanding: int = 0, **options: object) -> ScriptedWorker:
+        return ScriptedWorker(str(model_directory), num_outstanding, **options)  # type: ignore[arg-type]
+
+    return make_one
+
+
+def sample(fleet: ScriptedFleet, series: str) -> float:
+    lines = fleet.parts.metrics.exposition().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(series))
+
+
+def is_at_rest(fleet: ScriptedFleet) -> bool:
+    gauges = [sample(fleet, f"vllm:num_requests_{name}{{") for name in ("running", "waiting")]
+    waiting = [worker.num_waiting_tokens for worker in fleet.parts.workers.decode_candidates()]
+    return gauges == [0, 0] and not any(waiting) and fleet.parts.admission.num_running == 0
+
+
+async def undisturbed(fleet: ScriptedFleet, make, **body: object) -> Answer:
+    await fleet.serve_with(make())
+    answer = await fleet.ask(**body)
+    assert answer.error is None
+    return answer
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("temperature", [0, 1], ids=["greedy", "sampled"])
+async def test_the_answer_is_the_same_at_whatever_token_its_worker_dies(make, temperature, n, stream):
+    async with scripted_fleet() as fleet:
+        body = {**(STREAM if stream else ALIKE), "temperature": temperature, "n": n}
+        text = (await undisturbed(fleet, make, **body)).choices()[0]["text"]
+        assert isinstance(text, str)
+        survivor = make(9)
+        for logprobs, stop in itertools.product((None, 2), (None, text[-20:-16])):
+            asked = body | {"logprobs": logprobs, "stop": stop}
+            expected = await undisturbed(fleet, make, **asked)
+            num_tokens = len(expected.choices()[0]["token_ids"])  # type: ignore[arg-type]
+            assert (num_tokens < LENGTH) == (stop is not None)
+            # One answer in eight where it is whole: what differs is only how it is written.
+            for killed_at in range(1, num_tokens + 1, 1 if stream else 8):
+                victim = make(dies_after=killed_at)
+                survivor.orders.clear()
+                await fleet.serve_with(victim, survivor)
+                answer = await fleet.ask(**asked)
+                assert answer.choices() == expected.choices(), (logprobs, stop, killed_at)
+                assert answer.usage == expected.usage
+                resumed = [len(order.resumed_token_ids) for order in survivor.orders]
+                assert killed_at in resumed or killed_at == num_tokens
+        assert is_at_rest(fleet)
+
+
+@pytest.mark.parametrize("death", ["dies_after", "gives_up_after"])
+async def test_the_receipt_and_the_metrics_tell_of_the_pause(make, death):
+    async with scripted_fleet() as fleet:
+        expected = await undisturbed(fleet, make, **STREAM, receipt=True)
+        first, second = make(**{death: 10}), make(9)
+        await fleet.serve_with(first, second)
+        answer = await fleet.ask(**STREAM, receipt=True)
+        assert answer.choices() == expected.choices()
+        ((receipt,), (undisturbed_receipt,)) = answer.receipts, expected.receipts
+        (resume,) = receipt["resumes"]
+        assert undisturbed_receipt["resumes"] == []
+        assert resume.pop("pause_seconds") >= 0
+        assert resume == {
+            "worker_id": first.record.worker_id,
+            "reason": "lost" if death == "dies_after" else "given_up",
+            "carried_tokens": 10,
+            "recomputed_tokens": len(PROMPT) + 10 - 3,  # the scripted worker says that it had three in its cache
+            "reused_tokens": 3,
+            "fetched_tokens": 0,
+        }
+        alike = ("prompt_tokens", "completion_tokens", "computed_tokens", "reused_tokens", "recomputes")
+        assert [receipt[name] for name in alike] == [undisturbed_receipt[name] for name in alike]
+        assert (receipt["decode_worker_id"], receipt["attempts"]) == (second.record.worker_id, 2)
+        assert receipt["prefill_worker_id"] == first.record.worker_id
+        assert sample(fleet, "tandem:router_resumes_total{") == 1
+        assert sample(fleet, f'tandem:router_resumes_total{{outcome="resumed",reason="{resume["reason"]}"}}') == 1
+        assert sample(fleet, "tandem:router_resume_pause_seconds_count") == 1
+        assert sample(fleet, 'tandem:router_resumed_tokens_total{source="recomputed"}') == len(PROMPT) + 7
+        assert sample(fleet, "vllm:generation_tokens_total{") == 2 * LENGTH
+
+
+async def test_the_index_is_asked_again_for_prompt_and_output(make):
+    holder = make().record
+    index = FakeIndex()
+    async with scripted_fleet(index=index) as fleet:
+        first, second = make(dies_after=30), make(9)
+        await fleet.serve_with(first, second)
+        index.answer = lambda hashes: [
+            Holding(holder.worker_id, holder.incarnation, len(hashes), (0, 0, len(hashes), 0))
+        ]
+        fleet.announce(first, second, holds=(holder,))
+        await fleet.ask(**STREAM, cache_salt="s")
+    (before,), (after,) = first.orders, second.orders
+    context = [*PROMPT, *after.resumed_token_ids]
+    root = namespace(holder.model_fingerprint, "s")
+    assert [len(hashes) for hashes in index.asked] == [1, 2]
+    assert index.asked[1] == hash_blocks(root, context, 32)
+    assert after.prompt_hashes.hashes == b"".join(hash_blocks(root, context, 32))
+    assert [(source.holder_id, source.num_blocks) for source in after.prefix_sources] == [(holder.worker_id, 2)]
+    assert (before.sampling, before.prompt_token_ids, before.priority) == (
+        after.sampling,
+        after.prompt_token_ids,
+        after.priority,
+    )
+    assert 0 < after.timeout_s < before.timeout_s
+
+
+async def test_a_second_death_ends_the_request_and_says_so(make):
+    async with scripted_fleet() as fleet:
+        await fleet.serve_with(make(dies_after=10), make(3, dies_after=10), make(9))
+        for body in (STREAM, ALIKE):
+            answer = await fleet.ask(**body)
+            assert answer.error is not None
+            assert (answer.error["code"], answer.error["type"]) == ("internal_error", "server_error")
+            assert "2 decode workers were lost with this request aboard" in str(answer.error["message"])
+            await fleet.serve_with(make(dies_after=10), make(3, dies_after=10), make(9))
+        assert sample(fleet, 'tandem:router_resumes_total{outcome="worker_deaths",reason="lost"}') == 2
+        assert is_at_rest(fleet)
+
+
+async def test_a_larger_budget_goes_on_through_many_deaths(make):
+    async with scripted_fleet(RouterConfig(max_worker_deaths=9)) as fleet:
+        expected = await undisturbed(fleet, make, **STREAM)
+        await fleet.serve_with(*(make(number, dies_after=8) for number in range(8)))
+        answer = await fleet.ask(**STREAM, receipt=True)
+        assert answer.choices() == expected.choices()
+        (receipt,) = answer.receipts
+        assert [resume["carried_tokens"] for resume in receipt["resumes"]] == list(range(8, 64, 8))
+
+
+async def test_where_no_worker_is_left_the_stream_waits_for_one(make):
+    async with scripted_fleet() as fleet:
+        expected = await undisturbed(fleet, make, **STREAM)
+        victim, late = make(dies_after=20), make()
+        await fleet.serve_with(victim)
+        asking = asyncio.create_task(fleet.ask(**STREAM))
+        await until(lambda: fleet.parts.workers.num_sessions_up == 0)
+        assert not asking.done()
+        fleet.announce(late)
+        answer = await asking
+        assert answer.choices() == expected.choices()
+        assert is_at_rest(fleet)
+
+
+async def test_where_none_comes_the_client_hears_what_was_lost(make):
+    async with scripted_fleet(RouterConfig(resume_wait_s=0)) as fleet:
+        await fleet.serve_with(make(dies_after=20))
+        answer = await fleet.ask(**STREAM)
+        assert answer.error is not None
+        assert answer.error["code"] == "service_unavailable"
+        assert "was lost" in str(answer.error["message"])
+        assert sample(fleet, 'tandem:router_resumes_total{outcome="no_worker",reason="lost"}') == 1
+        assert is_at_rest(fleet)
+
+
+async def test_a_worker_of_an_older_version_begins_afresh_and_nothing_is_said_twice(make):
+    async with scripted_fleet() as fleet:
+        expected = await undisturbed(fleet, make, **STREAM, logprobs=1)
+        old = make(9, features=())
+        await fleet.serve_with(make(dies_after=20), old)
+        answer = await fleet.ask(**STREAM, logprobs=1, receipt=True)
+        assert answer.choices() == expected.choices()
+        assert answer.usage == expected.usage
+        (order,) = old.orders
+        assert not order.resumed_token_ids
+        ((resume,),) = (receipt["resumes"] for receipt in answer.receipts)
+        assert resume["recomputed_tokens"] == len(PROMPT) - 3 + 20
+
+
+async def test_an_older_worker_that_says_something_else_ends_the_stream(make):
+    async with scripted_fleet() as fleet:
+        await fleet.serve_with(make(dies_after=20), make(9, features=(), differs=True))
+        answer = await fleet.ask(**STREAM)
+        assert answer.error is not None
+        assert "the answer cannot go on" in str(answer.error["message"])
+        assert len(answer.choices()[0]["token_ids"]) == 20  # type: ignore[arg-type]
+        assert is_at_rest(fleet)
+
+
+async def test_a_client_that_leaves_while_its_worker_is_lost_leaves_nothing_behind(make):
+    async with scripted_fleet() as fleet:
+        await fleet.serve_with(make(dies_after=20))
+        asking = asyncio.create_task(fleet.ask(**STREAM))
+        await until(lambda: fleet.parts.workers.num_sessions_up == 0)
+        fleet.hang_up()
+        assert (await asking).error is None
+        assert sample(fleet, "tandem:router_client_disconnects_total") == 1
+        assert is_at_rest(fleet)
+        assert sample(fleet, 'tandem:router_resumes_total{outcome="left",reason="lost"}') == 1
+        assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("resume-")]
+
+
+async def test_the_request_s_own_deadline_ends_the_wait_for_a_worker(make):
+    async with scripted_fleet(RouterConfig(request_timeout_s=0.2)) as fleet:
+        await fleet.serve_with(make(dies_after=20))
+        answer = await fleet.ask(**STREAM)
+        assert answer.error is not None
+        assert answer.error["code"] == "timeout"
+        assert is_at_rest(fleet)
+
+
+async def test_a_worker_that_falls_silent_is_lost(make):
+    async with scripted_fleet(RouterConfig(silence_timeout_s=0.2)) as fleet:
+        expected = await undisturbed(fleet, make, **STREAM)
+        silent, other = make(silent_after=20), make(9)
+        await fleet.serve_with(silent, other)
+        answer = await fleet.ask(**STREAM, receipt=True)
+        assert answer.choices() == expected.choices()
+        assert [len(order.resumed_token_ids) for order in other.orders] == [20]
+        ((resume,),) = (receipt["resumes"] for receipt in answer.receipts)
+        assert (resume["worker_id"], resume["reason"]) == (silent.record.worker_id, "lost")
