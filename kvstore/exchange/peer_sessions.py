@@ -116,9 +116,18 @@ class PeerSessions:
     async def _dial(self, address: str) -> str:
         """Dial, shake hands, install the session. At every moment somebody owns the socket and, later, the link."""
         host, _, port = address.rpartition(":")
-        stage = "connecting"
+        stage, allowed_s = "connecting", min(self._timeouts.peer_timeout_s, self._timeouts.connect_s)
+        ends_s = asyncio.get_running_loop().time() + self._timeouts.connect_s
         try:
-            async with asyncio.timeout(self._timeouts.connect_s):
+            async with asyncio.timeout(allowed_s) as limit:
+
+                def on_proven(peer: PeerIdentity) -> None:
+                    """It answers, so it lives: making the link may take longer."""
+                    nonlocal allowed_s
+                    self._check_newest(self.owners, peer)
+                    allowed_s = self._timeouts.connect_s
+                    limit.reschedule(ends_s)
+
                 stream = await self._outside.net.dial(host.strip("[]"), int(port))
                 stage = "handshake"
                 try:
@@ -127,7 +136,7 @@ class PeerSessions:
                         self._ourselves,
                         self._transports,
                         self._outside.new_id,
-                        lambda peer: self._check_newest(self.owners, peer),
+                        on_proven,
                     )
                 except BaseException:
                     await stream.close(flush_s=self._timeouts.heartbeat_s)
@@ -137,7 +146,7 @@ class PeerSessions:
             self._tools.observer.peer_refused(address, str(error))
             raise
         except (ExchangeError, OSError, TimeoutError, ValueError) as error:
-            why = str(error) or f"not done within {self._timeouts.connect_s} s"
+            why = str(error) or f"not done within {allowed_s} s"
             raise PeerUnreachable(f"{address}: {stage} failed: {why}") from error
         peer_id = introduction.peer.peer_id
         session = ReaderSession(

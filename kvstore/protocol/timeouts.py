@@ -14,7 +14,8 @@ class ExchangeTimeouts:
     peer_timeout_s: float = 2.0
     """A peer from which no complete message has come for so long is lost."""
     connect_s: float = 10.0
-    """From dialling to a usable connection, handshake and transport link included."""
+    """From dialling to a usable connection, handshake and transport link included. Who has not proven itself after
+    `peer_timeout_s` is not waited for that long."""
     close_s: float = 5.0
     """Until a closing exchange stops waiting for its callers' reservations."""
 

@@ -209,6 +209,15 @@ async def test_owners_that_come_and_go_leave_nothing_behind():
         assert reader.exchange._peers._owner_at == {}
 
 
+async def test_a_peer_that_does_not_prove_itself_is_waited_for_as_one_that_fell_silent():
+    async def silent(script: Script) -> None: ...
+
+    reader = Worker("decode-0", Switchboard(), timeouts=replace(PATIENT, peer_timeout_s=0.3, connect_s=600.0))
+    async with scripted_owner(silent) as address, running(reader), asyncio.timeout(BOUND_S):
+        with pytest.raises(PeerUnreachable, match=r"handshake failed: not done within 0\.3 s"):
+            await reader.exchange.connect(address)
+
+
 async def test_closing_cancels_nobody_who_waits_for_a_connection():
     async def silent(script: Script) -> None: ...
 

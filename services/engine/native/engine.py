@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -40,6 +41,10 @@ from services.engine.native.scheduling import Batch, Request, SampledBatch, Sche
 from services.lifecycle import Event
 from services.machine import Gpu
 from services.rates import NO_STEP
+
+# torch's libraries keep what they have prepared for each shape of a product, up to 1024 of both, and every length of a
+# prompt's chunk is a shape of its own: a gigabyte in a few hours. Shapes that repeat, those of decoding, are few.
+_OPERATOR_CACHES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 
 
 class Engine:
@@ -100,6 +105,8 @@ class Engine:
         proof_key: ProofKey | None = None,
     ) -> Engine:
         """Load the model and take the memory. Raises `ModelError` or `SettingsError`."""
+        for name, capacity in _OPERATOR_CACHES.items():
+            os.environ.setdefault(name, capacity)
         try:
             return cls._loaded(config, progress, clock, proof_key)
         except (MemoryError, RuntimeError) as error:
