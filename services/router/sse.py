@@ -84,8 +84,10 @@ class cancelled_on_disconnect:  # lower case as asyncio.timeout
             # still be on its way to the task.
             self._task.uncancel()
             raise ClientDisconnected from error
-        self._watcher.cancel()
-        await asyncio.gather(self._watcher, return_exceptions=True)
+        watcher = self._watcher
+        del self._watcher, self._task  # the watch's end holds us by its traceback
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
 
     async def _watch(self) -> None:
         try:

@@ -52,15 +52,23 @@ def ids(num: int, cycle: int = 2000) -> list[int]:
 
 
 async def silent(port: int, seconds: float, *, said: bytes, num: int) -> Counter[str]:
-    """Connections that say so much and no more; how many the server has ended."""
-    streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(num)]
-    for _, writer in streams:
+    """Connections that say so much and no more, for 20 s at least; what they got until the server ended them."""
+
+    async def connect() -> str:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(said)
-    await asyncio.sleep(seconds)
-    ended = sum(reader.at_eof() for reader, _ in streams)
-    for _, writer in streams:
-        writer.close()
-    return Counter({"closed": ended, "open": num - ended})
+        try:
+            async with asyncio.timeout(max(seconds, 20)):
+                answer = await reader.read()
+            return answer.split()[1].decode() if answer else "closed"
+        except TimeoutError:
+            return "open"
+        except ConnectionError:
+            return "closed"
+        finally:
+            writer.close()
+
+    return Counter(await asyncio.gather(*(connect() for _ in range(num))))
 
 
 async def unread(port: int, seconds: float) -> Counter[str]:

@@ -140,7 +140,13 @@ CASES: dict[str, tuple[str, bytes, set[int], str | None]] = {
         CHAT,
         chat(messages=[{"role": 5, "content": "x" * 9}] * NUM_ERRORS),
         {400},
-        "messages[0].role",
+        "messages",
+    ),
+    "12,000 wrong parts": (
+        CHAT,
+        chat(messages=[{"role": "user", "content": [{"type": 5, "text": 5}] * NUM_ERRORS}]),
+        {400},
+        "messages[0].content[0]",
     ),
     "12,000 wrong ids": (COMPLETIONS, text(prompt=[10**6] * NUM_ERRORS), {400}, "prompt"),
     "12,000 wrong fields": (
@@ -198,8 +204,9 @@ def test_300_headers(http):
     assert response.json()["error"]["message"]
 
 
-def test_a_body_that_does_not_come(http, monkeypatch):
-    monkeypatch.setattr(edge_http, "_BODY_TIMEOUT_S", 0.05)
+@pytest.mark.parametrize("limit", ["_BODY_TIMEOUT_S", "_BODY_SILENCE_S"])
+def test_a_body_that_does_not_come(http, monkeypatch, limit):
+    monkeypatch.setattr(edge_http, limit, 0.05)
     url = httpx.URL(str(http.base_url))
     with socket.create_connection((url.host, url.port), timeout=20) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")

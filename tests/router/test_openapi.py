@@ -7,6 +7,7 @@ import pytest
 from starlette.routing import Route
 
 from services.router.app import generating_endpoints, make_api
+from services.router.edge.deadlines import TIMEOUT_HEADER, TTFT_HEADER
 from services.router.errors import ApiError
 from services.router.openai.bodies import CompletionBody
 from services.router.openai.decoding import decode
@@ -41,6 +42,12 @@ def test_it_tells_the_fields_of_both_generating_endpoints_and_their_ranges(docum
     assert chat["properties"]["logprobs"] != completion["properties"]["logprobs"]
     assert "no constrained decoding" in completion["properties"]["guided_json"]["description"]
     assert set(schema_of(document, "/tokenize")["properties"]) > {"prompt", "messages", "return_token_strs"}
+
+
+def test_it_tells_the_headers_that_the_generating_endpoints_read(document):
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        told = {parameter["name"].lower() for parameter in document["paths"][path]["post"]["parameters"]}
+        assert told == {"x-request-id", "x-tandem-receipt", TTFT_HEADER.decode(), TIMEOUT_HEADER.decode()}
 
 
 def test_what_it_says_is_what_is_decoded(document):

@@ -23,7 +23,9 @@ FAILED = "The router failed; its log says why."
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+# A body's time in all, and without a byte of it.
 _BODY_TIMEOUT_S = 60.0
+_BODY_SILENCE_S = 10.0
 
 _OPEN = frozenset({"/health", "/ready"})
 _OPENED = {"metrics": "/metrics", "load": "/load", "version": "/version", "openapi": "/openapi.json"}
@@ -50,16 +52,18 @@ async def read_body(scope: Message, receive: Receive, max_bytes: int, hold: Call
     if length is not None and length.isdigit() and int(length) > max_bytes:
         raise _too_large(max_bytes)
     try:
-        async with asyncio.timeout(_BODY_TIMEOUT_S):
-            return await _read_chunks(receive, max_bytes, hold)
+        return await _read_chunks(receive, max_bytes, hold)
     except TimeoutError as error:
-        raise ApiError(408, f"The request body did not arrive within {_BODY_TIMEOUT_S:g} s.", code="timeout") from error
+        words = f"within {_BODY_TIMEOUT_S:g} s, or nothing of it for {_BODY_SILENCE_S:g} s"
+        raise ApiError(408, f"The request body did not arrive {words}.", code="timeout") from error
 
 
 async def _read_chunks(receive: Receive, max_bytes: int, hold: Callable[[int], None]) -> bytes:
     chunks, num_bytes, more = [], 0, True
+    end_s = asyncio.get_running_loop().time() + _BODY_TIMEOUT_S
     while more:
-        message = await receive()
+        async with asyncio.timeout_at(min(end_s, asyncio.get_running_loop().time() + _BODY_SILENCE_S)):
+            message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnected
         chunk = message.get("body", b"")

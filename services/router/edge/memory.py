@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 SMALL_BYTES = 1 << 16
 """Of a request; what it has beyond that counts."""
-_WORTH_TRIMMING_BYTES = 1 << 20
+_WORTH_TRIMMING_BYTES = 1 << 18
 _TRIM_AFTER_S = 0.5
 
 

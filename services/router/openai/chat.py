@@ -36,6 +36,8 @@ async def tokenize_chat(
     body: ChatBody | TokenizeBody, model: ServedModel, pool: ClientPool, max_tokens: int
 ) -> array[int]:
     """Token ids of the rendered conversation. Raises ApiError, also where the template refuses it."""
+    if len(body.messages or ()) > max_tokens:  # each has a token at least
+        raise prompt_too_long(max_tokens, len(body.messages or ()), "messages")
     adds_prompt = body.add_generation_prompt
     template = model.chat_template(bool(body.tools))
 

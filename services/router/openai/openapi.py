@@ -18,6 +18,17 @@ _BODIES = {
 }
 
 
+_GENERATING = ("/v1/completions", "/v1/chat/completions")
+_MILLISECONDS = {"type": "number", "exclusiveMinimum": 0, "maximum": 1e10}
+_HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "X-Request-Id": ("The request's id; one of ours where it is no id.", {"type": "string"}),
+    "X-Tandem-Receipt": ("1: as `receipt` in the body.", {"type": "string", "enum": ["0", "1"]}),
+    "X-Slo-Ttft-Ms": ("When the first token is too late; what cannot meet that gets a 503 at once.", _MILLISECONDS),
+    "X-Envoy-Expected-Rq-Timeout-Ms": ("When the whole answer is too late.", _MILLISECONDS),
+}
+"""Of the generating endpoints, all optional."""
+
+
 class ErrorDetail(msgspec.Struct):
     """What went wrong."""
 
@@ -43,6 +54,11 @@ def openapi_document(app: FastAPI, root_path: str) -> dict[str, Any]:
     for path, schema in zip(_BODIES, schemas, strict=False):
         post = document["paths"].setdefault(path, {}).setdefault("post", {"responses": {"200": {"description": "OK"}}})
         post["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        if path in _GENERATING:
+            post["parameters"] = [
+                {"name": name, "in": "header", "required": False, "description": words, "schema": kind}
+                for name, (words, kind) in _HEADERS.items()
+            ]
     for operations in document["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI's own; ours are all of one shape

@@ -87,6 +87,7 @@ class TokenizerPool:
             raise RuntimeError(f"the tokenizer panicked: {error}") from error
         finally:
             self._leave(job)
+            del job, work  # an error's traceback holds this frame, and the job holds the error
         return result
 
     def of(self, client: str) -> ClientPool:
