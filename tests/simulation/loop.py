@@ -2,7 +2,8 @@
 
 Each callback belongs to a `Process`: a task's steps to the one that made the task, everything else to the one that is
 running. A process can be paused (its callbacks wait) and killed (they wait for ever). With `shuffles`, the next
-callback is drawn from all that are ready; else they run in the order in which they came, as in asyncio.
+callback is drawn from all that are ready; else they run in the order in which they came, as in asyncio. What a
+process's threads hand to its loop keeps its order in any case: they are one after the other, and the product may know.
 
 Ideas of simloop, async-solipsism and looptime; code of none.
 """
@@ -57,6 +58,10 @@ class SimTask(asyncio.Task):
         return self.number
 
     __eq__ = object.__eq__
+
+
+class _FromThread(asyncio.Handle):
+    """What a thread has handed over."""
 
 
 class SimLoop(asyncio.AbstractEventLoop):
@@ -176,7 +181,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         if self._num_at_once > _MAX_AT_ONCE:
             raise Stuck(f"{_MAX_AT_ONCE} callbacks at {self._now:.3f} s: somebody spins. {self._who_waits()}")
         at = self.random.randrange(len(self._ready)) if self._shuffles and not self._is_over else 0
-        process, handle = self._ready.pop(at)
+        process, handle = self._ready.pop(self._first_of_thread(at))
         if handle.cancelled():
             return
         if process.is_paused or process.is_killed:
@@ -188,6 +193,17 @@ class SimLoop(asyncio.AbstractEventLoop):
         before, self.process = self.process, process
         handle._run()
         self.process = before
+
+    def _first_of_thread(self, at: int) -> int:
+        """The place of what came before, where a thread has handed it over."""
+        process, handle = self._ready[at]
+        if not isinstance(handle, _FromThread):
+            return at
+        return next(
+            place
+            for place, (whose, each) in enumerate(self._ready)
+            if whose is process and isinstance(each, _FromThread)
+        )
 
     def _take_due(self) -> None:
         while self._timers and (self._timers[0][0] <= self._now or self._timers[0][3].cancelled()):
@@ -209,7 +225,10 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._ready.append((self._owner(callback), handle))
         return handle
 
-    call_soon_threadsafe = call_soon
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any, context: Any = None) -> asyncio.Handle:
+        handle = _FromThread(callback, args, self, context)
+        self._ready.append((self._owner(callback), handle))
+        return handle
 
     def call_later(
         self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None

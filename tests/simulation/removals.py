@@ -14,17 +14,19 @@ from dataclasses import dataclass
 from typing import Any, Final
 from unittest import mock
 
-from kvstore.block import ProofKey
+from kvstore.block import BlockHash, ProofKey, subject_of
 from kvstore.exchange import Lease
-from kvstore.protocol import AbortOrdered, Actions, FetchMachine, LeaseOutcome, PeerGone, ReaderSession
+from kvstore.protocol import AbortOrdered, Actions, AnnouncedBlock, FetchMachine, LeaseOutcome, PeerGone, ReaderSession
 from kvstore.protocol import fetch as fetch_table
 from kvstore.protocol.fetch_events import FetchState
 from kvstore.protocol.machine import Timer
 from kvstore.protocol.messages import Confirmed, Revoke
+from kvstore.store.node import StoreLender
 from services.decode.admission import Admission
 from services.decode.live import LiveRequest
 from services.prefill.service import PrefillService
 from services.worker import prefix_fetcher
+from tests.simulation.fleet.computation import PROOF_KEY
 from tests.simulation.pool import Invariant
 
 
@@ -132,6 +134,17 @@ def _blame_the_holder() -> AbstractContextManager[object]:
     return mock.patch.object(prefix_fetcher, "_is_holders_fault", return_value=True)
 
 
+def _prove_anew() -> AbstractContextManager[object]:
+    async def lend_prefix(lender: StoreLender, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
+        lent = await lend(lender, hashes)
+        subjects = [subject_of(BlockHash(block.block_hash)) for block in lent if block.block_hash is not None]
+        proofs = PROOF_KEY.prove(lender._store.memory, [block.block_id for block in lent], subjects)
+        return [AnnouncedBlock(b.block_id, b.block_hash, proof) for b, proof in zip(lent, proofs, strict=True)]
+
+    lend = StoreLender.lend_prefix
+    return mock.patch.object(StoreLender, "lend_prefix", lend_prefix)
+
+
 REMOVALS: Final = {
     "source-freed-early": Removal("the owner frees before the confirmation", Invariant.SOURCE_HELD, _free_early),
     "lease-not-checked": Removal(
@@ -152,6 +165,9 @@ REMOVALS: Final = {
     ),
     "silence-unnoticed": Removal("a reader never takes a silent owner for lost", Invariant.SERVES_AGAIN, _never_silent),
     "unverified-tokens": Removal("a worker computes on any bytes", Invariant.RIGHT_TOKENS, _trust_bytes, "fleet"),
+    "noted-digest-ignored": Removal(
+        "a store lends what has rotted with a proof of what it is now", Invariant.RIGHT_TOKENS, _prove_anew, "fleet"
+    ),
     "lost-wake-up": Removal(
         "a prefill order forgets that a step of it waits", Invariant.NO_FALSE_ALARM, _lose_a_wake_up, "fleet"
     ),

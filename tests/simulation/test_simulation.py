@@ -35,9 +35,10 @@ PINNED = {
     "drain-without-end": 2,
     "silence-unnoticed": 12,
     "unverified-tokens": 1,
+    "noted-digest-ignored": 6,
     "lost-wake-up": 3,
     "cancellation-swallowed": 0,
-    "holder-shunned": 3,
+    "holder-shunned": 7,
 }
 MAX_SEARCHED = 100
 

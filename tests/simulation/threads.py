@@ -14,6 +14,7 @@ from tests.simulation.loop import SimLoop
 _Result = TypeVar("_Result")
 
 _IDLE_S = 1.0
+_STUCK_S = 0.5
 
 
 class SimThreads:
@@ -21,13 +22,15 @@ class SimThreads:
 
     def __init__(self, loop: SimLoop, max_delay_s: float = 0.01) -> None:
         self.max_delay_s = max_delay_s
+        self.stuck: set[str] = set()
+        """Pools of which no job ends for now."""
         self._loop = loop
 
     def draw_s(self) -> float:
         return self._loop.random.uniform(0, self.max_delay_s)
 
     def pool(self, name: str, num_threads: int = 1) -> Executor:
-        return _Pool(self._loop, self, num_threads)
+        return _Pool(self._loop, self, num_threads, name)
 
     async def run(self, work: Callable[[], _Result]) -> _Result:
         await asyncio.sleep(self.draw_s())
@@ -40,7 +43,8 @@ class SimThreads:
 class _Pool(Executor):
     """At most `num_threads` jobs at a time; the others wait in the order in which they came."""
 
-    def __init__(self, loop: SimLoop, threads: SimThreads, num_threads: int) -> None:
+    def __init__(self, loop: SimLoop, threads: SimThreads, num_threads: int, name: str) -> None:
+        self._name = name
         self._loop = loop
         self._threads = threads
         self._num_idle = num_threads
@@ -55,6 +59,7 @@ class _Pool(Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """The loop stands still until all are done: so they are done now."""
+        self._threads.stuck.discard(self._name)
         while self._jobs or self._running:
             self._begin()
             self._end(self._running[0])
@@ -68,6 +73,9 @@ class _Pool(Executor):
 
     def _end(self, job: tuple[asyncio.Future[Any], Callable[[], Any]]) -> None:
         if job not in self._running:
+            return
+        if self._name in self._threads.stuck:
+            self._loop.call_later(_STUCK_S, self._end, job)
             return
         self._running.remove(job)
         self._num_idle += 1

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvstore.block import ProofKey
 from services.engine.config import EngineConfig
 from services.engine.native import Engine
 from services.engine.native.attention import ForwardBatch
@@ -26,6 +27,7 @@ from services.engine.native.model.model import ComputePath, LoadedModel
 VOCAB_SIZE: Final = 128
 MAX_MODEL_LEN: Final = 256
 FINGERPRINT: Final = "51"
+PROOF_KEY: Final = ProofKey(b"what the simulated workers alone know")
 _HEAD_DIM: Final = 4
 _HALF_BYTES: Final = 4 * _HEAD_DIM  # of a token's keys, and of its values: float32
 _FIRST: Final = bytes(2 * _HALF_BYTES)
@@ -78,7 +80,7 @@ def make_engine(config: EngineConfig, num_blocks: int, clock: Callable[[], float
         computation=HashComputation(),
         compute_path=ComputePath("hash", "none", "for a simulation"),
     )
-    return Engine(model, config, num_blocks, clock)
+    return Engine(model, config, num_blocks, clock, proof_key=PROOF_KEY)
 
 
 _Cache = npt.NDArray[np.uint8]

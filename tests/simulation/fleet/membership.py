@@ -101,5 +101,6 @@ class SimIndex:
         for holder_id, (incarnation, held) in self._seen.items():
             num_blocks = next((n for n, each in enumerate(hashes) if each not in held), len(hashes))
             if num_blocks:
-                found.append(Holding(holder_id, incarnation, num_blocks, (num_blocks, 0, 0, 0)))
+                tiers = (0, 0, num_blocks, 0) if holder_id.startswith("s") else (num_blocks, 0, 0, 0)
+                found.append(Holding(holder_id, incarnation, num_blocks, tiers))
         return found

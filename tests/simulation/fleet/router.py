@@ -41,7 +41,7 @@ class SimRouter:
             self.index = SimIndex(world)
             self._placer = Placer(self.workers, Policy.KV, DecisionLog(100))
             self._finder = PrefixFinder(self.index, self.metrics, 1.0)  # type: ignore[arg-type]
-            self._admission = Admission(64, 64)
+            self._admission = Admission(64, 64, clock=world.loop.time)
 
     async def start(self) -> None:
         await self.membership.start()

@@ -15,7 +15,7 @@ SEEDS = (1, 3)
 
 def test_whatever_happens_each_stream_has_its_tokens_and_the_situations_arise():
     reached = Counter[str]()
-    for plan in (Plan(seed, "fleet", load_s=15.0) for seed in SEEDS):
+    for plan in (Plan(seed, "fleet", load_s=10.0) for seed in SEEDS):
         report = simulate(plan)
         if report.violations:
             pytest.fail(f"{report.violations[0]}\n{plan.command()}\nshrunk: {shrink(plan, simulate, 20).command()}")

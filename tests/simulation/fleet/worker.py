@@ -8,6 +8,7 @@ from unittest import mock
 from kvstore.block import BlockHash
 from kvstore.errors import KVStoreError
 from kvstore.exchange import Outside
+from kvstore.peer_keys import PeerKeys
 from kvstore.registry import WorkerRecord
 from services.decode.config import DecodeConfig
 from services.decode.service import DecodeService
@@ -17,6 +18,7 @@ from services.worker import assembly
 from services.worker.assembly import Role, Seams, WorkerParts, assemble
 from services.worker.config import WorkerConfig
 from tests.simulation.fleet.computation import FINGERPRINT, MAX_MODEL_LEN, make_engine
+from tests.simulation.fleet.membership import SimMembership
 from tests.simulation.fleet.orders import SimOrders, SimOrderServer
 from tests.simulation.pool import Invariant
 from tests.simulation.threads import SimThreads
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 MODEL: Final = "sim"
 BLOCK_SIZE: Final = 16
+PEER_KEYS: Final = PeerKeys((b"the key of the simulated fleet",))
 _NUM_BLOCKS: Final = 24
 _KV_PORT, _ORDER_PORT = 7000, 8000
 _WORKER: Final = {
@@ -36,7 +39,7 @@ _WORKER: Final = {
     "peer_timeout_s": 4.0,
     "prefix_fetch": "always",
     "prefix_fetch_timeout_s": 3.0,
-    "store_write_through": "none",
+    "store_write_through": "all",
 }
 
 
@@ -55,8 +58,11 @@ class SimWorker:
             self.transport = world.make_transport(self.engine.memory, self.process.name)
             self.server = SimOrderServer(world.orders, f"{name}:{_ORDER_PORT}", self.process)
             outside = Outside(world.net.of(name, self.process), self.clock, world.new_id, self.threads)
-            seams = Seams(SimOrders(world.orders, name, self.process), outside, self.unix_s)
-            with mock.patch.object(assembly, "make_transports", return_value=[self.transport]):
+            seams = Seams(SimOrders(world.orders, name, self.process), outside, self.unix_s, PEER_KEYS)
+            with (
+                mock.patch.object(assembly, "make_transports", return_value=[self.transport]),
+                mock.patch.object(assembly, "Membership", return_value=SimMembership(world)),
+            ):
                 self.parts: WorkerParts = assemble(config, role, self.engine, name, incarnation, seams)
             self._note_fetches()
             self.service = self._make_service(config)
@@ -88,6 +94,8 @@ class SimWorker:
         await self.parts.exchange.start(self.name, _KV_PORT)
         self.parts.thread.start(self.service)
         self.server.start()
+        assert self.parts.store_feed is not None
+        await self.parts.store_feed.start(self.record.kv_address)
         self._world.registry.announce(self.record)
 
     async def leave(self, drain_s: float) -> None:
@@ -97,6 +105,8 @@ class SimWorker:
         await self.close()
 
     async def close(self) -> None:
+        assert self.parts.store_feed is not None
+        await self.parts.store_feed.close()
         await self.service.close()
         await self.server.stop()
         await self.parts.exchange.close()

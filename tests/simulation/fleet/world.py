@@ -1,4 +1,4 @@
-"""One run of a small fleet: a router, two prefill and two decode workers, clients that check every token, a nemesis.
+"""One run of a small fleet: a router, prefill and decode workers, a store, clients that check tokens, a nemesis.
 
     0 s         start; clients send requests, of which some share a prefix, and some are left by their client
     .. load_s   the nemesis deals the faults that this seed has drawn
@@ -18,6 +18,8 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 from unittest import mock
 
@@ -27,11 +29,12 @@ from services.decode.service import DecodeService
 from services.engine.api import Request
 from services.router.fleet import dispatch, placement, prefixes, session, workers
 from services.worker.assembly import Role
-from services.worker.prefix_fetcher import PrefixFetcher
+from services.worker.shunned import Shunned
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
 from tests.simulation.fleet.membership import LEASE_S, SimRegistry
 from tests.simulation.fleet.orders import OrderNet
 from tests.simulation.fleet.router import SimRouter
+from tests.simulation.fleet.store import DISK_POOL, SimStore
 from tests.simulation.fleet.worker import SimWorker
 from tests.simulation.loop import SimLoop, Stopped, Stuck
 from tests.simulation.nemesis import Healing
@@ -47,18 +50,24 @@ DRAIN_S: Final = 30.0
 END_S: Final = 400.0
 _NUM_CLIENTS: Final = 5
 _ROLES: Final[dict[str, Role]] = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
+_STORE: Final = "s0"
 
 GENTLE: Final = ("reorder", "split", "slow threads", "aborts", "abort storm", "full pool", "drain")
 """Of these nobody is to blame, and no stream ends in an error of theirs."""
 STANDING: Final = ("reorder", "split", "slow threads", "cut", "slow reads", "broken reads", "bit flips")
-DEALT: Final = ("abort storm", "full pool", "drain", "delay", "partition", "kill", "vanish", "pause", "clock jump")
+OF_STORES: Final = ("rot", "full disk", "stuck disk", "bad disk")
+DEALT: Final = (
+    *("abort storm", "full pool", "drain", "delay", "partition", "kill", "vanish", "pause", "clock jump"),
+    *OF_STORES,
+)
 USERS: Final = ("aborts",)
 
 
 def simulate(plan: Plan) -> Report:
     """Run one plan to its verdict."""
     world = FleetWorld(plan)
-    with _watching(world):
+    with _watching(world), TemporaryDirectory(prefix="tandem-simulation-") as directory:
+        world.directory = Path(directory)
         try:
             world.loop.run(world.main(), END_S)
         except Stuck as error:
@@ -80,6 +89,8 @@ def simulate(plan: Plan) -> Report:
             virtual_s=world.loop.time(),
         )
         world.loop.finish()
+        for store in world.stores.values():
+            store.vanish()
     return report
 
 
@@ -105,7 +116,10 @@ class FleetWorld:
         self.registry = SimRegistry(self)
         self.healing = Healing(self.loop)
         self.workers: dict[str, SimWorker] = {}
+        self.stores: dict[str, SimStore] = {}
+        self.directory = Path()
         self.is_ending = False
+        self._first: SimWorker | None = None
         self._switchboard = Switchboard()
         self._ids = plan.stream("ids")
         self._num_starts: Counter[str] = Counter()
@@ -136,8 +150,8 @@ class FleetWorld:
         seed = self.plan.stream(f"transport {name}").getrandbits(32)
         return MemoryTransport(memory, self._switchboard, self._read_faults, seed)
 
-    def holders(self) -> list[tuple[str, SimWorker]]:
-        return list(self.workers.items())
+    def holders(self) -> list[tuple[str, SimWorker | SimStore]]:
+        return [*self.workers.items(), *self.stores.items()]
 
     def report(self, invariant: Invariant, detail: str) -> None:
         self.violations.append(Violation(invariant, f"{detail} (at {self.loop.time():.3f} s)"))
@@ -159,7 +173,7 @@ class FleetWorld:
     # ---- the run ----
 
     async def main(self) -> None:
-        for name in _ROLES:
+        for name in (*_ROLES, _STORE):
             self._start(name)
         self.router = SimRouter(self)
         await self._within(self.router.process, self.router.start())
@@ -173,14 +187,14 @@ class FleetWorld:
         self.is_ending = True
         if not await self._comes_true(lambda: not self.router.num_live, WAIT_S):
             self.report(Invariant.WAITS_END, f"{self.router.num_live} requests have not ended after {WAIT_S} s")
-        await self._comes_true(lambda: not any(each.is_leaving for each in self.workers.values()), CLOSE_S)
+        await self._comes_true(lambda: not any(each.is_leaving for _, each in self.holders()), CLOSE_S)
         await self._close()
 
     async def _close(self) -> None:
         closing = [self._within(self.router.process, self.router.close())]
         if not await self._comes_true(lambda: closing[0].done(), CLOSE_S):
             self.report(Invariant.WAITS_END, "the router does not close")
-        closing += [self._within(each.process, each.close()) for each in self.workers.values()]
+        closing += [self._within(each.process, each.close()) for _, each in self.holders()]
         if not await self._comes_true(lambda: all(task.done() for task in closing), CLOSE_S):
             self.report(Invariant.WAITS_END, f"not closed after {CLOSE_S} s: {[t for t in closing if not t.done()]}")
 
@@ -260,20 +274,28 @@ class FleetWorld:
     def _start(self, name: str) -> None:
         self._num_starts[name] += 1
         self.net.back(name)
-        worker = SimWorker(self, name, _ROLES[name], f"{self._num_starts[name]:04d}")
-        worker.threads.max_delay_s = 0.2 if "slow threads" in self.mix else 0.01
-        self.workers[name] = worker
-        self._within(worker.process, worker.start())
+        started: SimWorker | SimStore
+        incarnation = f"{self._num_starts[name]:04d}"
+        if name == _STORE:
+            # As a node learns its layout from any worker, though none may be up now.
+            self._first = self._first or next(iter(self.workers.values()))
+            started = self.stores[name] = SimStore(self, name, incarnation, self._first, self.directory / name)
+        else:
+            started = self.workers[name] = SimWorker(self, name, _ROLES[name], incarnation)
+        started.threads.max_delay_s = 0.2 if "slow threads" in self.mix else 0.01
+        self._within(started.process, started.start())
 
     def _kill(self, name: str, silently: bool) -> None:
-        worker = self.workers.pop(name)
+        worker = self.stores.pop(name) if name == _STORE else self.workers.pop(name)
+        if isinstance(worker, SimStore):
+            worker.vanish()
         self.loop.kill(worker.process)
         self.net.kill(name, silently)
         self.orders.kill(worker.process, silently)
         self._switchboard.pull_out(worker.transport.descriptor())
         self.registry.withdraw(worker.record, LEASE_S)
 
-    async def _drain(self, worker: SimWorker) -> None:
+    async def _drain(self, worker: SimWorker | SimStore) -> None:
         leaving = self._within(worker.process, worker.leave(DRAIN_S))
         if not await self._comes_true(lambda: worker.process.is_killed or leaving.done(), DRAIN_S + CLOSE_S):
             self.report(Invariant.WAITS_END, f"{worker.process.name} has not left after {DRAIN_S + CLOSE_S} s")
@@ -293,11 +315,14 @@ class FleetWorld:
                 self._deal_one(kind, draw)
 
     def _deal_one(self, kind: str, draw: random.Random) -> None:
-        upright = [name for name in _ROLES if name in self.workers and not self.workers[name].process.is_paused]
-        if len(upright) < 3:
+        here = dict(self.holders())
+        upright = [name for name in (*_ROLES, _STORE) if name in here and not here[name].process.is_paused]
+        if kind in OF_STORES or (self.is_gentle and kind != "abort storm"):
+            upright = [name for name in upright if (name == _STORE) == (kind in OF_STORES)]
+        if len(upright) < (1 if kind in OF_STORES else 3):
             return
         name = draw.choice(upright)
-        worker, lasts_s = self.workers[name], draw.uniform(0.2, 9.0)
+        worker, lasts_s = here[name], draw.uniform(0.2, 9.0)
         self.faults[kind] += 1
         self.story.append(f"{self.loop.time():.3f} s: {kind} ({worker.process.name}, {lasts_s:.1f} s)")
         match kind:
@@ -305,7 +330,7 @@ class FleetWorld:
                 self.net.weather.max_latency_s = draw.choice([0.05, 0.3])
                 self.healing.later(lasts_s, self._calm)
             case "partition":
-                other = draw.choice([each for each in (*_ROLES, "r") if each != name])
+                other = draw.choice([each for each in (*_ROLES, _STORE, "r") if each != name])
                 self.net.part(name, other)
                 self.healing.later(lasts_s, lambda: self.net.join(name, other))
             case "kill" | "vanish":
@@ -313,7 +338,7 @@ class FleetWorld:
                 self.healing.later(lasts_s / 3, lambda: self._start(name))
             case "drain":
                 # Never the last of its kind: that is another fault.
-                others = [each for each in self.workers.values() if each.role == worker.role and each is not worker]
+                others = [each for each in here.values() if each.role == worker.role and each is not worker]
                 if not any(each.is_leaving for each in (worker, *others)):
                     worker.is_leaving = True
                     self._within(self.loop.world, self._drain(worker))
@@ -322,8 +347,17 @@ class FleetWorld:
                 self.healing.later(lasts_s, lambda: self.loop.resume(worker.process))
             case "clock jump":
                 worker.process.clock_ahead_s += draw.choice([1.0, 7.0, 100.0])
-            case "full pool":
+            case "full pool" if isinstance(worker, SimWorker):
                 self._within(worker.process, self._fill(worker, lasts_s, draw))
+            case "rot" if isinstance(worker, SimStore):
+                worker.rot(draw)
+            case "stuck disk" if isinstance(worker, SimStore):
+                worker.threads.stuck.add(DISK_POOL)
+                self.healing.later(lasts_s, lambda: worker.threads.stuck.discard(DISK_POOL))
+            case "full disk" | "bad disk" if isinstance(worker, SimStore):
+                what = "is_full" if kind == "full disk" else "is_failing"
+                setattr(worker.disk, what, True)
+                self.healing.later(lasts_s, lambda: setattr(worker.disk, what, False))
             case "abort storm":
                 for request in list(self._requests):
                     request.cancel()
@@ -343,8 +377,8 @@ class FleetWorld:
     def _stop_faults(self) -> None:
         self.healing.now()
         self.net.weather = Weather()
-        for worker in self.workers.values():
-            worker.transport.faults = Faults()
+        for _, each in self.holders():
+            each.transport.faults = Faults()
 
 
 # ---- what the run looks at in the product, and the clocks that nobody hands down ----
@@ -359,7 +393,7 @@ class _SimTime:
 @contextlib.contextmanager
 def _watching(world: FleetWorld) -> Iterator[None]:
     listener = _LogListener(world)
-    shun, sim_time = PrefixFetcher._shun, _SimTime(world.loop)
+    shun, sim_time = Shunned.add, _SimTime(world.loop)
     enter, leave = DecodeService._entered, DecodeService._leave
     gone: dict[int, LiveRequest] = {}  # kept, so that no number is given out twice
 
@@ -373,12 +407,12 @@ def _watching(world: FleetWorld) -> Iterator[None]:
         gone[id(live)] = live
         leave(service, live)
 
-    def shunned(fetcher: PrefixFetcher, holder_id: str) -> None:
-        world.alarm(f"shunned: {holder_id} by {fetcher._worker_id}")
-        shun(fetcher, holder_id)
+    def shunned(those: Shunned, name: str) -> None:
+        world.alarm(f"shunned: {name} by {world.loop.process.name}")
+        shun(those, name)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(PrefixFetcher, "_shun", shunned))
+        stack.enter_context(mock.patch.object(Shunned, "add", shunned))
         stack.enter_context(mock.patch.object(DecodeService, "_entered", entered))
         stack.enter_context(mock.patch.object(DecodeService, "_leave", left))
         for module in (dispatch, placement, prefixes, workers):
