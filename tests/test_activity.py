@@ -131,6 +131,6 @@ def test_router_and_decode_worker_note_how_long_handoffs_took_and_no_local_prefi
         sent = [pb.Stamp(event=event, unix_s=unix_s) for event, unix_s in stamps.items()]
         own = {Event.ARRIVED: 8.0, Event.TOKENIZED: 8.1, Event.ROUTED: 8.2, Event.FINISHED: 12.1}
         sizes = {"block_size": 32, "num_attempts": 1, "num_generated_tokens": 1}
-        router.count_receipt(make_receipt(0, usage, sent, own, decode_worker_id="d", **sizes))
+        router.count_receipt(make_receipt(0, usage, sent, own, decode_worker_id="d", numerics="", **sizes))
         worker.finished(Timeline(time.time, dict(stamps)), usage, pb.FINISH_REASON_STOP)
     assert list(router.handoffs_s) == list(worker.handoffs_s) == [0.25]

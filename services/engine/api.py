@@ -72,6 +72,7 @@ class Capabilities:
     is_exact: bool  # the same tokens whatever else is computed with them, and however a prompt is cut
     compute: Mapping[str, str]  # what computes the model, as labels: device, kernels, quantization
     is_simulation: bool = False  # its tokens mean nothing; whoever shows them says so
+    numerics: str = ""  # names the arithmetic: under one name a model has the same logits to the bit; "": no promise
 
 
 @dataclass(frozen=True)

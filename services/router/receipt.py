@@ -82,6 +82,8 @@ class Receipt:
     """As the worker reported it: of a resumed sequence the first one, but for recomputes, which are all."""
     decode_worker_id: str
     """Who ended it."""
+    numerics: str
+    """Names the arithmetic of the decode worker; empty: it said none."""
     block_size: int
     num_attempts: int
     """Decode workers that it was given to."""
@@ -144,6 +146,7 @@ class Receipt:
             "prefill_worker_id": self.prefill_worker_id,
             "prefilled_locally": self.prefill_worker_id == self.first_decode_worker_id,
             **({"is_simulation": True} if self.is_simulation else {}),
+            "numerics": self.numerics or None,
             "attempts": self.num_attempts,
             "recomputes": usage.num_recomputes,
             "resumes": [resume.to_json() for resume in self.resumes],
@@ -180,6 +183,7 @@ def make_receipt(
     router_unix_s: Mapping[Event, float],
     *,
     decode_worker_id: str,
+    numerics: str,
     block_size: int,
     num_attempts: int,
     num_generated_tokens: int,
@@ -194,6 +198,7 @@ def make_receipt(
         index=index,
         usage=usage,
         decode_worker_id=decode_worker_id,
+        numerics=numerics,
         block_size=block_size,
         num_attempts=num_attempts,
         num_generated_tokens=num_generated_tokens,

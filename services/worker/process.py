@@ -219,6 +219,7 @@ def _record(config: WorkerConfig, role: Role, front: Front, parts: WorkerParts, 
         transports=parts.exchange.transport_names,
         layout=engine.layout.to_wire(),
         is_simulation=engine.capabilities.is_simulation,
+        numerics=engine.capabilities.numerics,
         phase="",
     )
 

@@ -133,6 +133,7 @@ def test_it_is_what_it_says(engine: Engine) -> None:
     assert (engine.memory.num_blocks, engine.memory.block_bytes) == (able.num_blocks, engine.layout.block_bytes)
     assert (engine.layout.block_size, load.num_blocks, load.num_free_blocks) == (16, 40, 40)
     assert {"device", "kernels", "quantization"} <= set(able.compute)
+    assert able.numerics
     assert bool(engine.host_figures()) == (able.num_host_blocks > 0)
     assert (engine.has_work, engine.step().num_tokens) == (False, 0)
 

@@ -83,6 +83,22 @@ def test_logits_are_those_of_transformers(
     assert difference.mean() < mean
 
 
+def test_equal_numerics_ids_mean_equal_logits_and_each_kernel_set_has_its_own(models: Models) -> None:
+    (token_ids,) = random_prompts([70])
+    portable = models("portable", "mistral")
+    logits = PagedRun(portable).whole(token_ids)
+    others = [("portable", "int8"), *((kernels, "none") for kernels in RUNNABLE if kernels in REQUIRED_FLAGS)]
+    ids = {portable.compute_path.numerics}
+    for kernels, quantization in others:
+        other = models(kernels, "mistral", quantization)
+        assert not torch.equal(PagedRun(other).whole(token_ids), logits), f"{kernels}, {quantization}: no difference"
+        ids.add(other.compute_path.numerics)
+    assert len(ids) == 1 + len(others)
+    threaded = models("portable", "mistral", num_threads=2)
+    assert threaded.compute_path.numerics == portable.compute_path.numerics
+    assert torch.equal(PagedRun(threaded).whole(token_ids), logits)
+
+
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_pytorch_tanh"])
 def test_other_activations_are_those_of_transformers(
     models: Models, model_dirs: Callable[..., Path], hidden_act: str

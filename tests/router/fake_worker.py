@@ -135,6 +135,7 @@ class FakeWorker(DecodeServiceServicer):
             max_model_len=self.max_model_len,
             colocated=self.colocated,
             transports=("memory",),
+            numerics="paper/float32",
         )
 
     async def wait_for_abort(self, num_aborts: int) -> None:

@@ -37,6 +37,7 @@ def receipt_of(usage: pb.Usage, stamps=(), own=()):
         [pb.Stamp(event=event, unix_s=unix_s) for event, unix_s in stamps],
         {Event.ARRIVED: 10.0, Event.TOKENIZED: 10.5, Event.ROUTED: 11.0, Event.FINISHED: 20.0, **dict(own)},
         decode_worker_id="d",
+        numerics="",
         block_size=32,
         num_attempts=1,
         num_generated_tokens=5,
@@ -118,7 +119,7 @@ def only_receipt(answer) -> dict[str, object]:
 
 
 def check(receipt, worker) -> None:
-    assert receipt["decode_worker_id"] == worker.worker_id
+    assert (receipt["decode_worker_id"], receipt["numerics"]) == (worker.worker_id, "paper/float32")
     assert (receipt["prefill_worker_id"], receipt["attempts"], receipt["recomputes"]) == ("p", 1, 0)
     assert (receipt["prompt_tokens"], receipt["completion_tokens"]) == (100, 4)
     assert (receipt["computed_tokens"], receipt["reused_tokens"], receipt["fetched_tokens"]) == (4, 32, 64)

@@ -23,6 +23,7 @@ from services.router.routing import (
     RecentPrefixes,
     RoutedRequest,
     choose,
+    is_exact,
     next_state,
 )
 
@@ -305,3 +306,22 @@ def test_a_decision_says_in_one_word_what_decided():
     words = {Policy.LEAST_LOADED: "load", Policy.ROUND_ROBIN: "turn", Policy.PREFIX_HASH: "hash"}
     for policy, word in words.items():
         assert chosen(request(held={"p1": on_device(40)}), two, [holder, other], policy=policy).cause == word
+
+
+@pytest.mark.parametrize("policy", Policy)
+def test_what_was_begun_goes_on_where_it_is_computed_alike_however_busy_that_is(policy):
+    begun = dataclasses.replace(request(), numerics="a/bf16")
+    unlike, nameless = decode("unlike", numerics="b/bf16"), decode("nameless")
+    alike = decode("alike", 500, numerics="a/bf16", num_free_blocks=0)
+    for others in ([unlike], [nameless], [unlike, nameless]):
+        assert chosen(begun, [*others, alike], policy=policy).decode is alike
+        assert chosen(begun, [*others, alike], exclude={"alike"}, policy=policy).decode in others
+    # A new request has no such wish.
+    assert chosen(request(), [unlike, alike], policy=Policy.LEAST_LOADED).decode is unlike
+
+
+def test_equal_tokens_are_promised_by_equal_names_alone():
+    assert is_exact("a/bf16", "a/bf16", "a/bf16")
+    assert not is_exact("a/bf16", "a/bf16", "b/bf16")
+    assert not is_exact("", "")
+    assert not is_exact("a/bf16", "")

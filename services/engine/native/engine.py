@@ -80,6 +80,7 @@ class Engine:
                 "quantization": model.compute_path.quantization,
             },
             is_simulation=model.compute_path.is_simulation,
+            numerics=model.compute_path.numerics,
         )
         self.proof_key = proof_key or ProofKey.public()
         self.layout: BlockLayout = replace(model.block_layout(config.block_size), proof_key=self.proof_key.key_id)

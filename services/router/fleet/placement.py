@@ -105,14 +105,15 @@ class Placer:
         return list(dict.fromkeys(found))
 
     def place(
-        self, ask: Ask, exclude: Collection[str], *, attempt: int = 1, retried_after: str = ""
+        self, ask: Ask, exclude: Collection[str], *, attempt: int = 1, retried_after: str = "", numerics: str = ""
     ) -> Placement | Refusal:
-        """Chooses workers. Nothing is counted before `sent`."""
+        """Chooses workers, for what was begun elsewhere those of that worker's `numerics` first. Nothing is counted
+        before `sent`."""
         spaces = {space.model_fingerprint: space for space in self.spaces(ask.order.model, ask.fingerprints)}
         prefixes = {fingerprint: self._known(ask, space) for fingerprint, space in spaces.items()}
         cost = CostModel(self._workers.rates(next(iter(spaces), "")))
         num_tokens = len(ask.order.prompt_token_ids) + len(ask.order.resumed_token_ids)
-        request = RoutedRequest(ask.order.model, num_tokens, ask.key, prefixes)
+        request = RoutedRequest(ask.order.model, num_tokens, ask.key, prefixes, numerics)
         decision = choose(
             request,
             [each for each in self._workers.decode_candidates() if each.model_fingerprint in spaces],

@@ -177,6 +177,7 @@ class Workers:
                 colocated=record.colocated,
                 local_prefill_max_tokens=record.local_prefill_max_tokens,
                 is_simulation=record.is_simulation,
+                numerics=record.numerics,
             )
             for record, session in self._decode_sessions()
         ]
@@ -192,6 +193,7 @@ class Workers:
                 model_fingerprint=record.model_fingerprint,
                 draining=record.draining,
                 num_outstanding_tokens=self._num_queued_tokens(record),
+                numerics=record.numerics,
             )
             for record in self._records
             if record.role == "prefill"

@@ -280,6 +280,7 @@ class Generation:
             output.stamps if output is not None else (),
             router_unix_s,
             decode_worker_id=served_by.placement.decision.decode.worker_id,
+            numerics=served_by.placement.decision.decode.numerics,
             block_size=served_by.placement.space.block_size,
             num_attempts=served_by.num_attempts,
             num_generated_tokens=choice.num_tokens,

@@ -2,6 +2,7 @@
 
 from services.router.routing.cost import CostModel, Held, KnownPrefix
 from services.router.routing.explain import MAX_CANDIDATES, DecisionEntry, DecisionLog, bounded
+from services.router.routing.numerics import is_exact, prefer_equal
 from services.router.routing.policies import (
     Decision,
     DecodeCandidate,
@@ -33,5 +34,7 @@ __all__ = [
     "WorkerKey",
     "bounded",
     "choose",
+    "is_exact",
     "next_state",
+    "prefer_equal",
 ]

@@ -24,6 +24,7 @@ from services.router.routing.cost import (
     prefill_terms,
     useful_sources,
 )
+from services.router.routing.numerics import prefer_equal
 
 MAX_PREFILL_TARGETS = 3
 
@@ -65,6 +66,8 @@ class DecodeCandidate:
     """It prefills by itself what lacks no more than so many."""
     is_simulation: bool = False
     """Its tokens mean nothing."""
+    numerics: str = ""
+    """Names its arithmetic (numerics.py)."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class PrefillCandidate:
     draining: bool
     num_outstanding_tokens: int
     """Prompt tokens that this router expects it to compute and has seen no first token of."""
+    numerics: str = ""
+    """As a decode worker's."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ class RoutedRequest:
     """Equal for requests that begin equally."""
     prefixes: Mapping[str, KnownPrefix] = field(default_factory=dict)
     """By model fingerprint."""
+    numerics: str = ""
+    """Of the worker that it was begun on; those of the same are preferred. Empty: it is new."""
 
     def prefix(self, model_fingerprint: str) -> KnownPrefix:
         return self.prefixes.get(model_fingerprint, _UNKNOWN_PREFIX)
@@ -193,9 +200,10 @@ def choose(
     cost: CostModel | None = None,
 ) -> Decision | Refusal:
     """The decode worker and the prefill targets for a request. `exclude`: decode workers that were tried already."""
-    ready = _ready(request, decode, exclude)
-    if isinstance(ready, Refusal):
-        return ready
+    connected = _ready(request, decode, exclude)
+    if isinstance(connected, Refusal):
+        return connected
+    ready = prefer_equal(request.numerics, connected)
     cost = cost or CostModel()
     state = state or PolicyState()
     targets = {

@@ -20,6 +20,7 @@ from services.engine.native.memory import allocate_kv_cache
 from services.engine.native.model.fingerprint import FingerprintBuilder
 from services.engine.native.model.kernel_transformer import KernelTransformer
 from services.engine.native.model.linear import compute_dtype
+from services.engine.native.model.numerics import numerics_id
 from services.engine.native.model.transformer import Transformer
 from services.engine.native.model.weights import WeightReader, open_checkpoint
 from services.logs import detail_level
@@ -49,6 +50,7 @@ class ComputePath:
     quantization: str  # "int8" or "none"
     reason: str  # one line for a person
     is_simulation: bool = False  # nothing is computed: tokens mean nothing
+    numerics: str = ""  # whoever has the same computes the same model to the same bits; "": no promise
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,9 @@ def load_model(
         else:
             int8 = quantization == "int8"
             computation = KernelTransformer(library, torch.get_num_threads(), config, reader, int8=int8)
-    path = ComputePath("torch" if library is None else library.name, quantization, reason)
+    kernels = "torch" if library is None else library.name
+    numerics = numerics_id(kernels, resolved, quantization, target)
+    path = ComputePath(kernels, quantization, reason, numerics=numerics)
     _logger.log(
         detail_level(), "computing with %s%s", reason, "" if quantization == "none" else f", {quantization} weights"
     )

@@ -1,0 +1,31 @@
+"""Names the arithmetic that makes a model's logits, so that others know whether they would get the same bits."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from services.engine.native.kernels import source_digest
+
+# Raise it with every change of this engine that may change a bit of a logit, or the token that is sampled from them.
+# Changes of the C kernels are seen without it.
+_ARITHMETIC: Final = 1
+
+
+def numerics_id(kernels: str, dtype: str, quantization: str, device: torch.device) -> str:
+    """Return the name: `native-1/bfloat16/none/amx/5f3a9c11`.
+
+    Two workers of one model and one name compute the same bits. Two of different names may as well, but nobody
+    promises it: torch's results depend on its version, the instructions that it finds and how it splits sums over
+    threads.
+    """
+    if kernels != "torch":
+        details = [kernels, f"{source_digest():08x}"]
+    elif device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability().replace(" ", "-")
+        details = [f"torch-{torch.__version__}", capability, f"{torch.get_num_threads()}-threads"]
+    else:
+        name = torch.cuda.get_device_properties(device).name.replace(" ", "-")
+        details = [f"torch-{torch.__version__}", f"cuda-{torch.version.cuda}", name]
+    return "/".join([f"native-{_ARITHMETIC}", dtype, quantization, *details])

@@ -1,0 +1,33 @@
+"""Says whether two workers compute the same bits, by the names of their arithmetic. Pure.
+
+A sequence that goes on at another worker has the same tokens for certain only where that one computes as the first did;
+elsewhere a rounding may tip a choice between two nearly equal tokens, and from there on the text is another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+
+class _Computing(Protocol):
+    @property
+    def numerics(self) -> str:
+        """The name of its arithmetic; empty where it says none."""
+
+
+C = TypeVar("C", bound=_Computing)
+
+
+def is_exact(before: str, *after: str) -> bool:
+    """Whether what was begun under one name goes on under the others with equal logits; unnamed, nobody promises it.
+
+    `after`: of everybody who computes a part of it from then on, decoding or prefilling.
+    """
+    return bool(before) and all(each == before for each in after)
+
+
+def prefer_equal(numerics: str, candidates: Sequence[C]) -> Sequence[C]:
+    """Return the candidates of that name, if there are any, else all: an inexact place is better than none."""
+    equal = [each for each in candidates if is_exact(numerics, each.numerics)]
+    return equal or candidates
