@@ -1,7 +1,8 @@
 """The engine port: all that a worker knows of what computes its tokens.
 
 An engine belongs to one thread, which calls it between steps; "any thread" stands where that is not so. Whoever is
-given block ids, by a granted reservation, by updates of a `hold_blocks` request, by `lend_prefix` or `take_prefix`,
+given block ids, by a granted reservation, by updates of a `hold_blocks` request, by `suspend`, by `lend_prefix` or
+`take_prefix`,
 holds one reference on each and gives it back by `release_blocks`; `check_integrity` counts them. tests/engine_contract
 says what every engine does.
 """
@@ -26,6 +27,7 @@ from services.engine.request import (
     RequestUpdate,
     SampledToken,
     SamplingParams,
+    Suspended,
     TokenLogprob,
 )
 from services.rates import NO_STEP, StepShape
@@ -48,6 +50,7 @@ __all__ = [
     "SampledToken",
     "SamplingParams",
     "StepOutput",
+    "Suspended",
     "TokenLogprob",
 ]
 
@@ -178,6 +181,12 @@ class Engine(Protocol):
         """End a live request wherever it is and free what it holds; False if there is none of that id.
 
         Blocks of a granted reservation stay the caller's, who releases them when its transfer has ended.
+        """
+
+    def suspend(self, request_id: str) -> Suspended | None:
+        """End a live request so that it goes on elsewhere, and lend its blocks to the caller.
+
+        None, changing nothing, while its prompt is being computed or read, and where there is none of that id.
         """
 
     # ---- blocks and the prefix cache ----------------------------------------------

@@ -173,6 +173,7 @@ class FinishReason(Enum):
     ABORT = "abort"
     ERROR = "error"  # the logits were not finite, or left no token to choose
     HANDED_OFF = "handed_off"  # hold_blocks: the first token is there and it was not the last
+    MOVED = "moved"  # suspended, to go on elsewhere
 
 
 @dataclass(eq=False)
@@ -208,6 +209,18 @@ class Request:
     def wants_prompt_logprobs(self) -> bool:
         """Whether prompt logprobs were asked for, and have not been told by who began the output."""
         return self.sampling.prompt_logprobs is not None and not self.resumed_token_ids
+
+
+@dataclass(frozen=True)
+class Suspended:
+    """A request that was taken out to go on elsewhere, from the blocks that it leaves with the caller.
+
+    They hold the KV of prompt and output but for the newest token's, which no step has computed yet: full ones, and a
+    partial last one, without a hash. None where nothing was computed, or it was not kept.
+    """
+
+    num_output_tokens: int  # resumed ones included
+    blocks: tuple[AnnouncedBlock, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -395,6 +395,79 @@ def test_what_leaves_nothing_to_resume_is_refused(engine: Engine, resumed: list[
     assert refusal.value.param == param
 
 
+# ---- suspended requests -----------------------------------------------------------------
+
+
+def run_until(engine: Engine, request: Request, num_outputs: int) -> list[SampledToken]:
+    engine.add_request(request)
+    outputs: list[SampledToken] = []
+    while len(outputs) < num_outputs:
+        outputs += [token for update in engine.step().updates for token in update.new_tokens]
+    return outputs
+
+
+@pytest.mark.parametrize("sampling", list(SAMPLINGS))
+def test_a_suspended_request_goes_on_elsewhere_from_its_blocks_and_nothing_is_computed_again(
+    make: Callable[[], Engine], sampling: str
+) -> None:
+    first, second = make(), make()
+    asked: dict[str, object] = {"max_tokens": 50, **SAMPLINGS[sampling]}
+    prompt = prompt_of(37)
+    expected = [token for update in run(first, ask("whole", prompt, **asked)) for token in update.new_tokens]
+    # The newest token's KV is computed nowhere: with 12 tokens a block has just become full, with 11 and 13 not.
+    for num_outputs in (1, 11, 12, 13, 30):
+        begun = ask(f"begun-{num_outputs}", prompt, **asked)
+        outputs = run_until(first, begun, num_outputs)
+        assert all(map(same, outputs, expected))
+        left = first.suspend(begun.request_id)
+        assert left is not None
+        assert left.num_output_tokens == num_outputs
+        assert not first.abort(begun.request_id)
+        assert first.suspend(begun.request_id) is None
+        computed = [*prompt, *(token.token_id for token in outputs[:-1])]
+        partial = [None] * (len(computed) % 16 > 0)
+        assert [block.block_hash for block in left.blocks] == [*hashes_of(first, computed), *partial]
+
+        goes_on = resume(f"goes on-{num_outputs}", begun, outputs[:-1])
+        reservation = reserve(second, goes_on)
+        block_ids = [block.block_id for block in left.blocks]
+        copy(first, block_ids, second, reservation.block_ids)
+        first.release_blocks(block_ids)
+        proofs = [block.proof for block in left.blocks]
+        joined = second.add_prefilled(goes_on, reservation.block_ids, proofs, outputs[-1])
+        assert (joined.num_output_tokens, joined.finish_reason) == (num_outputs, None)
+        rest = [token for update in run(second) for token in update.new_tokens]
+        assert all(map(same, rest, expected[num_outputs:]))
+        assert len(rest) == len(expected) - num_outputs
+    assert second.stats.num_prompt_tokens == 0
+
+
+def test_one_that_has_not_begun_leaves_nothing_and_one_that_is_being_prefilled_stays(engine: Engine) -> None:
+    engine.add_request(ask("prefilled", prompt_of(50)))
+    engine.step()
+    assert engine.suspend("prefilled") is None
+    waits, reserved = ask("waits", prompt_of(40, seed=1)), ask("reserved", prompt_of(20, seed=2))
+    engine.add_request(waits)
+    left = engine.suspend("waits")
+    assert left is not None
+    assert (left.num_output_tokens, left.blocks) == (0, ())
+    reservation = reserve(engine, reserved)
+    assert engine.suspend("reserved") is None
+    engine.release_reservation(reserved, reservation.block_ids)
+    assert engine.suspend("unknown") is None
+    assert len(tokens(run(engine), "prefilled")) == NUM_OUTPUTS
+    assert engine.stats.num_finished[FinishReason.MOVED] == 1
+
+
+def test_blocks_whose_hashes_are_wrong_are_left_to_nobody(engine: Engine) -> None:
+    request = ask("r", prompt_of(40))
+    request.given_hashes = hashes_of(engine, prompt_of(40, seed=9))
+    run_until(engine, request, 3)
+    left = engine.suspend("r")
+    assert left is not None
+    assert (left.num_output_tokens, left.blocks) == (3, ())
+
+
 # ---- the prefix cache -------------------------------------------------------------------
 
 

@@ -126,6 +126,24 @@ class Scheduler:
         self._end(request, FinishReason.ABORT)
         return True
 
+    def suspend(self, request_id: str) -> Request | None:
+        """End a request that decodes, or that has not begun; its block table becomes the caller's. Between steps only.
+
+        None, changing nothing, for one whose prompt is being computed, or whose blocks are a transfer's.
+        """
+        assert self._in_flight is None, "suspend was called in mid-step"
+        request = self._queues.live(request_id)
+        if request is None:
+            return None
+        if request.status is RequestStatus.RUNNING:
+            if request.num_tokens - request.num_computed_tokens != 1 or not request.output_token_ids:
+                return None
+            self.loans.pass_over(request.block_table)
+        elif request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+            return None
+        self._end(request, FinishReason.MOVED)
+        return request
+
     def release_lent(self, block_ids: Sequence[int]) -> None:
         """Take back references that were lent. Raises `NotLent`, changing nothing, for one that was not."""
         self.loans.release(block_ids)
