@@ -12,6 +12,8 @@ from typing import Literal, Protocol, TypeAlias
 
 from tandem.v1 import worker_pb2 as pb
 
+MOVES = "move"
+"""The feature of a decode worker that lets live requests go, and takes them on, with their KV."""
 RESUMES = "resume"
 """The feature of a decode worker that takes `resumed_token_ids`: it is told in a session's first frame."""
 

@@ -1,6 +1,7 @@
-"""Brings a request into the engine: prefilled by another worker where that pays, else here.
+"""Brings a request into the engine: with its blocks from another decode worker, or prefilled elsewhere, or here.
 
-Every failure of a handoff leads to the next prefill worker and at last to a local prefill: it costs time, no answer.
+Every failure of a move leads to a handoff, every failure of that to the next prefill worker and at last to a local
+prefill: it costs time, no answer.
 """
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block import BlockHash
-from kvstore.errors import KVStoreError
+from kvstore.errors import IncompatiblePeer, KVStoreError, PeerLost, PeerUnreachable
 from kvstore.exchange import Fetch
 from kvstore.protocol import FetchCause, FetchResult, FetchStamps, Reservation
 from services.decode.config import DecodeConfig
@@ -35,11 +36,16 @@ class ReservationWithdrawn(KVStoreError):
     """The engine granted no room, and will not any more."""
 
 
+class MoveFailed(Exception):
+    """The blocks of a request that comes from another decode worker could not be had; the message says why."""
+
+
 @dataclass(frozen=True)
 class Admitted:
-    """A handoff's fruit. `joined` is None where the first token is also the last: then the engine has no part in it."""
+    """A handoff's fruit, or a move's. `joined` is None where the first token is also the last: then the engine has no
+    part in it. `first` is None after a move: the router has all tokens so far."""
 
-    first: pb.PrefillFinished
+    first: pb.PrefillFinished | None
     joined: asyncio.Future[RequestUpdate] | None
 
 
@@ -65,6 +71,14 @@ class Admission:
         PromptRefused, EngineCrashed.
         """
         hashes = live.hashes = await convert.prompt_hashes(live.order, self._parts.engine.layout, self._parts.threads)
+        if live.order.HasField("move"):
+            try:
+                return await self._take_over(live, live.order.move, hashes)
+            except MoveFailed as failure:
+                log.warning("the blocks of %s are not to be had: %s", live.order.move.worker_id, failure)
+                self._parts.metrics.moved("recomputed")
+                self._parts.metrics.recomputed("move")
+                live.usage.num_recomputes += 1
         if live.sampling.prompt_logprobs is None:
             # Before it is decided who prefills: what is here already is neither computed nor handed over.
             await self._parts.host_prefixes.restore(hashes)
@@ -138,6 +152,45 @@ class Admission:
 
         await self._parts.thread.call(enter)
 
+    async def _take_over(self, live: LiveRequest, move: pb.Move, hashes: list[BlockHash]) -> Admitted:
+        """Go on from the blocks that the request has left at another decode worker. Raises MoveFailed.
+
+        It is a handoff whose prompt is all but the newest token, which is the one that comes with it: no step has
+        computed its KV yet.
+        """
+        num_computed, block_size = live.num_context_tokens - 1, self._parts.engine.layout.block_size
+        if not live.resumed_token_ids or move.num_tokens != num_computed or len(move.transfer_id) != 16:
+            raise MoveFailed(f"{move.num_tokens} tokens were computed there, {num_computed} are needed here")
+        full = hashes[: num_computed // block_size]
+        attempt, resumed = live.new_attempt(self._clock()), live.resumed_token_ids
+        request = replace(attempt, resumed_token_ids=resumed[:-1], given_hashes=full)
+        self._parts.engine.check(request)
+        pending = _PendingReservation(self._parts, request)
+        exchange, started_s = self._parts.exchange, self._parts.exchange.clock()
+        expected = [*full, None][: -(-num_computed // block_size)]
+        try:
+            owner = await exchange.connect(move.kv_address)
+            fetch = exchange.fetch_kept(move.transfer_id, owner, expected, pending.reserve, move.incarnation or None)
+        except (PeerUnreachable, PeerLost, IncompatiblePeer) as error:
+            raise MoveFailed(str(error)) from error
+        taken = False
+        try:
+            fetched = await fetch.result
+            if fetched.failure is not None:
+                raise MoveFailed(f"{fetched.failure.cause.value}: {fetched.failure.detail}")
+            taken = True
+        finally:
+            if not taken:
+                self._dispose(fetch, pending)
+        # No await from here to the engine's call, as in a handoff.
+        live.usage.num_cached_tokens = live.num_context_tokens
+        live.usage.moved.holder_id, live.usage.moved.tier = move.worker_id, "device"
+        live.usage.moved.lane = exchange.lane_to(owner)
+        live.usage.moved.num_blocks, live.usage.moved.num_bytes = fetched.num_blocks, fetched.num_bytes
+        live.usage.moved.seconds = exchange.clock() - started_s
+        self._parts.metrics.moved("joined")
+        return Admitted(None, self._enter(live, request, fetched, SampledToken(resumed[-1], None)))
+
     async def _prefill_elsewhere(
         self, live: LiveRequest, target: pb.PrefillTarget, hashes: list[BlockHash]
     ) -> Admitted:
@@ -185,9 +238,13 @@ class Admission:
         live.usage.num_transferred_bytes = fetched.num_bytes
         self._parts.metrics.handed_off(fetched.num_blocks, fetched.num_bytes)
         self._stamp_transfer(live, fetched.stamps)
-        live.request = request
         logprobs = convert.logprobs_from_proto(finished.logprobs) if finished.HasField("logprobs") else None
-        token = SampledToken(finished.token_id, logprobs)
+        return self._enter(live, request, fetched, SampledToken(finished.token_id, logprobs))
+
+    def _enter(
+        self, live: LiveRequest, request: Request, fetched: FetchResult, token: SampledToken
+    ) -> asyncio.Future[RequestUpdate]:
+        live.request = request
 
         def enter() -> RequestUpdate:
             try:

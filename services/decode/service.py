@@ -18,7 +18,6 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import NamedTuple
 
 from tandem.v1 import worker_pb2 as pb
 
@@ -27,8 +26,10 @@ from services.decode.config import DecodeConfig
 from services.decode.endings import error_of, error_output, log_end, log_refusal
 from services.decode.handoff import PromptRefused
 from services.decode.live import LiveRequest
+from services.decode.moving import Departures
+from services.decode.news import News, news_of
 from services.decode.session import RouterSession, SessionOverflow
-from services.engine.api import FinishReason, InvalidRequest, QueueFull, Request, RequestUpdate, StepOutput
+from services.engine.api import InvalidRequest, QueueFull, Request, RequestUpdate, StepOutput
 from services.lifecycle import Event, Timeline
 from services.logs import request_scope
 from services.orders import OrderServer, StreamRefused
@@ -50,44 +51,6 @@ _REFUSALS: Mapping[int, Refusal] = {
 }
 
 
-class _News(NamedTuple):
-    """The news of a step for one request: a token, or more than that."""
-
-    live: LiveRequest
-    token_id: int
-    output: pb.Output | None = None
-    num_cached_tokens: int = 0
-    num_recomputes: int = 0
-
-
-def _news(live: LiveRequest, update: RequestUpdate) -> _News:
-    is_last = update.finish_reason is not None
-    is_first = update.num_output_tokens == len(update.request.resumed_token_ids) + 1
-    if not is_last and not is_first and len(update.new_tokens) == 1:
-        (token,) = update.new_tokens
-        if token.logprobs is None:
-            return _News(live, token.token_id)
-    num_recomputes = update.num_preemptions if is_last else 0
-    return _News(live, 0, _output(live, update), update.num_cached_tokens, num_recomputes)
-
-
-def _output(live: LiveRequest, update: RequestUpdate) -> pb.Output:
-    output = pb.Output(handle=live.order.handle, token_ids=[token.token_id for token in update.new_tokens])
-    output.logprobs.extend(
-        convert.logprobs_to_proto(token.logprobs) for token in update.new_tokens if token.logprobs is not None
-    )
-    if update.prompt_logprobs is not None:
-        output.prompt_logprobs.extend(convert.prompt_logprobs_to_proto(update.prompt_logprobs))
-    if update.stop_token_id is not None:
-        output.stop_token_id = update.stop_token_id
-    if update.finish_reason is FinishReason.ERROR:
-        output.finish_reason = pb.FINISH_REASON_ERROR
-        output.error.CopyFrom(error_of(pb.ERROR_CODE_INTERNAL, update.failure or "no token to sample"))
-    elif update.finish_reason is not None:
-        output.finish_reason = convert.FINISH_REASONS[update.finish_reason]
-    return output
-
-
 class DecodeService:
     """Serves one decode worker."""
 
@@ -97,6 +60,7 @@ class DecodeService:
         self._clock = parts.clock
         self._loop = asyncio.get_running_loop()
         self._admission = Admission(config, parts, self._entered)
+        self._departures = Departures(parts, self._finish)
         self._sessions: dict[RouterSession, dict[int, LiveRequest]] = {}  # live requests by handle
         self._session_numbers = itertools.count(1)
         self._num_live = 0
@@ -160,6 +124,11 @@ class DecodeService:
                     live = self._sessions[session].get(order.abort.handle)
                     if live is not None:  # else its last output is on the way
                         self._abort(live, order.abort.reason)
+                elif kind == "move":
+                    live = self._sessions[session].get(order.move.handle)
+                    if live is not None:
+                        live.is_leaving = True
+                        self._parts.thread.post(self._let_go, live)
                 else:
                     log.error("router %s sent %s in mid-session; ending the session", session.router_id, kind)
                     return
@@ -214,7 +183,7 @@ class DecodeService:
         error: pb.Error | None = error_of(pb.ERROR_CODE_INTERNAL, "its admission was cancelled, as nobody had ordered")
         try:
             admitted = await self._admission.admit(live)
-            if admitted is not None:
+            if admitted is not None and admitted.first is not None:
                 self._emit_first(live, admitted.first)
             if admitted is not None and admitted.joined is not None:
                 self._check_joined(live, await admitted.joined)
@@ -249,12 +218,12 @@ class DecodeService:
             output.logprobs.append(first.logprobs)
         if first.HasField("stop_token_id"):
             output.stop_token_id = first.stop_token_id
-        self._deliver([_News(live, first.token_id, output)])
+        self._deliver([News(live, first.token_id, output)])
 
     def _check_joined(self, live: LiveRequest, update: RequestUpdate) -> None:
         """This worker's context may be shorter than the prefill worker's, and the first token the last after all."""
         if update.finish_reason is not None:
-            self._deliver([_news(live, dataclasses.replace(update, new_tokens=()))])
+            self._deliver([news_of(live, dataclasses.replace(update, new_tokens=()))])
 
     def _abort(self, live: LiveRequest, reason: str) -> None:
         log.debug("aborted: %s", reason, extra={"request_id": live.order.request_id})
@@ -293,7 +262,7 @@ class DecodeService:
         self._parts.metrics.finished(live.timeline, live.usage, output.finish_reason)
         log_end(live, output)
 
-    def _deliver(self, news: Sequence[_News]) -> None:
+    def _deliver(self, news: Sequence[News]) -> None:
         for live, token_id, output, num_cached_tokens, num_recomputes in news:
             if live.is_finished:
                 continue  # aborted while the step ran
@@ -347,6 +316,10 @@ class DecodeService:
             self._parts.engine.abort(live.request.request_id)
             self._in_engine.pop(live.request.request_id, None)
 
+    def _let_go(self, live: LiveRequest) -> None:
+        if live.request is not None and live.request.request_id in self._in_engine and self._departures.suspend(live):
+            del self._in_engine[live.request.request_id]
+
     def on_begun(self, request: Request) -> None:
         """Do nothing: the router hears of a request with its first token."""
 
@@ -355,11 +328,14 @@ class DecodeService:
         for update in output.updates:
             live = self._in_engine.get(update.request.request_id)
             if live is not None and (update.new_tokens or update.finish_reason is not None):
-                news.append(_news(live, update))
+                news.append(news_of(live, update))
                 if update.finish_reason is not None:
                     del self._in_engine[update.request.request_id]
         if news:
             self._loop.call_soon_threadsafe(self._deliver, news)
+        for each in news:  # after their tokens, which are on their way
+            if each.live.is_leaving:
+                self._let_go(each.live)
 
     # ---- the process ------------------------------------------------------
 
@@ -371,6 +347,7 @@ class DecodeService:
             "sessions": [session.router_id for session in self._sessions],
             "live": self._num_live,
             "admitting": self._num_admitting,
+            "kept": len(self._departures),
             "draining": self._draining,
         }
 
@@ -384,8 +361,10 @@ class DecodeService:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
+                await self._departures.ended()
         except TimeoutError:
-            log.warning("still %d live requests after %g s of draining", self._num_live, timeout_s)
+            text = "still %d live requests, and %d kept for others, after %g s of draining"
+            log.warning(text, self._num_live, len(self._departures), timeout_s)
 
     async def close(self) -> None:
         self._draining = True
@@ -399,3 +378,4 @@ class DecodeService:
 
     async def settle(self) -> None:
         await self._admission.close()
+        await self._departures.settled()

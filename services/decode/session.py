@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from tandem.v1 import worker_pb2 as pb
 
-from services.orders import RESUMES
+from services.orders import MOVES, RESUMES
 from services.rates import Rates
 from services.worker import convert
 
@@ -107,7 +107,7 @@ class RouterSession:
         frame = pb.SessionFrame(
             load=last_load,
             incarnation=self._incarnation,
-            features=[RESUMES],
+            features=[RESUMES, MOVES],
             heartbeat_s=self._heartbeat_s,
             stuck=last_stuck,
         )

@@ -12,7 +12,8 @@ import pytest
 from tandem.v1 import worker_pb2 as pb
 
 from services.decode.config import DecodeConfig
-from services.decode.service import DecodeService, _News, _news
+from services.decode.news import News, news_of
+from services.decode.service import DecodeService
 from services.decode.session import RouterSession
 from services.engine.api import (
     FinishReason,
@@ -113,7 +114,7 @@ def test_only_first_last_and_log_probabilities_are_outputs_and_usage_is_in_none(
 
     def said(token: SampledToken, num_outputs: int, finish_reason: FinishReason | None = None) -> tuple[object, ...]:
         counts = {"num_output_tokens": num_outputs, "num_cached_tokens": 2, "num_preemptions": 3}
-        news = _news(live, RequestUpdate(request, 3, (token,), finish_reason, **counts))
+        news = news_of(live, RequestUpdate(request, 3, (token,), finish_reason, **counts))
         output = news.output
         if output is None:
             return ("row", news.token_id)
@@ -189,7 +190,7 @@ async def test_an_output_that_cannot_be_sent_ends_its_request_and_costs_the_othe
     for each in (first, second):
         service._start(session, each)
     lives = list(service._sessions[session].values())
-    service._deliver([_News(live, 7) for live in lives])
+    service._deliver([News(live, 7) for live in lives])
     assert [live.is_finished for live in lives] == [True, False]
     assert lives[1].usage.num_generated_tokens == 1
     service._abort(lives[1], "the test is over")

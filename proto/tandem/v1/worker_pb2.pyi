@@ -32,6 +32,7 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_ABORT: _ClassVar[FinishReason]
     FINISH_REASON_ERROR: _ClassVar[FinishReason]
+    FINISH_REASON_MOVED: _ClassVar[FinishReason]
 
 class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -61,6 +62,7 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_ABORT: FinishReason
 FINISH_REASON_ERROR: FinishReason
+FINISH_REASON_MOVED: FinishReason
 ERROR_CODE_UNSPECIFIED: ErrorCode
 ERROR_CODE_INVALID: ErrorCode
 ERROR_CODE_OVERLOADED: ErrorCode
@@ -168,7 +170,7 @@ class PromptHashes(_message.Message):
     def __init__(self, root: _Optional[bytes] = ..., block_size: _Optional[int] = ..., hashes: _Optional[bytes] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("handle", "request_id", "model", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefill_targets", "timeout_s", "prefix_sources", "prompt_hashes", "resumed_token_ids")
+    __slots__ = ("handle", "request_id", "model", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefill_targets", "timeout_s", "prefix_sources", "prompt_hashes", "resumed_token_ids", "move")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -181,6 +183,7 @@ class GenerateRequest(_message.Message):
     PREFIX_SOURCES_FIELD_NUMBER: _ClassVar[int]
     PROMPT_HASHES_FIELD_NUMBER: _ClassVar[int]
     RESUMED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MOVE_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     model: str
@@ -193,7 +196,22 @@ class GenerateRequest(_message.Message):
     prefix_sources: _containers.RepeatedCompositeFieldContainer[PrefixSource]
     prompt_hashes: PromptHashes
     resumed_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefill_targets: _Optional[_Iterable[_Union[PrefillTarget, _Mapping]]] = ..., timeout_s: _Optional[float] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ..., prompt_hashes: _Optional[_Union[PromptHashes, _Mapping]] = ..., resumed_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    move: Move
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefill_targets: _Optional[_Iterable[_Union[PrefillTarget, _Mapping]]] = ..., timeout_s: _Optional[float] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ..., prompt_hashes: _Optional[_Union[PromptHashes, _Mapping]] = ..., resumed_token_ids: _Optional[_Iterable[int]] = ..., move: _Optional[_Union[Move, _Mapping]] = ...) -> None: ...
+
+class Move(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "kv_address", "transfer_id", "num_tokens")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    KV_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: str
+    kv_address: str
+    transfer_id: bytes
+    num_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., kv_address: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class PrefixSource(_message.Message):
     __slots__ = ("holder_id", "incarnation", "kv_address", "num_blocks", "tier")
@@ -229,18 +247,26 @@ class AbortRequest(_message.Message):
     reason: str
     def __init__(self, handle: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class MoveRequest(_message.Message):
+    __slots__ = ("handle",)
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    def __init__(self, handle: _Optional[int] = ...) -> None: ...
+
 class SessionRequest(_message.Message):
-    __slots__ = ("hello", "generate", "abort")
+    __slots__ = ("hello", "generate", "abort", "move")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     GENERATE_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    MOVE_FIELD_NUMBER: _ClassVar[int]
     hello: SessionHello
     generate: GenerateRequest
     abort: AbortRequest
-    def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., generate: _Optional[_Union[GenerateRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequest, _Mapping]] = ...) -> None: ...
+    move: MoveRequest
+    def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., generate: _Optional[_Union[GenerateRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequest, _Mapping]] = ..., move: _Optional[_Union[MoveRequest, _Mapping]] = ...) -> None: ...
 
 class Output(_message.Message):
-    __slots__ = ("handle", "token_ids", "logprobs", "finish_reason", "stop_token_id", "error", "prompt_logprobs", "usage", "stamps")
+    __slots__ = ("handle", "token_ids", "logprobs", "finish_reason", "stop_token_id", "error", "prompt_logprobs", "usage", "stamps", "move")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -250,6 +276,7 @@ class Output(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     STAMPS_FIELD_NUMBER: _ClassVar[int]
+    MOVE_FIELD_NUMBER: _ClassVar[int]
     handle: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[PositionLogprobs]
@@ -259,10 +286,11 @@ class Output(_message.Message):
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PositionLogprobs]
     usage: Usage
     stamps: _containers.RepeatedCompositeFieldContainer[Stamp]
-    def __init__(self, handle: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., stamps: _Optional[_Iterable[_Union[Stamp, _Mapping]]] = ...) -> None: ...
+    move: Move
+    def __init__(self, handle: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., stamps: _Optional[_Iterable[_Union[Stamp, _Mapping]]] = ..., move: _Optional[_Union[Move, _Mapping]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "num_transferred_blocks", "num_transferred_bytes", "prefilled_locally", "prefill_worker_id", "num_recomputes", "fetched", "prefill_rates")
+    __slots__ = ("num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "num_transferred_blocks", "num_transferred_bytes", "prefilled_locally", "prefill_worker_id", "num_recomputes", "fetched", "prefill_rates", "moved")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -273,6 +301,7 @@ class Usage(_message.Message):
     NUM_RECOMPUTES_FIELD_NUMBER: _ClassVar[int]
     FETCHED_FIELD_NUMBER: _ClassVar[int]
     PREFILL_RATES_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_generated_tokens: int
     num_cached_tokens: int
@@ -283,7 +312,8 @@ class Usage(_message.Message):
     num_recomputes: int
     fetched: _containers.RepeatedCompositeFieldContainer[FetchedPrefix]
     prefill_rates: Rates
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_transferred_bytes: _Optional[int] = ..., prefilled_locally: _Optional[bool] = ..., prefill_worker_id: _Optional[str] = ..., num_recomputes: _Optional[int] = ..., fetched: _Optional[_Iterable[_Union[FetchedPrefix, _Mapping]]] = ..., prefill_rates: _Optional[_Union[Rates, _Mapping]] = ...) -> None: ...
+    moved: FetchedPrefix
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_transferred_bytes: _Optional[int] = ..., prefilled_locally: _Optional[bool] = ..., prefill_worker_id: _Optional[str] = ..., num_recomputes: _Optional[int] = ..., fetched: _Optional[_Iterable[_Union[FetchedPrefix, _Mapping]]] = ..., prefill_rates: _Optional[_Union[Rates, _Mapping]] = ..., moved: _Optional[_Union[FetchedPrefix, _Mapping]] = ...) -> None: ...
 
 class FetchedPrefix(_message.Message):
     __slots__ = ("holder_id", "tier", "lane", "num_blocks", "num_bytes", "seconds")

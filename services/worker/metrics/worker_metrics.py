@@ -37,12 +37,13 @@ _STAGES = {
     "total": (Event.RECEIVED, Event.FINISHED),
 }
 _REGULAR_ENDS = frozenset({pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH})
-_FINISH_REASONS = ("stop", "length", "abort", "error")
+_FINISH_REASONS = ("stop", "length", "abort", "error", "moved")
 _HANDOFF_FAILURES = ("unreachable", "timeout", "digest", "peer_lost", "rpc", "overloaded")
 
 Refusal = Literal["draining", "full", "stuck", "invalid", "protocol"]
 OrderOutcome = Literal["finished", "refused", "failed", "cancelled", "expired"]
-RecomputeCause = Literal["handoff", "preemption"]
+RecomputeCause = Literal["handoff", "preemption", "move"]
+MoveOutcome = Literal["left", "joined", "recomputed"]
 
 
 class RequestMetrics:
@@ -115,6 +116,7 @@ class WorkerMetrics:
         self._prefills = WORKER.counter("tandem:prefills", own, ("local", "handoff"))
         self._handoff_failures = WORKER.counter("tandem:handoff_failures", own, _HANDOFF_FAILURES)
         self._recomputes = WORKER.counter("tandem:recomputes", own, get_args(RecomputeCause))
+        self._moves = WORKER.counter("tandem:moved_requests", own, get_args(MoveOutcome))
         self._handoff_blocks = WORKER.counter("tandem:handoff_blocks", own)
         self._handoff_bytes = WORKER.counter("tandem:handoff_bytes", own)
         self._prefix_fetches = WORKER.counter("tandem:prefix_fetches", own)
@@ -155,6 +157,10 @@ class WorkerMetrics:
     def recomputed(self, cause: RecomputeCause, number: int = 1) -> None:
         """A prompt, or what was generated from it, is computed again."""
         self._recomputes.labels(cause).inc(number)
+
+    def moved(self, outcome: MoveOutcome) -> None:
+        """A request left for another decode worker, or came from one, with its blocks or without."""
+        self._moves.labels(outcome).inc()
 
     def handed_off(self, num_blocks: int, num_bytes: int) -> None:
         self._handoff_blocks.inc(num_blocks)
