@@ -356,8 +356,11 @@ class DecodeService:
         for session in self._sessions:
             session.set_stuck(stuck)
 
-    async def drain(self, timeout_s: float) -> None:
+    def begin_drain(self) -> None:
         self._draining = True
+
+    async def drain(self, timeout_s: float) -> None:
+        self.begin_drain()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()

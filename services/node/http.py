@@ -1,4 +1,4 @@
-"""Serves HTTP for workers and store nodes: `/metrics`, `/health`, and `/debug/*` to look for leaks."""
+"""Serves HTTP for workers and store nodes: `/metrics`, `/health`, `/debug/*` to look for leaks, and `/drain`."""
 
 from __future__ import annotations
 
@@ -56,11 +56,13 @@ class DebugServer:
         note: Callable[[], str] = str,
         tokens: Sequence[str] = (),
         open_metrics: bool = True,
+        drain: Callable[[], None] | None = None,
     ) -> None:
         """`unhealthy` says why nobody should rely on it, `not_ready` why it does not serve; empty: all is well.
 
         `note`: what whoever finds it healthy must know. `tokens`: one of them is needed for all but the probes, and
-        the metrics with `open_metrics`; where there are none, nothing needs one.
+        the metrics with `open_metrics`; where there are none, nothing needs one. `drain` is called for a POST to
+        `/drain`.
         """
         app = FastAPI(openapi_url=None)
 
@@ -93,6 +95,13 @@ class DebugServer:
             except Exception as error:  # whatever is wrong is the answer
                 return JSONResponse({"ok": False, "error": f"{type(error).__name__}: {error}"}, status_code=500)
             return JSONResponse({"ok": True})
+
+        if drain is not None:
+
+            @app.post("/drain")
+            async def drain_now() -> JSONResponse:
+                drain()
+                return JSONResponse({"status": "draining"}, status_code=202)
 
         is_open = _PROBES | {"/metrics"} if open_metrics else _PROBES
         config = uvicorn.Config(

@@ -290,8 +290,11 @@ class PrefillService:
                 if not running.expired():
                     running.reschedule(self._loop.time())
 
-    async def drain(self, timeout_s: float) -> None:
+    def begin_drain(self) -> None:
         self._draining = True
+
+    async def drain(self, timeout_s: float) -> None:
+        self.begin_drain()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()

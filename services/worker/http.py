@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
@@ -22,6 +23,8 @@ class WorkerHttp:
         """Of the worker's start, or of its end; empty while it serves."""
         self.stuck = ""
         """What stands still; empty: nothing."""
+        self.drain_asked = asyncio.Event()
+        """Somebody wants the worker to take nothing new on, and to let go what it has."""
         self._role = role
         self._parts: WorkerParts | None = None
         self._service_state: Callable[[], Mapping[str, object]] = dict
@@ -35,6 +38,7 @@ class WorkerHttp:
             note=lambda: SIMULATION if self._parts and self._parts.engine.capabilities.is_simulation else "",
             tokens=tokens,
             open_metrics=open_metrics,
+            drain=self.drain_asked.set,
         )
 
     async def start(self, host: str, port: int) -> str:

@@ -57,8 +57,11 @@ class WorkerService(StepListener, Protocol):
     def set_stuck(self, stuck: str) -> None:
         """A part of the worker stands still (empty: no longer): take nothing on, and tell whoever waits."""
 
+    def begin_drain(self) -> None:
+        """Refuse new work from now on, and let others take over what runs."""
+
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new work; return when the running work is done, or when the time is up."""
+        """Do that, and return when the running work is done or gone, or when the time is up."""
 
     async def close(self) -> None:
         """End what still runs, with an error to whoever waits for it."""
@@ -319,12 +322,17 @@ async def _serve_open(
         level = logging.DEBUG if config.disable_log_stats else detail_level()
         async with activity_logged(activity.line, level), _watched(config, worker, front, registrar):
             with pool_backed(parts.engine.memory, parts.threads):
-                if not await _has_ended(stop.wait(), parts.thread):
+                if not await _has_ended(_any_of(stop, front.http.drain_asked), parts.thread):
                     return 1
-            log.log(detail_level(), "%s drains for at most %g s", parts.worker_id, config.drain_timeout_s)
             front.http.phase = "draining"
             await worker.server.set_draining()
             registrar.update(msgspec.structs.replace(registrar.record, draining=True))
+            worker.service.begin_drain()
+            if not stop.is_set():
+                log.info("%s drains, and ends when it is told to", parts.worker_id)
+                if not await _has_ended(stop.wait(), parts.thread):
+                    return 1
+            log.log(detail_level(), "%s drains for at most %g s", parts.worker_id, config.drain_timeout_s)
             return 0 if await _has_ended(worker.service.drain(config.drain_timeout_s), parts.thread) else 1
     finally:
         await registrar.close()  # before what it has announced is gone
@@ -348,6 +356,16 @@ async def _watched(
     async with watched(watches, config.stuck_exit_s, parts.threads, on_change) as dog:
         parts.metrics.progress.watch(dog)
         yield
+
+
+async def _any_of(*events: asyncio.Event) -> None:
+    """Wait until one of them is set."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 def _about(engine: Engine) -> str:
