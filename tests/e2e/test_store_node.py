@@ -94,3 +94,27 @@ async def test_the_router_finds_in_the_index_what_only_the_store_has(stack: Stac
     async with Client(stack, NUM_NEW_TOKENS) as client:
         answer = await client.complete(prompt)
     assert (answer.tokens, answer.num_cached) == (expected, len(prompt) // 32 * 32)
+
+
+async def test_a_long_answer_is_kept_while_it_grows_so_that_its_workers_loss_costs_a_fetch(stack: Stack) -> None:
+    (prompt,), num_said, length = random_prompts([100], seed=54), 140, 400
+    expected = reference_greedy(stack.model, [prompt], num_said + NUM_NEW_TOKENS, ignore_eos=True)[0]
+    said: list[int] = []
+    async with Client(stack, NUM_NEW_TOKENS) as client:
+        async with client.stream(prompt, max_tokens=length) as chunks:
+            async for chunk in chunks:
+                said += chunk["choices"][0]["token_ids"]
+                if len(said) >= num_said:
+                    break
+            grown = Orders(stack, NUM_NEW_TOKENS).hashes([*prompt, *said[: num_said - 1]])
+            await until_held(stack, grown, "store-0", Tier.STORE)
+            assert sum(stack.metric(name, "vllm:num_requests_running") for name in WORKERS) == 1, "it still goes on"
+        stack.restart(*WORKERS)
+        stack.wait_ready()
+        answer = await client.complete([*prompt, *said[:num_said]])
+    assert said[:num_said] == expected[:num_said]
+    assert answer.tokens == expected[num_said:]
+    (part,) = answer.receipt["fetched"]
+    assert (part["holder_id"], part["blocks"]) == ("store-0", len(grown))
+    assert len(grown) > len(prompt) // 32 + 3
+    assert answer.receipt["computed_tokens"] < 32 + 1

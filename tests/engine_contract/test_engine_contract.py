@@ -471,6 +471,19 @@ def test_blocks_whose_hashes_are_wrong_are_left_to_nobody(engine: Engine) -> Non
 # ---- the prefix cache -------------------------------------------------------------------
 
 
+def test_a_running_requests_output_can_be_found_block_by_block_as_it_grows(engine: Engine) -> None:
+    prompt = prompt_of(20)
+    engine.add_request(ask("r", prompt, max_tokens=60))
+    outputs: list[int] = []
+    while engine.has_work:
+        outputs += [token.token_id for update in engine.step().updates for token in update.new_tokens]
+        # All but the newest token's KV is there.
+        found = engine.peek_prefix(hashes_of(engine, [*prompt, *outputs]))
+        assert found == (len(prompt) + max(len(outputs) - 1, 0)) // 16
+    published = [change for change in engine.take_cache_changes() if change.event is CacheEvent.PUBLISHED]
+    assert [change.block_hash for change in published] == hashes_of(engine, [*prompt, *outputs[:-1]])
+
+
 def test_a_prefix_of_another_engine_is_found_like_an_own_one(make: Callable[[], Engine]) -> None:
     holder, reader, prompt = make(), make(), prompt_of(70)
     expected = tokens(run(holder, ask("r", prompt)), "r")
