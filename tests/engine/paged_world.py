@@ -82,11 +82,11 @@ class PagedWorld:
         return flat[:num_tokens]
 
     def transfer(self, request: Request, block_ids: Sequence[int], num_present: int) -> None:
-        """Write a prompt's content into reserved blocks, as a transfer does, and check those that were there."""
+        """Write a context's content into reserved blocks, as a transfer does, and check those that were there."""
         size = self.config.block_size
-        prompt = request.prompt_token_ids
-        assert self.read(block_ids, num_present * size) == list(prompt[: num_present * size])
+        context = request.token_ids
+        assert self.read(block_ids, num_present * size) == context[: num_present * size]
         for index in range(num_present, len(block_ids)):
             assert self.pool.num_references(block_ids[index]) == 1, "a transfer writes to a shared block"
-            content = list(prompt[index * size : (index + 1) * size])
-            self.blocks[block_ids[index]] = content + [None] * (size - len(content))
+            content = context[index * size : (index + 1) * size]
+            self.blocks[block_ids[index]] = [*content, *([None] * (size - len(content)))]

@@ -101,6 +101,41 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not was_live or request.finish_reason is FinishReason.ABORT
         self.grant()
 
+    @rule(target=requests, request=requests, reserves=st.booleans())
+    def suspend(self, request: Request, reserves: bool) -> Request:
+        """Move a request to another engine, which is this one: with its blocks by a transfer, or without."""
+        decodes = request.status is RequestStatus.RUNNING and request.num_tokens - request.num_computed_tokens == 1
+        goes = decodes and len(request.output_token_ids) > 0
+        goes = goes or request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        assert (self.scheduler.suspend(request.request_id) is request) == goes
+        if not goes:
+            return request
+        assert request.finish_reason is FinishReason.MOVED
+        if request.block_table:
+            computed = self.world.read(request.block_table, request.num_computed_tokens)
+            assert computed == request.token_ids[:-1]
+            self.lent.append(list(request.block_table))
+        # A transfer brings all but the newest token, which the other engine is given as the first one.
+        num_resumed = max(len(request.output_token_ids) - reserves, 0)
+        self.num_requests += 1
+        follower = Request(
+            f"r{self.num_requests}",
+            request.prompt_token_ids,
+            request.sampling,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+            hold_blocks=request.hold_blocks and not reserves,
+            resumed_token_ids=request.output_token_ids[:num_resumed],
+        )
+        try:
+            (self.scheduler.reserve if reserves else self.scheduler.add)(follower)
+        except QueueFull:
+            pass
+        else:
+            self.accepted.append(follower)
+        self.grant()
+        return follower
+
     @rule(request=requests)
     def cancel_reservation(self, request: Request) -> None:
         was_reserving = request.status is RequestStatus.RESERVING
@@ -116,7 +151,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         request, grant = self.granted.pop(data.draw(st.sampled_from(sorted(self.granted))))
         if request.status is RequestStatus.RESERVED and data.draw(st.booleans()):
             self.world.transfer(request, grant.block_ids, grant.num_present)
-            first_token = SampledToken(next_token(request.prompt_token_ids))
+            first_token = SampledToken(next_token(request.token_ids))
             update = self.scheduler.add_prefilled(request, grant.block_ids, grant.block_ids, first_token)
             assert update.new_tokens == (first_token,)
             assert (update.finish_reason is not None) == request.is_finished
@@ -198,7 +233,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def grant(self) -> None:
         for request, grant in self.scheduler.grant_reservations():
-            assert len(grant.block_ids) == self.config.num_blocks_for(request.num_prompt_tokens)
+            assert len(grant.block_ids) == self.config.num_blocks_for(request.num_context_tokens)
             self.granted[request.request_id] = request, grant
 
     @invariant()
@@ -218,7 +253,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 _, (request, grant) = self.granted.popitem()
                 if request.status is RequestStatus.RESERVED:
                     self.world.transfer(request, grant.block_ids, grant.num_present)
-                    token = SampledToken(next_token(request.prompt_token_ids))
+                    token = SampledToken(next_token(request.token_ids))
                     self.scheduler.add_prefilled(request, grant.block_ids, grant.block_ids, token)
                 else:
                     self.scheduler.release_reservation(request, grant.block_ids)
@@ -239,7 +274,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         expected = expected_outputs(request.prompt_token_ids, request.sampling, MAX_MODEL_LEN)
         if request.hold_blocks:
             expected = expected[:1]
-        if request.finish_reason is FinishReason.ABORT:
+        if request.finish_reason in (FinishReason.ABORT, FinishReason.MOVED):
             assert request.output_token_ids == expected[: len(request.output_token_ids)]
             return
         assert request.output_token_ids == expected
