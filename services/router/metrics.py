@@ -167,7 +167,8 @@ class RouterMetrics:
             self._resume_pause.observe(resume.pause_s)
             self._resumed_tokens.labels("recomputed").inc(resume.num_recomputed_tokens)
             self._resumed_tokens.labels("fetched").inc(resume.num_fetched_tokens)
-            self._resumed_tokens.labels("reused").inc(resume.num_cached_tokens - resume.num_fetched_tokens)
+            self._resumed_tokens.labels("reused").inc(resume.num_reused_tokens)
+            self._resumed_tokens.labels("moved").inc(resume.num_moved_tokens)
 
     def count_decision(self, policy: str, reason: str, prefills_locally: bool) -> None:
         """Workers were chosen; `reason` is `Decision.cause`."""

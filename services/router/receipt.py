@@ -33,7 +33,7 @@ class Resume:
     worker_id: str
     """Who was lost."""
     reason: str
-    """lost, given_up"""
+    """lost, given_up, moved"""
     num_carried_tokens: int
     """What it had said, which nobody sampled again."""
     block_size: int
@@ -45,6 +45,9 @@ class Resume:
     """What the worker that went on said of prompt and carried tokens."""
     num_repeated_tokens: int = 0
     """Of the carried ones, those that it had to say again, since it is of an older version."""
+    is_exact: bool = False
+    """Whether all who went on compute as the first worker did: else the tokens may differ from what it would have
+    said."""
 
     @property
     def num_cached_tokens(self) -> int:
@@ -61,6 +64,15 @@ class Resume:
         num_blocks = 0 if self.usage is None else sum(part.num_blocks for part in self.usage.fetched)
         return min(num_blocks * self.block_size, self.num_cached_tokens)
 
+    @property
+    def num_moved_tokens(self) -> int:
+        """All, where their KV came from the worker before: nothing was looked up or computed then."""
+        return self.num_cached_tokens if self.usage is not None and self.usage.HasField("moved") else 0
+
+    @property
+    def num_reused_tokens(self) -> int:
+        return self.num_cached_tokens - self.num_fetched_tokens - self.num_moved_tokens
+
     def to_json(self) -> dict[str, object]:
         return {
             "worker_id": self.worker_id,
@@ -68,8 +80,11 @@ class Resume:
             "pause_seconds": self.pause_s,
             "carried_tokens": self.num_carried_tokens,
             "recomputed_tokens": self.num_recomputed_tokens,
-            "reused_tokens": self.num_cached_tokens - self.num_fetched_tokens,
+            "reused_tokens": self.num_reused_tokens,
             "fetched_tokens": self.num_fetched_tokens,
+            "moved_tokens": self.num_moved_tokens,
+            "moved": _part_to_json(self.usage.moved) if self.usage and self.usage.HasField("moved") else None,
+            "exact": self.is_exact,
         }
 
 
@@ -131,6 +146,13 @@ class Receipt:
         """Return the number of blocks read from other processes: one digest each."""
         return self.usage.num_transferred_blocks + self._num_fetched_blocks
 
+    @property
+    def resumed_elsewhere(self) -> str | None:
+        """Whether the tokens are for certain those of an undisturbed run; None for a sequence that stayed."""
+        if not self.resumes:
+            return None
+        return "exact" if all(resume.is_exact for resume in self.resumes) else "inexact"
+
     def seconds_between(self, start: Event, end: Event) -> float | None:
         """None where one of them is not known. Clocks of two machines may differ; time never runs backwards."""
         if start not in self.unix_s or end not in self.unix_s:
@@ -149,23 +171,14 @@ class Receipt:
             "numerics": self.numerics or None,
             "attempts": self.num_attempts,
             "recomputes": usage.num_recomputes,
+            "resumed_elsewhere": self.resumed_elsewhere,
             "resumes": [resume.to_json() for resume in self.resumes],
             "prompt_tokens": usage.num_prompt_tokens,
             "completion_tokens": self.num_generated_tokens,
             "computed_tokens": self.num_computed_tokens,
             "reused_tokens": self.num_reused_tokens,
             "fetched_tokens": self.num_fetched_tokens,
-            "fetched": [
-                {
-                    "holder_id": part.holder_id,
-                    "tier": part.tier,
-                    "lane": part.lane,
-                    "blocks": part.num_blocks,
-                    "bytes": part.num_bytes,
-                    "seconds": part.seconds,
-                }
-                for part in usage.fetched
-            ],
+            "fetched": list(map(_part_to_json, usage.fetched)),
             "handoff": {"blocks": usage.num_transferred_blocks, "bytes": usage.num_transferred_bytes},
             "digests_checked": self.num_digests_checked,
             "stage_seconds": {
@@ -174,6 +187,17 @@ class Receipt:
             },
             "unix_seconds": {event.name.lower(): unix_s for event, unix_s in sorted(self.unix_s.items())},
         }
+
+
+def _part_to_json(part: pb.FetchedPrefix) -> dict[str, object]:
+    return {
+        "holder_id": part.holder_id,
+        "tier": part.tier,
+        "lane": part.lane,
+        "blocks": part.num_blocks,
+        "bytes": part.num_bytes,
+        "seconds": part.seconds,
+    }
 
 
 def make_receipt(

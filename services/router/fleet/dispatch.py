@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from tandem.v1 import worker_pb2 as pb
 
-from services.orders import RESUMES
+from services.orders import MOVES, RESUMES
 from services.router.admission import Room
 from services.router.errors import ApiError, is_retryable, overloaded, unavailable
 from services.router.fleet.placement import Ask, Placement, Placer
@@ -27,7 +27,7 @@ from services.router.fleet.session import SessionDown, SessionFull, WorkerSessio
 from services.router.fleet.workers import Workers
 from services.router.metrics import RouterMetrics
 from services.router.receipt import Resume
-from services.router.routing import Refusal
+from services.router.routing import Refusal, is_exact
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,9 @@ class _Sink:
 
     def lose(self, reason: str) -> None:
         self._guarded(self.dispatch._on_loss, reason)
+
+    def may_leave(self) -> bool:
+        return bool(self.dispatch._places_to_move_to(self.sequence))
 
     def _guarded(self, take: Callable[[Sequence, T], None], news: T) -> None:
         try:
@@ -156,7 +159,16 @@ class Dispatch:
     def _submit(self, sequence: Sequence, ask: Ask, retried_after: str = "") -> Refusal | None:
         while True:
             attempt = sequence.num_attempts + 1
-            placement = self._placer.place(ask, sequence.tried, attempt=attempt, retried_after=retried_after)
+            # A sequence that moves goes where there is room for it, if there still is.
+            places = set(self._places_to_move_to(sequence)) - set(sequence.tried) if sequence.move is not None else ()
+            placement = self._placer.place(
+                ask,
+                sequence.tried,
+                among=places,
+                attempt=attempt,
+                retried_after=retried_after,
+                numerics=sequence.numerics,
+            )
             if isinstance(placement, Refusal):
                 return placement
             sequence.tried.append(placement.decision.decode.worker_id)
@@ -183,11 +195,14 @@ class Dispatch:
             num_repeated = len(order.resumed_token_ids)
             for resumed_field in ("resumed_token_ids", "prompt_hashes", "prefix_sources"):
                 order.ClearField(resumed_field)
+        if MOVES not in session.features:
+            order.ClearField("move")
         if sequence.ends_s is not None:
             order.timeout_s = max(sequence.ends_s - self._clock(), 0.001)
         sequence.handle = session.submit(message, _Sink(self, sequence))
         sequence.session = session
         sequence.placement = placement
+        sequence.numerics = sequence.numerics or placement.decision.decode.numerics
         sequence.awaits_prefill = True
         sequence.num_repeated = num_repeated
         if sequence.resumes:
@@ -216,7 +231,11 @@ class Dispatch:
                 output.finish_reason = pb.FINISH_REASON_ERROR
                 output.error.code = pb.ERROR_CODE_UNAVAILABLE
                 output.error.message = "the decode worker aborted the request"
+            left = sequence.session
             self._leave(sequence, "")
+            if output.finish_reason == pb.FINISH_REASON_MOVED:
+                self._move(sequence, output, left)
+                return
             if output.finish_reason == pb.FINISH_REASON_ERROR and self._goes_on(sequence, output.error):
                 return
             if output.finish_reason == pb.FINISH_REASON_ERROR:
@@ -267,6 +286,22 @@ class Dispatch:
 
     # ---- going on elsewhere -------------------------------------------------------
 
+    def _places_to_move_to(self, sequence: Sequence) -> Collection[str]:
+        num_tokens = len(sequence.ask.order.prompt_token_ids) + len(sequence.token_ids) + 1
+        if sequence.placement is None or sequence.ended:
+            return ()
+        return self._placer.places_to_move_to(sequence.ask, sequence.placement, num_tokens)
+
+    def _move(self, sequence: Sequence, output: pb.Output, left: WorkerSession | None) -> None:
+        """Its worker, which drains, has let it go as we asked."""
+        assert left is not None, f"{sequence.request_id} left a worker that it was not at"
+        sequence.tried.clear()
+        if output.HasField("move"):
+            sequence.move = output.move
+            sequence.move.kv_address = left.record.kv_address
+        message = f"decode worker {left.record.worker_id} drains"
+        self._search(sequence, pb.Error(code=pb.ERROR_CODE_UNAVAILABLE, message=message), "moved", waits=True)
+
     def _search(self, sequence: Sequence, error: pb.Error, reason: str, *, waits: bool) -> None:
         """Look for another worker; without one the sequence ends with `error`."""
         self._note_pause(sequence, reason)
@@ -312,8 +347,13 @@ class Dispatch:
             sequence.resumes.append(Resume(worker_id, reason, num_tokens, space.block_size, sequence.newest_token_s))
 
     def _resumed(self, sequence: Sequence) -> None:
-        resume = sequence.resumes[-1]
+        resume, sequence.move = sequence.resumes[-1], None
         resume.pause_s = max(self._clock() - resume.since_s, 0.0)
+        assert sequence.placement is not None, f"{sequence.request_id} goes on nowhere"
+        computed_by = [sequence.placement.decision.decode.numerics]
+        if resume.usage is not None and resume.usage.prefill_worker_id:
+            computed_by.append(self._workers.numerics(resume.usage.prefill_worker_id))
+        resume.is_exact = is_exact(sequence.numerics, *computed_by)
         self._metrics.count_resume(resume)
 
     # ---- its end --------------------------------------------------------------------

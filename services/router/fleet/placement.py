@@ -33,6 +33,7 @@ from services.router.routing import (
     bounded,
     choose,
     next_state,
+    places_to_move_to,
 )
 
 MAX_PREFIX_SOURCES = 4
@@ -105,10 +106,19 @@ class Placer:
         return list(dict.fromkeys(found))
 
     def place(
-        self, ask: Ask, exclude: Collection[str], *, attempt: int = 1, retried_after: str = "", numerics: str = ""
+        self,
+        ask: Ask,
+        exclude: Collection[str],
+        *,
+        among: Collection[str] = (),
+        attempt: int = 1,
+        retried_after: str = "",
+        numerics: str = "",
     ) -> Placement | Refusal:
-        """Chooses workers, for what was begun elsewhere those of that worker's `numerics` first. Nothing is counted
-        before `sent`."""
+        """Chooses workers. Nothing is counted before `sent`.
+
+        `among`: these decode workers only, if there are any. `numerics`: of the worker that it was begun on, whose like
+        are preferred."""
         spaces = {space.model_fingerprint: space for space in self.spaces(ask.order.model, ask.fingerprints)}
         prefixes = {fingerprint: self._known(ask, space) for fingerprint, space in spaces.items()}
         cost = CostModel(self._workers.rates(next(iter(spaces), "")))
@@ -116,7 +126,11 @@ class Placer:
         request = RoutedRequest(ask.order.model, num_tokens, ask.key, prefixes, numerics)
         decision = choose(
             request,
-            [each for each in self._workers.decode_candidates() if each.model_fingerprint in spaces],
+            [
+                each
+                for each in self._workers.decode_candidates()
+                if each.model_fingerprint in spaces and (not among or each.worker_id in among)
+            ],
             self._workers.prefill_candidates(),
             exclude,
             policy=self._policy,
@@ -145,6 +159,13 @@ class Placer:
         if isinstance(decision, Refusal):
             return decision
         return Placement(decision, spaces[fingerprint], ask.blocks)
+
+    def places_to_move_to(self, ask: Ask, placement: Placement, num_tokens: int) -> Collection[str]:
+        """Decode workers that could take a live sequence of so many tokens, with its blocks and at once; none: stay."""
+        num_blocks = -(-num_tokens // placement.space.block_size)
+        candidates = self._workers.decode_candidates()
+        places = places_to_move_to(placement.decision.decode, candidates, ask.order.model, num_blocks)
+        return [place.worker_id for place in places]
 
     def fill_order(self, order: pb.GenerateRequest, placement: Placement) -> None:
         """Names the prefill workers, the other holders of the prefix and the blocks' hashes in an order."""

@@ -125,6 +125,10 @@ class Sequence:
     """Of these, how many the present worker has still to say again."""
     usage: pb.Usage | None = None
     """What its first token's worker said of the prompt."""
+    move: pb.Move | None = None
+    """Where its KV is, after a worker that drains has let it go, until another one has said a token."""
+    numerics: str = ""
+    """Of the worker that it was begun on."""
     resumes: list[Resume] = field(default_factory=list)
 
     @property
@@ -154,6 +158,8 @@ class Sequence:
         order.CopyFrom(self.ask.order)
         order.resumed_token_ids.extend(self.token_ids)
         order.sampling.ClearField("prompt_logprobs")
+        if self.move is not None:
+            order.move.CopyFrom(self.move)
         return order
 
     def add_token(self, token_id: int, now_s: float) -> bool:

@@ -21,7 +21,7 @@ from typing import Protocol
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import WorkerRecord
-from services.orders import Orders, StreamBroken, is_cancelled
+from services.orders import MOVES, Orders, StreamBroken, is_cancelled
 from services.rates import GUESSED, Rates
 from services.router.fleet.silence import Silence
 
@@ -33,6 +33,9 @@ MAX_OUTBOX_BYTES = 64 << 20
 """Of orders that the connection has not taken yet. Who has several waits from a part of that on."""
 _DRAINED_BYTES = 8 << 20
 _FIRST_BACKOFF_S = 0.1
+# Requests that leave a draining worker at a time: the room that each takes elsewhere is counted when it has come there.
+_MAX_LEAVING = 4
+_STAY_S = 0.25  # until one that found no room elsewhere is looked at again
 
 
 class OutputSink(Protocol):
@@ -46,6 +49,9 @@ class OutputSink(Protocol):
 
     def lose(self, reason: str) -> None:
         """The end, too: the worker is lost. Nothing else comes."""
+
+    def may_leave(self) -> bool:
+        """Whether it could go on at another worker now, since this one drains."""
 
 
 class SessionDown(Exception):
@@ -93,6 +99,8 @@ class WorkerSession:
         self._last_handle = 0
         self._num_sent_since_load = 0
         self._num_tokens_since_load = 0
+        self._leaving: set[int] = set()  # told to go on elsewhere, and not ended yet
+        self._look_s = 0.0  # when to look next for who may leave, by the loop's clock
         self._outbox: deque[tuple[pb.SessionRequest, int]] = deque()
         self._outbox_bytes = 0
         self._outbox_filled = asyncio.Event()
@@ -143,6 +151,7 @@ class WorkerSession:
     def abort(self, handle: int, reason: str) -> None:
         """Ends the request at the worker; nothing of it is delivered any more. No-op if it has ended."""
         if self._live.pop(handle, None) is not None:
+            self._leaving.discard(handle)
             self._forget_one_sent()
             self._send(pb.SessionRequest(abort=pb.AbortRequest(handle=handle, reason=reason)))
 
@@ -276,10 +285,29 @@ class WorkerSession:
                 sink.deliver_token(token_id)
         for output in ended:
             if (sink := self._live.pop(output.handle, None)) is not None:
+                self._leaving.discard(output.handle)
                 self._forget_one_sent()
                 sink.deliver(output)
         if frame.HasField("load"):
             self._on_load()
+        if self.load.draining and MOVES in self.features:
+            self._let_leave()
+
+    def _let_leave(self) -> None:
+        """Tell a draining worker which requests go on elsewhere: some at a time, as long as there is room for them."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s < self._look_s:
+            return
+        for handle, sink in list(self._live.items()):
+            if len(self._leaving) >= _MAX_LEAVING:
+                return
+            if handle in self._leaving:
+                continue
+            if sink.may_leave():
+                self._leaving.add(handle)
+                self._send(pb.SessionRequest(move=pb.MoveRequest(handle=handle)))
+            else:
+                self._look_s = now_s + _STAY_S
 
     def _forget_one_sent(self) -> None:
         # It has ended, so it stands in front of nobody, whether or not a load has counted it yet.
@@ -301,6 +329,7 @@ class WorkerSession:
         self._num_sent_since_load = 0
         self._num_tokens_since_load = 0
         self.load = pb.Load()
+        self._leaving.clear()
         lost, self._live = self._live, {}
         for sink in lost.values():
             sink.lose(reason)

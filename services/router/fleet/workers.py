@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import Membership, WorkerRecord
-from services.orders import Orders
+from services.orders import MOVES, Orders
 from services.rates import Rates, mean_rates
 from services.router.fleet.session import WorkerSession, rates_from_proto
 from services.router.fleet.silence import Silence
@@ -178,6 +178,7 @@ class Workers:
                 local_prefill_max_tokens=record.local_prefill_max_tokens,
                 is_simulation=record.is_simulation,
                 numerics=record.numerics,
+                moves=MOVES in session.features,
             )
             for record, session in self._decode_sessions()
         ]
@@ -198,6 +199,10 @@ class Workers:
             for record in self._records
             if record.role == "prefill"
         ]
+
+    def numerics(self, worker_id: str) -> str:
+        """Returns the name of a worker's arithmetic; empty where it says none, or is not there any more."""
+        return next((record.numerics for record in self._records if record.worker_id == worker_id), "")
 
     def prefill_rates(self, worker_id: str, rates: pb.Rates) -> None:
         """A prefill worker has said how fast it is, with the answer to one of our prompts."""

@@ -2,6 +2,7 @@
 
 from services.router.routing.cost import CostModel, Held, KnownPrefix
 from services.router.routing.explain import MAX_CANDIDATES, DecisionEntry, DecisionLog, bounded
+from services.router.routing.moving import places_to_move_to
 from services.router.routing.numerics import is_exact, prefer_equal
 from services.router.routing.policies import (
     Decision,
@@ -36,5 +37,6 @@ __all__ = [
     "choose",
     "is_exact",
     "next_state",
+    "places_to_move_to",
     "prefer_equal",
 ]

@@ -68,6 +68,8 @@ class DecodeCandidate:
     """Its tokens mean nothing."""
     numerics: str = ""
     """Names its arithmetic (numerics.py)."""
+    moves: bool = False
+    """It takes live requests on with their KV."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,30 @@
+"""Says where a live request could go on that has to leave its decode worker. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from services.router.routing.numerics import prefer_equal
+from services.router.routing.policies import DecodeCandidate
+
+
+def places_to_move_to(
+    leaves: DecodeCandidate, others: Sequence[DecodeCandidate], model: str, num_blocks: int
+) -> Sequence[DecodeCandidate]:
+    """Return who can take a request of so many blocks, and at once: those that compute as its worker does, if any can.
+
+    Each request there may want a block more within a few steps; what is left for those is not taken.
+    """
+    able = [
+        other
+        for other in others
+        if other.worker_id != leaves.worker_id
+        and other.connected
+        and not other.draining
+        and other.moves
+        and model in other.model_names
+        and other.model_fingerprint == leaves.model_fingerprint
+        and other.num_outstanding < other.max_num_seqs
+        and num_blocks + other.num_outstanding < other.num_free_blocks
+    ]
+    return prefer_equal(leaves.numerics, able)
