@@ -50,6 +50,15 @@ class ScriptedWorker:
     """The same; then every order gets a word that the worker is shutting down."""
     silent_after: int | None = None
     """The same; then this session is served no more, and stays up."""
+    is_full: bool = False
+    """It refuses all orders."""
+    drains: bool = False
+    drains_after: int | None = None
+    """The same; then it says that it drains, and lets go whom it is told to."""
+    num_free_blocks: int = 1000
+    numerics: str = "alike"
+    max_moving: int = 0
+    """The most orders that it was told to let go and has not, in one step."""
     differs: bool = False
     """Its tokens are not those of the others."""
     orders: list[pb.GenerateRequest] = field(default_factory=list)
@@ -66,6 +75,7 @@ class ScriptedWorker:
             grpc_address=f"scripted-{number}",
             max_model_len=512,
             colocated=True,
+            numerics=self.numerics,
             transports=("memory",),
         )
 
@@ -76,7 +86,8 @@ class ScriptedWorker:
             raise Killed
         live: dict[int, _Output] = {}
         has_work = asyncio.Event()
-        load = pb.Load(num_running=self.num_outstanding)
+        load = pb.Load(num_running=self.num_outstanding, num_free_blocks=self.num_free_blocks, draining=self.drains)
+        load.num_blocks = 1000
         first = pb.SessionFrame(load=load, incarnation=self.record.incarnation, features=self.features)
         first.heartbeat_s = float(self.silent_after is not None)
         await send(first)
@@ -91,8 +102,16 @@ class ScriptedWorker:
                 for handle, output in list(live.items()):
                     if output.order is self.orders[0]:
                         num_said = output.num_said + 1
-                    if output.say(frame):
+                    if self.is_full:
+                        full = pb.Error(code=pb.ERROR_CODE_OVERLOADED, message="full")
+                        frame.outputs.add(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=full)
                         del live[handle]
+                    elif output.is_leaving:
+                        self._let_go(output, frame)
+                        del live[handle]
+                    elif output.say(frame):
+                        del live[handle]
+                load.draining = self.drains = self.drains or num_said == self.drains_after
                 await send(frame)
                 await asyncio.sleep(0)  # orders and aborts come in between two steps
                 if num_said == self.dies_after:
@@ -122,6 +141,15 @@ class ScriptedWorker:
                 has_work.set()
             elif message.HasField("abort"):
                 live.pop(message.abort.handle, None)
+            elif message.HasField("move") and message.move.handle in live:
+                live[message.move.handle].is_leaving = True
+                self.max_moving = max(self.max_moving, sum(output.is_leaving for output in live.values()))
+
+    def _let_go(self, output: _Output, frame: pb.SessionFrame) -> None:
+        last = frame.outputs.add(handle=output.order.handle, finish_reason=pb.FINISH_REASON_MOVED)
+        last.move.worker_id, last.move.incarnation = self.record.worker_id, self.record.incarnation
+        last.move.transfer_id = len(self.orders).to_bytes(16)
+        last.move.num_tokens = len(output.order.prompt_token_ids) + output.num_before + output.num_said - 1
 
 
 class _Output:
@@ -130,7 +158,8 @@ class _Output:
     def __init__(self, order: pb.GenerateRequest, start: int) -> None:
         self.order = order
         self.num_said = 0
-        self._num_before = len(order.resumed_token_ids)
+        self.is_leaving = False
+        self.num_before = len(order.resumed_token_ids)
         self._state = zlib.crc32(repr(list(order.prompt_token_ids)).encode(), start)
         for token_id in order.resumed_token_ids:
             self._add(token_id)
@@ -145,7 +174,7 @@ class _Output:
         token_id = FIRST_TOKEN + zlib.crc32(seed.to_bytes(8), self._state) % NUM_TOKENS
         self._add(token_id)
         self.num_said += 1
-        is_last = self._num_before + self.num_said == sampling.max_tokens
+        is_last = self.num_before + self.num_said == sampling.max_tokens
         has_logprobs = sampling.HasField("logprobs")
         if self.num_said > 1 and not is_last and not has_logprobs:
             frame.handles.append(order.handle)
@@ -154,9 +183,12 @@ class _Output:
         output = frame.outputs.add(handle=order.handle, token_ids=[token_id])
         if has_logprobs:
             output.logprobs.append(position(token_id, sampling.logprobs))
-        num_tokens = len(order.prompt_token_ids) + self._num_before
+        num_tokens = len(order.prompt_token_ids) + self.num_before
         if self.num_said == 1 or is_last:
             output.usage.CopyFrom(pb.Usage(num_prompt_tokens=num_tokens, prefilled_locally=True, num_cached_tokens=3))
+            if order.HasField("move"):
+                output.usage.num_cached_tokens, output.usage.prefilled_locally = num_tokens, False
+                output.usage.moved.CopyFrom(pb.FetchedPrefix(holder_id=order.move.worker_id, num_blocks=2))
         if is_last:
             output.finish_reason = pb.FINISH_REASON_LENGTH
         return is_last
