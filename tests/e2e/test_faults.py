@@ -16,6 +16,7 @@ from tests.completions import Client
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.peers import session_with
 from tests.stack import Stack
+from tests.waiting import until
 
 NUM_NEW_TOKENS = 16
 NUM_STREAMED_TOKENS = 150
@@ -207,4 +208,51 @@ async def test_sigterm_drains_before_it_ends(make_stack: Callable[..., Stack], m
                 await asyncio.to_thread(process.join, 15)
                 assert process.exitcode == 0, stack.services[name].log
             assert await complete(client, prompts[0], max_tokens=NUM_STREAMED_TOKENS) == expected[0]
+        stack.check_clean()
+
+
+async def test_a_drained_decode_workers_streams_go_on_at_another_with_their_kv(
+    make_stack: Callable[..., Stack], model: Path
+) -> None:
+    prompts, length = random_prompts([100, 90, 80], seed=18), 400
+    bodies = [{}, {"temperature": 0.9, "seed": 5}, {"temperature": 0.9, "seed": 6, "n": 3}]
+    asked = [(prompt, {"max_tokens": length, **body}) for prompt, body in zip(prompts, bodies, strict=True)]
+
+    async def follow(client: Client, prompt: list[int], body: dict[str, object], said: dict[int, list[int]]) -> object:
+        """The answer's receipt; the tokens of each choice go to `said` as they come."""
+        async with client.stream(prompt, **body) as chunks:
+            async for chunk in chunks:
+                for choice in chunk["choices"]:
+                    said.setdefault(choice["index"], []).extend(choice["token_ids"])
+        return chunk["receipt"]
+
+    def computed(stack: Stack) -> list[float]:
+        return [stack.metric(name, "vllm:prompt_tokens_total") for name in ("prefill-0", "decode-1")]
+
+    with make_stack(num_decode=2) as stack:
+        async with Client(stack, NUM_NEW_TOKENS) as client:
+            undisturbed: list[dict[int, list[int]]] = [{} for _ in asked]
+            for (prompt, body), said in zip(asked, undisturbed, strict=True):
+                await follow(client, prompt, body, said)
+            drained: list[dict[int, list[int]]] = [{} for _ in asked]
+            streams = [
+                asyncio.create_task(follow(client, prompt, body, said))
+                for (prompt, body), said in zip(asked, drained, strict=True)
+            ]
+            await until(lambda: sum(len(each) > 20 for said in drained for each in said.values()) == 5)
+            num_before = computed(stack)
+            process = stack.services["decode-0"].process
+            num_at_victim = stack.metric("decode-0", "vllm:num_requests_running")
+            process.terminate()
+            receipts = await asyncio.gather(*streams)
+            assert drained == undisturbed
+            resumes = [each for receipt in receipts for part in receipt["sequences"] for each in part["resumes"]]  # type: ignore[index]
+            assert len(resumes) == num_at_victim > 0
+            for resume in resumes:
+                assert (resume["worker_id"], resume["reason"], resume["exact"]) == ("decode-0", "moved", True)
+                assert (resume["recomputed_tokens"], resume["moved"]["holder_id"]) == (0, "decode-0")
+            assert computed(stack) == num_before
+            assert stack.metric("decode-1", "tandem:moved_requests_total", outcome="joined") == num_at_victim
+            await asyncio.to_thread(process.join, 15)
+            assert process.exitcode == 0, stack.services["decode-0"].log
         stack.check_clean()

@@ -8,7 +8,8 @@ import pytest
 
 from services.orders import MOVES, RESUMES
 from services.router.routing import DecodeCandidate, places_to_move_to
-from tests.router.scripted_fleet import Answer, ScriptedFleet, ScriptedWorker, scripted_fleet
+from tests.router.direct import Answer
+from tests.router.scripted_fleet import ScriptedFleet, ScriptedWorker, scripted_fleet
 from tests.waiting import until
 
 LENGTH = 64

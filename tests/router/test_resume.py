@@ -95,6 +95,9 @@ async def test_the_receipt_and_the_metrics_tell_of_the_pause(make, death):
             "recomputed_tokens": len(PROMPT) + 10 - 3,  # the scripted worker says that it had three in its cache
             "reused_tokens": 3,
             "fetched_tokens": 0,
+            "moved_tokens": 0,
+            "moved": None,
+            "exact": True,
         }
         alike = ("prompt_tokens", "completion_tokens", "computed_tokens", "reused_tokens", "recomputes")
         assert [receipt[name] for name in alike] == [undisturbed_receipt[name] for name in alike]

@@ -126,7 +126,7 @@ def test_only_first_last_and_log_probabilities_are_outputs_and_usage_is_in_none(
     with_logprobs = SampledToken(6, PositionLogprobs(TokenLogprob(6, -1.0, 1), ()))
     assert said(with_logprobs, 2) == ([6], 1, 2, 0)
     assert said(SampledToken(6), 2, FinishReason.LENGTH) == ([6], 0, 2, 3)
-    request = Request("r", [1, 2], SamplingParams(max_tokens=9), resumed_token_ids=[3, 4])
+    live.order.resumed_token_ids.extend([3, 4])
     assert said(SampledToken(5), 3) == ([5], 0, 2, 0)
     assert said(SampledToken(6), 4) == ("row", 6)
 

@@ -68,7 +68,7 @@ async def test_wherever_it_is_moved_the_tokens_go_on_and_nothing_is_computed_aga
         whole = here.generate(order(1, prompt, **SAMPLINGS[sampling]))
         await ended(whole)
         moved_at = set()
-        for handle in range(2, 22):
+        for handle in range(2, 26, 2):
             begun = order(handle, prompt, **SAMPLINGS[sampling])
             head = here.generate(begun)
             last = await move_after(here, head, handle, 2 * handle)
@@ -82,9 +82,7 @@ async def test_wherever_it_is_moved_the_tokens_go_on_and_nothing_is_computed_aga
             assert found == [each.chosen.token_id for each in whole.logprobs]
             assert end.usage.moved.num_blocks <= -(-last.move.num_tokens // 16)
             assert end.usage.num_recomputes == 0
-        # Full and partial last blocks.
-        assert 0 in moved_at
-        assert len(moved_at) > 4
+        assert len(moved_at) > 4, "last blocks of hardly any length"
         assert second.parts.engine.stats.num_prompt_tokens == 0
         await until(lambda: first.num_free == first.parts.engine.capabilities.num_blocks)
 
