@@ -28,7 +28,7 @@ class LiveRequest:
     num_attempts: int = 0
     newest_token_s: float | None = None  # when it was sent to the router, by the timeline's clock
     is_finished: bool = False
-    is_leaving: bool = False  # it is to go on at another worker, as soon as it can
+    leaves_under: bytes = b""  # the id of the transfer in which it goes to another worker, as soon as it can
 
     hashes: list[BlockHash] = field(default_factory=list)  # of the context's full blocks
 

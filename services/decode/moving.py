@@ -54,7 +54,7 @@ class Departures:
         """Take it out of the engine, if it can go now; whether it has gone. Engine thread."""
         if live.request is None:
             return False
-        left = self._parts.engine.suspend(live.request.request_id)
+        left = self._parts.engine.suspend(live.request.request_id, live.leaves_under)
         if left is None:
             return False
         self._loop.call_soon_threadsafe(self._left, live, left)
@@ -75,8 +75,8 @@ class Departures:
             return
         output = pb.Output(handle=live.order.handle, finish_reason=pb.FINISH_REASON_MOVED)
         if left.blocks:
-            exchange, request_id = self._parts.exchange, live.order.request_id
-            keep = exchange.keep(exchange.new_id(), left.blocks, request_id)
+            request_id = live.order.request_id
+            keep = self._parts.exchange.keep(live.leaves_under, left.blocks, request_id)
             self._kept.start(self._free_after(keep, block_ids), name=f"keep-{request_id}")
             output.move.worker_id = self._parts.worker_id
             output.move.incarnation = self._parts.incarnation

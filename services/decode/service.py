@@ -126,8 +126,8 @@ class DecodeService:
                         self._abort(live, order.abort.reason)
                 elif kind == "move":
                     live = self._sessions[session].get(order.move.handle)
-                    if live is not None:
-                        live.is_leaving = True
+                    if live is not None and not live.leaves_under:
+                        live.leaves_under = self._parts.exchange.new_id()
                         self._parts.thread.post(self._let_go, live)
                 else:
                     log.error("router %s sent %s in mid-session; ending the session", session.router_id, kind)
@@ -334,7 +334,7 @@ class DecodeService:
         if news:
             self._loop.call_soon_threadsafe(self._deliver, news)
         for each in news:  # after their tokens, which are on their way
-            if each.live.is_leaving:
+            if each.live.leaves_under:
                 self._let_go(each.live)
 
     # ---- the process ------------------------------------------------------

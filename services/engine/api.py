@@ -183,8 +183,9 @@ class Engine(Protocol):
         Blocks of a granted reservation stay the caller's, who releases them when its transfer has ended.
         """
 
-    def suspend(self, request_id: str) -> Suspended | None:
-        """End a live request so that it goes on elsewhere, and lend its blocks to the caller.
+    def suspend(self, request_id: str, transfer_id: bytes) -> Suspended | None:
+        """End a live request so that it goes on elsewhere, and lend its blocks to the caller, who will lend them on in
+        that transfer.
 
         None, changing nothing, while its prompt is being computed or read, and where there is none of that id.
         """

@@ -243,7 +243,8 @@ async def test_a_drained_decode_workers_streams_go_on_at_another_with_their_kv(
             num_before = computed(stack)
             process = stack.services["decode-0"].process
             num_at_victim = stack.metric("decode-0", "vllm:num_requests_running")
-            process.terminate()
+            (drained_url,) = [record.http_address for record in stack.records() if record.worker_id == "decode-0"]
+            assert (await client.http.post(f"http://{drained_url}/drain")).status_code == 202
             receipts = await asyncio.gather(*streams)
             assert drained == undisturbed
             resumes = [each for receipt in receipts for part in receipt["sequences"] for each in part["resumes"]]  # type: ignore[index]
@@ -253,6 +254,9 @@ async def test_a_drained_decode_workers_streams_go_on_at_another_with_their_kv(
                 assert (resume["recomputed_tokens"], resume["moved"]["holder_id"]) == (0, "decode-0")
             assert computed(stack) == num_before
             assert stack.metric("decode-1", "tandem:moved_requests_total", outcome="joined") == num_at_victim
+            await until(lambda: stack.debug_state("decode-0")["kept"] == 0)
+            assert (await client.http.get(f"http://{drained_url}/ready")).json()["reason"] == "draining"
+            stack.check_clean()
+            process.terminate()
             await asyncio.to_thread(process.join, 15)
             assert process.exitcode == 0, stack.services["decode-0"].log
-        stack.check_clean()

@@ -419,11 +419,11 @@ def test_a_suspended_request_goes_on_elsewhere_from_its_blocks_and_nothing_is_co
         begun = ask(f"begun-{num_outputs}", prompt, **asked)
         outputs = run_until(first, begun, num_outputs)
         assert all(map(same, outputs, expected))
-        left = first.suspend(begun.request_id)
+        left = first.suspend(begun.request_id, TRANSFER)
         assert left is not None
         assert left.num_output_tokens == num_outputs
         assert not first.abort(begun.request_id)
-        assert first.suspend(begun.request_id) is None
+        assert first.suspend(begun.request_id, TRANSFER) is None
         computed = [*prompt, *(token.token_id for token in outputs[:-1])]
         partial = [None] * (len(computed) % 16 > 0)
         assert [block.block_hash for block in left.blocks] == [*hashes_of(first, computed), *partial]
@@ -445,16 +445,16 @@ def test_a_suspended_request_goes_on_elsewhere_from_its_blocks_and_nothing_is_co
 def test_one_that_has_not_begun_leaves_nothing_and_one_that_is_being_prefilled_stays(engine: Engine) -> None:
     engine.add_request(ask("prefilled", prompt_of(50)))
     engine.step()
-    assert engine.suspend("prefilled") is None
+    assert engine.suspend("prefilled", TRANSFER) is None
     waits, reserved = ask("waits", prompt_of(40, seed=1)), ask("reserved", prompt_of(20, seed=2))
     engine.add_request(waits)
-    left = engine.suspend("waits")
+    left = engine.suspend("waits", TRANSFER)
     assert left is not None
     assert (left.num_output_tokens, left.blocks) == (0, ())
     reservation = reserve(engine, reserved)
-    assert engine.suspend("reserved") is None
+    assert engine.suspend("reserved", TRANSFER) is None
     engine.release_reservation(reserved, reservation.block_ids)
-    assert engine.suspend("unknown") is None
+    assert engine.suspend("unknown", TRANSFER) is None
     assert len(tokens(run(engine), "prefilled")) == NUM_OUTPUTS
     assert engine.stats.num_finished[FinishReason.MOVED] == 1
 
@@ -463,7 +463,7 @@ def test_blocks_whose_hashes_are_wrong_are_left_to_nobody(engine: Engine) -> Non
     request = ask("r", prompt_of(40))
     request.given_hashes = hashes_of(engine, prompt_of(40, seed=9))
     run_until(engine, request, 3)
-    left = engine.suspend("r")
+    left = engine.suspend("r", TRANSFER)
     assert left is not None
     assert (left.num_output_tokens, left.blocks) == (3, ())
 

@@ -196,18 +196,19 @@ class Engine:
         self._grant_reservations()
         return aborted
 
-    def suspend(self, request_id: str) -> Suspended | None:
+    def suspend(self, request_id: str, transfer_id: bytes) -> Suspended | None:
         request = self._scheduler.suspend(request_id)
         if request is None:
             return None
         block_ids, num_full = request.block_table, request.num_computed_tokens // self.layout.block_size
-        hashes = [*request.block_hashes[:num_full], None][: len(block_ids)]
+        hashes: list[BlockHash | None] = [*request.block_hashes[:num_full], None][: len(block_ids)]
         if not request.may_publish or len(hashes) < len(block_ids):
             # Its hashes are not those of its tokens: nobody could tell what these blocks are.
             self._scheduler.release_lent(block_ids)
             block_ids = []
         self._grant_reservations()
-        blocks = tuple(map(AnnouncedBlock, block_ids, hashes, self.proofs(block_ids)))
+        subjects = [subject_of(each, transfer_id, index) for index, each in enumerate(hashes[: len(block_ids)])]
+        blocks = tuple(map(AnnouncedBlock, block_ids, hashes, self.proofs(block_ids, subjects)))
         return Suspended(len(request.output_token_ids), blocks)
 
     def release_blocks(self, block_ids: Sequence[int]) -> None:
