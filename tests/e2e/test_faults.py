@@ -14,7 +14,7 @@ import pytest
 
 from tests.completions import Client
 from tests.hf_models import random_prompts, reference_greedy, write_model
-from tests.peers import session_with
+from tests.peers import AUTHORIZATION, session_with
 from tests.stack import Stack
 from tests.waiting import until
 
@@ -244,7 +244,9 @@ async def test_a_drained_decode_workers_streams_go_on_at_another_with_their_kv(
             process = stack.services["decode-0"].process
             num_at_victim = stack.metric("decode-0", "vllm:num_requests_running")
             (drained_url,) = [record.http_address for record in stack.records() if record.worker_id == "decode-0"]
-            assert (await client.http.post(f"http://{drained_url}/drain")).status_code == 202
+            for headers, status in (({}, 401), (AUTHORIZATION, 202)):
+                response = await client.http.post(f"http://{drained_url}/drain", headers=headers)
+                assert response.status_code == status
             receipts = await asyncio.gather(*streams)
             assert drained == undisturbed
             resumes = [each for receipt in receipts for part in receipt["sequences"] for each in part["resumes"]]  # type: ignore[index]
