@@ -115,7 +115,9 @@ class Room:
         self.num_free -= 1
         self.num_begun += 1
         self._settle_pending(1)
-        return self._due_s.popleft()
+        due_s = self._due_s.popleft()
+        self._give_back(0)  # it is counted at its worker now, perhaps as less
+        return due_s
 
     def first_token(self, due_s: float, now_s: float) -> None:
         """Note when the first token of one has come, and when it was due."""

@@ -133,6 +133,7 @@ class FakeWorker(DecodeServiceServicer):
             tokenizer_path=self.model_path,
             grpc_address=f"127.0.0.1:{self.port}",
             max_model_len=self.max_model_len,
+            max_num_seqs=64,
             colocated=self.colocated,
             transports=("memory",),
             numerics="paper/float32",

@@ -125,6 +125,23 @@ def test_the_queue_before_workers_that_have_no_room_is_bounded():
     assert Visitor(admission).num_inside == 0
 
 
+class NarrowFleet(OpenFleet):
+    """Takes one sequence at a time: who was granted and is not with its worker yet stands in the way of the next."""
+
+    def has_room(self, model: str, num_pending: int, num_pending_tokens: float) -> bool:
+        return not num_pending
+
+
+def test_whoever_is_with_its_worker_makes_room_for_the_next() -> None:
+    admission = Admission(10, max_queue=10, fleet=NarrowFleet())
+    with ExitStack() as stack:
+        rooms = [stack.enter_context(admission.admit(1)) for _ in range(3)]
+        for number, room in enumerate(rooms):
+            assert [each.num_free + each.num_begun for each in rooms] == [1] * (number + 1) + [0] * (2 - number)
+            room.begin()
+    assert (admission.num_running, admission.num_waiting) == (0, 0)
+
+
 class AdmissionMachine(RuleBasedStateMachine):
     """Whatever comes and goes: the room is never exceeded, never idle while somebody waits, and nothing leaks."""
 

@@ -155,7 +155,7 @@ RATES = Rates(base_s=0.01, prompt_token_s=1e-3, prompt_pair_s=1e-12, spread=0.1,
 
 def test_the_estimate_adds_up_what_is_ahead_what_is_in_front_and_its_own() -> None:
     estimate = expected_ttft(2000, 1000, 300, 100, RATES)
-    assert (estimate.queue_s, estimate.worker_s) == (pytest.approx(2.3), pytest.approx(0.33, rel=1e-3))
+    assert (estimate.queue_s, estimate.worker_s) == (pytest.approx(2.8), pytest.approx(0.33, rel=1e-3))
     assert estimate.own_s == pytest.approx(0.121, rel=1e-3)
     assert expected_ttft(0, 1, 300, 0, replace(RATES, num_steps=0)).worker_s == pytest.approx(0.3, rel=1e-3)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from services.rates import Rates
 
 _MAX_RETRY_AFTER_S = 600
-_QUEUE_MARGIN = 1.15  # a queue that drains slower than it did refuses those who have waited in it, which is worse
+_QUEUE_MARGIN = 1.4  # queues drain in clumps, and one refused after it has waited is worse than one refused at once
 _SURPLUS_WEIGHT = 0.06  # of a new one: a memory of the last dozen or two
 _USUAL = 4.0  # deviations from the mean
 _LEAST_REACH_S = 0.05
