@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import httpx
 import pytest
@@ -190,3 +191,22 @@ async def test_a_watch_for_disconnects_that_fails_ends_the_request(caplog):
         async with cancelled_on_disconnect(receive):
             await asyncio.Event().wait()
     assert "the watch for a disconnect failed" in caplog.text
+
+
+async def test_a_stream_that_nobody_reads_is_cut_and_its_sequences_end_at_their_worker(make_worker, sentence):
+    worker = make_worker(max_model_len=100_000)
+    async with (
+        running_router(RouterConfig(unread_timeout_s=0.2), worker) as running,
+        client(running) as http,
+    ):
+        url = httpx.URL(running.base_url)
+        body = json.dumps({**BODY, "max_tokens": 20_000, "stream": True, "n": 2}).encode()
+        _, writer = await asyncio.open_connection(url.host, url.port, limit=1)
+        writer.transport.pause_reading()
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        await worker.wait_for_abort(2)
+        await until(lambda: running.parts.admission.num_running == 0)
+        writer.transport.abort()
+        metrics = (await http.get("/metrics")).text
+    assert 'tandem:router_cut_connections_total{reason="unread"} 1.0' in metrics
+    assert "tandem:router_client_disconnects_total 1.0" in metrics
