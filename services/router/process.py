@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -184,6 +185,8 @@ async def _serve(config: RouterConfig, proofs: PeerProofs) -> int:
                 log.error("router cannot start: %s: %s; give a certificate and its key, as PEM", files, error)
                 return CANNOT_START
             server = HttpServer(settings)
+            gc.collect()
+            gc.freeze()  # what is there now stays, and collections need not look at it
             serving = asyncio.create_task(server.serve([listener]), name="http")
             stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
             scheme = "https" if config.ssl_certfile else "http"

@@ -7,6 +7,7 @@ given back goes back to the system, too: the allocator would keep it for another
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +23,7 @@ SMALL_BYTES = 1 << 16
 """Of a request; what it has beyond that counts."""
 _WORTH_TRIMMING_BYTES = 1 << 18
 _TRIM_AFTER_S = 0.5
+_MANY_SEQUENCES = 16
 
 
 class RequestMemory:
@@ -66,7 +68,12 @@ class RequestMemory:
         self._held[client] -= num_bytes
         if not self._held[client]:
             del self._held[client]
-        if num_bytes >= _WORTH_TRIMMING_BYTES and self._timer is None:
+        if num_bytes >= _WORTH_TRIMMING_BYTES:
+            self.trim_soon()
+
+    def trim_soon(self) -> None:
+        """Give memory back to the system in a moment: a large request has ended."""
+        if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_TRIM_AFTER_S, self._trim)
 
     async def close(self) -> None:
@@ -79,6 +86,8 @@ class RequestMemory:
     def _trim(self) -> None:
         self._timer = None
         if self._trimming is None or self._trimming.done():
+            # A request's parts know each other. What was there at the start is frozen, so this takes milliseconds.
+            gc.collect()
             self._trimming = asyncio.create_task(self._threads.run(trim_memory), name="trim memory")
 
 
@@ -89,6 +98,11 @@ class Holding:
         self._memory = memory
         self._client = client
         self._num_bytes = 0
+        self._is_large = False
+
+    def note_sequences(self, num_sequences: int) -> None:
+        """Each has an order of its own, which is not counted."""
+        self._is_large = num_sequences >= _MANY_SEQUENCES
 
     def add(self, num_bytes: int) -> None:
         """Raises ApiError 429 where there is no room for it."""
@@ -105,4 +119,6 @@ class Holding:
     ) -> None:
         if self._num_bytes > SMALL_BYTES:
             self._memory.give_back(self._client, self._num_bytes - SMALL_BYTES)
+        if self._is_large:
+            self._memory.trim_soon()
         self._num_bytes = 0

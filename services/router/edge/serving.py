@@ -149,6 +149,7 @@ class GenerateEndpoint(Generic[B]):
             visit.check_delay(parts.admission)  # before anything is spent on it, its prompt's length unknown
             plan = await self._plan(body, model, config, request_id, client.pool)
             body.drop_input()
+            client.memory.note_sequences(plan.num_sequences)
             timeline.mark(Event.TOKENIZED)
             async with visit.room(plan, parts.admission, parts.limits) as (room, spent):
                 dispatch = Dispatch(
