@@ -8,6 +8,7 @@ from kvstore.errors import RegistryError
 from services.engine.check import Machine, check_engine
 from services.engine.model_config import ModelError
 from services.logs import configure_logging
+from services.secrets import read_secret
 from services.settings import SettingsError
 from services.startup import CannotListen, check_registry, claim_port
 from services.worker.config import WorkerConfig
@@ -20,6 +21,7 @@ def can_start(config: WorkerConfig, role: str) -> bool:
     configure_logging(config.log_level, config.log_format, fields={"role": role, "worker_id": config.worker_id})
     try:
         config.read_proof_key()
+        read_secret("peer_secret", config.peer_secret, config.peer_secret_file)
         check_engine(config, Machine.this())
         for port, flag in ((config.port, "--port"), (config.kv_port, "--kv-port"), (config.http_port, "--http-port")):
             if port:

@@ -507,7 +507,13 @@ def test_a_directory_that_cannot_be_written(command: str, tandem: Tandem, tmp_pa
         (("--worker-id", "two words"), ("--worker-id: must be at most 256 printable ASCII", "'two words'")),
         (("--served-model-name", ""), ("--served-model-name: must not be empty",)),
         (("--num-threads", "99999"), ("--num-threads: must be from 0 to 1024, got 99999",)),
-        (("--host", "0.0.0.0"), ("--host: 0.0.0.0 is no address that others can dial", "--advertise-host")),
+        (("--host", "0.0.0.0"), ("--host: others reach 0.0.0.0", "give --peer-secret-file, too")),
+        (
+            ("--host", "0.0.0.0", "--peer-secret-file", "s"),
+            ("--host: 0.0.0.0 is no address that others can dial", "--advertise-host"),
+        ),
+        (("--peer-secret-file", "/nonexistent/s"), ("--peer-secret-file /nonexistent/s: No such file",)),
+        (("--proof-key-file", "/dev/null"), ("--proof-key-file /dev/null: others can read it; chmod 600 /dev/null",)),
     ],
 )
 def test_settings_of_a_worker_that_none_can_have(argv: tuple[str, ...], parts: tuple[str, ...], tandem: Tandem) -> None:
