@@ -140,8 +140,8 @@ def _table(load: Load, nemesis: Nemesis, before: dict[str, tuple[int, int]], aft
             for begin, end in spans
             if result.heard_at > begin and result.heard_at - result.silence_s < end
         ]
-        recovery = max(seconds for each, seconds in nemesis.recoveries if each == name)
-        lines.append(f"| {name} | {count} | {max(silences, default=0):.1f} | {recovery:.1f} |")
+        recovery, last = max((seconds, last) for each, seconds, last in nemesis.recoveries if each == name)
+        lines.append(f"| {name} | {count} | {max(silences, default=0):.1f} | {recovery:.1f} ({last}) |")
     lines += ["", "| process | MiB, descriptors at first | in the end | starts |", "|---|---|---|---|"]
     starts = Counter({name: len(member.ends) + 1 for name, member in nemesis.fleet.members.items()})
     for name, (num_bytes, num_descriptors) in before.items():

@@ -54,7 +54,8 @@ class Nemesis:
     seed: int
     dealt: Counter[str] = field(default_factory=Counter)
     spans: list[tuple[str, float, float]] = field(default_factory=list)
-    recoveries: list[tuple[str, float]] = field(default_factory=list)
+    recoveries: list[tuple[str, float, str]] = field(default_factory=list)
+    """After each fault: seconds until all served again, and who was the last."""
     unexpected: list[str] = field(default_factory=list)
 
     async def run(self, seconds: float) -> None:
@@ -73,10 +74,10 @@ class Nemesis:
             else:
                 await self._member(random_.choice(self.fleet.of_role(role)), kind, duration)
             over = time.monotonic()
-            await asyncio.to_thread(self._until_ready)
+            last = await asyncio.to_thread(self._until_ready)
             self.dealt[name] += 1
             self.spans.append((name, began, time.monotonic()))
-            self.recoveries.append((name, time.monotonic() - over))
+            self.recoveries.append((name, time.monotonic() - over, last))
 
     async def _redis(self, kind: str, duration: float) -> None:
         match kind:
@@ -116,9 +117,9 @@ class Nemesis:
                 if member.alive:
                     await asyncio.to_thread(network.heal, member.index)
 
-    def _until_ready(self) -> None:
-        """Start whoever has ended, and wait until all serve. Raises TimeoutError."""
-        deadline = time.monotonic() + READY_TIMEOUT_S
+    def _until_ready(self) -> str:
+        """Start whoever has ended, wait until all serve, and return who was the last. Raises TimeoutError."""
+        deadline, last = time.monotonic() + READY_TIMEOUT_S, ""
         while True:
             for member in self.fleet.members.values():
                 if not member.alive:
@@ -128,9 +129,10 @@ class Nemesis:
                         self.unexpected.append(f"{member.name} ended with status {member.process.exitcode}")
                     member.ends.append(time.monotonic())
                     self.fleet.start(member)
-            if all(self.fleet.is_ready(member) for member in self.fleet.members.values()):
-                return
+            late = [member.name for member in self.fleet.members.values() if not self.fleet.is_ready(member)]
+            if not late:
+                return last
+            last = ", ".join(late)
             if time.monotonic() > deadline:
-                late = [member.name for member in self.fleet.members.values() if not self.fleet.is_ready(member)]
-                raise TimeoutError(f"{late} do not serve {READY_TIMEOUT_S:g} s after the last fault")
+                raise TimeoutError(f"{last} do not serve {READY_TIMEOUT_S:g} s after the last fault")
             time.sleep(0.1)

@@ -61,7 +61,9 @@ def join(pid: int, index: int) -> None:
         time.sleep(0.005)
     # That of a predecessor, whom the kernel has not yet tidied away.
     subprocess.run(["ip", "link", "del", _port(index)], check=False, capture_output=True)
-    _ip("link", "add", _port(index), "type", "veth", "peer", "name", "eth0", "netns", str(pid))
+    # Always the same hardware address: what others remember of the last start holds for this one.
+    hardware = ("address", f"02:00:00:00:00:{index + 2:02x}")
+    _ip("link", "add", _port(index), "type", "veth", "peer", "name", "eth0", *hardware, "netns", str(pid))
     _ip("link", "set", _port(index), "master", _BRIDGE, "up")
     for command in (["link", "set", "lo", "up"], ["addr", "add", f"{address(index)}/24", "dev", "eth0"]):
         _ip_of(pid, *command)
