@@ -11,6 +11,7 @@ import pytest
 _ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_minute_of_faults_costs_no_client_an_answer(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.chaos", "--minutes", "1", "--rate", "1.5"]
