@@ -1,0 +1,145 @@
+"""Garbage, pickles and peers without the secret, at every port that is no client's: none is run or served."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry
+from tandem.v1 import worker_pb2 as pb
+
+from kvstore.errors import UnprovenPeer
+from kvstore.peer_keys import PeerKeys
+from services.grpc_orders import GrpcOrders, GrpcServer
+from services.node import DebugServer
+from services.orders import StreamBroken
+from tests.exchange.exchange_worker import PEER_KEY, Worker, running
+from tests.memory_transport import Switchboard
+
+BOUND_S = 20.0
+
+
+class Touch:
+    """A pickle that makes a file where somebody loads it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.mkdir, (str(self._path),))
+
+
+def framed(data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + data
+
+
+PAYLOADS: dict[str, Callable[[Path], bytes]] = {
+    "noise": lambda _: os.urandom(4096),
+    "zeros": lambda _: bytes(4096),
+    "http": lambda _: b"POST /debug/state HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nxxxx",
+    "http2": lambda _: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 100,
+    "pickle": lambda path: pickle.dumps(Touch(path)),
+    "pickle in a frame": lambda path: framed(pickle.dumps(Touch(path))),
+    "frame without end": lambda _: b"\x00\x00\xff\xff" + b"x" * 100,
+}
+
+
+@dataclass(frozen=True)
+class Port:
+    """One port: where it is, how a peer without the secret comes, and whether those who may are still served."""
+
+    address: str
+    come_without_secret: Callable[[], Awaitable[None]]
+    check_serves: Callable[[], Awaitable[None]]
+
+
+@asynccontextmanager
+async def kv_port() -> AsyncIterator[Port]:
+    switchboard = Switchboard()
+    owner, peer = Worker("prefill-0", switchboard), Worker("decode-0", switchboard)
+    without = Worker("decode-1", switchboard, keys=())
+    async with running(owner, peer, without):
+
+        async def come() -> None:
+            with pytest.raises(UnprovenPeer):
+                await without.exchange.connect(owner.exchange.address)
+
+        async def serves() -> None:
+            assert await peer.exchange.connect(owner.exchange.address) == "prefill-0"
+
+        yield Port(owner.exchange.address, come, serves)
+
+
+@asynccontextmanager
+async def grpc_port() -> AsyncIterator[Port]:
+    server = GrpcServer("127.0.0.1", 0, PeerKeys((PEER_KEY,)))
+    await server.start()
+    address = f"127.0.0.1:{server.port}"
+
+    async def come() -> None:
+        orders = GrpcOrders()
+        with pytest.raises(StreamBroken, match="UNAUTHENTICATED"):
+            async for _ in orders.prefill(address, pb.PrefillRequest()):
+                pass
+        await orders.close()
+
+    async def serves() -> None:
+        async with grpc.aio.insecure_channel(address) as channel:
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=BOUND_S)
+
+    try:
+        yield Port(address, come, serves)
+    finally:
+        await server.stop(None)
+
+
+@asynccontextmanager
+async def http_port() -> AsyncIterator[Port]:
+    async def check() -> None: ...
+
+    server = DebugServer(CollectorRegistry, dict, check, str, str, tokens=("t" * 64,))
+    address = await server.start("127.0.0.1", 0)
+
+    async def come() -> None:
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"http://{address}/debug/state")).status_code == 401
+
+    async def serves() -> None:
+        async with httpx.AsyncClient(timeout=BOUND_S) as client:
+            assert (await client.get(f"http://{address}/health")).status_code == 200
+
+    try:
+        yield Port(address, come, serves)
+    finally:
+        await server.close()
+
+
+PORTS = {"kv": kv_port, "grpc": grpc_port, "http": http_port}
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("name", PORTS)
+async def test_garbage_and_pickles_are_not_run_and_disturb_nobody(name: str, payload: str, tmp_path: Path) -> None:
+    async with PORTS[name]() as port:
+        host, _, number = port.address.rpartition(":")
+        _, writer = await asyncio.open_connection(host, int(number))
+        writer.write(PAYLOADS[payload](tmp_path / "loaded"))
+        await port.check_serves()
+        writer.transport.abort()
+        assert not (tmp_path / "loaded").exists()
+
+
+@pytest.mark.parametrize("name", PORTS)
+async def test_a_peer_without_the_secret_is_not_served(name: str) -> None:
+    async with PORTS[name]() as port:
+        await port.come_without_secret()
+        await port.check_serves()
