@@ -115,6 +115,17 @@ async def test_where_the_next_one_refuses_another_gets_the_same_order(make):
         assert [order.HasField("move") for worker in (second, third) for order in worker.orders] == [True, True]
 
 
+async def test_what_comes_with_its_blocks_stands_in_nobodys_way(make, monkeypatch):
+    async with scripted_fleet() as fleet:
+        first, second = make(drains_after=10), make(1)
+        await fleet.serve_with(first, second)
+        counted: list[tuple[str, int]] = []
+        monkeypatch.setattr(fleet.parts.workers, "count_prefill", lambda key, number: counted.append((key[0], number)))
+        await fleet.ask(**STREAM)
+        assert next(number for worker_id, number in counted if worker_id == first.record.worker_id) == len(PROMPT)
+        assert [number for worker_id, number in counted if worker_id == second.record.worker_id] == [0, 0]
+
+
 async def test_a_few_leave_at_a_time(make):
     async with scripted_fleet() as fleet:
         first, second = make(drains_after=20), make(0, num_free_blocks=900, drains=True)

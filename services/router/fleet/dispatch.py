@@ -26,7 +26,6 @@ from services.router.fleet.sequence import Arrival, Budget, Diverged, Sequence, 
 from services.router.fleet.session import SessionDown, SessionFull, WorkerSession
 from services.router.fleet.workers import Workers
 from services.router.metrics import RouterMetrics
-from services.router.receipt import Resume
 from services.router.routing import Refusal, is_exact
 
 log = logging.getLogger(__name__)
@@ -207,7 +206,7 @@ class Dispatch:
         sequence.num_repeated = num_repeated
         if sequence.resumes:
             sequence.resumes[-1].num_repeated_tokens = num_repeated
-        self._placer.sent(placement)
+        self._placer.sent(placement, comes_with_blocks=order.HasField("move"))
 
     # ---- what its worker says -----------------------------------------------------
 
@@ -265,7 +264,7 @@ class Dispatch:
             error = pb.Error(code=pb.ERROR_CODE_UNAVAILABLE, message=message)
             self._search(sequence, error, "lost", waits=True)
             return
-        self._note_pause(sequence, "lost")
+        sequence.note_pause("lost")
         told = (
             f"{sequence.num_deaths} decode workers were lost with this request aboard; it is given up. The last one: "
         )
@@ -304,7 +303,7 @@ class Dispatch:
 
     def _search(self, sequence: Sequence, error: pb.Error, reason: str, *, waits: bool) -> None:
         """Look for another worker; without one the sequence ends with `error`."""
-        self._note_pause(sequence, reason)
+        sequence.note_pause(reason)
         sequence.move_to(SequenceState.LOST)
         sequence.due_s = None  # what comes now teaches nobody how long a first token takes
         search = self._find_another(sequence, error, waits)
@@ -337,14 +336,6 @@ class Dispatch:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the search for another worker failed", exc_info=error)
             self._break_off(sequence, "the router failed to find another worker")
-
-    def _note_pause(self, sequence: Sequence, reason: str) -> None:
-        """A pause of what the client sees begins, unless it has seen nothing yet, or no end of the last one."""
-        if sequence.token_ids and not (sequence.resumes and sequence.resumes[-1].pause_s is None):
-            assert sequence.placement is not None
-            worker_id, space = sequence.placement.decision.decode.worker_id, sequence.placement.space
-            num_tokens = len(sequence.token_ids)
-            sequence.resumes.append(Resume(worker_id, reason, num_tokens, space.block_size, sequence.newest_token_s))
 
     def _resumed(self, sequence: Sequence) -> None:
         resume, sequence.move = sequence.resumes[-1], None

@@ -195,11 +195,15 @@ class Placer:
                     tier=held.slowest_tier,
                 )
 
-    def sent(self, placement: Placement) -> None:
-        """The order is on its way: its prefill stands in front of later ones, and its prefix will be there."""
+    def sent(self, placement: Placement, *, comes_with_blocks: bool = False) -> None:
+        """The order is on its way: its prefill stands in front of later ones, and its prefix will be there.
+
+        `comes_with_blocks`: nothing is expected to be computed.
+        """
         known = {record.worker_id for record in self._workers.records}
         self._state = next_state(self._state, placement.decision, known)
-        placement.num_counted_tokens = placement.decision.prefilled_by.num_computed_tokens
+        num_tokens = 0 if comes_with_blocks else placement.decision.prefilled_by.num_computed_tokens
+        placement.num_counted_tokens = num_tokens
         self._workers.count_prefill(placement.prefill_key, placement.num_counted_tokens)
         self._remember(placement.prefill_key, placement)
 
@@ -207,6 +211,9 @@ class Placer:
         """The first token is here. `usage` says, if it is known, who did the prefill in the end."""
         self.withdraw(placement)
         decode, expected = placement.decode_key, placement.prefill_key
+        if usage is not None and usage.HasField("moved"):  # nobody has computed it
+            self._remember(decode, placement)
+            return
         done_by = expected[0]
         if usage is not None:
             done_by = decode[0] if usage.prefilled_locally else usage.prefill_worker_id

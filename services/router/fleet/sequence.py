@@ -203,3 +203,10 @@ class Sequence:
         if self.usage is not None:
             output.usage.CopyFrom(self.usage)
             output.usage.num_recomputes += num_recomputes
+
+    def note_pause(self, reason: str) -> None:
+        """Begin a pause of what the client sees, unless it has seen nothing yet, or no end of the last one."""
+        if self.token_ids and not (self.resumes and self.resumes[-1].pause_s is None):
+            assert self.placement is not None, f"{self.request_id} has said something nowhere"
+            worker_id, space = self.placement.decision.decode.worker_id, self.placement.space
+            self.resumes.append(Resume(worker_id, reason, len(self.token_ids), space.block_size, self.newest_token_s))
