@@ -20,6 +20,7 @@ MARKER = "xylophone-marmalade-7741"
 TOKEN_IDS = [211, 97, 305, 118, 402, 266, 173, 350]
 KEY, WRONG_KEY = "sk-tandem-quartz-secret", "sk-wrong-but-somebodys-secret"
 PROMPT = f"The code of {MARKER} is 4711. What is the code of {MARKER}? " * 6
+QUOTING = ("bad-model", "bad-type", "bad-stop", "bad-format", "bad-bias")  # the marker is in a parameter, not a prompt
 Lines = dict[str, list[dict[str, object]]]
 
 
@@ -32,7 +33,7 @@ def stack(new_stack: Callable[..., Stack]) -> Iterator[Stack]:
         prefill=["--max-num-batched-tokens 64"],
         decode=["--local-prefill-max-tokens 0"] * 2,
         store=[logs],
-        router=f"{logs} --api-key acme:{KEY}",
+        router=f"{logs} --api-key acme:{KEY} --public-routes metrics debug",
     ) as stack:
         yield stack
 
@@ -47,6 +48,7 @@ def answers(stack: Stack) -> dict[str, str]:
             body = {"model": "m", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "ignore_eos": True, **fields}
             response = client.post("/v1/completions", json=body, headers={"X-Request-Id": header_id})
             assert response.status_code == status, response.text
+            assert status == 200 or header_id in QUOTING or MARKER not in response.text, "an error quotes the prompt"
             return response.text
 
         def begin_stream(request_id: str) -> None:
@@ -72,7 +74,8 @@ def answers(stack: Stack) -> dict[str, str]:
         complete("bad-token", 400, prompt=[*TOKEN_IDS, 99_999_999])
         complete("bad-bias", 400, logit_bias={MARKER: 1})
         for content in (f'{{"prompt": "{MARKER}"', json.dumps({"messages": MARKER})):
-            client.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
+            refusal = client.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
+            assert MARKER not in refusal.text
         client.get(f"/v1/models/{MARKER}")
         client.get(f"/{MARKER}?prompt={MARKER}")
         client.post("/tokenize", json={"model": "m", "prompt": PROMPT})

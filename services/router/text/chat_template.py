@@ -1,4 +1,4 @@
-"""Renders messages with the model's Jinja chat template, in the sandbox and with the helpers of `transformers`."""
+"""Renders messages with the model's Jinja chat template, in a bounded sandbox, with the helpers of `transformers`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import jinja2
 import jinja2.ext
 from jinja2 import nodes
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from services.router.text.template_budget import BUDGET, BoundedEnvironment, Budget, BudgetSpent, check_format, paid
 
 _CONTINUE_MARK = "TANDEM_CONTINUES_HERE_5f3a "
 
@@ -30,8 +31,12 @@ class _GenerationExtension(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Refused(jinja2.TemplateError):
+    """The template's own words."""
+
+
 def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise _Refused(message)
 
 
 def _tojson(
@@ -46,14 +51,15 @@ def _tojson(
 
 
 def _strftime_now(format: str) -> str:
+    check_format(format, ())
     return datetime.now().strftime(format)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationExtension, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = paid("tojson", _tojson)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
@@ -66,7 +72,7 @@ class ChatTemplate:
         """Raises ChatTemplateError where the source is no template."""
         environment = _environment()
         try:
-            self._template = environment.from_string(source)
+            self._template = environment.compile_bounded(source)
             self._wants_parts = _loops_over_content(environment.parse(source))
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"the chat template cannot be parsed: {error}") from error
@@ -82,7 +88,11 @@ class ChatTemplate:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt's text. `variables` are the client's chat_template_kwargs. Raises ChatTemplateError."""
+        """The prompt's text. `variables` are the client's chat_template_kwargs.
+
+        Raises ChatTemplateError, also where the template takes too long or makes too much (`template_budget.py`). Of
+        the messages it says what the template says, and nothing else.
+        """
         prepared = [self._prepare(message) for message in messages]
         if continue_final_message:
             _mark_end(prepared[-1])
@@ -94,13 +104,20 @@ class ChatTemplate:
             "documents": list(documents) if documents else None,
             "add_generation_prompt": add_generation_prompt,
         }
+        token = BUDGET.set(Budget())
         try:
             text = self._template.render(context)
-        except jinja2.TemplateError as error:
+        except BudgetSpent as error:
+            raise ChatTemplateError(f"the chat template does too much with these messages: {error}") from None
+        except _Refused as error:
             raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
         except Exception as error:
             # A template is a program: whatever it trips over comes from the messages that it was given.
-            raise ChatTemplateError(f"the chat template cannot render these messages: {error!r}") from error
+            raise ChatTemplateError(
+                f"the chat template cannot render these messages: {type(error).__name__}"
+            ) from error
+        finally:
+            BUDGET.reset(token)
         return _cut_at_mark(text) if continue_final_message else text
 
     def _prepare(self, message: Mapping[str, Any]) -> dict[str, Any]:
