@@ -34,6 +34,9 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.so_reuseport", 0),
+    # Who does not answer is dialled again soon, and not waited for (by default 20 s, and up to 120 s between two tries).
+    ("grpc.min_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 # Whoever connects and says nothing, or has had no call for long, holds a descriptor for nothing. A prefill order finds
 # its connection closed then, and opens another.

@@ -76,7 +76,7 @@ class RouterConfig(PeerSettings):
         "", help="this router in the workers' logs; the default has host and port", group="workers"
     )
     reconnect_max_s: float = setting(
-        5.0, above=0, help="longest pause between two tries to reach a worker", group="workers"
+        2.0, above=0, help="longest pause between two tries to reach a worker", group="workers"
     )
     silence_timeout_s: float = setting(
         2.0,

@@ -28,7 +28,7 @@ from services.router.fleet.silence import Silence
 log = logging.getLogger(__name__)
 
 PROTOCOL_VERSION = "2"  # 2: tokens in columns
-HELLO_TIMEOUT_S = 10.0
+HELLO_TIMEOUT_S = 4.0
 MAX_OUTBOX_BYTES = 64 << 20
 """Of orders that the connection has not taken yet. Who has several waits from a part of that on."""
 _DRAINED_BYTES = 8 << 20
