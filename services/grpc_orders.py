@@ -34,7 +34,7 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.so_reuseport", 0),
-    # Who does not answer is dialled again soon, and not waited for (by default 20 s, and up to 120 s between two tries).
+    # Who does not answer is dialled again soon: by default a try takes 20 s, and the pause after it up to 120.
     ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
