@@ -49,7 +49,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index bench-attacks schemathesis simulate simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos
+.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -156,6 +156,9 @@ bench-index: $(DEVELOPED) ## the prefix index with a million blocks: lookups aga
 
 bench-attacks: $(DEVELOPED) ## what one client can do to the others, as a table (BENCH_ARGS)
 	$(BIN)/python -m tests.bench.bench_attacks $(BENCH_ARGS)
+
+kill-decode: $(DEVELOPED) ## decode workers are killed at every token of a stream, on real stacks and in process (10 minutes)
+	$(BIN)/pytest tests/e2e/test_resume.py tests/router/test_resume.py -m slow
 
 simulate: $(DEVELOPED) ## the block exchange and a fleet under seeded faults, MINUTES in all; adds to build/simulation
 	$(BIN)/python -m tests.simulation --minutes $(MINUTES)

@@ -332,11 +332,12 @@ def test_a_resumed_request_goes_on_as_if_it_had_never_been_interrupted(
     updates = [update for update in run(first, whole) if update.new_tokens]
     outputs = [update.new_tokens[0] for update in updates]
     assert len(outputs) > 39
-    for start in range(1, len(outputs)):
+    # Of all that are not greedy one in three: which meets every place in a block.
+    for start in range(1, len(outputs), 1 if sampling == "greedy" else 3):
         second.add_request(resume("again", whole, outputs[:start]))
         told: list[RequestUpdate] = []
-        # At every index the next one; from some on everything.
-        while second.has_work and (start % 32 == 1 or not told):
+        # The next one, and from some on everything.
+        while second.has_work and (start % 30 == 1 or not told):
             told += [update for update in second.step().updates if update.new_tokens]
         assert all(map(same, [update.new_tokens[0] for update in told], outputs[start:])), start
         assert [update.num_output_tokens for update in told] == list(range(start + 1, start + len(told) + 1))
