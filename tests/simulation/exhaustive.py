@@ -57,6 +57,7 @@ SMALL: Final = (
 LARGE: Final = (
     Bounds((_ORDERED, _WANTED), two_sided=False, num_faults=1),
     Bounds((_ORDERED, _WANTED), two_sided=True, num_faults=1),
+    Bounds((_ORDERED, _WANTED), two_sided=False, num_faults=2),
     Bounds((_LONG,), two_sided=False, num_faults=2),
     Bounds((_LONG,), two_sided=True, num_faults=2),
     Bounds((_ORDERED,), two_sided=True, num_faults=2, with_lies=True),

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 from unittest import mock
 
-from kvstore.block import BlockHash, ProofKey, subject_of
+from kvstore.block import BlockHash, BlockMemory, Proof, ProofKey, Subject, subject_of
 from kvstore.exchange import Lease
+from kvstore.peer_keys import SEAL_BYTES, Seal, Transcript
 from kvstore.protocol import AbortOrdered, Actions, AnnouncedBlock, FetchMachine, LeaseOutcome, PeerGone, ReaderSession
 from kvstore.protocol import fetch as fetch_table
 from kvstore.protocol.fetch_events import FetchState
@@ -145,6 +146,24 @@ def _prove_anew() -> AbstractContextManager[object]:
     return mock.patch.object(StoreLender, "lend_prefix", lend_prefix)
 
 
+def _prove_without_a_key() -> AbstractContextManager[object]:
+    prove = ProofKey.prove
+
+    def by_anybody(
+        key: ProofKey, memory: BlockMemory, block_ids: Sequence[int], subjects: Sequence[Subject]
+    ) -> list[Proof]:
+        return prove(ProofKey.public(), memory, block_ids, subjects)
+
+    return mock.patch.object(ProofKey, "prove", by_anybody)
+
+
+def _believe_peers() -> AbstractContextManager[object]:
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(Transcript, "holds", return_value=True))
+    stack.enter_context(mock.patch.object(Seal, "of", return_value=bytes(SEAL_BYTES)))
+    return stack
+
+
 REMOVALS: Final = {
     "source-freed-early": Removal("the owner frees before the confirmation", Invariant.SOURCE_HELD, _free_early),
     "lease-not-checked": Removal(
@@ -167,6 +186,12 @@ REMOVALS: Final = {
     "unverified-tokens": Removal("a worker computes on any bytes", Invariant.RIGHT_TOKENS, _trust_bytes, "fleet"),
     "noted-digest-ignored": Removal(
         "a store lends what has rotted with a proof of what it is now", Invariant.RIGHT_TOKENS, _prove_anew, "fleet"
+    ),
+    "peer-not-proven": Removal(
+        "a peer's proof that it has the key is not looked at", Invariant.ONLY_PEERS, _believe_peers, "fleet"
+    ),
+    "tag-unkeyed": Removal(
+        "a proof is made without a key, so a store can make it", Invariant.RIGHT_TOKENS, _prove_without_a_key, "fleet"
     ),
     "lost-wake-up": Removal(
         "a prefill order forgets that a step of it waits", Invariant.NO_FALSE_ALARM, _lose_a_wake_up, "fleet"

@@ -12,7 +12,7 @@ from tests.simulation.pool import Invariant
 from tests.simulation.world import Report
 
 WORLDS: Final = {"exchange": exchange.simulate, "fleet": fleet.simulate}
-_OF_STREAMS: Final = {Invariant.RIGHT_TOKENS, Invariant.NOBODYS_WORK, Invariant.NO_FALSE_ALARM}
+_OF_STREAMS: Final = {Invariant.RIGHT_TOKENS, Invariant.NOBODYS_WORK, Invariant.NO_FALSE_ALARM, Invariant.ONLY_PEERS}
 # Of `NO_INTERNAL_ERROR` every moment is a situation.
 JUDGED: Final = {
     "exchange": set(Invariant) - _OF_STREAMS - {Invariant.NO_INTERNAL_ERROR},

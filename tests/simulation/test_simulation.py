@@ -36,6 +36,8 @@ PINNED = {
     "silence-unnoticed": 12,
     "unverified-tokens": 1,
     "noted-digest-ignored": 6,
+    "tag-unkeyed": 9,
+    "peer-not-proven": 0,
     "lost-wake-up": 3,
     "cancellation-swallowed": 0,
     "holder-shunned": 7,

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvstore.block import BlockHash, HostMemory
+from kvstore.block import BlockHash, HostMemory, ProofKey, subject_of
 from kvstore.errors import KVStoreError
 from kvstore.exchange import Outside, PeerIdentity
-from kvstore.protocol import ExchangeTimeouts
+from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts
 from kvstore.registry import WorkerRecord
 from kvstore.store import DiskTier, StoreNode, TieredStore
 from kvstore.store.disk_files import FileCalls
+from kvstore.store.node import StoreLender
 from tests.simulation.fleet.worker import BLOCK_SIZE, MODEL, PEER_KEYS, SimWorker
 from tests.simulation.pool import Invariant
 from tests.simulation.threads import SimThreads
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tests.simulation.fleet.world import FleetWorld
 
 DISK_POOL: Final = "disk-tier"
+_FORGERS_KEY: Final = ProofKey(b"what a forger makes up by himself")
 _KV_PORT: Final = 7000
 _NUM_SLOTS: Final = 16
 _NUM_DISK_BLOCKS: Final = 40
@@ -63,6 +65,30 @@ class SimDisk:
             raise OSError(errno.ENOSPC, "no space left")
 
 
+class Forger:
+    """Lends other bytes than it was given, with proofs that it makes up: it has the peers' key, not the workers'."""
+
+    def __init__(self, world: FleetWorld, lender: StoreLender, memory: HostMemory) -> None:
+        self._world = world
+        self._lender = lender
+        self._memory = memory
+
+    async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
+        lent = await self._lender.lend_prefix(hashes)
+        for block in lent:
+            self._memory.view(block.block_id)[:] = 0
+        if lent:
+            self._world.reach("forged")
+        subjects = [subject_of(BlockHash(block.block_hash)) for block in lent if block.block_hash is not None]
+        proofs = _FORGERS_KEY.prove(self._memory, [block.block_id for block in lent], subjects)
+        return [AnnouncedBlock(each.block_id, each.block_hash, proof) for each, proof in zip(lent, proofs, strict=True)]
+
+    async def take_back(self, blocks: Sequence[AnnouncedBlock]) -> None:
+        await self._lender.take_back(blocks)
+
+    async def recheck(self, hashes: Sequence[BlockHash]) -> None: ...
+
+
 class SimStore:
     """One start of a store node. It comes back with what its directory has."""
 
@@ -92,6 +118,13 @@ class SimStore:
                 timeouts=ExchangeTimeouts(peer_timeout_s=4.0, offer_s=4.0),
             )
         self.record = self._record()
+
+    def forge(self) -> None:
+        """Lend forged blocks from now on."""
+        self.node.exchange._lender = Forger(self._world, self.node.lender, self.node.store.memory)
+
+    def stop_forging(self) -> None:
+        self.node.exchange._lender = self.node.lender
 
     def clock(self) -> float:
         return self._world.loop.time() + self.process.clock_ahead_s

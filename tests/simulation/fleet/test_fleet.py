@@ -10,7 +10,7 @@ from tests.simulation.plan import Plan
 from tests.simulation.run import never_judged, simulate
 from tests.simulation.shrink import shrink
 
-SEEDS = (1, 3)
+SEEDS = (3, 13)
 
 
 def test_whatever_happens_each_stream_has_its_tokens_and_the_situations_arise():

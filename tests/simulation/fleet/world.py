@@ -31,6 +31,7 @@ from services.router.fleet import dispatch, placement, prefixes, session, worker
 from services.worker.assembly import Role
 from services.worker.shunned import Shunned
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
+from tests.simulation.fleet.impostor import intrude
 from tests.simulation.fleet.membership import LEASE_S, SimRegistry
 from tests.simulation.fleet.orders import OrderNet
 from tests.simulation.fleet.router import SimRouter
@@ -55,10 +56,11 @@ _STORE: Final = "s0"
 GENTLE: Final = ("reorder", "split", "slow threads", "aborts", "abort storm", "full pool", "drain")
 """Of these nobody is to blame, and no stream ends in an error of theirs."""
 STANDING: Final = ("reorder", "split", "slow threads", "cut", "slow reads", "broken reads", "bit flips")
-OF_STORES: Final = ("rot", "full disk", "stuck disk", "bad disk")
+OF_STORES: Final = ("rot", "full disk", "stuck disk", "bad disk", "forging store")
+MALICE: Final = ("forging store", "impostor")
 DEALT: Final = (
     *("abort storm", "full pool", "drain", "delay", "partition", "kill", "vanish", "pause", "clock jump"),
-    *OF_STORES,
+    *OF_STORES[:-1],
 )
 USERS: Final = ("aborts",)
 
@@ -107,7 +109,9 @@ class FleetWorld:
         self.is_gentle = draw.random() < 0.3
         possible = [each for each in dict.fromkeys((*STANDING, *DEALT, *USERS)) if not self.is_gentle or each in GENTLE]
         drawn = [kind for kind in possible if draw.random() < 0.4]
-        self._dealt = [kind for kind in drawn if kind in DEALT]
+        malice = plan.stream("malice")
+        drawn += [kind for kind in MALICE if not self.is_gentle and malice.random() < 0.3]
+        self._dealt = [kind for kind in drawn if kind in (*DEALT, *MALICE)]
         self.mix = frozenset(kind for kind in drawn if self.does(kind))
         self.faults: Counter[str] = Counter(dict.fromkeys((self.mix & set(STANDING)) - {"cut"}, 1))
         self.loop = SimLoop(draw.getrandbits(64), shuffles="reorder" in self.mix)
@@ -349,6 +353,9 @@ class FleetWorld:
                 worker.process.clock_ahead_s += draw.choice([1.0, 7.0, 100.0])
             case "full pool" if isinstance(worker, SimWorker):
                 self._within(worker.process, self._fill(worker, lasts_s, draw))
+            case "forging store" if isinstance(worker, SimStore):
+                worker.forge()
+                self.healing.later(lasts_s, worker.stop_forging)
             case "rot" if isinstance(worker, SimStore):
                 worker.rot(draw)
             case "stuck disk" if isinstance(worker, SimStore):
@@ -358,6 +365,10 @@ class FleetWorld:
                 what = "is_full" if kind == "full disk" else "is_failing"
                 setattr(worker.disk, what, True)
                 self.healing.later(lasts_s, lambda: setattr(worker.disk, what, False))
+            case "impostor":
+                assert self._first is not None
+                work = intrude(self, draw.choice(list(_ROLES)), self._first.engine.layout, worker.record.kv_address)
+                self._within(self.loop.new_process(f"x/{self.faults[kind]}"), work)
             case "abort storm":
                 for request in list(self._requests):
                     request.cancel()
