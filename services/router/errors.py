@@ -41,12 +41,14 @@ class ApiError(Exception):
         return orjson.dumps({"error": error})
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Returns Retry-After and WWW-Authenticate where they help."""
+        """Returns Retry-After, WWW-Authenticate and Connection where they help."""
         headers = []
         if self.retry_after_s is not None:
             headers.append((b"retry-after", str(self.retry_after_s).encode()))
         if self.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
+        if self.status == 408:
+            headers.append((b"connection", b"close"))  # whose body does not come will send nothing else either
         return headers
 
 

@@ -210,7 +210,11 @@ def test_a_body_that_does_not_come(http, monkeypatch, limit):
     url = httpx.URL(str(http.base_url))
     with socket.create_connection((url.host, url.port), timeout=20) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
-        assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
+        answer = b""
+        while chunk := connection.recv(1000):
+            answer += chunk
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in answer
 
 
 def test_a_body_that_is_more_than_it_says(http):
