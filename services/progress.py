@@ -6,7 +6,7 @@
 
 Deadlines judge progress, so a part that takes long over much is not stuck: its watch allows for what it works on.
 Nobody is blamed where the watcher itself did not run (a stopped process, a debugger, a suspended laptop): of the time
-between two looks at most twice the interval counts.
+between two looks at most twice the interval counts, less that in which the process waited for a processor.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ class Progress:
     def __post_init__(self) -> None:
         self._seen = [_Seen(watch, watch.num_advances) for watch in self.watches]
 
-    def look(self, now_s: float) -> None:
-        """Compare with the last look."""
+    def look(self, now_s: float, starved_s: float = 0.0) -> None:
+        """Compare with the last look. Since then a thread of the process has waited `starved_s` for a processor."""
         before_s, self._looked_at_s = self._looked_at_s, now_s
         passed_s = 0.0 if before_s is None else min(now_s - before_s, 2 * self.interval_s)
+        passed_s = max(0.0, passed_s - starved_s)
         for seen in self._seen:
             # In this order: work that ended in between was an advance, and counts as one.
             has_work, num_advances = seen.watch.has_work(), seen.watch.num_advances

@@ -87,6 +87,16 @@ def test_nobody_is_blamed_for_the_time_in_which_the_watcher_itself_stood_still(s
     assert clock.progress.still_s() == {"part": 1.0 + 2 * INTERVAL_S}
 
 
+def test_nobody_is_blamed_for_the_time_in_which_the_process_waited_for_a_processor() -> None:
+    part = Part(allowed_s=2.0)
+    clock = Clock(part)
+    for _ in range(100):
+        clock.now_s += INTERVAL_S
+        clock.progress.look(clock.now_s, starved_s=0.24)
+    assert clock.progress.still_s()["part"] == pytest.approx(1.0)
+    assert clock.progress.stuck() == ()
+
+
 def test_a_process_that_should_end_has_stood_still_beyond_what_is_allowed_by_the_limit() -> None:
     part = Part(allowed_s=2.0)
     clock = Clock(part)

@@ -7,10 +7,12 @@ import logging
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 from services.node import Watchdog, loop_watch
+from services.node.watchdog import _Starvation
 from services.progress import Watch
 from services.startup import STUCK
 from tests.loop_threads import LoopThreads
@@ -93,3 +95,22 @@ def test_a_process_whose_event_loop_hangs_ends_with_a_status_and_all_stacks() ->
     )
     assert ended.returncode == STUCK
     assert "hang_in_the_loop" in ended.stderr
+
+
+def test_threads_that_share_a_processor_wait_for_it() -> None:
+    starvation = _Starvation()
+    starvation.take_s()
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        # They inherit the one processor.
+        spinning = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(3)]
+        until_s = time.process_time() + 0.2
+        while time.process_time() < until_s:
+            pass
+    finally:
+        os.sched_setaffinity(0, allowed)
+        for process in spinning:
+            process.kill()
+            process.wait()
+    assert starvation.take_s() > 0.1
