@@ -10,9 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvstore.block import ProofKey
 from services.engine import paced
 from services.engine.api import Engine, Request, SamplingParams
+from services.engine.check import Machine, check_engine
+from services.engine.choice import open_engine
 from services.engine.config import EngineConfig
+from services.engine.model_config import ModelNotFound
 from services.engine.native import Engine as NativeEngine
 from services.engine.paced import open_paced, read_profile
 from services.rates import StepShape
@@ -148,3 +152,18 @@ def test_a_profile_that_makes_no_sense_is_refused_by_name(tmp_path, values, word
         path.write_text(json.dumps({**whole, **values} if values else values))
     with pytest.raises(SettingsError, match=words):
         read_profile(str(path))
+
+
+def test_it_can_be_started_where_there_are_no_weights_and_not_with_a_profile_that_is_not_there(model) -> None:
+    machine = Machine(available_bytes=8 << 30, gpus=[], processor_flags=frozenset())
+    config = EngineConfig(str(model), engine="paced", **CONFIG)  # type: ignore[arg-type]
+    assert check_engine(config, machine).num_parameters == 0
+    with pytest.raises(ModelNotFound, match="no weights"):
+        check_engine(replace(config, engine="native"), machine)
+    with pytest.raises(SettingsError, match="give cpu, gpu"):
+        check_engine(replace(config, paced_profile="tpu"), machine)
+
+
+def test_open_engine_opens_what_the_settings_name(model) -> None:
+    config = EngineConfig(str(model), engine="paced", **CONFIG)  # type: ignore[arg-type]
+    assert open_engine(config, ProofKey.public()).capabilities.is_simulation
