@@ -100,7 +100,7 @@ class Conductor:
         self._num_runs += 1
         workers = _workers(self._runner) if isinstance(self._runner, MasterRunner) else [""]
         lead_s = _LEAD_DISTRIBUTED_S if isinstance(self._runner, MasterRunner) else _LEAD_LOCAL_S
-        scraper = Scraper(job.metrics_urls)
+        scraper = Scraper(job.metrics_urls, self._api_key)
         run = _Run(
             self._num_runs, job, served, plan, time.time() + lead_s, scraper, open_parts=dict(enumerate(workers))
         )
@@ -139,7 +139,7 @@ class Conductor:
                 notes=tuple(run.notes),
                 turn=job.turn,
                 server_command=job.server_command,
-                server_facts=server_facts(job.metrics_urls),
+                server_facts=server_facts(job.metrics_urls, self._api_key),
                 origin=job.origin,
             )
         )

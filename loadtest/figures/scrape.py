@@ -68,20 +68,21 @@ def parse_facts(pages: Iterable[str]) -> dict[str, str]:
     return {name: ", ".join(sorted(values)) for name, values in found.items()}
 
 
-def server_facts(urls: Mapping[str, str]) -> dict[str, str]:
+def server_facts(urls: Mapping[str, str], api_key: str = "") -> dict[str, str]:
     """Asks all processes of a server what they are. Pages that do not come say nothing."""
-    reads = [gevent.spawn(_read, url) for url in urls.values()]
+    reads = [gevent.spawn(_read, url, api_key) for url in urls.values()]
     gevent.joinall(reads)
     return parse_facts(each.value or "" for each in reads)
 
 
-def _read(url: str) -> str:
+def _read(url: str, api_key: str) -> str:
     """A page of metrics; "" where it does not come."""
     try:
         with gevent.Timeout(_TIMEOUT_S, TimeoutError(f"no metrics within {_TIMEOUT_S:g} s")):
             http = HTTPClient.from_url(url, connection_timeout=_TIMEOUT_S, network_timeout=_TIMEOUT_S)
             path = "/" + "/".join(url.split("/")[3:])
-            response = http.request("GET", path, headers={"Connection": "close"})
+            headers = {"Connection": "close"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+            response = http.request("GET", path, headers=headers)
             return response.read().decode(errors="replace") if response.status_code == 200 else ""
     except (OSError, HTTPParseError):
         return ""
@@ -93,8 +94,9 @@ _INTERVAL_S = 1.0
 class Scraper:
     """Reads all processes' pages until stopped. A page that does not come leaves a gap, and is counted."""
 
-    def __init__(self, urls: Mapping[str, str]) -> None:
+    def __init__(self, urls: Mapping[str, str], api_key: str = "") -> None:
         self._urls = dict(urls)
+        self._api_key = api_key
         self._greenlet: gevent.Greenlet | None = None
         self.samples: list[Sample] = []
         self.num_missed = 0
@@ -119,7 +121,7 @@ class Scraper:
     def _scrape(self, process: str, url: str, start: float) -> None:
         at_s = time.perf_counter() - start
         try:
-            found = parse_gauges(_read(url))
+            found = parse_gauges(_read(url, self._api_key))
         except ValueError:
             found = {}
         if not found:
