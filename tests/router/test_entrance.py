@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import httpx
+import msgspec
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
@@ -177,3 +178,14 @@ async def test_requests_at_a_time_are_limited_and_freed_by_those_that_leave(wait
         await waiting_worker.wait_for_abort(1)
         permit(permits, 1)
         assert (await http.post(URL, json=BODY)).status_code == 200
+
+
+async def test_what_a_simulation_answers_is_labelled_in_receipts_and_among_the_workers(make_worker) -> None:
+    worker = make_worker()
+    real = worker.record
+    worker.record = lambda role="decode": msgspec.structs.replace(real(role), is_simulation=True)
+    async with running_router(RouterConfig(), worker) as running, client(running) as http:
+        answer = await http.post(URL, json=BODY, headers={"x-tandem-receipt": "1"})
+        (listed,) = (await http.get("/debug/workers")).json()["workers"]
+    assert answer.json()["receipt"]["sequences"][0]["is_simulation"] is True
+    assert listed["is_simulation"] is True

@@ -69,3 +69,16 @@ async def test_metrics_are_closed_where_that_is_wanted() -> None:
 async def test_without_a_secret_no_token_is_needed() -> None:
     async with served(tokens=()) as client:
         assert await statuses(client, [*OPEN, "/metrics", *GUARDED[:2]]) == {200}
+
+
+async def test_a_worker_that_simulates_its_model_says_so_to_whoever_asks_for_its_health() -> None:
+    async def check() -> None: ...
+
+    server = DebugServer(CollectorRegistry, dict, check, str, str, lambda: "a simulation", tokens=TOKENS)
+    address = await server.start("127.0.0.1", 0)
+    try:
+        async with httpx.AsyncClient(base_url=f"http://{address}") as client:
+            answer = await client.get("/health")
+    finally:
+        await server.close()
+    assert (answer.status_code, answer.json()) == (200, {"status": "healthy", "note": "a simulation"})

@@ -197,6 +197,58 @@ async def test_an_output_that_cannot_be_sent_ends_its_request_and_costs_the_othe
     await asyncio.wait([live.admission for live in lives if live.admission is not None])
 
 
+@pytest.mark.parametrize("stage", ["restore", "fetch", "handoff"])
+async def test_a_deadline_ends_the_work_of_every_stage_and_goes_with_what_is_ordered(stage: str) -> None:
+    """The engine's stages end by its abort, which the commands to its thread are for."""
+    ended: list[str] = []
+    ordered: list[pb.PrefillRequest] = []
+
+    async def hang(name: str) -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ended.append(name)
+
+    async def restore(hashes: object) -> None:
+        if stage == "restore":
+            await hang(stage)
+
+    async def fetch(hashes: object, sources: object) -> list[object]:
+        await hang("fetch")
+        return []
+
+    async def connect(address: str) -> str:
+        return "prefill-0/1"
+
+    async def prefill(address: str, message: pb.PrefillRequest) -> AsyncIterator[pb.PrefillEvent]:
+        ordered.append(message)
+        await hang("handoff")
+        yield pb.PrefillEvent()
+
+    transfer = SimpleNamespace(result=asyncio.get_running_loop().create_future(), abort=lambda reason: None)
+    exchange = SimpleNamespace(
+        connect=connect,
+        fetch=lambda *_: transfer,
+        new_id=lambda: bytes(16),
+        identity=SimpleNamespace(peer_id="decode-0/1"),
+        clock=time.monotonic,
+    )
+    targets = [pb.PrefillTarget(worker_id="prefill-0", incarnation="1")] if stage == "handoff" else []
+    asked = order(prefill_targets=targets)
+    asked.timeout_s = 0.2
+    output = await last_output(
+        asked,
+        engine=engine(),
+        host_prefixes=SimpleNamespace(restore=restore),
+        fetcher=SimpleNamespace(fetch=fetch),
+        exchange=exchange,
+        orders=SimpleNamespace(prefill=prefill),
+    )
+    assert output.error.code == pb.ERROR_CODE_DEADLINE
+    assert ended == [stage]
+    assert [0 < message.timeout_s <= 0.2 for message in ordered] == [True] * (stage == "handoff")
+
+
 async def frames_of(session: RouterSession, number: int) -> list[pb.SessionFrame]:
     """The first frames that a session sends."""
     frames: asyncio.Queue[pb.SessionFrame] = asyncio.Queue()
