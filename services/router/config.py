@@ -87,7 +87,7 @@ class RouterConfig(PeerSettings):
     )
     max_attempts: int = setting(3, min=1, help="decode workers that a request is tried on", group="workers")
     max_worker_deaths: int = setting(
-        2, min=1, help="a request that so many decode workers are lost with is given up, with a 500", group="workers"
+        2, min=1, help="a request that so many decode workers die with is given up, with a 500", group="workers"
     )
     resume_wait_s: float = setting(
         30.0,

@@ -33,7 +33,7 @@ class Resume:
     worker_id: str
     """Who was lost."""
     reason: str
-    """lost, given_up, moved"""
+    """lost, silent, given_up, moved"""
     num_carried_tokens: int
     """What it had said, which nobody sampled again."""
     block_size: int

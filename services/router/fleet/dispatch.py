@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_MAX_LOSSES = 16  # of one sequence's workers, dead or left
+
 
 @dataclass(frozen=True)
 class _Sink:
@@ -46,8 +48,8 @@ class _Sink:
     def deliver_token(self, token_id: int) -> None:
         self._guarded(self.dispatch._on_token, token_id)
 
-    def lose(self, reason: str) -> None:
-        self._guarded(self.dispatch._on_loss, reason)
+    def lose(self, reason: str, died: bool) -> None:
+        self._guarded(self.dispatch._on_death if died else self.dispatch._on_standstill, reason)
 
     def may_leave(self) -> bool:
         return bool(self.dispatch._places_to_move_to(self.sequence))
@@ -248,25 +250,32 @@ class Dispatch:
         """Whether another worker is looked for, since this one gave the sequence up."""
         if not is_retryable(error) or len(sequence.tried) >= self._budget.max_attempts:
             return False
-        waits = bool(sequence.token_ids) and error.code == pb.ERROR_CODE_UNAVAILABLE
-        self._search(sequence, error, "given_up", waits=waits)
+        self._search(sequence, error, "given_up", waits=error.code == pb.ERROR_CODE_UNAVAILABLE)
         return True
 
-    def _on_loss(self, sequence: Sequence, reason: str) -> None:
-        """Its worker is gone, with it aboard."""
+    def _on_death(self, sequence: Sequence, reason: str) -> None:
+        """Its worker is gone with it aboard, which may be why."""
+        sequence.num_deaths += 1
+        self._on_loss(sequence, reason, "lost")
+
+    def _on_standstill(self, sequence: Sequence, reason: str) -> None:
+        """Its worker was left, since it did not get on: it may be cut off, or starved."""
+        self._on_loss(sequence, reason, "silent")
+
+    def _on_loss(self, sequence: Sequence, reason: str, cause: str) -> None:
         assert sequence.placement is not None, f"{sequence.request_id} was lost by a worker that it was never given to"
         worker_id = sequence.placement.decision.decode.worker_id
         self._leave(sequence, "")
-        sequence.num_deaths += 1
-        sequence.tried.clear()
+        sequence.num_losses += 1
+        sequence.tried[:] = [worker_id]  # rather another one
         message = f"the session with decode worker {worker_id} was lost: {reason}"
-        if sequence.num_deaths < self._budget.max_worker_deaths:
+        if sequence.num_deaths < self._budget.max_worker_deaths and sequence.num_losses < _MAX_LOSSES:
             error = pb.Error(code=pb.ERROR_CODE_UNAVAILABLE, message=message)
-            self._search(sequence, error, "lost", waits=True)
+            self._search(sequence, error, cause, waits=True)
             return
-        sequence.note_pause("lost")
+        sequence.note_pause(cause)
         told = (
-            f"{sequence.num_deaths} decode workers were lost with this request aboard; it is given up. The last one: "
+            f"{sequence.num_losses} decode workers were lost with this request aboard; it is given up. The last one: "
         )
         self._fail(sequence, pb.Error(code=pb.ERROR_CODE_INTERNAL, message=told + message), "worker_deaths")
 
@@ -306,17 +315,19 @@ class Dispatch:
         sequence.note_pause(reason)
         sequence.move_to(SequenceState.LOST)
         sequence.due_s = None  # what comes now teaches nobody how long a first token takes
-        search = self._find_another(sequence, error, waits)
+        search = self._find_another(sequence, error, waits, goes_back=reason in ("lost", "silent"))
         task = self._searches[sequence.index] = asyncio.create_task(search, name=f"resume-{sequence.request_id}")
         task.add_done_callback(lambda done: self._on_search_ended(sequence, done))
 
-    async def _find_another(self, sequence: Sequence, error: pb.Error, waits: bool) -> None:
+    async def _find_another(self, sequence: Sequence, error: pb.Error, waits: bool, goes_back: bool) -> None:
+        """`goes_back`: to the worker that was lost, rather than to none."""
         ask = await self._longer_ask(sequence) if sequence.token_ids else sequence.ask
         deadline_s = self._clock() + self._budget.resume_wait_s
         while self._submit(sequence, ask, pb.ErrorCode.Name(error.code)) is not None:
-            if not waits or not await self._workers.changed(deadline_s):
+            if not goes_back and not (waits and await self._workers.changed(deadline_s)):
                 self._fail(sequence, error, "no_worker")
                 return
+            goes_back = False
             sequence.tried.clear()
         sequence.move_to(SequenceState.RESUMING if sequence.token_ids else SequenceState.DISPATCHING)
         log.info("goes on at another worker: %s", error.message, extra={"request_id": sequence.request_id})

@@ -105,11 +105,13 @@ class Sequence:
     placement: Placement | None = None
     awaits_prefill: bool = False
     tried: list[str] = field(default_factory=list)
-    """Workers that gave it up since the last one was lost: they are not asked again."""
+    """Workers that others are preferred to: the last that was lost, and who gave it up since."""
     num_attempts: int = 0
     """Workers that it was given to."""
+    num_losses: int = 0
+    """Of these, lost with it aboard: they died, or were left since they did not get on."""
     num_deaths: int = 0
-    """Of these, lost with it aboard."""
+    """Of the lost ones, those that died."""
     routed_unix_s: float = 0.0
     due_s: float | None = None
     """When its first token is reckoned to come, by the monotonic clock; None once it has, or its worker was lost."""

@@ -47,11 +47,15 @@ class OutputSink(Protocol):
     def deliver_token(self, token_id: int) -> None:
         """A further token."""
 
-    def lose(self, reason: str) -> None:
-        """The end, too: the worker is lost. Nothing else comes."""
+    def lose(self, reason: str, died: bool) -> None:
+        """The end, too: the worker is lost. Nothing else comes. Not `died`: we left it, since it did not get on."""
 
     def may_leave(self) -> bool:
         """Whether it could go on at another worker now, since this one drains."""
+
+
+class _StandsStill(StreamBroken):
+    """The worker may live, and is of no use: it says nothing, or that it gets on no more."""
 
 
 class SessionDown(Exception):
@@ -69,7 +73,7 @@ def rates_from_proto(message: pb.Rates) -> Rates:
 
 def _check_progress(frame: pb.SessionFrame) -> None:
     if frame.stuck:
-        raise StreamBroken(f"the worker makes no progress: {frame.stuck}")
+        raise _StandsStill(f"the worker makes no progress: {frame.stuck}")
 
 
 class WorkerSession:
@@ -166,16 +170,17 @@ class WorkerSession:
         finally:
             # Cancelled by its owner, or broken: nobody shall wait for what does not come any more.
             if self._live or self._outbox:
-                self._lose("the router has given it up")
+                self._lose("the router has given it up", died=False)
 
     async def _run(self) -> None:
         backoff_s = _FIRST_BACKOFF_S
         while not self._closing.is_set():
+            died = True
             try:
                 await self._run_stream()
                 reason = "closed"
             except StreamBroken as error:
-                reason = str(error)
+                reason, died = str(error), not isinstance(error, _StandsStill)
             except TimeoutError:
                 reason = f"no first frame within {HELLO_TIMEOUT_S:g} s"
             except (Exception, asyncio.CancelledError) as error:
@@ -186,7 +191,7 @@ class WorkerSession:
                 reason = f"the router failed: {error!r}"
             if self.connected:
                 backoff_s = _FIRST_BACKOFF_S
-            self._lose(reason)
+            self._lose(reason, died)
             if not self._closing.is_set():
                 # Jitter, so that several routers do not dial a restarted worker in step.
                 pause_s = backoff_s * random.uniform(0.5, 1.0)
@@ -226,7 +231,7 @@ class WorkerSession:
             await asyncio.sleep(self._silence.look_s)
             self._silence.look(asyncio.get_running_loop().time())
             if self._silence.is_broken:
-                raise StreamBroken(f"silent for more than {self._silence.timeout_s:g} s")
+                raise _StandsStill(f"silent for more than {self._silence.timeout_s:g} s")
 
     async def _requests(self) -> AsyncIterator[pb.SessionRequest]:
         yield pb.SessionRequest(
@@ -313,7 +318,7 @@ class WorkerSession:
         # It has ended, so it stands in front of nobody, whether or not a load has counted it yet.
         self._num_sent_since_load = max(self._num_sent_since_load - 1, 0)
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: str, died: bool) -> None:
         if self._closing.is_set():
             log.debug("session with decode worker %s is closed", self.record.worker_id)
         elif self.connected:
@@ -332,7 +337,7 @@ class WorkerSession:
         self._leaving.clear()
         lost, self._live = self._live, {}
         for sink in lost.values():
-            sink.lose(reason)
+            sink.lose(reason, died)
         self._on_load()
 
     def _send(self, message: pb.SessionRequest) -> None:
