@@ -97,6 +97,7 @@ class SimStore:
     def __init__(self, world: FleetWorld, name: str, incarnation: str, worker: SimWorker, directory: Path) -> None:
         self.name, self.incarnation = name, incarnation
         self.is_leaving = False
+        self.num_filled = 0
         self._world = world
         self.process = world.loop.new_process(f"{name}/{incarnation}")
         self.disk = SimDisk(world, world.plan.stream(f"disk {name}/{incarnation}"))

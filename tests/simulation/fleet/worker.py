@@ -49,6 +49,7 @@ class SimWorker:
     def __init__(self, world: FleetWorld, name: str, role: Role, incarnation: str) -> None:
         self.name, self.role, self.incarnation = name, role, incarnation
         self.is_leaving = False
+        self.num_filled = 0
         self._world = world
         self.process = world.loop.new_process(f"{name}/{incarnation}")
         with world.loop.within(self.process):
