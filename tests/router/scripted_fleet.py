@@ -59,6 +59,8 @@ class ScriptedWorker:
     numerics: str = "alike"
     max_moving: int = 0
     """The most orders that it was told to let go and has not, in one step."""
+    refuses: bool = False
+    """It drains: every order gets a word of that."""
     differs: bool = False
     """Its tokens are not those of the others."""
     orders: list[pb.GenerateRequest] = field(default_factory=list)
@@ -99,6 +101,12 @@ class ScriptedWorker:
                     has_work.clear()
                     continue
                 frame, num_said = pb.SessionFrame(load=load), 0
+                if self.refuses:
+                    frame.load.draining = True
+                    gone = pb.Error(code=pb.ERROR_CODE_UNAVAILABLE, message="draining")
+                    for handle in live:
+                        frame.outputs.add(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=gone)
+                    live.clear()
                 for handle, output in list(live.items()):
                     if output.order is self.orders[0]:
                         num_said = output.num_said + 1

@@ -185,6 +185,19 @@ async def test_where_no_worker_is_left_the_stream_waits_for_one(make):
         assert is_at_rest(fleet)
 
 
+async def test_a_worker_that_refuses_since_it_drains_is_waited_for_like_a_lost_one(make):
+    async with scripted_fleet() as fleet:
+        expected = await undisturbed(fleet, make, **STREAM)
+        draining, late = make(refuses=True), make()
+        await fleet.serve_with(draining)
+        asking = asyncio.create_task(fleet.ask(**STREAM))
+        await until(lambda: draining.orders and fleet.parts.workers.decode_candidates()[0].draining)
+        assert not asking.done()
+        fleet.announce(draining, late)
+        assert (await asking).choices() == expected.choices()
+        assert is_at_rest(fleet)
+
+
 async def test_where_none_comes_the_client_hears_what_was_lost(make):
     async with scripted_fleet(RouterConfig(resume_wait_s=0)) as fleet:
         await fleet.serve_with(make(dies_after=20))
