@@ -56,7 +56,7 @@ help: ## list the targets
 
 install: $(INSTALLED) ## make .venv and install what it takes to serve, pinned by constraints.txt
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py deploy/install.sh $(wildcard services/engine/native/kernels/csrc/*)
+$(INSTALLED): pyproject.toml constraints.txt setup.py deploy/install.sh kvstore/block/row_sums.c $(wildcard services/engine/native/kernels/csrc/*)
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" EXTRAS= deploy/install.sh
 	@touch $@
 
@@ -122,7 +122,7 @@ dist: $(DEVELOPED) ## build/dist: the sdist, and the wheel made from it for this
 check-pythons: $(DEVELOPED) ## every package of the lock has a wheel for Python 3.11 to 3.14 (minutes)
 	$(BIN)/pytest tests/repo/test_pythons.py -m slow
 
-kernels: $(INSTALLED) ## build the CPU kernels again, after a change to their sources
+kernels: $(INSTALLED) ## build the C parts again, after a change to their sources
 	$(BIN)/python setup.py --quiet build_ext --inplace --force
 
 # Address and undefined-behaviour sanitizers, on the portable, AVX-512 and emulated AMX kernels. The libraries are built
