@@ -35,6 +35,8 @@ _OF_RECEIPTS: dict[str, Callable[[Receipt], float]] = {
 }
 """Counters fed from receipts and from nothing else, so that both always add up."""
 
+_RESUMED_TOKENS = ("recomputed", "reused", "fetched", "moved")
+
 
 class ModelMetrics:
     """The series of one model, their labels bound."""
@@ -113,8 +115,10 @@ class RouterMetrics:
         self.retries = ROUTER.counter("tandem:router_retries", self.registry)
         self._cuts = ROUTER.counter("tandem:router_cut_connections", self.registry, CUTS)
         self._resumes = ROUTER.counter("tandem:router_resumes", self.registry)
+        for reason in ("lost", "given_up", "moved"):
+            self._resumes.labels(reason, "resumed")
         self._resume_pause = ROUTER.histogram("tandem:router_resume_pause_seconds", self.registry)
-        self._resumed_tokens = ROUTER.counter("tandem:router_resumed_tokens", self.registry)
+        self._resumed_tokens = ROUTER.counter("tandem:router_resumed_tokens", self.registry, _RESUMED_TOKENS)
         self.disconnects = ROUTER.counter("tandem:router_client_disconnects", self.registry)
         self._decisions = ROUTER.counter("tandem:router_decisions", self.registry)
         self._lookups = ROUTER.counter("tandem:router_index_lookups", self.registry, ("found", "nothing", "no_answer"))
