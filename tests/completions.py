@@ -37,9 +37,10 @@ class Answer:
 class Client:
     """An async context manager. `fields` of a request are added to its body, or replace what is there."""
 
-    def __init__(self, stack: Stack, num_new_tokens: int, url: str = "") -> None:
+    def __init__(self, stack: Stack, num_new_tokens: int, url: str = "", max_connections: int = 100) -> None:
         """`url`: of another router than the stack's first."""
-        self.http = httpx.AsyncClient(base_url=url or stack.url, timeout=120, limits=httpx.Limits(max_connections=100))
+        limits = httpx.Limits(max_connections=max_connections)
+        self.http = httpx.AsyncClient(base_url=url or stack.url, timeout=120, limits=limits)
         self._body = {"model": "m", "max_tokens": num_new_tokens, "temperature": 0, "ignore_eos": True}
         self._body |= {"return_token_ids": True, "receipt": True}
 
