@@ -115,7 +115,8 @@ class SimWorker:
         await self.parts.orders.close()
         await self.parts.fetcher.settle()
         await self.parts.host_prefixes.settle()
-        await self.parts.thread.call(lambda: None)  # what was posted before has run
+        for _ in range(2):  # what was posted before has run, and what that led to
+            await self.parts.thread.call(lambda: None)
         self.check_at_rest()
         await self.parts.thread.stop()
 
