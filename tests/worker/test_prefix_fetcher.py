@@ -26,6 +26,7 @@ from services.worker.host_prefixes import HostPrefixes
 from services.worker.prefix_fetcher import PrefixFetcher
 from services.worker.shunned import Shunned
 from tests.memory_transport import MemoryTransport
+from tests.peers import PROOFS
 from tests.proofs import KEY, prove
 from tests.store_node.store_world import LAYOUT, PATIENT, Worker, World, chain, world
 
@@ -73,9 +74,8 @@ class Reader:
         self.memory = HostMemory.allocate(num_blocks, LAYOUT.block_bytes)
         self.cache = Cache(num_blocks)
         transport = MemoryTransport(self.memory, made.switchboard, None, seed=9)
-        self.exchange = BlockExchange(
-            PeerIdentity("reader/1", "prefill", "1", LAYOUT), self.memory, [transport], PATIENT, proof_key=KEY
-        )
+        identity = PeerIdentity("reader/1", "prefill", "1", LAYOUT)
+        self.exchange = BlockExchange(identity, self.memory, [transport], PATIENT, proof_key=KEY, keys=PROOFS.blocks)
         self.outcomes: Counter[tuple[str, str]] = Counter()
         costs = SmallPieces(RateLearner(), LAYOUT.block_bytes // LAYOUT.block_size, "always")
         cache: Any = self.cache
