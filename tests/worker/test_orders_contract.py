@@ -145,7 +145,8 @@ async def test_who_connects_to_a_worker_and_says_nothing_of_use_is_closed(monkey
         await server.stop(None)
 
 
-async def test_a_connection_to_a_worker_without_calls_is_closed_and_opened_again_for_the_next(monkeypatch):
+@pytest.mark.parametrize("keys", [PeerKeys(), KEYS], ids=["open", "proven"])
+async def test_a_connection_to_a_worker_without_calls_is_closed_and_opened_again_for_the_next(monkeypatch, keys):
     monkeypatch.setattr(grpc_orders, "_SILENCE_OPTIONS", (("grpc.max_connection_idle_ms", 100),))
     calls = 0
 
@@ -154,17 +155,18 @@ async def test_a_connection_to_a_worker_without_calls_is_closed_and_opened_again
         calls += 1
         await send(pb.PrefillEvent(scheduled=pb.PrefillScheduled()))
 
-    server, orders = GrpcServer("127.0.0.1", 0), GrpcOrders()
+    server, orders = GrpcServer("127.0.0.1", 0, keys), GrpcOrders(keys)
     server.serve_prefills(serve)
     await server.start()
     try:
         for _ in range(2):
             async with aclosing(orders.prefill(f"127.0.0.1:{server.port}", pb.PrefillRequest())) as events:
                 assert [event.WhichOneof("kind") async for event in events] == ["scheduled"]
-            (channel,) = orders._channels.values()
+            (kept,) = orders._channels.values()
+            channel = kept.proven.channel
             async with asyncio.timeout(20):
-                while channel.grpc.get_state() is not grpc.ChannelConnectivity.IDLE:
-                    await channel.grpc.wait_for_state_change(channel.grpc.get_state())
+                while channel.get_state() is not grpc.ChannelConnectivity.IDLE:
+                    await channel.wait_for_state_change(channel.get_state())
         assert calls == 2
     finally:
         await orders.close()
