@@ -21,6 +21,7 @@ from services.worker.assembly import Role, Seams, assemble
 from services.worker.config import WorkerConfig
 from tests.hf_models import write_model
 from tests.memory_transport import MemoryTransport, Switchboard
+from tests.peers import PROOFS
 from tests.store_node.store_world import LAYOUT
 from tests.worker_records import worker_record
 
@@ -62,5 +63,5 @@ async def test_a_store_nodes_index_goes_by_the_lease_that_is_set(leases: list[fl
     )
     worker, http = worker_record(role="decode", layout=LAYOUT.to_wire()), StoreHttp("s0", metrics)
     http.address = "127.0.0.1:1"
-    async with open_store(config, Outside(), worker, LAYOUT, metrics, http):
+    async with open_store(config, Outside(), PROOFS.blocks, worker, LAYOUT, metrics, http):
         assert leases == [LEASE_S]
