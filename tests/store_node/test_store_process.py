@@ -79,7 +79,7 @@ async def test_a_node_lives_from_its_start_and_is_ready_when_a_worker_has_come(r
         assert "tandem:store_blocks" not in metrics
         store.wait_for(lambda: 'tandem:registry_up{role="store"} 1.0' in store.get("/metrics").text, "the registry")
         assert store.get("/debug/integrity").json() == {"ok": True}
-        state = {"worker_id": "store-0", "role": "store", "not_ready": "waiting for a worker of m"}
+        state = {"worker_id": "store-0", "role": "store", "not_ready": "waiting for a worker of m", "stuck": ""}
         assert store.get("/debug/state").json() == state
 
         registrar = Registrar(redis_url, WORKER)
