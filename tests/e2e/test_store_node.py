@@ -97,7 +97,7 @@ async def test_the_router_finds_in_the_index_what_only_the_store_has(stack: Stac
 
 
 async def test_a_long_answer_is_kept_while_it_grows_so_that_its_workers_loss_costs_a_fetch(stack: Stack) -> None:
-    (prompt,), num_said, length = random_prompts([100], seed=54), 140, 400
+    (prompt,), num_said, length = random_prompts([100], seed=54), 140, 1800
     expected = reference_greedy(stack.model, [prompt], num_said + NUM_NEW_TOKENS, ignore_eos=True)[0]
     said: list[int] = []
     async with Client(stack, NUM_NEW_TOKENS) as client:
