@@ -171,9 +171,7 @@ VLLM_FLAGS = (
         "--allow-credentials --allowed-methods --allowed-headers",
         "`--allowed-origins` alone; all methods and headers are allowed",
     ),
-    _row(
-        "--ssl-ca-certs --ssl-cert-reqs --enable-ssl-refresh --uds --middleware", "put a proxy in front of the router"
-    ),
+    _row("--enable-ssl-refresh --uds --middleware", "put a proxy in front of the router"),
     _row("--otlp-traces-endpoint --collect-detailed-traces", '`"receipt": true` in a request says where its time went'),
 )
 
