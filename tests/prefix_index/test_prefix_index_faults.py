@@ -234,7 +234,7 @@ async def test_a_holder_that_dies_while_its_name_is_lost_does_not_stay_in_the_in
 async def test_a_password_is_taken_from_the_url(own_server):
     with redis.Redis.from_url(own_server.url) as client:
         client.config_set("requirepass", "s3cret/ä")
-    world = World(own_server.url.replace("redis://", "redis://:s3cret%2F%C3%A4@"))
+    world = World(f"redis://:s3cret%2F%C3%A4@127.0.0.1:{own_server.port}/0")
     holder = await world.hold(num_blocks=3)
     await world.finds(await world.read(), HASHES, [holder])
     await world.close()
