@@ -8,8 +8,18 @@ import openai
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
+from services.router.config import RouterConfig
 from tests.openai_suite import SUITE, Capabilities
-from tests.router.fake_worker import Script, failing
+from tests.router.fake_worker import FakeWorker, Script, endless, failing
+from tests.router.harness import ThreadedRouter
+
+
+@pytest.fixture(scope="module")
+def router(model_directory, sentence):
+    """One that waits for no worker to come: there is one alone, and its refusals are to be heard at once."""
+    only = FakeWorker(endless(sentence), model_path=str(model_directory), colocated=True)
+    with ThreadedRouter(RouterConfig(resume_wait_s=0), lambda: [only]) as threaded:
+        yield threaded
 
 
 @pytest.fixture(scope="module")
