@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from kvstore.errors import ProtocolViolation
 from kvstore.exchange.connection import Connection
 from kvstore.exchange.owner import Lease
 from kvstore.protocol import AnnouncedBlock, LeaseOutcome, OwnerSession, Revoke
@@ -32,8 +33,12 @@ class Keep:
         return asyncio.shield(self._closed)
 
     def lend(self, connection: Connection[OwnerSession]) -> None:
-        """Open the lease for the reader that has asked."""
-        lease = Lease(connection, self.transfer_id, len(self._blocks), self._request_id)
+        """Open the lease for the reader that has asked. Raises `ProtocolViolation` where it has one under this id."""
+        try:
+            lease = Lease(connection, self.transfer_id, len(self._blocks), self._request_id)
+        except ValueError as error:
+            self.end(LeaseOutcome.REVOKED)
+            raise ProtocolViolation(str(error)) from error
         lease.closed.add_done_callback(lambda closed: self.end(closed.result()))
         lease.announce(0, self._blocks, last=True)
 

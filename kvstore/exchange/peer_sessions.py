@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 from kvstore.complaints import Complaints
-from kvstore.errors import ExchangeError, IncompatiblePeer, PeerUnreachable, UnprovenPeer
+from kvstore.errors import ExchangeError, IncompatiblePeer, PeerLost, PeerUnreachable, UnprovenPeer
 from kvstore.exchange.connection import Connection, Tools
 from kvstore.exchange.framing import FrameStream, Outside
 from kvstore.exchange.handshake import Ourselves, PeerIdentity, introduce_as_owner, introduce_as_reader
@@ -179,7 +179,8 @@ class PeerSessions:
         self._strangers[task] = stream
 
         def on_proven(peer: PeerIdentity) -> None:
-            del self._strangers[task]
+            if self._strangers.pop(task, None) is None:  # with its proof read already
+                raise PeerLost("turned away, as too many others came after it")
             self._newcomers.add(task)
             self._check_newest(self.readers, peer)
 

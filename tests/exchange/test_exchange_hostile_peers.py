@@ -9,6 +9,7 @@ import pytest
 
 from kvstore.errors import PeerUnreachable
 from kvstore.exchange.connection import Connection
+from kvstore.exchange.handshake import introduce_as_owner
 from kvstore.exchange.peer_sessions import PeerSessions
 from kvstore.protocol import (
     MAX_HELLO_BYTES,
@@ -316,6 +317,28 @@ async def test_many_strangers_are_turned_away_without_touching_established_peers
             writer.transport.abort()
         lease = owner.exchange.open_lease(TRANSFER, "decode-0", 1)
         assert await lease.closed is LeaseOutcome.RELEASED
+
+
+async def test_a_stranger_that_is_turned_away_with_its_proof_read_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    switchboard = Switchboard()
+    owner, reader = Worker("prefill-0", switchboard), Worker("decode-0", switchboard)
+
+    async def turned_away(stream, us, transports, new_id, on_proven):
+        def on_proven_late(peer) -> None:
+            owner.exchange._peers._strangers.clear()
+            on_proven(peer)
+
+        return await introduce_as_owner(stream, us, transports, new_id, on_proven_late)
+
+    monkeypatch.setattr("kvstore.exchange.peer_sessions.introduce_as_owner", turned_away)
+    async with running(owner, reader):
+        with pytest.raises(PeerUnreachable):
+            await reader.exchange.connect(owner.exchange.address)
+        await until(lambda: "turned away" in caplog.text)
+        assert not owner.exchange._peers._newcomers
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 async def test_a_stranger_in_the_middle_of_its_handshake_is_no_error_when_we_close():

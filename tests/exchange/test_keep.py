@@ -84,6 +84,18 @@ async def test_an_aborted_reader_frees_the_owners_blocks() -> None:
         assert await kept.closed is LeaseOutcome.RELEASED
 
 
+async def test_a_reader_that_has_a_lease_under_this_id_gets_no_other_and_the_blocks_come_back() -> None:
+    owner, reader = make_pair()
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        lease = owner.exchange.open_lease(TRANSFER, "decode-1", 4)
+        kept = keep(owner)
+        fetch = take(reader, [1, 2, 3, 4])
+        assert await kept.closed is LeaseOutcome.REVOKED
+        assert await lease.closed is LeaseOutcome.PEER_LOST
+        assert (await fetch.result).failure is not None
+
+
 async def test_an_owner_of_an_older_version_is_not_asked(monkeypatch) -> None:
     monkeypatch.setattr("kvstore.exchange.handshake.FEATURES", ())
     owner, reader = make_pair()
