@@ -171,7 +171,8 @@ class Admission:
         try:
             owner = await exchange.connect(move.kv_address)
             fetch = exchange.fetch_kept(move.transfer_id, owner, expected, pending.reserve, move.incarnation or None)
-        except (PeerUnreachable, PeerLost, IncompatiblePeer) as error:
+        except (PeerUnreachable, PeerLost, IncompatiblePeer, ValueError) as error:
+            # ValueError: the order has come before, and what that one fetches has not ended yet.
             raise MoveFailed(str(error)) from error
         taken = False
         try:

@@ -153,6 +153,28 @@ async def test_whoever_goes_while_blocks_are_read_nothing_is_held_and_the_answer
         await until(lambda: first.num_free == first.parts.engine.capabilities.num_blocks)
 
 
+async def test_an_order_that_comes_again_while_its_blocks_are_read_still_is_computed_and_no_error(model: Path) -> None:
+    """As after a break of the router's session: it goes back to the worker that it had sent the move to."""
+    switchboard, (prompt,) = Switchboard(), random_prompts([37], seed=6)
+    first = DecodeWorker("decode-0", model, switchboard)
+    second = DecodeWorker("decode-1", model, switchboard, Faults(stall=1.0))
+    async with running(first, second) as (here, there):
+        whole, begun = here.generate(order(1, prompt)), order(2, prompt)
+        await ended(whole)
+        head = here.generate(begun)
+        await move_after(here, head, 2, 20)
+        again = go_on(begun, head, first)
+        there.generate(again)
+        await until(lambda: any(fetch["state"] == "read" for fetch in second.parts.exchange.state()["fetches"]))  # type: ignore[attr-defined]
+        there.abort(2)
+        again.handle = 3
+        tail = there.generate(again)
+        last = await ended(tail)
+        assert last.finish_reason == pb.FINISH_REASON_LENGTH
+        assert head.token_ids + tail.token_ids == whole.token_ids
+        assert last.usage.num_recomputes == 1
+
+
 async def test_blocks_of_another_length_than_the_output_are_not_used(model: Path) -> None:
     switchboard, (prompt,) = Switchboard(), random_prompts([37], seed=5)
     first, second = DecodeWorker("decode-0", model, switchboard), DecodeWorker("decode-1", model, switchboard)
