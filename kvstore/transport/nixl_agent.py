@@ -72,7 +72,9 @@ class AgentThread:
         self._agent_class = agent_class
         self._role = role
         self._memory = memory
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # No SimpleQueue: where its `get` is interrupted until its time-out has passed, it waits without end (CPython
+        # 3.11 passes on what is left of the time as a negative number). At 50 us that happens.
+        self._commands: queue.Queue[Callable[[], None]] = queue.Queue()
         self._stopping = threading.Event()
         self._ended: Future[None] = Future()
         self._ended.set_running_or_notify_cancel()  # nobody cancels it
