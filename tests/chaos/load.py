@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import time
@@ -112,12 +113,19 @@ class Load:
                     await asyncio.sleep(0.1)
                     continue
                 result.outcome, result.detail = Outcome.ERROR, f"no router takes connections: {error}"
+            except _NotReady as error:  # nor would a balancer ask one that is not ready
+                first += 1
+                if time.monotonic() - began < READY_S:
+                    await asyncio.sleep(0.1)
+                    continue
+                result.outcome, result.detail = Outcome.ERROR, f"no router is ready: {error}"
             except (httpx.ReadTimeout, httpx.ConnectTimeout, TimeoutError):
                 result.outcome, result.detail = Outcome.HUNG, f"nothing heard of {router.name} for {HANG_S:g} s"
             except (httpx.HTTPError, _Failed) as error:
-                died = any(end > began for end in router.ends)
-                result.outcome = Outcome.ROUTER_DIED if died else Outcome.ERROR
-                result.detail = f"{router.name}: {type(error).__name__}: {error}"
+                result.outcome, result.detail = Outcome.ERROR, f"{router.name}: {type(error).__name__}: {error}"
+            # One that is killed together with its network tells nobody; one that leaves may take a connection yet.
+            if result.outcome in (Outcome.ERROR, Outcome.HUNG) and any(end > began - LEAVE_S for end in router.ends):
+                result.outcome = Outcome.ROUTER_DIED
             break
         self.results.append(result)
 
@@ -136,14 +144,14 @@ class Load:
         if not case.body.get("stream"):
             response = await self._http.post(url, json=case.body)
             if response.status_code != 200:
-                raise _Failed(f"{response.status_code}: {response.text[:500]}")
+                raise await self._failure(router, response)
             content = response.json()
             result.num_resumes += num_resumes(content)
             return [list(choice["token_ids"]) for choice in sorted(content["choices"], key=lambda each: each["index"])]
         tokens: list[list[int]] = [[] for _ in range(int(str(case.body.get("n", 1))))]
         async with self._http.stream("POST", url, json=case.body) as response:
             if response.status_code != 200:
-                raise _Failed(f"{response.status_code}: {(await response.aread()).decode()[:500]}")
+                raise await self._failure(router, response)
             async for line in response.aiter_lines():
                 if not line.startswith("data: "):
                     continue
@@ -160,9 +168,23 @@ class Load:
                     return tokens
         raise _Failed("the stream ended without its last event")
 
+    async def _failure(self, router: Member, response: httpx.Response) -> Exception:
+        """What a refusal means: that of a router which is not ready is no more than its balancer's mistake."""
+        text = f"{response.status_code}: {(await response.aread()).decode()[:500]}"
+        with contextlib.suppress(httpx.HTTPError):
+            if response.status_code == 503 and (await self._http.get(f"{router.http_url}/ready")).status_code != 200:
+                return _NotReady(text)
+        return _Failed(text)
 
+
+LEAVE_S: Final = 5.0
+"""For so long after its signal a router may take connections that it serves no more."""
 READY_S: Final = 30.0
 """For so long a client goes from one router to the other in search of one that takes connections."""
+
+
+class _NotReady(Exception):
+    """A router refuses while it is not ready."""
 
 
 class _Failed(Exception):
