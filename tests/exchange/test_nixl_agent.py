@@ -17,7 +17,7 @@ from kvstore.errors import IncompatiblePeer, ReadFailed, TransportError
 from kvstore.exchange import BlockExchange, PeerIdentity
 from kvstore.transport import nixl as nixl_transport
 from kvstore.transport import nixl_agent
-from kvstore.transport.nixl_agent import AgentThread
+from kvstore.transport.nixl_agent import AgentThread, Remote
 from kvstore.transport.nixl_pool import PoolAddress
 from tests.proofs import KEY
 from tests.store_node.store_world import LAYOUT, PATIENT, until
@@ -178,6 +178,21 @@ async def test_an_agent_that_does_not_answer_holds_up_no_shutdown(monkeypatch: p
     finally:
         may_go_on.set()
     await asyncio.wait_for(asyncio.wrap_future(transport._thread.stop()), 20)
+
+
+async def test_the_thread_comes_round_whatever_came_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A time-out that is over by the time it is looked at again, as any may be on a busy machine.
+    for name in ("_BUSY_POLL_S", "_IDLE_POLL_S"):
+        monkeypatch.setattr(nixl_agent, name, 1e-6)
+    async with running(Nixl()) as thread:
+        for _ in range(2000):
+            for _ in range(4):
+                thread.give_up(Remote("nobody", 0), 1.0)
+            await asyncio.sleep(0)
+            before = thread.num_turns
+            await until(lambda before=before: thread.num_turns > before)  # type: ignore[misc]
 
 
 class Broken:
