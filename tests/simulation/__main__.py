@@ -16,12 +16,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from tests.simulation.ledger import Report
 from tests.simulation.plan import LOAD_S, Plan
 from tests.simulation.removals import REMOVALS
 from tests.simulation.run import WORLDS, never_judged, simulate
 from tests.simulation.shrink import shrink
 from tests.simulation.watching import all_transitions
-from tests.simulation.world import Report
 
 TALLIES = Path("build/simulation")
 _SECOND_RUN_EVERY = 20  # seeds: each of these runs twice in any case, and leaves the same trace or is a failure

@@ -7,9 +7,9 @@ from typing import Final
 
 from tests.simulation import world as exchange
 from tests.simulation.fleet import world as fleet
+from tests.simulation.ledger import Report
 from tests.simulation.plan import Plan
 from tests.simulation.pool import Invariant
-from tests.simulation.world import Report
 
 WORLDS: Final = {"exchange": exchange.simulate, "fleet": fleet.simulate}
 _OF_STREAMS: Final = {Invariant.RIGHT_TOKENS, Invariant.NOBODYS_WORK, Invariant.NO_FALSE_ALARM, Invariant.ONLY_PEERS}

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
+from tests.simulation.ledger import Report
 from tests.simulation.plan import Plan
 from tests.simulation.pool import Invariant
-from tests.simulation.world import Report
 
 MAX_RUNS: Final = 200
 _SHORTEST_S: Final = 1.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -12,7 +11,8 @@ from kvstore.exchange import reader as exchange_reader
 from kvstore.protocol import FetchMachine, LeaseMachine
 from kvstore.protocol import fetch as fetch_table
 from kvstore.protocol import lease as lease_table
-from tests.simulation.pool import BLOCK_BYTES, Invariant
+from tests.simulation.ledger import listening
+from tests.simulation.pool import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -31,37 +31,14 @@ def watching(world: World) -> Iterator[None]:
 
         return run
 
-    logger, listener = logging.getLogger("kvstore"), _LogListener(world)
-    propagate, level = logger.propagate, logger.level
-    logger.addHandler(listener)
-    logger.propagate = False
-    logger.setLevel(logging.WARNING)
     inline_bytes = BLOCK_BYTES if world.verifies_off_loop else exchange_reader._MAX_INLINE_BYTES
-    try:
-        with (
-            mock.patch.object(FetchMachine, "handle", watched(FetchMachine.handle)),
-            mock.patch.object(LeaseMachine, "handle", watched(LeaseMachine.handle)),
-            mock.patch.object(exchange_reader, "_MAX_INLINE_BYTES", inline_bytes),
-        ):
-            yield
-    finally:
-        logger.removeHandler(listener)
-        logger.propagate = propagate
-        logger.setLevel(level)
-
-
-class _LogListener(logging.Handler):
-    """Errors with a traceback are ours, and so is a violation among peers that all keep the protocol."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__(logging.WARNING)
-        self._world = world
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if record.exc_info or "violates the block protocol" in message:
-            error = record.exc_info[1] if record.exc_info else None
-            self._world.report(Invariant.NO_INTERNAL_ERROR, f"{message}: {error!r}")
+    with (
+        mock.patch.object(FetchMachine, "handle", watched(FetchMachine.handle)),
+        mock.patch.object(LeaseMachine, "handle", watched(LeaseMachine.handle)),
+        mock.patch.object(exchange_reader, "_MAX_INLINE_BYTES", inline_bytes),
+        listening(world, ("kvstore",)),
+    ):
+        yield
 
 
 def all_transitions() -> set[str]:

@@ -16,8 +16,7 @@ import hashlib
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 
 from kvstore.block import BlockHash, BlockMemory
@@ -31,12 +30,13 @@ from kvstore.protocol import (
     Resolve,
 )
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
-from tests.simulation.loop import SimLoop, Stopped, Stuck
+from tests.simulation.ledger import Ledger, Report
+from tests.simulation.loop import SimLoop
 from tests.simulation.nemesis import Healing, Nemesis
 from tests.simulation.net import SimNet
 from tests.simulation.node import Habits, Node, Order
 from tests.simulation.plan import Plan
-from tests.simulation.pool import Invariant, Violation
+from tests.simulation.pool import Invariant
 from tests.simulation.transport import TwoSidedTransport, Wire
 from tests.simulation.watching import watching
 
@@ -62,62 +62,19 @@ _CHAINS: Final = 6
 _CHAIN_BLOCKS: Final = 6
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a run has shown."""
-
-    plan: Plan
-    trace: str
-    violations: tuple[Violation, ...]
-    """The first of all, and what came at the same moment."""
-    parts: tuple[str, ...]
-    """Of the schedule: all that was asked for, in order."""
-    story: tuple[str, ...]
-    """What the nemesis did."""
-    faults: Counter[str]
-    reached: Counter[str]
-    transitions: Counter[str]
-    num_callbacks: int
-    virtual_s: float
-
-
 def simulate(plan: Plan) -> Report:
     """Run one plan to its verdict."""
     world = World(plan)
     with watching(world):
-        try:
-            world.loop.run(world.main(), END_S)
-        except Stuck as error:
-            world.report(Invariant.WAITS_END, str(error))
-        except Stopped:
-            pass  # a violation is noted
-        for context in world.loop.errors:
-            world.report(Invariant.NO_INTERNAL_ERROR, f"{context.get('message')}: {context.get('exception')!r}")
-        report = Report(
-            plan=plan,
-            trace=world.loop.trace,
-            violations=tuple(world.violations),
-            parts=tuple(world.parts),
-            story=tuple(world.story),
-            faults=world.faults + world.net.faults,
-            reached=world.reached,
-            transitions=world.transitions,
-            num_callbacks=world.loop.num_callbacks,
-            virtual_s=world.loop.time(),
-        )
-        world.loop.finish()
-    return report
+        return world.verdict(END_S)
 
 
-class World:
+class World(Ledger):
     """What the nodes share, what the nemesis does to them, and the verdict."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.parts: dict[str, None] = {}
-        self.story: list[str] = []
+        super().__init__(plan)
         self.random = plan.stream("world")
-        self.faults: Counter[str] = Counter()
         self._nemesis = Nemesis(self)
         self.mix = self._nemesis.mix
         self.loop = SimLoop(self.random.getrandbits(64), shuffles="reorder" in self.mix)
@@ -131,10 +88,6 @@ class World:
         self.read_faults = self._draw_read_faults()
         self.verifies_off_loop = self.random.random() < 0.5
         self.is_ending = False
-        self.violations: list[Violation] = []
-        self.reached: Counter[str] = Counter()
-        self.transitions: Counter[str] = Counter()
-        self._ids = plan.stream("ids")
         self._chains = [_chain(f"{plan.seed}/{number}") for number in range(_CHAINS)]
         self._starts: dict[str, list[tuple[float, str]]] = {name: [] for name in self.names}
         self._record_lag_s = 5.0 if "old records" in self.mix else 0.0
@@ -148,14 +101,6 @@ class World:
             self.net.weather.cut = 0.3
 
     # ---- for the nodes ----
-
-    def does(self, part: str) -> bool:
-        """Note that the schedule has this part; whether it happens."""
-        self.parts[part] = None
-        return self.plan.has(part)
-
-    def new_id(self) -> bytes:
-        return self._ids.getrandbits(128).to_bytes(16, "big")
 
     def make_transport(self, memory: BlockMemory, seed: int) -> MemoryTransport:
         """One-sided or two-sided, the same for all nodes of a world."""
@@ -184,17 +129,6 @@ class World:
                 await node.serve(order)
 
             self.loop.call_later(self.random.uniform(0, 0.2), node.spawn, serve)
-
-    def report(self, invariant: Invariant, detail: str) -> None:
-        self.violations.append(Violation(invariant, f"{detail} (at {self.loop.time():.3f} s)"))
-        self.loop.stop()
-
-    def reach(self, what: str) -> None:
-        self.reached[what] += 1
-
-    def judge(self, invariant: Invariant) -> None:
-        """Note that an invariant could have been broken here."""
-        self.reached[f"judged {invariant.name}"] += 1
 
     def keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
@@ -241,15 +175,15 @@ class World:
                 self.nodes[name].hold(chain)
         await self._nemesis.deal()
         self._nemesis.stop()
-        await self._comes_true(lambda: not any(node.is_leaving for node in self.nodes.values()), LEAVE_S + 1.0)
+        await self.comes_true(lambda: not any(node.is_leaving for node in self.nodes.values()), LEAVE_S + 1.0)
         await self._see_them_serve()
         self.is_ending = True
         self.judge(Invariant.WAITS_END)
-        if not await self._comes_true(lambda: not any(node.num_busy for node in self.nodes.values()), WAIT_S):
+        if not await self.comes_true(lambda: not any(node.num_busy for node in self.nodes.values()), WAIT_S):
             busy = {node.process.name: node.num_busy for node in self.nodes.values() if node.num_busy}
             self.report(Invariant.WAITS_END, f"{WAIT_S} s after the last fault users still wait: {busy}")
         closing = [self._within(node, node.exchange.close()) for node in self.nodes.values()]
-        if not await self._comes_true(lambda: all(task.done() for task in closing), SERVE_S):
+        if not await self.comes_true(lambda: all(task.done() for task in closing), SERVE_S):
             self.report(Invariant.WAITS_END, f"an exchange is not closed after {SERVE_S} s")
         self._check_at_rest()
 
@@ -271,7 +205,7 @@ class World:
             node = self.nodes[reader]
             self.judge(Invariant.SERVES_AGAIN)
             tasks.append(self._within(node, self._is_served(node, owner)))
-        if not await self._comes_true(lambda: all(task.done() for task in tasks), SERVE_S):
+        if not await self.comes_true(lambda: all(task.done() for task in tasks), SERVE_S):
             waiting = [pair for pair, task in zip(pairs, tasks, strict=True) if not task.done()]
             self.report(Invariant.SERVES_AGAIN, f"after {SERVE_S} s these got nothing (reader, owner): {waiting}")
             for task in tasks:
@@ -283,12 +217,6 @@ class World:
             if self.nodes[owner].hold(hashes) and await reader.fetch_prefix(owner, hashes):
                 return
             await asyncio.sleep(0.5)
-
-    async def _comes_true(self, condition: Callable[[], bool], within_s: float) -> bool:
-        end_s = self.loop.time() + within_s
-        while not condition() and self.loop.time() < end_s:  # noqa: ASYNC110 -- the time is virtual
-            await asyncio.sleep(0.25)
-        return condition()
 
     def _within(self, node: Node, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         with self.loop.within(node.process):
@@ -317,7 +245,7 @@ class World:
     async def restart(self, node: Node) -> None:
         """Have a worker leave in order: its exchange closes, its users end, nothing is left; then it comes back."""
         closing = self._within(node, node.exchange.close())
-        is_gone = await self._comes_true(
+        is_gone = await self.comes_true(
             lambda: node.process.is_killed or (closing.done() and not node.num_busy), LEAVE_S
         )
         if node.process.is_killed:

@@ -14,10 +14,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -37,12 +36,12 @@ from tests.simulation.fleet.orders import OrderNet
 from tests.simulation.fleet.router import SimRouter
 from tests.simulation.fleet.store import DISK_POOL, SimStore
 from tests.simulation.fleet.worker import SimWorker
-from tests.simulation.loop import SimLoop, Stopped, Stuck
+from tests.simulation.ledger import Ledger, Report, listening
+from tests.simulation.loop import SimLoop
 from tests.simulation.nemesis import Healing
 from tests.simulation.net import SimNet, Weather
 from tests.simulation.plan import Plan
-from tests.simulation.pool import Invariant, Violation
-from tests.simulation.world import Report
+from tests.simulation.pool import Invariant
 
 SERVE_S: Final = 30.0
 WAIT_S: Final = 120.0
@@ -70,41 +69,17 @@ def simulate(plan: Plan) -> Report:
     world = FleetWorld(plan)
     with _watching(world), TemporaryDirectory(prefix="tandem-simulation-") as directory:
         world.directory = Path(directory)
-        try:
-            world.loop.run(world.main(), END_S)
-        except Stuck as error:
-            world.report(Invariant.WAITS_END, str(error))
-        except Stopped:
-            pass  # a violation is noted
-        for context in world.loop.errors:
-            world.report(Invariant.NO_INTERNAL_ERROR, f"{context.get('message')}: {context.get('exception')!r}")
-        report = Report(
-            plan=plan,
-            trace=world.loop.trace,
-            violations=tuple(world.violations),
-            parts=tuple(world.parts),
-            story=tuple(world.story),
-            faults=world.faults + world.net.faults,
-            reached=world.reached,
-            transitions=Counter(),
-            num_callbacks=world.loop.num_callbacks,
-            virtual_s=world.loop.time(),
-        )
-        world.loop.finish()
+        report = world.verdict(END_S)
         for store in world.stores.values():
             store.vanish()
     return report
 
 
-class FleetWorld:
+class FleetWorld(Ledger):
     """What all processes share, what is done to them, and the verdict."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.parts: dict[str, None] = {}
-        self.story: list[str] = []
-        self.violations: list[Violation] = []
-        self.reached: Counter[str] = Counter()
+        super().__init__(plan)
         draw = plan.stream("mix")
         self.is_gentle = draw.random() < 0.3
         possible = [each for each in dict.fromkeys((*STANDING, *DEALT, *USERS)) if not self.is_gentle or each in GENTLE]
@@ -113,7 +88,7 @@ class FleetWorld:
         drawn += [kind for kind in MALICE if not self.is_gentle and malice.random() < 0.3]
         self._dealt = [kind for kind in drawn if kind in (*DEALT, *MALICE)]
         self.mix = frozenset(kind for kind in drawn if self.does(kind))
-        self.faults: Counter[str] = Counter(dict.fromkeys((self.mix & set(STANDING)) - {"cut"}, 1))
+        self.faults.update((self.mix & set(STANDING)) - {"cut"})
         self.loop = SimLoop(draw.getrandbits(64), shuffles="reorder" in self.mix)
         self.net = SimNet(self.loop)
         self.orders = OrderNet(self.loop, self.net)
@@ -126,7 +101,6 @@ class FleetWorld:
         self._leavers: set[str] = set()  # names and incarnations
         self._first: SimWorker | None = None
         self._switchboard = Switchboard()
-        self._ids = plan.stream("ids")
         self._num_starts: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._requests: dict[asyncio.Task[str], None] = {}
@@ -143,14 +117,6 @@ class FleetWorld:
 
     # ---- for the processes ----
 
-    def does(self, part: str) -> bool:
-        """Note that the schedule has this part; whether it happens."""
-        self.parts[part] = None
-        return self.plan.has(part)
-
-    def new_id(self) -> bytes:
-        return self._ids.getrandbits(128).to_bytes(16, "big")
-
     def make_transport(self, memory: BlockMemory, name: str) -> MemoryTransport:
         seed = self.plan.stream(f"transport {name}").getrandbits(32)
         return MemoryTransport(memory, self._switchboard, self._read_faults, seed)
@@ -158,22 +124,16 @@ class FleetWorld:
     def holders(self) -> list[tuple[str, SimWorker | SimStore]]:
         return [*self.workers.items(), *self.stores.items()]
 
-    def report(self, invariant: Invariant, detail: str) -> None:
-        self.violations.append(Violation(invariant, f"{detail} (at {self.loop.time():.3f} s)"))
-        self.loop.stop()
-
-    def reach(self, what: str) -> None:
-        self.reached[what] += 1
-
-    def judge(self, invariant: Invariant) -> None:
-        """Note that an invariant could have been broken here."""
-        self.reached[f"judged {invariant.name}"] += 1
-
     def alarm(self, what: str, whom: str = "") -> None:
         """Somebody is blamed, or a deadline has passed. Who leaves does not answer for ever."""
         self.reach(what.partition(":")[0])
         if self.is_gentle and whom not in self._leavers:
             self.report(Invariant.NO_FALSE_ALARM, what)
+
+    def hear(self, message: str) -> None:
+        """A warning that the product has logged."""
+        if message.startswith("prefill by"):
+            self.alarm(f"handoff failed: {message}", message.split()[2])
 
     # ---- the run ----
 
@@ -190,17 +150,17 @@ class FleetWorld:
         self._stop_faults()
         await self._see_it_serve()
         self.is_ending = True
-        if not await self._comes_true(lambda: not self.router.num_live, WAIT_S):
+        if not await self.comes_true(lambda: not self.router.num_live, WAIT_S):
             self.report(Invariant.WAITS_END, f"{self.router.num_live} requests have not ended after {WAIT_S} s")
-        await self._comes_true(lambda: not any(each.is_leaving for _, each in self.holders()), CLOSE_S)
+        await self.comes_true(lambda: not any(each.is_leaving for _, each in self.holders()), CLOSE_S)
         await self._close()
 
     async def _close(self) -> None:
         closing = [self._within(self.router.process, self.router.close())]
-        if not await self._comes_true(lambda: closing[0].done(), CLOSE_S):
+        if not await self.comes_true(lambda: closing[0].done(), CLOSE_S):
             self.report(Invariant.WAITS_END, "the router does not close")
         closing += [self._within(each.process, each.close()) for _, each in self.holders()]
-        if not await self._comes_true(lambda: all(task.done() for task in closing), CLOSE_S):
+        if not await self.comes_true(lambda: all(task.done() for task in closing), CLOSE_S):
             self.report(Invariant.WAITS_END, f"not closed after {CLOSE_S} s: {[t for t in closing if not t.done()]}")
 
     async def _be_client(self, client: int) -> None:
@@ -248,19 +208,13 @@ class FleetWorld:
             self._within(self.router.process, self.router.request(f"{name}.{each}", random.Random(each)))
             for each in range(4)
         ]
-        await self._comes_true(lambda: all(request.done() for request in sent), SERVE_S)
+        await self.comes_true(lambda: all(request.done() for request in sent), SERVE_S)
         return [request.result() if request.done() else "no end" for request in sent]
 
     async def _refresh_index(self) -> None:
         while True:
             await asyncio.sleep(0.3)
             self.router.index.look()
-
-    async def _comes_true(self, condition: Callable[[], bool], within_s: float) -> bool:
-        end_s = self.loop.time() + within_s
-        while not condition() and self.loop.time() < end_s:  # noqa: ASYNC110 -- the time is virtual
-            await asyncio.sleep(0.25)
-        return condition()
 
     def _within(self, process: Any, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         with self.loop.within(process):
@@ -301,9 +255,9 @@ class FleetWorld:
         self.registry.withdraw(worker.record, LEASE_S)
 
     async def _drain(self, worker: SimWorker | SimStore) -> None:
-        await self._comes_true(lambda: not worker.num_filled, DRAIN_S)  # it holds blocks in nobody's name
+        await self.comes_true(lambda: not worker.num_filled, DRAIN_S)  # it holds blocks in nobody's name
         leaving = self._within(worker.process, worker.leave(DRAIN_S))
-        if not await self._comes_true(lambda: worker.process.is_killed or leaving.done(), DRAIN_S + CLOSE_S):
+        if not await self.comes_true(lambda: worker.process.is_killed or leaving.done(), DRAIN_S + CLOSE_S):
             self.report(Invariant.WAITS_END, f"{worker.process.name} has not left after {DRAIN_S + CLOSE_S} s")
         if not worker.process.is_killed:
             self.reach("left in order")
@@ -408,7 +362,6 @@ class _SimTime:
 
 @contextlib.contextmanager
 def _watching(world: FleetWorld) -> Iterator[None]:
-    listener = _LogListener(world)
     shun, sim_time = Shunned.add, _SimTime(world.loop)
     enter, leave = DecodeService._entered, DecodeService._leave
     gone: dict[int, LiveRequest] = {}  # kept, so that no number is given out twice
@@ -434,28 +387,5 @@ def _watching(world: FleetWorld) -> Iterator[None]:
         for module in (dispatch, placement, prefixes, workers):
             stack.enter_context(mock.patch.object(module, "time", sim_time))
         stack.enter_context(mock.patch.object(session, "random", world.plan.stream("backoff")))
-        for name in ("kvstore", "services"):
-            logger = logging.getLogger(name)
-            stack.callback(logger.setLevel, logger.level)
-            stack.callback(setattr, logger, "propagate", logger.propagate)
-            stack.callback(logger.removeHandler, listener)
-            logger.addHandler(listener)
-            logger.propagate = False
-            logger.setLevel(logging.WARNING)
+        stack.enter_context(listening(world, ("kvstore", "services"), world.hear))
         yield
-
-
-class _LogListener(logging.Handler):
-    """Errors with a traceback are ours, and so is a violation among peers that all keep the protocol."""
-
-    def __init__(self, world: FleetWorld) -> None:
-        super().__init__(logging.WARNING)
-        self._world = world
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if record.exc_info or "violates the block protocol" in message:
-            error = record.exc_info[1] if record.exc_info else None
-            self._world.report(Invariant.NO_INTERNAL_ERROR, f"{message}: {error!r}")
-        elif message.startswith("prefill by"):
-            self._world.alarm(f"handoff failed: {message}", message.split()[2])
