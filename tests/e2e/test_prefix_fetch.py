@@ -87,5 +87,8 @@ async def test_equal_cold_prompts_at_once_compute_their_prefix_once(stack: Stack
     results = await asyncio.gather(*(orders.generate(prompt, "decode-0", "prefill-0", []) for _ in range(12)))
     assert all(tokens == expected for tokens, _ in results)
     computed = sorted(len(prompt) - usage.num_cached_tokens for _, usage in results)
-    assert computed == [1] * 11 + [900], "one computes all, the others the last token alone"
+    # Who comes after the first has ended finds its full blocks (of 16 tokens) alone, and computes the rest.
+    *others, first = computed
+    assert first == len(prompt)
+    assert set(others) <= {1, len(prompt) % 16}, computed
     stack.check_clean()
