@@ -24,7 +24,7 @@ async def session_with(address: str) -> AsyncIterator[grpc.aio.StreamStreamCall]
     import grpc
     from tandem.v1 import worker_pb2_grpc
 
-    from services.grpc_peers import ProvenChannel
+    from services.orders.grpc_peers import ProvenChannel
 
     async with grpc.aio.insecure_channel(address) as channel:
         proof = await ProvenChannel(channel, address, PROOFS.orders).metadata("/tandem.v1.DecodeService/Session")

@@ -21,11 +21,10 @@ from kvstore.index import IndexReader
 from kvstore.registry import Membership, WorkerRecord
 from kvstore.threads import OsThreads, Threads
 from services.activity import Activity, activity_logged, sample
-from services.grpc_orders import GrpcOrders
 from services.http_server import HttpLimits, HttpServer, bound_unsent, bounded
 from services.logs import configure_logging, detail_level, launched, report_phase, report_ready
 from services.machine import bound_arenas
-from services.orders import Orders
+from services.orders import GrpcOrders, Orders
 from services.peer_settings import PeerProofs
 from services.router.admission import Admission
 from services.router.app import make_app

@@ -28,10 +28,9 @@ from services.activity import Activity, activity_logged, sample
 from services.engine.api import Engine
 from services.engine.choice import open_engine
 from services.engine.model_config import ModelError
-from services.grpc_orders import GrpcOrders, GrpcServer
 from services.logs import configure_logging, detail_level, report_phase, report_ready
 from services.node import loop_watch, transport_watches, watched
-from services.orders import OrderServer
+from services.orders import GrpcOrders, GrpcServer, OrderServer
 from services.peer_settings import PeerProofs
 from services.settings import SettingsError
 from services.startup import CANNOT_START, CannotListen

@@ -26,7 +26,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import WorkerRecord
 from kvstore.threads import OsThreads
-from services.grpc_orders import GrpcOrders
+from services.orders import GrpcOrders
 from services.router.app import make_app
 from services.router.config import RouterConfig
 from services.router.process import bind, open_parts

@@ -17,7 +17,7 @@ from tandem.v1 import worker_pb2 as pb
 from kvstore.index import IndexReader
 from kvstore.registry import Membership
 from kvstore.threads import OsThreads
-from services.grpc_orders import GrpcOrders
+from services.orders import GrpcOrders
 from services.router.config import RouterConfig
 from services.router.process import open_parts
 from tests.completions import Client

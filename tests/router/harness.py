@@ -16,7 +16,7 @@ from kvstore.block import BlockHash
 from kvstore.index.entries import Holding
 from kvstore.registry import WorkerRecord
 from kvstore.threads import OsThreads
-from services.grpc_orders import GrpcOrders
+from services.orders import GrpcOrders
 from services.router.config import RouterConfig
 from services.router.edge import RouterParts
 from services.router.process import bind, open_parts, server_config

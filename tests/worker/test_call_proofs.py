@@ -16,10 +16,9 @@ from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
 
 from kvstore.peer_keys import PeerKeys
-from services.call_proofs import CallerSession, NotProven, WorkerSessions
-from services.grpc_orders import GrpcOrders, GrpcServer
-from services.grpc_peers import METADATA_KEY
-from services.orders import StreamBroken
+from services.orders import GrpcOrders, GrpcServer, StreamBroken
+from services.orders.call_proofs import CallerSession, NotProven, WorkerSessions
+from services.orders.grpc_peers import METADATA_KEY
 
 KEY, OTHER_KEY = b"the key of these tests" * 2, b"some other secret's key " * 2
 OURS, OTHERS, NONE = PeerKeys((KEY,)), PeerKeys((OTHER_KEY,)), PeerKeys()

@@ -15,11 +15,10 @@ from tandem.v1 import worker_pb2_grpc
 
 from kvstore.errors import PeerUnreachable
 from kvstore.protocol import FetchResult, Reservation
-from services import grpc_orders
 from services.decode.admission import _PendingReservation
 from services.decode.handoff import Handoff, HandoffFailed, prefill_remotely
 from services.engine.api import Request, SamplingParams
-from services.grpc_orders import GrpcOrders
+from services.orders import GrpcOrders, grpc_orders
 
 
 class PrefillWorkerOfTheTest(worker_pb2_grpc.PrefillServiceServicer):

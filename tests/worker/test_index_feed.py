@@ -11,7 +11,7 @@ from kvstore.exchange import Outside
 from kvstore.index import IndexWriter
 from services.decode.config import DecodeConfig
 from services.engine.native import Engine
-from services.grpc_orders import GrpcOrders
+from services.orders import GrpcOrders
 from services.prefill.config import PrefillConfig
 from services.store.config import StoreConfig
 from services.store.http import StoreHttp

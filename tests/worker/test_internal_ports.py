@@ -19,9 +19,8 @@ from tandem.v1 import worker_pb2 as pb
 
 from kvstore.errors import UnprovenPeer
 from kvstore.peer_keys import PeerKeys
-from services.grpc_orders import GrpcOrders, GrpcServer
 from services.node import DebugServer
-from services.orders import StreamBroken
+from services.orders import GrpcOrders, GrpcServer, StreamBroken
 from tests.exchange.exchange_worker import PEER_KEY, Worker, running
 from tests.memory_transport import Switchboard
 

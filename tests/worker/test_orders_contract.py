@@ -12,9 +12,7 @@ import pytest
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.peer_keys import PeerKeys
-from services import grpc_orders
-from services.grpc_orders import GrpcOrders, GrpcServer
-from services.orders import OrderServer, StreamBroken, StreamRefused
+from services.orders import GrpcOrders, GrpcServer, OrderServer, StreamBroken, StreamRefused, grpc_orders
 from tests.memory_orders import MemoryOrders, MemoryServer
 
 KEYS = PeerKeys((b"the key of these tests" * 2,))

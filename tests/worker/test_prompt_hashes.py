@@ -20,7 +20,7 @@ from services.cli.embedded_redis import EmbeddedRedis
 from services.decode.config import DecodeConfig
 from services.decode.service import DecodeService
 from services.engine.native import Engine
-from services.grpc_orders import GrpcOrders
+from services.orders import GrpcOrders
 from services.prefill.config import PrefillConfig
 from services.prefill.service import PrefillService
 from services.worker.assembly import Seams

@@ -16,9 +16,9 @@ from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
 
 from kvstore.peer_keys import PeerKeys
-from services.call_proofs import NONCE_BYTES, NotProven, WorkerSessions
-from services.grpc_peers import PeerGuard, PeerService, ProvenChannel
-from services.orders import ServePrefill, ServeSession, StreamBroken, StreamRefused, is_cancelled
+from services.orders.call_proofs import NONCE_BYTES, NotProven, WorkerSessions
+from services.orders.grpc_peers import PeerGuard, PeerService, ProvenChannel
+from services.orders.streams import ServePrefill, ServeSession, StreamBroken, StreamRefused, is_cancelled
 from services.startup import CannotListen
 
 log = logging.getLogger(__name__)

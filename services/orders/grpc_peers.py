@@ -15,7 +15,7 @@ from tandem.v1 import worker_pb2_grpc
 
 from kvstore.complaints import Complaints
 from kvstore.peer_keys import PeerKeys
-from services.call_proofs import NONCE_BYTES, CallerSession, NotProven, WorkerSessions
+from services.orders.call_proofs import NONCE_BYTES, CallerSession, NotProven, WorkerSessions
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,32 @@
+"""Carries work orders: sessions from routers to decode workers, orders from there to prefill workers.
+
+Who gives and takes orders knows streams of messages. `grpc_orders.py` carries them, between peers that have proved
+themselves.
+"""
+
+from services.orders.grpc_orders import GrpcOrders, GrpcServer
+from services.orders.streams import (
+    MOVES,
+    RESUMES,
+    Orders,
+    OrderServer,
+    ServePrefill,
+    ServeSession,
+    StreamBroken,
+    StreamRefused,
+    is_cancelled,
+)
+
+__all__ = [
+    "MOVES",
+    "RESUMES",
+    "GrpcOrders",
+    "GrpcServer",
+    "OrderServer",
+    "Orders",
+    "ServePrefill",
+    "ServeSession",
+    "StreamBroken",
+    "StreamRefused",
+    "is_cancelled",
+]
