@@ -107,6 +107,7 @@ class MemoryLink:
     """The reader's end of a link copies by itself; the owner's end does nothing."""
 
     lane = "memory"
+    num_pieces = 0
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from kvstore.errors import PeerLost, ProtocolViolation
 from kvstore.exchange.framing import FrameStream
 from kvstore.exchange.handshake import Introduction
 from kvstore.exchange.observer import ExchangeObserver
+from kvstore.exchange.read_watch import ReadWatch
 from kvstore.protocol import (
     Action,
     Actions,
@@ -85,6 +86,13 @@ class Connection(Generic[_SessionT]):
         self.transport_name = introduction.transport.name
         self.session: _SessionT = session
         self.tools = tools
+        self.reads = ReadWatch(
+            tools.memory,
+            introduction.link,
+            lambda: introduction.transport.num_turns,
+            tools.timeouts.peer_timeout_s,
+            tools.timeouts.heartbeat_s,
+        )
         self.handles: dict[bytes, Handle] = {}
         """By transfer; each stays until it is over."""
         self._stream = stream
@@ -179,5 +187,15 @@ class Connection(Generic[_SessionT]):
 
     async def _beat(self) -> None:
         while True:
+            self._watch_reads()
             self.do(self.session.tick(self.tools.clock()))
             await asyncio.sleep(self.tools.timeouts.heartbeat_s)
+
+    def _watch_reads(self) -> None:
+        if not isinstance(self.session, ReaderSession) or not self.reads.is_reading:
+            return
+        now = self.tools.clock()
+        if self.reads.look(now):
+            self.session.bytes_came(now)
+        if (problem := self.reads.problem()) is not None:
+            self.close(problem)

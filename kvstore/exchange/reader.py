@@ -104,11 +104,14 @@ class Fetch:
                 self._tools.start_task(self._ask_for_room(num_blocks))
             case Read(read_id, runs):
                 num_blocks, started_at = sum(run.num_blocks for run in runs), self._tools.clock()
+                self._connection.reads.begin(read_id, runs)
                 reading = begin(lambda: self._connection.link.read(read_id, runs))
                 reading.add_done_callback(lambda done: self._read_ended(read_id, num_blocks, started_at, done))
             case Verify():
                 self._verify(action)
             case Resolve(result):
+                for read_id in self.machine.reads:
+                    self._connection.reads.drop(read_id)  # whatever becomes of them, nobody waits
                 duration_s = self._tools.clock() - self._ordered_at
                 self._tools.observer.fetch_ended(self._connection.peer.peer_id, result, duration_s)
                 self._result.set_result(result)
@@ -136,6 +139,7 @@ class Fetch:
 
     def _read_ended(self, read_id: int, num_blocks: int, started_at: float, done: asyncio.Future[None]) -> None:
         error, tools, connection = done.exception(), self._tools, self._connection
+        connection.reads.end(read_id)
         num_bytes, duration_s = num_blocks * tools.memory.block_bytes, tools.clock() - started_at
         tools.observer.read_ended(
             connection.peer.peer_id, connection.link.lane, num_blocks, num_bytes, duration_s, error is None

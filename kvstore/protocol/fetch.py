@@ -111,6 +111,11 @@ class FetchMachine:
             ends += [read.deadline for read in self.reads.values()]
         return min(ends, default=None)
 
+    def bytes_came(self, now: float) -> None:
+        """Give the reads that go on their time anew: their link moves, whichever of them it moved. No state changes."""
+        for read in self.reads.values():
+            read.deadline = now + self._timeouts.read_s
+
     def handle(self, event: FetchEvent, now: float) -> list[FetchAction]:
         """Return what `event` makes us do. Raises `IllegalTransition` for a bug of ours; a peer's fails the fetch."""
         self._history.note(now, self.state, event)
@@ -185,7 +190,7 @@ class FetchMachine:
             del self.reads[event.read_id]
             return self._fail(event.cause, f"{_describe(read)}: {event.detail}", now)
         self.stamps = replace(self.stamps, last_read=now)
-        read.verifying = True
+        read.verifying, read.deadline = True, now + self._timeouts.read_s
         subjects = tuple(self._subject(index) for index in read.indexes)
         proofs = tuple(self._progress.announced[index].proof for index in read.indexes)
         return [Verify(event.read_id, read.local_ids, subjects, proofs)]

@@ -192,6 +192,11 @@ class ReaderSession(_Session[FetchMachine]):
 
     _handle = tell
 
+    def bytes_came(self, now: float) -> None:
+        """Note that the link moves: the reads on it share it, so none of them is late."""
+        for machine in self.transfers.values():
+            machine.bytes_came(now)
+
     def lose(self, detail: str, now: float) -> Actions:
         actions = [
             each for transfer_id in list(self.transfers) for each in self.tell(transfer_id, PeerGone(detail), now)

@@ -12,7 +12,8 @@ class ExchangeTimeouts:
     heartbeat_s: float = 0.5
     """Interval of heartbeats, both ways."""
     peer_timeout_s: float = 2.0
-    """A peer from which no complete message has come for so long is lost."""
+    """A peer from which no complete message has come for so long is lost; so is one whose link has brought no byte of a
+    read for so long."""
     connect_s: float = 10.0
     """From dialling to a usable connection, handshake and transport link included. Who has not proven itself after
     `peer_timeout_s` is not waited for that long."""
@@ -31,7 +32,8 @@ class ExchangeTimeouts:
     announce_s: float = 60.0
     """Reader: from one announcement to the next; includes computing a chunk."""
     read_s: float = 10.0
-    """Reader: one read, from asking for it to its verified digests."""
+    """Reader: one read, from the last byte that came over its link to its verified digests. Where the link is seen to
+    stand still, `peer_timeout_s` ends it before."""
     confirm_s: float = 5.0
     """Reader: from Confirm to its answer."""
     drain_s: float = 10.0

@@ -37,6 +37,10 @@ class Link(Protocol):
     def lane(self) -> str:
         """The carrier of the bytes, for people and metrics: `tcp`, `cma`, `rdma`, `cuda_ipc` ..."""
 
+    @property
+    def num_pieces(self) -> int:
+        """How many pieces of reads have come so far, for who watches that anything comes; 0 where a read is one."""
+
     def read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
         """Start to read. The future resolves only when the read has *really* ended: no byte of it can land after.
 

@@ -21,7 +21,7 @@ import msgspec
 from kvstore.block import BlockMemory, Run
 from kvstore.errors import ReadFailed, TransportError
 from kvstore.transport.base import LinkPeer
-from kvstore.transport.region import region
+from kvstore.transport.buffers import region
 
 if TYPE_CHECKING:
     from ucxx import Endpoint, Listener
@@ -34,6 +34,8 @@ _LINK_ID_TAG: Final = 0
 _LINK_ID_BYTES: Final = 16
 # An endpoint that has introduced itself waits so long for the control connection's word, and the other way round.
 _INTRODUCTION_S: Final = 5.0
+# Dialling it is shorter: a client waits. Its host has just answered over the control connection.
+_DIAL_S: Final = 2.5
 # What `Endpoint.abort` may block the loop for, where the progress thread is busy.
 _ABORT_PERIOD_NS: Final = 200_000_000
 _MAX_CLOSE_S: Final = 5.0
@@ -135,7 +137,7 @@ class UcxxTransport:
     async def _dial(self, peer: LinkPeer) -> Endpoint:
         try:
             port = msgspec.msgpack.decode(peer.descriptor, type=_Descriptor).port
-            endpoint = await self._ucxx.create_endpoint(peer.host, port, connect_timeout=_INTRODUCTION_S)
+            endpoint = await self._ucxx.create_endpoint(peer.host, port, connect_timeout=_DIAL_S)
         except (msgspec.MsgspecError, OSError, RuntimeError, TimeoutError, self._error) as error:
             raise TransportError(f"ucxx: no endpoint to {peer.peer_id} at {peer.host}: {error!r}") from error
         try:
@@ -207,6 +209,7 @@ class UcxxLink:
         self._slots = asyncio.Semaphore(_MAX_POSTED)
         self._posting = asyncio.Lock()
         self._under_way: set[asyncio.Task[None]] = set()
+        self.num_pieces = 0
 
     def read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
         """Post one receive per run."""
@@ -277,3 +280,4 @@ class UcxxLink:
         if self._dead is not None:
             raise TransportError("aborted")
         await (self._endpoint.send if verb == "send" else self._endpoint.recv)(buffer, tag=tag)
+        self.num_pieces += 1

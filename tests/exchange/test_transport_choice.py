@@ -12,8 +12,8 @@ from kvstore.block import HostMemory, Run, coalesce
 from kvstore.errors import IncompatiblePeer, TransportError
 from kvstore.protocol import ExchangeTimeouts
 from kvstore.transport import choose, make_transports
+from kvstore.transport.buffers import region
 from kvstore.transport.host import can_read_memory, host_facts, on_same_host
-from kvstore.transport.region import region
 from tests.memory_transport import MemoryTransport, Switchboard
 
 REPOSITORY = Path(__file__).parents[2]
