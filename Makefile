@@ -35,8 +35,10 @@ PROMPT_TOKENS ?= 512
 OUTPUT_TOKENS ?= 128
 SCALE ?= 0.25
 LOADTEST_ARGS ?=
-# How long `make simulate` runs seeds, and `make soak` a fleet
+# How long `make simulate` runs seeds, `make soak` a fleet, `make chaos` faults, and `make idle` nothing
 MINUTES ?= 10
+# How many restarts `make restarts` makes, if it can within MINUTES
+RESTARTS ?= 200
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,7 +51,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos
+.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos restarts idle
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -171,8 +173,15 @@ simulate-removals: $(DEVELOPED) ## for each safeguard the first seed that fails 
 
 soak: $(DEVELOPED) ## a fleet under mixed load for MINUTES: memory and files of each process, and whether they grow
 	$(BIN)/python -m tests.soak --minutes $(MINUTES)
+
 chaos: $(DEVELOPED) ## open-loop load on real processes that are killed, stopped, restarted and cut off, for MINUTES
 	$(BIN)/python -m tests.chaos --minutes $(MINUTES)
+
+restarts: $(DEVELOPED) ## RESTARTS kills and drains of random processes under load, as fast as they come, in an hour at most
+	$(BIN)/python -m tests.chaos --restarts $(RESTARTS) --minutes 60
+
+idle: $(DEVELOPED) ## a fleet that nobody asks anything for MINUTES, then many requests at once
+	$(BIN)/python -m tests.chaos --idle-minutes $(MINUTES) --restarts 0
 
 compat: $(DEVELOPED) ## vllm bench, guidellm, aiperf, lm-eval, litellm, langchain against our server (7 GB); TOOLS=…
 	$(BIN)/python -m tests.compat $(if $(filter-out auto,$(TORCH_INDEX)),--torch-index $(TORCH_INDEX)) $(TOOLS)

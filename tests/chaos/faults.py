@@ -2,11 +2,13 @@
 
 | fault | who | what |
 |---|---|---|
-| kill | any process | SIGKILL; started again within three seconds |
-| terminate | any process | SIGTERM: it drains; started again when it has ended |
-| stop | workers, store | SIGSTOP for one to six seconds |
-| cut | workers, store | its network passes nothing for one to six seconds; needs namespaces |
-| redis kill, stop, flush | Redis | comes back empty; answers nobody for one to four seconds; is emptied |
+| kill | any process | SIGKILL; started again a moment later; Redis comes back empty |
+| terminate | workers, store, routers | SIGTERM: it drains; started again when it has ended |
+| stop | any process | SIGSTOP for a quarter to three times the silence after which the others leave it |
+| cut | any process | its network passes nothing for as long; nobody is told; needs namespaces |
+| flush | Redis | is emptied |
+
+The next fault is dealt when all serve again.
 """
 
 from __future__ import annotations
@@ -22,117 +24,110 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tests.chaos import network
-from tests.chaos.fleet import READY_TIMEOUT_S, Fleet, Member
+from tests.chaos.fleet import TIMEOUT_S, Fleet, Member
 
-_WORKERS: Final = ("prefill", "decode", "store")
 _FAULTS: Final = (
     ("kill", "decode", 4),
     ("kill", "prefill", 2),
     ("kill", "store", 1),
     ("kill", "router", 1),
+    ("kill", "redis", 1),
     ("terminate", "decode", 2),
     ("terminate", "prefill", 1),
+    ("terminate", "store", 1),
     ("terminate", "router", 1),
     ("stop", "decode", 3),
     ("stop", "prefill", 2),
     ("stop", "store", 1),
+    ("stop", "router", 1),
+    ("stop", "redis", 1),
     ("cut", "decode", 3),
     ("cut", "prefill", 2),
     ("cut", "store", 1),
-    ("kill", "redis", 1),
-    ("stop", "redis", 1),
+    ("cut", "router", 1),
+    ("cut", "redis", 1),
     ("flush", "redis", 1),
 )
+"""Each with its weight."""
+RESTARTS: Final = ("kill", "terminate")
 _DRAIN_S: Final = 60.0
 
 
 @dataclass
 class Nemesis:
-    """Draws faults from a seed. `dealt`: how many of each; `spans`: when each began and was over, monotonic."""
+    """Draws faults from a seed, of these kinds. `spans`: when each began and was over, monotonic."""
 
     fleet: Fleet
     seed: int
-    dealt: Counter[str] = field(default_factory=Counter)
+    kinds: tuple[str, ...] = ("kill", "terminate", "stop", "cut", "flush")
     spans: list[tuple[str, float, float]] = field(default_factory=list)
     recoveries: list[tuple[str, float, str]] = field(default_factory=list)
     """After each fault: seconds until all served again, and who was the last."""
     unexpected: list[str] = field(default_factory=list)
 
-    async def run(self, seconds: float) -> None:
-        """Deal faults for so long; return when all that was broken serves again."""
+    @property
+    def dealt(self) -> Counter[str]:
+        """How many of each."""
+        return Counter(name for name, *_ in self.spans)
+
+    async def run(self, seconds: float, most: float) -> None:
+        """Deal faults for so long, or so many; return when all that was broken serves again. Raises TimeoutError."""
         random_ = random.Random(self.seed)
-        known = [each for each in _FAULTS if each[0] != "cut" or self.fleet.with_networks]
+        kinds = set(self.kinds) - (set() if self.fleet.with_networks else {"cut"})
+        known = [each for each in _FAULTS if each[0] in kinds]
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end and len(self.spans) < most:
             await asyncio.sleep(random_.uniform(0.3, 3.0))
             kind, role, _ = random_.choices(known, [weight for *_, weight in known])[0]
-            duration = random_.uniform(1, 4 if role == "redis" else 6)
+            member = random_.choice(self.fleet.of_role(role))
+            duration = random_.uniform(0.25, 3) * TIMEOUT_S * self.fleet.patience
             began = time.monotonic()
-            name = f"{kind} {role}"
-            if role == "redis":
-                await self._redis(kind, duration)
-            else:
-                await self._member(random_.choice(self.fleet.of_role(role)), kind, duration)
+            await self._deal(member, kind, duration)
             over = time.monotonic()
-            last = await asyncio.to_thread(self._until_ready)
-            self.dealt[name] += 1
-            self.spans.append((name, began, time.monotonic()))
-            self.recoveries.append((name, time.monotonic() - over, last))
+            last = await asyncio.to_thread(self.fleet.wait_ready, self._start_again)
+            self.spans.append((f"{kind} {role}", began, time.monotonic()))
+            self.recoveries.append((f"{kind} {role}", time.monotonic() - over, last))
 
-    async def _redis(self, kind: str, duration: float) -> None:
+    async def _deal(self, member: Member, kind: str, duration: float) -> None:
         match kind:
             case "flush":
                 await asyncio.to_thread(self.fleet.flush_redis)
-            case "stop":
-                self.fleet.signal_redis(signal.SIGSTOP)
-                await asyncio.sleep(duration)
-                self.fleet.signal_redis(signal.SIGCONT)
-            case _:
-                await asyncio.to_thread(self.fleet.kill_redis)
-                await asyncio.sleep(duration)
-                self.fleet.start_redis()
-
-    async def _member(self, member: Member, kind: str, duration: float) -> None:
-        match kind:
             case "kill":
                 self.fleet.end(member, signal.SIGKILL)
                 await asyncio.sleep(duration / 2)
             case "terminate":
-                self.fleet.end(member, signal.SIGTERM)
-                assert member.process is not None
-                await asyncio.to_thread(member.process.join, _DRAIN_S)
-                if member.alive:
-                    self.unexpected.append(f"{member.name} did not leave within {_DRAIN_S:g} s of SIGTERM")
-                    self.fleet.end(member, signal.SIGKILL)
-                elif member.process.exitcode != 0:
-                    self.unexpected.append(f"{member.name} left with status {member.process.exitcode} after SIGTERM")
+                await self._terminate(member)
             case "stop":
-                os.kill(member.pid, signal.SIGSTOP)
-                await asyncio.sleep(duration)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(member.pid, signal.SIGCONT)
+                with member.gone():
+                    os.kill(member.pid, signal.SIGSTOP)
+                    await asyncio.sleep(duration)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(member.pid, signal.SIGCONT)
             case _:
-                await asyncio.to_thread(network.cut, member.index)
-                await asyncio.sleep(duration)
-                if member.alive:
-                    await asyncio.to_thread(network.heal, member.index)
+                with member.gone():
+                    await asyncio.to_thread(network.cut, member.index)
+                    await asyncio.sleep(duration)
+                    if member.alive:
+                        await asyncio.to_thread(network.heal, member.index)
 
-    def _until_ready(self) -> str:
-        """Start whoever has ended, wait until all serve, and return who was the last. Raises TimeoutError."""
-        deadline, last = time.monotonic() + READY_TIMEOUT_S, ""
-        while True:
-            for member in self.fleet.members.values():
-                if not member.alive:
-                    assert member.process is not None
-                    member.process.join()
-                    if member.process.exitcode not in (0, -signal.SIGKILL):
-                        self.unexpected.append(f"{member.name} ended with status {member.process.exitcode}")
-                    member.ends.append(time.monotonic())
-                    self.fleet.start(member)
-            late = [member.name for member in self.fleet.members.values() if not self.fleet.is_ready(member)]
-            if not late:
-                return last
-            last = ", ".join(late)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{last} do not serve {READY_TIMEOUT_S:g} s after the last fault")
-            time.sleep(0.1)
+    async def _terminate(self, member: Member) -> None:
+        self.fleet.end(member, signal.SIGTERM)
+        assert member.process is not None
+        patience = _DRAIN_S * self.fleet.patience
+        await asyncio.to_thread(member.process.join, patience)
+        if member.alive:
+            self.unexpected.append(f"{member.name} did not leave within {patience:g} s of SIGTERM")
+            self.fleet.end(member, signal.SIGKILL)
+        elif member.process.exitcode != 0:
+            self.unexpected.append(f"{member.name} left with status {member.process.exitcode} after SIGTERM")
+
+    def _start_again(self) -> None:
+        """Whoever has ended; say of whom it was not expected."""
+        for member in self.fleet.members.values():
+            if not member.alive:
+                assert member.process is not None
+                member.process.join()
+                if member.process.exitcode not in (0, -signal.SIGKILL):
+                    self.unexpected.append(f"{member.name} ended with status {member.process.exitcode}")
+                member.ends.append(time.monotonic())
+                self.fleet.start(member)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import math
 import os
 import secrets
 import shutil
 import signal
-import subprocess
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Final
 
 import httpx
 import redis
@@ -22,24 +25,29 @@ from tests.peers import PEER_SECRET
 from tests.ports import free_port
 from tests.stack import FORK_SERVER, run_service
 
-READY_TIMEOUT_S = 120.0
-_LEASE_S, _PEER_TIMEOUT_S = 2, 2
+TIMEOUT_S: Final = 2.0
+"""Leases, and the silence after which a process is left by the others; times the fleet's patience."""
+_READY_TIMEOUT_S: Final = 120.0
+_PR_SET_PDEATHSIG: Final = 1
 
 
 @dataclass
 class Member:
-    """A process that is started again under the same name, address and ports after each of its ends."""
+    """A process that is started again under the same name, address and ports after each of its ends.
+
+    `away`: when it was stopped or cut off, on the monotonic clock; the last one may be going on.
+    """
 
     name: str
     role: str
     index: int
     host: str
+    port: int
     argv: list[str]
-    http_url: str
     log_path: Path
     process: ForkServerProcess | None = None
     ends: list[float] = field(default_factory=list)  # when each start of it was ended, on the monotonic clock
-    cut: bool = False
+    away: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def pid(self) -> int:
@@ -48,55 +56,78 @@ class Member:
         return self.process.pid
 
     @property
+    def http_url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    @property
     def alive(self) -> bool:
         return self.process is not None and self.process.is_alive()
 
+    def disturbed_since(self, since: float, slack_s: float) -> bool:
+        """Whether it was killed, told to leave, stopped or cut off at any time from `since` on, or just before."""
+        times = [*self.ends, *(end for _, end in self.away)]
+        return any(time_ > since - slack_s for time_ in times)
+
+    @contextlib.contextmanager
+    def gone(self) -> Iterator[None]:
+        """It is stopped or cut off meanwhile."""
+        began = time.monotonic()
+        self.away.append((began, math.inf))
+        try:
+            yield
+        finally:
+            self.away[-1] = (began, time.monotonic())
+
 
 class Fleet:
-    """Started by `start_all`, ended by `close`. `with_networks`: each process has a network of its own."""
+    """Started by `start_all`, ended by `close`. `with_networks`: each process has a network of its own.
 
-    def __init__(self, directory: Path, model: Path, with_networks: bool) -> None:
+    `patience`: all deadlines are so many times as long, for machines that are slow or do much else.
+    """
+
+    def __init__(self, directory: Path, model: Path, with_networks: bool, patience: float = 1.0) -> None:
         self._directory = directory
         self.with_networks = with_networks
-        self._hub = network.HUB if with_networks else "127.0.0.1"
-        self._redis_port = free_port()
-        self._password = secrets.token_hex(16)
-        self.redis_url = f"redis://:{self._password}@{self._hub}:{self._redis_port}/0"
+        self.patience = patience
         self._environ = {"TANDEM_PEER_SECRET": PEER_SECRET, "TANDEM_TENANT_SECRET": secrets.token_hex(32)}
+        self._password = secrets.token_hex(16)
         self._worker_environ = {"TANDEM_PROOF_KEY": secrets.token_hex(32)}
-        self._redis: subprocess.Popen[bytes] | None = None
-        self.http = httpx.Client(timeout=5, limits=httpx.Limits(max_keepalive_connections=0))
+        self.http = httpx.Client(timeout=5 * patience, limits=httpx.Limits(max_keepalive_connections=0))
         self.members: dict[str, Member] = {}
+        timeout = f"{TIMEOUT_S * patience:g}"
+        redis_ = self._add("redis-0", ["--save", "", "--dir", str(directory), "--loglevel", "warning"])
+        self.redis_url = f"redis://:{self._password}@{redis_.host}:{redis_.port}/0"
         common = ["--redis", self.redis_url, "--log-format", "text"]
-        model_flags = ["--model", str(model), "--served-model-name", "m", "--num-threads", "1"]
-        worker = [*model_flags, "--num-gpu-blocks-override", "512", "--lease-s", str(_LEASE_S)]
-        worker += ["--peer-timeout-s", str(_PEER_TIMEOUT_S), "--drain-timeout-s", "20"]
+        peer = [*common, "--lease-s", timeout, "--peer-timeout-s", timeout]
+        worker = [*peer, "--model", str(model), "--served-model-name", "m", "--num-threads", "1"]
+        worker += ["--num-gpu-blocks-override", "512", "--drain-timeout-s", f"{20 * patience:g}"]
         store = ["--store-dram-bytes", "32MiB", "--store-disk-dir", str(directory / "disk")]
-        store += ["--store-disk-bytes", "256MiB", "--lease-s", str(_LEASE_S), "--peer-timeout-s", str(_PEER_TIMEOUT_S)]
-        for name, argv in (
-            ("store-0", store),
-            ("prefill-0", [*worker, "--max-num-batched-tokens", "64"]),
-            ("prefill-1", [*worker, "--max-num-batched-tokens", "64"]),
-            ("decode-0", [*worker, "--local-prefill-max-tokens", "0"]),
-            ("decode-1", [*worker, "--local-prefill-max-tokens", "0"]),
-            ("router-0", []),
-            ("router-1", []),
-        ):
-            self._add(name, [*common, *argv])
+        self._add("store-0", [*peer, *store, "--store-disk-bytes", "256MiB"])
+        for number in range(2):
+            self._add(f"prefill-{number}", [*worker, "--max-num-batched-tokens", "64"])
+        for number in range(2):
+            self._add(f"decode-{number}", [*worker, "--local-prefill-max-tokens", "0"])
+        router = ["--silence-timeout-s", timeout, "--resume-wait-s", f"{30 * patience:g}"]
+        for number in range(2):
+            self._add(f"router-{number}", [*common, *router])
 
-    def _add(self, name: str, argv: list[str]) -> None:
+    def _add(self, name: str, argv: list[str]) -> Member:
         role, index = name.split("-")[0], len(self.members)
         host = network.address(index) if self.with_networks else "127.0.0.1"
         port = {kind: free_port() for kind in ("http", "grpc", "kv")}
-        argv = [*argv, "--host", host]
-        if role == "router":
-            argv += ["--port", str(port["http"])]
-        else:
-            argv += ["--http-port", str(port["http"]), "--kv-port", str(port["kv"]), "--worker-id", name]
+        match role:
+            case "redis":
+                argv = [*argv, "--bind", host, "--port", str(port["http"]), "--requirepass", self._password]
+            case "router":
+                argv = [*argv, "--host", host, "--port", str(port["http"])]
+            case _:
+                argv = [*argv, "--host", host, "--worker-id", name]
+                argv += ["--http-port", str(port["http"]), "--kv-port", str(port["kv"])]
         if role in ("prefill", "decode"):
             argv += ["--port", str(port["grpc"])]
-        url = f"http://{host}:{port['http']}"
-        self.members[name] = Member(name, role, index, host, argv, url, self._directory / f"{name}.log")
+        member = Member(name, role, index, host, port["http"], argv, self._directory / f"{name}.log")
+        self.members[name] = member
+        return member
 
     def of_role(self, role: str) -> list[Member]:
         return [member for member in self.members.values() if member.role == role]
@@ -104,20 +135,19 @@ class Fleet:
     # ---- life ----------------------------------------------------------------
 
     def start_all(self) -> None:
-        """Start everything and wait until both routers know every worker."""
+        """Start everything and wait until both routers know every worker. Raises TimeoutError with the last words."""
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(parents=True)
-        self.start_redis()
         for member in self.members.values():
             self.start(member)
-        self.wait_ready()
+        self.wait_ready(lambda: None)
 
     def start(self, member: Member) -> None:
+        """Start it, empty in case of Redis, at its address."""
         environ = {**self._environ, **(self._worker_environ if member.role in ("prefill", "decode") else {})}
         args = (member.role, member.argv, str(member.log_path), environ, self.with_networks)
         member.process = FORK_SERVER.Process(target=_run, args=args, name=member.name)
         member.process.start()
-        member.cut = False
         if self.with_networks:
             network.join(member.pid, member.index)
 
@@ -127,17 +157,29 @@ class Fleet:
         with contextlib.suppress(ProcessLookupError):
             os.kill(member.pid, number)
 
-    def wait_ready(self) -> None:
-        """Until every process serves and both routers know every worker. Raises TimeoutError with the last words."""
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while missing := [member for member in self.members.values() if not self.is_ready(member)]:
+    def wait_ready(self, meanwhile: Callable[[], None]) -> str:
+        """Wait until every process serves and both routers know every worker; return who was the last.
+
+        `meanwhile` is called again and again. Raises TimeoutError with the last words of one that does not serve.
+        """
+        deadline, last = time.monotonic() + self.patience * _READY_TIMEOUT_S, ""
+        while True:
+            meanwhile()
+            late = [member for member in self.members.values() if not self.is_ready(member)]
+            if not late:
+                return last
+            last = ", ".join(member.name for member in late)
             if time.monotonic() > deadline:
-                tail = missing[0].log_path.read_text(errors="replace")[-2000:]
-                raise TimeoutError(f"{[member.name for member in missing]} do not serve; the first's log ends:\n{tail}")
+                tail = late[0].log_path.read_text(errors="replace")[-2000:]
+                raise TimeoutError(f"{last}: not serving in time; the log of {late[0].name} ends:\n{tail}")
             time.sleep(0.1)
 
     def is_ready(self, member: Member) -> bool:
+        if not member.alive:
+            return False
         try:
+            if member.role == "redis":
+                return self._ask_redis("PING") is not None
             if self.http.get(f"{member.http_url}/ready").status_code != 200:
                 return False
             if member.role != "router":
@@ -148,41 +190,35 @@ class Fleet:
             return False
 
     def close(self) -> None:
-        for member in self.members.values():
-            if member.alive:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(member.pid, signal.SIGCONT)
-                    os.kill(member.pid, signal.SIGTERM)
-        for member in self.members.values():
-            if member.process is not None:
-                member.process.join(30)
+        """End all, Redis last."""
+        for is_redis in (False, True):
+            members = [each for each in self.members.values() if (each.role == "redis") is is_redis]
+            for member in members:
                 if member.alive:
-                    member.process.kill()
-                    member.process.join()
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(member.pid, signal.SIGCONT)
+                        os.kill(member.pid, signal.SIGTERM)
+            for member in members:
+                if member.process is not None:
+                    member.process.join(30)
+                    if member.alive:
+                        member.process.kill()
+                        member.process.join()
         self.http.close()
-        self.kill_redis()
 
     # ---- Redis ---------------------------------------------------------------
 
-    def start_redis(self) -> None:
-        """Start an empty one at its address."""
-        flags = ["--port", str(self._redis_port), "--bind", self._hub, "--save", "", "--dir", str(self._directory)]
-        server = [str(find_redis_server()), *flags, "--requirepass", self._password]
-        with open(self._directory / "redis.log", "ab") as log:
-            self._redis = subprocess.Popen(server, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-
-    def signal_redis(self, number: signal.Signals) -> None:
-        assert self._redis is not None
-        self._redis.send_signal(number)
-
-    def kill_redis(self) -> None:
-        if self._redis is not None:
-            self._redis.kill()
-            self._redis.wait()
-
     def flush_redis(self) -> None:
-        with redis.Redis.from_url(self.redis_url, socket_timeout=10) as client:
-            client.flushall()
+        """Empty it, while it serves."""
+        assert self._ask_redis("FLUSHALL"), "Redis does not answer"
+
+    def _ask_redis(self, command: str) -> object:
+        """Its answer, or None."""
+        with redis.Redis.from_url(self.redis_url, socket_timeout=5 * self.patience) as client:
+            try:
+                return client.execute_command(command)
+            except (redis.RedisError, OSError):
+                return None
 
     # ---- what a process says of itself ----------------------------------------
 
@@ -202,6 +238,14 @@ class Fleet:
 
 
 def _run(role: str, argv: list[str], log_path: str, environ: dict[str, str], with_networks: bool) -> None:
+    # Whatever becomes of the run, no process of its fleet stays behind: the fork server ends with it.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if with_networks:
         network.enter_alone()
-    run_service(role, argv, log_path, environ, append=True)
+    if role != "redis":
+        run_service(role, argv, log_path, environ, append=True)
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    server = str(find_redis_server())
+    os.execv(server, [server, *argv])

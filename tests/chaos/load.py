@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import itertools
 import json
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -17,8 +18,12 @@ import httpx
 from tests.chaos.fleet import Fleet, Member
 from tests.hf_models import random_prompts
 
-HANG_S: Final = 45.0
-"""A client that hears nothing for so long gives up, and the run has failed."""
+_HANG_S: Final = 45.0
+"""A client that hears nothing for so long gives up, and the run has failed; times the fleet's patience, as the next."""
+_ASK_S: Final = 30.0
+"""For so long a client goes from one router to the other in search of one that takes its request."""
+_LEAVE_S: Final = 5.0
+"""For so long after its signal, or after it was cut off, a router may not be itself."""
 _CONNECT_S: Final = 3.0
 _CUT_SHARE: Final = 0.1
 
@@ -26,13 +31,13 @@ _CUT_SHARE: Final = 0.1
 class Outcome(StrEnum):
     RIGHT = "right"
     CUT = "cut by its client"
-    ROUTER_DIED = "its router died"
+    WITH_ROUTER = "failed with its router"
     WRONG = "wrong tokens"
     ERROR = "error"
     HUNG = "hung"
 
 
-ALLOWED: Final = (Outcome.RIGHT, Outcome.CUT, Outcome.ROUTER_DIED)
+ALLOWED: Final = (Outcome.RIGHT, Outcome.CUT, Outcome.WITH_ROUTER)
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,20 @@ class Case:
 
 @dataclass
 class Result:
-    """What became of a request. `silence_s`: the longest time in which a stream said nothing; `heard_at`: its end."""
+    """What became of a request. `silence_s`: the longest time in which a stream said nothing; `heard_at`: its end.
+
+    `router`: the last one asked, at `asked_at`; `waited_s`: until one took it, where the first did not.
+    """
 
     case: Case
-    outcome: Outcome
+    outcome: Outcome = Outcome.RIGHT
     detail: str = ""
+    tokens: list[list[int]] = field(default_factory=list)
+    waited_s: float = 0.0
     silence_s: float = 0.0
     heard_at: float = 0.0
+    router: Member | None = None
+    asked_at: float = 0.0
     num_resumes: int = 0
 
 
@@ -61,34 +73,42 @@ class Load:
 
     fleet: Fleet
     seed: int
+    num_cases: int
     expected: dict[str, list[list[int]]] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
         limits = httpx.Limits(max_connections=1000, max_keepalive_connections=0)
-        self._http = httpx.AsyncClient(timeout=httpx.Timeout(HANG_S, connect=_CONNECT_S), limits=limits)
-        self.cases = make_cases()
+        self._hang_s, self._ask_s = _HANG_S * self.fleet.patience, _ASK_S * self.fleet.patience
+        timeout = httpx.Timeout(self._hang_s, connect=_CONNECT_S * self.fleet.patience)
+        self._http = httpx.AsyncClient(timeout=timeout, limits=limits)
+        self.cases = make_cases()[: self.num_cases]
 
     async def learn(self) -> None:
         """Ask each case once while nothing is disturbed, and through the other router once more: the answers agree."""
         routers = self.fleet.of_role("router")
         for case in self.cases:
-            answers = [await self._answer(case, router, None, Result(case, Outcome.RIGHT)) for router in routers]
-            assert answers[0] == answers[1], f"{case.name}: two quiet answers differ"
-            self.expected[case.name] = answers[0]
+            answers = [Result(case) for _ in routers]
+            for answer, router in zip(answers, routers, strict=True):
+                await self._ask(answer, itertools.repeat(router), None)
+            assert answers[0].tokens == answers[1].tokens, f"{case.name}: two quiet answers differ"
+            self.expected[case.name] = answers[0].tokens
 
     async def run(self, rate: float, stop: asyncio.Event) -> None:
         """Send until told to stop, then wait for all answers."""
+        tasks: list[asyncio.Task[None]] = []
         while not stop.is_set():
             await asyncio.sleep(self._random.expovariate(rate))
-            cut_after = self._random.randint(1, 30) if self._random.random() < _CUT_SHARE else None
             case, first = self._random.choice(self.cases), self._random.randrange(2)
-            task = asyncio.create_task(self._one(case, first, cut_after))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        await asyncio.gather(*self._tasks)
+            is_cut = bool(case.body.get("stream")) and self._random.random() < _CUT_SHARE
+            tasks.append(asyncio.create_task(self._one(case, first, self._random.randint(1, 30) if is_cut else None)))
+        await asyncio.gather(*tasks)
+
+    async def burst(self, num_rounds: int) -> None:
+        """Send all cases at once, so many times over, and wait for all answers."""
+        pairs = [(case, number) for number in range(num_rounds) for case in self.cases]
+        await asyncio.gather(*(self._one(case, number, None) for case, number in pairs))
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -100,91 +120,87 @@ class Load:
     # ---- one request ----------------------------------------------------------
 
     async def _one(self, case: Case, first: int, cut_after: int | None) -> None:
-        routers = self.fleet.of_role("router")
-        result = Result(case, Outcome.RIGHT)
+        """One request and its verdict."""
+        result, routers = Result(case), self.fleet.of_role("router")
+        self.results.append(result)
+        try:
+            await self._ask(result, itertools.cycle(routers[first:] + routers[:first]), cut_after)
+        except (httpx.ReadTimeout, TimeoutError):
+            result.outcome, result.detail = Outcome.HUNG, f"silent for {self._hang_s:g} s"
+        except (httpx.HTTPError, _Failed, _NotTaken) as error:
+            result.outcome, result.detail = Outcome.ERROR, f"{type(error).__name__}: {error}"
+        assert result.router is not None
+        slack_s = _LEAVE_S * self.fleet.patience
+        if result.outcome is not Outcome.RIGHT and result.router.disturbed_since(result.asked_at, slack_s):
+            result.outcome = Outcome.WITH_ROUTER
+        result.detail = f"{result.router.name}: {result.detail}"
+        self._judge(result, cut_after)
+
+    async def _ask(self, result: Result, routers: Iterator[Member], cut_after: int | None) -> None:
+        """Ask one router after the other, as a balancer and an SDK would, until one takes the request."""
         began = time.monotonic()
         while True:
-            router = routers[first % 2]
+            result.router, result.asked_at = next(routers), time.monotonic()
             try:
-                await self._judge(case, router, cut_after, result)
-            except httpx.ConnectError as error:  # a balancer would take the other router, and so do we
-                first += 1
-                if time.monotonic() - began < READY_S:
-                    await asyncio.sleep(0.1)
-                    continue
-                result.outcome, result.detail = Outcome.ERROR, f"no router takes connections: {error}"
-            except _NotReady as error:  # nor would a balancer ask one that is not ready
-                first += 1
-                if time.monotonic() - began < READY_S:
-                    await asyncio.sleep(0.1)
-                    continue
-                result.outcome, result.detail = Outcome.ERROR, f"no router is ready: {error}"
-            except (httpx.ReadTimeout, httpx.ConnectTimeout, TimeoutError):
-                result.outcome, result.detail = Outcome.HUNG, f"nothing heard of {router.name} for {HANG_S:g} s"
-            except (httpx.HTTPError, _Failed) as error:
-                result.outcome, result.detail = Outcome.ERROR, f"{router.name}: {type(error).__name__}: {error}"
-            # One that is killed together with its network tells nobody; one that leaves may take a connection yet.
-            if result.outcome in (Outcome.ERROR, Outcome.HUNG) and any(end > began - LEAVE_S for end in router.ends):
-                result.outcome = Outcome.ROUTER_DIED
-            break
-        self.results.append(result)
+                return await self._ask_one(result, result.router, cut_after)
+            except _NotTaken:
+                result.waited_s = time.monotonic() - began
+                if result.waited_s > self._ask_s:
+                    raise
+                await asyncio.sleep(0.1)
 
-    async def _judge(self, case: Case, router: Member, cut_after: int | None, result: Result) -> None:
-        tokens = await self._answer(case, router, cut_after, result)
-        expected = self.expected[case.name]
-        if cut_after is not None and case.body.get("stream"):
-            result.outcome = Outcome.CUT
-            expected = [each[: len(got)] for each, got in zip(expected, tokens, strict=True)]
-        if tokens != expected:
-            result.outcome, result.detail = Outcome.WRONG, f"{router.name}: {tokens} instead of {expected}"
+    def _judge(self, result: Result, cut_after: int | None) -> None:
+        """Hold what came against the quiet answer, to whatever end it came."""
+        expected = self.expected[result.case.name]
+        if result.outcome is not Outcome.RIGHT or cut_after is not None:
+            expected = [each[: len(got)] for each, got in zip(expected, result.tokens, strict=False)]
+            if result.outcome is Outcome.RIGHT:
+                result.outcome = Outcome.CUT
+        if result.tokens != expected:
+            result.outcome, result.detail = Outcome.WRONG, f"{result.tokens} instead of {expected}"
 
-    async def _answer(self, case: Case, router: Member, cut_after: int | None, result: Result) -> list[list[int]]:
-        """The token ids of each choice. Raises `_Failed` on any error that the server tells."""
-        url, heard = f"{router.http_url}/v1/completions", _Silence(result)
-        if not case.body.get("stream"):
-            response = await self._http.post(url, json=case.body)
-            if response.status_code != 200:
-                raise await self._failure(router, response)
-            content = response.json()
-            result.num_resumes += num_resumes(content)
-            return [list(choice["token_ids"]) for choice in sorted(content["choices"], key=lambda each: each["index"])]
-        tokens: list[list[int]] = [[] for _ in range(int(str(case.body.get("n", 1))))]
-        async with self._http.stream("POST", url, json=case.body) as response:
-            if response.status_code != 200:
-                raise await self._failure(router, response)
-            async for line in response.aiter_lines():
-                if not line.startswith("data: "):
-                    continue
-                heard.end()
-                if line == "data: [DONE]":
-                    return tokens
-                event = json.loads(line.removeprefix("data: "))
-                if "error" in event:
-                    raise _Failed(json.dumps(event["error"]))
-                result.num_resumes += num_resumes(event)
-                for choice in event["choices"]:
-                    tokens[choice["index"]] += choice["token_ids"] or []
-                if cut_after is not None and sum(map(len, tokens)) >= cut_after:
-                    return tokens
+    async def _ask_one(self, result: Result, router: Member, cut_after: int | None) -> None:
+        """Fill in the token ids of each choice. Raises `_Failed` on any error that the server tells, `_NotTaken`."""
+        body, heard = result.case.body, _Silence(result)
+        result.tokens = []
+        try:
+            async with self._http.stream("POST", f"{router.http_url}/v1/completions", json=body) as response:
+                if response.status_code != 200:
+                    raise _refusal(response, (await response.aread()).decode()[:500])
+                if not body.get("stream"):
+                    content = json.loads(await response.aread())
+                    result.num_resumes += num_resumes(content)
+                    choices = sorted(content["choices"], key=lambda each: int(each["index"]))
+                    result.tokens = [list(choice["token_ids"]) for choice in choices]
+                    return
+                result.tokens = [[] for _ in range(int(str(body.get("n", 1))))]
+                async for line in response.aiter_lines():
+                    if not line.startswith("data: "):
+                        continue
+                    heard.end()
+                    if line == "data: [DONE]":
+                        return
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise _Failed(json.dumps(event["error"]))
+                    result.num_resumes += num_resumes(event)
+                    for choice in event["choices"]:
+                        result.tokens[choice["index"]] += choice["token_ids"] or []
+                    if cut_after is not None and sum(map(len, result.tokens)) >= cut_after:
+                        return
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise _NotTaken(f"{router.name}: {type(error).__name__}: {error}") from error
         raise _Failed("the stream ended without its last event")
 
-    async def _failure(self, router: Member, response: httpx.Response) -> Exception:
-        """What a refusal means: that of a router which is not ready is no more than its balancer's mistake."""
-        text = f"{response.status_code}: {(await response.aread()).decode()[:500]}"
-        with contextlib.suppress(httpx.HTTPError):
-            if response.status_code == 503 and (await self._http.get(f"{router.http_url}/ready")).status_code != 200:
-                return _NotReady(text)
-        return _Failed(text)
+
+def _refusal(response: httpx.Response, text: str) -> Exception:
+    """What a status means: with 503 and Retry-After nothing has begun, and every SDK asks again."""
+    text = f"{response.status_code}: {text}"
+    return _NotTaken(text) if response.status_code == 503 and "Retry-After" in response.headers else _Failed(text)
 
 
-LEAVE_S: Final = 5.0
-"""For so long after its signal a router may take connections that it serves no more."""
-READY_S: Final = 30.0
-"""For so long a client goes from one router to the other in search of one that takes connections."""
-
-
-class _NotReady(Exception):
-    """A router refuses while it is not ready."""
+class _NotTaken(Exception):
+    """A router cannot be reached, or refuses for the moment."""
 
 
 class _Failed(Exception):

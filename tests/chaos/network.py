@@ -7,7 +7,8 @@
   ══╧══════ bridge ════════╧═══════════════════╧══        cut: that port of the bridge goes down, and nothing is told
 ```
 
-Needs the right to make namespaces (root). Everything is gone when the processes are.
+Needs the right to make namespaces: root's, or that of any user where the system gives it (then we are root in a user
+namespace of our own). Everything is gone when the processes are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import time
 from typing import Final
 
+_CLONE_NEWUSER: Final = 0x10000000
 _CLONE_NEWNET: Final = 0x40000000
 _BRIDGE: Final = "tandem0"
 _SETUP_TIMEOUT_S: Final = 30.0
@@ -32,7 +34,10 @@ class NoNamespaces(Exception):
 def enter() -> None:
     """Put this process, which must have one thread, into a network of its own with a bridge. Raises NoNamespaces."""
     try:
-        _unshare()
+        try:
+            _unshare()
+        except PermissionError:
+            _become_root()
         _ip("link", "set", "lo", "up")
         _ip("link", "add", _BRIDGE, "type", "bridge")
         _ip("addr", "add", f"{HUB}/24", "dev", _BRIDGE)
@@ -94,9 +99,18 @@ def _routes() -> str:
         return file.read()
 
 
-def _unshare() -> None:
+def _become_root() -> None:
+    """In a user namespace of our own, with a network."""
+    user, group = os.getuid(), os.getgid()
+    _unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+        with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
+            file.write(text)
+
+
+def _unshare(what: int = _CLONE_NEWNET) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWNET):
+    if libc.unshare(what):
         number = ctypes.get_errno()
         raise OSError(number, f"no network namespace: {os.strerror(number)}")
 

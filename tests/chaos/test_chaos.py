@@ -11,12 +11,12 @@ import pytest
 _ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_minute_of_faults_costs_no_client_an_answer(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.chaos", "--minutes", "1", "--rate", "1.5"]
-    run = subprocess.run(
-        [*command, "--directory", str(tmp_path / "chaos")], cwd=_ROOT, capture_output=True, text=True, timeout=500
-    )
+    # Deadlines are three times as long, so that who waits for a processor among other tests is not taken for dead.
+    light = ["--minutes", "1", "--rate", "0.7", "--cases", "6", "--patience", "3"]
+    command = [sys.executable, "-m", "tests.chaos", *light, "--directory", str(tmp_path / "chaos")]
+    run = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=850)
+    print(run.stdout)  # who could not be cut off, and what was dealt
     assert run.returncode == 0, run.stdout + run.stderr
     assert "| right |" in run.stdout
