@@ -25,7 +25,7 @@ from tests.hf_models import random_prompts, write_model
 from tests.stack import Stack
 
 _BEFORE_S, _AFTER_S = 5, 10
-_MAX_TOKENS = 2000
+_MAX_TOKENS = 1000
 
 
 @dataclass
