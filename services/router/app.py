@@ -28,7 +28,9 @@ from services.router.openai import (
     CompletionRenderer,
     DetokenizeBody,
     TokenizeBody,
+    check_sizes,
     detokenize,
+    longest_text,
     openapi_document,
     plan_chat,
     plan_completion,
@@ -133,12 +135,15 @@ def _add_model_routes(app: FastAPI, parts: RouterParts) -> None:
 
 
 def _add_tokenizer_routes(app: FastAPI, parts: RouterParts) -> None:
+    def check(content: bytes) -> None:
+        check_sizes(content, lambda name: longest_text(parts.models.get(name)), max_prompts=1)
+
     async def answer(
         request: Request, kind: type[B], work: Callable[[B, ServedModel, ClientPool], Awaitable[bytes]]
     ) -> Response:
         async with parts.deadline():
             with parts.client(request.scope) as client:
-                async with client.body(request.scope, request.receive, kind) as body:
+                async with client.body(request.scope, request.receive, kind, check) as body:
                     content = await work(body, parts.models.get(body.model), client.pool)
         return Response(content, media_type="application/json")
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from unittest import mock
 
 import httpx
 import pytest
+from hypothesis import given, strategies
 
 from kvstore.threads import OsThreads
 from services.router.config import RouterConfig
 from services.router.edge import RequestMemory
 from services.router.edge.memory import SMALL_BYTES
 from services.router.errors import ApiError, model_not_found
-from services.router.openai import decoding
+from services.router.openai import check_sizes, decoding, sizes
 from services.router.openai.bodies import ChatBody, CompletionBody
 from services.router.openai.decoding import decode
 from services.router.text import ModelTokenizer, PromptTooLong, WorkStopped
@@ -46,6 +48,90 @@ def test_what_stands_in_strings_is_no_value(monkeypatch):
     monkeypatch.setattr(decoding, "MAX_CONTAINERS", 10)
     text = 'a "quoted\\", [text], {with} ' * 50
     assert decode(json.dumps({"prompt": text}).encode(), CompletionBody).prompt == text
+
+
+NUM_TOKENS, NUM_PROMPTS = 100, 8
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"prompt": [5] * 101}, "maximum context length is 100 tokens"),
+        ({"prompt": [[5] * 200, [6, 7]]}, "maximum context length is 100 tokens"),
+        ({"prompt": [[5]] * 9}, "9 prompts"),
+        ({"prompt": ["a, [b]"] * 9}, "9 prompts"),
+        ({"messages": [{"role": "user", "content": "[,"}] * 101}, "maximum context length is 100 tokens"),
+        ({"tokens": [5] * 101}, "`tokens` has 101 tokens; 100 are taken"),
+        ({"prompt": [5], "model": "nobody"}, "model `nobody`"),
+    ],
+    ids=["ids", "lists", "too many lists", "too many texts", "messages", "tokens", "model"],
+)
+def test_what_no_model_takes_is_refused_by_the_bytes_of_its_fields(body, words):
+    def limit(name):
+        if name is not None:
+            raise ApiError(404, f"no model `{name}`")
+        return NUM_TOKENS
+
+    with pytest.raises(ApiError, match=words.replace("`", ".")):
+        check_sizes(json.dumps(body).encode(), limit, NUM_PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [5] * 100},
+        {"prompt": [[5] * 100] * 8},
+        {"prompt": ['a, "[b]"\\', ",,,[[["] * 4},
+        {"prompt": "a, " * 1000},
+        {"prompt": {"a": 1}},
+        {"messages": [{"role": "user", "content": ["," * 1000]}] * 100, "model": None},
+        {"messages": 7, "prompt": [5] * 1000},
+        {"tokens": [5] * 100, "model": 7},
+        [1, 2],
+    ],
+)
+def test_what_may_fit_or_is_of_another_type_is_left_to_the_decoder(body):
+    check_sizes(json.dumps(body).encode(), lambda name: NUM_TOKENS, NUM_PROMPTS)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"prompt": [', b"\xff", b""])
+def test_what_is_no_json_is_left_to_the_decoder(content):
+    check_sizes(content, lambda name: NUM_TOKENS, NUM_PROMPTS)
+
+
+TEXTS = strategies.text('a",[{\\:')
+VALUES = strategies.recursive(
+    strategies.integers() | TEXTS,
+    lambda inner: strategies.lists(inner, max_size=4) | strategies.dictionaries(TEXTS, inner, max_size=4),
+)
+
+
+@given(VALUES)
+def test_values_are_counted_as_a_parser_would(value):
+    def walk(value):
+        """Commas, containers, strings."""
+        if not isinstance(value, list | dict):
+            return 0, 0, int(isinstance(value, str))
+        parts = [walk(part) for part in (value.values() if isinstance(value, dict) else value)]
+        own = max(len(value) - 1, 0), 1, len(value) if isinstance(value, dict) else 0
+        return tuple(map(sum, zip(own, *parts, strict=True)))
+
+    num_commas, num_containers, num_strings = walk(value)
+    with mock.patch.object(sizes, "_SLICE_BYTES", 7):
+        assert sizes.count(json.dumps(value).encode()) == (
+            num_commas,
+            num_containers,
+            num_strings > 0,
+        )
+
+
+async def test_a_large_body_that_no_model_takes_is_not_decoded(make_worker, monkeypatch):
+    monkeypatch.setattr("services.router.edge.client.decode", lambda *args: pytest.fail("it was decoded"))
+    async with running_router(RouterConfig(), make_worker()) as running, client(running) as http:
+        ids = [5] * SMALL_BYTES
+        for url, body in ((URL, {"prompt": ids}), ("/detokenize", {"tokens": ids * 4})):
+            assert (await http.post(url, json=body)).status_code == 400
+            assert (await http.post(url, json=body | {"model": "nobody"})).status_code == 404
 
 
 def test_a_planned_request_holds_its_input_no_more():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,7 +14,7 @@ from services.router.edge.memory import SMALL_BYTES, Holding
 from services.router.openai import decode
 from services.router.sse import Message, Receive, cancelled_on_disconnect
 from services.router.tenants import Tenant
-from services.router.text import ClientPool
+from services.router.text import ClientPool, GoOn
 
 B = TypeVar("B", bound=msgspec.Struct)
 
@@ -38,13 +38,23 @@ class Client:
     max_body_bytes: int
 
     @asynccontextmanager
-    async def body(self, scope: Message, receive: Receive, kind: type[B]) -> AsyncIterator[B]:
-        """The request's body. What runs under it is cancelled when the client goes away. Raises ApiError."""
+    async def body(
+        self, scope: Message, receive: Receive, kind: type[B], check: Callable[[bytes], None]
+    ) -> AsyncIterator[B]:
+        """The request's body. What runs under it is cancelled when the client goes away. Raises ApiError.
+
+        `check` looks at the bytes of a large one before it is decoded, in a thread, and may raise an ApiError.
+        """
         received = [await read_body(scope, receive, self.max_body_bytes, self.memory.add)]
         async with cancelled_on_disconnect(receive):
-            yield await self._decode(received.pop(), kind)
+            yield await self._decode(received.pop(), kind, check)
 
-    async def _decode(self, content: bytes, kind: type[B]) -> B:
+    async def _decode(self, content: bytes, kind: type[B], check: Callable[[bytes], None]) -> B:
         if len(content) <= SMALL_BYTES:
             return decode(content, kind)
-        return await self.pool.run(lambda go_on: decode(content, kind), len(content))
+
+        def run(go_on: GoOn) -> B:
+            check(content)
+            return decode(content, kind)
+
+        return await self.pool.run(run, len(content))

@@ -30,7 +30,7 @@ from services.router.edge.stopping import Stopping
 from services.router.errors import ApiError, ClientDisconnected, internal
 from services.router.fleet import Ask, Budget, Dispatch, Placer, PrefixFinder, Workers, routing_key
 from services.router.metrics import RouterMetrics
-from services.router.openai import Delta, GenerateBody, Generation, GenerationPlan, Renderer
+from services.router.openai import Delta, GenerateBody, Generation, GenerationPlan, Renderer, check_sizes
 from services.router.sharing import Shares
 from services.router.tenants import name_of
 from services.router.text import ClientPool, ModelDirectory, ServedModel, TokenizerPool
@@ -97,7 +97,7 @@ class GenerateEndpoint(Generic[B]):
         try:
             try:
                 with self._parts.client(scope) as client:
-                    async with client.body(scope, receive, self._kind) as body:
+                    async with client.body(scope, receive, self._kind, self._check_sizes) as body:
                         if body.receipt is None:
                             body.receipt = header(scope, _RECEIPT_HEADER) == "1"
                         request_id = request_id_of(scope, body.request_id)
@@ -120,6 +120,10 @@ class GenerateEndpoint(Generic[B]):
         except ClientDisconnected:
             self._parts.metrics.disconnects.inc()
             access.left()
+
+    def _check_sizes(self, content: bytes) -> None:
+        models, config = self._parts.models, self._parts.config
+        check_sizes(content, lambda name: models.get(name).max_model_len, config.max_sequences_per_request)
 
     async def _fail(self, error: ApiError, stream: sse.EventStream, send: sse.Send) -> None:
         self._parts.metrics.count_error(error.status)

@@ -8,7 +8,8 @@ from services.router.openai.decoding import decode
 from services.router.openai.generation import Generation, GenerationPlan
 from services.router.openai.openapi import openapi_document
 from services.router.openai.renderer import Renderer
-from services.router.openai.tokenizing import detokenize, tokenize
+from services.router.openai.sizes import check_sizes
+from services.router.openai.tokenizing import detokenize, longest_text, tokenize
 
 __all__ = [
     "ChatBody",
@@ -22,8 +23,10 @@ __all__ = [
     "GenerationPlan",
     "Renderer",
     "TokenizeBody",
+    "check_sizes",
     "decode",
     "detokenize",
+    "longest_text",
     "openapi_document",
     "plan_chat",
     "plan_completion",

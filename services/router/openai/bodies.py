@@ -104,6 +104,10 @@ class GenerateBody(Refused, kw_only=True):
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
     response_format: Annotated[dict[str, Any] | None, Meta(description="Only the type `text`.")] = None
 
+    def num_ids(self) -> int:
+        """Token ids in its lists."""
+        return sum(len(ids) for ids in (self.logit_bias, self.allowed_token_ids, self.stop_token_ids) if ids)
+
     def drop_input(self) -> None:
         """Give back the memory of what is not needed any more once the request is planned."""
         self.user = self.logit_bias = self.allowed_token_ids = self.stop_token_ids = self.response_format = None
@@ -116,6 +120,12 @@ class CompletionBody(GenerateBody, kw_only=True):
     echo: bool = False
     logprobs: _Count | None = None
     add_special_tokens: bool = True
+
+    def num_ids(self) -> int:
+        if isinstance(self.prompt, str):
+            return super().num_ids()
+        lists = [ids for ids in self.prompt if isinstance(ids, list)]
+        return super().num_ids() + (sum(map(len, lists)) if lists else len(self.prompt))
 
     def drop_input(self) -> None:
         super().drop_input()

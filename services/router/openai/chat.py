@@ -23,7 +23,7 @@ async def plan_chat(
     body: ChatBody, model: ServedModel, config: RouterConfig, request_id: str, pool: ClientPool
 ) -> GenerationPlan:
     """Checks the body, renders and tokenizes the conversation. Raises ApiError."""
-    request = check_chat(body, model, config)
+    request = await pool.look_at(lambda: check_chat(body, model, config), body.num_ids())
     prompt = await tokenize_chat(body, model, pool, model.max_model_len)
     default = model.files.sampling_defaults.get("max_tokens")
     max_tokens = tokens_to_generate(

@@ -15,7 +15,12 @@ from services.router.openai.decoding import MAX_VALUES
 from services.router.openai.generation import Generation, GenerationPlan, prompt_too_long, tokens_to_generate
 from services.router.openai.logprobs import CompletionLogprobs, prompt_position
 from services.router.openai.renderer import Renderer, in_pieces
-from services.router.openai.requests import DEFAULT_COMPLETION_TOKENS, check_completion, check_prompts
+from services.router.openai.requests import (
+    DEFAULT_COMPLETION_TOKENS,
+    GenerationRequest,
+    check_completion,
+    check_prompts,
+)
 from services.router.text import ClientPool, GoOn, PromptTooLong, ServedModel
 
 # What a position takes beside its alternatives.
@@ -26,8 +31,12 @@ async def plan_completion(
     body: CompletionBody, model: ServedModel, config: RouterConfig, request_id: str, pool: ClientPool
 ) -> GenerationPlan:
     """Checks the body and tokenizes what is text. Raises ApiError."""
-    given = check_prompts(body.prompt, model.files.vocab_size)
-    request = check_completion(body, given, model, config)
+
+    def check() -> tuple[tuple[str | array[int], ...], GenerationRequest]:
+        given = check_prompts(body.prompt, model.files.vocab_size)
+        return given, check_completion(body, given, model, config)
+
+    given, request = await pool.look_at(check, body.num_ids())
     prompts = await _tokenize(given, body.add_special_tokens, model, pool)
     limits = [
         tokens_to_generate(request, len(prompt), "prompt", DEFAULT_COMPLETION_TOKENS, model.max_model_len)

@@ -1,7 +1,7 @@
 """Decodes bodies into their types. What a body may hold is bounded before memory is taken for it.
 
 A token id takes a few bytes in the body and forty as an object, an empty list takes two and sixty. So values are
-counted in the bytes first, which takes a millisecond for each megabyte.
+counted in the bytes first, which takes half a millisecond for each megabyte.
 """
 
 from __future__ import annotations
@@ -14,25 +14,23 @@ import orjson
 from msgspec import Struct
 
 from services.router.errors import ApiError, invalid
+from services.router.openai.sizes import count
 
 MAX_VALUES = 1 << 20
 """Of JSON values in a body, which are token ids where there are many."""
 MAX_CONTAINERS = 1 << 16
 """Of lists and objects: prompts of token ids, messages and their parts."""
 
-# Strings are left out of the count where there are not so many of them that this takes long itself.
-_MAX_QUOTES = 1 << 19
-
 B = TypeVar("B", bound=Struct)
 
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _WHERE = re.compile(r"(.*?)(?: - at (`key` in )?`\$\.(.*)`)?", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(.*)`")
 
 
 def decode(body: bytes, kind: type[B]) -> B:
     """The body as the declared type. Raises ApiError 400, which names the field."""
-    if not _is_bounded(body) and (body.count(b'"') > _MAX_QUOTES or not _is_bounded(_STRING.sub(b"", body))):
+    counted = count(body)
+    if counted.num_commas >= MAX_VALUES or counted.num_containers > MAX_CONTAINERS:
         raise invalid(
             f"The body has too many values: {MAX_VALUES} are taken, of which {MAX_CONTAINERS} may be lists or objects."
         )
@@ -54,10 +52,6 @@ def decode(body: bytes, kind: type[B]) -> B:
         return msgspec.convert(given, type=kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise _refusal(str(error), content) from error
-
-
-def _is_bounded(body: bytes) -> bool:
-    return body.count(b",") < MAX_VALUES and body.count(b"[") + body.count(b"{") <= MAX_CONTAINERS
 
 
 def _whole(value: object) -> object:

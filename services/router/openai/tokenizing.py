@@ -9,6 +9,7 @@ from services.router.openai.bodies import DetokenizeBody, TokenizeBody
 from services.router.openai.chat import tokenize_chat
 from services.router.openai.completions import tokenize_texts
 from services.router.openai.requests import check_token_ids
+from services.router.openai.sizes import too_many_ids
 from services.router.text import ClientPool, GoOn, ServedModel
 
 # What does not fit into the context is counted all the same, so that clients can learn by how much: up to so much.
@@ -17,7 +18,7 @@ _MIN_TOKENS = 1 << 17
 
 async def tokenize(body: TokenizeBody, model: ServedModel, pool: ClientPool) -> bytes:
     """The answer. Raises ApiError."""
-    limit = _limit(model)
+    limit = longest_text(model)
     if body.messages is not None:
         token_ids = await tokenize_chat(body, model, pool, limit)
     elif body.prompt is not None:
@@ -35,9 +36,9 @@ async def tokenize(body: TokenizeBody, model: ServedModel, pool: ClientPool) -> 
 
 async def detokenize(body: DetokenizeBody, model: ServedModel, pool: ClientPool) -> bytes:
     """The answer. Raises ApiError."""
-    token_ids, limit = check_token_ids(body.tokens, "tokens", model.files.vocab_size), _limit(model)
+    token_ids, limit = check_token_ids(body.tokens, "tokens", model.files.vocab_size), longest_text(model)
     if len(token_ids) > limit:
-        raise invalid(f"`tokens` has {len(token_ids)} tokens; {limit} are taken.", "tokens")
+        raise too_many_ids("tokens", len(token_ids), limit)
 
     def answer(go_on: GoOn) -> bytes:
         return orjson.dumps({"prompt": model.tokenizer.decode(token_ids, skip_special_tokens=False)})
@@ -45,5 +46,6 @@ async def detokenize(body: DetokenizeBody, model: ServedModel, pool: ClientPool)
     return await pool.run(answer, len(token_ids))
 
 
-def _limit(model: ServedModel) -> int:
+def longest_text(model: ServedModel) -> int:
+    """Tokens that are counted or turned into text."""
     return max(2 * model.max_model_len, _MIN_TOKENS)

@@ -21,6 +21,9 @@ T = TypeVar("T")
 LONG_CHARS = 1 << 16
 """Work with so much text is long: some tens of milliseconds."""
 
+_FEW_IDS = 1 << 12
+"""Looking at so many is done before a thread would have been woken."""
+
 GoOn = Callable[[], None]
 """Work calls it now and then. Raises WorkStopped once nobody waits for the result."""
 
@@ -150,3 +153,7 @@ class ClientPool:
     async def run(self, work: Callable[[GoOn], T], num_chars: int = 0) -> T:
         """As `TokenizerPool.run`."""
         return await self.pool.run(work, self.client, num_chars)
+
+    async def look_at(self, work: Callable[[], T], num_ids: int) -> T:
+        """The result of work that looks at so many token ids: here where they are few, else as `run`."""
+        return work() if num_ids <= _FEW_IDS else await self.run(lambda go_on: work(), num_ids)
