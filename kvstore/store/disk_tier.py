@@ -19,8 +19,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +30,7 @@ from kvstore.errors import IntegrityError, KVStoreError
 from kvstore.pool import PROTECTED_SHARE, Block, SlotBook
 from kvstore.store.directory import StoreDirectory
 from kvstore.store.disk_files import DiskFiles, FileCalls, Record, RecoveryReport, max_num_slots
+from kvstore.store.disk_results import DiskStats, GetFailure, PutOutcome, PutResult, StoredBlock
 from kvstore.store.pause import Pause
 
 logger = logging.getLogger(__name__)
@@ -44,48 +43,6 @@ ReadableBuffer = bytes | WritableBuffer
 
 class DiskTierClosed(KVStoreError):
     """The disk tier was closed."""
-
-
-class PutOutcome(Enum):
-    """The outcomes of `put`. PAUSED: the disk refused writes a moment ago or just now. BUSY: all slots in use."""
-
-    STORED = "stored"
-    PRESENT = "present"
-    PAUSED = "paused"
-    BUSY = "busy"
-
-
-class PutResult(NamedTuple):
-    """`evicted`: the blocks that lost their place, whatever the outcome."""
-
-    outcome: PutOutcome
-    evicted: tuple[BlockHash, ...]
-
-
-class StoredBlock(NamedTuple):
-    """A block that `get` found and verified."""
-
-    parent_hash: BlockHash | None
-    proof: Proof
-    checksum: Checksum
-
-
-class GetFailure(Enum):
-    """The reasons why `get` filled nothing. CORRUPT: bytes or file are not what was put; the block is dropped."""
-
-    MISSING = "missing"
-    CORRUPT = "corrupt"
-
-
-@dataclass
-class DiskStats:
-    """Counts since the opening, in blocks."""
-
-    num_stored: int = 0
-    num_read: int = 0
-    num_evicted: int = 0
-    num_corrupt: int = 0
-    num_write_errors: int = 0
 
 
 class DiskTier:

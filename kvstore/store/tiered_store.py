@@ -27,7 +27,8 @@ from kvstore.pool import (
     CacheEvent,
     SlotBook,
 )
-from kvstore.store.disk_tier import DiskTier, GetFailure, StoredBlock
+from kvstore.store.disk_results import GetFailure, StoredBlock
+from kvstore.store.disk_tier import DiskTier
 from kvstore.store.write_behind import DiskWrites, WriteBehind
 from kvstore.threads import OsThreads, Threads
 

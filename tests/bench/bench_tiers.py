@@ -23,7 +23,7 @@ from kvstore.block import BlockHash, BlockLayout, HostMemory, Proof, checksum, c
 from kvstore.pool import PROTECTED_SHARE
 from kvstore.pool.slot_book import SlotBook
 from kvstore.store import DiskTier, DiskWrites, TieredStore
-from kvstore.store.disk_tier import PutOutcome, StoredBlock
+from kvstore.store.disk_results import PutOutcome, StoredBlock
 from tests.tiers.blocks import chain, parents
 from tests.tiers.conversation_trace import (
     hit_rate_of_plain_lru,

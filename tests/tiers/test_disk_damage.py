@@ -23,7 +23,7 @@ from kvstore.store.disk_files import (
     TABLE_NAME,
     FileCalls,
 )
-from kvstore.store.disk_tier import PutOutcome, StoredBlock
+from kvstore.store.disk_results import PutOutcome, StoredBlock
 from tests.tiers.blocks import BLOCK_BYTES, LAYOUT, chain, checksum_of, named_hash, parents, payload, proof
 
 BLOCKS = chain("a", 6)

@@ -18,13 +18,8 @@ from kvstore.block import BlockHash, Checksum
 from kvstore.store import DiskTier
 from kvstore.store.directory import DirectoryLocked
 from kvstore.store.disk_files import HEAD_BYTES, RECORD_BYTES, FileCalls
-from kvstore.store.disk_tier import (
-    DiskTierClosed,
-    GetFailure,
-    PutOutcome,
-    PutResult,
-    StoredBlock,
-)
+from kvstore.store.disk_results import GetFailure, PutOutcome, PutResult, StoredBlock
+from kvstore.store.disk_tier import DiskTierClosed
 from tests.tiers.blocks import (
     BLOCK_BYTES,
     LAYOUT,

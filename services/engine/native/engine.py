@@ -22,12 +22,12 @@ from services.engine.api import (
     RequestUpdate,
     Restore,
     SampledToken,
-    SamplingParams,
     StepOutput,
     Suspended,
 )
 from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
 from services.engine.model_config import ModelError
+from services.engine.native.checks import check_tokens
 from services.engine.native.memory import (
     begin_restore,
     block_memory,
@@ -148,14 +148,7 @@ class Engine:
     # ---- commands, between steps ----------------------------------------------
 
     def check(self, request: api.Request) -> None:
-        vocab_size = self.model.config.vocab_size
-        _check_token_ids("prompt", request.prompt_token_ids, vocab_size)
-        _check_token_ids("resumed_token_ids", request.resumed_token_ids, vocab_size)
-        sampling = request.sampling
-        _check_token_ids("logit_bias", tuple(sampling.logit_bias), vocab_size)
-        _check_token_ids("allowed_token_ids", sampling.allowed_token_ids, vocab_size)
-        _check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
-        _check_allows_any(sampling, self.model.eos_token_ids, vocab_size)
+        check_tokens(request, self.model.config.vocab_size, self.model.eos_token_ids)
         check_fits(request, self._scheduler.config, self.pool.num_blocks)
 
     def add_request(self, request: api.Request) -> None:
@@ -401,19 +394,3 @@ def scheduler_config(config: EngineConfig, model: LoadedModel) -> SchedulerConfi
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_waiting=config.max_num_waiting,
     )
-
-
-def _check_token_ids(param: str, token_ids: Sequence[int], vocab_size: int) -> None:
-    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
-        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
-        raise InvalidRequest(param, f"token id {wrong} is not in the vocabulary of {vocab_size}")
-
-
-def _check_allows_any(sampling: SamplingParams, eos_token_ids: Sequence[int], vocab_size: int) -> None:
-    if not sampling.min_tokens:
-        return
-    ends = sampling.ends(eos_token_ids)
-    if sampling.allowed_token_ids and ends.issuperset(sampling.allowed_token_ids):
-        raise InvalidRequest("allowed_token_ids", "min_tokens forbids all of them, they end the output")
-    if len(ends) >= vocab_size:
-        raise InvalidRequest("stop_token_ids", "min_tokens forbids all of them, which is the whole vocabulary")
