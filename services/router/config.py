@@ -92,7 +92,7 @@ class RouterConfig(PeerSettings):
     resume_wait_s: float = setting(
         30.0,
         min=0,
-        help="seconds that a request whose decode worker was lost waits for another one, where there is none",
+        help="seconds that a request whose decode worker was lost waits for another one, where none takes it",
         group="workers",
     )
 

@@ -9,6 +9,7 @@ import pytest
 
 from kvstore.block import hash_blocks, namespace
 from kvstore.index.entries import Holding
+from services.orders import MOVES, RESUMES
 from services.router.config import RouterConfig
 from tests.router.direct import Answer
 from tests.router.harness import FakeIndex
@@ -161,6 +162,33 @@ async def test_a_second_death_ends_the_request_and_says_so(make):
         assert is_at_rest(fleet)
 
 
+async def test_a_moved_request_has_the_same_two_lives(make):
+    async with scripted_fleet() as fleet:
+        both = {"features": (RESUMES, MOVES)}
+        drains, *doomed = make(drains_after=10, **both), make(3, dies_after=10, **both), make(9, dies_after=10)
+        await fleet.serve_with(drains, *doomed, make(20))
+        answer = await fleet.ask(**STREAM)
+        assert answer.error is not None
+        assert answer.error["code"] == "internal_error"
+        assert "2 decode workers were lost with this request aboard" in str(answer.error["message"])
+        assert [worker.orders[0].HasField("move") for worker in doomed] == [True, False]
+        assert sample(fleet, 'tandem:router_resumes_total{outcome="resumed",reason="moved"}') == 1
+        assert is_at_rest(fleet)
+
+
+async def test_a_choice_with_which_two_workers_die_ends_the_request_for_all(make):
+    async with scripted_fleet() as fleet:
+        doomed, survivor = make(4, dies_after=10), make(3)
+        await fleet.serve_with(make(dies_after=10), doomed, survivor)
+        answer = await fleet.ask(**STREAM, n=3)
+        assert doomed.orders
+        assert survivor.orders, "some went on"
+        assert answer.error is not None
+        assert answer.error["code"] == "internal_error"
+        assert "2 decode workers were lost with this request aboard" in str(answer.error["message"])
+        assert is_at_rest(fleet)
+
+
 async def test_a_larger_budget_goes_on_through_many_deaths(make):
     async with scripted_fleet(RouterConfig(max_worker_deaths=9)) as fleet:
         expected = await undisturbed(fleet, make, **STREAM)
@@ -195,6 +223,41 @@ async def test_a_worker_that_refuses_since_it_drains_is_waited_for_like_a_lost_o
         assert not asking.done()
         fleet.announce(draining, late)
         assert (await asking).choices() == expected.choices()
+        assert is_at_rest(fleet)
+
+
+async def test_who_refused_it_before_is_asked_again_when_its_worker_gives_it_up(make):
+    async with scripted_fleet() as fleet:
+        expected = await undisturbed(fleet, make, **STREAM)
+        full, gives_up = make(is_full=True), make(3, gives_up_after=10)
+        await fleet.serve_with(full, gives_up)
+        asking = asyncio.create_task(fleet.ask(**STREAM))
+        await until(lambda: gives_up.orders)
+        full.is_full = False
+        assert (await asking).choices() == expected.choices()
+        assert len(full.orders) == 2
+
+
+async def test_a_stream_that_has_begun_waits_for_room(make):
+    async with scripted_fleet(RouterConfig(max_attempts=2)) as fleet:
+        expected = await undisturbed(fleet, make, **STREAM)
+        full = make(9, is_full=True)
+        await fleet.serve_with(make(dies_after=20), full)
+        asking = asyncio.create_task(fleet.ask(**STREAM))
+        await until(lambda: len(full.orders) > 2)
+        full.is_full = False
+        assert (await asking).choices() == expected.choices()
+        assert is_at_rest(fleet)
+
+
+async def test_a_worker_that_always_refuses_is_asked_no_longer_than_one_is_waited_for(make):
+    async with scripted_fleet(RouterConfig(resume_wait_s=0.9)) as fleet:
+        refuses = make(9, is_full=True)
+        await fleet.serve_with(make(dies_after=20), refuses)
+        answer = await fleet.ask(**STREAM)
+        assert answer.error is not None
+        assert len(answer.choices()[0]["token_ids"]) == 20  # type: ignore[arg-type]
+        assert len(refuses.orders) <= 3
         assert is_at_rest(fleet)
 
 

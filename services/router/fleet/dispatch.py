@@ -11,22 +11,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from tandem.v1 import worker_pb2 as pb
 
-from services.orders import MOVES, RESUMES
 from services.router.admission import Room
-from services.router.errors import ApiError, is_retryable, overloaded, unavailable
-from services.router.fleet.placement import Ask, Placement, Placer
+from services.router.errors import is_retryable
+from services.router.fleet.placement import Ask, Placer
 from services.router.fleet.prefixes import PrefixFinder
 from services.router.fleet.sequence import Arrival, Budget, Diverged, Sequence, SequenceState, ServedBy
-from services.router.fleet.session import SessionDown, SessionFull, WorkerSession
+from services.router.fleet.session import WorkerSession
+from services.router.fleet.submitting import Submitter
 from services.router.fleet.workers import Workers
 from services.router.metrics import RouterMetrics
-from services.router.routing import Refusal, is_exact
+from services.router.routing import is_exact
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class _Sink:
         self._guarded(self.dispatch._on_death if died else self.dispatch._on_standstill, reason)
 
     def may_leave(self) -> bool:
-        return bool(self.dispatch._places_to_move_to(self.sequence))
+        return bool(self.dispatch._submitter.places_to_move_to(self.sequence))
 
     def _guarded(self, take: Callable[[Sequence, T], None], news: T) -> None:
         try:
@@ -82,7 +82,7 @@ class Dispatch:
         targets and prefix sources."""
         self._workers = workers
         self._placer = placer
-        self._prefixes = prefixes
+        self._submitter = Submitter(workers, placer, prefixes, metrics)
         self._metrics = metrics
         self._budget = budget
         self._clock = asyncio.get_running_loop().time
@@ -147,68 +147,15 @@ class Dispatch:
         ask = self._make_ask(len(self._sequences))
         sequence = Sequence(ask)
         self._sequences.append(sequence)
-        refusal = self._submit(sequence, ask)
+        refusal = self._submitter.submit(sequence, ask, _Sink(self, sequence))
         sequence.due_s = self._room.begin()
         if refusal is not None:
-            raise self._refused(refusal, sequence)
+            raise self._submitter.refused(refusal, sequence)
         assert sequence.session is not None
         sequence.routed_unix_s = time.time()
         if ask.order.timeout_s > 0:
             sequence.ends_s = self._clock() + ask.order.timeout_s
         return sequence.session
-
-    def _submit(self, sequence: Sequence, ask: Ask, retried_after: str = "") -> Refusal | None:
-        while True:
-            attempt = sequence.num_attempts + 1
-            # A sequence that moves goes where there is room for it, if there still is.
-            places = set(self._places_to_move_to(sequence)) - set(sequence.tried) if sequence.move is not None else ()
-            placement = self._placer.place(
-                ask,
-                sequence.tried,
-                among=places,
-                attempt=attempt,
-                retried_after=retried_after,
-                numerics=sequence.numerics,
-            )
-            if isinstance(placement, Refusal):
-                return placement
-            sequence.tried.append(placement.decision.decode.worker_id)
-            sequence.num_attempts += 1
-            try:
-                self._send(sequence, ask, placement)
-            except (SessionDown, SessionFull) as error:
-                log.info("%s", error, extra={"request_id": sequence.request_id})
-                sequence.was_full = isinstance(error, SessionFull)
-                retried_after = "session full" if sequence.was_full else "session down"
-                continue
-            decision = placement.decision
-            self._metrics.count_decision(decision.policy.value, decision.cause, decision.prefills_locally)
-            log.debug("%s", decision.reason, extra={"request_id": sequence.request_id})
-            return None
-
-    def _send(self, sequence: Sequence, ask: Ask, placement: Placement) -> None:
-        message = pb.SessionRequest(generate=ask.order)  # a copy: the next attempt needs the bare order
-        order = message.generate
-        self._placer.fill_order(order, placement)
-        session = self._workers.session(*placement.decode_key)
-        num_repeated = 0
-        if order.resumed_token_ids and RESUMES not in session.features:
-            num_repeated = len(order.resumed_token_ids)
-            for resumed_field in ("resumed_token_ids", "prompt_hashes", "prefix_sources"):
-                order.ClearField(resumed_field)
-        if MOVES not in session.features:
-            order.ClearField("move")
-        if sequence.ends_s is not None:
-            order.timeout_s = max(sequence.ends_s - self._clock(), 0.001)
-        sequence.handle = session.submit(message, _Sink(self, sequence))
-        sequence.session = session
-        sequence.placement = placement
-        sequence.numerics = sequence.numerics or placement.decision.decode.numerics
-        sequence.awaits_prefill = True
-        sequence.num_repeated = num_repeated
-        if sequence.resumes:
-            sequence.resumes[-1].num_repeated_tokens = num_repeated
-        self._placer.sent(placement, comes_with_blocks=order.HasField("move"))
 
     # ---- what its worker says -----------------------------------------------------
 
@@ -247,10 +194,11 @@ class Dispatch:
             self._arrive(Arrival(sequence.index, list(output.token_ids), output))
 
     def _goes_on(self, sequence: Sequence, error: pb.Error) -> bool:
-        """Whether another worker is looked for, since this one gave the sequence up."""
-        if not is_retryable(error) or len(sequence.tried) >= self._budget.max_attempts:
+        """Whether another worker is looked for, since this one gave the sequence up. Once begun, it waits for room."""
+        has_begun = bool(sequence.token_ids)
+        if not is_retryable(error) or (not has_begun and len(sequence.tried) >= self._budget.max_attempts):
             return False
-        self._search(sequence, error, "given_up", waits=error.code == pb.ERROR_CODE_UNAVAILABLE)
+        self._search(sequence, error, "given_up", waits=has_begun or error.code == pb.ERROR_CODE_UNAVAILABLE)
         return True
 
     def _on_death(self, sequence: Sequence, reason: str) -> None:
@@ -294,12 +242,6 @@ class Dispatch:
 
     # ---- going on elsewhere -------------------------------------------------------
 
-    def _places_to_move_to(self, sequence: Sequence) -> Collection[str]:
-        num_tokens = len(sequence.ask.order.prompt_token_ids) + len(sequence.token_ids) + 1
-        if sequence.placement is None or sequence.ended:
-            return ()
-        return self._placer.places_to_move_to(sequence.ask, sequence.placement, num_tokens)
-
     def _move(self, sequence: Sequence, output: pb.Output, left: WorkerSession | None) -> None:
         """Its worker, which drains, has let it go as we asked."""
         assert left is not None, f"{sequence.request_id} left a worker that it was not at"
@@ -321,25 +263,20 @@ class Dispatch:
 
     async def _find_another(self, sequence: Sequence, error: pb.Error, waits: bool, goes_back: bool) -> None:
         """`goes_back`: to the worker that was lost, rather than to none."""
-        ask = await self._longer_ask(sequence) if sequence.token_ids else sequence.ask
-        deadline_s = self._clock() + self._budget.resume_wait_s
-        while self._submit(sequence, ask, pb.ErrorCode.Name(error.code)) is not None:
+        began_s = self._clock()
+        deadline_s = began_s + self._budget.resume_wait_s - sequence.searched_s
+        ask = await self._submitter.longer_ask(sequence) if sequence.token_ids else sequence.ask
+        sink, why = _Sink(self, sequence), pb.ErrorCode.Name(error.code)
+        while self._submitter.submit(sequence, ask, sink, why) is not None:
             if not goes_back and not (waits and await self._workers.changed(deadline_s)):
                 self._fail(sequence, error, "no_worker")
                 return
             goes_back = False
             sequence.tried.clear()
+        sequence.searched_s += self._clock() - began_s
         sequence.move_to(SequenceState.RESUMING if sequence.token_ids else SequenceState.DISPATCHING)
         log.info("goes on at another worker: %s", error.message, extra={"request_id": sequence.request_id})
         self._metrics.retries.inc()
-
-    async def _longer_ask(self, sequence: Sequence) -> Ask:
-        """What it asks for now: prompt and tokens so far, and who holds their blocks."""
-        ask, order = sequence.ask, sequence.resumed_order()
-        spaces = self._placer.spaces(order.model, ask.fingerprints)
-        context = [*order.prompt_token_ids, *order.resumed_token_ids]
-        (blocks,) = await self._prefixes.find([context], order.cache_salt, spaces)
-        return replace(ask, order=order, blocks=blocks)
 
     def _on_search_ended(self, sequence: Sequence, task: asyncio.Task[None]) -> None:
         if self._searches.get(sequence.index) is task:
@@ -392,20 +329,6 @@ class Dispatch:
             self._placer.prefilled(placement, output.usage if output.HasField("usage") else None)
         else:
             self._placer.withdraw(placement)
-
-    def _refused(self, refusal: Refusal, sequence: Sequence) -> ApiError:
-        model = sequence.ask.order.model
-        if sequence.was_full:
-            self._metrics.count_refusal("workers_full")
-            return overloaded(f"Model `{model}`: the workers do not take orders fast enough. Try again later.")
-        self._metrics.count_refusal(refusal.value)
-        words = {
-            Refusal.NO_WORKER: "no decode worker is registered",
-            Refusal.NOT_CONNECTED: "no decode worker can be reached",
-            Refusal.DRAINING: "every decode worker is shutting down",
-            Refusal.ALL_TRIED: "every decode worker was tried",
-        }
-        return unavailable(f"Model `{model}`: {words[refusal]}. Try again later.")
 
     def _arrive(self, arrival: Arrival) -> None:
         self._room.generated(len(arrival.token_ids))

@@ -112,6 +112,8 @@ class Sequence:
     """Of these, lost with it aboard: they died, or were left since they did not get on."""
     num_deaths: int = 0
     """Of the lost ones, those that died."""
+    searched_s: float = 0.0
+    """How long it has looked for other workers since its newest token."""
     routed_unix_s: float = 0.0
     due_s: float | None = None
     """When its first token is reckoned to come, by the monotonic clock; None once it has, or its worker was lost."""
@@ -177,6 +179,7 @@ class Sequence:
         self.newest_token_s = now_s
         if self.state is not SequenceState.STREAMING:
             self.move_to(SequenceState.STREAMING)
+            self.searched_s = 0.0
         return True
 
     def take_output(self, output: pb.Output, now_s: float) -> None:

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S = 1.0
 _PREFILL_WAIT_S = 30.0
+_AGAIN_S = 0.5  # until a worker that refused is asked again
 
 
 class Workers:
@@ -88,15 +89,16 @@ class Workers:
         self._note_news()
 
     async def changed(self, deadline_s: float) -> bool:
-        """Waits until other decode workers can be given work than now; False at the deadline, by the loop's clock, and
-        at the end."""
-        before = self._able()
+        """Waits until other decode workers can be given work than now, or, where some can, a moment for them to think
+        again; False at the deadline, by the loop's clock, and at the end."""
+        before, clock = self._able(), asyncio.get_running_loop().time
+        until_s = min(deadline_s, clock() + _AGAIN_S) if before else deadline_s
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(deadline_s):
+            async with asyncio.timeout_at(until_s):
                 while self._able() == before and not self._closed:
                     self._news = self._news or asyncio.Event()
                     await self._news.wait()
-        return self._able() != before and not self._closed
+        return not self._closed and (self._able() != before or clock() < deadline_s)
 
     def _able(self) -> set[WorkerKey]:
         return {
