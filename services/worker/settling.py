@@ -18,9 +18,11 @@ async def settled(tasks: Collection[asyncio.Task[Any]], what: str) -> None:
     if tasks:
         _, pending = await asyncio.wait(tasks, timeout=_SETTLE_TIMEOUT_S)
         if pending:
-            log.error(
-                "%d %s hold blocks still, %g s after the exchange was closed", len(pending), what, _SETTLE_TIMEOUT_S
-            )
+            _log_unsettled(len(pending), what)
+
+
+def _log_unsettled(number: int, what: str) -> None:
+    log.error("%d %s hold blocks still, %g s after the exchange was closed", number, what, _SETTLE_TIMEOUT_S)
 
 
 class Settlements:
@@ -45,8 +47,12 @@ class Settlements:
             await asyncio.wait(self._tasks)
 
     async def settled(self) -> None:
-        """Wait for the last ones, with the exchange closed."""
-        await settled(self._tasks, self._what)
+        """Wait for the last ones, and what these begin, with the exchange closed."""
+        try:
+            async with asyncio.timeout(_SETTLE_TIMEOUT_S):
+                await self.ended()
+        except TimeoutError:
+            _log_unsettled(len(self._tasks), self._what)
 
     def _on_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -25,7 +25,7 @@ from kvstore.protocol.messages import Confirmed, Revoke
 from kvstore.store.node import StoreLender
 from services.decode.admission import Admission
 from services.decode.live import LiveRequest
-from services.prefill.service import PrefillService
+from services.prefill.service import _Order
 from services.worker import prefix_fetcher
 from tests.simulation.fleet.computation import PROOF_KEY
 from tests.simulation.pool import Invariant
@@ -108,14 +108,16 @@ def _never_silent() -> AbstractContextManager[object]:
 
 
 def _lose_a_wake_up() -> AbstractContextManager[object]:
-    next_step = PrefillService._next_step
+    send_all = _Order.send_all
 
-    async def forget(service: PrefillService, order: Any, lease: Lease | None) -> Any:
-        step = await next_step(service, order, lease)
-        order.has_step.clear()  # although another one may be there
-        return step
+    async def forget(order: _Order, send: Callable[[Any], Awaitable[None]]) -> None:
+        async def send_and_forget(event: Any) -> None:
+            order.has_unsent.clear()  # although another one may be there
+            await send(event)
 
-    return mock.patch.object(PrefillService, "_next_step", forget)
+        await send_all(order, send_and_forget)
+
+    return mock.patch.object(_Order, "send_all", forget)
 
 
 def _swallow_cancellations() -> AbstractContextManager[object]:

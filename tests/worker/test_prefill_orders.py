@@ -15,16 +15,11 @@ from tandem.v1 import worker_pb2 as pb
 
 from kvstore.protocol import LeaseOutcome
 from kvstore.threads import OsThreads, Threads
-from services.engine.api import Request, SamplingParams
 from services.engine.config import EngineConfig
 from services.engine.native import Engine
 from services.prefill.config import PrefillConfig
-from services.prefill.service import (
-    PrefillService,
-    _Computed,
-    _Order,
-    _Scheduled,
-)
+from services.prefill.order import OrderEvent
+from services.prefill.service import PrefillService
 from services.rates import RateLearner
 from services.worker.engine_thread import EngineThread
 from tests.hf_models import random_prompts, write_model
@@ -142,19 +137,42 @@ async def test_an_order_counts_as_finished_from_its_last_event_on(
         await world.close()
 
 
-async def test_an_order_that_breaks_is_no_cancelled_one(
+async def test_an_order_that_breaks_is_no_cancelled_one_and_its_caller_hears_so(
     engine: Engine, threads: Threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> LeaseOfTheTest:
         raise ValueError("the transfer has a lease already")
 
-    world = World(engine, threads)
+    world, caller = World(engine, threads), Caller("failed")
     monkeypatch.setattr(world.service._parts.exchange, "open_lease", refuse)
     async with asyncio.timeout(30):
-        with pytest.raises(ValueError, match="a lease already"):
-            await world.order(Caller("finished"))
+        call = world.order(caller)
+        await caller.has_heard.wait()
+        assert caller.heard.failed.code == pb.ERROR_CODE_INTERNAL
+        assert "a lease already" in caller.heard.failed.message
+        call.cancel()
+        await asyncio.wait([call])
         assert world.outcomes == ["failed"]
-        await world.thread.call(lambda: None)  # what was posted before has run
+        await world.close()
+
+
+@pytest.mark.parametrize("at", ["chunk", "the end"])
+async def test_an_announcement_that_fails_costs_its_order_and_no_block(
+    engine: Engine, threads: Threads, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    def announce(lease: LeaseOfTheTest, first_index: int, blocks: list[object], last: bool) -> None:
+        if last or at == "chunk":
+            raise ValueError("blocks out of order")
+
+    monkeypatch.setattr(LeaseOfTheTest, "announce", announce)
+    world, caller = World(engine, threads), Caller("failed")
+    async with asyncio.timeout(30):
+        call = world.order(caller)
+        await caller.has_heard.wait()
+        assert (caller.heard.failed.code, world.leases[0].closed.done()) == (pb.ERROR_CODE_INTERNAL, True)
+        call.cancel()
+        await asyncio.wait([call])
+        assert world.outcomes == ["failed"]
         await world.close()
 
 
@@ -186,7 +204,7 @@ async def test_orders_of_a_worker_that_stands_still_fail_at_once_wherever_they_a
     async with asyncio.timeout(30):
         assert await asyncio.to_thread(is_standing.wait, 30)
         waiting = world.order(callers[0])  # for the engine's thread
-        await until(lambda: world.service._running)
+        await until(lambda: world.service._orders)
         world.service.set_stuck("step loop")
         await callers[0].has_heard.wait()
         late = world.order(callers[1], bytes([1]) * 16)
@@ -203,26 +221,18 @@ async def test_orders_of_a_worker_that_stands_still_fail_at_once_wherever_they_a
         await world.close()
 
 
-async def test_what_a_slow_reader_has_not_heard_of_does_not_pile_up() -> None:
-    order = _Order(Request("r", [1], SamplingParams()), "decode-0/1", bytes(16), num_blocks=4)
-    finished = pb.PrefillFinished(token_id=7)
-    for step in (_Scheduled(), _Computed(0, [], None), _Computed(0, [], None), _Computed(0, [], finished)):
-        order.add_step(step)
-    assert order.steps == [_Scheduled(), _Computed(0, [], finished)]
-
-
 @pytest.mark.parametrize("stage", ["fetch", "queue", "compute"])
 async def test_an_orders_time_out_ends_its_work_in_every_stage(
     engine: Engine, threads: Threads, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     world, caller = World(engine, threads), Caller("failed")
-    cancelled, add_step = asyncio.Event(), _Order.add_step
+    cancelled, report = asyncio.Event(), world.service._report
 
-    def add_first(order: _Order, step: object) -> None:
-        if isinstance(step, _Scheduled):
-            add_step(order, step)  # type: ignore[arg-type]
+    def report_first(order: object, event: OrderEvent, *rest: object) -> None:
+        if event is OrderEvent.BEGUN:
+            report(order, event)  # type: ignore[arg-type]
 
-    async def fetch(_: object) -> None:
+    async def prepare(_: object) -> None:
         try:
             await asyncio.Event().wait()
         finally:
@@ -234,10 +244,14 @@ async def test_an_orders_time_out_ends_its_work_in_every_stage(
             room = await world.thread.call(engine.take_prefix, [bytes([number]) * 16 for number in range(25)])
             assert room is not None
         if stage == "fetch":
-            monkeypatch.setattr(world.service, "_fetch_prefix", fetch)
-        if stage == "compute":  # no step comes after the first, which opens the lease
-            monkeypatch.setattr(_Order, "add_step", add_first)
-        call = world.order(caller, timeout_s=0.05)
+            monkeypatch.setattr(world.service, "_prepare", prepare)
+        if stage == "compute":  # no news comes after the first, which opens the lease
+            monkeypatch.setattr(world.service, "_report", report_first)
+        call = world.order(caller, timeout_s=600 if stage == "compute" else 0.05)
+        if stage == "compute":  # not before it is there, however slow the machine is
+            await until(lambda: world.leases)
+            (order,) = world.service._orders
+            world.service._expire(order)
         await caller.has_heard.wait()
         assert caller.heard.failed.code == pb.ERROR_CODE_DEADLINE
         assert cancelled.is_set() == (stage == "fetch")
