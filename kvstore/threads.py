@@ -10,7 +10,6 @@ import contextlib
 import contextvars
 import logging
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -108,14 +107,18 @@ class OsThreads:
 class _ThreadRunner:
     def __init__(self, name: str, turn: Callable[[], bool]) -> None:
         self._turn = turn
-        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()  # an Event would cost several times as much
+        # Held while the loop sleeps, let go to wake it: an Event would cost several times as much. And no SimpleQueue:
+        # where its `get` is interrupted until its time-out has passed, it waits without end (CPython 3.11).
+        self._asleep = threading.Lock()
+        self._asleep.acquire()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        if self._wakes.empty():  # else a turn is to come that will see what this is about
-            self._wakes.put(None)
+        if self._asleep.locked():  # else a turn is to come that will see what this is about
+            with contextlib.suppress(RuntimeError):  # somebody else has woken it in this very moment
+                self._asleep.release()
 
     async def stop(self, timeout_s: float) -> bool:
         self._stopping = True
@@ -124,7 +127,12 @@ class _ThreadRunner:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while not self._stopping:
-            if not self._turn():
-                with contextlib.suppress(queue.Empty):
-                    self._wakes.get(timeout=_IDLE_WAIT_S)
+        try:
+            while not self._stopping:
+                if not self._turn():
+                    self._asleep.acquire(timeout=_IDLE_WAIT_S)
+        except BaseException:
+            # Turns see to their own failures. That one has not is news, and nothing that a process should outlive.
+            logger.critical("the loop %s broke; the process ends", self._thread.name, exc_info=True)
+            logging.shutdown()
+            os._exit(1)

@@ -100,6 +100,8 @@ class Watchdog:
         self._end = end
         self._loop = asyncio.get_running_loop()
         self._starvation = _Starvation()
+        self._is_counting = False  # who waits for a processor: nobody asks while nothing stands still
+        self._is_broken = False
         # Of its own: who hangs may hold a log handler's lock, or our output may be full.
         self._words = threads.pool("watchdog-words")
 
@@ -110,7 +112,19 @@ class Watchdog:
     def turn(self) -> bool:
         """Wait, and look. Returns True: there is a next turn."""
         time.sleep(_INTERVAL_S)
-        self.look(time.monotonic(), self._starvation.take_s())
+        try:
+            starved_s = self._starvation.take_s() if self._is_counting else 0.0
+            self.look(time.monotonic(), starved_s)
+            is_still = any(self._progress.still_s().values())
+            if is_still and not self._is_counting:
+                self._starvation.take_s()  # what was before is not counted
+            self._is_counting = is_still
+            self._is_broken = False
+        except Exception as error:
+            # A bug of ours costs a look, and not the watch: the next one may go well. It is said once.
+            if not self._is_broken:
+                self._words.submit(log.error, "the watchdog cannot look, and tries on", exc_info=error)
+            self._is_broken = True
         return True
 
     def look(self, now_s: float, starved_s: float = 0.0) -> None:

@@ -19,8 +19,9 @@ import pytest
 from services.cli.up.forks import WORKER_MODULES, Forks
 from services.cli.up.spec import ChildSpec
 from services.cli.up.supervise import Child, ChildFailed
+from tests.waiting import until
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
 ENVIRON = {**os.environ, "TANDEM_LAUNCHER": "1", "PYTHONUNBUFFERED": "1", "OF_THIS_CHILD": "yes"}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nobody forks with torch loaded elsewhere")
@@ -176,18 +177,49 @@ async def _kill(child: Child) -> None:
     child.kill()
 
 
-async def test_with_the_server_its_children_end_and_the_next_ones_start_without_it(server: Forks) -> None:
-    shown = Lines()
-    child = Child(spec("wait"), shown, server, delay_s=lambda num_failures: 0.0)
+async def test_a_server_that_dies_takes_its_children_along_and_the_next_one_forks_them_again(server: Forks) -> None:
+    """As often as that happens: a launcher runs for months."""
+    shown = [Lines(), Lines()]
+    children = [Child(spec("wait"), each, server, delay_s=lambda num_failures: 0.0) for each in shown]
+    running = [asyncio.create_task(child.run()) for child in children]
+    for _ in range(2):
+        for each in shown:
+            await each.until("argv")
+            assert each.facts["parent"] == server.pid
+            each.lines.clear()
+        os.kill(server.pid, signal.SIGKILL)
+        for each in shown:
+            await each.until("was killed by SIGKILL")
+    for each in shown:
+        await each.until("argv")
+        assert each.facts["parent"] == server.pid
+        assert not any("starting without it" in line for line in each.lines)
+    for child in children:
+        await child.stop()
+    await asyncio.gather(*running)
+
+
+async def test_a_server_that_dies_before_it_has_forked_anything_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\nwhile not pathlib.Path('{}').exists(): time.sleep(0.01)\n".format(tmp_path / "go")
+    )
+    (tmp_path / "go").touch()
+    server = Forks(["slow"], {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"})
+    child = Child(spec("wait"), shown := Lines(), server, delay_s=lambda num_failures: 0.0)
     running = asyncio.create_task(child.run())
     await shown.until("argv")
-    shown.lines.clear()
-    os.kill(server.pid, signal.SIGKILL)
+    (tmp_path / "go").unlink()
+    first, shown.lines = server.pid, []
+    os.kill(first, signal.SIGKILL)
+    await shown.until("starting it again")
+    await until(lambda: server.pid != first)
+    os.kill(server.pid, signal.SIGKILL)  # before it has forked: another one would end like it
+    await shown.until("starting without it")
     await shown.until("argv")
-    assert any("was killed by SIGKILL" in line for line in shown.lines)
-    assert "the fork server has ended: starting without it" in shown.lines
+    assert shown.facts["parent"] not in (first, server.pid)
     await child.stop()
     await running
+    server.close()
 
 
 async def test_a_server_that_cannot_load_is_done_without(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import subprocess
@@ -59,6 +60,45 @@ async def test_a_process_may_be_told_never_to_end_itself() -> None:
     )
     for now_s in seconds(1000):
         dog.look(now_s)
+
+
+async def test_a_look_that_breaks_is_said_once_and_ends_no_watch(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    now_s, is_broken = itertools.count(0.0, 0.25), True
+    monkeypatch.setattr(time, "monotonic", lambda: next(now_s))
+
+    def has_work() -> bool:
+        if is_broken:
+            raise KeyError("a part that is gone")
+        return True
+
+    dog = Watchdog([Watch("step_loop", has_work, lambda: 2.0)], 0.0, LoopThreads(), lambda _: None)
+    assert all(dog.turn() for _ in range(20))
+    assert [record.message for record in caplog.records] == ["the watchdog cannot look, and tries on"]
+    is_broken = False
+    assert all(dog.turn() for _ in range(20))
+    assert dog.stuck == "step loop"
+
+
+async def test_who_waits_for_a_processor_is_asked_only_while_something_stands_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    now_s, asked = itertools.count(0.0, 0.25), []
+    monkeypatch.setattr(time, "monotonic", lambda: next(now_s))
+    watch = Watch("step_loop", lambda: True, lambda: 2.0)
+    dog = Watchdog([watch], 0.0, LoopThreads(), lambda _: None)
+    monkeypatch.setattr(dog._starvation, "take_s", lambda: asked.append(None) or 0.25)
+    for _ in range(20):
+        watch.advanced()
+        dog.turn()
+    assert asked == []
+    for _ in range(200):
+        dog.turn()
+    assert len(asked) == 200
+    assert dog.stuck == ""  # since it waited all the time
 
 
 async def test_a_loop_that_comes_round_gets_on_and_one_that_hangs_does_not() -> None:

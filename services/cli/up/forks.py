@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -30,6 +31,9 @@ WORKER_MODULES = (
 """What workers import before they serve. None of them starts a thread, or opens UCX, CUDA or gRPC."""
 
 
+log = logging.getLogger(__name__)
+
+
 class ForksLost(Exception):
     """The fork server has ended, and its children with it."""
 
@@ -53,29 +57,47 @@ class Forked:
 
 
 class Forks:
-    """The fork server's process, and its children. Start it early, on the main thread; then use it from one loop."""
+    """The fork server's process, and its children. Start it early, on the main thread; then use it from one loop.
+
+    the server          an order                        its children                    then
+    loads, forks        waits until it has loaded       live with it                    -
+    ends, has forked    fails (ForksLost)               end with it                     another one is started
+    ends before that    fails, as do all after it       -                               nothing: it would end again
+    is closed, killed   fails                           end with it                     nothing
+    """
 
     def __init__(self, modules: Sequence[str], environ: Mapping[str, str]) -> None:
         """Start the server, which imports the modules at once. Libraries read `environ` as they load."""
-        self._control, theirs = socket.socketpair()
-        self._control.setblocking(False)
+        self._modules = modules
+        self._environ = environ
+        self._server, self._control = self._start()
+        self._reading: asyncio.Task[None] | None = None
+        self._ordering: asyncio.Lock = asyncio.Lock()
+        self._starting: deque[asyncio.Future[Forked]] = deque()
+        self._running: dict[int, Forked] = {}
+        self._old_controls: list[socket.socket] = []
+        self._has_forked = False
+        self._is_ending = False
+
+    def _start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """Start a server; returns it, and our end of what orders go over."""
+        control, theirs = socket.socketpair()
+        control.setblocking(False)
         with theirs:
-            self._server = subprocess.Popen(
+            server = subprocess.Popen(
                 [
                     *(sys.executable, "-I", "-S", _SHIM, str(os.getpid()), ""),
-                    *(sys.executable, "-m", "services.cli.up.fork_server", str(theirs.fileno()), *modules, FILLER),
+                    *(sys.executable, "-m", "services.cli.up.fork_server", str(theirs.fileno())),
+                    *(*self._modules, FILLER),
                 ],
                 # OpenBLAS would start threads as it loads. Workers use it for next to nothing.
-                env={"OPENBLAS_NUM_THREADS": "1", **environ, "PYTHONUNBUFFERED": "1"},
+                env={"OPENBLAS_NUM_THREADS": "1", **self._environ, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # it says nothing, unless it fails
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
-        self._reading: asyncio.Task[None] | None = None
-        self._ordering: asyncio.Lock = asyncio.Lock()
-        self._starting: deque[asyncio.Future[Forked]] = deque()
-        self._running: dict[int, Forked] = {}
+        return server, control
 
     @property
     def pid(self) -> int:
@@ -98,42 +120,31 @@ class Forks:
             raise ForksLost
         started: asyncio.Future[Forked] = loop.create_future()
         async with self._ordering:
+            control = self._control
             self._starting.append(started)
             try:
-                await self._send_head(LENGTH.pack(len(data)), output)
-                await loop.sock_sendall(self._control, data)
+                await _send_head(control, LENGTH.pack(len(data)), output)
+                await loop.sock_sendall(control, data)
             except OSError as error:
                 raise ForksLost from error
         return await started
 
-    async def _send_head(self, head: bytes, output: int) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                socket.send_fds(self._control, [head], [output])
-                return
-            except BlockingIOError:  # full of orders for a server that still loads
-                has_room = asyncio.Event()
-                loop.add_writer(self._control, has_room.set)
-                try:
-                    await has_room.wait()
-                finally:
-                    loop.remove_writer(self._control)
-
     def kill(self) -> None:
         """Kill the server; the kernel does the same to its children, and whoever waits for one hears of it."""
+        self._is_ending = True
         self._server.kill()
 
     def close(self) -> None:
         """Kill the server and, with it, what it has forked and still runs."""
+        self.kill()
         if self._reading is not None:
             self._reading.cancel()
-        self.kill()
         self._server.wait()
-        self._control.close()
+        for control in (self._control, *self._old_controls):
+            control.close()
 
     async def _read(self) -> None:
-        """Take in what the server says, until it has ended."""
+        """Take in what the server says, until it has ended; then start another one, if that is of use."""
         rest = b""
         loop = asyncio.get_running_loop()
         try:
@@ -143,14 +154,30 @@ class Forks:
                     self._hear(json.loads(line))
         except ConnectionError:
             pass  # as an end
-        for started in self._starting:
+        except Exception:
+            log.exception("the fork server says what cannot be understood")
+        self._lose()
+
+    def _lose(self) -> None:
+        """The server has ended, or is to."""
+        self._server.kill()
+        starting, self._starting = self._starting, deque()
+        running, self._running = self._running, {}
+        if self._has_forked and not self._is_ending:
+            self._server.wait()
+            self._old_controls.append(self._control)  # an order may be on its way into it, and fails there
+            self._has_forked = False
+            self._server, self._control = self._start()
+            self._reading = None  # the next order begins to read
+        for started in starting:
             if not started.done():
                 started.set_exception(ForksLost())
-        for child in self._running.values():
+        for child in running.values():
             child.ended.set_result(-signal.SIGKILL)  # by the kernel, as the server had asked
 
     def _hear(self, message: dict[str, int]) -> None:
         if "started" in message:
+            self._has_forked = True
             child = self._running[message["started"]] = Forked(message["started"])
             started = self._starting.popleft()
             if started.done():  # nobody waits for it any more
@@ -159,3 +186,18 @@ class Forks:
                 started.set_result(child)
         else:
             self._running.pop(message["ended"]).ended.set_result(message["status"])
+
+
+async def _send_head(control: socket.socket, head: bytes, output: int) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            socket.send_fds(control, [head], [output])
+            return
+        except BlockingIOError:  # full of orders for a server that still loads
+            has_room = asyncio.Event()
+            loop.add_writer(control, has_room.set)
+            try:
+                await has_room.wait()
+            finally:
+                loop.remove_writer(control)

@@ -22,8 +22,9 @@ async def keep_redis(server: EmbeddedRedis, display: Display) -> None:
             display.line("redis", "the private Redis died; starting it again")
             server.close()
             server = server.start_again()
-    except RedisServerError as error:
-        display.line("redis", f"{error}; serving goes on, but no worker can join")
+    except Exception as error:  # whatever it is: nobody else would say that Redis is kept no more
+        why = str(error) if isinstance(error, RedisServerError) else repr(error)
+        display.line("redis", f"{why}; serving goes on, but no worker can join")
     finally:
         server.close()
 

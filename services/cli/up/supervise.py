@@ -87,7 +87,7 @@ class Process(Protocol):
 class Child:
     """Supervises one program. `run()` owns the process; `stop()` makes `run()` return.
 
-    With `forks`, a program that may be forked is; it is started as others are once that server is lost.
+    With `forks`, a program that may be forked is; it is started as others are where that server is lost.
     """
 
     spec: ChildSpec
@@ -175,9 +175,14 @@ class Child:
         if self._stopping.is_set():  # stop() came while it started, and found nothing to stop
             _kill_group(process)
         output = asyncio.create_task(self._read_all(read_end), name=f"read {self.spec.name}")
+        ended = asyncio.ensure_future(process.wait())
         try:
-            return await process.wait()
+            await asyncio.wait([ended, output], return_when=asyncio.FIRST_COMPLETED)
+            if output.done():
+                output.result()  # what nobody reads any more would hold it up once the pipe is full
+            return await ended
         finally:
+            ended.cancel()
             _kill_group(process)  # and whatever it left running
             await process.wait()
             self._process = None
@@ -189,7 +194,6 @@ class Child:
             try:
                 return await self.forks.fork(self.spec, output)
             except ForksLost:
-                self.forks = None
                 self.display.line(self.spec.name, "the fork server has ended: starting without it")
         cores = ",".join(str(core) for core in self.spec.cores)
         return await asyncio.create_subprocess_exec(
