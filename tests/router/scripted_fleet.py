@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -29,6 +30,7 @@ from tests.waiting import until
 from tests.worker_records import worker_record
 
 FIRST_TOKEN, NUM_TOKENS = 5, 390  # of the tiny model's vocabulary, without special tokens
+_NUM_FIRST_WORDS, _NUM_LAST_WORDS = 4, 3  # by the first ones, all choices of a request have come
 _numbers = itertools.count(1)
 
 
@@ -55,6 +57,8 @@ class ScriptedWorker:
     drains: bool = False
     drains_after: int | None = None
     """The same; then it says that it drains, and lets go whom it is told to."""
+    is_brief: bool = False
+    """What is far from its end, and from the first words of its first order, it says in one frame."""
     num_free_blocks: int = 1000
     numerics: str = "alike"
     max_moving: int = 0
@@ -107,9 +111,10 @@ class ScriptedWorker:
                     for handle in live:
                         frame.outputs.add(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=gone)
                     live.clear()
+                num_at_once = self._num_at_once(live)
                 for handle, output in list(live.items()):
                     if output.order is self.orders[0]:
-                        num_said = output.num_said + 1
+                        num_said = output.num_said + num_at_once
                     if self.is_full:
                         full = pb.Error(code=pb.ERROR_CODE_OVERLOADED, message="full")
                         frame.outputs.add(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=full)
@@ -117,7 +122,7 @@ class ScriptedWorker:
                     elif output.is_leaving:
                         self._let_go(output, frame)
                         del live[handle]
-                    elif output.say(frame):
+                    elif any(output.say(frame) for _ in range(num_at_once)):
                         del live[handle]
                 load.draining = self.drains = self.drains or num_said == self.drains_after
                 await send(frame)
@@ -138,6 +143,13 @@ class ScriptedWorker:
             reading.cancel()
             with suppress(asyncio.CancelledError):
                 await reading
+
+    def _num_at_once(self, live: dict[int, _Output]) -> int:
+        first = next((output for output in live.values() if output.order is self.orders[0]), None)
+        if not self.is_brief or first is None or first.num_said < _NUM_FIRST_WORDS:
+            return 1
+        end = self.dies_after or self.drains_after
+        return max((end - _NUM_LAST_WORDS if end else sys.maxsize) - first.num_said, 1)
 
     async def _read(
         self, requests: AsyncIterator[pb.SessionRequest], live: dict[int, _Output], has_work: asyncio.Event

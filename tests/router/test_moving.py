@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 
@@ -46,30 +47,43 @@ async def undisturbed(fleet: ScriptedFleet, make, **body: object) -> Answer:
 
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("temperature", [0, 1], ids=["greedy", "sampled"])
-async def test_the_answer_is_the_same_at_whatever_token_its_worker_drains(make, temperature, n):
+async def test_the_stream_is_the_same_at_whatever_token_its_worker_drains(make, temperature, n):
     async with scripted_fleet() as fleet:
-        body = {**STREAM, "temperature": temperature, "n": n, "logprobs": 2, "receipt": True, "return_token_ids": True}
-        expected = await undisturbed(fleet, make, **body)
-        for drained_at in range(1, LENGTH - 3, 5):
-            first, second = make(drains_after=drained_at), make(1)
-            await fleet.serve_with(first, second)
-            answer = await fleet.ask(**body)
-            assert answer.choices() == expected.choices(), drained_at
-            assert len(second.orders) == n
-            moved = [order for order in second.orders if order.resumed_token_ids]
-            assert moved
-            for order in moved:  # a choice that begins later is not sent to the first worker
-                assert order.move.worker_id == first.record.worker_id
-                assert order.move.incarnation == first.record.incarnation
-                assert order.move.kv_address == first.record.kv_address
-                assert len(order.move.transfer_id) == 16
-                assert order.move.num_tokens == len(PROMPT) + len(order.resumed_token_ids) - 1
-            assert sum(len(receipt["resumes"]) for receipt in answer.receipts) == len(moved)
-            for receipt in answer.receipts:
-                for resume in receipt["resumes"]:
-                    check_moved(resume)
-                    assert receipt["resumed_elsewhere"] == "exact"
-                    assert receipt["computed_tokens"] == len(PROMPT) - 3, "as the first worker said"
+        body = {**STREAM, "temperature": temperature, "n": n, "receipt": True}
+        text = (await undisturbed(fleet, make, **body)).choices()[0]["text"]
+        assert isinstance(text, str)
+        other = make(1, is_brief=True)
+        for logprobs, stop in itertools.product((None, 2), (None, text[-20:-16])):
+            asked = body | {"logprobs": logprobs, "stop": stop}
+            expected = await undisturbed(fleet, make, **asked)
+            num_tokens = len(expected.choices()[0]["token_ids"])  # type: ignore[arg-type]
+            assert (num_tokens < LENGTH) == (stop is not None)
+            for drained_at in range(1, num_tokens + 1):
+                drains, other = make(drains_after=drained_at, is_brief=True), make(1, is_brief=True)
+                await fleet.serve_with(drains, other)
+                answer = await fleet.ask(**asked)
+                assert answer.choices() == expected.choices(), (logprobs, stop, drained_at)
+                assert answer.usage == expected.usage
+                num_moved = check_orders(answer, drains, other)
+                assert num_moved or drained_at > num_tokens - 5, "it ends before it can go"
+
+
+def check_orders(answer: Answer, drains: ScriptedWorker, other: ScriptedWorker) -> int:
+    """Returns how many have moved; a choice that begins later is not sent to the worker that drains."""
+    moved = [order for order in other.orders if order.resumed_token_ids]
+    for order in moved:
+        assert order.move.worker_id == drains.record.worker_id
+        assert order.move.incarnation == drains.record.incarnation
+        assert order.move.kv_address == drains.record.kv_address
+        assert len(order.move.transfer_id) == 16
+        assert order.move.num_tokens == len(PROMPT) + len(order.resumed_token_ids) - 1
+    assert sum(len(receipt["resumes"]) for receipt in answer.receipts) == len(moved)  # type: ignore[arg-type]
+    for receipt in answer.receipts:
+        for resume in receipt["resumes"]:  # type: ignore[attr-defined]
+            check_moved(resume)
+            assert receipt["resumed_elsewhere"] == "exact"
+            assert receipt["computed_tokens"] == len(PROMPT) - 3, "as the first worker said"
+    return len(moved)
 
 
 def check_moved(resume: dict[str, object]) -> None:
