@@ -73,6 +73,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.errors: list[dict[str, Any]] = []
         """Of callbacks and tasks, that nobody saw: `call_exception_handler`'s contexts."""
         self.num_callbacks = 0
+        self.open_connection: Callable[..., Coroutine[Any, Any, Any]] | None = None
+        """Of a network, where there is one: a maker of a protocol, a host and a port give a transport and that."""
         self._shuffles = shuffles
         self._now = 0.0
         self._num_at_once = 0
@@ -261,6 +263,12 @@ class SimLoop(asyncio.AbstractEventLoop):
         task = SimTask(number, self.process, coro, loop=self, name=label, context=context, **kwargs)
         self._tasks.append(task)
         return task
+
+    async def create_connection(
+        self, protocol_factory: Callable[[], Any], host: Any = None, port: Any = None, **kwargs: Any
+    ) -> Any:
+        assert self.open_connection is not None, f"there is no network to reach {host}:{port} by"
+        return await self.open_connection(protocol_factory, host, port)
 
     def run_in_executor(self, executor: Any, func: Callable[..., _Result], *args: Any) -> asyncio.Future[_Result]:
         """`executor` is a pool of `tests.simulation.threads`."""

@@ -2,6 +2,8 @@
 
     TcpFrames -> StreamWriter -> _End.write -> _Pipe (late, in pieces, in order) -> StreamReader -> TcpFrames
 
+and under whatever else calls `asyncio.open_connection`, as redis-py does.
+
 Bytes that meet a partition wait for its end, as TCP's would. A killed host resets its connections. One that vanishes
 (`silently`) leaves the other ends half open: until it is back and somebody writes to it, or, where the way there has
 forgotten the connection, for ever. A cut connection ends for both sides after so many bytes, at any of them.
@@ -24,6 +26,7 @@ _WINDOW_BYTES: Final = 64 * 1024
 _RETRY_S: Final = 1.0
 _RESET: Final = object()
 _Accept = Callable[[FrameStream], Awaitable[None]]
+_AcceptBytes = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @dataclass
@@ -52,6 +55,7 @@ class SimNet:
         self._apart: set[frozenset[str]] = set()
         self._gone: set[str] = set()
         self.next_port = itertools.count(40_000).__next__
+        self.loop.open_connection = self._open_connection
 
     def of(self, host: str, process: Process) -> HostNet:
         """The `Net` of one process."""
@@ -83,8 +87,8 @@ class SimNet:
     def is_blocked(self, one: str, other: str) -> bool:
         return frozenset((one, other)) in self._apart or one in self._gone or other in self._gone
 
-    def connect(self, client: HostNet, at: tuple[str, int]) -> FrameStream:
-        """Make a connection to who listens there. Raises OSError."""
+    def connect(self, client: HostNet, at: tuple[str, int]) -> _End:
+        """Make a connection to who listens there; return its end that has dialled. Raises OSError."""
         listener = self._listeners.get(at)
         if listener is None:
             raise ConnectionRefusedError(errno.ECONNREFUSED, f"nobody listens on {at[0]}:{at[1]}")
@@ -93,7 +97,16 @@ class SimNet:
         connection = _Connection(self, client, listener, cut_after)
         self._connections = [each for each in self._connections if not each.is_over]
         self._connections.append(connection)
-        return connection.client_stream
+        return connection.client
+
+    async def _open_connection(
+        self, make: Callable[[], asyncio.StreamReaderProtocol], host: str, port: int
+    ) -> tuple[_End, asyncio.StreamReaderProtocol]:
+        """What `asyncio.open_connection` asks the loop for. A process's host is called as it is, up to the slash."""
+        process = self.loop.process
+        end, protocol = await HostNet(self, process.name.partition("/")[0], process).reach(host, port), make()
+        end.plug(protocol)
+        return end, protocol
 
     def _of_host(self, host: str) -> list[_Connection]:
         return [each for each in self._connections if host in each.hosts]
@@ -112,6 +125,9 @@ class HostNet:
     process: Process
 
     async def listen(self, host: str, port: int, accept: _Accept) -> _Listener:
+        return self.listen_for_bytes(port, lambda reader, writer: accept(TcpFrames(reader, writer)))
+
+    def listen_for_bytes(self, port: int, accept: _AcceptBytes) -> _Listener:
         port = port or self.net.next_port()
         if (self.host, port) in self.net._listeners:
             raise OSError(errno.EADDRINUSE, f"{self.host}:{port} is taken")
@@ -119,6 +135,10 @@ class HostNet:
         return listener
 
     async def dial(self, host: str, port: int) -> FrameStream:
+        return (await self.reach(host, port)).dialled()
+
+    async def reach(self, host: str, port: int) -> _End:
+        """Our end of a new connection, to be plugged in at once. Raises OSError."""
         await asyncio.sleep(self.net.loop.random.uniform(0, self.net.weather.max_latency_s))
         while self.net.is_blocked(self.host, host):  # noqa: ASYNC110 -- as TCP does
             await asyncio.sleep(_RETRY_S)
@@ -130,7 +150,7 @@ class _Listener:
     net: SimNet
     at: HostNet
     port: int
-    accept: _Accept
+    accept: _AcceptBytes
 
     @property
     def address(self) -> str:
@@ -151,22 +171,21 @@ class _Connection:
         self._num_carried = 0
         self.is_forgotten = False
         server_at = (listener.at.host, listener.port)
-        self._client = _End(net.loop, client.process, client.host, server_at)
+        self.client = _End(net.loop, client.process, client.host, server_at)
         self._server = _End(net.loop, listener.at.process, listener.at.host, (client.host, net.next_port()))
-        self._client.out = _Pipe(self, self._client, self._server)
-        self._server.out = _Pipe(self, self._server, self._client)
-        self.client_stream = self._client.dialled()
+        self.client.out = _Pipe(self, self.client, self._server)
+        self._server.out = _Pipe(self, self._server, self.client)
 
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await listener.accept(TcpFrames(reader, writer))
+            await listener.accept(reader, writer)
 
-        self._client.into, self._server.into = self._server.out, self._client.out
+        self.client.into, self._server.into = self._server.out, self.client.out
         with net.loop.within(listener.at.process):
             self._server.serve(accept)
 
     @property
     def is_over(self) -> bool:
-        return self._client.is_lost and self._server.is_lost
+        return self.client.is_lost and self._server.is_lost
 
     def may_carry(self, num_bytes: int) -> int:
         """Note that so many bytes arrive; return how many do before the connection is cut."""
@@ -177,11 +196,11 @@ class _Connection:
 
     def cut(self) -> None:
         self.net.faults["cut"] += 1
-        for end in (self._client, self._server):
+        for end in (self.client, self._server):
             end.reset_later()
 
     def kill(self, host: str, silently: bool) -> None:
-        for end in (self._client, self._server):
+        for end in (self.client, self._server):
             end.out.clear()
             if end.host == host:
                 end.vanish()
@@ -189,7 +208,7 @@ class _Connection:
                 end.reset_later()
 
     def pump(self) -> None:
-        self._client.out.pump()
+        self.client.out.pump()
         self._server.out.pump()
 
 
@@ -287,10 +306,14 @@ class _End(asyncio.Transport):
         reader = self._open(None)
         return TcpFrames(reader, asyncio.StreamWriter(self, self.protocol, reader, self._loop))
 
+    def plug(self, protocol: asyncio.StreamReaderProtocol) -> None:
+        """Tell this one from now on what comes."""
+        self.protocol = protocol
+        protocol.connection_made(self)
+
     def _open(self, accept: Callable[..., Awaitable[None]] | None) -> asyncio.StreamReader:
         reader = asyncio.StreamReader(limit=_WINDOW_BYTES, loop=self._loop)
-        self.protocol = asyncio.StreamReaderProtocol(reader, accept, loop=self._loop)
-        self.protocol.connection_made(self)
+        self.plug(asyncio.StreamReaderProtocol(reader, accept, loop=self._loop))
         return reader
 
     # ---- what the network does ----

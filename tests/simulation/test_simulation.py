@@ -35,7 +35,7 @@ PINNED = {
     "drain-without-end": 2,
     "silence-unnoticed": 12,
     "unverified-tokens": 1,
-    "noted-digest-ignored": 6,
+    "noted-digest-ignored": 1,
     "tag-unkeyed": 9,
     "peer-not-proven": 0,
     "lost-wake-up": 3,

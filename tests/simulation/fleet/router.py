@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Final
 
 from tandem.v1 import worker_pb2 as pb
 
+from kvstore.index import IndexObserver, IndexReader
+from kvstore.index.session import LookupOutcome
+from kvstore.registry import Membership
 from services.router.admission import Admission, Room
 from services.router.errors import ApiError
 from services.router.fleet import Ask, Budget, Dispatch, Placer, PrefixFinder, Workers, routing_key
 from services.router.metrics import RouterMetrics
 from services.router.routing import DecisionLog, Policy
 from tests.simulation.fleet.computation import FINGERPRINT, VOCAB_SIZE, expected_tokens
-from tests.simulation.fleet.membership import SimIndex, SimMembership
 from tests.simulation.fleet.orders import SimOrders
+from tests.simulation.fleet.redis_host import REDIS_URL
 from tests.simulation.fleet.worker import MODEL
 from tests.simulation.pool import Invariant
 
@@ -23,6 +26,16 @@ if TYPE_CHECKING:
 
 REQUEST_TIMEOUT_S: Final = 40.0
 _BUDGET: Final = Budget(max_attempts=4, max_worker_deaths=3, resume_wait_s=15)
+
+
+class _Lookups(IndexObserver):
+    """Notes how lookups end."""
+
+    def __init__(self, world: FleetWorld) -> None:
+        self._world = world
+
+    def lookup_ended(self, outcome: LookupOutcome, num_blocks: int, num_held: int, duration_s: float) -> None:
+        self._world.reach(f"lookup {outcome.value}{', found' if num_held else ''}")
 
 
 class SimRouter:
@@ -35,16 +48,17 @@ class SimRouter:
         self.num_live = 0
         with world.loop.within(self.process):
             self.metrics = RouterMetrics()
-            self.membership = SimMembership(world)
+            self.membership = Membership(REDIS_URL)
             orders = SimOrders(world.orders, self.name, self.process)
-            self.workers = Workers(self.membership, self.name, orders, reconnect_max_s=1.0)  # type: ignore[arg-type]
-            self.index = SimIndex(world)
+            self.workers = Workers(self.membership, self.name, orders, reconnect_max_s=1.0)
+            self.index = IndexReader(REDIS_URL, observer=_Lookups(world))
             self._placer = Placer(self.workers, Policy.KV, DecisionLog(100))
-            self._finder = PrefixFinder(self.index, self.metrics, 1.0)  # type: ignore[arg-type]
+            self._finder = PrefixFinder(self.index, self.metrics, 1.0)
             self._admission = Admission(64, 64, clock=world.loop.time)
 
     async def start(self) -> None:
         await self.membership.start()
+        await self.index.start()
         self.workers.start()
 
     async def request(self, number: str, draw: random.Random, leaves_after: int | None = None) -> str:
@@ -108,6 +122,8 @@ class SimRouter:
 
     async def close(self) -> None:
         await self.workers.close()
+        await self.index.close()
+        await self.membership.close()
 
 
 def draw_prompt(draw: random.Random) -> list[int]:

@@ -13,10 +13,13 @@ from kvstore.block import BlockHash, HostMemory, ProofKey, subject_of
 from kvstore.errors import KVStoreError
 from kvstore.exchange import Outside, PeerIdentity
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts
-from kvstore.registry import WorkerRecord
+from kvstore.registry import Registrar, WorkerRecord
 from kvstore.store import DiskTier, StoreNode, TieredStore
 from kvstore.store.disk_files import FileCalls
 from kvstore.store.node import StoreLender
+from services.store.index_feed import StoreIndexFeed
+from services.store.metrics import StoreMetrics
+from tests.simulation.fleet.redis_host import LEASE_S, REDIS_URL
 from tests.simulation.fleet.worker import BLOCK_SIZE, MODEL, PEER_KEYS, SimWorker
 from tests.simulation.pool import Invariant
 from tests.simulation.threads import SimThreads
@@ -109,7 +112,9 @@ class SimStore:
             max_bytes = _NUM_DISK_BLOCKS * (layout.block_bytes + 128) + 4096
             self._tier = DiskTier.open(directory, layout, max_bytes, calls=self.disk.calls, clock=self.clock)
             world.reach("blocks found on disk" if len(self._tier) else "empty disk")
-            store = TieredStore(memory, self._tier, threads=self.threads)
+            self._feed = StoreIndexFeed(REDIS_URL, name, incarnation, LEASE_S, StoreMetrics().index)
+            store = TieredStore(memory, self._tier, on_change=self._feed.changed, threads=self.threads)
+            self._feed.watch(store)
             self.node = StoreNode(
                 PeerIdentity(f"{name}/{incarnation}", "store", incarnation, layout),
                 store,
@@ -118,7 +123,8 @@ class SimStore:
                 keys=PEER_KEYS,
                 timeouts=ExchangeTimeouts(peer_timeout_s=4.0, offer_s=4.0),
             )
-        self.record = self._record()
+            self.record = self._record()
+            self._registrar = Registrar(REDIS_URL, self.record, LEASE_S)
 
     def forge(self) -> None:
         """Lend forged blocks from now on."""
@@ -132,13 +138,15 @@ class SimStore:
 
     async def start(self) -> None:
         await self.node.start(self.name, _KV_PORT)
-        self._world.registry.announce(self.record)
+        await self._feed.start()
+        await self._registrar.start()
 
     async def leave(self, drain_s: float) -> None:
-        self._world.registry.withdraw(self.record)
         await self.close()
 
     async def close(self) -> None:
+        await self._registrar.close()
+        await self._feed.close()
         await self.node.close(_FLUSH_S)
         self.check_at_rest()
 
@@ -148,9 +156,6 @@ class SimStore:
             self._tier._is_closed = True
             self._tier._files.close()
             self._tier._directory.close()
-
-    def held(self) -> list[BlockHash]:
-        return list(dict.fromkeys(block_hash for block_hash, _ in self.node.store.contents()))
 
     def rot(self, draw: random.Random) -> None:
         """A bit of a block changes where it lies."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 from unittest import mock
 
-from kvstore.block import BlockHash
+import msgspec
+
 from kvstore.errors import KVStoreError
 from kvstore.exchange import Outside
 from kvstore.peer_keys import PeerKeys
-from kvstore.registry import WorkerRecord
+from kvstore.registry import Registrar, WorkerRecord
 from services.decode.config import DecodeConfig
 from services.decode.service import DecodeService
 from services.prefill.config import PrefillConfig
@@ -18,8 +19,8 @@ from services.worker import assembly
 from services.worker.assembly import Role, Seams, WorkerParts, assemble
 from services.worker.config import WorkerConfig
 from tests.simulation.fleet.computation import FINGERPRINT, MAX_MODEL_LEN, make_engine
-from tests.simulation.fleet.membership import SimMembership
 from tests.simulation.fleet.orders import SimOrders, SimOrderServer
+from tests.simulation.fleet.redis_host import LEASE_S, REDIS_URL
 from tests.simulation.pool import Invariant
 from tests.simulation.threads import SimThreads
 
@@ -33,6 +34,8 @@ _NUM_BLOCKS: Final = 24
 _KV_PORT, _ORDER_PORT = 7000, 8000
 _WORKER: Final = {
     "model": MODEL,
+    "redis": REDIS_URL,
+    "lease_s": LEASE_S,
     "block_size": BLOCK_SIZE,
     "max_num_seqs": 8,
     "max_num_batched_tokens": 32,
@@ -60,15 +63,13 @@ class SimWorker:
             self.server = SimOrderServer(world.orders, f"{name}:{_ORDER_PORT}", self.process)
             outside = Outside(world.net.of(name, self.process), self.clock, world.new_id, self.threads)
             seams = Seams(SimOrders(world.orders, name, self.process), outside, self.unix_s, PEER_KEYS)
-            with (
-                mock.patch.object(assembly, "make_transports", return_value=[self.transport]),
-                mock.patch.object(assembly, "Membership", return_value=SimMembership(world)),
-            ):
+            with mock.patch.object(assembly, "make_transports", return_value=[self.transport]):
                 self.parts: WorkerParts = assemble(config, role, self.engine, name, incarnation, seams)
             self._note_fetches()
             self.service = self._make_service(config)
             self.service.register(self.server)
-        self.record = self._record()
+            self.record = self._record()
+            self._registrar = Registrar(REDIS_URL, self.record, LEASE_S)
 
     def _make_service(self, config: WorkerConfig) -> DecodeService | PrefillService:
         if isinstance(config, DecodeConfig):
@@ -95,19 +96,23 @@ class SimWorker:
         await self.parts.exchange.start(self.name, _KV_PORT)
         self.parts.thread.start(self.service)
         self.server.start()
+        await self.parts.index_feed.start()
         assert self.parts.store_feed is not None
         await self.parts.store_feed.start(self.record.kv_address)
-        self._world.registry.announce(self.record)
+        await self._registrar.start()
 
     async def leave(self, drain_s: float) -> None:
         """What a worker does at SIGTERM: refuse, finish, then close from the outside in."""
-        self._world.registry.withdraw(self.record)
+        self._registrar.update(msgspec.structs.replace(self.record, draining=True))
+        self.service.begin_drain()
         await self.service.drain(drain_s)
         await self.close()
 
     async def close(self) -> None:
+        await self._registrar.close()
         assert self.parts.store_feed is not None
         await self.parts.store_feed.close()
+        await self.parts.index_feed.close()
         await self.service.close()
         await self.server.stop()
         await self.parts.exchange.close()
@@ -119,10 +124,6 @@ class SimWorker:
             await self.parts.thread.call(lambda: None)
         self.check_at_rest()
         await self.parts.thread.stop()
-
-    def held(self) -> list[BlockHash]:
-        """The blocks that the index knows of."""
-        return self.engine.cached_hashes()
 
     def check_at_rest(self) -> None:
         """Nobody has anything of ours any more."""

@@ -31,8 +31,9 @@ from services.worker.assembly import Role
 from services.worker.shunned import Shunned
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
 from tests.simulation.fleet.impostor import intrude
-from tests.simulation.fleet.membership import LEASE_S, SimRegistry
 from tests.simulation.fleet.orders import OrderNet
+from tests.simulation.fleet.redis_host import FAULTS as OF_REDIS
+from tests.simulation.fleet.redis_host import RedisHost, seeded_clients
 from tests.simulation.fleet.router import SimRouter
 from tests.simulation.fleet.store import DISK_POOL, SimStore
 from tests.simulation.fleet.worker import SimWorker
@@ -84,16 +85,18 @@ class FleetWorld(Ledger):
         self.is_gentle = draw.random() < 0.3
         possible = [each for each in dict.fromkeys((*STANDING, *DEALT, *USERS)) if not self.is_gentle or each in GENTLE]
         drawn = [kind for kind in possible if draw.random() < 0.4]
+        swarm = plan.stream("redis")
+        drawn += [kind for kind in OF_REDIS if not self.is_gentle and swarm.random() < 0.3]
         malice = plan.stream("malice")
         drawn += [kind for kind in MALICE if not self.is_gentle and malice.random() < 0.3]
-        self._dealt = [kind for kind in drawn if kind in (*DEALT, *MALICE)]
+        self._dealt = [kind for kind in drawn if kind in (*DEALT, *OF_REDIS, *MALICE)]
         self.mix = frozenset(kind for kind in drawn if self.does(kind))
         self.faults.update((self.mix & set(STANDING)) - {"cut"})
         self.loop = SimLoop(draw.getrandbits(64), shuffles="reorder" in self.mix)
         self.net = SimNet(self.loop)
         self.orders = OrderNet(self.loop, self.net)
-        self.registry = SimRegistry(self)
         self.healing = Healing(self.loop)
+        self.redis = RedisHost(self)
         self.workers: dict[str, SimWorker] = {}
         self.stores: dict[str, SimStore] = {}
         self.directory = Path()
@@ -134,6 +137,10 @@ class FleetWorld(Ledger):
         """A warning that the product has logged."""
         if message.startswith("prefill by"):
             self.alarm(f"handoff failed: {message}", message.split()[2])
+        elif "announcing everything anew" in message:
+            self.reach("index announced anew")
+        elif "Redis at" in message:
+            self.reach("lost Redis")
 
     # ---- the run ----
 
@@ -142,7 +149,6 @@ class FleetWorld(Ledger):
             self._start(name)
         self.router = SimRouter(self)
         await self._within(self.router.process, self.router.start())
-        self._within(self.router.process, self._refresh_index())
         await asyncio.sleep(1.0)
         for number in range(_NUM_CLIENTS):
             self._within(self.router.process, self._be_client(number))
@@ -211,11 +217,6 @@ class FleetWorld(Ledger):
         await self.comes_true(lambda: all(request.done() for request in sent), SERVE_S)
         return [request.result() if request.done() else "no end" for request in sent]
 
-    async def _refresh_index(self) -> None:
-        while True:
-            await asyncio.sleep(0.3)
-            self.router.index.look()
-
     def _within(self, process: Any, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         with self.loop.within(process):
             task = self.loop.create_task(work)
@@ -252,7 +253,6 @@ class FleetWorld(Ledger):
         self.net.kill(name, silently)
         self.orders.kill(worker.process, silently)
         self._switchboard.pull_out(worker.transport.descriptor())
-        self.registry.withdraw(worker.record, LEASE_S)
 
     async def _drain(self, worker: SimWorker | SimStore) -> None:
         await self.comes_true(lambda: not worker.num_filled, DRAIN_S)  # it holds blocks in nobody's name
@@ -272,7 +272,17 @@ class FleetWorld(Ledger):
                 return
             kind = draw.choice(self._dealt) if self._dealt else None
             if kind in self.mix and self.does(f"deal {number}"):
-                self._deal_one(kind, draw)
+                if kind in OF_REDIS:
+                    self._deal_redis(kind, draw)
+                else:
+                    self._deal_one(kind, draw)
+
+    def _deal_redis(self, kind: str, draw: random.Random) -> None:
+        if self.redis.is_up:
+            lasts_s, other = draw.uniform(0.2, 9.0), draw.choice([*_ROLES, _STORE, "r"])
+            self.faults[kind] += 1
+            self.story.append(f"{self.loop.time():.3f} s: {kind} ({other}, {lasts_s:.1f} s)")
+            self.redis.fail(kind, lasts_s, draw.random() < 0.5, other)
 
     def _deal_one(self, kind: str, draw: random.Random) -> None:
         here = dict(self.holders())
@@ -387,5 +397,6 @@ def _watching(world: FleetWorld) -> Iterator[None]:
         for module in (dispatch, placement, prefixes, workers):
             stack.enter_context(mock.patch.object(module, "time", sim_time))
         stack.enter_context(mock.patch.object(session, "random", world.plan.stream("backoff")))
+        stack.enter_context(seeded_clients(world))
         stack.enter_context(listening(world, ("kvstore", "services"), world.hear))
         yield
