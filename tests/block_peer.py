@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block import BlockHash, BlockLayout, HostMemory, Proof
+from kvstore.errors import UnprovenPeer
 from kvstore.exchange import BlockExchange, PeerIdentity
+from kvstore.peer_keys import PeerKeys
 from kvstore.protocol import AnnouncedBlock, Reservation
 from kvstore.registry import WorkerRecord, new_incarnation
 from kvstore.transport import make_transports
@@ -25,12 +28,13 @@ _WAIT_S = 60.0
 class BlockPeer:
     """The test's end of it: a context manager. The layout is that of the workers it will talk with."""
 
-    def __init__(self, record: WorkerRecord) -> None:
+    def __init__(self, record: WorkerRecord, *, has_secret: bool = True) -> None:
         self._layout = record.layout or {}
+        self._has_secret = has_secret
 
     def __enter__(self) -> BlockPeer:
         self._connection, other = FORK_SERVER.Pipe()
-        self._process = FORK_SERVER.Process(target=_run, args=(other, self._layout), name="peer")
+        self._process = FORK_SERVER.Process(target=_run, args=(other, self._layout, self._has_secret), name="peer")
         self._process.start()
         other.close()
         self._address, self._incarnation = self._receive()
@@ -57,9 +61,9 @@ class BlockPeer:
         """Lend one block's content, proof or both under the other's name, and the other way round."""
         self._order("swap", one, other, content, proofs)
 
-    def offer(self, store: WorkerRecord, hashes: Sequence[BlockHash]) -> None:
-        """Tell a store node that we hold this chain, for it to take over."""
-        self._order("offer", store.kv_address, list(hashes))
+    def offer(self, store: WorkerRecord, hashes: Sequence[BlockHash]) -> str:
+        """Tell a store node that we hold this chain, for it to take over. Returns why it did not let us in."""
+        return str(self._order("offer", store.kv_address, list(hashes)))
 
     def suspected(self) -> list[BlockHash]:
         """The blocks of which readers said that the bytes are wrong."""
@@ -87,16 +91,15 @@ class BlockPeer:
 class _Peer:
     """Lends what it has taken over under the proofs that it came with. Every public coroutine is an order."""
 
-    def __init__(self, layout: BlockLayout) -> None:
+    def __init__(self, layout: BlockLayout, has_secret: bool) -> None:
         self._memory = HostMemory.allocate(_NUM_SLOTS, layout.block_bytes)
         self._slots: dict[BlockHash, tuple[int, Proof]] = {}
         self._suspected: list[BlockHash] = []
         self.incarnation = new_incarnation()
         identity = PeerIdentity(f"peer/{self.incarnation}", "store", self.incarnation, layout)
         transports = make_transports("ucxx", self._memory, "peer")
-        self.exchange = BlockExchange(
-            identity, self._memory, transports, proof_key=None, keys=PROOFS.blocks, lender=self
-        )
+        keys = PROOFS.blocks if has_secret else PeerKeys((os.urandom(32),))
+        self.exchange = BlockExchange(identity, self._memory, transports, proof_key=None, keys=keys, lender=self)
 
     async def fetch(self, address: str, hashes: list[BlockHash]) -> list[bytes]:
         first = len(self._slots)
@@ -125,9 +128,13 @@ class _Peer:
         slots, tags = slots[::-1] if content else slots, tags[::-1] if proofs else tags
         self._slots[one], self._slots[other] = zip(slots, tags, strict=True)
 
-    async def offer(self, address: str, hashes: list[BlockHash]) -> None:
-        owner = await self.exchange.connect(address)
+    async def offer(self, address: str, hashes: list[BlockHash]) -> str:
+        try:
+            owner = await self.exchange.connect(address)
+        except UnprovenPeer as error:
+            return str(error)
         self.exchange.tell_have(owner, self.exchange.address, None, hashes)
+        return ""
 
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
         held = hashes[: next((i for i, each in enumerate(hashes) if each not in self._slots), len(hashes))]
@@ -143,12 +150,12 @@ class _Peer:
         return self._suspected
 
 
-def _run(connection: Connection, layout: dict[str, Any]) -> None:
-    asyncio.run(_serve(connection, BlockLayout.from_wire(layout)))
+def _run(connection: Connection, layout: dict[str, Any], has_secret: bool) -> None:
+    asyncio.run(_serve(connection, BlockLayout.from_wire(layout), has_secret))
 
 
-async def _serve(connection: Connection, layout: BlockLayout) -> None:
-    peer = _Peer(layout)
+async def _serve(connection: Connection, layout: BlockLayout, has_secret: bool) -> None:
+    peer = _Peer(layout, has_secret)
     await peer.exchange.start("127.0.0.1", 0)
     connection.send((peer.exchange.address, peer.incarnation))
     try:

@@ -17,6 +17,7 @@ from kvstore.errors import KVStoreError
 from kvstore.exchange import BlockExchange, ExchangeObserver, Outside, PeerIdentity, RequestScope
 from kvstore.peer_keys import PeerKeys
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts
+from kvstore.store.doubts import Doubts
 from kvstore.store.intake import Intake
 from kvstore.store.tiered_store import TieredStore
 from kvstore.threads import Threads
@@ -35,12 +36,14 @@ class StoreTooSmall(KVStoreError):
 class StoreLender:
     """Lends a store's blocks; those on disk come to DRAM first, as far as there is time."""
 
-    def __init__(self, store: TieredStore, threads: Threads) -> None:
+    def __init__(self, store: TieredStore, threads: Threads, doubts: Doubts) -> None:
         self._store = store
         self._threads = threads
+        self._doubts = doubts
         self.num_lent = 0  # blocks, at present
         self.num_corrupt = 0  # blocks whose bytes had changed in memory
         self.num_refuted = 0  # blocks dropped since a reader found their proofs wrong, while they had not changed here
+        self.num_kept = 0  # of these, those that were not dropped: too many were doubted
 
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
         """Pin the longest prefix that the tiers give in time."""
@@ -56,8 +59,8 @@ class StoreLender:
     async def recheck(self, hashes: Sequence[BlockHash]) -> None:
         """Drop what has changed in memory: a good copy on disk stays, and is what the next reader gets.
 
-        What has not changed is dropped from both tiers. Its reader can check proofs, and we cannot: it came here wrong,
-        or somebody has lied.
+        What has not changed is dropped from both tiers, as fast as `Doubts` allows. Its reader can check proofs, and we
+        cannot: it came here wrong, or somebody lies.
         """
         dram = self._store.dram
         pinned = [block for block_hash in hashes for block in dram.pin([block_hash], is_use=False)]
@@ -70,7 +73,15 @@ class StoreLender:
                 logger.error("block %s has changed in memory", block.block_hash.hex())
         finally:
             dram.release(ids)
-        refuted = sorted(set(hashes).difference(block.block_hash for block in changed))
+        gone = {block.block_hash for block in changed}
+        held = (each for each in dict.fromkeys(hashes) if each not in gone and self._store.tier_of(each) is not None)
+        doubted = list(held)
+        refuted = doubted[: self._doubts.take(len(doubted))]
+        if num_kept := len(doubted) - len(refuted):
+            self.num_kept += num_kept
+            logger.error(
+                "%d blocks are kept although a reader doubts them: unchanged here, and too many at once", num_kept
+            )
         self.num_refuted += await self._store.drop(refuted)
         for block_hash in refuted:
             logger.error(
@@ -95,7 +106,7 @@ class StoreNode:
     ) -> None:
         self.identity = identity
         self.store = store
-        self.lender = StoreLender(store, outside.threads)
+        self.lender = StoreLender(store, outside.threads, Doubts(outside.clock))
         self.exchange = BlockExchange(
             identity,
             store.memory,

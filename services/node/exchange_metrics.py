@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from kvstore.exchange import ExchangeObserver
 from kvstore.protocol import FetchCause, FetchResult, LeaseOutcome
@@ -28,7 +30,9 @@ class ExchangeMetrics(ExchangeObserver):
         self._lent_blocks = NODE.counter("tandem:leased_blocks", registry, outcomes)
         self._lease_s = NODE.histogram("tandem:lease_seconds", registry)
         self._refused_peers = NODE.counter("tandem:peers_refused", registry)
-        self._unproven_peers = NODE.counter("tandem:peers_unproven", registry)
+        self._num_unproven = 0
+        self._strangers = _Strangers({"kv": lambda: self._num_unproven})
+        registry.register(self._strangers)
         self._lost_peers = NODE.counter("tandem:peers_lost", registry)
         self._transport_up = NODE.gauge("tandem:transport_up", registry)
 
@@ -37,11 +41,15 @@ class ExchangeMetrics(ExchangeObserver):
         for transport in transports:
             self._transport_up.labels(transport.name).set_function(functools.partial(_is_up, transport))
 
+    def watch_port(self, name: str, num_strangers: Callable[[], int]) -> None:
+        """Export from now on how often somebody without the secret was refused at another port of the process."""
+        self._strangers.ports[name] = num_strangers
+
     def peer_refused(self, peer: str, reason: str) -> None:
         self._refused_peers.inc()
 
     def peer_unproven(self, address: str, reason: str) -> None:
-        self._unproven_peers.inc()
+        self._num_unproven += 1
 
     def peer_lost(self, peer_id: str, reason: str, we_read: bool) -> None:
         self._lost_peers.inc()
@@ -65,6 +73,19 @@ class ExchangeMetrics(ExchangeObserver):
         self._leases.labels(outcome.value).inc()
         self._lent_blocks.labels(outcome.value).inc(num_blocks)
         self._lease_s.observe(duration_s)
+
+
+class _Strangers(Collector):
+    """Counts that were kept before there was a registry."""
+
+    def __init__(self, ports: dict[str, Callable[[], int]]) -> None:
+        self.ports = ports
+
+    def collect(self) -> Iterable[Metric]:
+        family = NODE.family("tandem:peers_unproven")
+        for name, num_strangers in self.ports.items():
+            family.add_metric([name], num_strangers())
+        yield family
 
 
 def _is_up(transport: Transport) -> bool:

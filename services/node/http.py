@@ -30,9 +30,11 @@ class _Guard:
         self._app = app
         self._accepted = [f"Bearer {token}".encode() for token in tokens]
         self._is_open = is_open
+        self.num_refused = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in self._is_open and not self._has_token(scope):
+            self.num_refused += 1
             refusal = JSONResponse({"error": _NEEDS_TOKEN}, 401, {"WWW-Authenticate": "Bearer"})
             await refusal(scope, receive, send)
         else:
@@ -104,8 +106,9 @@ class DebugServer:
                 return JSONResponse({"status": "draining"}, status_code=202)
 
         is_open = _PROBES | {"/metrics"} if open_metrics else _PROBES
+        self._guard = _Guard(app, tokens, is_open)
         config = uvicorn.Config(
-            _Guard(app, tokens, is_open) if tokens else app,
+            self._guard if tokens else app,
             http=bounded(HttpLimits()),
             log_level="warning",
             access_log=False,
@@ -114,6 +117,11 @@ class DebugServer:
         )
         self._server = HttpServer(config)
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def num_strangers(self) -> int:
+        """Requests without a token that were refused."""
+        return self._guard.num_refused
 
     async def start(self, host: str, port: int) -> str:
         """Listen and return "host:port"."""

@@ -203,8 +203,9 @@ class GrpcServer:
         from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
         self._sessions = sessions = WorkerSessions(keys, lambda: os.urandom(NONCE_BYTES))
+        self._guard = PeerGuard(sessions)
         self._server = grpc.aio.server(
-            options=(*_OPTIONS, *_SILENCE_OPTIONS), interceptors=[PeerGuard(sessions)] if keys else []
+            options=(*_OPTIONS, *_SILENCE_OPTIONS), interceptors=[self._guard] if keys else []
         )
         worker_pb2_grpc.add_PeerServiceServicer_to_server(PeerService(sessions), self._server)  # type: ignore[no-untyped-call]
         self._health = health.aio.HealthServicer()
@@ -215,6 +216,11 @@ class GrpcServer:
         except RuntimeError as error:
             raise CannotListen(host, port, "--port", "in use, or not ours") from error
         sessions.address = f"{advertise_host or host}:{self.port}"
+
+    @property
+    def num_strangers(self) -> int:
+        """Calls without a proof that were refused."""
+        return self._guard.num_refused
 
     def serve_sessions(self, serve: ServeSession) -> None:
         worker_pb2_grpc.add_DecodeServiceServicer_to_server(_Sessions(serve), self._server)  # type: ignore[no-untyped-call]

@@ -34,6 +34,7 @@ class PeerGuard(grpc.aio.ServerInterceptor):
     def __init__(self, sessions: WorkerSessions) -> None:
         self._sessions = sessions
         self._complaints = Complaints(log, time.monotonic)
+        self.num_refused = 0
         self._refusal: _Handler = grpc.stream_stream_rpc_method_handler(self._refuse)
 
     async def intercept_service(
@@ -49,6 +50,7 @@ class PeerGuard(grpc.aio.ServerInterceptor):
         return await continuation(handler_call_details)
 
     async def _refuse(self, requests: AsyncIterable[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        self.num_refused += 1
         self._complaints.log(logging.WARNING, "%s has not proven to be a peer: call refused", context.peer())
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this worker serves those alone who have its peer secret")
 

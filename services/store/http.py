@@ -38,6 +38,7 @@ class StoreHttp:
             tokens=tokens,
             open_metrics=open_metrics,
         )
+        metrics.exchange.watch_port("http", lambda: self._server.num_strangers)
 
     async def start(self, host: str, port: int) -> None:
         """Listen; port 0 takes a free one. Raises OSError."""

@@ -58,6 +58,7 @@ class _NodeCollector(Collector):
         yield queries
         yield corrupt
         yield STORE.read("tandem:store_refuted_blocks", node.lender.num_refuted)
+        yield STORE.read("tandem:store_doubted_blocks", node.lender.num_kept)
         yield STORE.read("tandem:store_slots", store.dram.num_slots)
         yield STORE.read("tandem:store_lent_blocks", node.lender.num_lent)
         yield STORE.read("tandem:store_offers_queued", node.intake.num_queued)

@@ -51,6 +51,7 @@ class WorkerHttp:
     def watch(self, parts: WorkerParts, service_state: Callable[[], Mapping[str, object]]) -> None:
         """Tell of this worker from now on, after its end, too."""
         self._parts, self._service_state = parts, service_state
+        parts.metrics.exchange.watch_port("http", lambda: self._server.num_strangers)
 
     def _unhealthy(self) -> str:
         if self._parts is None:

@@ -156,6 +156,7 @@ async def open_worker(
         parts.thread.start(service)
         await front.server.start()
         front.http.watch(parts, service.state)
+        parts.metrics.exchange.watch_port("grpc", lambda: front.server.num_strangers)
         await parts.index_feed.start()
         cleanup.push_async_callback(parts.index_feed.close)
         kv_address = f"{front.host}:{parts.exchange.address.rsplit(':', 1)[1]}"

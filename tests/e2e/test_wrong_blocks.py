@@ -268,6 +268,21 @@ async def test_what_a_forger_lends_is_not_used(stack: Stack, kind: str) -> None:
     stack.check_clean()
 
 
+async def test_who_lacks_the_peers_secret_gives_a_store_nothing(stack: Stack) -> None:
+    case = Case(stack, 51)
+    store = case.orders.record("store-0")
+    came = stack.metric("store-0", "tandem:peers_unproven_total", port="kv")
+    with BlockPeer(case.orders.record("prefill-0"), has_secret=False) as stranger:
+        stranger.hold(case.hashes, bytes(len(case.contents[0])), [0] * NUM_SHARED_BLOCKS)
+        assert "secret" in stranger.offer(store, case.hashes)
+    assert stack.metric("store-0", "tandem:peers_unproven_total", port="kv") == came + 1
+    assert await case.ask(0, "decode-0", "prefill-0", "store-0", "store") == 0
+    await until_held(stack, case.hashes, "store-0", Tier.STORE)
+    stack.restart(*WORKERS)
+    assert await case.ask(1, "decode-1", "prefill-1", "store-0", "store") == NUM_SHARED_BLOCKS, "as computed"
+    stack.check_clean()
+
+
 async def test_what_a_forger_gives_a_store_is_not_used_and_leaves_it_for_what_was_computed(stack: Stack) -> None:
     case = Case(stack, 50)
     with BlockPeer(case.orders.record("prefill-0")) as peer:

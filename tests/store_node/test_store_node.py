@@ -12,7 +12,7 @@ import pytest
 
 from kvstore.exchange import PeerIdentity
 from kvstore.protocol import FetchCause, Have
-from kvstore.store import StoreTier, intake
+from kvstore.store import StoreTier, doubts, intake
 from tests.memory_transport import Faults, MemoryLink
 from tests.store_node.store_world import LAYOUT, PATIENT, chain, idle, until, world
 from tests.tiers.blocks import locate
@@ -106,7 +106,41 @@ async def test_what_a_liar_gave_is_found_out_by_its_first_reader_and_dropped_fro
         assert result.ok, result.failure
         assert payloads == [honest.bytes_of(each) for each in hashes]
         await until(lambda: node.lender.num_lent == 0)
+        assert await node.store.flush(20)
         node.check_integrity()
+
+
+async def test_who_lies_about_blocks_has_few_of_them_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doubts, "MOST_AT_ONCE", 3)
+    monkeypatch.setattr(doubts, "PER_S", 0.0)
+    async with world() as made:
+        node, giver = await made.node(), await made.worker()
+        hashes = chain("a", 8)
+        giver.hold(hashes)
+        await giver.offer(node, hashes)
+        await idle(node, 1)
+        await node.lender.recheck(chain("b", 9))  # nothing here: nothing used up
+        for _ in range(2):
+            await node.lender.recheck(hashes)
+        tiers = [node.store.tier_of(each) for each in hashes]
+        assert tiers == [None] * 3 + [StoreTier.DRAM] * 5, "the first of a chain, without which nobody wants the rest"
+        assert (node.lender.num_refuted, node.lender.num_kept) == (3, 10)
+
+        (changed,) = node.store.dram.pin(hashes[-1:], is_use=False)
+        node.store.dram.release([changed.slot])
+        node.store.memory.view(changed.slot)[5] ^= 1
+        await node.lender.recheck(hashes[-1:])
+        assert (node.store.tier_of(hashes[-1]), node.lender.num_corrupt) == (None, 1), "what has changed always goes"
+
+
+def test_doubts_are_heard_again_after_a_while() -> None:
+    now_s = 100.0
+    heard = doubts.Doubts(lambda: now_s)
+    assert [heard.take(200), heard.take(200)] == [200, doubts.MOST_AT_ONCE - 200]
+    now_s += 2.5
+    assert heard.take(200) == 10
+    now_s += 1e6
+    assert heard.take(1000) == doubts.MOST_AT_ONCE
 
 
 async def test_bytes_that_change_on_their_way_in_are_found_by_their_first_reader_and_dropped() -> None:

@@ -19,7 +19,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from kvstore.errors import UnprovenPeer
 from kvstore.peer_keys import PeerKeys
-from services.node import DebugServer
+from services.node import DebugServer, ExchangeMetrics
 from services.orders import GrpcOrders, GrpcServer, StreamBroken
 from tests.exchange.exchange_worker import PEER_KEY, Worker, running
 from tests.memory_transport import Switchboard
@@ -59,12 +59,15 @@ class Port:
     address: str
     come_without_secret: Callable[[], Awaitable[None]]
     check_serves: Callable[[], Awaitable[None]]
+    num_strangers: Callable[[], int]
 
 
 @asynccontextmanager
 async def kv_port() -> AsyncIterator[Port]:
     switchboard = Switchboard()
-    owner, peer = Worker("prefill-0", switchboard), Worker("decode-0", switchboard)
+    registry = CollectorRegistry()
+    owner = Worker("prefill-0", switchboard, observer=ExchangeMetrics(registry))
+    peer = Worker("decode-0", switchboard)
     without = Worker("decode-1", switchboard, keys=())
     async with running(owner, peer, without):
 
@@ -72,10 +75,13 @@ async def kv_port() -> AsyncIterator[Port]:
             with pytest.raises(UnprovenPeer):
                 await without.exchange.connect(owner.exchange.address)
 
+        def num_strangers() -> int:
+            return int(registry.get_sample_value("tandem:peers_unproven_total", {"port": "kv"}) or 0)
+
         async def serves() -> None:
             assert await peer.exchange.connect(owner.exchange.address) == "prefill-0"
 
-        yield Port(owner.exchange.address, come, serves)
+        yield Port(owner.exchange.address, come, serves, num_strangers)
 
 
 @asynccontextmanager
@@ -96,7 +102,7 @@ async def grpc_port() -> AsyncIterator[Port]:
             await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=BOUND_S)
 
     try:
-        yield Port(address, come, serves)
+        yield Port(address, come, serves, lambda: server.num_strangers)
     finally:
         await server.stop(None)
 
@@ -117,7 +123,7 @@ async def http_port() -> AsyncIterator[Port]:
             assert (await client.get(f"http://{address}/health")).status_code == 200
 
     try:
-        yield Port(address, come, serves)
+        yield Port(address, come, serves, lambda: server.num_strangers)
     finally:
         await server.close()
 
@@ -138,7 +144,10 @@ async def test_garbage_and_pickles_are_not_run_and_disturb_nobody(name: str, pay
 
 
 @pytest.mark.parametrize("name", PORTS)
-async def test_a_peer_without_the_secret_is_not_served(name: str) -> None:
+async def test_a_peer_without_the_secret_is_not_served_and_counts(name: str) -> None:
     async with PORTS[name]() as port:
+        await port.check_serves()
+        assert port.num_strangers() == 0
         await port.come_without_secret()
         await port.check_serves()
+        assert port.num_strangers() > 0  # over gRPC he introduces himself anew, and tries again

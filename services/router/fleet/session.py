@@ -21,7 +21,7 @@ from typing import Protocol
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import WorkerRecord
-from services.orders import MOVES, Orders, StreamBroken, is_cancelled
+from services.orders import MOVES, RESUMES, Orders, StreamBroken, is_cancelled
 from services.rates import GUESSED, Rates
 from services.router.fleet.silence import Silence
 
@@ -236,7 +236,10 @@ class WorkerSession:
     async def _requests(self) -> AsyncIterator[pb.SessionRequest]:
         yield pb.SessionRequest(
             hello=pb.SessionHello(
-                router_id=self._router_id, protocol_version=PROTOCOL_VERSION, heartbeat_s=self._silence.heartbeat_s
+                router_id=self._router_id,
+                protocol_version=PROTOCOL_VERSION,
+                heartbeat_s=self._silence.heartbeat_s,
+                features=[RESUMES, MOVES],
             )
         )
         while True:
