@@ -15,7 +15,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.secrets import Secret
 
@@ -49,6 +49,8 @@ class Tenant:
     name: str
     secret: bytes = field(repr=False)
     """Equal in every router with the same tenant secret, or where there is none, with the same keys."""
+    key_id: str = field(default="", compare=False)
+    """Which of its keys was shown: the same in every router, and no way to the key."""
 
     def salt(self, cache_salt: str) -> str:
         """The salt that the workers get, from the one that the client gave (or "")."""
@@ -68,7 +70,10 @@ class Keyring:
     def __init__(self, entries: Sequence[str], tenant_secret: Secret | None = None) -> None:
         """Without a `tenant_secret` a tenant's salts follow from its keys: its cache is lost when one changes."""
         keys = [ApiKey.parse(entry) for entry in entries]
-        self._tenants = [(key.digest, _tenant(index, key, keys, tenant_secret)) for index, key in enumerate(keys)]
+        self._tenants = [
+            (key.digest, replace(_tenant(index, key, keys, tenant_secret), key_id=_key_id(key)))
+            for index, key in enumerate(keys)
+        ]
         self.needs_tenant_secret = tenant_secret is None and any(key.tenant for key in keys)
 
     def __bool__(self) -> bool:
@@ -80,6 +85,10 @@ class Keyring:
         digest = hashlib.sha256(given).digest()
         matches = [tenant for known, tenant in self._tenants if hmac.compare_digest(digest, known)]
         return matches[0] if matches else None
+
+
+def _key_id(key: ApiKey) -> str:
+    return hashlib.sha256(b"key id\0" + key.digest).hexdigest()[:16]
 
 
 def _tenant(index: int, key: ApiKey, keys: Sequence[ApiKey], tenant_secret: Secret | None) -> Tenant:

@@ -172,6 +172,20 @@ async def test_a_tenants_limits_answer_in_openais_words(make_worker, tmp_path) -
     assert 'tandem:router_refusals_total{reason="quota"} 2.0' in metrics
 
 
+@pytest.mark.parametrize(("words", "others"), [("", 200), (", limits_for: tenant", 429)])
+async def test_each_key_has_limits_of_its_own_unless_they_are_the_tenants(make_worker, tmp_path, words, others) -> None:
+    shares = tmp_path / "tenants.yaml"
+    shares.write_text(f"tenants: {{acme: {{requests_per_minute: 1{words}}}}}")
+    config = RouterConfig(api_key=("acme:k1", "acme:k2"), tenants_file=str(shares))
+    async with (
+        running_router(config, make_worker()) as running,
+        client(running, "k1") as one,
+        client(running, "k2") as two,
+    ):
+        assert [(await one.post(URL, json=BODY)).status_code for _ in range(2)] == [200, 429]
+        assert (await two.post(URL, json=BODY)).status_code == others
+
+
 async def test_requests_at_a_time_are_limited_and_freed_by_those_that_leave(waiting_worker, permits, tmp_path) -> None:
     shares = tmp_path / "tenants.yaml"
     shares.write_text("default: {max_concurrent: 1}")

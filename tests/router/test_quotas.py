@@ -123,11 +123,12 @@ async def test_without_redis_each_router_keeps_its_part_and_asks_again_a_second_
         first, second = Quotas(gone, "router-1", clock, timeout_s=30), Quotas(client, "router-2", clock, timeout_s=30)
         await second.take("t", share, "a", 0, 60)
         await first.take("t", share, "b", 0, 60)
+        await first.take("of one router only", share, "c", 0, 60)
         gone.is_gone = True
         taken = [await first.take("t", share, str(number), 0, 60) for number in range(6)]
         assert [each.verdict.refused for each in taken] == [""] * 4 + ["requests"] * 2
         assert all(each.is_local and each.share.requests_per_minute == 4 for each in taken)
-        assert (gone.num_asked, first.is_shared) == (2, False)
+        assert (gone.num_asked, first.is_shared) == (3, False)
         await first.settle(taken[0], 0)
         gone.is_gone = False
         clock.now_s += 1.1

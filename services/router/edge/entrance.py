@@ -1,6 +1,6 @@
-"""Leads a request in: its deadlines, its tenant's limits, and room for it.
+"""Leads a request in: its deadlines, its key's limits, and room for it.
 
-    arrived ─▶ expected delay ─▶ tokenized ─▶ expected delay ─▶ tenant's limits ─▶ queue ─▶ room
+    arrived ─▶ expected delay ─▶ tokenized ─▶ expected delay ─▶ its key's limits ─▶ queue ─▶ room
                   503 too late                   503 too late      429 limit     429 full, 503 waited too long
 
 The first look costs next to nothing, and spares an overloaded router the tokenizing of what it will refuse.
@@ -64,7 +64,7 @@ class Visit:
         applicant = replace(self.applicant, num_prompt_tokens=sum(map(len, plan.prompts)))
         visit = replace(self, applicant=applicant)
         visit.check_delay(admission)
-        async with limits.within(self.share, name_of(self.tenant), plan, self.scope, self.left_s) as spent:
+        async with limits.within(self.share, self.tenant, plan, self.scope, self.left_s) as spent:
             with admission.admit(plan.num_sequences, applicant) as room:
                 timer = visit.end_of_waiting(room, admission)
                 try:

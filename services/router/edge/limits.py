@@ -1,4 +1,4 @@
-"""Holds a tenant to its limits: takes a request's part before it begins, settles it when it has ended."""
+"""Holds a key, or a tenant, to its limits: takes a request's part before it begins, settles it when it has ended."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from services.router.metrics import RouterMetrics
 from services.router.openai import GenerationPlan
 from services.router.sharing import Quotas, Share, Taken, headers, wait_s
 from services.router.sse import Message
+from services.router.tenants import Tenant, name_of
 
 _MAX_LEASE_S = 3600.0
 _WORDS = {"concurrent": "requests at a time", "requests": "requests per min (RPM)", "tokens": "tokens per min (TPM)"}
@@ -26,7 +27,7 @@ class Spent:
 
 
 class Limits:
-    """All tenants' limits. One per router."""
+    """Everybody's limits. One per router."""
 
     def __init__(self, quotas: Quotas, metrics: RouterMetrics) -> None:
         self._quotas = quotas
@@ -34,9 +35,9 @@ class Limits:
 
     @asynccontextmanager
     async def within(
-        self, share: Share, tenant: str, plan: GenerationPlan, scope: Message, left_s: float | None
+        self, share: Share, tenant: Tenant | None, plan: GenerationPlan, scope: Message, left_s: float | None
     ) -> AsyncIterator[Spent]:
-        """Let a request run within its tenant's limits; the body says in `Spent` what it used.
+        """Let a request run within the limits of its key; the body says in `Spent` what it used.
 
         Its answer, of whatever kind, gets OpenAI's headers. Raises ApiError 429, in OpenAI's words.
         """
@@ -49,7 +50,7 @@ class Limits:
             self._metrics.count_refusal("quota")
             raise _too_large(share, num_tokens)
         lease_s = min(left_s or math.inf, _MAX_LEASE_S)
-        taken = await self._quotas.take(tenant, share, secrets.token_hex(8), num_tokens, lease_s)
+        taken = await self._quotas.take(_holder(tenant, share), share, secrets.token_hex(8), num_tokens, lease_s)
         scope["state"]["headers"] = headers(taken.share, taken.verdict)
         if taken.verdict.refused:
             self._metrics.count_refusal("quota")
@@ -58,6 +59,13 @@ class Limits:
             yield spent
         finally:
             await self._quotas.settle(taken, spent.num_tokens)
+
+
+def _holder(tenant: Tenant | None, share: Share) -> str:
+    """Whose buckets they are; where there are no keys, everybody's."""
+    if tenant is None or share.limits_for == "tenant":
+        return name_of(tenant)
+    return f"{tenant.name}/{tenant.key_id}"
 
 
 def tokens_wanted(plan: GenerationPlan) -> int:

@@ -1,4 +1,4 @@
-"""Keeps one tenant's limits: requests and tokens a minute as token buckets, requests at a time as leases. Pure.
+"""Keeps one key's or tenant's limits: requests and tokens a minute as buckets, requests at a time as leases. Pure.
 
 The same arithmetic runs in Redis, for all routers together (`redis_quotas.SCRIPT`), and here where Redis is away; the
 tests hold the one against the other.
@@ -8,7 +8,7 @@ tests hold the one against the other.
 
 A bucket holds a minute's worth and refills evenly, so a burst of that size is let through. What a request takes of the
 tokens is its prompt and the `max_tokens` that it names; its answer's true length is settled at its end, and may leave
-a bucket below zero: then the tenant waits until that is paid.
+a bucket below zero: then its holder waits until that is paid.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RATE_LIMIT_HEADERS = tuple(
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a request, and what its tenant has left. Infinity: no limit."""
+    """What came of a request, and what its holder has left. Infinity: no limit."""
 
     refused: Kind
     """Which limit refuses it; empty: none."""
@@ -38,7 +38,7 @@ class Verdict:
 
 @dataclass
 class Book:
-    """One tenant's buckets and leases."""
+    """One holder's buckets and leases."""
 
     requests: float
     tokens: float

@@ -1,4 +1,4 @@
-"""Keeps tenants' limits for all routers together, in Redis; each for itself where Redis is away.
+"""Keeps the limits of keys and tenants for all routers together, in Redis; each for itself where Redis is away.
 
 One script call before a request and one after it. It has 50 ms; a router that hears nothing in time keeps the limits by
 itself, each divided by the number of routers that Redis last knew of (they note themselves with each call, a minute
@@ -30,7 +30,7 @@ _MAX_CALLS: Final = 32  # at a time, each on a connection of its own
 _KEPT_BOOKS: Final = 10_000
 _KINDS: Final[tuple[Kind, ...]] = ("", "concurrent", "requests", "tokens")
 
-# KEYS: the buckets (hash), the leases (zset by end), the routers (zset by end), all of one tenant and in one slot.
+# KEYS: the buckets (hash), the leases (zset by end), the routers (zset by end), all of one holder and in one slot.
 # ARGV: take or settle, requests a minute, tokens a minute, most at a time, request, tokens, lease in seconds, router.
 # Answer: which limit refuses (0: none), requests left, tokens left, running, routers. Floats as text: Redis cuts them.
 SCRIPT: Final = """
@@ -69,9 +69,9 @@ return {refused, string.format('%.6f', requests), string.format('%.6f', tokens),
 
 @dataclass(frozen=True)
 class Taken:
-    """A request's part of its tenant's limits. `verdict` says whether there is one."""
+    """A request's part of its holder's limits. `verdict` says whether there is one."""
 
-    tenant: str
+    holder: str
     share: Share
     """As it was applied: where Redis is away, this router's part of it."""
     request: str
@@ -81,7 +81,7 @@ class Taken:
 
 
 class Quotas:
-    """All tenants' limits, as one router sees them. Event loop only."""
+    """All limits, as one router sees them. Event loop only."""
 
     def __init__(
         self,
@@ -97,6 +97,7 @@ class Quotas:
         self._clock = clock
         self._calls = asyncio.Semaphore(_MAX_CALLS)
         self._num_routers = 1
+        self._noted_until_s = 0.0
         self._ask_again_s = 0.0
         self._books: dict[str, Book] = {}  # the one used longest ago first
 
@@ -105,35 +106,35 @@ class Quotas:
         """Whether Redis keeps the limits, as far as is known."""
         return self._client is not None and self._clock() >= self._ask_again_s
 
-    async def take(self, tenant: str, share: Share, request: str, num_tokens: int, lease_s: float) -> Taken:
+    async def take(self, holder: str, share: Share, request: str, num_tokens: int, lease_s: float) -> Taken:
         """Take a request's part of the limits. `lease_s`: when it has ended at the latest, were we to die."""
-        verdict = await self._ask("take", tenant, share, request, num_tokens, lease_s)
+        verdict = await self._ask("take", holder, share, request, num_tokens, lease_s)
         if verdict is not None:
-            return Taken(tenant, share, request, num_tokens, verdict, is_local=False)
+            return Taken(holder, share, request, num_tokens, verdict, is_local=False)
         own, now_s = share.part(self._num_routers), self._clock()
-        book = self._book(tenant, own, now_s)
+        book = self._book(holder, own, now_s)
         return Taken(
-            tenant, own, request, num_tokens, book.take(own, request, num_tokens, lease_s, now_s), is_local=True
+            holder, own, request, num_tokens, book.take(own, request, num_tokens, lease_s, now_s), is_local=True
         )
 
     async def settle(self, taken: Taken, num_used_tokens: int) -> None:
         """End a request that was let in, of which so many tokens were used."""
         num_unused = taken.num_tokens - num_used_tokens
         if taken.is_local:
-            self._book(taken.tenant, taken.share, self._clock()).settle(
+            self._book(taken.holder, taken.share, self._clock()).settle(
                 taken.share, taken.request, num_unused, self._clock()
             )
         else:  # what cannot be told to Redis runs out by itself: the lease, and the bucket refills
-            await self._ask("settle", taken.tenant, taken.share, taken.request, num_unused, 0.0)
+            await self._ask("settle", taken.holder, taken.share, taken.request, num_unused, 0.0)
 
     async def _ask(
-        self, verb: str, tenant: str, share: Share, request: str, num_tokens: int, lease_s: float
+        self, verb: str, holder: str, share: Share, request: str, num_tokens: int, lease_s: float
     ) -> Verdict | None:
         """Run the script; None where Redis does not answer in time."""
         if not self.is_shared:
             return None
         assert self._client is not None, "nobody is asked where there is no Redis"
-        base = f"tandem:quota:{{{tenant}}}"
+        base = f"tandem:quota:{{{holder}}}"
         limits = (share.requests_per_minute, share.tokens_per_minute, share.max_concurrent)
         arguments = (verb, *limits, request, num_tokens, lease_s, self._router_id)
         try:
@@ -144,17 +145,23 @@ class Quotas:
                 )
             raise_if_cancelled()
             refused, requests, tokens, running, routers = reply
-            self._num_routers = max(int(routers), 1)
+            self._note_routers(int(routers))
             return Verdict(_KINDS[int(refused)], float(requests), float(tokens), int(running))
         except REDIS_FAILURES as error:
-            text = "tenants' limits: no answer from Redis (%s); this router keeps 1/%d of each by itself"
+            text = "limits of keys and tenants: no answer from Redis (%s); this router keeps 1/%d of each by itself"
             log.warning(text, describe(error), self._num_routers)
             self._ask_again_s = self._clock() + _RETRY_S
             return None
 
-    def _book(self, tenant: str, share: Share, now_s: float) -> Book:
-        book = self._books.pop(tenant, None) or Book.full(share, now_s)
-        self._books[tenant] = book
+    def _note_routers(self, num_routers: int) -> None:
+        """The most that any holder met within a minute: not every key comes to every router."""
+        now_s = self._clock()
+        if num_routers >= self._num_routers or now_s >= self._noted_until_s:
+            self._num_routers, self._noted_until_s = max(num_routers, 1), now_s + 60
+
+    def _book(self, holder: str, share: Share, now_s: float) -> Book:
+        book = self._books.pop(holder, None) or Book.full(share, now_s)
+        self._books[holder] = book
         if len(self._books) > _KEPT_BOOKS:
             del self._books[next(iter(self._books))]
         return book

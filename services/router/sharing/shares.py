@@ -2,11 +2,12 @@
 
     default: {weight: 1, requests_per_minute: 600}
     tenants:
-      acme: {weight: 4, tokens_per_minute: 1000000, max_concurrent: 64}
+      acme: {weight: 4, tokens_per_minute: 1000000, max_concurrent: 64, limits_for: tenant}
       batch: {priority: 10}
 
 A tenant has what the file says of it, else what `default` says; 0 is no limit. Whoever is not named is `default`, each
-for itself. Keys without a tenant's name are tenants called "#1", "#2" … in the order in which they were given.
+for itself. Weights and priorities are a tenant's; limits are each key's, unless `limits_for` is `tenant`. Keys without
+a tenant's name are tenants called "#1", "#2" … in the order in which they were given.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -34,6 +36,8 @@ class Share(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of prompts and answers."""
     max_concurrent: int = 0
     """HTTP requests at a time."""
+    limits_for: Literal["key", "tenant"] = "key"
+    """Whom the limits hold for: each of the tenant's keys by itself, or all of them together."""
 
     @property
     def is_limited(self) -> bool:
