@@ -22,7 +22,7 @@ import services
 from kvstore.block import ProofKey
 from kvstore.errors import RegistryError, TransportError
 from kvstore.exchange import Outside
-from kvstore.registry import Registrar, WorkerRecord, new_incarnation
+from kvstore.registry import Registrar, WorkerRecord, next_incarnation
 from kvstore.threads import Threads
 from services.activity import Activity, activity_logged, sample
 from services.engine.api import Engine
@@ -116,9 +116,10 @@ async def open_front(config: WorkerConfig, role: Role, proofs: PeerProofs) -> As
     except OSError as error:
         raise CannotListen(config.host, config.http_port, "--http-port", error.strerror) from error
     try:
+        worker_id = config.worker_id or f"{role}-{host}-{server.port}"
         yield Front(
-            worker_id=config.worker_id or f"{role}-{host}-{server.port}",
-            incarnation=new_incarnation(),
+            worker_id=worker_id,
+            incarnation=await next_incarnation(config.redis, worker_id),
             host=host,
             server=server,
             http=http,
