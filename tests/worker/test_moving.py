@@ -231,3 +231,15 @@ async def test_blocks_that_cannot_be_kept_are_freed_and_the_request_goes_on_with
         await ended(tail)
         assert head.token_ids + tail.token_ids == whole.token_ids
         await until(lambda: first.num_free == first.parts.engine.capabilities.num_blocks)
+
+
+async def test_a_drain_whose_time_is_up_ends_what_found_no_room_elsewhere_so_that_it_goes_on_there(model: Path) -> None:
+    worker = DecodeWorker("decode-0", model, Switchboard())
+    async with running(worker) as (here,):
+        answer = here.generate(order(1, random_prompts([37])[0], max_tokens=350))
+        await has_said(answer, 3)
+        await worker.service.drain(0.0)
+        last = await ended(answer)
+        assert last.error.code == pb.ERROR_CODE_UNAVAILABLE
+        assert "drains" in last.error.message
+        assert len(answer.token_ids) < 350
