@@ -388,12 +388,5 @@ async def test_a_newer_peer_with_more_fields_and_an_unknown_feature_is_a_peer(mo
     ours = msgspec.to_builtins(msgspec.structs.replace(hello(), features=["shiny", "suspect"]), builtin_types=(bytes,))
     body = msgspec.msgpack.encode(ours | {"shiny": {"more": [1, 2]}})
     async with running(target.worker), dialled(target.worker) as script:
-        script.writer.write(len(body).to_bytes(LENGTH_BYTES, "big") + body)
-        transcript = Transcript(PEER_KEY, body, await script.stream.receive_body())
-        script.stream.send(Prove(transcript.proof("dialler")))
-        await script.expect(Welcome)
-        script.stream.seal(transcript.seal("dialler"), transcript.seal("listener"))
-        script.stream.send(Choose("memory", bytes(16)))
-        script.stream.send(Ready())
-        await script.expect(Ready)
+        await script.introduce_as_reader(body)
         assert target.worker.exchange.is_connected("script-0")
