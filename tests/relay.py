@@ -20,15 +20,19 @@ class Relays:
         self._thread = threading.Thread(target=self._loop.run_forever, name="relays", daemon=True)
         self._flowing: dict[int, asyncio.Event] = {}
         self._near: dict[int, set[asyncio.StreamWriter]] = {port: set() for port in ports}
+        self._writers: list[asyncio.StreamWriter] = []
+        self._servers: list[asyncio.Server] = []
 
     def __enter__(self) -> Relays:
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(60)
         return self
 
     def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(60)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
     def stall(self, *ports: int) -> None:
         """Nothing comes through any more, either way: neither bytes nor ends of connections, nor new ones."""
@@ -51,32 +55,69 @@ class Relays:
 
         self._loop.call_soon_threadsafe(cut)
 
+    def forget(self, *ports: int) -> None:
+        """All connections that there are lead nowhere from now on, and neither end hears of it; new ones do not.
+
+        So does a firewall or an address translator with a connection that was idle for too long.
+        """
+
+        def lose() -> None:
+            for port in ports:
+                self._flowing[port].clear()
+                self._flowing[port] = asyncio.Event()
+                self._flowing[port].set()
+
+        self._loop.call_soon_threadsafe(lose)
+
     async def _start(self) -> None:
         for port in self._ports:
             flowing = self._flowing[port] = asyncio.Event()
             flowing.set()
-            await asyncio.start_server(
-                lambda reader, writer, port=port: self._relay(port, reader, writer), FAR_HOST, port
-            )
+            self._servers += [
+                await asyncio.start_server(
+                    lambda reader, writer, port=port: self._relay(port, reader, writer), FAR_HOST, port
+                )
+            ]
+
+    async def _stop(self) -> None:
+        for server in self._servers:
+            server.close()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in self._writers:
+            writer.transport.abort()
+        await asyncio.sleep(0)  # then they are closed
 
     async def _relay(self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await self._flowing[port].wait()
+        flowing = self._flowing[port]
+        self._writers.append(writer)
+        with contextlib.suppress(asyncio.CancelledError):  # `_stop`
+            await self._carry(port, flowing, reader, writer)
+
+    async def _carry(
+        self, port: int, flowing: asyncio.Event, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await flowing.wait()
         try:
             near_reader, near_writer = await asyncio.open_connection("127.0.0.1", port)
         except OSError:
             writer.transport.abort()
             return
         self._near[port].add(near_writer)
+        self._writers.append(near_writer)
         try:
-            await asyncio.gather(self._pump(port, reader, near_writer), self._pump(port, near_reader, writer))
+            await asyncio.gather(_pump(flowing, reader, near_writer), _pump(flowing, near_reader, writer))
         finally:
             self._near[port].discard(near_writer)
 
-    async def _pump(self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(1 << 16):
-                await self._flowing[port].wait()
-                writer.write(data)
-                await writer.drain()
-        await self._flowing[port].wait()
-        writer.close()
+
+async def _pump(flowing: asyncio.Event, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(1 << 16):
+            await flowing.wait()
+            writer.write(data)
+            await writer.drain()
+    await flowing.wait()
+    writer.close()

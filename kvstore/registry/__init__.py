@@ -13,7 +13,6 @@ from kvstore.registry.redis_session import (
     raise_if_cancelled,
 )
 from kvstore.registry.registry import Membership, Registrar
-from kvstore.registry.succession import next_incarnation
 from kvstore.registry.worker_record import WorkerRecord, new_incarnation
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "describe",
     "describe_url",
     "new_incarnation",
-    "next_incarnation",
     "open_client",
     "raise_if_cancelled",
     "redis_version",

@@ -23,10 +23,13 @@ from services.startup import CannotListen
 
 log = logging.getLogger(__name__)
 
-# A peer that does not answer a keepalive is gone; without this a dead network hangs a session for minutes.
+# A peer that does not answer a keepalive is gone; without this a dead network hangs a session for minutes. What bounds
+# the wait for the answer is the ping's own time-out, a minute by default: gRPC 1.85 does not heed the keepalive's.
+_PING_TIMEOUT = ("grpc.http2.ping_timeout_ms", 5_000)
 _OPTIONS = (
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    _PING_TIMEOUT,
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
@@ -47,6 +50,7 @@ _SILENCE_OPTIONS = (
 _SESSION_OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    _PING_TIMEOUT,
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # Prompts and prompt logprobs are long; how long is bounded by max_model_len and the HTTP body.

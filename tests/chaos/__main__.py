@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.chaos import network
-from tests.chaos.faults import RESTARTS, Nemesis
+from tests.chaos.faults import Nemesis
 from tests.chaos.fleet import Fleet
 from tests.chaos.load import Load
 from tests.chaos.verdict import Footprints, failures, table, unrest
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _run(fleet: Fleet, flags: argparse.Namespace) -> int:
     load, footprints = Load(fleet, flags.seed, flags.cases), Footprints(fleet)
-    nemesis = Nemesis(fleet, flags.seed) if flags.restarts is None else Nemesis(fleet, flags.seed, RESTARTS)
+    nemesis = Nemesis(fleet, flags.seed, only_restarts=flags.restarts is not None)
     problems: list[str] = []
     try:
         await asyncio.to_thread(fleet.start_all)

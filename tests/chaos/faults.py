@@ -49,17 +49,19 @@ _FAULTS: Final = (
     ("flush", "redis", 1),
 )
 """Each with its weight."""
-RESTARTS: Final = ("kill", "terminate")
 _DRAIN_S: Final = 60.0
 
 
 @dataclass
 class Nemesis:
-    """Draws faults from a seed, of these kinds. `spans`: when each began and was over, monotonic."""
+    """Draws faults from a seed. `spans`: when each began and was over, monotonic.
+
+    `only_restarts`: no stops, cuts and flushes, and no rest between two faults.
+    """
 
     fleet: Fleet
     seed: int
-    kinds: tuple[str, ...] = ("kill", "terminate", "stop", "cut", "flush")
+    only_restarts: bool = False
     spans: list[tuple[str, float, float]] = field(default_factory=list)
     recoveries: list[tuple[str, float, str]] = field(default_factory=list)
     """After each fault: seconds until all served again, and who was the last."""
@@ -73,11 +75,10 @@ class Nemesis:
     async def run(self, seconds: float, most: float) -> None:
         """Deal faults for so long, or so many; return when all that was broken serves again. Raises TimeoutError."""
         random_ = random.Random(self.seed)
-        kinds = set(self.kinds) - (set() if self.fleet.with_networks else {"cut"})
-        known = [each for each in _FAULTS if each[0] in kinds]
+        known = [each for each in _FAULTS if self._is_dealt(each[0])]
         end = time.monotonic() + seconds
         while time.monotonic() < end and len(self.spans) < most:
-            await asyncio.sleep(random_.uniform(0.3, 3.0))
+            await asyncio.sleep(0 if self.only_restarts else random_.uniform(0.3, 3.0))
             kind, role, _ = random_.choices(known, [weight for *_, weight in known])[0]
             member = random_.choice(self.fleet.of_role(role))
             duration = random_.uniform(0.25, 3) * TIMEOUT_S * self.fleet.patience
@@ -88,13 +89,18 @@ class Nemesis:
             self.spans.append((f"{kind} {role}", began, time.monotonic()))
             self.recoveries.append((f"{kind} {role}", time.monotonic() - over, last))
 
+    def _is_dealt(self, kind: str) -> bool:
+        if self.only_restarts:
+            return kind in ("kill", "terminate")
+        return kind != "cut" or self.fleet.with_networks
+
     async def _deal(self, member: Member, kind: str, duration: float) -> None:
         match kind:
             case "flush":
                 await asyncio.to_thread(self.fleet.flush_redis)
             case "kill":
                 self.fleet.end(member, signal.SIGKILL)
-                await asyncio.sleep(duration / 2)
+                await asyncio.sleep(0 if self.only_restarts else duration / 2)
             case "terminate":
                 await self._terminate(member)
             case "stop":

@@ -135,12 +135,12 @@ class Fleet:
     # ---- life ----------------------------------------------------------------
 
     def start_all(self) -> None:
-        """Start everything and wait until both routers know every worker. Raises TimeoutError with the last words."""
+        """Start everything and wait until both routers know every worker. Raises RuntimeError, TimeoutError."""
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(parents=True)
         for member in self.members.values():
             self.start(member)
-        self.wait_ready(lambda: None)
+        self.wait_ready(self._check_alive)
 
     def start(self, member: Member) -> None:
         """Start it, empty in case of Redis, at its address."""
@@ -173,6 +173,12 @@ class Fleet:
                 tail = late[0].log_path.read_text(errors="replace")[-2000:]
                 raise TimeoutError(f"{last}: not serving in time; the log of {late[0].name} ends:\n{tail}")
             time.sleep(0.1)
+
+    def _check_alive(self) -> None:
+        for member in self.members.values():
+            if not member.alive:
+                tail = member.log_path.read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"{member.name} has ended; its log ends:\n{tail}")
 
     def is_ready(self, member: Member) -> bool:
         if not member.alive:

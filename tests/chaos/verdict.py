@@ -121,6 +121,8 @@ def table(load: Load, nemesis: Nemesis, footprints: Footprints) -> str:
         ]
         recovery, last = max((seconds, last) for each, seconds, last in nemesis.recoveries if each == name)
         lines.append(f"| {name} | {count} | {max(silences, default=0):.1f} | {recovery:.1f} ({last}) |")
+    minutes = (nemesis.spans[-1][2] - nemesis.spans[0][1]) / 60 if nemesis.spans else 0
+    lines += ["", f"{len(nemesis.spans)} faults in {minutes:.1f} minutes"]
     lines += ["", "| process | starts | MB, descriptors at first | in the end | MB a minute |", "|---|---|---|---|---|"]
     for name, tracks in footprints.tracks.items():
         first, last_ = tracks[0], tracks[-1]

@@ -8,11 +8,10 @@ from enum import Enum
 from typing import Any, Final
 from unittest import mock
 
-from services.decode import stages
 from services.prefill import order
 from services.worker.states import States
 
-TABLES: Final = (order.TRANSITIONS, stages.TRANSITIONS)
+TABLES: Final = (order.TRANSITIONS,)
 
 
 def all_rows() -> set[str]:

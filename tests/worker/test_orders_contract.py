@@ -14,6 +14,8 @@ from tandem.v1 import worker_pb2 as pb
 from kvstore.peer_keys import PeerKeys
 from services.orders import GrpcOrders, GrpcServer, OrderServer, StreamBroken, StreamRefused, grpc_orders
 from tests.memory_orders import MemoryOrders, MemoryServer
+from tests.ports import free_port
+from tests.relay import FAR_HOST, Relays
 
 KEYS = PeerKeys((b"the key of these tests" * 2,))
 
@@ -166,6 +168,29 @@ async def test_a_connection_to_a_worker_without_calls_is_closed_and_opened_again
                 while channel.get_state() is not grpc.ChannelConnectivity.IDLE:
                     await channel.wait_for_state_change(channel.get_state())
         assert calls == 2
+    finally:
+        await orders.close()
+        await server.stop(None)
+
+
+async def test_an_order_whose_connection_leads_nowhere_does_not_wait_for_a_minute():
+    port = free_port()
+    server, orders = GrpcServer("127.0.0.1", port), GrpcOrders()
+
+    async def serve(order, send):
+        await send(pb.PrefillEvent(scheduled=pb.PrefillScheduled()))
+        await asyncio.Event().wait()
+
+    server.serve_prefills(serve)
+    await server.start()
+    try:
+        with Relays([port]) as relays:
+            async with aclosing(orders.prefill(f"{FAR_HOST}:{port}", pb.PrefillRequest())) as events:
+                assert (await anext(events)).WhichOneof("kind") == "scheduled"
+                relays.forget(port)
+                with pytest.raises(StreamBroken):
+                    async with asyncio.timeout(45):
+                        await anext(events)
     finally:
         await orders.close()
         await server.stop(None)
