@@ -5,7 +5,8 @@
 
 Streams of all lengths, greedy and sampled, with prompts that share prefixes and some that do not; four in ten are cut
 by the client. Every minute or so a row: resident memory and open files of each process. A process is flat where its
-memory grows by less than 0.3 MB a minute over the second half, by least squares. In the end no worker holds a block.
+memory grows by less than 0.3 MB a minute, and its open files by less than one in two minutes, over the second half, by
+least squares. In the end no worker holds a block.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tests.hf_models import SPECIAL_TOKENS, VOCAB_SIZE, random_prompts, write_mo
 from tests.stack import Stack
 
 MAX_SLOPE_MB_PER_MIN = 0.3
+MAX_SLOPE_FILES_PER_MIN = 0.5
 CUT_SHARE = 0.4
 _NUM_ROWS = 30
 _FIRST_TOKEN = len(SPECIAL_TOKENS)
@@ -54,8 +56,14 @@ class Track:
         return slope(self.minutes[half:], self.memory_mb[half:])
 
     @property
+    def slope_files_per_min(self) -> float:
+        """Over the second half."""
+        half = len(self.minutes) // 2
+        return slope(self.minutes[half:], self.num_files[half:])
+
+    @property
     def is_flat(self) -> bool:
-        return self.slope_mb_per_min < MAX_SLOPE_MB_PER_MIN
+        return self.slope_mb_per_min < MAX_SLOPE_MB_PER_MIN and self.slope_files_per_min < MAX_SLOPE_FILES_PER_MIN
 
 
 def _resident_bytes(pid: int) -> int:
@@ -147,7 +155,8 @@ def main() -> int:
     print(f"{load.num_whole} streams whole, {load.num_cut} cut by clients, {len(load.errors)} errors {load.errors[:3]}")
     for track in tracks:
         verdict = "flat" if track.is_flat else "grows"
-        print(f"{track.name:12} {track.slope_mb_per_min:+7.2f} MB a minute in the second half: {verdict}")
+        slopes = f"{track.slope_mb_per_min:+7.2f} MB, {track.slope_files_per_min:+5.2f} files"
+        print(f"{track.name:12} {slopes} a minute in the second half: {verdict}")
     return 0 if all(track.is_flat for track in tracks) and not load.errors else 1
 
 

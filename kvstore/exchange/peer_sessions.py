@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, TypeAlias
 
 from kvstore.complaints import Complaints
@@ -121,10 +121,9 @@ class PeerSessions:
         try:
             async with asyncio.timeout(allowed_s) as limit:
 
-                def on_proven(peer: PeerIdentity) -> None:
+                def on_proven(_: PeerIdentity) -> None:
                     """It answers, so it lives: making the link may take longer."""
                     nonlocal allowed_s
-                    self._check_newest(self.owners, peer)
                     allowed_s = self._timeouts.connect_s
                     limit.reschedule(ends_s)
 
@@ -178,11 +177,10 @@ class PeerSessions:
             await self._strangers.pop(oldest).close()  # which ends its handshake
         self._strangers[task] = stream
 
-        def on_proven(peer: PeerIdentity) -> None:
+        def on_proven(_: PeerIdentity) -> None:
             if self._strangers.pop(task, None) is None:  # with its proof read already
                 raise PeerLost("turned away, as too many others came after it")
             self._newcomers.add(task)
-            self._check_newest(self.readers, peer)
 
         try:
             async with asyncio.timeout(self._timeouts.connect_s):
@@ -216,25 +214,15 @@ class PeerSessions:
         elif isinstance(error, ExchangeError):
             self._complaints.log(logging.WARNING, "%s: handshake failed: %s", who, error)
 
-    def _check_newest(self, connections: Mapping[str, Connection[Any]], peer: PeerIdentity) -> None:
-        """Refuse a start of a process that has been succeeded by another. Raises `IncompatiblePeer`."""
-        known = connections.get(peer.peer_id)
-        if known is not None and known.is_open and known.peer.incarnation > peer.incarnation:
-            raise IncompatiblePeer(
-                f"{peer.peer_id} is connected as incarnation {known.peer.incarnation}, newer than {peer.incarnation}"
-            )
-
     def _install(self, connections: dict[str, Connection[Any]], connection: Connection[Any]) -> None:
-        """Make a connection the live one of its pair; an older one is a corpse that we had not noticed yet."""
+        """Make a connection the live one of its pair; an older one is a corpse that we had not noticed yet.
+
+        It has just proven itself, so its process lives: that settles who is newer, and clocks do not.
+        """
         peer, lane, we_read = connection.peer, connection.link.lane, connections is self.owners
-        try:
-            self._check_newest(connections, peer)  # again: that one may have come while this link was made
-        except IncompatiblePeer as error:
-            connection.close(str(error))
-        else:
-            if (old := connections.get(peer.peer_id)) is not None:
-                old.close(f"incarnation {peer.incarnation} of {peer.peer_id} has connected anew")
-            connections[peer.peer_id] = connection
+        if (old := connections.get(peer.peer_id)) is not None:
+            old.close(f"incarnation {peer.incarnation} of {peer.peer_id} has connected anew")
+        connections[peer.peer_id] = connection
         self.undrained[connection] = None
         text = "connected: %s (%s, incarnation %s), blocks travel over %s, lane %s"
         logger.debug(text, connection.name, peer.role, peer.incarnation, connection.transport_name, lane)

@@ -13,6 +13,7 @@ from kvstore.registry.redis_session import (
     raise_if_cancelled,
 )
 from kvstore.registry.registry import Membership, Registrar
+from kvstore.registry.succession import next_incarnation
 from kvstore.registry.worker_record import WorkerRecord, new_incarnation
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "describe",
     "describe_url",
     "new_incarnation",
+    "next_incarnation",
     "open_client",
     "raise_if_cancelled",
     "redis_version",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -77,9 +78,12 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
 
 
-def new_incarnation(now_unix_ns: Callable[[], int] = time.time_ns) -> str:
-    """Return a name for one process's life: 24 hex digits, unique, and later ones sort after earlier ones."""
-    return f"{now_unix_ns():016x}{secrets.token_hex(4)}"
+def new_incarnation(now_unix_ns: Callable[[], int] = time.time_ns, after: str = "") -> str:
+    """Return a name for one process's life: 24 hex digits, unique; later ones sort after earlier ones, and `after`."""
+    number = now_unix_ns()
+    if re.fullmatch("[0-9a-f]{24}", after):
+        number = max(number, int(after[:16], 16) + 1)
+    return f"{number:016x}{secrets.token_hex(4)}"
 
 
 def encode_record(record: WorkerRecord) -> bytes:

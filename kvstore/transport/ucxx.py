@@ -22,6 +22,7 @@ from kvstore.block import BlockMemory, Run
 from kvstore.errors import ReadFailed, TransportError
 from kvstore.transport.base import LinkPeer
 from kvstore.transport.buffers import region
+from kvstore.transport.ucxx_introduction import mend
 
 if TYPE_CHECKING:
     from ucxx import Endpoint, Listener
@@ -34,8 +35,6 @@ _LINK_ID_TAG: Final = 0
 _LINK_ID_BYTES: Final = 16
 # An endpoint that has introduced itself waits so long for the control connection's word, and the other way round.
 _INTRODUCTION_S: Final = 5.0
-# Dialling it is shorter: a client waits. Its host has just answered over the control connection.
-_DIAL_S: Final = 2.5
 # What `Endpoint.abort` may block the loop for, where the progress thread is busy.
 _ABORT_PERIOD_NS: Final = 200_000_000
 _MAX_CLOSE_S: Final = 5.0
@@ -64,6 +63,7 @@ def import_ucxx() -> tuple[ModuleType, dict[str, str]]:
     added = [name for name in os.environ if name.startswith("UCX_RNDV_") and name not in users_own]
     options = {name.removeprefix("UCX_"): os.environ.pop(name) for name in added}
     module: ModuleType = ucxx
+    mend(module)
     return module, options
 
 
@@ -81,6 +81,7 @@ class UcxxTransport:
         self._is_running = False
         self._listener: Listener | None = None
         self._links: set[UcxxLink] = set()
+        self._sending: set[asyncio.Future[None]] = set()  # ids of links, at their beginning
         # The owner's end of links to be, by link id. The endpoint comes from the listener, the wish for it from the
         # handshake, in either order.
         self._arrivals: dict[bytes, asyncio.Future[Endpoint]] = {}
@@ -137,11 +138,15 @@ class UcxxTransport:
     async def _dial(self, peer: LinkPeer) -> Endpoint:
         try:
             port = msgspec.msgpack.decode(peer.descriptor, type=_Descriptor).port
-            endpoint = await self._ucxx.create_endpoint(peer.host, port, connect_timeout=_DIAL_S)
+            endpoint = await self._ucxx.create_endpoint(peer.host, port, connect_timeout=_INTRODUCTION_S)
         except (msgspec.MsgspecError, OSError, RuntimeError, TimeoutError, self._error) as error:
             raise TransportError(f"ucxx: no endpoint to {peer.peer_id} at {peer.host}: {error!r}") from error
+        # Never cancelled, as all that is posted: the endpoint's end is its end.
+        sending = asyncio.ensure_future(endpoint.send(bytearray(peer.link_id), tag=_LINK_ID_TAG))
+        self._sending.add(sending)
+        sending.add_done_callback(self._sent)
         try:
-            await endpoint.send(bytearray(peer.link_id), tag=_LINK_ID_TAG)
+            await asyncio.shield(sending)
         except self._error as error:
             endpoint.abort(_ABORT_PERIOD_NS)
             raise TransportError(f"ucxx: {peer.peer_id} dropped our endpoint: {error!r}") from error
@@ -149,6 +154,11 @@ class UcxxTransport:
             endpoint.abort(_ABORT_PERIOD_NS)
             raise
         return endpoint
+
+    def _sent(self, sending: asyncio.Future[None]) -> None:
+        self._sending.discard(sending)
+        if not sending.cancelled():
+            sending.exception()  # whoever waits hears of it; nobody may be left to
 
     async def _arrival(self, link_id: bytes) -> Endpoint:
         try:

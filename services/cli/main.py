@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -17,11 +18,12 @@ class _Command:
     summary: str
     module: str  # its main(argv) runs the command
     config: str | None = None  # "module:Class" whose flags its help shows without importing the service
+    function: str = "main"
 
 
 _COMMANDS = {
     "up": _Command("serve a model on this machine: everything in one command", "services.cli.up.up"),
-    "serve": _Command("the same as up, under the name that vLLM's users know", "services.cli.up.up"),
+    "serve": _Command("the same as up, under the name that vLLM's users know", "services.cli.up.up", function="serve"),
     "router": _Command("run a router: the HTTP API", "services.router.__main__", "services.router.config:RouterConfig"),
     "prefill": _Command("run a prefill worker", "services.prefill.__main__", "services.prefill.config:PrefillConfig"),
     "decode": _Command("run a decode worker", "services.decode.__main__", "services.decode.config:DecodeConfig"),
@@ -39,7 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, _interrupt_once)
         _open_standard_streams()
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 128 + signal.SIGPIPE  # as of `tandem size | head`: not our fault, and nothing to tell
     except KeyboardInterrupt:
         print("tandem: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -57,6 +66,16 @@ def _open_standard_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone; what is left for it then goes to nobody."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _interrupt_once(number: int, frame: object) -> None:
@@ -84,7 +103,7 @@ def _run(argv: Sequence[str]) -> int:
         config = getattr(importlib.import_module(module), cls)
         make_parser(config, prog=f"tandem {name}", description=command.summary).print_help()
         return 0
-    run: Callable[[Sequence[str]], int] = importlib.import_module(command.module).main
+    run: Callable[[Sequence[str]], int] = getattr(importlib.import_module(command.module), command.function)
     return run(rest)
 
 

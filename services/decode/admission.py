@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from tandem.v1 import worker_pb2 as pb
 
@@ -18,8 +18,9 @@ from kvstore.errors import IncompatiblePeer, KVStoreError, PeerLost, PeerUnreach
 from kvstore.exchange import Fetch
 from kvstore.protocol import FetchCause, FetchResult, FetchStamps, Reservation
 from services.decode.config import DecodeConfig
-from services.decode.handoff import HandoffFailed, prefill_remotely
+from services.decode.handoff import NOT_JOINED, HandoffFailed, prefill_remotely
 from services.decode.live import LiveRequest
+from services.decode.news import News, news_of, news_of_first
 from services.engine.api import EngineError, Request, RequestUpdate, SampledToken
 from services.lifecycle import Event
 from services.worker import convert
@@ -40,40 +41,38 @@ class MoveFailed(Exception):
     """The blocks of a request that comes from another decode worker could not be had; the message says why."""
 
 
-@dataclass(frozen=True)
-class Admitted:
-    """A handoff's fruit, or a move's. `joined` is None where the first token is also the last: then the engine has no
-    part in it. `first` is None after a move: the router has all tokens so far."""
-
-    first: pb.PrefillFinished | None
-    joined: asyncio.Future[RequestUpdate] | None
-
-
 class Admission:
-    """Gets live requests into the engine. `entered` is called on the engine thread, before the request's first step."""
+    """Gets live requests into the engine."""
 
     def __init__(
-        self, config: DecodeConfig, parts: WorkerParts, entered: Callable[[LiveRequest, Request], None]
+        self,
+        config: DecodeConfig,
+        parts: WorkerParts,
+        entered: Callable[[LiveRequest, Request], None],
+        deliver: Callable[[Sequence[News]], None],
     ) -> None:
+        """`entered` is called on the engine thread, before the request's first step; `deliver` sends what there is to
+        say before that.
+        """
         self._config = config
         self._parts = parts
         self._entered = entered
+        self._deliver = deliver
         self._clock = parts.clock
         self._disposals = Settlements("failed handoffs")
         # Starts of prefill workers. Each that does not answer costs a request seconds, so the next does not ask it.
         self._shunned = Shunned(asyncio.get_running_loop().time)
         self._being_handed_over: dict[tuple[object, ...], asyncio.Task[None]] = {}  # admissions, by prompt
 
-    async def admit(self, live: LiveRequest) -> Admitted | None:
-        """Bring the request into the engine, by whichever way works.
-
-        Returns what came with the handoff, None after a local prefill. Raises InvalidRequest, QueueFull,
-        PromptRefused, EngineCrashed.
+    async def admit(self, live: LiveRequest) -> None:
+        """Bring the request into the engine, by whichever way works. Raises InvalidRequest, QueueFull, PromptRefused,
+        EngineCrashed.
         """
         hashes = live.hashes = await convert.prompt_hashes(live.order, self._parts.engine.layout, self._parts.threads)
         if live.order.HasField("move"):
             try:
-                return await self._take_over(live, live.order.move, hashes)
+                await self._take_over(live, live.order.move, hashes)
+                return
             except MoveFailed as failure:
                 log.warning("the blocks of %s are not to be had: %s", live.order.move.worker_id, failure)
                 self._parts.metrics.moved("recomputed")
@@ -88,7 +87,8 @@ class Admission:
                 if target.incarnation in shunned:
                     continue
                 try:
-                    return await self._prefill_elsewhere(live, target, hashes)
+                    await self._prefill_elsewhere(live, target, hashes)
+                    return
                 except HandoffFailed as failure:
                     if failure.cause in _SHUNNED_FOR:
                         self._shunned.add(target.incarnation)
@@ -96,8 +96,9 @@ class Admission:
                     self._parts.metrics.handoff_failed(failure.cause)
                     self._parts.metrics.recomputed("handoff")
                     live.usage.num_recomputes += 1
+                    if failure.cause == NOT_JOINED:
+                        break  # it has its first token, and goes on behind it
         await self._prefill_here(live, hashes)
-        return None
 
     async def close(self) -> None:
         """Wait for what failed handoffs left. Bounded, since the exchange is closed by then."""
@@ -152,7 +153,7 @@ class Admission:
 
         await self._parts.thread.call(enter)
 
-    async def _take_over(self, live: LiveRequest, move: pb.Move, hashes: list[BlockHash]) -> Admitted:
+    async def _take_over(self, live: LiveRequest, move: pb.Move, hashes: list[BlockHash]) -> None:
         """Go on from the blocks that the request has left at another decode worker. Raises MoveFailed.
 
         It is a handoff whose prompt is all but the newest token, which is the one that comes with it: no step has
@@ -189,12 +190,15 @@ class Admission:
         live.usage.moved.lane = exchange.lane_to(owner)
         live.usage.moved.num_blocks, live.usage.moved.num_bytes = fetched.num_blocks, fetched.num_bytes
         live.usage.moved.seconds = exchange.clock() - started_s
+        try:
+            await self._joined(live, self._enter(live, request, fetched, SampledToken(resumed[-1], None)))
+        except EngineError as error:
+            live.usage.ClearField("moved")
+            live.usage.num_cached_tokens = 0
+            raise MoveFailed(f"the engine did not take them: {error}") from error
         self._parts.metrics.moved("joined")
-        return Admitted(None, self._enter(live, request, fetched, SampledToken(resumed[-1], None)))
 
-    async def _prefill_elsewhere(
-        self, live: LiveRequest, target: pb.PrefillTarget, hashes: list[BlockHash]
-    ) -> Admitted:
+    async def _prefill_elsewhere(self, live: LiveRequest, target: pb.PrefillTarget, hashes: list[BlockHash]) -> None:
         request = live.new_attempt(self._clock())
         # Before anybody computes it: what our own engine cannot serve is no other worker's failure.
         self._parts.engine.check(request)
@@ -229,18 +233,32 @@ class Admission:
         live.usage.prefill_rates.CopyFrom(handoff.finished.rates)
         convert.copy_stamps(handoff.finished.stamps, live.timeline)
         if handoff.fetched is None:
-            return Admitted(handoff.finished, None)
-        return Admitted(handoff.finished, self._join(live, request, handoff.finished, handoff.fetched))
+            self._deliver([news_of_first(live, handoff.finished)])  # its last token, too
+        else:
+            await self._join(live, request, handoff.finished, handoff.fetched)
 
-    def _join(
+    async def _join(
         self, live: LiveRequest, request: Request, finished: pb.PrefillFinished, fetched: FetchResult
-    ) -> asyncio.Future[RequestUpdate]:
+    ) -> None:
+        """Have the engine go on from the blocks, and send the first token meanwhile. Raises HandoffFailed."""
         live.usage.num_transferred_blocks = fetched.num_blocks
         live.usage.num_transferred_bytes = fetched.num_bytes
         self._parts.metrics.handed_off(fetched.num_blocks, fetched.num_bytes)
         self._stamp_transfer(live, fetched.stamps)
         logprobs = convert.logprobs_from_proto(finished.logprobs) if finished.HasField("logprobs") else None
-        return self._enter(live, request, fetched, SampledToken(finished.token_id, logprobs))
+        joining = self._enter(live, request, fetched, SampledToken(finished.token_id, logprobs))
+        self._deliver([news_of_first(live, finished)])
+        try:
+            await self._joined(live, joining)
+        except EngineError as error:
+            live.resumed_token_ids += (finished.token_id,)
+            raise HandoffFailed(NOT_JOINED, f"the engine did not take the blocks: {error}") from error
+
+    async def _joined(self, live: LiveRequest, joining: asyncio.Future[RequestUpdate]) -> None:
+        """This worker's context may be shorter than the other one's, and the token that came the last after all."""
+        update = await joining
+        if update.finish_reason is not None:
+            self._deliver([news_of(live, replace(update, new_tokens=()))])
 
     def _enter(
         self, live: LiveRequest, request: Request, fetched: FetchResult, token: SampledToken

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from tandem.v1 import worker_pb2 as pb
 
@@ -25,6 +25,9 @@ from kvstore.errors import IncompatiblePeer, PeerLost, PeerUnreachable
 from kvstore.exchange import BlockExchange, Fetch
 from kvstore.protocol import FetchResult, Reservation
 from services.orders import Orders, StreamBroken
+
+NOT_JOINED: Final = "join"
+"""Cause of a failed handoff: blocks and token came, and our own engine did not take them."""
 
 
 class HandoffFailed(Exception):

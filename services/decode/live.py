@@ -9,13 +9,17 @@ from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block import BlockHash
 from services.decode.session import RouterSession
+from services.decode.stages import TRANSITIONS, LiveState
 from services.engine.api import Request, SamplingParams
 from services.lifecycle import Timeline
+from services.worker.states import States
 
 
 @dataclass(eq=False)
 class LiveRequest:
-    """Owned by the event loop. The engine thread reads `session` and `order` and marks events in `timeline`."""
+    """Owned by the event loop. The engine thread reads `session`, `order`, `request` and `leaves_under`, and marks
+    events in `timeline`.
+    """
 
     order: pb.GenerateRequest
     sampling: SamplingParams
@@ -27,27 +31,19 @@ class LiveRequest:
     request: Request | None = None  # what the engine was given, once it was
     num_attempts: int = 0
     newest_token_s: float | None = None  # when it was sent to the router, by the timeline's clock
-    is_finished: bool = False
-    leaves_under: bytes = b""  # the id of the transfer in which it goes to another worker, as soon as it can
-
+    leaves_under: bytes = b""  # LEAVING: the id of the transfer in which it goes to another worker
     hashes: list[BlockHash] = field(default_factory=list)  # of the context's full blocks
 
     def __post_init__(self) -> None:
         self.prompt_token_ids = tuple(self.order.prompt_token_ids)
         self.resumed_token_ids = tuple(self.order.resumed_token_ids)
         self.usage.num_prompt_tokens = self.num_context_tokens
+        self.states = States(f"request {self.order.request_id}", TRANSITIONS, LiveState.ADMITTING)
 
     @property
     def num_context_tokens(self) -> int:
         """Prompt tokens, and those of the output that another worker has sent already."""
         return len(self.prompt_token_ids) + len(self.resumed_token_ids)
-
-    @property
-    def stage(self) -> str:
-        """The request's stage, for messages."""
-        if self.request is None:
-            return "handoff"
-        return "decode" if self.newest_token_s is not None else "prefill queue"
 
     def left_s(self) -> float:
         """Seconds until its deadline, at least 1 ms; 0: it has none. Whoever works for it has no longer."""

@@ -8,7 +8,7 @@ that. With the side that each step happens on (E: engine thread, L: event loop):
     -> that one takes the blocks by the block protocol -> the keep closes -> blocks freed (E)
 
     where the request is                       what the asking does
-    handoff; prompt being computed here        noted: it leaves after its first step here
+    handoff; prompt being computed here        noted: it leaves once the engine has it, and its prompt is computed
     waits, or preempted: holds no blocks       it leaves at once; the other worker computes its context
     decodes                                    it leaves between two steps
     finished, aborted                          nothing
@@ -18,15 +18,14 @@ that. With the side that each step happens on (E: engine thread, L: event loop):
     the other worker dies, or gives them up    the lease closes; blocks freed
     the router dies                            its other session ends, too: as above
     this worker ends                           the exchange closes all keeps; the other worker computes the context
+    they cannot be kept, by a bug of ours      blocks freed; the other worker computes the context
 
-What an abort finds: until MOVED is sent the request is live as any other, and blocks that come out of the engine for it
-are freed; from then on it has ended here.
+To this worker it is LEAVING from the asking on (`stages.py`), and has ended with MOVED.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+import logging
 
 from tandem.v1 import worker_pb2 as pb
 
@@ -36,29 +35,42 @@ from services.engine.api import Suspended
 from services.worker.assembly import WorkerParts
 from services.worker.settling import Settlements
 
+log = logging.getLogger(__name__)
+
 
 class Departures:
-    """The requests that leave this worker. `finish` sends a live request's last output, on the event loop."""
+    """What the requests that leave this worker leave behind."""
 
-    def __init__(self, parts: WorkerParts, finish: Callable[[LiveRequest, pb.Output], None]) -> None:
+    def __init__(self, parts: WorkerParts) -> None:
         self._parts = parts
-        self._finish = finish
-        self._loop = asyncio.get_running_loop()
         self._kept = Settlements("moved requests")
 
     def __len__(self) -> int:
         """Counts the requests whose blocks are kept here still."""
         return len(self._kept)
 
-    def suspend(self, live: LiveRequest) -> bool:
-        """Take it out of the engine, if it can go now; whether it has gone. Engine thread."""
-        if live.request is None:
-            return False
-        left = self._parts.engine.suspend(live.request.request_id, live.leaves_under)
-        if left is None:
-            return False
-        self._loop.call_soon_threadsafe(self._left, live, left)
-        return True
+    def keep(self, live: LiveRequest, left: Suspended) -> pb.Output:
+        """Keep the blocks for whoever goes on with the request; its last output here, which says where they are."""
+        output = pb.Output(handle=live.order.handle, finish_reason=pb.FINISH_REASON_MOVED)
+        self._parts.metrics.moved("left")
+        if not left.blocks:
+            return output
+        try:
+            keep = self._parts.exchange.keep(live.leaves_under, left.blocks, live.order.request_id)
+        except Exception:
+            log.exception("blocks could not be kept", extra={"request_id": live.order.request_id})
+            self.free(left)
+            return output
+        self._kept.start(self._free_after(keep, left), name=f"keep-{live.order.request_id}")
+        output.move.worker_id = self._parts.worker_id
+        output.move.incarnation = self._parts.incarnation
+        output.move.transfer_id = keep.transfer_id
+        output.move.num_tokens = len(live.prompt_token_ids) + left.num_output_tokens - 1
+        return output
+
+    def free(self, left: Suspended) -> None:
+        """Give back what nobody goes on with."""
+        self._parts.thread.post(self._release, left)
 
     async def ended(self) -> None:
         """Wait until nothing is kept for anybody."""
@@ -68,23 +80,9 @@ class Departures:
         """Wait for the last ones, with the exchange closed."""
         await self._kept.settled()
 
-    def _left(self, live: LiveRequest, left: Suspended) -> None:
-        block_ids = [block.block_id for block in left.blocks]
-        if live.is_finished:  # aborted meanwhile
-            self._parts.thread.post(self._parts.engine.release_blocks, block_ids)
-            return
-        output = pb.Output(handle=live.order.handle, finish_reason=pb.FINISH_REASON_MOVED)
-        if left.blocks:
-            request_id = live.order.request_id
-            keep = self._parts.exchange.keep(live.leaves_under, left.blocks, request_id)
-            self._kept.start(self._free_after(keep, block_ids), name=f"keep-{request_id}")
-            output.move.worker_id = self._parts.worker_id
-            output.move.incarnation = self._parts.incarnation
-            output.move.transfer_id = keep.transfer_id
-            output.move.num_tokens = len(live.prompt_token_ids) + left.num_output_tokens - 1
-        self._parts.metrics.moved("left")
-        self._finish(live, output)
-
-    async def _free_after(self, keep: Keep, block_ids: list[int]) -> None:
+    async def _free_after(self, keep: Keep, left: Suspended) -> None:
         await keep.closed
-        await self._parts.thread.call(self._parts.engine.release_blocks, block_ids)
+        await self._parts.thread.call(self._release, left)
+
+    def _release(self, left: Suspended) -> None:  # engine thread
+        self._parts.engine.release_blocks([block.block_id for block in left.blocks])

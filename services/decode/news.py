@@ -21,6 +21,26 @@ class News(NamedTuple):
     num_cached_tokens: int = 0
     num_recomputes: int = 0
 
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing more will come."""
+        return self.output is not None and self.output.finish_reason != pb.FINISH_REASON_UNSPECIFIED
+
+
+def news_of_first(live: LiveRequest, first: pb.PrefillFinished) -> News:
+    """The token that came with a handoff; the engine's own outputs come after it, by the loop's order."""
+    output = pb.Output(
+        handle=live.order.handle,
+        token_ids=[first.token_id],
+        prompt_logprobs=first.prompt_logprobs,
+        finish_reason=first.finish_reason,
+    )
+    if first.HasField("logprobs"):
+        output.logprobs.append(first.logprobs)
+    if first.HasField("stop_token_id"):
+        output.stop_token_id = first.stop_token_id
+    return News(live, first.token_id, output)
+
 
 def news_of(live: LiveRequest, update: RequestUpdate) -> News:
     is_last = update.finish_reason is not None

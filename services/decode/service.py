@@ -1,20 +1,13 @@
 """The decode worker's service: owns each request from the router's order to its last token.
 
-What an abort (by the router, by the end of its session, by the request's timeout, by shutdown) finds in each stage:
-
-    stage      where the request is                           what the abort does
-    handoff    its admission task waits for a prefill worker  cancels the task; the fetch is disposed of (admission.py)
-    engine     the engine queues, prefills or decodes it      the engine drops it between two steps and frees its blocks
-    finished   its last output is on the way                  nothing
-
-Each request ends in exactly one output with a finish reason; `_finish` is the only place that sends it.
+`stages.py` says what becomes of a request, whatever happens; here it happens. `_tell` is the only place that acts on
+it, and `_end` the only one that sends an output with a finish reason.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -29,7 +22,8 @@ from services.decode.live import LiveRequest
 from services.decode.moving import Departures
 from services.decode.news import News, news_of
 from services.decode.session import RouterSession, SessionOverflow
-from services.engine.api import InvalidRequest, QueueFull, Request, RequestUpdate, StepOutput
+from services.decode.stages import LiveAction, LiveEvent
+from services.engine.api import InvalidRequest, QueueFull, Request, StepOutput, Suspended
 from services.lifecycle import Event, Timeline
 from services.logs import request_scope
 from services.orders import OrderServer, StreamRefused
@@ -59,11 +53,10 @@ class DecodeService:
         self._parts = parts
         self._clock = parts.clock
         self._loop = asyncio.get_running_loop()
-        self._admission = Admission(config, parts, self._entered)
-        self._departures = Departures(parts, self._finish)
+        self._admission = Admission(config, parts, self._entered, self._deliver)
+        self._departures = Departures(parts)
         self._sessions: dict[RouterSession, dict[int, LiveRequest]] = {}  # live requests by handle
         self._session_numbers = itertools.count(1)
-        self._num_live = 0
         self._num_admitting = 0
         self._in_engine: dict[str, LiveRequest] = {}  # engine thread: by engine request id
         self._draining = False
@@ -126,9 +119,8 @@ class DecodeService:
                         self._abort(live, order.abort.reason)
                 elif kind == "move":
                     live = self._sessions[session].get(order.move.handle)
-                    if live is not None and not live.leaves_under:
-                        live.leaves_under = self._parts.exchange.new_id()
-                        self._parts.thread.post(self._let_go, live)
+                    if live is not None:
+                        self._tell(live, LiveEvent.MOVE_ASKED)
                 else:
                     log.error("router %s sent %s in mid-session; ending the session", session.router_id, kind)
                     return
@@ -153,7 +145,6 @@ class DecodeService:
             log_refusal(order, pb.ERROR_CODE_INVALID)
             return
         self._sessions[session][order.handle] = live
-        self._num_live += 1
         self._idle.clear()
         live.admission = asyncio.create_task(self._admit(live), name=f"admit-{order.request_id}")
         if order.timeout_s > 0:
@@ -182,11 +173,7 @@ class DecodeService:
         self._num_admitting += 1
         error: pb.Error | None = error_of(pb.ERROR_CODE_INTERNAL, "its admission was cancelled, as nobody had ordered")
         try:
-            admitted = await self._admission.admit(live)
-            if admitted is not None and admitted.first is not None:
-                self._emit_first(live, admitted.first)
-            if admitted is not None and admitted.joined is not None:
-                self._check_joined(live, await admitted.joined)
+            await self._admission.admit(live)
             error = None
         except (InvalidRequest, PromptRefused) as refusal:
             self._parts.metrics.refused("invalid")
@@ -202,98 +189,113 @@ class DecodeService:
             error = error_of(pb.ERROR_CODE_INTERNAL, f"{type(failure).__name__}: {failure}")
         finally:
             self._num_admitting -= 1
-            if error is not None and not live.is_finished:
-                self._parts.thread.post(self._leave, live)
-                self._fail(live, error)
-
-    def _emit_first(self, live: LiveRequest, first: pb.PrefillFinished) -> None:
-        """Send the token that came with the handoff; the engine's own outputs come after it, by the loop's order."""
-        output = pb.Output(
-            handle=live.order.handle,
-            token_ids=[first.token_id],
-            prompt_logprobs=first.prompt_logprobs,
-            finish_reason=first.finish_reason,
-        )
-        if first.HasField("logprobs"):
-            output.logprobs.append(first.logprobs)
-        if first.HasField("stop_token_id"):
-            output.stop_token_id = first.stop_token_id
-        self._deliver([News(live, first.token_id, output)])
-
-    def _check_joined(self, live: LiveRequest, update: RequestUpdate) -> None:
-        """This worker's context may be shorter than the prefill worker's, and the first token the last after all."""
-        if update.finish_reason is not None:
-            self._deliver([news_of(live, dataclasses.replace(update, new_tokens=()))])
+            if error is None:
+                self._tell(live, LiveEvent.ADMITTED)
+            else:
+                self._tell(live, LiveEvent.NOT_ADMITTED, error_output(live.order.handle, error))
 
     def _abort(self, live: LiveRequest, reason: str) -> None:
         log.debug("aborted: %s", reason, extra={"request_id": live.order.request_id})
-        self._withdraw(live)
-        self._finish(live, pb.Output(handle=live.order.handle, finish_reason=pb.FINISH_REASON_ABORT))
+        output = pb.Output(handle=live.order.handle, finish_reason=pb.FINISH_REASON_ABORT)
+        self._tell(live, LiveEvent.ABORTED, output)
 
     def _expire(self, live: LiveRequest) -> None:
-        self._withdraw(live)
-        message = f"no end after {live.order.timeout_s:g} s; stage: {live.stage}"
-        self._fail(live, error_of(pb.ERROR_CODE_DEADLINE, message))
+        message = f"no end after {live.order.timeout_s:g} s; stage: {live.states.state.value}"
+        output = error_output(live.order.handle, error_of(pb.ERROR_CODE_DEADLINE, message))
+        self._tell(live, LiveEvent.EXPIRED, output)
 
-    def _withdraw(self, live: LiveRequest) -> None:
-        """Stop the request wherever it is."""
-        if live.admission is not None:
-            live.admission.cancel()
-        # After whatever the admission task has sent to the engine thread: commands run in order.
-        self._parts.thread.post(self._leave, live)
+    def _close_all(self, why: str) -> None:
+        """End all requests: another worker should go on with them."""
+        for lives in list(self._sessions.values()):
+            for live in list(lives.values()):
+                error = error_of(pb.ERROR_CODE_UNAVAILABLE, f"decode worker {self._parts.worker_id} {why}")
+                self._tell(live, LiveEvent.CLOSED, error_output(live.order.handle, error))
 
-    def _fail(self, live: LiveRequest, error: pb.Error) -> None:
-        self._finish(live, error_output(live.order.handle, error))
+    def _deliver(self, news: Sequence[News]) -> None:
+        for each in news:
+            live = each.live
+            try:
+                self._tell(live, LiveEvent.LAST if each.is_last else LiveEvent.TOKENS, each.output, each)
+            except Exception as failure:
+                # It ends this request. The others of the step must not lose a token by it.
+                log.exception("an output could not be sent", extra={"request_id": live.order.request_id})
+                error = error_of(pb.ERROR_CODE_INTERNAL, f"{type(failure).__name__}: {failure}")
+                self._tell(live, LiveEvent.BROKEN, error_output(live.order.handle, error))
 
-    def _finish(self, live: LiveRequest, output: pb.Output) -> None:
-        if live.is_finished:
-            return
-        live.is_finished = True
-        self._sessions[live.session].pop(live.order.handle)
-        self._num_live -= 1
+    def _tell(
+        self,
+        live: LiveRequest,
+        event: LiveEvent,
+        output: pb.Output | None = None,
+        news: News | None = None,
+        left: Suspended | None = None,
+    ) -> None:
+        """Do what an event leads to. `output`: the last one, if it leads to the end; `left`: what the engine let go."""
+        for action in live.states.move(event):
+            match action:
+                case LiveAction.SAY:
+                    assert news is not None
+                    self._say(news)
+                case LiveAction.CANCEL:
+                    assert live.admission is not None
+                    live.admission.cancel()
+                case LiveAction.DROP:
+                    # After whatever the admission task has sent to the engine thread: commands run in order.
+                    self._parts.thread.post(self._leave, live)
+                case LiveAction.SUSPEND:
+                    live.leaves_under = live.leaves_under or self._parts.exchange.new_id()
+                    self._parts.thread.post(self._let_go, live)
+                case LiveAction.KEEP:
+                    assert left is not None
+                    output = self._departures.keep(live, left)
+                case LiveAction.FREE:
+                    assert left is not None
+                    self._departures.free(left)
+                case LiveAction.END:
+                    assert output is not None
+                    self._end(live, output, news)
+
+    def _say(self, news: News) -> None:
+        live, token_id, output, *_ = news
+        if output is None:
+            live.usage.num_generated_tokens += 1
+            self._stamp_token(live)
+            live.session.push_token(live.order.handle, token_id)
+        else:
+            self._count(news, output)
+            live.session.push(output)
+
+    def _end(self, live: LiveRequest, output: pb.Output, news: News | None) -> None:
+        """Forget it, and send its last output; whatever fails, one goes out."""
+        lives = self._sessions[live.session]
+        del lives[live.order.handle]
         if not self._num_live:
             self._idle.set()
         if live.timeout is not None:
             live.timeout.cancel()
-        live.timeline.mark(Event.FINISHED)
-        output.usage.CopyFrom(live.usage)
-        output.stamps.extend(convert.stamps_to_proto(live.timeline))
+        try:
+            if news is not None:
+                self._count(news, output)
+            live.timeline.mark(Event.FINISHED)
+            output.usage.CopyFrom(live.usage)
+            output.stamps.extend(convert.stamps_to_proto(live.timeline))
+        except Exception as failure:
+            log.exception("a last output could not be made", extra={"request_id": live.order.request_id})
+            error = error_of(pb.ERROR_CODE_INTERNAL, f"{type(failure).__name__}: {failure}")
+            output = error_output(live.order.handle, error)
         live.session.push(output)
         self._parts.metrics.finished(live.timeline, live.usage, output.finish_reason)
         log_end(live, output)
 
-    def _deliver(self, news: Sequence[News]) -> None:
-        for live, token_id, output, num_cached_tokens, num_recomputes in news:
-            if live.is_finished:
-                continue  # aborted while the step ran
-            try:
-                if output is None:
-                    live.usage.num_generated_tokens += 1
-                    self._stamp_token(live)
-                    live.session.push_token(live.order.handle, token_id)
-                else:
-                    self._deliver_output(live, output, num_cached_tokens, num_recomputes)
-            except Exception as failure:
-                # It ends this request. The others of the step must not lose a token by it.
-                log.exception("an output could not be sent", extra={"request_id": live.order.request_id})
-                self._withdraw(live)
-                self._fail(live, error_of(pb.ERROR_CODE_INTERNAL, f"{type(failure).__name__}: {failure}"))
-
-    def _deliver_output(
-        self, live: LiveRequest, output: pb.Output, num_cached_tokens: int, num_recomputes: int
-    ) -> None:
-        usage = live.usage
+    def _count(self, news: News, output: pb.Output) -> None:
+        live, usage = news.live, news.live.usage
         usage.num_generated_tokens += len(output.token_ids)
-        usage.num_recomputes += num_recomputes
-        self._parts.metrics.recomputed("preemption", num_recomputes)
+        usage.num_recomputes += news.num_recomputes
+        self._parts.metrics.recomputed("preemption", news.num_recomputes)
         if usage.prefilled_locally:
-            usage.num_cached_tokens = max(usage.num_cached_tokens, num_cached_tokens)
+            usage.num_cached_tokens = max(usage.num_cached_tokens, news.num_cached_tokens)
         if output.token_ids and self._stamp_token(live):
             output.usage.CopyFrom(usage)
-        if output.finish_reason == pb.FINISH_REASON_UNSPECIFIED:
-            live.session.push(output)
-        else:
-            self._finish(live, output)
 
     def _stamp_token(self, live: LiveRequest) -> bool:
         """Note when a token went out; whether it was the first."""
@@ -317,8 +319,12 @@ class DecodeService:
             self._in_engine.pop(live.request.request_id, None)
 
     def _let_go(self, live: LiveRequest) -> None:
-        if live.request is not None and live.request.request_id in self._in_engine and self._departures.suspend(live):
+        if live.request is None or live.request.request_id not in self._in_engine:
+            return
+        left = self._parts.engine.suspend(live.request.request_id, live.leaves_under)
+        if left is not None:
             del self._in_engine[live.request.request_id]
+            self._loop.call_soon_threadsafe(self._tell, live, LiveEvent.LET_GO, None, None, left)
 
     def on_begun(self, request: Request) -> None:
         """Do nothing: the router hears of a request with its first token."""
@@ -333,11 +339,12 @@ class DecodeService:
                     del self._in_engine[update.request.request_id]
         if news:
             self._loop.call_soon_threadsafe(self._deliver, news)
-        for each in news:  # after their tokens, which are on their way
-            if each.live.leaves_under:
-                self._let_go(each.live)
 
     # ---- the process ------------------------------------------------------
+
+    @property
+    def _num_live(self) -> int:
+        return sum(map(len, self._sessions.values()))
 
     def _load(self) -> pb.Load:
         return convert.load_to_proto(self._parts.engine.load(), self._num_admitting, self._draining)
@@ -368,14 +375,11 @@ class DecodeService:
         except TimeoutError:
             text = "still %d live requests, and %d kept for others, after %g s of draining"
             log.warning(text, self._num_live, len(self._departures), timeout_s)
+            self._close_all(f"drains, and {timeout_s:g} s were all the time that it had")
 
     async def close(self) -> None:
         self._draining = True
-        worker_id = self._parts.worker_id
-        for lives in list(self._sessions.values()):
-            for live in list(lives.values()):
-                self._withdraw(live)
-                self._fail(live, error_of(pb.ERROR_CODE_UNAVAILABLE, f"decode worker {worker_id} is shutting down"))
+        self._close_all("is shutting down")
         for session in self._sessions:
             session.close()
 

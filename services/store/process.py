@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -23,7 +24,7 @@ from kvstore.errors import KVStoreError
 from kvstore.exchange import Outside, PeerIdentity
 from kvstore.peer_keys import PeerKeys
 from kvstore.protocol import ExchangeTimeouts
-from kvstore.registry import Membership, Registrar, WorkerRecord, new_incarnation
+from kvstore.registry import Membership, Registrar, WorkerRecord, next_incarnation
 from kvstore.store import DiskTier, DiskWrites, StoreNode, StoreTooSmall, TieredStore, check_directory
 from kvstore.threads import Threads, end_threads
 from kvstore.transport import make_transports
@@ -165,8 +166,8 @@ async def open_store(
     Raises `StoreTooSmall`, `DirectoryLocked`, `TransportError`, OSError, ValueError.
     """
     async with contextlib.AsyncExitStack() as cleanup:
-        incarnation = new_incarnation()
-        name = config.worker_id or f"store-{_host(config)}-{config.kv_port or incarnation[-8:]}"
+        name = config.worker_id or f"store-{_host(config)}-{config.kv_port or secrets.token_hex(4)}"
+        incarnation = await next_incarnation(config.redis, name)
         feed = StoreIndexFeed(config.redis, name, incarnation, config.lease_s, metrics.index)
         store = await _open_tiers(config, layout, feed, outside.threads)
         cleanup.push_async_callback(store.close, config.drain_timeout_s)

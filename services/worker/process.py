@@ -22,7 +22,7 @@ import services
 from kvstore.block import ProofKey
 from kvstore.errors import RegistryError, TransportError
 from kvstore.exchange import Outside
-from kvstore.registry import Registrar, WorkerRecord, new_incarnation
+from kvstore.registry import Registrar, WorkerRecord, next_incarnation
 from kvstore.threads import Threads
 from services.activity import Activity, activity_logged, sample
 from services.engine.api import Engine
@@ -60,7 +60,7 @@ class WorkerService(StepListener, Protocol):
         """Refuse new work from now on, and let others take over what runs."""
 
     async def drain(self, timeout_s: float) -> None:
-        """Do that, and return when the running work is done or gone, or when the time is up."""
+        """Do that, and return when the running work is done or gone, or has been ended since the time is up."""
 
     async def close(self) -> None:
         """End what still runs, with an error to whoever waits for it."""
@@ -116,9 +116,10 @@ async def open_front(config: WorkerConfig, role: Role, proofs: PeerProofs) -> As
     except OSError as error:
         raise CannotListen(config.host, config.http_port, "--http-port", error.strerror) from error
     try:
+        worker_id = config.worker_id or f"{role}-{host}-{server.port}"
         yield Front(
-            worker_id=config.worker_id or f"{role}-{host}-{server.port}",
-            incarnation=new_incarnation(),
+            worker_id=worker_id,
+            incarnation=await next_incarnation(config.redis, worker_id),
             host=host,
             server=server,
             http=http,
@@ -328,14 +329,20 @@ async def _serve_open(
             await worker.server.set_draining()
             registrar.update(msgspec.structs.replace(registrar.record, draining=True))
             worker.service.begin_drain()
-            if not stop.is_set():
-                log.info("%s drains, and ends when it is told to", parts.worker_id)
-                if not await _has_ended(stop.wait(), parts.thread):
-                    return 1
-            log.log(detail_level(), "%s drains for at most %g s", parts.worker_id, config.drain_timeout_s)
-            return 0 if await _has_ended(worker.service.drain(config.drain_timeout_s), parts.thread) else 1
+            return 0 if await _drained(config, worker, stop) else 1
     finally:
         await registrar.close()  # before what it has announced is gone
+
+
+async def _drained(config: WorkerConfig, worker: RunningWorker, stop: asyncio.Event) -> bool:
+    """Drain, and wait for the signal if it was not that which said so; False for the engine's crash."""
+    parts = worker.parts
+    log.log(detail_level(), "%s drains for at most %g s", parts.worker_id, config.drain_timeout_s)
+    if not await _has_ended(worker.service.drain(config.drain_timeout_s), parts.thread):
+        return False
+    if not stop.is_set():
+        log.info("%s has drained, and ends when it is told to", parts.worker_id)
+    return await _has_ended(stop.wait(), parts.thread)
 
 
 @asynccontextmanager

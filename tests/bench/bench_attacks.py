@@ -1,11 +1,13 @@
 """What one client can do to the others: small requests beside attacks, as a table in Markdown.
 
-    python -m tests.bench.bench_attacks [--only WORD] [--seconds 8] [--up-args "--no-demo ..."]
+    python -m tests.bench.bench_attacks [--only WORD] [--seconds 8] [--turns 3] [--up-args "--no-demo ..."]
 
 Starts `tandem up` with the demo model. The attacker is a process of its own, with as many connections at a time as the
-attack needs, over and over. Beside it one client asks a small request every 50 ms and another `/health`. A row has the
-attacker's answers, the small request's latency idle and under attack, the slowest `/health`, and the most memory that
-the router had, then and three seconds later.
+attack needs, over and over. Beside it one client asks a small request every 50 ms and another `/health`. Idle times and
+attacks take turns, so that both have the same machine. A row has the attacker's answers, the small request's latency
+idle and under attack, what that may be at most (one and a half times the idle median, and 100 ms), the slowest
+`/health`, the processor time that the router took, for each of the attacker's answers, its most memory, then and three
+seconds later, and how many processes wanted the machine's processors.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import asyncio
 import json
 import multiprocessing as mp
+import os
 import shlex
 import statistics
 import subprocess
@@ -164,14 +167,16 @@ class Seen:
     health_s: list[float] = field(default_factory=list)
     refused: int = 0
     rss: int = 0
+    cpu_s: float = 0.0
 
 
-async def watch(port: int, router: psutil.Process, seconds: float) -> Seen:
-    seen, end = Seen(), time.monotonic() + seconds
+async def watch(port: int, router: psutil.Process, seconds: float, seen: Seen) -> None:
+    """Add to what has been seen."""
+    end = time.monotonic() + seconds
 
     async def ask(times: list[float], method: str, path: str, pause_s: float, content: object = None) -> None:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=90) as http:
-            while time.monotonic() < end or not times:
+            while time.monotonic() < end:
                 start = time.monotonic()
                 answer = await http.request(method, path, json=content)
                 times.append(time.monotonic() - start)
@@ -179,14 +184,16 @@ async def watch(port: int, router: psutil.Process, seconds: float) -> Seen:
                 await asyncio.sleep(pause_s)
 
     async def weigh() -> None:
+        before = router.cpu_times()
         while time.monotonic() < end:
             seen.rss = max(seen.rss, router.memory_info().rss)
             await asyncio.sleep(0.05)
+        after = router.cpu_times()
+        seen.cpu_s += after.user + after.system - before.user - before.system
 
     await asyncio.gather(
         ask(seen.small_s, "POST", COMPLETIONS, 0.05, SMALL), ask(seen.health_s, "GET", "/health", 0.02), weigh()
     )
-    return seen
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -195,34 +202,44 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 def row(name: str, answers: Counter[str], idle: Seen, seen: Seen, rss_later: int) -> str:
     told = ", ".join(f"{status}: {num}" for status, num in answers.most_common())
+    idle_p50, p50 = statistics.median(idle.small_s), statistics.median(seen.small_s)
     cells = [
         name,
         told,
-        f"{statistics.median(idle.small_s) * 1e3:.0f} / {quantile(idle.small_s, 0.99) * 1e3:.0f}",
-        f"{statistics.median(seen.small_s) * 1e3:.0f} / {quantile(seen.small_s, 0.99) * 1e3:.0f}",
+        f"{idle_p50 * 1e3:.0f} / {quantile(idle.small_s, 0.99) * 1e3:.0f}",
+        f"{p50 * 1e3:.0f} / {quantile(seen.small_s, 0.99) * 1e3:.0f}",
+        f"{(1.5 * idle_p50 + 0.1) * 1e3:.0f}",
         str(seen.refused),
         f"{max(seen.health_s) * 1e3:.0f}",
+        f"{seen.cpu_s / max(answers.total(), 1) * 1e3:.0f}",
         f"{seen.rss / 1e6:.0f}",
         f"{rss_later / 1e6:.0f}",
+        f"{os.getloadavg()[0]:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def run(port: int, router: psutil.Process, only: str, seconds: float) -> None:
-    print("| attack | its answers | small request idle, p50 / p99 ms | under attack | refused | /health worst, ms "
-          "| router, MB | 3 s later |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+HEAD = (
+    "attack", "its answers", "small request idle, p50 / p99 ms", "under attack", "allowed p50", "refused",
+    "`/health` worst, ms", "router's ms of a core per answer", "router, MB", "3 s later", "load",
+)  # fmt: skip
+
+
+def run(port: int, router: psutil.Process, only: str, seconds: float, turns: int) -> None:
+    print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|", flush=True)
     for name in ATTACKS:
         if only not in name:
             continue
-        httpx.post(f"http://127.0.0.1:{port}{COMPLETIONS}", json=SMALL, timeout=300)  # the one before is over
-        idle = asyncio.run(watch(port, router, 2))
-        ours, theirs = mp.Pipe()
-        attacker = mp.Process(target=attack_in_process, args=(port, name, seconds, theirs))
-        attacker.start()
-        seen = asyncio.run(watch(port, router, seconds))
-        answers = ours.recv()
-        attacker.join()
+        idle, seen, answers = Seen(), Seen(), Counter[str]()
+        for _ in range(turns):
+            httpx.post(f"http://127.0.0.1:{port}{COMPLETIONS}", json=SMALL, timeout=300)  # the one before is over
+            asyncio.run(watch(port, router, seconds / turns, idle))
+            ours, theirs = mp.Pipe()
+            attacker = mp.Process(target=attack_in_process, args=(port, name, seconds / turns, theirs))
+            attacker.start()
+            asyncio.run(watch(port, router, seconds / turns, seen))
+            answers += ours.recv()
+            attacker.join()
         time.sleep(3)
         print(row(name, answers, idle, seen, router.memory_info().rss), flush=True)
 
@@ -231,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", default="", help="attacks whose name has this word")
     parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--turns", type=int, default=3, help="of idling and attacking")
     parser.add_argument("--up-args", default="")
     options = parser.parse_args(argv)
     port = free_port()
@@ -247,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for process in psutil.Process(up.pid).children(recursive=True)
             if "services.router" in " ".join(process.cmdline())
         ]
-        run(port, router, options.only, options.seconds)
+        run(port, router, options.only, options.seconds, options.turns)
     finally:
         up.terminate()
         up.wait(60)

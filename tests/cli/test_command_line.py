@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -53,6 +55,35 @@ def test_up_help_names_the_settings_of_all_processes(capsys: pytest.CaptureFixtu
 def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["upp"]) == 2
     assert "'upp' is no command; there are up, serve, router" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "prog"), [("up", "tandem up"), ("serve", "tandem serve")])
+def test_errors_and_help_have_the_name_that_was_called(
+    name: str, prog: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--no-such-flag"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"{prog}: error: ")
+    assert lines[-1] == f"Try '{prog} --help'."
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    assert f"usage: {prog}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("argv", [["up", "--help"], ["size"], ["--version"]], ids=" ".join)
+def test_a_reader_that_leaves_early_ends_a_command_quietly(argv: list[str], unbuffered: str) -> None:
+    gone, ours = os.pipe()
+    os.close(gone)
+    command = [sys.executable, "-m", "services.cli.main", *argv]
+    environ = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    try:
+        done = subprocess.run(command, stdout=ours, stderr=subprocess.PIPE, text=True, timeout=120, env=environ)
+    finally:
+        os.close(ours)
+    assert done.stderr == ""
+    assert done.returncode in (0, 128 + signal.SIGPIPE), "argparse itself passes over it"
 
 
 def test_version_lists_what_it_runs_on(capsys: pytest.CaptureFixture[str]) -> None:

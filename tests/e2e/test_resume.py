@@ -1,14 +1,15 @@
-"""Real decode workers are killed at a given token, and routers in mid-stream: what clients get, and what is left."""
+"""Real decode workers die and drain at a given token, routers die in mid-stream: what clients get, and what is left."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from math import isclose
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import pytest
@@ -22,16 +23,20 @@ from services.router.config import RouterConfig
 from services.router.process import open_parts
 from tests.completions import Client
 from tests.hf_models import random_prompts, reference_greedy
-from tests.peers import PROOFS
+from tests.peers import AUTHORIZATION, PROOFS
 from tests.router.direct import Answer, DirectClient
 from tests.stack import Service, Stack
 from tests.waiting import until
 
 NUM_TOKENS = 64
 NUM_SPARES = 2
-WORKER = "--num-gpu-blocks-override 256 --lease-s 2"
+PATIENCE_S = 60.0  # nobody is left for its silence: that is tested elsewhere
+WORKER = f"--num-gpu-blocks-override 256 --lease-s 2 --peer-timeout-s {PATIENCE_S}"
 DECODE = "--local-prefill-max-tokens 16"
 PROMPT = random_prompts([70], seed=21)[0]
+LONG_S = 3600  # for what is long even on a machine that does nothing else
+Combination = tuple[str, int, str, str]
+Ending = Literal["kill", "terminate", "tell"]
 COMBINATIONS = list(itertools.product(("greedy", "sampled"), (1, 3), ("", "logprobs"), ("", "stops")))
 DEFAULT = [
     (("greedy", 1, "", ""), (1, 33, 63)),
@@ -46,19 +51,24 @@ def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path]) -> I
         yield stack
 
 
-class KillingOrders(GrpcOrders):
-    """Kills the worker that sends the frame with a certain token, before the router has it."""
+class DisturbingOrders(GrpcOrders):
+    """Ends the worker that sends the frame with a certain token, before the router has it: kills or drains it."""
 
     def __init__(self, stack: Stack) -> None:
         super().__init__(PROOFS.orders)
-        self.kill_at: int | None = None
+        self.end_at: int | None = None
+        self.num_said = 0
+        """Of the first sequence's tokens, when it happened: a frame may carry several."""
+        self.told: list[Service] = []
+        """Those that were told to drain and not to end."""
+        self._how: Ending = "kill"
         self._stack = stack
         self._num_tokens: dict[str, int] = {}
         self._processes = itertools.count(len(stack.services))
 
-    def arm(self, kill_at: int | None) -> None:
-        """The next worker to send so many tokens of a request's first sequence dies of it."""
-        self.kill_at = kill_at
+    def arm(self, end_at: int, how: Ending) -> None:
+        """This happens to the next worker that sends so many tokens of a request's first sequence."""
+        self.end_at, self._how = end_at, how
         self._num_tokens.clear()
 
     async def session(
@@ -73,22 +83,35 @@ class KillingOrders(GrpcOrders):
                     self._num_tokens[address] = 0
                 yield request
 
+        is_dead = False
         async for frame in super().session(address, watched()):
+            if is_dead:
+                continue  # it was on its way
             said = sum(len(output.token_ids) for output in frame.outputs if output.handle in first)
             said += sum(handle in first for handle in frame.handles)
             self._num_tokens[address] = self._num_tokens.get(address, 0) + said
-            if self.kill_at is not None and said and self._num_tokens[address] >= self.kill_at:
-                self.kill_at = None
-                self._kill(address)
+            if self.end_at is not None and said and self._num_tokens[address] >= self.end_at:
+                self.end_at, self.num_said = None, self._num_tokens[address]
+                await self._end(address)
+                is_dead = self._how == "kill"
             yield frame
 
-    def _kill(self, address: str) -> None:
-        (name,) = (record.worker_id for record in self._stack.records() if record.grpc_address == address)
-        self._stack.services[name].process.kill()
-        self._stack.services[name].process.join()
-        flags = self._stack.services[name].argv
+    async def _end(self, address: str) -> None:
+        (record,) = (record for record in self._stack.records() if record.grpc_address == address)
+        service = self._stack.services[record.worker_id]
+        if self._how == "kill":
+            service.process.kill()
+            service.process.join()
+        elif self._how == "terminate":
+            service.process.terminate()
+        else:
+            self.told.append(service)
+            async with httpx.AsyncClient() as client:
+                response = await client.post(f"http://{record.http_address}/drain", headers=AUTHORIZATION, timeout=60)
+            assert response.status_code == 202
         # A spare for the next one.
-        self._stack.start(f"decode-{next(self._processes)}", "decode", flags[: flags.index("--worker-id")])
+        flags = service.argv[: service.argv.index("--worker-id")]
+        self._stack.start(f"decode-{next(self._processes)}", "decode", flags)
 
 
 def check_clean(stack: Stack) -> None:
@@ -107,7 +130,7 @@ async def router_of(stack: Stack, orders: GrpcOrders) -> AsyncIterator[DirectCli
     await membership.start()
     await index.start()
     try:
-        config = RouterConfig(redis=stack.redis.url)
+        config = RouterConfig(redis=stack.redis.url, silence_timeout_s=PATIENCE_S)
         async with open_parts(config, membership, "router-in-test", orders, OsThreads(), index) as parts:
             yield DirectClient(parts)
     finally:
@@ -133,13 +156,17 @@ def body_of(sampling: str, n: int, logprobs: str, stop: str | None) -> dict[str,
     return body | {"return_token_ids": True, "logprobs": 2 if logprobs else None, "receipt": True}
 
 
-async def kill_at_each(stack: Stack, combination: tuple[str, int, str, str], indices: tuple[int, ...] | range) -> None:
+async def end_at_each(
+    stack: Stack, combination: Combination, indices: Sequence[int], *hows: Ending
+) -> AsyncIterator[tuple[int, Answer]]:
+    """Ends the worker at each index in one of these ways, in turn; gives how many tokens it had said, where the answer
+    had more, and what the client got, which is what it should be."""
     sampling, n, logprobs, has_stop = combination
-    orders = KillingOrders(stack)
+    orders = DisturbingOrders(stack)
     async with router_of(stack, orders) as client:
 
         async def has_spares() -> None:
-            await until(lambda: client.parts.workers.num_sessions_up == 1 + NUM_SPARES)
+            await until(lambda: client.parts.workers.num_sessions_up == 1 + NUM_SPARES, LONG_S)
             await until(lambda: "m" in client.parts.models.names())
 
         await has_spares()
@@ -147,31 +174,58 @@ async def kill_at_each(stack: Stack, combination: tuple[str, int, str, str], ind
         body = body_of(sampling, n, logprobs, str(text)[-12:-9] if has_stop else None)
         expected = await client.ask(**body)
         assert expected.error is None
-        for index in indices:
+        num_tokens = len(expected.choices()[0]["token_ids"])  # type: ignore[arg-type]
+        for index, how in zip(indices, itertools.cycle(hows)):
             await has_spares()
-            orders.arm(index)
-            answer: Answer = await client.ask(**body)
+            orders.arm(index, how)
+            answer = await client.ask(**body)
             assert answer.error is None, answer.error
-            assert about_equal(answer.choices(), expected.choices()), (combination, index)
-            if orders.kill_at is None and index < len(expected.choices()[0]["token_ids"]):  # type: ignore[arg-type]
-                carried = [resume["carried_tokens"] for each in answer.receipts for resume in each["resumes"]]  # type: ignore[attr-defined]
-                assert max(carried) >= index  # the frame may carry the next one, too
+            assert about_equal(answer.choices(), expected.choices()), (combination, index, how)
+            while orders.told:
+                orders.told.pop().process.terminate()
+            if orders.end_at is None and orders.num_said < num_tokens:
+                yield orders.num_said, answer
+
+
+def resumes_of(answer: Answer) -> list[dict[str, object]]:
+    return [resume for receipt in answer.receipts for resume in receipt["resumes"]]  # type: ignore[attr-defined]
+
+
+async def kill_at_each(stack: Stack, combination: Combination, indices: Sequence[int]) -> None:
+    async for num_said, answer in end_at_each(stack, combination, indices, "kill"):
+        assert num_said in [resume["carried_tokens"] for resume in resumes_of(answer)]
+    check_clean(stack)
 
 
 @pytest.mark.parametrize(("combination", "indices"), DEFAULT)
 async def test_a_decode_worker_killed_at_a_token_is_not_noticed(
-    stack: Stack, combination: tuple[str, int, str, str], indices: tuple[int, ...]
+    stack: Stack, combination: Combination, indices: Sequence[int]
 ) -> None:
     await kill_at_each(stack, combination, indices)
-    check_clean(stack)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(LONG_S)
 @pytest.mark.parametrize(("combination", "indices"), ALL)
 async def test_a_decode_worker_killed_at_any_token_is_not_noticed(
-    stack: Stack, combination: tuple[str, int, str, str], indices: tuple[int, ...] | range
+    stack: Stack, combination: Combination, indices: Sequence[int]
 ) -> None:
     await kill_at_each(stack, combination, indices)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(LONG_S)
+@pytest.mark.parametrize(("combination", "indices"), ALL)
+async def test_a_decode_worker_drained_at_any_token_is_not_noticed_and_nothing_is_computed_again(
+    stack: Stack, combination: Combination, indices: Sequence[int]
+) -> None:
+    num_moved = 0
+    async for _, answer in end_at_each(stack, combination, indices, "terminate", "tell"):
+        for resume in resumes_of(answer):
+            assert (resume["reason"], resume["recomputed_tokens"]) == ("moved", 0)
+            assert resume["moved_tokens"] == len(PROMPT) + resume["carried_tokens"] - 1  # type: ignore[operator]
+        num_moved += bool(resumes_of(answer))
+    assert num_moved > len(indices) // 2, "others had ended before they could go"
     check_clean(stack)
 
 

@@ -53,10 +53,11 @@ class Script:
             except OSError:
                 pass
 
-    async def introduce_as_reader(self, ours: Hello | None = None) -> None:
-        ours = ours or hello()
-        self.stream.send(ours)
-        transcript = Transcript(PEER_KEY, encode(ours)[LENGTH_BYTES:], await self.stream.receive_body())
+    async def introduce_as_reader(self, body: bytes | None = None) -> None:
+        """`body`: of another hello than ours."""
+        body = encode(hello())[LENGTH_BYTES:] if body is None else body
+        self.writer.write(len(body).to_bytes(LENGTH_BYTES, "big") + body)
+        transcript = Transcript(PEER_KEY, body, await self.stream.receive_body())
         self.stream.send(Prove(transcript.proof("dialler")))
         await self.expect(Welcome)
         self.stream.seal(transcript.seal("dialler"), transcript.seal("listener"))

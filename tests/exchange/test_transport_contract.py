@@ -316,3 +316,19 @@ async def test_closing_is_clean_twice_over_and_the_processes_end_by_themselves(p
         await asyncio.wait_for(peer.close(), BOUND_S)
         await asyncio.wait_for(peer.close(), BOUND_S)
         assert await peer.leave() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files are counted in /proc")
+async def test_dials_that_are_given_up_leave_nothing_open_and_both_processes_alive() -> None:
+    """ucxx left a socket at both ends each time, and now and then ended the process."""
+    async with make_pair("ucxx") as pair:
+        await pair.link("before")
+        descriptor, delays = await pair.owner.descriptor(), random.Random(3)
+        peers = (pair.reader, pair.owner)
+        nums = [await peer.num_sockets() for peer in peers]
+        for _ in range(30):
+            await pair.reader.give_up_connecting(descriptor, os.urandom(16), delays.uniform(0.0, 0.03))
+        async with asyncio.timeout(60):  # those that were half made are forgotten after some seconds
+            while any([await peer.num_sockets() > num for peer, num in zip(peers, nums, strict=True)]):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        assert await pair.link("after") == "tcp"

@@ -5,6 +5,7 @@ and takes its orders over a socket: a crash in there is a failed test and not a 
 """
 
 import asyncio
+import os
 import sys
 from typing import Any
 
@@ -48,6 +49,18 @@ class TransportPeer:
         self._links[name] = await self.transport.connect(peer)
         return self._links[name].lane
 
+    async def give_up_connecting(self, descriptor: bytes, link_id: bytes, after_s: float) -> None:
+        """Connect, and close the link where that took less time."""
+        try:
+            async with asyncio.timeout(after_s):
+                link = await self.transport.connect(LinkPeer("given up", descriptor, link_id, "127.0.0.1", True))
+        except (TimeoutError, TransportError):
+            return
+        await link.close()
+
+    async def num_sockets(self) -> int:
+        return _num_sockets()
+
     async def read(self, name: str, read_id: int, runs: list[list[int]]) -> None:
         await self._links[name].read(read_id, [Run(*run) for run in runs])
 
@@ -71,6 +84,11 @@ class TransportPeer:
 
     async def close(self) -> None:
         await self.transport.close()
+
+
+def _num_sockets() -> int:
+    files = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    return sum(os.path.exists(file) and os.readlink(file).startswith("socket:") for file in files)
 
 
 def _make_ucxx(memory: HostMemory) -> Transport:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import msgspec
@@ -20,6 +21,7 @@ from kvstore.registry import (
     Registrar,
     WorkerRecord,
     new_incarnation,
+    next_incarnation,
 )
 from services.cli.embedded_redis import EmbeddedRedis
 from tests.waiting import until
@@ -237,6 +239,25 @@ async def test_a_superseded_worker_that_leaves_does_not_withdraw_its_successor(c
     await cluster.join(make_record("prefill-1"))
     await until(lambda: len(membership.snapshot()) == 2, WAIT_S)
     assert membership.snapshot()[0] == newer
+
+
+async def test_a_restarted_worker_takes_its_id_over_at_once_even_if_the_clock_was_set_back(cluster, monkeypatch):
+    before = make_record()
+    await cluster.kill(await cluster.join(before, lease_s=60))
+    membership = await cluster.follow()
+    monkeypatch.setattr(time, "time_ns", lambda: 1)
+    incarnation = await next_incarnation(cluster.url, before.worker_id)
+    restarted = msgspec.structs.replace(before, incarnation=incarnation)
+    await cluster.join(restarted)
+    await until(lambda: membership.snapshot() == (restarted,), WAIT_S)
+
+
+async def test_with_redis_away_or_a_record_of_garbage_an_incarnation_follows_from_the_clock(cluster):
+    async with redis.asyncio.Redis.from_url(cluster.url) as client:
+        await client.hset("{tandem}:workers", "prefill-0", "garbage")
+    for url, worker_id in ((cluster.url, "prefill-0"), (cluster.url, "unknown"), ("redis://127.0.0.1:1", "any")):
+        before = new_incarnation()
+        assert before < await next_incarnation(url, worker_id) < new_incarnation()
 
 
 async def test_a_restarted_worker_takes_its_id_over_at_once(cluster):

@@ -8,10 +8,11 @@ from enum import Enum
 from typing import Any, Final
 from unittest import mock
 
+from services.decode import stages
 from services.prefill import order
 from services.worker.states import States
 
-TABLES: Final = (order.TRANSITIONS,)
+TABLES: Final = (order.TRANSITIONS, stages.TRANSITIONS)
 
 
 def all_rows() -> set[str]:

@@ -15,6 +15,7 @@ from services.decode.config import DecodeConfig
 from services.decode.news import News, news_of
 from services.decode.service import DecodeService
 from services.decode.session import RouterSession
+from services.decode.stages import LiveState
 from services.engine.api import (
     FinishReason,
     InvalidRequest,
@@ -191,7 +192,7 @@ async def test_an_output_that_cannot_be_sent_ends_its_request_and_costs_the_othe
         service._start(session, each)
     lives = list(service._sessions[session].values())
     service._deliver([News(live, 7) for live in lives])
-    assert [live.is_finished for live in lives] == [True, False]
+    assert [live.states.state for live in lives] == [LiveState.ENDED, LiveState.DECODING]
     assert lives[1].usage.num_generated_tokens == 1
     service._abort(lives[1], "the test is over")
     await asyncio.wait([live.admission for live in lives if live.admission is not None])

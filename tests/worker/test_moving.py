@@ -9,6 +9,7 @@ import pytest
 import torch
 from tandem.v1 import worker_pb2 as pb
 
+from services.engine.api import NotReserved
 from tests.hf_models import random_prompts, write_model
 from tests.memory_transport import Faults, Switchboard
 from tests.waiting import until
@@ -188,3 +189,57 @@ async def test_blocks_of_another_length_than_the_output_are_not_used(model: Path
         await ended(tail)
         assert head.token_ids + tail.token_ids == whole.token_ids
         assert second.parts.engine.stats.num_prompt_tokens > 0
+
+
+async def test_blocks_that_the_new_workers_engine_does_not_take_cost_a_computation_and_no_answer(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise NotReserved("it has no place")
+
+    switchboard, (prompt,) = Switchboard(), random_prompts([37], seed=5)
+    first, second = DecodeWorker("decode-0", model, switchboard), DecodeWorker("decode-1", model, switchboard)
+    async with running(first, second) as (here, there):
+        whole, begun = here.generate(order(1, prompt)), order(2, prompt)
+        await ended(whole)
+        head = here.generate(begun)
+        await move_after(here, head, 2, 20)
+        monkeypatch.setattr(second.parts.engine, "add_prefilled", refuse)
+        tail = there.generate(go_on(begun, head, first))
+        last = await ended(tail)
+        assert last.finish_reason == pb.FINISH_REASON_LENGTH
+        assert head.token_ids + tail.token_ids == whole.token_ids
+        assert (last.usage.num_recomputes, last.usage.HasField("moved")) == (1, False)
+
+
+async def test_blocks_that_cannot_be_kept_are_freed_and_the_request_goes_on_without_them(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_off(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    switchboard, (prompt,) = Switchboard(), random_prompts([37], seed=5)
+    first, second = DecodeWorker("decode-0", model, switchboard), DecodeWorker("decode-1", model, switchboard)
+    async with running(first, second) as (here, there):
+        whole, begun = here.generate(order(1, prompt)), order(2, prompt)
+        await ended(whole)
+        monkeypatch.setattr(first.parts.exchange, "keep", break_off)
+        head = here.generate(begun)
+        last = await move_after(here, head, 2, 20)
+        assert not last.HasField("move")
+        tail = there.generate(go_on(begun, head, first))
+        await ended(tail)
+        assert head.token_ids + tail.token_ids == whole.token_ids
+        await until(lambda: first.num_free == first.parts.engine.capabilities.num_blocks)
+
+
+async def test_a_drain_whose_time_is_up_ends_what_found_no_room_elsewhere_so_that_it_goes_on_there(model: Path) -> None:
+    worker = DecodeWorker("decode-0", model, Switchboard())
+    async with running(worker) as (here,):
+        answer = here.generate(order(1, random_prompts([37])[0], max_tokens=350))
+        await has_said(answer, 3)
+        await worker.service.drain(0.0)
+        last = await ended(answer)
+        assert last.error.code == pb.ERROR_CODE_UNAVAILABLE
+        assert "drains" in last.error.message
+        assert len(answer.token_ids) < 350

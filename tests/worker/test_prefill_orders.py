@@ -265,3 +265,19 @@ async def test_an_orders_time_out_ends_its_work_in_every_stage(
         await world.close()
         load = engine.load()
     assert (load.num_waiting, load.num_running, load.num_lent_blocks) == (0, 0, 0)
+
+
+async def test_a_drain_whose_time_is_up_ends_orders_so_that_they_go_on_elsewhere(engine: Engine) -> None:
+    world, caller = World(engine, LoopThreads()), Caller("failed")
+    async with asyncio.timeout(30):
+        room = await world.thread.call(engine.take_prefix, [bytes([number]) * 16 for number in range(25)])
+        assert room is not None
+        call = world.order(caller)
+        await until(lambda: engine.load().num_waiting)
+        await world.service.drain(0.0)
+        await caller.has_heard.wait()
+        assert (caller.heard.failed.code, world.outcomes) == (pb.ERROR_CODE_UNAVAILABLE, [])
+        call.cancel()
+        await asyncio.wait([call])
+        await world.thread.call(engine.release_blocks, room.block_ids)
+        await world.close()

@@ -32,6 +32,10 @@ class Placement:
     gpu: str | None = None
     gpu_share: float | None = None
 
+    def gpu_memory_utilization(self, alone: float) -> float:
+        """The part of a GPU's memory for a worker that would take `alone` if it had the GPU for itself."""
+        return round(alone * self.gpu_share, 3) if self.gpu_share is not None and self.gpu_share < 1 else alone
+
 
 def place_workers(num_workers: int, cores: Sequence[Core], gpus: Sequence[str]) -> list[Placement]:
     """One place per worker. With fewer cores than workers, some share a core; with fewer GPUs, some share a GPU.

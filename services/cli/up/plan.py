@@ -258,7 +258,7 @@ def _placed(values: Mapping[str, object], placement: Placement) -> dict[str, obj
     if placement.gpu_share is not None and placement.gpu_share < 1:
         default = next(item.default for item in settings_of(DecodeConfig) if item.name == "gpu_memory_utilization")
         assert isinstance(default, float)
-        placed.setdefault("gpu_memory_utilization", round(default * placement.gpu_share, 3))
+        placed.setdefault("gpu_memory_utilization", placement.gpu_memory_utilization(default))
     return placed
 
 

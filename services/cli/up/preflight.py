@@ -32,8 +32,9 @@ def check_stack(
     from services.engine.check import Machine, check_engine
 
     placement = place_workers(num_workers(config), [], available_gpus())[0]
-    if placement.gpu_share is not None and "gpu_memory_utilization" not in given:
-        worker = replace(worker, gpu_memory_utilization=worker.gpu_memory_utilization * placement.gpu_share)
+    if "gpu_memory_utilization" not in given:
+        utilization = placement.gpu_memory_utilization(worker.gpu_memory_utilization)
+        worker = replace(worker, gpu_memory_utilization=utilization)
     model = check_engine(worker, Machine.this(), num_workers(config))
     directory = find_model(worker.tokenizer, "", WITHOUT_WEIGHTS) if worker.tokenizer else model.directory
     check_tokenizer(directory)

@@ -41,14 +41,19 @@ _DESCRIPTION = (
 )
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs until SIGINT, SIGTERM or SIGHUP; returns the exit status."""
+def main(argv: Sequence[str], prog: str = "tandem up") -> int:
+    """Runs until SIGINT, SIGTERM or SIGHUP; returns the exit status. `prog`: what our user calls it."""
     with ExitStack() as cleanup:
-        return _main(argv, cleanup)
+        return _main(argv, prog, cleanup)
 
 
-def _main(argv: Sequence[str], cleanup: ExitStack) -> int:
-    parser = make_parser(up_settings(), prog="tandem up", description=_DESCRIPTION, positional="model")
+def serve(argv: Sequence[str]) -> int:
+    """As `main`."""
+    return main(argv, "tandem serve")
+
+
+def _main(argv: Sequence[str], prog: str, cleanup: ExitStack) -> int:
+    parser = make_parser(up_settings(), prog=prog, description=_DESCRIPTION, positional="model")
     try:
         given = collect_settings(up_settings(), argv, os.environ, parser)
         config = build_settings(UpConfig, given)
