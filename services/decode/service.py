@@ -154,7 +154,7 @@ class DecodeService:
         worker = self._parts.worker_id
         if order.handle in self._sessions[session]:
             return error_of(pb.ERROR_CODE_INTERNAL, f"handle {order.handle} is in use in this session")
-        if self._draining:
+        if self._draining and not order.resumed_token_ids:
             return error_of(pb.ERROR_CODE_UNAVAILABLE, f"decode worker {worker} is draining")
         if self._stuck:
             return error_of(pb.ERROR_CODE_UNAVAILABLE, f"decode worker {worker} makes no progress: {self._stuck}")
@@ -370,8 +370,9 @@ class DecodeService:
         self.begin_drain()
         try:
             async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-                await self._departures.ended()
+                while self._num_live or self._departures:  # one that has left comes back where all others drain, too
+                    await self._idle.wait()
+                    await self._departures.ended()
         except TimeoutError:
             text = "still %d live requests, and %d kept for others, after %g s of draining"
             log.warning(text, self._num_live, len(self._departures), timeout_s)

@@ -109,6 +109,19 @@ async def test_without_room_elsewhere_it_goes_on_where_it_is(make, other):
         assert (receipt["resumes"], receipt["resumed_elsewhere"]) == ([], None)
 
 
+@pytest.mark.parametrize("n", [1, 3])
+async def test_where_all_drain_at_once_what_has_been_let_go_ends_at_one_of_them(make, n):
+    async with scripted_fleet() as fleet:
+        expected = await undisturbed(fleet, make, **STREAM, n=n)
+        for drained_at in (5, 20, 40):
+            first, second = make(drains_after=drained_at), make(drains_after=drained_at - n + 1)
+            await fleet.serve_with(first, second)
+            asking = asyncio.create_task(fleet.ask(**STREAM, n=n))
+            await until(lambda: first.max_moving or second.max_moving)  # noqa: B023
+            first.drains = second.drains = True
+            assert (await asking).choices() == expected.choices()
+
+
 async def test_one_that_computes_alike_is_preferred_and_the_receipt_says_where_there_was_none(make):
     async with scripted_fleet() as fleet:
         for alikes, expected in (([make(5)], "exact"), ([], "inexact")):

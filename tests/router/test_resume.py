@@ -208,6 +208,20 @@ async def test_where_no_worker_is_left_the_stream_waits_for_one(make):
         assert is_at_rest(fleet)
 
 
+async def test_choices_that_had_not_begun_when_the_last_worker_was_lost_wait_for_one_like_the_others(make):
+    async with scripted_fleet() as fleet:
+        expected = await undisturbed(fleet, make, **STREAM, n=40)
+        victim, late = make(dies_after=1), make()
+        await fleet.serve_with(victim)
+        asking = asyncio.create_task(fleet.ask(**STREAM, n=40))
+        await until(lambda: fleet.parts.workers.num_sessions_up == 0)
+        assert len(victim.orders) < 40
+        assert not asking.done()
+        fleet.announce(late)
+        assert (await asking).choices() == expected.choices()
+        assert is_at_rest(fleet)
+
+
 async def test_a_worker_that_refuses_since_it_drains_is_waited_for_like_a_lost_one(make):
     async with scripted_fleet() as fleet:
         expected = await undisturbed(fleet, make, **STREAM)

@@ -176,6 +176,27 @@ async def test_an_order_that_comes_again_while_its_blocks_are_read_still_is_comp
         assert last.usage.num_recomputes == 1
 
 
+async def test_a_worker_that_drains_takes_what_has_begun_and_nothing_new(model: Path) -> None:
+    switchboard, (prompt,) = Switchboard(), random_prompts([37], seed=7)
+    first, second = DecodeWorker("decode-0", model, switchboard), DecodeWorker("decode-1", model, switchboard)
+    async with running(first, second) as (here, there):
+        whole, begun = here.generate(order(1, prompt)), order(2, prompt)
+        await ended(whole)
+        head = here.generate(begun)
+        await move_after(here, head, 2, 20)
+        drains = [asyncio.create_task(worker.service.drain(60)) for worker in (first, second)]
+        await until(lambda: second.service.state()["draining"])
+        refused = there.generate(order(1, prompt))
+        assert (await ended(refused)).error.code == pb.ERROR_CODE_UNAVAILABLE
+        came_back = go_on(begun, head, first)
+        came_back.ClearField("move")
+        tails = [here.generate(came_back), there.generate(go_on(begun, head, first))]
+        for tail in tails:
+            await ended(tail)
+            assert head.token_ids + tail.token_ids == whole.token_ids
+        await asyncio.gather(*drains)
+
+
 async def test_blocks_of_another_length_than_the_output_are_not_used(model: Path) -> None:
     switchboard, (prompt,) = Switchboard(), random_prompts([37], seed=5)
     first, second = DecodeWorker("decode-0", model, switchboard), DecodeWorker("decode-1", model, switchboard)

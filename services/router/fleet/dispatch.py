@@ -105,7 +105,8 @@ class Dispatch:
             while self._room.num_free:
                 session = self._begin()
                 await asyncio.sleep(0)  # others are served between two
-                await session.drained()
+                if session is not None:
+                    await session.drained()
             if self._arrivals:
                 break
             loop = asyncio.get_running_loop()
@@ -143,18 +144,21 @@ class Dispatch:
 
     # ---- placing a sequence -----------------------------------------------------
 
-    def _begin(self) -> WorkerSession:
+    def _begin(self) -> WorkerSession | None:
+        """Begin the next sequence; None: it waits for a worker, as those before it have begun. Raises ApiError."""
         ask = self._make_ask(len(self._sequences))
         sequence = Sequence(ask)
         self._sequences.append(sequence)
         refusal = self._submitter.submit(sequence, ask, _Sink(self, sequence))
         sequence.due_s = self._room.begin()
-        if refusal is not None:
-            raise self._submitter.refused(refusal, sequence)
-        assert sequence.session is not None
         sequence.routed_unix_s = time.time()
         if ask.order.timeout_s > 0:
             sequence.ends_s = self._clock() + ask.order.timeout_s
+        if refusal is not None:
+            if sequence.index == 0:
+                raise self._submitter.refused(refusal, sequence)
+            error = pb.Error(code=pb.ERROR_CODE_UNAVAILABLE, message="no decode worker takes it")
+            self._search(sequence, error, "refused", waits=True)
         return sequence.session
 
     # ---- what its worker says -----------------------------------------------------

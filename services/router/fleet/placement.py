@@ -123,7 +123,8 @@ class Placer:
         prefixes = {fingerprint: self._known(ask, space) for fingerprint, space in spaces.items()}
         cost = CostModel(self._workers.rates(next(iter(spaces), "")))
         num_tokens = len(ask.order.prompt_token_ids) + len(ask.order.resumed_token_ids)
-        request = RoutedRequest(ask.order.model, num_tokens, ask.key, prefixes, numerics)
+        has_begun = bool(ask.order.resumed_token_ids)
+        request = RoutedRequest(ask.order.model, num_tokens, ask.key, prefixes, numerics, has_begun)
         decision = choose(
             request,
             [

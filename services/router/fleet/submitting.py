@@ -75,7 +75,7 @@ class Submitter:
             num_repeated = len(order.resumed_token_ids)
             for resumed_field in ("resumed_token_ids", "prompt_hashes", "prefix_sources"):
                 order.ClearField(resumed_field)
-        if MOVES not in session.features:
+        if MOVES not in session.features or order.move.worker_id == session.record.worker_id:
             order.ClearField("move")
         if sequence.ends_s is not None:
             order.timeout_s = max(sequence.ends_s - self._clock(), 0.001)

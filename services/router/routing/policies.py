@@ -101,6 +101,8 @@ class RoutedRequest:
     """By model fingerprint."""
     numerics: str = ""
     """Of the worker that it was begun on; those of the same are preferred. Empty: it is new."""
+    has_begun: bool = False
+    """It has said tokens: where all workers drain, one of them ends it."""
 
     def prefix(self, model_fingerprint: str) -> KnownPrefix:
         return self.prefixes.get(model_fingerprint, _UNKNOWN_PREFIX)
@@ -252,7 +254,8 @@ def _ready(
     connected = [worker for worker in untried if worker.connected]
     if not connected:
         return Refusal.NOT_CONNECTED
-    return [worker for worker in connected if not worker.draining] or Refusal.DRAINING
+    stay = [worker for worker in connected if not worker.draining]
+    return stay or (connected if request.has_begun else Refusal.DRAINING)
 
 
 # ---- prefill workers ----------------------------------------------------------
