@@ -119,6 +119,7 @@ async def open_parts(
         Headroom(workers, config.worker_backlog_s),
         lambda client: shares.of_client(client).weight,
         config.client_share,
+        time.monotonic,
     )
     workers.on_news = admission.fill
     quotas = quotas or Quotas(None, router_id, time.monotonic)

@@ -72,7 +72,7 @@ class Nemesis:
         world = self._world
         for number in itertools.count():
             draw = world.plan.stream(f"deal {number}")
-            await asyncio.sleep(draw.uniform(0, 4.0))
+            await asyncio.sleep(draw.uniform(0, 2.0))
             if world.loop.time() >= world.plan.load_s:
                 return
             kind = draw.choice(self._dealt) if self._dealt else None

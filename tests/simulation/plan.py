@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from typing import Final
 
-LOAD_S: Final = 30.0
+LOAD_S: Final = 15.0
 
 
 @dataclass(frozen=True)

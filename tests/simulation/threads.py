@@ -20,14 +20,19 @@ _STUCK_S = 0.5
 class SimThreads:
     """Of one process: make it, and call it, within that process. `max_delay_s` may change at any time."""
 
-    def __init__(self, loop: SimLoop, max_delay_s: float = 0.01) -> None:
+    def __init__(self, loop: SimLoop, max_delay_s: float = 0.01, max_turn_s: float = 0.0) -> None:
+        """`max_turn_s`: of a thread that takes turns, as the engine's does step by step, where that is more."""
         self.max_delay_s = max_delay_s
+        self.max_turn_s = max_turn_s
         self.stuck: set[str] = set()
         """Pools of which no job ends for now."""
         self._loop = loop
 
     def draw_s(self) -> float:
         return self._loop.random.uniform(0, self.max_delay_s)
+
+    def draw_turn_s(self) -> float:
+        return self._loop.random.uniform(0, max(self.max_delay_s, self.max_turn_s))
 
     def pool(self, name: str, num_threads: int = 1) -> Executor:
         return _Pool(self._loop, self, num_threads, name)
@@ -110,6 +115,6 @@ class _Runner:
         return True
 
     def _go(self) -> None:
-        delay_s = self._threads.draw_s() if self._turn() else _IDLE_S
+        delay_s = self._threads.draw_turn_s() if self._turn() else _IDLE_S
         if not self._is_stopped:
             self._next = self._loop.call_later(delay_s, self._go)

@@ -34,7 +34,7 @@ class AccessRecord:
     finished: bool = False
     """Of the answer: its head, and its last byte."""
     facts: dict[str, object] = field(default_factory=dict)
-    started_s: float = field(default_factory=time.monotonic)
+    started_s: float = field(default_factory=lambda: time.monotonic())
 
     def failed(self, error: ApiError) -> None:
         """It ends with this error, whatever was sent before."""

@@ -56,18 +56,20 @@ class HashComputation:
         return torch.from_numpy(np.stack(logits)) if logits else torch.empty(0, VOCAB_SIZE)
 
 
-def expected_tokens(prompt: Sequence[int], num_tokens: int) -> list[int]:
-    """What a greedy request for so many tokens must get."""
-    stored: list[bytes] = []
-    tokens = list(prompt)
-    while len(tokens) < len(prompt) + num_tokens:
-        for token_id in tokens[len(stored) :]:
-            stored.append(_hash_token(stored[-1] if stored else _FIRST, token_id))
-        tokens.append(int(np.argmax(_logits(b"".join(stored)))))
-    return tokens[len(prompt) :]
+def undisturbed_logits(context: Sequence[int], num_last: int) -> Tensor:
+    """What follows each of the last tokens of a context: float32 `[num_last, vocab_size]`."""
+    stored = _FIRST
+    states = b""
+    rows = []
+    for position, token_id in enumerate(context, start=1):
+        stored = _hash_token(stored, token_id)
+        states += stored
+        if position > len(context) - num_last:
+            rows.append(_logits(states))
+    return torch.from_numpy(np.stack(rows))
 
 
-def make_engine(config: EngineConfig, num_blocks: int, clock: Callable[[], float]) -> Engine:
+def make_engine(config: EngineConfig, num_blocks: int, num_host_slots: int, clock: Callable[[], float]) -> Engine:
     """A native engine that computes so."""
     shape = SimpleNamespace(num_layers=1, num_kv_heads=1, head_dim=_HEAD_DIM, vocab_size=VOCAB_SIZE, eos_token_ids=())
     model = LoadedModel(
@@ -80,7 +82,7 @@ def make_engine(config: EngineConfig, num_blocks: int, clock: Callable[[], float
         computation=HashComputation(),
         compute_path=ComputePath("hash", "none", "for a simulation"),
     )
-    return Engine(model, config, num_blocks, clock, proof_key=PROOF_KEY)
+    return Engine(model, config, num_blocks, clock, num_host_slots, proof_key=PROOF_KEY)
 
 
 _Cache = npt.NDArray[np.uint8]

@@ -1,31 +1,37 @@
-"""A router without its HTTP: the product's dispatch, placement, sessions, admission. Its clients check each token."""
+"""A router: the product's, from its ASGI application's edge to its sessions with workers."""
 
 from __future__ import annotations
 
-import random
-from typing import TYPE_CHECKING, Final
-
-from tandem.v1 import worker_pb2 as pb
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
 
 from kvstore.index import IndexObserver, IndexReader
 from kvstore.index.session import LookupOutcome
 from kvstore.registry import Membership
-from services.router.admission import Admission, Room
-from services.router.errors import ApiError
-from services.router.fleet import Ask, Budget, Dispatch, Placer, PrefixFinder, Workers, routing_key
-from services.router.metrics import RouterMetrics
-from services.router.routing import DecisionLog, Policy
-from tests.simulation.fleet.computation import FINGERPRINT, VOCAB_SIZE, expected_tokens
+from services.router.app import generating_endpoints
+from services.router.config import RouterConfig
+from services.router.edge import Edge, Guard, RouterParts
+from services.router.process import open_parts
+from services.router.tenants import Keyring
+from tests.simulation.fleet.client import REQUEST_TIMEOUT_S, Client
 from tests.simulation.fleet.orders import SimOrders
 from tests.simulation.fleet.redis_host import REDIS_URL
 from tests.simulation.fleet.worker import MODEL
-from tests.simulation.pool import Invariant
+from tests.simulation.threads import SimThreads
 
 if TYPE_CHECKING:
     from tests.simulation.fleet.world import FleetWorld
 
-REQUEST_TIMEOUT_S: Final = 40.0
-_BUDGET: Final = Budget(max_attempts=4, max_worker_deaths=3, resume_wait_s=15)
+_CONFIG: Final = RouterConfig(
+    request_timeout_s=REQUEST_TIMEOUT_S,
+    max_attempts=4,
+    max_worker_deaths=3,
+    resume_wait_s=15.0,
+    reconnect_max_s=1.0,
+    index_timeout_s=1.0,
+    max_concurrent_requests=64,
+    max_queue=64,
+)
 
 
 class _Lookups(IndexObserver):
@@ -39,95 +45,52 @@ class _Lookups(IndexObserver):
 
 
 class SimRouter:
-    """One router, and the clients that speak to it."""
+    """One router, without its HTTP parser."""
 
     def __init__(self, world: FleetWorld) -> None:
         self.name = "r"
-        self._world = world
         self.process = world.loop.new_process("r/1")
         self.num_live = 0
+        self._world = world
+        self._is_over = world.loop.create_future()
         with world.loop.within(self.process):
-            self.metrics = RouterMetrics()
-            self.membership = Membership(REDIS_URL)
-            orders = SimOrders(world.orders, self.name, self.process)
-            self.workers = Workers(self.membership, self.name, orders, reconnect_max_s=1.0)
-            self.index = IndexReader(REDIS_URL, observer=_Lookups(world))
-            self._placer = Placer(self.workers, Policy.KV, DecisionLog(100))
-            self._finder = PrefixFinder(self.index, self.metrics, 1.0)
-            self._admission = Admission(64, 64, clock=world.loop.time)
+            self._membership = Membership(REDIS_URL)
+            self._index = IndexReader(REDIS_URL, observer=_Lookups(world))
 
     async def start(self) -> None:
-        await self.membership.start()
-        await self.index.start()
-        self.workers.start()
+        """Until it can be asked."""
+        await self._membership.start()
+        await self._index.start()
+        parts = self._world.loop.create_future()
+        self._running = self._world.loop.create_task(self._run(parts), name="router")
+        self._make_app(await parts)
 
-    async def request(self, number: str, draw: random.Random, leaves_after: int | None = None) -> str:
-        """Serve one client, who leaves after so many tokens if it says so; how it ended."""
-        prompt, num_tokens = draw_prompt(draw), draw.randrange(1, 14)
-        sampling = pb.SamplingParams(top_p=1, repetition_penalty=1, max_tokens=num_tokens, ignore_eos=True)
-        order = pb.GenerateRequest(
-            request_id=number, model=MODEL, prompt_token_ids=prompt, sampling=sampling, timeout_s=REQUEST_TIMEOUT_S
-        )
-        spaces = self._placer.spaces(MODEL, {FINGERPRINT})
-        (blocks,) = await self._finder.find([prompt], "", spaces)
-        ask = Ask("", number, 0, order, {FINGERPRINT}, blocks, routing_key(prompt, ""))
+    async def _run(self, opened: asyncio.Future[RouterParts]) -> None:
+        orders, threads = SimOrders(self._world.orders, self.name, self.process), SimThreads(self._world.loop)
+        async with open_parts(_CONFIG, self._membership, self.name, orders, threads, self._index) as parts:
+            opened.set_result(parts)
+            await self._is_over
+
+    def _make_app(self, parts: RouterParts) -> None:
+        endpoints = generating_endpoints(parts)
+
+        async def front(scope: Any, receive: Any, send: Any) -> None:
+            await endpoints[scope["path"]](scope, receive, send)
+
+        guard = Guard(front, Keyring((), None), parts.metrics)
+        self._app = Edge(guard, parts.metrics, root_path="", roots={"v1"}, logs_requests=False)
+
+    async def serve(self, client: Client) -> str:
+        """Serve one client; how it ended."""
         self.num_live += 1
         try:
-            with self._admission.admit(1) as room:
-                return await self._stream(ask, room, expected_tokens(prompt, num_tokens), leaves_after)
-        except ApiError as error:
-            return f"refused: {error.message}"
+            return await client.ask(self._app, MODEL)  # type: ignore[arg-type]
         finally:
             self.num_live -= 1
 
-    async def _stream(self, ask: Ask, room: Room, expected: list[int], leaves_after: int | None) -> str:
-        dispatch = Dispatch(
-            self.workers,
-            self._placer,
-            self._finder,
-            self.metrics,
-            room,
-            lambda _: ask,
-            _BUDGET,
-        )
-        tokens: list[int] = []
-        try:
-            while leaves_after is None or len(tokens) < leaves_after:
-                for arrival in await dispatch.arrivals():
-                    tokens += arrival.token_ids
-                    self._world.judge(Invariant.RIGHT_TOKENS)
-                    if tokens != expected[: len(tokens)]:
-                        what = f"request {ask.request_id} got {tokens}, and not {expected}"
-                        self._world.report(Invariant.RIGHT_TOKENS, what)
-                    if arrival.output is not None and arrival.output.finish_reason:
-                        served_by = dispatch.served_by(0)
-                        if served_by is not None and served_by.resumes:
-                            self._world.reach("resumed")
-                        return self._end(ask, arrival.output, tokens, expected)
-            self._world.reach("client left")
-            return "left"
-        finally:
-            dispatch.close()
-
-    def _end(self, ask: Ask, output: pb.Output, tokens: list[int], expected: list[int]) -> str:
-        reason = pb.FinishReason.Name(output.finish_reason).removeprefix("FINISH_REASON_").lower()
-        if reason == "length" and len(tokens) != len(expected):
-            what = f"request {ask.request_id} ended with {len(tokens)} of {len(expected)} tokens"
-            self._world.report(Invariant.RIGHT_TOKENS, what)
-        if not output.usage.prefilled_locally and output.usage.prefill_worker_id:
-            self._world.reach("handed over")
-        if output.usage.fetched:
-            self._world.reach("prefix fetched")
-        return reason if reason != "error" else f"error: {output.error.message}"
-
     async def close(self) -> None:
-        await self.workers.close()
-        await self.index.close()
-        await self.membership.close()
-
-
-def draw_prompt(draw: random.Random) -> list[int]:
-    """Prompts of which some begin alike: with one of a few trunks, or with a part of it."""
-    trunk = random.Random(draw.randrange(3))
-    shared, own = draw.choice([0, 20, 40, 64, 90]), draw.randrange(2, 60)
-    return [trunk.randrange(VOCAB_SIZE) for _ in range(shared)] + [draw.randrange(VOCAB_SIZE) for _ in range(own)]
+        """End all sessions."""
+        self._is_over.set_result(None)
+        await self._running
+        await self._index.close()
+        await self._membership.close()

@@ -31,6 +31,8 @@ MODEL: Final = "sim"
 BLOCK_SIZE: Final = 16
 PEER_KEYS: Final = PeerKeys((b"the key of the simulated fleet",))
 _NUM_BLOCKS: Final = 24
+_NUM_HOST_SLOTS: Final = 12
+_MAX_STEP_S: Final = 0.15  # so that streams last, and faults come in the middle of some
 _KV_PORT, _ORDER_PORT = 7000, 8000
 _WORKER: Final = {
     "model": MODEL,
@@ -57,8 +59,8 @@ class SimWorker:
         self.process = world.loop.new_process(f"{name}/{incarnation}")
         with world.loop.within(self.process):
             config = _config(role)
-            self.threads = SimThreads(world.loop)
-            self.engine = make_engine(config, _NUM_BLOCKS, self.unix_s)
+            self.threads = SimThreads(world.loop, max_turn_s=_MAX_STEP_S)
+            self.engine = make_engine(config, _NUM_BLOCKS, _NUM_HOST_SLOTS, self.unix_s)
             self.transport = world.make_transport(self.engine.memory, self.process.name)
             self.server = SimOrderServer(world.orders, f"{name}:{_ORDER_PORT}", self.process)
             outside = Outside(world.net.of(name, self.process), self.clock, world.new_id, self.threads)
