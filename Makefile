@@ -51,7 +51,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos restarts idle
+.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-restarts simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos restarts idle
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -162,8 +162,11 @@ bench-attacks: $(DEVELOPED) ## what one client can do to the others, as a table 
 kill-decode: $(DEVELOPED) ## real decode workers are killed and drained at every token of a stream (20 minutes)
 	$(BIN)/pytest tests/e2e/test_resume.py -m slow
 
-simulate: $(DEVELOPED) ## the block exchange and a fleet under seeded faults, MINUTES in all; adds to build/simulation
+simulate: $(DEVELOPED) ## the block exchange and fleets under seeded faults on all cores, MINUTES in all; adds to build/simulation
 	$(BIN)/python -m tests.simulation --minutes $(MINUTES)
+
+simulate-restarts: $(DEVELOPED) ## a thousand restarts of random processes of a simulated fleet, and an hour in which nobody asks
+	$(BIN)/pytest -q -s -m slow tests/simulation/fleet
 
 simulate-exhaustive: $(DEVELOPED) ## every state that the two ends of a connection can reach, with few faults: minutes
 	$(BIN)/python -m tests.simulation.exhaustive

@@ -1,7 +1,7 @@
 """Runs seeds for a time, adds them to a tally, and prints what they have reached; `make simulate MINUTES=60`.
 
-python -m tests.simulation --minutes 5          seeds that no run here has had, in turn; --twice: each two times
-python -m tests.simulation --world fleet        the same of a small fleet alone; by default half of the time is its
+python -m tests.simulation --minutes 5          seeds that no run here has had, on all cores; --twice: each two times
+python -m tests.simulation --world fleet        the same of a small fleet alone; by default all worlds have equal times
 python -m tests.simulation --seed 123           one seed, and what it broke; --shrink: the least of it that breaks that
 python -m tests.simulation --removals           for each safeguard, the first seeds that fail without it
 """
@@ -11,22 +11,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import time
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
+import torch
+
+from tests.simulation.exhaustive import STATES
 from tests.simulation.ledger import Report
 from tests.simulation.plan import LOAD_S, Plan
 from tests.simulation.removals import REMOVALS
-from tests.simulation.run import WORLDS, never_judged, simulate
+from tests.simulation.run import WORLDS, never_judged, never_reached, simulate
 from tests.simulation.shrink import shrink
 from tests.simulation.watching import all_transitions
 
 TALLIES = Path("build/simulation")
 _SECOND_RUN_EVERY = 20  # seeds: each of these runs twice in any case, and leaves the same trace or is a failure
-_SEEDS_FOR_ALL = 20  # in so many every situation must have arisen
+_SEEDS_FOR_ALL = 400  # in so many every situation must have arisen
 _MAX_REMOVAL_SEEDS = 10_000
+_MAX_SHRINKS = 60
 
 
 class Tally:
@@ -38,6 +44,7 @@ class Tally:
         self.num_seeds = int(known.get("num_seeds", 0))
         self.next_seed = int(known.get("next_seed", 0))
         self.seconds = float(known.get("seconds", 0.0))
+        self.core_s = float(known.get("core_s", 0.0))
         self.num_callbacks = int(known.get("num_callbacks", 0))
         self.virtual_s = float(known.get("virtual_s", 0.0))
         self.failed: dict[str, str] = dict(known.get("failed", {}))
@@ -65,7 +72,8 @@ class Tally:
     def page(self) -> str:
         rows, met, rate = all_transitions(), set(self.transitions), self.num_seeds / self.seconds
         lines = [
-            f"seeds        {self.num_seeds:,} in {self.seconds / 60:.1f} min: {rate:.1f} a second",
+            f"seeds        {self.num_seeds:,} in {self.seconds / 60:.1f} min: {rate:.1f} a second,"
+            f" {self.core_s / max(self.num_seeds, 1):.2f} s of a core each",
             f"simulated    {self.virtual_s / 3600:,.1f} h, {self.num_callbacks:,} callbacks",
             *([f"transitions  {len(rows & met)} of {len(rows)} entries of the two tables"] if met else []),
             f"failed       {len(self.failed)} seeds {' '.join(list(self.failed)[:10])}",
@@ -75,28 +83,51 @@ class Tally:
         return "\n".join(lines)
 
 
-def run_for(minutes: float, world: str, is_twice: bool) -> int:
+def run_for(minutes: float, world: str, is_twice: bool, num_processes: int) -> int:
+    """Run seeds in several processes; 1 where one has failed, or a situation has never arisen."""
     tally, start_s = Tally(TALLIES / f"{world}.json"), time.monotonic()
-    before_s, num_failed = tally.seconds, 0
-    while time.monotonic() - start_s < minutes * 60:
-        plan = Plan(tally.next_seed, world)
-        report = simulate(plan)
-        tally.add(report)
-        if report.violations:
-            num_failed += 1
-            print(f"seed {plan.seed}: {report.violations[0]}\n  {plan.command()}", flush=True)
-            print(f"  shrunk: {shrink(plan, simulate).command()}", flush=True)
-        elif (is_twice or plan.seed % _SECOND_RUN_EVERY == 0) and simulate(plan) != report:
-            num_failed += 1
-            tally.failed[str(plan.seed)] = "the second run left another trace"
-            print(f"seed {plan.seed}: the second run left another trace\n  {plan.command()}", flush=True)
-        tally.seconds = before_s + time.monotonic() - start_s
-        tally.save()
+    before_s, num_failed, next_seed = tally.seconds, 0, tally.next_seed
+    running: set[Future[tuple[Report, bool, float]]] = set()
+    with ProcessPoolExecutor(num_processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        while True:
+            while time.monotonic() - start_s < minutes * 60 and len(running) < 2 * num_processes:
+                again = is_twice or next_seed % _SECOND_RUN_EVERY == 0
+                running.add(pool.submit(_run_one, Plan(next_seed, world), again))
+                next_seed += 1
+            if not running:
+                break
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            num_failed += sum(_book(tally, *each.result()) for each in done)
+            tally.seconds = before_s + time.monotonic() - start_s
+            tally.save()
     print(f"---- {world}\n{tally.page()}")
-    unseen = never_judged(world, tally.reached) if tally.num_seeds >= _SEEDS_FOR_ALL else []
+    has_enough = tally.num_seeds >= _SEEDS_FOR_ALL
+    unseen = [*never_judged(world, tally.reached), *never_reached(world, tally.reached)] if has_enough else []
     if unseen:
-        print(f"never judged: {', '.join(unseen)}: these checks show nothing")
+        print(f"never seen: {', '.join(unseen)}: checks of these show nothing")
     return 1 if num_failed or unseen else 0
+
+
+def _run_one(plan: Plan, is_twice: bool) -> tuple[Report, bool, float]:
+    """Its report, whether a second run left the same, and the seconds of a core that the first took."""
+    start_s = time.process_time()
+    report = simulate(plan)
+    took_s = time.process_time() - start_s
+    return report, not is_twice or bool(report.violations) or simulate(plan) == report, took_s
+
+
+def _book(tally: Tally, report: Report, is_same: bool, core_s: float) -> bool:
+    """Whether the seed has failed."""
+    plan = report.plan
+    tally.add(report)
+    tally.core_s += core_s
+    if report.violations:
+        print(f"seed {plan.seed}: {report.violations[0]}\n  {plan.command()}", flush=True)
+        print(f"  shrunk: {shrink(plan, simulate, _MAX_SHRINKS).command()}", flush=True)
+    elif not is_same:
+        tally.failed[str(plan.seed)] = "the second run left another trace"
+        print(f"seed {plan.seed}: the second run left another trace\n  {plan.command()}", flush=True)
+    return bool(report.violations) or not is_same
 
 
 def show(plan: Plan, without: str | None, is_shrunk: bool) -> int:
@@ -133,6 +164,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1.0, help="how long to run seeds")
     parser.add_argument("--world", choices=WORLDS, help="what is simulated; by default all, one after the other")
     parser.add_argument("--twice", action="store_true", help="run each seed twice: equal seeds leave equal traces")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time; all cores")
     parser.add_argument("--seed", type=int, help="run this one, and show what it broke")
     parser.add_argument("--only", help="with --seed: these parts of its schedule, separated by commas")
     parser.add_argument("--load-s", type=float, default=LOAD_S, help="with --seed: how long faults are dealt")
@@ -144,7 +176,11 @@ def main() -> int:
         return search_removals()
     if given.seed is None:
         worlds = [given.world] if given.world is not None else list(WORLDS)
-        return max(run_for(given.minutes / len(worlds), world, given.twice) for world in worlds)
+        minutes = given.minutes / len(worlds)
+        failed = max(run_for(minutes, world, given.twice, given.jobs) for world in worlds)
+        if STATES.exists():
+            print(f"---- states explored: {STATES.read_text(encoding='utf-8')}")
+        return failed
     only = frozenset(given.only.split(",")) if given.only is not None else None
     return show(Plan(given.seed, given.world or "exchange", only, given.load_s), given.without, given.shrink)
 

@@ -22,6 +22,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 from unittest import mock
 
@@ -46,6 +47,9 @@ class Bounds:
             f"{kinds}, {'two' if self.two_sided else 'one'}-sided, {self.num_faults} faults{', lies' * self.with_lies}"
         )
 
+
+STATES: Final = Path("build/simulation/states.txt")
+"""What the last search that came to its end has seen."""
 
 _ORDERED, _WANTED, _LONG = Transfer(0, 2), Transfer(1, 1, is_wanted=True), Transfer(0, 3)
 SMALL: Final = (
@@ -285,7 +289,10 @@ def main() -> int:
         if found.violation:
             print("  " + "\n  ".join((*found.story, found.violation)))
             return 1
-    print(f"{num_states:,} states in all, {len(met)} of {len(all_transitions())} entries of the two tables")
+    said = f"{num_states:,} states in all, {len(met)} of {len(all_transitions())} entries of the two tables"
+    print(said)
+    STATES.parent.mkdir(parents=True, exist_ok=True)
+    STATES.write_text(said, encoding="utf-8")
     return 0
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tests.simulation.loop import SimLoop, Stopped, Stuck
 from tests.simulation.net import SimNet
@@ -35,8 +35,8 @@ class Report:
     virtual_s: float
 
 
-class Ledger(ABC):
-    """A world's base. A world makes `loop` and `net`, and its `main` is the run."""
+class Ledger:
+    """A world's base. A world makes `loop` and `net`."""
 
     loop: SimLoop
     net: SimNet
@@ -50,10 +50,6 @@ class Ledger(ABC):
         self.reached: Counter[str] = Counter()
         self.transitions: Counter[str] = Counter()
         self._ids = plan.stream("ids")
-
-    @abstractmethod
-    async def main(self) -> None:
-        """Run from start to rest."""
 
     def does(self, part: str) -> bool:
         """Note that the schedule has this part; whether it happens."""
@@ -80,10 +76,10 @@ class Ledger(ABC):
             await asyncio.sleep(0.25)
         return condition()
 
-    def verdict(self, end_s: float) -> Report:
-        """Run `main`, for `end_s` of virtual time at most."""
+    def verdict(self, run: Coroutine[Any, Any, None], end_s: float) -> Report:
+        """Run it, for `end_s` of virtual time at most."""
         try:
-            self.loop.run(self.main(), end_s)
+            self.loop.run(run, end_s)
         except Stuck as error:
             self.report(Invariant.WAITS_END, str(error))
         except Stopped:

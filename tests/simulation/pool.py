@@ -27,7 +27,7 @@ BLOCK_BYTES: Final = LAYOUT.block_bytes
 class Invariant(enum.StrEnum):
     """What must hold in every run."""
 
-    ONE_OUTCOME = "each fetch and each lease has one outcome"
+    ONE_OUTCOME = "each fetch, each lease and each request has one outcome, and no error that nothing explains"
     RIGHT_BYTES = "every block that is used is right"
     CONFIRMED = "no block is used before its lease is confirmed"
     SAME_INCARNATION = "no block is taken from another start of the process that was meant"
@@ -51,6 +51,10 @@ class Violation(AssertionError):
     def __init__(self, invariant: Invariant, detail: str) -> None:
         super().__init__(f"{invariant.name}: {detail}")
         self.invariant = invariant
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[Violation], tuple[Invariant, str]]:
+        return Violation, (self.invariant, self.detail)  # as reports of other processes bring it
 
 
 def content_of(name: bytes) -> bytes:
@@ -90,6 +94,8 @@ class WatchedPool:
             self._judge(Invariant.ONE_OWNER)
             if block_id in self._expected and self._expected[block_id] is None:
                 self._report(Invariant.ONE_OWNER, f"{self._name}: block {block_id} is given out, and being filled")
+            if self._num_leased(block_id):
+                self._report(Invariant.ONE_OWNER, f"{self._name}: block {block_id} is given out, and a lease has it")
             self.check_bytes(block_id)
             self._expected[block_id] = None
             self._rotten.discard(block_id)

@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 from unittest import mock
 
+from tandem.v1 import worker_pb2 as pb
+
 from kvstore.block import BlockHash, BlockMemory, Proof, ProofKey, Subject, subject_of
 from kvstore.exchange import Lease
 from kvstore.peer_keys import SEAL_BYTES, Seal, Transcript
+from kvstore.pool.eviction import Slot
+from kvstore.pool.slot_book import SlotBook
 from kvstore.protocol import AbortOrdered, Actions, AnnouncedBlock, FetchMachine, LeaseOutcome, PeerGone, ReaderSession
 from kvstore.protocol import fetch as fetch_table
 from kvstore.protocol.fetch_events import FetchState
@@ -26,7 +30,11 @@ from kvstore.store.node import StoreLender
 from services.decode.admission import Admission
 from services.decode.live import LiveRequest
 from services.prefill.service import _Order
+from services.router.fleet import Dispatch
+from services.router.fleet.sequence import Sequence as SequenceOfTokens
+from services.router.fleet.session import WorkerSession
 from services.worker import prefix_fetcher
+from services.worker.lender import CacheLender
 from tests.simulation.fleet.computation import PROOF_KEY
 from tests.simulation.pool import Invariant
 
@@ -166,6 +174,34 @@ def _believe_peers() -> AbstractContextManager[object]:
     return stack
 
 
+def _forget_what_was_lent() -> AbstractContextManager[object]:
+    async def keep(lender: CacheLender, blocks: Sequence[AnnouncedBlock]) -> None: ...
+
+    return mock.patch.object(CacheLender, "take_back", keep)
+
+
+def _leave_held_blocks_idle() -> AbstractContextManager[object]:
+    match = SlotBook._match
+
+    def leave(book: SlotBook, hashes: Sequence[BlockHash], is_use: bool) -> list[Slot]:
+        found = match(book, hashes, is_use)
+        book._idle.update(dict.fromkeys(found))
+        return found
+
+    return mock.patch.object(SlotBook, "_match", leave)
+
+
+def _give_up_what_is_lost() -> AbstractContextManager[object]:
+    def give_up(dispatch: Dispatch, lost: SequenceOfTokens, error: pb.Error, reason: str, *, waits: bool) -> None:
+        dispatch._fail(lost, error, "no_worker")
+
+    return mock.patch.object(Dispatch, "_search", give_up)
+
+
+def _hear_the_ended() -> AbstractContextManager[object]:
+    return mock.patch.object(WorkerSession, "abort")
+
+
 REMOVALS: Final = {
     "source-freed-early": Removal("the owner frees before the confirmation", Invariant.SOURCE_HELD, _free_early),
     "lease-not-checked": Removal(
@@ -203,6 +239,16 @@ REMOVALS: Final = {
         Invariant.NOBODYS_WORK,
         _swallow_cancellations,
         "fleet",
+    ),
+    "lent-for-ever": Removal("a worker takes back what it has lent", Invariant.NO_LEAK, _forget_what_was_lent, "fleet"),
+    "held-block-evicted": Removal(
+        "a block that somebody holds is not evicted", Invariant.ONE_OWNER, _leave_held_blocks_idle
+    ),
+    "not-resumed": Removal(
+        "a stream whose worker is lost goes on at another", Invariant.ONE_OUTCOME, _give_up_what_is_lost, "fleet"
+    ),
+    "ended-still-heard": Removal(
+        "nothing is delivered to a sequence that has ended", Invariant.NO_INTERNAL_ERROR, _hear_the_ended, "fleet"
     ),
     "holder-shunned": Removal(
         "a holder is left alone for what is not its fault", Invariant.NO_FALSE_ALARM, _blame_the_holder, "fleet"

@@ -17,30 +17,34 @@ from tests.simulation.nemesis import DEALT, STANDING, USERS
 from tests.simulation.plan import Plan
 from tests.simulation.pool import Invariant
 from tests.simulation.removals import REMOVALS
-from tests.simulation.run import never_judged, simulate
+from tests.simulation.run import never_judged, never_reached, simulate
 from tests.simulation.shrink import shrink
 from tests.simulation.watching import all_transitions
 
 PAGE = ROOT / "docs" / "reliability.md"
-SEEDS = range(11)
+SEEDS = range(12)
 # The first seed that fails without a safeguard (`make simulate-removals`). A change of the product may move it: then
 # the test searches, which takes longer.
 PINNED = {
     "source-freed-early": 0,
-    "lease-not-checked": 4,
+    "lease-not-checked": 30,
     "no-digest-check": 0,
-    "destination-reused-early": 3,
+    "destination-reused-early": 4,
     "stale-incarnation": 1,
     "abort-misses-a-state": 1,
     "drain-without-end": 2,
     "silence-unnoticed": 12,
-    "unverified-tokens": 1,
+    "unverified-tokens": 10,
     "noted-digest-ignored": 1,
     "tag-unkeyed": 9,
     "peer-not-proven": 0,
     "lost-wake-up": 3,
     "cancellation-swallowed": 0,
     "holder-shunned": 7,
+    "held-block-evicted": 6,
+    "lent-for-ever": 38,
+    "not-resumed": 2,
+    "ended-still-heard": 5,
 }
 MAX_SEARCHED = 100
 
@@ -57,12 +61,8 @@ def test_whatever_happens_every_invariant_holds_and_the_situations_arise():
         transitions += report.transitions
     # No check has passed for want of the situation.
     assert never_judged("exchange", reached) == []
+    assert never_reached("exchange", reached) == []
     assert set(faults) >= {*DEALT, *STANDING, *USERS}
-    assert reached["fetched"] > 300
-    causes = {"aborted", "digest", "peer_lost", "read_failed", "revoked", "timeout", "unknown_incarnation"}
-    assert {f"failed: {cause}" for cause in causes} <= set(reached)
-    assert {f"lease: {outcome}" for outcome in ("confirmed", "released", "peer_lost", "revoked")} <= set(reached)
-    assert {"quarantine", "suspect", "no room", "have", "order lost", "left in order"} <= set(reached)
     assert len(set(transitions) & all_transitions()) >= 45
 
 
@@ -97,6 +97,10 @@ def test_each_safeguard_is_missed(name: str):
         if violations and violations[0].invariant is REMOVALS[name].breaks:
             return
     pytest.fail(f"nobody misses it in {MAX_SEARCHED} seeds")
+
+
+def test_no_invariant_is_without_a_safeguard_whose_removal_breaks_it():
+    assert {removal.breaks for removal in REMOVALS.values()} == set(Invariant)
 
 
 def test_the_tally_adds_up_over_runs(tmp_path: Path):

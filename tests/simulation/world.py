@@ -66,7 +66,7 @@ def simulate(plan: Plan) -> Report:
     """Run one plan to its verdict."""
     world = World(plan)
     with watching(world):
-        return world.verdict(END_S)
+        return world.verdict(world.main(), END_S)
 
 
 class World(Ledger):

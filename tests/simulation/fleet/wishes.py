@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -97,23 +97,8 @@ class Wish:
 
     @property
     def kinds(self) -> list[str]:
-        """What is not plain about it, for the probes."""
-        params = self.sampling
-        having = {
-            "sampled": not params.is_greedy,
-            "three choices": self.n > 1,
-            "whole": not self.is_streamed,
-            "log probabilities": params.logprobs is not None,
-            "log probabilities of the prompt": params.prompt_logprobs is not None,
-            "penalties": params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty,
-            "least tokens": params.min_tokens,
-            "stop tokens": params.stop_token_ids,
-            "stop string": self.stop,
-            "bias": params.logit_bias,
-            "allowed tokens": params.allowed_token_ids,
-            "deadline": self.timeout_s,
-        }
-        return [kind for kind, has in having.items() if has]
+        """What is not plain about it."""
+        return [kind for kind, has in KINDS.items() if has(self)]
 
     def _answer(self, params: SamplingParams) -> Answer:
         tokens: list[SampledToken] = []
@@ -144,6 +129,22 @@ class Wish:
     def _prompt_logprobs(self, params: SamplingParams) -> list[float]:
         logits = undisturbed_logits(self.prompt[:-1], len(self.prompt) - 1)
         return [each.chosen.logprob for each in position_logprobs(logits, self.prompt[1:], 1)]
+
+
+KINDS: Final[dict[str, Callable[[Wish], object]]] = {
+    "sampled": lambda wish: not wish.sampling.is_greedy,
+    "three choices": lambda wish: wish.n > 1,
+    "whole": lambda wish: not wish.is_streamed,
+    "log probabilities": lambda wish: wish.sampling.logprobs is not None,
+    "log probabilities of the prompt": lambda wish: wish.sampling.prompt_logprobs is not None,
+    "penalties": lambda wish: wish.sampling.presence_penalty,
+    "least tokens": lambda wish: wish.sampling.min_tokens,
+    "stop tokens": lambda wish: wish.sampling.stop_token_ids,
+    "stop string": lambda wish: wish.stop,
+    "bias": lambda wish: wish.sampling.logit_bias,
+    "allowed tokens": lambda wish: wish.sampling.allowed_token_ids,
+    "deadline": lambda wish: wish.timeout_s,
+}
 
 
 def draw_wish(draw: random.Random) -> Wish:

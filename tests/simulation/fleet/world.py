@@ -5,46 +5,36 @@
     then        faults stop, the dead are restarted; requests must be served within SERVE_S
     then        everything closes in order, and every block is where it belongs
 
-What runs is the product's but for the model's arithmetic (`computation`): router without HTTP, services, prefetcher,
+What runs is the product's but for the model's arithmetic (`computation`): router, services, prefetcher,
 lender, engine, exchange. `simulate` runs one plan, as `tests.simulation.world` does.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import random
 from collections import Counter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
-from unittest import mock
 
 from kvstore.block import BlockHash, BlockMemory
-from services.decode.live import LiveRequest
-from services.decode.service import DecodeService
-from services.engine.api import Request
-from services.router import process
-from services.router.edge import access, entrance, serving
-from services.router.fleet import dispatch, placement, prefixes, session, workers
-from services.router.openai import generation
-from services.router.text import models
 from services.worker.assembly import Role
-from services.worker.shunned import Shunned
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
 from tests.simulation.fleet.client import Client
 from tests.simulation.fleet.impostor import intrude
 from tests.simulation.fleet.orders import OrderNet
 from tests.simulation.fleet.redis_host import FAULTS as OF_REDIS
-from tests.simulation.fleet.redis_host import RedisHost, seeded_clients
+from tests.simulation.fleet.redis_host import RedisHost
 from tests.simulation.fleet.router import SimRouter
 from tests.simulation.fleet.store import DISK_POOL, SimStore
-from tests.simulation.fleet.wishes import Wish, draw_wish, model_files
+from tests.simulation.fleet.watching import watching
+from tests.simulation.fleet.wishes import Wish, draw_wish
 from tests.simulation.fleet.worker import SimWorker
-from tests.simulation.ledger import Ledger, Report, listening
+from tests.simulation.ledger import Ledger, Report
 from tests.simulation.loop import SimLoop
 from tests.simulation.nemesis import Healing
 from tests.simulation.net import SimNet, Weather
@@ -70,14 +60,32 @@ DEALT: Final = (
     *OF_STORES[:-1],
 )
 USERS: Final = ("aborts",)
+BLOWS: Final = ("drain", "partition", "kill", "vanish", "pause", "clock jump")
+"""What may take a worker from everybody. After one of them there is another worker, so nobody hears an error."""
+RESTARTS: Final = ("reorder", "kill", "vanish", "drain")
+"""All that befalls the world `restarts`, one on the heels of the other."""
+
+
+_PAUSE_S: Final = {"fleet": 2.0, "restarts": 0.8}
+"""Between two faults, at most."""
 
 
 def simulate(plan: Plan) -> Report:
     """Run one plan to its verdict."""
     world = FleetWorld(plan)
-    with _watching(world), TemporaryDirectory(prefix="tandem-simulation-") as directory:
+    return _verdict(world, world.main(), END_S)
+
+
+def simulate_idle(idle_s: float) -> Report:
+    """Run a fleet to which nothing happens, and that nobody asks anything for so long."""
+    world = FleetWorld(Plan(0, "fleet", only=frozenset()))
+    return _verdict(world, world.idle(idle_s), idle_s + END_S)
+
+
+def _verdict(world: FleetWorld, run: Coroutine[Any, Any, None], end_s: float) -> Report:
+    with watching(world), TemporaryDirectory(prefix="tandem-simulation-") as directory:
         world.directory = Path(directory)
-        report = world.verdict(END_S)
+        report = world.verdict(run, end_s)
         for store in world.stores.values():
             store.vanish()
     return report
@@ -89,13 +97,8 @@ class FleetWorld(Ledger):
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
         draw = plan.stream("mix")
-        self.is_gentle = draw.random() < 0.3
-        possible = [each for each in dict.fromkeys((*STANDING, *DEALT, *USERS)) if not self.is_gentle or each in GENTLE]
-        drawn = [kind for kind in possible if draw.random() < 0.4]
-        swarm = plan.stream("redis")
-        drawn += [kind for kind in OF_REDIS if not self.is_gentle and swarm.random() < 0.3]
-        malice = plan.stream("malice")
-        drawn += [kind for kind in MALICE if not self.is_gentle and malice.random() < 0.3]
+        self.is_gentle = plan.world == "fleet" and draw.random() < 0.3
+        drawn = self._draw_mix(draw)
         self._dealt = [kind for kind in drawn if kind in (*DEALT, *OF_REDIS, *MALICE)]
         self.mix = frozenset(kind for kind in drawn if self.does(kind))
         self.faults.update((self.mix & set(STANDING)) - {"cut"})
@@ -114,6 +117,7 @@ class FleetWorld(Ledger):
         self._num_starts: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._clients: dict[Client, None] = {}
+        self._blows: list[float] = []
         slow_s, broken = draw.choice([0.1, 0.5]), 0.05 if "broken reads" in self.mix else 0.0
         self._read_faults = Faults(
             max_delay_s=slow_s if "slow reads" in self.mix else 0.002,
@@ -124,6 +128,17 @@ class FleetWorld(Ledger):
         )
         self.net.weather.split = 0.3 if "split" in self.mix else 0.0
         self.net.weather.cut = 0.2 if "cut" in self.mix else 0.0
+
+    def _draw_mix(self, draw: random.Random) -> list[str]:
+        if self.plan.world == "restarts":
+            return list(RESTARTS)
+        if self.is_gentle:
+            return [kind for kind in GENTLE if draw.random() < 0.4]
+        drawn = [kind for kind in dict.fromkeys((*STANDING, *DEALT, *USERS)) if draw.random() < 0.4]
+        for name, kinds in (("redis", OF_REDIS), ("malice", MALICE)):
+            swarm = self.plan.stream(name)
+            drawn += [kind for kind in kinds if swarm.random() < 0.3]
+        return drawn
 
     # ---- for the processes ----
 
@@ -140,6 +155,10 @@ class FleetWorld(Ledger):
         if self.is_gentle and whom not in self._leavers:
             self.report(Invariant.NO_FALSE_ALARM, what)
 
+    def num_blows_since(self, since_s: float) -> int:
+        """How many workers may have been out of reach since."""
+        return sum(each >= since_s for each in self._blows)
+
     def hear(self, message: str) -> None:
         """A warning that the product has logged."""
         if message.startswith("prefill by"):
@@ -152,11 +171,7 @@ class FleetWorld(Ledger):
     # ---- the run ----
 
     async def main(self) -> None:
-        for name in (*_ROLES, _STORE):
-            self._start(name)
-        self.router = SimRouter(self)
-        await self._within(self.router.process, self.router.start())
-        await asyncio.sleep(1.0)
+        await self._open()
         for number in range(_NUM_CLIENTS):
             self._within(self.router.process, self._be_client(number))
         await self._deal()
@@ -167,6 +182,23 @@ class FleetWorld(Ledger):
             self.report(Invariant.WAITS_END, f"{self.router.num_live} requests have not ended after {WAIT_S} s")
         await self.comes_true(lambda: not any(each.is_leaving for _, each in self.holders()), CLOSE_S)
         await self._close()
+
+    async def idle(self, idle_s: float) -> None:
+        """Nobody asks anything for so long; then all requests that come at once are served at once."""
+        await self._open()
+        await asyncio.sleep(idle_s)
+        self.judge(Invariant.SERVES_AGAIN)
+        said = await self._send_some("first")
+        if set(said) != {"whole"}:
+            self.report(Invariant.SERVES_AGAIN, f"after {idle_s} s of rest: {said}")
+        await self._close()
+
+    async def _open(self) -> None:
+        for name in (*_ROLES, _STORE):
+            self._start(name)
+        self.router = SimRouter(self)
+        await self._within(self.router.process, self.router.start())
+        await asyncio.sleep(1.0)
 
     async def _close(self) -> None:
         closing = [self._within(self.router.process, self.router.close())]
@@ -247,6 +279,8 @@ class FleetWorld(Ledger):
 
     def _start(self, name: str) -> None:
         self._num_starts[name] += 1
+        if self._num_starts[name] > 1:
+            self.reach("restarted")
         self.net.back(name)
         started: SimWorker | SimStore
         incarnation = f"{self._num_starts[name]:04d}-{name}"  # no two processes have the same
@@ -281,7 +315,7 @@ class FleetWorld(Ledger):
     async def _deal(self) -> None:
         for number in itertools.count():
             draw = self.plan.stream(f"deal {number}")
-            await asyncio.sleep(draw.uniform(0, 2.0))
+            await asyncio.sleep(draw.uniform(0, _PAUSE_S[self.plan.world]))
             if self.loop.time() >= self.plan.load_s:
                 return
             kind = draw.choice(self._dealt) if self._dealt else None
@@ -308,6 +342,8 @@ class FleetWorld(Ledger):
         name = draw.choice(upright)
         worker, lasts_s = here[name], draw.uniform(0.2, 9.0)
         self.faults[kind] += 1
+        if kind in BLOWS:
+            self._blows.append(self.loop.time())
         self.story.append(f"{self.loop.time():.3f} s: {kind} ({worker.process.name}, {lasts_s:.1f} s)")
         match kind:
             case "delay":
@@ -373,48 +409,3 @@ class FleetWorld(Ledger):
         self.net.weather = Weather()
         for _, each in self.holders():
             each.transport.faults = Faults()
-
-
-# ---- what the run looks at in the product, and the clocks that nobody hands down ----
-
-
-_CLOCKED: Final = (access, dispatch, entrance, generation, models, placement, prefixes, process, serving, workers)
-
-
-class _SimTime:
-    def __init__(self, loop: SimLoop) -> None:
-        self.monotonic = loop.time
-        self.time = lambda: 1e9 + loop.time()
-
-
-@contextlib.contextmanager
-def _watching(world: FleetWorld) -> Iterator[None]:
-    shun, sim_time = Shunned.add, _SimTime(world.loop)
-    enter, leave = DecodeService._entered, DecodeService._leave
-    gone: dict[int, LiveRequest] = {}  # kept, so that no number is given out twice
-
-    def entered(service: DecodeService, live: LiveRequest, request: Request) -> None:
-        world.judge(Invariant.NOBODYS_WORK)
-        if id(live) in gone:
-            world.report(Invariant.NOBODYS_WORK, f"request {live.order.request_id} enters after its end")
-        enter(service, live, request)
-
-    def left(service: DecodeService, live: LiveRequest) -> None:
-        gone[id(live)] = live
-        leave(service, live)
-
-    def shunned(those: Shunned, name: str) -> None:
-        world.alarm(f"shunned: {name} by {world.loop.process.name}", name)
-        shun(those, name)
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(Shunned, "add", shunned))
-        stack.enter_context(mock.patch.object(DecodeService, "_entered", entered))
-        stack.enter_context(mock.patch.object(DecodeService, "_leave", left))
-        stack.enter_context(mock.patch.object(models, "load_model_files", return_value=model_files()))
-        for module in _CLOCKED:
-            stack.enter_context(mock.patch.object(module, "time", sim_time))
-        stack.enter_context(mock.patch.object(session, "random", world.plan.stream("backoff")))
-        stack.enter_context(seeded_clients(world))
-        stack.enter_context(listening(world, ("kvstore", "services"), world.hear))
-        yield

@@ -1,0 +1,79 @@
+"""What a run of the fleet looks at in the product, and the clocks and names that nobody hands down."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+from unittest import mock
+
+from kvstore.block import BlockHash
+from services.decode.live import LiveRequest
+from services.decode.service import DecodeService
+from services.engine.api import Request
+from services.router import process
+from services.router.edge import access, entrance, serving
+from services.router.fleet import dispatch, placement, prefixes, session, workers
+from services.router.openai import generation
+from services.router.text import models
+from services.worker.host_prefixes import HostPrefixes
+from services.worker.shunned import Shunned
+from tests.simulation.fleet.redis_host import seeded_clients
+from tests.simulation.fleet.wishes import model_files
+from tests.simulation.ledger import listening
+from tests.simulation.loop import SimLoop
+from tests.simulation.pool import Invariant
+
+if TYPE_CHECKING:
+    from tests.simulation.fleet.world import FleetWorld
+
+_CLOCKED: Final = (access, dispatch, entrance, generation, models, placement, prefixes, process, serving, workers)
+
+
+class _SimTime:
+    def __init__(self, loop: SimLoop) -> None:
+        self.monotonic = loop.time
+        self.time = lambda: 1e9 + loop.time()
+
+
+@contextlib.contextmanager
+def watching(world: FleetWorld) -> Iterator[None]:
+    """See what the product does where it matters, and have it go by the loop's time."""
+    restore = HostPrefixes._restore
+
+    async def restored(prefixes: HostPrefixes, first: BlockHash, hashes: Sequence[BlockHash]) -> int:
+        num_blocks = await restore(prefixes, first, hashes)
+        if num_blocks:
+            world.reach("brought back from the host tier")
+        return num_blocks
+
+    shun, sim_time = Shunned.add, _SimTime(world.loop)
+    enter, leave = DecodeService._entered, DecodeService._leave
+    gone: dict[int, LiveRequest] = {}  # kept, so that no number is given out twice
+
+    def entered(service: DecodeService, live: LiveRequest, request: Request) -> None:
+        world.judge(Invariant.NOBODYS_WORK)
+        if id(live) in gone:
+            world.report(Invariant.NOBODYS_WORK, f"request {live.order.request_id} enters after its end")
+        enter(service, live, request)
+
+    def left(service: DecodeService, live: LiveRequest) -> None:
+        gone[id(live)] = live
+        leave(service, live)
+
+    def shunned(those: Shunned, name: str) -> None:
+        world.alarm(f"shunned: {name} by {world.loop.process.name}", name)
+        shun(those, name)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Shunned, "add", shunned))
+        stack.enter_context(mock.patch.object(HostPrefixes, "_restore", restored))
+        stack.enter_context(mock.patch.object(DecodeService, "_entered", entered))
+        stack.enter_context(mock.patch.object(DecodeService, "_leave", left))
+        stack.enter_context(mock.patch.object(models, "load_model_files", return_value=model_files()))
+        for module in _CLOCKED:
+            stack.enter_context(mock.patch.object(module, "time", sim_time))
+        stack.enter_context(mock.patch.object(session, "random", world.plan.stream("backoff")))
+        stack.enter_context(seeded_clients(world))
+        stack.enter_context(listening(world, ("kvstore", "services"), world.hear))
+        yield
