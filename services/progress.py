@@ -24,8 +24,8 @@ class Watch:
     """Whether it should advance. Called by the watcher, so it only reads what any thread may read."""
     allowed_s: Callable[[], float]
     """How long it may stand still, in view of what it works on now."""
-    is_curable: bool = True
-    """Whether a new start of the process may help. It does not where a disk hangs, and would cost what is in memory."""
+    is_curable: Callable[[], bool] = lambda: True
+    """Whether a new start of the process may help, and is worth what it costs. It does not where a disk hangs."""
     num_advances: int = 0
 
     def advanced(self) -> None:
@@ -79,5 +79,5 @@ class Progress:
         return tuple(
             seen.watch.name
             for seen in self._seen
-            if seen.watch.is_curable and seen.still_s > seen.watch.allowed_s() + limit_s
+            if seen.watch.is_curable() and seen.still_s > seen.watch.allowed_s() + limit_s
         )

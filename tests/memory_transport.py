@@ -61,6 +61,7 @@ class MemoryTransport:
 
     name = "memory"
     two_sided = False
+    is_still = False
     num_turns: int | None = None
 
     def __init__(

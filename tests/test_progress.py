@@ -108,7 +108,7 @@ def test_a_process_that_should_end_has_stood_still_beyond_what_is_allowed_by_the
 
 def test_what_a_new_start_does_not_cure_is_no_reason_for_one() -> None:
     part = Part()
-    part.watch.is_curable = False
+    part.watch.is_curable = lambda: False
     clock = Clock(part)
     clock.wait(1000)
     assert (clock.progress.stuck(), clock.progress.overdue(60.0)) == (("part",), ())

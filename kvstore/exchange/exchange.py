@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from kvstore.block import BlockHash, BlockMemory, ProofKey
 from kvstore.errors import PeerLost, TransportError
@@ -140,6 +140,22 @@ class BlockExchange:
         """Whether a transport works; where none does, no new peer gets anything from us, nor we from it."""
         return any(transport.problem() is None for transport in self._transports)
 
+    @property
+    def gets_on(self) -> bool:
+        """Whether blocks can be moved at present: a transport works, and does not stand still."""
+        return any(transport.problem() is None and not transport.is_still for transport in self._transports)
+
+    def note_still(self, names: Collection[str]) -> None:
+        """The transports of these names stand still, the others get on: nothing new goes over them, what did has ended.
+
+        Blocks that are being read over them stay in quarantine until they get on.
+        """
+        for transport in self._transports:
+            transport.is_still = transport.name in names
+        for connection in self._peers.undrained:
+            if connection.transport_name in names:
+                connection.close(f"our transport {connection.transport_name} stands still")
+
     def transport_turns(self) -> dict[str, int]:
         """Return how often each transport that works, and has a thread of its own, has come round. Any thread."""
         turns = {each.name: each.num_turns for each in self._transports if each.problem() is None}
@@ -150,7 +166,7 @@ class BlockExchange:
         handles = [handle for connection in self._peers.undrained for handle in connection.handles.values()]
         return {
             "address": self.address,
-            "transports": {transport.name: transport.problem() or "ok" for transport in self._transports},
+            "transports": {transport.name: _condition(transport) for transport in self._transports},
             "owners": [_describe(connection) for connection in self._peers.owners.values()],
             "readers": [_describe(connection) for connection in self._peers.readers.values()],
             "fetches": [handle.describe() for handle in handles if isinstance(handle, Fetch)],
@@ -304,6 +320,10 @@ class BlockExchange:
         if connection is None:
             raise PeerLost(f"owner {peer_id} is not connected, {what_for}")
         return connection
+
+
+def _condition(transport: Transport) -> str:
+    return transport.problem() or ("stands still" if transport.is_still else "ok")
 
 
 def _describe(connection: ToOwner | ToReader) -> dict[str, object]:

@@ -176,7 +176,7 @@ def check_peer(us: PeerIdentity, hello: Hello) -> PeerIdentity:
 
 
 def _usable(transports: Sequence[Transport]) -> list[Transport]:
-    return [transport for transport in transports if transport.problem() is None]
+    return [transport for transport in transports if transport.problem() is None and not transport.is_still]
 
 
 def _send_hello(stream: FrameStream, us: Ourselves, transports: Sequence[Transport], nonce: bytes) -> bytes:

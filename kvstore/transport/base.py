@@ -64,6 +64,9 @@ class Link(Protocol):
 class Transport(Protocol):
     """One way of moving blocks in and out of one pool."""
 
+    is_still: bool
+    """Noted by whoever watches it: its thread does not come round at present. Not offered to peers then."""
+
     @property
     def name(self) -> str:
         """The transport's name, as in `--kv-transport` and on the wire."""

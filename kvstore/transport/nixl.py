@@ -43,6 +43,7 @@ class NixlTransport:
 
     name = "nixl"
     two_sided = False
+    is_still = False
 
     def __init__(self, memory: BlockMemory, role: str) -> None:
         self._memory = memory

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -39,6 +39,8 @@ _INTRODUCTION_S: Final = 5.0
 _ABORT_PERIOD_NS: Final = 200_000_000
 _MAX_CLOSE_S: Final = 5.0
 _MAX_ARRIVALS: Final = 256
+_PING_TAG: Final = 0x7A11_5E1F_7A11_5E1F
+_PING_S: Final = 0.25
 _RUN_BITS: Final = 16
 
 
@@ -72,13 +74,17 @@ class UcxxTransport:
 
     name = "ucxx"
     two_sided = True
-    num_turns: int | None = None  # its threads are the library's
+    num_turns: int | None = None
+    """Messages to ourselves that have come: through the library's threads and back."""
 
     def __init__(self, memory: BlockMemory) -> None:
         self._ucxx, self._options = import_ucxx()
         self._error: type[Exception] = self._ucxx.exceptions.UCXError
         self._memory = memory
         self._is_running = False
+        self._is_still = False
+        self._unaborted: list[Endpoint] = []
+        self._pinging: asyncio.Task[None] | None = None
         self._listener: Listener | None = None
         self._links: set[UcxxLink] = set()
         self._sending: set[asyncio.Future[None]] = set()  # ids of links, at their beginning
@@ -94,6 +100,43 @@ class UcxxTransport:
             self._listener = self._ucxx.create_listener(self._on_endpoint)
         except (RuntimeError, self._error) as error:
             raise TransportError(f"UCX cannot start: {error}; see UCX_TLS, and `tandem doctor`") from error
+        self.num_turns = 0
+        self._pinging = asyncio.create_task(self._ping(), name="ucxx to itself")
+
+    @property
+    def is_still(self) -> bool:
+        """Whether UCX's thread hangs. What it is told then would hold up the loop, and waits until it gets on."""
+        return self._is_still
+
+    @is_still.setter
+    def is_still(self, is_still: bool) -> None:
+        self._is_still = is_still
+        if not is_still:
+            unaborted, self._unaborted = self._unaborted, []
+            for endpoint in unaborted:
+                endpoint.abort(_ABORT_PERIOD_NS)
+
+    def abort(self, endpoint: Endpoint) -> None:
+        """End an endpoint, and all that is posted on it: now, or once UCX's thread gets on."""
+        if self._is_still:
+            self._unaborted.append(endpoint)
+        else:
+            endpoint.abort(_ABORT_PERIOD_NS)
+
+    async def _ping(self) -> None:
+        """Send ourselves a word every now and then, through all of the library's threads."""
+        try:
+            endpoint = await self._ucxx.create_endpoint_from_worker_address(self._ucxx.get_worker_address())
+            word = bytearray(1)
+            while self._is_running:
+                sending = endpoint.send(word, tag=_PING_TAG, force_tag=True)
+                await asyncio.gather(sending, self._ucxx.recv(bytearray(1), tag=_PING_TAG))
+                self.num_turns = (self.num_turns or 0) + 1
+                await asyncio.sleep(_PING_S)
+        except (RuntimeError, self._error) as error:
+            self.num_turns = None
+            if self._is_running:
+                logger.error("ucxx: nobody watches UCX's thread any more: %r", error)
 
     def descriptor(self) -> bytes:
         """The listener's port; the host is the control connection's."""
@@ -119,7 +162,7 @@ class UcxxTransport:
             endpoint = await self._dial(peer)
         else:
             endpoint = await self._arrival(peer.link_id)
-        link = UcxxLink(endpoint, self._memory, peer.peer_id, self._error, self._links)
+        link = UcxxLink(endpoint, self._memory, peer.peer_id, self._error, self._links, self.abort)
         self._links.add(link)
         return link
 
@@ -133,6 +176,8 @@ class UcxxTransport:
             self._listener = None
         if self._is_running:
             self._is_running = False
+            if self._pinging is not None:
+                await asyncio.wait([self._pinging], timeout=_MAX_CLOSE_S)  # it ends by itself, unless it hangs
             self._ucxx.stop_notifier_thread()
 
     async def _dial(self, peer: LinkPeer) -> Endpoint:
@@ -208,13 +253,20 @@ class UcxxLink:
     lane = "tcp"
 
     def __init__(
-        self, endpoint: Endpoint, memory: BlockMemory, peer_id: str, error: type[Exception], links: set[UcxxLink]
+        self,
+        endpoint: Endpoint,
+        memory: BlockMemory,
+        peer_id: str,
+        error: type[Exception],
+        links: set[UcxxLink],
+        abort: Callable[[Endpoint], None],
     ) -> None:
         self._endpoint = endpoint
         self._memory = memory
         self._peer_id = peer_id
         self._error = error
         self._links = links
+        self._abort = abort
         self._dead: str | None = None
         self._slots = asyncio.Semaphore(_MAX_POSTED)
         self._posting = asyncio.Lock()
@@ -234,7 +286,7 @@ class UcxxLink:
         """Abort the endpoint; everything posted on it ends with an error."""
         if self._dead is None:
             self._dead = reason
-            self._endpoint.abort(_ABORT_PERIOD_NS)
+            self._abort(self._endpoint)
 
     async def close(self) -> None:
         """Abort, and wait until all has ended."""

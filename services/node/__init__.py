@@ -4,7 +4,15 @@ from services.node.exchange_metrics import ExchangeMetrics
 from services.node.http import DebugServer
 from services.node.index_feed import IndexFeed
 from services.node.index_metrics import IndexMetrics
-from services.node.watchdog import ProgressMetrics, Watchdog, loop_watch, transport_watches, watched
+from services.node.watchdog import (
+    ProgressMetrics,
+    Watchdog,
+    hindering,
+    in_words,
+    loop_watch,
+    transport_watches,
+    watched,
+)
 
 __all__ = [
     "DebugServer",
@@ -13,6 +21,8 @@ __all__ = [
     "IndexMetrics",
     "ProgressMetrics",
     "Watchdog",
+    "hindering",
+    "in_words",
     "loop_watch",
     "transport_watches",
     "watched",

@@ -47,17 +47,39 @@ def loop_watch(allowed_s: float) -> Watch:
     return watch
 
 
-def transport_watches(exchange: BlockExchange, allowed_s: float) -> list[Watch]:
-    """Watch the transports that have a thread of their own: it has to come round, too."""
-    return [_transport_watch(exchange, name, allowed_s) for name in exchange.transport_turns()]
+def transport_watches(
+    exchange: BlockExchange, allowed_s: float, is_needed: Callable[[], bool] = lambda: True
+) -> list[Watch]:
+    """Watch the transports that have a thread of their own: it has to come round, too.
+
+    A process whose transports all stand still is worth a new start if one `is_needed`.
+    """
+    names = exchange.transport_turns()
+    return [_transport_watch(exchange, name, allowed_s, lambda: is_needed() and not exchange.gets_on) for name in names]
 
 
-def _transport_watch(exchange: BlockExchange, name: str, allowed_s: float) -> Watch:
+def hindering(parts: Sequence[str], exchange: BlockExchange, is_transport_needed: bool = True) -> tuple[str, ...]:
+    """Have blocks go over the transports that get on; return what else of `parts`, which stand still, is in the way.
+
+    A transport is not while another one works, nor where none is needed.
+    """
+    exchange.note_still(parts)
+    if is_transport_needed and not exchange.gets_on:
+        return tuple(parts)
+    return tuple(part for part in parts if part not in exchange.transport_names)
+
+
+def in_words(parts: Sequence[str]) -> str:
+    """Names of parts for people; empty where there are none."""
+    return ", ".join(part.replace("_", " ") for part in parts)
+
+
+def _transport_watch(exchange: BlockExchange, name: str, allowed_s: float, is_curable: Callable[[], bool]) -> Watch:
     def has_work() -> bool:
         watch.num_advances = exchange.transport_turns().get(name, 0)
         return watch.num_advances > 0  # else it is being made anew, which is its own affair
 
-    watch = Watch(name, has_work, lambda: allowed_s)
+    watch = Watch(name, has_work, lambda: allowed_s, is_curable)
     return watch
 
 
@@ -86,10 +108,10 @@ class Watchdog:
         watches: Sequence[Watch],
         exit_s: float,
         threads: Threads,
-        on_change: Callable[[str], None],
+        on_change: Callable[[tuple[str, ...]], None],
         end: Callable[[int], object] = os._exit,
     ) -> None:
-        """`on_change` hears in the event loop what stands still, in words; empty: nothing does any more.
+        """`on_change` hears in the event loop which parts stand still; none: nothing does any more.
 
         `exit_s`: after a standstill of so much more than allowed the process ends by `end`; 0: never.
         """
@@ -131,11 +153,11 @@ class Watchdog:
         """Look once. Since the last time a thread of ours has waited `starved_s` for a processor."""
         self._progress.look(now_s, starved_s)
         names = self._progress.stuck()
-        stuck = ", ".join(name.replace("_", " ") for name in names)
+        stuck = in_words(names)
         if stuck != self.stuck:
             self.stuck = stuck
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._on_change, stuck)
+                self._loop.call_soon_threadsafe(self._on_change, names)
             self._words.submit(log.error if stuck else log.warning, "no progress of: %s", stuck or "nothing any more")
         if self._exit_s and (overdue := self._progress.overdue(self._exit_s)):
             saying = self._words.submit(_say_where, overdue)
@@ -171,7 +193,7 @@ def _still_s(dog: Watchdog, part: str) -> float:
 
 @asynccontextmanager
 async def watched(
-    watches: Sequence[Watch], exit_s: float, threads: Threads, on_change: Callable[[str], None]
+    watches: Sequence[Watch], exit_s: float, threads: Threads, on_change: Callable[[tuple[str, ...]], None]
 ) -> AsyncIterator[Watchdog]:
     """A watchdog that runs while the body does."""
     dog = Watchdog(watches, exit_s, threads, on_change)

@@ -30,7 +30,7 @@ from kvstore.threads import Threads, end_threads
 from kvstore.transport import make_transports
 from services.activity import activity_logged
 from services.logs import configure_logging, detail_level, report_phase, report_ready, request_scope
-from services.node import loop_watch, transport_watches, watched
+from services.node import hindering, in_words, loop_watch, transport_watches, watched
 from services.peer_settings import PeerProofs
 from services.progress import Watch
 from services.settings import SettingsError
@@ -218,10 +218,10 @@ async def _watched(
         disk.num_advances = node.store.num_disk_jobs_ended
         return node.store.has_disk_jobs
 
-    def on_change(stuck: str) -> None:
-        http.stuck = stuck
+    def on_change(parts: tuple[str, ...]) -> None:
+        http.stuck = in_words(hindering(parts, node.exchange))
 
-    disk = Watch("disk", disk_has_work, lambda: _SLOW_DISK_S + config.stuck_after_s, is_curable=False)
+    disk = Watch("disk", disk_has_work, lambda: _SLOW_DISK_S + config.stuck_after_s, is_curable=lambda: False)
     watches = [
         loop_watch(config.stuck_after_s),
         *transport_watches(node.exchange, config.stuck_after_s),

@@ -29,7 +29,7 @@ from services.engine.api import Engine
 from services.engine.choice import open_engine
 from services.engine.model_config import ModelError
 from services.logs import configure_logging, detail_level, report_phase, report_ready
-from services.node import loop_watch, transport_watches, watched
+from services.node import hindering, in_words, loop_watch, transport_watches, watched
 from services.orders import GrpcOrders, GrpcServer, OrderServer
 from services.peer_settings import PeerProofs
 from services.settings import SettingsError
@@ -352,13 +352,16 @@ async def _watched(
     """Have it watched that the worker gets on. Where it does not, probes, routers and who waits for it are told."""
     parts = worker.parts
 
-    def on_change(stuck: str) -> None:
-        front.http.stuck = stuck
+    # A decode worker computes by itself what it cannot have moved. Its streams would pay for a new start.
+    is_needed = worker.record.role != "decode"
+
+    def on_change(still: tuple[str, ...]) -> None:
+        front.http.stuck = stuck = in_words(hindering(still, parts.exchange, is_needed))
         worker.service.set_stuck(stuck)
         phase = f"no progress of: {stuck}" if stuck else ""
         registrar.update(msgspec.structs.replace(registrar.record, phase=phase))
 
-    transports = transport_watches(parts.exchange, config.stuck_after_s)
+    transports = transport_watches(parts.exchange, config.stuck_after_s, lambda: is_needed)
     watches = [loop_watch(config.stuck_after_s), parts.thread.watch, *transports]
     async with watched(watches, config.stuck_exit_s, parts.threads, on_change) as dog:
         parts.metrics.progress.watch(dog)

@@ -24,7 +24,7 @@ def seconds(number: float) -> list[float]:
 
 
 async def test_who_should_know_hears_of_a_standstill_and_of_its_end(caplog: pytest.LogCaptureFixture) -> None:
-    heard: list[str] = []
+    heard: list[tuple[str, ...]] = []
     watch = Watch("step_loop", lambda: True, lambda: 2.0)
     dog = Watchdog([watch], 60.0, LoopThreads(), heard.append, end=lambda status: pytest.fail("ended"))
     for now_s in seconds(3):
@@ -33,7 +33,7 @@ async def test_who_should_know_hears_of_a_standstill_and_of_its_end(caplog: pyte
     watch.advanced()
     dog.look(4.0)
     await asyncio.sleep(0)
-    assert heard == ["step loop", ""]
+    assert heard == [("step_loop",), ()]
     assert [record.levelno for record in caplog.records] == [logging.ERROR, logging.WARNING]
 
 
