@@ -27,6 +27,7 @@ from tests.simulation.removals import REMOVALS
 from tests.simulation.run import WORLDS, never_judged, never_reached, simulate
 from tests.simulation.shrink import shrink
 from tests.simulation.watching import all_transitions
+from tests.states.rows import all_rows
 
 TALLIES = Path("build/simulation")
 _SECOND_RUN_EVERY = 20  # seeds: each of these runs twice in any case, and leaves the same trace or is a failure
@@ -70,12 +71,15 @@ class Tally:
         self._path.write_text(text, encoding="utf-8")
 
     def page(self) -> str:
-        rows, met, rate = all_transitions(), set(self.transitions), self.num_seeds / self.seconds
+        rows, met, rate = all_transitions() | all_rows(), set(self.transitions), self.num_seeds / self.seconds
+        of_all, of_met = (Counter(row.split()[0] for row in those) for those in (rows, rows & met))
+        entries = (f"{table} {count} of {of_all[table]}" for table, count in sorted(of_met.items()))
         lines = [
             f"seeds        {self.num_seeds:,} in {self.seconds / 60:.1f} min: {rate:.1f} a second,"
             f" {self.core_s / max(self.num_seeds, 1):.2f} s of a core each",
             f"simulated    {self.virtual_s / 3600:,.1f} h, {self.num_callbacks:,} callbacks",
-            *([f"transitions  {len(rows & met)} of {len(rows)} entries of the two tables"] if met else []),
+            "transitions  "
+            + ", ".join(f"{table} {count} of {of_all[table]}" for table, count in sorted(of_met.items())),
             f"failed       {len(self.failed)} seeds {' '.join(list(self.failed)[:10])}",
             "faults       " + ", ".join(f"{kind} {count:,}" for kind, count in self.faults.most_common()),
             "reached      " + ", ".join(f"{what} {count:,}" for what, count in self.reached.most_common()),

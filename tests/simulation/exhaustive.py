@@ -29,6 +29,10 @@ from unittest import mock
 from kvstore.protocol import FetchMachine, LeaseMachine
 from tests.simulation.joint import Broken, End, Joint, Transfer, check_fields, is_computing
 from tests.simulation.watching import all_transitions
+from tests.states.explore import explore
+from tests.states.live import LiveModel
+from tests.states.order import OrderModel
+from tests.states.rows import all_rows, seeing_rows
 
 
 @dataclass(frozen=True)
@@ -293,7 +297,20 @@ def main() -> int:
     print(said)
     STATES.parent.mkdir(parents=True, exist_ok=True)
     STATES.write_text(said, encoding="utf-8")
-    return 0
+    return max(_search_worker(model) for model in (OrderModel(), LiveModel()))
+
+
+def _search_worker(model: OrderModel | LiveModel) -> int:
+    """The tables of the workers, each alone."""
+    rows: set[str] = set()
+    with seeing_rows(rows.add):
+        found = explore(model)
+    table = type(model).__name__.removesuffix("Model").lower()
+    num_rows = sum(row.startswith(table) for row in all_rows())
+    print(f"{table}: {found.num_states:,} states, {found.num_steps:,} steps, {len(rows)} of {num_rows} entries")
+    if found.violation:
+        print("  " + "\n  ".join((*found.story, found.violation)))
+    return 1 if found.violation else 0
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from tests.simulation.fleet.wishes import model_files
 from tests.simulation.ledger import listening
 from tests.simulation.loop import SimLoop
 from tests.simulation.pool import Invariant
+from tests.states.rows import seeing_rows
 
 if TYPE_CHECKING:
     from tests.simulation.fleet.world import FleetWorld
@@ -75,5 +76,6 @@ def watching(world: FleetWorld) -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, "time", sim_time))
         stack.enter_context(mock.patch.object(session, "random", world.plan.stream("backoff")))
         stack.enter_context(seeded_clients(world))
+        stack.enter_context(seeing_rows(lambda row: world.transitions.update((row,))))
         stack.enter_context(listening(world, ("kvstore", "services"), world.hear))
         yield
