@@ -78,8 +78,7 @@ class Tally:
             f"seeds        {self.num_seeds:,} in {self.seconds / 60:.1f} min: {rate:.1f} a second,"
             f" {self.core_s / max(self.num_seeds, 1):.2f} s of a core each",
             f"simulated    {self.virtual_s / 3600:,.1f} h, {self.num_callbacks:,} callbacks",
-            "transitions  "
-            + ", ".join(f"{table} {count} of {of_all[table]}" for table, count in sorted(of_met.items())),
+            "entries      " + ", ".join(entries),
             f"failed       {len(self.failed)} seeds {' '.join(list(self.failed)[:10])}",
             "faults       " + ", ".join(f"{kind} {count:,}" for kind, count in self.faults.most_common()),
             "reached      " + ", ".join(f"{what} {count:,}" for what, count in self.reached.most_common()),
