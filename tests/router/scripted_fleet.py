@@ -61,6 +61,8 @@ class ScriptedWorker:
     """What is far from its end, and from the first words of its first order, it says in one frame."""
     num_free_blocks: int = 1000
     numerics: str = "alike"
+    prefilled_by: str = ""
+    """The worker that computes its prompts; empty: it does."""
     max_moving: int = 0
     """The most orders that it was told to let go and has not, in one step."""
     refuses: bool = False
@@ -157,7 +159,7 @@ class ScriptedWorker:
         async for message in requests:
             if message.HasField("generate"):
                 self.orders.append(message.generate)
-                live[message.generate.handle] = _Output(message.generate, int(self.differs))
+                live[message.generate.handle] = _Output(message.generate, int(self.differs), self.prefilled_by)
                 has_work.set()
             elif message.HasField("abort"):
                 live.pop(message.abort.handle, None)
@@ -175,8 +177,9 @@ class ScriptedWorker:
 class _Output:
     """An order's output: a hash of what came before is the next token."""
 
-    def __init__(self, order: pb.GenerateRequest, start: int) -> None:
+    def __init__(self, order: pb.GenerateRequest, start: int, prefilled_by: str) -> None:
         self.order = order
+        self._prefilled_by = prefilled_by
         self.num_said = 0
         self.is_leaving = False
         self.num_before = len(order.resumed_token_ids)
@@ -205,9 +208,12 @@ class _Output:
             output.logprobs.append(position(token_id, sampling.logprobs))
         num_tokens = len(order.prompt_token_ids) + self.num_before
         if self.num_said == 1 or is_last:
-            output.usage.CopyFrom(pb.Usage(num_prompt_tokens=num_tokens, prefilled_locally=True, num_cached_tokens=3))
+            output.usage.CopyFrom(pb.Usage(num_prompt_tokens=num_tokens, num_cached_tokens=3))
+            output.usage.prefilled_locally = not self._prefilled_by
+            output.usage.prefill_worker_id = self._prefilled_by
             if order.HasField("move"):
                 output.usage.num_cached_tokens, output.usage.prefilled_locally = num_tokens, False
+                output.usage.ClearField("prefill_worker_id")
                 output.usage.moved.CopyFrom(pb.FetchedPrefix(holder_id=order.move.worker_id, num_blocks=2))
         if is_last:
             output.finish_reason = pb.FINISH_REASON_LENGTH

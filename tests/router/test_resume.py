@@ -15,6 +15,7 @@ from tests.router.direct import Answer
 from tests.router.harness import FakeIndex
 from tests.router.scripted_fleet import ScriptedFleet, ScriptedWorker, scripted_fleet
 from tests.waiting import until
+from tests.worker_records import worker_record
 
 LENGTH = 64
 PROMPT = list(range(20, 60))
@@ -82,6 +83,23 @@ async def kill_at_each(make, temperature: int, n: int, stream: bool, every: int)
                 resumed = [len(order.resumed_token_ids) for order in survivor.orders]
                 assert killed_at in resumed or killed_at == num_tokens
         assert is_at_rest(fleet)
+
+
+@pytest.mark.parametrize(("end", "expected"), [("dies_after", "inexact"), ("drains_after", "exact")])
+async def test_what_another_kind_of_worker_had_computed_is_exact_only_where_it_is_not_computed_again(
+    make, end, expected
+):
+    """The prompt's KV came from a prefill worker of other numerics, and counts in every token that follows."""
+    async with scripted_fleet() as fleet:
+        both = {"features": (RESUMES, MOVES)}
+        first, second = make(**both, **{end: 10}), make(1, **both)
+        prefill = worker_record(worker_id="prefill-0", role="prefill", grpc_address="prefill-0", numerics="other")
+        first.prefilled_by = prefill.worker_id
+        await fleet.serve_with(first, second)
+        fleet.announce(first, second, holds=(prefill,))
+        await until(lambda: fleet.parts.workers.numerics("prefill-0") == "other")
+        (receipt,) = (await fleet.ask(**STREAM, receipt=True)).receipts
+        assert receipt["resumed_elsewhere"] == expected
 
 
 @pytest.mark.parametrize("death", ["dies_after", "gives_up_after"])

@@ -175,6 +175,8 @@ class Dispatch:
             self._settle_prefill(sequence, output)
         was_resuming = sequence.state is SequenceState.RESUMING
         sequence.take_output(output, self._clock())
+        if not sequence.resumes and sequence.usage is not None and sequence.usage.prefill_worker_id:
+            sequence.prompt_numerics = self._workers.numerics(sequence.usage.prefill_worker_id)
         if was_resuming and sequence.state is SequenceState.STREAMING:
             self._resumed(sequence)
         if output.finish_reason:
@@ -294,8 +296,11 @@ class Dispatch:
         resume.pause_s = max(self._clock() - resume.since_s, 0.0)
         assert sequence.placement is not None, f"{sequence.request_id} goes on nowhere"
         computed_by = [sequence.placement.decision.decode.numerics]
-        if resume.usage is not None and resume.usage.prefill_worker_id:
-            computed_by.append(self._workers.numerics(resume.usage.prefill_worker_id))
+        if resume.usage is None or not resume.usage.HasField("moved"):  # else the KV came as it was
+            if sequence.prompt_numerics is not None:
+                computed_by.append(sequence.prompt_numerics)
+            if resume.usage is not None and resume.usage.prefill_worker_id:
+                computed_by.append(self._workers.numerics(resume.usage.prefill_worker_id))
         resume.is_exact = is_exact(sequence.numerics, *computed_by)
         self._metrics.count_resume(resume)
 

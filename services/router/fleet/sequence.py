@@ -133,6 +133,8 @@ class Sequence:
     """Where its KV is, after a worker that drains has let it go, until another one has said a token."""
     numerics: str = ""
     """Of the worker that it was begun on."""
+    prompt_numerics: str | None = None
+    """Of the other worker that computed the prompt for that one; None: it did, or nobody has said so."""
     resumes: list[Resume] = field(default_factory=list)
 
     @property
