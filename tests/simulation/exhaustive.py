@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 from unittest import mock
 
-from tests.states.live import LiveModel
-
 from kvstore.protocol import FetchMachine, LeaseMachine
 from tests.simulation.joint import Broken, End, Joint, Transfer, check_fields, is_computing
 from tests.simulation.watching import all_transitions
 from tests.states.explore import explore
+from tests.states.live import LiveModel
 from tests.states.order import OrderModel
 from tests.states.rows import all_rows, seeing_rows
 
