@@ -1,6 +1,6 @@
 """What one client can do to the others: small requests beside attacks, as a table in Markdown.
 
-    python -m tests.bench.bench_attacks [--only WORD] [--seconds 8] [--turns 3] [--up-args "--no-demo ..."]
+    python -m tests.bench.bench_attacks [--only WORD …] [--seconds 8] [--turns 3] [--up-args "--no-demo ..."]
 
 Starts `tandem up` with the demo model. The attacker is a process of its own, with as many connections at a time as the
 attack needs, over and over. Beside it one client asks a small request every 50 ms and another `/health`. Idle times and
@@ -176,8 +176,9 @@ async def watch(port: int, router: psutil.Process, seconds: float, seen: Seen) -
 
     async def ask(times: list[float], method: str, path: str, pause_s: float, content: object = None) -> None:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=90) as http:
-            while time.monotonic() < end:
-                start = time.monotonic()
+            is_first = True
+            while is_first or time.monotonic() < end:
+                is_first, start = False, time.monotonic()
                 answer = await http.request(method, path, json=content)
                 times.append(time.monotonic() - start)
                 seen.refused += answer.status_code != 200
@@ -225,10 +226,10 @@ HEAD = (
 )  # fmt: skip
 
 
-def run(port: int, router: psutil.Process, only: str, seconds: float, turns: int) -> None:
+def run(port: int, router: psutil.Process, only: Sequence[str], seconds: float, turns: int) -> None:
     print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|", flush=True)
     for name in ATTACKS:
-        if only not in name:
+        if not any(word in name for word in only):
             continue
         idle, seen, answers = Seen(), Seen(), Counter[str]()
         for _ in range(turns):
@@ -246,7 +247,7 @@ def run(port: int, router: psutil.Process, only: str, seconds: float, turns: int
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--only", default="", help="attacks whose name has this word")
+    parser.add_argument("--only", nargs="*", default=[""], help="attacks whose name has one of these words")
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--turns", type=int, default=3, help="of idling and attacking")
     parser.add_argument("--up-args", default="")
