@@ -55,7 +55,7 @@ class EmbeddedRedis:
                 process = _spawn(binary, chosen_port, password, log)
                 if _wait_ready(process, chosen_port, password):
                     return cls(process, chosen_port, password)
-                _stop(process)
+                stop(process)
             log.seek(0)
             log_tail = log.read().decode(errors="replace")[-2000:].strip() or "(no log)"
             raise RedisServerError(f"{binary} did not come up on {_HOST}:{chosen_port}; its log ends: {log_tail}")
@@ -71,7 +71,7 @@ class EmbeddedRedis:
 
     def close(self) -> None:
         """Stop the server and wait for its end; nothing happens the second time."""
-        _stop(self._process)
+        stop(self._process)
 
     def __enter__(self) -> EmbeddedRedis:
         return self
@@ -156,13 +156,14 @@ def _ask_process_id(port: int, password: str) -> int | None:
     return None
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes], timeout_s: float = _STOP_TIMEOUT_S) -> None:
+    """End a process of ours and wait for its end: by SIGTERM, and after so long by SIGKILL."""
     process.terminate()
     try:
-        process.wait(_STOP_TIMEOUT_S)
+        process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.wait(_STOP_TIMEOUT_S)
+        process.wait(timeout_s)
 
 
 def _find_free_port() -> int:

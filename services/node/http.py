@@ -67,44 +67,10 @@ class DebugServer:
         `/drain`.
         """
         app = FastAPI(openapi_url=None)
-
-        @app.get("/metrics")
-        async def metrics() -> Response:
-            return Response(generate_latest(registry()), media_type=CONTENT_TYPE_LATEST)
-
-        @app.get("/health")
-        async def health() -> Response:
-            if why := unhealthy():
-                return JSONResponse({"status": "unhealthy", "reason": why}, status_code=503)
-            if what := note():
-                return JSONResponse({"status": "healthy", "note": what})
-            return Response(status_code=200)
-
-        @app.get("/ready")
-        async def ready() -> JSONResponse:
-            if why := not_ready():
-                return JSONResponse({"status": "not ready", "reason": why}, status_code=503)
-            return JSONResponse({"status": "ready"})
-
-        @app.get("/debug/state")
-        async def debug_state() -> JSONResponse:
-            return JSONResponse(dict(state()))
-
-        @app.get("/debug/integrity")
-        async def debug_integrity() -> JSONResponse:
-            try:
-                await check_integrity()
-            except Exception as error:  # whatever is wrong is the answer
-                return JSONResponse({"ok": False, "error": f"{type(error).__name__}: {error}"}, status_code=500)
-            return JSONResponse({"ok": True})
-
+        _add_probes(app, unhealthy, not_ready, note)
+        _add_views(app, registry, state, check_integrity)
         if drain is not None:
-
-            @app.post("/drain")
-            async def drain_now() -> JSONResponse:
-                drain()
-                return JSONResponse({"status": "draining"}, status_code=202)
-
+            _add_drain(app, drain)
         is_open = _PROBES | {"/metrics"} if open_metrics else _PROBES
         self._guard = _Guard(app, tokens, is_open)
         config = uvicorn.Config(
@@ -140,3 +106,51 @@ class DebugServer:
 def _report_crash(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("the debug server broke; probes find nobody there", exc_info=error)
+
+
+def _add_probes(
+    app: FastAPI, unhealthy: Callable[[], str], not_ready: Callable[[], str], note: Callable[[], str]
+) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        if why := unhealthy():
+            return JSONResponse({"status": "unhealthy", "reason": why}, status_code=503)
+        if what := note():
+            return JSONResponse({"status": "healthy", "note": what})
+        return Response(status_code=200)
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        if why := not_ready():
+            return JSONResponse({"status": "not ready", "reason": why}, status_code=503)
+        return JSONResponse({"status": "ready"})
+
+
+def _add_views(
+    app: FastAPI,
+    registry: Callable[[], CollectorRegistry],
+    state: Callable[[], Mapping[str, object]],
+    check_integrity: Callable[[], Awaitable[None]],
+) -> None:
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry()), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/debug/state")
+    async def debug_state() -> JSONResponse:
+        return JSONResponse(dict(state()))
+
+    @app.get("/debug/integrity")
+    async def debug_integrity() -> JSONResponse:
+        try:
+            await check_integrity()
+        except Exception as error:  # whatever is wrong is the answer
+            return JSONResponse({"ok": False, "error": f"{type(error).__name__}: {error}"}, status_code=500)
+        return JSONResponse({"ok": True})
+
+
+def _add_drain(app: FastAPI, drain: Callable[[], None]) -> None:
+    @app.post("/drain")
+    async def drain_now() -> JSONResponse:
+        drain()
+        return JSONResponse({"status": "draining"}, status_code=202)

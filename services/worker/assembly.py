@@ -84,20 +84,9 @@ def assemble(
 
     thread = EngineThread(engine, threads, step_ended, allowed_s)
     host_prefixes = HostPrefixes(engine, thread, threads, config.prefix_fetch_timeout_s)
-    transports = make_transports(config.kv_transport, engine.memory, worker_id)
-    metrics.exchange.watch(transports)
-    exchange = BlockExchange(
-        PeerIdentity(f"{worker_id}/{incarnation}", role, incarnation, engine.layout),
-        engine.memory,
-        transports,
-        exchange_timeouts(config),
-        proof_key=engine.proof_key,
-        keys=seams.block_keys,
-        outside=seams.outside,
-        observer=metrics.exchange,
-        lender=CacheLender(engine, thread, host_prefixes),
-        request_scope=request_scope,
-    )
+    identity = PeerIdentity(f"{worker_id}/{incarnation}", role, incarnation, engine.layout)
+    lender = CacheLender(engine, thread, host_prefixes)
+    exchange = _exchange(config, identity, worker_id, engine, lender, metrics, seams)
     costs = FetchCosts(rates, engine.layout.block_bytes // engine.layout.block_size, config.prefix_fetch)
     index_feed = WorkerIndexFeed(config.redis, worker_id, incarnation, config.lease_s, engine, metrics.index)
     thread.cache_followers.append(index_feed.changed)
@@ -129,6 +118,31 @@ def assemble(
         metrics=metrics,
         index_feed=index_feed,
         store_feed=store_feed,
+    )
+
+
+def _exchange(
+    config: WorkerConfig,
+    identity: PeerIdentity,
+    worker_id: str,
+    engine: Engine,
+    lender: CacheLender,
+    metrics: WorkerMetrics,
+    seams: Seams,
+) -> BlockExchange:
+    transports = make_transports(config.kv_transport, engine.memory, worker_id)
+    metrics.exchange.watch(transports)
+    return BlockExchange(
+        identity,
+        engine.memory,
+        transports,
+        exchange_timeouts(config),
+        proof_key=engine.proof_key,
+        keys=seams.block_keys,
+        outside=seams.outside,
+        observer=metrics.exchange,
+        lender=lender,
+        request_scope=request_scope,
     )
 
 

@@ -18,6 +18,7 @@ import httpx
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
+from services.cli.embedded_redis import stop
 from tests.orders import Orders
 from tests.peers import PEER_SECRET, session_with
 from tests.stack import Stack
@@ -80,20 +81,11 @@ def fleet(previous: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
                     stdout=log,
                     stderr=log,
                 )
-            cleanup.callback(stop, process)
+            cleanup.callback(stop, process, STOP_TIMEOUT_S)
         stack.wait_for(lambda: len(stack.records()) == 4, "workers of both versions to announce themselves")
         for url in (stack.url, old_router(stack)):
             stack.wait_for(lambda url=url: connected(url) == {"decode-0", "old-decode"}, "sessions with both versions")
         yield stack
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def old_router(stack: Stack) -> str:
