@@ -35,6 +35,15 @@ def ucx_thread(pid: int) -> int:
     return _liveliest(pid, _epoll_waiters(pid))
 
 
+def file_writers(pid: int) -> list[int]:
+    """Those that have written to files, but for the main one, and whoever logs."""
+    return [
+        thread
+        for thread in _threads(pid)
+        if thread != pid and int(_read(pid, thread, "io").split("write_bytes:")[1].split()[0]) >= 1 << 16
+    ]
+
+
 def _liveliest(pid: int, threads: set[int]) -> int:
     """The one that wakes most often in a second in which nothing is to do, but for the main one."""
     before = {thread: _num_wakes(pid, thread) for thread in threads - {pid}}

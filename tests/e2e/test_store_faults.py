@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from kvstore.index import Tier
 from tests.block_peer import BlockPeer
+from tests.held_threads import file_writers, held
 from tests.hf_models import random_prompts, reference_greedy
 from tests.index_view import num_held, until_held
 from tests.orders import Orders
@@ -148,3 +151,28 @@ async def test_a_full_disk_stops_writing_and_nothing_else(stack: Stack, peer: Bl
         await kept.orders.generate(next(prompts), "decode-0", "prefill-0", [])
     assert stack.metric("store-0", "tandem:store_disk_paused") == 0
     stack.check_clean()
+
+
+def why_not_ready(stack: Stack) -> str:
+    answer = httpx.get(f"{stack.services['store-0'].debug_url}/ready", timeout=30)
+    return str(answer.json().get("reason", ""))
+
+
+@pytest.mark.slow
+async def test_a_disk_that_hangs_is_found_and_what_is_in_memory_is_lent(stack: Stack, peer: BlockPeer) -> None:
+    await Kept(stack, peer, 97).keep()
+    threads = file_writers(stack.services["store-0"].process.pid or 0)
+    assert threads, "nobody has written to the disk"
+    hanging = Kept(stack, peer, 98)
+    with contextlib.ExitStack() as cleanup:
+        for thread in threads:
+            cleanup.enter_context(held(thread))
+        orders = hanging.orders
+        assert (await orders.generate(hanging.prompts[0], "decode-0", "prefill-0", []))[0] == hanging.expected[0]
+        stack.wait_for(lambda: why_not_ready(stack) == "no progress of: disk", "the watchdog to see it")
+        assert stack.metric("store-0", "tandem:stuck_seconds", part="disk") > 10
+        source = orders.source("store-0", NUM_SHARED_BLOCKS, "store")
+        tokens, usage = await orders.generate(hanging.prompts[1], "decode-1", "prefill-1", [source])
+        assert tokens == hanging.expected[1]
+        assert [part.holder_id for part in usage.fetched] == ["store-0"]
+    stack.wait_for(lambda: not why_not_ready(stack), "the disk to get on")
