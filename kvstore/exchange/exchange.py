@@ -28,7 +28,6 @@ from kvstore.protocol import (
     AnnouncedBlock,
     ExchangeTimeouts,
     Have,
-    PeerGone,
     Revoke,
     Suspect,
     Take,
@@ -259,9 +258,8 @@ class BlockExchange:
         connection = self._owner(owner_peer_id, f"for transfer {transfer_id.hex()}")
         machine = connection.session.order(transfer_id, expected_hashes, may_be_fewer, stage_s, self.clock())
         fetch = Fetch(connection, machine, reserve)
-        if owner_incarnation is not None and connection.peer.incarnation != owner_incarnation:
-            detail = f"{owner_peer_id} is incarnation {connection.peer.incarnation}, not {owner_incarnation}"
-            fetch.handle(PeerGone(detail, was_another=True))
+        if owner_incarnation is not None:
+            connection.do(connection.session.check_start(transfer_id, owner_incarnation, self.clock()))
         return fetch
 
     def fetch_prefix(

@@ -149,6 +149,7 @@ class PeerSessions:
             raise PeerUnreachable(f"{address}: {stage} failed: {why}") from error
         peer_id = introduction.peer.peer_id
         session = ReaderSession(
+            introduction.peer.incarnation,
             introduction.features,
             introduction.transport.two_sided,
             self._tools.memory.block_bytes,

@@ -132,14 +132,18 @@ class ReaderSession(_Session[FetchMachine]):
 
     def __init__(
         self,
+        incarnation: str,
         features: frozenset[str],
         two_sided: bool,
         block_bytes: int,
         timeouts: ExchangeTimeouts,
         now: float,
     ) -> None:
-        """`features` are the owner's, of `messages.FEATURES`; a `two_sided` link needs its grant for every read."""
+        """`incarnation` and `features` (of `messages.FEATURES`) are the owner's; a `two_sided` link needs its grant for
+        every read.
+        """
         super().__init__(timeouts, now)
+        self._incarnation = incarnation
         self._features = features
         self._two_sided = two_sided
         self._block_bytes = block_bytes
@@ -169,6 +173,13 @@ class ReaderSession(_Session[FetchMachine]):
             may_be_fewer=may_be_fewer,
         )
         return machine
+
+    def check_start(self, transfer_id: bytes, meant: str, now: float) -> Actions:
+        """Fail a transfer that is meant for another start of the owner's process than the one that is connected."""
+        if meant == self._incarnation:
+            return []
+        detail = f"the owner is incarnation {self._incarnation}, not {meant}"
+        return self.tell(transfer_id, PeerGone(detail, was_another=True), now)
 
     def want(self, transfer_id: bytes, hashes: Sequence[BlockHash], request_id: str) -> Actions:
         """Ask for the longest prefix of these blocks, in the name of a request if it is one's.

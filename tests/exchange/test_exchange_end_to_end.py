@@ -239,7 +239,7 @@ async def test_a_fetch_from_another_incarnation_than_the_ordered_one_fails_at_on
         fetch = reader.exchange.fetch(TRANSFER, "prefill-0", [None], room([1]), owner_incarnation="prefill-0-2")
         failure = (await fetch.result).failure
         assert failure.cause is FetchCause.UNKNOWN_INCARNATION
-        assert failure.detail == "prefill-0 is incarnation prefill-0-1, not prefill-0-2"
+        assert failure.detail == "the owner is incarnation prefill-0-1, not prefill-0-2"
         assert await fetch.quiesced == []
 
 

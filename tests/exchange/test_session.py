@@ -48,7 +48,7 @@ ANNOUNCED = [AnnouncedBlock(40 + i, each, Proof(i)) for i, each in enumerate(HAS
 
 
 def reader(two_sided: bool = False, features: frozenset[str] = frozenset(FEATURES)) -> ReaderSession:
-    return ReaderSession(features, two_sided, 4096, TIMEOUTS, 0.0)
+    return ReaderSession("2", features, two_sided, 4096, TIMEOUTS, 0.0)
 
 
 def owner(two_sided: bool = True) -> OwnerSession:
@@ -65,6 +65,15 @@ def reading(session: ReaderSession) -> list:
     assert told(session.receive(Offer(TRANSFER, 3), 0.0)) == [Reserve(3)]
     session.tell(TRANSFER, Reserved(Reservation([7, 8, 9])), 0.0)
     return told(session.receive(Announce(TRANSFER, 0, ANNOUNCED, True), 0.0))
+
+
+def test_a_transfer_that_is_meant_for_another_start_of_the_owner_fails_at_once_and_tells_it_nothing() -> None:
+    session = reader()
+    machine = session.order(TRANSFER, HASHES, False, None, 0.0)
+    assert session.check_start(TRANSFER, "2", 0.0) == []
+    resolve, quiesced = told(session.check_start(TRANSFER, "1", 0.0))
+    assert resolve.result.failure.cause is FetchCause.UNKNOWN_INCARNATION
+    assert (quiesced, machine.may_succeed, session.transfers) == (Quiesced([]), False, {})
 
 
 def test_a_peer_that_says_nothing_is_given_up_and_one_that_beats_is_not() -> None:

@@ -125,7 +125,7 @@ class Joint:
         self.transfers = {each.id: each for each in transfers}
         self.two_sided = two_sided
         self.faults_left = num_faults
-        self.reader = ReaderSession(frozenset(FEATURES), two_sided, 1, _TIMEOUTS, 0.0)
+        self.reader = ReaderSession("1", frozenset(FEATURES), two_sided, 1, _TIMEOUTS, 0.0)
         self.owner = OwnerSession("joint", two_sided, _TIMEOUTS, 0.0)
         self.reader_end = self.owner_end = End.UP
         self.to_owner: tuple[Message, ...] = ()
@@ -472,7 +472,7 @@ FIELDS: Final = {
         *("_drain_end", "_timeouts", "_history"),
     },
     ReaderSession: _SESSION_FIELDS
-    | {"_features", "_two_sided", "_block_bytes", "_max_run_blocks", "_next_read_id", "_ungranted"},
+    | {"_incarnation", "_features", "_two_sided", "_block_bytes", "_max_run_blocks", "_next_read_id", "_ungranted"},
     OwnerSession: _SESSION_FIELDS | {"_transport_name", "_two_sided", "_num_owed"},
 }
 """What copies and keys know of. A field more would be shared by states that differ in it."""
