@@ -24,8 +24,9 @@ from kvstore.transport import Link, region
 
 _STEP_BYTES: Final = 64 * 1024
 _STEP_WORDS: Final = _STEP_BYTES // 8
-# A NaN in each of the usual types, so that nothing computed looks like it. Who sends it all the same looks stalled.
-_MARK: Final = np.uint64(0xFFFB_5A17_FFFB_A5E1)
+# Small and finite in every type that a cache may have: a block whose read came to nothing goes back to the pool with
+# its marks, and where its last tokens are not computed yet, attention multiplies what lies there by 0.
+MARK: Final = np.uint64(0x3A5C_1F3B_3A5D_1E3C)
 # Below this a link is as good as one that stands still.
 _SLOWEST_BYTES_PER_S: Final = 1024 * 1024
 
@@ -106,9 +107,9 @@ def _mark(memory: BlockMemory, run: Run) -> list[npt.NDArray[np.uint64]]:
     words = buffer.view(np.uint64)
     marked = [words[_STEP_WORDS - 1 :: _STEP_WORDS], words[-1:]]
     for each in marked:
-        each[...] = _MARK
+        each[...] = MARK
     return marked
 
 
 def _num_left(marked: npt.NDArray[np.uint64]) -> int:
-    return int(np.count_nonzero(marked == _MARK))
+    return int(np.count_nonzero(marked == MARK))

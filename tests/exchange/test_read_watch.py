@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 
 from kvstore.block import BlockHash, HostMemory, Run
-from kvstore.exchange.read_watch import ReadWatch
+from kvstore.exchange.read_watch import MARK, ReadWatch
 from kvstore.protocol import (
     AnnouncedBlock,
     ExchangeTimeouts,
@@ -110,6 +111,16 @@ def test_a_link_is_not_to_blame_where_our_own_thread_does_not_come_round() -> No
         watched.link.num_turns += 1
         problem = watched.after(0.5)
     assert problem is not None
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_a_mark_that_is_left_in_a_block_is_a_small_number(dtype: torch.dtype) -> None:
+    """Attention gives what is not computed yet a weight of 0, and 0 times a NaN is no 0: a request ended by that."""
+    numbers = torch.frombuffer(bytearray(MARK.tobytes()), dtype=dtype).float()
+    assert bool(torch.isfinite(numbers).all())
+    assert float(numbers.abs().max()) < 1000
 
 
 def test_of_a_pause_of_our_own_little_counts() -> None:
