@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 from unittest import mock
 
-from tandem.v1 import worker_pb2 as pb
-
 from kvstore.block import BlockHash, BlockMemory, Proof, ProofKey, Subject, subject_of
 from kvstore.exchange import Lease
 from kvstore.peer_keys import SEAL_BYTES, Seal, Transcript
@@ -30,9 +28,8 @@ from kvstore.store.node import StoreLender
 from services.decode.admission import Admission
 from services.decode.live import LiveRequest
 from services.prefill.service import _Order
-from services.router.fleet import Dispatch
-from services.router.fleet.sequence import Sequence as SequenceOfTokens
 from services.router.fleet.session import WorkerSession
+from services.router.openai import Generation
 from services.worker import prefix_fetcher
 from services.worker.lender import CacheLender
 from tests.simulation.fleet.computation import PROOF_KEY
@@ -191,11 +188,11 @@ def _leave_held_blocks_idle() -> AbstractContextManager[object]:
     return mock.patch.object(SlotBook, "_match", leave)
 
 
-def _give_up_what_is_lost() -> AbstractContextManager[object]:
-    def give_up(dispatch: Dispatch, lost: SequenceOfTokens, error: pb.Error, reason: str, *, waits: bool) -> None:
-        dispatch._fail(lost, error, "no_worker")
+def _end_with_the_first_choice() -> AbstractContextManager[object]:
+    def finished(generation: Generation) -> bool:
+        return any(choice.finished for choice in generation._choices)
 
-    return mock.patch.object(Dispatch, "_search", give_up)
+    return mock.patch.object(Generation, "finished", property(finished))
 
 
 def _hear_the_ended() -> AbstractContextManager[object]:
@@ -244,8 +241,11 @@ REMOVALS: Final = {
     "held-block-evicted": Removal(
         "a block that somebody holds is not evicted", Invariant.ONE_OWNER, _leave_held_blocks_idle
     ),
-    "not-resumed": Removal(
-        "a stream whose worker is lost goes on at another", Invariant.ONE_OUTCOME, _give_up_what_is_lost, "fleet"
+    "ended-with-the-first": Removal(
+        "an answer goes on until each of its choices has ended",
+        Invariant.ONE_OUTCOME,
+        _end_with_the_first_choice,
+        "fleet",
     ),
     "ended-still-heard": Removal(
         "nothing is delivered to a sequence that has ended", Invariant.NO_INTERNAL_ERROR, _hear_the_ended, "fleet"

@@ -37,13 +37,13 @@ PINNED = {
     "unverified-tokens": 10,
     "noted-digest-ignored": 1,
     "tag-unkeyed": 9,
-    "peer-not-proven": 0,
+    "peer-not-proven": 33,
     "lost-wake-up": 3,
-    "cancellation-swallowed": 0,
-    "holder-shunned": 7,
+    "cancellation-swallowed": 7,
+    "holder-shunned": 20,
     "held-block-evicted": 6,
     "lent-for-ever": 38,
-    "not-resumed": 2,
+    "ended-with-the-first": 5,
     "ended-still-heard": 5,
 }
 MAX_SEARCHED = 100
