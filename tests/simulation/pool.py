@@ -42,6 +42,7 @@ class Invariant(enum.StrEnum):
     RIGHT_TOKENS = "every token of every stream is right, and none is missing"
     NOBODYS_WORK = "nothing of a request that has ended enters the engine"
     ONLY_PEERS = "who has not proven itself is nobody's peer"
+    SERVES_ON = "while one router is away, another one serves"
     NO_FALSE_ALARM = "where nothing has failed, nobody is blamed, no deadline passes, and no stream ends in an error"
 
 

@@ -27,6 +27,7 @@ from kvstore.protocol.messages import Confirmed, Revoke
 from kvstore.store.node import StoreLender
 from services.decode.admission import Admission
 from services.decode.live import LiveRequest
+from services.decode.service import DecodeService
 from services.prefill.service import _Order
 from services.router.fleet.session import WorkerSession
 from services.router.openai import Generation
@@ -34,6 +35,8 @@ from services.worker import prefix_fetcher
 from services.worker.lender import CacheLender
 from tests.simulation.fleet.computation import PROOF_KEY
 from tests.simulation.pool import Invariant
+
+_SESSION_ENDED: Final = "the router's session ended"
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,19 @@ def _hear_the_ended() -> AbstractContextManager[object]:
     return mock.patch.object(WorkerSession, "abort")
 
 
+def _end_with_another() -> AbstractContextManager[object]:
+    abort = DecodeService._abort
+
+    def all_of_all(service: DecodeService, live: LiveRequest, reason: str) -> None:
+        abort(service, live, reason)
+        if reason == _SESSION_ENDED:
+            for lives in list(service._sessions.values()):
+                for each in list(lives.values()):
+                    service._expire(each)
+
+    return mock.patch.object(DecodeService, "_abort", all_of_all)
+
+
 REMOVALS: Final = {
     "source-freed-early": Removal("the owner frees before the confirmation", Invariant.SOURCE_HELD, _free_early),
     "lease-not-checked": Removal(
@@ -249,6 +265,9 @@ REMOVALS: Final = {
     ),
     "ended-still-heard": Removal(
         "nothing is delivered to a sequence that has ended", Invariant.NO_INTERNAL_ERROR, _hear_the_ended, "fleet"
+    ),
+    "routers-as-one": Removal(
+        "a session's end ends its own requests alone", Invariant.SERVES_ON, _end_with_another, "routers"
     ),
     "holder-shunned": Removal(
         "a holder is left alone for what is not its fault", Invariant.NO_FALSE_ALARM, _blame_the_holder, "fleet"

@@ -12,15 +12,17 @@ from tests.simulation.ledger import Report
 from tests.simulation.plan import Plan
 from tests.simulation.pool import Invariant
 
-WORLDS: Final = {"exchange": exchange.simulate, "fleet": fleet.simulate, "restarts": fleet.simulate}
+WORLDS: Final = {"exchange": exchange.simulate, **dict.fromkeys(("fleet", "routers", "restarts"), fleet.simulate)}
 _OF_STREAMS: Final = {Invariant.RIGHT_TOKENS, Invariant.NOBODYS_WORK, Invariant.NO_FALSE_ALARM, Invariant.ONLY_PEERS}
+_OF_ROUTERS: Final = {Invariant.SERVES_ON}
 _OF_ALL: Final = {
     *(Invariant.ONE_OUTCOME, Invariant.NO_LEAK, Invariant.ONE_OWNER, Invariant.WAITS_END, Invariant.SERVES_AGAIN)
 }
 # Of `NO_INTERNAL_ERROR` every moment is a situation.
 JUDGED: Final = {
-    "exchange": set(Invariant) - _OF_STREAMS - {Invariant.NO_INTERNAL_ERROR},
+    "exchange": set(Invariant) - _OF_STREAMS - _OF_ROUTERS - {Invariant.NO_INTERNAL_ERROR},
     "fleet": _OF_STREAMS | _OF_ALL,
+    "routers": _OF_ROUTERS | _OF_ALL | {Invariant.RIGHT_TOKENS, Invariant.NO_FALSE_ALARM},
     "restarts": _OF_ALL | {Invariant.RIGHT_TOKENS, Invariant.NOBODYS_WORK},
 }
 """Invariants that some situation of a world could break; none may hold for want of it."""
@@ -42,6 +44,10 @@ REQUIRED: Final = {
         *("ended: whole", "ended: left", "ended: late", "left in order", "restarted"),
         *("disk refused", "disk read failed", "blocks found on disk", "rotten in a store", "forged"),
         "impostor refused",
+    },
+    "routers": {
+        *("router gone with clients", "a gone router's work in an engine", "ended: cut", "ended: whole"),
+        *("lost Redis", "index announced anew"),
     },
     "restarts": {"restarted", "left in order", "ended: whole", "resumed: lost", "moved with its blocks"},
 }

@@ -41,6 +41,7 @@ PINNED = {
     "lost-wake-up": 3,
     "cancellation-swallowed": 7,
     "holder-shunned": 20,
+    "routers-as-one": 3,
     "held-block-evicted": 6,
     "lent-for-ever": 38,
     "ended-with-the-first": 5,

@@ -40,6 +40,8 @@ class Client:
         self._is_done = False
         self._body = b""
         self._error: str | None = None
+        self.error_breaks = lambda: Invariant.ONE_OUTCOME
+        """Said of an error that nothing explains."""
         self._since_s = world.loop.time()
 
     def leave(self) -> None:
@@ -168,7 +170,7 @@ class Client:
             return "late"
         has_no_worker = self._status in (200, 503) and self._world.num_blows_since(self._since_s - _AFTER_S) > 1
         if not (has_no_worker or is_late or _GIVEN_UP in error):
-            self.wrong(Invariant.ONE_OUTCOME, f"has an error that nobody ordered: {self._status} {error}")
+            self.wrong(self.error_breaks(), f"has an error that nobody ordered: {self._status} {error}")
         return f"error: {self._status} {error}"
 
     def wrong(self, invariant: Invariant, what: str) -> None:

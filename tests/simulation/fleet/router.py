@@ -47,15 +47,24 @@ class _Lookups(IndexObserver):
 class SimRouter:
     """One router, without its HTTP parser."""
 
-    def __init__(self, world: FleetWorld) -> None:
-        self.name = "r"
-        self.process = world.loop.new_process("r/1")
+    def __init__(self, world: FleetWorld, name: str, number: int) -> None:
+        self.name = name
+        self.names = (name,)
+        self.process = world.loop.new_process(f"{name}/{number}")
         self.num_live = 0
+        self.is_leaving = False
         self._world = world
         self._is_over = world.loop.create_future()
+        self._app: Edge | None = None
         with world.loop.within(self.process):
             self._membership = Membership(REDIS_URL)
             self._index = IndexReader(REDIS_URL, observer=_Lookups(world))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a balancer sends it clients."""
+        is_up = not (self.process.is_killed or self.process.is_paused or self.is_leaving)
+        return is_up and self._app is not None and bool(self._membership.snapshot())
 
     async def start(self) -> None:
         """Until it can be asked."""
@@ -67,7 +76,7 @@ class SimRouter:
 
     async def _run(self, opened: asyncio.Future[RouterParts]) -> None:
         orders, threads = SimOrders(self._world.orders, self.name, self.process), SimThreads(self._world.loop)
-        async with open_parts(_CONFIG, self._membership, self.name, orders, threads, self._index) as parts:
+        async with open_parts(_CONFIG, self._membership, self.process.name, orders, threads, self._index) as parts:
             opened.set_result(parts)
             await self._is_over
 

@@ -30,6 +30,9 @@ from tests.simulation.fleet.orders import OrderNet
 from tests.simulation.fleet.redis_host import FAULTS as OF_REDIS
 from tests.simulation.fleet.redis_host import RedisHost
 from tests.simulation.fleet.router import SimRouter
+from tests.simulation.fleet.routers import FAULTS as OF_ROUTERS
+from tests.simulation.fleet.routers import NAMES as ROUTERS
+from tests.simulation.fleet.routers import Routers
 from tests.simulation.fleet.store import DISK_POOL, SimStore
 from tests.simulation.fleet.watching import watching
 from tests.simulation.fleet.wishes import Wish, draw_wish
@@ -65,8 +68,11 @@ BLOWS: Final = ("drain", "partition", "kill", "vanish", "pause", "clock jump")
 RESTARTS: Final = ("reorder", "kill", "vanish", "drain")
 """All that befalls the world `restarts`, one on the heels of the other."""
 
+AROUND_ROUTERS: Final = (*GENTLE, *USERS, "delay", "partition", "kill", "vanish", "pause", *OF_REDIS)
+"""What may befall the world `routers` beside the faults of these, in seeds that are not gentle."""
 
-_PAUSE_S: Final = {"fleet": 2.0, "restarts": 0.8}
+
+_PAUSE_S: Final = {"fleet": 2.0, "routers": 2.0, "restarts": 0.8}
 """Between two faults, at most."""
 
 
@@ -97,9 +103,9 @@ class FleetWorld(Ledger):
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
         draw = plan.stream("mix")
-        self.is_gentle = plan.world == "fleet" and draw.random() < 0.3
+        self.is_gentle = plan.world != "restarts" and draw.random() < (0.5 if plan.world == "routers" else 0.3)
         drawn = self._draw_mix(draw)
-        self._dealt = [kind for kind in drawn if kind in (*DEALT, *OF_REDIS, *MALICE)]
+        self._dealt = [kind for kind in drawn if kind in (*DEALT, *OF_REDIS, *OF_ROUTERS, *MALICE)]
         self.mix = frozenset(kind for kind in drawn if self.does(kind))
         self.faults.update((self.mix & set(STANDING)) - {"cut"})
         self.loop = SimLoop(draw.getrandbits(64), shuffles="reorder" in self.mix)
@@ -132,6 +138,10 @@ class FleetWorld(Ledger):
     def _draw_mix(self, draw: random.Random) -> list[str]:
         if self.plan.world == "restarts":
             return list(RESTARTS)
+        if self.plan.world == "routers":
+            swarm = self.plan.stream("routers")
+            own = [kind for kind in OF_ROUTERS if swarm.random() < 0.5]
+            return [*own, *(kind for kind in (GENTLE if self.is_gentle else AROUND_ROUTERS) if draw.random() < 0.4)]
         if self.is_gentle:
             return [kind for kind in GENTLE if draw.random() < 0.4]
         drawn = [kind for kind in dict.fromkeys((*STANDING, *DEALT, *USERS)) if draw.random() < 0.4]
@@ -173,7 +183,7 @@ class FleetWorld(Ledger):
     async def main(self) -> None:
         await self._open()
         for number in range(_NUM_CLIENTS):
-            self._within(self.router.process, self._be_client(number))
+            self.within(self.router.process, self._be_client(number))
         await self._deal()
         self._stop_faults()
         await self._see_it_serve()
@@ -196,15 +206,15 @@ class FleetWorld(Ledger):
     async def _open(self) -> None:
         for name in (*_ROLES, _STORE):
             self._start(name)
-        self.router = SimRouter(self)
-        await self._within(self.router.process, self.router.start())
+        self.router = Routers(self) if self.plan.world == "routers" else SimRouter(self, "r", 1)
+        await self.within(self.router.process, self.router.start())
         await asyncio.sleep(1.0)
 
     async def _close(self) -> None:
-        closing = [self._within(self.router.process, self.router.close())]
+        closing = [self.within(self.router.process, self.router.close())]
         if not await self.comes_true(lambda: closing[0].done(), CLOSE_S):
             self.report(Invariant.WAITS_END, "the router does not close")
-        closing += [self._within(each.process, each.close()) for _, each in self.holders()]
+        closing += [self.within(each.process, each.close()) for _, each in self.holders()]
         if not await self.comes_true(lambda: all(task.done() for task in closing), CLOSE_S):
             self.report(Invariant.WAITS_END, f"not closed after {CLOSE_S} s: {[t for t in closing if not t.done()]}")
 
@@ -221,11 +231,11 @@ class FleetWorld(Ledger):
             self.faults["aborts"] += leaves_after is not None
             wish = draw_wish(draw)
             num_copies = 2 if draw.random() < 0.1 else 1  # equal prompts at once
-            asking = [self._ask(f"{client}.{number}.{copy}", wish, leaves_after) for copy in range(num_copies)]
+            asking = [self.ask(f"{client}.{number}.{copy}", wish, leaves_after) for copy in range(num_copies)]
             for how in await asyncio.gather(*asking):
                 self._ended(how)
 
-    async def _ask(self, name: str, wish: Wish, leaves_after: int | None = None) -> str:
+    async def ask(self, name: str, wish: Wish, leaves_after: int | None = None) -> str:
         client = Client(self, name, wish, leaves_after)
         self._clients[client] = None
         try:
@@ -257,13 +267,11 @@ class FleetWorld(Ledger):
     async def _send_some(self, name: str) -> list[str]:
         """Four requests at once; how each has ended."""
         wishes = [replace(draw_wish(random.Random(f"{name}.{each}")), timeout_s=0.0) for each in range(4)]
-        sent = [
-            self._within(self.router.process, self._ask(f"{name}.{each}", wish)) for each, wish in enumerate(wishes)
-        ]
+        sent = [self.within(self.router.process, self.ask(f"{name}.{each}", wish)) for each, wish in enumerate(wishes)]
         await self.comes_true(lambda: all(request.done() for request in sent), SERVE_S)
         return [request.result() if request.done() else "no end" for request in sent]
 
-    def _within(self, process: Any, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def within(self, process: Any, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         with self.loop.within(process):
             task = self.loop.create_task(work)
         self._tasks.add(task)
@@ -291,7 +299,7 @@ class FleetWorld(Ledger):
         else:
             started = self.workers[name] = SimWorker(self, name, _ROLES[name], incarnation)
         started.threads.max_delay_s = 0.2 if "slow threads" in self.mix else 0.01
-        self._within(started.process, started.start())
+        self.within(started.process, started.start())
 
     def _kill(self, name: str, silently: bool) -> None:
         worker = self.stores.pop(name) if name == _STORE else self.workers.pop(name)
@@ -304,7 +312,7 @@ class FleetWorld(Ledger):
 
     async def _drain(self, worker: SimWorker | SimStore) -> None:
         await self.comes_true(lambda: not worker.num_filled, DRAIN_S)  # it holds blocks in nobody's name
-        leaving = self._within(worker.process, worker.leave(DRAIN_S))
+        leaving = self.within(worker.process, worker.leave(DRAIN_S))
         if not await self.comes_true(lambda: worker.process.is_killed or leaving.done(), DRAIN_S + CLOSE_S):
             self.report(Invariant.WAITS_END, f"{worker.process.name} has not left after {DRAIN_S + CLOSE_S} s")
         if not worker.process.is_killed:
@@ -322,15 +330,23 @@ class FleetWorld(Ledger):
             if kind in self.mix and self.does(f"deal {number}"):
                 if kind in OF_REDIS:
                     self._deal_redis(kind, draw)
+                elif kind in OF_ROUTERS:
+                    self._deal_router(kind, draw)
                 else:
                     self._deal_one(kind, draw)
 
     def _deal_redis(self, kind: str, draw: random.Random) -> None:
         if self.redis.is_up:
-            lasts_s, other = draw.uniform(0.2, 9.0), draw.choice([*_ROLES, _STORE, "r"])
+            lasts_s, other = draw.uniform(0.2, 9.0), draw.choice([*_ROLES, _STORE, *self.router.names])
             self.faults[kind] += 1
             self.story.append(f"{self.loop.time():.3f} s: {kind} ({other}, {lasts_s:.1f} s)")
             self.redis.fail(kind, lasts_s, draw.random() < 0.5, other)
+
+    def _deal_router(self, kind: str, draw: random.Random) -> None:
+        lasts_s, name = draw.uniform(0.2, 9.0), draw.choice(ROUTERS)
+        if isinstance(self.router, Routers) and self.router.fail(kind, lasts_s, name):
+            self.faults[kind] += 1
+            self.story.append(f"{self.loop.time():.3f} s: {kind} ({name}, {lasts_s:.1f} s)")
 
     def _deal_one(self, kind: str, draw: random.Random) -> None:
         here = dict(self.holders())
@@ -350,7 +366,7 @@ class FleetWorld(Ledger):
                 self.net.weather.max_latency_s = draw.choice([0.05, 0.3])
                 self.healing.later(lasts_s, self._calm)
             case "partition":
-                other = draw.choice([each for each in (*_ROLES, _STORE, "r") if each != name])
+                other = draw.choice([each for each in (*_ROLES, _STORE, *self.router.names) if each != name])
                 self.net.part(name, other)
                 self.healing.later(lasts_s, lambda: self.net.join(name, other))
             case "kill" | "vanish":
@@ -362,14 +378,14 @@ class FleetWorld(Ledger):
                 if not any(each.is_leaving for each in (worker, *others)):
                     worker.is_leaving = True
                     self._leavers |= {worker.name, worker.incarnation}
-                    self._within(self.loop.world, self._drain(worker))
+                    self.within(self.loop.world, self._drain(worker))
             case "pause":
                 self.loop.pause(worker.process)
                 self.healing.later(lasts_s, lambda: self.loop.resume(worker.process))
             case "clock jump":
                 worker.process.clock_ahead_s += draw.choice([1.0, 7.0, 100.0])
             case "full pool" if isinstance(worker, SimWorker):
-                self._within(worker.process, self._fill(worker, lasts_s, draw))
+                self.within(worker.process, self._fill(worker, lasts_s, draw))
             case "forging store" if isinstance(worker, SimStore):
                 worker.forge()
                 self.healing.later(lasts_s, worker.stop_forging)
@@ -385,7 +401,7 @@ class FleetWorld(Ledger):
             case "impostor":
                 assert self._first is not None
                 work = intrude(self, draw.choice(list(_ROLES)), self._first.engine.layout, worker.record.kv_address)
-                self._within(self.loop.new_process(f"x/{self.faults[kind]}"), work)
+                self.within(self.loop.new_process(f"x/{self.faults[kind]}"), work)
             case "abort storm":
                 for client in self._clients:
                     client.leave()
