@@ -35,7 +35,7 @@ PINNED = {
     "drain-without-end": 2,
     "silence-unnoticed": 12,
     "unverified-tokens": 10,
-    "noted-digest-ignored": 1,
+    "noted-digest-ignored": 6,
     "tag-unkeyed": 9,
     "peer-not-proven": 33,
     "lost-wake-up": 3,

@@ -158,14 +158,13 @@ class SimStore:
             self._tier._directory.close()
 
     def rot(self, draw: random.Random) -> None:
-        """A bit of a block changes where it lies."""
+        """A bit of each block changes where it lies."""
         dram = self.node.store.dram
-        hashes = sorted(dram.hashes())
-        block = dram.find(draw.choice(hashes)) if hashes else None
-        if block is not None:
-            view = self.node.store.memory.view(block.slot)
-            view[draw.randrange(len(view))] ^= 1 << draw.randrange(8)
-            self._world.reach("rotten in a store")
+        for block in map(dram.find, sorted(dram.hashes())):
+            if block is not None:
+                view = self.node.store.memory.view(block.slot)
+                view[draw.randrange(len(view))] ^= 1 << draw.randrange(8)
+                self._world.reach("rotten in a store")
 
     def check_at_rest(self) -> None:
         self._world.judge(Invariant.NO_LEAK)
