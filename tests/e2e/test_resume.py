@@ -29,6 +29,7 @@ from tests.stack import Service, Stack
 from tests.waiting import until
 
 NUM_TOKENS = 64
+NUM_DRAINED_TOKENS = 192  # so that the answer goes on for long enough to move
 NUM_SPARES = 2
 PATIENCE_S = 60.0  # nobody is left for its silence: that is tested elsewhere
 WORKER = f"--num-gpu-blocks-override 256 --lease-s 2 --peer-timeout-s {PATIENCE_S} --stuck-after-s {PATIENCE_S}"
@@ -115,10 +116,14 @@ class DisturbingOrders(GrpcOrders):
 
 def check_clean(stack: Stack) -> None:
     """Of the workers that live now; those that were started since have to say first where to ask them."""
-    living = {each.name for each in stack.services.values() if each.role == "decode" and each.process.is_alive()}
-    stack.wait_for(lambda: living <= {record.worker_id for record in stack.records()}, "the spares to serve")
-    for record in stack.records():
-        stack.services[record.worker_id].debug_url = f"http://{record.http_address}"
+    living = [each for each in stack.services.values() if each.role == "decode" and each.process.is_alive()]
+
+    def are_known() -> bool:
+        for record in stack.records():
+            stack.services[record.worker_id].debug_url = f"http://{record.http_address}"
+        return all(each.debug_url or not each.process.is_alive() for each in living)
+
+    stack.wait_for(are_known, "the spares to serve")
     stack.check_clean()
 
 
@@ -148,9 +153,9 @@ def about_equal(found: object, expected: object) -> bool:
     return found == expected
 
 
-def body_of(sampling: str, n: int, logprobs: str, stop: str | None) -> dict[str, object]:
-    """Without special tokens' ends: every sequence has 64 tokens or ends by its stop string."""
-    body: dict[str, object] = {"model": "m", "prompt": PROMPT, "max_tokens": NUM_TOKENS, "ignore_eos": True}
+def body_of(num_tokens: int, sampling: str, n: int, logprobs: str, stop: str | None) -> dict[str, object]:
+    """Without special tokens' ends: every sequence has so many tokens or ends by its stop string."""
+    body: dict[str, object] = {"model": "m", "prompt": PROMPT, "max_tokens": num_tokens, "ignore_eos": True}
     body |= {"n": n, "seed": 5, "temperature": 0 if sampling == "greedy" else 1, "stream": True, "stop": stop}
     return body | {"return_token_ids": True, "logprobs": 2 if logprobs else None, "receipt": True}
 
@@ -174,8 +179,9 @@ async def end_at_each(
             await until(lambda: "m" in client.parts.models.names())
 
         await has_spares()
-        text = (await client.ask(**body_of(sampling, n, logprobs, None))).choices()[0]["text"]
-        body = body_of(sampling, n, logprobs, late_part(str(text)) if has_stop else None)
+        length = NUM_TOKENS if hows == ("kill",) else NUM_DRAINED_TOKENS
+        text = (await client.ask(**body_of(length, sampling, n, logprobs, None))).choices()[0]["text"]
+        body = body_of(length, sampling, n, logprobs, late_part(str(text)) if has_stop else None)
         expected = await client.ask(**body)
         assert expected.error is None
         num_tokens = len(expected.choices()[0]["token_ids"])  # type: ignore[arg-type]
