@@ -224,6 +224,20 @@ def test_a_pool_full_of_garbage_harms_nobody(models: Models) -> None:
     assert outputs(requests) == reference_greedy(models("llama3"), prompts, NUM_OUTPUTS, ignore_eos=True)
 
 
+def test_garbage_in_a_block_that_is_nobodys_harms_no_batch_of_several_lengths(models: Models) -> None:
+    prompts = random_prompts([5, 20, 40, 70])
+    engine = make_engine(models("llama3"), max_num_batched_tokens=256)
+    held = engine.pool.allocate(1)
+    assert held == [0], "the id with which tables of blocks are filled up"
+    engine.kv_cache[held] = math.nan
+    requests = make_requests(prompts)
+    for request in requests:
+        engine.add_request(request)
+    while engine.has_work:
+        engine.step()
+    assert outputs(requests) == reference_greedy(models("llama3"), prompts, NUM_OUTPUTS, ignore_eos=True)
+
+
 # ---- drawn tokens -------------------------------------------------------------------------
 
 

@@ -228,8 +228,9 @@ def _decode_group(
     num_blocks = max(-(-length // block_size) - start for length, start in zip(context_lens, first, strict=True))
     columns = torch.tensor(first, device=device)[:, None] + torch.arange(num_blocks, device=device)
     tables = batch.block_tables[torch.tensor(members, device=device)]
-    # Columns past a table's width belong to a shorter member: any block will do, the mask hides it.
-    blocks = tables.gather(1, columns.clamp(max=tables.shape[1] - 1))
+    # A shorter member is filled up with a block of its own: hidden by the mask, and finite, which another's may not be.
+    num_own = torch.tensor([-(-length // block_size) for length in context_lens], device=device)[:, None]
+    blocks = tables.gather(1, torch.where(columns < num_own, columns, columns[:, :1]))
     positions = torch.tensor(first, device=device)[:, None] * block_size
     positions = positions + torch.arange(num_blocks * block_size, device=device)  # [b, num_keys]
     lengths = torch.tensor(context_lens, device=device)[:, None]
