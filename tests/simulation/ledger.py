@@ -98,6 +98,7 @@ class Ledger:
             num_callbacks=self.loop.num_callbacks,
             virtual_s=self.loop.time(),
         )
+        self.net.finish()
         self.loop.finish()
         return report
 

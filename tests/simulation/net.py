@@ -84,6 +84,12 @@ class SimNet:
         self._gone.discard(host)
         self._pump_all()
 
+    def finish(self) -> None:
+        """The run is over, perhaps in mid-sentence: who lets go of a connection then has not forgotten to close it."""
+        for connection in self._connections:
+            connection.client.vanish()
+            connection.server.vanish()
+
     def is_blocked(self, one: str, other: str) -> bool:
         return frozenset((one, other)) in self._apart or one in self._gone or other in self._gone
 
@@ -172,20 +178,20 @@ class _Connection:
         self.is_forgotten = False
         server_at = (listener.at.host, listener.port)
         self.client = _End(net.loop, client.process, client.host, server_at)
-        self._server = _End(net.loop, listener.at.process, listener.at.host, (client.host, net.next_port()))
-        self.client.out = _Pipe(self, self.client, self._server)
-        self._server.out = _Pipe(self, self._server, self.client)
+        self.server = _End(net.loop, listener.at.process, listener.at.host, (client.host, net.next_port()))
+        self.client.out = _Pipe(self, self.client, self.server)
+        self.server.out = _Pipe(self, self.server, self.client)
 
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await listener.accept(reader, writer)
 
-        self.client.into, self._server.into = self._server.out, self.client.out
+        self.client.into, self.server.into = self.server.out, self.client.out
         with net.loop.within(listener.at.process):
-            self._server.serve(accept)
+            self.server.serve(accept)
 
     @property
     def is_over(self) -> bool:
-        return self.client.is_lost and self._server.is_lost
+        return self.client.is_lost and self.server.is_lost
 
     def may_carry(self, num_bytes: int) -> int:
         """Note that so many bytes arrive; return how many do before the connection is cut."""
@@ -196,11 +202,11 @@ class _Connection:
 
     def cut(self) -> None:
         self.net.faults["cut"] += 1
-        for end in (self.client, self._server):
+        for end in (self.client, self.server):
             end.reset_later()
 
     def kill(self, host: str, silently: bool) -> None:
-        for end in (self.client, self._server):
+        for end in (self.client, self.server):
             end.out.clear()
             if end.host == host:
                 end.vanish()
@@ -209,7 +215,7 @@ class _Connection:
 
     def pump(self) -> None:
         self.client.out.pump()
-        self._server.out.pump()
+        self.server.out.pump()
 
 
 class _Pipe:
