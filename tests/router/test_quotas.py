@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
@@ -104,16 +105,23 @@ async def test_two_routers_share_one_limit(redis_url) -> None:
 
 
 class GoneRedis:
-    """A Redis that was there, and is not any more."""
+    """A Redis that was there, and is not any more; or that books what it is told, and loses or keeps its answer."""
 
     def __init__(self, client: redis.asyncio.Redis) -> None:
-        self.client, self.is_gone, self.num_asked = client, False, 0
+        self.client, self.is_gone, self.is_mute, self.num_asked = client, False, False, 0
+        self.hangs, self.has_booked = False, asyncio.Event()
 
     async def eval(self, *arguments: object) -> object:
         self.num_asked += 1
         if self.is_gone:
             raise redis.exceptions.ConnectionError("gone")
-        return await self.client.eval(*arguments)
+        answer = await self.client.eval(*arguments)
+        if self.is_mute:
+            raise redis.exceptions.TimeoutError("no answer")
+        if self.hangs:
+            self.has_booked.set()
+            await asyncio.Event().wait()
+        return answer
 
 
 async def test_without_redis_each_router_keeps_its_part_and_asks_again_a_second_later(redis_url) -> None:
@@ -134,3 +142,56 @@ async def test_without_redis_each_router_keeps_its_part_and_asks_again_a_second_
         clock.now_s += 1.1
         assert first.is_shared
         assert not (await first.take("t", share, "z", 0, 60)).is_local
+
+
+async def test_what_ends_while_redis_is_away_holds_no_place_when_it_is_back(redis_url) -> None:
+    share, clock = Share(tokens_per_minute=600, max_concurrent=2), Clock()
+    async with redis.asyncio.Redis.from_url(redis_url) as client:
+        gone = GoneRedis(client)
+        quotas = Quotas(gone, "router-1", clock, timeout_s=30)
+        one, two = [await quotas.take("t", share, name, 100, 600) for name in "ab"]
+        gone.is_gone = True
+        await quotas.settle(one, 60)  # it is asked, and gone
+        await quotas.settle(two, 60)  # it is not even asked: that was a moment ago
+        gone.is_gone = False
+        clock.now_s += 1.1
+        after = await quotas.take("t", share, "c", 100, 600)
+        assert (after.is_local, after.verdict.refused, after.verdict.num_running) == (False, "", 1)
+        assert after.verdict.tokens == pytest.approx(600 - 60 - 60 - 100, abs=20)  # it gains ten a second
+        assert (await quotas.take("t", share, "d", 0, 600)).verdict.num_running == 2
+        assert not quotas._ends
+
+
+async def test_an_end_that_redis_had_heard_of_is_not_booked_twice(redis_url) -> None:
+    share, clock = Share(tokens_per_minute=600, max_concurrent=2), Clock()
+    async with redis.asyncio.Redis.from_url(redis_url) as client:
+        mute = GoneRedis(client)
+        quotas = Quotas(mute, "router-1", clock, timeout_s=30)
+        taken = await quotas.take("t", share, "a", 500, 600)
+        mute.is_mute = True
+        await quotas.settle(taken, 400)
+        mute.is_mute = False
+        clock.now_s += 1.1
+        after = await quotas.take("t", share, "b", 0, 600)
+        assert (after.verdict.num_running, after.verdict.tokens) == (1, pytest.approx(200, abs=20))
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["no answer", "its client leaves"])
+async def test_a_request_that_redis_booked_and_nobody_heard_of_holds_no_place(redis_url, leaves) -> None:
+    share, clock = Share(tokens_per_minute=600, max_concurrent=1), Clock()
+    async with redis.asyncio.Redis.from_url(redis_url) as client:
+        mute = GoneRedis(client)
+        quotas = Quotas(mute, "router-1", clock, timeout_s=30)
+        mute.hangs, mute.is_mute = leaves, not leaves
+        taking = asyncio.create_task(quotas.take("t", share, "a", 500, 600))
+        if leaves:
+            await mute.has_booked.wait()
+            taking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await taking
+        else:
+            assert (await taking).is_local
+        mute.hangs = mute.is_mute = False
+        clock.now_s += 1.1
+        after = await quotas.take("t", share, "b", 500, 600)
+        assert (after.is_local, after.verdict.refused, after.verdict.num_running) == (False, "", 1)

@@ -4,6 +4,10 @@ One script call before a request and one after it. It has 50 ms; a router that h
 itself, each divided by the number of routers that Redis last knew of (they note themselves with each call, a minute
 long), and asks Redis again a second later. So limits hold about as well without Redis, and are never a reason to refuse
 everybody or to let in everybody. What local buckets gave away is not booked in Redis afterwards.
+
+An end that Redis has not heard of goes with the holder's next call: else each would hold its place among the requests
+at a time until its lease runs out, ten minutes by default. So does a request whose `take` was not answered: Redis may
+have booked it, and it runs on the local account or, where its client left meanwhile, not at all.
 """
 
 from __future__ import annotations
@@ -12,8 +16,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final, cast
 
 import redis.asyncio
@@ -28,10 +33,13 @@ TIMEOUT_S: Final = 0.05
 _RETRY_S: Final = 1.0
 _MAX_CALLS: Final = 32  # at a time, each on a connection of its own
 _KEPT_BOOKS: Final = 10_000
+_KEPT_ENDS: Final = 1024  # of one holder; what is more runs out by itself
+_ENDS_AT_ONCE: Final = 128
 _KINDS: Final[tuple[Kind, ...]] = ("", "concurrent", "requests", "tokens")
 
 # KEYS: the buckets (hash), the leases (zset by end), the routers (zset by end), all of one holder and in one slot.
-# ARGV: take or settle, requests a minute, tokens a minute, most at a time, request, tokens, lease in seconds, router.
+# ARGV: take or settle, requests a minute, tokens a minute, most at a time, request, tokens, lease in seconds, router;
+# then pairs: a request that has ended meanwhile, if it is known here, and its unused tokens.
 # Answer: which limit refuses (0: none), requests left, tokens left, running, routers. Floats as text: Redis cuts them.
 SCRIPT: Final = """
 local time = redis.call('TIME')
@@ -43,6 +51,11 @@ local minutes = math.max(now - (tonumber(old[3]) or now), 0) / 60
 local requests = math.min((tonumber(old[1]) or rpm) + rpm * minutes, rpm)
 local tokens = math.min((tonumber(old[2]) or tpm) + tpm * minutes, tpm)
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
+for i = 9, #ARGV, 2 do
+  if redis.call('ZREM', KEYS[2], ARGV[i]) == 1 and tpm > 0 then
+    tokens = math.min(tokens + tonumber(ARGV[i + 1]), tpm)
+  end
+end
 local refused = 0
 if ARGV[1] == 'settle' then
   if tpm > 0 then tokens = math.min(tokens + want, tpm) end
@@ -100,6 +113,7 @@ class Quotas:
         self._noted_until_s = 0.0
         self._ask_again_s = 0.0
         self._books: dict[str, Book] = {}  # the one used longest ago first
+        self._ends: dict[str, dict[str, int]] = {}  # that Redis has not heard of: unused tokens, by holder and request
 
     @property
     def is_shared(self) -> bool:
@@ -124,8 +138,8 @@ class Quotas:
             self._book(taken.holder, taken.share, self._clock()).settle(
                 taken.share, taken.request, num_unused, self._clock()
             )
-        else:  # what cannot be told to Redis runs out by itself: the lease, and the bucket refills
-            await self._ask("settle", taken.holder, taken.share, taken.request, num_unused, 0.0)
+        elif await self._ask("settle", taken.holder, taken.share, taken.request, num_unused, 0.0) is None:
+            self._note_end(taken.holder, taken.request, num_unused)
 
     async def _ask(
         self, verb: str, holder: str, share: Share, request: str, num_tokens: int, lease_s: float
@@ -136,7 +150,9 @@ class Quotas:
         assert self._client is not None, "nobody is asked where there is no Redis"
         base = f"tandem:quota:{{{holder}}}"
         limits = (share.requests_per_minute, share.tokens_per_minute, share.max_concurrent)
-        arguments = (verb, *limits, request, num_tokens, lease_s, self._router_id)
+        ends = list(self._ends.get(holder, {}).items())[:_ENDS_AT_ONCE]
+        arguments = (verb, *limits, request, num_tokens, lease_s, self._router_id, *chain.from_iterable(ends))
+        is_heard = False
         try:
             async with asyncio.timeout(self._timeout_s), self._calls:
                 reply = await cast(
@@ -144,6 +160,8 @@ class Quotas:
                     self._client.eval(SCRIPT, 3, base, f"{base}:running", f"{base}:routers", *map(str, arguments)),
                 )
             raise_if_cancelled()
+            is_heard = True
+            self._forget_ends(holder, ends)
             refused, requests, tokens, running, routers = reply
             self._note_routers(int(routers))
             return Verdict(_KINDS[int(refused)], float(requests), float(tokens), int(running))
@@ -152,6 +170,24 @@ class Quotas:
             log.warning(text, describe(error), self._num_routers)
             self._ask_again_s = self._clock() + _RETRY_S
             return None
+        finally:
+            if not is_heard:
+                self._note_end(holder, request, num_tokens)
+
+    def _note_end(self, holder: str, request: str, num_unused: int) -> None:
+        ends = self._ends.setdefault(holder, {})
+        ends[request] = num_unused
+        if len(ends) > _KEPT_ENDS:
+            del ends[next(iter(ends))]
+        if len(self._ends) > _KEPT_BOOKS:
+            del self._ends[next(iter(self._ends))]
+
+    def _forget_ends(self, holder: str, told: Iterable[tuple[str, int]]) -> None:
+        ends = self._ends.get(holder, {})
+        for request, _ in told:
+            ends.pop(request, None)
+        if not ends:
+            self._ends.pop(holder, None)
 
     def _note_routers(self, num_routers: int) -> None:
         """The most that any holder met within a minute: not every key comes to every router."""
