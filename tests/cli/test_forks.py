@@ -222,6 +222,28 @@ async def test_a_server_that_dies_before_it_has_forked_anything_is_done_without(
     server.close()
 
 
+async def test_where_no_other_server_can_be_started_children_are_started_without_one(
+    server: Forks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their end was told to nobody: a launcher whose fork server had died for want of memory waited for ever."""
+
+    def start(self: Forks) -> None:
+        raise BlockingIOError(11, "no process can be made")
+
+    child = Child(spec("wait"), shown := Lines(), server, delay_s=lambda num_failures: 0.0)
+    running = asyncio.create_task(child.run())
+    await shown.until("argv")
+    lost, shown.lines = server.pid, []
+    monkeypatch.setattr(Forks, "_start", start)
+    os.kill(lost, signal.SIGKILL)
+    await shown.until("was killed by SIGKILL")
+    await shown.until("starting without it")
+    await shown.until("argv")
+    assert shown.facts["parent"] != lost
+    await child.stop()
+    await running
+
+
 async def test_a_server_that_cannot_load_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("raise RuntimeError('broken')\n")
     server = Forks(["broken"], {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"})

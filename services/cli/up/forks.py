@@ -63,6 +63,7 @@ class Forks:
     loads, forks        waits until it has loaded       live with it                    -
     ends, has forked    fails (ForksLost)               end with it                     another one is started
     ends before that    fails, as do all after it       -                               nothing: it would end again
+    cannot be started   fails, as do all after it       end with the one before         nothing
     is closed, killed   fails                           end with it                     nothing
     """
 
@@ -114,12 +115,12 @@ class Forks:
         order = {"name": spec.name, "module": module, "flags": flags}
         data = json.dumps(order | {"environ": dict(spec.environ), "cores": spec.cores}).encode()
         loop = asyncio.get_running_loop()
-        if self._reading is None:
-            self._reading = asyncio.create_task(self._read(), name="fork server")
-        if self._reading.done():
-            raise ForksLost
         started: asyncio.Future[Forked] = loop.create_future()
         async with self._ordering:
+            if self._reading is None:
+                self._reading = asyncio.create_task(self._read(), name="fork server")
+            if self._reading.done():
+                raise ForksLost
             control = self._control
             self._starting.append(started)
             try:
@@ -163,17 +164,22 @@ class Forks:
         self._server.kill()
         starting, self._starting = self._starting, deque()
         running, self._running = self._running, {}
-        if self._has_forked and not self._is_ending:
-            self._server.wait()
-            self._old_controls.append(self._control)  # an order may be on its way into it, and fails there
-            self._has_forked = False
-            self._server, self._control = self._start()
-            self._reading = None  # the next order begins to read
         for started in starting:
             if not started.done():
                 started.set_exception(ForksLost())
         for child in running.values():
             child.ended.set_result(-signal.SIGKILL)  # by the kernel, as the server had asked
+        if self._has_forked and not self._is_ending:
+            self._has_forked = False
+            self._server.wait()
+            try:
+                server, control = self._start()
+            except OSError as error:  # such as no memory, which may be what has ended that one
+                log.error("no other fork server can be started: %s", error)
+                return
+            self._old_controls.append(self._control)  # an order may be on its way into it, and fails there
+            self._server, self._control = server, control
+            self._reading = None  # the next order begins to read
 
     def _hear(self, message: dict[str, int]) -> None:
         if "started" in message:
