@@ -115,6 +115,20 @@ def test_a_library_that_does_not_load_or_computes_something_else_is_not_used(
     assert says in caplog.text
 
 
+@pytest.mark.parametrize("wrong_sum", range(12))
+def test_a_library_that_gets_any_kind_of_row_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch, wrong_sum: int) -> None:
+    """Of four that it sums at once, of one, or of a part of one: by one bit."""
+
+    def sums(multipliers: Multipliers, words: np.ndarray) -> bytes:
+        wrong = np.frombuffer(sums_by_numpy(multipliers, words), dtype="<u8").copy()
+        wrong[wrong_sum] ^= np.uint64(1 << 63)
+        return wrong.tobytes()
+
+    monkeypatch.setattr(row_sums, "library_path", lambda: Path("_row_sums.so"))
+    monkeypatch.setattr(row_sums, "sums_by_c", lambda _: sums)
+    assert row_sums._fastest.__wrapped__() is sums_by_numpy
+
+
 # ---- the bound ----
 
 
