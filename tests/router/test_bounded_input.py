@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 from unittest import mock
 
 import httpx
@@ -97,6 +98,26 @@ def test_what_may_fit_or_is_of_another_type_is_left_to_the_decoder(body):
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"prompt": [', b"\xff", b""])
 def test_what_is_no_json_is_left_to_the_decoder(content):
     check_sizes(content, lambda name: NUM_TOKENS, NUM_PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"messages":[%s1]}' % (b"1," * 100_000),
+        b'{"messages":[%s{}]}' % (b"{}," * 100_000),
+        b"{%s}" % b",".join(b'"%x":1' % number for number in range(100_000)),
+        b'{"messages":[%s{}]}' % (b'{"a":[1,{}]},' * 20_000),
+    ],
+    ids=["numbers", "messages", "fields", "messages with parts"],
+)
+def test_sizes_are_looked_at_without_a_memory_of_their_own(content):
+    tracemalloc.start()
+    try:
+        check_sizes(content, lambda name: 50_000, NUM_PROMPTS)
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most_bytes < 2 * len(content) + (1 << 20)
 
 
 TEXTS = strategies.text('a",[{\\:')

@@ -14,12 +14,10 @@ import orjson
 from msgspec import Struct
 
 from services.router.errors import ApiError, invalid
-from services.router.openai.sizes import count
+from services.router.openai.sizes import MAX_CONTAINERS, count
 
 MAX_VALUES = 1 << 20
 """Of JSON values in a body, which are token ids where there are many."""
-MAX_CONTAINERS = 1 << 16
-"""Of lists and objects: prompts of token ids, messages and their parts."""
 
 B = TypeVar("B", bound=Struct)
 

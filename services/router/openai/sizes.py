@@ -6,19 +6,34 @@ request gets on. So what no model takes is refused here; what is left is decoded
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
+from msgspec import Raw, Struct
 
 from services.router.errors import ApiError, invalid
 from services.router.openai.generation import prompt_too_long
 
+MAX_CONTAINERS = 1 << 16
+"""Of lists and objects in a body: prompts of token ids, messages and their parts."""
+
 _SLICE_BYTES = 1 << 18
 _QUOTE, _COMMA, _LIST, _OBJECT = b'",[{'
 
-_Fields = Mapping[str, msgspec.Raw]
+
+class _Fields(Struct):
+    """What is looked at of a body. No object is made for the rest, of which there may be a million."""
+
+    model: str | None = None
+    messages: Raw = Raw(b"[]")
+    prompt: Raw = Raw()
+    tokens: Raw = Raw()
+
+
+class _Message(Struct):
+    """A message, of which nothing is read."""
 
 
 class Count(NamedTuple):
@@ -56,18 +71,20 @@ def check_sizes(content: bytes, find_limit: Callable[[str | None], int], max_pro
     and for more than `max_prompts` prompts. What is no JSON, or of another type, is left to the decoder.
     """
     try:
-        fields: _Fields = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
-        name = msgspec.json.decode(fields.get("model", b"null"), type=str | None)
-        num_messages = len(msgspec.json.decode(fields.get("messages", b"[]"), type=list[msgspec.Raw]))
+        fields = msgspec.json.decode(content, type=_Fields)
+        max_tokens = find_limit(fields.model)
+        messages, prompt = memoryview(fields.messages), memoryview(fields.prompt)
+        if messages[0] != _LIST:
+            return
+        if max_tokens < count(messages).num_containers <= MAX_CONTAINERS:  # of more the decoder makes none either
+            num_messages = len(msgspec.json.decode(messages, type=list[_Message]))
+            if num_messages > max_tokens:  # each has a token at least
+                raise prompt_too_long(max_tokens, num_messages, "messages")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return
-    max_tokens = find_limit(name)
-    if num_messages > max_tokens:  # each has a token at least
-        raise prompt_too_long(max_tokens, num_messages, "messages")
-    prompt = memoryview(fields.get("prompt", b""))
     if prompt and prompt[0] == _LIST:
         _check_prompts(count(prompt), max_tokens, max_prompts)
-    if (num_ids := count(memoryview(fields.get("tokens", b""))).num_commas + 1) > max_tokens:
+    if (num_ids := count(memoryview(fields.tokens)).num_commas + 1) > max_tokens:
         raise too_many_ids("tokens", num_ids, max_tokens)
 
 
