@@ -11,6 +11,9 @@ import pytest
 from tests.hf_models import write_model
 from tests.stack import Flags, Stack
 
+PATIENT = "--peer-timeout-s 20"
+"""Of workers on a machine that does other things too: nobody is left because it waits for a processor."""
+
 
 @pytest.fixture(scope="session")
 def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
@@ -26,9 +29,12 @@ def transport(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def new_stack(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Stack]:
-    """Makes a stack that serves a model as "m", to be entered; arguments are `Stack`'s."""
+    """Makes a stack that serves a model as "m", to be entered; arguments are `Stack`'s.
+
+    Its workers are patient with each other, unless `worker` says otherwise.
+    """
 
     def new(model: Path, worker: Flags = "", **fields: object) -> Stack:
-        return Stack(tmp_path_factory.mktemp("stack"), model=model, worker=worker, **fields)  # type: ignore[arg-type]
+        return Stack(tmp_path_factory.mktemp("stack"), model=model, worker=f"{PATIENT} {worker}", **fields)  # type: ignore[arg-type]
 
     return new

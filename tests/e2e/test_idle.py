@@ -50,10 +50,11 @@ class Idle:
 def idle(new_stack: Callable[..., Stack], model_of: Callable[[str], Path]) -> Iterator[Idle]:
     ports = [free_port() for _ in range(4)]
     far = [f"--advertise-host {FAR_HOST} --port {grpc} --kv-port {kv}" for grpc, kv in (ports[:2], ports[2:])]
-    prompts = iter(random_prompts([70] * 3000, seed=41))
+    prompts = (prompt for seed in itertools.count(41) for prompt in random_prompts([70] * 300, seed))
+    worker = "--num-gpu-blocks-override 256 --peer-timeout-s 2"
     with Relays(ports) as relays:
         decode = f"{far[1]} --local-prefill-max-tokens 0"
-        with new_stack(model_of("qwen3"), "--num-gpu-blocks-override 256", prefill=[far[0]], decode=[decode]) as stack:
+        with new_stack(model_of("qwen3"), worker, prefill=[far[0]], decode=[decode]) as stack:
             yield Idle(stack, relays, ports, prompts)
 
 

@@ -61,6 +61,7 @@ def receipts(stack: Stack) -> list[dict]:
         ),
         "everybody to have index and registry",
     )
+    stack.check_clean()  # what ended has been booked by everybody
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.e2e.conftest import PATIENT
 from tests.hf_models import FAMILIES, random_prompts, reference_greedy
 from tests.stack import Stack
 
@@ -44,7 +45,7 @@ def deployments(reference: Reference, transport: str, tmp_path_factory: pytest.T
     decode.append("--served-model-name colocated --colocated --max-num-batched-tokens 64")
     # A worker that would hand every prompt off, had it a prefill worker: so every prompt is prefilled locally.
     decode.append(f"--served-model-name local {never_local}")
-    worker = f"--kv-transport {transport} --num-gpu-blocks-override 256 --max-num-seqs 16"
+    worker = f"{PATIENT} --kv-transport {transport} --num-gpu-blocks-override 256 --max-num-seqs 16"
     with Stack(tmp_path_factory.mktemp(transport), prefill, decode, worker=worker, model=reference.model) as stack:
         yield stack
 
