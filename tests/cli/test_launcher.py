@@ -30,7 +30,7 @@ from services.cli.up.supervise import (
 )
 from tests.ports import free_port
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 WORKER = """

@@ -31,9 +31,9 @@ async def test_a_read_that_raises_at_once_fails_the_fetch_and_gives_the_blocks_b
         lease.announce(0, owner.announced(BLOCKS, hashes), last=True)
         result = await fetch.result
         assert result.failure.cause is FetchCause.READ_FAILED
-        assert await asyncio.wait_for(fetch.quiesced, 5) == BLOCKS
+        assert await asyncio.wait_for(fetch.quiesced, 60) == BLOCKS
         assert await fetch.leftovers() == BLOCKS
-        assert await asyncio.wait_for(lease.closed, 5) is not LeaseOutcome.CONFIRMED
+        assert await asyncio.wait_for(lease.closed, 60) is not LeaseOutcome.CONFIRMED
 
 
 async def test_a_read_request_over_a_one_sided_link_ends_the_connection_and_the_lease():
@@ -43,7 +43,7 @@ async def test_a_read_request_over_a_one_sided_link_ends_the_connection_and_the_
         await reader.exchange.connect(owner.exchange.address)
         fetch, lease, _ = order(owner, reader)
         reader.exchange._peers.owners["prefill-0"].send(ReadRequest(1, TRANSFER, []))
-        assert await asyncio.wait_for(lease.closed, 5) is LeaseOutcome.PEER_LOST
+        assert await asyncio.wait_for(lease.closed, 60) is LeaseOutcome.PEER_LOST
         assert (await fetch.result).failure.cause is FetchCause.PEER_LOST
         assert not owner.exchange.is_connected("decode-0")
 

@@ -27,8 +27,8 @@ from services.cli.embedded_redis import EmbeddedRedis
 from tests.waiting import until
 from tests.worker_records import worker_record
 
-WAIT_S = 20.0  # an upper bound for waits on events, far above what any of them takes
-LEASE_S = 0.6
+WAIT_S = 60.0  # an upper bound for waits on events, far above what any of them takes
+LEASE_S = 1.5  # of which a third may pass until it is renewed, and the rest on a machine that is busy
 
 
 def make_record(worker_id: str = "prefill-0", **fields: object) -> WorkerRecord:
@@ -43,7 +43,7 @@ class Cluster:
         self.open: list[Registrar | Membership] = []
 
     async def join(self, record: WorkerRecord, lease_s: float = LEASE_S) -> Registrar:
-        registrar = Registrar(self.url, record, lease_s, timeout_s=0.5)
+        registrar = Registrar(self.url, record, lease_s, timeout_s=2.0)
         self.open.append(registrar)
         await registrar.start()
         await until(lambda: registrar.connected, WAIT_S)
@@ -51,7 +51,7 @@ class Cluster:
 
     async def follow(self, grace_s: float = LEASE_S, poll_s: float = 30.0) -> Membership:
         """By default with a poll interval that no test outlives, so that what arrives in time came by the channel."""
-        membership = Membership(self.url, grace_s=grace_s, poll_s=poll_s, timeout_s=0.5)
+        membership = Membership(self.url, grace_s=grace_s, poll_s=poll_s, timeout_s=2.0)
         self.open.append(membership)
         await membership.start()
         await until(lambda: membership.connected, WAIT_S)

@@ -120,12 +120,12 @@ class ThreadedRouter:
         started: Future[Running] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(started)), name="router")
         self._thread.start()
-        self.running = started.result(timeout=20)
+        self.running = started.result(timeout=120)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(timeout=20)
+        self._thread.join(timeout=120)
         assert not self._thread.is_alive()
 
     @property
@@ -134,7 +134,7 @@ class ThreadedRouter:
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine in the router's loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=20)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=120)
 
     async def _serve(self, started: Future[Running]) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()

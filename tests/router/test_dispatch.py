@@ -236,13 +236,13 @@ async def test_a_router_says_what_it_knows(make_worker):
 
 async def test_a_worker_that_falls_silent_loses_its_requests_and_gets_no_new_ones(make_worker, sentence, tokenizer):
     """As one that hangs, is stopped, or is cut off: its connection stays up, and nothing comes over it."""
-    silent = make_worker(lambda request: Script([], pb.FINISH_REASON_UNSPECIFIED), heartbeat_s=0.05)
+    silent = make_worker(lambda request: Script([], pb.FINISH_REASON_UNSPECIFIED), heartbeat_s=0.1)
     other = make_worker(load=pb.Load(num_running=5))
-    config = RouterConfig(reconnect_max_s=0.2, silence_timeout_s=0.4)
+    config = RouterConfig(reconnect_max_s=0.2, silence_timeout_s=2.0)
     async with running_router(config, silent, other) as running, client(running) as http:
         asking = [asyncio.create_task(http.post("/v1/completions", json=BODY)) for _ in range(2)]
         await until(lambda: len(silent.requests) == 2)
-        assert [hello.heartbeat_s for hello in silent.hellos] == [0.1]
+        assert [hello.heartbeat_s for hello in silent.hellos] == [0.5]
         silent.heartbeat_s = 0.0  # and of later sessions it promises nothing
         silent.is_mute.set()
         for answer in await asyncio.gather(*asking):
@@ -499,11 +499,13 @@ async def test_the_waiting_room_is_bounded(make_worker):
         assert (await http.get("/load")).json()["server_load"] == 0
 
 
-async def test_cut_streams_leave_nothing_behind(make_worker, sentence):
-    worker = make_worker(lambda request: Script([[token] for token in sentence] * 8, pause_s=0.005))
+async def test_cut_streams_leave_nothing_behind(make_worker, sentence, tokenizer):
+    worker = make_worker(lambda request: Script([[token] for token in sentence] * 8, pause_s=0.02))
     async with running_router(CONFIG, worker) as running:
 
-        async def ask(number: int) -> int:
+        async def ask(number: int) -> tuple[str, ...]:
+            """What each choice says; nothing if we cut the stream."""
+            texts = ["", ""]
             async with client(running) as http:
                 body = {**BODY, "max_tokens": 100, "stream": True, "n": 2}
                 async with http.stream("POST", "/v1/completions", json=body) as response:
@@ -511,11 +513,16 @@ async def test_cut_streams_leave_nothing_behind(make_worker, sentence):
                     async for line in response.aiter_lines():
                         num_lines += bool(line)
                         if number % 3 == 0 and num_lines > number:
-                            return -1
-                    return num_lines
+                            return ()
+                        if line.startswith("data: {"):
+                            for choice in json.loads(line[6:])["choices"]:
+                                texts[choice["index"]] += choice["text"]
+                    return tuple(texts)
 
-        counts = await asyncio.gather(*(ask(number) for number in range(12)))
-        assert len({count for count in counts if count > 0}) == 1  # all the others are complete
+        answers = await asyncio.gather(*(ask(number) for number in range(12)))
+        # All the others are complete, in however many events.
+        assert [bool(answer) for answer in answers] == [bool(number % 3) for number in range(12)]
+        assert {text for answer in answers for text in answer} == {tokenizer.decode(sentence * 8)}
         await until(lambda: not worker.live and running.parts.admission.num_running == 0)
         # Eight sequences of the cut ones are aborted, but for those that had not begun.
         assert len(worker.requests) - len(worker.aborts) == 16

@@ -94,11 +94,11 @@ async def test_a_deadline_that_is_no_number_is_a_400(router, header, value) -> N
 
 async def test_the_clients_deadline_ends_a_request_and_travels_to_the_worker(waiting_worker) -> None:
     async with running_router(RouterConfig(), waiting_worker) as running, client(running) as http:
-        answer = await http.post(URL, json=BODY, headers={"x-envoy-expected-rq-timeout-ms": "400"})
+        answer = await http.post(URL, json=BODY, headers={"x-envoy-expected-rq-timeout-ms": "2000"})
         assert answer.status_code == 504
         await waiting_worker.wait_for_abort(1)
     (order,) = waiting_worker.requests
-    assert 0 < order.timeout_s <= 0.4
+    assert 0 < order.timeout_s <= 2
 
 
 async def test_what_waited_in_the_router_has_less_time_at_the_worker(waiting_worker, permits) -> None:

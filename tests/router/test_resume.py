@@ -347,7 +347,7 @@ async def test_the_request_s_own_deadline_ends_the_wait_for_a_worker(make):
 
 async def test_a_worker_that_falls_silent_is_lost(make):
     # Which is no death of it: the request has one life.
-    async with scripted_fleet(RouterConfig(silence_timeout_s=0.2, max_worker_deaths=1)) as fleet:
+    async with scripted_fleet(RouterConfig(silence_timeout_s=2.0, max_worker_deaths=1)) as fleet:
         expected = await undisturbed(fleet, make, **STREAM)
         silent, other = make(silent_after=20), make(9)
         await fleet.serve_with(silent, other)

@@ -119,7 +119,7 @@ from kvstore.threads import OsThreads
 from services.node import loop_watch, watched
 
 def hang_in_the_loop():
-    time.sleep(60)
+    time.sleep(600)
 
 async def main():
     async with watched([loop_watch(0.3)], 0.3, OsThreads(), lambda stuck: None):
@@ -131,7 +131,7 @@ asyncio.run(main())
 
 def test_a_process_whose_event_loop_hangs_ends_with_a_status_and_all_stacks() -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", _HANGS], capture_output=True, text=True, timeout=50, env=dict(os.environ), check=False
+        [sys.executable, "-c", _HANGS], capture_output=True, text=True, timeout=150, env=dict(os.environ), check=False
     )
     assert ended.returncode == STUCK
     assert "hang_in_the_loop" in ended.stderr
