@@ -120,6 +120,12 @@ def test_sizes_are_looked_at_without_a_memory_of_their_own(content):
     assert most_bytes < 2 * len(content) + (1 << 20)
 
 
+@pytest.mark.parametrize("content", [b'{"messages":[%s1]}' % (b"1," * 2_000_000), b'{"a":[%s1]}' % (b"{}," * 70_000)])
+def test_a_body_with_too_many_values_is_not_even_looked_at(content, monkeypatch):
+    monkeypatch.setattr(sizes.msgspec.json, "decode", lambda *args, **kwargs: pytest.fail("it was decoded"))
+    check_sizes(content, lambda name: NUM_TOKENS, NUM_PROMPTS)
+
+
 TEXTS = strategies.text('a",[{\\:')
 VALUES = strategies.recursive(
     strategies.integers() | TEXTS,

@@ -11,7 +11,6 @@ from services.router.config import RouterConfig
 from services.router.errors import invalid
 from services.router.openai.bodies import CompletionBody
 from services.router.openai.choice import Delta
-from services.router.openai.decoding import MAX_VALUES
 from services.router.openai.generation import Generation, GenerationPlan, prompt_too_long, tokens_to_generate
 from services.router.openai.logprobs import CompletionLogprobs, prompt_position
 from services.router.openai.renderer import Renderer, in_pieces
@@ -21,6 +20,7 @@ from services.router.openai.requests import (
     check_completion,
     check_prompts,
 )
+from services.router.openai.sizes import MAX_VALUES
 from services.router.text import ClientPool, GoOn, PromptTooLong, ServedModel
 
 # What a position takes beside its alternatives.

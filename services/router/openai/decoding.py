@@ -14,10 +14,7 @@ import orjson
 from msgspec import Struct
 
 from services.router.errors import ApiError, invalid
-from services.router.openai.sizes import MAX_CONTAINERS, count
-
-MAX_VALUES = 1 << 20
-"""Of JSON values in a body, which are token ids where there are many."""
+from services.router.openai.sizes import MAX_CONTAINERS, MAX_VALUES, count
 
 B = TypeVar("B", bound=Struct)
 

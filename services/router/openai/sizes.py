@@ -16,8 +16,10 @@ from msgspec import Raw, Struct
 from services.router.errors import ApiError, invalid
 from services.router.openai.generation import prompt_too_long
 
+MAX_VALUES = 1 << 20
+"""Of JSON values in a body, which are token ids where there are many."""
 MAX_CONTAINERS = 1 << 16
-"""Of lists and objects in a body: prompts of token ids, messages and their parts."""
+"""Of lists and objects: prompts of token ids, messages and their parts."""
 
 _SLICE_BYTES = 1 << 18
 _QUOTE, _COMMA, _LIST, _OBJECT = b'",[{'
@@ -68,15 +70,19 @@ def count(content: bytes | memoryview) -> Count:
 
 def check_sizes(content: bytes, find_limit: Callable[[str | None], int], max_prompts: int) -> None:
     """Raises ApiError for more token ids or messages than `find_limit` says for the model, which may raise one itself,
-    and for more than `max_prompts` prompts. What is no JSON, or of another type, is left to the decoder.
+    and for more than `max_prompts` prompts. What is no JSON, of another type, or has too many values of any kind, the
+    decoder sees to.
     """
+    num_commas, num_containers, _ = count(content)
+    if num_commas >= MAX_VALUES or num_containers > MAX_CONTAINERS:
+        return
     try:
         fields = msgspec.json.decode(content, type=_Fields)
         max_tokens = find_limit(fields.model)
         messages, prompt = memoryview(fields.messages), memoryview(fields.prompt)
         if messages[0] != _LIST:
             return
-        if max_tokens < count(messages).num_containers <= MAX_CONTAINERS:  # of more the decoder makes none either
+        if count(messages).num_containers > max_tokens:  # with their parts, and what else they have
             num_messages = len(msgspec.json.decode(messages, type=list[_Message]))
             if num_messages > max_tokens:  # each has a token at least
                 raise prompt_too_long(max_tokens, num_messages, "messages")
