@@ -35,12 +35,15 @@ _LINK_ID_TAG: Final = 0
 _LINK_ID_BYTES: Final = 16
 # An endpoint that has introduced itself waits so long for the control connection's word, and the other way round.
 _INTRODUCTION_S: Final = 5.0
-# What `Endpoint.abort` may block the loop for, where the progress thread is busy.
-_ABORT_PERIOD_NS: Final = 200_000_000
+# How long `Endpoint.abort` waits for UCX's thread to close the endpoint, once what is posted on it is cancelled. There
+# is no second try: the endpoint counts as closed, and its sockets stay open at both ends until the other one closes it.
+_ABORT_PERIOD_NS: Final = 1_000_000_000
 _MAX_CLOSE_S: Final = 5.0
 _MAX_ARRIVALS: Final = 256
 _PING_TAG: Final = 0x7A11_5E1F_7A11_5E1F
 _PING_S: Final = 0.25
+# Where no word to ourselves has come for so long, UCX's thread hangs, or nearly.
+_LATE_S: Final = 1.0
 _RUN_BITS: Final = 16
 
 
@@ -74,6 +77,7 @@ class UcxxTransport:
 
     name = "ucxx"
     two_sided = True
+    is_still = False
     num_turns: int | None = None
     """Messages to ourselves that have come: through the library's threads and back."""
 
@@ -82,7 +86,7 @@ class UcxxTransport:
         self._error: type[Exception] = self._ucxx.exceptions.UCXError
         self._memory = memory
         self._is_running = False
-        self._is_still = False
+        self._came_s: float | None = None  # when a message to ourselves came last; None: none is sent
         self._unaborted: list[Endpoint] = []
         self._pinging: asyncio.Task[None] | None = None
         self._listener: Listener | None = None
@@ -103,40 +107,41 @@ class UcxxTransport:
         self.num_turns = 0
         self._pinging = asyncio.create_task(self._ping(), name="ucxx to itself")
 
-    @property
-    def is_still(self) -> bool:
-        """Whether UCX's thread hangs. What it is told then would hold up the loop, and waits until it gets on."""
-        return self._is_still
-
-    @is_still.setter
-    def is_still(self, is_still: bool) -> None:
-        self._is_still = is_still
-        if not is_still:
-            unaborted, self._unaborted = self._unaborted, []
-            for endpoint in unaborted:
-                endpoint.abort(_ABORT_PERIOD_NS)
-
     def abort(self, endpoint: Endpoint) -> None:
-        """End an endpoint, and all that is posted on it: now, or once UCX's thread gets on."""
-        if self._is_still:
+        """End an endpoint, and all that is posted on it: now, or once UCX's thread gets on.
+
+        Where that hangs, to abort would hold up the loop for more than ten seconds (measured), and come to nothing.
+        """
+        now_s = asyncio.get_running_loop().time()
+        if self._came_s is not None and now_s - self._came_s > _LATE_S:
             self._unaborted.append(endpoint)
         else:
+            endpoint.abort(_ABORT_PERIOD_NS)
+
+    def _make_up(self) -> None:
+        """Abort what waits for that."""
+        unaborted, self._unaborted = self._unaborted, []
+        for endpoint in unaborted:
             endpoint.abort(_ABORT_PERIOD_NS)
 
     async def _ping(self) -> None:
         """Send ourselves a word every now and then, through all of the library's threads."""
         try:
             endpoint = await self._ucxx.create_endpoint_from_worker_address(self._ucxx.get_worker_address())
-            word = bytearray(1)
+            word, loop = bytearray(1), asyncio.get_running_loop()
+            self._came_s = loop.time()
             while self._is_running:
                 sending = endpoint.send(word, tag=_PING_TAG, force_tag=True)
                 await asyncio.gather(sending, self._ucxx.recv(bytearray(1), tag=_PING_TAG))
-                self.num_turns = (self.num_turns or 0) + 1
+                self.num_turns, self._came_s = (self.num_turns or 0) + 1, loop.time()
+                self._make_up()
                 await asyncio.sleep(_PING_S)
         except (RuntimeError, self._error) as error:
             self.num_turns = None
             if self._is_running:
                 logger.error("ucxx: nobody watches UCX's thread any more: %r", error)
+        self._came_s = None
+        self._make_up()
 
     def descriptor(self) -> bytes:
         """The listener's port; the host is the control connection's."""
@@ -193,10 +198,10 @@ class UcxxTransport:
         try:
             await asyncio.shield(sending)
         except self._error as error:
-            endpoint.abort(_ABORT_PERIOD_NS)
+            self.abort(endpoint)
             raise TransportError(f"ucxx: {peer.peer_id} dropped our endpoint: {error!r}") from error
         except asyncio.CancelledError:
-            endpoint.abort(_ABORT_PERIOD_NS)
+            self.abort(endpoint)
             raise
         return endpoint
 
@@ -224,12 +229,12 @@ class UcxxTransport:
             logger.warning(
                 "ucxx: an endpoint was turned away (%s)", "one too many" if known else "it did not say whose"
             )
-            endpoint.abort(_ABORT_PERIOD_NS)  # which also ends the receive
+            self.abort(endpoint)  # which also ends the receive
             await asyncio.wait([receiving], timeout=_INTRODUCTION_S)
             return
         arriving = self._arriving(bytes(link_id))
         if arriving.done():
-            endpoint.abort(_ABORT_PERIOD_NS)  # the second of that name
+            self.abort(endpoint)  # the second of that name
             return
         arriving.set_result(endpoint)
         asyncio.get_running_loop().call_later(_INTRODUCTION_S, self._forget, bytes(link_id))
@@ -243,7 +248,7 @@ class UcxxTransport:
         """Drop an endpoint that no connection has claimed."""
         arrival = self._arrivals.pop(link_id, None)
         if arrival is not None and not arrival.cancel() and not arrival.cancelled():
-            arrival.result().abort(_ABORT_PERIOD_NS)
+            self.abort(arrival.result())
 
 
 class UcxxLink:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ucxx._lib.libucxx import UCXEndpoint
 
 _FORMAT: Final = "QQ"
-_CLOSE_PERIOD_NS: Final = 200_000_000
+_CLOSE_PERIOD_NS: Final = 1_000_000_000
 # Of those that were given up: what is posted on them, with its buffers, until it has ended.
 _ENDING: Final[set[asyncio.Task[None]]] = set()
 

@@ -19,6 +19,7 @@ import pytest
 from kvstore.block import coalesce
 from kvstore.errors import TransportError
 from tests.exchange.transport_peer import BLOCK_BYTES, NUM_BLOCKS, TransportPeer, content
+from tests.held_threads import held, ucx_thread
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
 
 REPOSITORY = Path(__file__).parents[2]
@@ -330,5 +331,21 @@ async def test_dials_that_are_given_up_leave_nothing_open_and_both_processes_ali
             await pair.reader.give_up_connecting(descriptor, os.urandom(16), delays.uniform(0.0, 0.03))
         async with asyncio.timeout(60):  # those that were half made are forgotten after some seconds
             while any([await peer.num_sockets() > num for peer, num in zip(peers, nums, strict=True)]):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        assert await pair.link("after") == "tcp"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread is held by ptrace, files are counted in /proc")
+async def test_an_abort_while_ucx_hangs_holds_up_nobody_and_is_made_up_for() -> None:
+    """The event loop waited eleven seconds for UCX's thread, and left the sockets open at both ends."""
+    async with make_pair("ucxx") as pair:
+        peers = (pair.reader, pair.owner)
+        nums = [await peer.num_sockets() for peer in peers]
+        await pair.link()
+        with held(await asyncio.to_thread(ucx_thread, pair.reader.process.pid)):
+            await asyncio.sleep(2.0)
+            await asyncio.wait_for(pair.reader.abort("link"), 5.0)
+        async with asyncio.timeout(BOUND_S):
+            while [await peer.num_sockets() for peer in peers] != nums:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
         assert await pair.link("after") == "tcp"
