@@ -145,7 +145,8 @@ class Watchdog:
         except Exception as error:
             # A bug of ours costs a look, and not the watch: the next one may go well. It is said once.
             if not self._is_broken:
-                self._words.submit(log.error, "the watchdog cannot look, and tries on", exc_info=error)
+                with contextlib.suppress(RuntimeError):  # it is closed, and this look had begun before
+                    self._words.submit(log.error, "the watchdog cannot look, and tries on", exc_info=error)
             self._is_broken = True
         return True
 

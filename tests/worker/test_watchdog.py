@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from kvstore.threads import OsThreads
 from services.node import Watchdog, loop_watch
 from services.node.watchdog import _Starvation
 from services.progress import Watch
@@ -80,6 +81,16 @@ async def test_a_look_that_breaks_is_said_once_and_ends_no_watch(
     is_broken = False
     assert all(dog.turn() for _ in range(20))
     assert dog.stuck == "step loop"
+
+
+async def test_a_look_that_outlasts_its_watchdog_ends_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its words come too late for whoever says them; that must not end a process that was about to end well."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    now_s = itertools.count(0.0, 0.25)
+    monkeypatch.setattr(time, "monotonic", lambda: next(now_s))
+    dog = Watchdog([Watch("step_loop", lambda: True, lambda: 2.0)], 0.0, OsThreads(), lambda _: None)
+    dog.close()
+    assert all(dog.turn() for _ in range(20))
 
 
 async def test_who_waits_for_a_processor_is_asked_only_while_something_stands_still(
