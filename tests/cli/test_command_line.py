@@ -39,7 +39,7 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
         "except SystemExit as error: status = error.code\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules], status, file=sys.stderr)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True, timeout=150)
     assert done.stderr.strip().splitlines()[-1] == "[] 0"
     assert "usage: tandem" in done.stdout
 

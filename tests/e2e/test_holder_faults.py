@@ -27,7 +27,7 @@ def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path]) -> I
     # Two-sided reads: no byte moves while the holder stands still. That a peer is silent is noticed later than that a
     # fetch takes too long.
     everywhere = "--kv-transport ucxx --peer-timeout-s 20"
-    worker = f"{everywhere} --num-gpu-blocks-override 256 --prefix-fetch always --prefix-fetch-timeout-s 6"
+    worker = f"{everywhere} --num-gpu-blocks-override 256 --prefix-fetch always --prefix-fetch-timeout-s 10"
     store = everywhere + " --store-dram-bytes 64MiB --store-disk-dir {disk} --store-disk-bytes 64MiB"
     decode = ["--local-prefill-max-tokens 0"] * 2
     with new_stack(model_of("llama3"), worker, prefill=["", ""], decode=decode, store=[store]) as stack:

@@ -260,9 +260,9 @@ async def test_a_killed_router_s_clients_see_the_end_and_everybody_else_goes_on(
     second, url = start_router(stack, "router-1")
     begun = [asyncio.Event() for _ in prompts * 2]
 
-    async def follow(client: Client, prompt: list[int], has_begun: asyncio.Event) -> list[int]:
+    async def follow(client: Client, prompt: list[int], num_tokens: int, has_begun: asyncio.Event) -> list[int]:
         tokens: list[int] = []
-        async with client.stream(prompt, max_tokens=200) as chunks:
+        async with client.stream(prompt, max_tokens=num_tokens) as chunks:
             async for chunk in chunks:
                 assert "error" not in chunk, chunk
                 for choice in chunk["choices"]:
@@ -271,7 +271,9 @@ async def test_a_killed_router_s_clients_see_the_end_and_everybody_else_goes_on(
         return tokens
 
     async with Client(stack, 8) as client, Client(stack, 8, url) as doomed_client:
-        asked = zip((client, doomed_client) * 4, [prompt for prompt in prompts for _ in range(2)], begun, strict=True)
+        twice = [prompt for prompt in prompts for _ in range(2)]
+        # None of the doomed ones has ended when the last one begins.
+        asked = zip((client, doomed_client) * 4, twice, (200, 1500) * 4, begun, strict=True)
         streams = [asyncio.create_task(follow(*each)) for each in asked]
         await asyncio.gather(*(event.wait() for event in begun))
         second.process.kill()

@@ -16,7 +16,7 @@ from tests.proofs import prove
 from tests.waiting import until
 
 HASHES = [BlockHash(bytes([i]) * 16) for i in range(10)]
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Shelf:

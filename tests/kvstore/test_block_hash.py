@@ -52,7 +52,7 @@ def test_another_process_with_another_hash_seed_computes_the_same_values():
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=150,
     )
     assert printed.stdout.strip() == hash_blocks(namespace("abc"), list(range(64)), 32)[-1].hex()
 

@@ -118,6 +118,6 @@ def test_the_server_dies_with_a_parent_that_is_killed():
         "import os, signal; from services.cli.embedded_redis import EmbeddedRedis; server = EmbeddedRedis.start(); "
         "print(server.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    parent = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    parent = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, check=False)
     assert parent.returncode == -signal.SIGKILL, parent.stderr
-    wait_for_exit(int(parent.stdout), timeout_s=10)
+    wait_for_exit(int(parent.stdout), timeout_s=60)

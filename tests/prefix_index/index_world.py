@@ -23,7 +23,7 @@ from kvstore.index.session import LookupOutcome
 from kvstore.registry import Registrar, WorkerRecord, new_incarnation
 from tests.waiting import until
 
-WAIT_S = 20.0  # an upper bound for waits on events, far above what any of them takes
+WAIT_S = 60.0  # an upper bound for waits on events, far above what any of them takes
 LEASE_S = 0.6
 LOOKUP_S = 5.0  # a deadline that no lookup in these tests may need
 REDIS_S = 3.0  # nor any other answer of a Redis that is there

@@ -50,7 +50,7 @@ class Machine:
     def install(self, **variables: str) -> subprocess.CompletedProcess[str]:
         environ = {"PATH": str(self._programs), **variables}
         command = [str(self.root / "deploy/install.sh")]
-        return subprocess.run(command, env=environ, cwd="/", capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, env=environ, cwd="/", capture_output=True, text=True, timeout=150)
 
     @property
     def pip(self) -> list[str]:

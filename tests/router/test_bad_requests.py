@@ -208,7 +208,7 @@ def test_300_headers(http):
 def test_a_body_that_does_not_come(http, monkeypatch, limit):
     monkeypatch.setattr(edge_http, limit, 0.05)
     url = httpx.URL(str(http.base_url))
-    with socket.create_connection((url.host, url.port), timeout=20) as connection:
+    with socket.create_connection((url.host, url.port), timeout=60) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
         answer = b""
         while chunk := connection.recv(1000):
@@ -219,7 +219,7 @@ def test_a_body_that_does_not_come(http, monkeypatch, limit):
 
 def test_a_body_that_is_more_than_it_says(http):
     url = httpx.URL(str(http.base_url))
-    with socket.create_connection((url.host, url.port), timeout=20) as connection:
+    with socket.create_connection((url.host, url.port), timeout=60) as connection:
         body = text()
         connection.sendall(
             b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body + b"}}}")

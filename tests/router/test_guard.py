@@ -61,7 +61,7 @@ async def test_no_route_is_open_by_a_prefix(make_worker, root_path, public):
 async def test_no_spelling_of_a_path_is_open(make_worker, path):
     async with running_router(RouterConfig(api_key=("secret",), root_path="/x"), make_worker()) as running:
         url = httpx.URL(running.base_url).copy_with(raw_path=path.encode())
-        async with httpx.AsyncClient(timeout=20) as http:
+        async with httpx.AsyncClient(timeout=60) as http:
             for method in ("GET", "POST", "HEAD", "OPTIONS", "DELETE"):
                 assert (await http.request(method, url)).status_code == 401
 
@@ -70,7 +70,7 @@ async def test_a_prefix_hides_no_tenant_and_no_endpoint(make_worker):
     worker = make_worker()
     async with (
         running_router(RouterConfig(api_key=("acme:secret",), root_path="/x"), worker) as running,
-        httpx.AsyncClient(base_url=running.base_url, headers=KEY, timeout=20) as http,
+        httpx.AsyncClient(base_url=running.base_url, headers=KEY, timeout=60) as http,
     ):
         for prefix in ("", "/x"):
             answer = await http.post(f"{prefix}/v1/completions", json={"prompt": "x", "max_tokens": 1})
@@ -93,7 +93,7 @@ async def test_browsers_can_read_refusals_and_crashes(make_worker):
     worker = make_worker()
     async with (
         running_router(config, worker) as running,
-        httpx.AsyncClient(base_url=running.base_url, headers={"origin": ORIGIN}, timeout=20) as http,
+        httpx.AsyncClient(base_url=running.base_url, headers={"origin": ORIGIN}, timeout=60) as http,
     ):
         running.parts.metrics.exposition = lambda: 1 / 0
         running.parts.placer.log.find = lambda *args: 1 / 0

@@ -166,7 +166,7 @@ async def test_a_priority_counts_only_where_the_operator_chose_so(make_worker):
     ],
 )
 def test_what_does_not_fit_the_context_is_called_as_the_client_wrote_it(router, url, fields, param):
-    error = httpx.post(router.base_url + url, json=fields, timeout=20).json()["error"]
+    error = httpx.post(router.base_url + url, json=fields, timeout=60).json()["error"]
     assert (error["code"], error["param"]) == ("context_length_exceeded", param)
 
 

@@ -24,7 +24,7 @@ def router(model_directory, sentence):
 
 @pytest.fixture(scope="module")
 def client(router):
-    with openai.OpenAI(base_url=f"{router.base_url}/v1", api_key="none", max_retries=0, timeout=20) as sdk:
+    with openai.OpenAI(base_url=f"{router.base_url}/v1", api_key="none", max_retries=0, timeout=60) as sdk:
         yield sdk
 
 

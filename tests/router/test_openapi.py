@@ -15,7 +15,7 @@ from services.router.openai.decoding import decode
 
 @pytest.fixture(scope="module")
 def document(router):
-    return httpx.get(f"{router.base_url}/openapi.json", timeout=20).json()
+    return httpx.get(f"{router.base_url}/openapi.json", timeout=60).json()
 
 
 def schema_of(document, path):

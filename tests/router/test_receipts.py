@@ -101,7 +101,7 @@ def test_stages_are_between_stamps_by_the_workers_clocks_where_they_have_them():
 
 @pytest.fixture(scope="module")
 def http(router):
-    with httpx.Client(base_url=router.base_url, timeout=20) as client:
+    with httpx.Client(base_url=router.base_url, timeout=60) as client:
         yield client
 
 

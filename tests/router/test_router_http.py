@@ -20,7 +20,7 @@ from tests.router.harness import ThreadedRouter, running_router, until
 
 @pytest.fixture(scope="module")
 def http(router):
-    with httpx.Client(base_url=router.base_url, timeout=20) as client:
+    with httpx.Client(base_url=router.base_url, timeout=60) as client:
         yield client
 
 
@@ -303,7 +303,7 @@ def test_a_client_that_hangs_up_while_waiting_aborts(router, worker):
     worker.reply = lambda request: Script([], pb.FINISH_REASON_UNSPECIFIED)
     url = httpx.URL(f"{router.base_url}/v1/completions")
     body = json.dumps({"prompt": ["x", "y"], "n": 2}).encode()
-    with socket.create_connection((url.host, url.port), timeout=20) as connection:
+    with socket.create_connection((url.host, url.port), timeout=60) as connection:
         head = f"POST {url.path} HTTP/1.1\r\nHost: {url.host}\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         router.call(until(lambda: len(worker.requests) == 4))
@@ -357,7 +357,7 @@ def guarded(model_directory, sentence):
     def workers():
         return [FakeWorker(endless(sentence), model_names=names, model_path=str(model_directory))]
 
-    with ThreadedRouter(config, workers) as threaded, httpx.Client(base_url=threaded.base_url, timeout=20) as client:
+    with ThreadedRouter(config, workers) as threaded, httpx.Client(base_url=threaded.base_url, timeout=60) as client:
         yield threaded, client
 
 

@@ -180,7 +180,7 @@ def test_a_second_opener_is_refused_in_this_process_and_in_another(tmp_path):
             "except DirectoryLocked as error: print(error)"
         )
         command = [sys.executable, "-c", script, str(tmp_path)]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        said = subprocess.run(command, capture_output=True, text=True, timeout=150, check=True).stdout
         assert f"process {os.getpid()}; give each store a directory of its own" in said
     open_tier(tmp_path).close()
 

@@ -10,6 +10,7 @@ from tandem.v1 import worker_pb2 as pb
 from services.decode import session as session_module
 from services.decode.session import RouterSession, SessionOverflow
 from services.rates import GUESSED, RateLearner, StepShape
+from tests.waiting import until
 
 
 def output(token_id: int) -> pb.Output:
@@ -28,7 +29,7 @@ async def test_outputs_of_one_step_are_one_frame_and_a_close_sends_what_is_pendi
     session.push(output(1))
     session.push_token(7, 2)
     session.push_token(8, 3)
-    await asyncio.sleep(0.01)
+    await until(lambda: len(frames) == 2)
     session.push_token(8, 4)
     session.close()
     await sending
