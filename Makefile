@@ -13,7 +13,8 @@ DECODE ?= 1
 # Further flags of `tandem up`, e.g. UP_ARGS="--colocated --dtype bfloat16"
 UP_ARGS ?=
 # Three processes for two cores: the end-to-end tests wait more than they compute. PYTEST_ARGS= runs everything in one.
-PYTEST_ARGS ?= -n 3 --dist loadscope
+# In the order of folders: the long ones, chaos and e2e, come early, and nobody waits for one of them in the end.
+PYTEST_ARGS ?= -n 3 --dist loadscope --no-loadscope-reorder
 # What `make bench` runs, and with which flags:
 #   make bench BENCH_ARGS="--help"
 BENCHES ?= tests/bench/bench_transfer.py

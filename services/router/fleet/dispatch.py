@@ -175,7 +175,8 @@ class Dispatch:
             self._settle_prefill(sequence, output)
         was_resuming = sequence.state is SequenceState.RESUMING
         sequence.take_output(output, self._clock())
-        if not sequence.resumes and sequence.usage is not None and sequence.usage.prefill_worker_id:
+        # Once: the worker may be gone when the next one comes.
+        if not (sequence.prompt_numerics or sequence.resumes) and sequence.usage and sequence.usage.prefill_worker_id:
             sequence.prompt_numerics = self._workers.numerics(sequence.usage.prefill_worker_id)
         if was_resuming and sequence.state is SequenceState.STREAMING:
             self._resumed(sequence)

@@ -180,13 +180,14 @@ class ModelDirectory:
 
     def get(self, name: str | None) -> ServedModel:
         """The model that a client asks for; None is the only one there is. Raises ApiError."""
+        models = self._models  # others are put in its place as workers come and go, while a thread asks
         if name is None:
-            if not self._models:
+            if not models:
                 raise unavailable("No model can be served at the moment. Try again later.")
-            if len({id(model.files) for model in self._models.values()}) == 1:
-                return self._models[self.names()[0]]
+            if len({id(model.files) for model in models.values()}) == 1:
+                return models[min(models)]
             raise invalid("you must provide a model parameter", "model")
-        model = self._models.get(name)
+        model = models.get(name)
         if model is None:
             raise self._missing(name)
         return model
