@@ -86,12 +86,13 @@ def test_it_answers_without_a_registry_and_ends_on_sigterm():
             assert process.stderr is not None
             ready = next(line for line in process.stderr if line.startswith("TANDEM-READY"))
             url = json.loads(ready.partition(" ")[2])["url"]
-            assert httpx.get(f"{url}/health").status_code == 200
-            response = httpx.get(f"{url}/ready")
+            assert httpx.get(f"{url}/health", timeout=60).status_code == 200
+            response = httpx.get(f"{url}/ready", timeout=60)
             assert response.status_code == 503
             assert "retry-after" in response.headers
-            assert httpx.get(f"{url}/v1/models").json() == {"object": "list", "data": []}
-            assert httpx.post(f"{url}/v1/completions", json={"model": "x", "prompt": "x"}).status_code == 503
+            assert httpx.get(f"{url}/v1/models", timeout=60).json() == {"object": "list", "data": []}
+            body = {"model": "x", "prompt": "x"}
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 503
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=120) == 0
         finally:
@@ -142,7 +143,7 @@ async def test_a_tokenizer_that_cannot_be_read_to_its_end_does_not_keep_the_rout
                 assert process.stderr is not None
                 ready = next(line for line in process.stderr if line.startswith("TANDEM-READY"))
                 url = json.loads(ready.partition(" ")[2])["url"]
-                await until(lambda: "is being loaded" in httpx.get(f"{url}/ready").text)
+                await until(lambda: "is being loaded" in httpx.get(f"{url}/ready", timeout=60).text)
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(timeout=120) == 0
             finally:

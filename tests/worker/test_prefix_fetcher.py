@@ -266,10 +266,10 @@ async def test_a_client_that_hangs_up_gets_no_holder_shunned() -> None:
 
 
 async def test_no_deadline_ends_a_fetch_whose_blocks_still_flow() -> None:
-    """Five pieces of half a second each, and nothing may come for 1.8 s."""
+    """Five pieces of 0.8 s each, and nothing may come for 3 s."""
     async with world() as made:
-        holder = Holder("holder", made, 20, lend_s=0.5)
-        async with running(made, holder, timeout_s=1.8) as reader:
+        holder = Holder("holder", made, 20, lend_s=0.8)
+        async with running(made, holder, timeout_s=3.0) as reader:
             assert parts_of(await reader.fetcher.fetch(CHAIN, [holder.source()])) == [("holder", 20, 20)]
             assert reader.fetcher.shunned == []
             reader.check(CHAIN, holder)
