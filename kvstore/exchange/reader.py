@@ -6,9 +6,10 @@ import asyncio
 import contextvars
 import functools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
+from kvstore.block import Run
 from kvstore.errors import KVStoreError, ReadFailed
 from kvstore.exchange.connection import Connection
 from kvstore.protocol import (
@@ -104,8 +105,7 @@ class Fetch:
                 self._tools.start_task(self._ask_for_room(num_blocks))
             case Read(read_id, runs):
                 num_blocks, started_at = sum(run.num_blocks for run in runs), self._tools.clock()
-                self._connection.reads.begin(read_id, runs)
-                reading = begin(lambda: self._connection.link.read(read_id, runs))
+                reading = begin(lambda: self._read(read_id, runs))
                 reading.add_done_callback(lambda done: self._read_ended(read_id, num_blocks, started_at, done))
             case Verify():
                 self._verify(action)
@@ -136,6 +136,10 @@ class Fetch:
             self.handle(ReserveFailed(repr(error)))
         else:
             self.handle(Reserved(reservation))
+
+    def _read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
+        self._connection.reads.begin(read_id, runs)
+        return self._connection.link.read(read_id, runs)
 
     def _read_ended(self, read_id: int, num_blocks: int, started_at: float, done: asyncio.Future[None]) -> None:
         error, tools, connection = done.exception(), self._tools, self._connection

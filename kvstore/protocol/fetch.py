@@ -114,7 +114,8 @@ class FetchMachine:
     def bytes_came(self, now: float) -> None:
         """Give the reads that go on their time anew: their link moves, whichever of them it moved. No state changes."""
         for read in self.reads.values():
-            read.deadline = now + self._timeouts.read_s
+            if not read.verifying:
+                read.deadline = now + self._timeouts.read_s
 
     def handle(self, event: FetchEvent, now: float) -> list[FetchAction]:
         """Return what `event` makes us do. Raises `IllegalTransition` for a bug of ours; a peer's fails the fetch."""

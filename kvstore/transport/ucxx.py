@@ -136,7 +136,7 @@ class UcxxTransport:
                 self.num_turns, self._came_s = (self.num_turns or 0) + 1, loop.time()
                 self._make_up()
                 await asyncio.sleep(_PING_S)
-        except (RuntimeError, self._error) as error:
+        except Exception as error:  # whatever it is: who is not watched any more is not to be taken for hung
             self.num_turns = None
             if self._is_running:
                 logger.error("ucxx: nobody watches UCX's thread any more: %r", error)

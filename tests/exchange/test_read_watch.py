@@ -21,6 +21,7 @@ from kvstore.protocol import (
     Reservation,
     Reserved,
 )
+from kvstore.protocol.fetch_events import ReadEnded
 from kvstore.protocol.machine import Timer
 from kvstore.protocol.messages import Announce, Offer
 from tests.exchange.exchange_worker import PATIENT, TRANSFER, Worker, room, running, some_hashes
@@ -155,6 +156,19 @@ def test_a_read_has_its_time_from_the_last_byte_on() -> None:
         machine.bytes_came(now)
         assert machine.handle(Timer(), now + 3.5) == []
     machine.handle(Timer(), 62.0)
+    assert machine.state is FetchState.DRAINING
+
+
+def test_a_check_has_its_time_whatever_comes_over_the_link() -> None:
+    """Who reads elsewhere on a busy link says nothing of a check that hangs."""
+    timeouts, block_hash = ExchangeTimeouts(read_s=4), BlockHash(bytes(16))
+    machine = FetchMachine(TRANSFER, [block_hash], 4096, timeouts, itertools.count(1).__next__, now=0.0)
+    machine.handle(Offer(TRANSFER, 1), 0.0)
+    machine.handle(Reserved(Reservation([3])), 0.0)
+    machine.handle(Announce(TRANSFER, 0, [AnnouncedBlock(7, block_hash, 1)], True), 0.0)
+    machine.handle(ReadEnded(next(iter(machine.reads))), 1.0)
+    machine.bytes_came(4.0)
+    machine.handle(Timer(), 5.5)
     assert machine.state is FetchState.DRAINING
 
 
