@@ -118,38 +118,34 @@ async def test_redis_gone_serving_goes_on(make_stack: Callable[..., Stack], mode
         stack.check_clean()
 
 
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        ("--block-size 16", "block_size"),
-        ("--dtype bfloat16", "dtype"),
-        ("--model {other}", "model_fingerprint"),
-    ],
-    ids=["block size", "dtype", "model"],
-)
-async def test_a_worker_that_does_not_fit_is_refused_by_name(
-    make_stack: Callable[..., Stack], model: Path, tmp_path: Path, flags: str, named: str
+async def test_workers_that_do_not_fit_are_refused_by_name(
+    make_stack: Callable[..., Stack], model: Path, tmp_path: Path
 ) -> None:
     prompt = random_prompts([200], seed=15)[0]
     expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
-    other = write_model(tmp_path / "other", "qwen3", seed=9)
+    misfits = {
+        "block_size": "--block-size 16",
+        "dtype": "--dtype bfloat16",
+        "model_fingerprint": f"--model {write_model(tmp_path / 'other', 'qwen3', seed=9)}",
+    }
     stack = make_stack()
-    stack.prefill = [f"{stack.prefill[0]} {flags.format(other=other)}"]
+    stack.prefill = [f"{stack.prefill[0]} {flags}" for flags in misfits.values()]
     with stack:
         async with Client(stack, NUM_NEW_TOKENS) as client:
             assert await complete(client, prompt) == expected, "the decode worker prefills by itself"
         # The router never pairs them; the handshake refuses them by itself, whoever asks.
-        refusal = await handshake_refusal(stack)
-        assert named in refusal, refusal
+        for index, named in enumerate(misfits):
+            refusal = await handshake_refusal(stack, f"prefill-{index}")
+            assert named in refusal, refusal
         stack.check_clean()
 
 
-async def handshake_refusal(stack: Stack) -> str:
-    """What the decode worker says when it is told to take blocks from the prefill worker all the same."""
+async def handshake_refusal(stack: Stack, prefill_id: str) -> str:
+    """What the decode worker says when it is told to take blocks from a prefill worker all the same."""
     from tandem.v1 import worker_pb2 as pb
 
     records = {record.worker_id: record for record in stack.records()}
-    prefill, decode = records["prefill-0"], records["decode-0"]
+    prefill, decode = records[prefill_id], records["decode-0"]
     async with session_with(decode.grpc_address) as session:
         await session.write(pb.SessionRequest(hello=pb.SessionHello(router_id="test", protocol_version="2")))
         target = pb.PrefillTarget(
@@ -161,7 +157,7 @@ async def handshake_refusal(stack: Stack) -> str:
         sampling = pb.SamplingParams(temperature=0, top_p=1, repetition_penalty=1, max_tokens=2)
         order = pb.GenerateRequest(
             handle=1,
-            request_id="misfit",
+            request_id=f"misfit-{prefill_id}",
             prompt_token_ids=list(range(3, 103)),
             sampling=sampling,
             prefill_targets=[target],
@@ -171,8 +167,10 @@ async def handshake_refusal(stack: Stack) -> str:
             if any(output.finish_reason for output in frame.outputs):
                 break
         session.cancel()
-    warnings = [line for line in stack.services["decode-0"].log.splitlines() if "prefill by prefill-0 failed" in line]
-    lines = [line for line in warnings if "request_id=misfit" in line]
+    warnings = [
+        line for line in stack.services["decode-0"].log.splitlines() if f"prefill by {prefill_id} failed" in line
+    ]
+    lines = [line for line in warnings if f"request_id=misfit-{prefill_id}" in line]
     assert lines, stack.services["decode-0"].log
     return lines[-1]
 

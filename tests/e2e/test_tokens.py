@@ -19,24 +19,38 @@ CHUNK_SIZES = (16, 64, 512)
 DEPLOYMENTS = (*(f"chunk-{size}" for size in CHUNK_SIZES), "colocated", "local")
 
 
+# By default each family goes over one of the transports, and the first one over both: what they carry are bytes.
+PAIRS = [
+    pytest.param(
+        (family, transport),
+        id=f"{family}-{transport}",
+        marks=[] if index == 0 or index % 2 == ("ucxx", "nixl").index(transport) else pytest.mark.slow,
+    )
+    for index, family in enumerate(FAMILIES)
+    for transport in ("ucxx", "nixl")
+]
+
+
 @dataclass(frozen=True)
 class Reference:
     """A model, prompts, and what `transformers` generates greedily after each."""
 
+    transport: str
     model: Path
     prompts: list[list[int]]
     tokens: list[list[int]]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=PAIRS)
 def reference(request: pytest.FixtureRequest, model_of: Callable[[str], Path]) -> Reference:
-    model = model_of(request.param)
+    family, transport = request.param
+    model = model_of(family)
     prompts = random_prompts(PROMPT_LENGTHS, seed=1)
-    return Reference(model, prompts, reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True))
+    return Reference(transport, model, prompts, reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True))
 
 
 @pytest.fixture(scope="module")
-def deployments(reference: Reference, transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def deployments(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """One stack that serves the same weights under one name per deployment, each with workers of its own."""
     chunks = [f"--served-model-name chunk-{size}" for size in CHUNK_SIZES]
     never_local = "--local-prefill-max-tokens 0"
@@ -45,8 +59,10 @@ def deployments(reference: Reference, transport: str, tmp_path_factory: pytest.T
     decode.append("--served-model-name colocated --colocated --max-num-batched-tokens 64")
     # A worker that would hand every prompt off, had it a prefill worker: so every prompt is prefilled locally.
     decode.append(f"--served-model-name local {never_local}")
-    worker = f"{PATIENT} --kv-transport {transport} --num-gpu-blocks-override 256 --max-num-seqs 16"
-    with Stack(tmp_path_factory.mktemp(transport), prefill, decode, worker=worker, model=reference.model) as stack:
+    worker = f"{PATIENT} --kv-transport {reference.transport} --num-gpu-blocks-override 256 --max-num-seqs 16"
+    with Stack(
+        tmp_path_factory.mktemp(reference.transport), prefill, decode, worker=worker, model=reference.model
+    ) as stack:
         yield stack
 
 
