@@ -146,12 +146,18 @@ def test_on_a_device_messages_count_and_may_take_as_long_as_they_are() -> None:
     assert watched.after(4) is not None
 
 
-def test_a_read_has_its_time_from_the_last_byte_on() -> None:
+def reading() -> FetchMachine:
+    """A fetch of one block, which is read; at 4 s that has taken too long."""
     timeouts, block_hash = ExchangeTimeouts(read_s=4), BlockHash(bytes(16))
     machine = FetchMachine(TRANSFER, [block_hash], 4096, timeouts, itertools.count(1).__next__, now=0.0)
     machine.handle(Offer(TRANSFER, 1), 0.0)
     machine.handle(Reserved(Reservation([3])), 0.0)
     machine.handle(Announce(TRANSFER, 0, [AnnouncedBlock(7, block_hash, 1)], True), 0.0)
+    return machine
+
+
+def test_a_read_has_its_time_from_the_last_byte_on() -> None:
+    machine = reading()
     for now in range(3, 60, 3):
         machine.bytes_came(now)
         assert machine.handle(Timer(), now + 3.5) == []
@@ -161,11 +167,7 @@ def test_a_read_has_its_time_from_the_last_byte_on() -> None:
 
 def test_a_check_has_its_time_whatever_comes_over_the_link() -> None:
     """Who reads elsewhere on a busy link says nothing of a check that hangs."""
-    timeouts, block_hash = ExchangeTimeouts(read_s=4), BlockHash(bytes(16))
-    machine = FetchMachine(TRANSFER, [block_hash], 4096, timeouts, itertools.count(1).__next__, now=0.0)
-    machine.handle(Offer(TRANSFER, 1), 0.0)
-    machine.handle(Reserved(Reservation([3])), 0.0)
-    machine.handle(Announce(TRANSFER, 0, [AnnouncedBlock(7, block_hash, 1)], True), 0.0)
+    machine = reading()
     machine.handle(ReadEnded(next(iter(machine.reads))), 1.0)
     machine.bytes_came(4.0)
     machine.handle(Timer(), 5.5)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,22 @@ async def move_after(router: RouterOf, answer: Answer, handle: int, num_tokens: 
     await has_said(answer, num_tokens)
     router.move(handle)
     return await ended(answer)
+
+
+@asynccontextmanager
+async def two_workers(
+    model: Path, *faults: Faults
+) -> AsyncIterator[tuple[DecodeWorker, DecodeWorker, RouterOf, RouterOf, Answer, pb.GenerateRequest]]:
+    """Two workers, a router's session with each, what the first one answers undisturbed, and the same order anew.
+
+    `faults` are those of what the second one reads.
+    """
+    switchboard, (prompt,) = Switchboard(), random_prompts([37], seed=5)
+    first, second = DecodeWorker("decode-0", model, switchboard), DecodeWorker("decode-1", model, switchboard, *faults)
+    async with running(first, second) as (here, there):
+        whole = here.generate(order(1, prompt))
+        await ended(whole)
+        yield first, second, here, there, whole, order(2, prompt)
 
 
 @pytest.mark.parametrize("sampling", list(SAMPLINGS))
@@ -130,12 +148,7 @@ async def test_an_abort_while_it_leaves_frees_all(model: Path) -> None:
 async def test_whoever_goes_while_blocks_are_read_nothing_is_held_and_the_answer_is_right(
     model: Path, gone: str
 ) -> None:
-    switchboard, (prompt,) = Switchboard(), random_prompts([37], seed=4)
-    first = DecodeWorker("decode-0", model, switchboard)
-    second = DecodeWorker("decode-1", model, switchboard, Faults(stall=1.0))
-    async with running(first, second) as (here, there):
-        whole, begun = here.generate(order(1, prompt)), order(2, prompt)
-        await ended(whole)
+    async with two_workers(model, Faults(stall=1.0)) as (first, second, here, there, whole, begun):
         head = here.generate(begun)
         await move_after(here, head, 2, 20)
         tail = there.generate(go_on(begun, head, first))
@@ -156,12 +169,7 @@ async def test_whoever_goes_while_blocks_are_read_nothing_is_held_and_the_answer
 
 async def test_an_order_that_comes_again_while_its_blocks_are_read_still_is_computed_and_no_error(model: Path) -> None:
     """As after a break of the router's session: it goes back to the worker that it had sent the move to."""
-    switchboard, (prompt,) = Switchboard(), random_prompts([37], seed=6)
-    first = DecodeWorker("decode-0", model, switchboard)
-    second = DecodeWorker("decode-1", model, switchboard, Faults(stall=1.0))
-    async with running(first, second) as (here, there):
-        whole, begun = here.generate(order(1, prompt)), order(2, prompt)
-        await ended(whole)
+    async with two_workers(model, Faults(stall=1.0)) as (first, second, here, there, whole, begun):
         head = here.generate(begun)
         await move_after(here, head, 2, 20)
         again = go_on(begun, head, first)
@@ -177,16 +185,12 @@ async def test_an_order_that_comes_again_while_its_blocks_are_read_still_is_comp
 
 
 async def test_a_worker_that_drains_takes_what_has_begun_and_nothing_new(model: Path) -> None:
-    switchboard, (prompt,) = Switchboard(), random_prompts([37], seed=7)
-    first, second = DecodeWorker("decode-0", model, switchboard), DecodeWorker("decode-1", model, switchboard)
-    async with running(first, second) as (here, there):
-        whole, begun = here.generate(order(1, prompt)), order(2, prompt)
-        await ended(whole)
+    async with two_workers(model) as (first, second, here, there, whole, begun):
         head = here.generate(begun)
         await move_after(here, head, 2, 20)
         drains = [asyncio.create_task(worker.service.drain(60)) for worker in (first, second)]
         await until(lambda: second.service.state()["draining"])
-        refused = there.generate(order(1, prompt))
+        refused = there.generate(order(1, list(begun.prompt_token_ids)))
         assert (await ended(refused)).error.code == pb.ERROR_CODE_UNAVAILABLE
         came_back = go_on(begun, head, first)
         came_back.ClearField("move")
@@ -198,11 +202,7 @@ async def test_a_worker_that_drains_takes_what_has_begun_and_nothing_new(model: 
 
 
 async def test_blocks_of_another_length_than_the_output_are_not_used(model: Path) -> None:
-    switchboard, (prompt,) = Switchboard(), random_prompts([37], seed=5)
-    first, second = DecodeWorker("decode-0", model, switchboard), DecodeWorker("decode-1", model, switchboard)
-    async with running(first, second) as (here, there):
-        whole, begun = here.generate(order(1, prompt)), order(2, prompt)
-        await ended(whole)
+    async with two_workers(model) as (first, second, here, there, whole, begun):
         head = here.generate(begun)
         await move_after(here, head, 2, 20)
         head.token_ids.pop()
@@ -218,11 +218,7 @@ async def test_blocks_that_the_new_workers_engine_does_not_take_cost_a_computati
     def refuse(*_: object) -> None:
         raise NotReserved("it has no place")
 
-    switchboard, (prompt,) = Switchboard(), random_prompts([37], seed=5)
-    first, second = DecodeWorker("decode-0", model, switchboard), DecodeWorker("decode-1", model, switchboard)
-    async with running(first, second) as (here, there):
-        whole, begun = here.generate(order(1, prompt)), order(2, prompt)
-        await ended(whole)
+    async with two_workers(model) as (first, second, here, there, whole, begun):
         head = here.generate(begun)
         await move_after(here, head, 2, 20)
         monkeypatch.setattr(second.parts.engine, "add_prefilled", refuse)
@@ -239,11 +235,7 @@ async def test_blocks_that_cannot_be_kept_are_freed_and_the_request_goes_on_with
     def break_off(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    switchboard, (prompt,) = Switchboard(), random_prompts([37], seed=5)
-    first, second = DecodeWorker("decode-0", model, switchboard), DecodeWorker("decode-1", model, switchboard)
-    async with running(first, second) as (here, there):
-        whole, begun = here.generate(order(1, prompt)), order(2, prompt)
-        await ended(whole)
+    async with two_workers(model) as (first, _, here, there, whole, begun):
         monkeypatch.setattr(first.parts.exchange, "keep", break_off)
         head = here.generate(begun)
         last = await move_after(here, head, 2, 20)
