@@ -22,7 +22,7 @@ from kvstore.block import BlockMemory, Run
 from kvstore.errors import ReadFailed, TransportError
 from kvstore.transport.base import LinkPeer
 from kvstore.transport.buffers import region
-from kvstore.transport.ucxx_introduction import mend
+from kvstore.transport.ucxx_introduction import hold, mend
 
 if TYPE_CHECKING:
     from ucxx import Endpoint, Listener
@@ -91,7 +91,6 @@ class UcxxTransport:
         self._pinging: asyncio.Task[None] | None = None
         self._listener: Listener | None = None
         self._links: set[UcxxLink] = set()
-        self._sending: set[asyncio.Future[None]] = set()  # ids of links, at their beginning
         # The owner's end of links to be, by link id. The endpoint comes from the listener, the wish for it from the
         # handshake, in either order.
         self._arrivals: dict[bytes, asyncio.Future[Endpoint]] = {}
@@ -193,8 +192,7 @@ class UcxxTransport:
             raise TransportError(f"ucxx: no endpoint to {peer.peer_id} at {peer.host}: {error!r}") from error
         # Never cancelled, as all that is posted: the endpoint's end is its end.
         sending = asyncio.ensure_future(endpoint.send(bytearray(peer.link_id), tag=_LINK_ID_TAG))
-        self._sending.add(sending)
-        sending.add_done_callback(self._sent)
+        hold(sending)
         try:
             await asyncio.shield(sending)
         except self._error as error:
@@ -204,11 +202,6 @@ class UcxxTransport:
             self.abort(endpoint)
             raise
         return endpoint
-
-    def _sent(self, sending: asyncio.Future[None]) -> None:
-        self._sending.discard(sending)
-        if not sending.cancelled():
-            sending.exception()  # whoever waits hears of it; nobody may be left to
 
     async def _arrival(self, link_id: bytes) -> Endpoint:
         try:

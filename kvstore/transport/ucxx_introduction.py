@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 _FORMAT: Final = "QQ"
 _CLOSE_PERIOD_NS: Final = 1_000_000_000
-# Of those that were given up: what is posted on them, with its buffers, until it has ended.
-_ENDING: Final[set[asyncio.Task[None]]] = set()
+_POSTED: Final[set[asyncio.Future[None]]] = set()
 
 
 def mend(ucxx: ModuleType) -> None:
@@ -58,8 +57,7 @@ async def _introduce(
             await asyncio.wait([posted], timeout=ends_s - asyncio.get_running_loop().time())
         finally:
             if not posted.done():
-                _ENDING.add(posted)
-                posted.add_done_callback(_ended)
+                hold(posted)
                 endpoint.close_blocking(period=_CLOSE_PERIOD_NS, max_attempts=1)
                 endpoint.remove_close_callback()
         if not posted.done():
@@ -76,7 +74,13 @@ async def _wait(request: Any, buffers: object) -> None:
     await request.wait()
 
 
-def _ended(posted: asyncio.Task[None]) -> None:
-    _ENDING.discard(posted)
+def hold(posted: asyncio.Future[None]) -> None:
+    """Keep what is posted on an endpoint, with its buffers, until it has ended, whoever waits for it still."""
+    _POSTED.add(posted)
+    posted.add_done_callback(_ended)
+
+
+def _ended(posted: asyncio.Future[None]) -> None:
+    _POSTED.discard(posted)
     if not posted.cancelled():
-        posted.exception()  # it was given up, and whoever waited has been told
+        posted.exception()  # whoever waits hears of it; nobody may be left to

@@ -26,6 +26,7 @@ from services.router.openai import (
     ChatRenderer,
     CompletionBody,
     CompletionRenderer,
+    Count,
     DetokenizeBody,
     TokenizeBody,
     check_sizes,
@@ -135,8 +136,8 @@ def _add_model_routes(app: FastAPI, parts: RouterParts) -> None:
 
 
 def _add_tokenizer_routes(app: FastAPI, parts: RouterParts) -> None:
-    def check(content: bytes) -> None:
-        check_sizes(content, lambda name: longest_text(parts.models.get(name)), max_prompts=1)
+    def check(content: bytes) -> Count:
+        return check_sizes(content, lambda name: longest_text(parts.models.get(name)), max_prompts=1)
 
     async def answer(
         request: Request, kind: type[B], work: Callable[[B, ServedModel, ClientPool], Awaitable[bytes]]

@@ -35,7 +35,7 @@ from services.router.fleet import Headroom, Placer, PrefixFinder, Workers
 from services.router.fleet_metrics import FleetCollector
 from services.router.metrics import RouterMetrics
 from services.router.routing import DecisionLog, Policy
-from services.router.sharing import Quotas, open_quotas, read_shares
+from services.router.sharing import Quotas, Shares, open_quotas, read_shares
 from services.router.tenants import Keyring
 from services.router.text import (
     ChatTemplateError,
@@ -112,15 +112,7 @@ async def open_parts(
         config.request_memory_bytes, config.client_share, threads, lambda: metrics.count_refusal("memory_full")
     )
     shares = read_shares(config.tenants_file)
-    admission = Admission(
-        config.max_concurrent_requests,
-        config.max_queue,
-        metrics.count_refusal,
-        Headroom(workers, config.worker_backlog_s),
-        lambda client: shares.of_client(client).weight,
-        config.client_share,
-        time.monotonic,
-    )
+    admission = _make_admission(config, metrics, workers, shares)
     workers.on_news = admission.fill
     quotas = quotas or Quotas(None, router_id, time.monotonic)
     metrics.quotas_shared.set_function(lambda: quotas.is_shared)
@@ -138,6 +130,18 @@ async def open_parts(
         await models.close()
         pool.close()
         await memory.close()
+
+
+def _make_admission(config: RouterConfig, metrics: RouterMetrics, workers: Workers, shares: Shares) -> Admission:
+    return Admission(
+        config.max_concurrent_requests,
+        config.max_queue,
+        metrics.count_refusal,
+        Headroom(workers, config.worker_backlog_s),
+        lambda client: shares.of_client(client).weight,
+        config.client_share,
+        time.monotonic,
+    )
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -6,21 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from services.decode.stages import TRANSITIONS, LiveAction, LiveEvent, LiveState
-from services.worker.states import States
 from tests.states.explore import Step
+from tests.states.told import Told
 
 _E = LiveEvent
 _MAX_NEWS = 2
 _IN_ENGINE = ("waiting", "prefilling", "decoding")
 
 
-class _ActionFailed(Exception):
-    pass
-
-
 @dataclass
-class LiveModel:
+class LiveModel(Told):
     """One request. Commands to the engine's thread, and what that reports, arrive in order."""
+
+    TABLE = TRANSITIONS
+    BROKEN = _E.BROKEN
 
     state: LiveState = LiveState.ADMITTING
     admission: str = "comes"  # enters, joins: it waits for the engine; done, failed, cancelled; over: all is told
@@ -152,12 +151,6 @@ class LiveModel:
         if outcome == "entered, and ended":
             self._tell(_E.LAST)
 
-    def report_and_break(self) -> None:
-        self.breaks_left -= 1
-        self.breaks = True
-        self.report()
-        self.breaks = False
-
     def wish(self, event: LiveEvent) -> None:
         self.wishes_left -= 1
         self._tell(event)
@@ -166,16 +159,6 @@ class LiveModel:
         self._tell(_E.EXPIRED)
 
     # ---- what the service does ----
-
-    def _tell(self, event: LiveEvent) -> None:
-        states = States("request", TRANSITIONS, self.state)
-        actions = states.move(event)
-        self.state = states.state
-        try:
-            for action in actions:
-                self._do(action)
-        except _ActionFailed:
-            self._tell(_E.BROKEN)
 
     def _do(self, action: LiveAction) -> None:
         match action:
@@ -197,11 +180,6 @@ class LiveModel:
                 self.is_timed = False
                 assert self.num_ends == 1, "two last outputs"
                 self._break()  # it is on the way: what breaks is the counting
-
-    def _break(self) -> None:
-        if self.breaks:
-            self.breaks = False
-            raise _ActionFailed
 
     def why_not_at_rest(self) -> str:
         left = {

@@ -6,20 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from services.prefill.order import TRANSITIONS, OrderAction, OrderEvent, OrderState
-from services.worker.states import States
 from tests.states.explore import Step
+from tests.states.told import Told
 
 _E = OrderEvent
 MAX_CHUNKS = 2
 
 
-class _ActionFailed(Exception):
-    pass
-
-
 @dataclass
-class OrderModel:
+class OrderModel(Told):
     """One order. Commands to the engine's thread, and what that reports, arrive in order."""
+
+    TABLE = TRANSITIONS
+    BROKEN = _E.BROKEN
 
     state: OrderState = OrderState.PREPARING
     preparation: str = "running"  # cancelled, done, refused; told
@@ -123,12 +122,6 @@ class OrderModel:
         self.report()
         self.lends = True
 
-    def report_and_break(self) -> None:
-        self.breaks_left -= 1
-        self.breaks = True
-        self.report()
-        self.breaks = False
-
     def close_lease(self) -> None:
         self.lease = "closed"
 
@@ -154,16 +147,6 @@ class OrderModel:
 
     # ---- what the service does ----
 
-    def _tell(self, event: OrderEvent) -> None:
-        states = States("order", TRANSITIONS, self.state)
-        actions = states.move(event)
-        self.state = states.state
-        try:
-            for action in actions:
-                self._do(action)
-        except _ActionFailed:
-            self._tell(_E.BROKEN)
-
     def _do(self, action: OrderAction) -> None:
         match action:
             case OrderAction.CANCEL:
@@ -178,9 +161,7 @@ class OrderModel:
                 self._tell(_E.LEASE_CLOSED)
             case OrderAction.ANNOUNCE:
                 assert self.lease != "none", "blocks of no lease are announced"
-                if self.breaks:
-                    self.breaks = False
-                    raise _ActionFailed
+                self._break()
             case OrderAction.FINISH | OrderAction.FAIL:
                 self.num_last_events += 1
                 assert self.num_last_events == 1, "two last events"

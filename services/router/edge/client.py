@@ -11,10 +11,10 @@ import msgspec
 
 from services.router.edge.http import read_body
 from services.router.edge.memory import SMALL_BYTES, Holding
-from services.router.openai import decode
+from services.router.openai import Count, decode
 from services.router.sse import Message, Receive, cancelled_on_disconnect
 from services.router.tenants import Tenant
-from services.router.text import ClientPool, GoOn
+from services.router.text import ClientPool
 
 B = TypeVar("B", bound=msgspec.Struct)
 
@@ -39,22 +39,17 @@ class Client:
 
     @asynccontextmanager
     async def body(
-        self, scope: Message, receive: Receive, kind: type[B], check: Callable[[bytes], None]
+        self, scope: Message, receive: Receive, kind: type[B], check: Callable[[bytes], Count]
     ) -> AsyncIterator[B]:
         """The request's body. What runs under it is cancelled when the client goes away. Raises ApiError.
 
-        `check` looks at the bytes of a large one before it is decoded, in a thread, and may raise an ApiError.
+        `check` counts the bytes of a large one before it is decoded, in a thread, and may raise an ApiError.
         """
         received = [await read_body(scope, receive, self.max_body_bytes, self.memory.add)]
         async with cancelled_on_disconnect(receive):
             yield await self._decode(received.pop(), kind, check)
 
-    async def _decode(self, content: bytes, kind: type[B], check: Callable[[bytes], None]) -> B:
+    async def _decode(self, content: bytes, kind: type[B], check: Callable[[bytes], Count]) -> B:
         if len(content) <= SMALL_BYTES:
             return decode(content, kind)
-
-        def run(go_on: GoOn) -> B:
-            check(content)
-            return decode(content, kind)
-
-        return await self.pool.run(run, len(content))
+        return await self.pool.run(lambda go_on: decode(content, kind, check(content)), len(content))

@@ -30,7 +30,7 @@ from services.router.edge.stopping import Stopping
 from services.router.errors import ApiError, ClientDisconnected, internal
 from services.router.fleet import Ask, Budget, Dispatch, Placer, PrefixFinder, Workers, routing_key
 from services.router.metrics import RouterMetrics
-from services.router.openai import Delta, GenerateBody, Generation, GenerationPlan, Renderer, check_sizes
+from services.router.openai import Count, Delta, GenerateBody, Generation, GenerationPlan, Renderer, check_sizes
 from services.router.sharing import Shares
 from services.router.tenants import name_of
 from services.router.text import ClientPool, ModelDirectory, ServedModel, TokenizerPool
@@ -121,9 +121,9 @@ class GenerateEndpoint(Generic[B]):
             self._parts.metrics.disconnects.inc()
             access.left()
 
-    def _check_sizes(self, content: bytes) -> None:
+    def _check_sizes(self, content: bytes) -> Count:
         models, config = self._parts.models, self._parts.config
-        check_sizes(content, lambda name: models.get(name).max_model_len, config.max_sequences_per_request)
+        return check_sizes(content, lambda name: models.get(name).max_model_len, config.max_sequences_per_request)
 
     async def _fail(self, error: ApiError, stream: sse.EventStream, send: sse.Send) -> None:
         self._parts.metrics.count_error(error.status)

@@ -68,30 +68,31 @@ def count(content: bytes | memoryview) -> Count:
     return Count(num_commas, num_containers, has_strings)
 
 
-def check_sizes(content: bytes, find_limit: Callable[[str | None], int], max_prompts: int) -> None:
-    """Raises ApiError for more token ids or messages than `find_limit` says for the model, which may raise one itself,
-    and for more than `max_prompts` prompts. What is no JSON, of another type, or has too many values of any kind, the
-    decoder sees to.
+def check_sizes(content: bytes, find_limit: Callable[[str | None], int], max_prompts: int) -> Count:
+    """Count what a body has, and raise ApiError for more token ids or messages than `find_limit` says for the model,
+    which may raise one itself, and for more than `max_prompts` prompts. What is no JSON, of another type, or has too
+    many values of any kind, the decoder sees to.
     """
-    num_commas, num_containers, _ = count(content)
-    if num_commas >= MAX_VALUES or num_containers > MAX_CONTAINERS:
-        return
+    counted = count(content)
+    if counted.num_commas >= MAX_VALUES or counted.num_containers > MAX_CONTAINERS:
+        return counted
     try:
         fields = msgspec.json.decode(content, type=_Fields)
         max_tokens = find_limit(fields.model)
         messages, prompt = memoryview(fields.messages), memoryview(fields.prompt)
         if messages[0] != _LIST:
-            return
+            return counted
         if count(messages).num_containers > max_tokens:  # with their parts, and what else they have
             num_messages = len(msgspec.json.decode(messages, type=list[_Message]))
             if num_messages > max_tokens:  # each has a token at least
                 raise prompt_too_long(max_tokens, num_messages, "messages")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return
+        return counted
     if prompt and prompt[0] == _LIST:
         _check_prompts(count(prompt), max_tokens, max_prompts)
     if (num_ids := count(memoryview(fields.tokens)).num_commas + 1) > max_tokens:
         raise too_many_ids("tokens", num_ids, max_tokens)
+    return counted
 
 
 def too_many_ids(name: str, num_ids: int, limit: int) -> ApiError:

@@ -226,14 +226,12 @@ def _decode_group(
     context_lens = [batch.context_lens[b] for b in members]
     first = [first_blocks[b] for b in members]
     num_blocks = max(-(-length // block_size) - start for length, start in zip(context_lens, first, strict=True))
+    lengths = torch.tensor(context_lens, device=device)[:, None]
     columns = torch.tensor(first, device=device)[:, None] + torch.arange(num_blocks, device=device)
     tables = batch.block_tables[torch.tensor(members, device=device)]
     # A shorter member is filled up with a block of its own: hidden by the mask, and finite, which another's may not be.
-    num_own = torch.tensor([-(-length // block_size) for length in context_lens], device=device)[:, None]
-    blocks = tables.gather(1, torch.where(columns < num_own, columns, columns[:, :1]))
-    positions = torch.tensor(first, device=device)[:, None] * block_size
-    positions = positions + torch.arange(num_blocks * block_size, device=device)  # [b, num_keys]
-    lengths = torch.tensor(context_lens, device=device)[:, None]
+    blocks = tables.gather(1, torch.where(columns * block_size < lengths, columns, columns[:, :1]))
+    positions = columns[:, :1] * block_size + torch.arange(num_blocks * block_size, device=device)  # [b, num_keys]
     hidden = positions >= lengths
     if window is not None:
         hidden |= positions < lengths - window
