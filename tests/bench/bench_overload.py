@@ -19,13 +19,7 @@ from pathlib import Path
 
 from loadtest.figures import Spread
 from loadtest.send import start_stack, stop_stack
-
-_PROFILE = {
-    "origin": "a bench",
-    "base_s": 0.008, "prompt_token_s": 4e-4, "prompt_pair_s": 1.7e-9, "running_s": 2e-5, "context_token_s": 4e-8,
-    "max_num_seqs": 256, "max_num_batched_tokens": 1024,
-}  # fmt: skip
-"""A tenth of a GPU's prefill, so that two cores carry ten times its capacity in requests."""
+from tests.bench.paced import paced_flags
 
 
 def measure(url: str, rate: float, duration_s: float, options: argparse.Namespace, seed: int, path: Path) -> str:
@@ -75,10 +69,7 @@ def main() -> int:
     parser.add_argument("--output-tokens", type=int, default=32)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        profile = Path(directory) / "bench.json"
-        profile.write_text(json.dumps(_PROFILE))
-        paced = ["--engine", "paced", "--paced-profile", str(profile), "--num-gpu-blocks-override", "4000"]
-        flags = shlex.split(options.up_args) if options.up_args else [*paced, "--prefill", "1", "--decode", "1"]
+        flags = shlex.split(options.up_args) if options.up_args else paced_flags(Path(directory))
         deadline = ("--ttft-deadline-s", str(options.deadline_s))
         stack = start_stack("overload", [*flags, *deadline, "--log-level", "error", "--disable-uvicorn-access-log"])
         try:
