@@ -28,7 +28,7 @@ _STOP_TIMEOUT_S = 5.0
 _READY_RETRY_S = 0.01
 _NUM_PORT_TRIES = 5
 
-_SHIM = str(Path(__file__).parent / "up" / "child.py")
+_SHIM = str(Path(__file__).parent / "up" / "forks" / "child.py")
 
 
 class EmbeddedRedis:

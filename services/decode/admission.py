@@ -25,8 +25,8 @@ from services.engine.api import EngineError, Request, RequestUpdate, SampledToke
 from services.lifecycle import Event
 from services.worker import convert
 from services.worker.assembly import WorkerParts
+from services.worker.prefixes import Shunned
 from services.worker.settling import Settlements
-from services.worker.shunned import Shunned
 
 log = logging.getLogger(__name__)
 

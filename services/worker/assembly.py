@@ -18,12 +18,9 @@ from services.orders import Orders
 from services.rates import RateLearner
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread
-from services.worker.fetch_costs import FetchCosts
-from services.worker.host_prefixes import HostPrefixes
 from services.worker.index_feed import WorkerIndexFeed
-from services.worker.lender import CacheLender
 from services.worker.metrics import WorkerMetrics
-from services.worker.prefix_fetcher import PrefixFetcher
+from services.worker.prefixes import CacheLender, FetchCosts, HostPrefixes, PrefixFetcher
 from services.worker.store import StoreFeed
 
 Role: TypeAlias = Literal["prefill", "decode"]

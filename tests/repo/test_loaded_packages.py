@@ -155,7 +155,7 @@ def test_the_command_line_loads_next_to_nothing(command: list[str], packages: se
 
 def test_the_launcher_and_its_fork_server_load_no_package_by_themselves() -> None:
     """What workers need is loaded by the fork server on order, and by no process that only starts others."""
-    modules = ("up.up", "up.stack", "up.forks", "up.fork_server", "embedded_redis")
+    modules = ("up.up", "up.stack", "up.forks", "up.forks.fork_server", "embedded_redis")
     assert loaded_by(f"import {', '.join(f'services.cli.{name}' for name in modules)}") == set()
 
 

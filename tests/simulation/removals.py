@@ -31,8 +31,7 @@ from services.decode.service import DecodeService
 from services.prefill.service import _Order
 from services.router.fleet.session import WorkerSession
 from services.router.openai import Generation
-from services.worker import prefix_fetcher
-from services.worker.lender import CacheLender
+from services.worker.prefixes import CacheLender, prefix_fetcher
 from tests.simulation.fleet.computation import PROOF_KEY
 from tests.simulation.pool import Invariant
 

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-_SHIM = str(Path(__file__).parents[1] / "up" / "child.py")  # who is killed with us
+_SHIM = str(Path(__file__).parents[1] / "up" / "forks" / "child.py")  # who is killed with us
 _PROBE_TIMEOUT_S = 60.0
 
 

@@ -2,7 +2,7 @@
 
 A process that ends before it has ever served raises `ChildFailed`: something is wrong that trying again does not cure.
 One that ends later is started again: at once, and after a pause that doubles where it ends again and again. On Linux no
-child outlives the launcher, even if that is killed (see child.py).
+child outlives the launcher, even if that is killed (see forks/child.py).
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 from services.cli.up.console import READY, Display
-from services.cli.up.forks import Forks, ForksLost
+from services.cli.up.forks import SHIM, Forks, ForksLost
 from services.cli.up.spec import ChildSpec
 from services.logs import parse_phase, parse_ready
 
-_SHIM = str(Path(__file__).with_name("child.py"))
 _MAX_LINE_BYTES = 1 << 20
 _KEPT_LINES = 20
 _LAST_OUTPUT_S = 2.0
@@ -197,7 +195,7 @@ class Child:
                 self.display.line(self.spec.name, "the fork server has ended: starting without it")
         cores = ",".join(str(core) for core in self.spec.cores)
         return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", _SHIM, str(os.getpid()), cores, *self.spec.argv),
+            *(sys.executable, "-I", "-S", SHIM, str(os.getpid()), cores, *self.spec.argv),
             env=dict(self.spec.environ),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,

@@ -16,8 +16,7 @@ from services.router.edge import access, entrance, serving
 from services.router.fleet import dispatch, placement, prefixes, session, workers
 from services.router.openai import generation
 from services.router.text import models
-from services.worker.host_prefixes import HostPrefixes
-from services.worker.shunned import Shunned
+from services.worker.prefixes import HostPrefixes, Shunned
 from tests.simulation.fleet.redis_host import seeded_clients
 from tests.simulation.fleet.wishes import model_files
 from tests.simulation.ledger import listening

@@ -2,7 +2,7 @@
 
     begin (engine) -> copy and verify (any thread) -> end (engine): cached blocks, which the prompt finds
 
-A prompt's prefix comes back before it is queued, beside the steps of others (`services.worker.host_prefixes`). What it
+A prompt's prefix comes back before it is queued, beside the steps of others (`services.worker.prefixes`). What it
 still lacks when its turn is near (evicted while it waited, or preempted) comes back between two steps (`bring_back`),
 in a small part of the time that computing it takes. Whoever calls `begin` must call `end`, which gives back lent blocks
 and pinned slots.

@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.cli.up.fork_server import FILLER, LENGTH
+from services.cli.up.forks.fork_server import FILLER, LENGTH
 from services.cli.up.spec import ChildSpec
 
-_SHIM = str(Path(__file__).with_name("child.py"))
+SHIM = str(Path(__file__).with_name("child.py"))
+"""A program that becomes another one, which dies with whoever started it."""
 WORKER_MODULES = (
     "services.worker.start",
     "services.worker.process",
@@ -87,8 +88,8 @@ class Forks:
         with theirs:
             server = subprocess.Popen(
                 [
-                    *(sys.executable, "-I", "-S", _SHIM, str(os.getpid()), ""),
-                    *(sys.executable, "-m", "services.cli.up.fork_server", str(theirs.fileno())),
+                    *(sys.executable, "-I", "-S", SHIM, str(os.getpid()), ""),
+                    *(sys.executable, "-m", "services.cli.up.forks", str(theirs.fileno())),
                     *(*self._modules, FILLER),
                 ],
                 # OpenBLAS would start threads as it loads. Workers use it for next to nothing.

@@ -1,7 +1,7 @@
 """When a fetch is expected to beat computing, and how much is fetched at once."""
 
 from services.rates import RateLearner, StepShape
-from services.worker.fetch_costs import FetchCosts
+from services.worker.prefixes import FetchCosts
 
 BYTES_PER_TOKEN = 10_000
 

@@ -21,10 +21,7 @@ from services.engine.api import Capabilities
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.scheduler import Scheduler
 from services.rates import RateLearner
-from services.worker.fetch_costs import FetchCosts
-from services.worker.host_prefixes import HostPrefixes
-from services.worker.prefix_fetcher import PrefixFetcher
-from services.worker.shunned import Shunned
+from services.worker.prefixes import FetchCosts, HostPrefixes, PrefixFetcher, Shunned
 from tests.memory_transport import MemoryTransport
 from tests.peers import PROOFS
 from tests.proofs import KEY, prove

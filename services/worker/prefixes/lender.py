@@ -9,7 +9,7 @@ from kvstore.block import BlockHash, subject_of
 from kvstore.protocol import AnnouncedBlock
 from services.engine.api import Engine
 from services.worker.engine_thread import EngineThread
-from services.worker.host_prefixes import HostPrefixes
+from services.worker.prefixes.host_prefixes import HostPrefixes
 
 log = logging.getLogger(__name__)
 

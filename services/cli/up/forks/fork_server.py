@@ -1,4 +1,4 @@
-"""Starts programs by forking itself, with their packages loaded: `python -m services.cli.up.fork_server FD MODULE …`.
+"""Starts programs by forking itself, with their packages loaded: `python -m services.cli.up.forks FD MODULE …`.
 
 Importing torch takes longer than anything else that a worker does before it serves. So one process imports what workers
 need, starts no thread and opens nothing, and then forks for each order that comes over the socket FD. What a child runs
@@ -22,7 +22,7 @@ import struct
 import sys
 from dataclasses import dataclass
 
-from services.cli.up.child import bind
+from services.cli.up.forks.child import bind
 
 LENGTH = struct.Struct("!I")
 """Stands before an order, which is JSON; the child's output goes along with it."""
@@ -46,7 +46,7 @@ class Order:
 
 def main(arguments: list[str]) -> None:
     control, modules = socket.socket(fileno=int(arguments[0])), arguments[1:-1]
-    show_command("tandem forks", [sys.executable, "-m", "services.cli.up.fork_server", *modules])
+    show_command("tandem forks", [sys.executable, "-m", "services.cli.up.forks", *modules])
     for module in modules:
         with contextlib.suppress(ImportError):  # a child meets it, too, and says so in its own output
             importlib.import_module(module)
@@ -141,7 +141,3 @@ def _report_ends(control: socket.socket) -> None:
 
 def _say(control: socket.socket, **message: int) -> None:
     control.sendall(json.dumps(message).encode() + b"\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -17,8 +17,7 @@ from services.engine.api import Request, StepOutput
 from services.engine.config import EngineConfig
 from services.engine.native import Engine
 from services.worker.engine_thread import EngineThread
-from services.worker.host_prefixes import HostPrefixes
-from services.worker.lender import CacheLender
+from services.worker.prefixes import CacheLender, HostPrefixes
 from tests.hf_models import write_model
 from tests.proofs import prove
 

@@ -27,10 +27,10 @@ from kvstore.protocol import FetchCause, FetchFailure, FetchResult, FetchState, 
 from services.engine.api import Engine
 from services.logs import current_request_id
 from services.worker.engine_thread import EngineThread
-from services.worker.fetch_costs import FetchCosts
-from services.worker.host_prefixes import HostPrefixes
+from services.worker.prefixes.fetch_costs import FetchCosts
+from services.worker.prefixes.host_prefixes import HostPrefixes
+from services.worker.prefixes.shunned import Shunned
 from services.worker.settling import Settlements
-from services.worker.shunned import Shunned
 
 log = logging.getLogger(__name__)
 
