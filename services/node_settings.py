@@ -45,8 +45,8 @@ class NodeSettings(PeerSettings):
     peer_timeout_s: float = setting(
         2.0,
         above=_HEARTBEAT_S,
-        help="a block-protocol peer silent for so long is lost, and one that we read blocks from without a byte coming;"
-        " longer than a heartbeat, 0.5 s",
+        help="a peer silent for so long is lost, on its block connection or with an order of ours, and one that we read"
+        " blocks from without a byte coming; longer than a heartbeat, 0.5 s",
         group="network",
     )
     drain_timeout_s: float = setting(

@@ -18,7 +18,7 @@ from kvstore.errors import IncompatiblePeer, KVStoreError, PeerLost, PeerUnreach
 from kvstore.exchange import Fetch
 from kvstore.protocol import FetchCause, FetchResult, FetchStamps, Reservation
 from services.decode.config import DecodeConfig
-from services.decode.handoff import NOT_JOINED, HandoffFailed, prefill_remotely
+from services.decode.handoff import NOT_JOINED, SILENT, HandoffFailed, prefill_remotely
 from services.decode.live import LiveRequest
 from services.decode.news import News, news_of, news_of_first
 from services.engine.api import EngineError, Request, RequestUpdate, SampledToken
@@ -30,7 +30,7 @@ from services.worker.settling import Settlements
 
 log = logging.getLogger(__name__)
 
-_SHUNNED_FOR = frozenset({"unreachable", FetchCause.PEER_LOST.value})
+_SHUNNED_FOR = frozenset({"unreachable", SILENT, FetchCause.PEER_LOST.value})
 
 
 class ReservationWithdrawn(KVStoreError):

@@ -24,10 +24,13 @@ from kvstore.block import BlockHash
 from kvstore.errors import IncompatiblePeer, PeerLost, PeerUnreachable
 from kvstore.exchange import BlockExchange, Fetch
 from kvstore.protocol import FetchResult, Reservation
-from services.orders import Orders, StreamBroken
+from services.orders import Orders, StreamBroken, WorkerSilent
 
 NOT_JOINED: Final = "join"
 """Cause of a failed handoff: blocks and token came, and our own engine did not take them."""
+
+SILENT: Final = "silent"
+"""The prefill worker's blocks could be reached, and it did not answer an order."""
 
 
 class HandoffFailed(Exception):
@@ -132,6 +135,8 @@ async def _finished(call: AsyncGenerator[pb.PrefillEvent, None], worker_id: str)
                     return event.finished
                 if kind == "failed":
                     raise _refusal(event.failed, worker_id)
+    except WorkerSilent as error:
+        raise HandoffFailed(SILENT, f"prefill worker {worker_id}: {error}") from error
     except StreamBroken as error:
         raise HandoffFailed("rpc", f"prefill worker {worker_id}: {error}") from error
     raise HandoffFailed("rpc", f"prefill worker {worker_id} ended the order without a result")

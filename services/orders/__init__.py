@@ -14,6 +14,7 @@ from services.orders.streams import (
     ServeSession,
     StreamBroken,
     StreamRefused,
+    WorkerSilent,
     is_cancelled,
 )
 
@@ -28,5 +29,6 @@ __all__ = [
     "ServeSession",
     "StreamBroken",
     "StreamRefused",
+    "WorkerSilent",
     "is_cancelled",
 ]

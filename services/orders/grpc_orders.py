@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -17,6 +15,7 @@ from tandem.v1 import worker_pb2_grpc
 
 from kvstore.peer_keys import PeerKeys
 from services.orders.call_proofs import NONCE_BYTES, NotProven, WorkerSessions
+from services.orders.grpc_channels import Channels
 from services.orders.grpc_peers import PeerGuard, PeerService, ProvenChannel
 from services.orders.streams import ServePrefill, ServeSession, StreamBroken, StreamRefused, is_cancelled
 from services.startup import CannotListen
@@ -47,6 +46,8 @@ _SILENCE_OPTIONS = (
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 60_000),
 )
+# Without one's own pool a channel takes over the connection of another one to the same address, dead or not.
+_ORDER_OPTIONS = (*_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
 _SESSION_OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -60,8 +61,6 @@ _SESSION_OPTIONS = (
     # The session's own backoff decides when to dial; the channel is made afresh for each try.
     ("grpc.enable_retries", 0),
 )
-# More prefill workers than one decode worker orders from at a time; old addresses of restarted ones count, too.
-_MAX_CHANNELS = 64
 _SESSION = "/tandem.v1.DecodeService/Session"
 _PREFILL = "/tandem.v1.PrefillService/Prefill"
 _NO_KEYS = PeerKeys()
@@ -79,22 +78,16 @@ class _UnknownSession(StreamBroken):
     """The worker does not know our session: it has been restarted, or has too many."""
 
 
-@dataclass(eq=False)
-class _Channel:
-    proven: ProvenChannel
-    num_calls: int = 0
-
-    async def close(self) -> None:
-        await self.proven.channel.close()
-
-
 class GrpcOrders:
     """`Orders` over gRPC: a channel per session, and one per prefill worker, of which the latest used ones are kept."""
 
-    def __init__(self, keys: PeerKeys = _NO_KEYS) -> None:
-        """`keys`: by which we and the workers know each other; none: their ports take orders from anybody."""
+    def __init__(self, keys: PeerKeys = _NO_KEYS, silence_s: float = 2.0) -> None:
+        """`keys`: by which we and the workers know each other; none: their ports take orders from anybody.
+
+        `silence_s`: a prefill worker that does not answer for so long, while an order waits, is left.
+        """
         self._keys = keys
-        self._channels: OrderedDict[str, _Channel] = OrderedDict()
+        self._channels = Channels(_ORDER_OPTIONS, keys, silence_s)
 
     async def session(
         self, address: str, requests: AsyncIterator[pb.SessionRequest]
@@ -114,41 +107,22 @@ class GrpcOrders:
                 await asyncio.wait([sending])
 
     async def prefill(self, address: str, order: pb.PrefillRequest) -> AsyncGenerator[pb.PrefillEvent, None]:
-        channel = self._channel(address)
-        channel.num_calls += 1
-        try:
-            if len(self._channels) > _MAX_CHANNELS:
-                await self.forget(next(iter(self._channels)))
+        async with self._channels.of(address) as channel:
             try:
-                async with contextlib.aclosing(_prefill(channel.proven, order)) as events:
+                async with contextlib.aclosing(_prefill(channel, order)) as events:
                     async for event in events:
                         yield event
             except _UnknownSession:  # before it has read anything of the order
-                channel.proven.forget()
-                async with contextlib.aclosing(_prefill(channel.proven, order)) as events:
+                channel.forget()
+                async with contextlib.aclosing(_prefill(channel, order)) as events:
                     async for event in events:
                         yield event
-        finally:
-            channel.num_calls -= 1
-            if not channel.num_calls and self._channels.get(address) is not channel:
-                await channel.close()
 
     async def forget(self, address: str) -> None:
-        channel = self._channels.pop(address, None)
-        if channel is not None and not channel.num_calls:
-            await channel.close()
+        await self._channels.forget(address)
 
     async def close(self) -> None:
-        while self._channels:  # one may begin meanwhile
-            _, channel = self._channels.popitem()
-            await channel.close()
-
-    def _channel(self, address: str) -> _Channel:
-        if address not in self._channels:
-            channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
-            self._channels[address] = _Channel(ProvenChannel(channel, address, self._keys))
-        self._channels.move_to_end(address)
-        return self._channels[address]
+        await self._channels.close()
 
 
 async def _prefill(channel: ProvenChannel, order: pb.PrefillRequest) -> AsyncGenerator[pb.PrefillEvent, None]:
@@ -176,7 +150,7 @@ def _translated(call: grpc.aio.Call | None = None) -> Iterator[None]:
     """Ends the call at the end, and says in our words how it ended before."""
     try:
         yield
-    except NotProven as error:
+    except (NotProven, grpc.aio.UsageError) as error:  # the latter of a channel that was closed meanwhile
         raise StreamBroken(str(error)) from error
     except grpc.aio.AioRpcError as error:
         broken = _UnknownSession if error.code() is grpc.StatusCode.UNAUTHENTICATED else StreamBroken

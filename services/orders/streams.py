@@ -22,6 +22,10 @@ class StreamBroken(Exception):
     """A stream ended otherwise than by its server's return; the message says how."""
 
 
+class WorkerSilent(StreamBroken):
+    """The worker did not answer any more while an order waited for it."""
+
+
 class StreamRefused(Exception):
     """Raised by a server that will not serve a stream, or no longer. Its client gets StreamBroken with the message."""
 
@@ -39,7 +43,7 @@ class Orders(Protocol):
         """Send requests as they come and yield the frames. Raises StreamBroken."""
 
     def prefill(self, address: str, order: pb.PrefillRequest) -> AsyncGenerator[pb.PrefillEvent, None]:
-        """Send an order and yield its events. Raises StreamBroken."""
+        """Send an order and yield its events. Raises StreamBroken, WorkerSilent where nothing comes from the worker."""
 
     async def forget(self, address: str) -> None:
         """Begin afresh with a worker that was gone. Orders that run go on: they know best whether theirs is lost."""

@@ -288,7 +288,7 @@ async def _serve(config: WorkerConfig, role: Role, build: Callable[[WorkerParts]
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
         proofs = config.read_peer_proofs()
-        seams = Seams(GrpcOrders(proofs.orders), Outside(), time.time, proofs.blocks)
+        seams = Seams(GrpcOrders(proofs.orders, config.peer_timeout_s), Outside(), time.time, proofs.blocks)
         async with open_front(config, role, proofs) as front:
             # The id is known now, given or made of the port.
             configure_logging(config.log_level, config.log_format, fields={"role": role, "worker_id": front.worker_id})

@@ -55,6 +55,10 @@ class Fleet:
     def lose(self, name: str) -> None:
         self._relays.half_open(*self._ports[name])
 
+    def forget_orders(self) -> None:
+        """Connections for orders to prefill workers lead nowhere any more; those for blocks, and new ones, do not."""
+        self._relays.forget(*(self._ports[name][0] for name in WORKERS if name.startswith("prefill")))
+
     def heal(self) -> None:
         for name in (*STOPPABLE, "redis"):
             with contextlib.suppress(ProcessLookupError):
@@ -95,6 +99,7 @@ FAULTS = (
     Fault("decode stopped before the request", lambda fleet: fleet.stop("decode-0"), early=True),
     Fault("prefill stopped before the request", lambda fleet: fleet.stop("prefill-0"), early=True),
     Fault("prefill cut off before the request", lambda fleet: fleet.part("prefill-0"), early=True),
+    Fault("orders forgotten before the request", Fleet.forget_orders, early=True),
     Fault("store stopped before the request", lambda fleet: fleet.stop("store-0"), early=True),
     Fault("redis stopped", lambda fleet: fleet.stop("redis")),
     Fault("redis stopped before the request", lambda fleet: fleet.stop("redis"), early=True),

@@ -18,7 +18,7 @@ from kvstore.protocol import FetchResult, Reservation
 from services.decode.admission import _PendingReservation
 from services.decode.handoff import Handoff, HandoffFailed, prefill_remotely
 from services.engine.api import Request, SamplingParams
-from services.orders import GrpcOrders, grpc_orders
+from services.orders import GrpcOrders, grpc_channels
 
 
 class PrefillWorkerOfTheTest(worker_pb2_grpc.PrefillServiceServicer):
@@ -140,7 +140,7 @@ async def test_an_order_that_is_given_up_is_cancelled_as_its_caller_wished() -> 
 
 
 async def test_channels_to_workers_of_the_past_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_orders, "_MAX_CHANNELS", 1)
+    monkeypatch.setattr(grpc_channels, "_MAX_CHANNELS", 1)
     orders, exchange = GrpcOrders(), ExchangeOfTheTest()
     opened: list[grpc.aio.Channel] = []
     make_channel = grpc.aio.insecure_channel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
@@ -12,7 +13,16 @@ import pytest
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.peer_keys import PeerKeys
-from services.orders import GrpcOrders, GrpcServer, OrderServer, StreamBroken, StreamRefused, grpc_orders
+from services.orders import (
+    GrpcOrders,
+    GrpcServer,
+    OrderServer,
+    StreamBroken,
+    StreamRefused,
+    WorkerSilent,
+    grpc_channels,
+    grpc_orders,
+)
 from tests.memory_orders import MemoryOrders, MemoryServer
 from tests.ports import free_port
 from tests.relay import FAR_HOST, Relays
@@ -162,7 +172,7 @@ async def test_a_connection_to_a_worker_without_calls_is_closed_and_opened_again
         for _ in range(2):
             async with aclosing(orders.prefill(f"127.0.0.1:{server.port}", pb.PrefillRequest())) as events:
                 assert [event.WhichOneof("kind") async for event in events] == ["scheduled"]
-            (kept,) = orders._channels.values()
+            (kept,) = orders._channels._channels.values()
             channel = kept.proven.channel
             async with asyncio.timeout(20):
                 while channel.get_state() is not grpc.ChannelConnectivity.IDLE:
@@ -173,24 +183,74 @@ async def test_a_connection_to_a_worker_without_calls_is_closed_and_opened_again
         await server.stop(None)
 
 
-async def test_an_order_whose_connection_leads_nowhere_does_not_wait_for_a_minute():
-    port = free_port()
-    server, orders = GrpcServer("127.0.0.1", port), GrpcOrders()
+@asynccontextmanager
+async def workers_behind_relays(keys: PeerKeys, num_workers: int = 1):
+    """Workers that say once that an order is scheduled, and nothing more; their addresses and ports."""
 
     async def serve(order, send):
         await send(pb.PrefillEvent(scheduled=pb.PrefillScheduled()))
         await asyncio.Event().wait()
 
-    server.serve_prefills(serve)
-    await server.start()
-    try:
-        with Relays([port]) as relays:
-            async with aclosing(orders.prefill(f"{FAR_HOST}:{port}", pb.PrefillRequest())) as events:
-                assert (await anext(events)).WhichOneof("kind") == "scheduled"
-                relays.forget(port)
-                with pytest.raises(StreamBroken):
-                    async with asyncio.timeout(45):
-                        await anext(events)
-    finally:
+    ports = [free_port() for _ in range(num_workers)]
+    servers = [GrpcServer("127.0.0.1", port, keys, FAR_HOST) for port in ports]
+    with Relays(ports) as relays:
+        for server in servers:
+            server.serve_prefills(serve)
+            await server.start()
+        try:
+            yield relays, [f"{FAR_HOST}:{port}" for port in ports], ports
+        finally:
+            for server in servers:
+                await server.stop(None)
+
+
+async def is_scheduled(orders: GrpcOrders, address: str) -> bool:
+    async with aclosing(orders.prefill(address, pb.PrefillRequest())) as events:
+        return (await anext(events)).WhichOneof("kind") == "scheduled"
+
+
+async def test_an_order_whose_connection_leads_nowhere_ends_by_the_silence_and_the_next_has_another():
+    orders = GrpcOrders(KEYS, silence_s=2)
+    async with workers_behind_relays(KEYS) as (relays, (address,), (port,)), asyncio.timeout(60):
+        async with aclosing(orders.prefill(address, pb.PrefillRequest())) as events:
+            assert (await anext(events)).WhichOneof("kind") == "scheduled"
+            relays.forget(port)
+            with pytest.raises(WorkerSilent, match="no answer for 2 s"):
+                await anext(events)
+        assert await is_scheduled(orders, address)
         await orders.close()
-        await server.stop(None)
+
+
+async def test_who_falls_silent_takes_the_idle_connections_with_it():
+    orders = GrpcOrders(silence_s=2)
+    async with workers_behind_relays(PeerKeys(), 2) as (relays, (one, other), ports), asyncio.timeout(60):
+        for address in (one, other):
+            assert await is_scheduled(orders, address)
+        relays.forget(*ports)
+        with pytest.raises(WorkerSilent):
+            await is_scheduled(orders, one)
+        assert await is_scheduled(orders, other)  # at once: it was dialled anew
+        await orders.close()
+
+
+async def test_a_worker_is_not_blamed_for_the_time_in_which_we_stood_still(monkeypatch):
+    ask, stood_still = grpc_channels._Channel.ask, asyncio.Event()
+
+    async def stand_still_once(self):
+        if not stood_still.is_set():
+            stood_still.set()
+            time.sleep(4)  # noqa: ASYNC251
+        await ask(self)
+        answered.set()
+
+    monkeypatch.setattr(grpc_channels._Channel, "ask", stand_still_once)
+    orders, answered = GrpcOrders(silence_s=3), asyncio.Event()
+    async with workers_behind_relays(PeerKeys()) as (_, (address,), _), asyncio.timeout(60):
+        async with aclosing(orders.prefill(address, pb.PrefillRequest())) as events:
+            assert (await anext(events)).WhichOneof("kind") == "scheduled"
+            waiting = asyncio.ensure_future(anext(events))
+            await asyncio.wait([waiting, asyncio.ensure_future(answered.wait())], return_when="FIRST_COMPLETED")
+            assert not waiting.done()
+            waiting.cancel()
+            await asyncio.wait([waiting])
+        await orders.close()
