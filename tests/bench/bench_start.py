@@ -128,10 +128,10 @@ def measure(server: Server) -> Start:
         start_new_session=True,
     )
     heard: list[tuple[float, str]] = []
-    listening = threading.Thread(target=_listen, args=(process, began_s, heard))
+    listening = threading.Thread(target=listen, args=(process, began_s, heard))
     listening.start()
     try:
-        _await_answer(server, process, port, began_s, lambda: "".join(line for _, line in heard[-20:]))
+        await_answer(server, process, port, began_s, lambda: "".join(line for _, line in heard[-20:]))
         answered_s, cpu_s = time.monotonic() - began_s, tree_cpu_s(process.pid)
     finally:
         process.send_signal(signal.SIGINT)
@@ -144,14 +144,14 @@ def measure(server: Server) -> Start:
     return Start(answered_s, cpu_s, phases_of(heard, answered_s))
 
 
-def _listen(process: subprocess.Popen[str], began_s: float, heard: list[tuple[float, str]]) -> None:
+def listen(process: subprocess.Popen[str], began_s: float, heard: list[tuple[float, str]]) -> None:
     assert process.stderr is not None
     with process.stderr as lines:
         for line in lines:
             heard.append((time.monotonic() - began_s, line))
 
 
-def _await_answer(
+def await_answer(
     server: Server, process: subprocess.Popen[str], port: int, began_s: float, said: Callable[[], str]
 ) -> None:
     body = json.dumps({"model": server.model_name, "prompt": [1, 2, 3], "max_tokens": 1, "temperature": 0})
