@@ -163,7 +163,7 @@ bench-attacks: $(DEVELOPED) ## what one client can do to the others, as a table 
 kill-decode: $(DEVELOPED) ## real decode workers are killed and drained at every token of a stream (20 minutes)
 	$(BIN)/pytest tests/e2e/test_resume.py -m slow
 
-simulate: $(DEVELOPED) ## the block exchange and fleets under seeded faults on all cores, MINUTES in all; adds to build/simulation
+simulate: $(DEVELOPED) ## exchanges and fleets under seeded faults on all cores, MINUTES in all; adds to build/simulation
 	$(BIN)/python -m tests.simulation --minutes $(MINUTES)
 
 simulate-restarts: $(DEVELOPED) ## a thousand restarts of random processes of a simulated fleet, and an hour in which nobody asks

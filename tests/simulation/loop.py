@@ -17,6 +17,7 @@ import hashlib
 import heapq
 import itertools
 import random
+from array import array
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -64,6 +65,22 @@ class _FromThread(asyncio.Handle):
     """What a thread has handed over."""
 
 
+class _Within:
+    """By hand: there are hundreds in a run."""
+
+    __slots__ = ("_before", "_loop", "_process")
+
+    def __init__(self, loop: SimLoop, process: Process) -> None:
+        self._loop = loop
+        self._process = process
+
+    def __enter__(self) -> None:
+        self._before, self._loop.process = self._loop.process, self._process
+
+    def __exit__(self, *error: object) -> None:
+        self._loop.process = self._before
+
+
 class SimLoop(asyncio.AbstractEventLoop):
     """Run it with `run`; `finish` it when the verdict is known."""
 
@@ -83,7 +100,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._next_number = itertools.count(1).__next__
         self._tasks: list[SimTask] = []
         self._processes = [self.world]
-        self._trace = hashlib.blake2b(digest_size=16)
+        self._trace_times = array("d")  # of each callback that ran; and beside it, whose it was and what
+        self._trace_names: list[str] = []
         self._is_stopped = False
         self._is_over = False
 
@@ -94,14 +112,9 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._processes.append(process)
         return process
 
-    @contextlib.contextmanager
-    def within(self, process: Process) -> Iterator[None]:
+    def within(self, process: Process) -> _Within:
         """What is started here belongs to this process."""
-        before, self.process = self.process, process
-        try:
-            yield
-        finally:
-            self.process = before
+        return _Within(self, process)
 
     def pause(self, process: Process) -> None:
         process.is_paused = True
@@ -120,7 +133,9 @@ class SimLoop(asyncio.AbstractEventLoop):
     @property
     def trace(self) -> str:
         """A hash over all callbacks that ran, with their times and owners."""
-        return self._trace.hexdigest()
+        digest = hashlib.blake2b(self._trace_times.tobytes(), digest_size=16)
+        digest.update("\n".join(self._trace_names).encode())
+        return digest.hexdigest()
 
     def run(self, main: Coroutine[Any, Any, _Result], max_s: float) -> _Result:
         """Run until it has returned. Raises `Stuck`, `Stopped`."""
@@ -183,7 +198,9 @@ class SimLoop(asyncio.AbstractEventLoop):
         if self._num_at_once > _MAX_AT_ONCE:
             raise Stuck(f"{_MAX_AT_ONCE} callbacks at {self._now:.3f} s: somebody spins. {self._who_waits()}")
         at = self.random.randrange(len(self._ready)) if self._shuffles and not self._is_over else 0
-        process, handle = self._ready.pop(self._first_of_thread(at))
+        if isinstance(self._ready[at][1], _FromThread):
+            at = self._first_of_thread(self._ready[at][0])
+        process, handle = self._ready.pop(at)
         if handle.cancelled():
             return
         if process.is_paused or process.is_killed:
@@ -191,16 +208,14 @@ class SimLoop(asyncio.AbstractEventLoop):
             return
         self.num_callbacks += 1
         if not self._is_over:
-            self._trace.update(f"{self._now:.9f} {process.name} {_label(handle._callback)}\n".encode())
+            self._trace_times.append(self._now)
+            self._trace_names += process.name, _label(handle._callback)
         before, self.process = self.process, process
         handle._run()
         self.process = before
 
-    def _first_of_thread(self, at: int) -> int:
-        """The place of what came before, where a thread has handed it over."""
-        process, handle = self._ready[at]
-        if not isinstance(handle, _FromThread):
-            return at
+    def _first_of_thread(self, process: Process) -> int:
+        """The place of the first of all that this process's threads have handed over."""
         return next(
             place
             for place, (whose, each) in enumerate(self._ready)

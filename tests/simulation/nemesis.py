@@ -62,7 +62,7 @@ class Nemesis:
     def __init__(self, world: World) -> None:
         self._world = world
         draw = world.plan.stream("mix")
-        drawn = [kind for kind in (*STANDING, *DEALT, *USERS) if draw.random() < 0.4]
+        drawn = [kind for kind in (*STANDING, *DEALT, *USERS) if draw.random() < world.size.share]
         self._dealt = [kind for kind in drawn if kind in DEALT]
         self.mix = frozenset(kind for kind in drawn if world.does(kind))
         world.faults.update(dict.fromkeys((self.mix & set(STANDING)) - {"cut"}, 1))
@@ -72,7 +72,7 @@ class Nemesis:
         world = self._world
         for number in itertools.count():
             draw = world.plan.stream(f"deal {number}")
-            await asyncio.sleep(draw.uniform(0, 2.0))
+            await asyncio.sleep(draw.uniform(0, world.size.pause_s))
             if world.loop.time() >= world.plan.load_s:
                 return
             kind = draw.choice(self._dealt) if self._dealt else None

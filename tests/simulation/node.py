@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 PORT: Final = 7000
-_NUM_BLOCKS: Final = 24
-_NUM_CLIENTS: Final = 2
 _KEYS: Final = PeerKeys((b"the key of the simulated deployment",))
 
 
@@ -76,7 +74,7 @@ class Node:
         world = self.world
         self.process = world.loop.new_process(f"{self.name}/{self.incarnation}")
         self.random = world.plan.stream(f"node {self.process.name}")
-        self.pool = WatchedPool(self.process.name, _NUM_BLOCKS, self._num_leased, world.report, world.judge)
+        self.pool = WatchedPool(self.process.name, world.size.num_blocks, self._num_leased, world.report, world.judge)
         self.live_fetches: list[Fetch] = []
         self.is_leaving = False
         self.num_busy = 0  # users of ours that hold something, or wait
@@ -99,7 +97,7 @@ class Node:
 
     async def start(self) -> None:
         await self.exchange.start(self.name, PORT)
-        for number in range(_NUM_CLIENTS):
+        for number in range(self.world.size.num_clients):
             self.spawn(functools.partial(self._be_client, f"{self.process.name}.{number}"))
 
     def spawn(self, work: Callable[[], object]) -> None:

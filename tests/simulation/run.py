@@ -12,29 +12,35 @@ from tests.simulation.ledger import Report
 from tests.simulation.plan import Plan
 from tests.simulation.pool import Invariant
 
-WORLDS: Final = {"exchange": exchange.simulate, **dict.fromkeys(("fleet", "routers", "restarts"), fleet.simulate)}
+WORLDS: Final = {
+    **dict.fromkeys(("pair", "exchange"), exchange.simulate),
+    **dict.fromkeys(("fleet", "routers", "restarts"), fleet.simulate),
+}
 _OF_STREAMS: Final = {Invariant.RIGHT_TOKENS, Invariant.NOBODYS_WORK, Invariant.NO_FALSE_ALARM, Invariant.ONLY_PEERS}
 _OF_ROUTERS: Final = {Invariant.SERVES_ON}
 _OF_ALL: Final = {
     *(Invariant.ONE_OUTCOME, Invariant.NO_LEAK, Invariant.ONE_OWNER, Invariant.WAITS_END, Invariant.SERVES_AGAIN)
 }
 # Of `NO_INTERNAL_ERROR` every moment is a situation.
+_OF_EXCHANGES: Final = set(Invariant) - _OF_STREAMS - _OF_ROUTERS - {Invariant.NO_INTERNAL_ERROR}
 JUDGED: Final = {
-    "exchange": set(Invariant) - _OF_STREAMS - _OF_ROUTERS - {Invariant.NO_INTERNAL_ERROR},
+    "pair": _OF_EXCHANGES,
+    "exchange": _OF_EXCHANGES,
     "fleet": _OF_STREAMS | _OF_ALL,
     "routers": _OF_ROUTERS | _OF_ALL | {Invariant.RIGHT_TOKENS, Invariant.NO_FALSE_ALARM},
     "restarts": _OF_ALL | {Invariant.RIGHT_TOKENS, Invariant.NOBODYS_WORK},
 }
 """Invariants that some situation of a world could break; none may hold for want of it."""
 
-
+_EXCHANGES_REACH: Final = {
+    *(f"failed: {cause}" for cause in ("aborted", "digest", "peer_lost", "read_failed", "revoked", "timeout")),
+    *(f"lease: {outcome}" for outcome in ("confirmed", "released", "peer_lost", "revoked")),
+    *("failed: unknown_incarnation", "fetched", "quarantine", "suspect", "no room", "have", "order lost"),
+    "left in order",
+}
 REQUIRED: Final = {
-    "exchange": {
-        *(f"failed: {cause}" for cause in ("aborted", "digest", "peer_lost", "read_failed", "revoked", "timeout")),
-        *(f"lease: {outcome}" for outcome in ("confirmed", "released", "peer_lost", "revoked")),
-        *("failed: unknown_incarnation", "fetched", "quarantine", "suspect", "no room", "have", "order lost"),
-        "left in order",
-    },
+    "pair": _EXCHANGES_REACH,
+    "exchange": _EXCHANGES_REACH,
     "fleet": {
         *(f"asked for: {kind}" for kind in KINDS),
         *("handed over", "handoff failed", "prefix fetched from device", "prefix fetched from store"),

@@ -12,17 +12,20 @@ from pathlib import Path
 import pytest
 
 from tests.documents import ROOT
-from tests.simulation.__main__ import Tally
+from tests.simulation.__main__ import run_some
 from tests.simulation.nemesis import DEALT, STANDING, USERS
 from tests.simulation.plan import Plan
 from tests.simulation.pool import Invariant
 from tests.simulation.removals import REMOVALS
 from tests.simulation.run import never_judged, never_reached, simulate
 from tests.simulation.shrink import shrink
+from tests.simulation.tally import Tally
 from tests.simulation.watching import all_transitions
 
 PAGE = ROOT / "docs" / "reliability.md"
 SEEDS = range(12)
+PAIR_SEEDS = range(20)
+PAIR_MISSED = 0  # `source-freed-early`
 # The first seed that fails without a safeguard (`make simulate-removals`). A change of the product may move it: then
 # the test searches, which takes longer.
 PINNED = {
@@ -67,6 +70,18 @@ def test_whatever_happens_every_invariant_holds_and_the_situations_arise():
     assert len(set(transitions) & all_transitions()) >= 45
 
 
+def test_a_pair_of_workers_keeps_the_invariants_too_and_lets_them_be_broken():
+    tally, said = run_some("pair", PAIR_SEEDS, is_twice=False)
+    assert (tally.failed, said) == ({}, [])
+    assert tally.num_seeds == len(PAIR_SEEDS)
+    removal = REMOVALS["source-freed-early"]
+    with removal.take_out():
+        tally, said = run_some("pair", range(PAIR_MISSED, PAIR_MISSED + 1), is_twice=False)
+    assert set(tally.failed) == {str(PAIR_MISSED)}
+    assert removal.breaks.name in said[0]
+    assert f"--world pair --seed {PAIR_MISSED}" in said[1]
+
+
 def test_a_seed_leaves_the_same_trace_in_another_process():
     code = "from tests.simulation.plan import Plan; from tests.simulation.world import simulate"
     command = [sys.executable, "-c", f"{code}; print(simulate(Plan(5)).trace)"]
@@ -105,12 +120,13 @@ def test_no_invariant_is_without_a_safeguard_whose_removal_breaks_it():
 
 
 def test_the_tally_adds_up_over_runs(tmp_path: Path):
-    first, path = simulate(Plan(0)), tmp_path / "build" / "tally.json"
+    first, ran = simulate(Plan(0)), Tally()
+    ran.add(first)
+    ran.seconds += 1.0
     for _ in range(2):
-        tally = Tally(path)
-        tally.add(first)
-        tally.seconds += 1.0
-        tally.save()
+        tally = Tally.read("exchange", tmp_path)
+        tally.merge(ran)
+        tally.save("exchange", tmp_path)
     assert (tally.num_seeds, tally.next_seed, tally.failed) == (2, 1, {})
     assert tally.faults == first.faults + first.faults
     assert "2 in 0.0 min: 1.0 a second" in tally.page()

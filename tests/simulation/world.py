@@ -37,6 +37,7 @@ from tests.simulation.net import SimNet
 from tests.simulation.node import Habits, Node, Order
 from tests.simulation.plan import Plan
 from tests.simulation.pool import Invariant
+from tests.simulation.size import SIZES
 from tests.simulation.transport import TwoSidedTransport, Wire
 from tests.simulation.watching import watching
 
@@ -58,8 +59,6 @@ TIMEOUTS: Final = ExchangeTimeouts(
     confirm_s=3.0,
     drain_s=3.0,
 )
-_CHAINS: Final = 6
-_CHAIN_BLOCKS: Final = 6
 
 
 def simulate(plan: Plan) -> Report:
@@ -74,6 +73,7 @@ class World(Ledger):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
+        self.size = SIZES[plan.world]
         self.random = plan.stream("world")
         self._nemesis = Nemesis(self)
         self.mix = self._nemesis.mix
@@ -83,12 +83,12 @@ class World(Ledger):
         self.switchboard = Switchboard()
         self._wire = Wire(self.loop) if self.random.random() < 0.5 else None
         self.timeouts = TIMEOUTS
-        self.names = ("a", "b", "c")
+        self.names = self.size.names
         self.nodes: dict[str, Node] = {}
         self.read_faults = self._draw_read_faults()
         self.verifies_off_loop = self.random.random() < 0.5
         self.is_ending = False
-        self._chains = [_chain(f"{plan.seed}/{number}") for number in range(_CHAINS)]
+        self._chains = [self._chain(f"{plan.seed}/{number}") for number in range(self.size.num_chains)]
         self._starts: dict[str, list[tuple[float, str]]] = {name: [] for name in self.names}
         self._record_lag_s = 5.0 if "old records" in self.mix else 0.0
         self._leases: dict[bytes, tuple[str, LeaseMachine]] = {}
@@ -175,6 +175,7 @@ class World(Ledger):
                 self.nodes[name].hold(chain)
         await self._nemesis.deal()
         self._nemesis.stop()
+        self.is_ending = not self.size.are_busy_on
         await self.comes_true(lambda: not any(node.is_leaving for node in self.nodes.values()), LEAVE_S + 1.0)
         await self._see_them_serve()
         self.is_ending = True
@@ -213,7 +214,7 @@ class World(Ledger):
 
     async def _is_served(self, reader: Node, owner: str) -> None:
         for number in itertools.count():
-            hashes = _chain(f"fresh/{reader.name}/{owner}/{number}")[:2]
+            hashes = self._chain(f"fresh/{reader.name}/{owner}/{number}")[:2]
             if self.nodes[owner].hold(hashes) and await reader.fetch_prefix(owner, hashes):
                 return
             await asyncio.sleep(0.5)
@@ -275,9 +276,6 @@ class World(Ledger):
             corrupt=0.1 if "bit flips" in self.mix else 0.0,
         )
 
-
-def _chain(name: str) -> list[BlockHash]:
-    return [
-        BlockHash(hashlib.blake2b(f"{name}/{index}".encode(), digest_size=16).digest())
-        for index in range(_CHAIN_BLOCKS)
-    ]
+    def _chain(self, name: str) -> list[BlockHash]:
+        names = (f"{name}/{index}".encode() for index in range(self.size.chain_blocks))
+        return [BlockHash(hashlib.blake2b(each, digest_size=16).digest()) for each in names]
