@@ -13,7 +13,6 @@ that priority and fairness order the queue until the last moment. A request's se
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -164,11 +163,11 @@ class Admission:
         self,
         capacity: int,
         max_queue: int,
+        clock: Callable[[], float],
         on_refusal: Callable[[str], None] = lambda reason: None,
         fleet: Fleet | None = None,
         weight_of: Callable[[str], float] = lambda client: 1.0,
         client_share: float = 1.0,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`client_share`: how much of the queue one client may fill, by more than one request."""
         self._capacity = capacity

@@ -72,6 +72,7 @@ def make_app(parts: RouterParts) -> App:
     return Edge(
         app,
         parts.metrics,
+        parts.clock,
         root_path=config.root_path,
         roots=roots,
         logs_requests=not config.disable_uvicorn_access_log,

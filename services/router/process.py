@@ -11,8 +11,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import uvicorn
 import uvloop
@@ -75,24 +76,35 @@ def run_router(config: RouterConfig) -> int:
     return uvloop.run(_serve(config, proofs))
 
 
+@dataclass(frozen=True)
+class Seams:
+    """The ways in which a router reaches its outside; `main()` chooses, the tests choose otherwise."""
+
+    orders: Orders
+    threads: Threads
+    clock: Callable[[], float]  # runs evenly: of deadlines and durations
+    unix_clock: Callable[[], float]  # Unix time, of requests' timelines
+
+
 @asynccontextmanager
 async def open_parts(
     config: RouterConfig,
     membership: Membership,
     router_id: str,
-    orders: Orders,
-    threads: Threads,
+    seams: Seams,
     index: IndexReader | None = None,
     quotas: Quotas | None = None,
 ) -> AsyncIterator[RouterParts]:
     """Everything that the application works with; closed at the end. What was given stays the caller's."""
-    metrics = RouterMetrics()
+    metrics, threads, clock, unix_clock = RouterMetrics(), seams.threads, seams.clock, seams.unix_clock
     wanted = frozenset(config.served_model_name)
     models = ModelDirectory(
         config.tokenizer,
         config.chat_template,
         config.generation_config == "auto",
         threads,
+        clock,
+        unix_clock,
         wanted,
         config.model_grace_s,
     )
@@ -100,7 +112,9 @@ async def open_parts(
     def serves(record: WorkerRecord) -> bool:
         return not wanted or bool(wanted & set(record.served_model_names))
 
-    workers = Workers(membership, router_id, orders, config.reconnect_max_s, serves, config.silence_timeout_s)
+    workers = Workers(
+        membership, router_id, seams.orders, clock, config.reconnect_max_s, serves, config.silence_timeout_s
+    )
     pool = TokenizerPool(
         threads,
         config.tokenizer_pool_size,
@@ -112,19 +126,33 @@ async def open_parts(
         config.request_memory_bytes, config.client_share, threads, lambda: metrics.count_refusal("memory_full")
     )
     shares = read_shares(config.tenants_file)
-    admission = _make_admission(config, metrics, workers, shares)
+    admission = _make_admission(config, metrics, workers, shares, clock)
     workers.on_news = admission.fill
-    quotas = quotas or Quotas(None, router_id, time.monotonic)
+    quotas = quotas or Quotas(None, router_id, clock)
     metrics.quotas_shared.set_function(lambda: quotas.is_shared)
-    prefixes = PrefixFinder(index, metrics, config.index_timeout_s)
-    placer = Placer(workers, Policy(config.routing_policy), DecisionLog(config.routing_history))
+    prefixes = PrefixFinder(index, metrics, config.index_timeout_s, clock)
+    placer = Placer(workers, Policy(config.routing_policy), DecisionLog(config.routing_history), clock, unix_clock)
     metrics.registry.register(FleetCollector(workers))
     workers.start()
     models.follow(workers.records, workers.starting)
     membership.on_change(lambda snapshot: models.follow(workers.records, workers.starting))
     try:
         limits = Limits(quotas, metrics)
-        yield RouterParts(config, models, workers, pool, memory, admission, metrics, prefixes, placer, shares, limits)
+        yield RouterParts(
+            config,
+            models,
+            workers,
+            pool,
+            memory,
+            admission,
+            metrics,
+            prefixes,
+            placer,
+            shares,
+            limits,
+            clock,
+            unix_clock,
+        )
     finally:
         await workers.close()
         await models.close()
@@ -132,15 +160,17 @@ async def open_parts(
         await memory.close()
 
 
-def _make_admission(config: RouterConfig, metrics: RouterMetrics, workers: Workers, shares: Shares) -> Admission:
+def _make_admission(
+    config: RouterConfig, metrics: RouterMetrics, workers: Workers, shares: Shares, clock: Callable[[], float]
+) -> Admission:
     return Admission(
         config.max_concurrent_requests,
         config.max_queue,
+        clock,
         metrics.count_refusal,
         Headroom(workers, config.worker_backlog_s),
         lambda client: shares.of_client(client).weight,
         config.client_share,
-        time.monotonic,
     )
 
 
@@ -178,10 +208,11 @@ async def _serve(config: RouterConfig, proofs: PeerProofs) -> int:
     await membership.start()
     await index.start()
     try:
-        router_id, orders = _router_id(config, port), GrpcOrders(proofs.orders)
+        router_id = _router_id(config, port)
+        seams = Seams(GrpcOrders(proofs.orders), OsThreads(), time.monotonic, time.time)
         async with (
-            open_quotas(config.redis, router_id) as quotas,
-            open_parts(config, membership, router_id, orders, OsThreads(), index, quotas) as parts,
+            open_quotas(config.redis, router_id, seams.clock) as quotas,
+            open_parts(config, membership, router_id, seams, index, quotas) as parts,
         ):
             parts.metrics.registry_up.set_function(lambda: membership.connected)
             settings = server_config(config, parts)

@@ -29,7 +29,7 @@ from kvstore.threads import OsThreads
 from services.orders import GrpcOrders
 from services.router.app import make_app
 from services.router.config import RouterConfig
-from services.router.process import bind, open_parts
+from services.router.process import Seams, bind, open_parts
 from services.router.text import ModelTokenizer
 from tests.router.fake_worker import FakeWorker, endless
 from tests.router.harness import FakeMembership, until
@@ -111,7 +111,8 @@ async def serve_worker(pipe: Connection, model_path: str, token_ids: list[int], 
 async def serve_router(pipe: Connection, record: WorkerRecord) -> None:
     """Answers each message with the processor seconds used so far."""
     listener = bind("127.0.0.1", 0)
-    async with open_parts(RouterConfig(), FakeMembership((record,)), "bench", GrpcOrders(), OsThreads()) as parts:
+    seams = Seams(GrpcOrders(), OsThreads(), time.monotonic, time.time)
+    async with open_parts(RouterConfig(), FakeMembership((record,)), "bench", seams) as parts:
         server = uvicorn.Server(uvicorn.Config(make_app(parts), log_config=None, access_log=False, lifespan="off"))
         serving = asyncio.create_task(server.serve([listener]))
         await until(lambda: server.started and parts.workers.num_sessions_up == 1 and "tiny" in parts.models.names())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from math import isclose
@@ -20,7 +21,7 @@ from kvstore.registry import Membership
 from kvstore.threads import OsThreads
 from services.orders import GrpcOrders
 from services.router.config import RouterConfig
-from services.router.process import open_parts
+from services.router.process import Seams, open_parts
 from tests.completions import Client
 from tests.hf_models import random_prompts, reference_greedy
 from tests.peers import AUTHORIZATION, PROOFS
@@ -135,7 +136,8 @@ async def router_of(stack: Stack, orders: GrpcOrders) -> AsyncIterator[DirectCli
     await index.start()
     try:
         config = RouterConfig(redis=stack.redis.url, silence_timeout_s=PATIENCE_S)
-        async with open_parts(config, membership, "router-in-test", orders, OsThreads(), index) as parts:
+        seams = Seams(orders, OsThreads(), time.monotonic, time.time)
+        async with open_parts(config, membership, "router-in-test", seams, index) as parts:
             yield DirectClient(parts)
     finally:
         await index.close()

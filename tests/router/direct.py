@@ -80,7 +80,7 @@ class DirectClient:
             if message["type"] == "http.response.body":
                 pieces.append(message["body"])  # type: ignore[arg-type]
 
-        state = {"request_id": "asked", "access": AccessRecord("POST", "/v1/completions")}
+        state = {"request_id": "asked", "access": AccessRecord("POST", "/v1/completions", self.parts.clock())}
         await self._endpoint({"headers": [], "state": state}, receive, send)
         finished.set()
         text = b"".join(pieces)

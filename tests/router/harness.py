@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, nullcontext
@@ -19,7 +20,7 @@ from kvstore.threads import OsThreads
 from services.orders import GrpcOrders
 from services.router.config import RouterConfig
 from services.router.edge import RouterParts
-from services.router.process import bind, open_parts, server_config
+from services.router.process import Seams, bind, open_parts, server_config
 from tests.router.fake_worker import FakeWorker
 from tests.waiting import until
 
@@ -88,9 +89,9 @@ async def running_router(
     for worker in workers:
         await worker.start()
     membership = FakeMembership((*(worker.record() for worker in workers), *extra_records))
-    listener = bind("127.0.0.1", 0)
+    listener, seams = bind("127.0.0.1", 0), Seams(GrpcOrders(), OsThreads(), time.monotonic, time.time)
     try:
-        async with open_parts(config, membership, "router-under-test", GrpcOrders(), OsThreads(), index) as parts:
+        async with open_parts(config, membership, "router-under-test", seams, index) as parts:
             server = uvicorn.Server(server_config(replace(config, shutdown_timeout_s=2), parts))
             server.capture_signals = nullcontext  # type: ignore[assignment,method-assign]
             serving = asyncio.create_task(server.serve([listener]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
+import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -21,7 +22,7 @@ from kvstore.threads import OsThreads
 from services.orders import RESUMES
 from services.router.config import RouterConfig
 from services.router.edge import RouterParts
-from services.router.process import open_parts
+from services.router.process import Seams, open_parts
 from tests.memory_orders import MemoryOrders, MemoryServer
 from tests.router.direct import DirectClient
 from tests.router.fake_worker import position
@@ -247,7 +248,7 @@ async def scripted_fleet(
     config: RouterConfig | None = None, index: FakeIndex | None = None
 ) -> AsyncIterator[ScriptedFleet]:
     membership, orders = FakeMembership(), MemoryOrders()
-    config = config or RouterConfig()
-    async with open_parts(config, membership, "router", orders, OsThreads(), index) as parts:  # type: ignore[arg-type]
+    config, seams = config or RouterConfig(), Seams(orders, OsThreads(), time.monotonic, time.time)
+    async with open_parts(config, membership, "router", seams, index) as parts:  # type: ignore[arg-type]
         yield ScriptedFleet(parts, membership, orders)
         membership.set()

@@ -75,14 +75,14 @@ async def test_requests_count_by_how_they_ended(make_worker, caplog):
 @pytest.mark.parametrize(("status", "is_logged"), [(200, False), (404, False), (500, True)])
 def test_without_access_log_only_our_own_failures_are_logged(caplog, status, is_logged):
     caplog.set_level(logging.INFO)
-    record = AccessRecord("POST", COMPLETIONS, status)
-    record.close("r1", RouterMetrics(), is_shown=False)
+    record = AccessRecord("POST", COMPLETIONS, 0.0, status)
+    record.close("r1", RouterMetrics(), is_shown=False, now_s=1.0)
     assert [line.status for line in caplog.records] == [status] * is_logged
 
 
 def test_probes_are_not_in_the_log(caplog):
     caplog.set_level(logging.INFO)
-    record = AccessRecord("GET", "/health")
+    record = AccessRecord("GET", "/health", 0.0)
     record.failed(invalid("no"))
-    record.close("r1", RouterMetrics(), is_shown=True)
+    record.close("r1", RouterMetrics(), is_shown=True, now_s=1.0)
     assert caplog.records == []

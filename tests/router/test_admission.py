@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -34,7 +35,7 @@ class Visitor:
 
 
 def test_lets_in_in_order_as_room_comes():
-    admission = Admission(2, max_queue=5)
+    admission = Admission(2, 5, time.monotonic)
     visitors = [Visitor(admission) for _ in range(4)]
     assert [visitor.num_inside for visitor in visitors] == [1, 1, 0, 0]
     assert (admission.num_running, admission.num_waiting) == (2, 2)
@@ -46,7 +47,7 @@ def test_lets_in_in_order_as_room_comes():
 
 
 def test_refuses_when_the_queue_is_full():
-    admission = Admission(1, max_queue=2)
+    admission = Admission(1, 2, time.monotonic)
     Visitor(admission)
     Visitor(admission, 2)
     with pytest.raises(ApiError) as caught:
@@ -57,7 +58,7 @@ def test_refuses_when_the_queue_is_full():
 
 
 def test_a_request_of_the_largest_weight_holds_nobody_up():
-    admission = Admission(4, max_queue=100)
+    admission = Admission(4, 100, time.monotonic)
     small = [Visitor(admission) for _ in range(4)]
     big, *later = Visitor(admission, 50), *(Visitor(admission) for _ in range(3))
     small[0].leave()
@@ -73,7 +74,7 @@ def test_a_request_of_the_largest_weight_holds_nobody_up():
 
 
 def test_one_bigger_than_all_room_and_queue_begins_with_what_there_is_and_leaves_the_queue_to_others():
-    admission = Admission(2, max_queue=1)
+    admission = Admission(2, 1, time.monotonic)
     big, other = Visitor(admission, 7), Visitor(admission)
     assert (big.num_inside, other.num_inside) == (2, 0)
     with pytest.raises(ApiError):
@@ -85,7 +86,7 @@ def test_one_bigger_than_all_room_and_queue_begins_with_what_there_is_and_leaves
 
 
 def test_one_who_gives_up_waiting_leaves_no_trace():
-    admission = Admission(1, max_queue=5)
+    admission = Admission(1, 5, time.monotonic)
     first, waiting, last = Visitor(admission), Visitor(admission, 3), Visitor(admission)
     waiting.leave()
     assert admission.num_waiting == 1
@@ -96,7 +97,7 @@ def test_one_who_gives_up_waiting_leaves_no_trace():
 
 
 def test_one_client_leaves_some_of_the_queue_to_others():
-    admission = Admission(1, max_queue=8, client_share=0.5)
+    admission = Admission(1, 8, time.monotonic, client_share=0.5)
     busy = [Visitor(admission, client="busy") for _ in range(5)]
     with pytest.raises(ApiError, match="4 are yours"):
         Visitor(admission, client="busy")
@@ -117,7 +118,7 @@ def test_the_queue_before_workers_that_have_no_room_is_bounded():
         def has_room(self, model: str, num_pending: int, num_pending_tokens: float) -> bool:
             return False
 
-    admission = Admission(1000, max_queue=2, fleet=Full())
+    admission = Admission(1000, 2, time.monotonic, fleet=Full())
     waiting = [Visitor(admission) for _ in range(2)]
     with pytest.raises(ApiError):
         Visitor(admission)
@@ -133,7 +134,7 @@ class NarrowFleet(OpenFleet):
 
 
 def test_whoever_is_with_its_worker_makes_room_for_the_next() -> None:
-    admission = Admission(10, max_queue=10, fleet=NarrowFleet())
+    admission = Admission(10, 10, time.monotonic, fleet=NarrowFleet())
     with ExitStack() as stack:
         rooms = [stack.enter_context(admission.admit(1)) for _ in range(3)]
         for number, room in enumerate(rooms):
@@ -147,7 +148,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.admission = Admission(3, max_queue=6)
+        self.admission = Admission(3, 6, time.monotonic)
         self.visitors: list[Visitor] = []
 
     @rule(num_sequences=st.integers(1, 9))

@@ -550,7 +550,7 @@ async def test_a_slow_reader_does_not_hold_the_others_up_and_gets_what_piled_up_
             return messages.pop() if messages else {"type": "http.disconnect"}
 
         endpoint = GenerateEndpoint(running.parts, CompletionBody, plan_completion, CompletionRenderer)
-        state = {"request_id": "slow", "access": AccessRecord("POST", "/v1/completions")}
+        state = {"request_id": "slow", "access": AccessRecord("POST", "/v1/completions", running.parts.clock())}
         serving = asyncio.create_task(endpoint({"headers": [], "state": state}, receive, send))
         await until(lambda: bodies and not worker.live)  # the worker is done, the client has read one event
         assert (await http.post("/v1/completions", json=BODY)).status_code == 200

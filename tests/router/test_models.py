@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 import threading
+import time
 
 import msgspec
 import pytest
@@ -32,7 +33,7 @@ def record(path, names=("m",), **options):
 
 @pytest.fixture
 async def directory():
-    models = ModelDirectory("", "", True, OsThreads())
+    models = ModelDirectory("", "", True, OsThreads(), time.monotonic, time.time)
     yield models
     await models.close()
 
@@ -57,7 +58,7 @@ async def test_models_appear_with_their_worker_and_one_that_is_away_may_come_bac
 
 async def test_a_router_that_has_just_started_does_not_deny_that_there_is_a_model(model_directory):
     """SDKs try again after a 503, and never after a 404."""
-    models = ModelDirectory("", "", True, OsThreads(), grace_s=1000.0)
+    models = ModelDirectory("", "", True, OsThreads(), time.monotonic, time.time, grace_s=1000.0)
 
     def status(name):
         with pytest.raises(ApiError) as caught:
@@ -77,7 +78,7 @@ async def test_a_router_that_has_just_started_does_not_deny_that_there_is_a_mode
 
 
 async def test_a_model_that_the_router_is_to_serve_exists_even_before_it_has_a_worker():
-    models = ModelDirectory("", "", True, OsThreads(), frozenset({"b"}))
+    models = ModelDirectory("", "", True, OsThreads(), time.monotonic, time.time, frozenset({"b"}))
     with pytest.raises(ApiError) as wanted:
         models.get("b")
     with pytest.raises(ApiError) as other:
@@ -124,7 +125,7 @@ async def test_prefill_workers_alone_serve_nothing(directory, model_directory):
 
 
 async def test_only_the_names_asked_for(model_directory):
-    models = ModelDirectory("", "", True, OsThreads(), frozenset({"b"}))
+    models = ModelDirectory("", "", True, OsThreads(), time.monotonic, time.time, frozenset({"b"}))
     models.follow((record(model_directory, ("a", "b")),))
     await until(lambda: models.names() == ["b"])
     with pytest.raises(ApiError) as caught:

@@ -7,7 +7,6 @@ down what they know. Of an error the code is logged and not the message, which m
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, field
 
 from services.router.errors import ApiError
@@ -27,6 +26,7 @@ class AccessRecord:
 
     method: str
     path: str
+    started_s: float
     status: int = CLIENT_GONE
     """How it went in the end, which for a stream that broke is not what its head says."""
     error: str | None = None
@@ -34,7 +34,6 @@ class AccessRecord:
     finished: bool = False
     """Of the answer: its head, and its last byte."""
     facts: dict[str, object] = field(default_factory=dict)
-    started_s: float = field(default_factory=lambda: time.monotonic())
 
     def failed(self, error: ApiError) -> None:
         """It ends with this error, whatever was sent before."""
@@ -49,13 +48,13 @@ class AccessRecord:
         """The endpoint, in a few words."""
         return self.path if self.path in _ENDPOINTS else "other"
 
-    def close(self, request_id: str, metrics: RouterMetrics, is_shown: bool) -> None:
-        """Count and log it."""
+    def close(self, request_id: str, metrics: RouterMetrics, is_shown: bool, now_s: float) -> None:
+        """Count and log it. `now_s`: by the clock of `started_s`."""
         metrics.count_request(self.endpoint, self.status)
         extra = {
             "request_id": request_id,
             "status": self.status,
-            "seconds": round(time.monotonic() - self.started_s, 4),
+            "seconds": round(now_s - self.started_s, 4),
         }
         if self.error is not None:
             extra["error"] = self.error

@@ -21,7 +21,7 @@ _MAX_MS = 1e10
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Of one request, by the monotonic clock; infinity: none."""
+    """Of one request, by the clock of its arrival; infinity: none."""
 
     end_s: float
     total_s: float

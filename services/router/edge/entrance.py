@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -35,24 +34,35 @@ class Visit:
     tenant: Tenant | None
     share: Share
     deadlines: Deadlines
+    clock: Callable[[], float]
+    """That the deadlines are by."""
     applicant: Applicant
 
     @classmethod
-    def of(cls, scope: Message, shares: Shares, deadlines: Deadlines, client: str, model: str, priority: int) -> Visit:
+    def of(
+        cls,
+        scope: Message,
+        shares: Shares,
+        deadlines: Deadlines,
+        clock: Callable[[], float],
+        client: str,
+        model: str,
+        priority: int,
+    ) -> Visit:
         """`client`: as the edge names it; `priority`: the request's own, which adds to its tenant's."""
         tenant: Tenant | None = scope["state"].get("tenant")
         share = shares.of(name_of(tenant))
         priority = min(max(priority + share.priority, -_MAX_PRIORITY), _MAX_PRIORITY)
-        return cls(scope, tenant, share, deadlines, Applicant(model, client, priority))
+        return cls(scope, tenant, share, deadlines, clock, Applicant(model, client, priority))
 
     @property
     def left_s(self) -> float | None:
         """Seconds until its end; None: without one."""
-        return self.deadlines.left_s(time.monotonic())
+        return self.deadlines.left_s(self.clock())
 
     def check_delay(self, admission: Admission) -> None:
         """Raise ApiError 503 if its first token cannot be expected in time."""
-        left_s = self.deadlines.first_token_s - time.monotonic()
+        left_s = self.deadlines.first_token_s - self.clock()
         if left_s < math.inf:
             admission.check(self.applicant, left_s, self.deadlines.first_token_is_clients_own)
 
@@ -78,6 +88,6 @@ class Visit:
         if self.deadlines.first_token_s >= self.deadlines.end_s:
             return None  # that deadline ends it
         estimate = admission.estimate(self.applicant)
-        left_s = self.deadlines.first_token_s - time.monotonic() - (estimate.total_s - estimate.queue_s)
+        left_s = self.deadlines.first_token_s - self.clock() - (estimate.total_s - estimate.queue_s)
         refusal = too_late("The first token would come too late: the request still waits. Try again later.", 1)
         return asyncio.get_running_loop().call_later(max(left_s, 0), room.give_up, refusal)

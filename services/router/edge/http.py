@@ -113,12 +113,20 @@ class Edge:
     """
 
     def __init__(
-        self, app: App, metrics: RouterMetrics, *, root_path: str, roots: Collection[str], logs_requests: bool
+        self,
+        app: App,
+        metrics: RouterMetrics,
+        clock: Callable[[], float],
+        *,
+        root_path: str,
+        roots: Collection[str],
+        logs_requests: bool,
     ) -> None:
         """`roots`: the first segments of our paths. `logs_requests`: one line per request; failures of ours are logged
         in any case."""
         self._app = app
         self._metrics = metrics
+        self._clock = clock
         self._prefix = root_path.rstrip("/")
         self._roots = roots
         self._logs_requests = logs_requests
@@ -139,7 +147,7 @@ class Edge:
     async def _serve(self, scope: Message, receive: Receive, send: Send, request_id: str) -> None:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        state["access"] = access = AccessRecord(scope["method"], scope["path"])
+        state["access"] = access = AccessRecord(scope["method"], scope["path"], self._clock())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -153,7 +161,7 @@ class Edge:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            access.close(state["request_id"], self._metrics, self._logs_requests)
+            access.close(state["request_id"], self._metrics, self._logs_requests, self._clock())
 
 
 class Guard:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -59,6 +58,8 @@ class RouterParts:
     placer: Placer
     shares: Shares
     limits: Limits
+    clock: Callable[[], float]
+    unix_clock: Callable[[], float]
     stopping: Stopping = field(default_factory=Stopping)
 
     @contextmanager
@@ -70,7 +71,7 @@ class RouterParts:
 
     def deadline(self, deadlines: Deadlines | None = None) -> AbstractAsyncContextManager[None]:
         """Ends what runs under it in time, with an ApiError. None: as the settings say, from now on."""
-        now_s = time.monotonic()
+        now_s = self.clock()
         deadlines = deadlines or Deadlines.of_settings(self.config, now_s)
         return self.stopping.deadline(deadlines.left_s(now_s), deadlines.total_s)
 
@@ -90,7 +91,7 @@ class GenerateEndpoint(Generic[B]):
         self._renderer = renderer
 
     async def __call__(self, scope: sse.Message, receive: sse.Receive, send: sse.Send) -> None:
-        timeline = Timeline(time.time)
+        timeline = Timeline(self._parts.unix_clock)
         timeline.mark(Event.ARRIVED)
         access: AccessRecord = scope["state"]["access"]
         stream = sse.EventStream(send)
@@ -105,7 +106,13 @@ class GenerateEndpoint(Generic[B]):
                             model = self._parts.models.get(body.model)
                             deadlines = Deadlines.of(scope, self._parts.config, access.started_s)
                             visit = Visit.of(
-                                scope, self._parts.shares, deadlines, client.name, model.name, body.priority
+                                scope,
+                                self._parts.shares,
+                                deadlines,
+                                self._parts.clock,
+                                client.name,
+                                model.name,
+                                body.priority,
                             )
                             await self._serve(body, request_id, model, client, visit, timeline, stream, send, access)
             except ApiError as error:
@@ -164,6 +171,8 @@ class GenerateEndpoint(Generic[B]):
                     room,
                     await self._find_prefixes(plan, visit),
                     Budget(config.max_attempts, config.max_worker_deaths, config.resume_wait_s),
+                    parts.clock,
+                    parts.unix_clock,
                 )
                 metrics = parts.metrics.for_model(plan.model.name)
                 generation = Generation(plan, dispatch, metrics, timeline)
@@ -199,7 +208,7 @@ class GenerateEndpoint(Generic[B]):
         return make_ask
 
     async def _generate(self, generation: Generation, memory: Holding, stream: sse.EventStream, send: sse.Send) -> None:
-        renderer = self._renderer(generation, int(time.time()))
+        renderer = self._renderer(generation, int(self._parts.unix_clock()))
         try:
             generation.start()
             if generation.plan.request.body.stream:

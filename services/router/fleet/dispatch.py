@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -77,15 +76,18 @@ class Dispatch:
         room: Room,
         make_ask: Callable[[int], Ask],
         budget: Budget,
+        clock: Callable[[], float],
+        unix_clock: Callable[[], float],
     ) -> None:
         """`make_ask`: what the sequence of that index asks for, called when it begins; its order lacks handle, prefill
         targets and prefix sources."""
         self._workers = workers
         self._placer = placer
-        self._submitter = Submitter(workers, placer, prefixes, metrics)
+        self._submitter = Submitter(workers, placer, prefixes, metrics, clock)
         self._metrics = metrics
         self._budget = budget
-        self._clock = asyncio.get_running_loop().time
+        self._clock = clock
+        self._unix_clock = unix_clock
         self._arrivals: list[Arrival] = []
         self._waiter: asyncio.Future[bool] | None = None
         self._make_ask = make_ask
@@ -151,7 +153,7 @@ class Dispatch:
         self._sequences.append(sequence)
         refusal = self._submitter.submit(sequence, ask, _Sink(self, sequence))
         sequence.due_s = self._room.begin()
-        sequence.routed_unix_s = time.time()
+        sequence.routed_unix_s = self._unix_clock()
         if ask.order.timeout_s > 0:
             sequence.ends_s = self._clock() + ask.order.timeout_s
         if refusal is not None:
@@ -334,7 +336,7 @@ class Dispatch:
         sequence.awaits_prefill = False
         if output is not None and output.token_ids:
             if sequence.due_s is not None:
-                self._room.first_token(sequence.due_s, time.monotonic())
+                self._room.first_token(sequence.due_s, self._clock())
                 sequence.due_s = None
             self._placer.prefilled(placement, output.usage if output.HasField("usage") else None)
         else:

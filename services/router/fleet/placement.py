@@ -7,8 +7,7 @@ belongs to the event loop.
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from tandem.v1 import worker_pb2 as pb
@@ -89,8 +88,17 @@ class Placement:
 class Placer:
     """Places sequences. One per router."""
 
-    def __init__(self, workers: Workers, policy: Policy, log: DecisionLog) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        policy: Policy,
+        log: DecisionLog,
+        clock: Callable[[], float],
+        unix_clock: Callable[[], float],
+    ) -> None:
         self.log = log
+        self._clock = clock
+        self._unix_clock = unix_clock
         self._workers = workers
         self._policy = policy
         self._state = PolicyState()
@@ -146,7 +154,7 @@ class Placer:
                 request_id=ask.request_id,
                 index=ask.index,
                 attempt=attempt,
-                unix_s=time.time(),
+                unix_s=self._unix_clock(),
                 num_prompt_tokens=request.num_prompt_tokens,
                 num_blocks=known.num_blocks,
                 index_s=ask.blocks.index_s,
@@ -241,9 +249,9 @@ class Placer:
             for holding in ask.blocks.holdings.get(space, ())
             if self._workers.registered((holding.holder_id, holding.incarnation)) is not None
         }
-        recent = self._recent.num_held(hashes, time.monotonic())
+        recent = self._recent.num_held(hashes, self._clock())
         expected = {key[0]: count for key, count in recent.items() if self._workers.registered(key) is not None}
         return KnownPrefix(space.block_size, len(hashes), held, expected)
 
     def _remember(self, worker: WorkerKey, placement: Placement) -> None:
-        self._recent.add(worker, placement.hashes, time.monotonic())
+        self._recent.add(worker, placement.hashes, self._clock())

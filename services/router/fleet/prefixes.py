@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -42,8 +41,11 @@ class PromptBlocks:
 class PrefixFinder:
     """Hashes prompts and asks the index. One per router."""
 
-    def __init__(self, index: IndexReader | None, metrics: RouterMetrics, timeout_s: float) -> None:
+    def __init__(
+        self, index: IndexReader | None, metrics: RouterMetrics, timeout_s: float, clock: Callable[[], float]
+    ) -> None:
         self._index = index
+        self._clock = clock
         self._metrics = metrics
         self._timeout_s = timeout_s
         if index is not None:
@@ -71,7 +73,7 @@ class PrefixFinder:
         asked = [space for space in hashes if hashes[space]]
         if index is None or not asked:
             return PromptBlocks(hashes)
-        start = time.monotonic()
+        start = self._clock()
         answers: Sequence[Sequence[Holding]] = ()
         was_available = index.available
         try:
@@ -84,7 +86,7 @@ class PrefixFinder:
         except Exception:
             log.exception("the index's answer cannot be read")
             has_answered = False
-        index_s = time.monotonic() - start
+        index_s = self._clock() - start
         self._metrics.count_lookup("found" if any(answers) else "nothing" if has_answered else "no_answer", index_s)
         return PromptBlocks(hashes, dict(zip(asked, answers, strict=False)), index_s)
 

@@ -116,15 +116,15 @@ class Sequence:
     """How long it has looked for other workers since its newest token."""
     routed_unix_s: float = 0.0
     due_s: float | None = None
-    """When its first token is reckoned to come, by the monotonic clock; None once it has, or its worker was lost."""
+    """When its first token is reckoned to come, by its dispatch's clock; None once it has, or its worker was lost."""
     ends_s: float | None = None
-    """When the worker's time for it is over, by the loop's clock."""
+    """When the worker's time for it is over, by the same clock."""
     was_full: bool = False
     """The last worker had no room for the order itself."""
     token_ids: array[int] = field(default_factory=lambda: array("I"))
     """What it has said so far."""
     newest_token_s: float = 0.0
-    """When the last of them came, by the loop's clock."""
+    """When the last of them came, by the same clock."""
     num_repeated: int = 0
     """Of these, how many the present worker has still to say again."""
     usage: pb.Usage | None = None

@@ -5,9 +5,8 @@ What is at most once is the order that a session has taken. What becomes of it t
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from tandem.v1 import worker_pb2 as pb
@@ -28,12 +27,19 @@ log = logging.getLogger(__name__)
 class Submitter:
     """Of one HTTP request. Keeps nothing: what it learns, it notes in the sequence."""
 
-    def __init__(self, workers: Workers, placer: Placer, prefixes: PrefixFinder, metrics: RouterMetrics) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        placer: Placer,
+        prefixes: PrefixFinder,
+        metrics: RouterMetrics,
+        clock: Callable[[], float],
+    ) -> None:
         self._workers = workers
         self._placer = placer
         self._prefixes = prefixes
         self._metrics = metrics
-        self._clock = asyncio.get_running_loop().time
+        self._clock = clock
 
     def submit(self, sequence: Sequence, ask: Ask, sink: OutputSink, retried_after: str = "") -> Refusal | None:
         """Send it to the best worker that was not tried; Refusal: nobody takes it."""

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable
 
 from tandem.v1 import worker_pb2 as pb
@@ -37,6 +36,7 @@ class Workers:
         membership: Membership,
         router_id: str,
         orders: Orders,
+        clock: Callable[[], float],
         reconnect_max_s: float,
         serves: Callable[[WorkerRecord], bool] = lambda record: True,
         silence_timeout_s: float = 2.0,
@@ -49,7 +49,7 @@ class Workers:
         self._reconnect_max_s = reconnect_max_s
         self._serves = serves
         self._silence_timeout_s = silence_timeout_s
-        self._clock = time.monotonic
+        self._clock = clock
         self._records: tuple[WorkerRecord, ...] = ()
         self._starting: tuple[WorkerRecord, ...] = ()
         self._registered: dict[WorkerKey, WorkerRecord] = {}
@@ -90,15 +90,14 @@ class Workers:
 
     async def changed(self, deadline_s: float) -> bool:
         """Waits until other decode workers can be given work than now, or, where some can, a moment for them to think
-        again; False at the deadline, by the loop's clock, and at the end."""
-        before, clock = self._able(), asyncio.get_running_loop().time
-        until_s = min(deadline_s, clock() + _AGAIN_S) if before else deadline_s
+        again; False at the deadline, and at the end."""
+        before, left_s = self._able(), deadline_s - self._clock()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(until_s):
+            async with asyncio.timeout(min(left_s, _AGAIN_S) if before else left_s):
                 while self._able() == before and not self._closed:
                     self._news = self._news or asyncio.Event()
                     await self._news.wait()
-        return not self._closed and (self._able() != before or clock() < deadline_s)
+        return not self._closed and (self._able() != before or self._clock() < deadline_s)
 
     def _able(self) -> set[WorkerKey]:
         return {

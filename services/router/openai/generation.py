@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -234,7 +233,7 @@ class Generation:
         return delta
 
     def _observe_tokens(self, choice: Choice, num_tokens: int) -> None:
-        now = time.time()
+        now = self._timeline.clock()
         if choice.last_token_s is None:
             choice.first_token_s = now
             if Event.FIRST_TOKEN not in self._timeline.unix_s:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -204,7 +203,7 @@ class Quotas:
 
 
 @contextlib.asynccontextmanager
-async def open_quotas(redis_url: str, router_id: str) -> AsyncIterator[Quotas]:
+async def open_quotas(redis_url: str, router_id: str, clock: Callable[[], float]) -> AsyncIterator[Quotas]:
     """Keep limits in that Redis, which need not be there. The URL is well-formed: the registry has it, too."""
     async with open_client(redis_url, TIMEOUT_S) as client:
-        yield Quotas(client, router_id, time.monotonic)
+        yield Quotas(client, router_id, clock)

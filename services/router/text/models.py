@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 import math
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -141,6 +141,8 @@ class ModelDirectory:
         chat_template: str,
         use_generation_config: bool,
         threads: Threads,
+        clock: Callable[[], float],
+        unix_clock: Callable[[], float],
         only: frozenset[str] = frozenset(),
         grace_s: float = 0.0,
     ) -> None:
@@ -152,6 +154,8 @@ class ModelDirectory:
         self._chat_template = chat_template
         self._use_generation_config = use_generation_config
         self._threads = threads
+        self._clock = clock
+        self._unix_clock = unix_clock
         self._only = only
         self._grace_s = grace_s
         self._first_came_s = math.inf
@@ -228,7 +232,7 @@ class ModelDirectory:
         if self._only and name not in self._only:
             return False
         return (
-            time.monotonic() < self._first_came_s + self._grace_s
+            self._clock() < self._first_came_s + self._grace_s
             or name in self._only
             or any(name in record.served_model_names for record in self._starting)
         )
@@ -278,11 +282,12 @@ class ModelDirectory:
             for name in record.served_model_names:
                 if not self._only or name in self._only:
                     serving.setdefault(name, []).append((record, files))
-        known = self._models
-        self._models = {name: _served(name, workers, known.get(name)) for name, workers in serving.items()}
+        since = {name: model.created_unix_s for name, model in self._models.items()}
+        now_unix_s = int(self._unix_clock())
+        self._models = {name: _served(name, workers, since.get(name, now_unix_s)) for name, workers in serving.items()}
         self._files = {source: files for source, files in self._files.items() if source in self._wanted}
         if self._models and math.isinf(self._first_came_s):
-            self._first_came_s = time.monotonic()
+            self._first_came_s = self._clock()
         for name in self._models:
             self._were_served.pop(name, None)
             self._were_served[name] = None
@@ -290,7 +295,7 @@ class ModelDirectory:
             del self._were_served[next(iter(self._were_served))]
 
 
-def _served(name: str, workers: list[tuple[WorkerRecord, ModelFiles]], before: ServedModel | None) -> ServedModel:
+def _served(name: str, workers: list[tuple[WorkerRecord, ModelFiles]], created_unix_s: int) -> ServedModel:
     """The model of a name. Of several tokenizers, as within a rollout, that of most workers, then of the newest."""
     by_tokenizer: dict[bytes, list[tuple[WorkerRecord, ModelFiles]]] = {}
     for record, files in workers:
@@ -301,7 +306,7 @@ def _served(name: str, workers: list[tuple[WorkerRecord, ModelFiles]], before: S
         name=name,
         files=ours[0][1],
         max_model_len=min(record.max_model_len for record in records),
-        created_unix_s=before.created_unix_s if before else int(time.time()),
+        created_unix_s=created_unix_s,
         root=records[0].model_path,
         fingerprints=frozenset(record.model_fingerprint for record in records),
     )

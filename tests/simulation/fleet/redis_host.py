@@ -61,7 +61,7 @@ class RedisHost:
         self._num_starts += 1
         self.process = self._world.loop.new_process(f"{HOST}/{self._num_starts}")
         with self._world.loop.within(self.process):
-            self.server = ModelRedis(self._unix_s, self._num_starts, PASSWORD, self._pause, content)
+            self.server = ModelRedis(self._world.unix_s, self._num_starts, PASSWORD, self._pause, content)
             self._world.net.back(HOST)
             self._world.net.of(HOST, self.process).listen_for_bytes(PORT, self.server.serve)
 
@@ -109,9 +109,6 @@ class RedisHost:
     async def _pause(self) -> None:
         if self._slowness_s:
             await asyncio.sleep(self._world.loop.random.uniform(0, self._slowness_s))
-
-    def _unix_s(self) -> float:
-        return 1e9 + self._world.loop.time()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from kvstore.registry import Membership
 from services.router.app import generating_endpoints
 from services.router.config import RouterConfig
 from services.router.edge import Edge, Guard, RouterParts
-from services.router.process import open_parts
+from services.router.process import Seams, open_parts
 from services.router.tenants import Keyring
 from tests.simulation.fleet.client import REQUEST_TIMEOUT_S, Client
 from tests.simulation.fleet.orders import SimOrders
@@ -75,8 +75,9 @@ class SimRouter:
         self._make_app(await parts)
 
     async def _run(self, opened: asyncio.Future[RouterParts]) -> None:
-        orders, threads = SimOrders(self._world.orders, self.name, self.process), SimThreads(self._world.loop)
-        async with open_parts(_CONFIG, self._membership, self.process.name, orders, threads, self._index) as parts:
+        loop, orders = self._world.loop, SimOrders(self._world.orders, self.name, self.process)
+        seams = Seams(orders, SimThreads(loop), loop.time, self._world.unix_s)
+        async with open_parts(_CONFIG, self._membership, self.process.name, seams, self._index) as parts:
             opened.set_result(parts)
             await self._is_over
 
@@ -87,7 +88,7 @@ class SimRouter:
             await endpoints[scope["path"]](scope, receive, send)
 
         guard = Guard(front, Keyring((), None), parts.metrics)
-        self._app = Edge(guard, parts.metrics, root_path="", roots={"v1"}, logs_requests=False)
+        self._app = Edge(guard, parts.metrics, parts.clock, root_path="", roots={"v1"}, logs_requests=False)
 
     async def serve(self, client: Client) -> str:
         """Serve one client; how it ended."""

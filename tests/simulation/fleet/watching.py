@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 from unittest import mock
 
 from kvstore.block import BlockHash
 from services.decode.live import LiveRequest
 from services.decode.service import DecodeService
 from services.engine.api import Request
-from services.router import process
-from services.router.edge import access, entrance, serving
-from services.router.fleet import dispatch, placement, prefixes, session, workers
-from services.router.openai import generation
+from services.router.fleet import session
 from services.router.text import models
 from services.worker.prefixes import HostPrefixes, Shunned
 from tests.simulation.fleet.redis_host import seeded_clients
 from tests.simulation.fleet.wishes import model_files
 from tests.simulation.ledger import listening
-from tests.simulation.loop import SimLoop
 from tests.simulation.pool import Invariant
 from tests.states.rows import seeing_rows
 
 if TYPE_CHECKING:
     from tests.simulation.fleet.world import FleetWorld
-
-_CLOCKED: Final = (access, dispatch, entrance, generation, models, placement, prefixes, process, serving, workers)
-
-
-class _SimTime:
-    def __init__(self, loop: SimLoop) -> None:
-        self.monotonic = loop.time
-        self.time = lambda: 1e9 + loop.time()
 
 
 @contextlib.contextmanager
@@ -47,7 +35,7 @@ def watching(world: FleetWorld) -> Iterator[None]:
             world.reach("brought back from the host tier")
         return num_blocks
 
-    shun, sim_time = Shunned.add, _SimTime(world.loop)
+    shun = Shunned.add
     enter, leave = DecodeService._entered, DecodeService._leave
     gone: dict[int, LiveRequest] = {}  # kept, so that no number is given out twice
 
@@ -71,8 +59,6 @@ def watching(world: FleetWorld) -> Iterator[None]:
         stack.enter_context(mock.patch.object(DecodeService, "_entered", entered))
         stack.enter_context(mock.patch.object(DecodeService, "_leave", left))
         stack.enter_context(mock.patch.object(models, "load_model_files", return_value=model_files()))
-        for module in _CLOCKED:
-            stack.enter_context(mock.patch.object(module, "time", sim_time))
         stack.enter_context(mock.patch.object(session, "random", world.plan.stream("backoff")))
         stack.enter_context(seeded_clients(world))
         stack.enter_context(seeing_rows(lambda row: world.transitions.update((row,))))

@@ -135,6 +135,10 @@ class FleetWorld(Ledger):
         self.net.weather.split = 0.3 if "split" in self.mix else 0.0
         self.net.weather.cut = 0.2 if "cut" in self.mix else 0.0
 
+    def unix_s(self) -> float:
+        """Unix time."""
+        return 1e9 + self.loop.time()
+
     def _draw_mix(self, draw: random.Random) -> list[str]:
         if self.plan.world == "restarts":
             return list(RESTARTS)
