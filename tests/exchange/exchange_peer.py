@@ -13,10 +13,11 @@ import numpy as np
 from kvstore.block import BlockLayout, HostMemory
 from kvstore.errors import KVStoreError
 from kvstore.exchange import BlockExchange, Fetch, PeerIdentity
-from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, Reservation
+from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, FetchState, Reservation
 from kvstore.transport import make_transports
 from tests.peers import PROOFS
 from tests.proofs import KEY, prove_handoff
+from tests.waiting import until
 
 LAYOUT = BlockLayout(4, 2, 32, 64, "bfloat16", "ab12")  # 64 KiB a block
 NUM_BLOCKS = 256
@@ -63,6 +64,16 @@ class Peer:
             return Reservation(block_ids)
 
         self.fetches[transfer_id] = self.exchange.fetch(transfer_id.encode(), owner, [None] * len(block_ids), reserve)
+
+    async def until_reading(self) -> Any:
+        """Wait until a fetch has its blocks and the owner's names of the first ones."""
+
+        def reads() -> bool:
+            fetches = self.exchange.state()["fetches"]
+            assert isinstance(fetches, list)
+            return any(fetch["state"] == FetchState.READING.value for fetch in fetches)
+
+        await until(reads)
 
     async def outcome(self, transfer_id: str, owner: str, block_ids: list[int], source_ids: list[int]) -> Any:
         """Wait for a fetch, and compare the bytes with the owner's, which follow from its name."""

@@ -95,7 +95,7 @@ async def test_transfers_come_through_a_frozen_readers_lease_expires_and_it_star
             assert await leasing == "confirmed"
 
         fetching, leasing = await transfer(owner, reader, "frozen", 20, hang=True)
-        await asyncio.sleep(0.3)
+        await reader.ask("reads", "until_reading")
         reader.process.send_signal(signal.SIGSTOP)
         assert await leasing == "expired"
         await asyncio.sleep(2.0)  # until the owner has given the reader up altogether
@@ -116,7 +116,7 @@ async def test_an_owner_killed_in_mid_transfer_fails_the_fetch_and_the_reader_ge
     async with owner_and_reader(transport) as (owner, reader):
         await reader.ask("connect", "connect", owner.address)
         fetching, leasing = await transfer(owner, reader, "killed", 200, hang=True)
-        await asyncio.sleep(0.2)
+        await reader.ask("reads", "until_reading")
         owner.process.kill()
         cause, _, num_returned = await fetching
         assert cause in ("peer_lost", "read_failed")
