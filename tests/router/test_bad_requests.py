@@ -9,9 +9,10 @@ import httpx
 import pytest
 
 from services.router.edge import http as edge_http
+from tests.router.tiny_model import byte_level_tokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-VOCABULARY, CONTEXT = 400, 256
+VOCABULARY, CONTEXT = byte_level_tokenizer().get_vocab_size(), 256
 NUM_ERRORS = 12_000
 
 
@@ -80,7 +81,8 @@ CASES: dict[str, tuple[str, bytes, set[int], str | None]] = {
     "a message that is no object": (CHAT, chat(messages=["x"]), {400}, "messages"),
     "a role that is no text": (CHAT, chat(messages=[{"role": ["user"], "content": "x"}]), {400}, "messages[0].role"),
     "an id below 0": (COMPLETIONS, text(prompt=[-1]), {400}, "prompt"),
-    "an id beyond the vocabulary": (COMPLETIONS, text(prompt=[10**6]), {400}, "prompt"),
+    "the first id beyond the vocabulary": (COMPLETIONS, text(prompt=[VOCABULARY]), {400}, "prompt"),
+    "the last id of the vocabulary": (COMPLETIONS, text(prompt=[VOCABULARY - 1]), {200}, None),
     "an id beyond 64 bits": (COMPLETIONS, text(prompt=[2**70]), {400}, "prompt"),
     "an id with a fraction": (COMPLETIONS, text(prompt=[1.5]), {400}, "prompt"),
     "a prompt over the context": (COMPLETIONS, text(prompt=[5] * (CONTEXT + 1)), {400}, "prompt"),
