@@ -15,8 +15,6 @@ from tests.documents import COMMANDS, ROOT, CodeBlock, code_blocks
 from tests.peers import PEER_SECRET
 from tests.stack import Stack
 
-pytestmark = pytest.mark.timeout(400)
-
 DEMO_MODEL = ROOT / "services" / "cli" / "demo_model" / "tandem-demo"
 ROUTER = "127.0.0.1:8000"
 WORKER = "127.0.0.1:9100"

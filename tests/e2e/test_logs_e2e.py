@@ -14,8 +14,6 @@ import pytest
 
 from tests.stack import Service, Stack
 
-pytestmark = pytest.mark.timeout(400)
-
 DEMO_MODEL = Path(__file__).parents[2] / "services" / "cli" / "demo_model" / "tandem-demo"
 MARKER = "xylophone-marmalade-7741"
 TOKEN_IDS = [211, 97, 305, 118, 402, 266, 173, 350]

@@ -16,8 +16,6 @@ from tests.hf_models import random_prompts
 from tests.metrics_page import PAGE, documented_series
 from tests.stack import Stack
 
-pytestmark = pytest.mark.timeout(400)
-
 MAX_TOKENS = 8
 Scrape = dict[str, Metric]
 

@@ -15,8 +15,6 @@ from tokenizers import Tokenizer
 
 from tests.stack import Stack
 
-pytestmark = pytest.mark.timeout(400)
-
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "services" / "cli" / "demo_model" / "tandem-demo"
 NUM_PROMPTS = 50

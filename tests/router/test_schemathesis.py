@@ -62,7 +62,7 @@ def test_no_case_of_our_document_is_a_failure_of_ours(router, worker, operations
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(14_400)  # of a machine that does other things too; else minutes
 def test_no_case_of_ten_thousand_is_a_failure_of_ours(router, worker, operations):
     asked = ask(router, operations, 10_000)
     print("\n".join(f"{num:6} {operation}" for operation, num in asked.items()))

@@ -32,8 +32,6 @@ PROMPTS = [list(range(start, start + 100)) for start in (3, 203, 403)]
 NUM_NEW_TOKENS = 6
 STOP_TIMEOUT_S = 30.0
 
-pytestmark = pytest.mark.timeout(400)
-
 
 def git(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
