@@ -196,6 +196,7 @@ def _add_debug_routes(app: FastAPI, parts: RouterParts) -> None:
                 "workers": [
                     {
                         "worker_id": record.worker_id,
+                        "incarnation": record.incarnation,
                         "role": record.role,
                         "models": record.served_model_names,
                         "connected": not record.phase and (record.role != "decode" or record.worker_id in connected),

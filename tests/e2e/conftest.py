@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.hf_models import write_model
-from tests.stack import Flags, Stack
+from tests.stack import Stack
 
 PATIENT = "--peer-timeout-s 20"
 """Of workers on a machine that does other things too: nobody is left because it waits for a processor."""
+PATIENT_ROUTER = "--silence-timeout-s 20"
+"""The same of a router."""
 
 
 @pytest.fixture(scope="session")
@@ -31,10 +33,11 @@ def transport(request: pytest.FixtureRequest) -> str:
 def new_stack(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Stack]:
     """Makes a stack that serves a model as "m", to be entered; arguments are `Stack`'s.
 
-    Its workers are patient with each other, unless `worker` says otherwise.
+    Its processes are patient with each other, unless `worker` and `router` say otherwise.
     """
 
-    def new(model: Path, worker: Flags = "", **fields: object) -> Stack:
-        return Stack(tmp_path_factory.mktemp("stack"), model=model, worker=f"{PATIENT} {worker}", **fields)  # type: ignore[arg-type]
+    def new(model: Path, worker: str = "", router: str = "", **fields: object) -> Stack:
+        worker, router = f"{PATIENT} {worker}", f"{PATIENT_ROUTER} {router}"
+        return Stack(tmp_path_factory.mktemp("stack"), model=model, worker=worker, router=router, **fields)  # type: ignore[arg-type]
 
     return new

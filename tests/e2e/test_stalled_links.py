@@ -21,7 +21,7 @@ def stack(
     request: pytest.FixtureRequest, new_stack: Callable[..., Stack], model_of: Callable[[str], Path]
 ) -> Iterator[Stack]:
     """nixl over tcp as well: by its lanes within a machine there is nothing between the two that could be lost."""
-    worker = f"--kv-transport {request.param} --num-gpu-blocks-override 256 --peer-timeout-s 4"
+    worker = f"--kv-transport {request.param} --num-gpu-blocks-override 256 --peer-timeout-s 10"
     environ = {"UCX_TLS": "tcp,self"}
     with new_stack(
         model_of("llama3"), worker, prefill=[""], decode=["--local-prefill-max-tokens 0"], environ=environ
@@ -42,12 +42,12 @@ async def test_a_link_that_brings_nothing_costs_one_handoff_and_a_moment(stack: 
         return stack.metric("decode-0", "tandem:handoff_failures_total", cause=cause)
 
     assert (await orders.generate(prompts[0], "decode-0", "prefill-0", []))[0] == expected[0]
-    assert num_failed("peer_lost") == 0
+    num_lost = num_failed("peer_lost")
     with black_hole(decode, prefill, ports) as num_held:
         assert num_held > 0, "no connection carries blocks"
         assert (await orders.generate(prompts[1], "decode-0", "prefill-0", []))[0] == expected[1]
         assert "the link stands still" in stack.services["decode-0"].log
-        assert (num_failed("peer_lost"), num_failed("timeout")) == (1, 0)  # 60 s would be a time-out
+        assert (num_failed("peer_lost"), num_failed("timeout")) == (num_lost + 1, 0)  # 60 s would be a time-out
 
     num_handed_off = stack.metric("decode-0", "tandem:prefills_total", way="handoff")
 

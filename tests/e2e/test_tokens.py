@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.conftest import PATIENT
+from tests.e2e.conftest import PATIENT, PATIENT_ROUTER
 from tests.hf_models import FAMILIES, random_prompts, reference_greedy
 from tests.stack import Stack
 
@@ -61,7 +61,12 @@ def deployments(reference: Reference, tmp_path_factory: pytest.TempPathFactory) 
     decode.append(f"--served-model-name local {never_local}")
     worker = f"{PATIENT} --kv-transport {reference.transport} --num-gpu-blocks-override 256 --max-num-seqs 16"
     with Stack(
-        tmp_path_factory.mktemp(reference.transport), prefill, decode, worker=worker, model=reference.model
+        tmp_path_factory.mktemp(reference.transport),
+        prefill,
+        decode,
+        worker=worker,
+        router=PATIENT_ROUTER,
+        model=reference.model,
     ) as stack:
         yield stack
 

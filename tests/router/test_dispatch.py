@@ -349,6 +349,7 @@ async def test_a_worker_that_starts_is_shown_and_gets_nothing_before_it_serves(m
         assert f"`tiny`: {worker.worker_id} is loading the model" in early.json()["error"]["message"]
         (shown,) = (await http.get("/debug/workers")).json()["workers"]
         assert (shown["phase"], shown["connected"]) == ("loading the model", False)
+        assert (shown["worker_id"], shown["incarnation"]) == (record.worker_id, record.incarnation)
         assert (await http.post("/v1/completions", json=BODY)).status_code in (404, 503)
         running.membership.set(record)
         await until(lambda: running.parts.workers.num_sessions_up == 1 and running.parts.models.names() == ["tiny"])
