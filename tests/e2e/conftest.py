@@ -11,7 +11,7 @@ import pytest
 from tests.hf_models import write_model
 from tests.stack import Stack
 
-PATIENT = "--peer-timeout-s 20 --prefix-fetch-timeout-s 30"
+PATIENT = "--peer-timeout-s 20"
 """Of workers on a machine that does other things too: nobody is left because it waits for a processor."""
 PATIENT_ROUTER = "--silence-timeout-s 20"
 """The same of a router."""

@@ -20,7 +20,7 @@ WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
 @pytest.fixture(scope="module")
 def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path], transport: str) -> Iterator[Stack]:
-    worker = f"--kv-transport {transport} --num-gpu-blocks-override 256 --prefix-fetch always"
+    worker = f"--kv-transport {transport} --num-gpu-blocks-override 256"
     worker += " --prefix-fetch always --prefix-fetch-timeout-s 30"
     store = f"--kv-transport {transport} --log-level debug --log-format json --store-dram-bytes 64MiB"
     store += " --store-disk-dir {disk} --store-disk-bytes 64MiB"
