@@ -41,10 +41,17 @@ def end_threads(status: int) -> int:
         thread.join(max(0.0, deadline_s - time.monotonic()))
     hanging = [thread.name for thread in others if thread.is_alive()]
     if hanging:
-        logger.error("ending, although threads hang: %s", ", ".join(hanging))
-        logging.shutdown()
+        # In a thread: who hangs may hold a log handler's lock, or our output may be full.
+        saying = threading.Thread(target=_say_last, args=(hanging,), daemon=True)
+        saying.start()
+        saying.join(_LEAVE_S)
         os._exit(status)
     return status
+
+
+def _say_last(hanging: list[str]) -> None:
+    logger.error("ending, although threads hang: %s", ", ".join(hanging))
+    logging.shutdown()
 
 
 class Runner(Protocol):

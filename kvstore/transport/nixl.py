@@ -112,16 +112,23 @@ class NixlTransport:
         except asyncio.CancelledError:
             adding.add_done_callback(self._remove_unwanted)
             raise
+        checking = asyncio.wrap_future(self._thread.check(remote, pool))
         try:
-            await asyncio.shield(asyncio.wrap_future(self._thread.check(remote, pool)))
+            await asyncio.shield(checking)
         except TransportError:
             self._thread.remove_remote(remote)
             raise
         except asyncio.CancelledError:
-            # The check goes on, into a place of its own, where it harms nobody; so the agent must remember the peer.
+            # The check goes on, into a place of its own, where it harms nobody; until it ends the agent must remember.
             logger.warning("nixl: %s did not let us read its token in time", peer.peer_id)
+            checking.add_done_callback(lambda done: self._checked_in_vain(remote, done))
             raise
         return NixlLink(self._thread, peer.peer_id, lane, remote, self._links)
+
+    def _checked_in_vain(self, remote: Remote, checking: asyncio.Future[None]) -> None:
+        if not checking.cancelled():
+            checking.exception()  # nobody waits for it any more
+        self._thread.remove_remote(remote)
 
     def _remove_unwanted(self, adding: asyncio.Future[Remote]) -> None:
         if not adding.cancelled() and adding.exception() is None:
@@ -174,7 +181,14 @@ class NixlLink:
             _, stuck = await asyncio.wait(self._under_way, timeout=_MAX_CLOSE_S)
             if stuck:
                 logger.error("nixl: %d reads from %s do not end", len(stuck), self._peer_id)
-                return
+                for reading in stuck:
+                    reading.add_done_callback(lambda _: self._forget())
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing, while a read goes on."""
+        if self._under_way:
+            return
         self._links.discard(self)
         if self._remote is not None:
             remote, self._remote = self._remote, None

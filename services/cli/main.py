@@ -42,9 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _open_standard_streams()
     try:
         try:
-            return _run(sys.argv[1:] if argv is None else argv)
-        finally:
+            status = _run(sys.argv[1:] if argv is None else argv)
+        except (SystemExit, KeyboardInterrupt):  # as after --help; a crash stays what it is
             sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:
         if not _nobody_reads():
             raise

@@ -122,13 +122,19 @@ class Forks:
                 self._reading = asyncio.create_task(self._read(), name="fork server")
             if self._reading.done():
                 raise ForksLost
+            while self._old_controls:  # no order is on its way into one of these any more
+                self._old_controls.pop().close()
             control = self._control
             self._starting.append(started)
             try:
                 await _send_head(control, LENGTH.pack(len(data)), output)
                 await loop.sock_sendall(control, data)
             except OSError as error:
+                started.cancel()  # nobody waits for it
                 raise ForksLost from error
+            except asyncio.CancelledError:
+                started.cancel()
+                raise
         return await started
 
     def kill(self) -> None:
