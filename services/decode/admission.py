@@ -209,7 +209,7 @@ class Admission:
             prompt_token_ids=live.order.prompt_token_ids,
             resumed_token_ids=live.order.resumed_token_ids,
             prompt_hashes=live.order.prompt_hashes,
-            sampling=live.order.sampling,
+            sampling=live.order.sampling if live.lists is None else live.lists.whole(live.order.sampling),
             priority=live.order.priority,
             cache_salt=live.order.cache_salt,
             prefix_sources=live.order.prefix_sources,

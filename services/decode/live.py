@@ -10,6 +10,7 @@ from tandem.v1 import worker_pb2 as pb
 from kvstore.block import BlockHash
 from services.decode.session import RouterSession
 from services.decode.stages import TRANSITIONS, LiveState
+from services.decode.token_lists import TokenLists
 from services.engine.api import Request, SamplingParams
 from services.lifecycle import Timeline
 from services.worker.states import States
@@ -25,6 +26,7 @@ class LiveRequest:
     sampling: SamplingParams
     session: RouterSession
     timeline: Timeline
+    lists: TokenLists | None = None  # those of tokens that the order lacks, and `sampling` has
     usage: pb.Usage = field(default_factory=pb.Usage)
     admission: asyncio.Task[None] | None = None  # its way into the engine
     timeout: asyncio.TimerHandle | None = None

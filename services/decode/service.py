@@ -23,6 +23,7 @@ from services.decode.moving import Departures
 from services.decode.news import News, news_of
 from services.decode.session import RouterSession, SessionOverflow
 from services.decode.stages import LiveAction, LiveEvent
+from services.decode.token_lists import TokenLists
 from services.engine.api import InvalidRequest, QueueFull, Request, StepOutput, Suspended
 from services.lifecycle import Event, Timeline
 from services.logs import request_scope
@@ -121,6 +122,10 @@ class DecodeService:
                     live = self._sessions[session].get(order.move.handle)
                     if live is not None:
                         self._tell(live, LiveEvent.MOVE_ASKED)
+                elif kind == "lists":
+                    session.lists[order.lists.number] = TokenLists(order.lists.sampling)
+                elif kind == "forget":
+                    session.lists.pop(order.forget.number, None)
                 else:
                     log.error("router %s sent %s in mid-session; ending the session", session.router_id, kind)
                     return
@@ -138,7 +143,10 @@ class DecodeService:
         timeline = Timeline(self._clock)
         timeline.mark(Event.RECEIVED)
         try:
-            live = LiveRequest(order, convert.sampling_from_proto(order.sampling), session, timeline)
+            sampling, lists = convert.sampling_from_proto(order.sampling), session.lists.get(order.token_lists)
+            if lists is not None:
+                sampling = lists.params(sampling)
+            live = LiveRequest(order, sampling, session, timeline, lists)
         except InvalidRequest as error:
             session.push(error_output(order.handle, error_of(pb.ERROR_CODE_INVALID, str(error))))
             self._parts.metrics.refused("invalid")
@@ -154,6 +162,8 @@ class DecodeService:
         worker = self._parts.worker_id
         if order.handle in self._sessions[session]:
             return error_of(pb.ERROR_CODE_INTERNAL, f"handle {order.handle} is in use in this session")
+        if order.token_lists and order.token_lists not in session.lists:
+            return error_of(pb.ERROR_CODE_INTERNAL, f"no token lists {order.token_lists} came in this session")
         if self._draining and not order.resumed_token_ids:
             return error_of(pb.ERROR_CODE_UNAVAILABLE, f"decode worker {worker} is draining")
         if self._stuck:

@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable
 
 from tandem.v1 import worker_pb2 as pb
 
-from services.orders import MOVES, RESUMES
+from services.decode.token_lists import TokenLists
+from services.orders import LISTS, MOVES, RESUMES
 from services.rates import Rates
 from services.worker import convert
 
@@ -42,6 +43,8 @@ class RouterSession:
         """
         self.router_id = router_id
         self.number = number
+        self.lists: dict[int, TokenLists] = {}
+        """Those that the router has sent, by the numbers that its orders name them by."""
         self._incarnation = incarnation
         self._load = load
         self._rates = rates
@@ -107,7 +110,7 @@ class RouterSession:
         frame = pb.SessionFrame(
             load=last_load,
             incarnation=self._incarnation,
-            features=[RESUMES, MOVES],
+            features=[RESUMES, MOVES, LISTS],
             heartbeat_s=self._heartbeat_s,
             stuck=last_stuck,
         )

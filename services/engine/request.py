@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import time
@@ -118,9 +119,19 @@ class SamplingParams:
         """`stop_token_ids`."""
         return frozenset(self.stop_token_ids)
 
+    def with_lists_of(self, other: SamplingParams) -> SamplingParams:
+        """The same with another's lists of tokens: both hold them, and what the sampler makes of them, only once."""
+        shared = copy.copy(self)
+        shared.__dict__.update((name, getattr(other, name)) for name in (*_LISTS, *_MADE_OF_LISTS))
+        return shared
+
     def ends(self, eos_token_ids: Iterable[int]) -> set[int]:
         """The tokens that end the output, and that `min_tokens` therefore forbids at first."""
         return {*self.stop_token_ids, *(() if self.ignore_eos else eos_token_ids)}
+
+
+_LISTS = ("logit_bias", "allowed_token_ids", "stop_token_ids")
+_MADE_OF_LISTS = ("biased_index", "biases", "allowed_index", "stop_index", "stop_set")
 
 
 def _check_float(name: str, value: float, low: float, high: float, *, exclude_low: bool = False) -> None:

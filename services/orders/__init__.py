@@ -6,6 +6,7 @@ themselves.
 
 from services.orders.grpc_orders import GrpcOrders, GrpcServer
 from services.orders.streams import (
+    LISTS,
     MOVES,
     RESUMES,
     Orders,
@@ -19,6 +20,7 @@ from services.orders.streams import (
 )
 
 __all__ = [
+    "LISTS",
     "MOVES",
     "RESUMES",
     "GrpcOrders",

@@ -12,6 +12,8 @@ from typing import Literal, Protocol, TypeAlias
 
 from tandem.v1 import worker_pb2 as pb
 
+LISTS = "lists"
+"""The feature of a decode worker that takes a request's lists of tokens once, and orders that name them."""
 MOVES = "move"
 """The feature of a decode worker that lets live requests go, and takes them on, with their KV."""
 RESUMES = "resume"

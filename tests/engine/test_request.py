@@ -50,6 +50,15 @@ def test_the_borders_of_the_ranges_are_allowed() -> None:
     SamplingParams(presence_penalty=-2.0, frequency_penalty=2.0, logit_bias={0: -100.0}, logprobs=20)
 
 
+def test_parameters_share_lists_and_what_is_made_of_them() -> None:
+    lists = SamplingParams(logit_bias={3: 1.0}, allowed_token_ids=(3, 4), stop_token_ids=(5,))
+    one, other = (SamplingParams(seed=seed, logprobs=2).with_lists_of(lists) for seed in (1, 2))
+    assert one == dataclasses.replace(lists, seed=1, logprobs=2)
+    assert other.seed == 2
+    for name in ("logit_bias", "biased_index", "biases", "allowed_index", "stop_index", "stop_set"):
+        assert getattr(one, name) is getattr(other, name) is getattr(lists, name)
+
+
 def test_an_illegal_transition_raises_with_the_history() -> None:
     request = Request("r1", [1], SamplingParams())
     request.move_to(RequestStatus.WAITING)

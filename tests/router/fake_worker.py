@@ -96,6 +96,8 @@ class FakeWorker(DecodeServiceServicer):
     stuck: str = ""  # what its sessions begin with
     is_mute: asyncio.Event = field(default_factory=asyncio.Event)
     requests: list[pb.GenerateRequest] = field(default_factory=list)
+    lists: dict[int, pb.SamplingParams] = field(default_factory=dict)  # that it holds, by number
+    num_lists_told: int = 0
     aborts: list[pb.AbortRequest] = field(default_factory=list)
     hellos: list[pb.SessionHello] = field(default_factory=list)
     live: dict[int, asyncio.Task[None]] = field(default_factory=dict)
@@ -176,7 +178,14 @@ class FakeWorker(DecodeServiceServicer):
                 frame = pb.SessionFrame(load=self.load, incarnation=self.incarnation, features=self.features)
                 frame.heartbeat_s, frame.stuck = self.heartbeat_s, self.stuck
                 frames.put_nowait(frame)
+            elif message.HasField("lists"):
+                self.num_lists_told += 1
+                self.lists[message.lists.number] = message.lists.sampling
+            elif message.HasField("forget"):
+                del self.lists[message.forget.number]
             elif message.HasField("generate"):
+                if message.generate.token_lists:
+                    message.generate.sampling.MergeFrom(self.lists[message.generate.token_lists])
                 self.requests.append(message.generate)
                 self.live[message.generate.handle] = asyncio.create_task(self._run(message.generate, frames))
             elif message.HasField("abort"):

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
-from services.orders import MOVES, RESUMES
+from services.orders import LISTS, MOVES, RESUMES
 from services.router.config import RouterConfig
 from services.router.edge import GenerateEndpoint
 from services.router.edge.access import AccessRecord
@@ -231,7 +231,7 @@ async def test_a_cancellation_that_nobody_ordered_does_not_cost_the_worker(make_
 async def test_a_router_says_what_it_knows(make_worker):
     worker = make_worker()
     async with running_router(CONFIG, worker):
-        assert [list(hello.features) for hello in worker.hellos[:1]] == [[RESUMES, MOVES]]
+        assert [list(hello.features) for hello in worker.hellos[:1]] == [[RESUMES, MOVES, LISTS]]
 
 
 async def test_a_worker_that_falls_silent_loses_its_requests_and_gets_no_new_ones(make_worker, sentence, tokenizer):

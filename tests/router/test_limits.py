@@ -118,7 +118,7 @@ async def test_orders_that_a_worker_does_not_read_are_bounded(make_worker, monke
 
     def submit():
         order = pb.GenerateRequest(prompt_token_ids=[100_000] * 1000)
-        session.submit(pb.SessionRequest(generate=order), sink=None)
+        session.submit(pb.SessionRequest(generate=order), sink=None, lists=None)
 
     for _ in range(4):
         submit()

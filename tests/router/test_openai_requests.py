@@ -80,7 +80,7 @@ def test_null_counts_as_absent(model):
 
 def test_a_whole_number_written_as_16_0_harms_no_other_field(model):
     params = completion(model, max_tokens=16.0, logit_bias={"5": -100})
-    assert (params.max_tokens, dict(params.sampling.logit_bias)) == (16, {5: -100})
+    assert (params.max_tokens, dict(params.lists.logit_bias)) == (16, {5: -100})
 
 
 def test_the_models_defaults_hold_where_the_client_says_nothing(model_directory):
@@ -92,7 +92,7 @@ def test_the_models_defaults_hold_where_the_client_says_nothing(model_directory)
 
 
 def test_every_sampling_field_arrives(model):
-    params = completion(
+    request = completion(
         model,
         temperature=0.5,
         top_p=0.75,
@@ -109,10 +109,11 @@ def test_every_sampling_field_arrives(model):
         max_tokens=10,
         logprobs=4,
         seed=11,
-    ).sampling_for(choice=2, max_tokens=10)
-    assert dict(params.logit_bias) == {5: -100, 7: 2.5}
-    assert list(params.allowed_token_ids) == [5, 6]
-    assert list(params.stop_token_ids) == [9]
+    )
+    params, lists = request.sampling_for(choice=2, max_tokens=10), request.lists
+    assert dict(lists.logit_bias) == {5: -100, 7: 2.5}
+    assert list(lists.allowed_token_ids) == [5, 6]
+    assert list(lists.stop_token_ids) == [9]
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.75, 7, 0.125)
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (1.5, -1.5, 1.25)
     assert (params.ignore_eos, params.min_tokens, params.max_tokens, params.logprobs, params.seed) == (

@@ -88,6 +88,9 @@ class RouterOf:
         answer = self.answers[order.handle] = Answer()
         return answer
 
+    def tell(self, message: pb.SessionRequest) -> None:
+        self._requests.put_nowait(message)
+
     def move(self, handle: int) -> None:
         self._requests.put_nowait(pb.SessionRequest(move=pb.MoveRequest(handle=handle)))
 

@@ -54,6 +54,8 @@ class Ask:
     """Of the HTTP request, which may have several sequences."""
     index: int
     order: pb.GenerateRequest
+    lists: pb.SamplingParams | None
+    """The lists of tokens that its order lacks, and the request's other sequences have, too; None: it lacks none."""
     fingerprints: Collection[str]
     """Of the model's weights: of workers with others, which a rollout gave the same name, none may get it."""
     blocks: PromptBlocks

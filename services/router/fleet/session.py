@@ -21,9 +21,10 @@ from typing import Protocol
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import WorkerRecord
-from services.orders import MOVES, RESUMES, Orders, StreamBroken, is_cancelled
+from services.orders import LISTS, MOVES, RESUMES, Orders, StreamBroken, is_cancelled
 from services.rates import GUESSED, Rates
 from services.router.fleet.silence import Silence
+from services.router.fleet.token_lists import ToldLists
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class WorkerSession:
         self._orders = orders
         self._reconnect_max_s = reconnect_max_s
         self._live: dict[int, OutputSink] = {}
+        self._lists = ToldLists(self._send)
         self._last_handle = 0
         self._num_sent_since_load = 0
         self._num_tokens_since_load = 0
@@ -138,14 +140,19 @@ class WorkerSession:
         num_taken = -(-self._num_tokens_since_load // self.record.block_size)
         return max(self.load.num_free_blocks - num_taken, 0)
 
-    def submit(self, message: pb.SessionRequest, sink: OutputSink) -> int:
-        """Sends the order in `message`; returns the handle that names it here. Raises SessionDown, SessionFull."""
+    def submit(self, message: pb.SessionRequest, sink: OutputSink, lists: pb.SamplingParams | None) -> int:
+        """Sends the order in `message`; returns the handle that names it here. Raises SessionDown, SessionFull.
+
+        `lists`: those of tokens that it goes by and does not have itself; to a worker with that feature only.
+        """
         if not self.connected:
             raise SessionDown(f"decode worker {self.record.worker_id} is not connected")
         if self._outbox_bytes >= MAX_OUTBOX_BYTES:
             raise SessionFull(f"{self._outbox_bytes} bytes of orders wait for decode worker {self.record.worker_id}")
         handle = self._next_handle()
         message.generate.handle = handle
+        if lists is not None:
+            message.generate.token_lists = self._lists.use(handle, lists)
         self._live[handle] = sink
         self._num_sent_since_load += 1
         self._num_tokens_since_load += len(message.generate.prompt_token_ids) + len(message.generate.resumed_token_ids)
@@ -158,6 +165,7 @@ class WorkerSession:
             self._leaving.discard(handle)
             self._forget_one_sent()
             self._send(pb.SessionRequest(abort=pb.AbortRequest(handle=handle, reason=reason)))
+            self._lists.ended(handle)
 
     async def drained(self) -> None:
         """Returns once few orders are on their way, or the session is lost."""
@@ -239,7 +247,7 @@ class WorkerSession:
                 router_id=self._router_id,
                 protocol_version=PROTOCOL_VERSION,
                 heartbeat_s=self._silence.heartbeat_s,
-                features=[RESUMES, MOVES],
+                features=[RESUMES, MOVES, LISTS],
             )
         )
         while True:
@@ -294,6 +302,7 @@ class WorkerSession:
         for output in ended:
             if (sink := self._live.pop(output.handle, None)) is not None:
                 self._leaving.discard(output.handle)
+                self._lists.ended(output.handle)
                 self._forget_one_sent()
                 sink.deliver(output)
         if frame.HasField("load"):
@@ -338,6 +347,7 @@ class WorkerSession:
         self._num_tokens_since_load = 0
         self.load = pb.Load()
         self._leaving.clear()
+        self._lists.clear()
         lost, self._live = self._live, {}
         for sink in lost.values():
             sink.lose(reason, died)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from tandem.v1 import worker_pb2 as pb
 
-from services.orders import MOVES, RESUMES
+from services.orders import LISTS, MOVES, RESUMES
 from services.router.errors import ApiError, overloaded, unavailable
 from services.router.fleet.placement import Ask, Placement, Placer
 from services.router.fleet.prefixes import PrefixFinder
@@ -85,7 +85,11 @@ class Submitter:
             order.ClearField("move")
         if sequence.ends_s is not None:
             order.timeout_s = max(sequence.ends_s - self._clock(), 0.001)
-        sequence.handle = session.submit(message, sink)
+        lists = ask.lists
+        if lists is not None and LISTS not in session.features:
+            order.sampling.MergeFrom(lists)
+            lists = None
+        sequence.handle = session.submit(message, sink, lists)
         sequence.session = session
         sequence.placement = placement
         sequence.numerics = sequence.numerics or placement.decision.decode.numerics

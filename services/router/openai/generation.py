@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from services.router.text import ServedModel
 log = logging.getLogger(__name__)
 
 _ARRIVALS_AT_ONCE = 64
+_MIN_SHARED_BYTES = 128  # of smaller ones it is not worth while
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,24 @@ class GenerationPlan:
     def num_sequences(self) -> int:
         return len(self.prompts) * self.request.body.n
 
+    @functools.cached_property
+    def shared_lists(self) -> pb.SamplingParams | None:
+        """The lists of tokens that workers get apart from the orders; None: each order has them."""
+        lists = self.request.lists
+        return lists if self.num_sequences > 1 and lists.ByteSize() >= _MIN_SHARED_BYTES else None
+
     def order(self, index: int, timeout_s: float, cache_salt: str) -> pb.GenerateRequest:
-        """Makes the order for a sequence's worker. `cache_salt` is the workers', not the client's."""
+        """Makes the order for a sequence's worker, without `shared_lists`. `cache_salt` is the workers', not the
+        client's."""
         prompt, choice = divmod(index, self.request.body.n)
+        sampling = self.request.sampling_for(choice, self.max_tokens[prompt])
+        if self.shared_lists is None:
+            sampling.MergeFrom(self.request.lists)
         return pb.GenerateRequest(
             request_id=self.request_id if self.num_sequences == 1 else f"{self.request_id}-{index}",
             model=self.model.name,
             prompt_token_ids=self.prompts[prompt],
-            sampling=self.request.sampling_for(choice, self.max_tokens[prompt]),
+            sampling=sampling,
             priority=self.request.body.priority,
             cache_salt=cache_salt,
             timeout_s=timeout_s,

@@ -32,7 +32,9 @@ class GenerationRequest:
 
     body: GenerateBody
     sampling: pb.SamplingParams
-    """All but seed and max_tokens, which differ per sequence."""
+    """All but the lists, and but seed and max_tokens, which differ per sequence."""
+    lists: pb.SamplingParams
+    """logit_bias, allowed_token_ids and stop_token_ids alone."""
     max_tokens: int | None
     max_tokens_field: str
     """Where the client wrote it."""
@@ -41,7 +43,7 @@ class GenerationRequest:
     """The client's own."""
 
     def sampling_for(self, choice: int, max_tokens: int) -> pb.SamplingParams:
-        """The parameters of the choice-th answer to one prompt."""
+        """The parameters of the choice-th answer to one prompt, without the lists."""
         params, seed = pb.SamplingParams(), self.body.seed
         params.CopyFrom(self.sampling)
         params.seed = secrets.randbits(63) if seed is None else (seed + choice) % 2**64
@@ -133,7 +135,8 @@ def _check_common(
     if prompt_logprobs is not None:
         sampling.prompt_logprobs = prompt_logprobs
     stop_token_ids = frozenset(body.stop_token_ids or ())
-    return GenerationRequest(body, sampling, max_tokens, max_tokens_field, _stops(body.stop), stop_token_ids)
+    lists = _lists(body, model)
+    return GenerationRequest(body, sampling, lists, max_tokens, max_tokens_field, _stops(body.stop), stop_token_ids)
 
 
 def _check_combinations(body: GenerateBody, num_prompts: int, config: RouterConfig) -> None:
@@ -161,15 +164,12 @@ def _check_combinations(body: GenerateBody, num_prompts: int, config: RouterConf
 
 
 def _sampling(body: GenerateBody, model: ServedModel) -> pb.SamplingParams:
-    defaults, vocab_size = model.files.sampling_defaults, model.files.vocab_size
+    defaults = model.files.sampling_defaults
 
     def chosen(name: str, neutral: float) -> float:
         value: float | None = getattr(body, name)
         return value if value is not None else defaults.get(name, neutral)
 
-    eos_token_id = model.tokenizer.eos_token_id
-    # Workers read the model's configuration only; the tokenizer's may name another end, as base models' often do.
-    own_ends = [] if eos_token_id is None or body.ignore_eos else [eos_token_id]
     return pb.SamplingParams(
         temperature=chosen("temperature", 1.0),
         top_p=chosen("top_p", 1.0),
@@ -178,13 +178,21 @@ def _sampling(body: GenerateBody, model: ServedModel) -> pb.SamplingParams:
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
         repetition_penalty=chosen("repetition_penalty", 1.0),
+        min_tokens=body.min_tokens,
+        ignore_eos=body.ignore_eos,
+    )
+
+
+def _lists(body: GenerateBody, model: ServedModel) -> pb.SamplingParams:
+    vocab_size, eos_token_id = model.files.vocab_size, model.tokenizer.eos_token_id
+    # Workers read the model's configuration only; the tokenizer's may name another end, as base models' often do.
+    own_ends = [] if eos_token_id is None or body.ignore_eos else [eos_token_id]
+    return pb.SamplingParams(
         logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
         allowed_token_ids=_distinct(check_token_ids(body.allowed_token_ids or [], "allowed_token_ids", vocab_size)),
-        min_tokens=body.min_tokens,
         stop_token_ids=_distinct(
             [*check_token_ids(body.stop_token_ids or [], "stop_token_ids", vocab_size), *own_ends]
         ),
-        ignore_eos=body.ignore_eos,
     )
 
 
