@@ -43,6 +43,7 @@ class Invariant(enum.StrEnum):
     NOBODYS_WORK = "nothing of a request that has ended enters the engine"
     ONLY_PEERS = "who has not proven itself is nobody's peer"
     SERVES_ON = "while one router is away, another one serves"
+    RECLAIMED = "what a router had that is gone is given back within a bound"
     NO_FALSE_ALARM = "where nothing has failed, nobody is blamed, no deadline passes, and no stream ends in an error"
 
 

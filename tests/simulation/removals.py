@@ -28,6 +28,7 @@ from kvstore.store.node import StoreLender
 from services.decode.admission import Admission
 from services.decode.live import LiveRequest
 from services.decode.service import DecodeService
+from services.decode.session import RouterSession
 from services.prefill.service import _Order
 from services.router.fleet.session import WorkerSession
 from services.router.openai import Generation
@@ -214,6 +215,17 @@ def _end_with_another() -> AbstractContextManager[object]:
     return mock.patch.object(DecodeService, "_abort", all_of_all)
 
 
+def _never_see_it_go() -> AbstractContextManager[object]:
+    send_frames = RouterSession.send_frames
+
+    async def go_on(session: RouterSession, send: Callable[[Any], Awaitable[None]]) -> None:
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                return await send_frames(session, send)
+
+    return mock.patch.object(RouterSession, "send_frames", go_on)
+
+
 REMOVALS: Final = {
     "source-freed-early": Removal("the owner frees before the confirmation", Invariant.SOURCE_HELD, _free_early),
     "lease-not-checked": Removal(
@@ -267,6 +279,9 @@ REMOVALS: Final = {
     ),
     "routers-as-one": Removal(
         "a session's end ends its own requests alone", Invariant.SERVES_ON, _end_with_another, "routers"
+    ),
+    "gone-router-kept": Removal(
+        "a session ends with its router, and all that it had with it", Invariant.RECLAIMED, _never_see_it_go, "routers"
     ),
     "holder-shunned": Removal(
         "a holder is left alone for what is not its fault", Invariant.NO_FALSE_ALARM, _blame_the_holder, "fleet"

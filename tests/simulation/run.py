@@ -17,7 +17,7 @@ WORLDS: Final = {
     **dict.fromkeys(("fleet", "routers", "restarts"), fleet.simulate),
 }
 _OF_STREAMS: Final = {Invariant.RIGHT_TOKENS, Invariant.NOBODYS_WORK, Invariant.NO_FALSE_ALARM, Invariant.ONLY_PEERS}
-_OF_ROUTERS: Final = {Invariant.SERVES_ON}
+_OF_ROUTERS: Final = {Invariant.SERVES_ON, Invariant.RECLAIMED}
 _OF_ALL: Final = {
     *(Invariant.ONE_OUTCOME, Invariant.NO_LEAK, Invariant.ONE_OWNER, Invariant.WAITS_END, Invariant.SERVES_AGAIN)
 }

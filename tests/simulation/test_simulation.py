@@ -45,6 +45,7 @@ PINNED = {
     "cancellation-swallowed": 7,
     "holder-shunned": 20,
     "routers-as-one": 3,
+    "gone-router-kept": 3,
     "held-block-evicted": 6,
     "lent-for-ever": 38,
     "ended-with-the-first": 5,

@@ -168,7 +168,7 @@ class Client:
         is_late = took_s >= patience_s - _ROUNDED_S
         if self._wish.timeout_s and (self._status == 503 or is_late):
             return "late"
-        has_no_worker = self._status in (200, 503) and self._world.num_blows_since(self._since_s - _AFTER_S) > 1
+        has_no_worker = self._status in (200, 503) and self._world.nemesis.num_blows_since(self._since_s - _AFTER_S) > 1
         if not (has_no_worker or is_late or _GIVEN_UP in error):
             self.wrong(self.error_breaks(), f"has an error that nobody ordered: {self._status} {error}")
         return f"error: {self._status} {error}"

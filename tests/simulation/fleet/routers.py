@@ -49,6 +49,7 @@ class Routers:
         self._num_starts: Counter[str] = Counter()
         self._fallen_s = -_AFTER_S
         self._gone: dict[SimRouter, asyncio.Future[None]] = {}
+        self._reclaims: list[asyncio.Task[None]] = []
 
     @property
     def num_live(self) -> int:
@@ -61,6 +62,7 @@ class Routers:
 
     async def close(self) -> None:
         await self._world.comes_true(lambda: all(router.is_ready for router in self._here.values()), _READY_S)
+        await asyncio.gather(*self._reclaims)
         for router in self._here.values():
             await self._world.within(router.process, router.close())
 
@@ -117,7 +119,7 @@ class Routers:
         world.orders.kill(router.process, silently)
         self._gone[router].set_result(None)
         world.reach("router gone with clients" if router.num_live else "router gone without clients")
-        world.within(world.loop.world, self._see_it_reclaimed(router.process.name))
+        self._reclaims.append(world.within(world.loop.world, self._see_it_reclaimed(router.process.name)))
 
     async def _restart(self, router: SimRouter) -> None:
         world = self._world
@@ -143,7 +145,7 @@ class Routers:
 
     async def _see_it_reclaimed(self, router_id: str) -> None:
         """Each worker hears that a router is gone, and then works for it no more."""
-        self._world.judge(Invariant.NO_LEAK)
+        self._world.judge(Invariant.RECLAIMED)
         services = {each.process.name: (each, each.service) for each in self._world.workers.values()}
         for name, (worker, service) in services.items():
             if not isinstance(service, DecodeService):
@@ -158,9 +160,9 @@ class Routers:
             if works():
                 self._world.reach("a gone router's work in an engine")
             if await self._lasts(worker, knows, _NOTICE_S):
-                self._world.report(Invariant.NO_LEAK, f"{name} keeps a session with {router_id}")
+                self._world.report(Invariant.RECLAIMED, f"{name} keeps a session with {router_id}")
             if await self._lasts(worker, works, _GIVE_BACK_S):
-                self._world.report(Invariant.NO_LEAK, f"{name} works for {router_id}, which is gone")
+                self._world.report(Invariant.RECLAIMED, f"{name} works for {router_id}, which is gone")
 
     async def _lasts(self, worker: SimWorker, condition: Callable[[], bool], within_s: float) -> bool:
         """Whether it still holds after so many seconds in which the worker lived and ran."""

@@ -27,6 +27,8 @@ from tests.simulation.threads import SimThreads
 if TYPE_CHECKING:
     from tests.simulation.fleet.world import FleetWorld
 
+ROLES: Final[dict[str, Role]] = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
+STORE: Final = "s0"
 MODEL: Final = "sim"
 BLOCK_SIZE: Final = 16
 PEER_KEYS: Final = PeerKeys((b"the key of the simulated fleet",))

@@ -1,0 +1,204 @@
+"""What befalls a small fleet: which kinds of fault a seed has, when they are dealt, and how each ends."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from typing import TYPE_CHECKING, Final
+
+from kvstore.block import BlockHash
+from tests.memory_transport import Faults
+from tests.simulation.fleet.impostor import intrude
+from tests.simulation.fleet.redis_host import FAULTS as OF_REDIS
+from tests.simulation.fleet.routers import FAULTS as OF_ROUTERS
+from tests.simulation.fleet.routers import NAMES as ROUTERS
+from tests.simulation.fleet.routers import Routers
+from tests.simulation.fleet.store import DISK_POOL, SimStore
+from tests.simulation.fleet.worker import ROLES, STORE, SimWorker
+from tests.simulation.net import Weather
+
+if TYPE_CHECKING:
+    from tests.simulation.fleet.world import FleetWorld
+
+GENTLE: Final = ("reorder", "split", "slow threads", "aborts", "abort storm", "full pool", "drain")
+"""Of these nobody is to blame, and no stream ends in an error of theirs."""
+STANDING: Final = ("reorder", "split", "slow threads", "cut", "slow reads", "broken reads", "bit flips")
+OF_STORES: Final = ("rot", "full disk", "stuck disk", "bad disk", "forging store")
+MALICE: Final = ("forging store", "impostor")
+DEALT: Final = (
+    *("abort storm", "full pool", "drain", "delay", "partition", "kill", "vanish", "pause", "clock jump"),
+    *OF_STORES[:-1],
+)
+USERS: Final = ("aborts",)
+BLOWS: Final = ("drain", "partition", "kill", "vanish", "pause", "clock jump")
+"""What may take a worker from everybody. After one of them there is another worker, so nobody hears an error."""
+RESTARTS: Final = ("reorder", "kill", "vanish", "drain")
+"""All that befalls the world `restarts`, one on the heels of the other."""
+
+AROUND_ROUTERS: Final = (*GENTLE, *USERS, "delay", "partition", "kill", "vanish", "pause", *OF_REDIS)
+"""What may befall the world `routers` beside the faults of these, in seeds that are not gentle."""
+
+
+_PAUSE_S: Final = {"fleet": 2.0, "routers": 2.0, "restarts": 0.8}
+"""Between two faults, at most."""
+
+
+class FleetNemesis:
+    """`mix`: the kinds of fault that this run has. `is_gentle`: of none of them anybody is to blame."""
+
+    def __init__(self, world: FleetWorld, draw: random.Random) -> None:
+        self._world = world
+        plan = world.plan
+        self.is_gentle = plan.world != "restarts" and draw.random() < (0.5 if plan.world == "routers" else 0.3)
+        drawn = self._draw_mix(draw)
+        self._dealt = [kind for kind in drawn if kind in (*DEALT, *OF_REDIS, *OF_ROUTERS, *MALICE)]
+        self.mix = frozenset(kind for kind in drawn if world.does(kind))
+        self.leavers: set[str] = set()
+        """Names and incarnations of those who leave in order."""
+        self._blows: list[float] = []
+        world.faults.update((self.mix & set(STANDING)) - {"cut"})
+
+    def num_blows_since(self, since_s: float) -> int:
+        """How many workers may have been out of reach since."""
+        return sum(each >= since_s for each in self._blows)
+
+    def draw_read_faults(self, draw: random.Random) -> Faults:
+        slow_s, broken = draw.choice([0.1, 0.5]), 0.05 if "broken reads" in self.mix else 0.0
+        return Faults(
+            max_delay_s=slow_s if "slow reads" in self.mix else 0.002,
+            stall=broken,
+            fail=broken,
+            cut=broken,
+            corrupt=0.1 if "bit flips" in self.mix else 0.0,
+        )
+
+    def weather(self) -> Weather:
+        return Weather(split=0.3 if "split" in self.mix else 0.0, cut=0.2 if "cut" in self.mix else 0.0)
+
+    def _draw_mix(self, draw: random.Random) -> list[str]:
+        plan = self._world.plan
+        if plan.world == "restarts":
+            return list(RESTARTS)
+        if plan.world == "routers":
+            swarm = plan.stream("routers")
+            own = [kind for kind in OF_ROUTERS if swarm.random() < 0.5]
+            return [*own, *(kind for kind in (GENTLE if self.is_gentle else AROUND_ROUTERS) if draw.random() < 0.4)]
+        if self.is_gentle:
+            return [kind for kind in GENTLE if draw.random() < 0.4]
+        drawn = [kind for kind in dict.fromkeys((*STANDING, *DEALT, *USERS)) if draw.random() < 0.4]
+        for name, kinds in (("redis", OF_REDIS), ("malice", MALICE)):
+            swarm = plan.stream(name)
+            drawn += [kind for kind in kinds if swarm.random() < 0.3]
+        return drawn
+
+    async def deal(self) -> None:
+        world = self._world
+        for number in itertools.count():
+            draw = world.plan.stream(f"deal {number}")
+            await asyncio.sleep(draw.uniform(0, _PAUSE_S[world.plan.world]))
+            if world.loop.time() >= world.plan.load_s:
+                return
+            kind = draw.choice(self._dealt) if self._dealt else None
+            if kind in self.mix and world.does(f"deal {number}"):
+                if kind in OF_REDIS:
+                    self._deal_redis(kind, draw)
+                elif kind in OF_ROUTERS:
+                    self._deal_router(kind, draw)
+                else:
+                    self._deal_one(kind, draw)
+
+    def _deal_redis(self, kind: str, draw: random.Random) -> None:
+        world = self._world
+        if world.redis.is_up:
+            lasts_s, other = draw.uniform(0.2, 9.0), draw.choice([*ROLES, STORE, *world.router.names])
+            world.faults[kind] += 1
+            world.story.append(f"{world.loop.time():.3f} s: {kind} ({other}, {lasts_s:.1f} s)")
+            world.redis.fail(kind, lasts_s, draw.random() < 0.5, other)
+
+    def _deal_router(self, kind: str, draw: random.Random) -> None:
+        world = self._world
+        lasts_s, name = draw.uniform(0.2, 9.0), draw.choice(ROUTERS)
+        if isinstance(world.router, Routers) and world.router.fail(kind, lasts_s, name):
+            world.faults[kind] += 1
+            world.story.append(f"{world.loop.time():.3f} s: {kind} ({name}, {lasts_s:.1f} s)")
+
+    def _deal_one(self, kind: str, draw: random.Random) -> None:
+        world = self._world
+        here = dict(world.holders())
+        upright = [name for name in (*ROLES, STORE) if name in here and not here[name].process.is_paused]
+        if kind in OF_STORES or (self.is_gentle and kind != "abort storm"):
+            upright = [name for name in upright if (name == STORE) == (kind in OF_STORES)]
+        if len(upright) < (1 if kind in OF_STORES else 3):
+            return
+        name = draw.choice(upright)
+        worker, lasts_s = here[name], draw.uniform(0.2, 9.0)
+        world.faults[kind] += 1
+        if kind in BLOWS:
+            self._blows.append(world.loop.time())
+        world.story.append(f"{world.loop.time():.3f} s: {kind} ({worker.process.name}, {lasts_s:.1f} s)")
+        match kind:
+            case "delay":
+                world.net.weather.max_latency_s = draw.choice([0.05, 0.3])
+                world.healing.later(lasts_s, self._calm)
+            case "partition":
+                other = draw.choice([each for each in (*ROLES, STORE, *world.router.names) if each != name])
+                world.net.part(name, other)
+                world.healing.later(lasts_s, lambda: world.net.join(name, other))
+            case "kill" | "vanish":
+                world.kill(name, silently=kind == "vanish")
+                world.healing.later(lasts_s / 3, lambda: world.start(name))
+            case "drain":
+                # Never the last of its kind: that is another fault.
+                others = [each for each in here.values() if each.role == worker.role and each is not worker]
+                if not any(each.is_leaving for each in (worker, *others)):
+                    worker.is_leaving = True
+                    self.leavers |= {worker.name, worker.incarnation}
+                    world.within(world.loop.world, world.drain(worker))
+            case "pause":
+                world.loop.pause(worker.process)
+                world.healing.later(lasts_s, lambda: world.loop.resume(worker.process))
+            case "clock jump":
+                worker.process.clock_ahead_s += draw.choice([1.0, 7.0, 100.0])
+            case "full pool" if isinstance(worker, SimWorker):
+                world.within(worker.process, self._fill(worker, lasts_s, draw))
+            case "forging store" if isinstance(worker, SimStore):
+                worker.forge()
+                world.healing.later(lasts_s, worker.stop_forging)
+            case "rot" if isinstance(worker, SimStore):
+                worker.rot(draw)
+            case "stuck disk" if isinstance(worker, SimStore):
+                worker.threads.stuck.add(DISK_POOL)
+                world.healing.later(lasts_s, lambda: worker.threads.stuck.discard(DISK_POOL))
+            case "full disk" | "bad disk" if isinstance(worker, SimStore):
+                what = "is_full" if kind == "full disk" else "is_failing"
+                setattr(worker.disk, what, True)
+                world.healing.later(lasts_s, lambda: setattr(worker.disk, what, False))
+            case "impostor":
+                assert world.first is not None
+                work = intrude(world, draw.choice(list(ROLES)), world.first.engine.layout, worker.record.kv_address)
+                world.within(world.loop.new_process(f"x/{world.faults[kind]}"), work)
+            case "abort storm":
+                for client in world.clients:
+                    client.leave()
+
+    async def _fill(self, worker: SimWorker, lasts_s: float, draw: random.Random) -> None:
+        """Hold much of a worker's pool for a while."""
+        engine, thread = worker.engine, worker.parts.thread
+        hashes = [BlockHash(draw.randbytes(16)) for _ in range(max(0, engine.load().num_free_blocks - 2))]
+        room = await thread.call(engine.take_prefix, hashes)
+        if room is not None:
+            worker.num_filled += 1
+            await asyncio.sleep(min(lasts_s, 2.0))
+            await thread.call(engine.release_blocks, room.block_ids)
+            worker.num_filled -= 1
+
+    def _calm(self) -> None:
+        self._world.net.weather.max_latency_s = Weather.max_latency_s
+
+    def stop(self) -> None:
+        """End all faults."""
+        self._world.healing.now()
+        self._world.net.weather = Weather()
+        for _, each in self._world.holders():
+            each.transport.faults = Faults()
