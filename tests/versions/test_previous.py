@@ -32,6 +32,8 @@ PROMPTS = [list(range(start, start + 100)) for start in (3, 203, 403)]
 NUM_NEW_TOKENS = 6
 STOP_TIMEOUT_S = 30.0
 
+pytestmark = pytest.mark.timeout(400)
+
 
 def git(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -121,6 +123,25 @@ async def test_routers_of_both_versions_have_requests_served_by_workers_of_both(
                 texts.add(answer.json()["choices"][0]["text"])
                 decoded_by |= set(re.findall(r'"(old-decode|decode-0)"', answer.text))
     assert len(texts) == 1
+    assert decoded_by == {"decode-0", "old-decode"}
+
+
+async def test_choices_with_lists_of_tokens_are_alike_through_either_version(fleet: Stack) -> None:
+    """Today's router and decode worker have the lists apart from the orders; with the version before, in each."""
+    allowed = list(range(300, 400))
+    body = {"model": "m", "prompt": PROMPTS[1], "max_tokens": NUM_NEW_TOKENS, "temperature": 0, "n": 3, "receipt": True}
+    body |= {"allowed_token_ids": allowed, "return_token_ids": True, "ignore_eos": True}
+    said, decoded_by = set(), set()
+    async with httpx.AsyncClient(timeout=60) as client:
+        for router in (fleet.url, old_router(fleet)):
+            answers = await asyncio.gather(*(client.post(f"{router}/v1/completions", json=body) for _ in range(4)))
+            for answer in answers:
+                assert answer.status_code == 200, answer.text
+                said |= {tuple(choice["token_ids"]) for choice in answer.json()["choices"]}
+                decoded_by |= set(re.findall(r'"(old-decode|decode-0)"', answer.text))
+    (token_ids,) = said
+    assert len(token_ids) == NUM_NEW_TOKENS
+    assert set(token_ids) <= set(allowed)
     assert decoded_by == {"decode-0", "old-decode"}
 
 
