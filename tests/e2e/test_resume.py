@@ -63,6 +63,8 @@ class DisturbingOrders(GrpcOrders):
         """Of the first sequence's tokens, when it happened: a frame may carry several."""
         self.told: list[Service] = []
         """Those that were told to drain and not to end."""
+        self.ending: list[Service] = []
+        """Those that were told to end."""
         self._how: Ending = "kill"
         self._stack = stack
         self._first: dict[str, int] = {}  # handles, by the worker's address
@@ -104,6 +106,7 @@ class DisturbingOrders(GrpcOrders):
             service.process.kill()
             service.process.join()
         elif self._how == "terminate":
+            self.ending.append(service)
             service.process.terminate()
         else:
             self.told.append(service)
@@ -194,9 +197,12 @@ async def end_at_each(
             assert answer.error is None, answer.error
             assert about_equal(answer.choices(), expected.choices()), (combination, index, how)
             while orders.told:
-                orders.told.pop().process.terminate()
+                orders.ending.append(orders.told.pop())
+                orders.ending[-1].process.terminate()
             if orders.end_at is None and orders.num_said < num_tokens:
                 yield orders.num_said, answer
+        for service in orders.ending:
+            await asyncio.to_thread(service.process.join)
 
 
 def resumes_of(answer: Answer) -> list[dict[str, object]]:

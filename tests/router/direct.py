@@ -84,7 +84,7 @@ class DirectClient:
         await self._endpoint({"headers": [], "state": state}, receive, send)
         finished.set()
         text = b"".join(pieces)
-        if not body.get("stream"):
+        if not body.get("stream") or text.startswith(b"{"):  # refused before it began
             return Answer([json.loads(text)], True)
         lines = [line for line in text.split(b"\n\n") if line.startswith(b"data: {")]
         return Answer([json.loads(line[6:]) for line in lines], False)

@@ -24,6 +24,27 @@ _Positive = Annotated[int, Meta(ge=1, le=INT32_MAX)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 _TokenId = Annotated[int, Meta(ge=0)]
 _Objects = list[dict[str, Any]]
+_TEXT = {"type": "string"}
+_PARTS = [
+    _TEXT,
+    {
+        "type": "object",
+        "required": ["type", "text"],
+        "properties": {"type": {"enum": ["text", "input_text", "output_text"]}, "text": _TEXT},
+    },
+    {"type": "object", "required": ["type", "refusal"], "properties": {"type": {"const": "refusal"}, "refusal": _TEXT}},
+]
+_CONTENT = {"anyOf": [_TEXT, {"type": "array", "items": {"anyOf": _PARTS}}]}
+_CALLS = {"type": "array", "items": {"type": "object"}, "minItems": 1}
+_MESSAGE = {
+    "anyOf": [
+        {"required": ["role", "content"], "properties": {"role": {**_TEXT, "minLength": 1}, "content": _CONTENT}},
+        {"required": ["role", "tool_calls"], "properties": {"role": {"const": "assistant"}, "tool_calls": _CALLS}},
+    ]
+}
+_Messages = Annotated[
+    list[Annotated[dict[str, Any], Meta(description="A message.", extra_json_schema=_MESSAGE)]], Meta(min_length=1)
+]
 _NoGrammar = Annotated[Any, Meta(description="there is no constrained decoding")]
 _Prompt = Annotated[
     str | Annotated[list[str | int | list[int]], Meta(min_length=1)],
@@ -135,7 +156,7 @@ class CompletionBody(GenerateBody, kw_only=True):
 class ChatBody(GenerateBody, kw_only=True):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[_Objects, Meta(min_length=1)]
+    messages: _Messages
     tools: _Objects | None = None
     documents: _Objects | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -160,7 +181,7 @@ class TokenizeBody(Struct, kw_only=True):
     model: str | None = None
     prompt: str | None = None
     return_token_strs: bool = False
-    messages: Annotated[_Objects, Meta(min_length=1)] | None = None
+    messages: _Messages | None = None
     tools: _Objects | None = None
     documents: _Objects | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -27,6 +27,15 @@ _HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
     "X-Envoy-Expected-Rq-Timeout-Ms": ("When the whole answer is too late.", _MILLISECONDS),
 }
 """Of the generating endpoints, all optional."""
+_TOKEN_ID = {"type": "integer", "minimum": 0}
+_PROMPTS = [
+    {"type": "string"},
+    *(
+        {"type": "array", "items": items, "minItems": 1}
+        for items in ({"type": "string"}, _TOKEN_ID, {"type": "array", "items": _TOKEN_ID, "minItems": 1})
+    ),
+]
+"""Not several of these in one list, which the type of the field cannot say."""
 
 
 class ErrorDetail(msgspec.Struct):
@@ -51,6 +60,8 @@ def openapi_document(app: FastAPI, root_path: str) -> dict[str, Any]:
     schemas, components = msgspec.json.schema_components(
         (*_BODIES.values(), Error), ref_template="#/components/schemas/{name}"
     )
+    components["CompletionBody"]["properties"]["prompt"]["anyOf"] = _PROMPTS
+    components["TokenizeBody"]["anyOf"] = [{"required": ["prompt"]}, {"required": ["messages"]}]
     for path, schema in zip(_BODIES, schemas, strict=False):
         post = document["paths"].setdefault(path, {}).setdefault("post", {"responses": {"200": {"description": "OK"}}})
         post["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
