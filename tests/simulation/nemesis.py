@@ -61,6 +61,7 @@ class Nemesis:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self.is_over = False
         draw = world.plan.stream("mix")
         drawn = [kind for kind in (*STANDING, *DEALT, *USERS) if draw.random() < world.size.share]
         self._dealt = [kind for kind in drawn if kind in DEALT]
@@ -135,6 +136,11 @@ class Nemesis:
         """End all faults."""
         self._world.healing.now()
         self._world.net.weather = Weather()
+        self.is_over = True
         for node in self._world.nodes.values():
-            node.transport.faults = Faults()
-            node.habits = Habits()
+            self.appease(node)
+
+    def appease(self, node: Node) -> None:
+        """From now on a node has neither faults nor habits that make trouble."""
+        node.transport.faults = Faults()
+        node.habits = Habits()

@@ -233,6 +233,8 @@ class World(Ledger):
         starts.append((self.loop.time(), incarnation))
         node = Node(self, name, incarnation, self._draw_habits(self.plan.stream(f"habits {name}/{incarnation}")))
         node.threads.max_delay_s = 1.0 if "slow threads" in self.mix else 0.01
+        if self._nemesis.is_over:  # it was leaving when the faults ended
+            self._nemesis.appease(node)
         self.nodes[name] = node
         self.net.back(name)
         self._within(node, node.start())

@@ -160,7 +160,7 @@ class FleetNemesis:
                 world.healing.later(lasts_s, lambda: world.loop.resume(worker.process))
             case "clock jump":
                 worker.process.clock_ahead_s += draw.choice([1.0, 7.0, 100.0])
-            case "full pool" if isinstance(worker, SimWorker):
+            case "full pool" if isinstance(worker, SimWorker) and not worker.is_leaving:
                 world.within(worker.process, self._fill(worker, lasts_s, draw))
             case "forging store" if isinstance(worker, SimStore):
                 worker.forge()
@@ -186,12 +186,12 @@ class FleetNemesis:
         """Hold much of a worker's pool for a while."""
         engine, thread = worker.engine, worker.parts.thread
         hashes = [BlockHash(draw.randbytes(16)) for _ in range(max(0, engine.load().num_free_blocks - 2))]
+        worker.num_filled += 1  # it does not leave meanwhile
         room = await thread.call(engine.take_prefix, hashes)
         if room is not None:
-            worker.num_filled += 1
             await asyncio.sleep(min(lasts_s, 2.0))
             await thread.call(engine.release_blocks, room.block_ids)
-            worker.num_filled -= 1
+        worker.num_filled -= 1
 
     def _calm(self) -> None:
         self._world.net.weather.max_latency_s = Weather.max_latency_s

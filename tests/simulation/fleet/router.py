@@ -13,6 +13,7 @@ from services.router.config import RouterConfig
 from services.router.edge import Edge, Guard, RouterParts
 from services.router.process import Seams, open_parts
 from services.router.tenants import Keyring
+from services.router.text import ModelDirectory
 from tests.simulation.fleet.client import REQUEST_TIMEOUT_S, Client
 from tests.simulation.fleet.orders import SimOrders
 from tests.simulation.fleet.redis_host import REDIS_URL
@@ -56,6 +57,7 @@ class SimRouter:
         self._world = world
         self._is_over = world.loop.create_future()
         self._app: Edge | None = None
+        self._models: ModelDirectory | None = None
         with world.loop.within(self.process):
             self._membership = Membership(REDIS_URL)
             self._index = IndexReader(REDIS_URL, observer=_Lookups(world))
@@ -64,7 +66,7 @@ class SimRouter:
     def is_ready(self) -> bool:
         """Whether a balancer sends it clients."""
         is_up = not (self.process.is_killed or self.process.is_paused or self.is_leaving)
-        return is_up and self._app is not None and bool(self._membership.snapshot())
+        return is_up and self._models is not None and MODEL in self._models.names()
 
     async def start(self) -> None:
         """Until it can be asked."""
@@ -82,7 +84,7 @@ class SimRouter:
             await self._is_over
 
     def _make_app(self, parts: RouterParts) -> None:
-        endpoints = generating_endpoints(parts)
+        self._models, endpoints = parts.models, generating_endpoints(parts)
 
         async def front(scope: Any, receive: Any, send: Any) -> None:
             await endpoints[scope["path"]](scope, receive, send)

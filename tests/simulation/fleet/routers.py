@@ -98,7 +98,7 @@ class Routers:
             case "router restarted":
                 router.is_leaving = True
                 world.within(world.loop.world, self._restart(router))
-        world.within(self.process, self._see_the_other_serve(f"while {router.process.name} is away"))
+        world.within(self.process, self._see_the_other_serve(f"beside-{router.process.name}"))
         return True
 
     def _ready(self) -> list[SimRouter]:
@@ -141,7 +141,7 @@ class Routers:
         await self._world.comes_true(asked.done, _SERVE_S)
         if not asked.done() or asked.result() not in ("whole", "left"):
             how = asked.result() if asked.done() else "no end"
-            self._world.report(Invariant.SERVES_ON, f"{name}, the other router's request has {how}")
+            self._world.report(Invariant.SERVES_ON, f"{name}: the other router's request has {how}")
 
     async def _see_it_reclaimed(self, router_id: str) -> None:
         """Each worker hears that a router is gone, and then works for it no more."""
