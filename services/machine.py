@@ -86,14 +86,18 @@ def _field(file: str, name: str) -> str:
     return ""
 
 
-_M_ARENA_MAX = -8  # see malloc.h
+_M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3  # see malloc.h
 _MAX_ARENAS = 2
+_LARGE_BYTES = 256 << 10
 
 
-def bound_arenas() -> None:
-    """Have threads share a few heaps, since each keeps what it once used. Call it before there are threads; glibc."""
+def bound_heaps() -> None:
+    """Have threads share a few heaps, since each keeps what it once used, and have nothing large in them: else glibc
+    would, once something large has been freed, keep what is as large in a heap. Call it before there are threads.
+    """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(_M_ARENA_MAX, _MAX_ARENAS)
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def trim_memory() -> None:

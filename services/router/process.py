@@ -25,7 +25,7 @@ from kvstore.threads import OsThreads, Threads
 from services.activity import Activity, activity_logged, sample
 from services.http_server import HttpLimits, HttpServer, bound_unsent, bounded
 from services.logs import configure_logging, detail_level, launched, report_phase, report_ready
-from services.machine import bound_arenas
+from services.machine import bound_heaps
 from services.orders import GrpcOrders, Orders
 from services.peer_settings import PeerProofs
 from services.router.admission import Admission
@@ -61,7 +61,7 @@ def run_router(config: RouterConfig) -> int:
     configure_logging(config.log_level, config.log_format, fields={"role": "router"})
     # The pool has its own threads; the library's would fight the event loop for the cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    bound_arenas()
+    bound_heaps()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
         proofs = config.read_peer_proofs()

@@ -117,8 +117,10 @@ async def unread(port: int, seconds: float) -> Counter[str]:
 
 
 def peers(num: int, **fields: object) -> Attack:
-    """`num` clients with a request of one sequence each."""
-    return Attack(body(prompt="x", **fields), concurrency=num, is_one_client=False)
+    """`num` clients with a request of one sequence each: a long one, so that they have as many tokens a second."""
+    return Attack(
+        body(prompt="x", **{"max_tokens": 256, "ignore_eos": True, **fields}), concurrency=num, is_one_client=False
+    )
 
 
 ATTACKS: dict[str, Attack] = {
@@ -142,13 +144,13 @@ ATTACKS: dict[str, Attack] = {
     "1,000,000 empty lists": Attack(body(prompt=[[]] * 1_000_000)),
     "n=128, logprobs of 20": Attack(
         body(prompt="x", n=128, logprobs=20, max_tokens=32, ignore_eos=True),
-        peers=peers(128, logprobs=20, max_tokens=32, ignore_eos=True),
+        peers=peers(128, logprobs=20),
     ),
     "echo of 4,000 logprobs": Attack(
         body(prompt=ids(4000), echo=True, logprobs=20, max_tokens=1),
         peers=Attack(body(prompt=ids(4000), max_tokens=1), is_one_client=False),
     ),
-    "unread streams": Attack(run=unread, peers=peers(24, max_tokens=4000, ignore_eos=True, stream=True)),
+    "unread streams": Attack(run=unread, peers=peers(24, max_tokens=4000, stream=True)),
     "header of 1 MB": Attack(run=lambda port, s: silent(
         port, s, said=b"GET /health HTTP/1.1\r\nX-A: " + b"x" * 1_000_000 + b"\r\n\r\n", num=8)),
     "URL of 50 KB": Attack(run=lambda port, s: silent(
