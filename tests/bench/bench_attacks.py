@@ -21,6 +21,7 @@ import asyncio
 import json
 import multiprocessing as mp
 import os
+import random
 import re
 import shlex
 import statistics
@@ -78,6 +79,11 @@ def body(**fields: object) -> Callable[[], bytes]:
 
 def ids(num: int, cycle: int = 2000) -> list[int]:
     return [100 + i % (cycle - 100) for i in range(num)]
+
+
+def other_ids(num: int) -> list[int]:
+    """A prompt that nobody has computed yet."""
+    return random.choices(range(100, 2000), k=num)
 
 
 async def silent(port: int, seconds: float, *, said: bytes, num: int) -> Counter[str]:
@@ -148,7 +154,7 @@ ATTACKS: dict[str, Attack] = {
     ),
     "echo of 4,000 logprobs": Attack(
         body(prompt=ids(4000), echo=True, logprobs=20, max_tokens=1),
-        peers=Attack(body(prompt=ids(4000), max_tokens=1), is_one_client=False),
+        peers=Attack(lambda: body(prompt=other_ids(4000), max_tokens=1)(), is_one_client=False),
     ),
     "unread streams": Attack(run=unread, peers=peers(24, max_tokens=4000, stream=True)),
     "header of 1 MB": Attack(run=lambda port, s: silent(
@@ -176,13 +182,15 @@ async def attack(port: int, chosen: Attack, seconds: float) -> Given:
     """Answers by status, with the size of the largest error."""
     if chosen.run is not None:
         return Given(await chosen.run(port, seconds))
-    content, given, end = chosen.body(), Given(), time.monotonic() + seconds
+    same = chosen.body() if chosen.is_one_client else None
+    given, end = Given(), time.monotonic() + seconds
     largest = 0
 
     async def connection(index: int) -> None:
         nonlocal largest
         async with client_from(f"127.0.1.{1 if chosen.is_one_client else 1 + index}", port, seconds + 60) as http:
             while time.monotonic() < end:
+                content = same if same is not None else chosen.body()
                 try:
                     answer = await http.post(chosen.path, content=content, headers={"content-type": "application/json"})
                     given.answers[str(answer.status_code)] += 1
