@@ -22,7 +22,7 @@ from tests.chaos import network
 from tests.chaos.faults import Nemesis
 from tests.chaos.fleet import Fleet
 from tests.chaos.load import Load
-from tests.chaos.verdict import Footprints, failures, table, unrest
+from tests.chaos.verdict import LOOK_S, Footprints, failures, table, unrest
 from tests.hf_models import write_model
 
 _DIRECTORY = Path("build/chaos")
@@ -79,6 +79,8 @@ async def _run(fleet: Fleet, flags: argparse.Namespace) -> int:
         stop.set()
         await loading
         problems += nemesis.unexpected + await asyncio.to_thread(unrest, fleet)
+        await load.close()  # its connections are no growth
+        await asyncio.sleep(2 * LOOK_S)
         looking.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await looking

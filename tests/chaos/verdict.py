@@ -17,7 +17,7 @@ from tests.peers import AUTHORIZATION
 from tests.soak import Track
 
 _REST_S: Final = 60.0
-_LOOK_S: Final = 2.0
+LOOK_S: Final = 2.0
 _JUDGED_MIN: Final = 5.0
 """Who has lived for so long has had its first touches of everything behind it in the second half."""
 _MAX_MB_PER_MIN: Final = 3.0
@@ -77,7 +77,7 @@ class Footprints:
                 if member.alive:
                     with contextlib.suppress(OSError):  # it has just ended
                         self._of(member).look((time.monotonic() - began) / 60)
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(LOOK_S)
 
     def _of(self, member: Member) -> Track:
         """The track of this start."""
