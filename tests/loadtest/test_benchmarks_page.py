@@ -14,7 +14,7 @@ _PAGE = (_ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 _FOREIGN = {
     "--model", "--prefill", "--decode", "--routing-policy", "--host", "--headless", "--master", "--worker",
     "--expect-workers", "--master-host", "--result", "--up-args", "--prefix-fetch", "--max-num-batched-tokens",
-    "--quantization", "--runs", "--vllm", "--loads", "--ttft-deadline-s",
+    "--quantization", "--runs", "--vllm", "--loads", "--ttft-deadline-s", "--capacity",
 }  # fmt: skip
 
 
