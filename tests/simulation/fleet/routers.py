@@ -35,6 +35,7 @@ _NOTICE_S: Final = 20.0  # a keepalive's 15 s, and more
 _GIVE_BACK_S: Final = 2.0
 _STEP_S: Final = 0.1
 _AFTER_S: Final = 20.0  # until a worker has heard of it, and more
+_CUT: Final = "cut: its router is gone"
 
 
 class Routers:
@@ -76,7 +77,7 @@ class Routers:
         client.error_breaks = self._error_breaks
         serving, gone = self._world.within(router.process, router.serve(client)), self._gone[router]
         await asyncio.wait([serving, gone], return_when=asyncio.FIRST_COMPLETED)
-        return serving.result() if serving.done() else "cut: its router is gone"
+        return serving.result() if serving.done() else _CUT
 
     def _error_breaks(self) -> Invariant:
         is_one_away = self._world.loop.time() < self._fallen_s + _AFTER_S
@@ -139,7 +140,7 @@ class Routers:
         wish = replace(draw_wish(random.Random(name)), timeout_s=0.0)
         asked = self._world.within(self.process, self._world.ask(name, wish))
         await self._world.comes_true(asked.done, _SERVE_S)
-        if not asked.done() or asked.result() not in ("whole", "left"):
+        if not asked.done() or asked.result() not in ("whole", "left", _CUT):  # that one may fall next
             how = asked.result() if asked.done() else "no end"
             self._world.report(Invariant.SERVES_ON, f"{name}: the other router's request has {how}")
 
