@@ -200,5 +200,6 @@ class FleetNemesis:
         """End all faults."""
         self._world.healing.now()
         self._world.net.weather = Weather()
+        self._world.read_faults = Faults()  # of those that start from now on
         for _, each in self._world.holders():
             each.transport.faults = Faults()

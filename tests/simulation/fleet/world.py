@@ -91,7 +91,7 @@ class FleetWorld(Ledger):
         self._num_starts: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.clients: dict[Client, None] = {}
-        self._read_faults = self.nemesis.draw_read_faults(draw)
+        self.read_faults = self.nemesis.draw_read_faults(draw)
         self.net.weather = self.nemesis.weather()
 
     def unix_s(self) -> float:
@@ -102,7 +102,7 @@ class FleetWorld(Ledger):
 
     def make_transport(self, memory: BlockMemory, name: str) -> MemoryTransport:
         seed = self.plan.stream(f"transport {name}").getrandbits(32)
-        return MemoryTransport(memory, self._switchboard, self._read_faults, seed)
+        return MemoryTransport(memory, self._switchboard, self.read_faults, seed)
 
     def holders(self) -> list[tuple[str, SimWorker | SimStore]]:
         return [*self.workers.items(), *self.stores.items()]
