@@ -7,11 +7,11 @@ Starts `tandem up` with the demo model. The attacker is a process of its own and
 with as many connections at a time as the attack needs, over and over. Beside it a client sends ten small requests a
 second, an open loop, each measured from when it was due, and another one asks for `/health`. What the small request's
 latency is compared with takes turns with the attack, so that both have the same machine: where the attack is refused,
-the latency of an idle stack; where it is admitted, that beside as many sequences of as many tokens in requests of one
-sequence, each from a client of its own. A row has the attacker's answers and tokens a second, both latencies, what the
-median may be at most (one and a half times the other, and 100 ms), the slowest `/health`, the processor time that the
-router took, for each of the attacker's answers, its most memory, then and three seconds later, how late the small
-requests were sent, and how many processes wanted the machine's processors.
+the latency of an idle stack; where it is admitted, that beside as many tokens a second, or where there are none as many
+sequences, in requests of one sequence, each from a client of its own. A row has the attacker's answers and tokens a
+second, both latencies, what the median may be at most (one and a half times the other, and 100 ms), the slowest
+`/health`, the processor time that the router took, for each of the attacker's answers, its most memory, then and three
+seconds later, how late the small requests were sent, and how many processes wanted the machine's processors.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 class Attack:
     """`body` is sent to `path` by `concurrency` connections at a time, or `run` does it otherwise.
 
-    An attack that is admitted is compared with `peers`: as many sequences at a time, each a request of another client.
+    An attack that is admitted is compared with `peers`, whose requests have one sequence, each of another client.
     """
 
     body: Callable[[], bytes] = lambda: b""
