@@ -26,6 +26,7 @@ from services.router.sharing import (
     DrainRate,
     Estimate,
     FairQueue,
+    Seats,
     Surplus,
     expected_ttft,
     is_hopeless,
@@ -52,6 +53,9 @@ class Fleet(Protocol):
     def has_room(self, model: str, num_pending: int, num_pending_tokens: float) -> bool:
         """Whether a worker should get another sequence now. Pending: granted a moment ago, and not sent yet."""
 
+    def num_seats(self, model: str) -> float:
+        """Sequences that its workers' batches hold; infinity where that is not known."""
+
     def front_tokens(self, model: str) -> float:
         """Prompt tokens in front of a new one at the worker that has fewest."""
 
@@ -68,6 +72,9 @@ class OpenFleet:
     def has_room(self, model: str, num_pending: int, num_pending_tokens: float) -> bool:
         return True
 
+    def num_seats(self, model: str) -> float:
+        return math.inf
+
     def front_tokens(self, model: str) -> float:
         return 0.0
 
@@ -80,9 +87,10 @@ class OpenFleet:
 
 @dataclass(eq=False)
 class _Line:
-    """One model's queue, and what was granted and is not with a worker yet."""
+    """One model's queue, who has seats at its workers, and what was granted and is not with a worker yet."""
 
     queue: FairQueue[Room]
+    seats: Seats
     drain: DrainRate = field(default_factory=DrainRate)
     surplus: Surplus = field(default_factory=Surplus)
     num_pending: int = 0
@@ -125,6 +133,7 @@ class Room:
     def end(self) -> None:
         """Note that one that had begun has ended."""
         self.num_begun -= 1
+        self._line.seats.leave(self.applicant.client, 1)
         self._give_back(1)
 
     def generated(self, num_tokens: int) -> None:
@@ -148,8 +157,11 @@ class Room:
         self.on_grant()
 
     def leave(self) -> None:
-        """Give back what it has not used."""
+        """Give back what it has, and wait no more."""
         self._settle_pending(self.num_free)
+        num_held = self.num_free + self.num_begun
+        self._line.seats.leave(self.applicant.client, num_held, self.num_waiting)
+        self._give_back(num_held)
 
     def _settle_pending(self, num_sequences: int) -> None:
         self._line.num_pending -= num_sequences
@@ -169,8 +181,10 @@ class Admission:
         weight_of: Callable[[str], float] = lambda client: 1.0,
         client_share: float = 1.0,
     ) -> None:
-        """`client_share`: how much of the queue one client may fill, by more than one request."""
+        """`client_share`: how much of the queue one client may fill, by more than one request, and of the workers'
+        seats in any case (`Seats`)."""
         self._capacity = capacity
+        self._client_share = client_share
         self._max_queue = max_queue
         self._max_queue_of_one = math.ceil(max_queue * client_share)
         self._on_refusal = on_refusal
@@ -210,10 +224,11 @@ class Admission:
     @contextmanager
     def admit(self, num_sequences: int, applicant: Applicant = Applicant()) -> Iterator[Room]:
         """The request's room, for as long as it lasts. Raises ApiError 429 when the queue is full."""
-        line = self._lines.setdefault(applicant.model, _Line(FairQueue(self._weight_of)))
+        line = self._line(applicant.model)
         if not self._has_room(applicant.model, line) or len(line.queue):
             self._check_queue(num_sequences, applicant.client)
         room = Room(num_sequences, applicant, line, self._give_back)
+        line.seats.want(applicant.client, num_sequences)
         self._wait(room, line)
         self.num_waiting += num_sequences
         self._num_unbegun[applicant.client] += num_sequences
@@ -227,7 +242,6 @@ class Admission:
                 if not room.was_granted:
                     self._begun(applicant.client, room.num_waiting)
             room.leave()
-            self._give_back(room.num_free + room.num_begun)
 
     def fill(self) -> None:
         """Let begin whoever has room now. Called with each piece of news of the fleet."""
@@ -245,7 +259,12 @@ class Admission:
         """Let one sequence begin, if there is one and room for it."""
         if not len(line.queue) or not self._has_room(model, line):
             return False
-        room, client = line.queue.pop()
+        num_seats = min(self._fleet.num_seats(model), self._capacity)
+        popped = line.queue.pop(lambda client: line.seats.has_enough(client, num_seats))
+        if popped is None:
+            return False
+        room, client = popped
+        line.seats.take(client)
         if not room.was_granted:
             self._begun(client, room.num_waiting)
         line.queue.charge(client, room.num_tokens)
@@ -257,6 +276,11 @@ class Admission:
             self._wait(room, line)
         room.granted(self._clock() + self._reckoned_s(model, line, room.num_tokens))
         return True
+
+    def _line(self, model: str) -> _Line:
+        if model not in self._lines:
+            self._lines[model] = _Line(FairQueue(self._weight_of), Seats(self._client_share, self._clock))
+        return self._lines[model]
 
     def _has_room(self, model: str, line: _Line) -> bool:
         return self.num_running < self._capacity and self._fleet.has_room(

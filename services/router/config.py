@@ -161,8 +161,8 @@ class RouterConfig(PeerSettings):
         0.75,
         above=0,
         max=1,
-        help="most of the queue, of the tokenizer's and of the request memory that one client may take: a tenant, or"
-        " where there are no keys an address",
+        help="most of the queue, of the tokenizer's, of the request memory and, while others ask, of the workers'"
+        " batches that one client may take: a tenant, or where there are no keys an address",
         group="limits",
     )
     request_timeout_s: float = setting(

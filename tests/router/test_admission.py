@@ -113,6 +113,24 @@ def test_one_client_leaves_some_of_the_queue_to_others():
     assert (admission.num_running, admission.num_waiting) == (0, 0)
 
 
+def test_a_client_that_fills_the_batch_leaves_seats_to_those_that_have_asked_lately():
+    class Batch(OpenFleet):
+        def num_seats(self, model: str) -> float:
+            return 8
+
+    admission = Admission(1000, 1000, time.monotonic, client_share=0.75, fleet=Batch())
+    Visitor(admission, client="small").leave()
+    flood = Visitor(admission, 100, client="flood")
+    assert flood.num_inside == 7
+    small = Visitor(admission, client="small")
+    assert small.num_inside == 1, "it waits for nobody"
+    flood.room.end()
+    assert flood.num_inside == 7, "and it goes on beside that"
+    small.leave()
+    flood.leave()
+    assert (admission.num_running, admission.num_waiting) == (0, 0)
+
+
 def test_the_queue_before_workers_that_have_no_room_is_bounded():
     class Full(OpenFleet):
         def has_room(self, model: str, num_pending: int, num_pending_tokens: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from services.router.sharing import (
     DrainRate,
     Estimate,
     FairQueue,
+    Seats,
     Share,
     Surplus,
     expected_ttft,
@@ -22,15 +24,23 @@ from services.router.sharing import (
 )
 from services.settings import SettingsError
 
+T = TypeVar("T")
+
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 4.0, "somebody urgent": 1.0}
 TENANTS = ["a", "b", "c"]
+
+
+def popped(queue: FairQueue[T]) -> tuple[T, str]:
+    found = queue.pop()
+    assert found is not None
+    return found
 
 
 def served(queue: FairQueue[int], num_items: int, tokens: float) -> list[str]:
     """Whose items come, each charged as it comes."""
     order = []
     for _ in range(num_items):
-        _, tenant = queue.pop()
+        _, tenant = popped(queue)
         queue.charge(tenant, tokens)
         order.append(tenant)
     return order
@@ -40,9 +50,8 @@ def test_one_tenant_is_first_come_first_served() -> None:
     queue: FairQueue[int] = FairQueue()
     for number in range(5):
         queue.push(number, "a", 10)
-    assert [queue.pop()[0] for _ in range(5)] == list(range(5))
-    with pytest.raises(IndexError):
-        queue.pop()
+    assert [popped(queue)[0] for _ in range(5)] == list(range(5))
+    assert queue.pop() is None
 
 
 def test_a_flood_of_one_tenant_does_not_hold_up_another() -> None:
@@ -81,7 +90,71 @@ def test_a_smaller_priority_goes_first_whatever_its_tenant_has_had() -> None:
     queue.charge("a", 1e6)
     queue.push("late", "b", 10, priority=1)
     queue.push("urgent", "a", 10, priority=0)
-    assert [queue.pop()[0] for _ in range(2)] == ["urgent", "late"]
+    assert [popped(queue)[0] for _ in range(2)] == ["urgent", "late"]
+
+
+def test_a_tenant_that_has_enough_waits_and_keeps_its_place() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.push("urgent", "full", 10, priority=0)
+    queue.push("first", "full", 10, priority=1)
+    queue.push("other", "small", 10, priority=1)
+    assert queue.pop({"full"}.__contains__) == ("other", "small")
+    assert queue.pop({"full"}.__contains__) is None
+    assert [popped(queue)[0] for _ in range(2)] == ["urgent", "first"]
+
+
+class Hand:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def seats_taken(seats: Seats, client: str, num_seats: int, num_wanted: int) -> int:
+    """How many of those that it wants the client gets."""
+    seats.want(client, num_wanted)
+    num_taken = 0
+    while num_taken < num_wanted and not seats.has_enough(client, num_seats) and num_taken < num_seats:
+        seats.take(client)
+        num_taken += 1
+    return num_taken
+
+
+def test_one_client_alone_has_all_seats_and_leaves_those_to_others_that_they_have_wanted() -> None:
+    clock = Hand()
+    alone, beside_one, beside_many, shared = (Seats(share, clock) for share in (0.75, 0.75, 0.75, 1.0))
+    beside_one.want("small", 2)
+    for number in range(50):
+        beside_many.want(f"peer-{number}", 1)
+        shared.want(f"peer-{number}", 1)
+    taken = [seats_taken(seats, "big", 64, 1000) for seats in (alone, beside_one, beside_many, shared)]
+    assert taken == [64, 62, 48, 64]
+
+
+def test_what_others_have_wanted_is_forgotten_after_a_while_and_not_while_they_want_it() -> None:
+    clock = Hand()
+    seats = Seats(0.75, clock)
+    seats.want("small", 1)
+    assert seats_taken(seats, "big", 8, 100) == 7
+    clock.now_s += 1000
+    assert seats.has_enough("big", 8), "it waits still"
+    seats.leave("small", 0, 1)
+    for later_s, has_enough in ((4, True), (2, True), (5, False)):
+        clock.now_s += later_s
+        assert seats.has_enough("big", 8) is has_enough
+    seats.want("small", 1)
+    seats.take("small")
+    seats.leave("small", 1)
+    assert seats.has_enough("big", 8), "it was there a moment ago"
+
+
+def test_a_worker_with_few_seats_keeps_none_of_them_empty() -> None:
+    seats = Seats(0.75, Hand())
+    seats.want("small", 5)
+    assert seats_taken(seats, "big", 3, 10) == 3
 
 
 def test_who_gives_up_leaves_no_trace() -> None:
@@ -92,7 +165,7 @@ def test_who_gives_up_leaves_no_trace() -> None:
     assert (len(queue), queue.tokens_ahead("a")) == (2, 20)
     with pytest.raises(ValueError, match="does not wait"):
         queue.remove("second", "a")
-    assert [queue.pop()[0], queue.pop()[0]] == ["first", "third"]
+    assert [popped(queue)[0], popped(queue)[0]] == ["first", "third"]
     assert queue.tokens_ahead("a") == 0
 
 
@@ -112,9 +185,9 @@ def test_the_tokens_ahead_of_a_new_one_are_those_that_are_served_before_it(items
     expected, mine = queue.tokens_ahead(tenant, 1), object()
     queue.push(mine, tenant, 1, 1)
     before = 0
-    while (popped := queue.pop())[0] is not mine:
-        queue.charge(popped[1], tokens[popped[0]])
-        before += tokens[popped[0]]
+    while (found := popped(queue))[0] is not mine:
+        queue.charge(found[1], tokens[found[0]])
+        before += tokens[found[0]]
     # Items are whole: each other tenant may be one of them off.
     assert abs(before - expected) <= 100 * len(TENANTS)
 
@@ -127,7 +200,7 @@ def test_what_tenants_that_wait_have_had_differs_by_an_items_worth_at_most(items
         queue.push(num_tokens, tenant, num_tokens)
     waiting = {tenant: [n for owner, n in items if owner == tenant] for tenant in TENANTS}
     while len(queue):
-        num_tokens, tenant = queue.pop()
+        num_tokens, tenant = popped(queue)
         queue.charge(tenant, num_tokens)
         waiting[tenant].remove(num_tokens)
         counters = [queue.counter(each) for each, left in waiting.items() if left]

@@ -38,6 +38,11 @@ class Headroom:
         front = min(fronts) + num_pending_tokens / len(fronts)
         return front == 0 or self.rates(model).prompt_s(math.ceil(front)) < self._backlog_s
 
+    def num_seats(self, model: str) -> float:
+        """Sequences that the batches of the decode workers hold; infinity where one does not say, or none is ready."""
+        ready = self._ready(model)
+        return sum(each.max_num_seqs or math.inf for each in ready) if ready else math.inf
+
     def front_tokens(self, model: str) -> float:
         """Prompt tokens in front of a new one at the worker that has fewest."""
         return min(self._fronts(model, self._ready(model)), default=0.0)

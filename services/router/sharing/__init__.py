@@ -5,6 +5,7 @@ from services.router.sharing.drain_rate import DrainRate
 from services.router.sharing.fair_queue import OUTPUT_TOKEN_COST, FairQueue
 from services.router.sharing.quota import RATE_LIMIT_HEADERS, headers, wait_s
 from services.router.sharing.redis_quotas import Quotas, Taken, open_quotas
+from services.router.sharing.seats import Seats
 from services.router.sharing.shares import Share, Shares, read_shares
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Estimate",
     "FairQueue",
     "Quotas",
+    "Seats",
     "Share",
     "Shares",
     "Surplus",

@@ -7,7 +7,8 @@ while nobody else waited is no debt, and idleness no credit: whoever comes back 
 counter there (or to that of whoever left it last), so a tenant of yesterday does not lock out one of today.
 
     push     its tenant was not waiting: counter = max(its own, the lowest of those that wait; if none, the last one's)
-    pop      the smallest priority; there the tenant with the lowest counter; its oldest item
+    pop      the smallest priority; there the tenant with the lowest counter, but for those that have enough at the
+             moment; its oldest item
     charge   counter += tokens / weight: the prompt's at the start, the answer's as they come
 """
 
@@ -61,14 +62,14 @@ class FairQueue(Generic[T]):
         line.num_tokens += num_tokens
         self._num_items += 1
 
-    def pop(self) -> tuple[T, str]:
-        """Remove and return the next item and its tenant. Raises IndexError if nobody waits."""
-        if not self._levels:
-            raise IndexError("nobody waits")
-        priority = min(self._levels)
-        lines = self._levels[priority]
-        tenant = min(lines, key=lambda each: self._counters[each])
-        return self._take(priority, tenant, 0), tenant
+    def pop(self, has_enough: Callable[[str], bool] = lambda tenant: False) -> tuple[T, str] | None:
+        """Remove and return the next item and its tenant; None if nobody waits but tenants that have enough."""
+        for priority in sorted(self._levels):
+            tenants = [tenant for tenant in self._levels[priority] if not has_enough(tenant)]
+            if tenants:
+                tenant = min(tenants, key=lambda each: self._counters[each])
+                return self._take(priority, tenant, 0), tenant
+        return None
 
     def remove(self, item: T, tenant: str, priority: int = 0) -> None:
         """Take out an item that has given up. Raises ValueError if it does not wait."""
