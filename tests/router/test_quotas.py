@@ -104,6 +104,15 @@ async def test_two_routers_share_one_limit(redis_url) -> None:
         assert (await first.take("another", share, "r", 0, 60)).verdict.refused == ""
 
 
+async def test_a_short_request_beside_a_long_one_does_not_end_the_long_ones_lease(redis_url) -> None:
+    share, clock = Share(max_concurrent=2), Clock()
+    async with redis.asyncio.Redis.from_url(redis_url) as client:
+        quotas = Quotas(client, "router-1", clock, timeout_s=30)
+        for lease_s in (600, 1):
+            assert not (await quotas.take("t", share, f"of {lease_s} s", 0, lease_s)).verdict.refused
+        assert await client.pttl("tandem:quota:{t}:running") > 500_000  # with the key all leases would go
+
+
 class GoneRedis:
     """A Redis that was there, and is not any more; or that books what it is told, and loses or keeps its answer."""
 

@@ -66,7 +66,8 @@ else
   if rpm > 0 then requests = requests - 1 end
   if tpm > 0 then tokens = tokens - want end
   redis.call('ZADD', KEYS[2], now + tonumber(ARGV[7]), ARGV[5])
-  redis.call('PEXPIRE', KEYS[2], math.ceil(tonumber(ARGV[7]) * 1000) + 1000)
+  local lease_ms = math.ceil(tonumber(ARGV[7]) * 1000) + 1000
+  if redis.call('PTTL', KEYS[2]) < lease_ms then redis.call('PEXPIRE', KEYS[2], lease_ms) end
 end
 redis.call('HSET', KEYS[1], 'requests', string.format('%.6f', requests), 'tokens', string.format('%.6f', tokens),
   'at', string.format('%.6f', now))
