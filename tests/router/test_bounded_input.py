@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import tracemalloc
+from array import array
 from unittest import mock
 
 import httpx
+import orjson
 import pytest
 from hypothesis import given, strategies
 
 from kvstore.threads import OsThreads
 from services.router.config import RouterConfig
-from services.router.edge import RequestMemory
+from services.router.edge import GenerateEndpoint, RequestMemory
+from services.router.edge import http as http_edge
+from services.router.edge.access import AccessRecord
 from services.router.edge.memory import SMALL_BYTES
 from services.router.errors import ApiError, model_not_found
-from services.router.openai import check_sizes, decoding, sizes
+from services.router.openai import CompletionRenderer, check_sizes, decoding, plan_completion, sizes
 from services.router.openai.bodies import ChatBody, CompletionBody
+from services.router.openai.columns import Column, default, in_pieces
 from services.router.openai.decoding import decode
 from services.router.text import ModelTokenizer, PromptTooLong, WorkStopped
 from services.router.text import tokenizer as tokenizer_module
@@ -321,18 +327,108 @@ async def test_an_answer_in_one_piece_is_bounded_and_a_stream_is_not(make_worker
         assert running.parts.admission.num_running == running.parts.memory.num_bytes == 0
 
 
+async def taken_by(running, body: dict[str, object], send=None) -> tuple[int, list[bytes], int]:
+    """Asks without HTTP. The most memory that it took, the answer's parts, and the memory that it left; in bytes."""
+    endpoint = GenerateEndpoint(running.parts, CompletionBody, plan_completion, CompletionRenderer)
+    content, finished, parts = json.dumps(body).encode(), asyncio.Event(), []
+    places = iter(range(0, len(content), SMALL_BYTES))
+
+    async def receive():
+        if (start := next(places, None)) is None:
+            await finished.wait()
+            return {"type": "http.disconnect"}
+        part = bytes(memoryview(content)[start : start + SMALL_BYTES])  # as the server, which has it from a socket
+        return {"type": "http.request", "body": part, "more_body": start + SMALL_BYTES < len(content)}
+
+    async def keep(message):
+        if message["type"] == "http.response.body":
+            parts.append(message["body"])
+
+    state = {"request_id": "asked", "access": AccessRecord("POST", URL, running.parts.clock())}
+    gc.collect()
+    gc.disable()  # what lies in cycles stays for long
+    tracemalloc.start()
+    try:
+        await endpoint({"headers": [], "state": state}, receive, send or keep)
+        left_bytes, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+        finished.set()
+    return most_bytes, parts, left_bytes
+
+
+async def test_nothing_of_a_refused_text_is_left(make_worker):
+    text = "x, " * 1_000_000
+    async with running_router(RouterConfig(), make_worker()) as running:
+        for _ in range(2):  # of the first one caches are left
+            _, parts, left_bytes = await taken_by(running, {"prompt": text})
+        assert b"maximum context length" in b"".join(parts)
+        assert left_bytes < len(text) // 4
+
+
+async def test_log_probabilities_take_the_memory_of_their_answer(make_worker):
+    body = {"prompt": "x", "max_tokens": 100, "n": 8, "logprobs": 20}
+    async with running_router(RouterConfig(), make_worker()) as running:
+        most_bytes, parts, _ = await taken_by(running, body)
+    assert most_bytes < 2 * sum(map(len, parts)) + (1 << 20)
+
+
+async def test_an_answer_that_is_not_read_holds_its_memory(make_worker):
+    reads = asyncio.Event()
+
+    async def send(message):
+        await reads.wait()
+
+    async with running_router(RouterConfig(), make_worker()) as running:
+        body = {"prompt": [5] * 150, "max_tokens": 100, "echo": True, "logprobs": 20}
+        asking = asyncio.create_task(taken_by(running, body, send))
+        await until(lambda: running.parts.memory.num_bytes > SMALL_BYTES and not running.parts.admission.num_running)
+        reads.set()
+        await asking
+        assert running.parts.memory.num_bytes == 0
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 3, 0], [10], [25], [4, 4, 4, 40, 1], [1] * 30])
+async def test_an_answers_pieces_are_sent_in_parts_of_bounded_size(monkeypatch, lengths):
+    monkeypatch.setattr(http_edge, "_PART_BYTES", 10)
+    pieces, messages = [bytes([65 + at]) * length for at, length in enumerate(lengths)], []
+
+    async def send(message):
+        messages.append(message)
+
+    await http_edge.send_pieces(send, pieces)
+    start, *parts = messages
+    assert b"".join(part["body"] for part in parts) == b"".join(pieces)
+    assert (b"content-length", b"%d" % sum(lengths)) in start["headers"]
+    assert max(len(part["body"]) for part in parts) <= 20
+    assert [part["more_body"] for part in parts] == [True] * (len(parts) - 1) + [False]
+
+
+@given(TEXTS | strategies.text("\0a"), strategies.lists(strategies.lists(strategies.integers(0, 99), max_size=3)))
+def test_an_answer_in_pieces_is_the_same_as_in_one(text, lists):
+    columns = [Column() for _ in lists]
+    for column, values in zip(columns, lists, strict=True):
+        for value in values:
+            column.add(b"%d" % value)
+    payload = {"text": text, "columns": columns, "more": {"of": [array("I", [1, 2]), text]}}
+    written = b"".join(in_pieces(payload))
+    assert written == orjson.dumps(payload, default)
+    assert orjson.loads(written) == {"text": text, "columns": lists, "more": {"of": [[1, 2], text]}}
+
+
 async def test_rendering_log_probabilities_freezes_nobody(make_worker, monkeypatch):
     """Others take a turn between any two slices of sixty-four positions."""
     turns, at = 0, []
     from services.router.openai import logprobs as module
 
-    position = module.CompletionLogprobs.position
+    add = module.CompletionLogprobs.add
 
     def watched(self, *args):
         at.append(turns)
-        return position(self, *args)
+        return add(self, *args)
 
-    monkeypatch.setattr(module.CompletionLogprobs, "position", watched)
+    monkeypatch.setattr(module.CompletionLogprobs, "add", watched)
     async with running_router(RouterConfig(), make_worker()) as running, client(running) as http:
         body = {"prompt": [5] * 250, "echo": True, "logprobs": 5, "max_tokens": 1}
         asking = asyncio.create_task(http.post(URL, json=body))

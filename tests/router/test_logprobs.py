@@ -9,6 +9,7 @@ import orjson
 import pytest
 from tandem.v1 import worker_pb2 as pb
 
+from services.router.openai.columns import columns, default
 from services.router.openai.logprobs import (
     CompletionLogprobs,
     TokenNamer,
@@ -19,8 +20,10 @@ from tests.router.fake_worker import position
 
 
 def piece(logprobs, token_ids, positions):
-    found = [logprobs.position(token_id, each) for token_id, each in zip(token_ids, positions, strict=True)]
-    return json.loads(orjson.dumps(logprobs.joined(found)))
+    to = columns(CompletionLogprobs.FIELDS)
+    for token_id, each in zip(token_ids, positions, strict=True):
+        logprobs.add(token_id, each, to)
+    return json.loads(orjson.dumps(to, default))
 
 
 def formatted(tokenizer, token_ids, skip_special_tokens=True):

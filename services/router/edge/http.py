@@ -26,6 +26,8 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 # A body's time in all, and without a byte of it.
 _BODY_TIMEOUT_S = 60.0
 _BODY_SILENCE_S = 10.0
+# Of an answer, what is handed to the server at a time; while that is unread, it waits.
+_PART_BYTES = 1 << 18
 
 _OPEN = frozenset({"/health", "/ready"})
 _OPENED = {"metrics": "/metrics", "load": "/load", "version": "/version", "openapi": "/openapi.json"}
@@ -92,13 +94,28 @@ def request_id_of(scope: Message, given: str | None) -> str:
 
 async def send_json(send: Send, body: bytes, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
     """A whole answer."""
-    all_headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        *headers,
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": all_headers})
+    await _start_json(send, len(body), status, headers)
     await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def _start_json(
+    send: Send, num_bytes: int, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
+    all_headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % num_bytes), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": all_headers})
+
+
+async def send_pieces(send: Send, pieces: Sequence[bytes | bytearray]) -> None:
+    """A whole answer as JSON, of which nothing is copied but the part that is sent next."""
+    await _start_json(send, sum(map(len, pieces)))
+    part = bytearray()
+    for piece in pieces:
+        for start in range(0, len(piece), _PART_BYTES):
+            part += memoryview(piece)[start : start + _PART_BYTES]
+            if len(part) > _PART_BYTES:
+                await send({"type": "http.response.body", "body": bytes(part), "more_body": True})
+                part.clear()
+    await send({"type": "http.response.body", "body": bytes(part), "more_body": False})
 
 
 async def send_error(send: Send, error: ApiError) -> None:

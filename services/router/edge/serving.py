@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from array import array
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from services.router.edge.access import AccessRecord
 from services.router.edge.client import Client, client_name
 from services.router.edge.deadlines import Deadlines
 from services.router.edge.entrance import Visit
-from services.router.edge.http import FAILED, header, request_id_of, send_error, send_json
+from services.router.edge.http import FAILED, header, request_id_of, send_error, send_pieces
 from services.router.edge.limits import Limits
 from services.router.edge.memory import Holding, RequestMemory
 from services.router.edge.stopping import Stopping
@@ -76,6 +77,8 @@ class RouterParts:
         return self.stopping.deadline(deadlines.left_s(now_s), deadlines.total_s)
 
 
+_Answer = list[bytes | bytearray] | None
+"""In pieces, each of which is as large as it is; None where it was streamed."""
 B = TypeVar("B", bound=GenerateBody)
 Plan = Callable[[B, ServedModel, RouterConfig, str, ClientPool], Awaitable[GenerationPlan]]
 """Checks and tokenizes a body. Raises ApiError."""
@@ -114,7 +117,9 @@ class GenerateEndpoint(Generic[B]):
                                 model.name,
                                 body.priority,
                             )
-                            await self._serve(body, request_id, model, client, visit, timeline, stream, send, access)
+                            answer = await self._serve(body, request_id, model, client, visit, timeline, stream, access)
+                            if answer is not None:
+                                await send_pieces(send, answer)
             except ApiError as error:
                 await self._fail(error, stream, send)
                 access.failed(error)
@@ -152,9 +157,9 @@ class GenerateEndpoint(Generic[B]):
         visit: Visit,
         timeline: Timeline,
         stream: sse.EventStream,
-        send: sse.Send,
         access: AccessRecord,
-    ) -> None:
+    ) -> _Answer:
+        """The answer, unless it was streamed."""
         async with self._parts.deadline(visit.deadlines):
             parts, config = self._parts, self._parts.config
             visit.check_delay(parts.admission)  # before anything is spent on it, its prompt's length unknown
@@ -177,7 +182,7 @@ class GenerateEndpoint(Generic[B]):
                 metrics = parts.metrics.for_model(plan.model.name)
                 generation = Generation(plan, dispatch, metrics, timeline)
                 try:
-                    await self._generate(generation, client.memory, stream, send)
+                    return await self._generate(generation, client.memory, stream)
                 finally:
                     access.facts = generation.facts()
                     usage = generation.usage()
@@ -207,25 +212,27 @@ class GenerateEndpoint(Generic[B]):
 
         return make_ask
 
-    async def _generate(self, generation: Generation, memory: Holding, stream: sse.EventStream, send: sse.Send) -> None:
-        renderer = self._renderer(generation, int(self._parts.unix_clock()))
+    async def _generate(self, generation: Generation, memory: Holding, stream: sse.EventStream) -> _Answer:
+        renderer, answer = self._renderer(generation, int(self._parts.unix_clock())), None
         try:
             generation.start()
             if generation.plan.request.body.stream:
                 await _stream(generation, renderer, stream, self._parts.config.sse_keepalive_s)
             else:
-                await send_json(send, await _collect(generation, renderer, memory))
+                answer = await _collect(generation, renderer, memory)
         except BaseException as error:
             generation.close(error)
             raise
         generation.close(None)
+        return answer
 
 
-async def _collect(generation: Generation, renderer: Renderer, memory: Holding) -> bytes:
-    whole = [Delta(index) for index in range(generation.plan.num_sequences)]
+async def _collect(generation: Generation, renderer: Renderer, memory: Holding) -> list[bytes | bytearray]:
+    whole = [Delta(index, token_ids=array("I")) for index in range(generation.plan.num_sequences)]
     while not generation.finished:
         for delta in await generation.deltas():
-            memory.add(len(delta.text) + 4 * len(delta.token_ids) + await renderer.show_logprobs(delta))
+            await renderer.show_logprobs(delta)
+            memory.add(delta.num_bytes)
             whole[delta.index].extend(delta)
     return renderer.response(whole)
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
-import orjson
-
 from services.router import sse
 from services.router.config import RouterConfig
 from services.router.errors import invalid
 from services.router.openai.bodies import ChatBody, TokenizeBody
 from services.router.openai.choice import Delta
+from services.router.openai.columns import Column, default
 from services.router.openai.generation import Generation, GenerationPlan, prompt_too_long, tokens_to_generate
 from services.router.openai.logprobs import TokenNamer, chat_position, prompt_position
-from services.router.openai.renderer import Renderer, in_pieces
+from services.router.openai.renderer import Renderer, in_turns
 from services.router.openai.requests import check_chat, check_messages
 from services.router.text import ChatTemplateError, ClientPool, GoOn, PromptTooLong, ServedModel
 
@@ -76,21 +75,16 @@ class ChatRenderer(Renderer):
         super().__init__(generation, created_unix_s)
         self._namer = TokenNamer(self._plan.model.tokenizer, self._body.return_tokens_as_token_ids)
 
-    async def show_logprobs(self, delta: Delta) -> int:
-        num_bytes = 0
+    async def show_logprobs(self, delta: Delta) -> None:
         if self._request.sampling.HasField("prompt_logprobs"):
-            tokenizer, of_prompt = self._plan.model.tokenizer, delta.prompt_logprobs
-            shown = await in_pieces(lambda i: prompt_position(tokenizer, of_prompt[i]), len(of_prompt))
-            delta.shown_prompt_logprobs = list(map(orjson.Fragment, shown))
-            num_bytes += sum(map(len, shown))
+            tokenizer, of_prompt, shown = self._plan.model.tokenizer, delta.prompt_logprobs, delta.shown_prompt_logprobs
+            await in_turns(lambda i: shown.add(prompt_position(tokenizer, of_prompt[i])), len(of_prompt))
         if self._wants_logprobs:
             namer, pairs = self._namer, list(zip(delta.token_ids, delta.logprobs, strict=True))
-            num_top = self._request.sampling.logprobs
-            shown = await in_pieces(lambda i: chat_position(namer, *pairs[i], num_top), len(pairs))
-            delta.shown_logprobs = list(map(orjson.Fragment, shown))
-            num_bytes += sum(map(len, shown))
+            num_top, content = self._request.sampling.logprobs, Column()
+            delta.shown_logprobs = {"content": content}
+            await in_turns(lambda i: content.add(chat_position(namer, *pairs[i], num_top)), len(pairs))
         delta.logprobs, delta.prompt_logprobs = [], []
-        return num_bytes
 
     def opening(self) -> bytes:
         """The role chunk of each choice, with which every chat stream starts."""
@@ -104,8 +98,8 @@ class ChatRenderer(Renderer):
             }
             payload = self._chunk(choice, index)
             if self._body.return_token_ids and index == 0:
-                payload["prompt_token_ids"] = list(self._plan.prompts[0])
-            events.append(sse.event(payload))
+                payload["prompt_token_ids"] = self._plan.prompts[0]
+            events.append(sse.event(payload, default))
         return b"".join(events)
 
     def _news(self, delta: Delta) -> dict[str, object] | None:
@@ -138,7 +132,7 @@ class ChatRenderer(Renderer):
     def _more(self, first: Delta) -> dict[str, object]:
         more: dict[str, object] = {}
         if self._body.return_token_ids:
-            more["prompt_token_ids"] = list(self._plan.prompts[0])
+            more["prompt_token_ids"] = self._plan.prompts[0]
         if self._request.sampling.HasField("prompt_logprobs"):
             more["prompt_logprobs"] = first.shown_prompt_logprobs
         return more
@@ -146,4 +140,4 @@ class ChatRenderer(Renderer):
     def _logprobs(self, delta: Delta) -> dict[str, object] | None:
         if not self._wants_logprobs:
             return None
-        return {"content": delta.shown_logprobs, "refusal": None}
+        return {**delta.shown_logprobs, "refusal": None}

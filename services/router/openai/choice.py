@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
-import orjson
 from tandem.v1 import worker_pb2 as pb
 
+from services.router.openai.columns import Column, Columns
 from services.router.openai.requests import GenerationRequest
 from services.router.receipt import Receipt
 from services.router.text import Detokenizer, ServedModel, StopMatcher
@@ -21,23 +20,30 @@ class Delta:
 
     index: int
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: MutableSequence[int] = field(default_factory=list)
     logprobs: list[pb.PositionLogprobs] = field(default_factory=list)
     prompt_logprobs: list[pb.PositionLogprobs] = field(default_factory=list)
-    shown_logprobs: list[Any] = field(default_factory=list)
-    """Of each position what the renderer makes of it, in the place of the two above."""
-    shown_prompt_logprobs: list[orjson.Fragment] = field(default_factory=list)
+    shown_logprobs: Columns = field(default_factory=dict)
+    """What the renderer makes of them, in the place of the two above."""
+    shown_prompt_logprobs: Column = field(default_factory=Column)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a part of a whole answer: its text as it is and as JSON, packed token ids, and log probabilities."""
+        shown = sum(len(column.text) for column in (*self.shown_logprobs.values(), self.shown_prompt_logprobs))
+        return 4 * len(self.text) + 4 * len(self.token_ids) + shown
 
     def extend(self, later: Delta) -> None:
         """Takes a later delta of the same choice in."""
         self.text += later.text
-        self.token_ids += later.token_ids
+        self.token_ids.extend(later.token_ids)
         self.logprobs += later.logprobs
         self.prompt_logprobs += later.prompt_logprobs
-        self.shown_logprobs += later.shown_logprobs
-        self.shown_prompt_logprobs += later.shown_prompt_logprobs
+        for name, column in later.shown_logprobs.items():
+            self.shown_logprobs.setdefault(name, Column()).extend(column)
+        self.shown_prompt_logprobs.extend(later.shown_prompt_logprobs)
         self.finish_reason = later.finish_reason
         self.stop_reason = later.stop_reason
 
@@ -90,7 +96,8 @@ class Choice:
     def _take_rest(self, delta: Delta, output: pb.Output) -> None:
         delta.prompt_logprobs = list(output.prompt_logprobs)
         if output.HasField("usage"):
-            self.usage = output.usage
+            self.usage = pb.Usage()
+            self.usage.CopyFrom(output.usage)  # a part of a frame keeps all of it
         if delta.finish_reason is None and output.finish_reason:
             delta.finish_reason = "stop" if output.finish_reason == pb.FINISH_REASON_STOP else "length"
             # An end of sequence is no stop token of the client's.

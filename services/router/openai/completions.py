@@ -5,15 +5,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-import orjson
-
 from services.router.config import RouterConfig
 from services.router.errors import invalid
 from services.router.openai.bodies import CompletionBody
 from services.router.openai.choice import Delta
+from services.router.openai.columns import columns
 from services.router.openai.generation import Generation, GenerationPlan, prompt_too_long, tokens_to_generate
 from services.router.openai.logprobs import CompletionLogprobs, prompt_position
-from services.router.openai.renderer import Renderer, in_pieces
+from services.router.openai.renderer import Renderer, in_turns
 from services.router.openai.requests import (
     DEFAULT_COMPLETION_TOKENS,
     GenerationRequest,
@@ -22,9 +21,6 @@ from services.router.openai.requests import (
 )
 from services.router.openai.sizes import MAX_VALUES
 from services.router.text import ClientPool, GoOn, PromptTooLong, ServedModel
-
-# What a position takes beside its alternatives.
-_POSITION_BYTES = 100
 
 
 async def plan_completion(
@@ -106,22 +102,17 @@ class CompletionRenderer(Renderer):
         self._logprobs: dict[int, CompletionLogprobs] = {}
         self._begun = [False] * self._plan.num_sequences
 
-    async def show_logprobs(self, delta: Delta) -> int:
-        num_bytes = 0
+    async def show_logprobs(self, delta: Delta) -> None:
         if self._request.sampling.HasField("prompt_logprobs") and not self._body.stream:
-            tokenizer, of_prompt = self._plan.model.tokenizer, delta.prompt_logprobs
-            shown = await in_pieces(lambda i: prompt_position(tokenizer, of_prompt[i]), len(of_prompt))
-            delta.shown_prompt_logprobs = list(map(orjson.Fragment, shown))
-            num_bytes += sum(map(len, shown))
+            tokenizer, of_prompt, shown = self._plan.model.tokenizer, delta.prompt_logprobs, delta.shown_prompt_logprobs
+            await in_turns(lambda i: shown.add(prompt_position(tokenizer, of_prompt[i])), len(of_prompt))
         if self._wants_logprobs:
             pairs = list(zip(delta.token_ids, delta.logprobs, strict=True))
             if self._plan.echoed is not None and delta.prompt_logprobs:
                 pairs = [*zip(self._prompt_of(delta.index), delta.prompt_logprobs, strict=True), *pairs]
-            form = self._form(delta.index)
-            delta.shown_logprobs = await in_pieces(lambda i: form.position(*pairs[i]), len(pairs))
-            num_bytes += sum(len(each.top or b"") + _POSITION_BYTES for each in delta.shown_logprobs)
+            form, delta.shown_logprobs = self._form(delta.index), columns(CompletionLogprobs.FIELDS)
+            await in_turns(lambda i: form.add(*pairs[i], delta.shown_logprobs), len(pairs))
         delta.logprobs, delta.prompt_logprobs = [], []
-        return num_bytes
 
     def _form(self, index: int) -> CompletionLogprobs:
         if index not in self._logprobs:
@@ -138,13 +129,13 @@ class CompletionRenderer(Renderer):
             return None
         choice = self._choice(delta)
         if self._body.return_token_ids:
-            choice["prompt_token_ids"] = list(self._prompt_of(delta.index)) if is_first else None
+            choice["prompt_token_ids"] = self._prompt_of(delta.index) if is_first else None
         return choice
 
     def _whole(self, delta: Delta) -> dict[str, object]:
         choice = self._choice(delta)
         if self._body.return_token_ids:
-            choice["prompt_token_ids"] = list(self._prompt_of(delta.index))
+            choice["prompt_token_ids"] = self._prompt_of(delta.index)
         if self._request.sampling.HasField("prompt_logprobs"):
             choice["prompt_logprobs"] = delta.shown_prompt_logprobs
         return choice
@@ -157,7 +148,7 @@ class CompletionRenderer(Renderer):
         choice: dict[str, object] = {
             "index": delta.index,
             "text": text,
-            "logprobs": CompletionLogprobs.joined(delta.shown_logprobs) if self._wants_logprobs else None,
+            "logprobs": delta.shown_logprobs if self._wants_logprobs else None,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }

@@ -6,12 +6,10 @@ much memory, and all at once a long time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import orjson
 from tandem.v1 import worker_pb2 as pb
 
+from services.router.openai.columns import Columns
 from services.router.text import ModelTokenizer
 
 # What stands for minus infinity, which JSON cannot say; the value that OpenAI and vLLM use.
@@ -36,17 +34,10 @@ class TokenNamer:
         return self._tokenizer.token_bytes(token_id)
 
 
-class CompletionPosition(NamedTuple):
-    """One token in the completions form. `top` is JSON; None for the prompt's first."""
-
-    text_offset: int
-    token: str
-    logprob: float | None
-    top: bytes | None
-
-
 class CompletionLogprobs:
     """The completions form of one choice, position by position: `text_offset` counts on."""
+
+    FIELDS = ("text_offset", "token_logprobs", "tokens", "top_logprobs")
 
     def __init__(self, tokenizer: ModelTokenizer, as_token_ids: bool, skip_special_tokens: bool) -> None:
         self._namer = TokenNamer(tokenizer, as_token_ids)
@@ -54,26 +45,19 @@ class CompletionLogprobs:
         self._skip_special_tokens = skip_special_tokens
         self._num_characters = 0  # begun so far
 
-    def position(self, token_id: int, position: pb.PositionLogprobs) -> CompletionPosition:
-        """The next one."""
-        offset, name = self._offset(token_id), self._namer.name(token_id)
-        if not position.HasField("chosen"):
-            return CompletionPosition(offset, name, None, None)
-        logprob = _finite(position.chosen.logprob)
-        top = {self._namer.name(token.token_id): _finite(token.logprob) for token in reversed(position.top)}
-        top = dict(reversed(top.items()))  # of two tokens with one text the likelier stays
-        top.setdefault(name, logprob)
-        return CompletionPosition(offset, name, logprob, orjson.dumps(top))
-
-    @staticmethod
-    def joined(positions: Sequence[CompletionPosition]) -> dict[str, object]:
-        """The field `logprobs` of a choice or of a piece of it."""
-        return {
-            "text_offset": [position.text_offset for position in positions],
-            "token_logprobs": [position.logprob for position in positions],
-            "tokens": [position.token for position in positions],
-            "top_logprobs": [None if each.top is None else orjson.Fragment(each.top) for each in positions],
-        }
+    def add(self, token_id: int, position: pb.PositionLogprobs, to: Columns) -> None:
+        """Adds the next one to the columns of `FIELDS`."""
+        name, logprob, top = self._namer.name(token_id), None, b"null"  # the prompt's first token has no others
+        if position.HasField("chosen"):
+            logprob = _finite(position.chosen.logprob)
+            others = {self._namer.name(token.token_id): _finite(token.logprob) for token in reversed(position.top)}
+            others = dict(reversed(others.items()))  # of two tokens with one text the likelier stays
+            others.setdefault(name, logprob)
+            top = orjson.dumps(others)
+        to["text_offset"].add(b"%d" % self._offset(token_id))
+        to["token_logprobs"].add(orjson.dumps(logprob))
+        to["tokens"].add(orjson.dumps(name))
+        to["top_logprobs"].add(top)
 
     def _offset(self, token_id: int) -> int:
         """Returns where in the text the token begins, in characters; inside a character: where that begins."""

@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, TypeVar
-
-import orjson
+from typing import ClassVar
 
 from services.router import sse
 from services.router.openai.choice import Delta
+from services.router.openai.columns import default, in_pieces
 from services.router.openai.generation import Generation
-
-T = TypeVar("T")
 
 # Of positions with all their alternatives: two milliseconds.
 _POSITIONS_AT_ONCE = 64
@@ -54,12 +51,12 @@ class Renderer(ABC):
         """What a whole answer says beside choices and usage."""
         return {}
 
-    async def show_logprobs(self, delta: Delta) -> int:
-        """Turns a delta's log probabilities into what its event or answer has of them; returns its size in bytes.
+    @abstractmethod
+    async def show_logprobs(self, delta: Delta) -> None:
+        """Turns a delta's log probabilities into what its event or answer has of them.
 
         A few positions at a time: others are served between. Every delta comes here, in order, if any were asked for.
         """
-        return 0
 
     def opening(self) -> bytes:
         """Opens a stream with nothing: no token, no chunk."""
@@ -68,7 +65,7 @@ class Renderer(ABC):
     def event(self, delta: Delta) -> bytes:
         """The event for a delta, empty if there is nothing new."""
         choice = self._news(delta)
-        return b"" if choice is None else sse.event(self._chunk(choice, delta.index))
+        return b"" if choice is None else sse.event(self._chunk(choice, delta.index), default)
 
     def last_event(self) -> bytes:
         """The event after the last choice's end, with what the client asked to be told of the whole; empty if none."""
@@ -78,15 +75,15 @@ class Renderer(ABC):
         told |= self._receipt()
         return sse.event({**self._head, "object": self.chunk, "choices": [], **told}) if told else b""
 
-    def response(self, deltas: Sequence[Delta]) -> bytes:
-        """The whole answer; `deltas` holds one complete delta per sequence, in order."""
+    def response(self, deltas: Sequence[Delta]) -> list[bytes | bytearray]:
+        """The whole answer, in pieces; `deltas` holds one complete delta per sequence, in order."""
         payload = {
             **self._head,
             "object": self.answer,
             "choices": list(map(self._whole, deltas)),
             "usage": self._generation.usage().to_json(),
         }
-        return orjson.dumps(payload | self._more(deltas[0]) | self._receipt())
+        return in_pieces(payload | self._more(deltas[0]) | self._receipt())
 
     def _chunk(self, choice: dict[str, object], index: int) -> dict[str, object]:
         payload: dict[str, object] = {**self._head, "object": self.chunk, "choices": [choice]}
@@ -101,11 +98,9 @@ class Renderer(ABC):
         return {} if receipt is None else {"receipt": receipt}
 
 
-async def in_pieces(render: Callable[[int], T], count: int) -> list[T]:
+async def in_turns(render: Callable[[int], None], count: int) -> None:
     """`render` of each number below `count`."""
-    rendered = []
     for number in range(count):
         if number % _POSITIONS_AT_ONCE == _POSITIONS_AT_ONCE - 1:
             await asyncio.sleep(0)
-        rendered.append(render(number))
-    return rendered
+        render(number)

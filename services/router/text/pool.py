@@ -32,6 +32,17 @@ class WorkStopped(Exception):
     """Nobody waits for it any more."""
 
 
+class _Stop:
+    """Of one job. A thread has this and not the job: an error's traceback holds its frames, and the job the error."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def go_on(self) -> None:
+        if self.is_set:
+            raise WorkStopped
+
+
 @dataclass(eq=False)
 class _Job:
     client: str
@@ -39,15 +50,7 @@ class _Job:
     is_long: bool
     done: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     is_running: bool = False
-    is_stopped: bool = False
-
-    def run(self) -> Any:
-        """In a thread."""
-        return self.work(self._go_on)
-
-    def _go_on(self) -> None:
-        if self.is_stopped:
-            raise WorkStopped
+    stop: _Stop = field(default_factory=_Stop)
 
 
 class TokenizerPool:
@@ -102,7 +105,7 @@ class TokenizerPool:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _leave(self, job: _Job) -> None:
-        job.is_stopped = True
+        job.stop.is_set = True
         if not job.is_running:
             self._drop(job)
 
@@ -119,7 +122,7 @@ class TokenizerPool:
                 self._waiting[job.client] = self._waiting.pop(job.client)
             job.is_running = True
             self._running.add(job)
-            work = asyncio.get_running_loop().run_in_executor(self._executor, job.run)
+            work = asyncio.get_running_loop().run_in_executor(self._executor, job.work, job.stop.go_on)
             work.add_done_callback(lambda work, job=job: self._ended(job, work))  # type: ignore[misc]
 
     def _next(self) -> _Job | None:
