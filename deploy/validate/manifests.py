@@ -176,3 +176,6 @@ def _settings(root: Path, manifests: list[Manifest]) -> Iterator[str]:
             drain_s = float(environ.get("TANDEM_DRAIN_TIMEOUT_S") or environ.get("TANDEM_SHUTDOWN_TIMEOUT_S") or 30)
             if pod["spec"]["terminationGracePeriodSeconds"] <= drain_s:
                 yield f"{name}: terminationGracePeriodSeconds leaves no time to drain for {drain_s:g} s"
+            # Readiness is progress: gRPC's own word, or an open port, says less.
+            if container.get("readinessProbe", {}).get("httpGet", {}).get("path") != "/ready":
+                yield f"{name}: readinessProbe does not ask for /ready"

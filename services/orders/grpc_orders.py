@@ -188,6 +188,8 @@ class GrpcServer:
         worker_pb2_grpc.add_PeerServiceServicer_to_server(PeerService(sessions), self._server)  # type: ignore[no-untyped-call]
         self._health = health.aio.HealthServicer()
         self._status = health_pb2.HealthCheckResponse
+        self._is_serving, self._has_news = True, asyncio.Event()
+        self._telling: asyncio.Task[None] | None = None
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         try:
             self.port = self._server.add_insecure_port(f"{host}:{port}")
@@ -208,15 +210,25 @@ class GrpcServer:
 
     async def start(self) -> None:
         await self._server.start()
-        await self._health.set("", self._status.SERVING)
+        self._telling = asyncio.create_task(self._tell_health(), name="grpc health")
 
-    async def set_draining(self) -> None:
-        """Say to whoever asks for our health that no new work should come."""
-        await self._health.set("", self._status.NOT_SERVING)
+    def set_serving(self, is_serving: bool) -> None:
+        """Say to whoever asks for our health whether new work should come."""
+        self._is_serving = is_serving
+        self._has_news.set()
 
     async def stop(self, grace_s: float | None) -> None:
         """Calls that are still open may take so long to end by themselves."""
+        if self._telling is not None:
+            self._telling.cancel()
+            await asyncio.wait([self._telling])
         await self._server.stop(grace_s)
+
+    async def _tell_health(self) -> None:
+        while True:
+            await self._has_news.wait()
+            self._has_news.clear()
+            await self._health.set("", self._status.SERVING if self._is_serving else self._status.NOT_SERVING)
 
 
 class _Sessions(worker_pb2_grpc.DecodeServiceServicer):

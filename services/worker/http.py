@@ -53,6 +53,11 @@ class WorkerHttp:
         self._parts, self._service_state = parts, service_state
         parts.metrics.exchange.watch_port("http", lambda: self._server.num_strangers)
 
+    @property
+    def is_ready(self) -> bool:
+        """What `/ready` says."""
+        return not self._not_ready()
+
     def _unhealthy(self) -> str:
         if self._parts is None:
             return self.phase

@@ -326,7 +326,7 @@ async def _serve_open(
                 if not await _has_ended(_any_of(stop, front.http.drain_asked), parts.thread):
                     return 1
             front.http.phase = "draining"
-            await worker.server.set_draining()
+            worker.server.set_serving(False)
             registrar.update(msgspec.structs.replace(registrar.record, draining=True))
             worker.service.begin_drain()
             return 0 if await _drained(config, worker, stop) else 1
@@ -358,6 +358,7 @@ async def _watched(
     def on_change(still: tuple[str, ...]) -> None:
         front.http.stuck = stuck = in_words(hindering(still, parts.exchange, is_needed))
         worker.service.set_stuck(stuck)
+        worker.server.set_serving(front.http.is_ready)
         phase = f"no progress of: {stuck}" if stuck else ""
         registrar.update(msgspec.structs.replace(registrar.record, phase=phase))
 

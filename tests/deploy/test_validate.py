@@ -62,7 +62,10 @@ TYPOS = {
         ("GracePeriodSeconds: 140", "GracePeriodSeconds: 14", "cpu-demo Deployment tandem-router drain"),
         ("port: http\n            periodSeconds: 5", "port: htp\n            periodSeconds: 5", "readinessProbe htp"),
     ],
-    "kustomize/base/prefill.yaml": [("port: 7000", "port: 7007", "cpu-demo Deployment tandem-prefill 7007")],
+    "kustomize/base/prefill.yaml": [
+        ("port: http\n", "port: htp\n", "cpu-demo Deployment tandem-prefill readinessProbe htp"),
+        ("path: /ready", "path: /health", "cpu-demo Deployment tandem-prefill readinessProbe /ready"),
+    ],
     "kustomize/base/decode.yaml": [("TANDEM_WORKER_ID", "TANDEM_WORKERID", "cpu-demo tandem-decode TANDEM_WORKERID")],
     "kustomize/base/store.yaml": [("serviceName", "servicName", "cpu-demo StatefulSet tandem-store servicName")],
     "kustomize/base/redis.yaml": [("port: 6379", "port: redis", "cpu-demo Service tandem-redis redis")],

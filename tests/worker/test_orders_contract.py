@@ -10,6 +10,7 @@ from functools import partial
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.peer_keys import PeerKeys
@@ -180,6 +181,20 @@ async def test_a_connection_to_a_worker_without_calls_is_closed_and_opened_again
         assert calls == 2
     finally:
         await orders.close()
+        await server.stop(None)
+
+
+async def test_whoever_asks_a_worker_for_its_health_hears_whether_it_should_get_work():
+    server = GrpcServer("127.0.0.1", 0, KEYS)
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            statuses = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            for is_serving in (True, False, True):
+                server.set_serving(is_serving)
+                async with asyncio.timeout(60):
+                    assert (await statuses.read()).status == (1 if is_serving else 2)
+    finally:
         await server.stop(None)
 
 
