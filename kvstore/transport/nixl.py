@@ -106,6 +106,11 @@ class NixlTransport:
         if lane == "tcp":
             logger.warning("nixl: no fast lane to %s; over tcp, ucxx is faster and safer for the owner", peer.peer_id)
         pool = msgspec.msgpack.decode(peer.descriptor, type=_Descriptor).pool
+        remote = await self._reach(peer, pool)
+        return NixlLink(self._thread, peer.peer_id, lane, remote, self._links)
+
+    async def _reach(self, peer: LinkPeer, pool: PoolAddress) -> Remote:
+        """Connect with the owner's agent, and prove by its token that its memory is the one described."""
         adding = asyncio.wrap_future(self._thread.add_remote(pool))
         try:
             remote = await asyncio.shield(adding)
@@ -116,19 +121,20 @@ class NixlTransport:
         try:
             await asyncio.shield(checking)
         except TransportError:
-            self._thread.remove_remote(remote)
+            self._thread.remove_remote(remote, is_sound=False)
+            if remote.is_former:  # its connection may have broken since
+                return await self._reach(peer, pool)
             raise
         except asyncio.CancelledError:
             # The check goes on, into a place of its own, where it harms nobody; until it ends the agent must remember.
             logger.warning("nixl: %s did not let us read its token in time", peer.peer_id)
             checking.add_done_callback(lambda done: self._checked_in_vain(remote, done))
             raise
-        return NixlLink(self._thread, peer.peer_id, lane, remote, self._links)
+        return remote
 
     def _checked_in_vain(self, remote: Remote, checking: asyncio.Future[None]) -> None:
-        if not checking.cancelled():
-            checking.exception()  # nobody waits for it any more
-        self._thread.remove_remote(remote)
+        is_sound = not checking.cancelled() and checking.exception() is None  # nobody else waits for it any more
+        self._thread.remove_remote(remote, is_sound)
 
     def _remove_unwanted(self, adding: asyncio.Future[Remote]) -> None:
         if not adding.cancelled() and adding.exception() is None:

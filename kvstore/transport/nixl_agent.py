@@ -38,6 +38,7 @@ _IDLE_POLL_S: Final = 1e-3
 _BUSY_S: Final = 0.1  # a read older than this is not worth a core: poll it as if idle
 _FIRST_RETRY_S: Final = 0.5  # until an agent that could not be made is tried again; doubled each time
 _MAX_RETRY_S: Final = 30.0
+_MAX_FORMER: Final = 64  # owners that are remembered although nothing is to be read from them now
 _TOKEN_BYTES: Final = 16
 _NUM_CHECK_TOKENS: Final = 64
 _LAST_REFERENCE: Final = 2  # what sys.getrefcount gives for an object with one name: the name and its own argument
@@ -48,10 +49,28 @@ _Handle = TypeVar("_Handle")
 
 @dataclass
 class Remote:
-    """An owner's pool, ready to be read. `generation` is the agent's: a reset agent has forgotten it."""
+    """An owner's pool, ready to be read. `generation` is the agent's: a reset agent has forgotten it.
+
+    `is_former`: it is known from links that have ended, and its connections may have broken since.
+    """
 
     agent_name: str
     generation: int
+    is_former: bool = False
+
+
+@dataclass
+class _Owner:
+    """What our agent knows of another one.
+
+    It is remembered when its last link has ended: UCX closes a connection at one end alone, and were it made anew with
+    the next link, both would have a socket more each time.
+    """
+
+    metadata: bytes
+    blocks: nixl_prepped_dlist_handle | None = None
+    """Its pool's; None without users."""
+    num_users: int = 0
 
 
 @dataclass
@@ -94,8 +113,7 @@ class AgentThread:
         self._agent: nixl_agent | None = None
         self._registered: list[nixlRegDList] = []
         self._local_blocks: nixl_prepped_dlist_handle | None = None
-        self._remote_blocks: dict[str, nixl_prepped_dlist_handle] = {}
-        self._num_users: dict[str, int] = {}
+        self._owners: dict[str, _Owner] = {}  # by their agents' names; of those without users the last one left last
         self._reads: list[_Read] = []
         self._busy_until = 0.0
         self._retry_s = _FIRST_RETRY_S
@@ -119,9 +137,9 @@ class AgentThread:
         """Make an owner's pool readable. Raises `TransportError`."""
         return self._submit(lambda: self._add_remote(address))
 
-    def remove_remote(self, remote: Remote) -> Future[None]:
-        """Forget a pool; no read from it may be under way."""
-        return self._submit(lambda: self._remove_remote(remote))
+    def remove_remote(self, remote: Remote, is_sound: bool = True) -> Future[None]:
+        """Forget a pool; no read from it may be under way. `is_sound`: its connections may serve again."""
+        return self._submit(lambda: self._remove_remote(remote, is_sound))
 
     def check(self, remote: Remote, address: PoolAddress) -> Future[None]:
         """Read the owner's token: sets the connection up, and proves that we reach what we believe to reach."""
@@ -224,24 +242,40 @@ class AgentThread:
         agent = self._living_agent()
         if address.block_bytes != self._memory.block_bytes:
             raise TransportError(f"blocks of {address.block_bytes} bytes, ours have {self._memory.block_bytes}")
-        name = agent.add_remote_agent(address.metadata)
-        name = name.decode() if isinstance(name, bytes) else name  # bytes, whatever its annotation says
-        if name not in self._remote_blocks:
-            blocks = all_blocks(address.address, address.device_id, address.num_blocks, address.block_bytes)
-            self._remote_blocks[name] = agent.prep_xfer_dlist(name, blocks, address.memory_kind)
+        known = (name for name, owner in self._owners.items() if owner.metadata == address.metadata)
+        name = next(known, None)
+        is_former = name is not None and not self._owners[name].num_users
+        if name is None:
+            given = agent.add_remote_agent(address.metadata)
+            name = given.decode() if isinstance(given, bytes) else given  # bytes, whatever its annotation says
             agent.make_connection(name)
-        self._num_users[name] = self._num_users.get(name, 0) + 1
-        return Remote(name, self._generation)
+        owner = self._owners.setdefault(name, _Owner(address.metadata))
+        if owner.blocks is None:
+            blocks = all_blocks(address.address, address.device_id, address.num_blocks, address.block_bytes)
+            owner.blocks = agent.prep_xfer_dlist(name, blocks, address.memory_kind)
+        owner.num_users += 1
+        return Remote(name, self._generation, is_former)
 
-    def _remove_remote(self, remote: Remote) -> None:
+    def _remove_remote(self, remote: Remote, is_sound: bool) -> None:
         if remote.generation != self._generation:
             return
-        self._num_users[remote.agent_name] -= 1
-        if self._num_users[remote.agent_name] == 0:
-            del self._num_users[remote.agent_name]
-            agent = self._living_agent()
-            _release(agent.release_dlist_handle, self._remote_blocks.pop(remote.agent_name))
-            _release(agent.remove_remote_agent, remote.agent_name)
+        owner = self._owners[remote.agent_name]
+        owner.num_users -= 1
+        if owner.num_users:
+            return
+        agent, blocks, owner.blocks = self._living_agent(), owner.blocks, None
+        assert blocks is not None
+        _release(agent.release_dlist_handle, blocks)
+        self._owners[remote.agent_name] = self._owners.pop(remote.agent_name)
+        former = [name for name, each in self._owners.items() if not each.num_users]
+        if not is_sound:
+            self._forget(remote.agent_name)
+        elif len(former) > _MAX_FORMER:
+            self._forget(former[0])
+
+    def _forget(self, agent_name: str) -> None:
+        del self._owners[agent_name]
+        _release(self._living_agent().remove_remote_agent, agent_name)
 
     def _start_check(self, remote: Remote, address: PoolAddress, done: Future[None]) -> None:
         agent = self._living_agent(remote)
@@ -270,7 +304,8 @@ class AgentThread:
     ) -> None:
         agent, ours = self._living_agent(remote), self._local_blocks
         assert ours is not None
-        theirs = self._remote_blocks[remote.agent_name]
+        theirs = self._owners[remote.agent_name].blocks
+        assert theirs is not None
         sources = np.array(remote_ids, np.int32)  # raises where ids of a peer that lies do not fit
         handle = agent.make_prepped_xfer("READ", ours, np.array(local_ids, np.int32), theirs, sources)
         self._post(handle, done, remote)
@@ -363,10 +398,10 @@ class AgentThread:
         for read in self._reads:
             _release(agent.release_xfer_handle, read.handle)
         self._reads.clear()
-        for blocks in self._remote_blocks.values():
-            _release(agent.release_dlist_handle, blocks)
-        self._remote_blocks.clear()
-        self._num_users.clear()
+        for owner in self._owners.values():
+            if owner.blocks is not None:
+                _release(agent.release_dlist_handle, owner.blocks)
+        self._owners.clear()
         if self._local_blocks is not None:
             _release(agent.release_dlist_handle, self._local_blocks)
             self._local_blocks = None

@@ -156,6 +156,27 @@ async def test_a_reset_that_fails_ends_its_reads_and_is_tried_until_an_agent_liv
         await reading
 
 
+async def test_owners_that_are_read_no_more_are_remembered_up_to_a_number_and_dropped_where_they_broke(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nixl_agent, "_MAX_FORMER", 2)
+    forgotten: list[str] = []
+    monkeypatch.setattr(FakeAgent, "remove_remote_agent", lambda _, name: forgotten.append(name), raising=False)
+    async with running(Nixl()) as thread, asyncio.timeout(20):
+
+        async def link(name: bytes, is_sound: bool = True) -> bool:
+            address = PoolAddress(name, "DRAM", 0, 4096, 8, 512, 8192, bytes(16))
+            remote = await asyncio.wrap_future(thread.add_remote(address))
+            await asyncio.wrap_future(thread.remove_remote(remote, is_sound))
+            return remote.is_former
+
+        assert [await link(name) for name in (b"a", b"b", b"a", b"c", b"b")] == [False, False, True, False, False]
+        assert forgotten == ["b", "a"]
+        assert await link(b"c", is_sound=False)
+        assert forgotten == ["b", "a", "c"]
+        assert not await link(b"c")
+
+
 async def test_an_agent_that_does_not_answer_holds_up_no_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
     agent_class: Any = Nixl().make
     monkeypatch.setattr(nixl_transport, "_import_nixl", lambda: agent_class)

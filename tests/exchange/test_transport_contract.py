@@ -320,6 +320,20 @@ async def test_closing_is_clean_twice_over_and_the_processes_end_by_themselves(p
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="files are counted in /proc")
+async def test_links_that_come_and_go_leave_nothing_open() -> None:
+    """A worker that was stopped for a moment now and then had a connection more with each peer each time."""
+    async with make_pair("nixl") as pair:
+        await pair.link("first")
+        peers = (pair.reader, pair.owner)
+        nums = [await peer.num_sockets() for peer in peers]
+        name = "first"
+        for number in range(8):
+            await pair.reader.close_link(name)
+            name = f"later-{number}"
+            await pair.link(name)
+        assert [await peer.num_sockets() for peer in peers] == nums
+
+
 async def test_dials_that_are_given_up_leave_nothing_open_and_both_processes_alive() -> None:
     """ucxx left a socket at both ends each time, and now and then ended the process."""
     async with make_pair("ucxx") as pair:
