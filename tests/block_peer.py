@@ -97,7 +97,7 @@ class _Peer:
         self._suspected: list[BlockHash] = []
         self.incarnation = new_incarnation()
         identity = PeerIdentity(f"peer/{self.incarnation}", "store", self.incarnation, layout)
-        transports = make_transports("ucxx", self._memory, "peer")
+        transports = make_transports("ucxx", self._memory, "peer", "127.0.0.1")
         keys = PROOFS.blocks if has_secret else PeerKeys((os.urandom(32),))
         self.exchange = BlockExchange(identity, self._memory, transports, proof_key=None, keys=keys, lender=self)
 

@@ -1,4 +1,4 @@
-"""Finds the lanes between two processes (same host, readable memory, RDMA) by looking and trying."""
+"""Finds the lanes between two processes (same host, readable memory) by looking and trying."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 import msgspec
+
+from kvstore.transport.devices import has_rdma
 
 
 class HostFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,14 +31,6 @@ def host_facts(probe: ctypes.Array[ctypes.c_char]) -> HostFacts:
     except OSError:
         boot_id, pid_namespace = "", 0  # an unusual kernel or sandbox: no lane that needs the same host
     return HostFacts(boot_id, pid_namespace, os.getpid(), has_rdma(), ctypes.addressof(probe), probe.raw)
-
-
-def has_rdma() -> bool:
-    """Whether this host has an RDMA device that this process can see."""
-    try:
-        return any(Path("/sys/class/infiniband").iterdir())
-    except OSError:
-        return False
 
 
 def on_same_host(ours: HostFacts, theirs: HostFacts) -> bool:

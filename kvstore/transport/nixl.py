@@ -18,7 +18,8 @@ import msgspec
 from kvstore.block import BlockMemory, Run
 from kvstore.errors import ReadFailed, TransportError
 from kvstore.transport.base import LinkPeer
-from kvstore.transport.host import HostFacts, can_read_memory, has_rdma, host_facts, on_same_host
+from kvstore.transport.devices import has_rdma
+from kvstore.transport.host import HostFacts, can_read_memory, host_facts, on_same_host
 from kvstore.transport.nixl_agent import AgentThread, Remote
 from kvstore.transport.nixl_pool import PoolAddress
 

@@ -9,6 +9,7 @@ from typing import Final
 from kvstore.block import BlockMemory
 from kvstore.errors import IncompatiblePeer, TransportError
 from kvstore.transport.base import Transport
+from kvstore.transport.devices import confine_ucx
 
 logger = logging.getLogger(__name__)
 
@@ -18,14 +19,22 @@ FAST_LANES: Final = frozenset({"rdma", "cuda_ipc", "cma"})
 CHOICES: Final = ("auto", "ucxx", "nixl")
 
 
-def make_transports(choice: str, memory: BlockMemory, name: str) -> list[Transport]:
+def make_transports(choice: str, memory: BlockMemory, name: str, host: str) -> list[Transport]:
     """Return the transports for `--kv-transport`, not started, best first. `name` (role and worker) appears in logs.
 
-    `auto` offers all that are installed and leaves the choice to each pair of peers. Raises `TransportError` where the
-    chosen one is not installed, ValueError for an unknown choice.
+    They listen on no other network device than the one that has `host`. `auto` offers all that are installed and leaves
+    the choice to each pair of peers. Raises `TransportError` where the chosen one is not installed or no device has the
+    host's address, ValueError for an unknown choice.
     """
     if choice not in CHOICES:
         raise ValueError(f"unknown KV transport {choice!r}; choose from {', '.join(CHOICES)}")
+    open_devices = confine_ucx(host)
+    if open_devices is not None:
+        logger.warning(
+            "UCX listens on network devices %s: whoever reaches its TCP ports reads and writes all memory of this"
+            " process; keep that network to workers and store nodes (docs/security.md)",
+            open_devices,
+        )
     transports: list[Transport] = []
     if choice in ("auto", "nixl"):
         try:

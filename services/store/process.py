@@ -171,7 +171,7 @@ async def open_store(
         feed = StoreIndexFeed(config.redis, name, incarnation, config.lease_s, metrics.index)
         store = await _open_tiers(config, layout, feed, outside.threads)
         cleanup.push_async_callback(store.close, config.drain_timeout_s)
-        transports = make_transports(config.kv_transport, store.memory, name)
+        transports = make_transports(config.kv_transport, store.memory, name, config.host)
         metrics.exchange.watch(transports)
         node = StoreNode(
             PeerIdentity(f"{name}/{incarnation}", "store", incarnation, layout),

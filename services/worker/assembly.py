@@ -127,7 +127,7 @@ def _exchange(
     metrics: WorkerMetrics,
     seams: Seams,
 ) -> BlockExchange:
-    transports = make_transports(config.kv_transport, engine.memory, worker_id)
+    transports = make_transports(config.kv_transport, engine.memory, worker_id, config.host)
     metrics.exchange.watch(transports)
     return BlockExchange(
         identity,

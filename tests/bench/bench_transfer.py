@@ -37,7 +37,7 @@ def make_exchange(name: str, transport: str, num_blocks: int, block_kib: int) ->
     memory = HostMemory.allocate(num_blocks * _POOL_FACTOR, layout.block_bytes)
     identity = PeerIdentity(name, name, f"{name}-{os.getpid()}", layout)
     return BlockExchange(
-        identity, memory, make_transports(transport, memory, name), proof_key=KEY, keys=PROOFS.blocks
+        identity, memory, make_transports(transport, memory, name, "127.0.0.1"), proof_key=KEY, keys=PROOFS.blocks
     ), memory
 
 

@@ -36,7 +36,7 @@ class Peer:
         self.memory = HostMemory.allocate(NUM_BLOCKS, LAYOUT.block_bytes)
         self.memory.array[:] = content(name)
         identity = PeerIdentity(name, name.partition("-")[0], f"{name}-1", LAYOUT)
-        transports = make_transports(transport, self.memory, name)
+        transports = make_transports(transport, self.memory, name, "127.0.0.1")
         self.exchange = BlockExchange(identity, self.memory, transports, TIMEOUTS, proof_key=KEY, keys=PROOFS.blocks)
         self.fetches: dict[str, Fetch] = {}
 

@@ -57,7 +57,7 @@ def test_peers_with_nothing_in_common_are_told_what_each_has():
 
 def test_an_unknown_transport_is_refused_by_name():
     with pytest.raises(ValueError, match="'rocket'; choose from auto, ucxx, nixl"):
-        make_transports("rocket", HostMemory.allocate(1, 8), "prefill-0")
+        make_transports("rocket", HostMemory.allocate(1, 8), "prefill-0", "127.0.0.1")
 
 
 def test_neighbours_on_both_sides_become_one_run():

@@ -16,6 +16,7 @@ from kvstore.block import HostMemory
 from kvstore.errors import TransportError
 from kvstore.transport import Link, LinkPeer, Transport
 from kvstore.transport.base import Run
+from kvstore.transport.devices import confine_ucx
 
 NUM_BLOCKS = 320
 BLOCK_BYTES = 16 * 1024
@@ -104,6 +105,7 @@ def _make_nixl(memory: HostMemory) -> Transport:
 
 
 async def _obey(name: str, port: int) -> None:
+    confine_ucx("127.0.0.1")
     peer = TransportPeer({"ucxx": _make_ucxx, "nixl": _make_nixl}[name])
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     tasks: set[asyncio.Task[None]] = set()

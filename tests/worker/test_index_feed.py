@@ -41,7 +41,7 @@ def leases(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr("services.node.index_feed.IndexWriter", Writer)
     for module in ("worker.assembly", "store.process"):
         monkeypatch.setattr(
-            f"services.{module}.make_transports", lambda _, memory, name: [MemoryTransport(memory, Switchboard())]
+            f"services.{module}.make_transports", lambda _, memory, *__: [MemoryTransport(memory, Switchboard())]
         )
     return made
 

@@ -101,7 +101,7 @@ async def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     torch.set_num_threads(1)
     switchboard = Switchboard()
     monkeypatch.setattr(
-        "services.worker.assembly.make_transports", lambda _, memory, name: [MemoryTransport(memory, switchboard)]
+        "services.worker.assembly.make_transports", lambda _, memory, *__: [MemoryTransport(memory, switchboard)]
     )
     model = write_model(tmp_path / "model", "llama3")
     async with AsyncExitStack() as stack:

@@ -26,7 +26,7 @@ TIMEOUT_S = 60.0
 
 @pytest.fixture
 def config(tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> PrefillConfig:
-    def transports(choice: str, memory: object, name: str) -> list[Transport]:
+    def transports(choice: str, memory: object, name: str, host: str) -> list[Transport]:
         return [MemoryTransport(memory, Switchboard())]  # type: ignore[arg-type]
 
     monkeypatch.setattr("services.worker.assembly.make_transports", transports)
