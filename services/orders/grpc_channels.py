@@ -27,7 +27,7 @@ _ANYTHING: Final = b""
 """A request for the health of the whole process."""
 # More prefill workers than one decode worker orders from at a time; old addresses of restarted ones count, too.
 _MAX_CHANNELS: Final = 64
-_ChannelOptions = tuple[tuple[str, int], ...]
+_ChannelOptions = tuple[tuple[str, int | str], ...]
 
 
 class Channels:

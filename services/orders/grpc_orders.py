@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
@@ -16,7 +17,8 @@ from tandem.v1 import worker_pb2_grpc
 from kvstore.peer_keys import PeerKeys
 from services.orders.call_proofs import NONCE_BYTES, NotProven, WorkerSessions
 from services.orders.grpc_channels import Channels
-from services.orders.grpc_peers import PeerGuard, PeerService, ProvenChannel
+from services.orders.grpc_open import Health, Introductions
+from services.orders.grpc_peers import PeerGuard, ProvenChannel
 from services.orders.streams import ServePrefill, ServeSession, StreamBroken, StreamRefused, is_cancelled
 from services.startup import CannotListen
 
@@ -41,14 +43,31 @@ _OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 # Whoever connects and says nothing, or has had no call for long, holds a descriptor for nothing. A prefill order finds
-# its connection closed then, and opens another.
+# its connection closed then, and opens another. gRPC looks once in that time, so it may be twice as long.
 _SILENCE_OPTIONS = (
     ("grpc.server_handshake_timeout_ms", 10_000),
-    ("grpc.max_connection_idle_ms", 60_000),
+    ("grpc.max_connection_idle_ms", 9_000),
+    # More than ever are peers. A process has a thousand descriptors or more, and needs some for its other ports.
+    ("grpc.max_allowed_incoming_connections", 768),
+)
+# Who answers for a worker may be anybody until he has proven to be one.
+_UNPROVEN_REPLIES = (
+    "grpc.service_config",
+    json.dumps(
+        {
+            "methodConfig": [
+                {
+                    "name": [{"service": "tandem.v1.PeerService"}, {"service": "grpc.health.v1.Health"}],
+                    "maxResponseMessageBytes": 16 << 10,
+                }
+            ]
+        }
+    ),
 )
 # Without one's own pool a channel takes over the connection of another one to the same address, dead or not.
-_ORDER_OPTIONS = (*_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+_ORDER_OPTIONS = (*_OPTIONS, _UNPROVEN_REPLIES, ("grpc.use_local_subchannel_pool", 1))
 _SESSION_OPTIONS = (
+    _UNPROVEN_REPLIES,
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     _PING_TIMEOUT,
@@ -177,20 +196,13 @@ class GrpcServer:
         `keys`: orders are taken from who has one; none: from anybody. `advertise_host`: under which others reach us,
         where that is not `host`.
         """
-        # Who only gives orders, as the router does, need not have it installed.
-        from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-
         self._sessions = sessions = WorkerSessions(keys, lambda: os.urandom(NONCE_BYTES))
         self._guard = PeerGuard(sessions)
         self._server = grpc.aio.server(
             options=(*_OPTIONS, *_SILENCE_OPTIONS), interceptors=[self._guard] if keys else []
         )
-        worker_pb2_grpc.add_PeerServiceServicer_to_server(PeerService(sessions), self._server)  # type: ignore[no-untyped-call]
-        self._health = health.aio.HealthServicer()
-        self._status = health_pb2.HealthCheckResponse
-        self._is_serving, self._has_news = True, asyncio.Event()
-        self._telling: asyncio.Task[None] | None = None
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._health = Health()
+        self._server.add_generic_rpc_handlers((Introductions(sessions).handler(), self._health.handler()))
         try:
             self.port = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
@@ -210,25 +222,14 @@ class GrpcServer:
 
     async def start(self) -> None:
         await self._server.start()
-        self._telling = asyncio.create_task(self._tell_health(), name="grpc health")
 
     def set_serving(self, is_serving: bool) -> None:
         """Say to whoever asks for our health whether new work should come."""
-        self._is_serving = is_serving
-        self._has_news.set()
+        self._health.set_serving(is_serving)
 
     async def stop(self, grace_s: float | None) -> None:
         """Calls that are still open may take so long to end by themselves."""
-        if self._telling is not None:
-            self._telling.cancel()
-            await asyncio.wait([self._telling])
         await self._server.stop(grace_s)
-
-    async def _tell_health(self) -> None:
-        while True:
-            await self._has_news.wait()
-            self._has_news.clear()
-            await self._health.set("", self._status.SERVING if self._is_serving else self._status.NOT_SERVING)
 
 
 class _Sessions(worker_pb2_grpc.DecodeServiceServicer):

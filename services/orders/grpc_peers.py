@@ -10,12 +10,12 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from typing import Any, Final, TypeAlias
 
 import grpc
-from tandem.v1 import worker_pb2 as pb
 from tandem.v1 import worker_pb2_grpc
 
 from kvstore.complaints import Complaints
 from kvstore.peer_keys import PeerKeys
-from services.orders.call_proofs import NONCE_BYTES, CallerSession, NotProven, WorkerSessions
+from services.orders.call_proofs import NONCE_BYTES, CallerSession, WorkerSessions
+from services.orders.grpc_open import INTRODUCTION_KEY
 
 log = logging.getLogger(__name__)
 
@@ -55,22 +55,6 @@ class PeerGuard(grpc.aio.ServerInterceptor):
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this worker serves those alone who have its peer secret")
 
 
-class PeerService(worker_pb2_grpc.PeerServiceServicer):
-    """Answers introductions."""
-
-    def __init__(self, sessions: WorkerSessions) -> None:
-        self._sessions = sessions
-
-    async def Introduce(
-        self, introduction: pb.Introduction, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> pb.IntroductionReply:
-        try:
-            return self._sessions.introduce(introduction)
-        except NotProven as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-            raise AssertionError("abort raises") from error
-
-
 class ProvenChannel:
     """A channel to one worker, and our session with it. Closing the channel stays the caller's."""
 
@@ -97,5 +81,8 @@ class ProvenChannel:
     async def _introduce(self) -> CallerSession:
         session = CallerSession(self._keys, self._address, os.urandom(NONCE_BYTES))
         stub = worker_pb2_grpc.PeerServiceStub(self.channel)  # type: ignore[no-untyped-call]
-        session.accept(await stub.Introduce(session.introduction, timeout=_INTRODUCTION_S))
+        said = session.introduction
+        # The message is for workers of the version before, which do not look at the metadata.
+        metadata = ((INTRODUCTION_KEY, said.SerializeToString()),)
+        session.accept(await stub.Introduce(said, metadata=metadata, timeout=_INTRODUCTION_S))
         return session
