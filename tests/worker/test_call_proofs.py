@@ -225,7 +225,8 @@ async def test_a_stranger_generates_nothing_and_is_told_of_nothing(
                 request = pb.PrefillRequest(prompt_token_ids=range(1000))
                 call = worker_pb2_grpc.PrefillServiceStub(channel).Prefill(request, metadata=metadata)
             else:
-                call = worker_pb2_grpc.DecodeServiceStub(channel).Session(hello(), metadata=metadata)
+                # He says nothing yet: gRPC calls it internal where what is being sent meets the refusal.
+                call = worker_pb2_grpc.DecodeServiceStub(channel).Session(metadata=metadata)
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 async for _answer in call:
                     pass
