@@ -19,7 +19,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import WorkerRecord
 from kvstore.threads import OsThreads
-from services.orders import RESUMES
+from services.orders import RESUMES, StreamBroken
 from services.router.config import RouterConfig
 from services.router.edge import RouterParts
 from services.router.process import Seams, open_parts
@@ -48,6 +48,10 @@ class ScriptedWorker:
     features: tuple[str, ...] = (RESUMES,)
     dies_after: int | None = None
     """Tokens of its first order; the frame that carries the last of them is sent, and nobody is there any more."""
+    breaks_after: int | None = None
+    """Tokens of any order; then the session breaks, and the worker lives on."""
+    hangs_after: int | None = None
+    """The same as `dies_after`; then it says that its step loop stands still."""
     is_dead: bool = False
     gives_up_after: int | None = None
     """The same; then every order gets a word that the worker is shutting down."""
@@ -133,6 +137,12 @@ class ScriptedWorker:
                 if num_said == self.dies_after:
                     self.is_dead = True
                     raise Killed
+                if any(output.num_said == self.breaks_after for output in live.values()):
+                    raise StreamBroken("ping timeout")
+                if num_said == self.hangs_after:
+                    await send(pb.SessionFrame(stuck="step loop"))
+                    self.is_dead = True
+                    await asyncio.Event().wait()
                 if num_said == self.silent_after:
                     await asyncio.Event().wait()
                 if num_said == self.gives_up_after:

@@ -202,6 +202,30 @@ async def test_a_choice_with_which_two_workers_die_ends_the_request_for_all(make
         assert is_at_rest(fleet)
 
 
+async def test_a_request_in_which_two_step_loops_hang_is_given_up(make):
+    # It went from worker to worker, each of which ended itself: a whole fleet for one request.
+    async with scripted_fleet() as fleet:
+        workers = [make(number, hangs_after=3) for number in range(6)]
+        await fleet.serve_with(*workers)
+        answer = await fleet.ask(**STREAM)
+        assert answer.error is not None
+        assert "2 decode workers were lost with this request aboard" in str(answer.error["message"])
+        assert sum(worker.is_dead for worker in workers) == 2
+        assert is_at_rest(fleet)
+
+
+async def test_a_worker_that_answers_again_had_not_died_of_the_request(make):
+    # A router that was stopped for a moment, twice, took its workers for dead, and the request for what they died of.
+    async with scripted_fleet() as fleet:
+        expected = await undisturbed(fleet, make, **STREAM)
+        worker = make(breaks_after=10)
+        await fleet.serve_with(worker)
+        answer = await fleet.ask(**STREAM)
+        assert len(worker.orders) > 2
+        assert answer.choices() == expected.choices()
+        assert is_at_rest(fleet)
+
+
 async def test_a_larger_budget_goes_on_through_many_deaths(make):
     async with scripted_fleet(RouterConfig(max_worker_deaths=9)) as fleet:
         expected = await undisturbed(fleet, make, **STREAM)

@@ -58,3 +58,15 @@ def test_a_new_stream_begins_with_a_new_word() -> None:
     assert silence.is_broken
     silence.begin(now_s, is_promised=True)
     assert not silence.is_broken
+
+
+def test_what_breaks_while_we_stand_still_ourselves_is_known_for_a_moment() -> None:
+    silence = Silence(2.0)
+    silence.begin(50.0, is_promised=True)
+    now_s = looks(silence, 50.0, 1.0)
+    assert not silence.was_blind(now_s)
+    now_s += 14.0
+    assert silence.was_blind(now_s), "before it has looked again"
+    silence.look(now_s)
+    assert silence.was_blind(now_s + 1.0)
+    assert not silence.was_blind(looks(silence, now_s, 3.0))

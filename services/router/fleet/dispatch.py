@@ -212,7 +212,8 @@ class Dispatch:
 
     def _on_death(self, sequence: Sequence, reason: str) -> None:
         """Its worker is gone with it aboard, which may be why."""
-        sequence.num_deaths += 1
+        assert sequence.session is not None, f"{sequence.request_id} was lost by a worker that it was not at"
+        sequence.deaths.append((sequence.session, sequence.session.num_streams))
         self._on_loss(sequence, reason, "lost")
 
     def _on_standstill(self, sequence: Sequence, reason: str) -> None:

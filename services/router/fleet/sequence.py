@@ -110,8 +110,8 @@ class Sequence:
     """Workers that it was given to."""
     num_losses: int = 0
     """Of these, lost with it aboard: they died, or were left since they did not get on."""
-    num_deaths: int = 0
-    """Of the lost ones, those that died."""
+    deaths: list[tuple[WorkerSession, int]] = field(default_factory=list)
+    """Of the lost ones those that may have died of it, and how many streams each had had."""
     searched_s: float = 0.0
     """How long it has looked for other workers since its newest token."""
     routed_unix_s: float = 0.0
@@ -148,6 +148,11 @@ class Sequence:
     @property
     def ended(self) -> bool:
         return self.state is SequenceState.ENDED
+
+    @property
+    def num_deaths(self) -> int:
+        """Workers that died with it aboard: who has answered again since had not."""
+        return sum(session.num_streams == num_streams for session, num_streams in self.deaths)
 
     def move_to(self, state: SequenceState) -> None:
         """Change the state; raises IllegalTransition, with the history, where the table has no such step."""

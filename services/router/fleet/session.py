@@ -6,6 +6,10 @@ does, every request on it is lost.
 
 A worker promises a frame at least every so often. One that is silent for too long, since it hangs or is cut off, or
 says that a part of it stands still, is left: its stream ends.
+
+A request may be what its worker died of, or what its step loop hangs in, so it is told of that (`OutputSink.lose`).
+A worker that is left for its silence is no such case, nor one that we lost while our own loop stood still, nor, as it
+turns out later, one that answers again (`num_streams`).
 """
 
 from __future__ import annotations
@@ -36,6 +40,8 @@ _DRAINED_BYTES = 8 << 20
 _FIRST_BACKOFF_S = 0.1
 # Requests that leave a draining worker at a time: the room that each takes elsewhere is counted when it has come there.
 _MAX_LEAVING = 4
+_STEP_LOOP = "step loop"
+"""As workers name the part that computes requests."""
 _STAY_S = 0.25  # until one that found no room elsewhere is looked at again
 
 
@@ -49,14 +55,14 @@ class OutputSink(Protocol):
         """A further token."""
 
     def lose(self, reason: str, died: bool) -> None:
-        """The end, too: the worker is lost. Nothing else comes. Not `died`: we left it, since it did not get on."""
+        """The end, too: the worker is lost. Nothing else comes. `died`: perhaps of this request."""
 
     def may_leave(self) -> bool:
         """Whether it could go on at another worker now, since this one drains."""
 
 
 class _StandsStill(StreamBroken):
-    """The worker may live, and is of no use: it says nothing, or that it gets on no more."""
+    """The worker may live, and is of no use: it says nothing, or that it gets on no more, for no request's fault."""
 
 
 class SessionDown(Exception):
@@ -74,7 +80,8 @@ def rates_from_proto(message: pb.Rates) -> Rates:
 
 def _check_progress(frame: pb.SessionFrame) -> None:
     if frame.stuck:
-        raise _StandsStill(f"the worker makes no progress: {frame.stuck}")
+        kind = StreamBroken if _STEP_LOOP in frame.stuck else _StandsStill
+        raise kind(f"the worker makes no progress: {frame.stuck}")
 
 
 class WorkerSession:
@@ -93,6 +100,8 @@ class WorkerSession:
         self.record = record
         self._on_load = on_load
         self.connected = False
+        self.num_streams = 0
+        """That have begun: one more later, and this incarnation had not died."""
         self.features: frozenset[str] = frozenset()
         """What the worker understands beyond the protocol's version."""
         self.load = pb.Load()
@@ -188,7 +197,8 @@ class WorkerSession:
                 await self._run_stream()
                 reason = "closed"
             except StreamBroken as error:
-                reason, died = str(error), not isinstance(error, _StandsStill)
+                was_blind = self._silence.was_blind(asyncio.get_running_loop().time())
+                reason, died = str(error), not (was_blind or isinstance(error, _StandsStill))
             except TimeoutError:
                 reason = f"no first frame within {HELLO_TIMEOUT_S:g} s"
             except (Exception, asyncio.CancelledError) as error:
@@ -269,6 +279,7 @@ class WorkerSession:
         _check_progress(frame)
         self._silence.begin(asyncio.get_running_loop().time(), is_promised=frame.heartbeat_s > 0)
         self.connected = True
+        self.num_streams += 1
         self.features = frozenset(frame.features)
         log.debug("session with decode worker %s is up", self.record.worker_id)
         self._on_frame(frame)

@@ -19,6 +19,7 @@ class Silence:
         self._is_promised = False
         self._heard_s = 0.0
         self._look_due_s = 0.0
+        self._was_blind_until_s = 0.0
 
     def begin(self, now_s: float, is_promised: bool) -> None:
         """A new stream. A worker that does not know heartbeats has promised none, and may be silent."""
@@ -31,9 +32,18 @@ class Silence:
 
     def look(self, now_s: float) -> None:
         """Judge as of when the look was due: what came while our own loop stood still waits unread."""
+        if self._is_blind(now_s):
+            self._was_blind_until_s = now_s + self.timeout_s
         silent_s = min(now_s, self._look_due_s) - self._heard_s
         self._look_due_s = now_s + self.look_s
         self.is_broken = self._is_promised and silent_s > self.timeout_s
+
+    def was_blind(self, now_s: float) -> bool:
+        """Whether our own loop stood still a moment ago, for so long that the worker may have given us up."""
+        return self._is_blind(now_s) or now_s < self._was_blind_until_s
+
+    def _is_blind(self, now_s: float) -> bool:
+        return now_s - self._look_due_s > self.timeout_s
 
     def is_suspect(self, now_s: float) -> bool:
         """Whether the worker is late."""
