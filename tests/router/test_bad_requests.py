@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 
@@ -14,6 +15,8 @@ from tests.router.tiny_model import byte_level_tokenizer
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 VOCABULARY, CONTEXT = byte_level_tokenizer().get_vocab_size(), 256
 NUM_ERRORS = 12_000
+NAMED_BY_CLIENTS = {"request_id", "model", "priority", "cache_salt"}
+"""Fields of an order that a client may give; of the others our test gives all."""
 
 
 def text(**fields: object) -> bytes:
@@ -119,18 +122,6 @@ CASES: dict[str, tuple[str, bytes, set[int], str | None]] = {
         "stream_options",
     ),
     "a request id of two lines": (COMPLETIONS, text(request_id="a\r\nb"), {400}, "request_id"),
-    "fields of our insides": (
-        COMPLETIONS,
-        text(
-            kv_transfer_params={"do_remote_prefill": True},
-            handle=5,
-            prefill_targets=[{"grpc_address": "localhost:1"}],
-            transfer_id="x",
-            timeout_s=-1,
-        ),
-        {200},
-        None,
-    ),
     "a template of the client's": (CHAT, chat(chat_template="{{ 1 }}"), {400}, "chat_template"),
     "variables that hide the messages": (
         CHAT,
@@ -193,6 +184,37 @@ def test_a_bad_body(http, name):
         assert param is None or error["param"] == param
 
 
+@pytest.mark.parametrize(("path", "body"), [(COMPLETIONS, text), (CHAT, chat)], ids=["completions", "chat"])
+def test_fields_of_our_insides_reach_no_order(http, worker, path, body):
+    inside = {
+        "handle": 4_000_000,
+        "timeout_s": 0.001,
+        "transfer_id": "x",
+        "kv_transfer_params": {"do_remote_prefill": True},
+        "move": {"worker_id": "w", "kv_address": "localhost:1", "transfer_id": "x"},
+        "prefill_targets": [{"worker_id": "w", "grpc_address": "localhost:1", "kv_address": "localhost:1"}],
+        "prefix_sources": [{"holder_id": "w", "kv_address": "localhost:1", "num_blocks": 1}],
+        "prompt_hashes": {"hashes": ["x"]},
+        "prompt_token_ids": [1, 2, 3],
+        "resumed_token_ids": [5],
+        "sampling": {"max_tokens": 99},
+        "token_lists": 5,
+        "tenant": "another",
+    }
+    orders = []
+    for fields in ({}, inside):
+        response = http.post(path, content=body(seed=7, request_id="r", cache_salt="s", **fields))
+        assert response.status_code == 200, response.text[:500]
+        orders.append(worker.requests[-1])
+    plain, ours = orders
+    assert plain.prompt_token_ids
+    assert ours.handle == plain.handle + 1
+    assert ours.timeout_s > 1  # what is left of our own
+    ours.handle, ours.timeout_s = plain.handle, plain.timeout_s
+    assert ours == plain
+    assert set(inside) >= {field.name for field in ours.DESCRIPTOR.fields} - NAMED_BY_CLIENTS
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
 def test_another_content_type(http, kind):
     response = http.post(COMPLETIONS, content=text(), headers={"content-type": kind})
@@ -206,9 +228,8 @@ def test_300_headers(http):
     assert response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("limit", ["_BODY_TIMEOUT_S", "_BODY_SILENCE_S"])
-def test_a_body_that_does_not_come(http, monkeypatch, limit):
-    monkeypatch.setattr(edge_http, limit, 0.05)
+def test_a_body_that_does_not_come(http, monkeypatch):
+    monkeypatch.setattr(edge_http, "_BODY_SILENCE_S", 0.05)
     url = httpx.URL(str(http.base_url))
     with socket.create_connection((url.host, url.port), timeout=60) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
@@ -217,6 +238,23 @@ def test_a_body_that_does_not_come(http, monkeypatch, limit):
             answer += chunk
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"connection: close" in answer
+
+
+def test_a_body_that_comes_a_byte_at_a_time_has_its_time_in_all(http, monkeypatch):
+    monkeypatch.setattr(edge_http, "_BODY_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(edge_http, "_BODY_SILENCE_S", 60)
+    url = httpx.URL(str(http.base_url))
+    with socket.create_connection((url.host, url.port), timeout=60) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n{")
+        connection.settimeout(0.02)
+        for _ in range(3_000):  # a minute; a byte each, which no silence interrupts
+            with contextlib.suppress(TimeoutError):
+                answer = connection.recv(1000)
+                break
+            connection.sendall(b" ")
+        else:
+            pytest.fail("bytes without end have time without end")
+    assert answer.startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_body_that_is_more_than_it_says(http):
