@@ -250,6 +250,12 @@ class Engine(Protocol):
 
     # ---- steps and state ------------------------------------------------------------
 
+    def warm_up(self) -> Sequence[StepOutput]:
+        """Prepare, before any request, what would be prepared in the first steps, and leave nothing findable behind.
+
+        Returns shapes and durations of steps as they are from then on.
+        """
+
     @property
     def has_work(self) -> bool:
         """Whether a step would compute something. False while all that waits waits for memory that others hold."""

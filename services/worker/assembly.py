@@ -27,7 +27,6 @@ Role: TypeAlias = Literal["prefill", "decode"]
 
 # A step that takes so many times what it was expected to is slow, and no more; what was never done is a guess.
 _HONEST_SLOWNESS = 10.0
-_FIRST_STEP_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,8 @@ def assemble(
         rates.step_ended(output.shape, output.duration_s)
 
     def allowed_s() -> float:
-        """How long the engine's thread may take over what it does; before the first step, the machine is unknown."""
-        if not rates.rates.num_steps:
-            return _FIRST_STEP_S
-        return config.stuck_after_s + _HONEST_SLOWNESS * rates.rates.step_s(engine.step_shape)
+        """How long the engine's thread may take over what it does; `warm_up` has told the machine's speed."""
+        return max(config.stuck_after_s, _HONEST_SLOWNESS * rates.rates.step_s(engine.step_shape))
 
     thread = EngineThread(engine, threads, step_ended, allowed_s)
     host_prefixes = HostPrefixes(engine, thread, threads, config.prefix_fetch_timeout_s)

@@ -30,6 +30,13 @@ class WorkerConfig(NodeSettings, EngineConfig):
         group="secrets",
     )
     proof_key: str = setting("", help="the same, not in a file", secret=True, group="secrets")
+    warm_up_timeout_s: float = setting(
+        300.0,
+        above=0,
+        help="how long the first steps may take, of made-up tokens, before the worker serves: what is loaded or"
+        " compiled once, is then",
+        group="model",
+    )
     prefix_fetch_timeout_s: float = setting(
         2.5,
         above=0,

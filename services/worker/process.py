@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import signal
@@ -12,21 +11,17 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import msgspec
 import uvloop
 
 import services
-from kvstore.block import ProofKey
 from kvstore.errors import RegistryError, TransportError
 from kvstore.exchange import Outside
 from kvstore.registry import Registrar, WorkerRecord, next_incarnation
-from kvstore.threads import Threads
 from services.activity import Activity, activity_logged, sample
 from services.engine.api import Engine
-from services.engine.choice import open_engine
 from services.engine.model_config import ModelError
 from services.logs import configure_logging, detail_level, report_phase, report_ready
 from services.node import hindering, in_words, loop_watch, transport_watches, watched
@@ -38,6 +33,7 @@ from services.worker.assembly import Role, Seams, WorkerParts, assemble, served_
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread, StepListener
 from services.worker.http import WorkerHttp
+from services.worker.load import load_engine, warmed_up
 from services.worker.pool_pages import pool_backed
 
 log = logging.getLogger(__name__)
@@ -239,48 +235,6 @@ async def _announced(config: WorkerConfig, record: WorkerRecord) -> AsyncIterato
         await registrar.close()
 
 
-async def _load(config: WorkerConfig, threads: Threads, stop: asyncio.Event) -> Engine | None:
-    """Load the model in a thread; None if the worker is to stop before that is done.
-
-    Raises ModelError, SettingsError.
-    """
-    started_s = time.monotonic()
-    num_threads = config.num_threads or len(os.sched_getaffinity(0))
-    settings = dataclasses.replace(config, num_threads=num_threads)
-    proof_key = _proof_key(config)
-
-    def load() -> Engine:
-        return open_engine(settings, proof_key, progress=partial(report_phase, "loading model"))
-
-    loading, stopped = asyncio.ensure_future(threads.run(load)), asyncio.ensure_future(stop.wait())
-    await asyncio.wait([loading, stopped], return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    if not loading.done():
-        loading.cancel()
-        return None
-    engine = loading.result()
-    log.log(
-        detail_level(),
-        "model %s (%s) loaded in %.1f s: %d blocks of %d tokens, %d more in main memory",
-        config.model,
-        engine.layout.dtype,
-        time.monotonic() - started_s,
-        engine.capabilities.num_blocks,
-        engine.layout.block_size,
-        engine.capabilities.num_host_blocks,
-    )
-    return engine
-
-
-def _proof_key(config: WorkerConfig) -> ProofKey:
-    """What blocks are proven under. Raises SettingsError."""
-    secret = config.read_proof_key()
-    if secret is None:
-        log.warning("no --proof-key-file: blocks are proven under a key that everybody knows, which stops no forger")
-        return ProofKey.public()
-    return ProofKey(secret.derive("proofs of KV blocks"))
-
-
 async def _serve(config: WorkerConfig, role: Role, build: Callable[[WorkerParts], WorkerService]) -> int | None:
     """Load, serve, drain. Return the exit status; None if the end came while a thread still loads the model."""
     stop = asyncio.Event()
@@ -294,7 +248,7 @@ async def _serve(config: WorkerConfig, role: Role, build: Callable[[WorkerParts]
             configure_logging(config.log_level, config.log_format, fields={"role": role, "worker_id": front.worker_id})
             front.http.phase = "loading the model"
             async with _announced(config, _starting_record(config, role, front)) as registrar:
-                engine = await _load(config, seams.outside.threads, stop)
+                engine = await load_engine(config, seams.outside.threads, stop)
                 if engine is None:
                     return None
                 report_phase("warming up")
@@ -312,6 +266,9 @@ async def _serve_open(
 ) -> int:
     parts, record = worker.parts, worker.record
     parts.metrics.index.watch_registry(lambda: registrar.connected)
+    front.http.phase = "warming up"
+    if not await warmed_up(parts, config.warm_up_timeout_s, stop):
+        return 0
     front.http.phase = ""
     registrar.update(record)
     try:

@@ -553,3 +553,16 @@ def test_what_was_evicted_comes_back_from_a_tier_of_its_own(engine: Engine) -> N
     restore.copy_back()
     restore.end()
     assert engine.peek_prefix(hashes) == 4
+
+
+def test_first_steps_of_made_up_tokens_are_told_as_steps_and_leave_nothing_behind(make: Callable[[], Engine]) -> None:
+    engine, cold = make(), make()
+    prompt, decode = engine.warm_up()
+    assert prompt.shape.num_prompt_tokens == prompt.num_tokens > 1
+    assert (decode.shape.num_running, decode.num_tokens) == (1, 1)
+    assert min(prompt.duration_s, decode.duration_s) > 0
+    assert (engine.stats, engine.load()) == (cold.stats, cold.load())
+    assert (engine.cached_hashes(), engine.take_cache_changes(), engine.has_work) == ([], [], False)
+    prompt_ids = prompt_of(50)
+    warm, other = (run(each, ask("r", prompt_ids)) for each in (engine, cold))
+    assert tokens(warm, "r") == tokens(other, "r")

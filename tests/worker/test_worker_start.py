@@ -6,16 +6,23 @@ import asyncio
 import os
 import signal
 import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import httpx
 import pytest
 
 from kvstore.registry import Membership
 from kvstore.transport import Transport
+from services.engine.api import StepOutput
 from services.engine.native import Engine
 from services.prefill.config import PrefillConfig
 from services.prefill.service import PrefillService
+from services.rates import StepShape
+from services.startup import CANNOT_START
+from services.worker.assembly import WorkerParts
 from services.worker.process import _serve
 from tests.hf_models import write_model
 from tests.memory_transport import MemoryTransport, Switchboard
@@ -88,3 +95,71 @@ async def test_a_worker_that_is_told_to_stop_while_it_loads_does_not_load_to_the
     await until(lambda: membership.starting() == ())
     await membership.close()
     may_load.set()
+
+
+def building(config: PrefillConfig, made: list[WorkerParts]) -> Callable[[WorkerParts], PrefillService]:
+    """Have `made` hold the worker's parts once it is built."""
+
+    def build(parts: WorkerParts) -> PrefillService:
+        made.append(parts)
+        return PrefillService(config, parts)
+
+    return build
+
+
+@pytest.fixture
+def may_warm_up(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """The first step ends when this is set."""
+    event, warm_up = threading.Event(), Engine.warm_up
+
+    def wait_and_warm_up(engine: Engine) -> Sequence[StepOutput]:
+        assert event.wait(TIMEOUT_S)
+        return warm_up(engine)
+
+    monkeypatch.setattr(Engine, "warm_up", wait_and_warm_up)
+    return event
+
+
+async def test_nobody_is_sent_anything_before_the_first_steps_have_told_how_fast_the_machine_is(
+    config: PrefillConfig, may_warm_up: threading.Event
+) -> None:
+    made: list[WorkerParts] = []
+    membership = Membership(config.redis)
+    await membership.start()
+    worker = asyncio.create_task(
+        _serve(config, "prefill", lambda parts: made.append(parts) or PrefillService(config, parts))
+    )
+    await until(lambda: bool(made) or worker.done())
+    (starting,) = membership.starting()
+    async with httpx.AsyncClient(base_url=f"http://{starting.http_address}", timeout=TIMEOUT_S) as http:
+        while (answer := await http.get("/ready")).json().get("reason") != "warming up":
+            assert answer.status_code == 503
+        assert (membership.snapshot(), made[0].rates.rates.num_steps) == ((), 0)
+        may_warm_up.set()
+        await until(lambda: bool(membership.snapshot()) or worker.done())
+        assert made[0].rates.rates.num_steps > 0
+        watch = made[0].thread.watch
+        assert watch.allowed_s() == config.stuck_after_s
+        step_s = made[0].rates.rates.step_s(StepShape(num_prompt_tokens=10**9))
+        with patch.object(made[0].engine, "step_shape", StepShape(num_prompt_tokens=10**9)):
+            assert watch.allowed_s() == 10 * step_s > config.stuck_after_s
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await worker == 0
+    await membership.close()
+
+
+@pytest.mark.parametrize("is_told_to_stop", [False, True])
+async def test_first_steps_that_do_not_end_are_the_end_of_the_start(
+    config: PrefillConfig, may_warm_up: threading.Event, is_told_to_stop: bool
+) -> None:
+    config = replace(config, warm_up_timeout_s=TIMEOUT_S if is_told_to_stop else 0.01)
+    made: list[WorkerParts] = []
+    worker = asyncio.create_task(
+        _serve(config, "prefill", lambda parts: made.append(parts) or PrefillService(config, parts))
+    )
+    await until(lambda: bool(made) or worker.done())
+    if is_told_to_stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    await until(lambda: getattr(made[0].thread._runner, "_stopping", False) or worker.done())
+    may_warm_up.set()
+    assert await worker == (0 if is_told_to_stop else CANNOT_START)

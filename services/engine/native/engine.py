@@ -39,6 +39,7 @@ from services.engine.native.memory import (
 from services.engine.native.model import LoadedModel, load_model
 from services.engine.native.runner import ModelRunner, Runner
 from services.engine.native.scheduling import Batch, Request, SampledBatch, Scheduler, SchedulerConfig, check_fits
+from services.engine.native.warm_up import warm_up
 from services.lifecycle import Event
 from services.machine import Gpu
 from services.rates import NO_STEP
@@ -89,8 +90,7 @@ class Engine:
         self.memory: BlockMemory = block_memory(self.kv_cache)
         tier = open_host_tier(self.kv_cache, self.memory, num_host_slots, self.proof_key) if num_host_slots else None
         self.host_tier = tier
-        take_evicted = tier.take_evicted if tier is not None else None
-        self.pool = BlockPool(num_blocks, config.enable_prefix_caching, take_evicted)
+        self.pool = BlockPool(num_blocks, config.enable_prefix_caching, tier.take_evicted if tier is not None else None)
         self._runner = wrap_runner(ModelRunner(model, self.kv_cache, config.block_size))
         self._scheduler = Scheduler(scheduler_config(config, model), self.pool)
         self._on_grant: dict[str, Callable[[Reservation], None]] = {}  # by id of a reserving request
@@ -267,6 +267,9 @@ class Engine:
         return self.pool.take_changes()
 
     # ---- steps ------------------------------------------------------------------
+
+    def warm_up(self) -> Sequence[StepOutput]:
+        return warm_up(self._runner, self._scheduler.config, self.pool.num_blocks, self._clock)
 
     @property
     def has_work(self) -> bool:

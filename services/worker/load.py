@@ -1,0 +1,87 @@
+"""Brings a worker's engine up: loads the model, and has it take its first steps, so that no request waits for those."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import time
+from functools import partial
+from typing import Any
+
+from kvstore.block import ProofKey
+from kvstore.threads import Threads
+from services.engine.api import Engine
+from services.engine.choice import open_engine
+from services.engine.model_config import ModelError
+from services.logs import detail_level, report_phase
+from services.worker.assembly import WorkerParts
+from services.worker.config import WorkerConfig
+
+log = logging.getLogger(__name__)
+
+
+async def load_engine(config: WorkerConfig, threads: Threads, stop: asyncio.Event) -> Engine | None:
+    """Load the model in a thread; None if the worker is to stop before that is done.
+
+    Raises ModelError, SettingsError.
+    """
+    started_s = time.monotonic()
+    num_threads = config.num_threads or len(os.sched_getaffinity(0))
+    settings = dataclasses.replace(config, num_threads=num_threads)
+    proof_key = _proof_key(config)
+
+    def load() -> Engine:
+        return open_engine(settings, proof_key, progress=partial(report_phase, "loading model"))
+
+    loading, stopped = asyncio.ensure_future(threads.run(load)), asyncio.ensure_future(stop.wait())
+    await asyncio.wait([loading, stopped], return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not loading.done():
+        loading.cancel()
+        return None
+    engine = loading.result()
+    log.log(
+        detail_level(),
+        "model %s (%s) loaded in %.1f s: %d blocks of %d tokens, %d more in main memory",
+        config.model,
+        engine.layout.dtype,
+        time.monotonic() - started_s,
+        engine.capabilities.num_blocks,
+        engine.layout.block_size,
+        engine.capabilities.num_host_blocks,
+    )
+    return engine
+
+
+def _proof_key(config: WorkerConfig) -> ProofKey:
+    """What blocks are proven under. Raises SettingsError."""
+    secret = config.read_proof_key()
+    if secret is None:
+        log.warning("no --proof-key-file: blocks are proven under a key that everybody knows, which stops no forger")
+        return ProofKey.public()
+    return ProofKey(secret.derive("proofs of KV blocks"))
+
+
+async def warmed_up(parts: WorkerParts, timeout_s: float, stop: asyncio.Event) -> bool:
+    """Warm the engine up, and learn from it how fast this machine is. False: the worker is to stop before that is done.
+
+    Raises ModelError.
+    """
+
+    def warm_up() -> None:
+        for output in parts.engine.warm_up():
+            parts.rates.step_ended(output.shape, output.duration_s)
+
+    warming, stopped = parts.thread.call(warm_up), asyncio.ensure_future(stop.wait())
+    either: list[asyncio.Future[Any]] = [warming, stopped]
+    await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if warming.done():
+        if (error := warming.exception()) is not None:
+            raise ModelError(f"its first steps failed: {error}") from error
+        return True
+    if not stop.is_set():
+        raise ModelError(f"its first steps have not ended within {timeout_s:g} s (--warm-up-timeout-s)")
+    return False
