@@ -6,9 +6,11 @@ proof of its own. So it listens on the device that has the process's own address
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import os
 import socket
+import struct
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +20,10 @@ _SETTING: Final = "UCX_NET_DEVICES"
 _LOOPBACK: Final = "lo"
 _INFINIBAND: Final = Path("/sys/class/infiniband")
 _NETWORK: Final = Path("/sys/class/net")
+# Of Linux's socket filters (linux/filter.h).
+_SO_ATTACH_FILTER: Final = 26
+_LOAD_WORD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
+_IPV4_DESTINATION: Final = 0xFFF00000 + 16  # its place in the IP header
 
 
 def confine_ucx(host: str) -> str | None:
@@ -38,6 +44,45 @@ def confine_ucx(host: str) -> str | None:
     return None if devices_set == _LOOPBACK else devices_set
 
 
+def narrow(port: int, host: str) -> None:
+    """Have the kernel drop what comes for another address than `host` to a port at which this process listens on all.
+
+    For a library that takes no address to listen on. IPv4. Raises `TransportError`.
+    """
+    addresses = _addresses(host)
+    if any(address.is_unspecified for address in addresses):
+        return
+    allowed = [int(address) for address in addresses if address.version == 4]
+    load = struct.pack("HBBI", _LOAD_WORD, 0, 0, _IPV4_DESTINATION)
+    # Each comparison jumps, if it holds, over those behind it and over the first return.
+    compare = [struct.pack("HBBI", _JUMP_IF_EQUAL, len(allowed) - i, 0, each) for i, each in enumerate(allowed)]
+    returns = [struct.pack("HBBI", _RETURN, 0, 0, num_bytes_kept) for num_bytes_kept in (0, 0xFFFFFFFF)]
+    program = ctypes.create_string_buffer(b"".join([load, *compare, *returns]))
+    # A program is its length, and where it is.
+    what = struct.pack("HP", len(compare) + 3, ctypes.addressof(program))
+    try:
+        with _listening_socket(port) as listening:
+            listening.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, what)
+    except OSError as error:
+        raise TransportError(f"TCP port {port} cannot be closed to other addresses than {host}: {error}") from error
+
+
+def _listening_socket(port: int) -> socket.socket:
+    """A copy of the one that something in this process listens with."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            theirs = socket.socket(fileno=int(name))
+        except OSError:
+            continue  # no socket, or closed by now
+        try:
+            is_listening = theirs.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if is_listening and theirs.family == socket.AF_INET and theirs.getsockname()[1] == port:
+                return theirs.dup()
+        finally:
+            theirs.detach()
+    raise TransportError(f"nothing of this process listens on TCP port {port}")
+
+
 def has_rdma() -> bool:
     """Whether this host has an RDMA device that this process can see, and UCX may use."""
     said = os.environ.get(_SETTING, "all")
@@ -55,11 +100,7 @@ def _rdma_ports() -> list[str]:
 
 def _devices_of(host: str) -> list[str] | None:
     """The devices that have the addresses of `host`; None: it stands for all."""
-    try:
-        found = socket.getaddrinfo(host.strip("[]") or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise TransportError(f"no address of {host!r} for UCX to listen on: {error}") from error
-    addresses = {ipaddress.ip_address(str(address[0])) for *_, address in found}
+    addresses = _addresses(host)
     if any(address.is_unspecified for address in addresses):
         return None
     if all(address.is_loopback for address in addresses):
@@ -76,3 +117,11 @@ def _devices_of(host: str) -> list[str] | None:
     if not devices:
         raise TransportError(f"no network device has the address {host}; name those for UCX by {_SETTING}")
     return sorted(devices)
+
+
+def _addresses(host: str) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    try:
+        found = socket.getaddrinfo(host.strip("[]") or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise TransportError(f"no address of {host!r} for UCX to listen on: {error}") from error
+    return {ipaddress.ip_address(str(address[0])) for *_, address in found}

@@ -48,7 +48,7 @@ def make_transports(choice: str, memory: BlockMemory, name: str, host: str) -> l
     if choice in ("auto", "ucxx"):
         from kvstore.transport.ucxx import UcxxTransport
 
-        transports.append(UcxxTransport(memory))
+        transports.append(UcxxTransport(memory, host))
     return transports
 
 

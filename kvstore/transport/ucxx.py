@@ -22,6 +22,7 @@ from kvstore.block import BlockMemory, Run
 from kvstore.errors import ReadFailed, TransportError
 from kvstore.transport.base import LinkPeer
 from kvstore.transport.buffers import region
+from kvstore.transport.devices import narrow
 from kvstore.transport.ucxx_introduction import hold, mend
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class UcxxTransport:
     num_turns: int | None = None
     """Messages to ourselves that have come: through the library's threads and back."""
 
-    def __init__(self, memory: BlockMemory) -> None:
+    def __init__(self, memory: BlockMemory, host: str) -> None:
+        self._host = host
         self._ucxx, self._options = import_ucxx()
         self._error: type[Exception] = self._ucxx.exceptions.UCXError
         self._memory = memory
@@ -96,11 +98,12 @@ class UcxxTransport:
         self._arrivals: dict[bytes, asyncio.Future[Endpoint]] = {}
 
     async def start(self) -> None:
-        """Start UCX's progress thread and listen on a free port."""
+        """Start UCX's progress thread and listen on a free port of `host`."""
         try:
             self._ucxx.init(self._options, progress_mode="thread", enable_python_future=True)
             self._is_running = True
             self._listener = self._ucxx.create_listener(self._on_endpoint)
+            narrow(self._listener.port, self._host)  # ucxx listens on all addresses
         except (RuntimeError, self._error) as error:
             raise TransportError(f"UCX cannot start: {error}; see UCX_TLS, and `tandem doctor`") from error
         self.num_turns = 0

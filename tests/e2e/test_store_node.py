@@ -12,6 +12,7 @@ from tests.completions import Client
 from tests.hf_models import random_prompts, reference_greedy
 from tests.index_view import until_held
 from tests.orders import Orders
+from tests.reach import listening, reached_from_elsewhere
 from tests.stack import Stack
 
 NUM_NEW_TOKENS = 40
@@ -34,6 +35,13 @@ def num_kept(stack: Stack, tier: str) -> int:
     found = stack.debug_state("store-0")[tier]
     assert isinstance(found, dict)
     return int(found["num_blocks"])
+
+
+def test_no_process_is_reached_under_another_address_than_its_own(stack: Stack) -> None:
+    for service in stack.services.values():
+        assert service.process.pid is not None
+        assert len(listening(service.process.pid)) > 0, service.name
+        assert reached_from_elsewhere(service.process.pid) == [], service.name
 
 
 async def test_a_prefix_is_a_hit_on_every_replica_whoever_of_them_has_it_and_wherever(stack: Stack) -> None:

@@ -1,13 +1,11 @@
 """A process with both transports, as a worker with that `--host` has them: `python -m … HOST`.
 
-It prints where its pool is and where it listens, and for each line that it reads the first bytes of its blocks.
+It prints where its pool is, and for each line that it reads the first bytes of its blocks.
 """
 
 import asyncio
 import json
 import sys
-
-import psutil
 
 from kvstore.block import HostMemory
 from kvstore.transport import make_transports
@@ -21,9 +19,7 @@ async def main(host: str) -> None:
     transports = make_transports("auto", memory, "peer", host)
     for transport in transports:
         await transport.start()
-    sockets = psutil.Process().net_connections("tcp")
-    listening = [list(each.laddr) for each in sockets if each.status == psutil.CONN_LISTEN]
-    print(json.dumps({"pool": memory.address, "listening": listening}), flush=True)
+    print(json.dumps({"pool": memory.address}), flush=True)
     while await asyncio.to_thread(sys.stdin.readline):
         print(json.dumps([bytes(memory.view(block)[:16]).hex() for block in range(NUM_BLOCKS)]), flush=True)
     for transport in transports:

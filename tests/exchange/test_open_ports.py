@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import os
 import socket
@@ -11,7 +10,7 @@ import struct
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ import pytest
 from kvstore.errors import TransportError
 from kvstore.transport import devices
 from tests.exchange.listening_peer import BLOCK_BYTES
+from tests.reach import ELSEWHERE, listening, reached_from_elsewhere
 
 REPOSITORY = Path(__file__).parents[2]
 BOUND_S = 60.0
@@ -31,7 +31,6 @@ MAGIC, PUT = 0xCAFEBABE12345678, 33
 class Peer:
     process: asyncio.subprocess.Process
     pool: int
-    listening: list[tuple[str, int]] = field(default_factory=list)
 
     async def first_bytes(self) -> list[bytes]:
         """Of each of its blocks. Raises where the process is dead."""
@@ -39,9 +38,9 @@ class Peer:
         self.process.stdin.write(b"\n")
         return [bytes.fromhex(each) for each in json.loads(await line_of(self.process))]
 
-    async def put(self, host: str, port: int, block: int, data: bytes) -> None:
+    async def put(self, port: int, block: int, data: bytes) -> None:
         """What a stranger sends: write these bytes there. Returns when the other side has taken it."""
-        reader, writer = await asyncio.open_connection("127.0.0.1" if host == "0.0.0.0" else host, port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         body = struct.pack("<QQI", self.pool + block * BLOCK_BYTES, len(data), 1)
         writer.write(struct.pack("<QBI", MAGIC, PUT, len(body)) + body + data)
         writer.write_eof()
@@ -68,27 +67,53 @@ async def peer_on(host: str) -> AsyncIterator[Peer]:
     )
     try:
         said = json.loads(await line_of(process))
-        yield Peer(process, said["pool"], [(host, port) for host, port in said["listening"]])
+        yield Peer(process, said["pool"])
     finally:
         assert process.stdin is not None
         process.stdin.close()
         await asyncio.wait_for(process.wait(), BOUND_S)
 
 
-async def test_on_loopback_a_strangers_write_from_elsewhere_lands_nowhere() -> None:
-    """On loopback itself it lands: that it is well-formed, and that nothing but the device keeps it out."""
+async def test_on_loopback_nobody_elsewhere_reaches_a_transport_and_whoever_is_there_writes_memory() -> None:
+    """One packet, without a secret: so the device is chosen with care. At ucxx's own port nothing of it lands."""
     async with peer_on("127.0.0.1") as peer:
-        outside = [each for each in peer.listening if not ipaddress.ip_address(each[0]).is_loopback]
-        assert [host for host, _ in outside] == ["0.0.0.0"]  # ucxx's listener, which runs nothing of what comes
+        ports = sorted(listening(peer.process.pid))
+        assert [host for host, _ in ports] == [
+            "0.0.0.0",
+            "127.0.0.1",
+            "127.0.0.1",
+        ]  # ucxx's endpoints begin at the first
+        assert reached_from_elsewhere(peer.process.pid) == []
         before = await peer.first_bytes()
-        for block, (host, port) in enumerate(outside, 1):
-            await peer.put(host, port, block, b"from elsewhere")
-        for host, port in set(peer.listening) - set(outside):
-            await peer.put(host, port, 0, b"from this host!!")
-        now = before
-        while now[0] == before[0]:
-            now = await peer.first_bytes()
-        assert now == [b"from this host!!", *before[1:]]
+        for block, (host, port) in enumerate(ports):
+            await peer.put(port, block, b"from a stranger!")
+            now = before
+            while host != "0.0.0.0" and now[block] == before[block]:
+                now = await peer.first_bytes()
+        assert now == [before[0], *[b"from a stranger!"] * 2, *before[3:]]
+
+
+def test_a_port_on_all_addresses_is_narrowed_to_one() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as server:
+        port = server.getsockname()[1]
+        assert (ELSEWHERE, port) in reached_from_elsewhere(os.getpid())
+        devices.narrow(port, "0.0.0.0")
+        assert (ELSEWHERE, port) in reached_from_elsewhere(os.getpid())
+        devices.narrow(port, "localhost")
+        assert port not in {of for _, of in reached_from_elsewhere(os.getpid())}
+        devices.narrow(port, "::1")
+        with socket.socket() as connecting:
+            connecting.setblocking(False)
+            connecting.connect_ex(("127.0.0.1", port))
+            with pytest.raises(OSError, match="not connected"):
+                connecting.getpeername()
+
+
+def test_a_port_that_nobody_listens_on_is_not_narrowed() -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        with pytest.raises(TransportError, match="nothing of this process listens on TCP port"):
+            devices.narrow(bound.getsockname()[1], "127.0.0.1")
 
 
 def has(address: str, family: socket.AddressFamily = socket.AF_INET) -> SimpleNamespace:

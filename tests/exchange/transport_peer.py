@@ -95,7 +95,7 @@ def _num_sockets() -> int:
 def _make_ucxx(memory: HostMemory) -> Transport:
     from kvstore.transport.ucxx import UcxxTransport
 
-    return UcxxTransport(memory)
+    return UcxxTransport(memory, "127.0.0.1")
 
 
 def _make_nixl(memory: HostMemory) -> Transport:
