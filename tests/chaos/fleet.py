@@ -63,10 +63,13 @@ class Member:
     def alive(self) -> bool:
         return self.process is not None and self.process.is_alive()
 
-    def disturbed_since(self, since: float, slack_s: float) -> bool:
-        """Whether it was killed, told to leave, stopped or cut off at any time from `since` on, or just before."""
-        times = [*self.ends, *(end for _, end in self.away)]
-        return any(time_ > since - slack_s for time_ in times)
+    def ended_since(self, since: float) -> bool:
+        """Whether it was killed or told to leave at any time from `since` on."""
+        return any(time_ > since for time_ in self.ends)
+
+    def disturbed_since(self, since: float) -> bool:
+        """Whether it was killed, told to leave, stopped or cut off at any time from `since` on."""
+        return self.ended_since(since) or any(end > since for _, end in self.away)
 
     @contextlib.contextmanager
     def gone(self) -> Iterator[None]:

@@ -130,8 +130,10 @@ class Load:
         except (httpx.HTTPError, _Failed, _NotTaken) as error:
             result.outcome, result.detail = Outcome.ERROR, f"{type(error).__name__}: {error}"
         assert result.router is not None
-        slack_s = _LEAVE_S * self.fleet.patience
-        if result.outcome is not Outcome.RIGHT and result.router.disturbed_since(result.asked_at, slack_s):
+        since = result.asked_at - _LEAVE_S * self.fleet.patience
+        # Who hears nothing any more is excused only where its router's end may have been told to nobody.
+        is_excused = result.router.ended_since if result.outcome is Outcome.HUNG else result.router.disturbed_since
+        if result.outcome is not Outcome.RIGHT and is_excused(since):
             result.outcome = Outcome.WITH_ROUTER
         result.detail = f"{result.router.name}: {result.detail}"
         self._judge(result, cut_after)

@@ -44,6 +44,7 @@ DEFAULT = [
     (("greedy", 1, "", ""), (1, 33, 63)),
     (("sampled", 3, "logprobs", "stops"), (2, 31, 40)),
 ]
+DEFAULT_DRAINED: tuple[Combination, tuple[int, ...]] = (("greedy", 1, "", ""), (1, 31, 64))
 ALL = [(each, range(1, 65) if each == COMBINATIONS[0] else (1, 2, 9, 26, 31, 32, 40, 63)) for each in COMBINATIONS]
 
 
@@ -196,6 +197,7 @@ async def end_at_each(
             answer = await client.ask(**body)
             assert answer.error is None, answer.error
             assert about_equal(answer.choices(), expected.choices()), (combination, index, how)
+            assert orders.end_at is None or index > num_tokens, f"nobody was ended at token {index}"
             while orders.told:
                 orders.ending.append(orders.told.pop())
                 orders.ending[-1].process.terminate()
@@ -210,8 +212,11 @@ def resumes_of(answer: Answer) -> list[dict[str, object]]:
 
 
 async def kill_at_each(stack: Stack, combination: Combination, indices: Sequence[int]) -> None:
+    num_resumed = 0
     async for num_said, answer in end_at_each(stack, combination, indices, "kill"):
         assert num_said in [resume["carried_tokens"] for resume in resumes_of(answer)]
+        num_resumed += 1
+    assert num_resumed > len(indices) // 2, "others had said all in the frame that they died of, or stopped before"
     check_clean(stack)
 
 
@@ -231,12 +236,7 @@ async def test_a_decode_worker_killed_at_any_token_is_not_noticed(
     await kill_at_each(stack, combination, indices)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(LONG_S)
-@pytest.mark.parametrize(("combination", "indices"), ALL)
-async def test_a_decode_worker_drained_at_any_token_is_not_noticed_and_nothing_is_computed_again(
-    stack: Stack, combination: Combination, indices: Sequence[int]
-) -> None:
+async def drain_at_each(stack: Stack, combination: Combination, indices: Sequence[int]) -> None:
     num_moved = 0
     async for _, answer in end_at_each(stack, combination, indices, "terminate", "tell"):
         for resume in resumes_of(answer):
@@ -247,6 +247,19 @@ async def test_a_decode_worker_drained_at_any_token_is_not_noticed_and_nothing_i
         num_moved += bool(resumes_of(answer))
     assert num_moved > len(indices) // 4, "others had ended before they could go"
     check_clean(stack)
+
+
+async def test_a_decode_worker_drained_at_a_token_is_not_noticed_and_nothing_is_computed_again(stack: Stack) -> None:
+    await drain_at_each(stack, *DEFAULT_DRAINED)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(LONG_S)
+@pytest.mark.parametrize(("combination", "indices"), ALL)
+async def test_a_decode_worker_drained_at_any_token_is_not_noticed_and_nothing_is_computed_again(
+    stack: Stack, combination: Combination, indices: Sequence[int]
+) -> None:
+    await drain_at_each(stack, combination, indices)
 
 
 def start_router(stack: Stack, name: str) -> tuple[Service, str]:
