@@ -28,6 +28,7 @@ from services.router.openai import (
     CompletionRenderer,
     Count,
     DetokenizeBody,
+    SizeLimits,
     TokenizeBody,
     check_sizes,
     detokenize,
@@ -137,8 +138,12 @@ def _add_model_routes(app: FastAPI, parts: RouterParts) -> None:
 
 
 def _add_tokenizer_routes(app: FastAPI, parts: RouterParts) -> None:
-    def check(content: bytes) -> Count:
-        return check_sizes(content, lambda name: longest_text(parts.models.get(name)), max_prompts=1)
+    def limits(name: str | None) -> SizeLimits:
+        model = parts.models.get(name)
+        return SizeLimits(longest_text(model), model.tokenizer.max_chars_per_token)
+
+    def check(content: bytearray) -> Count:
+        return check_sizes(content, limits, max_prompts=1)
 
     async def answer(
         request: Request, kind: type[B], work: Callable[[B, ServedModel, ClientPool], Awaitable[bytes]]

@@ -154,7 +154,8 @@ class RouterConfig(PeerSettings):
     request_memory_bytes: int = setting(
         64 << 20,
         min=1,
-        help="of bodies and of answers in one piece, beyond the first 64 KiB of each; then large requests get a 429",
+        help="of bodies while they are decoded, and of answers in one piece until they are read, beyond the first"
+        " 64 KiB of each; then large requests get a 429",
         group="limits",
     )
     client_share: float = setting(

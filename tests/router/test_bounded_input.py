@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import threading
 import tracemalloc
 from array import array
 from unittest import mock
@@ -21,7 +22,7 @@ from services.router.edge import http as http_edge
 from services.router.edge.access import AccessRecord
 from services.router.edge.memory import SMALL_BYTES
 from services.router.errors import ApiError, model_not_found
-from services.router.openai import CompletionRenderer, check_sizes, decoding, plan_completion, sizes
+from services.router.openai import CompletionRenderer, SizeLimits, check_sizes, plan_completion, sizes
 from services.router.openai.bodies import ChatBody, CompletionBody
 from services.router.openai.columns import Column, default, in_pieces
 from services.router.openai.decoding import decode
@@ -42,22 +43,23 @@ def client(running, **options) -> httpx.AsyncClient:
 
 @pytest.mark.parametrize("prompt", [[5] * 40, [[]] * 20, [[5]] * 20], ids=["ids", "lists", "both"])
 def test_values_are_counted_before_they_become_objects(monkeypatch, prompt):
-    monkeypatch.setattr(decoding, "MAX_VALUES", 30)
-    monkeypatch.setattr(decoding, "MAX_CONTAINERS", 10)
-    monkeypatch.setattr(decoding.msgspec.json, "decode", lambda *args, **kwargs: pytest.fail("it was decoded"))
+    monkeypatch.setattr(sizes, "MAX_VALUES", 30)
+    monkeypatch.setattr(sizes, "MAX_CONTAINERS", 10)
+    monkeypatch.setattr(sizes.msgspec.json, "decode", lambda *args, **kwargs: pytest.fail("it was decoded"))
     with pytest.raises(ApiError, match="too many values: 30") as caught:
         decode(json.dumps({"prompt": prompt}).encode(), CompletionBody)
     assert caught.value.status == 400
 
 
 def test_what_stands_in_strings_is_no_value(monkeypatch):
-    monkeypatch.setattr(decoding, "MAX_VALUES", 30)
-    monkeypatch.setattr(decoding, "MAX_CONTAINERS", 10)
+    monkeypatch.setattr(sizes, "MAX_VALUES", 30)
+    monkeypatch.setattr(sizes, "MAX_CONTAINERS", 10)
     text = 'a "quoted\\", [text], {with} ' * 50
     assert decode(json.dumps({"prompt": text}).encode(), CompletionBody).prompt == text
 
 
 NUM_TOKENS, NUM_PROMPTS = 100, 8
+LIMITS = SizeLimits(NUM_TOKENS, chars_per_token=10)
 
 
 @pytest.mark.parametrize(
@@ -68,19 +70,21 @@ NUM_TOKENS, NUM_PROMPTS = 100, 8
         ({"prompt": [[5]] * 9}, "9 prompts"),
         ({"prompt": ["a, [b]"] * 9}, "9 prompts"),
         ({"messages": [{"role": "user", "content": "[,"}] * 101}, "maximum context length is 100 tokens"),
+        ({"prompt": "a" * 1001}, "requested at least 101 tokens"),
+        ({"prompt": "ä🙂" * 561 + "\n" * 30}, "at least 101 tokens"),
         ({"tokens": [5] * 101}, "`tokens` has 101 tokens; 100 are taken"),
         ({"prompt": [5], "model": "nobody"}, "model `nobody`"),
     ],
-    ids=["ids", "lists", "too many lists", "too many texts", "messages", "tokens", "model"],
+    ids=["ids", "lists", "too many lists", "too many texts", "messages", "text", "characters", "tokens", "model"],
 )
 def test_what_no_model_takes_is_refused_by_the_bytes_of_its_fields(body, words):
     def limit(name):
         if name is not None:
             raise ApiError(404, f"no model `{name}`")
-        return NUM_TOKENS
+        return LIMITS
 
     with pytest.raises(ApiError, match=words.replace("`", ".")):
-        check_sizes(json.dumps(body).encode(), limit, NUM_PROMPTS)
+        check_sizes(json.dumps(body, ensure_ascii=False).encode(), limit, NUM_PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +93,8 @@ def test_what_no_model_takes_is_refused_by_the_bytes_of_its_fields(body, words):
         {"prompt": [5] * 100},
         {"prompt": [[5] * 100] * 8},
         {"prompt": ['a, "[b]"\\', ",,,[[["] * 4},
-        {"prompt": "a, " * 1000},
+        {"prompt": "a" * 1000},
+        {"prompt": "\x01🙂" * 500},
         {"prompt": {"a": 1}},
         {"messages": [{"role": "user", "content": ["," * 1000]}] * 100, "model": None},
         {"messages": 7, "prompt": [5] * 1000},
@@ -98,38 +103,41 @@ def test_what_no_model_takes_is_refused_by_the_bytes_of_its_fields(body, words):
     ],
 )
 def test_what_may_fit_or_is_of_another_type_is_left_to_the_decoder(body):
-    check_sizes(json.dumps(body).encode(), lambda name: NUM_TOKENS, NUM_PROMPTS)
+    check_sizes(json.dumps(body).encode(), lambda name: LIMITS, NUM_PROMPTS)
 
 
-@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"prompt": [', b"\xff", b""])
+@pytest.mark.parametrize("content", [b"[" * 60_000, b'{"prompt": [', b"\xff", b""])
 def test_what_is_no_json_is_left_to_the_decoder(content):
-    check_sizes(content, lambda name: NUM_TOKENS, NUM_PROMPTS)
+    check_sizes(content, lambda name: LIMITS, NUM_PROMPTS)
 
 
 @pytest.mark.parametrize(
     "content",
     [
         b'{"messages":[%s1]}' % (b"1," * 100_000),
-        b'{"messages":[%s{}]}' % (b"{}," * 100_000),
+        b'{"messages":[%s{}]}' % (b"{}," * 40_000),
         b"{%s}" % b",".join(b'"%x":1' % number for number in range(100_000)),
         b'{"messages":[%s{}]}' % (b'{"a":[1,{}]},' * 20_000),
+        b'{"user":"%s"}' % (rb"\"\\" * 1_000_000),
+        b'{"prompt":"%s"}' % (b"x" * 400_000),
     ],
-    ids=["numbers", "messages", "fields", "messages with parts"],
+    ids=["numbers", "messages", "fields", "messages with parts", "escapes", "text"],
 )
 def test_sizes_are_looked_at_without_a_memory_of_their_own(content):
     tracemalloc.start()
     try:
-        check_sizes(content, lambda name: 50_000, NUM_PROMPTS)
+        check_sizes(content, lambda name: SizeLimits(50_000, 10), NUM_PROMPTS)
         _, most_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert most_bytes < 2 * len(content) + (1 << 20)
+    assert most_bytes < 3 << 20
 
 
 @pytest.mark.parametrize("content", [b'{"messages":[%s1]}' % (b"1," * 2_000_000), b'{"a":[%s1]}' % (b"{}," * 70_000)])
 def test_a_body_with_too_many_values_is_not_even_looked_at(content, monkeypatch):
     monkeypatch.setattr(sizes.msgspec.json, "decode", lambda *args, **kwargs: pytest.fail("it was decoded"))
-    check_sizes(content, lambda name: NUM_TOKENS, NUM_PROMPTS)
+    with pytest.raises(ApiError, match="too many values"):
+        check_sizes(content, lambda name: LIMITS, NUM_PROMPTS)
 
 
 TEXTS = strategies.text('a",[{\\:')
@@ -150,12 +158,46 @@ def test_values_are_counted_as_a_parser_would(value):
         return tuple(map(sum, zip(own, *parts, strict=True)))
 
     num_commas, num_containers, num_strings = walk(value)
+    content = json.dumps(value).encode()
     with mock.patch.object(sizes, "_SLICE_BYTES", 7):
-        assert sizes.count(json.dumps(value).encode()) == (
-            num_commas,
-            num_containers,
-            num_strings > 0,
-        )
+        assert sizes.count(content)[:3] == (num_commas, num_containers, num_strings > 0)
+        assert sizes.count(content) == sizes.count(bytearray(content))
+
+
+@given(strategies.text(strategies.characters() | strategies.sampled_from('\\"ud🙂\n')), strategies.booleans())
+def test_a_text_has_no_fewer_characters_than_are_told(text, ensures_ascii):
+    content = json.dumps(text, ensure_ascii=ensures_ascii).encode(errors="surrogatepass")
+    with mock.patch.object(sizes, "_SLICE_BYTES", 7):
+        assert sizes.fewest_chars(memoryview(content)) <= len(text)
+        if text.isascii() and text.isalpha():
+            assert sizes.fewest_chars(memoryview(content)) == len(text)
+
+
+@pytest.mark.parametrize("ensures_ascii", [True, False])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"messages": [{"role": "user", "content": "x" * 50}] * 5000},
+        ["x" * 300_000],
+        ["🙂" + "x" * 300_000],
+        ["x" * (1 << 18) + "\\🙂" * 20_000],
+        ["你" + "x" * 300_000],
+        list(range(1000, 100_000)),
+        [[number] for number in range(1000, 20_000)],
+        [{"type": "text", "text": str(number)} for number in range(20_000)],
+    ],
+    ids=["messages", "text", "emoji", "late emoji", "Chinese", "ids", "lists", "parts"],
+)
+def test_what_a_body_comes_to_takes_no_more_than_is_told(value, ensures_ascii):
+    content = json.dumps(value, ensure_ascii=ensures_ascii).encode()
+    tracemalloc.start()
+    try:
+        decoded = sizes.msgspec.json.decode(content)
+        taken_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken_bytes <= sizes.count(content).decoded_bytes <= 4 * taken_bytes
+    del decoded
 
 
 async def test_a_large_body_that_no_model_takes_is_not_decoded(make_worker, monkeypatch):
@@ -299,18 +341,28 @@ async def test_large_requests_share_a_bounded_memory_and_give_it_back():
     await memory.close()
 
 
-async def test_a_body_holds_memory_until_its_request_has_ended(make_worker, sentence):
+async def test_a_body_holds_memory_until_it_has_been_made_into_a_request(make_worker, sentence, monkeypatch):
+    goes_on = threading.Event()
     permits = asyncio.Semaphore(0)
     worker = make_worker(lambda request: Script([sentence[:1]], permits=permits))
-    async with running_router(RouterConfig(request_memory_bytes=150_000), worker) as running, client(running) as http:
+    encode = ModelTokenizer.encode
+
+    def slow(self, texts, add_special_tokens):
+        assert goes_on.wait(60)
+        return encode(self, texts, add_special_tokens)
+
+    monkeypatch.setattr(ModelTokenizer, "encode", slow)
+    async with running_router(RouterConfig(request_memory_bytes=350_000), worker) as running, client(running) as http:
         padded = {"prompt": "x", "max_tokens": 1, "user": "x" * 150_000}
         first = asyncio.create_task(http.post(URL, json=padded))
-        await until(lambda: worker.requests)
-        assert 80_000 < running.parts.memory.num_bytes < 90_000
+        await until(lambda: running.parts.memory.num_bytes > 200_000)  # its bytes, and what they came to
         refused = await http.post(URL, json=padded)
         assert refused.status_code == 429
+        goes_on.set()
+        await until(lambda: worker.requests)
+        assert running.parts.memory.num_bytes == 0  # while it runs
         permit(permits, 2)
-        assert (await http.post(URL, json={"prompt": "x", "max_tokens": 1})).status_code == 200
+        assert (await http.post(URL, json=padded)).status_code == 200
         assert (await first).status_code == 200
         assert running.parts.memory.num_bytes == 0
         assert 'tandem:router_refusals_total{reason="memory_full"} 1.0' in (await http.get("/metrics")).text
@@ -327,8 +379,11 @@ async def test_an_answer_in_one_piece_is_bounded_and_a_stream_is_not(make_worker
         assert running.parts.admission.num_running == running.parts.memory.num_bytes == 0
 
 
-async def taken_by(running, body: dict[str, object], send=None) -> tuple[int, list[bytes], int]:
-    """Asks without HTTP. The most memory that it took, the answer's parts, and the memory that it left; in bytes."""
+async def taken_by(running, body: dict[str, object], send=None, left_bytes=1 << 20) -> tuple[int, list[bytes]]:
+    """Asks without HTTP. The most memory that it took, in bytes, and the answer's parts.
+
+    A thread lets go of its work a moment later; then no more than `left_bytes` are left, or it raises.
+    """
     endpoint = GenerateEndpoint(running.parts, CompletionBody, plan_completion, CompletionRenderer)
     content, finished, parts = json.dumps(body).encode(), asyncio.Event(), []
     places = iter(range(0, len(content), SMALL_BYTES))
@@ -347,30 +402,38 @@ async def taken_by(running, body: dict[str, object], send=None) -> tuple[int, li
     state = {"request_id": "asked", "access": AccessRecord("POST", URL, running.parts.clock())}
     gc.collect()
     gc.disable()  # what lies in cycles stays for long
+    running.parts.memory.trim_soon = lambda: None  # which collects, too
     tracemalloc.start()
     try:
         await endpoint({"headers": [], "state": state}, receive, send or keep)
-        left_bytes, most_bytes = tracemalloc.get_traced_memory()
+        _, most_bytes = tracemalloc.get_traced_memory()
+        await until(lambda: tracemalloc.get_traced_memory()[0] < left_bytes)
     finally:
         tracemalloc.stop()
         gc.enable()
         finished.set()
-    return most_bytes, parts, left_bytes
+    return most_bytes, parts
 
 
-async def test_nothing_of_a_refused_text_is_left(make_worker):
+async def test_a_text_that_is_too_long_takes_its_body_once_and_leaves_nothing(make_worker):
+    length = 7_000_000
+    async with running_router(RouterConfig(), make_worker()) as running:
+        most_bytes, parts = await taken_by(running, {"prompt": "x" * length})
+    assert b"maximum context length" in b"".join(parts)
+    assert most_bytes < 1.2 * length + (2 << 20)
+
+
+async def test_nothing_is_left_of_a_text_that_was_too_long_for_the_tokenizer(make_worker):
     text = "x, " * 1_000_000
     async with running_router(RouterConfig(), make_worker()) as running:
-        for _ in range(2):  # of the first one caches are left
-            _, parts, left_bytes = await taken_by(running, {"prompt": text})
-        assert b"maximum context length" in b"".join(parts)
-        assert left_bytes < len(text) // 4
+        _, parts = await taken_by(running, {"prompt": [text]})  # of which the length is found by a thread
+    assert b"maximum context length" in b"".join(parts)
 
 
 async def test_log_probabilities_take_the_memory_of_their_answer(make_worker):
     body = {"prompt": "x", "max_tokens": 100, "n": 8, "logprobs": 20}
     async with running_router(RouterConfig(), make_worker()) as running:
-        most_bytes, parts, _ = await taken_by(running, body)
+        most_bytes, parts = await taken_by(running, body)
     assert most_bytes < 2 * sum(map(len, parts)) + (1 << 20)
 
 

@@ -17,6 +17,7 @@ from services.router.tenants import Tenant
 from services.router.text import ClientPool
 
 B = TypeVar("B", bound=msgspec.Struct)
+Check = Callable[[bytearray], Count]
 
 
 def client_name(scope: Message) -> str:
@@ -38,18 +39,19 @@ class Client:
     max_body_bytes: int
 
     @asynccontextmanager
-    async def body(
-        self, scope: Message, receive: Receive, kind: type[B], check: Callable[[bytes], Count]
-    ) -> AsyncIterator[B]:
+    async def body(self, scope: Message, receive: Receive, kind: type[B], check: Check) -> AsyncIterator[B]:
         """The request's body. What runs under it is cancelled when the client goes away. Raises ApiError.
 
-        `check` counts the bytes of a large one before it is decoded, in a thread, and may raise an ApiError.
+        `check` counts the bytes of a large one before it is decoded, in a thread, and may raise an ApiError. While it
+        is decoded, bytes and objects are there, and counted.
         """
         received = [await read_body(scope, receive, self.max_body_bytes, self.memory.add)]
         async with cancelled_on_disconnect(receive):
             yield await self._decode(received.pop(), kind, check)
 
-    async def _decode(self, content: bytes, kind: type[B], check: Callable[[bytes], Count]) -> B:
+    async def _decode(self, content: bytearray, kind: type[B], check: Check) -> B:
         if len(content) <= SMALL_BYTES:
             return decode(content, kind)
-        return await self.pool.run(lambda go_on: decode(content, kind, check(content)), len(content))
+        counted = await self.pool.run(lambda go_on: check(content), len(content))
+        self.memory.add(counted.decoded_bytes)
+        return await self.pool.run(lambda go_on: decode(content, kind, counted), len(content))

@@ -64,7 +64,7 @@ class RequestMemory:
         self._held[client] += num_bytes
 
     def give_back(self, client: str, num_bytes: int) -> None:
-        """Once a request has ended."""
+        """Once a request has ended, or its body is not needed any more."""
         self._held[client] -= num_bytes
         if not self._held[client]:
             del self._held[client]
@@ -106,10 +106,16 @@ class Holding:
 
     def add(self, num_bytes: int) -> None:
         """Raises ApiError 429 where there is no room for it."""
-        num_counted = max(self._num_bytes + num_bytes - SMALL_BYTES, 0) - max(self._num_bytes - SMALL_BYTES, 0)
-        if num_counted:
-            self._memory.take(self._client, num_counted)
-        self._num_bytes += num_bytes
+        self.settle(self._num_bytes + num_bytes)
+
+    def settle(self, num_bytes: int) -> None:
+        """From now on it holds so much. Raises ApiError 429 where that is more, and there is no room for it."""
+        more_bytes = max(num_bytes - SMALL_BYTES, 0) - max(self._num_bytes - SMALL_BYTES, 0)
+        if more_bytes > 0:
+            self._memory.take(self._client, more_bytes)
+        elif more_bytes:
+            self._memory.give_back(self._client, -more_bytes)
+        self._num_bytes = num_bytes
 
     def __enter__(self) -> Holding:
         return self
@@ -117,8 +123,6 @@ class Holding:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._num_bytes > SMALL_BYTES:
-            self._memory.give_back(self._client, self._num_bytes - SMALL_BYTES)
+        self.settle(0)
         if self._is_large:
             self._memory.trim_soon()
-        self._num_bytes = 0

@@ -30,7 +30,16 @@ from services.router.edge.stopping import Stopping
 from services.router.errors import ApiError, ClientDisconnected, internal
 from services.router.fleet import Ask, Budget, Dispatch, Placer, PrefixFinder, Workers, routing_key
 from services.router.metrics import RouterMetrics
-from services.router.openai import Count, Delta, GenerateBody, Generation, GenerationPlan, Renderer, check_sizes
+from services.router.openai import (
+    Count,
+    Delta,
+    GenerateBody,
+    Generation,
+    GenerationPlan,
+    Renderer,
+    SizeLimits,
+    check_sizes,
+)
 from services.router.sharing import Shares
 from services.router.tenants import name_of
 from services.router.text import ClientPool, ModelDirectory, ServedModel, TokenizerPool
@@ -133,9 +142,12 @@ class GenerateEndpoint(Generic[B]):
             self._parts.metrics.disconnects.inc()
             access.left()
 
-    def _check_sizes(self, content: bytes) -> Count:
-        models, config = self._parts.models, self._parts.config
-        return check_sizes(content, lambda name: models.get(name).max_model_len, config.max_sequences_per_request)
+    def _check_sizes(self, content: bytearray) -> Count:
+        def limits(name: str | None) -> SizeLimits:
+            model = self._parts.models.get(name)
+            return SizeLimits(model.max_model_len, model.tokenizer.max_chars_per_token)
+
+        return check_sizes(content, limits, self._parts.config.max_sequences_per_request)
 
     async def _fail(self, error: ApiError, stream: sse.EventStream, send: sse.Send) -> None:
         self._parts.metrics.count_error(error.status)
@@ -165,6 +177,7 @@ class GenerateEndpoint(Generic[B]):
             visit.check_delay(parts.admission)  # before anything is spent on it, its prompt's length unknown
             plan = await self._plan(body, model, config, request_id, client.pool)
             body.drop_input()
+            client.memory.settle(plan.num_bytes)
             client.memory.note_sequences(plan.num_sequences)
             timeline.mark(Event.TOKENIZED)
             async with visit.room(plan, parts.admission, parts.limits) as (room, spent):

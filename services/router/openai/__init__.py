@@ -8,7 +8,7 @@ from services.router.openai.decoding import decode
 from services.router.openai.generation import Generation, GenerationPlan
 from services.router.openai.openapi import openapi_document
 from services.router.openai.renderer import Renderer
-from services.router.openai.sizes import Count, check_sizes
+from services.router.openai.sizes import Count, SizeLimits, check_sizes
 from services.router.openai.tokenizing import detokenize, longest_text, tokenize
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Generation",
     "GenerationPlan",
     "Renderer",
+    "SizeLimits",
     "TokenizeBody",
     "check_sizes",
     "decode",

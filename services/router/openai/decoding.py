@@ -14,7 +14,7 @@ import orjson
 from msgspec import Struct
 
 from services.router.errors import ApiError, invalid
-from services.router.openai.sizes import MAX_CONTAINERS, MAX_VALUES, Count, count
+from services.router.openai.sizes import Count, count
 
 B = TypeVar("B", bound=Struct)
 
@@ -22,13 +22,10 @@ _WHERE = re.compile(r"(.*?)(?: - at (`key` in )?`\$\.(.*)`)?", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(.*)`")
 
 
-def decode(body: bytes, kind: type[B], counted: Count | None = None) -> B:
+def decode(body: bytes | bytearray, kind: type[B], counted: Count | None = None) -> B:
     """The body as the declared type. Raises ApiError 400, which names the field. `counted`: where that was done."""
-    counted = counted or count(body)
-    if counted.num_commas >= MAX_VALUES or counted.num_containers > MAX_CONTAINERS:
-        raise invalid(
-            f"The body has too many values: {MAX_VALUES} are taken, of which {MAX_CONTAINERS} may be lists or objects."
-        )
+    if counted is None:
+        count(body)
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError:

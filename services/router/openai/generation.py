@@ -44,6 +44,12 @@ class GenerationPlan:
     def num_sequences(self) -> int:
         return len(self.prompts) * self.request.body.n
 
+    @property
+    def num_bytes(self) -> int:
+        """About as much memory as it takes: prompts, which each order has again, and lists of tokens."""
+        num_tokens, echoed = sum(map(len, self.prompts)), self.echoed or ()
+        return 4 * num_tokens * (1 + self.request.body.n) + 16 * self.request.lists.ByteSize() + sum(map(len, echoed))
+
     @functools.cached_property
     def shared_lists(self) -> pb.SamplingParams | None:
         """The lists of tokens that workers get apart from the orders; None: each order has them."""
