@@ -3,6 +3,7 @@
 What a connection may do before it is closed, so that nobody holds memory or a descriptor for nothing:
 
     where it is                    bound                              what ends it
+    no whole TLS handshake came    10 s                               closed without a word
     nothing or half a head came    `head_timeout_s`                   closed without a word
     a head too large               `max_head_bytes`, `max_headers`    431, closed
     no HTTP                                                           400, closed
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 _MAX_UNSENT_BYTES = 16 << 10
 # How long a refused client's rest is read and thrown away: a connection closed before that would lose the refusal.
 _LINGER_S = 2.0
+# How long a client has to speak TLS, and to answer its end.
+_HANDSHAKE_S = 10.0
+_GOODBYE_S = 2.0
 
 Cut = Literal["silent", "refused", "unread"]
 """Why we end a connection: nothing came, what came is no request for us, or our answer is not read."""
@@ -56,6 +60,27 @@ class HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen as uvicorn does, but bound TLS: asyncio gives a handshake a minute, and its end half of one."""
+        await super().startup(sockets=[])
+        config, lifespan = self.config, self.lifespan
+
+        def connection() -> Any:
+            return config.http_protocol_class(  # type: ignore[call-arg]
+                config=config, server_state=self.server_state, app_state=lifespan.state
+            )
+
+        for listener in sockets or ():
+            server = await asyncio.get_running_loop().create_server(
+                connection,
+                sock=listener,
+                backlog=config.backlog,
+                ssl=config.ssl,
+                ssl_handshake_timeout=_HANDSHAKE_S if config.ssl else None,
+                ssl_shutdown_timeout=_GOODBYE_S if config.ssl else None,
+            )
+            self.servers.append(server)
 
 
 def bounded(limits: HttpLimits, on_cut: Callable[[Cut], None] = lambda why: None) -> Any:

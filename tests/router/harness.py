@@ -7,16 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
-
-import uvicorn
 
 from kvstore.block import BlockHash
 from kvstore.index.entries import Holding
 from kvstore.registry import WorkerRecord
 from kvstore.threads import OsThreads
+from services.http_server import HttpServer
 from services.orders import GrpcOrders
 from services.router.config import RouterConfig
 from services.router.edge import RouterParts
@@ -92,8 +91,7 @@ async def running_router(
     listener, seams = bind("127.0.0.1", 0), Seams(GrpcOrders(), OsThreads(), time.monotonic, time.time)
     try:
         async with open_parts(config, membership, "router-under-test", seams, index) as parts:
-            server = uvicorn.Server(server_config(replace(config, shutdown_timeout_s=2), parts))
-            server.capture_signals = nullcontext  # type: ignore[assignment,method-assign]
+            server = HttpServer(server_config(replace(config, shutdown_timeout_s=2), parts))
             serving = asyncio.create_task(server.serve([listener]))
             names = {name for worker in workers for name in worker.model_names}
             await until(lambda: parts.workers.num_sessions_up == len(workers) and names <= set(parts.models.names()))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import ssl
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
+from services import http_server
+from services.http_server import HttpLimits
+from services.router import process
 from services.router.config import RouterConfig
 from services.settings import SettingsError
 from tests.router.harness import running_router
@@ -73,6 +78,41 @@ async def test_the_api_speaks_tls_and_nothing_else(make_worker, pki: Path) -> No
                 await plain.get(f"{running.base_url}/health")
             with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
                 await plain.get(f"{url}/health")
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"], ids=["nothing", "half a hello"]
+)
+async def test_who_does_not_speak_tls_is_closed(make_worker, pki: Path, monkeypatch, said: bytes) -> None:
+    monkeypatch.setattr(http_server, "_HANDSHAKE_S", 0.2)  # of a minute that it is by default
+    async with running_router(with_tls(pki), make_worker()) as running, asyncio.timeout(40):
+        url = httpx.URL(running.base_url)
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(said)
+        assert await reader.read() == b""
+        writer.close()
+
+
+async def test_who_does_not_answer_the_end_of_tls_is_closed(make_worker, pki: Path, monkeypatch) -> None:
+    monkeypatch.setattr(http_server, "_GOODBYE_S", 0.2)  # of half a minute
+    monkeypatch.setattr(process, "HttpLimits", partial(HttpLimits, head_timeout_s=0.2))
+    async with running_router(with_tls(pki), make_worker()) as running, asyncio.timeout(25):
+        url = httpx.URL(running.base_url)
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        came, goes = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = ssl.create_default_context(cafile=str(pki / "ours.pem")).wrap_bio(came, goes, server_hostname=url.host)
+        is_through = False
+        while not is_through:
+            try:
+                tls.do_handshake()
+                is_through = True
+            except ssl.SSLWantReadError:
+                pass
+            writer.write(goes.read())
+            if not is_through:
+                came.write(await reader.read(65536))
+        await reader.read()  # tickets and the end, which it leaves unanswered
+        writer.close()
 
 
 @pytest.mark.parametrize(("needs", "without"), [(2, None), (1, 200)], ids=["all need one", "those who have one"])
