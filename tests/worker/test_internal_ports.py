@@ -6,14 +6,13 @@ import asyncio
 import os
 import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import httpx
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 from tandem.v1 import worker_pb2 as pb
 
@@ -21,6 +20,8 @@ from kvstore.errors import UnprovenPeer
 from kvstore.peer_keys import PeerKeys
 from services.node import DebugServer, ExchangeMetrics
 from services.orders import GrpcOrders, GrpcServer, StreamBroken
+from services.orders.grpc_open import INTRODUCTION_KEY
+from services.orders.grpc_peers import METADATA_KEY
 from tests.exchange.exchange_worker import PEER_KEY, Worker, running
 from tests.memory_transport import Switchboard
 
@@ -86,7 +87,13 @@ async def kv_port() -> AsyncIterator[Port]:
 
 @asynccontextmanager
 async def grpc_port() -> AsyncIterator[Port]:
-    server = GrpcServer("127.0.0.1", 0, PeerKeys((PEER_KEY,)))
+    keys = PeerKeys((PEER_KEY,))
+    server = GrpcServer("127.0.0.1", 0, keys)
+
+    async def serve(order: pb.PrefillRequest, send: Callable[[pb.PrefillEvent], Awaitable[None]]) -> None:
+        await send(pb.PrefillEvent(finished=pb.PrefillFinished(token_id=7)))
+
+    server.serve_prefills(serve)
     await server.start()
     address = f"127.0.0.1:{server.port}"
 
@@ -98,8 +105,10 @@ async def grpc_port() -> AsyncIterator[Port]:
         await orders.close()
 
     async def serves() -> None:
-        async with grpc.aio.insecure_channel(address) as channel:
-            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=BOUND_S)
+        orders = GrpcOrders(keys)
+        async with asyncio.timeout(BOUND_S):
+            assert [event.finished.token_id async for event in orders.prefill(address, pb.PrefillRequest())] == [7]
+        await orders.close()
 
     try:
         yield Port(address, come, serves, lambda: server.num_strangers)
@@ -129,6 +138,8 @@ async def http_port() -> AsyncIterator[Port]:
 
 
 PORTS = {"kv": kv_port, "grpc": grpc_port, "http": http_port}
+UNFINISHED = {("kv", "frame without end"), ("http", "http")}
+"""What may go on: the rest of a frame, the next request. All else is garbage at once."""
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
@@ -136,11 +147,30 @@ PORTS = {"kv": kv_port, "grpc": grpc_port, "http": http_port}
 async def test_garbage_and_pickles_are_not_run_and_disturb_nobody(name: str, payload: str, tmp_path: Path) -> None:
     async with PORTS[name]() as port:
         host, _, number = port.address.rpartition(":")
-        _, writer = await asyncio.open_connection(host, int(number))
+        reader, writer = await asyncio.open_connection(host, int(number))
         writer.write(PAYLOADS[payload](tmp_path / "loaded"))
         await port.check_serves()
-        writer.transport.abort()
+        if (name, payload) in UNFINISHED:
+            writer.write_eof()
+        async with asyncio.timeout(BOUND_S):
+            with suppress(ConnectionResetError):  # an end, too: of what was left unread
+                await reader.read()
+        writer.close()
+        await port.check_serves()
         assert not (tmp_path / "loaded").exists()
+
+
+@pytest.mark.parametrize("method", ["PeerService/Introduce", "PrefillService/Prefill", "DecodeService/Session"])
+@pytest.mark.parametrize("place", ["message", "introduction", "proof"])
+async def test_a_pickle_within_a_call_is_not_run_and_disturbs_nobody(method: str, place: str, tmp_path: Path) -> None:
+    data = pickle.dumps(Touch(tmp_path / "loaded"))
+    metadata = {"message": (), "introduction": ((INTRODUCTION_KEY, data),), "proof": ((METADATA_KEY, data.hex()),)}
+    async with grpc_port() as port, grpc.aio.insecure_channel(port.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await channel.unary_unary(f"/tandem.v1.{method}")(data, metadata=metadata[place], timeout=BOUND_S)
+        assert refused.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNAUTHENTICATED)
+        await port.check_serves()
+    assert not (tmp_path / "loaded").exists()
 
 
 @pytest.mark.parametrize("name", PORTS)

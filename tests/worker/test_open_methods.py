@@ -131,6 +131,68 @@ async def test_watches_without_end_are_bounded_in_number_and_in_time(monkeypatch
         assert [each.status async for each in stub.Watch(health_pb2.HealthCheckRequest())] == [SERVING]
 
 
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def head(path: bytes) -> bytes:
+    """A call's headers, uncompressed: POST, http, the path, an authority, and what gRPC needs."""
+    needed = b"\x40\x0ccontent-type\x10application/grpc" + b"\x40\x02te\x08trailers"
+    return b"\x83\x86" + bytes([0x44, len(path)]) + path + b"\x41\x01x" + needed
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+SETTINGS = frame(4, 0, 0, b"") + frame(4, 1, 0, b"")
+HEADERS, END_HEADERS, PING, ACK = 1, 4, 6, 1
+CALLS = {
+    "a call without its end": b"/grpc.health.v1.Health/Check",
+    "an introduction without its message": b"/tandem.v1.PeerService/Introduce",
+    "an order without its message": b"/tandem.v1.PrefillService/Prefill",
+    "no method of ours": b"/a.B/C",
+    "a watch": b"/grpc.health.v1.Health/Watch",
+}
+SILENT = {
+    "nothing": b"",
+    "preface": PREFACE,
+    "settings": PREFACE + SETTINGS,
+    "half a head": PREFACE + SETTINGS + frame(HEADERS, 0, 1, head(b"/x")[:10]),
+    "half a frame": PREFACE + SETTINGS + frame(HEADERS, END_HEADERS, 1, head(b"/x"))[:-3],
+    **{what: PREFACE + SETTINGS + frame(HEADERS, END_HEADERS, 1, head(path)) for what, path in CALLS.items()},
+}
+
+
+async def say_and_answer_pings(address: str, said: bytes) -> None:
+    """Return when the other end closes the connection."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(said)
+    try:
+        while True:
+            start = await reader.readexactly(9)
+            payload = await reader.readexactly(int.from_bytes(start[:3], "big"))
+            if start[3] == PING and not start[4] & ACK:
+                writer.write(frame(PING, ACK, 0, payload))
+    except (asyncio.IncompleteReadError, ConnectionResetError):
+        writer.close()
+
+
+def test_a_silent_connection_has_twenty_seconds_at_most() -> None:
+    shipped = dict(grpc_orders._SILENCE_OPTIONS)
+    assert shipped["grpc.server_handshake_timeout_ms"] <= 20_000
+    assert 2 * shipped["grpc.max_connection_idle_ms"] <= 20_000  # gRPC looks once in that time
+
+
+@pytest.mark.slow
+async def test_silent_connections_are_closed_as_shipped(worker: tuple[str, int]) -> None:
+    """Each within the minute that one alone was given before; a watch has a minute, and is silent from then on."""
+    ends = {what: asyncio.create_task(say_and_answer_pings(worker[0], said)) for what, said in SILENT.items()}
+    watch = ends.pop("a watch")
+    _, open_still = await asyncio.wait(ends.values(), timeout=50)
+    assert not [what for what, end in ends.items() if end in open_still]
+    async with asyncio.timeout(150):
+        await watch
+
+
 async def test_connections_without_end_do_not_take_all_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = dict(grpc_orders._SILENCE_OPTIONS)
     assert 0 < shipped["grpc.max_allowed_incoming_connections"] < 1024
