@@ -22,6 +22,7 @@ from services.router.edge import http as http_edge
 from services.router.edge.access import AccessRecord
 from services.router.edge.memory import SMALL_BYTES
 from services.router.errors import ApiError, model_not_found
+from services.router.fleet import Placer
 from services.router.openai import CompletionRenderer, SizeLimits, check_sizes, plan_completion, sizes
 from services.router.openai.bodies import ChatBody, CompletionBody
 from services.router.openai.columns import Column, default, in_pieces
@@ -435,6 +436,23 @@ async def test_log_probabilities_take_the_memory_of_their_answer(make_worker):
     async with running_router(RouterConfig(), make_worker()) as running:
         most_bytes, parts = await taken_by(running, body)
     assert most_bytes < 2 * sum(map(len, parts)) + (1 << 20)
+
+
+async def test_a_prompt_is_there_once_however_many_answers_it_gets(make_worker, monkeypatch):
+    place, asked, worker = Placer.place, [], make_worker()
+
+    def watched(self, ask, *args, **options):
+        asked.append(ask)
+        return place(self, ask, *args, **options)
+
+    monkeypatch.setattr(Placer, "place", watched)
+    async with running_router(RouterConfig(), worker) as running, client(running) as http:
+        body = {"prompt": [5] * 200, "max_tokens": 1, "n": 3}
+        assert (await http.post(URL, json=body)).status_code == 200
+    assert [list(request.prompt_token_ids) for request in worker.requests] == [[5] * 200] * 3
+    assert len(asked) == 3
+    assert len({id(ask.prompt) for ask in asked}) == 1
+    assert all(ask.order.ByteSize() < 200 for ask in asked)
 
 
 async def test_an_answer_that_is_not_read_holds_its_memory(make_worker):

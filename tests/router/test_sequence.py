@@ -13,9 +13,9 @@ from services.router.fleet.sequence import _TRANSITIONS, IllegalTransition, Sequ
 
 
 def sequence() -> Sequence:
-    order = pb.GenerateRequest(request_id="r", prompt_token_ids=[1, 2])
+    order = pb.GenerateRequest(request_id="r")
     order.sampling.prompt_logprobs = 2
-    return Sequence(Ask("", "r", 0, order, None, (), PromptBlocks(), b""))
+    return Sequence(Ask("", "r", 0, order, (1, 2), None, (), PromptBlocks(), b""))
 
 
 @pytest.mark.parametrize(("start", "end"), list(itertools.product(SequenceState, repeat=2)))

@@ -221,7 +221,17 @@ class GenerateEndpoint(Generic[B]):
             order = plan.order(index, visit.left_s or 0.0, cache_salt)
             order.priority = visit.applicant.priority
             key = routing_key(plan.prompts[prompt], cache_salt)
-            return Ask(name_of(tenant), plan.request_id, index, order, plan.shared_lists, versions, blocks[prompt], key)
+            return Ask(
+                name_of(tenant),
+                plan.request_id,
+                index,
+                order,
+                plan.prompts[prompt],
+                plan.shared_lists,
+                versions,
+                blocks[prompt],
+                key,
+            )
 
         return make_ask
 

@@ -54,6 +54,9 @@ class Ask:
     """Of the HTTP request, which may have several sequences."""
     index: int
     order: pb.GenerateRequest
+    """Without the prompt."""
+    prompt: Sequence[int]
+    """Which the request's other sequences share."""
     lists: pb.SamplingParams | None
     """The lists of tokens that its order lacks, and the request's other sequences have, too; None: it lacks none."""
     fingerprints: Collection[str]
@@ -132,7 +135,7 @@ class Placer:
         spaces = {space.model_fingerprint: space for space in self.spaces(ask.order.model, ask.fingerprints)}
         prefixes = {fingerprint: self._known(ask, space) for fingerprint, space in spaces.items()}
         cost = CostModel(self._workers.rates(next(iter(spaces), "")))
-        num_tokens = len(ask.order.prompt_token_ids) + len(ask.order.resumed_token_ids)
+        num_tokens = len(ask.prompt) + len(ask.order.resumed_token_ids)
         has_begun = bool(ask.order.resumed_token_ids)
         request = RoutedRequest(ask.order.model, num_tokens, ask.key, prefixes, numerics, has_begun)
         decision = choose(

@@ -74,6 +74,7 @@ class Submitter:
     def _send(self, sequence: Sequence, ask: Ask, placement: Placement, sink: OutputSink) -> None:
         message = pb.SessionRequest(generate=ask.order)  # a copy: the next attempt needs the bare order
         order = message.generate
+        order.prompt_token_ids.extend(ask.prompt)
         self._placer.fill_order(order, placement)
         session = self._workers.session(*placement.decode_key)
         num_repeated = 0
@@ -101,7 +102,7 @@ class Submitter:
 
     def places_to_move_to(self, sequence: Sequence) -> Collection[str]:
         """Decode workers that have room for it, as it is now; none before it was sent, and after its end."""
-        num_tokens = len(sequence.ask.order.prompt_token_ids) + len(sequence.token_ids) + 1
+        num_tokens = len(sequence.ask.prompt) + len(sequence.token_ids) + 1
         if sequence.placement is None or sequence.ended:
             return ()
         return self._placer.places_to_move_to(sequence.ask, sequence.placement, num_tokens)
@@ -110,7 +111,7 @@ class Submitter:
         """What it asks for now: prompt and tokens so far, and who holds their blocks."""
         ask, order = sequence.ask, sequence.resumed_order()
         spaces = self._placer.spaces(order.model, ask.fingerprints)
-        context = [*order.prompt_token_ids, *order.resumed_token_ids]
+        context = [*ask.prompt, *order.resumed_token_ids]
         (blocks,) = await self._prefixes.find([context], order.cache_salt, spaces)
         return replace(ask, order=order, blocks=blocks)
 

@@ -46,9 +46,9 @@ class GenerationPlan:
 
     @property
     def num_bytes(self) -> int:
-        """About as much memory as it takes: prompts, which each order has again, and lists of tokens."""
-        num_tokens, echoed = sum(map(len, self.prompts)), self.echoed or ()
-        return 4 * num_tokens * (1 + self.request.body.n) + 16 * self.request.lists.ByteSize() + sum(map(len, echoed))
+        """About as much memory as it takes: prompts, packed, their texts, and lists of tokens."""
+        num_tokens, num_chars = sum(map(len, self.prompts)), sum(map(len, self.echoed or ()))
+        return 4 * num_tokens + num_chars + 16 * self.request.lists.ByteSize()
 
     @functools.cached_property
     def shared_lists(self) -> pb.SamplingParams | None:
@@ -57,8 +57,8 @@ class GenerationPlan:
         return lists if self.num_sequences > 1 and lists.ByteSize() >= _MIN_SHARED_BYTES else None
 
     def order(self, index: int, timeout_s: float, cache_salt: str) -> pb.GenerateRequest:
-        """Makes the order for a sequence's worker, without `shared_lists`. `cache_salt` is the workers', not the
-        client's."""
+        """Makes the order for a sequence's worker, without its prompt and `shared_lists`. `cache_salt` is the workers',
+        not the client's."""
         prompt, choice = divmod(index, self.request.body.n)
         sampling = self.request.sampling_for(choice, self.max_tokens[prompt])
         if self.shared_lists is None:
@@ -66,7 +66,6 @@ class GenerationPlan:
         return pb.GenerateRequest(
             request_id=self.request_id if self.num_sequences == 1 else f"{self.request_id}-{index}",
             model=self.model.name,
-            prompt_token_ids=self.prompts[prompt],
             sampling=sampling,
             priority=self.request.body.priority,
             cache_salt=cache_salt,
