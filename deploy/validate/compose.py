@@ -10,12 +10,15 @@ from typing import Any
 import yaml
 from check_jsonschema.builtin_schemas import get_builtin_schema
 
-from deploy.validate.environment import complaints, role_of_image
+from deploy.validate.environment import CONFIGS, complaints, role_of_image
 from deploy.validate.schemas import load_schema, violations
 from deploy.validate.tools import run_tool
+from services.settings.declare import settings_of
+from services.settings.sources import CONFIG_VARIABLE
 
 _VARIABLE = re.compile(r"\$\{\w+:-([^}]*)\}")
 _NEEDED = re.compile(r"\$\{\w+:\?[^}]*\}")
+_SECRET = re.compile(r"/run/secrets/([\w.-]+)")
 _COMPOSE = "deploy/compose/compose.yaml"
 _PROMETHEUS = "deploy/compose/prometheus.yml"
 # What every container of ours has, and so every one that comes with it.
@@ -59,6 +62,13 @@ def _service(root: Path, document: dict[str, Any], service: dict[str, Any]) -> I
                 yield f"volumes: {source} does not exist"
         elif source not in document["volumes"]:
             yield f"volumes: {source} is not among the file's volumes"
+    yield from _secrets(document, service)
+    for port in service.get("ports", []):
+        if not _default(port).startswith("127.0.0.1:"):
+            yield f"ports: {port} is open to other machines by default"
+    for network in service.get("networks", []):
+        if network not in document["networks"]:
+            yield f"networks: there is no network {network}"
     role = role_of_image(service["image"])
     if role is None:
         if "healthcheck" not in service:
@@ -67,7 +77,29 @@ def _service(root: Path, document: dict[str, Any], service: dict[str, Any]) -> I
     if not (directory / service["build"]["context"] / service["build"]["dockerfile"]).exists():
         yield f"build: {service['build']['dockerfile']} does not exist"
     environ = {key: _default(str(value)) for key, value in service["environment"].items()}
+    environ.pop(CONFIG_VARIABLE, None)  # a secret, which is not here
+    for item in settings_of(CONFIGS[role]):
+        if item.secret and item.variable in environ:
+            yield f"environment: {item.variable} is a secret, which the environment shows: give it as a file"
+    if role == "router" and "TANDEM_API_KEY_FILE" not in environ:
+        yield "environment: without TANDEM_API_KEY_FILE everybody may ask"
     yield from complaints(root, role, environ)
+
+
+def _secrets(document: dict[str, Any], service: dict[str, Any]) -> Iterator[str]:
+    """What a service reads of its secrets, and what it is given, are the same."""
+    said = [*service.get("environment", {}).values(), *service.get("command", ())]
+    said += service.get("healthcheck", {}).get("test", ())
+    read = {name for text in said for name in _SECRET.findall(str(text))}
+    given = set(service.get("secrets", []))
+    for name in sorted(read - given):
+        yield f"reads /run/secrets/{name}, which is not among its secrets"
+    for name in sorted(given - read):
+        yield f"secrets: it does not read {name}"
+    for name in sorted(given - set(document["secrets"])):
+        yield f"secrets: {name} is not among the file's secrets"
+    if given and not service.get("group_add"):
+        yield "has secrets, and no group_add: it cannot read their files"
 
 
 def _default(text: str) -> str:

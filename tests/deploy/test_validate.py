@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import stat
+import subprocess
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import yaml
 
 from deploy.validate.__main__ import CHECKS, main, problems
 from deploy.validate.dockerfile import parse
@@ -46,6 +51,18 @@ TYPOS = {
         ("- ./prometheus.yml", "- ./prometeus.yml", "compose.yaml prometheus prometeus.yml"),
         ("read_only: true", "read_only: false", "compose.yaml read_only"),
         ("limits: {cpus", "limit: {cpus", "compose.yaml limit"),
+        ("${BIND:-127.0.0.1}:", "", "compose.yaml router ports 8000 open"),
+        (
+            "TANDEM_PEER_SECRET_FILE: /run/secrets/peer",
+            "TANDEM_PEER_SECRET: ${PEER}",
+            "store-0 TANDEM_PEER_SECRET",
+        ),
+        ("      TANDEM_API_KEY_FILE: /run/secrets/api-keys\n", "", "compose.yaml router everybody"),
+        ("[peer, tenant, api-keys, registry.yaml]", "[peer, api-keys, registry.yaml]", "compose.yaml router tenant"),
+        ("  proof: {file", "  prof: {file", "compose.yaml decode-0 proof"),
+        ("secrets: [peer, registry.yaml]", "secrets: [peer, proof, registry.yaml]", "compose.yaml store-0 proof"),
+        ("group_add:", "x-group_add:", "compose.yaml redis group_add"),
+        ("networks: [monitoring]", "networks: [monitorin]", "compose.yaml grafana monitorin"),
     ],
     "compose/prometheus.yml": [
         ("scrape_configs", "scrape_config", "prometheus.yml scrape_config"),
@@ -150,7 +167,9 @@ def check_of(path: str) -> str:
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A repository with a deploy/ of its own."""
-    shutil.copytree(ROOT / "deploy", tmp_path / "deploy", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "deploy", tmp_path / "deploy", ignore=shutil.ignore_patterns("__pycache__", "secrets", ".env")
+    )
     for name in NEEDED:
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
@@ -158,6 +177,24 @@ def copy(tmp_path: Path) -> Path:
 
 def test_everything_passes(copy: Path) -> None:
     assert list(problems(copy)) == []
+
+
+def test_the_secrets_of_compose_are_made_and_kept(copy: Path) -> None:
+    compose = copy / "deploy/compose"
+    text = (compose / "compose.yaml").read_text(encoding="utf-8")
+    paths = [compose / path for path in re.findall(r"\{file: (\S+)\}", text)]
+    assert len(paths) == len(yaml.safe_load(text)["secrets"]) == 6
+    made = []
+    for _ in range(2):
+        subprocess.run([compose / "make_secrets.sh"], check=True)
+        assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o640}
+        made.append({path.name: path.read_text() for path in paths})
+    assert made[0] == made[1]
+    assert (compose / ".env").read_text() == f"SECRETS_GID={os.getgid()}\n"
+    registry = made[0].pop("registry.yaml")
+    assert yaml.safe_load(registry) == {"redis": f"redis://:{made[0]['redis-password'].strip()}@redis:6379/0"}
+    assert len(set(made[0].values())) == 5
+    assert all(re.fullmatch(r"[0-9a-f]{64}\n", secret) for secret in made[0].values())
 
 
 @pytest.mark.parametrize(("found", "status"), [([], 0), (["a.yaml is wrong"], 1), (ToolMissing("no promtool"), 1)])
