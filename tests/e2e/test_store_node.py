@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,3 +127,29 @@ async def test_a_long_answer_is_kept_while_it_grows_so_that_its_workers_loss_cos
     assert (part["holder_id"], part["blocks"]) == ("store-0", len(grown))
     assert len(grown) > len(prompt) // 32 + 3
     assert answer.receipt["computed_tokens"] < 32 + 1
+
+
+async def test_a_stream_whose_worker_is_killed_goes_on_from_the_blocks_that_the_store_has(stack: Stack) -> None:
+    (prompt,), num_said, length = random_prompts([100], seed=56), 140, 1200
+    expected = reference_greedy(stack.model, [prompt], length, ignore_eos=True)[0]
+    said: list[int] = []
+    victim, receipt = "", dict[str, Any]()
+    async with Client(stack, length) as client, client.stream(prompt, receipt=True) as chunks:
+        async for chunk in chunks:
+            assert "error" not in chunk, chunk
+            for choice in chunk["choices"]:
+                said += choice["token_ids"] or []
+            receipt = chunk.get("receipt", receipt)
+            if not victim and len(said) >= num_said:
+                grown = Orders(stack, length).hashes([*prompt, *said[: num_said - 1]])
+                await until_held(stack, grown, "store-0", Tier.STORE)
+                decode = ("decode-0", "decode-1")
+                (victim,) = (name for name in decode if stack.metric(name, "vllm:num_requests_running"))
+                stack.services[victim].process.kill()
+    assert said == expected
+    ((resume,),) = (sequence["resumes"] for sequence in receipt["sequences"])
+    assert (resume["worker_id"], resume["reason"]) == (victim, "lost")
+    num_known = len(prompt) + resume["carried_tokens"]
+    assert resume["fetched_tokens"] >= 32 * len(grown) - len(prompt), "the rest its prefill worker has"
+    assert resume["recomputed_tokens"] <= num_known - 32 * len(grown)
+    stack.restart(victim)
