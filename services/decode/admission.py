@@ -65,7 +65,7 @@ class Admission:
         self._being_handed_over: dict[tuple[object, ...], asyncio.Task[None]] = {}  # admissions, by prompt
 
     async def admit(self, live: LiveRequest) -> None:
-        """Bring the request into the engine, by whichever way works. Raises InvalidRequest, QueueFull, PromptRefused,
+        """Bring the request into the engine, by whichever way works. Raises InvalidRequest, QueueFull,
         EngineCrashed.
         """
         hashes = live.hashes = await convert.prompt_hashes(live.order, self._parts.engine.layout, self._parts.threads)

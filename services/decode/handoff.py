@@ -41,10 +41,6 @@ class HandoffFailed(Exception):
         self.cause = cause
 
 
-class PromptRefused(Exception):
-    """No worker will take this prompt as it stands."""
-
-
 @dataclass(frozen=True)
 class Handoff:
     """A prefilled prompt. `fetched` is None where the first token is also the last, and no blocks were taken."""
@@ -65,8 +61,9 @@ async def prefill_remotely(
 ) -> Handoff:
     """Run the whole handoff for `order`, whose transfer id and reader are filled in here.
 
-    Raises HandoffFailed where another worker may still serve the prompt, PromptRefused where none will. Whenever it
-    does not return the blocks (cancellation included), `dispose` gets the fetch and frees what it leaves.
+    Raises HandoffFailed, after which another worker may still serve the prompt: our own engine takes it, so what that
+    worker finds wrong with it is a limit of its own. Whenever it does not return the blocks (cancellation included),
+    `dispose` gets the fetch and frees what it leaves.
     """
     try:
         owner = await exchange.connect(target.kv_address)
@@ -96,6 +93,9 @@ async def prefill_remotely(
         if finished.num_resumed_tokens != len(order.resumed_token_ids):
             # Of another version: its token belongs to another place.
             raise HandoffFailed("incompatible", f"prefill worker {target.worker_id} resumes no output")
+        has_more = len(order.resumed_token_ids) + 1 < order.sampling.max_tokens
+        if finished.finish_reason == pb.FINISH_REASON_LENGTH and has_more:
+            raise HandoffFailed("refused", f"the context of prefill worker {target.worker_id} ends with this token")
         if finished.finish_reason != pb.FINISH_REASON_UNSPECIFIED:
             return Handoff(finished, None)
         fetched = _check(await fetch.result)
@@ -142,9 +142,7 @@ async def _finished(call: AsyncGenerator[pb.PrefillEvent, None], worker_id: str)
     raise HandoffFailed("rpc", f"prefill worker {worker_id} ended the order without a result")
 
 
-def _refusal(error: pb.Error, worker_id: str) -> Exception:
-    if error.code == pb.ERROR_CODE_INVALID:
-        return PromptRefused(error.message)
+def _refusal(error: pb.Error, worker_id: str) -> HandoffFailed:
     causes = {pb.ERROR_CODE_OVERLOADED: "overloaded", pb.ERROR_CODE_DEADLINE: "deadline"}
     cause = causes.get(error.code, "refused")
     return HandoffFailed(cause, f"prefill worker {worker_id}: {error.message}")

@@ -17,7 +17,6 @@ from tandem.v1 import worker_pb2 as pb
 from services.decode.admission import Admission
 from services.decode.config import DecodeConfig
 from services.decode.endings import error_of, error_output, log_end, log_refusal
-from services.decode.handoff import PromptRefused
 from services.decode.live import LiveRequest
 from services.decode.moving import Departures
 from services.decode.news import News, news_of
@@ -185,7 +184,7 @@ class DecodeService:
         try:
             await self._admission.admit(live)
             error = None
-        except (InvalidRequest, PromptRefused) as refusal:
+        except InvalidRequest as refusal:
             self._parts.metrics.refused("invalid")
             error = error_of(pb.ERROR_CODE_INVALID, str(refusal))
         except QueueFull as refusal:

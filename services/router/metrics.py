@@ -22,7 +22,7 @@ _ROLE = "router"
 _FINISH_REASONS = ("stop", "length", "abort", "error")
 REFUSALS = (
     "queue_full", "ttft_deadline", "quota", "tokenizer_full", "memory_full", "workers_full",
-    "no_worker", "not_connected", "draining", "all_tried",
+    "no_worker", "not_connected", "draining", "all_tried", "too_short",
 )  # fmt: skip
 """Why a request is not taken on: our own queues, the workers', or no worker to take it (`routing.Refusal`)."""
 _OF_RECEIPTS: dict[str, Callable[[Receipt], float]] = {

@@ -48,6 +48,8 @@ class ScriptedWorker:
     features: tuple[str, ...] = (RESUMES,)
     dies_after: int | None = None
     """Tokens of its first order; the frame that carries the last of them is sent, and nobody is there any more."""
+    dies_once: asyncio.Event | None = None
+    """What it waits for before that."""
     breaks_after: int | None = None
     """Tokens of any order; then the session breaks, and the worker lives on."""
     hangs_after: int | None = None
@@ -65,6 +67,9 @@ class ScriptedWorker:
     is_brief: bool = False
     """What is far from its end, and from the first words of its first order, it says in one frame."""
     num_free_blocks: int = 1000
+    max_model_len: int = 512
+    context: int | None = None
+    """What it really holds; None: as its record says."""
     numerics: str = "alike"
     prefilled_by: str = ""
     """The worker that computes its prompts; empty: it does."""
@@ -86,7 +91,7 @@ class ScriptedWorker:
             model_path=self.model_path,
             tokenizer_path=self.model_path,
             grpc_address=f"scripted-{number}",
-            max_model_len=512,
+            max_model_len=self.max_model_len,
             colocated=True,
             numerics=self.numerics,
             transports=("memory",),
@@ -126,6 +131,10 @@ class ScriptedWorker:
                         full = pb.Error(code=pb.ERROR_CODE_OVERLOADED, message="full")
                         frame.outputs.add(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=full)
                         del live[handle]
+                    elif output.is_too_long:
+                        long = pb.Error(code=pb.ERROR_CODE_INVALID, message="too long")
+                        frame.outputs.add(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=long)
+                        del live[handle]
                     elif output.is_leaving:
                         self._let_go(output, frame)
                         del live[handle]
@@ -135,6 +144,8 @@ class ScriptedWorker:
                 await send(frame)
                 await asyncio.sleep(0)  # orders and aborts come in between two steps
                 if num_said == self.dies_after:
+                    if self.dies_once is not None:
+                        await self.dies_once.wait()
                     self.is_dead = True
                     raise Killed
                 if any(output.num_said == self.breaks_after for output in live.values()):
@@ -170,7 +181,8 @@ class ScriptedWorker:
         async for message in requests:
             if message.HasField("generate"):
                 self.orders.append(message.generate)
-                live[message.generate.handle] = _Output(message.generate, int(self.differs), self.prefilled_by)
+                context = self.context or self.max_model_len
+                live[message.generate.handle] = _Output(message.generate, int(self.differs), self.prefilled_by, context)
                 has_work.set()
             elif message.HasField("abort"):
                 live.pop(message.abort.handle, None)
@@ -188,8 +200,9 @@ class ScriptedWorker:
 class _Output:
     """An order's output: a hash of what came before is the next token."""
 
-    def __init__(self, order: pb.GenerateRequest, start: int, prefilled_by: str) -> None:
+    def __init__(self, order: pb.GenerateRequest, start: int, prefilled_by: str, context: int) -> None:
         self.order = order
+        self._room = context - len(order.prompt_token_ids)
         self._prefilled_by = prefilled_by
         self.num_said = 0
         self.is_leaving = False
@@ -197,6 +210,10 @@ class _Output:
         self._state = zlib.crc32(repr(list(order.prompt_token_ids)).encode(), start)
         for token_id in order.resumed_token_ids:
             self._add(token_id)
+
+    @property
+    def is_too_long(self) -> bool:
+        return self.num_said == 0 and self.num_before >= self._room
 
     def _add(self, token_id: int) -> None:
         self._state = zlib.crc32(token_id.to_bytes(4), self._state)
@@ -208,7 +225,7 @@ class _Output:
         token_id = FIRST_TOKEN + zlib.crc32(seed.to_bytes(8), self._state) % NUM_TOKENS
         self._add(token_id)
         self.num_said += 1
-        is_last = self.num_before + self.num_said == sampling.max_tokens
+        is_last = self.num_before + self.num_said == min(sampling.max_tokens, self._room)
         has_logprobs = sampling.HasField("logprobs")
         if self.num_said > 1 and not is_last and not has_logprobs:
             frame.handles.append(order.handle)

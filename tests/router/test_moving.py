@@ -132,6 +132,21 @@ async def test_one_that_computes_alike_is_preferred_and_the_receipt_says_where_t
             assert receipt["decode_worker_id"] == (alikes or [unlike])[0].record.worker_id
 
 
+async def test_none_is_moved_to_a_worker_whose_context_is_too_short_for_it(make):
+    long = {**STREAM, "max_tokens": 400}
+    async with scripted_fleet() as fleet:
+        expected = await undisturbed(fleet, make, **long)
+        first, short = make(), make(max_model_len=len(PROMPT) + 399)
+        await fleet.serve_with(first)
+        asking = asyncio.create_task(fleet.ask(**long))
+        await until(lambda: first.orders)
+        fleet.announce(first, short)
+        await until(lambda: fleet.parts.workers.num_sessions_up == 2)
+        first.drains = True
+        assert (await asking).choices() == expected.choices()
+        assert (short.orders, first.max_moving) == ([], 0)
+
+
 async def test_where_the_next_one_refuses_another_gets_the_same_order(make):
     async with scripted_fleet() as fleet:
         expected = await undisturbed(fleet, make, **STREAM)
@@ -181,18 +196,19 @@ def test_where_a_request_may_go():
         usual: dict[str, object] = {
             "model_names": ("m",), "model_fingerprint": "f", "connected": True, "draining": False, "num_outstanding": 2,
             "max_num_seqs": 4, "num_blocks": 100, "num_free_blocks": 20, "numerics": "a", "moves": True,
+            "max_model_len": 90,
         }  # fmt: skip
         return DecodeCandidate(worker_id, "1", **usual | fields)  # type: ignore[arg-type]
 
     leaves = candidate("leaves", draining=True)
 
     def places(*others: DecodeCandidate, num_blocks: int = 10) -> list[str]:
-        return [each.worker_id for each in places_to_move_to(leaves, [leaves, *others], "m", num_blocks)]
+        return [each.worker_id for each in places_to_move_to(leaves, [leaves, *others], "m", num_blocks, 80)]
 
     assert places(candidate("alike"), candidate("unlike", numerics="b")) == ["alike"]
     assert places(candidate("unlike", numerics="b"), candidate("nameless", numerics="")) == ["unlike", "nameless"]
     assert places(candidate("alike"), num_blocks=17) == ["alike"]
     assert places(candidate("alike"), num_blocks=18) == []
     wrong = {"num_outstanding": 4, "connected": False, "draining": True, "moves": False, "model_fingerprint": "g"}
-    for name, value in [*wrong.items(), ("model_names", ("n",))]:
+    for name, value in [*wrong.items(), ("model_names", ("n",)), ("max_model_len", 79)]:
         assert places(candidate("wrong", **{name: value})) == [], name

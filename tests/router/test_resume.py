@@ -380,3 +380,50 @@ async def test_a_worker_that_falls_silent_is_lost(make):
         assert [len(order.resumed_token_ids) for order in other.orders] == [20]
         ((resume,),) = (receipt["resumes"] for receipt in answer.receipts)
         assert (resume["worker_id"], resume["reason"]) == (silent.record.worker_id, "silent")
+
+
+async def test_a_worker_of_shorter_context_cuts_no_stream_short(make):
+    """It may come in a rolling change. What it does not hold goes on at another one."""
+    async with scripted_fleet() as fleet:
+        expected = await undisturbed(fleet, make, **STREAM)
+        first, short, long = make(dies_after=10), make(max_model_len=len(PROMPT) + 30), make(9)
+        await fleet.serve_with(first)
+        asking = asyncio.create_task(fleet.ask(**STREAM, receipt=True))
+        await until(lambda: first.orders)
+        fleet.announce(first, short)
+        await until(lambda: short.orders)
+        fleet.announce(short, long)
+        answer = await asking
+        assert answer.choices() == expected.choices()
+        assert answer.usage == expected.usage
+        assert [len(order.resumed_token_ids) for order in long.orders] == [30]
+        (receipt,) = answer.receipts
+        assert [resume["reason"] for resume in receipt["resumes"]] == ["lost", "given_up"]  # type: ignore[attr-defined]
+        assert is_at_rest(fleet)
+
+
+async def test_without_a_worker_of_long_enough_context_the_client_hears_of_it(make):
+    async with scripted_fleet(RouterConfig(resume_wait_s=0.3)) as fleet:
+        first = make(dies_after=10, dies_once=asyncio.Event())
+        await fleet.serve_with(first)
+        asking = asyncio.create_task(fleet.ask(**STREAM))
+        await until(lambda: first.orders)
+        fleet.announce(first, make(max_model_len=len(PROMPT) + 30))
+        await until(lambda: fleet.parts.workers.num_sessions_up == 2)
+        first.dies_once.set()
+        answer = await asking
+        assert answer.error is not None
+        assert answer.error["code"] == "service_unavailable"
+        assert "context" in str(answer.error["message"])
+        assert len(answer.choices()[0]["token_ids"]) == 30  # type: ignore[arg-type]
+        assert is_at_rest(fleet)
+
+
+async def test_who_finds_a_stream_invalid_that_has_begun_is_passed_over(make):
+    async with scripted_fleet() as fleet:
+        expected = await undisturbed(fleet, make, **STREAM)
+        first, wrong, other = make(dies_after=20), make(1, context=len(PROMPT) + 5), make(9)
+        await fleet.serve_with(first, wrong, other)
+        answer = await fleet.ask(**STREAM)
+        assert answer.choices() == expected.choices()
+        assert len(wrong.orders) == 1

@@ -21,6 +21,7 @@ from services.router.routing import (
     PolicyState,
     PrefillCandidate,
     RecentPrefixes,
+    Refusal,
     RoutedRequest,
     choose,
     is_exact,
@@ -318,6 +319,29 @@ def test_what_was_begun_goes_on_where_it_is_computed_alike_however_busy_that_is(
         assert chosen(begun, [*others, alike], exclude={"alike"}, policy=policy).decode in others
     # A new request has no such wish.
     assert chosen(request(), [unlike, alike], policy=Policy.LEAST_LOADED).decode is unlike
+
+
+def test_nobody_gets_more_than_its_context_holds_but_what_has_begun_and_has_no_better_place():
+    asked = dataclasses.replace(request(100), num_final_tokens=200)
+    long, short, busy = decode("a", max_model_len=200), decode("b", max_model_len=199), decode("c", 7)
+    assert chosen(asked, [short, long, busy]).decode is long
+    assert chosen(asked, [short, busy]).decode is busy, "its context is not known"
+    assert choose(asked, [short], []) is Refusal.TOO_SHORT
+    begun = dataclasses.replace(asked, has_begun=True)
+    assert chosen(begun, [short, busy]).decode is busy
+    assert chosen(begun, [short]).decode is short
+    assert chosen(begun, [decode("d", max_model_len=101)]).decode.worker_id == "d"
+    assert choose(begun, [decode("d", max_model_len=100)], []) is Refusal.TOO_SHORT
+    drains = dataclasses.replace(long, draining=True)
+    assert chosen(begun, [short, drains]).decode is short
+
+
+def test_a_prompt_is_ordered_where_one_token_more_than_its_first_finds_room():
+    asked = dataclasses.replace(request(100), num_final_tokens=200)
+    targets = [prefill("p1", max_model_len=101), prefill("p2", 9, max_model_len=102), prefill("p3", 99)]
+    assert [each.worker_id for each in chosen(asked, [decode("d")], targets).prefill] == ["p2", "p3"]
+    last = dataclasses.replace(asked, num_final_tokens=101)
+    assert [each.worker_id for each in chosen(last, [decode("d")], targets).prefill] == ["p1", "p2", "p3"]
 
 
 def test_equal_tokens_are_promised_by_equal_names_alone():

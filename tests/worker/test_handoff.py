@@ -28,6 +28,7 @@ class PrefillWorkerOfTheTest(worker_pb2_grpc.PrefillServiceServicer):
         self.num_orders = 0
         self.has_order = asyncio.Event()
         self.may_finish = asyncio.Event()
+        self.answer = pb.PrefillEvent(finished=pb.PrefillFinished(token_id=7, finish_reason=pb.FINISH_REASON_LENGTH))
 
     async def Prefill(
         self, order: pb.PrefillRequest, context: grpc.aio.ServicerContext[pb.PrefillRequest, pb.PrefillEvent]
@@ -35,8 +36,7 @@ class PrefillWorkerOfTheTest(worker_pb2_grpc.PrefillServiceServicer):
         self.num_orders += 1
         self.has_order.set()
         await self.may_finish.wait()
-        finished = pb.PrefillFinished(token_id=7, finish_reason=pb.FINISH_REASON_LENGTH)
-        await context.write(pb.PrefillEvent(finished=finished))
+        await context.write(self.answer)
 
 
 @asynccontextmanager
@@ -77,12 +77,19 @@ async def nothing_to_reserve(num_blocks: int) -> Reservation:
 
 
 def hand_over(
-    orders: GrpcOrders, exchange: ExchangeOfTheTest, address: str, kv: str = "kv", resumed: Sequence[int] = ()
+    orders: GrpcOrders,
+    exchange: ExchangeOfTheTest,
+    address: str,
+    kv: str = "kv",
+    resumed: Sequence[int] = (),
+    max_tokens: int = 1,
 ) -> asyncio.Task[Handoff]:
     hashes: Sequence[None] = [None]
     target = pb.PrefillTarget(worker_id="prefill-0", grpc_address=address, kv_address=kv)
     handing_over = prefill_remotely(
-        pb.PrefillRequest(request_id="r", resumed_token_ids=resumed),
+        pb.PrefillRequest(
+            request_id="r", resumed_token_ids=resumed, sampling=pb.SamplingParams(max_tokens=len(resumed) + max_tokens)
+        ),
         target,
         hashes,
         nothing_to_reserve,
@@ -112,6 +119,21 @@ async def test_the_token_of_a_prefill_worker_that_does_not_know_of_resuming_is_n
         with pytest.raises(HandoffFailed, match="prefill-0 resumes no output") as failure:
             await hand_over(orders, ExchangeOfTheTest(), address, resumed=[3, 4])
         assert failure.value.cause == "incompatible"
+        await orders.close()
+
+
+@pytest.mark.parametrize("answer", ["refuses", "ends"])
+async def test_a_prompt_that_a_prefill_worker_cannot_hold_is_no_error_of_the_clients(answer: str) -> None:
+    """Our own engine holds it: its context is longer, or its pool larger."""
+    orders = GrpcOrders()
+    async with prefill_worker() as (worker, address), asyncio.timeout(30):
+        worker.may_finish.set()
+        if answer == "refuses":
+            error = pb.Error(code=pb.ERROR_CODE_INVALID, message="prompt has 60 tokens; the context of 50 must hold")
+            worker.answer = pb.PrefillEvent(failed=error)
+        with pytest.raises(HandoffFailed) as failure:
+            await hand_over(orders, ExchangeOfTheTest(), address, max_tokens=2)
+        assert failure.value.cause == "refused"
         await orders.close()
 
 

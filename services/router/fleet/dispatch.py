@@ -193,6 +193,9 @@ class Dispatch:
             if output.finish_reason == pb.FINISH_REASON_MOVED:
                 self._move(sequence, output, left)
                 return
+            if output.finish_reason == pb.FINISH_REASON_LENGTH and sequence.outgrows_its_worker:
+                self._go_on_behind(sequence, output, left)
+                return
             if output.finish_reason == pb.FINISH_REASON_ERROR and self._goes_on(sequence, output.error):
                 return
             if output.finish_reason == pb.FINISH_REASON_ERROR:
@@ -205,6 +208,9 @@ class Dispatch:
     def _goes_on(self, sequence: Sequence, error: pb.Error) -> bool:
         """Whether another worker is looked for, since this one gave the sequence up. Once begun, it waits for room."""
         has_begun = bool(sequence.token_ids)
+        if has_begun and error.code == pb.ERROR_CODE_INVALID:
+            # Another one has taken the same, so the client is not to blame.
+            error = pb.Error(code=pb.ERROR_CODE_UNAVAILABLE, message=error.message)
         if not is_retryable(error) or (not has_begun and len(sequence.tried) >= self._budget.max_attempts):
             return False
         self._search(sequence, error, "given_up", waits=has_begun or error.code == pb.ERROR_CODE_UNAVAILABLE)
@@ -261,6 +267,18 @@ class Dispatch:
             sequence.move.kv_address = left.record.kv_address
         message = f"decode worker {left.record.worker_id} drains"
         self._search(sequence, pb.Error(code=pb.ERROR_CODE_UNAVAILABLE, message=message), "moved", waits=True)
+
+    def _go_on_behind(self, sequence: Sequence, output: pb.Output, left: WorkerSession | None) -> None:
+        """Its worker's context has ended before the answer: it is shorter than those that were there when it began."""
+        assert left is not None, f"{sequence.request_id} was cut short by a worker that it was not at"
+        output.ClearField("finish_reason")
+        if output.token_ids:
+            self._arrive(Arrival(sequence.index, list(output.token_ids), output))
+        message = (
+            f"the context of decode worker {left.record.worker_id} ends at {left.record.max_model_len} tokens, where"
+            f" prompt and answer may have {sequence.ask.num_final_tokens}, and none of a longer one has come"
+        )
+        self._search(sequence, pb.Error(code=pb.ERROR_CODE_UNAVAILABLE, message=message), "given_up", waits=True)
 
     def _search(self, sequence: Sequence, error: pb.Error, reason: str, *, waits: bool) -> None:
         """Look for another worker; without one the sequence ends with `error`."""

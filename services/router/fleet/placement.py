@@ -64,6 +64,11 @@ class Ask:
     blocks: PromptBlocks
     key: bytes
 
+    @property
+    def num_final_tokens(self) -> int:
+        """Of prompt and output, at most."""
+        return len(self.prompt) + self.order.sampling.max_tokens
+
 
 @dataclass
 class Placement:
@@ -137,7 +142,9 @@ class Placer:
         cost = CostModel(self._workers.rates(next(iter(spaces), "")))
         num_tokens = len(ask.prompt) + len(ask.order.resumed_token_ids)
         has_begun = bool(ask.order.resumed_token_ids)
-        request = RoutedRequest(ask.order.model, num_tokens, ask.key, prefixes, numerics, has_begun)
+        request = RoutedRequest(
+            ask.order.model, num_tokens, ask.key, prefixes, numerics, has_begun, ask.num_final_tokens
+        )
         decision = choose(
             request,
             [
@@ -178,7 +185,9 @@ class Placer:
         """Decode workers that could take a live sequence of so many tokens, with its blocks and at once; none: stay."""
         num_blocks = -(-num_tokens // placement.space.block_size)
         candidates = self._workers.decode_candidates()
-        places = places_to_move_to(placement.decision.decode, candidates, ask.order.model, num_blocks)
+        places = places_to_move_to(
+            placement.decision.decode, candidates, ask.order.model, num_blocks, ask.num_final_tokens
+        )
         return [place.worker_id for place in places]
 
     def fill_order(self, order: pb.GenerateRequest, placement: Placement) -> None:

@@ -30,6 +30,7 @@ from tandem.v1 import worker_pb2 as pb
 from services.router.fleet.placement import Ask, Placement
 from services.router.fleet.session import WorkerSession
 from services.router.receipt import Resume
+from services.router.routing import holds
 
 
 class Arrival(NamedTuple):
@@ -153,6 +154,13 @@ class Sequence:
     def num_deaths(self) -> int:
         """Workers that died with it aboard: who has answered again since had not."""
         return sum(session.num_streams == num_streams for session, num_streams in self.deaths)
+
+    @property
+    def outgrows_its_worker(self) -> bool:
+        """Whether it may say more than its worker's context holds."""
+        assert self.placement is not None, f"{self.request_id} is nowhere"
+        num_left = self.ask.order.sampling.max_tokens - len(self.token_ids)
+        return num_left > 0 and not holds(self.placement.decision.decode, self.ask.num_final_tokens)
 
     def move_to(self, state: SequenceState) -> None:
         """Change the state; raises IllegalTransition, with the history, where the table has no such step."""

@@ -127,5 +127,6 @@ class Submitter:
             Refusal.NOT_CONNECTED: "no decode worker can be reached",
             Refusal.DRAINING: "every decode worker is shutting down",
             Refusal.ALL_TRIED: "every decode worker was tried",
+            Refusal.TOO_SHORT: "no decode worker with so long a context can be reached",
         }
         return unavailable(f"Model `{model}`: {words[refusal]}. Try again later.")

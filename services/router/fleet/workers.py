@@ -178,6 +178,7 @@ class Workers:
                 colocated=record.colocated,
                 local_prefill_max_tokens=record.local_prefill_max_tokens,
                 is_simulation=record.is_simulation,
+                max_model_len=record.max_model_len,
                 numerics=record.numerics,
                 moves=MOVES in session.features,
             )
@@ -195,6 +196,7 @@ class Workers:
                 model_fingerprint=record.model_fingerprint,
                 draining=record.draining,
                 num_outstanding_tokens=self._num_queued_tokens(record),
+                max_model_len=record.max_model_len,
                 numerics=record.numerics,
             )
             for record in self._records

@@ -13,6 +13,7 @@ from services.router.routing.policies import (
     Refusal,
     RoutedRequest,
     choose,
+    holds,
     next_state,
 )
 from services.router.routing.recent import RecentPrefixes, WorkerKey
@@ -35,6 +36,7 @@ __all__ = [
     "WorkerKey",
     "bounded",
     "choose",
+    "holds",
     "is_exact",
     "next_state",
     "places_to_move_to",

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from services.router.routing.numerics import prefer_equal
-from services.router.routing.policies import DecodeCandidate
+from services.router.routing.policies import DecodeCandidate, holds
 
 
 def places_to_move_to(
-    leaves: DecodeCandidate, others: Sequence[DecodeCandidate], model: str, num_blocks: int
+    leaves: DecodeCandidate, others: Sequence[DecodeCandidate], model: str, num_blocks: int, num_final_tokens: int
 ) -> Sequence[DecodeCandidate]:
     """Return who can take a request of so many blocks, and at once: those that compute as its worker does, if any can.
+
+    `num_final_tokens`: of prompt and output at most.
 
     Each request there may want a block more within a few steps; what is left for those is not taken.
     """
@@ -24,6 +26,7 @@ def places_to_move_to(
         and other.moves
         and model in other.model_names
         and other.model_fingerprint == leaves.model_fingerprint
+        and holds(other, num_final_tokens)
         and other.num_outstanding < other.max_num_seqs
         and num_blocks + other.num_outstanding < other.num_free_blocks
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
@@ -66,6 +67,8 @@ class DecodeCandidate:
     """It prefills by itself what lacks no more than so many."""
     is_simulation: bool = False
     """Its tokens mean nothing."""
+    max_model_len: int = 0
+    """Prompt and output tokens of one request; 0: not known."""
     numerics: str = ""
     """Names its arithmetic (numerics.py)."""
     moves: bool = False
@@ -85,6 +88,8 @@ class PrefillCandidate:
     draining: bool
     num_outstanding_tokens: int
     """Prompt tokens that this router expects it to compute and has seen no first token of."""
+    max_model_len: int = 0
+    """As a decode worker's."""
     numerics: str = ""
     """As a decode worker's."""
 
@@ -95,6 +100,7 @@ class RoutedRequest:
 
     model: str
     num_prompt_tokens: int
+    """Those of the output that it resumes included."""
     key: bytes
     """Equal for requests that begin equally."""
     prefixes: Mapping[str, KnownPrefix] = field(default_factory=dict)
@@ -103,6 +109,8 @@ class RoutedRequest:
     """Of the worker that it was begun on; those of the same are preferred. Empty: it is new."""
     has_begun: bool = False
     """It has said tokens: where all workers drain, one of them ends it."""
+    num_final_tokens: int = 0
+    """Of prompt and output at most; 0: not known."""
 
     def prefix(self, model_fingerprint: str) -> KnownPrefix:
         return self.prefixes.get(model_fingerprint, _UNKNOWN_PREFIX)
@@ -126,6 +134,7 @@ class Refusal(Enum):
     NOT_CONNECTED = "not_connected"
     DRAINING = "draining"
     ALL_TRIED = "all_tried"
+    TOO_SHORT = "too_short"  # the context of each of them
 
 
 @dataclass(frozen=True)
@@ -255,7 +264,22 @@ def _ready(
     if not connected:
         return Refusal.NOT_CONNECTED
     stay = [worker for worker in connected if not worker.draining]
-    return stay or (connected if request.has_begun else Refusal.DRAINING)
+    if not stay and not request.has_begun:
+        return Refusal.DRAINING
+    return _long_enough(request, stay or connected) or Refusal.TOO_SHORT
+
+
+def _long_enough(request: RoutedRequest, workers: Sequence[DecodeCandidate]) -> list[DecodeCandidate]:
+    """Who holds it to its end. Else, once it has begun, who holds it for a while: it may end sooner, or go on again."""
+    whole = [worker for worker in workers if holds(worker, request.num_final_tokens)]
+    if whole or not request.has_begun:
+        return whole
+    return [worker for worker in workers if holds(worker, request.num_prompt_tokens + 1)]
+
+
+def holds(worker: DecodeCandidate | PrefillCandidate, num_tokens: int) -> bool:
+    """Whether its context holds so many tokens of prompt and output."""
+    return not worker.max_model_len or num_tokens <= worker.max_model_len
 
 
 # ---- prefill workers ----------------------------------------------------------
@@ -271,13 +295,18 @@ def _ordered_prefill(
 ) -> tuple[_ScoredPrefill, ...]:
     """The prefill workers whose blocks a decode worker of that fingerprint can use, best first."""
     prefix = request.prefix(model_fingerprint)
+    # A token more than it says: else it would be the answer's last one there.
+    num_tokens = min(request.num_prompt_tokens + 2, request.num_final_tokens or sys.maxsize)
     fitting = [
         _ScoredPrefill(
             worker,
             prefill_terms(cost, worker.worker_id, worker.num_outstanding_tokens, request.num_prompt_tokens, prefix),
         )
         for worker in prefill
-        if request.model in worker.model_names and worker.model_fingerprint == model_fingerprint and not worker.draining
+        if request.model in worker.model_names
+        and worker.model_fingerprint == model_fingerprint
+        and not worker.draining
+        and holds(worker, num_tokens)
     ]
     factor, slack = cost.bounded_load_factor, cost.bounded_load_slack_tokens
     return tuple(_best_first(fitting, request, policy, state, factor, slack))
