@@ -106,12 +106,12 @@ async def silent(port: int, seconds: float, *, said: bytes, num: int) -> Counter
     return Counter(await asyncio.gather(*(connect() for _ in range(num))))
 
 
-async def unread(port: int, seconds: float) -> Counter[str]:
+async def unread(port: int, seconds: float, num: int = 24, **fields: object) -> Counter[str]:
     """Long streams that nobody reads."""
-    content = json.dumps({"prompt": "x", "max_tokens": 4000, "ignore_eos": True, "stream": True}).encode()
+    content = body(prompt="x", max_tokens=4000, ignore_eos=True, stream=True, **fields)()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
     streams = []
-    for _ in range(24):
+    for _ in range(num):
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
         writer.write(head + content)
         writer.transport.pause_reading()
@@ -119,7 +119,7 @@ async def unread(port: int, seconds: float) -> Counter[str]:
     await asyncio.sleep(seconds)
     for _, writer in streams:
         writer.transport.abort()
-    return Counter({"24 streams": 1})
+    return Counter({f"{num} streams": 1})
 
 
 def peers(num: int, **fields: object) -> Attack:
@@ -157,6 +157,10 @@ ATTACKS: dict[str, Attack] = {
         peers=Attack(lambda: body(prompt=other_ids(4000), max_tokens=1)(), is_one_client=False),
     ),
     "unread streams": Attack(run=unread, peers=peers(24, max_tokens=4000, stream=True)),
+    "128 unread streams, logprobs of 20": Attack(
+        run=lambda port, s: unread(port, s, num=128, logprobs=20),
+        peers=peers(128, max_tokens=4000, stream=True, logprobs=20),
+    ),
     "header of 1 MB": Attack(run=lambda port, s: silent(
         port, s, said=b"GET /health HTTP/1.1\r\nX-A: " + b"x" * 1_000_000 + b"\r\n\r\n", num=8)),
     "URL of 50 KB": Attack(run=lambda port, s: silent(

@@ -14,6 +14,7 @@ import httpx
 import orjson
 import pytest
 from hypothesis import given, strategies
+from tandem.v1 import worker_pb2 as pb
 
 from kvstore.threads import OsThreads
 from services.router.config import RouterConfig
@@ -22,7 +23,7 @@ from services.router.edge import http as http_edge
 from services.router.edge.access import AccessRecord
 from services.router.edge.memory import SMALL_BYTES
 from services.router.errors import ApiError, model_not_found
-from services.router.fleet import Placer
+from services.router.fleet import Dispatch, Placer
 from services.router.openai import CompletionRenderer, SizeLimits, check_sizes, plan_completion, sizes
 from services.router.openai.bodies import ChatBody, CompletionBody
 from services.router.openai.columns import Column, default, in_pieces
@@ -436,6 +437,37 @@ async def test_log_probabilities_take_the_memory_of_their_answer(make_worker):
     async with running_router(RouterConfig(), make_worker()) as running:
         most_bytes, parts = await taken_by(running, body)
     assert most_bytes < 2 * sum(map(len, parts)) + (1 << 20)
+
+
+async def test_what_waits_for_a_client_that_reads_late_is_packed_and_comes_whole(make_worker, sentence, monkeypatch):
+    reads, events, dispatches, arrive = asyncio.Event(), [], set(), Dispatch._arrive
+
+    def watched(self, arrival):
+        dispatches.add(self)
+        arrive(self, arrival)
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            events.append(message["body"])
+            await reads.wait()
+
+    monkeypatch.setattr(Dispatch, "_arrive", watched)
+    async with running_router(RouterConfig(), make_worker()) as running:
+        body = {"prompt": "x", "max_tokens": 200, "logprobs": 3, "stream": True}
+        asking = asyncio.create_task(taken_by(running, body, send))
+        await until(lambda: events and not running.parts.admission.num_running)
+        (dispatch,) = dispatches
+        waiting = list(dispatch._arrivals)
+        reads.set()
+        await asking
+    assert sum(isinstance(each.output, pb.Output) for each in waiting) <= 4
+    told = [json.loads(line[6:]) for line in b"".join(events).split(b"\n\n") if line.startswith(b"data: {")]
+    logprobs = [choice["logprobs"] for event in told for choice in event["choices"]]
+    tokens = [token for each in logprobs for token in each["tokens"]]
+    assert len(tokens) == 200
+    assert tokens == (tokens[: len(sentence)] * 200)[:200]
+    assert all(len(top) == 3 for each in logprobs for top in each["top_logprobs"])
+    assert told[-1]["choices"][0]["finish_reason"] == "length"
 
 
 async def test_a_prompt_is_there_once_however_many_answers_it_gets(make_worker, monkeypatch):

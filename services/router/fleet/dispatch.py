@@ -3,13 +3,14 @@
 One HTTP request becomes one or more sequences (prompts times n); each is an order of its own (`sequence.py` has its
 states), and all of them report to one `Dispatch`, which one consumer drains. Sequences begin as the request's room
 grants it, a breath between two. What arrives while the consumer is busy piles up here, at most the sequences'
-max_tokens, and is taken in one piece.
+max_tokens, packed where it is more than a little.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,7 +21,7 @@ from services.router.admission import Room
 from services.router.errors import is_retryable
 from services.router.fleet.placement import Ask, Placer
 from services.router.fleet.prefixes import PrefixFinder
-from services.router.fleet.sequence import Arrival, Budget, Diverged, Sequence, SequenceState, ServedBy
+from services.router.fleet.sequence import Arrival, Budget, Diverged, PackedArrival, Sequence, SequenceState, ServedBy
 from services.router.fleet.session import WorkerSession
 from services.router.fleet.submitting import Submitter
 from services.router.fleet.workers import Workers
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MAX_LOSSES = 16  # of one sequence's workers, dead or left
+# Of arrivals that wait: so many are as they came, per sequence, and so many are taken at a time.
+_FEW_PER_SEQUENCE, _MOST_TAKEN = 4, 1024
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Dispatch:
         self._budget = budget
         self._clock = clock
         self._unix_clock = unix_clock
-        self._arrivals: list[Arrival] = []
+        self._arrivals: deque[Arrival | PackedArrival] = deque()
         self._waiter: asyncio.Future[bool] | None = None
         self._make_ask = make_ask
         self._room = room
@@ -97,7 +100,7 @@ class Dispatch:
         self._searches: dict[int, asyncio.Task[None]] = {}  # of lost ones, by index
 
     async def arrivals(self, idle_s: float | None = None) -> list[Arrival]:
-        """Wait for arrivals, at most `idle_s`, and return all in order; begin what there is room for.
+        """Wait for arrivals, at most `idle_s`, and return some in order; begin what there is room for.
 
         One caller at a time. Raises ApiError when there is no worker for a sequence; then close it.
         """
@@ -121,8 +124,8 @@ class Dispatch:
                 self._waiter = None
                 if timer is not None:
                     timer.cancel()
-        arrived, self._arrivals = self._arrivals, []
-        return arrived
+        taken = [self._arrivals.popleft() for _ in range(min(len(self._arrivals), _MOST_TAKEN))]
+        return [each if isinstance(each, Arrival) else each.unpacked() for each in taken]
 
     def served_by(self, index: int) -> ServedBy | None:
         """Returns who serves, or has served, a sequence; None before it was submitted."""
@@ -363,7 +366,8 @@ class Dispatch:
 
     def _arrive(self, arrival: Arrival) -> None:
         self._room.generated(len(arrival.token_ids))
-        self._arrivals.append(arrival)
+        is_behind = arrival.output is not None and len(self._arrivals) >= _FEW_PER_SEQUENCE * len(self._sequences)
+        self._arrivals.append(arrival.packed() if is_behind else arrival)
         self._wake()
 
     def _wake(self, has_news: bool = True) -> None:

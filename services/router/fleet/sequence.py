@@ -41,6 +41,23 @@ class Arrival(NamedTuple):
     token_ids: list[int]
     output: pb.Output | None = None
 
+    def packed(self) -> PackedArrival:
+        output = None if self.output is None else self.output.SerializeToString()
+        return PackedArrival(self.sequence_index, self.token_ids, output)
+
+
+class PackedArrival(NamedTuple):
+    """One that waits for long. An output is a part of its frame, and keeps all of that: what other sequences said, too;
+    with log probabilities it takes five times as much as its bytes, besides."""
+
+    sequence_index: int
+    token_ids: list[int]
+    output: bytes | None
+
+    def unpacked(self) -> Arrival:
+        output = None if self.output is None else pb.Output.FromString(self.output)
+        return Arrival(self.sequence_index, self.token_ids, output)
+
 
 @dataclass(frozen=True)
 class ServedBy:
