@@ -6,10 +6,12 @@ from kvstore.registry.probe import RegistryAway, redis_version
 from kvstore.registry.redis_session import (
     REDIS_FAILURES,
     ConnectionState,
+    Home,
     RedisSession,
     describe,
     describe_url,
     open_client,
+    open_home,
     raise_if_cancelled,
 )
 from kvstore.registry.registry import Membership, Registrar
@@ -19,6 +21,7 @@ from kvstore.registry.worker_record import WorkerRecord, new_incarnation
 __all__ = [
     "REDIS_FAILURES",
     "ConnectionState",
+    "Home",
     "Membership",
     "RedisSession",
     "Registrar",
@@ -29,6 +32,7 @@ __all__ = [
     "new_incarnation",
     "next_incarnation",
     "open_client",
+    "open_home",
     "raise_if_cancelled",
     "redis_version",
 ]

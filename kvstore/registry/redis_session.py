@@ -140,6 +140,45 @@ async def open_client(redis_url: str, timeout_s: float) -> AsyncIterator[redis.a
             await client.aclose()
 
 
+class Home:
+    """The node that has our keys: of a Redis Cluster the one that we are referred to, else the Redis at the URL.
+
+    A redirection is remembered until the node fails; then whoever is at the URL is asked again. See `open_home`.
+    """
+
+    def __init__(self, redis_url: str, timeout_s: float, clients: contextlib.AsyncExitStack) -> None:
+        self._first_url = self._url = redis_url
+        self._timeout_s = timeout_s
+        self._stack = clients
+        self._clients: dict[str, redis.asyncio.Redis] = {}  # as many as the cluster has had homes for our keys
+
+    async def eval(self, script: str, num_keys: int, *keys_and_arguments: str) -> object:
+        """Run a script whose keys have our hash tag. Raises one of `REDIS_FAILURES`."""
+        try:
+            try:
+                return await self._eval(script, num_keys, *keys_and_arguments)
+            except MovedError as moved:
+                self._url = redirect(self._first_url, moved.host, moved.port)
+                return await self._eval(script, num_keys, *keys_and_arguments)
+        except (*REDIS_FAILURES, asyncio.CancelledError):
+            self._url = self._first_url
+            raise
+
+    async def _eval(self, script: str, num_keys: int, *keys_and_arguments: str) -> object:
+        client = self._clients.get(self._url)
+        if client is None:
+            client = await self._stack.enter_async_context(open_client(self._url, self._timeout_s))
+            self._clients[self._url] = client
+        return await cast("Awaitable[object]", client.eval(script, num_keys, *keys_and_arguments))
+
+
+@contextlib.asynccontextmanager
+async def open_home(redis_url: str, timeout_s: float) -> AsyncIterator[Home]:
+    """Open the node that has our keys; it connects at its first script, and never retries by itself."""
+    async with contextlib.AsyncExitStack() as clients:
+        yield Home(redis_url, timeout_s, clients)
+
+
 async def run_script(
     client: redis.asyncio.Redis,
     script: str,

@@ -10,7 +10,9 @@ import shutil
 import signal
 import ssl
 import subprocess
+import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,9 @@ import redis
 
 from kvstore.index import IndexReader, ResyncReason, Tier
 from kvstore.index.session import LookupOutcome
-from kvstore.registry import ConnectionState
+from kvstore.registry import ConnectionState, Registrar, next_incarnation, open_home
 from services.cli.embedded_redis import EmbeddedRedis, find_redis_server
+from services.router.sharing import Quotas, Share
 from tests.ports import free_port
 from tests.prefix_index.index_world import (
     BASE,
@@ -36,6 +39,7 @@ from tests.prefix_index.index_world import (
     sweep,
 )
 from tests.waiting import until
+from tests.worker_records import worker_record
 
 HASHES = block_hashes(40)
 
@@ -336,7 +340,7 @@ async def form_cluster(urls: list[str]) -> None:
         await eventually(agrees)
 
 
-async def test_in_a_cluster_any_node_leads_to_the_index(cluster):
+async def test_in_a_cluster_any_node_leads_to_the_index_the_limits_and_the_start_before(cluster):
     await form_cluster(cluster)
     world = World(cluster[0])
     holder, leaves = await world.hold("w0", 10), await world.hold("w1", 5)
@@ -344,6 +348,24 @@ async def test_in_a_cluster_any_node_leads_to_the_index(cluster):
     await world.finds(reader, HASHES, [holder, leaves])
     await world.leave(leaves)
     assert await reader.lookup(HASHES, LOOKUP_S) == [holder.holding(HASHES)]
+    async with AsyncExitStack() as homes:
+        routers = [
+            Quotas(await homes.enter_async_context(open_home(url, 30)), url, time.monotonic, timeout_s=30)
+            for url in cluster
+        ]
+        share = Share(max_concurrent=3)
+        taken = [
+            await router.take("t", share, f"{id(router)} {number}", 0, 600) for number in (0, 1) for router in routers
+        ]
+        assert [(each.is_local, each.verdict.refused) for each in taken] == [(False, "")] * 3 + [(False, "concurrent")]
+    before = worker_record(
+        worker_id="w", incarnation=f"{time.time_ns() + 10**15:016x}{0:08x}"
+    )  # the clock was set back
+    registrar = Registrar(cluster[0], before)
+    await registrar.start()
+    await until(lambda: registrar.connected, WAIT_S)
+    assert await next_incarnation(cluster[0], "w") > before.incarnation
+    await registrar.close()
     with redis.Redis.from_url(cluster[0]) as first, redis.Redis.from_url(cluster[1]) as second:
         assert (first.dbsize(), second.exists(INDEX)) == (0, 1)
         sweep(second)

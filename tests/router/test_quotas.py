@@ -8,8 +8,10 @@ import random
 import pytest
 import redis.asyncio
 
+from kvstore.registry import open_home
 from services.router.sharing import Quotas, Share, headers
 from services.router.sharing.quota import Book, Verdict, duration, wait_s
+from tests.ports import free_port
 
 
 class Clock:
@@ -110,7 +112,7 @@ async def test_a_short_request_beside_a_long_one_does_not_end_the_long_ones_leas
         quotas = Quotas(client, "router-1", clock, timeout_s=30)
         for lease_s in (600, 1):
             assert not (await quotas.take("t", share, f"of {lease_s} s", 0, lease_s)).verdict.refused
-        assert await client.pttl("tandem:quota:{t}:running") > 500_000  # with the key all leases would go
+        assert await client.pttl("{tandem}:quota:t:running") > 500_000  # with the key all leases would go
 
 
 class GoneRedis:
@@ -151,6 +153,17 @@ async def test_without_redis_each_router_keeps_its_part_and_asks_again_a_second_
         clock.now_s += 1.1
         assert first.is_shared
         assert not (await first.take("t", share, "z", 0, 60)).is_local
+
+
+async def test_a_node_of_a_cluster_that_fails_is_forgotten_and_asked_for_again(redis_url) -> None:
+    # Of a cluster that has moved our keys to where nobody is, and back.
+    share = Share(requests_per_minute=8)
+    async with open_home(redis_url, 30) as home:
+        quotas = Quotas(home, "router-1", clock := Clock(), timeout_s=30)
+        home._url = f"redis://127.0.0.1:{free_port()}/0"
+        assert (await quotas.take("t", share, "a", 0, 60)).is_local
+        clock.now_s += 1.1
+        assert not (await quotas.take("t", share, "b", 0, 60)).is_local
 
 
 async def test_what_ends_while_redis_is_away_holds_no_place_when_it_is_back(redis_url) -> None:

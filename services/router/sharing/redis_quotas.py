@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Final, cast
 
-import redis.asyncio
-
-from kvstore.registry import REDIS_FAILURES, describe, open_client, raise_if_cancelled
+from kvstore.registry import REDIS_FAILURES, Home, describe, open_home, raise_if_cancelled
 from services.router.sharing.quota import Book, Kind, Verdict
 from services.router.sharing.shares import Share
 
@@ -36,7 +34,10 @@ _KEPT_ENDS: Final = 1024  # of one holder; what is more runs out by itself
 _ENDS_AT_ONCE: Final = 128
 _KINDS: Final[tuple[Kind, ...]] = ("", "concurrent", "requests", "tokens")
 
-# KEYS: the buckets (hash), the leases (zset by end), the routers (zset by end), all of one holder and in one slot.
+# The hash tag of the registry: in a Redis Cluster all is on one node, to which one redirection leads.
+_PREFIX: Final = "{tandem}:quota"
+
+# KEYS: the buckets (hash), the leases (zset by end), the routers (zset by end), all of one holder.
 # ARGV: take or settle, requests a minute, tokens a minute, most at a time, request, tokens, lease in seconds, router;
 # then pairs: a request that has ended meanwhile, if it is known here, and its unused tokens.
 # Answer: which limit refuses (0: none), requests left, tokens left, running, routers. Floats as text: Redis cuts them.
@@ -98,7 +99,7 @@ class Quotas:
 
     def __init__(
         self,
-        client: redis.asyncio.Redis | None,
+        client: Home | None,
         router_id: str,
         clock: Callable[[], float],
         timeout_s: float = TIMEOUT_S,
@@ -148,21 +149,19 @@ class Quotas:
         if not self.is_shared:
             return None
         assert self._client is not None, "nobody is asked where there is no Redis"
-        base = f"tandem:quota:{{{holder}}}"
+        base = f"{_PREFIX}:{holder}"
         limits = (share.requests_per_minute, share.tokens_per_minute, share.max_concurrent)
         ends = list(self._ends.get(holder, {}).items())[:_ENDS_AT_ONCE]
         arguments = (verb, *limits, request, num_tokens, lease_s, self._router_id, *chain.from_iterable(ends))
         is_heard = False
         try:
             async with asyncio.timeout(self._timeout_s), self._calls:
-                reply = await cast(
-                    "asyncio.Future[list[bytes | int]]",
-                    self._client.eval(SCRIPT, 3, base, f"{base}:running", f"{base}:routers", *map(str, arguments)),
-                )
+                keys = (base, f"{base}:running", f"{base}:routers")
+                reply = await self._client.eval(SCRIPT, 3, *keys, *map(str, arguments))
             raise_if_cancelled()
             is_heard = True
             self._forget_ends(holder, ends)
-            refused, requests, tokens, running, routers = reply
+            refused, requests, tokens, running, routers = cast("list[bytes | int]", reply)
             self._note_routers(int(routers))
             return Verdict(_KINDS[int(refused)], float(requests), float(tokens), int(running))
         except REDIS_FAILURES as error:
@@ -206,5 +205,5 @@ class Quotas:
 @contextlib.asynccontextmanager
 async def open_quotas(redis_url: str, router_id: str, clock: Callable[[], float]) -> AsyncIterator[Quotas]:
     """Keep limits in that Redis, which need not be there. The URL is well-formed: the registry has it, too."""
-    async with open_client(redis_url, TIMEOUT_S) as client:
-        yield Quotas(client, router_id, clock)
+    async with open_home(redis_url, TIMEOUT_S) as home:
+        yield Quotas(home, router_id, clock)
