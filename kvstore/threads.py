@@ -54,6 +54,15 @@ def _say_last(hanging: list[str]) -> None:
     logging.shutdown()
 
 
+def show_name() -> None:
+    """Have the system know this thread by the first 15 letters of its name, for `top -H` and debuggers. Linux.
+
+    Python does so by itself from 3.14 on.
+    """
+    with contextlib.suppress(OSError), open(f"/proc/self/task/{threading.get_native_id()}/comm", "w") as file:
+        file.write(threading.current_thread().name[:15])
+
+
 class Runner(Protocol):
     """A loop beside ours."""
 
@@ -84,7 +93,7 @@ class OsThreads:
         self._running = asyncio.Semaphore(_MAX_RUNNING)
 
     def pool(self, name: str, num_threads: int = 1) -> Executor:
-        return ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+        return ThreadPoolExecutor(num_threads, thread_name_prefix=name, initializer=show_name)
 
     async def run(self, work: Callable[[], _Result]) -> _Result:
         # Not `asyncio.to_thread`: at its end a process waits for those threads, and this one may hang in a file system.
@@ -134,6 +143,7 @@ class _ThreadRunner:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        show_name()
         try:
             while not self._stopping:
                 if not self._turn():

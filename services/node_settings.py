@@ -58,8 +58,8 @@ class NodeSettings(PeerSettings):
     stuck_after_s: float = setting(
         2.0,
         above=0,
-        help="how long event loop, step loop, a transport or the disk may stand still although there is work, beyond"
-        " what the work is expected to take; then the process is not ready, and routers leave it",
+        help="how long event loop, step loop, a transport or the disk may stand still although there is work, a step"
+        " ten times what is expected of it, if that is more; then the process is not ready, and routers leave it",
         group="network",
     )
     stuck_exit_s: float = setting(

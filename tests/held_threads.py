@@ -1,11 +1,16 @@
-"""Holds single threads of another process, as a call would that never comes back; the others go on. Linux, as root."""
+"""Holds single threads of another process, as a call would that never comes back; the others go on.
+
+Linux, where one may trace one's children.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,33 +20,43 @@ _ALL_KINDS = 0x40000000  # __WALL
 
 @contextmanager
 def held(thread_id: int) -> Iterator[None]:
-    """Stop a thread; to be left in the thread that entered."""
-    _ptrace(_SEIZE, thread_id)
-    _ptrace(_INTERRUPT, thread_id)
-    os.waitpid(thread_id, _ALL_KINDS)
+    """Stop a thread. Its process may end meanwhile, and has ended for others once we have heard of it, which we do."""
+    is_held: Future[None] = Future()
+    is_over = threading.Event()
+
+    def hold() -> None:
+        try:
+            _ptrace(_SEIZE, thread_id)
+            _ptrace(_INTERRUPT, thread_id)
+            os.waitpid(thread_id, _ALL_KINDS)
+        except OSError as error:
+            is_held.set_exception(error)
+            return
+        is_held.set_result(None)
+        while not is_over.wait(0.05):
+            if os.waitpid(thread_id, _ALL_KINDS | os.WNOHANG) != (0, 0):
+                return
+        _ptrace(_DETACH, thread_id)
+
+    # Of its own: only the thread that stopped one can let it go.
+    holder = threading.Thread(target=hold, name="holder")
+    holder.start()
+    is_held.result()
     try:
         yield
     finally:
-        _ptrace(_DETACH, thread_id)
+        is_over.set()
+        holder.join()
 
 
-def nixl_thread(pid: int) -> int:
-    """The one that polls its agent, a thousand times a second, and waits for no events."""
-    return _liveliest(pid, set(_threads(pid)) - _epoll_waiters(pid))
+def named(pid: int, name: str) -> list[int]:
+    """A process's threads whose names begin so, and those that they have started; the eldest first."""
+    return [thread for thread in sorted(_threads(pid)) if _read(pid, thread, "comm").startswith(name)]
 
 
 def ucx_thread(pid: int) -> int:
     """The one that waits for events and has some all the time, but for the event loop."""
     return _liveliest(pid, _epoll_waiters(pid))
-
-
-def file_writers(pid: int) -> list[int]:
-    """Those that have written to files, but for the main one, and whoever logs."""
-    return [
-        thread
-        for thread in _threads(pid)
-        if thread != pid and int(_read(pid, thread, "io").split("write_bytes:")[1].split()[0]) >= 1 << 16
-    ]
 
 
 def _liveliest(pid: int, threads: set[int]) -> int:

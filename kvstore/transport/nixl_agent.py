@@ -25,6 +25,7 @@ import numpy as np
 
 from kvstore.block import BlockMemory
 from kvstore.errors import ReadFailed, TransportError
+from kvstore.threads import show_name
 from kvstore.transport.nixl_pool import PoolAddress, all_blocks, memory_kind
 
 if TYPE_CHECKING:
@@ -183,6 +184,7 @@ class AgentThread:
     # ---- in the thread ----
 
     def _run(self) -> None:
+        show_name()
         while not self._stopping.is_set():
             try:
                 self._step()

@@ -1,7 +1,10 @@
-"""`tandem up` itself, in a terminal and into a file: what its user sees, and that Ctrl-C is never a traceback."""
+"""`tandem up` itself, in a terminal and into a file: what its user sees, that Ctrl-C is never a traceback, and what it
+does about a worker that hangs.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -14,18 +17,29 @@ import sys
 import termios
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import httpx
+import psutil
 import pytest
+
+from tests.held_threads import held, named
 
 COMMAND = [sys.executable, "-m", "services.cli.main", "up", "--port", "0"]
 TIMEOUT_S = 180.0
 WIDTH = 80
 CTRL_C = b"\x03"
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+STREAM = {
+    "model": "tandem-demo", "prompt": "Say on.", "max_tokens": 60, "ignore_eos": True, "temperature": 0,
+    "stream": True, "return_token_ids": True, "receipt": True,
+}  # fmt: skip
+PACE = {"origin": "a test", "base_s": 0.05, "prompt_token_s": 1e-5}
 URL = r"Tandem serves tandem-demo at (http://\S+)/v1 \(1 prefill, 1 decode; Ctrl-C stops it\)"
 
 
@@ -129,30 +143,128 @@ def test_ctrl_c_twice_while_it_starts_ends_it_without_a_traceback(phase: str) ->
     assert "Tandem serves" not in shown.text
 
 
-def test_into_a_file_go_plain_lines_wherever_it_is_started(tmp_path: Path) -> None:
-    """Here, where packages lie that have the names of its own."""
+@dataclass(frozen=True)
+class IntoFile:
+    """A `tandem up` that was told to write to files: two paced workers that do without others."""
+
+    process: subprocess.Popen[bytes]
+    log_path: Path
+    url: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.log_path.read_text().splitlines()
+
+    def of(self, name: str) -> list[str]:
+        """What one of its processes has said, or has had said of it."""
+        return [line.partition(" | ")[2] for line in self.lines if line.startswith(name)]
+
+    def page(self, name: str) -> str:
+        """A worker's own page, of its latest start."""
+        return [line.split()[1].rstrip(",") for line in self.of(name) if line.startswith("ready: ")][-1]
+
+    def pid(self, name: str) -> int:
+        (found,) = (each.pid for each in psutil.Process(self.process.pid).children(True) if each.name().endswith(name))
+        return found
+
+
+@pytest.fixture(scope="module")
+def into_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[IntoFile]:
+    """Started where packages lie that have the names of its own."""
+    directory = tmp_path_factory.mktemp("up")
     for name in ("services", "kvstore", "torch"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise ImportError('not that one')\n")
-    log, out = tmp_path / "log", tmp_path / "out"
-    command = [COMMAND[0], "-P", *COMMAND[1:], "--colocated"]
+        (directory / name).mkdir()
+        (directory / name / "__init__.py").write_text("raise ImportError('not that one')\n")
+    log, out, profile = directory / "log", directory / "out", directory / "profile.json"
+    profile.write_text(json.dumps(dict.fromkeys(("prompt_pair_s", "running_s", "context_token_s"), 0) | PACE))
+    flags = ["--colocated", "--decode", "2", "--engine", "paced", "--paced-profile", str(profile)]
+    flags += ["--max-model-len", "512", "--num-gpu-blocks-override", "64", "--stuck-exit-s", "3"]
+    command = [
+        COMMAND[0],
+        "-P",
+        *COMMAND[1:],
+        *flags,
+        "--max-model-len",
+        "512",
+        "--num-gpu-blocks-override",
+        "64",
+        "--stuck-exit-s",
+        "3",
+    ]
     with log.open("w") as errors, out.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=errors, cwd=tmp_path)
+        process = subprocess.Popen(command, stdout=output, stderr=errors, cwd=directory)
         try:
-            deadline_s = time.monotonic() + TIMEOUT_S
-            while not re.search(r"Tandem serves .* Try:\n\ncurl .*\n", out.read_text()):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline_s, log.read_text()
-                time.sleep(0.1)
+            said = re.compile(r"Tandem serves .* at (\S+)/v1 .*Try:\n\ncurl .*\n", re.DOTALL)
+            wait_for(lambda: process.poll() is not None or said.search(out.read_text()) is not None)
+            found = said.search(out.read_text())
+            assert found is not None, log.read_text()
+            yield IntoFile(process, log, found[1])
             process.send_signal(signal.SIGINT)
             assert process.wait(TIMEOUT_S) == 0
         finally:
             process.kill()
             process.wait()
-    lines = log.read_text().splitlines()
+    assert log.read_text().splitlines()[-1] == "tandem   | stopped"
     assert "\x1b" not in log.read_text() + out.read_text()
-    assert lines[0] == "tandem   | starting tandem-demo: 0 prefill, 1 decode"
-    assert lines[-1] == "tandem   | stopped"
-    of_worker = [line.removeprefix("decode-0 | ") for line in lines if line.startswith("decode-0 | ")]
-    assert [phase for phase in of_worker if "%" not in phase][:3] == ["starting", "importing", "loading model"]
+
+
+def test_into_a_file_go_plain_lines_wherever_it_is_started(into_file: IntoFile) -> None:
+    assert into_file.lines[0] == "tandem   | starting tandem-demo: 0 prefill, 2 decode"
+    of_worker = into_file.of("decode-0")
+    assert [phase for phase in of_worker if "%" not in phase][:2] == ["starting", "importing"]
     assert of_worker[-1].startswith("ready: http://127.0.0.1:")
+
+
+def test_a_worker_whose_step_loop_hangs_is_left_with_its_streams_ends_by_itself_and_is_started_again(
+    into_file: IntoFile,
+) -> None:
+    def get(url: str) -> httpx.Response:
+        return httpx.get(url, timeout=TIMEOUT_S)
+
+    def events() -> Iterator[dict[str, Any]]:
+        with httpx.stream("POST", f"{into_file.url}/v1/completions", json=STREAM, timeout=TIMEOUT_S) as response:
+            assert response.status_code == 200
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    yield json.loads(line.removeprefix("data: "))
+
+    def is_serving(name: str) -> bool:
+        metrics = get(f"{into_file.page(name)}/metrics").text
+        return re.search(r"^vllm:num_requests_running{.*} 1\.0$", metrics, re.MULTILINE) is not None
+
+    def why_not_ready(page: str) -> str:
+        while (answer := get(f"{page}/ready")).status_code == 200:
+            time.sleep(0.02)
+        return str(answer.json()["reason"])
+
+    undisturbed = [token for event in events() for token in tokens_of(event)]
+    assert len(undisturbed) == STREAM["max_tokens"]
+    heard, receipt, victim = list[int](), dict[str, Any](), ""
+    with ThreadPoolExecutor() as pool, contextlib.ExitStack() as hanging:
+        for event in events():
+            heard += tokens_of(event)
+            receipt = event.get("receipt", receipt)
+            if heard and not victim:
+                (victim,) = filter(is_serving, ("decode-0", "decode-1"))
+                hanging.enter_context(held(named(into_file.pid(victim), "engine")[0]))
+                reason = pool.submit(why_not_ready, into_file.page(victim))
+        assert heard == undisturbed
+        assert reason.result(TIMEOUT_S) == "no progress of: step loop"
+        (sequence,) = receipt["sequences"]
+        assert (sequence["resumed_elsewhere"], len(sequence["resumes"])) == ("exact", 1)
+        left = f"session with decode worker {victim} lost with 1 requests: the worker makes no progress: step loop"
+        assert any(line.endswith(left) for line in into_file.of("router")), into_file.of("router")
+        wait_for(lambda: "exited with status 3; starting it again in 0 s" in into_file.of(victim))
+    wait_for(lambda: into_file.of(victim)[-1].startswith("ready: "))
+    wait_for(lambda: all(each["connected"] for each in get(f"{into_file.url}/debug/workers").json()["workers"]))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def tokens_of(event: dict[str, Any]) -> list[int]:
+    return [token for choice in event["choices"] for token in choice["token_ids"] or []]

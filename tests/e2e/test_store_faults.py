@@ -14,7 +14,7 @@ import pytest
 
 from kvstore.index import Tier
 from tests.block_peer import BlockPeer
-from tests.held_threads import file_writers, held
+from tests.held_threads import held, named
 from tests.hf_models import random_prompts, reference_greedy
 from tests.index_view import num_held, until_held
 from tests.orders import Orders
@@ -166,7 +166,7 @@ def why_not_ready(stack: Stack) -> str:
 @pytest.mark.slow
 async def test_a_disk_that_hangs_is_found_and_what_is_in_memory_is_lent(stack: Stack, peer: BlockPeer) -> None:
     await Kept(stack, peer, 97).keep()
-    threads = file_writers(stack.services["store-0"].process.pid or 0)
+    threads = named(stack.services["store-0"].process.pid or 0, "disk-tier")
     assert threads, "nobody has written to the disk"
     hanging = Kept(stack, peer, 98)
     with contextlib.ExitStack() as cleanup:

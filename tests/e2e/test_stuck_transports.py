@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.held_threads import held, nixl_thread, ucx_thread
+from tests.held_threads import held, named, ucx_thread
 from tests.hf_models import random_prompts, reference_greedy
 from tests.orders import Orders
 from tests.stack import Stack
@@ -53,7 +53,7 @@ async def test_blocks_go_over_ucxx_while_the_nixl_agent_hangs(make_stack: Callab
         )
         assert (await orders.generate(prompts[0], "decode-0", "prefill-0", []))[0] == expected[0]
         assert num_handed_off(stack) == 1
-        with held(nixl_thread(pid_of(stack, "decode-0"))):
+        with held(named(pid_of(stack, "decode-0"), "kv-nixl")[0]):
             stack.wait_for(lambda: condition(stack, "decode-0", "nixl") == "stands still", "the watchdog to see it")
             assert stack.metric("decode-0", "tandem:stuck_seconds", part="nixl") > 2
             assert is_ready(stack, "decode-0")
