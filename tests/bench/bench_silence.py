@@ -7,7 +7,11 @@ Starts two prefill and two decode workers, a store node, a router and Redis, all
 fault asks for one long greedy stream. The fault comes in mid-stream, or right before the request where that says so.
 The silence is the longest time without news between the request, or the fault, and the end; of requests whose first
 token is waited for, what an undisturbed one takes is in the table, too. Between the processes lie relays, which can
-hold everything back (a partition) or lose one end (a half-open connection).
+hold everything back (a partition) or lose one end (a half-open connection). What hangs is a single thread, held by the
+kernel, of a process that goes on otherwise: its engine's, its event loop's, its NIXL agent's, its disk's.
+
+For the rows "of a prefix on disk" the same fleet is started anew, with a small store and small caches, and workers that
+fetch whatever they find; fillers push the prompts out of all but the store's files.
 """
 
 from __future__ import annotations
@@ -19,13 +23,15 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
 from tests.completions import Client
+from tests.held_threads import held, named
 from tests.hf_models import random_prompts, write_model
 from tests.ports import free_port
 from tests.relay import FAR_HOST, Relays
@@ -34,6 +40,9 @@ from tests.stack import Stack
 NUM_TOKENS = 1500
 FAULT_AT = 100
 PROMPT_TOKENS = 1800
+NUM_FILLERS = 12
+SMALL_WORKER = "--num-gpu-blocks-override 160 --prefix-fetch always"
+SMALL_STORE = "--store-dram-bytes 2MiB --store-disk-dir {disk} --store-disk-bytes 1GiB"
 WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 STOPPABLE = (*WORKERS, "store-0")
 
@@ -45,6 +54,7 @@ class Fleet:
         self.stack = stack
         self._relays = relays
         self._ports = ports
+        self._hanging = contextlib.ExitStack()
 
     def stop(self, name: str) -> None:
         os.kill(self._pid(name), signal.SIGSTOP)
@@ -59,12 +69,26 @@ class Fleet:
         """Connections for orders to prefill workers lead nowhere any more; those for blocks, and new ones, do not."""
         self._relays.forget(*(self._ports[name][0] for name in WORKERS if name.startswith("prefill")))
 
+    def hang(self, name: str, thread: str = "") -> None:
+        """Hold threads of that name, or else the event loop."""
+        pid = self._pid(name)
+        threads = named(pid, thread) if thread else [pid]
+        assert threads, f"{name} has no thread {thread}"
+        for each in threads:
+            self._hanging.enter_context(held(each))
+
     def heal(self) -> None:
+        self._hanging.close()
         for name in (*STOPPABLE, "redis"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid(name), signal.SIGCONT)
         for ports in self._ports.values():
             self._relays.heal(*ports)
+        self.stack.wait_for(self._are_ready, "all workers to serve again")
+
+    def _are_ready(self) -> bool:
+        urls = [self.stack.services[name].debug_url for name in STOPPABLE]
+        return all(httpx.get(f"{url}/ready", timeout=10).status_code == 200 for url in urls)
 
     def serving(self, role: str, timeout_s: float = 10.0) -> str:
         """The worker of that role that has something to do now."""
@@ -84,11 +108,21 @@ class Fleet:
 
 @dataclass(frozen=True)
 class Fault:
-    """`cause` is called in mid-stream, or, where it is `early`, before the request."""
+    """`cause` is called in mid-stream, or, where it is `early`, before the request.
+
+    `on_disk`: the prompt's blocks are in the store's files, and nowhere else.
+    """
 
     name: str
     cause: Callable[[Fleet], None]
     early: bool = False
+    on_disk: bool = False
+
+
+def hang_agents(fleet: Fleet, role: str) -> None:
+    for name in WORKERS:
+        if name.startswith(role):
+            fleet.hang(name, "kv-nixl")
 
 
 FAULTS = (
@@ -101,8 +135,16 @@ FAULTS = (
     Fault("prefill cut off before the request", lambda fleet: fleet.part("prefill-0"), early=True),
     Fault("orders forgotten before the request", Fleet.forget_orders, early=True),
     Fault("store stopped before the request", lambda fleet: fleet.stop("store-0"), early=True),
+    Fault("decode step loop hangs", lambda fleet: fleet.hang(fleet.serving("decode"), "engine")),
+    Fault("decode event loop hangs", lambda fleet: fleet.hang(fleet.serving("decode"))),
+    Fault("prefill step loop hangs before the request", lambda fleet: fleet.hang("prefill-0", "engine"), early=True),
+    Fault("prefill event loop hangs before the request", lambda fleet: fleet.hang("prefill-0"), early=True),
+    Fault("decode NIXL agents hang before the request", lambda fleet: hang_agents(fleet, "decode"), early=True),
+    Fault("prefill NIXL agents hang before the request", lambda fleet: hang_agents(fleet, "prefill"), early=True),
     Fault("redis stopped", lambda fleet: fleet.stop("redis")),
     Fault("redis stopped before the request", lambda fleet: fleet.stop("redis"), early=True),
+    Fault("none, of a prefix on disk", lambda fleet: None, on_disk=True),
+    Fault("store disk hangs, of a prefix on it", lambda fleet: fleet.hang("store-0", "disk-tier"), True, True),
 )
 
 
@@ -114,6 +156,8 @@ class Heard:
     silence_s: float = 0.0
     num_tokens: int = 0
     error: str = ""
+    fetched: set[str] = field(default_factory=set)
+    """The tiers that its prefix came from."""
 
 
 async def listen(client: Client, prompt: list[int], in_midst: Callable[[], None]) -> Heard:
@@ -128,6 +172,8 @@ async def listen(client: Client, prompt: list[int], in_midst: Callable[[], None]
                     heard.error = event["error"]["message"]
                     break
                 heard.first_token_s = heard.first_token_s or now_s - begun_s
+                for sequence in event.get("receipt", {}).get("sequences", ()):
+                    heard.fetched |= {part["tier"] for part in sequence["fetched"]}
                 heard.num_tokens += sum(len(choice["token_ids"]) for choice in event["choices"])
                 if heard.num_tokens > FAULT_AT and not is_caused:
                     is_caused = True
@@ -149,38 +195,60 @@ async def run(fleet: Fleet, fault: Fault, prompt: list[int]) -> Heard:
             await asyncio.sleep(6)  # leases run out, what was shunned is so no more, sessions are back
 
 
+@contextmanager
+def fleet_of(directory: Path, model: Path, router: str, worker: str, store: str) -> Iterator[Fleet]:
+    ports = {name: (free_port(), free_port()) for name in WORKERS}
+    far = {name: f"--advertise-host {FAR_HOST} --port {grpc} --kv-port {kv}" for name, (grpc, kv) in ports.items()}
+    stack = Stack(
+        directory,
+        prefill=[far["prefill-0"], far["prefill-1"]],
+        decode=[far["decode-0"], far["decode-1"]],
+        store=[f"{store} --kv-transport nixl"],
+        worker=f"--kv-transport nixl {worker}",
+        router=router,
+        model=model,
+    )
+    with Relays([port for pair in ports.values() for port in pair]) as relays, stack:
+        for service in stack.services.values():
+            service.debug_url = service.debug_url.replace(FAR_HOST, "127.0.0.1")
+        yield Fleet(stack, relays, ports)
+
+
+async def keep_on_disk(fleet: Fleet, prompts: list[list[int]]) -> None:
+    """Have these in the store's files, and push them out of all caches, and of the store's memory."""
+    async with Client(fleet.stack, 1) as client:
+        for prompt in [*prompts, *random_prompts([PROMPT_TOKENS] * NUM_FILLERS, seed=1000)]:
+            await client.complete(prompt)
+            await asyncio.sleep(0.5)  # the store fetches what workers offer it
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--faults", nargs="*", default=[fault.name for fault in FAULTS])
     parser.add_argument("--router", default="", help="further flags of the router")
     options = parser.parse_args()
+    print(f"{'fault':44} {'first token':>12} {'silence':>9} {'tokens':>7}  end", flush=True)
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
         model = write_model(directory / "model", "qwen3", max_position_embeddings=4096)
-        ports = {name: (free_port(), free_port()) for name in WORKERS}
-        far = {name: f"--advertise-host {FAR_HOST} --port {grpc} --kv-port {kv}" for name, (grpc, kv) in ports.items()}
-        stack = Stack(
-            directory / "logs",
-            prefill=[far["prefill-0"], far["prefill-1"]],
-            decode=[far["decode-0"], far["decode-1"]],
-            store=["--store-dram-bytes 64MiB --kv-transport nixl"],
-            worker="--kv-transport nixl --num-gpu-blocks-override 512",
-            router=options.router,
-            model=model,
-        )
-        with Relays([port for pair in ports.values() for port in pair]) as relays, stack:
-            for service in stack.services.values():
-                service.debug_url = service.debug_url.replace(FAR_HOST, "127.0.0.1")
-            fleet = Fleet(stack, relays, ports)
-            print(f"{'fault':40} {'first token':>12} {'silence':>9} {'tokens':>7}  end")
-            for number in range(options.runs):
-                prompts = random_prompts([PROMPT_TOKENS] * len(FAULTS), seed=number)
-                for fault, prompt in zip(FAULTS, prompts, strict=True):
-                    if fault.name in options.faults:
+        for on_disk, worker, store in (
+            (False, "--num-gpu-blocks-override 512", "--store-dram-bytes 64MiB"),
+            (True, SMALL_WORKER, SMALL_STORE),
+        ):
+            faults = [fault for fault in FAULTS if fault.name in options.faults and fault.on_disk == on_disk]
+            if not faults:
+                continue
+            with fleet_of(directory / f"logs-{on_disk}", model, options.router, worker, store) as fleet:
+                for number in range(options.runs):
+                    prompts = random_prompts([PROMPT_TOKENS] * len(faults), seed=number)
+                    if on_disk:
+                        asyncio.run(keep_on_disk(fleet, prompts))
+                    for fault, prompt in zip(faults, prompts, strict=True):
                         heard = asyncio.run(run(fleet, fault, prompt))
                         times = f"{heard.first_token_s:10.2f} s {heard.silence_s:7.2f} s"
-                        print(f"{fault.name:40} {times} {heard.num_tokens:7}  {heard.error or 'whole'}", flush=True)
+                        end = ", ".join([heard.error or "whole", *sorted(heard.fetched)])
+                        print(f"{fault.name:44} {times} {heard.num_tokens:7}  {end}", flush=True)
 
 
 if __name__ == "__main__":
