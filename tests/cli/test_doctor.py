@@ -36,7 +36,7 @@ from services.cli.doctor.machine import (
 from services.cli.doctor.model import check_model
 from services.cli.doctor.packages import check_packages
 from services.cli.doctor.registry import check_redis
-from services.cli.doctor.transports import check_cross_memory_attach, check_rdma, ucx_resources
+from services.cli.doctor.transports import check_cross_memory_attach, check_rdma, check_ucx_devices, ucx_resources
 from services.engine import check, checkpoint
 from services.engine.model_config import parse_config
 from services.hub import NotOnHub
@@ -180,6 +180,12 @@ def test_this_machines_kernels_are_reported() -> None:
 
 def test_memory_is_reported() -> None:
     assert check_memory()[0].subject == "memory"
+
+
+def test_network_devices_that_others_reach_ucx_on_are_named() -> None:
+    assert check_ucx_devices({}) == check_ucx_devices({"UCX_NET_DEVICES": "lo"}) == []
+    finding = only(check_ucx_devices({"UCX_NET_DEVICES": "eth1"}))
+    assert (finding.verdict, "UCX_NET_DEVICES=eth1" in finding.detail) == (Verdict.WORSE, True)
 
 
 def test_ucx_resources_are_read_from_its_description() -> None:

@@ -1,6 +1,7 @@
 """A process with both transports, as a worker with that `--host` has them: `python -m … HOST`.
 
-It prints where its pool is, and for each line that it reads the first bytes of its blocks.
+It prints where its pool is, and for each line that it reads the first bytes of its blocks, and how
+often each transport's thread has come round.
 """
 
 import asyncio
@@ -21,7 +22,9 @@ async def main(host: str) -> None:
         await transport.start()
     print(json.dumps({"pool": memory.address}), flush=True)
     while await asyncio.to_thread(sys.stdin.readline):
-        print(json.dumps([bytes(memory.view(block)[:16]).hex() for block in range(NUM_BLOCKS)]), flush=True)
+        turns = {transport.name: transport.num_turns for transport in transports}
+        first_bytes = [bytes(memory.view(block)[:16]).hex() for block in range(NUM_BLOCKS)]
+        print(json.dumps({"first_bytes": first_bytes, "turns": turns}), flush=True)
     for transport in transports:
         await transport.close()
 

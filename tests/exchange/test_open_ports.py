@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -13,12 +14,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from kvstore.errors import TransportError
 from kvstore.transport import devices
 from tests.exchange.listening_peer import BLOCK_BYTES
+from tests.garbage import PAYLOADS
 from tests.reach import ELSEWHERE, listening, reached_from_elsewhere
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,11 +35,15 @@ class Peer:
     process: asyncio.subprocess.Process
     pool: int
 
-    async def first_bytes(self) -> list[bytes]:
-        """Of each of its blocks. Raises where the process is dead."""
+    async def state(self) -> dict[str, Any]:
+        """The first bytes of its blocks, and the turns of its transports' threads. Raises where the process is dead."""
         assert self.process.stdin is not None
         self.process.stdin.write(b"\n")
-        return [bytes.fromhex(each) for each in json.loads(await line_of(self.process))]
+        found: dict[str, Any] = json.loads(await line_of(self.process))
+        return found
+
+    async def first_bytes(self) -> list[bytes]:
+        return [bytes.fromhex(each) for each in (await self.state())["first_bytes"]]
 
     async def put(self, port: int, block: int, data: bytes) -> None:
         """What a stranger sends: write these bytes there. Returns when the other side has taken it."""
@@ -91,6 +98,26 @@ async def test_on_loopback_nobody_elsewhere_reaches_a_transport_and_whoever_is_t
             while host != "0.0.0.0" and now[block] == before[block]:
                 now = await peer.first_bytes()
         assert now == [before[0], *[b"from a stranger!"] * 2, *before[3:]]
+
+
+async def test_garbage_and_pickles_at_the_transports_ports_are_not_run_and_disturb_nobody(tmp_path: Path) -> None:
+    """What begins as UCX's own messages do is another matter: whoever reaches these ports owns the process."""
+    async with peer_on("127.0.0.1") as peer:
+        before = await peer.state()
+        for host, port in listening(peer.process.pid):
+            for payload in PAYLOADS.values():
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(payload(tmp_path / "loaded"))
+                if host != "0.0.0.0":  # ucxx's own waits for more
+                    with contextlib.suppress(ConnectionResetError):  # an end, too: of what was left unread
+                        await asyncio.wait_for(reader.read(), BOUND_S)
+                writer.close()
+        now = await peer.state()
+        while any(now["turns"][name] <= turns + 1 for name, turns in before["turns"].items()):
+            now = await peer.state()
+        assert now["first_bytes"] == before["first_bytes"]
+        assert len(listening(peer.process.pid)) == 3
+        assert not (tmp_path / "loaded").exists()
 
 
 def test_a_port_on_all_addresses_is_narrowed_to_one() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -23,34 +22,10 @@ from services.orders import GrpcOrders, GrpcServer, StreamBroken
 from services.orders.grpc_open import INTRODUCTION_KEY
 from services.orders.grpc_peers import METADATA_KEY
 from tests.exchange.exchange_worker import PEER_KEY, Worker, running
+from tests.garbage import PAYLOADS, Touch
 from tests.memory_transport import Switchboard
 
 BOUND_S = 20.0
-
-
-class Touch:
-    """A pickle that makes a file where somebody loads it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (os.mkdir, (str(self._path),))
-
-
-def framed(data: bytes) -> bytes:
-    return len(data).to_bytes(4, "big") + data
-
-
-PAYLOADS: dict[str, Callable[[Path], bytes]] = {
-    "noise": lambda _: os.urandom(4096),
-    "zeros": lambda _: bytes(4096),
-    "http": lambda _: b"POST /debug/state HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nxxxx",
-    "http2": lambda _: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 100,
-    "pickle": lambda path: pickle.dumps(Touch(path)),
-    "pickle in a frame": lambda path: framed(pickle.dumps(Touch(path))),
-    "frame without end": lambda _: b"\x00\x00\xff\xff" + b"x" * 100,
-}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 
 from services.cli.doctor.findings import Finding, ProbeFailed, broken, good, probe, worse
@@ -50,7 +52,16 @@ def check_ucxx() -> list[Finding]:
     resources = ucx_resources(str(said["info"]))
     if not any(name.startswith("tcp/") for name in resources):
         return [broken("ucxx", f"UCX {said['version']} offers no tcp: {', '.join(resources)}", "unset UCX_TLS")]
-    return [good("ucxx", f"UCX {said['version']}: {', '.join(resources)}")]
+    return [good("ucxx", f"UCX {said['version']}: {', '.join(resources)}"), *check_ucx_devices(os.environ)]
+
+
+def check_ucx_devices(environ: Mapping[str, str]) -> list[Finding]:
+    """Where UCX is told to listen, if it is: without that, workers on loopback listen on loopback alone."""
+    devices = environ.get("UCX_NET_DEVICES", "lo")
+    if devices == "lo":
+        return []
+    detail = f"UCX_NET_DEVICES={devices}: whoever reaches UCX's TCP ports there reads and writes workers' memory"
+    return [worse("UCX's ports", detail, "unset UCX_NET_DEVICES, or keep these networks to workers (docs/security.md)")]
 
 
 def ucx_resources(info: str) -> list[str]:
