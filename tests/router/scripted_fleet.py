@@ -71,6 +71,8 @@ class ScriptedWorker:
     context: int | None = None
     """What it really holds; None: as its record says."""
     numerics: str = "alike"
+    num_cached: int = 3
+    """Tokens of each prompt that it says it has found in a cache."""
     prefilled_by: str = ""
     """The worker that computes its prompts; empty: it does."""
     max_moving: int = 0
@@ -182,7 +184,7 @@ class ScriptedWorker:
             if message.HasField("generate"):
                 self.orders.append(message.generate)
                 context = self.context or self.max_model_len
-                live[message.generate.handle] = _Output(message.generate, int(self.differs), self.prefilled_by, context)
+                live[message.generate.handle] = _Output(message.generate, self, context)
                 has_work.set()
             elif message.HasField("abort"):
                 live.pop(message.abort.handle, None)
@@ -200,14 +202,14 @@ class ScriptedWorker:
 class _Output:
     """An order's output: a hash of what came before is the next token."""
 
-    def __init__(self, order: pb.GenerateRequest, start: int, prefilled_by: str, context: int) -> None:
+    def __init__(self, order: pb.GenerateRequest, worker: ScriptedWorker, context: int) -> None:
         self.order = order
         self._room = context - len(order.prompt_token_ids)
-        self._prefilled_by = prefilled_by
+        self._worker = worker
         self.num_said = 0
         self.is_leaving = False
         self.num_before = len(order.resumed_token_ids)
-        self._state = zlib.crc32(repr(list(order.prompt_token_ids)).encode(), start)
+        self._state = zlib.crc32(repr(list(order.prompt_token_ids)).encode(), int(worker.differs))
         for token_id in order.resumed_token_ids:
             self._add(token_id)
 
@@ -236,9 +238,9 @@ class _Output:
             output.logprobs.append(position(token_id, sampling.logprobs))
         num_tokens = len(order.prompt_token_ids) + self.num_before
         if self.num_said == 1 or is_last:
-            output.usage.CopyFrom(pb.Usage(num_prompt_tokens=num_tokens, num_cached_tokens=3))
-            output.usage.prefilled_locally = not self._prefilled_by
-            output.usage.prefill_worker_id = self._prefilled_by
+            output.usage.CopyFrom(pb.Usage(num_prompt_tokens=num_tokens, num_cached_tokens=self._worker.num_cached))
+            output.usage.prefilled_locally = not self._worker.prefilled_by
+            output.usage.prefill_worker_id = self._worker.prefilled_by
             if order.HasField("move"):
                 output.usage.num_cached_tokens, output.usage.prefilled_locally = num_tokens, False
                 output.usage.ClearField("prefill_worker_id")

@@ -102,6 +102,43 @@ async def test_what_another_kind_of_worker_had_computed_is_exact_only_where_it_i
         assert receipt["resumed_elsewhere"] == expected
 
 
+@pytest.mark.parametrize(
+    ("holder", "num_cached", "expected"),
+    [
+        ({"role": "prefill", "numerics": "other"}, 3, "inexact"),
+        ({"role": "prefill", "numerics": "other"}, 0, "exact"),
+        ({"role": "prefill", "numerics": "alike"}, 3, "exact"),
+        ({"role": "store"}, 3, "inexact"),
+        ({"role": "store"}, 0, "exact"),
+    ],
+)
+async def test_what_was_found_in_a_cache_may_be_of_anybody_s_making(make, holder, num_cached, expected):
+    """It may have been fetched there, or been handed over for another choice; a store node holds everybody's."""
+    async with scripted_fleet() as fleet:
+        first, second = make(dies_after=10), make(1, num_cached=num_cached)
+        first.num_cached = 0
+        await fleet.serve_with(first, second)
+        fleet.announce(first, second, holds=(worker_record(worker_id="holder", **holder),))
+        await until(lambda: len(fleet.parts.workers.records) == 3)
+        fleet.announce(first, second)  # it is gone, and what it has made is not
+        await until(lambda: len(fleet.parts.workers.records) == 2)
+        (receipt,) = (await fleet.ask(**STREAM, receipt=True)).receipts
+        assert receipt["resumed_elsewhere"] == expected
+
+
+async def test_who_said_nothing_did_not_begin_it(make):
+    async with scripted_fleet() as fleet:
+        refuses, begins = make(0, is_full=True, numerics="a"), make(1, numerics="b", num_cached=0, dies_after=10)
+        like_who_refused, alike = make(5, numerics="a", num_cached=0), make(9, numerics="b", num_cached=0)
+        for others, expected in (([like_who_refused], "inexact"), ([like_who_refused, alike], "exact")):
+            refuses.orders, begins.orders, begins.is_dead = [], [], False
+            await fleet.serve_with(refuses, begins, *others)
+            (receipt,) = (await fleet.ask(**STREAM, receipt=True)).receipts
+            assert refuses.orders
+            assert receipt["resumed_elsewhere"] == expected
+            assert receipt["decode_worker_id"] == others[-1].record.worker_id
+
+
 @pytest.mark.parametrize("death", ["dies_after", "gives_up_after"])
 async def test_the_receipt_and_the_metrics_tell_of_the_pause(make, death):
     async with scripted_fleet() as fleet:

@@ -19,7 +19,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.router.admission import Room
 from services.router.errors import is_retryable
-from services.router.fleet.placement import Ask, Placer
+from services.router.fleet.placement import Ask, Placement, Placer
 from services.router.fleet.prefixes import PrefixFinder
 from services.router.fleet.sequence import Arrival, Budget, Diverged, PackedArrival, Sequence, SequenceState, ServedBy
 from services.router.fleet.session import WorkerSession
@@ -178,12 +178,11 @@ class Dispatch:
     def _on_output(self, sequence: Sequence, output: pb.Output) -> None:
         if output.token_ids or output.finish_reason:
             self._settle_prefill(sequence, output)
-        was_resuming = sequence.state is SequenceState.RESUMING
+        was = sequence.state
         sequence.take_output(output, self._clock())
-        # Once: the worker may be gone when the next one comes.
-        if not (sequence.prompt_numerics or sequence.resumes) and sequence.usage and sequence.usage.prefill_worker_id:
-            sequence.prompt_numerics = self._workers.numerics(sequence.usage.prefill_worker_id)
-        if was_resuming and sequence.state is SequenceState.STREAMING:
+        if was is SequenceState.DISPATCHING and sequence.state is SequenceState.STREAMING:
+            self._begun(sequence)
+        elif was is SequenceState.RESUMING and sequence.state is SequenceState.STREAMING:
             self._resumed(sequence)
         if output.finish_reason:
             if output.finish_reason == pb.FINISH_REASON_ABORT:
@@ -316,18 +315,34 @@ class Dispatch:
             log.error("the search for another worker failed", exc_info=error)
             self._break_off(sequence, "the router failed to find another worker")
 
+    def _begun(self, sequence: Sequence) -> None:
+        assert sequence.placement is not None, f"{sequence.request_id} was begun nowhere"
+        sequence.numerics = sequence.placement.decision.decode.numerics
+        sequence.made_by = self._made_by(sequence.placement, sequence.usage)
+
     def _resumed(self, sequence: Sequence) -> None:
         resume, sequence.move = sequence.resumes[-1], None
         resume.pause_s = max(self._clock() - resume.since_s, 0.0)
         assert sequence.placement is not None, f"{sequence.request_id} goes on nowhere"
-        computed_by = [sequence.placement.decision.decode.numerics]
+        computed_by = {sequence.placement.decision.decode.numerics}
         if resume.usage is None or not resume.usage.HasField("moved"):  # else the KV came as it was
-            if sequence.prompt_numerics is not None:
-                computed_by.append(sequence.prompt_numerics)
-            if resume.usage is not None and resume.usage.prefill_worker_id:
-                computed_by.append(self._workers.numerics(resume.usage.prefill_worker_id))
+            sequence.made_by |= self._made_by(sequence.placement, resume.usage)
+            computed_by |= sequence.made_by
         resume.is_exact = is_exact(sequence.numerics, *computed_by)
         self._metrics.count_resume(resume)
+
+    def _made_by(self, placement: Placement, usage: pb.Usage | None) -> set[str]:
+        """The numerics of all but the decode worker who may have made the KV that it has begun with.
+
+        Noted at once: they may be gone later. What was found in a cache, here or at whom it was fetched from, may be of
+        anybody's making.
+        """
+        if usage is None:
+            return {""}
+        names = {self._workers.numerics(usage.prefill_worker_id)} if usage.prefill_worker_id else set()
+        if usage.num_cached_tokens or usage.fetched:
+            names.update(self._workers.numerics_of_all(placement.space.model_fingerprint))
+        return names
 
     # ---- its end --------------------------------------------------------------------
 

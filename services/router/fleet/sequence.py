@@ -150,9 +150,9 @@ class Sequence:
     move: pb.Move | None = None
     """Where its KV is, after a worker that drains has let it go, until another one has said a token."""
     numerics: str = ""
-    """Of the worker that it was begun on."""
-    prompt_numerics: str | None = None
-    """Of the other worker that computed the prompt for that one; None: it did, or nobody has said so."""
+    """Of the worker that it was begun on, which is the one that has said its first token."""
+    made_by: set[str] = field(default_factory=set)
+    """The numerics of all others who may have made KV that its tokens rest on."""
     resumes: list[Resume] = field(default_factory=list)
 
     @property

@@ -93,7 +93,6 @@ class Submitter:
         sequence.handle = session.submit(message, sink, lists)
         sequence.session = session
         sequence.placement = placement
-        sequence.numerics = sequence.numerics or placement.decision.decode.numerics
         sequence.awaits_prefill = True
         sequence.num_repeated = num_repeated
         if sequence.resumes:

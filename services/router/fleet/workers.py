@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from tandem.v1 import worker_pb2 as pb
 
@@ -58,6 +58,7 @@ class Workers:
         self._queued_tokens: dict[WorkerKey, int] = {}
         self._prefill_awaited_until_s: dict[str, float] = {}  # by model fingerprint
         self._prefill_rates: dict[str, Rates] = {}  # by worker id, as the last answer of that worker had them
+        self._numerics: dict[str, set[str]] = {}  # of all so far, by model fingerprint
         self._news: asyncio.Event | None = None  # that somebody waits for
         self._closed = False
 
@@ -70,6 +71,8 @@ class Workers:
         """Opens sessions to new decode workers, ends those that are gone and done."""
         self._registered = {record.key: record for record in snapshot}
         self._records = tuple(record for record in snapshot if self._serves(record))
+        for record in snapshot:
+            self._numerics.setdefault(record.model_fingerprint, set()).add(record.numerics)
         self._starting = tuple(record for record in self._membership.starting() if self._serves(record))
         listed = {record.key: record for record in self._records}
         for key, record in listed.items():
@@ -206,6 +209,13 @@ class Workers:
     def numerics(self, worker_id: str) -> str:
         """Returns the name of a worker's arithmetic; empty where it says none, or is not there any more."""
         return next((record.numerics for record in self._records if record.worker_id == worker_id), "")
+
+    def numerics_of_all(self, model_fingerprint: str) -> Collection[str]:
+        """The names of all, gone ones too, who may have made what lies in this model's caches.
+
+        Among them the empty one where there was a store node: it holds what it was given, perhaps before our time.
+        """
+        return self._numerics.get(model_fingerprint, ())
 
     def prefill_rates(self, worker_id: str, rates: pb.Rates) -> None:
         """A prefill worker has said how fast it is, with the answer to one of our prompts."""

@@ -22,7 +22,7 @@ C = TypeVar("C", bound=_Computing)
 def is_exact(before: str, *after: str) -> bool:
     """Whether what was begun under one name goes on under the others with equal logits; unnamed, nobody promises it.
 
-    `after`: of everybody who computes a part of it from then on, decoding or prefilling.
+    `after`: of everybody who computes a part of it from then on, or may have made KV that it rests on.
     """
     return bool(before) and all(each == before for each in after)
 
