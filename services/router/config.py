@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -42,6 +43,12 @@ class RouterConfig(PeerSettings):
     allowed_origins: tuple[str, ...] = setting((), help="origins that browsers may ask from (CORS)", group="HTTP")
     root_path: str = setting(
         "", help="path prefix behind a proxy, such as /llm; the proxy may strip it or not", group="HTTP"
+    )
+    forwarded_allow_ips: str = setting(
+        "127.0.0.1",
+        help="proxies whose X-Forwarded-For says who a client is: addresses and networks, by commas, * for all; empty:"
+        " none, so that no process on this machine can pass for many clients",
+        group="HTTP",
     )
     tenant_secret_file: str = setting(
         "",
@@ -241,7 +248,18 @@ class RouterConfig(PeerSettings):
             raise SettingsError("needs --ssl-certfile and --ssl-keyfile", "ssl_ca_certs")
         if unknown := set(self.public_routes).difference(PUBLIC_ROUTES):
             raise SettingsError(f"must be of {', '.join(PUBLIC_ROUTES)}, not {min(unknown)!r:.80}", "public_routes")
+        for proxy in self.forwarded_allow_ips.split(",") if self.forwarded_allow_ips else ():
+            _check_proxy(proxy.strip())
         _check_keys(self.api_key, "api_key")
+
+
+def _check_proxy(proxy: str) -> None:
+    try:
+        if proxy != "*":
+            ipaddress.ip_network(proxy)
+    except ValueError as error:
+        text = f"must be addresses and networks by commas, or *, and {proxy!r:.80} is none: {error}"
+        raise SettingsError(text, "forwarded_allow_ips") from error
 
 
 def _check_keys(entries: Sequence[str], setting: str) -> None:

@@ -272,6 +272,8 @@ def server_config(config: RouterConfig, parts: RouterParts) -> uvicorn.Config:
         lifespan="off",
         ws="none",
         server_header=False,
+        proxy_headers=bool(config.forwarded_allow_ips),
+        forwarded_allow_ips=config.forwarded_allow_ips,
         ssl_keyfile=config.ssl_keyfile or None,
         ssl_certfile=config.ssl_certfile or None,
         ssl_ca_certs=config.ssl_ca_certs or None,
