@@ -16,11 +16,16 @@ STUCK: Final = 3
 """The exit status of a process a part of which had work and did not get on; its log says which, and where."""
 
 
+def address_of(host: str, port: int | str) -> str:
+    """Return "host:port", as one dials it: an IPv6 address has brackets there."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class CannotListen(Exception):
     """A port is taken, or the address is not ours. `flag` is the setting that gives the port."""
 
     def __init__(self, host: str, port: int, flag: str, why: object) -> None:
-        super().__init__(f"cannot listen on {host}:{port}: {why}; give another --host or {flag}")
+        super().__init__(f"cannot listen on {address_of(host, port)}: {why}; give another --host or {flag}")
 
 
 def claim_port(host: str, port: int, flag: str = "--port") -> int:

@@ -15,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.types import Receive, Scope, Send
 
 from services.http_server import HttpLimits, HttpServer, bound_unsent, bounded
+from services.startup import address_of
 
 log = logging.getLogger(__name__)
 
@@ -91,11 +92,11 @@ class DebugServer:
 
     async def start(self, host: str, port: int) -> str:
         """Listen and return "host:port"."""
-        sock = socket.create_server((host, port))
+        sock = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         bound_unsent(sock)
         self._task = asyncio.create_task(self._server.serve(sockets=[sock]), name="debug-http")
         self._task.add_done_callback(_report_crash)
-        return f"{host}:{sock.getsockname()[1]}"
+        return address_of(host, sock.getsockname()[1])
 
     async def close(self) -> None:
         if self._task is not None:

@@ -20,7 +20,7 @@ from services.orders.grpc_channels import Channels
 from services.orders.grpc_open import Health, Introductions
 from services.orders.grpc_peers import PeerGuard, ProvenChannel
 from services.orders.streams import ServePrefill, ServeSession, StreamBroken, StreamRefused, is_cancelled
-from services.startup import CannotListen
+from services.startup import CannotListen, address_of
 
 log = logging.getLogger(__name__)
 
@@ -204,10 +204,10 @@ class GrpcServer:
         self._health = Health()
         self._server.add_generic_rpc_handlers((Introductions(sessions).handler(), self._health.handler()))
         try:
-            self.port = self._server.add_insecure_port(f"{host}:{port}")
+            self.port = self._server.add_insecure_port(address_of(host, port))
         except RuntimeError as error:
             raise CannotListen(host, port, "--port", "in use, or not ours") from error
-        sessions.address = f"{advertise_host or host}:{self.port}"
+        sessions.address = address_of(advertise_host or host, self.port)
 
     @property
     def num_strangers(self) -> int:

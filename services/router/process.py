@@ -46,7 +46,7 @@ from services.router.text import (
     check_overrides,
 )
 from services.settings import SettingsError
-from services.startup import CANNOT_START, CannotListen, check_registry
+from services.startup import CANNOT_START, CannotListen, address_of, check_registry
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +229,7 @@ async def _serve(config: RouterConfig, proofs: PeerProofs) -> int:
             serving = asyncio.create_task(server.serve([listener]), name="http")
             stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
             scheme = "https" if config.ssl_certfile else "http"
-            url = f"{scheme}://{config.host}:{port}"
+            url = f"{scheme}://{address_of(config.host, port)}"
             log.log(detail_level(), "listening on %s", url)
             report_phase("waiting for workers")
             report_ready(url=url)

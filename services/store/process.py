@@ -34,7 +34,7 @@ from services.node import hindering, in_words, loop_watch, transport_watches, wa
 from services.peer_settings import PeerProofs
 from services.progress import Watch
 from services.settings import SettingsError
-from services.startup import CANNOT_START, CannotListen, check_registry
+from services.startup import CANNOT_START, CannotListen, address_of, check_registry
 from services.store.activity import StoreActivity, store_series
 from services.store.config import StoreConfig
 from services.store.http import StoreHttp
@@ -269,8 +269,8 @@ def _record(
         tokenizer_path=worker.tokenizer_path,
         model_fingerprint=layout.model_fingerprint,
         grpc_address="",
-        kv_address=f"{host}:{node.exchange.address.rsplit(':', 1)[1]}",
-        http_address=f"{host}:{http_address.rsplit(':', 1)[1]}",
+        kv_address=address_of(host, node.exchange.address.rsplit(":", 1)[1]),
+        http_address=address_of(host, http_address.rsplit(":", 1)[1]),
         block_size=layout.block_size,
         num_blocks=node.store.dram.num_slots,
         max_model_len=0,

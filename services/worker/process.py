@@ -28,7 +28,7 @@ from services.node import hindering, in_words, loop_watch, transport_watches, wa
 from services.orders import GrpcOrders, GrpcServer, OrderServer
 from services.peer_settings import PeerProofs
 from services.settings import SettingsError
-from services.startup import CANNOT_START, CannotListen
+from services.startup import CANNOT_START, CannotListen, address_of
 from services.worker.assembly import Role, Seams, WorkerParts, assemble, served_names
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread, StepListener
@@ -119,7 +119,7 @@ async def open_front(config: WorkerConfig, role: Role, proofs: PeerProofs) -> As
             host=host,
             server=server,
             http=http,
-            http_address=f"{host}:{http_address.rsplit(':', 1)[1]}",
+            http_address=address_of(host, http_address.rsplit(":", 1)[1]),
         )
     finally:
         await http.close()
@@ -156,7 +156,7 @@ async def open_worker(
         parts.metrics.exchange.watch_port("grpc", lambda: front.server.num_strangers)
         await parts.index_feed.start()
         cleanup.push_async_callback(parts.index_feed.close)
-        kv_address = f"{front.host}:{parts.exchange.address.rsplit(':', 1)[1]}"
+        kv_address = address_of(front.host, parts.exchange.address.rsplit(":", 1)[1])
         if parts.store_feed is not None:
             await parts.store_feed.start(kv_address)
             cleanup.push_async_callback(parts.store_feed.close)
@@ -188,7 +188,7 @@ def _starting_record(config: WorkerConfig, role: Role, front: Front) -> WorkerRe
         tokenizer_path=shared_path(config.tokenizer or config.model),
         revision=config.revision,
         model_fingerprint="",
-        grpc_address=f"{front.host}:{front.server.port}",
+        grpc_address=address_of(front.host, front.server.port),
         kv_address="",
         http_address=front.http_address,
         block_size=config.block_size,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from services.startup import address_of
+
 
 @dataclass(frozen=True)
 class ChildSpec:
@@ -47,5 +49,4 @@ class Stack:
 
     @property
     def url(self) -> str:
-        host = f"[{self.reachable_host}]" if ":" in self.reachable_host else self.reachable_host
-        return f"{'https' if self.has_tls else 'http'}://{host}:{self.port}"
+        return f"{'https' if self.has_tls else 'http'}://{address_of(self.reachable_host, self.port)}"
