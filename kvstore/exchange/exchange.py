@@ -151,9 +151,7 @@ class BlockExchange:
         """
         for transport in self._transports:
             transport.is_still = transport.name in names
-        for connection in self._peers.undrained:
-            if connection.transport_name in names:
-                connection.close(f"our transport {connection.transport_name} stands still")
+        self._peers.leave(names)
 
     def transport_turns(self) -> dict[str, int]:
         """Return how often each transport that works, and has a thread of its own, has come round. Any thread."""

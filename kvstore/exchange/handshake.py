@@ -19,7 +19,6 @@ from typing import TypeAlias, TypeVar
 
 from kvstore.block import BlockLayout
 from kvstore.errors import (
-    ExchangeError,
     IncompatibleLayout,
     IncompatiblePeer,
     InvalidLayout,
@@ -82,10 +81,17 @@ class Introduction:
 
 OnProven: TypeAlias = Callable[[PeerIdentity], None]
 """Hears, before anything is given to it, that a peer is who it says. Raises `IncompatiblePeer` to refuse it."""
+OnChosen: TypeAlias = Callable[[str], None]
+"""Hears by its name over which transport a link is about to be made."""
 
 
 async def introduce_as_reader(
-    stream: FrameStream, us: Ourselves, transports: Sequence[Transport], new_id: NewId, on_proven: OnProven
+    stream: FrameStream,
+    us: Ourselves,
+    transports: Sequence[Transport],
+    new_id: NewId,
+    on_proven: OnProven,
+    on_chosen: OnChosen,
 ) -> Introduction:
     """Run the side that dialled. Raises `ExchangeError`, `IncompatiblePeer` being one; the caller closes the stream."""
     # Nobody reads from a reader over this connection: it names its transports and gives no way in.
@@ -117,11 +123,17 @@ async def introduce_as_reader(
     link_id = new_id()
     stream.send(Choose(transport.name, link_id))
     link_peer = LinkPeer(peer.peer_id, offers[transport.name], link_id, stream.peer_host, dialled=True)
+    on_chosen(transport.name)
     return await _link_up(stream, peer, transport, link_peer, hello)
 
 
 async def introduce_as_owner(
-    stream: FrameStream, us: Ourselves, transports: Sequence[Transport], new_id: NewId, on_proven: OnProven
+    stream: FrameStream,
+    us: Ourselves,
+    transports: Sequence[Transport],
+    new_id: NewId,
+    on_proven: OnProven,
+    on_chosen: OnChosen,
 ) -> Introduction:
     """Run the side that accepted. Raises like the other side; the caller closes the stream."""
     hello, theirs = await _receive_hello(stream)
@@ -149,6 +161,7 @@ async def introduce_as_owner(
     if transport is None or choice.transport not in {offer.name for offer in hello.transports}:
         raise ProtocolViolation(f"{peer.peer_id} chose transport {choice.transport!r}, which is not offered both ways")
     link_peer = LinkPeer(peer.peer_id, b"", choice.link_id, stream.peer_host, dialled=False)
+    on_chosen(transport.name)
     return await _link_up(stream, peer, transport, link_peer, hello)
 
 
@@ -202,18 +215,27 @@ def _flat(offers: Sequence[TransportOffer]) -> list[bytes]:
 async def _link_up(
     stream: FrameStream, peer: PeerIdentity, transport: Transport, link_peer: LinkPeer, hello: Hello
 ) -> Introduction:
-    link = await transport.connect(link_peer)
+    # Both at once: nobody goes on making a link to a peer that has left.
+    making, ready = asyncio.ensure_future(transport.connect(link_peer)), asyncio.ensure_future(_expect(stream, Ready))
     try:
+        await asyncio.wait([making, ready], return_when=asyncio.FIRST_COMPLETED)
+        if not making.done():
+            ready.result()
+        link = await making
         if link_peer.dialled:
             stream.send(Ready())
-            await _expect(stream, Ready)
+            await ready
         else:
             # The owner's comes last, and no other code runs before its session is installed: when a reader's connect()
             # returns, the owner can open leases for it.
-            await _expect(stream, Ready)
+            await ready
             stream.send(Ready())
-    except (ExchangeError, asyncio.CancelledError):
-        await link.close()
+    except BaseException:
+        making.cancel()
+        ready.cancel()
+        made, _ = await asyncio.gather(making, ready, return_exceptions=True)
+        if not isinstance(made, BaseException):
+            await made.close()
         raise
     return Introduction(peer, transport, link, frozenset(hello.features).intersection(FEATURES))
 

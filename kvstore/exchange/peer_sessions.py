@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 from kvstore.complaints import Complaints
@@ -52,6 +53,7 @@ class PeerSessions:
         self._tasks: set[asyncio.Task[None]] = set()
         self._strangers: dict[asyncio.Task[None], FrameStream] = {}
         self._newcomers: set[asyncio.Task[None]] = set()  # proven, and their link is being made
+        self._linking: dict[asyncio.Timeout, str] = {}  # over which transport links are being made, by their deadlines
         self._dials: dict[str, asyncio.Task[str]] = {}
         self._owner_at: dict[str, str] = {}  # address as dialled -> peer id
 
@@ -84,6 +86,15 @@ class PeerSessions:
             if dial.cancelled() and self._closing:  # the dial, and not whoever waits for it
                 raise PeerUnreachable(f"{address}: we are closing") from None
             raise
+
+    def leave(self, transports: Collection[str]) -> None:
+        """End all connections that go, or are to go, over transports of these names."""
+        for limit, name in self._linking.items():
+            if name in transports and not limit.expired():
+                limit.reschedule(asyncio.get_running_loop().time())
+        for connection in self.undrained:
+            if connection.transport_name in transports:
+                connection.close(f"our transport {connection.transport_name} stands still")
 
     async def close(self) -> None:
         """Turn newcomers away and end all connections, with what goes over them. Bounded in time."""
@@ -136,6 +147,7 @@ class PeerSessions:
                         self._transports,
                         self._outside.new_id,
                         on_proven,
+                        partial(self._linking.__setitem__, limit),
                     )
                 except BaseException:
                     await stream.close(flush_s=self._timeouts.heartbeat_s)
@@ -145,8 +157,10 @@ class PeerSessions:
             self._tools.observer.peer_refused(address, str(error))
             raise
         except (ExchangeError, OSError, TimeoutError, ValueError) as error:
-            why = str(error) or f"not done within {allowed_s} s"
+            why = str(error) or f"not done within {allowed_s} s, or our transport stands still"
             raise PeerUnreachable(f"{address}: {stage} failed: {why}") from error
+        finally:
+            self._linking.pop(limit, None)
         peer_id = introduction.peer.peer_id
         session = ReaderSession(
             introduction.peer.incarnation,
@@ -184,9 +198,14 @@ class PeerSessions:
             self._newcomers.add(task)
 
         try:
-            async with asyncio.timeout(self._timeouts.connect_s):
+            async with asyncio.timeout(self._timeouts.connect_s) as limit:
                 introduction = await introduce_as_owner(
-                    stream, self._ourselves, self._transports, self._outside.new_id, on_proven
+                    stream,
+                    self._ourselves,
+                    self._transports,
+                    self._outside.new_id,
+                    on_proven,
+                    partial(self._linking.__setitem__, limit),
                 )
         except (ExchangeError, TimeoutError, asyncio.CancelledError) as error:
             self._log_failed_handshake(stream, error)
@@ -195,6 +214,7 @@ class PeerSessions:
                 raise  # else it is ours, and asyncio's streams (Python 3.11) would report it as an error
             return
         finally:
+            self._linking.pop(limit, None)
             self._strangers.pop(task, None)
             self._newcomers.discard(task)
         transport = introduction.transport

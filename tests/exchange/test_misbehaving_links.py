@@ -1,11 +1,16 @@
 """Links that raise where they should return a future, and readers that ask for what their link cannot do."""
 
 import asyncio
+from dataclasses import replace
 
+import pytest
+
+from kvstore.errors import PeerUnreachable
 from kvstore.protocol import FetchCause, LeaseOutcome
 from kvstore.protocol.messages import ReadRequest
-from tests.exchange.exchange_worker import TRANSFER, Worker, room, running, some_hashes
+from tests.exchange.exchange_worker import PATIENT, TRANSFER, Worker, room, running, some_hashes
 from tests.memory_transport import Switchboard
+from tests.waiting import until
 
 BLOCKS = [1, 2, 3]
 
@@ -59,3 +64,30 @@ async def test_a_fetch_aborted_just_after_it_succeeded_leaves_its_blocks_to_the_
         fetch.abort("too late")
         assert await fetch.quiesced == []
         assert await fetch.leftovers() == BLOCKS
+
+
+@pytest.mark.parametrize("whose", ["reader", "owner"])
+async def test_a_link_in_the_making_is_left_as_soon_as_either_sides_transport_stands_still(whose, monkeypatch):
+    """And not when the time for all handshakes is up: a client waits for it."""
+    switchboard, timeouts = Switchboard(), replace(PATIENT, connect_s=3600.0, peer_timeout_s=3600.0)
+    owner, reader = (Worker(name, switchboard, timeouts=timeouts) for name in ("prefill-0", "decode-0"))
+    hanging = asyncio.Event()
+
+    async def hang(peer):
+        hanging.set()
+        await asyncio.Event().wait()
+
+    async with running(owner, reader):
+        monkeypatch.setattr(reader.transport, "connect", hang)  # as it does where the owner's end gives no answer, too
+        dialling = asyncio.ensure_future(reader.exchange.connect(owner.exchange.address))
+        await hanging.wait()
+        if whose == "owner":
+            await until(lambda: owner.exchange._peers._linking)
+        (owner if whose == "owner" else reader).exchange.note_still(["memory"])
+        with pytest.raises(PeerUnreachable):
+            await asyncio.wait_for(dialling, 60)
+        await until(lambda: not owner.exchange._peers._linking and not reader.exchange._peers._linking)
+        monkeypatch.undo()
+        for each in (owner, reader):
+            each.exchange.note_still([])
+        assert await reader.exchange.connect(owner.exchange.address) == "prefill-0"
