@@ -49,7 +49,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     started_unix_s: float = 0.0
     revision: str = ""  # of model_path on the hub; empty: its default
     layout: dict[str, int | str] | None = None  # `BlockLayout.to_wire()`
-    numerics: str = ""  # of a worker: those of one model and one name compute equal logits; empty: no promise
+    numerics: str = ""  # of a worker: names its arithmetic; empty: unknown
+    is_exact: bool = False  # of a worker: all of one model and one `numerics` compute equal logits, in any company
     phase: str = ""  # of its start, for a person to read; empty once it serves
     is_simulation: bool = False  # its tokens mean nothing
 

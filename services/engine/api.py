@@ -72,10 +72,10 @@ class Capabilities:
     num_blocks: int  # in `memory`
     num_host_blocks: int  # that it keeps beside, and brings back by `begin_restore`; 0: none
     caches_prefixes: bool
-    is_exact: bool  # the same tokens whatever else is computed with them, and however a prompt is cut
+    is_exact: bool  # no bit of a logit depends on what else is computed, nor on how a sequence is cut into steps
     compute: Mapping[str, str]  # what computes the model, as labels: device, kernels, quantization
     is_simulation: bool = False  # its tokens mean nothing; whoever shows them says so
-    numerics: str = ""  # names the arithmetic: under one name a model has the same logits to the bit; "": no promise
+    numerics: str = ""  # names the arithmetic: exact engines of one name have a model's logits to the bit; "": unknown
 
 
 @dataclass(frozen=True)

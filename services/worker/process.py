@@ -220,6 +220,7 @@ def _record(config: WorkerConfig, role: Role, front: Front, parts: WorkerParts, 
         layout=engine.layout.to_wire(),
         is_simulation=engine.capabilities.is_simulation,
         numerics=engine.capabilities.numerics,
+        is_exact=engine.capabilities.is_exact,
         phase="",
     )
 

@@ -258,7 +258,8 @@ async def test_a_drained_decode_workers_streams_go_on_at_another_with_their_kv(
             resumes = [each for receipt in receipts for part in receipt["sequences"] for each in part["resumes"]]  # type: ignore[index]
             assert len(resumes) == num_at_victim > 0
             for resume in resumes:
-                assert (resume["worker_id"], resume["reason"], resume["exact"]) == ("decode-0", "moved", True)
+                # Torch computes here: these tokens are the same, and not every model's would be.
+                assert (resume["worker_id"], resume["reason"], resume["exact"]) == ("decode-0", "moved", False)
                 assert (resume["recomputed_tokens"], resume["moved"]["holder_id"]) == (0, "decode-0")
             assert computed(stack) == num_before
             assert stack.metric("decode-1", "tandem:moved_requests_total", outcome="joined") == num_at_victim

@@ -83,7 +83,9 @@ def test_logits_are_those_of_transformers(
     assert difference.mean() < mean
 
 
-def test_equal_numerics_ids_mean_equal_logits_and_each_kernel_set_has_its_own(models: Models) -> None:
+def test_equal_numerics_ids_mean_equal_logits_and_each_kernel_set_has_its_own(
+    models: Models, model_dirs: Callable[..., Path]
+) -> None:
     """Kernel sets may agree to the bit (AMX sums as the portable one does), so only int8 has to have other logits."""
     (token_ids,) = random_prompts([70])
     sets = [("portable", "int8"), ("portable", "none")]
@@ -92,8 +94,11 @@ def test_equal_numerics_ids_mean_equal_logits_and_each_kernel_set_has_its_own(mo
     for kernels, quantization in sets:
         one, two = (models(kernels, "mistral", quantization, num_threads=number) for number in (1, 2))
         assert one.compute_path.numerics == two.compute_path.numerics
+        assert one.compute_path.is_exact
         logits[one.compute_path.numerics] = PagedRun(one).whole(token_ids)
         assert torch.equal(PagedRun(two).whole(token_ids), logits[one.compute_path.numerics]), (kernels, quantization)
+    by_torch = load_model(str(model_dirs("mistral")), cpu_kernels="torch")
+    assert not by_torch.compute_path.is_exact, "no case of BIT_CASES is of torch"
     int8, none, *_ = logits.values()
     assert len(logits) == len(sets)
     assert not torch.equal(int8, none)

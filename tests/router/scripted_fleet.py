@@ -71,6 +71,7 @@ class ScriptedWorker:
     context: int | None = None
     """What it really holds; None: as its record says."""
     numerics: str = "alike"
+    is_exact: bool = True
     num_cached: int = 3
     """Tokens of each prompt that it says it has found in a cache."""
     prefilled_by: str = ""
@@ -96,6 +97,7 @@ class ScriptedWorker:
             max_model_len=self.max_model_len,
             colocated=True,
             numerics=self.numerics,
+            is_exact=self.is_exact,
             transports=("memory",),
         )
 

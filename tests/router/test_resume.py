@@ -126,6 +126,15 @@ async def test_what_was_found_in_a_cache_may_be_of_anybody_s_making(make, holder
         assert receipt["resumed_elsewhere"] == expected
 
 
+@pytest.mark.parametrize("end", ["dies_after", "drains_after"])
+async def test_equal_names_are_exact_only_where_a_token_s_bits_do_not_depend_on_its_company(make, end):
+    async with scripted_fleet() as fleet:
+        both = {"features": (RESUMES, MOVES), "is_exact": False}
+        await fleet.serve_with(make(**both, **{end: 10}), make(1, **both))
+        (receipt,) = (await fleet.ask(**STREAM, receipt=True)).receipts
+        assert receipt["resumed_elsewhere"] == "inexact"
+
+
 async def test_who_said_nothing_did_not_begin_it(make):
     async with scripted_fleet() as fleet:
         refuses, begins = make(0, is_full=True, numerics="a"), make(1, numerics="b", num_cached=0, dies_after=10)

@@ -24,7 +24,7 @@ from services.router.routing import (
     Refusal,
     RoutedRequest,
     choose,
-    is_exact,
+    is_alike,
     next_state,
 )
 
@@ -344,8 +344,8 @@ def test_a_prompt_is_ordered_where_one_token_more_than_its_first_finds_room():
     assert [each.worker_id for each in chosen(last, [decode("d")], targets).prefill] == ["p1", "p2", "p3"]
 
 
-def test_equal_tokens_are_promised_by_equal_names_alone():
-    assert is_exact("a/bf16", "a/bf16", "a/bf16")
-    assert not is_exact("a/bf16", "a/bf16", "b/bf16")
-    assert not is_exact("", "")
-    assert not is_exact("a/bf16", "")
+def test_alike_are_equal_names_alone():
+    assert is_alike("a/bf16", "a/bf16", "a/bf16")
+    assert not is_alike("a/bf16", "a/bf16", "b/bf16")
+    assert not is_alike("", "")
+    assert not is_alike("a/bf16", "")

@@ -75,7 +75,7 @@ class Engine:
             num_blocks=num_blocks,
             num_host_blocks=num_host_slots,
             caches_prefixes=config.enable_prefix_caching,
-            is_exact=model.device == "cpu",
+            is_exact=model.compute_path.is_exact,
             compute={
                 "device": model.device,
                 "kernels": model.compute_path.kernels,

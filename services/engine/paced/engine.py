@@ -62,7 +62,9 @@ def open_paced(
         fingerprint=root.hexdigest(),
         max_model_len=longest,
         computation=KeyedKV(model_config.vocab_size, root.digest()[:8]),
-        compute_path=ComputePath("paced", "none", "nothing: a simulation", is_simulation=True, numerics="paced"),
+        compute_path=ComputePath(
+            "paced", "none", "nothing: a simulation", is_simulation=True, numerics="paced", is_exact=True
+        ),
     )
     block_bytes = model.block_layout(config.block_size).block_bytes
     num_blocks = choose_num_blocks(config, block_bytes, longest, "cpu")

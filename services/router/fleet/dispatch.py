@@ -26,7 +26,7 @@ from services.router.fleet.session import WorkerSession
 from services.router.fleet.submitting import Submitter
 from services.router.fleet.workers import Workers
 from services.router.metrics import RouterMetrics
-from services.router.routing import is_exact
+from services.router.routing import is_alike
 
 log = logging.getLogger(__name__)
 
@@ -324,11 +324,12 @@ class Dispatch:
         resume, sequence.move = sequence.resumes[-1], None
         resume.pause_s = max(self._clock() - resume.since_s, 0.0)
         assert sequence.placement is not None, f"{sequence.request_id} goes on nowhere"
-        computed_by = {sequence.placement.decision.decode.numerics}
+        decode = sequence.placement.decision.decode
+        computed_by = {decode.numerics}
         if resume.usage is None or not resume.usage.HasField("moved"):  # else the KV came as it was
             sequence.made_by |= self._made_by(sequence.placement, resume.usage)
             computed_by |= sequence.made_by
-        resume.is_exact = is_exact(sequence.numerics, *computed_by)
+        resume.is_exact = decode.is_exact and is_alike(sequence.numerics, *computed_by)
         self._metrics.count_resume(resume)
 
     def _made_by(self, placement: Placement, usage: pb.Usage | None) -> set[str]:

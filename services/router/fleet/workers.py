@@ -183,6 +183,7 @@ class Workers:
                 is_simulation=record.is_simulation,
                 max_model_len=record.max_model_len,
                 numerics=record.numerics,
+                is_exact=record.is_exact,
                 moves=MOVES in session.features,
             )
             for record, session in self._decode_sessions()

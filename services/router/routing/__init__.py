@@ -3,7 +3,7 @@
 from services.router.routing.cost import CostModel, Held, KnownPrefix
 from services.router.routing.explain import MAX_CANDIDATES, DecisionEntry, DecisionLog, bounded
 from services.router.routing.moving import places_to_move_to
-from services.router.routing.numerics import is_exact, prefer_equal
+from services.router.routing.numerics import is_alike, prefer_equal
 from services.router.routing.policies import (
     Decision,
     DecodeCandidate,
@@ -37,7 +37,7 @@ __all__ = [
     "bounded",
     "choose",
     "holds",
-    "is_exact",
+    "is_alike",
     "next_state",
     "places_to_move_to",
     "prefer_equal",

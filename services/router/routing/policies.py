@@ -71,6 +71,8 @@ class DecodeCandidate:
     """Prompt and output tokens of one request; 0: not known."""
     numerics: str = ""
     """Names its arithmetic (numerics.py)."""
+    is_exact: bool = False
+    """It computes the same bits as all of that name, whatever else it computes."""
     moves: bool = False
     """It takes live requests on with their KV."""
 

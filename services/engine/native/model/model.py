@@ -50,7 +50,8 @@ class ComputePath:
     quantization: str  # "int8" or "none"
     reason: str  # one line for a person
     is_simulation: bool = False  # nothing is computed: tokens mean nothing
-    numerics: str = ""  # whoever has the same computes the same model to the same bits; "": no promise
+    numerics: str = ""  # names the arithmetic
+    is_exact: bool = False  # no bit depends on what else is computed, nor on how a sequence is cut into steps
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def load_model(
             computation = KernelTransformer(library, torch.get_num_threads(), config, reader, int8=int8)
     kernels = "torch" if library is None else library.name
     numerics = numerics_id(kernels, resolved, quantization, target)
-    path = ComputePath(kernels, quantization, reason, numerics=numerics)
+    path = ComputePath(kernels, quantization, reason, numerics=numerics, is_exact=library is not None)
     _logger.log(
         detail_level(), "computing with %s%s", reason, "" if quantization == "none" else f", {quantization} weights"
     )

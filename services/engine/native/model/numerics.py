@@ -1,4 +1,4 @@
-"""Names the arithmetic that makes a model's logits, so that others know whether they would get the same bits."""
+"""Names the arithmetic that makes a model's logits, so that others know whether theirs is the same."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _ARITHMETIC: Final = 1
 def numerics_id(kernels: str, dtype: str, quantization: str, device: torch.device) -> str:
     """Return the name: `native-1/bfloat16/none/amx/5f3a9c11`.
 
-    Two workers of one model and one name compute the same bits. Two of different names may as well, but nobody
-    promises it: torch's results depend on its version, the instructions that it finds and how it splits sums over
-    threads.
+    Two workers of one model and one name compute the same bits where it is one of C kernels. Torch's results depend on
+    its version, the instructions that it finds, how it splits sums over threads, and how many rows it computes at once:
+    its names tell who computes as nearly alike as can be, and promise nothing.
     """
     if kernels != "torch":
         details = [kernels, f"{source_digest():08x}"]
