@@ -54,7 +54,7 @@ class Fleet:
         self.stack = stack
         self._relays = relays
         self._ports = ports
-        self._hanging = contextlib.ExitStack()
+        self._hanging: dict[str, contextlib.ExitStack] = {}  # by process
 
     def stop(self, name: str) -> None:
         os.kill(self._pid(name), signal.SIGSTOP)
@@ -75,10 +75,15 @@ class Fleet:
         threads = named(pid, thread) if thread else [pid]
         assert threads, f"{name} has no thread {thread}"
         for each in threads:
-            self._hanging.enter_context(held(each))
+            self._hanging.setdefault(name, contextlib.ExitStack()).enter_context(held(each))
+
+    def go_on(self, name: str) -> None:
+        """Let go what hangs of a process."""
+        self._hanging.pop(name, contextlib.ExitStack()).close()
 
     def heal(self) -> None:
-        self._hanging.close()
+        for name in list(self._hanging):
+            self.go_on(name)
         for name in (*STOPPABLE, "redis"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid(name), signal.SIGCONT)
@@ -117,6 +122,19 @@ class Fault:
     cause: Callable[[Fleet], None]
     early: bool = False
     on_disk: bool = False
+    then: Callable[[Fleet], None] = lambda fleet: None
+    """What is done once the request is on its way."""
+
+
+def only_serving_prefill_hangs(fleet: Fleet) -> None:
+    """Both step loops hang, so that whoever gets the order hangs: the other one goes on as soon as that is known."""
+    serving = fleet.serving("prefill")
+    fleet.go_on("prefill-1" if serving == "prefill-0" else "prefill-0")
+
+
+def hang_engines(fleet: Fleet) -> None:
+    for name in ("prefill-0", "prefill-1"):
+        fleet.hang(name, "engine")
 
 
 def hang_agents(fleet: Fleet, role: str) -> None:
@@ -137,7 +155,7 @@ FAULTS = (
     Fault("store stopped before the request", lambda fleet: fleet.stop("store-0"), early=True),
     Fault("decode step loop hangs", lambda fleet: fleet.hang(fleet.serving("decode"), "engine")),
     Fault("decode event loop hangs", lambda fleet: fleet.hang(fleet.serving("decode"))),
-    Fault("prefill step loop hangs before the request", lambda fleet: fleet.hang("prefill-0", "engine"), early=True),
+    Fault("prefill step loop hangs before the request", hang_engines, early=True, then=only_serving_prefill_hangs),
     Fault("prefill event loop hangs before the request", lambda fleet: fleet.hang("prefill-0"), early=True),
     Fault("decode NIXL agents hang before the request", lambda fleet: hang_agents(fleet, "decode"), early=True),
     Fault("prefill NIXL agents hang before the request", lambda fleet: hang_agents(fleet, "prefill"), early=True),
@@ -189,7 +207,10 @@ async def run(fleet: Fleet, fault: Fault, prompt: list[int]) -> Heard:
         try:
             if fault.early:
                 fault.cause(fleet)
-            return await listen(client, prompt, lambda: None if fault.early else fault.cause(fleet))
+            then = asyncio.create_task(asyncio.to_thread(fault.then, fleet))
+            heard = await listen(client, prompt, lambda: None if fault.early else fault.cause(fleet))
+            await then
+            return heard
         finally:
             fleet.heal()
             await asyncio.sleep(6)  # leases run out, what was shunned is so no more, sessions are back
