@@ -4,6 +4,11 @@ Who gives and takes orders knows streams of messages. `grpc_orders.py` carries t
 themselves.
 """
 
+import os
+
+# gRPC reads it when it is imported; else it writes a line of its own to our log for each connection that idles.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
 from services.orders.grpc_orders import GrpcOrders, GrpcServer
 from services.orders.streams import (
     LISTS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -34,6 +35,32 @@ async def main():
     await server.start()
     print(server.port, flush=True)
     await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+IDLE = """
+import asyncio
+from services.orders import GrpcOrders, GrpcServer, grpc_orders
+import grpc
+from tandem.v1 import worker_pb2 as pb
+
+grpc_orders._SILENCE_OPTIONS = (("grpc.max_connection_idle_ms", 50),)
+
+async def serve(order, send):
+    await send(pb.PrefillEvent(finished=pb.PrefillFinished(token_id=7)))
+
+async def main():
+    server, orders = GrpcServer("127.0.0.1", 0), GrpcOrders()
+    server.serve_prefills(serve)
+    await server.start()
+    assert [event async for event in orders.prefill(f"127.0.0.1:{server.port}", pb.PrefillRequest())]
+    (kept,) = orders._channels._channels.values()
+    while (state := kept.proven.channel.get_state()) is not grpc.ChannelConnectivity.IDLE:
+        await kept.proven.channel.wait_for_state_change(state)
+    await orders.close()
+    await server.stop(None)
 
 asyncio.run(main())
 """
@@ -174,6 +201,13 @@ async def say_and_answer_pings(address: str, said: bytes) -> None:
                 writer.write(frame(PING, ACK, 0, payload))
     except (asyncio.IncompleteReadError, ConnectionResetError):
         writer.close()
+
+
+def test_a_connection_that_is_closed_as_nothing_is_called_is_no_news() -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}  # which is set here, too
+    command = [sys.executable, "-c", IDLE]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_silent_connection_has_twenty_seconds_at_most() -> None:
