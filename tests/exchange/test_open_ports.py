@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
+from kvstore.block import HostMemory
 from kvstore.errors import TransportError
-from kvstore.transport import devices
+from kvstore.transport import devices, make_transports
 from tests.exchange.listening_peer import BLOCK_BYTES
 from tests.garbage import PAYLOADS
 from tests.reach import ELSEWHERE, listening, reached_from_elsewhere
@@ -221,3 +222,15 @@ def test_the_users_own_devices_win(
 def test_an_address_of_no_device_is_refused(machine: Path) -> None:
     with pytest.raises(TransportError, match=r"no network device has the address 10\.9\.9\.9"):
         devices.confine_ucx("10.9.9.9")
+
+
+def test_where_others_reach_ucx_the_log_says_so(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kvstore.transport.ucxx.UcxxTransport", lambda *_: object())
+    make_transports("ucxx", HostMemory.allocate(1, 8), "decode-0", "10.0.0.7")
+    assert "UCX listens on network devices eth0,mlx5_0:1" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("UCX_NET_DEVICES", "lo")
+    make_transports("ucxx", HostMemory.allocate(1, 8), "decode-0", "127.0.0.1")
+    assert caplog.text == ""
