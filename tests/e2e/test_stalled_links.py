@@ -20,9 +20,13 @@ NUM_NEW_TOKENS = 8
 def stack(
     request: pytest.FixtureRequest, new_stack: Callable[..., Stack], model_of: Callable[[str], Path]
 ) -> Iterator[Stack]:
-    """nixl over tcp as well: by its lanes within a machine there is nothing between the two that could be lost."""
+    """nixl over tcp as well: by its lanes within a machine there is nothing between the two that could be lost.
+
+    With two network devices to choose from: of a link that stands still over its only one, UCX ends the owner's process
+    (`Fatal: unexpected error: Endpoint timeout`). So tcp is nixl's last resort, which `auto` never takes beside ucxx.
+    """
     worker = f"--kv-transport {request.param} --num-gpu-blocks-override 256 --peer-timeout-s 10"
-    environ = {"UCX_TLS": "tcp,self"}
+    environ = {"UCX_TLS": "tcp,self"} | ({"UCX_NET_DEVICES": "all"} if request.param == "nixl" else {})
     with new_stack(
         model_of("llama3"), worker, prefill=[""], decode=["--local-prefill-max-tokens 0"], environ=environ
     ) as stack:
