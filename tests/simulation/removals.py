@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 from unittest import mock
 
+from tandem.v1 import worker_pb2 as pb
+
 from kvstore.block import BlockHash, BlockMemory, Proof, ProofKey, Subject, subject_of
 from kvstore.exchange import Lease
 from kvstore.peer_keys import SEAL_BYTES, Seal, Transcript
@@ -30,6 +32,8 @@ from services.decode.live import LiveRequest
 from services.decode.service import DecodeService
 from services.decode.session import RouterSession
 from services.prefill.service import _Order
+from services.router.fleet import Dispatch
+from services.router.fleet.sequence import Sequence as Sequence_
 from services.router.fleet.session import WorkerSession
 from services.router.openai import Generation
 from services.worker.prefixes import CacheLender, prefix_fetcher
@@ -226,6 +230,30 @@ def _never_see_it_go() -> AbstractContextManager[object]:
     return mock.patch.object(RouterSession, "send_frames", go_on)
 
 
+def _never_resume() -> AbstractContextManager[object]:
+    def give_up(dispatch: Dispatch, sequence: Sequence_, reason: str, cause: str) -> None:
+        dispatch._leave(sequence, "")
+        dispatch._fail(sequence, pb.Error(code=pb.ERROR_CODE_UNAVAILABLE, message=f"lost: {reason}"), "no_worker")
+
+    return mock.patch.object(Dispatch, "_on_loss", give_up)
+
+
+def _never_dial_again() -> AbstractContextManager[object]:
+    run_stream, once = WorkerSession._run_stream, set[WorkerSession]()
+
+    async def run_first(session: WorkerSession) -> None:
+        if session in once:
+            await session._closing.wait()
+            return
+        try:
+            await run_stream(session)
+        finally:
+            if session.connected:
+                once.add(session)
+
+    return mock.patch.object(WorkerSession, "_run_stream", run_first)
+
+
 REMOVALS: Final = {
     "source-freed-early": Removal("the owner frees before the confirmation", Invariant.SOURCE_HELD, _free_early),
     "lease-not-checked": Removal(
@@ -276,6 +304,12 @@ REMOVALS: Final = {
     ),
     "ended-still-heard": Removal(
         "nothing is delivered to a sequence that has ended", Invariant.NO_INTERNAL_ERROR, _hear_the_ended, "fleet"
+    ),
+    "never-resumed": Removal(
+        "a stream whose worker is lost goes on at another one", Invariant.ONE_OUTCOME, _never_resume, "restarts"
+    ),
+    "never-dialled-again": Removal(
+        "a router dials a worker again that it has lost", Invariant.SERVES_AGAIN, _never_dial_again, "fleet"
     ),
     "routers-as-one": Removal(
         "a session's end ends its own requests alone", Invariant.SERVES_ON, _end_with_another, "routers"

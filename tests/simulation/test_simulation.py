@@ -44,6 +44,8 @@ PINNED = {
     "lost-wake-up": 3,
     "cancellation-swallowed": 7,
     "holder-shunned": 20,
+    "never-resumed": 0,
+    "never-dialled-again": 4,
     "routers-as-one": 3,
     "gone-router-kept": 3,
     "held-block-evicted": 6,

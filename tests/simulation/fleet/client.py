@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 _App = Callable[[dict[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
 
 REQUEST_TIMEOUT_S: Final = 40.0
+MAX_WORKER_DEATHS: Final = 3
 _LATE_S: Final = 3.0
 _ROUNDED_S: Final = 1e-6
-_AFTER_S: Final = 15.0  # a blow lasts 9 s, and somebody may hear of its end some seconds later
+_DEATH_S: Final = 15.0  # until a router hears that a worker has vanished, and more
 _GIVEN_UP: Final = "decode workers were lost with this request aboard"
 
 
@@ -30,8 +31,8 @@ class Client:
 
     def __init__(self, world: FleetWorld, name: str, wish: Wish, leaves_after: int | None = None) -> None:
         self._world = world
-        self._name = name
-        self._wish = wish
+        self.name = name
+        self.wish = wish
         self._leaves_after = leaves_after
         self._left = world.loop.create_future()
         self._choices = [_Choice(self, answer) for answer in wish.answers]
@@ -42,6 +43,10 @@ class Client:
         self._error: str | None = None
         self.error_breaks = lambda: Invariant.ONE_OUTCOME
         """Said of an error that nothing explains."""
+        self.on_tokens: Callable[[int], None] = lambda num_tokens: None
+        """Called with the number of tokens of its first choice, when there are more."""
+        self.resumes: list[dict[str, Any]] = []
+        """What its receipt says of those of its first choice."""
         self._since_s = world.loop.time()
 
     def leave(self) -> None:
@@ -51,10 +56,10 @@ class Client:
 
     async def ask(self, app: _App, model: str) -> str:
         """Send it; how it ended: `whole`, `left`, `late` (by its own deadline), or `error: …`."""
-        world, wish = self._world, self._wish
+        world, wish = self._world, self.wish
         for kind in wish.kinds:
             world.reach(f"asked for: {kind}")
-        headers = [(b"content-type", b"application/json"), (b"x-request-id", self._name.encode())]
+        headers = [(b"content-type", b"application/json"), (b"x-request-id", self.name.encode())]
         if wish.timeout_s:
             headers.append((b"x-envoy-expected-rq-timeout-ms", str(1000 * wish.timeout_s).encode()))
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
@@ -68,7 +73,7 @@ class Client:
 
         if self._leaves_after == 0:
             self.leave()
-        await app({**scope, "client": (self._name.partition(".")[0], 1)}, receive, self._take)
+        await app({**scope, "client": (self.name.partition(".")[0], 1)}, receive, self._take)
         return self._end()
 
     async def _take(self, message: dict[str, Any]) -> None:
@@ -83,7 +88,7 @@ class Client:
             self._status = message["status"]
             return
         self._is_over = not message.get("more_body", False)
-        if self._status == 200 and self._wish.is_streamed:
+        if self._status == 200 and self.wish.is_streamed:
             for event in message["body"].split(b"\n\n"):
                 if event.startswith(b"data: "):
                     self._take_event(event.removeprefix(b"data: "))
@@ -123,10 +128,12 @@ class Client:
         for each in piece["choices"]:
             self._world.judge(Invariant.RIGHT_TOKENS)
             self._choices[each["index"]].take(each)
+            if each["index"] == 0:
+                self.on_tokens(len(self._choices[0].token_ids))
 
     def _check_usage(self, usage: dict[str, Any]) -> None:
         told = usage["prompt_tokens"], usage["completion_tokens"]
-        if told != (len(self._wish.prompt), self._num_tokens()):
+        if told != (len(self.wish.prompt), self._num_tokens()):
             self.wrong(Invariant.RIGHT_TOKENS, f"is told {told} tokens, and has {self._num_tokens()}")
 
     def _num_tokens(self) -> int:
@@ -134,6 +141,7 @@ class Client:
 
     def _note_receipt(self, receipt: dict[str, Any]) -> None:
         reach = self._world.reach
+        self.resumes = receipt["sequences"][0]["resumes"] if receipt["sequences"][0] else []
         for sequence in filter(None, receipt["sequences"]):
             if sequence["handoff"]["blocks"]:
                 reach("handed over")
@@ -148,7 +156,7 @@ class Client:
 
     def _end(self) -> str:
         took_s = self._world.loop.time() - self._since_s
-        patience_s = min(self._wish.timeout_s or REQUEST_TIMEOUT_S, REQUEST_TIMEOUT_S)
+        patience_s = min(self.wish.timeout_s or REQUEST_TIMEOUT_S, REQUEST_TIMEOUT_S)
         self._world.judge(Invariant.ONE_OUTCOME)
         if took_s > patience_s + _LATE_S:
             self.wrong(Invariant.WAITS_END, f"ends after {took_s:.1f} s, and not after {patience_s:.1f} s")
@@ -166,15 +174,19 @@ class Client:
 
     def _end_in_error(self, error: str, took_s: float, patience_s: float) -> str:
         is_late = took_s >= patience_s - _ROUNDED_S
-        if self._wish.timeout_s and (self._status == 503 or is_late):
+        if self.wish.timeout_s and (self._status == 503 or is_late):
             return "late"
-        has_no_worker = self._status in (200, 503) and self._world.nemesis.num_blows_since(self._since_s - _AFTER_S) > 1
-        if not (has_no_worker or is_late or _GIVEN_UP in error):
+        nemesis, is_explained = self._world.nemesis, is_late
+        if _GIVEN_UP in error:
+            is_explained |= nemesis.num_deaths_since(self._since_s - _DEATH_S) >= MAX_WORKER_DEATHS
+        elif self._status in (200, 503):
+            is_explained |= nemesis.was_nobody_there(self._since_s)
+        if not is_explained:
             self.wrong(self.error_breaks(), f"has an error that nobody ordered: {self._status} {error}")
         return f"error: {self._status} {error}"
 
     def wrong(self, invariant: Invariant, what: str) -> None:
-        self._world.report(invariant, f"request {self._name} {what}")
+        self._world.report(invariant, f"request {self.name} {what}")
 
 
 class _Choice:
@@ -203,7 +215,7 @@ class _Choice:
         if piece["finish_reason"] is not None:
             self._end = piece["finish_reason"], piece["stop_reason"]
         if piece.get("prompt_logprobs"):
-            ids = self._client._wish.prompt[1:]
+            ids = self._client.wish.prompt[1:]
             told = [
                 each[str(token_id)]["logprob"] for token_id, each in zip(ids, piece["prompt_logprobs"][1:], strict=True)
             ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 from typing import TYPE_CHECKING, Final
 
@@ -32,7 +33,7 @@ DEALT: Final = (
 )
 USERS: Final = ("aborts",)
 BLOWS: Final = ("drain", "partition", "kill", "vanish", "pause", "clock jump")
-"""What may take a worker from everybody. After one of them there is another worker, so nobody hears an error."""
+"""What may take a worker from everybody. While another one of its role is there nobody hears an error."""
 RESTARTS: Final = ("reorder", "kill", "vanish", "drain")
 """All that befalls the world `restarts`, one on the heels of the other."""
 
@@ -40,6 +41,9 @@ AROUND_ROUTERS: Final = (*GENTLE, *USERS, "delay", "partition", "kill", "vanish"
 """What may befall the world `routers` beside the faults of these, in seeds that are not gentle."""
 
 
+_DECODE: Final = tuple(name for name, role in ROLES.items() if role == "decode")
+_BACK_S: Final = 8.0
+"""Until who is back has been found by everybody."""
 _PAUSE_S: Final = {"fleet": 2.0, "routers": 2.0, "restarts": 0.8}
 """Between two faults, at most."""
 
@@ -56,12 +60,45 @@ class FleetNemesis:
         self.mix = frozenset(kind for kind in drawn if world.does(kind))
         self.leavers: set[str] = set()
         """Names and incarnations of those who leave in order."""
-        self._blows: list[float] = []
+        self._away: list[tuple[str, float, float]] = []  # who was out of reach, from when until when
+        self._deaths: list[float] = []  # of decode workers
         world.faults.update((self.mix & set(STANDING)) - {"cut"})
 
-    def num_blows_since(self, since_s: float) -> int:
-        """How many workers may have been out of reach since."""
-        return sum(each >= since_s for each in self._blows)
+    def num_deaths_since(self, since_s: float) -> int:
+        """How many decode workers have died since."""
+        return sum(each >= since_s for each in self._deaths)
+
+    def was_nobody_there(self, since_s: float) -> bool:
+        """Whether at some time since all decode workers were out of reach, or had not been back for long."""
+        moments = [since_s, *(begin for _, begin, _ in self._away if begin > since_s)]
+        return any(
+            all(
+                any(each == name and begin <= moment <= end + _BACK_S for each, begin, end in self._away)
+                for name in _DECODE
+            )
+            for moment in moments
+        )
+
+    def back(self, name: str) -> None:
+        """A new start of it is there."""
+        now_s = self._world.loop.time()
+        self._away = [(each, begin, min(end, now_s) if each == name else end) for each, begin, end in self._away]
+
+    def _note(self, kind: str, name: str, other: str, lasts_s: float) -> None:
+        """Who is out of reach from now on."""
+        now_s = self._world.loop.time()
+        ends_s = {
+            "drain": math.inf,
+            "kill": math.inf,
+            "vanish": math.inf,
+            "pause": now_s + lasts_s,
+            "clock jump": now_s,
+        }
+        if kind == "partition" and other not in self._world.router.names:
+            return
+        self._away.append((name, now_s, ends_s.get(kind, now_s + lasts_s)))
+        if kind in ("kill", "vanish") and name in _DECODE:
+            self._deaths.append(now_s)
 
     def draw_read_faults(self, draw: random.Random) -> Faults:
         slow_s, broken = draw.choice([0.1, 0.5]), 0.05 if "broken reads" in self.mix else 0.0
@@ -134,15 +171,16 @@ class FleetNemesis:
         name = draw.choice(upright)
         worker, lasts_s = here[name], draw.uniform(0.2, 9.0)
         world.faults[kind] += 1
+        others = [each for each in (*ROLES, STORE, *world.router.names) if each != name]
+        other = draw.choice(others) if kind == "partition" else ""
         if kind in BLOWS:
-            self._blows.append(world.loop.time())
+            self._note(kind, name, other, lasts_s)
         world.story.append(f"{world.loop.time():.3f} s: {kind} ({worker.process.name}, {lasts_s:.1f} s)")
         match kind:
             case "delay":
                 world.net.weather.max_latency_s = draw.choice([0.05, 0.3])
                 world.healing.later(lasts_s, self._calm)
             case "partition":
-                other = draw.choice([each for each in (*ROLES, STORE, *world.router.names) if each != name])
                 world.net.part(name, other)
                 world.healing.later(lasts_s, lambda: world.net.join(name, other))
             case "kill" | "vanish":

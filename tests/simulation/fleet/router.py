@@ -11,10 +11,11 @@ from kvstore.registry import Membership
 from services.router.app import generating_endpoints
 from services.router.config import RouterConfig
 from services.router.edge import Edge, Guard, RouterParts
+from services.router.fleet import Workers
 from services.router.process import Seams, open_parts
 from services.router.tenants import Keyring
 from services.router.text import ModelDirectory
-from tests.simulation.fleet.client import REQUEST_TIMEOUT_S, Client
+from tests.simulation.fleet.client import MAX_WORKER_DEATHS, REQUEST_TIMEOUT_S, Client
 from tests.simulation.fleet.orders import SimOrders
 from tests.simulation.fleet.redis_host import REDIS_URL
 from tests.simulation.fleet.worker import MODEL
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _CONFIG: Final = RouterConfig(
     request_timeout_s=REQUEST_TIMEOUT_S,
     max_attempts=4,
-    max_worker_deaths=3,
+    max_worker_deaths=MAX_WORKER_DEATHS,
     resume_wait_s=15.0,
     reconnect_max_s=1.0,
     index_timeout_s=1.0,
@@ -58,6 +59,7 @@ class SimRouter:
         self._is_over = world.loop.create_future()
         self._app: Edge | None = None
         self._models: ModelDirectory | None = None
+        self._workers: Workers | None = None
         with world.loop.within(self.process):
             self._membership = Membership(REDIS_URL)
             self._index = IndexReader(REDIS_URL, observer=_Lookups(world))
@@ -67,6 +69,11 @@ class SimRouter:
         """Whether a balancer sends it clients."""
         is_up = not (self.process.is_killed or self.process.is_paused or self.is_leaving)
         return is_up and self._models is not None and MODEL in self._models.names()
+
+    @property
+    def num_sessions_up(self) -> int:
+        """Decode workers that it can send orders to."""
+        return 0 if self._workers is None else self._workers.num_sessions_up
 
     async def start(self) -> None:
         """Until it can be asked."""
@@ -84,6 +91,7 @@ class SimRouter:
             await self._is_over
 
     def _make_app(self, parts: RouterParts) -> None:
+        self._workers = parts.workers
         self._models, endpoints = parts.models, generating_endpoints(parts)
 
         async def front(scope: Any, receive: Any, send: Any) -> None:

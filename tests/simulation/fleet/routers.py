@@ -56,6 +56,11 @@ class Routers:
     def num_live(self) -> int:
         return sum(router.num_live for router in self._here.values())
 
+    @property
+    def num_sessions_up(self) -> int:
+        """Of the one that has fewest."""
+        return min((router.num_sessions_up for router in self._here.values()), default=0)
+
     async def start(self) -> None:
         for name in NAMES:
             self._start(name)

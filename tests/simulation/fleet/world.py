@@ -15,7 +15,7 @@ import asyncio
 import itertools
 import random
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -147,6 +147,23 @@ class FleetWorld(Ledger):
             self.report(Invariant.SERVES_AGAIN, f"after {idle_s} s of rest: {said}")
         await self._close()
 
+    async def undisturbed(self, run: Callable[[], Awaitable[None]]) -> None:
+        """A run to which nothing happens but what `run` does."""
+        await self._open()
+        await run()
+        await self._close()
+
+    async def all_serve(self) -> None:
+        """Until nobody leaves, and each router has a session with every decode worker."""
+        num_decode = sum(role == "decode" for role in ROLES.values())
+
+        def are_here() -> bool:
+            is_leaving = any(each.is_leaving for _, each in self.holders())
+            return not is_leaving and self.router.num_sessions_up == num_decode
+
+        if not await self.comes_true(are_here, SERVE_S):
+            self.report(Invariant.SERVES_AGAIN, f"{SERVE_S} s later {self.router.num_sessions_up} decode workers serve")
+
     async def _open(self) -> None:
         for name in (*ROLES, STORE):
             self.start(name)
@@ -196,17 +213,18 @@ class FleetWorld(Ledger):
             self.alarm(f"stream in error: {how}")
 
     async def _see_it_serve(self) -> None:
-        """Requests of the kind that everybody sends are served, now that nothing fails."""
+        """Requests of the kind that everybody sends are served, now that nothing fails, and nobody is left out."""
         since_s = self.loop.time()
         for number in itertools.count():
             said = await self._send_some(f"last-{number}")
             self.judge(Invariant.SERVES_AGAIN)
             if set(said) == {"whole"}:
-                return
+                break
             if self.loop.time() >= since_s + SERVE_S:
                 self.report(Invariant.SERVES_AGAIN, f"{SERVE_S} s after the last fault: {said}")
                 return
             await asyncio.sleep(0.5)
+        await self.all_serve()
 
     async def _send_some(self, name: str) -> list[str]:
         """Four requests at once; how each has ended."""
@@ -234,6 +252,7 @@ class FleetWorld(Ledger):
         if self._num_starts[name] > 1:
             self.reach("restarted")
         self.net.back(name)
+        self.nemesis.back(name)
         started: SimWorker | SimStore
         incarnation = f"{self._num_starts[name]:04d}-{name}"  # no two processes have the same
         if name == STORE:
