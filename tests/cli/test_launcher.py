@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -241,6 +241,15 @@ async def test_a_signal_during_the_start_stops_it() -> None:
     assert await run_stack(stack(loading), shown, TIMEOUT_S, lambda: None) == 0
 
 
+@pytest.fixture
+def unignored_hangups() -> Iterator[None]:
+    """As where the tests themselves do not run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("unignored_hangups")
 async def test_a_stack_whose_output_nobody_reads_any_more_still_stops() -> None:
     """As after `tandem up | head`, or when the terminal is closed."""
     read_end, write_end = os.pipe()
