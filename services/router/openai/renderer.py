@@ -12,8 +12,8 @@ from services.router.openai.choice import Delta
 from services.router.openai.columns import default, in_pieces
 from services.router.openai.generation import Generation
 
-# Of positions with all their alternatives: two milliseconds.
-_POSITIONS_AT_ONCE = 64
+# Of positions with all their alternatives: half a millisecond.
+_POSITIONS_AT_ONCE = 16
 
 
 class Renderer(ABC):
