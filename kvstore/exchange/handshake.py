@@ -79,24 +79,28 @@ class Introduction:
     features: frozenset[str] = frozenset()
 
 
-OnProven: TypeAlias = Callable[[PeerIdentity], None]
-"""Hears, before anything is given to it, that a peer is who it says. Raises `IncompatiblePeer` to refuse it."""
-OnChosen: TypeAlias = Callable[[str], None]
-"""Hears by its name over which transport a link is about to be made."""
+@dataclass(frozen=True)
+class Side:
+    """What one side brings to one handshake."""
+
+    us: Ourselves
+    transports: Sequence[Transport]
+    new_id: NewId
+    on_proven: Callable[[PeerIdentity], None]
+    """Hears, before anything is given to it, that a peer is who it says. Raises `IncompatiblePeer` to refuse it."""
+    on_chosen: Callable[[str], None]
+    """Hears by its name over which transport a link is about to be made."""
+
+    def usable(self) -> list[Transport]:
+        """The transports that work at present."""
+        return [transport for transport in self.transports if transport.problem() is None and not transport.is_still]
 
 
-async def introduce_as_reader(
-    stream: FrameStream,
-    us: Ourselves,
-    transports: Sequence[Transport],
-    new_id: NewId,
-    on_proven: OnProven,
-    on_chosen: OnChosen,
-) -> Introduction:
+async def introduce_as_reader(stream: FrameStream, side: Side) -> Introduction:
     """Run the side that dialled. Raises `ExchangeError`, `IncompatiblePeer` being one; the caller closes the stream."""
     # Nobody reads from a reader over this connection: it names its transports and gives no way in.
-    transports = _usable(transports)
-    ours = _send_hello(stream, us, transports, new_id())
+    us, transports = side.us, side.usable()
+    ours = _send_hello(stream, us, transports, side.new_id())
     hello, theirs = await _receive_hello(stream)
     peer_id = check_version(us.identity, hello)
     key = us.keys.shared(hello.key_ids, us.keys.ids)
@@ -114,32 +118,25 @@ async def introduce_as_reader(
     stream.seal(transcript.seal("dialler"), transcript.seal("listener"))
     try:
         peer = check_peer(us.identity, hello)
-        on_proven(peer)
+        side.on_proven(peer)
         offers = {offer.name: offer.descriptor for offer in welcome.transports}
         transport, _ = choose(transports, offers, peer.peer_id)
     except IncompatiblePeer as error:
         stream.send(Reject(str(error)[:4096]))
         raise
-    link_id = new_id()
+    link_id = side.new_id()
     stream.send(Choose(transport.name, link_id))
     link_peer = LinkPeer(peer.peer_id, offers[transport.name], link_id, stream.peer_host, dialled=True)
-    on_chosen(transport.name)
+    side.on_chosen(transport.name)
     return await _link_up(stream, peer, transport, link_peer, hello)
 
 
-async def introduce_as_owner(
-    stream: FrameStream,
-    us: Ourselves,
-    transports: Sequence[Transport],
-    new_id: NewId,
-    on_proven: OnProven,
-    on_chosen: OnChosen,
-) -> Introduction:
+async def introduce_as_owner(stream: FrameStream, side: Side) -> Introduction:
     """Run the side that accepted. Raises like the other side; the caller closes the stream."""
     hello, theirs = await _receive_hello(stream)
-    transports = _usable(transports)
+    us, transports = side.us, side.usable()
     # With our version and layout, so that the other side can name both values of whatever differs.
-    ours = _send_hello(stream, us, transports, new_id())
+    ours = _send_hello(stream, us, transports, side.new_id())
     try:
         peer_id = check_version(us.identity, hello)
         key = us.keys.shared(us.keys.ids, hello.key_ids)
@@ -149,7 +146,7 @@ async def introduce_as_owner(
         if not transcript.holds((await _expect(stream, Prove, MAX_HELLO_BYTES)).mac, "dialler"):
             raise UnprovenPeer(f"{peer_id} has not proven itself")
         peer = check_peer(us.identity, hello)
-        on_proven(peer)
+        side.on_proven(peer)
     except IncompatiblePeer as error:
         stream.send(Reject(str(error)[:4096]))
         raise
@@ -161,7 +158,7 @@ async def introduce_as_owner(
     if transport is None or choice.transport not in {offer.name for offer in hello.transports}:
         raise ProtocolViolation(f"{peer.peer_id} chose transport {choice.transport!r}, which is not offered both ways")
     link_peer = LinkPeer(peer.peer_id, b"", choice.link_id, stream.peer_host, dialled=False)
-    on_chosen(transport.name)
+    side.on_chosen(transport.name)
     return await _link_up(stream, peer, transport, link_peer, hello)
 
 
@@ -186,10 +183,6 @@ def check_peer(us: PeerIdentity, hello: Hello) -> PeerIdentity:
     except (InvalidLayout, IncompatibleLayout) as error:
         raise IncompatiblePeer(f"{us.peer_id}: {error}") from error
     return PeerIdentity(hello.peer_id, hello.role, hello.incarnation, layout)
-
-
-def _usable(transports: Sequence[Transport]) -> list[Transport]:
-    return [transport for transport in transports if transport.problem() is None and not transport.is_still]
 
 
 def _send_hello(stream: FrameStream, us: Ourselves, transports: Sequence[Transport], nonce: bytes) -> bytes:

@@ -13,7 +13,7 @@ from kvstore.complaints import Complaints
 from kvstore.errors import ExchangeError, IncompatiblePeer, PeerLost, PeerUnreachable, UnprovenPeer
 from kvstore.exchange.connection import Connection, Tools
 from kvstore.exchange.framing import FrameStream, Outside
-from kvstore.exchange.handshake import Ourselves, PeerIdentity, introduce_as_owner, introduce_as_reader
+from kvstore.exchange.handshake import Ourselves, PeerIdentity, Side, introduce_as_owner, introduce_as_reader
 from kvstore.protocol import OwnerSession, ReaderSession
 from kvstore.transport import Transport
 
@@ -141,14 +141,7 @@ class PeerSessions:
                 stream = await self._outside.net.dial(host.strip("[]"), int(port))
                 stage = "handshake"
                 try:
-                    introduction = await introduce_as_reader(
-                        stream,
-                        self._ourselves,
-                        self._transports,
-                        self._outside.new_id,
-                        on_proven,
-                        partial(self._linking.__setitem__, limit),
-                    )
+                    introduction = await introduce_as_reader(stream, self._side(on_proven, limit))
                 except BaseException:
                     await stream.close(flush_s=self._timeouts.heartbeat_s)
                     raise
@@ -199,14 +192,7 @@ class PeerSessions:
 
         try:
             async with asyncio.timeout(self._timeouts.connect_s) as limit:
-                introduction = await introduce_as_owner(
-                    stream,
-                    self._ourselves,
-                    self._transports,
-                    self._outside.new_id,
-                    on_proven,
-                    partial(self._linking.__setitem__, limit),
-                )
+                introduction = await introduce_as_owner(stream, self._side(on_proven, limit))
         except (ExchangeError, TimeoutError, asyncio.CancelledError) as error:
             self._log_failed_handshake(stream, error)
             await stream.close(flush_s=self._timeouts.heartbeat_s)
@@ -221,6 +207,11 @@ class PeerSessions:
         session = OwnerSession(transport.name, transport.two_sided, self._timeouts, self._tools.clock())
         name = f"reader {introduction.peer.peer_id} at {stream.peer_address}"
         self._install(self.readers, Connection(name, stream, introduction, session, self._tools))
+
+    def _side(self, on_proven: Callable[[PeerIdentity], None], limit: asyncio.Timeout) -> Side:
+        """What we bring to a handshake that has until `limit`."""
+        on_chosen = partial(self._linking.__setitem__, limit)
+        return Side(self._ourselves, self._transports, self._outside.new_id, on_proven, on_chosen)
 
     def _log_failed_handshake(self, stream: FrameStream, error: BaseException) -> None:
         who, observer = stream.peer_address, self._tools.observer

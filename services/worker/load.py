@@ -35,10 +35,8 @@ async def load_engine(config: WorkerConfig, threads: Threads, stop: asyncio.Even
     def load() -> Engine:
         return open_engine(settings, proof_key, progress=partial(report_phase, "loading model"))
 
-    loading, stopped = asyncio.ensure_future(threads.run(load)), asyncio.ensure_future(stop.wait())
-    await asyncio.wait([loading, stopped], return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    if not loading.done():
+    loading = asyncio.ensure_future(threads.run(load))
+    if not await _done_before(stop, loading):
         loading.cancel()
         return None
     engine = loading.result()
@@ -74,14 +72,20 @@ async def warmed_up(parts: WorkerParts, timeout_s: float, stop: asyncio.Event) -
         for output in parts.engine.warm_up():
             parts.rates.step_ended(output.shape, output.duration_s)
 
-    warming, stopped = parts.thread.call(warm_up), asyncio.ensure_future(stop.wait())
-    either: list[asyncio.Future[Any]] = [warming, stopped]
-    await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    if warming.done():
+    warming = parts.thread.call(warm_up)
+    if await _done_before(stop, warming, timeout_s):
         if (error := warming.exception()) is not None:
             raise ModelError(f"its first steps failed: {error}") from error
         return True
     if not stop.is_set():
         raise ModelError(f"its first steps have not ended within {timeout_s:g} s (--warm-up-timeout-s)")
     return False
+
+
+async def _done_before(stop: asyncio.Event, work: asyncio.Future[Any], timeout_s: float | None = None) -> bool:
+    """Wait for the work's end, whatever it is; False if the worker is to stop, or the time is up, before that."""
+    stopped = asyncio.ensure_future(stop.wait())
+    either: list[asyncio.Future[Any]] = [work, stopped]
+    await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    return work.done()

@@ -323,12 +323,12 @@ async def test_a_stranger_that_is_turned_away_with_its_proof_read_is_no_error(
     switchboard = Switchboard()
     owner, reader = Worker("prefill-0", switchboard), Worker("decode-0", switchboard)
 
-    async def turned_away(stream, us, transports, new_id, on_proven, on_chosen):
+    async def turned_away(stream, side):
         def on_proven_late(peer) -> None:
             owner.exchange._peers._strangers.clear()
-            on_proven(peer)
+            side.on_proven(peer)
 
-        return await introduce_as_owner(stream, us, transports, new_id, on_proven_late, on_chosen)
+        return await introduce_as_owner(stream, replace(side, on_proven=on_proven_late))
 
     monkeypatch.setattr("kvstore.exchange.peer_sessions.introduce_as_owner", turned_away)
     async with running(owner, reader):

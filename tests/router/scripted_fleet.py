@@ -11,7 +11,7 @@ import itertools
 import sys
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -123,22 +123,15 @@ class ScriptedWorker:
                 frame, num_said = pb.SessionFrame(load=load), 0
                 if self.refuses:
                     frame.load.draining = True
-                    gone = pb.Error(code=pb.ERROR_CODE_UNAVAILABLE, message="draining")
-                    for handle in live:
-                        frame.outputs.add(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=gone)
-                    live.clear()
+                    _refuse(frame, live, list(live), pb.ERROR_CODE_UNAVAILABLE, "draining")
                 num_at_once = self._num_at_once(live)
                 for handle, output in list(live.items()):
                     if output.order is self.orders[0]:
                         num_said = output.num_said + num_at_once
                     if self.is_full:
-                        full = pb.Error(code=pb.ERROR_CODE_OVERLOADED, message="full")
-                        frame.outputs.add(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=full)
-                        del live[handle]
+                        _refuse(frame, live, [handle], pb.ERROR_CODE_OVERLOADED, "full")
                     elif output.is_too_long:
-                        long = pb.Error(code=pb.ERROR_CODE_INVALID, message="too long")
-                        frame.outputs.add(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=long)
-                        del live[handle]
+                        _refuse(frame, live, [handle], pb.ERROR_CODE_INVALID, "too long")
                     elif output.is_leaving:
                         self._let_go(output, frame)
                         del live[handle]
@@ -147,30 +140,33 @@ class ScriptedWorker:
                 load.draining = self.drains = self.drains or num_said == self.drains_after
                 await send(frame)
                 await asyncio.sleep(0)  # orders and aborts come in between two steps
-                if num_said == self.dies_after:
-                    if self.dies_once is not None:
-                        await self.dies_once.wait()
-                    self.is_dead = True
-                    raise Killed
-                if any(output.num_said == self.breaks_after for output in live.values()):
-                    raise StreamBroken("ping timeout")
-                if num_said == self.hangs_after:
-                    await send(pb.SessionFrame(stuck="step loop"))
-                    self.is_dead = True
-                    await asyncio.Event().wait()
-                if num_said == self.silent_after:
-                    await asyncio.Event().wait()
-                if num_said == self.gives_up_after:
-                    gone = pb.Error(code=pb.ERROR_CODE_UNAVAILABLE, message="shutting down")
-                    frame = pb.SessionFrame(load=pb.Load(draining=True))
-                    for handle in live:
-                        frame.outputs.add(handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=gone)
-                    live.clear()
-                    await send(frame)
+                await self._befall(num_said, live, send)
         finally:
             reading.cancel()
             with suppress(asyncio.CancelledError):
                 await reading
+
+    async def _befall(
+        self, num_said: int, live: dict[int, _Output], send: Callable[[pb.SessionFrame], Awaitable[None]]
+    ) -> None:
+        """What is to happen once so many tokens of its first order have been sent."""
+        if num_said == self.dies_after:
+            if self.dies_once is not None:
+                await self.dies_once.wait()
+            self.is_dead = True
+            raise Killed
+        if any(output.num_said == self.breaks_after for output in live.values()):
+            raise StreamBroken("ping timeout")
+        if num_said == self.hangs_after:
+            await send(pb.SessionFrame(stuck="step loop"))
+            self.is_dead = True
+            await asyncio.Event().wait()
+        if num_said == self.silent_after:
+            await asyncio.Event().wait()
+        if num_said == self.gives_up_after:
+            frame = pb.SessionFrame(load=pb.Load(draining=True))
+            _refuse(frame, live, list(live), pb.ERROR_CODE_UNAVAILABLE, "shutting down")
+            await send(frame)
 
     def _num_at_once(self, live: dict[int, _Output]) -> int:
         first = next((output for output in live.values() if output.order is self.orders[0]), None)
@@ -199,6 +195,17 @@ class ScriptedWorker:
         last.move.worker_id, last.move.incarnation = self.record.worker_id, self.record.incarnation
         last.move.transfer_id = len(self.orders).to_bytes(16)
         last.move.num_tokens = len(output.order.prompt_token_ids) + output.num_before + output.num_said - 1
+
+
+def _refuse(
+    frame: pb.SessionFrame, live: dict[int, _Output], handles: Sequence[int], code: pb.ErrorCode, message: str
+) -> None:
+    """Have the frame end these with an error."""
+    for handle in handles:
+        frame.outputs.add(
+            handle=handle, finish_reason=pb.FINISH_REASON_ERROR, error=pb.Error(code=code, message=message)
+        )
+        del live[handle]
 
 
 class _Output:

@@ -12,17 +12,14 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final, Literal, NamedTuple
 
 from services.decode.service import DecodeService
 from services.engine.request import SamplingParams
 from tests.simulation.fleet.client import Client
 from tests.simulation.fleet.computation import VOCAB_SIZE
-from tests.simulation.fleet.watching import watching
 from tests.simulation.fleet.wishes import Wish
-from tests.simulation.fleet.world import END_S, SERVE_S, FleetWorld
+from tests.simulation.fleet.world import END_S, SERVE_S, FleetWorld, verdict_of
 from tests.simulation.ledger import Report
 from tests.simulation.plan import Plan
 from tests.simulation.pool import Invariant
@@ -61,12 +58,7 @@ def wish_of(kind: Kind, seed: int) -> Wish:
 def simulate_matrix(kind: Kind, how: How, indices: Sequence[int]) -> Report:
     """Run a fleet in which the worker of one stream after the other ends at each of these tokens."""
     world = FleetWorld(Plan(0, "fleet", only=frozenset()))
-    with watching(world), TemporaryDirectory(prefix="tandem-simulation-") as directory:
-        world.directory = Path(directory)
-        report = world.verdict(world.undisturbed(_Ends(world, kind, how, indices).run), END_S + 10 * SERVE_S)
-        for store in world.stores.values():
-            store.vanish()
-    return report
+    return verdict_of(world, world.undisturbed(_Ends(world, kind, how, indices).run), END_S + 10 * SERVE_S)
 
 
 class _Ends:
@@ -118,14 +110,12 @@ class _Ends:
         return name
 
     def _end(self, name: str) -> None:
-        world, worker = self._world, self._world.workers[name]
+        world = self._world
         if self._how == "kill":
             world.kill(name, silently=False)
             world.start(name)
-            return
-        worker.is_leaving = True
-        world.nemesis.leavers |= {worker.name, worker.incarnation}
-        world.within(world.loop.world, world.drain(worker))
+        else:
+            world.nemesis.drain(world.workers[name])
 
 
 def main() -> int:

@@ -190,9 +190,7 @@ class FleetNemesis:
                 # Never the last of its kind: that is another fault.
                 others = [each for each in here.values() if each.role == worker.role and each is not worker]
                 if not any(each.is_leaving for each in (worker, *others)):
-                    worker.is_leaving = True
-                    self.leavers |= {worker.name, worker.incarnation}
-                    world.within(world.loop.world, world.drain(worker))
+                    self.drain(worker)
             case "pause":
                 world.loop.pause(worker.process)
                 world.healing.later(lasts_s, lambda: world.loop.resume(worker.process))
@@ -219,6 +217,12 @@ class FleetNemesis:
             case "abort storm":
                 for client in world.clients:
                     client.leave()
+
+    def drain(self, worker: SimWorker | SimStore) -> None:
+        """Have it leave in order, and come back."""
+        worker.is_leaving = True
+        self.leavers |= {worker.name, worker.incarnation}
+        self._world.within(self._world.loop.world, self._world.drain(worker))
 
     async def _fill(self, worker: SimWorker, lasts_s: float, draw: random.Random) -> None:
         """Hold much of a worker's pool for a while."""

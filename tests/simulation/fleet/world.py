@@ -17,6 +17,7 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -51,16 +52,17 @@ _NUM_CLIENTS: Final = 5
 def simulate(plan: Plan) -> Report:
     """Run one plan to its verdict."""
     world = FleetWorld(plan)
-    return _verdict(world, world.main(), END_S)
+    return verdict_of(world, world.main(), END_S)
 
 
 def simulate_idle(idle_s: float) -> Report:
     """Run a fleet to which nothing happens, and that nobody asks anything for so long."""
     world = FleetWorld(Plan(0, "fleet", only=frozenset()))
-    return _verdict(world, world.idle(idle_s), idle_s + END_S)
+    return verdict_of(world, world.undisturbed(partial(world.rest, idle_s)), idle_s + END_S)
 
 
-def _verdict(world: FleetWorld, run: Coroutine[Any, Any, None], end_s: float) -> Report:
+def verdict_of(world: FleetWorld, run: Coroutine[Any, Any, None], end_s: float) -> Report:
+    """Run a world, for `end_s` of its time at most."""
     with watching(world), TemporaryDirectory(prefix="tandem-simulation-") as directory:
         world.directory = Path(directory)
         report = world.verdict(run, end_s)
@@ -137,15 +139,13 @@ class FleetWorld(Ledger):
         await self.comes_true(lambda: not any(each.is_leaving for _, each in self.holders()), CLOSE_S)
         await self._close()
 
-    async def idle(self, idle_s: float) -> None:
+    async def rest(self, idle_s: float) -> None:
         """Nobody asks anything for so long; then all requests that come at once are served at once."""
-        await self._open()
         await asyncio.sleep(idle_s)
         self.judge(Invariant.SERVES_AGAIN)
         said = await self._send_some("first")
         if set(said) != {"whole"}:
             self.report(Invariant.SERVES_AGAIN, f"after {idle_s} s of rest: {said}")
-        await self._close()
 
     async def undisturbed(self, run: Callable[[], Awaitable[None]]) -> None:
         """A run to which nothing happens but what `run` does."""
