@@ -2,6 +2,7 @@
 
 Everything else in kvstore is about where blocks live and how they move."""
 
+from kvstore.block.geometry import Geometry, pair_spans
 from kvstore.block.hash import (
     HASH_BYTES,
     BlockHash,
@@ -12,8 +13,8 @@ from kvstore.block.hash import (
     pack_hashes,
     unpack_hashes,
 )
-from kvstore.block.layout import DTYPE_BYTES, LAYOUT_VERSION, BlockLayout
-from kvstore.block.memory import BlockMemory, HostMemory
+from kvstore.block.layout import DTYPE_BYTES, NATIVE_LAYOUT_VERSION, BlockLayout
+from kvstore.block.memory import BlockMemory, HostMemory, PieceMemory
 from kvstore.block.proof import MAX_PROOF, MIN_KEY_BYTES, Proof, ProofKey, Subject, subject_of
 from kvstore.block.row_sums import ROW_WORDS, Multipliers, is_compiled
 from kvstore.block.runs import Run, coalesce
@@ -23,18 +24,20 @@ from kvstore.block.unkeyed import MAX_CHECKSUM, Checksum, checksum, checksums, f
 __all__ = [
     "DTYPE_BYTES",
     "HASH_BYTES",
-    "LAYOUT_VERSION",
     "MAX_CHECKSUM",
     "MAX_PROOF",
     "MIN_KEY_BYTES",
+    "NATIVE_LAYOUT_VERSION",
     "ROW_WORDS",
     "BlockHash",
     "BlockLayout",
     "BlockMemory",
     "BlockTokens",
     "Checksum",
+    "Geometry",
     "HostMemory",
     "Multipliers",
+    "PieceMemory",
     "Proof",
     "ProofKey",
     "Run",
@@ -51,6 +54,7 @@ __all__ = [
     "is_compiled",
     "namespace",
     "pack_hashes",
+    "pair_spans",
     "public_multipliers",
     "subject_of",
     "unpack_hashes",

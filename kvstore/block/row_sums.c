@@ -12,7 +12,8 @@
 
 enum { ROW_WORDS = 1024 };
 
-CLONES static void sum_row(
+// Adds to the sums of a row what some of its words come to; `even` and `odd` begin with the multipliers of the first.
+CLONES static void add_to_row(
     const uint64_t *words, int64_t num_words, const uint64_t *even, const uint64_t *odd, uint64_t *sums)
 {
     uint64_t first = 0, second = 0;
@@ -21,8 +22,8 @@ CLONES static void sum_row(
         first += low * even[j] + high * odd[j];
         second += low * odd[j] + high * even[j + 1];
     }
-    sums[0] = first;
-    sums[1] = second;
+    sums[0] += first;
+    sums[1] += second;
 }
 
 // Four whole rows at a time: memory is read in four places at once, and each multiplier once for all.
@@ -43,16 +44,31 @@ CLONES static void sum_four_rows(const uint64_t *words, const uint64_t *even, co
     }
 }
 
-// `even` has ROW_WORDS + 1 multipliers, `odd` ROW_WORDS; `sums` takes two numbers for each begun row.
-__attribute__((visibility("default"))) void tandem_row_sums_1(
-    const uint64_t *words, int64_t num_words, const uint64_t *even, const uint64_t *odd, uint64_t *sums)
+// A block is `num_pieces` pieces of `piece_words`, `piece_stride` bytes apart, and its rows go on from one to the next.
+// `even` has ROW_WORDS + 1 multipliers, `odd` ROW_WORDS; `sums` takes two numbers for each begun row, and comes as zeros.
+__attribute__((visibility("default"))) void tandem_row_sums_2(
+    const char *block, int64_t num_pieces, int64_t piece_stride, int64_t piece_words,
+    const uint64_t *even, const uint64_t *odd, uint64_t *sums)
 {
-    int64_t start = 0;
-    for (; num_words - start >= 4 * ROW_WORDS; start += 4 * ROW_WORDS, sums += 8) {
-        sum_four_rows(words + start, even, odd, sums);
-    }
-    for (; start < num_words; start += ROW_WORDS, sums += 2) {
-        int64_t rest = num_words - start;
-        sum_row(words + start, rest < ROW_WORDS ? rest : ROW_WORDS, even, odd, sums);
+    int64_t begun = 0;  // words of the row that the last piece has begun and not ended
+    for (int64_t piece = 0; piece < num_pieces; piece++) {
+        const uint64_t *words = (const uint64_t *)(block + piece * piece_stride), *end = words + piece_words;
+        while (words < end) {
+            int64_t left = end - words;
+            if (begun == 0 && left >= 4 * ROW_WORDS) {
+                sum_four_rows(words, even, odd, sums);
+                words += 4 * ROW_WORDS;
+                sums += 8;
+                continue;
+            }
+            int64_t taken = left < ROW_WORDS - begun ? left : ROW_WORDS - begun;
+            add_to_row(words, taken, even + begun, odd + begun, sums);
+            words += taken;
+            begun += taken;
+            if (begun == ROW_WORDS) {
+                begun = 0;
+                sums += 2;
+            }
+        }
     }
 }

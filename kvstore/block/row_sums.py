@@ -73,15 +73,18 @@ class Multipliers:
     def sums(self, words: Words) -> bytes:
         """Return the sums of a block's rows: `SUM_BYTES` for each begun row, first and second, little-endian.
 
-        `words` is contiguous uint64 `(words_per_block,)`. Without Python's lock where the C library is built.
+        `words` is uint64 `(words_per_block,)`, or `(num_pieces, words_per_piece)` with any stride between pieces: rows
+        go on from one piece to the next, so a block's sums are the same in any pieces. Without Python's lock where the
+        C library is built.
         """
-        if words.dtype != np.uint64 or words.ndim != 1 or not words.flags.c_contiguous or not words.size:
+        if words.dtype != np.uint64 or words.ndim not in (1, 2) or not words.size or words.strides[-1] != 8:
             raise ValueError(f"expected contiguous uint64 words of one block, got {words.dtype} {words.shape}")
         return _fastest()(self, words if words.flags.aligned else words.copy())
 
 
 def sums_by_numpy(multipliers: Multipliers, words: Words) -> bytes:
     """The definition; what computes where no C compiler was."""
+    words = words.reshape(-1)  # pieces are copied one behind the other
     num_whole = words.size // ROW_WORDS
     whole, rest = np.split(words, [num_whole * ROW_WORDS])
     parts = [
@@ -102,13 +105,16 @@ def _sum_rows(multipliers: Multipliers, rows: Words) -> bytes:
 
 def sums_by_c(path: Path) -> _Summer:
     """Load the library, built from row_sums.c. Raises OSError, AttributeError where it is none of ours."""
-    function = ctypes.CDLL(str(path)).tandem_row_sums_1
-    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    function = ctypes.CDLL(str(path)).tandem_row_sums_2
+    size, pointer = ctypes.c_int64, ctypes.c_void_p
+    function.argtypes = [pointer, size, size, size, pointer, pointer, pointer]
     function.restype = None
 
     def sums(multipliers: Multipliers, words: Words) -> bytes:
         into = ctypes.create_string_buffer(-(-words.size // ROW_WORDS) * SUM_BYTES)
-        function(_address(words), words.size, _address(multipliers.even), _address(multipliers.odd), into)
+        num_pieces, stride = (1, 0) if words.ndim == 1 else (len(words), words.strides[0])
+        tables = _address(multipliers.even), _address(multipliers.odd)
+        function(_address(words), num_pieces, stride, words.shape[-1], *tables, into)
         return into.raw
 
     return sums
@@ -133,9 +139,10 @@ def _fastest() -> _Summer:
         logger.warning("%s does not load, blocks are summed by numpy: %s", path.name, error)
         return sums_by_numpy
     multipliers = Multipliers.of(b"trial")
-    # Four rows, which it sums at once, then one whole one and a part of one.
+    # Four rows, which it sums at once, then one whole one and a part of one; and rows that go on in another piece.
     words = np.arange(6 * ROW_WORDS - 5, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    if by_c(multipliers, words) != sums_by_numpy(multipliers, words):
+    pieces = words.reshape(7, -1)[:, 1:]
+    if any(by_c(multipliers, each) != sums_by_numpy(multipliers, each) for each in (words, pieces)):
         logger.warning("%s gives wrong sums here, blocks are summed by numpy", path.name)
         return sums_by_numpy
     return by_c

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.block import BlockMemory, Run
-from kvstore.transport import Link, region
+from kvstore.transport import Link, region, words_of
 
 _STEP_BYTES: Final = 64 * 1024
 _STEP_WORDS: Final = _STEP_BYTES // 8
@@ -101,11 +101,17 @@ class ReadWatch:
 
 
 def _mark(memory: BlockMemory, run: Run) -> list[npt.NDArray[np.uint64]]:
-    """Mark every so many words of a run, and its last one."""
-    buffer = region(memory, run.local_first, run.num_blocks)
-    assert isinstance(buffer, np.ndarray)
-    words = buffer.view(np.uint64)
-    marked = [words[_STEP_WORDS - 1 :: _STEP_WORDS], words[-1:]]
+    """Mark every so many words of a run, and its last one; of a run in pieces, of each piece, or of some."""
+    if memory.geometry.is_contiguous:
+        buffer = region(memory, run.local_first, run.num_blocks)
+        assert isinstance(buffer, np.ndarray)
+        words = buffer.view(np.uint64)
+        marked = [words[_STEP_WORDS - 1 :: _STEP_WORDS], words[-1:]]
+    else:
+        pieces = words_of(memory, run.local_first, run.num_blocks)
+        every = max(1, _STEP_WORDS // (pieces.shape[1] * pieces.shape[2]))
+        pieces = pieces[(len(pieces) - 1) % every :: every]  # so that the last is among them
+        marked = [pieces[:, :, _STEP_WORDS - 1 :: _STEP_WORDS], pieces[:, -1, -1]]
     for each in marked:
         each[...] = MARK
     return marked

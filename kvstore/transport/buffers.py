@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 
 import numpy as np
+import numpy.typing as npt
 
 from kvstore.block import BlockMemory
 from kvstore.errors import TransportError
@@ -24,13 +25,32 @@ class CudaRegion:
 
 
 def region(memory: BlockMemory, first_block: int, num_blocks: int) -> object:
-    """Return blocks `first_block ...` of a pool as one buffer. Raises `TransportError` where they are not all in it."""
+    """Return blocks `first_block ...` of a pool as one buffer. Raises `TransportError` where they are not all in it.
+
+    Of a pool whose neighbouring blocks are one run of bytes (`Geometry.is_contiguous`) alone.
+    """
+    check_inside(memory, first_block, num_blocks)
+    geometry = memory.geometry
+    assert geometry.is_contiguous, "blocks in pieces are no one buffer"
+    address, size_bytes = geometry.address + first_block * geometry.block_stride, num_blocks * geometry.block_bytes
+    if memory.device == "cpu":
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
+    return CudaRegion(address, size_bytes)
+
+
+def check_inside(memory: BlockMemory, first_block: int, num_blocks: int) -> None:
+    """Raise `TransportError` where blocks `first_block ...` are not all in a pool."""
     if num_blocks < 1 or first_block < 0 or first_block + num_blocks > memory.num_blocks:
         raise TransportError(
             f"blocks {first_block} to {first_block + num_blocks} are not in this pool of {memory.num_blocks}"
         )
-    address = memory.address + first_block * memory.block_bytes
-    size_bytes = num_blocks * memory.block_bytes
-    if memory.device == "cpu":
-        return np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
-    return CudaRegion(address, size_bytes)
+
+
+def words_of(memory: BlockMemory, first_block: int, num_blocks: int) -> npt.NDArray[np.uint64]:
+    """Return neighbouring blocks of a pool in main memory as words of its own, `(num_pieces, num_blocks, words)`."""
+    check_inside(memory, first_block, num_blocks)
+    geometry = memory.geometry
+    span = np.ctypeslib.as_array((ctypes.c_uint8 * geometry.span_bytes).from_address(geometry.address))
+    shape = (geometry.num_pieces, num_blocks, geometry.piece_bytes // 8)
+    strides, offset = (geometry.piece_stride, geometry.block_stride, 8), first_block * geometry.block_stride
+    return np.ndarray(shape, np.uint64, span, offset, strides)

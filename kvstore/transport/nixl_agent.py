@@ -221,17 +221,19 @@ class AgentThread:
         kind, device_id = memory_kind(memory.device)
         size_bytes = memory.num_blocks * memory.block_bytes
         registered = [
-            agent.register_memory([(memory.address, size_bytes, device_id, "")], kind),
+            agent.register_memory([(memory.geometry.address, size_bytes, device_id, "")], kind),
             agent.register_memory([(tokens.ctypes.data, tokens.nbytes, 0, "")], "DRAM"),
         ]
         local_blocks = agent.prep_xfer_dlist(
-            "NIXL_INIT_AGENT", all_blocks(memory.address, device_id, memory.num_blocks, memory.block_bytes), kind
+            "NIXL_INIT_AGENT",
+            all_blocks(memory.geometry.address, device_id, memory.num_blocks, memory.block_bytes),
+            kind,
         )
         address = PoolAddress(
             agent.get_agent_metadata(),
             kind,
             device_id,
-            memory.address,
+            memory.geometry.address,
             memory.num_blocks,
             memory.block_bytes,
             tokens.ctypes.data,

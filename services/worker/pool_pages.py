@@ -53,8 +53,8 @@ def back(memory: BlockMemory, rest: Callable[[float], bool]) -> int:
         return 0
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    start = memory.address & -mmap.PAGESIZE
-    end = memory.address + memory.num_blocks * memory.block_bytes
+    start = memory.geometry.address & -mmap.PAGESIZE
+    end = memory.geometry.address + memory.geometry.span_bytes
     for address in range(start, end, _PIECE_BYTES):
         began_s = time.perf_counter()
         # As a write would, and without one: what others have written there stays.

@@ -19,7 +19,7 @@ import torch
 
 from kvstore.block import BlockHash, HostMemory, Multipliers, ProofKey, checksums, is_compiled, subject_of
 from kvstore.block.row_sums import sums_by_numpy
-from services.engine.native.memory.kv_memory import DeviceMemory
+from services.engine.tensor_memory import DeviceMemory
 
 POOL_BYTES = 256 << 20
 ROUNDS = 7
@@ -64,7 +64,7 @@ def main() -> None:
     for block_bytes in (64 << 10, 384 << 10, 4 << 20):
         num_blocks = POOL_BYTES // block_bytes
         memory = HostMemory(pool[: num_blocks * block_bytes].reshape(num_blocks, block_bytes))
-        device = DeviceMemory(torch.from_numpy(memory.array).to(arguments.device))
+        device = DeviceMemory(torch.from_numpy(memory.array).to(arguments.device)[None])
         words = memory.array.view("<u8")
         ways: dict[str, Callable[[Sequence[int]], object]] = {
             "sum of the bytes' words, numpy": lambda ids: [int(words[i].sum()) for i in ids],  # noqa: B023

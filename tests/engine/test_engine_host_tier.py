@@ -16,8 +16,9 @@ from services.engine.native import Engine
 from services.engine.native.memory import capacity
 from services.engine.native.memory.capacity import choose_num_host_slots
 from services.engine.native.memory.host_copies import open_host_tier
-from services.engine.native.memory.kv_memory import DeviceMemory
+from services.engine.native.memory.kv_memory import as_bytes
 from services.engine.native.scheduling import Request
+from services.engine.tensor_memory import DeviceMemory
 from services.settings import SettingsError
 from tests.hf_models import random_prompts, reference_greedy, write_model
 
@@ -198,7 +199,7 @@ def test_a_size_beyond_the_memory_there_is_or_below_one_block_is_refused(monkeyp
 
 def test_the_memory_is_aligned_touched_and_copied_block_by_block() -> None:
     kv_cache = torch.arange(4 * 64, dtype=torch.float32).reshape(4, 64)
-    tier = open_host_tier(kv_cache, DeviceMemory(kv_cache), 3, ProofKey.public())
+    tier = open_host_tier(kv_cache, DeviceMemory(as_bytes(kv_cache)[None]), 3, ProofKey.public())
     copier = tier._copier
     copier.copy_out([2, 0], [1, 2])
     kv_cache.zero_()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kvstore.block import ROW_WORDS, HostMemory, Multipliers
-from services.engine.native.memory.kv_memory import DeviceMemory, allocate_kv_cache, block_memory
+from services.engine.native.memory.kv_memory import allocate_kv_cache, as_bytes, block_memory
+from services.engine.tensor_memory import DeviceMemory, tensor_memory
 
 SHAPE = (40, 3, 2, 2, 16, 8)
 KEY, OTHER_KEY = Multipliers.of(b"a key"), Multipliers.of(b"another key")
@@ -22,7 +23,7 @@ def test_the_cpu_cache_is_zeroed_aligned_and_shared_with_its_memory(dtype: torch
     assert kv_cache.count_nonzero() == 0
     assert kv_cache.data_ptr() % 4096 == 0
     assert (memory.num_blocks, memory.block_bytes) == (40, kv_cache[0].nbytes)
-    assert memory.address == kv_cache.data_ptr()
+    assert memory.geometry.address == kv_cache.data_ptr()
     kv_cache[7] = 1.5
     assert bytes(memory.view(7)) == kv_cache[7].contiguous().view(torch.uint8).numpy().tobytes()
     memory.view(8)[:] = memory.view(7)
@@ -33,7 +34,8 @@ def test_the_cpu_cache_is_zeroed_aligned_and_shared_with_its_memory(dtype: torch
 def test_a_device_sums_to_the_same_bytes_as_a_cpu(num_words: int) -> None:
     kv_cache = torch.randn((40, 4 * num_words), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     ids = [39, 0, 7, 7, *range(30)]
-    on_device, on_cpu = DeviceMemory(kv_cache), HostMemory(kv_cache.view(torch.uint8).numpy())
+    blocks = as_bytes(kv_cache)
+    on_device, on_cpu = DeviceMemory(blocks[None]), HostMemory(blocks.numpy())
     for multipliers in (KEY, OTHER_KEY):
         assert on_device.sums(ids, multipliers) == on_cpu.sums(ids, multipliers)
     assert on_device.sums(ids, KEY) != on_device.sums(ids, OTHER_KEY)
@@ -42,17 +44,44 @@ def test_a_device_sums_to_the_same_bytes_as_a_cpu(num_words: int) -> None:
 
 def test_device_memory_addresses_blocks() -> None:
     kv_cache = torch.zeros(SHAPE)
-    memory = DeviceMemory(kv_cache)
+    memory = DeviceMemory(as_bytes(kv_cache)[None])
     assert (memory.num_blocks, memory.block_bytes, memory.device) == (40, kv_cache[0].nbytes, "cpu")
-    assert memory.address == kv_cache.data_ptr()
+    assert memory.geometry.address == kv_cache.data_ptr()
     assert memory.view(3).data_ptr() == kv_cache[3].data_ptr()
     memory.view(3).fill_(0xFF)
     assert bool(kv_cache[3].isnan().all())
+    assert int(kv_cache.isnan().sum()) == kv_cache[3].numel()
+
+
+def in_pieces(num_pieces: int, num_blocks: int, piece_bytes: int) -> torch.Tensor:
+    """A cache as engines keep it that have one storage for all layers, layer by layer, behind something else."""
+    storage = torch.randint(0, 256, (4096 + num_pieces * num_blocks * piece_bytes,), dtype=torch.uint8)
+    return storage[4096:].view(num_pieces, num_blocks, piece_bytes)
+
+
+@pytest.mark.parametrize("num_pieces", [1, 3, 24])
+@pytest.mark.parametrize("piece_bytes", [8, 2304, 8 * ROW_WORDS, 5 * 8 * ROW_WORDS + 64])
+def test_a_block_in_pieces_has_the_sums_of_its_bytes_in_one_on_both_kinds_of_memory(
+    num_pieces: int, piece_bytes: int
+) -> None:
+    pieces = in_pieces(num_pieces, 20, piece_bytes)
+    whole = HostMemory(pieces.transpose(0, 1).reshape(20, -1).numpy())
+    ids = [19, 0, 7, 7, *range(18)]
+    for memory in (tensor_memory(pieces), DeviceMemory(pieces)):
+        assert memory.sums(ids, KEY) == whole.sums(ids, KEY)
+        assert (memory.num_blocks, memory.block_bytes) == (20, whole.block_bytes)
+        assert memory.geometry.span_bytes == pieces.nbytes
+        staging = memory.staging(3)
+        memory.gather(5, staging)
+        assert bytes(staging.numpy() if isinstance(staging, torch.Tensor) else staging) == whole.array[5:8].tobytes()
+        memory.scatter(0, staging)
+        whole.array[:3] = whole.array[5:8]
+        assert memory.sums(ids, KEY) == whole.sums(ids, KEY)
 
 
 @pytest.mark.parametrize("block_id", [-1, 40])
 def test_blocks_outside_the_pool_are_refused(block_id: int) -> None:
-    memory = DeviceMemory(torch.zeros(SHAPE))
+    memory = DeviceMemory(as_bytes(torch.zeros(SHAPE))[None])
     with pytest.raises(IndexError, match="40"):
         memory.view(block_id)
     with pytest.raises(IndexError, match="40"):

@@ -7,7 +7,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvstore.block import BlockLayout
 from kvstore.errors import (
     IncompatiblePeer,
     PeerLost,
@@ -257,7 +256,7 @@ async def test_cancelling_who_waits_for_a_result_leaves_the_fetch_alone():
 
 async def test_another_layout_is_refused_on_both_sides_naming_both_values(caplog: pytest.LogCaptureFixture):
     switchboard = Switchboard()
-    other = BlockLayout(**{**LAYOUT.to_wire(), "dtype": "bfloat16", "block_size": 16})
+    other = replace(LAYOUT, dtype="bfloat16", block_size=16)
     owner, reader = Worker("prefill-0", switchboard), Worker("decode-0", switchboard, layout=other)
     async with running(owner, reader):
         with pytest.raises(IncompatiblePeer) as refused:

@@ -76,7 +76,7 @@ def test_words_that_are_not_aligned_are_summed_all_the_same() -> None:
 
 def test_words_of_another_type_or_shape_are_refused() -> None:
     words = np.zeros((2, 8), dtype=np.uint64)
-    for wrong in (words, words[0, ::2], words[0].astype(np.int64), words[0, :0]):
+    for wrong in (words[None], words[0, ::2], words[:, ::2], words[0].astype(np.int64), words[0, :0]):
         with pytest.raises(ValueError, match="expected contiguous uint64 words of one block"):
             KEY.sums(wrong)
 

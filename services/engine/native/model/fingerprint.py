@@ -14,7 +14,7 @@ from dataclasses import asdict
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.block import LAYOUT_VERSION, public_multipliers
+from kvstore.block import NATIVE_LAYOUT_VERSION, public_multipliers
 from services.engine.model_config import ModelConfig
 
 _BYTES_AT_ONCE = 1 << 20
@@ -41,7 +41,7 @@ class FingerprintBuilder:
         results differ in rounding alone, and workers on unlike machines are to share blocks.
         """
         fields = {name: value for name, value in asdict(config).items() if name not in _IRRELEVANT_FIELDS}
-        identity = {"layout": LAYOUT_VERSION, "dtype": dtype, "config": fields, "weights": self._tensors}
+        identity = {"layout": NATIVE_LAYOUT_VERSION, "dtype": dtype, "config": fields, "weights": self._tensors}
         if quantization != "none":
             identity["quantization"] = quantization
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,221 @@
+"""Blocks in pieces are those that they are in one: the same bytes, sums and proofs, and none read from elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore.block import (
+    ROW_WORDS,
+    BlockHash,
+    Geometry,
+    HostMemory,
+    Multipliers,
+    PieceMemory,
+    Run,
+    checksums,
+    coalesce,
+    pair_spans,
+    row_sums,
+    subject_of,
+)
+from kvstore.block.row_sums import sums_by_numpy
+from tests.pieces import piece_memory, read_all, write_all
+from tests.proofs import KEY
+
+MULTIPLIERS = Multipliers.of(b"a key")
+
+
+def random_blocks(num_blocks: int, block_bytes: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (num_blocks, block_bytes), np.uint8)
+
+
+# ---- bytes, sums and proofs ----
+
+
+@pytest.mark.parametrize("has_gaps", [False, True])
+@pytest.mark.parametrize(
+    ("num_pieces", "piece_words"),
+    [(1, 40), (2, 1), (3, 299), (24, 2048), (24, 288), (5, 4 * ROW_WORDS), (3, 9 * ROW_WORDS + 5), (200, 31)],
+)
+def test_a_block_in_pieces_has_the_bytes_the_proof_and_the_checksum_of_its_bytes_in_one(
+    num_pieces: int, piece_words: int, has_gaps: bool
+) -> None:
+    block_bytes = 8 * num_pieces * piece_words
+    whole = HostMemory(random_blocks(3, block_bytes))
+    pieces = piece_memory(num_pieces, 3, block_bytes, has_gaps)
+    write_all(pieces, whole.array)
+    assert (read_all(pieces) == whole.array).all()
+    subjects = [subject_of(BlockHash(bytes([i]) * 16)) for i in range(3)]
+    proofs = KEY.prove(whole, range(3), subjects)
+    assert KEY.prove(pieces, range(3), subjects) == proofs
+    assert checksums(pieces, [2, 0]) == checksums(whole, [2, 0])
+    for piece in {0, num_pieces // 2, num_pieces - 1}:
+        pieces.view(1)[piece, -1] ^= 0x80
+        assert KEY.find_wrong(pieces, range(3), subjects, proofs) == [1]
+        pieces.view(1)[piece, -1] ^= 0x80
+    assert KEY.find_wrong(pieces, range(3), subjects, proofs) == []
+
+
+@given(st.integers(1, 40), st.integers(1, 3000), st.integers(0, 3), st.integers(0, 2**32 - 1))
+def test_sums_go_on_from_one_piece_to_the_next(num_pieces: int, piece_words: int, gap: int, seed: int) -> None:
+    words = np.random.default_rng(seed).integers(0, 2**64, (num_pieces, piece_words + gap), np.uint64)[:, :piece_words]
+    expected = sums_by_numpy(MULTIPLIERS, words.reshape(-1).copy())
+    assert MULTIPLIERS.sums(words) == expected
+    assert sums_by_numpy(MULTIPLIERS, words) == expected
+
+
+def test_a_library_that_sums_pieces_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sums(multipliers: Multipliers, words: np.ndarray) -> bytes:
+        return sums_by_numpy(multipliers, words if words.ndim == 1 else words[::-1])
+
+    monkeypatch.setattr(row_sums, "library_path", lambda: row_sums.Path("_row_sums.so"))
+    monkeypatch.setattr(row_sums, "sums_by_c", lambda _: sums)
+    assert row_sums._fastest.__wrapped__() is sums_by_numpy
+
+
+def test_a_memory_in_pieces_is_a_view_of_what_the_engine_has() -> None:
+    storage = np.zeros(128 + 3 * 5 * 16, np.uint8)
+    memory = PieceMemory(storage[128:].reshape(3, 5, 16))
+    memory.view(4)[2] = 9
+    assert storage[-16:].tolist() == [9] * 16
+    assert storage[:-16].tolist() == [0] * (storage.size - 16)
+    assert memory.geometry == Geometry(storage.ctypes.data + 128, 5, 3, 16, piece_stride=5 * 16, block_stride=16)
+    assert (memory.num_blocks, memory.block_bytes, memory.device) == (5, 48, "cpu")
+    assert memory.geometry.span_bytes == 3 * 5 * 16
+
+
+def test_blocks_outside_are_refused_and_nothing_is_written() -> None:
+    memory = piece_memory(3, 4, 48)
+    for first, num_blocks in ((-1, 1), (4, 1), (3, 2)):
+        for move in (memory.gather, memory.scatter):
+            with pytest.raises(IndexError, match="outside this pool of 4"):
+                move(first, np.ones(num_blocks * 48, np.uint8))
+    for block_id in (-1, 4):
+        with pytest.raises(IndexError, match="outside this pool of 4"):
+            memory.view(block_id)
+        with pytest.raises(IndexError, match="outside this pool of 4"):
+            memory.sums([0, block_id], MULTIPLIERS)
+    assert not read_all(memory).any()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((3, 4, 12), np.uint8),
+        np.zeros((3, 0, 8), np.uint8),
+        np.zeros((3, 4, 8), np.int8),
+        np.zeros((4, 8), np.uint8),
+        np.zeros((3, 4, 16), np.uint8)[:, :, ::2],
+        np.frombuffer(bytes(96), np.uint8).reshape(3, 4, 8),
+        np.zeros((3, 4, 8), np.uint8)[::-1],
+        np.lib.stride_tricks.as_strided(np.zeros(96, np.uint8), (3, 4, 16), (16, 16, 1)),
+    ],
+    ids=["odd size", "no blocks", "signed", "flat", "strided", "read-only", "backwards", "overlapping"],
+)
+def test_an_array_that_cannot_be_pieces_is_refused(array: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"expected|overlap"):
+        PieceMemory(array)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_blocks": 0},
+        {"num_pieces": 0},
+        {"piece_bytes": 12},
+        {"piece_bytes": -8},
+        {"piece_stride": 0},
+        {"block_stride": 8},
+        {"piece_stride": 64},
+        {"num_pieces": 1},
+        {"address": -1},
+        {"address": 1 << 63},
+        {"num_blocks": 1 << 62},
+    ],
+)
+def test_a_geometry_whose_pieces_overlap_or_lie_nowhere_is_refused(change: dict[str, int]) -> None:
+    geometry = Geometry(4096, num_blocks=5, num_pieces=3, piece_bytes=16, piece_stride=80, block_stride=16)
+    with pytest.raises(ValueError, match=r"expected|belongs|overlap|so large"):
+        dataclasses.replace(geometry, **change)
+
+
+# ---- which bytes go where ----
+
+
+@st.composite
+def geometries(draw: st.DrawFn, num_blocks: int, block_words: int) -> Geometry:
+    num_pieces = draw(st.sampled_from([n for n in (1, 2, 3, 4, 6, 12) if block_words % n == 0]))
+    piece, gap = 8 * block_words // num_pieces, 8 * draw(st.integers(0, 2))
+    if num_pieces == 1:
+        strides = (0, piece + gap)
+    elif draw(st.booleans()):  # piece by piece
+        strides = (num_blocks * (piece + gap) + 8 * draw(st.integers(0, 2)), piece + gap)
+    else:  # block by block
+        strides = (piece + gap, num_pieces * (piece + gap) + 8 * draw(st.integers(0, 2)))
+    return Geometry(8 * draw(st.integers(0, 5)), num_blocks, num_pieces, piece, *strides)
+
+
+def bytes_of(geometry: Geometry, block_id: int) -> list[int]:
+    """The dumb model: where each byte of a block is."""
+    first = geometry.address + block_id * geometry.block_stride
+    starts = [first + piece * geometry.piece_stride for piece in range(geometry.num_pieces)]
+    return [start + i for start in starts for i in range(geometry.piece_bytes)]
+
+
+@given(st.data())
+def test_spans_carry_each_byte_of_each_block_to_its_place_and_no_other(data: st.DataObject) -> None:
+    num_words = data.draw(st.sampled_from([12, 24]))
+    remote, local = (data.draw(geometries(num_blocks, num_words)) for num_blocks in (9, 7))
+    targets = data.draw(st.permutations(range(7)).map(lambda ids: ids[: data.draw(st.integers(0, 7))]))
+    sources = data.draw(st.lists(st.integers(0, 8), min_size=len(targets), max_size=len(targets)))
+    if data.draw(st.booleans()):
+        sources, targets = list(range(2, 8)), list(range(1, 7))
+    runs = coalesce(sources, targets, max_blocks=data.draw(st.integers(1, 4)))
+    theirs, ours = pair_spans(remote, local, runs)
+    assert theirs[:, 1].tolist() == ours[:, 1].tolist()
+    moved = {
+        int(target) + i: int(source) + i
+        for (source, length), (target, _) in zip(theirs, ours, strict=True)
+        for i in range(int(length))
+    }
+    assert moved == {
+        target: source
+        for remote_id, local_id in zip(sources, targets, strict=True)
+        for source, target in zip(bytes_of(remote, remote_id), bytes_of(local, local_id), strict=True)
+    }
+    assert int(ours[:, 1].sum()) == len(moved), "no byte is read twice"
+
+
+def test_neighbours_are_one_span_of_each_piece_where_they_are_neighbours_at_both_ends() -> None:
+    layers = Geometry(0, 100, 24, 512, piece_stride=51200, block_stride=512)
+    other = Geometry(1 << 20, 50, 24, 512, piece_stride=25600, block_stride=512)
+    whole, wide = (
+        Geometry.contiguous(1 << 30, 100, 24 * 512),
+        dataclasses.replace(layers, piece_stride=52000, block_stride=520),
+    )
+    runs = [Run(3, 10, 8), Run(40, 2, 1)]
+    num_spans = {
+        name: len(pair_spans(*pair, runs)[0])
+        for name, pair in {
+            "alike": (layers, other),
+            "in one": (whole, whole),
+            "to one": (layers, whole),
+            "from one": (whole, layers),
+            "with gaps": (wide, layers),
+        }.items()
+    }
+    assert num_spans == {"alike": 48, "in one": 2, "to one": 9 * 24, "from one": 9 * 24, "with gaps": 9 * 24}
+
+
+def test_blocks_of_another_size_and_blocks_that_are_not_there_are_refused() -> None:
+    ours, theirs = Geometry.contiguous(0, 4, 64), Geometry.contiguous(0, 4, 128)
+    with pytest.raises(ValueError, match="blocks of 128 bytes, ours have 64"):
+        pair_spans(theirs, ours, [Run(0, 0, 1)])
+    for run in (Run(4, 0, 1), Run(0, 3, 2), Run(-1, 0, 1), Run(0, -1, 2), Run(0, 0, 0)):
+        with pytest.raises(IndexError, match="is not in a pool of 4 blocks"):
+            pair_spans(ours, ours, [run])
