@@ -187,10 +187,10 @@ class MemoryLink:
                 return
             run = copying.runs[copying.num_copied]
             for i in range(run.num_blocks):
-                destination = _bytes_of(self._memory, run.local_first + i)
-                destination[:] = _bytes_of(pool, run.remote_first + i)
+                block = _bytes_of(pool, run.remote_first + i)
                 if copying.num_copied == copying.corrupts and i == 0:
-                    destination[self._random.randrange(len(destination))] ^= 1 << self._random.randrange(8)
+                    block[self._random.randrange(len(block))] ^= 1 << self._random.randrange(8)
+                self._memory.scatter(run.local_first + i, block)
             copying.num_copied += 1
             self._schedule(copying)
 
@@ -215,7 +215,9 @@ def _fits(run: Run, remote: BlockMemory, local: BlockMemory) -> bool:
 
 
 def _bytes_of(memory: BlockMemory, block_id: int) -> npt.NDArray[np.uint8]:
-    view = memory.view(block_id)
-    if not isinstance(view, np.ndarray):
+    """Return a copy of a block, its pieces one behind the other."""
+    block = memory.staging(1)
+    if not isinstance(block, np.ndarray):
         raise TransportError(f"memory: the pool is in {memory.device}, only main memory can be copied")
-    return view
+    memory.gather(block_id, block)
+    return block

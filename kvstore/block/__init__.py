@@ -2,7 +2,7 @@
 
 Everything else in kvstore is about where blocks live and how they move."""
 
-from kvstore.block.geometry import Geometry, pair_spans
+from kvstore.block.geometry import Geometry
 from kvstore.block.hash import (
     HASH_BYTES,
     BlockHash,
@@ -54,7 +54,6 @@ __all__ = [
     "is_compiled",
     "namespace",
     "pack_hashes",
-    "pair_spans",
     "public_multipliers",
     "subject_of",
     "unpack_hashes",

@@ -10,19 +10,9 @@ to readers, who compute from it which bytes to read.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from kvstore.block.runs import Run
-
 _ADDRESSES = 1 << 63
-
-Spans = npt.NDArray[np.uint64]
-"""`(num_spans, 2)`: address and length of each."""
 
 
 @dataclass(frozen=True)
@@ -74,37 +64,8 @@ class Geometry:
         """Whether neighbouring blocks are one run of bytes."""
         return self.num_pieces == 1 and self.block_stride == self.piece_bytes
 
-
-def pair_spans(remote: Geometry, local: Geometry, runs: Sequence[Run]) -> tuple[Spans, Spans]:
-    """Return which spans of an owner's memory go to which of ours, pair by pair of equal length, for blocks of a read.
-
-    Pieces that are cut differently are cut to what fits both; neighbours that are so at both ends are one span. Piece
-    by piece, and within each in the order of the runs. Raises ValueError for blocks of unequal size, IndexError for
-    such as are not there.
-    """
-    if remote.block_bytes != local.block_bytes:
-        raise ValueError(f"blocks of {remote.block_bytes} bytes, ours have {local.block_bytes}")
-    for run in runs:
-        for geometry, first in ((remote, run.remote_first), (local, run.local_first)):
-            if run.num_blocks < 1 or not 0 <= first <= geometry.num_blocks - run.num_blocks:
-                raise IndexError(f"{run} is not in a pool of {geometry.num_blocks} blocks")
-    unit_bytes = math.gcd(remote.piece_bytes, local.piece_bytes)
-    # A run is one span of each unit where its blocks' units are neighbours in both memories, else one for each block.
-    if not unit_bytes == remote.block_stride == local.block_stride:
-        runs = [Run(run.remote_first + i, run.local_first + i, 1) for run in runs for i in range(run.num_blocks)]
-    counts = np.array([run.num_blocks for run in runs], np.uint64)
-    firsts = (np.array([run.remote_first for run in runs]), np.array([run.local_first for run in runs]))
-    lengths = np.tile(counts * np.uint64(unit_bytes), local.block_bytes // unit_bytes)
-    sources, targets = (_starts(*of, unit_bytes) for of in zip((remote, local), firsts, strict=True))
-    return np.stack([sources, lengths], axis=1), np.stack([targets, lengths], axis=1)
-
-
-def _starts(geometry: Geometry, firsts: npt.NDArray[np.int64], unit_bytes: int) -> npt.NDArray[np.uint64]:
-    """Where each unit of these blocks begins: unit by unit."""
-    units = np.arange(geometry.block_bytes // unit_bytes, dtype=np.uint64) * np.uint64(unit_bytes)
-    piece_bytes = np.uint64(geometry.piece_bytes)
-    of_units = np.uint64(geometry.address) + units // piece_bytes * np.uint64(geometry.piece_stride)
-    of_units += units % piece_bytes
-    of_blocks = firsts.astype(np.uint64) * np.uint64(geometry.block_stride)
-    starts: npt.NDArray[np.uint64] = (of_units[:, None] + of_blocks[None, :]).reshape(-1)
-    return starts
+    def starts(self, unit_bytes: int) -> list[int]:
+        """Return where each unit of block 0 begins, in the order in which they travel; pieces are whole units."""
+        assert self.piece_bytes % unit_bytes == 0
+        pieces = [self.address + piece * self.piece_stride for piece in range(self.num_pieces)]
+        return [piece + offset for piece in pieces for offset in range(0, self.piece_bytes, unit_bytes)]

@@ -20,8 +20,8 @@ from kvstore.errors import ReadFailed, TransportError
 from kvstore.transport.base import LinkPeer
 from kvstore.transport.devices import has_rdma
 from kvstore.transport.host import HostFacts, can_read_memory, host_facts, on_same_host
-from kvstore.transport.nixl_agent import AgentThread, Remote
-from kvstore.transport.nixl_pool import PoolAddress
+from kvstore.transport.nixl_agent import AgentThread
+from kvstore.transport.nixl_pool import PoolAddress, Remote, fitting_unit
 
 if TYPE_CHECKING:
     from nixl_cu13._api import nixl_agent
@@ -66,6 +66,11 @@ class NixlTransport:
         try:
             peer = msgspec.msgpack.decode(descriptor, type=_Descriptor)
         except msgspec.MsgspecError:
+            return None
+        try:
+            fitting_unit(self._memory.geometry, peer.pool.geometry)
+        except TransportError as error:
+            logger.warning("nixl cannot read from a peer: %s", error)
             return None
         kinds = {"DRAM" if self._memory.device == "cpu" else "VRAM", peer.pool.memory_kind}
         if on_same_host(self._host, peer.host):

@@ -8,28 +8,36 @@ copying takes; the event loop never waits for it.
 from __future__ import annotations
 
 import gc
-import itertools
 import logging
 import os
 import queue
-import secrets
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-
-import numpy as np
 
 from kvstore.block import BlockMemory
 from kvstore.errors import ReadFailed, TransportError
 from kvstore.threads import show_name
-from kvstore.transport.nixl_pool import PoolAddress, all_blocks, memory_kind
+from kvstore.transport.nixl_pool import (
+    Indexes,
+    PoolAddress,
+    Prepared,
+    Remote,
+    cut,
+    fitting_unit,
+    memory_kind,
+    pool_address,
+    prepare,
+)
+from kvstore.transport.nixl_tokens import TOKEN_BYTES, Tokens
 
 if TYPE_CHECKING:
-    from nixl_cu13._api import nixl_agent, nixl_prepped_dlist_handle, nixl_xfer_handle
+    from nixl_cu13._api import nixl_agent, nixl_xfer_handle
     from nixl_cu13._bindings import nixlRegDList
 
 logger = logging.getLogger(__name__)
@@ -40,24 +48,10 @@ _BUSY_S: Final = 0.1  # a read older than this is not worth a core: poll it as i
 _FIRST_RETRY_S: Final = 0.5  # until an agent that could not be made is tried again; doubled each time
 _MAX_RETRY_S: Final = 30.0
 _MAX_FORMER: Final = 64  # owners that are remembered although nothing is to be read from them now
-_TOKEN_BYTES: Final = 16
-_NUM_CHECK_TOKENS: Final = 64
 _LAST_REFERENCE: Final = 2  # what sys.getrefcount gives for an object with one name: the name and its own argument
 
 _Answer = TypeVar("_Answer")
 _Handle = TypeVar("_Handle")
-
-
-@dataclass
-class Remote:
-    """An owner's pool, ready to be read. `generation` is the agent's: a reset agent has forgotten it.
-
-    `is_former`: it is known from links that have ended, and its connections may have broken since.
-    """
-
-    agent_name: str
-    generation: int
-    is_former: bool = False
 
 
 @dataclass
@@ -69,7 +63,7 @@ class _Owner:
     """
 
     metadata: bytes
-    blocks: nixl_prepped_dlist_handle | None = None
+    blocks: Prepared | None = None
     """Its pool's; None without users."""
     num_users: int = 0
 
@@ -79,6 +73,7 @@ class _Read:
     handle: nixl_xfer_handle
     done: Future[None]
     remote: Remote
+    rest: deque[tuple[Indexes, Indexes]] = field(default_factory=deque)  # to be posted once what is has ended
     give_up_at: float | None = None
 
 
@@ -99,11 +94,7 @@ class AgentThread:
         self._ended: Future[None] = Future()
         self._ended.set_running_or_notify_cancel()  # nobody cancels it
         self._thread = threading.Thread(target=self._run, name="kv-nixl", daemon=True)
-        # Row 0 is ours, for peers to read. The others are for what we read, each check into one of its own: handshakes
-        # overlap, and a check that was given up may still receive its bytes.
-        self._tokens = np.zeros((1 + _NUM_CHECK_TOKENS, _TOKEN_BYTES), np.uint8)
-        self._check_rows = itertools.cycle(range(1, 1 + _NUM_CHECK_TOKENS))
-        self._tokens[0] = np.frombuffer(secrets.token_bytes(_TOKEN_BYTES), np.uint8)
+        self._tokens = Tokens()
         self._address: PoolAddress | None = None
         self.problem: str | None = "not started"
         """Why nothing can be read at present; None: all is well."""
@@ -113,7 +104,7 @@ class AgentThread:
         self._generation = 0
         self._agent: nixl_agent | None = None
         self._registered: list[nixlRegDList] = []
-        self._local_blocks: nixl_prepped_dlist_handle | None = None
+        self._local_blocks: dict[int, Prepared] = {}  # by the size of their units
         self._owners: dict[str, _Owner] = {}  # by their agents' names; of those without users the last one left last
         self._reads: list[_Read] = []
         self._busy_until = 0.0
@@ -215,37 +206,26 @@ class AgentThread:
     def _create_agent(self) -> None:
         from nixl_cu13._api import nixl_agent_config
 
-        memory, tokens = self._memory, self._tokens
+        geometry, tokens = self._memory.geometry, self._tokens
         name = f"{self._role}-{os.getpid()}-{time.time_ns()}"  # a name that was used before confuses peers
         agent = self._agent_class(name, nixl_agent_config(enable_prog_thread=False))
-        kind, device_id = memory_kind(memory.device)
-        size_bytes = memory.num_blocks * memory.block_bytes
+        kind, device_id = memory_kind(self._memory.device)
         registered = [
-            agent.register_memory([(memory.geometry.address, size_bytes, device_id, "")], kind),
-            agent.register_memory([(tokens.ctypes.data, tokens.nbytes, 0, "")], "DRAM"),
+            agent.register_memory([(geometry.address, geometry.span_bytes, device_id, "")], kind),
+            agent.register_memory([(tokens.address, tokens.size_bytes, 0, "")], "DRAM"),
         ]
-        local_blocks = agent.prep_xfer_dlist(
-            "NIXL_INIT_AGENT",
-            all_blocks(memory.geometry.address, device_id, memory.num_blocks, memory.block_bytes),
-            kind,
-        )
-        address = PoolAddress(
-            agent.get_agent_metadata(),
-            kind,
-            device_id,
-            memory.geometry.address,
-            memory.num_blocks,
-            memory.block_bytes,
-            tokens.ctypes.data,
-            tokens[0].tobytes(),
-        )
-        self._agent, self._registered, self._local_blocks, self._address = agent, registered, local_blocks, address
+        local_blocks = self._prepare_local(agent, geometry.piece_bytes)  # what fits peers with pieces as ours
+        metadata, device = agent.get_agent_metadata(), self._memory.device
+        address = pool_address(metadata, device, geometry, tokens.address, tokens.ours)
+        self._local_blocks[geometry.piece_bytes] = local_blocks
+        self._agent, self._registered, self._address = agent, registered, address
         self.problem = None
 
     def _add_remote(self, address: PoolAddress) -> Remote:
         agent = self._living_agent()
-        if address.block_bytes != self._memory.block_bytes:
-            raise TransportError(f"blocks of {address.block_bytes} bytes, ours have {self._memory.block_bytes}")
+        unit_bytes = fitting_unit(self._memory.geometry, address.geometry)
+        if unit_bytes not in self._local_blocks:
+            self._local_blocks[unit_bytes] = self._prepare_local(agent, unit_bytes)
         known = (name for name, owner in self._owners.items() if owner.metadata == address.metadata)
         name = next(known, None)
         is_former = name is not None and not self._owners[name].num_users
@@ -255,10 +235,14 @@ class AgentThread:
             agent.make_connection(name)
         owner = self._owners.setdefault(name, _Owner(address.metadata))
         if owner.blocks is None:
-            blocks = all_blocks(address.address, address.device_id, address.num_blocks, address.block_bytes)
-            owner.blocks = agent.prep_xfer_dlist(name, blocks, address.memory_kind)
+            there = (name, address.memory_kind, address.device_id)
+            owner.blocks = prepare(agent, *there, address.geometry, unit_bytes)
         owner.num_users += 1
         return Remote(name, self._generation, is_former)
+
+    def _prepare_local(self, agent: nixl_agent, unit_bytes: int) -> Prepared:
+        kind, device_id = memory_kind(self._memory.device)
+        return prepare(agent, "NIXL_INIT_AGENT", kind, device_id, self._memory.geometry, unit_bytes)
 
     def _remove_remote(self, remote: Remote, is_sound: bool) -> None:
         if remote.generation != self._generation:
@@ -269,7 +253,7 @@ class AgentThread:
             return
         agent, blocks, owner.blocks = self._living_agent(), owner.blocks, None
         assert blocks is not None
-        _release(agent.release_dlist_handle, blocks)
+        _release(agent.release_dlist_handle, blocks.handle)
         self._owners[remote.agent_name] = self._owners.pop(remote.agent_name)
         former = [name for name, each in self._owners.items() if not each.num_users]
         if not is_sound:
@@ -283,12 +267,9 @@ class AgentThread:
 
     def _start_check(self, remote: Remote, address: PoolAddress, done: Future[None]) -> None:
         agent = self._living_agent(remote)
-        if len(address.token) != _TOKEN_BYTES:
-            raise TransportError(f"a token of {len(address.token)} bytes")
-        received = self._tokens[next(self._check_rows)]
-        received[:] = 0
-        ours = agent.get_xfer_descs([(received.ctypes.data, _TOKEN_BYTES, 0)], "DRAM")
-        theirs = agent.get_xfer_descs([(address.token_address, _TOKEN_BYTES, 0)], "DRAM")
+        received = self._tokens.place_for(address.token)
+        ours = agent.get_xfer_descs([(received.ctypes.data, TOKEN_BYTES, 0)], "DRAM")
+        theirs = agent.get_xfer_descs([(address.token_address, TOKEN_BYTES, 0)], "DRAM")
 
         def compare(arrived: Future[None]) -> None:
             error = arrived.exception()
@@ -301,26 +282,35 @@ class AgentThread:
 
         arrived = _future_of_ours()
         arrived.add_done_callback(compare)
-        self._post(agent.initialize_xfer("READ", ours, theirs, remote.agent_name), arrived, remote)
+        self._post(_Read(agent.initialize_xfer("READ", ours, theirs, remote.agent_name), arrived, remote))
 
     def _start_read(
         self, remote: Remote, remote_ids: Sequence[int], local_ids: Sequence[int], done: Future[None]
     ) -> None:
-        agent, ours = self._living_agent(remote), self._local_blocks
-        assert ours is not None
-        theirs = self._owners[remote.agent_name].blocks
-        assert theirs is not None
-        sources = np.array(remote_ids, np.int32)  # raises where ids of a peer that lies do not fit
-        handle = agent.make_prepped_xfer("READ", ours, np.array(local_ids, np.int32), theirs, sources)
-        self._post(handle, done, remote)
+        self._living_agent(remote)
+        theirs = self._blocks_of(remote)
+        targets = self._local_blocks[theirs.unit_bytes].indexes(local_ids)
+        sources = theirs.indexes(remote_ids)  # raises where ids of a peer that lies do not fit
+        first, *rest = cut(targets, sources)
+        self._post(_Read(self._make(remote, *first), done, remote, deque(rest)))
 
-    def _post(self, handle: nixl_xfer_handle, done: Future[None], remote: Remote) -> None:
+    def _blocks_of(self, remote: Remote) -> Prepared:
+        blocks = self._owners[remote.agent_name].blocks
+        assert blocks is not None
+        return blocks
+
+    def _make(self, remote: Remote, targets: Indexes, sources: Indexes) -> nixl_xfer_handle:
+        theirs = self._blocks_of(remote)
+        ours = self._local_blocks[theirs.unit_bytes]
+        return self._living_agent(remote).make_prepped_xfer("READ", ours.handle, targets, theirs.handle, sources)
+
+    def _post(self, read: _Read) -> None:
         """Start a transfer. From here on only `_poll_reads` and `_destroy_agent` end it, even where posting fails."""
-        read = _Read(handle, done, remote)
+        self.num_turns += 1
         try:
-            state = self._living_agent().transfer(handle)
+            state = self._living_agent().transfer(read.handle)
         except Exception as error:
-            logger.warning("nixl: posting a read from %s failed: %s", remote.agent_name, repr(error))
+            logger.warning("nixl: posting a read from %s failed: %s", read.remote.agent_name, repr(error))
             state = "PROC"
         if state == "DONE":
             self._end(read, None)
@@ -348,10 +338,23 @@ class AgentThread:
 
     def _end(self, read: _Read, problem: str | None) -> None:
         _release(self._living_agent().release_xfer_handle, read.handle)
+        if problem is None and read.rest and (problem := self._go_on(read)) is None:
+            return
         if problem is None:
             read.done.set_result(None)
         else:
             read.done.set_exception(ReadFailed(f"nixl: read from {read.remote.agent_name} failed: {problem}"))
+
+    def _go_on(self, read: _Read) -> str | None:
+        """Post what is to come next of a read, or say why not."""
+        if read.give_up_at is not None:
+            return "it was given up before all of it was posted"
+        try:
+            read.handle = self._make(read.remote, *read.rest.popleft())
+        except Exception as error:
+            return f"{error!r}"
+        self._post(read)
+        return None
 
     def _set_give_up(self, remote: Remote, at: float) -> None:
         for read in self._reads:
@@ -404,11 +407,11 @@ class AgentThread:
         self._reads.clear()
         for owner in self._owners.values():
             if owner.blocks is not None:
-                _release(agent.release_dlist_handle, owner.blocks)
+                _release(agent.release_dlist_handle, owner.blocks.handle)
         self._owners.clear()
-        if self._local_blocks is not None:
-            _release(agent.release_dlist_handle, self._local_blocks)
-            self._local_blocks = None
+        for blocks in self._local_blocks.values():
+            _release(agent.release_dlist_handle, blocks.handle)
+        self._local_blocks.clear()
         for registered in self._registered:
             _release(agent.deregister_memory, registered)
         self._registered.clear()

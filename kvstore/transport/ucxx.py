@@ -1,7 +1,8 @@
 """Sends blocks as two-sided tagged messages of UCX, by its Python binding ucxx: works wherever TCP does.
 
 The reader asks over the control connection; once the owner grants the read, both post the same messages, one per run of
-neighbouring blocks: the owner sends, the reader receives straight into its pool.
+neighbouring blocks: the owner sends, the reader receives straight into its pool. Whose blocks are in pieces gathers and
+scatters them (`staging.py`), which the other end need not know.
 
 Error handling makes UCX carry the endpoint over tcp even on one host. Without it UCX would use cma, five times as fast,
 but an abort must leave no posted receive behind. Where cma works, the nixl transport uses it.
@@ -10,6 +11,7 @@ but an abort must leave no posted receive behind. Where cma works, the nixl tran
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 from collections.abc import Callable, Coroutine, Sequence
@@ -21,8 +23,9 @@ import msgspec
 from kvstore.block import BlockMemory, Run
 from kvstore.errors import ReadFailed, TransportError
 from kvstore.transport.base import LinkPeer
-from kvstore.transport.buffers import region
+from kvstore.transport.buffers import check_inside, region
 from kvstore.transport.devices import narrow
+from kvstore.transport.staging import Staging
 from kvstore.transport.ucxx_introduction import hold, mend
 
 if TYPE_CHECKING:
@@ -264,6 +267,7 @@ class UcxxLink:
     ) -> None:
         self._endpoint = endpoint
         self._memory = memory
+        self._staging = None if memory.geometry.is_contiguous else Staging(memory)
         self._peer_id = peer_id
         self._error = error
         self._links = links
@@ -316,20 +320,23 @@ class UcxxLink:
         """Post all messages, in order, and return when every single one has ended. Raises the first error."""
         if len(runs) >= 1 << _RUN_BITS:
             raise TransportError(f"a read of {len(runs)} pieces; {(1 << _RUN_BITS) - 1} are possible")
-        buffers = [region(self._memory, first_block, num_blocks) for first_block, num_blocks in runs]
+        for first_block, num_blocks in runs:
+            check_inside(self._memory, first_block, num_blocks)
         posted: list[asyncio.Task[None]] = []
         # One read after the other: grants come in the same order at both ends, so both post the same sequence of
         # messages, and what one end has posted is a prefix of what the other has, or the other way round. Were reads
         # to mix, each end could fill its slots with what the other has no slot for.
         async with self._posting:
-            for i, buffer in enumerate(buffers):
+            for i, run in enumerate(runs):
                 await self._slots.acquire()
                 if self._dead is not None:
                     self._slots.release()
                     break
+                if self._staging is not None:
+                    await self._staging.reserve(run[1])
                 tag = (read_id << _RUN_BITS | i) + 1  # 0 is the link id's
-                message = asyncio.ensure_future(self._post(verb, buffer, tag))
-                message.add_done_callback(lambda _: self._slots.release())
+                message = asyncio.ensure_future(self._move(verb, run, tag))
+                message.add_done_callback(functools.partial(self._moved, run[1]))
                 posted.append(message)
         outcomes = await asyncio.gather(*posted, return_exceptions=True)
         for outcome in outcomes:
@@ -337,6 +344,22 @@ class UcxxLink:
                 raise outcome
         if self._dead is not None:
             raise TransportError("aborted")
+
+    async def _move(self, verb: Literal["send", "recv"], run: tuple[int, int], tag: int) -> None:
+        """Send or receive one message, through a buffer where its blocks are no run of bytes."""
+        if self._staging is None:
+            await self._post(verb, region(self._memory, *run), tag)
+        elif verb == "send":
+            await self._post(verb, await self._staging.gather(*run), tag)
+        else:
+            buffer = self._memory.staging(run[1])
+            await self._post(verb, buffer, tag)
+            await self._staging.scatter(*run, buffer)
+
+    def _moved(self, num_blocks: int, _: asyncio.Task[None]) -> None:
+        self._slots.release()
+        if self._staging is not None:
+            self._staging.free(num_blocks)
 
     async def _post(self, verb: Literal["send", "recv"], buffer: object, tag: int) -> None:
         # Between deciding to post and posting the link may have been aborted; ucxx itself would trip over that.

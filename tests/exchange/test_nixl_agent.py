@@ -17,8 +17,8 @@ from kvstore.errors import IncompatiblePeer, ReadFailed, TransportError
 from kvstore.exchange import BlockExchange, PeerIdentity
 from kvstore.transport import nixl as nixl_transport
 from kvstore.transport import nixl_agent
-from kvstore.transport.nixl_agent import AgentThread, Remote
-from kvstore.transport.nixl_pool import PoolAddress
+from kvstore.transport.nixl_agent import AgentThread
+from kvstore.transport.nixl_pool import PoolAddress, Remote
 from tests.proofs import KEY
 from tests.store_node.store_world import LAYOUT, PATIENT, until
 

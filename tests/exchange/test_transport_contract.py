@@ -29,8 +29,9 @@ BOUND_S = 20.0  # "in bounded time", on a machine that does other things too
 class ChildPeer:
     """A `TransportPeer` in a process of its own."""
 
-    def __init__(self, transport: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, transport: str, num_pieces: int, environment: dict[str, str] | None = None) -> None:
         self._transport = transport
+        self._num_pieces = num_pieces
         self._environment = {**os.environ, **(environment or {})}
         self._numbers = itertools.count()
         self._answers: dict[int, asyncio.Future[Any]] = {}
@@ -41,7 +42,7 @@ class ChildPeer:
         port = server.sockets[0].getsockname()[1]
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-m", "tests.exchange.transport_peer", self._transport, str(port)),
+            *("-m", "tests.exchange.transport_peer", self._transport, str(port), str(self._num_pieces)),
             cwd=REPOSITORY,
             env=self._environment,
         )
@@ -111,8 +112,8 @@ class ChildPeer:
 class LocalPeer(TransportPeer):
     """A peer of the in-memory transport, in this process; others can see neither its death nor its freezing."""
 
-    def __init__(self, switchboard: Switchboard) -> None:
-        super().__init__(lambda memory: MemoryTransport(memory, switchboard, Faults(max_delay_s=0.001)))
+    def __init__(self, switchboard: Switchboard, num_pieces: int) -> None:
+        super().__init__(lambda memory: MemoryTransport(memory, switchboard, Faults(max_delay_s=0.001)), num_pieces)
         self.switchboard = switchboard
         self.peers: list[LocalPeer] = []
 
@@ -168,13 +169,16 @@ class Pair:
 
 
 @asynccontextmanager
-async def make_pair(transport: str, environment: dict[str, str] | None = None) -> AsyncIterator[Pair]:
+async def make_pair(
+    transport: str, environment: dict[str, str] | None = None, pieces: tuple[int, int] = (1, 1)
+) -> AsyncIterator[Pair]:
+    """`pieces`: what a block lies in, at the reader and at the owner."""
     if transport == "memory":
         switchboard = Switchboard()
-        reader, owner = LocalPeer(switchboard), LocalPeer(switchboard)
+        reader, owner = (LocalPeer(switchboard, num_pieces) for num_pieces in pieces)
         reader.peers, owner.peers = [owner], [reader]
     else:
-        reader, owner = ChildPeer(transport, environment), ChildPeer(transport, environment)
+        reader, owner = (ChildPeer(transport, num_pieces, environment) for num_pieces in pieces)
         await asyncio.gather(reader.spawn(), owner.spawn())
     try:
         two_sided, _ = await asyncio.gather(reader.start(), owner.start())
@@ -185,17 +189,26 @@ async def make_pair(transport: str, environment: dict[str, str] | None = None) -
 
 
 TRANSPORTS = ["memory", "ucxx", "nixl"]
+# What a block lies in, at the reader and at the owner; reads go both ways, and starting processes takes the time.
+MIXED = (1, 24)
+OTHERS = [pytest.param(pieces, marks=pytest.mark.slow) for pieces in ((24, 24), (3, 2))]
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(
+    params=[*TRANSPORTS, *(pytest.param(f"{name} in pieces", marks=pytest.mark.slow) for name in TRANSPORTS)]
+)
 async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
-    async with make_pair(request.param) as made:
+    transport, _, in_pieces = request.param.partition(" in ")
+    async with make_pair(transport, pieces=(24, 24) if in_pieces else (1, 1)) as made:
         yield made
 
 
+@pytest.mark.parametrize("pieces", [(1, 1), MIXED, *OTHERS], ids=lambda pieces: f"{pieces[1]} to {pieces[0]}")
 @pytest.mark.parametrize("transport", TRANSPORTS)
-async def test_blocks_land_exactly_where_they_were_asked_for_and_nowhere_else(transport: str):
-    async with make_pair(transport) as pair:  # starting processes takes the time, so they serve all three
+async def test_blocks_land_exactly_where_they_were_asked_for_and_nowhere_else(transport: str, pieces: tuple[int, int]):
+    async with make_pair(
+        transport, pieces=pieces
+    ) as pair:  # starting processes takes the time, so they serve all three
         await check_every_block_lands_in_its_place(pair)
         await check_many_reads_at_once_in_both_directions_do_not_mix(pair)
         await check_blocks_outside_the_pool_are_refused(pair)

@@ -1,6 +1,6 @@
 """One end of the transport contract suite: a pool, a transport, and the few things that a test can ask of them.
 
-For transports with native code it runs as a process of its own, `python -m tests.exchange.transport_peer NAME PORT`,
+For transports with native code it is a process of its own, `python -m tests.exchange.transport_peer NAME PORT PIECES`,
 and takes its orders over a socket: a crash in there is a failed test and not a lost test run.
 """
 
@@ -12,14 +12,15 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kvstore.block import HostMemory
+from kvstore.block import BlockMemory
 from kvstore.errors import TransportError
 from kvstore.transport import Link, LinkPeer, Transport
 from kvstore.transport.base import Run
 from kvstore.transport.devices import confine_ucx
+from tests.pieces import host_memory, read_all, write_all
 
 NUM_BLOCKS = 320
-BLOCK_BYTES = 16 * 1024
+BLOCK_BYTES = 18 * 1024  # in 24 pieces: less than a row of sums each
 
 
 def content(seed: int) -> np.ndarray:
@@ -28,10 +29,10 @@ def content(seed: int) -> np.ndarray:
 
 
 class TransportPeer:
-    """Every public coroutine is an order. Links have names."""
+    """Every public coroutine is an order. Links have names; `num_pieces` is what its blocks lie in."""
 
-    def __init__(self, make_transport: Any) -> None:
-        self.memory = HostMemory.allocate(NUM_BLOCKS, BLOCK_BYTES)
+    def __init__(self, make_transport: Any, num_pieces: int = 1) -> None:
+        self.memory = host_memory(num_pieces, NUM_BLOCKS, BLOCK_BYTES)
         self.transport: Transport = make_transport(self.memory)
         self._links: dict[str, Link] = {}
 
@@ -75,13 +76,13 @@ class TransportPeer:
         await self._links[name].close()
 
     async def fill(self, seed: int) -> None:
-        self.memory.array[:] = content(seed)
+        write_all(self.memory, content(seed))
 
     async def poison(self, value: int) -> None:
         self.memory.array[:] = value
 
     async def blocks(self) -> bytes:
-        return self.memory.array.tobytes()
+        return read_all(self.memory).tobytes()
 
     async def close(self) -> None:
         await self.transport.close()
@@ -92,21 +93,21 @@ def _num_sockets() -> int:
     return sum(os.path.exists(file) and os.readlink(file).startswith("socket:") for file in files)
 
 
-def _make_ucxx(memory: HostMemory) -> Transport:
+def _make_ucxx(memory: BlockMemory) -> Transport:
     from kvstore.transport.ucxx import UcxxTransport
 
     return UcxxTransport(memory, "127.0.0.1")
 
 
-def _make_nixl(memory: HostMemory) -> Transport:
+def _make_nixl(memory: BlockMemory) -> Transport:
     from kvstore.transport.nixl import NixlTransport
 
     return NixlTransport(memory, "test")
 
 
-async def _obey(name: str, port: int) -> None:
+async def _obey(name: str, port: int, num_pieces: int) -> None:
     confine_ucx("127.0.0.1")
-    peer = TransportPeer({"ucxx": _make_ucxx, "nixl": _make_nixl}[name])
+    peer = TransportPeer({"ucxx": _make_ucxx, "nixl": _make_nixl}[name], num_pieces)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     tasks: set[asyncio.Task[None]] = set()
 
@@ -135,4 +136,4 @@ async def _obey(name: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_obey(sys.argv[1], int(sys.argv[2])))
+    asyncio.run(_obey(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
