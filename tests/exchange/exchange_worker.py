@@ -5,13 +5,14 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 
-from kvstore.block import BlockHash, BlockLayout, HostMemory, subject_of
+from kvstore.block import BlockHash, BlockLayout, subject_of
 from kvstore.exchange import BlockExchange, ExchangeObserver, PeerIdentity, RequestScope
 from kvstore.exchange.exchange import OnHave
 from kvstore.exchange.owner import PrefixLender
 from kvstore.peer_keys import PeerKeys
 from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, Reservation
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
+from tests.pieces import host_memory, write_all
 from tests.proofs import KEY
 
 LAYOUT = BlockLayout(num_layers=2, num_kv_heads=1, block_size=8, head_dim=4, dtype="float32", model_fingerprint="ab12")
@@ -39,9 +40,10 @@ class Worker:
         incarnation: str = "",
         observer: ExchangeObserver | None = None,
         on_have: OnHave | None = None,
+        num_pieces: int = 1,
     ) -> None:
-        self.memory = HostMemory.allocate(64, layout.block_bytes)
-        self.memory.array[:] = np.random.default_rng(len(name)).integers(0, 256, self.memory.array.shape, np.uint8)
+        self.memory = host_memory(num_pieces, 64, layout.block_bytes)
+        write_all(self.memory, np.random.default_rng(len(name)).integers(0, 256, (64, layout.block_bytes), np.uint8))
         self.transport = MemoryTransport(self.memory, switchboard, faults, seed=1)
         identity = PeerIdentity(name, name.partition("-")[0], incarnation or f"{name}-1", layout)
         self.exchange = BlockExchange(

@@ -16,7 +16,7 @@ from kvstore.block import HostMemory
 from kvstore.errors import IncompatiblePeer, ReadFailed, TransportError
 from kvstore.exchange import BlockExchange, PeerIdentity
 from kvstore.transport import nixl as nixl_transport
-from kvstore.transport import nixl_agent
+from kvstore.transport import nixl_agent, nixl_pool
 from kvstore.transport.nixl_agent import AgentThread
 from kvstore.transport.nixl_pool import PoolAddress, Remote
 from tests.proofs import KEY
@@ -129,6 +129,58 @@ async def test_a_release_that_raises_loses_no_other_read() -> None:
         nixl.states[last] = "DONE"
         await reads[3]
         assert nixl.num_agents == 1
+
+
+def peer_in_pieces() -> PoolAddress:
+    """Each of its blocks is eight descriptors."""
+    return PoolAddress(
+        b"peer", "DRAM", 0, 4096, 8, 512, 8192, bytes(16), num_pieces=8, piece_stride=512, block_stride=64
+    )
+
+
+async def next_part(nixl: Nixl, num_before: int) -> int:
+    """Wait until so many transfers have been posted, and one more; return it."""
+    await until(lambda: len(nixl.states) > num_before)
+    assert len(nixl.states) == num_before + 1, "one at a time"
+    return list(nixl.states)[-1]
+
+
+@pytest.mark.parametrize("how", ["well", "broken", "cannot be made", "given up", "agent reset"])
+async def test_a_read_of_many_pieces_is_posted_part_after_part_and_ends_once(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(nixl_pool, "_MAX_POSTED", 16)
+    nixl = Nixl()
+    async with running(nixl) as thread, asyncio.timeout(20):
+        remote = await asyncio.wrap_future(thread.add_remote(peer_in_pieces()))
+        reading = asyncio.wrap_future(thread.read(remote, range(8), range(8)))  # four parts
+        nixl.states[await next_part(nixl, 0)] = "DONE"
+        second = await next_part(nixl, 1)
+        match how:
+            case "well":
+                nixl.states[second] = "DONE"
+                nixl.states[await next_part(nixl, 2)] = "DONE"
+                last = await next_part(nixl, 3)
+                assert not reading.done()
+                nixl.states[last] = "DONE"
+                await reading
+                return
+            case "broken":
+                nixl.states[second] = "BROKEN"
+            case "cannot be made":
+                nixl.fails["make_prepped_xfer"] = 1
+                nixl.states[second] = "DONE"
+            case "given up":  # a link that was aborted reads no further, and costs nobody else's reads
+                thread.give_up(remote, 600.0)
+                await asyncio.wrap_future(thread.add_remote(peer()))  # the thread has heard of it
+                nixl.states[second] = "DONE"
+            case "agent reset":
+                thread.give_up(remote, 0.0)
+        said = {"broken": "broke", "cannot be made": "fails", "given up": "given up", "agent reset": "was reset"}[how]
+        with pytest.raises(ReadFailed, match=said):
+            await reading
+        await until(lambda: nixl.num_agents == (2 if how == "agent reset" else 1))
+        assert len(nixl.states) == 2
 
 
 async def test_a_reset_that_fails_ends_its_reads_and_is_tried_until_an_agent_lives() -> None:

@@ -16,10 +16,7 @@ from kvstore.block import (
     HostMemory,
     Multipliers,
     PieceMemory,
-    Run,
     checksums,
-    coalesce,
-    pair_spans,
     row_sums,
     subject_of,
 )
@@ -142,80 +139,3 @@ def test_a_geometry_whose_pieces_overlap_or_lie_nowhere_is_refused(change: dict[
     geometry = Geometry(4096, num_blocks=5, num_pieces=3, piece_bytes=16, piece_stride=80, block_stride=16)
     with pytest.raises(ValueError, match=r"expected|belongs|overlap|so large"):
         dataclasses.replace(geometry, **change)
-
-
-# ---- which bytes go where ----
-
-
-@st.composite
-def geometries(draw: st.DrawFn, num_blocks: int, block_words: int) -> Geometry:
-    num_pieces = draw(st.sampled_from([n for n in (1, 2, 3, 4, 6, 12) if block_words % n == 0]))
-    piece, gap = 8 * block_words // num_pieces, 8 * draw(st.integers(0, 2))
-    if num_pieces == 1:
-        strides = (0, piece + gap)
-    elif draw(st.booleans()):  # piece by piece
-        strides = (num_blocks * (piece + gap) + 8 * draw(st.integers(0, 2)), piece + gap)
-    else:  # block by block
-        strides = (piece + gap, num_pieces * (piece + gap) + 8 * draw(st.integers(0, 2)))
-    return Geometry(8 * draw(st.integers(0, 5)), num_blocks, num_pieces, piece, *strides)
-
-
-def bytes_of(geometry: Geometry, block_id: int) -> list[int]:
-    """The dumb model: where each byte of a block is."""
-    first = geometry.address + block_id * geometry.block_stride
-    starts = [first + piece * geometry.piece_stride for piece in range(geometry.num_pieces)]
-    return [start + i for start in starts for i in range(geometry.piece_bytes)]
-
-
-@given(st.data())
-def test_spans_carry_each_byte_of_each_block_to_its_place_and_no_other(data: st.DataObject) -> None:
-    num_words = data.draw(st.sampled_from([12, 24]))
-    remote, local = (data.draw(geometries(num_blocks, num_words)) for num_blocks in (9, 7))
-    targets = data.draw(st.permutations(range(7)).map(lambda ids: ids[: data.draw(st.integers(0, 7))]))
-    sources = data.draw(st.lists(st.integers(0, 8), min_size=len(targets), max_size=len(targets)))
-    if data.draw(st.booleans()):
-        sources, targets = list(range(2, 8)), list(range(1, 7))
-    runs = coalesce(sources, targets, max_blocks=data.draw(st.integers(1, 4)))
-    theirs, ours = pair_spans(remote, local, runs)
-    assert theirs[:, 1].tolist() == ours[:, 1].tolist()
-    moved = {
-        int(target) + i: int(source) + i
-        for (source, length), (target, _) in zip(theirs, ours, strict=True)
-        for i in range(int(length))
-    }
-    assert moved == {
-        target: source
-        for remote_id, local_id in zip(sources, targets, strict=True)
-        for source, target in zip(bytes_of(remote, remote_id), bytes_of(local, local_id), strict=True)
-    }
-    assert int(ours[:, 1].sum()) == len(moved), "no byte is read twice"
-
-
-def test_neighbours_are_one_span_of_each_piece_where_they_are_neighbours_at_both_ends() -> None:
-    layers = Geometry(0, 100, 24, 512, piece_stride=51200, block_stride=512)
-    other = Geometry(1 << 20, 50, 24, 512, piece_stride=25600, block_stride=512)
-    whole, wide = (
-        Geometry.contiguous(1 << 30, 100, 24 * 512),
-        dataclasses.replace(layers, piece_stride=52000, block_stride=520),
-    )
-    runs = [Run(3, 10, 8), Run(40, 2, 1)]
-    num_spans = {
-        name: len(pair_spans(*pair, runs)[0])
-        for name, pair in {
-            "alike": (layers, other),
-            "in one": (whole, whole),
-            "to one": (layers, whole),
-            "from one": (whole, layers),
-            "with gaps": (wide, layers),
-        }.items()
-    }
-    assert num_spans == {"alike": 48, "in one": 2, "to one": 9 * 24, "from one": 9 * 24, "with gaps": 9 * 24}
-
-
-def test_blocks_of_another_size_and_blocks_that_are_not_there_are_refused() -> None:
-    ours, theirs = Geometry.contiguous(0, 4, 64), Geometry.contiguous(0, 4, 128)
-    with pytest.raises(ValueError, match="blocks of 128 bytes, ours have 64"):
-        pair_spans(theirs, ours, [Run(0, 0, 1)])
-    for run in (Run(4, 0, 1), Run(0, 3, 2), Run(-1, 0, 1), Run(0, -1, 2), Run(0, 0, 0)):
-        with pytest.raises(IndexError, match="is not in a pool of 4 blocks"):
-            pair_spans(ours, ours, [run])

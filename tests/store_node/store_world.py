@@ -15,6 +15,7 @@ from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, FetchResult, Rese
 from kvstore.store import DiskTier, StoreNode, StoreTier, TieredStore
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
 from tests.peers import PROOFS
+from tests.pieces import host_memory, write_all
 from tests.proofs import KEY, prove
 from tests.waiting import until
 
@@ -33,9 +34,11 @@ def chain(name: str, length: int) -> list[BlockHash]:
 class Worker:
     """Holds chains in a pool of random bytes, lends them, and says so. Also reads from a node, as a worker would."""
 
-    def __init__(self, name: str, switchboard: Switchboard, seed: int = 1, lies: bool = False) -> None:
-        self.memory = HostMemory.allocate(64, LAYOUT.block_bytes)
-        self.memory.array[:] = np.random.default_rng(seed).integers(0, 256, self.memory.array.shape, np.uint8)
+    def __init__(
+        self, name: str, switchboard: Switchboard, seed: int = 1, lies: bool = False, num_pieces: int = 1
+    ) -> None:
+        self.memory = host_memory(num_pieces, 64, LAYOUT.block_bytes)
+        write_all(self.memory, np.random.default_rng(seed).integers(0, 256, (64, LAYOUT.block_bytes), np.uint8))
         self.lies = lies
         self.slots: dict[BlockHash, int] = {}
         self.wanted: list[list[BlockHash]] = []
@@ -111,8 +114,8 @@ class World:
         self._open.append(node.close)
         return node
 
-    async def worker(self, name: str = "prefill-0", seed: int = 1, lies: bool = False) -> Worker:
-        worker = Worker(name, self.switchboard, seed, lies)
+    async def worker(self, name: str = "prefill-0", seed: int = 1, lies: bool = False, num_pieces: int = 1) -> Worker:
+        worker = Worker(name, self.switchboard, seed, lies, num_pieces)
         await worker.exchange.start("127.0.0.1", 0)
         self._open.append(worker.exchange.close)
         return worker

@@ -35,6 +35,19 @@ async def test_an_offered_chain_is_pulled_and_lent_byte_for_byte() -> None:
         node.check_integrity()
 
 
+async def test_a_store_keeps_whole_blocks_of_workers_that_have_them_in_pieces() -> None:
+    async with world() as made:
+        node = await made.node()
+        giver, taker = await made.worker(num_pieces=16), await made.worker("prefill-1", seed=2, num_pieces=4)
+        hashes = chain("a", 10)
+        giver.hold(hashes)
+        await giver.offer(node, hashes)
+        await idle(node, 1)
+        result, payloads = await taker.fetch(node, hashes)
+        assert result.ok, result.failure
+        assert payloads == [giver.bytes_of(each) for each in hashes]
+
+
 async def test_a_chain_that_grows_is_pulled_only_where_it_is_new() -> None:
     async with world() as made:
         node, giver = await made.node(), await made.worker()
