@@ -14,7 +14,7 @@ from kvstore.block.hash import (
     unpack_hashes,
 )
 from kvstore.block.layout import DTYPE_BYTES, NATIVE_LAYOUT_VERSION, BlockLayout
-from kvstore.block.memory import BlockMemory, HostMemory, PieceMemory
+from kvstore.block.memory import BlockMemory, HostMemory, PieceMemory, Staging
 from kvstore.block.proof import MAX_PROOF, MIN_KEY_BYTES, Proof, ProofKey, Subject, subject_of
 from kvstore.block.row_sums import ROW_WORDS, Multipliers, is_compiled
 from kvstore.block.runs import Run, coalesce
@@ -43,6 +43,7 @@ __all__ = [
     "Run",
     "SharedTokenIndex",
     "SharedTokens",
+    "Staging",
     "Subject",
     "checksum",
     "checksums",

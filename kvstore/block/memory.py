@@ -20,6 +20,13 @@ _PAGE_BYTES = 4096
 Bytes = npt.NDArray[np.uint8]
 
 
+class Staging(Protocol):
+    """A run of bytes on a memory's device, uint8 `(num_bytes,)`: an array of numpy, or a tensor."""
+
+    def __getitem__(self, part: slice, /) -> Staging:
+        """Return a part of it."""
+
+
 class BlockMemory(Protocol):
     """One whole pool of blocks of equal size, allocated for the life of the process.
 
@@ -45,13 +52,13 @@ class BlockMemory(Protocol):
     def sums(self, block_ids: Sequence[int], multipliers: Multipliers) -> list[bytes]:
         """Return the sums of each block's rows (`Multipliers.sums`), in the order given."""
 
-    def staging(self, num_blocks: int) -> object:
+    def staging(self, num_blocks: int) -> Staging:
         """Return a new buffer for so many blocks, one behind the other, on this device."""
 
-    def gather(self, first_block: int, staging: object) -> None:
+    def gather(self, first_block: int, staging: Staging) -> None:
         """Fill such a buffer with neighbouring blocks; what is sent where they are no run of bytes themselves."""
 
-    def scatter(self, first_block: int, staging: object) -> None:
+    def scatter(self, first_block: int, staging: Staging) -> None:
         """Write neighbouring blocks from such a buffer."""
 
 
@@ -99,17 +106,17 @@ class _InMainMemory:
         """Return a new buffer, uint8 `(num_blocks * block_bytes,)`."""
         return np.empty(num_blocks * self.block_bytes, np.uint8)
 
-    def gather(self, first_block: int, staging: object) -> None:
+    def gather(self, first_block: int, staging: Staging) -> None:
         """Fill a buffer with neighbouring blocks. Raises IndexError."""
         pieces, buffer = self._pair(first_block, staging)
         np.copyto(buffer, pieces)
 
-    def scatter(self, first_block: int, staging: object) -> None:
+    def scatter(self, first_block: int, staging: Staging) -> None:
         """Write neighbouring blocks from a buffer. Raises IndexError."""
         pieces, buffer = self._pair(first_block, staging)
         np.copyto(pieces, buffer)
 
-    def _pair(self, first_block: int, staging: object) -> tuple[Bytes, Bytes]:
+    def _pair(self, first_block: int, staging: Staging) -> tuple[Bytes, Bytes]:
         assert isinstance(staging, np.ndarray)
         buffer = staging.reshape(-1, *self._pieces.shape[1:])
         self._check(first_block)

@@ -7,16 +7,16 @@ that is nobody's by then, and never in a block.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Final
 
-from kvstore.block import BlockMemory
+from kvstore.block import BlockMemory, Staging
 
 _MAX_BYTES: Final = 16 * 1024 * 1024
-# Up to here to copy in the loop is quicker than to hand it to a thread.
-_MAX_INLINE_BYTES: Final = 512 * 1024
+_MAX_STEP_BYTES: Final = 512 * 1024  # the loop stands still for so much at a time: some 100 us
 
 
-class Staging:
+class StagingRoom:
     """The buffers of one link, bounded in bytes. A link has its own: those of others might wait for each other."""
 
     def __init__(self, memory: BlockMemory, max_bytes: int = _MAX_BYTES) -> None:
@@ -38,21 +38,24 @@ class Staging:
         self._num_reserved_bytes -= num_blocks * self._memory.block_bytes
         self._freed.set()
 
-    async def gather(self, first_block: int, num_blocks: int) -> object:
+    async def gather(self, first_block: int, num_blocks: int) -> Staging:
         """Return neighbouring blocks one behind the other, as a copy."""
         buffer = self._memory.staging(num_blocks)
-        if self._is_small(num_blocks):
-            self._memory.gather(first_block, buffer)
-        else:
-            await asyncio.to_thread(self._memory.gather, first_block, buffer)
+        await self._step_by_step(self._memory.gather, first_block, num_blocks, buffer)
         return buffer
 
-    async def scatter(self, first_block: int, num_blocks: int, buffer: object) -> None:
+    async def scatter(self, first_block: int, num_blocks: int, buffer: Staging) -> None:
         """Write neighbouring blocks from a buffer."""
-        if self._is_small(num_blocks):
-            self._memory.scatter(first_block, buffer)
-        else:
-            await asyncio.to_thread(self._memory.scatter, first_block, buffer)
+        await self._step_by_step(self._memory.scatter, first_block, num_blocks, buffer)
 
-    def _is_small(self, num_blocks: int) -> bool:
-        return self._memory.device == "cpu" and num_blocks * self._memory.block_bytes <= _MAX_INLINE_BYTES
+    async def _step_by_step(
+        self, copy: Callable[[int, Staging], None], first_block: int, num_blocks: int, buffer: Staging
+    ) -> None:
+        """Copy, and let others have the loop now and then."""
+        block_bytes = self._memory.block_bytes
+        step = max(1, _MAX_STEP_BYTES // block_bytes)
+        for start in range(0, num_blocks, step):
+            if start:
+                await asyncio.sleep(0)
+            end = min(start + step, num_blocks)
+            copy(first_block + start, buffer[start * block_bytes : end * block_bytes])

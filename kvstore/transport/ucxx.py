@@ -25,7 +25,7 @@ from kvstore.errors import ReadFailed, TransportError
 from kvstore.transport.base import LinkPeer
 from kvstore.transport.buffers import check_inside, region
 from kvstore.transport.devices import narrow
-from kvstore.transport.staging import Staging
+from kvstore.transport.staging import StagingRoom
 from kvstore.transport.ucxx_introduction import hold, mend
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ class UcxxLink:
     ) -> None:
         self._endpoint = endpoint
         self._memory = memory
-        self._staging = None if memory.geometry.is_contiguous else Staging(memory)
+        self._staging = None if memory.geometry.is_contiguous else StagingRoom(memory)
         self._peer_id = peer_id
         self._error = error
         self._links = links

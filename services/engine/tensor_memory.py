@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvstore.block import ROW_WORDS, BlockMemory, Geometry, Multipliers, PieceMemory
+from kvstore.block import ROW_WORDS, BlockMemory, Geometry, Multipliers, PieceMemory, Staging
 
 _LOWER_HALF = (1 << 32) - 1
 _BLOCKS_AT_ONCE = 16  # bounds what summing allocates on the device
@@ -89,19 +89,19 @@ class DeviceMemory:
         """Return a new buffer, uint8 `[num_blocks * block_bytes]`, which has `__cuda_array_interface__`."""
         return torch.empty(num_blocks * self.block_bytes, dtype=torch.uint8, device=self._blocks.device)
 
-    def gather(self, first_block: int, staging: object) -> None:
+    def gather(self, first_block: int, staging: Staging) -> None:
         """Fill a buffer with neighbouring blocks. Waits for the device. Raises IndexError."""
         blocks, buffer = self._pair(first_block, staging)
         buffer.copy_(blocks)
         self._wait()
 
-    def scatter(self, first_block: int, staging: object) -> None:
+    def scatter(self, first_block: int, staging: Staging) -> None:
         """Write neighbouring blocks from a buffer. Waits for the device. Raises IndexError."""
         blocks, buffer = self._pair(first_block, staging)
         blocks.copy_(buffer)
         self._wait()
 
-    def _pair(self, first_block: int, staging: object) -> tuple[Tensor, Tensor]:
+    def _pair(self, first_block: int, staging: Staging) -> tuple[Tensor, Tensor]:
         assert isinstance(staging, Tensor)
         buffer = staging.view(-1, *self._blocks.shape[1:])
         self._check(first_block)

@@ -1,15 +1,18 @@
 """How fast blocks move between two worker processes on this machine, by transport, through the whole block protocol.
 
     python -m tests.bench.bench_transfer [--blocks 128] [--block-kib 192] [--rounds 20] [--transports ucxx,nixl]
+        [--pieces 1:1,24:24,24:1]
 
 An owner in a process of its own lends blocks, this process fetches them: lease, reads, digests, confirmation. Times are
-from the announcement of the last block, as in a handoff, to the point named by the column.
+from the announcement of the last block, as in a handoff, to the point named by the column. `--pieces` says in how many
+pieces a block lies at the owner and at the reader; engines that keep each layer by itself have as many as layers.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import random
 import statistics
@@ -21,20 +24,23 @@ from typing import IO
 
 import numpy as np
 
-from kvstore.block import BlockLayout, HostMemory
+from kvstore.block import BlockLayout, HostMemory, PieceMemory
 from kvstore.exchange import BlockExchange, PeerIdentity
 from kvstore.protocol import AnnouncedBlock, Reservation
 from kvstore.transport import make_transports
 from tests.peers import PROOFS
+from tests.pieces import host_memory
 from tests.proofs import KEY, prove_handoff
 
 _POOL_FACTOR = 4  # pools hold so many transfers, so that blocks are scattered and caches cold
 
 
-def make_exchange(name: str, transport: str, num_blocks: int, block_kib: int) -> tuple[BlockExchange, HostMemory]:
+def make_exchange(
+    name: str, transport: str, num_blocks: int, block_kib: int, num_pieces: int
+) -> tuple[BlockExchange, HostMemory | PieceMemory]:
     """Build one worker's exchange over a pool of `num_blocks * _POOL_FACTOR` blocks."""
     layout = BlockLayout(1, 1, 32, block_kib * 4, "float32", "be0c")
-    memory = HostMemory.allocate(num_blocks * _POOL_FACTOR, layout.block_bytes)
+    memory = host_memory(num_pieces, num_blocks * _POOL_FACTOR, layout.block_bytes)
     identity = PeerIdentity(name, name, f"{name}-{os.getpid()}", layout)
     return BlockExchange(
         identity, memory, make_transports(transport, memory, name, "127.0.0.1"), proof_key=KEY, keys=PROOFS.blocks
@@ -43,7 +49,8 @@ def make_exchange(name: str, transport: str, num_blocks: int, block_kib: int) ->
 
 async def own(arguments: argparse.Namespace) -> None:
     """The child: announces all blocks of a transfer at once, whenever the parent writes a line."""
-    exchange, memory = make_exchange("owner", arguments.transports, arguments.blocks, arguments.block_kib)
+    num_pieces = int(arguments.pieces.partition(":")[0])
+    exchange, memory = make_exchange("owner", arguments.transports, arguments.blocks, arguments.block_kib, num_pieces)
     memory.array[:] = np.random.default_rng(1).integers(0, 256, memory.array.shape, np.uint8)
     await exchange.start("127.0.0.1", 0)
     print("address", exchange.address, flush=True)
@@ -73,6 +80,7 @@ def spawn_owner(arguments: argparse.Namespace, transport: str) -> subprocess.Pop
     """Start the child; its orders and answers are lines."""
     command = [sys.executable, "-m", "tests.bench.bench_transfer", "--own", "--transports", transport]
     command += ["--blocks", str(arguments.blocks), "--block-kib", str(arguments.block_kib)]
+    command += ["--pieces", arguments.pieces]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -80,7 +88,8 @@ async def measure(arguments: argparse.Namespace, transport: str, child: subproce
     """Fetch over one transport and print its rows."""
     assert child.stdin is not None
     assert child.stdout is not None
-    exchange, memory = make_exchange("reader", transport, arguments.blocks, arguments.block_kib)
+    num_pieces = int(arguments.pieces.partition(":")[2])
+    exchange, memory = make_exchange("reader", transport, arguments.blocks, arguments.block_kib, num_pieces)
     await exchange.start("127.0.0.1", 0)
     rng, lane = random.Random(2), "?"
     try:
@@ -138,7 +147,7 @@ def print_row(
     gb = arguments.blocks * arguments.block_kib * 1024 / 1e9
     best = min(row[3] for row in rows)
     print(
-        f"{transport:<6}{lane:<9}{kind:<12}{read:>9.2f}{verified:>10.2f}{confirm:>10.2f}{whole:>9.2f}{best:>9.2f}"
+        f"{transport:<6}{lane:<9}{arguments.pieces:<9}{kind:<12}{read:>9.2f}{verified:>10.2f}{confirm:>10.2f}{whole:>9.2f}{best:>9.2f}"
         f"{gb / read * 1e3:>8.2f}{connect_ms:>11.1f}",
         flush=True,
     )
@@ -151,17 +160,19 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=128)
     parser.add_argument("--block-kib", type=int, default=192)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--pieces", default="1:1", help="OWNER:READER, several with commas")
     parser.add_argument("--own", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.own:
         asyncio.run(own(arguments))
         return
-    names = arguments.transports.split(",")
-    if len(names) > 1:  # one process each: what one transport leaves behind in the process is not the other's to pay
+    names, all_pieces = arguments.transports.split(","), arguments.pieces.split(",")
+    if len(names) * len(all_pieces) > 1:  # a process each: what one leaves behind there is not the other's to pay
         print(f"{arguments.blocks} blocks of {arguments.block_kib} KiB, medians in ms from the last announcement:")
-        print("name  lane     blocks           read  verified   confirm    whole     best    GB/s connect ms")
-        for name in names:
-            subprocess.run([sys.executable, "-m", "tests.bench.bench_transfer", *sys.argv[1:], "--transports", name])
+        print("name  lane     pieces   blocks           read  verified   confirm    whole     best    GB/s connect ms")
+        for name, pieces in itertools.product(names, all_pieces):
+            chosen = ["--transports", name, "--pieces", pieces]
+            subprocess.run([sys.executable, "-m", "tests.bench.bench_transfer", *sys.argv[1:], *chosen])
         return
     with spawn_owner(arguments, names[0]) as child:
         asyncio.run(measure(arguments, names[0], child))

@@ -1,0 +1,62 @@
+"""The buffers of a link whose blocks are in pieces: bounded, and copied without holding up the loop."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from kvstore.transport import staging
+from kvstore.transport.staging import StagingRoom
+from tests.pieces import piece_memory, read_all, write_all
+
+BLOCK_BYTES = 48
+
+
+def some_blocks() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (9, BLOCK_BYTES), np.uint8)
+
+
+async def test_room_is_bounded_and_whoever_waits_gets_it_in_the_end() -> None:
+    room = StagingRoom(piece_memory(3, 9, BLOCK_BYTES), max_bytes=4 * BLOCK_BYTES)
+    await room.reserve(3)
+    await room.reserve(1)
+    waiting = asyncio.ensure_future(room.reserve(2))
+    room.free(1)
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    room.free(3)
+    async with asyncio.timeout(20):
+        await waiting
+        room.free(2)
+        await room.reserve(9)  # more than the bound: alone
+    waiting = asyncio.ensure_future(room.reserve(1))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    room.free(9)
+    await asyncio.wait_for(waiting, 20)
+
+
+async def test_blocks_are_copied_step_by_step_and_others_have_the_loop_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_MAX_STEP_BYTES", 2 * BLOCK_BYTES)
+    memory, blocks = piece_memory(3, 9, BLOCK_BYTES), some_blocks()
+    write_all(memory, blocks)
+    room, num_turns = StagingRoom(memory), 0
+
+    async def take_turns() -> None:
+        nonlocal num_turns
+        while True:
+            num_turns += 1
+            await asyncio.sleep(0)
+
+    others = asyncio.ensure_future(take_turns())
+    buffer = await room.gather(2, 7)
+    assert num_turns >= 3, "four steps"
+    assert isinstance(buffer, np.ndarray)
+    assert buffer.tobytes() == blocks[2:9].tobytes()
+    await room.scatter(0, 7, buffer)
+    assert num_turns >= 6
+    others.cancel()
+    blocks[:7] = blocks[2:9].copy()
+    assert (read_all(memory) == blocks).all()
