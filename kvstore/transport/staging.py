@@ -16,31 +16,34 @@ _MAX_BYTES: Final = 16 * 1024 * 1024
 _MAX_STEP_BYTES: Final = 512 * 1024  # the loop stands still for so much at a time: some 100 us
 
 
-class StagingRoom:
-    """The buffers of one link, bounded in bytes. A link has its own: those of others might wait for each other."""
+class Buffers:
+    """A transport's, of so many blocks each. They are used again: new memory costs a page fault for each 4 KiB."""
 
-    def __init__(self, memory: BlockMemory, max_bytes: int = _MAX_BYTES) -> None:
+    def __init__(self, memory: BlockMemory) -> None:
         self._memory = memory
-        self._max_bytes = max_bytes
-        self._num_reserved_bytes = 0
-        self._freed = asyncio.Event()
+        self._kept: dict[int, list[Staging]] = {}  # by number of blocks
+        self._num_kept_bytes = 0
 
-    async def reserve(self, num_blocks: int) -> None:
-        """Wait until there is room for so many blocks. One waits at a time; one always gets it."""
+    def take(self, num_blocks: int) -> Staging:
+        """Return a buffer for so many blocks, with anything in it."""
+        kept = self._kept.get(num_blocks)
+        if not kept:
+            return self._memory.staging(num_blocks)
+        self._num_kept_bytes -= num_blocks * self._memory.block_bytes
+        return kept.pop()
+
+    def give_back(self, num_blocks: int, buffer: Staging) -> None:
+        """Keep a buffer that nothing touches any more; others go where there would be too many."""
         num_bytes = num_blocks * self._memory.block_bytes
-        while self._num_reserved_bytes and self._num_reserved_bytes + num_bytes > self._max_bytes:
-            self._freed.clear()
-            await self._freed.wait()
-        self._num_reserved_bytes += num_bytes
-
-    def free(self, num_blocks: int) -> None:
-        """So many blocks' room is used no more."""
-        self._num_reserved_bytes -= num_blocks * self._memory.block_bytes
-        self._freed.set()
+        if self._num_kept_bytes + num_bytes > _MAX_BYTES:
+            self._kept.clear()
+            self._num_kept_bytes = 0
+        self._kept.setdefault(num_blocks, []).append(buffer)
+        self._num_kept_bytes += num_bytes
 
     async def gather(self, first_block: int, num_blocks: int) -> Staging:
         """Return neighbouring blocks one behind the other, as a copy."""
-        buffer = self._memory.staging(num_blocks)
+        buffer = self.take(num_blocks)
         await self._step_by_step(self._memory.gather, first_block, num_blocks, buffer)
         return buffer
 
@@ -59,3 +62,24 @@ class StagingRoom:
                 await asyncio.sleep(0)
             end = min(start + step, num_blocks)
             copy(first_block + start, buffer[start * block_bytes : end * block_bytes])
+
+
+class Room:
+    """Bounds the bytes in one link's buffers. Each link has its own: those of others might wait for each other."""
+
+    def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._num_reserved_bytes = 0
+        self._freed = asyncio.Event()
+
+    async def reserve(self, num_bytes: int) -> None:
+        """Wait until there is room. One waits at a time; one always gets it."""
+        while self._num_reserved_bytes and self._num_reserved_bytes + num_bytes > self._max_bytes:
+            self._freed.clear()
+            await self._freed.wait()
+        self._num_reserved_bytes += num_bytes
+
+    def free(self, num_bytes: int) -> None:
+        """So much is used no more."""
+        self._num_reserved_bytes -= num_bytes
+        self._freed.set()

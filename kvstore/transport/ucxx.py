@@ -25,7 +25,7 @@ from kvstore.errors import ReadFailed, TransportError
 from kvstore.transport.base import LinkPeer
 from kvstore.transport.buffers import check_inside, region
 from kvstore.transport.devices import narrow
-from kvstore.transport.staging import StagingRoom
+from kvstore.transport.staging import Buffers, Room
 from kvstore.transport.ucxx_introduction import hold, mend
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class UcxxTransport:
         self._ucxx, self._options = import_ucxx()
         self._error: type[Exception] = self._ucxx.exceptions.UCXError
         self._memory = memory
+        self._buffers = None if memory.geometry.is_contiguous else Buffers(memory)
         self._is_running = False
         self._came_s: float | None = None  # when a message to ourselves came last; None: none is sent
         self._unaborted: list[Endpoint] = []
@@ -172,7 +173,7 @@ class UcxxTransport:
             endpoint = await self._dial(peer)
         else:
             endpoint = await self._arrival(peer.link_id)
-        link = UcxxLink(endpoint, self._memory, peer.peer_id, self._error, self._links, self.abort)
+        link = UcxxLink(endpoint, self._memory, peer.peer_id, self._error, self._links, self.abort, self._buffers)
         self._links.add(link)
         return link
 
@@ -264,10 +265,12 @@ class UcxxLink:
         error: type[Exception],
         links: set[UcxxLink],
         abort: Callable[[Endpoint], None],
+        buffers: Buffers | None,
     ) -> None:
         self._endpoint = endpoint
         self._memory = memory
-        self._staging = None if memory.geometry.is_contiguous else StagingRoom(memory)
+        self._buffers = buffers
+        self._room = Room()
         self._peer_id = peer_id
         self._error = error
         self._links = links
@@ -332,8 +335,8 @@ class UcxxLink:
                 if self._dead is not None:
                     self._slots.release()
                     break
-                if self._staging is not None:
-                    await self._staging.reserve(run[1])
+                if self._buffers is not None:
+                    await self._room.reserve(run[1] * self._memory.block_bytes)
                 tag = (read_id << _RUN_BITS | i) + 1  # 0 is the link id's
                 message = asyncio.ensure_future(self._move(verb, run, tag))
                 message.add_done_callback(functools.partial(self._moved, run[1]))
@@ -347,19 +350,20 @@ class UcxxLink:
 
     async def _move(self, verb: Literal["send", "recv"], run: tuple[int, int], tag: int) -> None:
         """Send or receive one message, through a buffer where its blocks are no run of bytes."""
-        if self._staging is None:
+        buffers = self._buffers
+        if buffers is None:
             await self._post(verb, region(self._memory, *run), tag)
-        elif verb == "send":
-            await self._post(verb, await self._staging.gather(*run), tag)
-        else:
-            buffer = self._memory.staging(run[1])
-            await self._post(verb, buffer, tag)
-            await self._staging.scatter(*run, buffer)
+            return
+        buffer = buffers.take(run[1]) if verb == "recv" else await buffers.gather(*run)
+        await self._post(verb, buffer, tag)
+        if verb == "recv":
+            await buffers.scatter(*run, buffer)
+        buffers.give_back(run[1], buffer)  # where anything went wrong it is left alone
 
     def _moved(self, num_blocks: int, _: asyncio.Task[None]) -> None:
         self._slots.release()
-        if self._staging is not None:
-            self._staging.free(num_blocks)
+        if self._buffers is not None:
+            self._room.free(num_blocks * self._memory.block_bytes)
 
     async def _post(self, verb: Literal["send", "recv"], buffer: object, tag: int) -> None:
         # Between deciding to post and posting the link may have been aborted; ucxx itself would trip over that.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvstore.transport import staging
-from kvstore.transport.staging import StagingRoom
+from kvstore.transport.staging import Buffers, Room
 from tests.pieces import piece_memory, read_all, write_all
 
 BLOCK_BYTES = 48
@@ -19,7 +19,7 @@ def some_blocks() -> np.ndarray:
 
 
 async def test_room_is_bounded_and_whoever_waits_gets_it_in_the_end() -> None:
-    room = StagingRoom(piece_memory(3, 9, BLOCK_BYTES), max_bytes=4 * BLOCK_BYTES)
+    room = Room(max_bytes=4)
     await room.reserve(3)
     await room.reserve(1)
     waiting = asyncio.ensure_future(room.reserve(2))
@@ -42,7 +42,7 @@ async def test_blocks_are_copied_step_by_step_and_others_have_the_loop_between(m
     monkeypatch.setattr(staging, "_MAX_STEP_BYTES", 2 * BLOCK_BYTES)
     memory, blocks = piece_memory(3, 9, BLOCK_BYTES), some_blocks()
     write_all(memory, blocks)
-    room, num_turns = StagingRoom(memory), 0
+    buffers, num_turns = Buffers(memory), 0
 
     async def take_turns() -> None:
         nonlocal num_turns
@@ -51,12 +51,26 @@ async def test_blocks_are_copied_step_by_step_and_others_have_the_loop_between(m
             await asyncio.sleep(0)
 
     others = asyncio.ensure_future(take_turns())
-    buffer = await room.gather(2, 7)
+    buffer = await buffers.gather(2, 7)
     assert num_turns >= 3, "four steps"
     assert isinstance(buffer, np.ndarray)
     assert buffer.tobytes() == blocks[2:9].tobytes()
-    await room.scatter(0, 7, buffer)
+    await buffers.scatter(0, 7, buffer)
     assert num_turns >= 6
     others.cancel()
     blocks[:7] = blocks[2:9].copy()
     assert (read_all(memory) == blocks).all()
+
+
+def test_buffers_are_used_again_and_those_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_MAX_BYTES", 4 * BLOCK_BYTES)
+    buffers = Buffers(piece_memory(3, 9, BLOCK_BYTES))
+    pair = [buffers.take(2), buffers.take(2)]
+    assert pair[0] is not pair[1]
+    for each in pair:
+        buffers.give_back(2, each)
+    assert buffers.take(2) is pair[1]
+    assert buffers.take(1) is not pair[0]
+    buffers.give_back(3, three := buffers.take(3))  # drops the one of two
+    assert buffers.take(2) is not pair[0]
+    assert buffers.take(3) is three
