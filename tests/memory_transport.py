@@ -108,7 +108,7 @@ class MemoryLink:
     """The reader's end of a link copies by itself; the owner's end does nothing."""
 
     lane = "memory"
-    num_pieces = 0
+    num_messages = 0
 
     def __init__(
         self,

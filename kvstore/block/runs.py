@@ -1,4 +1,4 @@
-"""Groups blocks that travel as one piece: neighbours in the owner's pool and in ours. Pure."""
+"""Groups blocks that travel as one message: neighbours in the owner's pool and in ours. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring blocks that move as one piece: `remote_first ...` of the owner's into `local_first ...` of ours."""
+    """Neighbouring blocks that move as one: `remote_first ...` of the owner's into `local_first ...` of ours."""
 
     remote_first: int
     local_first: int

@@ -17,16 +17,10 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from kvstore.block import BlockMemory, Run
-from kvstore.transport import Link, region, words_of
+from kvstore.transport import STEP_BYTES, Link, Marked, mark_pieces, mark_run, num_left, region, words_of
 
-_STEP_BYTES: Final = 64 * 1024
-_STEP_WORDS: Final = _STEP_BYTES // 8
-# Small and finite in every type that a cache may have: a block whose read came to nothing goes back to the pool with
-# its marks, and where its last tokens are not computed yet, attention multiplies what lies there by 0.
-MARK: Final = np.uint64(0x3A5C_1F3B_3A5D_1E3C)
 # Below this a link is as good as one that stands still.
 _SLOWEST_BYTES_PER_S: Final = 1024 * 1024
 
@@ -44,12 +38,12 @@ class ReadWatch:
         self._num_turns = num_turns
         self._allowed_s = allowed_s
         self._interval_s = interval_s
-        self._marked: dict[int, list[npt.NDArray[np.uint64]]] = {}  # by read
+        self._marked: dict[int, Marked] = {}  # by read
         self._num_marks = 0
-        self._unseen_bytes = _STEP_BYTES  # what may come without being seen
+        self._unseen_bytes = STEP_BYTES  # what may come without being seen
         self._still_s = 0.0
         self._has_moved = False
-        self._seen: tuple[float, int, int | None] | None = None  # the last look: when, pieces, turns
+        self._seen: tuple[float, int, int | None] | None = None  # the last look: when, messages, turns
 
     @property
     def is_reading(self) -> bool:
@@ -60,10 +54,10 @@ class ReadWatch:
         """Mark the blocks of a read, before it starts."""
         if not self._marked:
             self._still_s, self._seen = 0.0, None
-        marked: list[npt.NDArray[np.uint64]] = []
-        for run in runs:
+        marked: Marked = []
+        for number, run in enumerate(runs):
             if self._memory.device == "cpu":
-                marked += _mark(self._memory, run)
+                marked += _mark(self._memory, run, number)
             else:
                 self._unseen_bytes = max(self._unseen_bytes, run.num_blocks * self._memory.block_bytes)
         self._marked[read_id] = marked
@@ -77,14 +71,14 @@ class ReadWatch:
 
     def drop(self, read_id: int) -> None:
         """Nobody waits for a read any more, or it has ended."""
-        self._num_marks -= sum(_num_left(words) for words in self._marked.pop(read_id, []))
+        self._num_marks -= num_left(self._marked.pop(read_id, []))
 
     def look(self, now: float) -> bool:
         """Return whether bytes have come since the last time."""
-        num_marks = sum(_num_left(words) for marked in self._marked.values() for words in marked)
-        seen_at, num_pieces, num_turns = self._seen or (now, 0, None)
-        self._seen = now, self._link.num_pieces, self._num_turns()
-        has_moved = self._has_moved or num_marks < self._num_marks or self._link.num_pieces > num_pieces
+        num_marks = sum(num_left(marked) for marked in self._marked.values())
+        seen_at, num_messages, num_turns = self._seen or (now, 0, None)
+        self._seen = now, self._link.num_messages, self._num_turns()
+        has_moved = self._has_moved or num_marks < self._num_marks or self._link.num_messages > num_messages
         self._num_marks, self._has_moved = num_marks, False
         if has_moved or not self._marked:
             self._still_s = 0.0
@@ -100,22 +94,9 @@ class ReadWatch:
         return f"the link stands still: {len(self._marked)} reads, and no byte for {self._still_s:.1f} s"
 
 
-def _mark(memory: BlockMemory, run: Run) -> list[npt.NDArray[np.uint64]]:
-    """Mark every so many words of a run, and its last one; of a run in pieces, of each piece, or of some."""
-    if memory.geometry.is_contiguous:
-        buffer = region(memory, run.local_first, run.num_blocks)
-        assert isinstance(buffer, np.ndarray)
-        words = buffer.view(np.uint64)
-        marked = [words[_STEP_WORDS - 1 :: _STEP_WORDS], words[-1:]]
-    else:
-        pieces = words_of(memory, run.local_first, run.num_blocks)
-        every = max(1, _STEP_WORDS // (pieces.shape[1] * pieces.shape[2]))
-        pieces = pieces[(len(pieces) - 1) % every :: every]  # so that the last is among them
-        marked = [pieces[:, :, _STEP_WORDS - 1 :: _STEP_WORDS], pieces[:, -1, -1]]
-    for each in marked:
-        each[...] = MARK
-    return marked
-
-
-def _num_left(marked: npt.NDArray[np.uint64]) -> int:
-    return int(np.count_nonzero(marked == MARK))
+def _mark(memory: BlockMemory, run: Run, number: int) -> Marked:
+    if not memory.geometry.is_contiguous:
+        return mark_pieces(words_of(memory, run.local_first, run.num_blocks), number)
+    buffer = region(memory, run.local_first, run.num_blocks)
+    assert isinstance(buffer, np.ndarray)
+    return mark_run(buffer.view(np.uint64))

@@ -53,7 +53,7 @@ from kvstore.protocol.messages import (
 )
 from kvstore.protocol.timeouts import ExchangeTimeouts
 
-# Neighbouring blocks travel as one piece up to this size: enough to hide the cost of a piece, small enough to pipeline.
+# Neighbouring blocks travel as one message up to this size: enough to hide what one costs, small enough to pipeline.
 _MAX_RUN_BYTES: Final = 4 * 1024 * 1024
 # Prefixes that one reader may be lent at a time, and suspicions looked into: each has a task, and may pin blocks.
 _MAX_OWED: Final = 256

@@ -38,8 +38,8 @@ class Link(Protocol):
         """The carrier of the bytes, for people and metrics: `tcp`, `cma`, `rdma`, `cuda_ipc` ..."""
 
     @property
-    def num_pieces(self) -> int:
-        """How many pieces of reads have come so far, for who watches that anything comes; 0 where a read is one."""
+    def num_messages(self) -> int:
+        """How many messages have come so far, or parts of them, for who watches that any do; 0 where blocks show it."""
 
     def read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
         """Start to read. The future resolves only when the read has *really* ended: no byte of it can land after.
@@ -49,7 +49,7 @@ class Link(Protocol):
         """
 
     def serve(self, read_id: int, runs: Sequence[tuple[int, int]]) -> asyncio.Future[None]:
-        """Send blocks, each run `(first_block_id, num_blocks)` as one piece; two-sided transports only.
+        """Send blocks, each run `(first_block_id, num_blocks)` as one message; two-sided transports only.
 
         The future resolves when the blocks are no more touched, with `ReadFailed` where the send went wrong.
         """

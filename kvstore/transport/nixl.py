@@ -160,7 +160,7 @@ class NixlLink:
         self._links = links
         self._dead: str | None = None
         self._under_way: set[asyncio.Future[None]] = set()
-        self.num_pieces = 0
+        self.num_messages = 0
 
     def read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
         """Read in one request; NIXL joins neighbours again."""

@@ -10,7 +10,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
+import numpy as np
+
 from kvstore.block import BlockMemory, Staging
+from kvstore.transport.marks import Marked, mark_run, num_left
 
 _MAX_BYTES: Final = 16 * 1024 * 1024
 _MAX_STEP_BYTES: Final = 512 * 1024  # the loop stands still for so much at a time: some 100 us
@@ -62,6 +65,31 @@ class Buffers:
                 await asyncio.sleep(0)
             end = min(start + step, num_blocks)
             copy(first_block + start, buffer[start * block_bytes : end * block_bytes])
+
+
+class Arrivals:
+    """Counts what comes into buffers, by every 64 KiB: the blocks show nothing until a whole message is there."""
+
+    def __init__(self) -> None:
+        self._coming: dict[int, Marked] = {}  # by tag
+        self._num_before = 0
+
+    @property
+    def num_come(self) -> int:
+        """What has come so far; never less than before."""
+        return self._num_before + sum(_num_marks(marked) - num_left(marked) for marked in self._coming.values())
+
+    def begin(self, tag: int, buffer: Staging) -> None:
+        """Watch a buffer from now on. On a device none can be watched; there messages are seen, and no less."""
+        self._coming[tag] = mark_run(buffer.view(np.uint64)) if isinstance(buffer, np.ndarray) else []
+
+    def end(self, tag: int) -> None:
+        """A message has ended, and counts as come."""
+        self._num_before += _num_marks(self._coming.pop(tag))
+
+
+def _num_marks(marked: Marked) -> int:
+    return sum(words.size for words in marked)
 
 
 class Room:

@@ -25,7 +25,7 @@ from kvstore.errors import ReadFailed, TransportError
 from kvstore.transport.base import LinkPeer
 from kvstore.transport.buffers import check_inside, region
 from kvstore.transport.devices import narrow
-from kvstore.transport.staging import Buffers, Room
+from kvstore.transport.staging import Arrivals, Buffers, Room
 from kvstore.transport.ucxx_introduction import hold, mend
 
 if TYPE_CHECKING:
@@ -271,6 +271,7 @@ class UcxxLink:
         self._memory = memory
         self._buffers = buffers
         self._room = Room()
+        self._arrivals = Arrivals()
         self._peer_id = peer_id
         self._error = error
         self._links = links
@@ -279,7 +280,12 @@ class UcxxLink:
         self._slots = asyncio.Semaphore(_MAX_POSTED)
         self._posting = asyncio.Lock()
         self._under_way: set[asyncio.Task[None]] = set()
-        self.num_pieces = 0
+        self._num_messages = 0
+
+    @property
+    def num_messages(self) -> int:
+        """Messages, and, where they come into buffers, parts of them."""
+        return self._num_messages + self._arrivals.num_come
 
     def read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
         """Post one receive per run."""
@@ -322,7 +328,7 @@ class UcxxLink:
     async def _post_all(self, verb: Literal["send", "recv"], read_id: int, runs: Sequence[tuple[int, int]]) -> None:
         """Post all messages, in order, and return when every single one has ended. Raises the first error."""
         if len(runs) >= 1 << _RUN_BITS:
-            raise TransportError(f"a read of {len(runs)} pieces; {(1 << _RUN_BITS) - 1} are possible")
+            raise TransportError(f"a read of {len(runs)} messages; {(1 << _RUN_BITS) - 1} are possible")
         for first_block, num_blocks in runs:
             check_inside(self._memory, first_block, num_blocks)
         posted: list[asyncio.Task[None]] = []
@@ -354,9 +360,16 @@ class UcxxLink:
         if buffers is None:
             await self._post(verb, region(self._memory, *run), tag)
             return
-        buffer = buffers.take(run[1]) if verb == "recv" else await buffers.gather(*run)
-        await self._post(verb, buffer, tag)
-        if verb == "recv":
+        if verb == "send":
+            buffer = await buffers.gather(*run)
+            await self._post(verb, buffer, tag)
+        else:
+            buffer = buffers.take(run[1])
+            self._arrivals.begin(tag, buffer)
+            try:
+                await self._post(verb, buffer, tag)
+            finally:
+                self._arrivals.end(tag)
             await buffers.scatter(*run, buffer)
         buffers.give_back(run[1], buffer)  # where anything went wrong it is left alone
 
@@ -370,4 +383,4 @@ class UcxxLink:
         if self._dead is not None:
             raise TransportError("aborted")
         await (self._endpoint.send if verb == "send" else self._endpoint.recv)(buffer, tag=tag)
-        self.num_pieces += 1
+        self._num_messages += 1

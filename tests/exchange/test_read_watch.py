@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvstore.block import BlockHash, HostMemory, Run
-from kvstore.exchange.read_watch import MARK, ReadWatch
+from kvstore.block import BlockHash, HostMemory, PieceMemory, Run
+from kvstore.exchange.read_watch import ReadWatch
 from kvstore.protocol import (
     AnnouncedBlock,
     ExchangeTimeouts,
@@ -24,8 +24,10 @@ from kvstore.protocol import (
 from kvstore.protocol.fetch_events import ReadEnded
 from kvstore.protocol.machine import Timer
 from kvstore.protocol.messages import Announce, Offer
+from kvstore.transport.marks import MARK
 from tests.exchange.exchange_worker import PATIENT, TRANSFER, Worker, room, running, some_hashes
 from tests.memory_transport import Faults, Switchboard
+from tests.pieces import piece_memory
 
 ALLOWED_S = 2.0
 BLOCK_BYTES = 256 * 1024
@@ -36,14 +38,14 @@ RUNS = [Run(remote_first=0, local_first=2, num_blocks=3), Run(remote_first=7, lo
 class Link:
     """What a watch reads of one."""
 
-    num_pieces: int = 0
+    num_messages: int = 0
     num_turns: int | None = None
 
 
 class Watched:
     """A watch whose time is given."""
 
-    def __init__(self, memory: HostMemory | None = None) -> None:
+    def __init__(self, memory: HostMemory | PieceMemory | None = None) -> None:
         self.link = Link()
         self.memory = memory or HostMemory.allocate(8, BLOCK_BYTES)
         self.watch = ReadWatch(self.memory, self.link, lambda: self.link.num_turns, ALLOWED_S, 0.5)  # type: ignore[arg-type]
@@ -76,6 +78,28 @@ def test_a_link_that_brings_64_kib_in_two_seconds_is_never_in_the_way() -> None:
     for end in range(7 * BLOCK_BYTES, 8 * BLOCK_BYTES, 65536):
         arrived[end : end + 65536] = 0
         assert watched.after(2.0) is None, end
+    watched.watch.end(1)
+    assert watched.after(60) is None
+
+
+@pytest.mark.parametrize("num_pieces", [3, 24])
+@pytest.mark.parametrize("is_scattered", [False, True])
+def test_a_slow_link_is_left_alone_whose_blocks_are_in_pieces_too(num_pieces: int, is_scattered: bool) -> None:
+    """All first pieces may come before any second one."""
+    memory = piece_memory(num_pieces, 32, 192 * 1024)
+    watched = Watched(memory)
+    runs = [Run(0, block_id, 1) for block_id in range(0, 32, 2)] if is_scattered else [Run(0, 2, 16)]
+    watched.watch.begin(1, runs)
+    num_bytes, since = 0, 0
+    for piece in range(num_pieces):
+        for run in runs:
+            for block_id in range(run.local_first, run.local_first + run.num_blocks):
+                memory.view(block_id)[piece] = 0
+                num_bytes += memory.geometry.piece_bytes
+                if num_bytes - since >= 2 * 65536:
+                    since = num_bytes
+                    assert watched.after(2.0) is None, (piece, block_id)
+    assert num_bytes == 16 * 192 * 1024
     watched.watch.end(1)
     assert watched.after(60) is None
 
@@ -141,7 +165,7 @@ def test_on_a_device_messages_count_and_may_take_as_long_as_they_are() -> None:
     watched = Watched(memory)
     watched.watch.begin(1, RUNS)  # at most 12 MiB in one piece
     assert watched.after(12) is None
-    watched.link.num_pieces += 1
+    watched.link.num_messages += 1
     assert watched.after(12) is None
     assert watched.after(4) is not None
 

@@ -7,8 +7,8 @@ import asyncio
 import numpy as np
 import pytest
 
-from kvstore.transport import staging
-from kvstore.transport.staging import Buffers, Room
+from kvstore.transport import STEP_BYTES, staging
+from kvstore.transport.staging import Arrivals, Buffers, Room
 from tests.pieces import piece_memory, read_all, write_all
 
 BLOCK_BYTES = 48
@@ -74,3 +74,18 @@ def test_buffers_are_used_again_and_those_kept_are_bounded(monkeypatch: pytest.M
     buffers.give_back(3, three := buffers.take(3))  # drops the one of two
     assert buffers.take(2) is not pair[0]
     assert buffers.take(3) is three
+
+
+def test_what_comes_into_a_buffer_shows_before_all_of_it_is_there() -> None:
+    arrivals, buffer = Arrivals(), np.zeros(3 * STEP_BYTES + 4096, np.uint8)
+    arrivals.begin(7, buffer)
+    seen = [arrivals.num_come]
+    for come in (4096, STEP_BYTES, 2 * STEP_BYTES + 8, len(buffer)):
+        buffer[:come] = 1
+        seen.append(arrivals.num_come)
+    assert seen == [0, 0, 1, 2, 4]
+    arrivals.end(7)
+    arrivals.begin(8, buffer)
+    assert arrivals.num_come == 4
+    arrivals.end(8)  # the link was aborted, say
+    assert arrivals.num_come >= 4

@@ -56,7 +56,7 @@ class TwoSidedTransport(MemoryTransport):
 
 class _TwoSidedLink:
     lane = MemoryLink.lane
-    num_pieces = 0
+    num_messages = 0
 
     def __init__(self, link: MemoryLink, link_id: bytes, wire: Wire) -> None:
         self._link = link
