@@ -77,7 +77,8 @@ class _InMainMemory:
             block_stride if num_blocks > 1 else max(block_stride, piece_bytes),
         )
         self._pieces = pieces
-        self._words: Words = pieces.view("<u8")
+        words: Words = pieces.view("<u8")
+        self._words = words[:, 0] if num_pieces == 1 else words
 
     @property
     def num_blocks(self) -> int:

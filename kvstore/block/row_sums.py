@@ -112,9 +112,8 @@ def sums_by_c(path: Path) -> _Summer:
 
     def sums(multipliers: Multipliers, words: Words) -> bytes:
         into = ctypes.create_string_buffer(-(-words.size // ROW_WORDS) * SUM_BYTES)
-        num_pieces, stride = (1, 0) if words.ndim == 1 else (len(words), words.strides[0])
-        tables = _address(multipliers.even), _address(multipliers.odd)
-        function(_address(words), num_pieces, stride, words.shape[-1], *tables, into)
+        pieces = (1, 0, words.size) if words.ndim == 1 else (len(words), words.strides[0], words.shape[1])
+        function(_address(words), *pieces, _address(multipliers.even), _address(multipliers.odd), into)
         return into.raw
 
     return sums
