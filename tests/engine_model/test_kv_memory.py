@@ -90,7 +90,13 @@ def test_blocks_outside_the_pool_are_refused(block_id: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_cuda_device_sums_to_the_same_bytes_as_a_cpu() -> None:
-    kv_cache = torch.randn((40, 9, 1000), generator=torch.Generator().manual_seed(0))
-    expected = HostMemory(kv_cache.view(40, -1).view(torch.uint8).numpy()).sums(range(40), KEY)
-    assert block_memory(kv_cache.cuda()).sums(range(40), KEY) == expected
+@pytest.mark.parametrize("num_pieces", [1, 3, 24])
+def test_a_cuda_device_sums_and_copies_blocks_as_a_cpu_does(num_pieces: int) -> None:
+    pieces = in_pieces(num_pieces, 40, 9000)
+    on_cpu, on_device = tensor_memory(pieces), tensor_memory(pieces.cuda())
+    assert on_device.sums(range(40), KEY) == on_cpu.sums(range(40), KEY)
+    staging = on_device.staging(5)
+    on_device.gather(30, staging)
+    on_device.scatter(2, staging)
+    assert on_device.sums(range(2, 7), KEY) == on_cpu.sums(range(30, 35), KEY)
+    assert on_device.sums(range(7, 40), KEY) == on_cpu.sums(range(7, 40), KEY)
