@@ -33,6 +33,7 @@ class Nixl:
         self.states: dict[int, str] = {}
         self.numbers = itertools.count()
         self.num_agents = 0
+        self.copies_at_once = False
 
     def call(self, name: str) -> int:
         if self.fails[name]:
@@ -47,7 +48,7 @@ class Nixl:
 
 
 class FakeAgent:
-    """Transfers begin in state PROC and stay there until the test says otherwise."""
+    """Transfers begin in state PROC and stay there until the test says otherwise, unless they are done at once."""
 
     def __init__(self, nixl: Nixl, name: str) -> None:
         self.agent = object()  # the binding
@@ -66,8 +67,8 @@ class FakeAgent:
         return self._nixl.call("make_prepped_xfer")
 
     def transfer(self, handle: int) -> str:
-        self._nixl.states[handle] = "PROC"
-        return "PROC"
+        self._nixl.states[handle] = "DONE" if self._nixl.copies_at_once else "PROC"
+        return self._nixl.states[handle]
 
     def check_xfer_state(self, handle: int) -> str:
         state = self._nixl.states[handle]
@@ -181,6 +182,18 @@ async def test_a_read_of_many_pieces_is_posted_part_after_part_and_ends_once(
             await reading
         await until(lambda: nixl.num_agents == (2 if how == "agent reset" else 1))
         assert len(nixl.states) == 2
+
+
+async def test_a_read_whose_parts_are_done_as_they_are_posted_ends_with_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nixl_pool, "_MAX_POSTED", 1)
+    nixl = Nixl()
+    nixl.copies_at_once = True
+    async with running(nixl) as thread, asyncio.timeout(20):
+        remote = await asyncio.wrap_future(thread.add_remote(peer_in_pieces()))
+        await asyncio.wrap_future(thread.read(remote, range(8), range(8)))
+        assert len(nixl.states) == 64
 
 
 async def test_a_reset_that_fails_ends_its_reads_and_is_tried_until_an_agent_lives() -> None:
