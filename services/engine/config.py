@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from services.machine import Gpu
-from services.settings import Settings, SettingsError, setting
+from services.settings import Settings, SettingsError, setting, tensor_parallel_size
 
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 """As `vllm serve` spells them."""
+NATIVE_QUANTIZATIONS = ("none", "int8")
+"""What the native engine computes in; everything else is vLLM's."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,7 @@ class EngineConfig(Settings):
     quantization: str = setting(
         "none",
         help="int8 computes the layers' projections in 8 bits (W8A8): half the memory, less exact; on CPUs with the"
-        " C kernels only",
-        choices=("none", "int8"),
+        " C kernels only. With --engine vllm one of vLLM's: awq, gptq, fp8 …; a quantized checkpoint needs none",
         group="model",
     )
     cpu_kernels: str = setting(
@@ -39,9 +40,16 @@ class EngineConfig(Settings):
     )
     engine: str = setting(
         "native",
-        help="native computes the model; paced simulates it, to try a fleet without its machines: steps take as long as"
-        " a profile says, tokens mean nothing, no weights are needed",
-        choices=("native", "paced"),
+        help="native: Tandem's own; vllm: vLLM's, for GPUs and for all models that it knows; auto: native for its"
+        " models on a CPU, vllm on a GPU and for other models. paced simulates, to try a fleet without its machines:"
+        " steps take as long as a profile says, tokens mean nothing, no weights are needed",
+        choices=("native", "vllm", "auto", "paced"),
+        group="model",
+    )
+    engine_args: str = setting(
+        "",
+        help="with --engine vllm: further flags of vLLM's, in one string; most may also stand by themselves"
+        " (docs/engines.md)",
         group="model",
     )
     paced_profile: str = setting(
@@ -99,6 +107,28 @@ class EngineConfig(Settings):
             raise SettingsError("give the directory of a Hugging Face model, or its name on the hub (--model)", "model")
         if self.kv_offloading_size and not self.enable_prefix_caching:
             raise SettingsError("needs prefix caching: what it keeps is found by prefix", "kv_offloading_size")
+        tensor_parallel_size(self.engine_args)
+        if self.engine == "vllm":
+            self._check_for_vllm()
+        elif self.engine != "auto":
+            self._check_for_native()
+
+    def _check_for_vllm(self) -> None:
+        if not self.enable_prefix_caching:
+            raise SettingsError("with vLLM, a prompt that is handed over comes in as a prefix", "enable_prefix_caching")
+        if self.kv_offloading_size:
+            raise SettingsError("vLLM's blocks have no host tier; store nodes keep them", "kv_offloading_size")
+        if self.cpu_kernels != "auto":
+            raise SettingsError("vLLM has kernels of its own", "cpu_kernels")
+        if self.quantization == "int8":
+            raise SettingsError("int8 is the native engine's; give one of vLLM's, or none", "quantization")
+
+    def _check_for_native(self) -> None:
+        if self.engine_args:
+            raise SettingsError("these are vLLM's flags; give --engine vllm", "engine_args")
+        if self.quantization not in NATIVE_QUANTIZATIONS:
+            known = ", ".join(NATIVE_QUANTIZATIONS)
+            raise SettingsError(f"{self.quantization!r} is not one of {known}; --engine vllm has more", "quantization")
 
 
 _LARGE_GPU_BYTES = 70 << 30

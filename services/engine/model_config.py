@@ -29,7 +29,11 @@ class ModelNotFound(ModelError):
 
 
 class UnsupportedModel(ModelError):
-    """The model asks for something that this engine does not compute, or its files contradict each other."""
+    """The model asks for something that is not computed, or its files contradict each other."""
+
+
+class NotComputed(UnsupportedModel):
+    """The native engine does not compute this model; another one may."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def read_config(directory: Path) -> ModelConfig:
     try:
         return parse_config(raw, generation)
     except UnsupportedModel as error:
-        raise UnsupportedModel(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _instead(directory: Path) -> str:
@@ -161,7 +165,7 @@ def parse_config(raw: Json, generation: Json | None = None) -> ModelConfig:
     family = _FAMILIES[architecture]
     for name in _REFUSED_UNLESS_OFF:
         if raw.get(name) not in (None, False, 0, [], {}):
-            raise UnsupportedModel(_refusal(name, raw[name]))
+            raise NotComputed(_refusal(name, raw[name]))
     num_layers = _integer(raw, "num_hidden_layers")
     num_heads = _integer(raw, "num_attention_heads")
     hidden_size = _integer(raw, "hidden_size")
@@ -174,7 +178,7 @@ def parse_config(raw: Json, generation: Json | None = None) -> ModelConfig:
         raise UnsupportedModel(f"head_dim {head_dim} is odd: rotary embedding needs pairs")
     hidden_act = raw.get("hidden_act", "silu")
     if hidden_act not in HIDDEN_ACTIVATIONS:
-        raise UnsupportedModel(f"hidden_act {hidden_act!r} is not supported (only {', '.join(HIDDEN_ACTIVATIONS)})")
+        raise NotComputed(f"hidden_act {hidden_act!r} is not supported (only {', '.join(HIDDEN_ACTIVATIONS)})")
     max_position_embeddings = _integer(raw, "max_position_embeddings", family.max_position_embeddings)
     attention_bias = _boolean(raw, "attention_bias", False)
     return ModelConfig(
@@ -203,11 +207,11 @@ def parse_config(raw: Json, generation: Json | None = None) -> ModelConfig:
 
 def _refusal(name: str, value: object) -> str:
     if name not in ("quantization_config", "compression_config"):
-        return f"{name} {value!r:.100} is not supported; choose a model without it"
+        return f"{name} {value!r:.100} is not supported; choose a model without it, or --engine vllm"
     method = value.get("quant_method", "?") if isinstance(value, Mapping) else value
     return (
         f"weights quantized with {method!s:.40} ({name}) are not read; take the repository that they were made from "
-        "(--quantization int8 computes it in 8 bits, on CPUs)"
+        "(--quantization int8 computes it in 8 bits, on CPUs), or give --engine vllm"
     )
 
 
@@ -216,8 +220,9 @@ def _architecture(raw: Json) -> str:
     if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != 1:
         raise UnsupportedModel(f"must name one architecture under `architectures`, not {names!r:.100}")
     if names[0] not in _FAMILIES:
-        raise UnsupportedModel(
-            f"architecture {names[0]!r:.100} is not supported; choose one of {', '.join(SUPPORTED_ARCHITECTURES)}"
+        raise NotComputed(
+            f"architecture {names[0]!r:.100} is not supported; give --engine vllm, or choose one of"
+            f" {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
     return str(names[0])
 
@@ -229,7 +234,7 @@ def _sliding_windows(raw: Json, family: _Family, num_layers: int) -> tuple[int |
     if family.windows == "all":
         only = "full_attention" if window is None else "sliding_attention"
         if set(_layer_types(raw, num_layers) or [only]) != {only}:
-            raise UnsupportedModel("layer_types that alternate are not supported for MistralForCausalLM")
+            raise NotComputed("layer_types that alternate are not supported for MistralForCausalLM")
         return (window,) * num_layers
     if not _boolean(raw, "use_sliding_window", False):
         window = None
@@ -250,7 +255,7 @@ def _layer_types(raw: Json, num_layers: int) -> list[str] | None:
         raise UnsupportedModel(f"layer_types must list {num_layers} layers, not {value!r:.100}")
     for kind in value:
         if kind not in ("full_attention", "sliding_attention"):
-            raise UnsupportedModel(f"layer_types has {kind!r:.100}, which is not supported")
+            raise NotComputed(f"layer_types has {kind!r:.100}, which is not supported")
     return value
 
 
@@ -261,10 +266,10 @@ def _rope(raw: Json, max_position_embeddings: int) -> RopeConfig:
         raise UnsupportedModel(f"rope parameters must be an object, not {value!r:.100}")
     rope: Json = value
     if any(isinstance(item, Mapping) for item in rope.values()):
-        raise UnsupportedModel(f"rope_parameters per layer type ({', '.join(map(str, rope))}) are not supported")
+        raise NotComputed(f"rope_parameters per layer type ({', '.join(map(str, rope))}) are not supported")
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise UnsupportedModel(f"partial_rotary_factor {partial!r:.100} is not supported")
+        raise NotComputed(f"partial_rotary_factor {partial!r:.100} is not supported")
     theta = _number(rope, "rope_theta", _number(raw, "rope_theta", 10_000.0))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "default":
@@ -294,7 +299,7 @@ def _rope(raw: Json, max_position_embeddings: int) -> RopeConfig:
             truncate=_boolean(rope, "truncate", True),
             attention_factor=_yarn_attention_factor(rope, factor),
         )
-    raise UnsupportedModel(f"rope type {rope_type!r:.100} is not supported (only default, linear, llama3, yarn)")
+    raise NotComputed(f"rope type {rope_type!r:.100} is not supported (only default, linear, llama3, yarn)")
 
 
 def _yarn_attention_factor(rope: Json, factor: float) -> float:
@@ -317,7 +322,7 @@ def _dtype(raw: Json) -> str | None:
         return None
     name = str(value).removeprefix("torch.")
     if name not in DTYPES:
-        raise UnsupportedModel(f"dtype {name!r:.100} is not supported (only {', '.join(DTYPES)})")
+        raise NotComputed(f"dtype {name!r:.100} is not supported (only {', '.join(DTYPES)})")
     return name
 
 

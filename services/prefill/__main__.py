@@ -12,14 +12,15 @@ from services.settings import load_settings
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the settings, serve until told to stop, and return the exit status."""
-    config = load_settings(PrefillConfig, argv, prog="tandem prefill", description="Run one prefill worker.")
+    given = load_settings(PrefillConfig, argv, prog="tandem prefill", description="Run one prefill worker.")
     report_phase("importing")
     # Imported after the settings are read: `--help` and a mistyped flag should not wait for torch, nor should a model
     # that cannot be served.
     from services.startup import CANNOT_START
-    from services.worker.start import can_start
+    from services.worker.start import ready_to_start
 
-    if not can_start(config, "prefill"):
+    config = ready_to_start(given, "prefill")
+    if config is None:
         return CANNOT_START
     from services.prefill.service import PrefillService
     from services.worker.process import run_worker

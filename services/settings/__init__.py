@@ -11,6 +11,7 @@ from services.settings.declare import (
     setting,
     settings_of,
 )
+from services.settings.engine_args import block_meaning, engine_arguments, tensor_parallel_size
 from services.settings.flags import make_parser
 from services.settings.load import (
     argv_of,
@@ -29,12 +30,15 @@ __all__ = [
     "Settings",
     "SettingsError",
     "argv_of",
+    "block_meaning",
     "build_settings",
     "collect_settings",
+    "engine_arguments",
     "load_settings",
     "make_parser",
     "refuse",
     "secret_environment",
     "setting",
     "settings_of",
+    "tensor_parallel_size",
 ]

@@ -6,12 +6,14 @@ import argparse
 import re
 import textwrap
 from collections.abc import Mapping, Sequence, Set
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from services.settings.declare import Setting, SettingsClass, SettingsError, closest, settings_of
 from services.settings.sources import CONFIG_VARIABLE, Given
 from services.settings.values import convert, listed
-from services.settings.vllm_flags import VLLM_FLAGS, VllmFlag, judge, vllm_flag
+from services.settings.vllm_flags import FOREIGN, Foreign, is_foreign, refusal
+
+_FOREIGN = "flags of vLLM"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,12 +56,8 @@ def make_parser(
     return parser
 
 
-class _Judged(argparse.Action):
-    """A flag of vLLM's that we lack."""
-
-    def __init__(self, row: VllmFlag, **rest: Any) -> None:
-        super().__init__(**rest)
-        self._row = row
+class _Collected(argparse.Action):
+    """A flag of vLLM's: whether it is taken, passed on or refused is known when the engine is."""
 
     def __call__(
         self,
@@ -68,18 +66,14 @@ class _Judged(argparse.Action):
         values: str | Sequence[object] | None,
         option_string: str | None = None,
     ) -> None:
-        flag = option_string or ""
-        off = "no" if self._row.is_switch and flag.startswith("--no-") else ""
-        judge(flag, self._row, off or " ".join(map(str, values or ())))
+        flag, words = option_string or "", tuple(map(str, values or ()))
+        vars(namespace).setdefault(_FOREIGN, []).append(Foreign(flag, words, flag))
 
 
 def _add_vllm_flags(parser: argparse.ArgumentParser, ours: Set[str]) -> None:
-    for row in VLLM_FLAGS:
-        flags = [flag for flag in row.flags if flag not in ours]
-        flags += [flag.replace("--", "--no-", 1) for flag in flags if row.is_switch]
-        num_values = 0 if row.is_switch else 1 if row.same else "*"  # of those that are refused, however many
-        if flags:
-            parser.add_argument(*flags, action=_Judged, row=row, nargs=num_values, help=argparse.SUPPRESS)
+    for flag, num_values in FOREIGN.items():
+        if flag not in ours:
+            parser.add_argument(flag, action=_Collected, dest=_FOREIGN, nargs=num_values, help=argparse.SUPPRESS)
 
 
 def _add_flag(group: argparse._ArgumentGroup, item: Setting) -> None:
@@ -120,8 +114,8 @@ def _help(item: Setting) -> str:
 
 def from_flags(
     items: Mapping[str, Setting], parser: argparse.ArgumentParser, argv: Sequence[str]
-) -> tuple[dict[str, Given], str | None]:
-    """The settings that the flags give, and the --config file. Raises SettingsError."""
+) -> tuple[dict[str, Given], list[Foreign], str | None]:
+    """The settings that the flags give, the flags of vLLM's among them, and the --config file. Raises SettingsError."""
     # vLLM takes --max_num_seqs for --max-num-seqs, and people's scripts have both.
     spelled = [re.sub(r"^--[^=]*", lambda match: match[0].replace("_", "-"), argument) for argument in argv]
     namespace, rest = parser.parse_known_args(spelled)
@@ -133,17 +127,18 @@ def from_flags(
         rest = rest[1:]
     if rest:
         raise SettingsError(_unknown(rest[0], items))
-    path = given.pop("config", None)
-    return {
+    path, foreign = given.pop("config", None), given.pop(_FOREIGN, [])
+    settings = {
         name: Given(convert(items[name], value, items[name].flag), items[name].flag) for name, value in given.items()
-    }, path
+    }
+    return settings, foreign, path
 
 
 def _unknown(argument: str, items: Mapping[str, Setting]) -> str:
     if not argument.startswith("-"):
         return f"{argument!r} belongs to no flag"
     flag = argument.partition("=")[0]
-    if (row := vllm_flag(flag)) is not None:  # in a spelling that the parser does not have, as --x.y
-        return row.refusal(flag)
+    if is_foreign(flag):  # in a spelling that the parser does not have, as --x.y
+        return refusal(flag)
     near = closest(flag.lstrip("-").replace("-", "_"), items)
     return f"{flag} is not a setting" + (f"; did you mean {items[near].flag}?" if near else "")

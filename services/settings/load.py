@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from services.settings.declare import Setting, SettingsClass, SettingsError, settings_of
+from services.settings.engine_args import engine_flag
 from services.settings.flags import from_flags, make_parser
 from services.settings.sources import CONFIG_VARIABLE, Given, from_environment, from_file
+from services.settings.vllm_flags import Foreign, goes_through, judge
 
 S = TypeVar("S", bound=SettingsClass)
+_ENGINE_ARGS = "engine_args"
+"""The setting that flags of vLLM's engine are put into, where they stand by themselves."""
 
 
 def load_settings(
@@ -52,10 +57,34 @@ def collect_settings(
 ) -> dict[str, Given]:
     """Collects what was given, by whatever source; defaults are left out. Raises SettingsError."""
     by_name = {item.name: item for item in items}
-    flags, path = from_flags(by_name, parser, argv)
+    flags, foreign, path = from_flags(by_name, parser, argv)
     path = path or environ.get(CONFIG_VARIABLE) or None
-    found = from_file(by_name, path) if path else {}
-    return found | from_environment(by_name, environ) | flags
+    found, in_file = from_file(by_name, path) if path else ({}, [])
+    found |= from_environment(by_name, environ) | flags
+    if _ENGINE_ARGS in by_name:
+        return _with_foreign(found, [*in_file, *foreign], str(by_name["engine"].default))
+    # A file may be for several services: what goes through to the workers' engine is not this one's.
+    for each in (*(each for each in in_file if not goes_through(each.flag)), *foreign):
+        judge(each)
+    return found
+
+
+def _with_foreign(found: dict[str, Given], foreign: Sequence[Foreign], default: str) -> dict[str, Given]:
+    """What was given, with the flags of vLLM's among the engine's arguments, if it may be vLLM's. Raises SettingsError.
+
+    Else those that change nothing are noted. Whether vLLM's engine takes one, the settings class asks.
+    """
+    engine = found["engine"].value if "engine" in found else default
+    words = []
+    for each in foreign:
+        if engine in ("vllm", "auto") and engine_flag(each.flag) is not None:
+            words += [each.flag, *each.values]
+        else:
+            judge(each)
+    if not words:
+        return found
+    before = f"{found[_ENGINE_ARGS].value} " if _ENGINE_ARGS in found else ""
+    return found | {_ENGINE_ARGS: Given(before + shlex.join(words), "flags of vLLM")}
 
 
 def build_settings(cls: type[S], given: Mapping[str, Given]) -> S:

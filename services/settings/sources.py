@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from services.settings.declare import ENVIRONMENT_PREFIX, Setting, SettingsError, closest, names_of_all_services
 from services.settings.values import convert
-from services.settings.vllm_flags import judge, vllm_flag
+from services.settings.vllm_flags import Foreign, is_foreign
 
 CONFIG_VARIABLE = "TANDEM_CONFIG"
 """Names the file, as --config does."""
@@ -32,22 +33,32 @@ class Given:
     source: str
 
 
-def from_file(items: Mapping[str, Setting], path: str) -> dict[str, Given]:
-    """The settings in a file; keys in kebab or snake case. Raises SettingsError."""
+def from_file(items: Mapping[str, Setting], path: str) -> tuple[dict[str, Given], list[Foreign]]:
+    """The settings in a file, and its flags of vLLM's; keys in kebab or snake case. Raises SettingsError."""
     found: dict[str, Given] = {}
+    foreign: list[Foreign] = []
     for key, value in read_config_file(path).items():
         name, source = key.replace("-", "_"), f"{path}: {key}"
         if name in found:
             raise SettingsError(f"{source} is there twice", name)
         if name in items:
             found[name] = Given(convert(items[name], value, source), source)
-        elif (row := vllm_flag("--" + name.replace("_", "-"))) is not None:
-            judge(source, row, ("" if value else "no") if row.is_switch else str(value))
+        elif is_foreign(flag := "--" + name.replace("_", "-")):
+            foreign.append(_foreign(flag, value, source))
         elif name not in names_of_all_services():
             near = closest(name, items)
             hint = f"; did you mean {near.replace('_', '-')}?" if near else ""
             raise SettingsError(f"{source} is not a setting{hint}")
-    return found
+    return found, foreign
+
+
+def _foreign(flag: str, value: object, source: str) -> Foreign:
+    """A flag of vLLM's with the value that a file gives it; true and false are those of a switch."""
+    if isinstance(value, bool):
+        return Foreign(flag if value else flag.replace("--", "--no-", 1), (), source)
+    members = value if isinstance(value, list) else [value]
+    words = (json.dumps(each) if isinstance(each, dict) else str(each) for each in members)
+    return Foreign(flag, tuple(words), source)
 
 
 def from_environment(items: Mapping[str, Setting], environ: Mapping[str, str]) -> dict[str, Given]:

@@ -1,15 +1,19 @@
 """Knows the flags of `vllm serve` that Tandem lacks, and says what it does instead.
 
 A flag that asks for what Tandem does anyway is taken, with a note; any other ends the process with its answer, in one
-line. docs/from-vllm-or-dynamo.md shows this table, and a test holds them equal.
+line. docs/from-vllm-or-dynamo.md shows this table, and a test holds them equal. With `--engine vllm`, those of vLLM's
+engine go to it instead: `engine_args` says which.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from services.settings.declare import SettingsError
+from services.settings.engine_args import ENGINE_FLAGS, Fate, engine_flag
 
 
 @dataclass(frozen=True)
@@ -178,17 +182,71 @@ VLLM_FLAGS = (
 _BY_FLAG = {flag: row for row in VLLM_FLAGS for flag in row.flags}
 
 
+@dataclass(frozen=True)
+class Foreign:
+    """A flag of vLLM's that somebody gave: its values, none for a switch, and where it stood."""
+
+    flag: str
+    values: tuple[str, ...]
+    source: str
+
+
+def _num_values() -> dict[str, str | int]:
+    found: dict[str, str | int] = {}
+    for row in VLLM_FLAGS:
+        num_values = 0 if row.is_switch else 1 if row.same else "*"  # of those that are refused, however many
+        for flag in row.flags:
+            found[flag] = num_values
+            if row.is_switch:
+                found[flag.replace("--", "--no-", 1)] = 0
+    for each in ENGINE_FLAGS:
+        for flag in () if each.fate is Fate.OURS else each.names:
+            if each.kind == "switch":
+                found[flag] = found[flag.replace("--", "--no-", 1)] = 0
+            elif each.goes_through:
+                found[flag] = 1 if each.kind == "value" else "+"
+            else:
+                found.setdefault(flag, "*")
+    return found
+
+
+FOREIGN: Final[Mapping[str, str | int]] = _num_values()
+"""Each flag, in each spelling that a parser has to know, and how many values it takes, as argparse says it."""
+
+
 def vllm_flag(flag: str) -> VllmFlag | None:
     """The row of a flag such as `--seed`, of `--no-` and it, or of a dotted one (`--kv-transfer-config.kv_role`)."""
     head = flag.partition(".")[0]
     return _BY_FLAG.get(head) or _BY_FLAG.get(head.replace("--no-", "--", 1))
 
 
-def judge(flag: str, row: VllmFlag, value: str) -> None:
-    """Prints the row's answer as a note if this value changes nothing, else raises it as a SettingsError.
+def is_foreign(flag: str) -> bool:
+    """Whether it is vLLM's and not Tandem's, in any spelling."""
+    row = engine_flag(flag)
+    return vllm_flag(flag) is not None or (row is not None and row.fate is not Fate.OURS)
 
-    `value` is "" for a switch that was given, "no" for one that was turned off.
-    """
-    if value not in row.same:
-        raise SettingsError(row.refusal(flag))
-    print(row.note(flag), file=sys.stderr)
+
+def goes_through(flag: str) -> bool:
+    """Whether `--engine vllm` takes it."""
+    row = engine_flag(flag)
+    return row is not None and row.goes_through
+
+
+def refusal(flag: str) -> str:
+    """What a process says that does not take it."""
+    row, of_engine = vllm_flag(flag), engine_flag(flag)
+    where = f" in --engine-args '{flag} …'" if "." in flag else ""
+    taken = f"--engine vllm takes it{where}" if goes_through(flag) else ""
+    if row is not None:
+        return "; ".join(filter(None, (row.refusal(flag), taken)))
+    assert of_engine is not None, flag
+    return f"{flag} is vLLM's, not Tandem's: {taken or of_engine.why.replace('`', '')}"
+
+
+def judge(given: Foreign) -> None:
+    """Prints a note if this flag changes nothing, else raises the answer to it as a SettingsError."""
+    row = vllm_flag(given.flag)
+    said = "no" if row is not None and row.is_switch and given.flag.startswith("--no-") else " ".join(given.values)
+    if row is None or said not in row.same:
+        raise SettingsError(refusal(given.flag).replace(given.flag, given.source, 1))
+    print(row.note(given.source), file=sys.stderr)

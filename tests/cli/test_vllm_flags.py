@@ -10,7 +10,7 @@ from services.cli.main import main
 from services.cli.up.plan import up_settings
 from services.settings import SettingsError, collect_settings, make_parser
 from services.settings.declare import names_of_all_services
-from services.settings.vllm_flags import VLLM_FLAGS, VllmFlag
+from services.settings.vllm_flags import FOREIGN, VLLM_FLAGS, VllmFlag
 from tests.vllm_flags_page import PAGE, with_table
 
 
@@ -27,7 +27,8 @@ def test_a_flag_that_changes_nothing_is_taken_with_a_note_and_any_other_refused(
         for value in row.same:
             assert given("m", flag, *filter(None, [value]), "--prefill", "2") == {"model": "m", "prefill": 2}
             assert capsys.readouterr().err == f"note: {flag} changes nothing: {row.answer.replace('`', '')}\n"
-        refused = [flag.replace("--", "--no-", 1)] if row.is_switch else [flag, "something else"]
+        value_of_it = [] if FOREIGN[flag] == 0 else ["something else"]
+        refused = [flag.replace("--", "--no-", 1)] if row.is_switch else [flag, *value_of_it]
         with pytest.raises(SettingsError, match=f"^{refused[0]} is vLLM's, not Tandem's: "):
             given("m", *refused)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.machine import cpu_quota, gpus
+from services.settings import SettingsError
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,10 @@ class Core:
 
 @dataclass(frozen=True)
 class Placement:
-    """One worker's place. No cores: unpinned. `gpu_share` is the part of the GPU's memory that is the worker's."""
+    """One worker's place. No cores: unpinned. `gpu`: as CUDA_VISIBLE_DEVICES has it, several with commas between.
+
+    `gpu_share` is the part of the GPU's memory that is the worker's.
+    """
 
     cores: tuple[int, ...] = ()
     num_threads: int | None = None
@@ -37,19 +41,25 @@ class Placement:
         return round(alone * self.gpu_share, 3) if self.gpu_share is not None and self.gpu_share < 1 else alone
 
 
-def place_workers(num_workers: int, cores: Sequence[Core], gpus: Sequence[str]) -> list[Placement]:
-    """One place per worker. With fewer cores than workers, some share a core; with fewer GPUs, some share a GPU.
+def place_workers(num_workers: int, cores: Sequence[Core], gpus: Sequence[str], gpus_each: int = 1) -> list[Placement]:
+    """One place per worker. With fewer cores than workers, some share a core; with fewer GPUs, some share them.
 
-    No cores means: do not pin. One GPU or none means: nothing to choose.
+    No cores means: do not pin. One GPU or none means: nothing to choose. Raises SettingsError where there are GPUs, and
+    fewer than one worker needs.
     """
+    if 0 < len(gpus) < gpus_each:
+        raise SettingsError(
+            f"--tensor-parallel-size {gpus_each}: there are {len(gpus)} GPUs; give {len(gpus)} or less", "engine_args"
+        )
+    groups = [",".join(gpus[first : first + gpus_each]) for first in range(0, len(gpus) + 1 - gpus_each, gpus_each)]
     ordered = sorted(cores, key=lambda core: (core.physical, core.number))
     placements = []
     for index in range(num_workers):
         share = _share(index, num_workers, ordered)
         gpu, gpu_share = None, None
-        if gpus:
-            gpu = gpus[index % len(gpus)]
-            gpu_share = 1.0 / sum(1 for other in range(num_workers) if other % len(gpus) == index % len(gpus))
+        if groups:
+            gpu = groups[index % len(groups)]
+            gpu_share = 1.0 / sum(1 for other in range(num_workers) if other % len(groups) == index % len(groups))
         placements.append(
             Placement(
                 cores=tuple(core.number for core in share),

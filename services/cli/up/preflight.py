@@ -17,26 +17,31 @@ from services.cli.up.plan import num_workers, store_directory
 from services.engine.checkpoint import WITHOUT_WEIGHTS, find_model
 from services.engine.model_config import ModelNotFound, UnsupportedModel
 from services.router.config import RouterConfig
-from services.settings import Given
+from services.settings import Given, tensor_parallel_size
 from services.store.config import StoreConfig
 from services.worker.config import WorkerConfig
 
 
 def check_stack(
     config: UpConfig, given: Mapping[str, Given], router: RouterConfig, worker: WorkerConfig, store: StoreConfig
-) -> None:
+) -> str:
     """Check the model against this machine, for all workers, and what else the processes are told to use.
 
-    Raises `ModelError`, `SettingsError`, `KVStoreError`.
+    Return the engine that `--engine` comes to: the same for all. Raises `ModelError`, `SettingsError`, `KVStoreError`.
     """
-    from services.engine.check import Machine, check_engine
+    from services.engine.check import Machine
+    from services.engine.choice import check_model, vllm_version, with_engine
 
-    placement = place_workers(num_workers(config), [], available_gpus())[0]
+    machine = Machine.this()
+    worker = with_engine(worker, machine, vllm_version())
+    gpus = [] if worker.device == "cpu" else available_gpus()
+    placement = place_workers(num_workers(config), [], gpus, tensor_parallel_size(worker.engine_args))[0]
     if "gpu_memory_utilization" not in given:
         utilization = placement.gpu_memory_utilization(worker.gpu_memory_utilization)
         worker = replace(worker, gpu_memory_utilization=utilization)
-    model = check_engine(worker, Machine.this(), num_workers(config))
-    directory = find_model(worker.tokenizer, "", WITHOUT_WEIGHTS) if worker.tokenizer else model.directory
+    directory = check_model(worker, machine, num_workers(config))
+    if worker.tokenizer:
+        directory = find_model(worker.tokenizer, "", WITHOUT_WEIGHTS)
     check_tokenizer(directory)
     if router.chat_template or has_chat_template(directory):
         _check_templates(router.chat_template, directory)
@@ -45,6 +50,7 @@ def check_stack(
 
         for index in range(config.stores):
             check_directory(store_directory(store, index))
+    return worker.engine
 
 
 def _check_templates(override: str, directory: Path) -> None:

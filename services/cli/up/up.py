@@ -32,7 +32,15 @@ from services.decode.config import DecodeConfig
 from services.engine.model_config import ModelError
 from services.machine import available_memory_bytes
 from services.router.config import RouterConfig
-from services.settings import Given, SettingsError, build_settings, collect_settings, make_parser, refuse
+from services.settings import (
+    Given,
+    SettingsError,
+    build_settings,
+    collect_settings,
+    make_parser,
+    refuse,
+    tensor_parallel_size,
+)
 from services.startup import CANNOT_START, CannotListen, claim_port
 
 _DESCRIPTION = (
@@ -68,7 +76,10 @@ def _main(argv: Sequence[str], prog: str, cleanup: ExitStack) -> int:
     display = WhileRead(make_display(process_names(config), config.log_format == "json", sys.stderr))
     try:
         display.line("tandem", f"starting {name}: {described(config)}")
-        check_stack(config, given, router, decode, store)
+        engine = check_stack(config, given, router, decode, store)
+        if engine != decode.engine:
+            display.line("tandem", f"--engine {decode.engine} takes {engine}")
+            given |= {"engine": Given(engine, "tandem up")}
         make_secrets(own)
         check_secrets(router, decode)
         return _start(config, given, model, name, router, decode, display)
@@ -112,6 +123,7 @@ def _start(
             num_workers(config),
             available_cores() if config.pin else [],
             [] if decode.device == "cpu" else available_gpus(),
+            tensor_parallel_size(decode.engine_args),
         )
         stack = plan_stack(
             config,
