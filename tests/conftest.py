@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,17 @@ def pytest_configure(config: pytest.Config) -> None:
     binary = config.getoption("--redis-server")
     if binary is not None:
         embedded_redis.find_redis_server = lambda: binary
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where there is no vLLM, what needs it is not there either: `make test-vllm` has an environment for it."""
+    with_vllm = [item for item in items if item.get_closest_marker("vllm") is not None]
+    if importlib.util.find_spec("vllm") is None:
+        config.hook.pytest_deselected(items=with_vllm)
+        items[:] = [item for item in items if item not in with_vllm]
+        return
+    for item in with_vllm:  # what vLLM and torch warn each other of is no error of ours
+        item.add_marker(pytest.mark.filterwarnings("default"))
 
 
 @pytest.fixture(scope="session")
