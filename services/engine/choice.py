@@ -50,11 +50,11 @@ class Choice:
 def choose(config: EngineConfig, device: Literal["cpu", "cuda"], objection: str) -> Choice:
     """Choose by the settings, the device, and what the native engine has against the model; empty for nothing."""
     if config.engine == "native":
-        return Choice("native", "--engine native")
+        return Choice("native", "as --engine native says")
     if config.engine == "paced":
-        return Choice("paced", "--engine paced")
+        return Choice("paced", "as --engine paced says")
     if config.engine == "vllm":
-        return Choice("vllm", "--engine vllm")
+        return Choice("vllm", "as --engine vllm says")
     if objection:
         return Choice("vllm", f"the native engine does not compute the model: {objection}")
     if config.quantization not in NATIVE_QUANTIZATIONS:
@@ -126,8 +126,13 @@ def check_model(config: EngineConfig, machine: Machine, num_workers: int = 1) ->
 
     Raises `ModelError`, `SettingsError`.
     """
-    if config.engine != "vllm":
-        return check_engine(config, machine, num_workers).directory
+    if config.engine == "vllm":
+        return check_for_vllm(config)
+    return check_engine(config, machine, num_workers).directory
+
+
+def check_for_vllm(config: EngineConfig) -> Path:
+    """Check what can be checked of a model without vLLM; its directory. Raises `ModelError`."""
     directory = find_model(config.model, config.revision, WITHOUT_WEIGHTS)
     if not (directory / "config.json").is_file():
         raise ModelNotFound(f"{directory} has no config.json; give the directory of a model for transformers")

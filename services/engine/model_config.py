@@ -144,8 +144,11 @@ def read_config(directory: Path) -> ModelConfig:
     generation = read_json(directory / "generation_config.json")
     try:
         return parse_config(raw, generation)
+    except NotComputed as error:
+        remedy = ", or give --engine vllm" if "; " in str(error) else "; give --engine vllm"
+        raise NotComputed(f"{path}: {error}{remedy}") from error
     except UnsupportedModel as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise UnsupportedModel(f"{path}: {error}") from error
 
 
 def _instead(directory: Path) -> str:
@@ -207,11 +210,11 @@ def parse_config(raw: Json, generation: Json | None = None) -> ModelConfig:
 
 def _refusal(name: str, value: object) -> str:
     if name not in ("quantization_config", "compression_config"):
-        return f"{name} {value!r:.100} is not supported; choose a model without it, or --engine vllm"
+        return f"{name} {value!r:.100} is not supported; choose a model without it"
     method = value.get("quant_method", "?") if isinstance(value, Mapping) else value
     return (
         f"weights quantized with {method!s:.40} ({name}) are not read; take the repository that they were made from "
-        "(--quantization int8 computes it in 8 bits, on CPUs), or give --engine vllm"
+        "(--quantization int8 computes it in 8 bits, on CPUs)"
     )
 
 
@@ -221,8 +224,7 @@ def _architecture(raw: Json) -> str:
         raise UnsupportedModel(f"must name one architecture under `architectures`, not {names!r:.100}")
     if names[0] not in _FAMILIES:
         raise NotComputed(
-            f"architecture {names[0]!r:.100} is not supported; give --engine vllm, or choose one of"
-            f" {', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"architecture {names[0]!r:.100} is not supported; choose one of {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
     return str(names[0])
 

@@ -183,7 +183,8 @@ ENGINE_FLAGS: Final[tuple[EngineFlag, ...]] = (
     ),
     *_refused("--shutdown-timeout", "`--drain-timeout-s`"),
     # What the router does, and what there is no way for.
-    *_refused("--tokenizer-mode --renderer-num-workers --reasoning-parser --reasoning-parser-plugin", _ROUTER, "auto"),
+    *_refused("--tokenizer-mode", _ROUTER, "auto"),
+    *_refused("--renderer-num-workers --reasoning-parser --reasoning-parser-plugin", _ROUTER),
     *_refused("--reasoning-config --override-generation-config --io-processor-plugin", _ROUTER),
     *_refused_switches("--skip-tokenizer-init", _ROUTER),
     *_refused("--runner", "text is generated; there are no embeddings, scores or classes", "auto", "generate"),

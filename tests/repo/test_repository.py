@@ -89,6 +89,41 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def test_nothing_but_its_adapter_imports_vllm() -> None:
+    """By name, too, which `lint-imports` does not see. What knows it only in words is not meant."""
+    imports = re.compile(r"""^\s*(import|from)\s+vllm\b|import_module\(\s*f?["']vllm\b|["']vllm\.\w""", re.MULTILINE)
+    product = [path for path in tracked_files() if path.suffix == ".py"]
+    product = [path.relative_to(ROOT) for path in product]
+    found = [
+        str(path)
+        for path in product
+        if path.parts[0] in ("kvstore", "services", "loadtest", "deploy")
+        and path.parts[:3] != ("services", "engine", "vllm")
+        and imports.search((ROOT / path).read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+def test_the_versions_with_vllm_are_ours_but_where_it_asks_for_less() -> None:
+    ours, with_vllm = (
+        dict(re.findall(r"^([^#\s=]+)==(\S+)$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE))
+        for name in ("constraints.txt", "constraints-vllm.txt")
+    )
+    assert ours.keys() <= with_vllm.keys()
+    older = {name for name, version in ours.items() if with_vllm[name] != version}
+    assert older == {"fastapi", "numpy", "setuptools", "transformers"}
+    assert not {"torchvision", "torchaudio", "torchcodec"} & with_vllm.keys(), "PyPI's builds of them fail on CPUs"
+
+
+def test_the_extra_asks_for_the_vllm_that_the_engine_takes() -> None:
+    from services.engine.choice import VLLM_VERSIONS, check_vllm
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["optional-dependencies"]["vllm"] == [f"vllm{VLLM_VERSIONS}"]
+    (pinned,) = re.findall(r"^vllm==(\S+)$", (ROOT / "constraints-vllm.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    check_vllm(pinned, "cuda", "")
+
+
 def test_threads_come_from_their_seam() -> None:
     """Imports are ruled by `lint-imports`; these come with asyncio."""
     shells = {ROOT / "kvstore/threads.py", ROOT / "kvstore/transport/nixl_agent.py"}

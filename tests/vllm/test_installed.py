@@ -1,4 +1,4 @@
-"""The vLLM that `make install-vllm` brings: one that we run with, for this machine, whose flags are those of the table."""
+"""The vLLM that `make install-vllm` brings: one that we run with, for this machine, its flags those of the table."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 from kvstore.threads import OsThreads, Threads
 from services.cli.config import DoctorConfig
+from services.cli.doctor.engine import check_engine
 from services.cli.doctor.findings import Finding, ProbeTimedOut, worse
 from services.cli.doctor.machine import check_kernels, check_memory, check_port, check_processor, check_torch
 from services.cli.doctor.model import check_model
@@ -27,7 +28,8 @@ def checks_of(config: DoctorConfig) -> dict[str, _Check]:
         "memory": check_memory,
         "port": lambda: check_port(config.host, config.port),
         "redis": lambda: check_redis(config.redis),
-        "model": lambda: check_model(config.model),
+        "engine": lambda: check_engine(config.model, config.engine),
+        "model": lambda: check_model(config.model, config.engine),
         "CPU kernels": check_kernels,
         "cma": check_cross_memory_attach,
         "RDMA": check_rdma,

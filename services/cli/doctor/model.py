@@ -9,14 +9,24 @@ from services.settings import SettingsError
 _NUM_COPIES = 2  # a prefill and a decode worker
 
 
-def check_model(model: str) -> list[Finding]:
-    """The model's directory: its configuration, its files, and its size against the memory there is."""
+def check_model(model: str, engine: str = "native") -> list[Finding]:
+    """The model's directory: its configuration, its files, and its size against the memory there is.
+
+    Of one that vLLM would compute, whether there is all that it and the router read.
+    """
     from services.engine.check import Machine, as_size, check_engine, look_at_model, weight_bytes
+    from services.engine.choice import check_for_vllm, choose_engine
     from services.engine.config import EngineConfig
     from services.engine.model_config import ModelError
 
+    machine = Machine.this()
     try:
         path, _ = choose_model(model)
+        config = EngineConfig(path, engine=engine)
+        if choose_engine(config, machine).engine == "vllm":
+            directory = check_for_vllm(config)
+            check_tokenizer(directory)
+            return [good("model", f"{directory.name}: vLLM says more when it loads it")]
         found = look_at_model(path)
     except (ModelError, SettingsError) as error:
         return [refused("model", error)]
@@ -27,7 +37,6 @@ def check_model(model: str) -> list[Finding]:
         check_tokenizer(found.directory)
     except ModelError as error:
         return [refused("model", error)]
-    machine = Machine.this()
     size = as_size(weight_bytes(found, machine.device("auto")))
     findings = [good("model", f"{found.directory.name}: {size} of weights, context {found.config.max_context_len}")]
     try:
