@@ -9,7 +9,18 @@ from collections.abc import Sequence
 import services
 from services.settings import SettingsError, refuse
 
-PACKAGES = ("torch", "ucxx-cu13", "libucx-cu13", "nixl-cu13", "grpcio", "protobuf", "redis", "fastapi", "tokenizers")
+PACKAGES = (
+    "torch",
+    "ucxx-cu13",
+    "libucx-cu13",
+    "nixl-cu13",
+    "grpcio",
+    "protobuf",
+    "redis",
+    "fastapi",
+    "tokenizers",
+    "vllm",
+)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NoReturn
 
 from services.settings.declare import Setting, SettingsClass, SettingsError, closest, settings_of
@@ -118,7 +118,7 @@ def from_flags(
     """The settings that the flags give, the flags of vLLM's among them, and the --config file. Raises SettingsError."""
     # vLLM takes --max_num_seqs for --max-num-seqs, and people's scripts have both.
     spelled = [re.sub(r"^--[^=]*", lambda match: match[0].replace("_", "-"), argument) for argument in argv]
-    namespace, rest = parser.parse_known_args(spelled)
+    namespace, rest = parser.parse_known_args(list(_with_their_flags(spelled)))
     given = vars(namespace)
     positional = parser.positional if isinstance(parser, _Parser) else ""
     if positional and rest and not rest[0].startswith("-"):
@@ -132,6 +132,14 @@ def from_flags(
         name: Given(convert(items[name], value, items[name].flag), items[name].flag) for name, value in given.items()
     }
     return settings, foreign, path
+
+
+def _with_their_flags(argv: Sequence[str]) -> Iterator[str]:
+    """The arguments, each --engine-args one with its value, which argparse would else take for flags of ours."""
+    rest = iter(argv)
+    for argument in rest:
+        value = next(rest, None) if argument == "--engine-args" else None
+        yield argument if value is None else f"{argument}={value}"
 
 
 def _unknown(argument: str, items: Mapping[str, Setting]) -> str:

@@ -16,6 +16,7 @@ from services.cli.doctor.doctor import (
     main,
     report,
 )
+from services.cli.doctor.engine import check_engine
 from services.cli.doctor.examination import checks_of, examine
 from services.cli.doctor.findings import (
     Finding,
@@ -37,7 +38,7 @@ from services.cli.doctor.model import check_model
 from services.cli.doctor.packages import check_packages
 from services.cli.doctor.registry import check_redis
 from services.cli.doctor.transports import check_cross_memory_attach, check_rdma, check_ucx_devices, ucx_resources
-from services.engine import check, checkpoint
+from services.engine import check, checkpoint, choice
 from services.engine.model_config import parse_config
 from services.hub import NotOnHub
 from services.startup import claim_port
@@ -108,6 +109,42 @@ def test_an_unsupported_architecture_is_broken_by_name(tmp_path: Path) -> None:
     finding = only(check_model(model_directory(tmp_path, architectures=["MambaForCausalLM"])))
     assert finding.verdict is Verdict.BROKEN
     assert "MambaForCausalLM" in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("engine", "architecture", "installed", "says", "serves"),
+    [
+        ("native", "LlamaForCausalLM", None, "native: as --engine native says", True),
+        ("native", "MambaForCausalLM", None, "native: as --engine native says; auto would take vllm: the native", True),
+        ("auto", "LlamaForCausalLM", "0.33.0", "native: the model is one of its own", True),
+        ("auto", "MambaForCausalLM", "0.32.0+cpu", "vllm: the native engine does not compute the model: ", True),
+        ("auto", "MambaForCausalLM", None, "vllm: the native engine does not compute the model: ", False),
+        ("vllm", "LlamaForCausalLM", "0.30.0+cpu", "vllm: as --engine vllm says; auto would take native", False),
+    ],
+)
+def test_the_engine_is_named_with_its_reason_and_vllm_with_its_version(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    architecture: str,
+    installed: str | None,
+    says: str,
+    serves: bool,
+) -> None:
+    monkeypatch.setattr(choice, "vllm_version", lambda: installed)
+    model = model_directory(tmp_path, architectures=[architecture])
+    chosen, vllm = check_engine(model, engine)
+    assert (chosen.verdict, chosen.subject, vllm.subject) == (Verdict.GOOD, "engine", "vLLM")
+    assert chosen.detail.startswith(says)
+    assert (vllm.verdict is not Verdict.BROKEN) is serves
+    assert "make install-vllm" in vllm.detail + vllm.remedy or installed == "0.32.0+cpu"
+
+
+def test_of_a_model_for_vllm_the_files_are_looked_at(tmp_path: Path) -> None:
+    model = model_directory(tmp_path, architectures=["MambaForCausalLM"])
+    assert only(check_model(model, "auto")).verdict is Verdict.GOOD
+    (tmp_path / "tokenizer.json").unlink()
+    assert "has no tokenizer.json" in only(check_model(model, "vllm")).detail
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from services.cli.main import main
 from services.cli.up.placement import place_workers
 from services.cli.up.plan import up_settings
 from services.decode.config import DecodeConfig
+from services.engine import choice
 from services.router.config import RouterConfig
 from services.settings import (
     Setting,
@@ -83,6 +85,15 @@ def test_what_cannot_be_read_is_refused(text: str, says: str) -> None:
         engine_arguments(text)
 
 
+@pytest.mark.parametrize("text", ["--enable-lora", "--max-loras=4 --enable-lora", "--seed 1", "-tp 2", ""])
+def test_the_string_is_one_value_whatever_it_looks_like(text: str) -> None:
+    for flag in ("--engine-args", "--engine_args"):
+        assert given(flag, text, "--engine", "vllm")["engine_args"] == text
+    assert given(f"--engine-args={text}", "--engine", "vllm")["engine_args"] == text
+    with pytest.raises(SettingsError, match="--engine-args: expected one argument"):
+        given("--engine", "vllm", "--engine-args")
+
+
 def test_spellings_come_to_one() -> None:
     text = """-tp=2 -O3 --enable_lora --no-enable-eplb --compilation-config.mode 3 --hf-overrides '{"a": 1}'"""
     assert engine_arguments(text) == [
@@ -134,6 +145,16 @@ def test_a_refusal_names_the_flag_and_the_engine_that_takes_it() -> None:
         decode_config("--engine", "vllm", "-pp", "2")
     with pytest.raises(SettingsError, match=r"^--engine-args: --kv-events-config is refused: "):
         decode_config("--engine", "vllm", "--engine-args", "--kv-events-config {}")
+
+
+def test_up_says_what_is_missing_before_it_starts_anything(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(choice, "vllm_version", lambda: None)
+    assert main(["up", "--engine", "vllm"]) == 2
+    assert "cannot start: vLLM is to compute (as --engine vllm says), and is not" in capsys.readouterr().err
+    assert main(["up", "--engine", "auto", "--enforce-eager"]) == 2
+    assert "auto takes the native engine here: the model is one of its own" in capsys.readouterr().err
 
 
 def test_each_worker_gets_as_many_gpus_as_its_ranks() -> None:
