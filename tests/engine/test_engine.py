@@ -16,6 +16,7 @@ from kvstore.protocol import Reservation
 from services.engine.api import (
     FinishReason,
     InvalidRequest,
+    NotLent,
     PositionLogprobs,
     RequestUpdate,
     SampledToken,
@@ -27,7 +28,6 @@ from services.engine.native.memory import capacity
 from services.engine.native.memory.capacity import choose_num_blocks
 from services.engine.native.model.model import load_model
 from services.engine.native.scheduling import Request
-from services.engine.native.scheduling.loans import NotLent
 from services.engine.native.scheduling.request import RequestStatus
 from services.engine.native.scheduling.scheduler import NotReserved
 from services.lifecycle import Event, Timeline

@@ -9,8 +9,8 @@ import pytest
 
 from services.engine.api import FinishReason, InvalidRequest, SamplingParams
 from services.engine.config import EngineConfig
+from services.engine.limits import check_fits
 from services.engine.native.scheduling import Request
-from services.engine.native.scheduling.limits import SchedulerConfig, check_fits
 from services.engine.native.scheduling.request import IllegalTransition, RequestStatus
 from services.settings import SettingsError
 
@@ -105,10 +105,9 @@ def test_a_request_that_is_handed_off_ends_with_its_first_token() -> None:
 
 
 def fits(num_prompt_tokens: int, max_tokens: int, *, num_blocks: int, hold_blocks: bool = False) -> str | None:
-    config = SchedulerConfig(block_size=4, max_model_len=32, model_fingerprint="ab")
     request = Request("r", [0] * num_prompt_tokens, SamplingParams(max_tokens=max_tokens), hold_blocks=hold_blocks)
     try:
-        check_fits(request, config, num_blocks)
+        check_fits(request, 32, 4, num_blocks)
     except InvalidRequest as error:
         return error.param
     return None

@@ -6,11 +6,18 @@ import pytest
 
 from kvstore.block import hash_blocks, namespace
 from kvstore.pool import BlockPool
-from services.engine.api import FinishReason, InvalidRequest, QueueFull, RequestUpdate, SampledToken, SamplingParams
+from services.engine.api import (
+    FinishReason,
+    InvalidRequest,
+    NotLent,
+    QueueFull,
+    RequestUpdate,
+    SampledToken,
+    SamplingParams,
+)
 from services.engine.native.scheduling import Request
 from services.engine.native.scheduling.batch import Batch, SampledBatch, SampledSequence
 from services.engine.native.scheduling.limits import SchedulerConfig
-from services.engine.native.scheduling.loans import NotLent
 from services.engine.native.scheduling.request import RequestStatus
 from services.engine.native.scheduling.scheduler import NotReserved, Scheduler
 from tests.engine.paged_world import PagedWorld, expected_outputs

@@ -26,8 +26,8 @@ from services.engine.api import (
     Suspended,
 )
 from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
+from services.engine.limits import check_fits, check_tokens
 from services.engine.model_config import ModelError
-from services.engine.native.checks import check_tokens
 from services.engine.native.memory import (
     begin_restore,
     block_memory,
@@ -38,7 +38,7 @@ from services.engine.native.memory import (
 )
 from services.engine.native.model import LoadedModel, load_model
 from services.engine.native.runner import ModelRunner, Runner
-from services.engine.native.scheduling import Batch, Request, SampledBatch, Scheduler, SchedulerConfig, check_fits
+from services.engine.native.scheduling import Batch, Request, SampledBatch, Scheduler, SchedulerConfig
 from services.engine.native.warm_up import warm_up
 from services.lifecycle import Event
 from services.machine import Gpu
@@ -149,7 +149,7 @@ class Engine:
 
     def check(self, request: api.Request) -> None:
         check_tokens(request, self.model.config.vocab_size, self.model.eos_token_ids)
-        check_fits(request, self._scheduler.config, self.pool.num_blocks)
+        check_fits(request, self.model.max_model_len, self.config.block_size, self.pool.num_blocks)
 
     def add_request(self, request: api.Request) -> None:
         self.check(request)

@@ -1,7 +1,7 @@
 """Decides who computes what in the next step. Pure: requests, queues, block tables; no clock, no tensors."""
 
 from services.engine.native.scheduling.batch import Batch, BlockCopy, SampledBatch, SampledSequence, ScheduledSequence
-from services.engine.native.scheduling.limits import SchedulerConfig, check_fits
+from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.request import Request
 from services.engine.native.scheduling.scheduler import Scheduler
 
@@ -14,5 +14,4 @@ __all__ = [
     "ScheduledSequence",
     "Scheduler",
     "SchedulerConfig",
-    "check_fits",
 ]

@@ -11,6 +11,7 @@ from enum import Enum
 
 from kvstore.block import BlockHash
 from services.engine import request as asked
+from services.engine.limits import end_of
 from services.engine.request import EngineError, FinishReason, PositionLogprobs
 
 
@@ -100,17 +101,9 @@ class Request(asked.Request):
 
     def stop_reason(self, eos_token_ids: frozenset[int], max_model_len: int) -> FinishReason | None:
         """Returns why the newest output token is the last, or None. Notes the stop token, if one ended it."""
-        token_id, num_outputs = self.output_token_ids[-1], len(self.output_token_ids)
-        if num_outputs >= self.sampling.min_tokens:
-            if token_id in eos_token_ids and not self.sampling.ignore_eos:
-                return FinishReason.STOP
-            if token_id in self.sampling.stop_set:
-                self.stop_token_id = token_id
-                return FinishReason.STOP
-        if num_outputs >= self.sampling.max_tokens or self.num_tokens >= max_model_len:
-            return FinishReason.LENGTH
-        # The first token is all that was wanted here; who continues holds the blocks.
-        return FinishReason.HANDED_OFF if self.hold_blocks else None
+        outputs = self.output_token_ids
+        reason, self.stop_token_id = end_of(self, outputs[-1], len(outputs), eos_token_ids, max_model_len)
+        return reason
 
     def append_output(self, token_id: int) -> None:
         """Add a generated token, whose KV is not computed yet."""

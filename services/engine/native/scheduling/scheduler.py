@@ -35,6 +35,8 @@ from services.engine.api import (
     RequestUpdate,
     SampledToken,
 )
+from services.engine.limits import check_fits
+from services.engine.loans import Loans
 from services.engine.native.scheduling.admission import Admission
 from services.engine.native.scheduling.batch import (
     Batch,
@@ -44,8 +46,7 @@ from services.engine.native.scheduling.batch import (
     ScheduledSequence,
 )
 from services.engine.native.scheduling.block_tables import extend_block_hashes, publish_full_blocks
-from services.engine.native.scheduling.limits import SchedulerConfig, check_fits
-from services.engine.native.scheduling.loans import Loans
+from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.queues import RequestQueues
 from services.engine.native.scheduling.request import Request, RequestStatus
 
@@ -258,7 +259,7 @@ class Scheduler:
 
     def _enter(self, request: Request, status: RequestStatus) -> None:
         """Make the request live."""
-        check_fits(request, self.config, self.pool.num_blocks)
+        check_fits(request, self.config.max_model_len, self.config.block_size, self.pool.num_blocks)
         if status is RequestStatus.WAITING and self._queues.num_queued >= self.config.max_num_waiting:
             raise QueueFull(f"{self._queues.num_queued} requests wait, which is the limit")
         self._queues.enter(request, status)

@@ -1,6 +1,6 @@
 """Counts the references that callers hold: for a transfer, a lease, a prompt handed off.
 
-With the scheduler's own they account for every reference that the pool counts (`check_integrity`), and a block given
+With the engine's own they account for every reference that the pool counts (`check_integrity`), and a block given
 back twice is noticed at once.
 """
 
@@ -8,15 +8,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Protocol
 
-from kvstore.pool import BlockPool
 from services.engine.api import NotLent
+
+
+class References(Protocol):
+    """A pool that counts references on its blocks."""
+
+    def acquire(self, block_ids: Sequence[int]) -> None:
+        """Take one more on each."""
+
+    def release(self, block_ids: Sequence[int]) -> None:
+        """Give one back on each."""
 
 
 class Loans:
     """Counts references; who holds them is the callers' affair."""
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: References) -> None:
         self._pool = pool
         self._lent: Counter[int] = Counter()
 
