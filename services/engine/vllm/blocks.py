@@ -1,0 +1,245 @@
+"""Tandem's books over vLLM's `BlockPool`: loans, proofs, and which hashes can be found.
+
+vLLM counts references and evicts; here is what it does not know. Every block that somebody else holds is lent
+(`services.engine.loans`); every findable block has a proof, made right after the step that filled it or come with its
+bytes; every change of what can be found is told once, from vLLM's own events. Two blocks may have one hash in vLLM's
+cache: the hash can be found until the last of them is gone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVCacheEvent, KVEventBatch
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_block_hash, make_block_hash_with_group_id
+
+from kvstore.block import HASH_BYTES, BlockHash, BlockMemory, Proof, ProofKey, Subject, subject_of
+from kvstore.pool import CacheChange, CacheEvent
+from kvstore.protocol import Reservation
+from services.engine.api import EngineError
+from services.engine.loans import Loans
+
+_GROUP: Final = 0  # the one cache group
+_NOBODYS: Final = b"\0" * (HASH_BYTES // 2)
+
+
+def nobodys_hash() -> BlockHash:
+    """A key for vLLM's cache that nobody else will ever ask for, and that no hash of ours looks like."""
+    return BlockHash(_NOBODYS + os.urandom(HASH_BYTES - len(_NOBODYS)))
+
+
+class BlockBook:
+    """The blocks of one engine. Stands in for vLLM's publisher of events, which stay in the process."""
+
+    def __init__(self, manager: KVCacheManager, memory: BlockMemory, proof_key: ProofKey) -> None:
+        self._manager = manager
+        self._pool = manager.block_pool
+        self._memory = memory
+        self._key = proof_key
+        self.loans = Loans(self)
+        self._findable: dict[BlockHash, None] = {}
+        self._changes: list[CacheChange] = []
+        self._proofs: dict[int, tuple[BlockHash, Proof]] = {}
+        self.num_corrupt = 0
+
+    # ---- references --------------------------------------------------------------
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody references, findable ones included."""
+        return int(self._pool.get_num_free_blocks())
+
+    @property
+    def num_blocks(self) -> int:
+        """All but vLLM's null block."""
+        return int(self._pool.num_gpu_blocks) - 1
+
+    def acquire(self, block_ids: Sequence[int]) -> None:
+        """Take one more reference on each."""
+        self._pool.touch([self._pool.blocks[block_id] for block_id in block_ids])
+
+    def release(self, block_ids: Sequence[int]) -> None:
+        """Give one reference back on each; `block_ids` in the order of the chain, whose tail is evicted first."""
+        self._pool.free_blocks([self._pool.blocks[block_id] for block_id in reversed(block_ids)])
+
+    def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
+        """Lend the longest findable prefix."""
+        block_ids = self._match(hashes)
+        self.loans.lend(block_ids)
+        return block_ids
+
+    def take(self, hashes: Sequence[BlockHash], num_blocks: int, headroom: int) -> Reservation | None:
+        """Lend `num_blocks`, as many of them findable ones as there are of `hashes`, the rest new.
+
+        None, taking nothing, unless `headroom` blocks are left afterwards.
+        """
+        present = self._match(hashes[:num_blocks])
+        self.acquire(present)
+        num_missing = num_blocks - len(present)
+        if num_missing + headroom > self.num_free:
+            self.release(present)
+            return None
+        new: list[KVCacheBlock] = self._pool.get_new_blocks(num_missing) if num_missing else []
+        block_ids = present + [block.block_id for block in new]
+        self.loans.pass_over(block_ids)
+        return Reservation(block_ids, len(present))
+
+    def _match(self, hashes: Sequence[BlockHash]) -> list[int]:
+        found: list[int] = []
+        for block_hash in hashes:
+            block = self._find(block_hash)
+            if block is None:
+                break
+            found.append(block.block_id)
+        return found
+
+    def _find(self, block_hash: BlockHash) -> KVCacheBlock | None:
+        blocks = self._pool.get_cached_block(block_hash, [_GROUP])
+        return blocks[0] if blocks else None
+
+    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
+        """Raise unless each block's references are the loans and those of `tables`, and the free ones have none."""
+        held = Counter(self.loans.references())
+        for table in tables:
+            held.update(table)
+        wrong = [
+            f"block {block.block_id} has {block.ref_cnt} references, {held[block.block_id]} are held"
+            for block in self._pool.blocks
+            if not block.is_null and block.ref_cnt != held[block.block_id]
+        ]
+        num_idle = sum(block.ref_cnt == 0 for block in self._pool.blocks if not block.is_null)
+        if num_idle != self.num_free:
+            wrong.append(f"{num_idle} blocks have no reference, {self.num_free} are free")
+        self._absorb()
+        wrong += [f"{h.hex()} is told to be findable, and is not" for h in self._findable if self._find(h) is None]
+        if wrong:
+            raise EngineError(f"blocks: {'; '.join(wrong[:8])}")
+
+    # ---- what can be found ---------------------------------------------------------
+
+    def peek(self, hashes: Sequence[BlockHash]) -> int:
+        """Count how many of the first can be found. Any thread."""
+        findable = self._findable
+        return next((i for i, block_hash in enumerate(hashes) if block_hash not in findable), len(hashes))
+
+    def hashes(self) -> list[BlockHash]:
+        """All that can be found. Any thread."""
+        return list(self._findable)
+
+    def take_changes(self) -> list[CacheChange]:
+        """Return what has changed since the last call."""
+        self._absorb()
+        changes, self._changes = self._changes, []
+        return changes
+
+    def publish(
+        self, block_ids: Sequence[int], hashes: Sequence[BlockHash], proofs: Sequence[Proof], parent: BlockHash | None
+    ) -> None:
+        """Make blocks findable that hold what `proofs` prove, unless the hash, or the block, is there already."""
+        self._absorb()
+        for block_id, block_hash, proof in zip(block_ids, hashes, proofs, strict=True):
+            block = self._pool.blocks[block_id]
+            if block.block_hash is None and self._find(block_hash) is None:
+                key = make_block_hash_with_group_id(block_hash, _GROUP)
+                block.set_block_hash(key)
+                self._pool.cached_block_hash_to_block.insert(key, block)
+                self._proofs[block_id] = (block_hash, proof)
+                self._add(block_hash, parent)
+            parent = block_hash
+
+    def drop(self, block_ids: Iterable[int]) -> int:
+        """Make blocks unfindable whose bytes have changed; returns how many."""
+        dropped = set(block_ids)
+        self._pool.evict_blocks(dropped)
+        self._absorb()
+        self.num_corrupt += len(dropped)
+        return len(dropped)
+
+    # As a publisher of vLLM's.
+
+    def publish_events(self, events: Iterable[KVCacheEvent]) -> None:
+        """Note what vLLM has cached and evicted."""
+        for event in events:
+            if isinstance(event, BlockStored):
+                parent = event.parent_block_hash
+                for block_hash in event.block_hashes:
+                    self._add(BlockHash(block_hash), BlockHash(parent) if parent else None)
+                    parent = block_hash
+            elif isinstance(event, BlockRemoved):
+                for block_hash in event.block_hashes:
+                    self._remove(BlockHash(block_hash))
+            elif isinstance(event, AllBlocksCleared):
+                for block_hash in list(self._findable):
+                    self._remove(block_hash)
+
+    def _absorb(self) -> None:
+        self.publish_events(self._manager.take_events())
+
+    def _add(self, block_hash: BlockHash, parent: BlockHash | None) -> None:
+        if block_hash not in self._findable and not block_hash.startswith(_NOBODYS) and self._find(block_hash):
+            self._findable[block_hash] = None
+            self._changes.append(CacheChange(block_hash, CacheEvent.PUBLISHED, parent))
+
+    def _remove(self, block_hash: BlockHash) -> None:
+        if block_hash in self._findable and self._find(block_hash) is None:
+            del self._findable[block_hash]
+            self._changes.append(CacheChange(block_hash, CacheEvent.EVICTED))
+
+    # ---- proofs --------------------------------------------------------------------
+
+    def prove(self, block_ids: Sequence[int]) -> None:
+        """Prove blocks that the step which has just ended has filled."""
+        fresh = [block_id for block_id in block_ids if self._proof(block_id) is None and self._hash(block_id)]
+        hashes = [BlockHash(self._hash(block_id) or b"") for block_id in fresh]
+        made = self._key.prove(self._memory, fresh, list(map(subject_of, hashes)))
+        self._proofs.update(zip(fresh, zip(hashes, made, strict=True), strict=True))
+
+    def proofs(self, block_ids: Sequence[int], subjects: Sequence[Subject]) -> list[Proof]:
+        """As kept, where these blocks are known as these subjects; else made now."""
+        known = [self._known(block_id, subject) for block_id, subject in zip(block_ids, subjects, strict=True)]
+        fresh = [i for i, proof in enumerate(known) if proof is None]
+        made = self._key.prove(self._memory, [block_ids[i] for i in fresh], [subjects[i] for i in fresh])
+        by_place = dict(zip(fresh, made, strict=True))
+        return [by_place[i] if proof is None else proof for i, proof in enumerate(known)]
+
+    def recheck(self, hashes: Sequence[BlockHash]) -> int:
+        """Hold findable blocks against their proofs, and drop those that have changed."""
+        found = [block.block_id for each in hashes if (block := self._find(each)) is not None]
+        kept = [(block_id, entry) for block_id in found if (entry := self._proof(block_id)) is not None]
+        block_ids = [block_id for block_id, _ in kept]
+        subjects = [subject_of(block_hash) for _, (block_hash, _) in kept]
+        wrong = self._key.find_wrong(self._memory, block_ids, subjects, [proof for _, (_, proof) in kept])
+        return self.drop(block_ids[position] for position in wrong)
+
+    def _known(self, block_id: int, subject: Subject) -> Proof | None:
+        entry = self._proof(block_id)
+        return entry[1] if entry is not None and subject_of(entry[0]) == subject else None
+
+    def _proof(self, block_id: int) -> tuple[BlockHash, Proof] | None:
+        """What is kept of the block, unless it has been evicted since."""
+        entry = self._proofs.get(block_id)
+        return entry if entry is not None and entry[0] == self._hash(block_id) else None
+
+    def _hash(self, block_id: int) -> bytes | None:
+        key = self._pool.blocks[block_id].block_hash
+        return None if key is None else bytes(get_block_hash(key))
+
+
+class EventSink:
+    """What vLLM's scheduler publishes its events to, once a step."""
+
+    def __init__(self, book: BlockBook) -> None:
+        self._book = book
+
+    def publish(self, events: KVEventBatch) -> None:
+        self._book.publish_events(events.events)
+
+    def shutdown(self) -> None:
+        """Nothing is open."""
+
+    def get_publisher_config(self) -> None:
+        """Nobody subscribes from outside."""

@@ -1,0 +1,184 @@
+"""Where vLLM keeps keys and values, and what a block of them is: declared from its own words, then tried out.
+
+A block lies in one piece per layer, or in one where vLLM's layout has its layers side by side; which of the two, the
+strides of its caches say. What the bytes mean is another matter: the kernels may pack them as they like. So `probe`
+writes known keys and values through the engine's own path and looks for them in our rows, and what it finds there goes
+into the layout, by which peers know each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
+
+from kvstore.block import BlockLayout, PieceMemory
+from services.engine.model_config import ModelError, UnsupportedModel
+
+# Of the blocks that the probe writes to: through the engine, by our rows, through the engine again.
+_WRITTEN, _COPIED, _AGAIN = 1, 2, 3
+NUM_PROBED: Final = 4
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One cache group, as vLLM describes it."""
+
+    spec: FullAttentionSpec
+    num_layers: int
+    num_vectors: int  # per token, layer and head
+    head_dim: int
+
+
+def read_group(config: KVCacheConfig) -> Kept:
+    """Return what the model keeps. Raises `UnsupportedModel` for what is not full attention alone."""
+    groups = config.kv_cache_groups
+    kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
+    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
+        raise UnsupportedModel(
+            f"its layers keep {len(groups)} kinds of state ({', '.join(kinds) or 'none'}), and a block holds one:"
+            " models of sliding windows or of recurrent layers among others are not handed over yet"
+        )
+    spec = groups[0].kv_cache_spec
+    if spec.tokens_per_state != 1 or spec.page_size_padded or spec.num_head_slots or spec.state_content_bytes:
+        raise UnsupportedModel(f"its cache is packed in a way that we do not know: {spec!r:.300}")
+    num_vectors = 1 if isinstance(spec, MLAAttentionSpec) else 2
+    if num_vectors == 2 and spec.head_size_v != spec.head_size:
+        raise UnsupportedModel(f"its keys have {spec.head_size} numbers, its values {spec.head_size_v}")
+    return Kept(spec, len(groups[0].layer_names), num_vectors, spec.head_size)
+
+
+def block_memory(caches: Mapping[str, Tensor], num_blocks: int) -> PieceMemory:
+    """Make vLLM's caches a pool without copying a byte. Raises `ModelError` where they are not as we think."""
+    tensors = sorted(caches.values(), key=Tensor.data_ptr)
+    first = tensors[0]
+    if first.device.type != "cpu":
+        raise ModelError("vLLM's cache is on a GPU, and blocks in pieces are moved from main memory only as yet")
+    piece_bytes, block_stride = first[0].numel() * first.element_size(), first.stride(0) * first.element_size()
+    offsets = [tensor.data_ptr() - first.data_ptr() for tensor in tensors]
+    layer_stride = offsets[1] if len(tensors) > 1 else piece_bytes
+    problem = None
+    if any(tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() for tensor in tensors):
+        problem = "layers lie in several allocations"
+    elif any(tensor.shape != first.shape or tensor.stride() != first.stride() for tensor in tensors):
+        problem = "layers differ in shape"
+    elif first.shape[0] != num_blocks:
+        problem = f"a cache has {first.shape[0]} blocks, the scheduler {num_blocks}"
+    elif not _is_dense(first[0]):
+        problem = f"a layer's block is not one piece: {tuple(first.shape)} with strides {first.stride()}"
+    elif offsets != [index * layer_stride for index in range(len(tensors))]:
+        problem = "layers are not evenly spaced"
+    if problem is not None:
+        raise ModelError(f"vLLM's cache is not laid out as this version of ours knows it: {problem}")
+    storage = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage())  # type: ignore[call-overload]
+    begin = first.data_ptr() - first.untyped_storage().data_ptr()
+    num_pieces = len(tensors)
+    if layer_stride == piece_bytes:  # side by side: one piece
+        piece_bytes, num_pieces = num_pieces * piece_bytes, 1
+    array = np.lib.stride_tricks.as_strided(
+        storage.numpy()[begin:], (num_pieces, num_blocks, piece_bytes), (layer_stride, block_stride, 1)
+    )
+    return PieceMemory(array)
+
+
+def block_layout(
+    config: VllmConfig, kept: Kept, layers: Mapping[str, Any], packing: str, fingerprint: str, proof_key: str
+) -> BlockLayout:
+    """Declare the layout; `packing` is what `probe` returned."""
+    layer, parallel = next(iter(layers.values())), config.parallel_config
+    return BlockLayout(
+        num_layers=kept.num_layers,
+        num_kv_heads=kept.spec.num_kv_heads,
+        block_size=config.cache_config.block_size,
+        head_dim=kept.head_dim,
+        dtype=str(kept.spec.dtype).removeprefix("torch."),
+        model_fingerprint=fingerprint,
+        proof_key=proof_key,
+        engine="vllm",
+        kernel_layout=f"{config.cache_config.kv_cache_layout}/{packing}",
+        isa=str(getattr(layer, "isa", getattr(layer.impl, "isa", ""))),
+        scales=_scales(layers) if config.cache_config.cache_dtype.startswith("fp8") else "",
+        attention_backend=str(layer.get_attn_backend().get_name()),
+        num_vectors=kept.num_vectors,
+        tp_size=parallel.tensor_parallel_size,
+        tp_rank=parallel.rank,
+    )
+
+
+def probe(memory: PieceMemory, caches: Mapping[str, Tensor], layers: Mapping[str, Any], kept: Kept) -> str:
+    """Write known keys and values through the engine's own path, and look for them in our rows.
+
+    Returns 16 hex digits that two workers share exactly where their kernels pack alike. Raises `ModelError` where a
+    block is not what and where we think it is. To be called before anything is cached.
+    """
+    fresh = [memory.view(block_id).copy() for block_id in range(NUM_PROBED)]
+    for index, (name, layer) in enumerate(layers.items()):
+        _write(caches[name], layer, kept, _WRITTEN, seed=index)
+    written = memory.view(_WRITTEN).copy()
+    if any(not np.array_equal(memory.view(b), fresh[b]) for b in (0, _COPIED, _AGAIN)):
+        raise ModelError("probe: what was written to one block of vLLM's cache appeared in another of ours")
+    if kept.spec.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        _find_all(written, [_known(kept, index) for index in range(len(layers))])
+    for index, (name, layer) in enumerate(layers.items()):
+        _write(caches[name], layer, kept, _AGAIN, seed=index)
+    memory.view(_COPIED)[:] = written
+    if not np.array_equal(memory.view(_AGAIN), memory.view(_COPIED)):
+        raise ModelError("probe: the same keys and values have other bytes in another block of vLLM's cache")
+    for block_id, before in enumerate(fresh):
+        memory.view(block_id)[:] = before
+    return hashlib.blake2b(written.tobytes(), digest_size=8, person=b"tandem.probe").hexdigest()
+
+
+def _write(cache: Tensor, layer: Any, kept: Kept, block_id: int, seed: int) -> None:
+    values = _known(kept, seed)
+    size = kept.spec.block_size
+    slots = torch.arange(block_id * size, (block_id + 1) * size, dtype=torch.int64)
+    if kept.num_vectors == 1:
+        latent, rope = values[:, 0, : layer.kv_lora_rank], values[:, :, layer.kv_lora_rank :]
+        dtype, scale = layer.kv_cache_dtype, layer._k_scale
+        layer.impl.do_kv_cache_update(latent.contiguous(), rope.contiguous(), cache, slots, dtype, scale)
+        return
+    key, value = values.chunk(2, dim=2)
+    layer.impl.do_kv_cache_update(layer, key.contiguous(), value.contiguous(), cache, slots)
+
+
+def _known(kept: Kept, seed: int) -> Tensor:
+    """Keys and values of one layer's block, `[block_size, num_kv_heads, num_vectors * head_dim]`, all of them unlike.
+
+    Whole numbers that every element type holds, as far as it can tell so many apart.
+    """
+    shape = (kept.spec.block_size, kept.spec.num_kv_heads, kept.num_vectors * kept.head_dim)
+    numbers = torch.arange(np.prod(shape), dtype=torch.int64) * 2654435761 + seed * 40503
+    exponents = (numbers >> 7) % 12
+    values = (numbers % 128 + 128).to(torch.float32) * torch.exp2(exponents.to(torch.float32) - 12)
+    dtype = torch.get_default_dtype() if kept.spec.dtype.itemsize < 2 else kept.spec.dtype
+    return values.reshape(shape).to(dtype)
+
+
+def _find_all(written: np.ndarray[Any, Any], values: list[Tensor]) -> None:
+    """Raise unless a block has exactly the elements that were written, in whatever order."""
+    found = np.sort(written.reshape(-1).view(np.uint8).reshape(-1, values[0].element_size()).view(_WORDS[values[0].element_size()]), axis=None)
+    expected = torch.cat([each.reshape(-1) for each in values]).view(_TORCH_WORDS[values[0].element_size()]).numpy()
+    if not np.array_equal(found, np.sort(expected.view(found.dtype), axis=None)):
+        raise ModelError("probe: a block of ours does not hold the keys and values that vLLM wrote to it")
+
+
+_WORDS: Final = {2: np.uint16, 4: np.uint32}
+_TORCH_WORDS: Final = {2: torch.int16, 4: torch.int32}
+
+
+def _is_dense(block: Tensor) -> bool:
+    order = sorted(range(block.dim()), key=lambda axis: -block.stride(axis))
+    return block.permute(order).is_contiguous()
+
+
+def _scales(layers: Mapping[str, Any]) -> str:
+    numbers = [(float(layer._k_scale_float), float(layer._v_scale_float)) for layer in layers.values()]
+    return hashlib.blake2b(repr(numbers).encode(), digest_size=8).hexdigest()
