@@ -1,8 +1,8 @@
 """vLLM behind the port: its scheduler, models and kernels, with our block hashes, loans and proofs.
 
 Nothing outside this room imports vllm. `EngineCore` runs on the worker's engine thread, one step a call; no process,
-no socket, no polling. Blocks are vLLM's own, under its own ids (0 is its null block, which nobody else sees); its prefix
-cache is keyed by our hashes, so that index, stores and peers understand it. What the port says comes about so:
+no socket, no polling. Blocks are vLLM's own, under its own ids (0 is its null block, which nobody else sees); its
+prefix cache is keyed by our hashes, so that index, stores and peers understand it. What the port says comes about so:
 
     the port                    here
     check                       our limits, then `Model.check_sampling`: what vLLM cannot do is refused by name

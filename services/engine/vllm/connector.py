@@ -32,7 +32,7 @@ from vllm.v1.request import Request
 
 
 @dataclass
-class Orders(KVConnectorMetadata):
+class Orders(KVConnectorMetadata):  # type: ignore[misc]
     """What each rank does with a step, beside computing it."""
 
     copies: list[tuple[int, int]] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Held:
     num_tokens: int  # whose KV they hold
 
 
-class TandemConnector(KVConnectorBase_V1):
+class TandemConnector(KVConnectorBase_V1):  # type: ignore[misc]
     """See the module."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
@@ -140,8 +140,8 @@ class _PlacedGenerator(torch.Generator):
     def get_offset(self) -> int:
         return 4  # vLLM takes a draw back by this much, which generators of CPUs refuse
 
-    def set_offset(self, offset: int) -> None:
-        """Nothing goes on from here."""
+    def set_offset(self, offset: int) -> torch.Generator:
+        return self  # nothing goes on from here
 
 
 def _mixed(seed: int, place: int) -> int:

@@ -9,17 +9,17 @@ into the layout, by which peers know each other.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
 
-from kvstore.block import BlockLayout, PieceMemory
+from kvstore.block import BlockLayout
 from services.engine.model_config import ModelError, UnsupportedModel
 
 # Of the blocks that the probe writes to: through the engine, by our rows, through the engine again.
@@ -55,17 +55,18 @@ def read_group(config: KVCacheConfig) -> Kept:
     return Kept(spec, len(groups[0].layer_names), num_vectors, spec.head_size)
 
 
-def block_memory(caches: Mapping[str, Tensor], num_blocks: int) -> PieceMemory:
-    """Make vLLM's caches a pool without copying a byte. Raises `ModelError` where they are not as we think."""
+def byte_view(caches: Mapping[str, Tensor], num_blocks: int) -> Tensor:
+    """View vLLM's caches as bytes, uint8 `[num_pieces, num_blocks, piece_bytes]`, without copying any.
+
+    Raises `ModelError` where they are not as we think.
+    """
     tensors = sorted(caches.values(), key=Tensor.data_ptr)
-    first = tensors[0]
-    if first.device.type != "cpu":
-        raise ModelError("vLLM's cache is on a GPU, and blocks in pieces are moved from main memory only as yet")
+    first, storage = tensors[0], tensors[0].untyped_storage()
     piece_bytes, block_stride = first[0].numel() * first.element_size(), first.stride(0) * first.element_size()
     offsets = [tensor.data_ptr() - first.data_ptr() for tensor in tensors]
     layer_stride = offsets[1] if len(tensors) > 1 else piece_bytes
     problem = None
-    if any(tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() for tensor in tensors):
+    if any(tensor.untyped_storage().data_ptr() != storage.data_ptr() for tensor in tensors):
         problem = "layers lie in several allocations"
     elif any(tensor.shape != first.shape or tensor.stride() != first.stride() for tensor in tensors):
         problem = "layers differ in shape"
@@ -76,16 +77,13 @@ def block_memory(caches: Mapping[str, Tensor], num_blocks: int) -> PieceMemory:
     elif offsets != [index * layer_stride for index in range(len(tensors))]:
         problem = "layers are not evenly spaced"
     if problem is not None:
-        raise ModelError(f"vLLM's cache is not laid out as this version of ours knows it: {problem}")
-    storage = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage())  # type: ignore[call-overload]
-    begin = first.data_ptr() - first.untyped_storage().data_ptr()
+        raise ModelError(f"vLLM's cache is not laid out as we know it: {problem}")
     num_pieces = len(tensors)
     if layer_stride == piece_bytes:  # side by side: one piece
         piece_bytes, num_pieces = num_pieces * piece_bytes, 1
-    array = np.lib.stride_tricks.as_strided(
-        storage.numpy()[begin:], (num_pieces, num_blocks, piece_bytes), (layer_stride, block_stride, 1)
-    )
-    return PieceMemory(array)
+    raw = torch.empty(0, dtype=torch.uint8, device=first.device).set_(storage)  # type: ignore[call-overload]
+    begin = first.data_ptr() - storage.data_ptr()
+    return raw.as_strided((num_pieces, num_blocks, piece_bytes), (layer_stride, block_stride, 1), begin)
 
 
 def block_layout(
@@ -112,34 +110,33 @@ def block_layout(
     )
 
 
-def probe(memory: PieceMemory, caches: Mapping[str, Tensor], layers: Mapping[str, Any], kept: Kept) -> str:
+def probe(view: Tensor, caches: Mapping[str, Tensor], layers: Mapping[str, Any], kept: Kept) -> str:
     """Write known keys and values through the engine's own path, and look for them in our rows.
 
     Returns 16 hex digits that two workers share exactly where their kernels pack alike. Raises `ModelError` where a
     block is not what and where we think it is. To be called before anything is cached.
     """
-    fresh = [memory.view(block_id).copy() for block_id in range(NUM_PROBED)]
+    blocks = view[:, :NUM_PROBED]
+    before = blocks.clone()
     for index, (name, layer) in enumerate(layers.items()):
         _write(caches[name], layer, kept, _WRITTEN, seed=index)
-    written = memory.view(_WRITTEN).copy()
-    if any(not np.array_equal(memory.view(b), fresh[b]) for b in (0, _COPIED, _AGAIN)):
+    written = blocks[:, _WRITTEN].clone()
+    if any(not torch.equal(blocks[:, other], before[:, other]) for other in (0, _COPIED, _AGAIN)):
         raise ModelError("probe: what was written to one block of vLLM's cache appeared in another of ours")
-    if kept.spec.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        _find_all(written, [_known(kept, index) for index in range(len(layers))])
+    if kept.spec.dtype.itemsize in _WORDS:
+        _find_all(written, torch.cat([_known(kept, index, view).reshape(-1) for index in range(len(layers))]))
+    blocks[:, _COPIED] = written
     for index, (name, layer) in enumerate(layers.items()):
         _write(caches[name], layer, kept, _AGAIN, seed=index)
-    memory.view(_COPIED)[:] = written
-    if not np.array_equal(memory.view(_AGAIN), memory.view(_COPIED)):
+    if not torch.equal(blocks[:, _AGAIN], blocks[:, _COPIED]):
         raise ModelError("probe: the same keys and values have other bytes in another block of vLLM's cache")
-    for block_id, before in enumerate(fresh):
-        memory.view(block_id)[:] = before
-    return hashlib.blake2b(written.tobytes(), digest_size=8, person=b"tandem.probe").hexdigest()
+    blocks.copy_(before)
+    return hashlib.blake2b(written.cpu().numpy().tobytes(), digest_size=8, person=b"tandem.probe").hexdigest()
 
 
 def _write(cache: Tensor, layer: Any, kept: Kept, block_id: int, seed: int) -> None:
-    values = _known(kept, seed)
-    size = kept.spec.block_size
-    slots = torch.arange(block_id * size, (block_id + 1) * size, dtype=torch.int64)
+    values, size = _known(kept, seed, cache), kept.spec.block_size
+    slots = torch.arange(block_id * size, (block_id + 1) * size, dtype=torch.int64, device=cache.device)
     if kept.num_vectors == 1:
         latent, rope = values[:, 0, : layer.kv_lora_rank], values[:, :, layer.kv_lora_rank :]
         dtype, scale = layer.kv_cache_dtype, layer._k_scale
@@ -149,33 +146,32 @@ def _write(cache: Tensor, layer: Any, kept: Kept, block_id: int, seed: int) -> N
     layer.impl.do_kv_cache_update(layer, key.contiguous(), value.contiguous(), cache, slots)
 
 
-def _known(kept: Kept, seed: int) -> Tensor:
-    """Keys and values of one layer's block, `[block_size, num_kv_heads, num_vectors * head_dim]`, all of them unlike.
+def _known(kept: Kept, seed: int, like: Tensor) -> Tensor:
+    """Keys and values of one layer's block, `[block_size, num_kv_heads, num_vectors * head_dim]`.
 
-    Whole numbers that every element type holds, as far as it can tell so many apart.
+    As unlike as numbers can be that each element type holds exactly: seven bits of a fraction, some exponents.
     """
     shape = (kept.spec.block_size, kept.spec.num_kv_heads, kept.num_vectors * kept.head_dim)
-    numbers = torch.arange(np.prod(shape), dtype=torch.int64) * 2654435761 + seed * 40503
-    exponents = (numbers >> 7) % 12
-    values = (numbers % 128 + 128).to(torch.float32) * torch.exp2(exponents.to(torch.float32) - 12)
+    numbers = torch.arange(math.prod(shape), dtype=torch.int64) * 2654435761 + 40503 * seed
+    values = (numbers % 128 + 128).to(torch.float32) * torch.exp2((numbers >> 7) % 12 - 12.0)
     dtype = torch.get_default_dtype() if kept.spec.dtype.itemsize < 2 else kept.spec.dtype
-    return values.reshape(shape).to(dtype)
+    return values.reshape(shape).to(like.device, dtype)
 
 
-def _find_all(written: np.ndarray[Any, Any], values: list[Tensor]) -> None:
+def _find_all(written: Tensor, values: Tensor) -> None:
     """Raise unless a block has exactly the elements that were written, in whatever order."""
-    found = np.sort(written.reshape(-1).view(np.uint8).reshape(-1, values[0].element_size()).view(_WORDS[values[0].element_size()]), axis=None)
-    expected = torch.cat([each.reshape(-1) for each in values]).view(_TORCH_WORDS[values[0].element_size()]).numpy()
-    if not np.array_equal(found, np.sort(expected.view(found.dtype), axis=None)):
+    words = _WORDS[values.element_size()]
+    found, expected = (each.contiguous().view(-1).view(words).sort().values for each in (written, values))
+    if not torch.equal(found, expected):
         raise ModelError("probe: a block of ours does not hold the keys and values that vLLM wrote to it")
 
 
-_WORDS: Final = {2: np.uint16, 4: np.uint32}
-_TORCH_WORDS: Final = {2: torch.int16, 4: torch.int32}
+_WORDS: Final = {2: torch.int16, 4: torch.int32}  # by element size
 
 
 def _is_dense(block: Tensor) -> bool:
-    order = sorted(range(block.dim()), key=lambda axis: -block.stride(axis))
+    strides = block.stride()
+    order = sorted(range(block.dim()), key=lambda axis: -strides[axis])
     return block.permute(order).is_contiguous()
 
 

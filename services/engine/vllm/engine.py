@@ -1,0 +1,547 @@
+"""vLLM's EngineCore behind the port (services.engine.api); the room's docstring says how."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine import FinishReason as VllmFinishReason
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import Request as VllmRequest
+from vllm.v1.request import RequestStatus
+
+from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof, ProofKey, Subject, subject_of
+from kvstore.pool import CacheChange
+from kvstore.protocol import AnnouncedBlock, Reservation
+from services.engine.api import (
+    Capabilities,
+    EngineLoad,
+    EngineStats,
+    FinishReason,
+    InvalidRequest,
+    NotReserved,
+    QueueFull,
+    Request,
+    RequestUpdate,
+    Restore,
+    SampledToken,
+    StepOutput,
+    Suspended,
+)
+from services.engine.limits import check_fits, check_tokens, end_of
+from services.engine.vllm import sampling
+from services.engine.vllm.blocks import BlockBook, EventSink
+from services.engine.vllm.connector import Held, TandemConnector
+from services.engine.vllm.live import Live, Place
+from services.lifecycle import Event
+from services.rates import NO_STEP, StepShape, num_pairs
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is constant of an engine, beside its capabilities."""
+
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    max_num_waiting: int
+    shares_blocks: bool
+
+
+@dataclass(frozen=True)
+class _Scheduled:
+    """A request's part in a step: `num_tokens` from position `start` on."""
+
+    live: Live
+    start: int
+    num_tokens: int
+    block_ids: list[int]
+    lent: list[int]  # with hold_blocks: the blocks that the step completes
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+class VllmEngine:
+    """One EngineCore, its books and its connector; `services.engine.api.Engine` says what methods do."""
+
+    def __init__(
+        self,
+        core: EngineCore,
+        connector: TandemConnector,
+        model: Model,
+        capabilities: Capabilities,
+        layout: BlockLayout,
+        memory: BlockMemory,
+        proof_key: ProofKey,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.capabilities = capabilities
+        self.layout = layout
+        self.memory = memory
+        self.proof_key = proof_key
+        self.step_shape = NO_STEP
+        self._core = core
+        self._connector = connector
+        self._model = model
+        self._clock = clock
+        self._config = core.vllm_config
+        self._scheduler = core.scheduler
+        self._manager = core.scheduler.kv_cache_manager
+        self._book = BlockBook(self._manager, memory, proof_key)
+        self._scheduler.kv_event_publisher = EventSink(self._book)
+        connector.plan = self._plan
+        self._has_states = not self._config.use_v2_model_runner  # the first runner keeps a request's state, and seeds
+        self._numbers = itertools.count(1)
+        self._live: dict[str, Live] = {}
+        self._by_core_id: dict[str, Live] = {}  # QUEUED
+        self._reserving: list[Live] = []  # in order
+        self._on_grant: dict[str, Callable[[Reservation], None]] = {}
+        self._num_reserved = 0
+        self._is_stuck = False  # the last step found that all that waits, waits for memory
+        self._stats = EngineStats()
+        self._scheduled: list[_Scheduled] = []
+        self._on_begun: Callable[[Request], None] = lambda request: None
+
+    # ---- requests -----------------------------------------------------------------
+
+    def check(self, request: Request) -> None:
+        check_tokens(request, self._model.vocab_size, sorted(self._model.eos_token_ids))
+        able = self.capabilities
+        check_fits(request, able.max_model_len, self.layout.block_size, able.num_blocks)
+        try:
+            params = sampling.to_vllm(request, self._model.eos_token_ids)
+            config = self._config
+            params.verify(config.model_config, config.speculative_config, config.structured_outputs_config, None)
+        except ValueError as error:
+            raise InvalidRequest(getattr(error, "parameter", None) or "sampling", str(error)) from error
+
+    def add_request(self, request: Request) -> None:
+        self.check(request)
+        _, num_waiting = self._scheduler.get_request_counts()
+        if num_waiting >= self._model.max_num_waiting:
+            raise QueueFull(f"{num_waiting} requests wait, which is the limit")
+        self._queue(self._new(request, Place.QUEUED), request.resumed_token_ids, None)
+        request.timeline.mark(Event.PREFILL_QUEUED)
+
+    def reserve(self, request: Request, callback: Callable[[Reservation], None]) -> None:
+        self.check(request)
+        live = self._new(request, Place.RESERVING)
+        bisect.insort(self._reserving, live, key=lambda each: each.order)
+        self._on_grant[request.request_id] = callback
+        self._grant()
+
+    def cancel_reservation(self, request: Request) -> bool:
+        live = self._live.get(request.request_id)
+        if live is None or live.place is not Place.RESERVING:
+            return False
+        self._forget(live)
+        self._changed()
+        return True
+
+    def release_reservation(self, request: Request, block_ids: Sequence[int]) -> None:
+        self._book.loans.release(block_ids)
+        live = self._live.get(request.request_id)
+        if live is not None and live.place is Place.RESERVED:
+            self._forget(live)
+        self._changed()
+
+    def add_prefilled(
+        self, request: Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken
+    ) -> RequestUpdate:
+        if not 0 <= first_token.token_id < self._model.vocab_size:
+            raise InvalidRequest("prompt", f"first token {first_token.token_id} is not in the vocabulary")
+        live = self._live.get(request.request_id)
+        if live is None or live.place is not Place.RESERVED or len(block_ids) != live.num_context_blocks:
+            raise NotReserved(
+                f"request {request.request_id} is {live.place.name if live else 'not here'} and comes with"
+                f" {len(block_ids)} blocks"
+            )
+        self._book.loans.take_over(block_ids)
+        request.timeline.mark(Event.DECODE_JOINED)
+        num_outputs = len(request.resumed_token_ids) + 1
+        reason, stop_token_id = self._end_of(live, first_token.token_id, num_outputs)
+        self._num_reserved -= 1
+        live.place, live.was_scheduled = Place.QUEUED, True
+        num_full = request.num_context_tokens // self.layout.block_size
+        if live.is_shared:
+            self._book.publish(block_ids[:num_full], live.hashes[:num_full], proofs[:num_full], None)
+        if reason is None:
+            self._queue(live, [*request.resumed_token_ids, first_token.token_id], block_ids)
+        else:
+            self._book.release(block_ids)
+            self._end(live, reason)
+        self._changed()
+        return RequestUpdate(
+            request=request,
+            num_computed_tokens=request.num_context_tokens,
+            new_tokens=(first_token,),
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+            num_output_tokens=num_outputs,
+        )
+
+    def abort(self, request_id: str) -> bool:
+        live = self._live.get(request_id)
+        if live is None:
+            return False
+        self._leave_core(live)
+        self._end(live, FinishReason.ABORT)
+        self._changed()
+        return True
+
+    def suspend(self, request_id: str, transfer_id: bytes) -> Suspended | None:
+        live = self._live.get(request_id)
+        if live is None or live.core is None:
+            return None
+        core, block_ids = live.core, list[int]()
+        num_computed = core.num_computed_tokens
+        if core.status is RequestStatus.RUNNING:
+            if core.num_tokens - num_computed != 1 or not core.num_output_tokens:
+                return None
+            (table,) = self._manager.get_block_ids(live.core_id)
+            block_ids = table[: -(-num_computed // self.layout.block_size)]
+        elif (held := self._connector.joining.get(live.core_id)) is not None:
+            num_computed, block_ids = held.num_tokens, held.block_ids
+        if not live.is_truthful:  # nobody could tell what these blocks are
+            block_ids = []
+        self._book.loans.lend(block_ids)
+        self._leave_core(live)
+        self._end(live, FinishReason.MOVED)
+        self._changed()
+        hashes = live.told_hashes(0, len(block_ids), num_computed // self.layout.block_size)
+        return Suspended(core.num_output_tokens, self._announced(block_ids, hashes, transfer_id, 0))
+
+    # ---- blocks and the prefix cache -------------------------------------------------
+
+    def peek_prefix(self, hashes: Sequence[BlockHash]) -> int:
+        return self._book.peek(hashes)
+
+    def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
+        return self._book.lend_prefix(hashes)
+
+    def take_prefix(self, hashes: Sequence[BlockHash]) -> Reservation | None:
+        return self._book.take(hashes, len(hashes), self._num_in_batch)
+
+    def publish_blocks(
+        self,
+        block_ids: Sequence[int],
+        hashes: Sequence[BlockHash],
+        proofs: Sequence[Proof],
+        parent_hash: BlockHash | None = None,
+    ) -> None:
+        self._book.loans.check(block_ids)
+        if self._model.shares_blocks:
+            self._book.publish(block_ids, hashes, proofs, parent_hash)
+
+    def release_blocks(self, block_ids: Sequence[int]) -> None:
+        self._book.loans.release(block_ids)
+        self._changed()
+
+    def proofs(self, block_ids: Sequence[int], subjects: Sequence[Subject]) -> list[Proof]:
+        return self._book.proofs(block_ids, subjects)
+
+    def recheck(self, hashes: Sequence[BlockHash]) -> int:
+        return self._book.recheck(hashes)
+
+    def cached_hashes(self) -> list[BlockHash]:
+        return self._book.hashes()
+
+    def take_cache_changes(self) -> list[CacheChange]:
+        return self._book.take_changes()
+
+    # ---- no tier of its own -----------------------------------------------------------
+
+    def may_restore(self, block_hash: BlockHash) -> bool:
+        return False
+
+    def begin_restore(self, hashes: Sequence[BlockHash]) -> Restore | None:
+        return None
+
+    def host_hashes(self) -> list[BlockHash]:
+        return []
+
+    def take_host_changes(self) -> list[CacheChange]:
+        return []
+
+    def host_figures(self) -> Mapping[str, float]:
+        return {}
+
+    # ---- steps and state ---------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        num_running, num_waiting = self._scheduler.get_request_counts()
+        return bool(num_running or (num_waiting and not self._is_stuck))
+
+    def step(self, on_begun: Callable[[Request], None] = lambda request: None) -> StepOutput:
+        if not self.has_work:
+            return StepOutput()
+        started_s, self._on_begun = self._clock(), on_begun
+        try:
+            outputs = self._run()
+            shape, scheduled = self.step_shape, self._scheduled
+        finally:
+            self.step_shape, self._scheduled = NO_STEP, []
+        if not scheduled:
+            self._is_stuck = True
+            self._grant()
+            return StepOutput()
+        self._stats.num_steps += 1
+        block_size = self.layout.block_size
+        for each in scheduled:
+            self._book.prove(each.block_ids[each.start // block_size : _computed(each.live) // block_size])
+        for held in self._connector.joined:
+            self._book.release(held.block_ids)
+        self._connector.joined.clear()
+        updates = tuple(self._booked(each, outputs.get(each.live.core_id)) for each in scheduled)
+        self._changed()
+        num_tokens = sum(each.num_tokens for each in scheduled)
+        return StepOutput(updates, num_tokens, shape, self._clock() - started_s)
+
+    @property
+    def stats(self) -> EngineStats:
+        return replace(self._stats, num_corrupt_blocks=self._book.num_corrupt)
+
+    def load(self) -> EngineLoad:
+        num_running, num_waiting = self._scheduler.get_request_counts()
+        waiting = (
+            live.core.num_tokens - live.core.num_computed_tokens
+            for live in list(self._by_core_id.values())
+            if live.core is not None and live.core_id not in self._connector.joining
+        )
+        return EngineLoad(
+            num_running=num_running,
+            num_waiting=num_waiting + len(self._reserving) + self._num_reserved,
+            num_free_blocks=self._book.num_free,
+            num_blocks=self.capabilities.num_blocks,
+            num_waiting_tokens=sum(num_tokens for num_tokens in waiting if num_tokens > 1),
+            num_cached_blocks=len(self._book.hashes()),
+            num_lent_blocks=self._book.loans.num_blocks,
+        )
+
+    def check_integrity(self) -> None:
+        tables = [self._manager.get_block_ids(core_id)[0] for core_id in self._scheduler.requests]
+        self._book.check_integrity([*tables, *(held.block_ids for held in self._connector.joining.values())])
+
+    # ---- entering and leaving -----------------------------------------------------------
+
+    def _new(self, request: Request, place: Place) -> Live:
+        assert request.request_id not in self._live, f"{request.request_id} is here already"
+        block_size, shares = self.layout.block_size, self._model.shares_blocks
+        live = Live.of(request, next(self._numbers), place, self.layout.model_fingerprint, block_size, shares=shares)
+        self._live[request.request_id] = live
+        return live
+
+    def _queue(self, live: Live, output_token_ids: Sequence[int], block_ids: Sequence[int] | None) -> None:
+        """Give it to vLLM, as one that was preempted after `output_token_ids`; `block_ids` hold all but the newest."""
+        asked, outputs = live.asked, list(output_token_ids)
+        params = sampling.to_vllm(asked, self._model.eos_token_ids)
+        prompt = list(asked.prompt_token_ids)
+        live.core = core = VllmRequest(
+            live.core_id,
+            prompt,
+            params,
+            None,
+            arrival_time=asked.arrival_s,
+            priority=asked.priority,
+            block_hasher=live.new_keys,
+        )
+        if outputs:
+            core.append_output_token_ids(outputs)
+            core.prefill_stats = None  # they know no output before the first step
+            if self._has_states:
+                core.status = RequestStatus.PREEMPTED
+                self._core.collective_rpc("tandem_prepare", args=(live.core_id, prompt, list(outputs), params))
+        if block_ids is not None:
+            self._connector.joining[live.core_id] = Held(list(block_ids), core.num_tokens - 1)
+        self._by_core_id[live.core_id] = live
+        self._core.add_request(core)
+        self._changed()
+
+    def _leave_core(self, live: Live) -> None:
+        if live.core is None:
+            return
+        held = self._connector.joining.pop(live.core_id, None)
+        if held is not None:
+            self._book.release(held.block_ids)
+        self._core.abort_requests([live.core_id])
+
+    def _end(self, live: Live, reason: FinishReason) -> None:
+        self._stats.num_finished[reason] += 1
+        self._forget(live)
+
+    def _forget(self, live: Live) -> None:
+        del self._live[live.asked.request_id]
+        self._by_core_id.pop(live.core_id, None)
+        if live.place is Place.RESERVING:
+            self._reserving.remove(live)
+            del self._on_grant[live.asked.request_id]
+        self._num_reserved -= live.place is Place.RESERVED
+
+    # ---- reservations -------------------------------------------------------------------
+
+    @property
+    def _num_in_batch(self) -> int:
+        """Requests that have a place, or are to have one: each may want a block at the next step."""
+        num_running, _ = self._scheduler.get_request_counts()
+        return int(num_running) + self._num_reserved + len(self._connector.joining)
+
+    def _changed(self) -> None:
+        """Something came, went or became free."""
+        self._is_stuck = False
+        self._grant()
+
+    def _grant(self) -> None:
+        """Give blocks to the reservations whose turn it is."""
+        granted: list[tuple[Callable[[Reservation], None], Reservation]] = []
+        while self._reserving and self._num_in_batch < self.capabilities.max_num_seqs:
+            live = self._reserving[0]
+            room = self._book.take(live.findable_hashes, live.num_context_blocks, self._num_in_batch)
+            if room is None:
+                break
+            del self._reserving[0]
+            live.place = Place.RESERVED
+            self._num_reserved += 1
+            live.asked.timeline.mark(Event.BLOCKS_RESERVED)
+            granted.append((self._on_grant.pop(live.asked.request_id), room))
+        for callback, room in granted:  # which may call back into the engine
+            callback(room)
+
+    # ---- one step -------------------------------------------------------------------------
+
+    def _run(self) -> dict[str, EngineCoreOutput]:
+        """Run one step; its results by vLLM's request id."""
+        while True:
+            outputs, has_run = self._core.step_fn()
+            self._core.post_step(has_run)
+            if self._scheduled or not self._give_up_a_joining_one():
+                return {each.request_id: each for of_client in (outputs or {}).values() for each in of_client.outputs}
+
+    def _give_up_a_joining_one(self) -> bool:
+        """Where nothing can run since all blocks are held, let the last one's go: it is computed again."""
+        if self._scheduler.get_request_counts()[0] or not self._connector.joining:
+            return False
+        last = max((self._by_core_id[core_id] for core_id in self._connector.joining), key=lambda live: live.order)
+        self._book.release(self._connector.joining.pop(last.core_id).block_ids)
+        assert last.core is not None
+        last.core.num_preemptions += 1
+        return True
+
+    def _plan(self, output: SchedulerOutput) -> dict[str, int]:
+        """Hear from the connector what the step computes, before it does; returns where seeded draws will stand."""
+        self._scheduled = [
+            self._part(core_id, num_tokens, output.kv_connector_block_state.get_block_ids(core_id)[0])
+            for core_id, num_tokens in output.num_scheduled_tokens.items()
+        ]
+        self.step_shape = _shape(self._scheduled)
+        for each in self._scheduled:
+            if not each.live.was_scheduled:
+                self._begin(each)
+        if not self._has_states:
+            return {}
+        return {each.live.core_id: each.end for each in self._scheduled if not each.live.asked.sampling.is_greedy}
+
+    def _part(self, core_id: str, num_tokens: int, block_ids: list[int]) -> _Scheduled:
+        live = self._by_core_id[core_id]
+        start, lent = _computed(live), list[int]()
+        if live.asked.hold_blocks:
+            # Now, since vLLM frees the blocks of one that ends before we hear of it.
+            num_context, end = live.asked.num_context_tokens, start + num_tokens
+            last = num_context // live.block_size + 1 if end >= num_context else end // live.block_size
+            lent = block_ids[live.num_lent_blocks : last]
+            self._book.loans.lend(lent)
+        return _Scheduled(live, start, num_tokens, list(block_ids), lent)
+
+    def _begin(self, part: _Scheduled) -> None:
+        live = part.live
+        live.was_scheduled, live.num_cached_tokens = True, part.start
+        self._stats.num_prefix_queries += live.asked.num_context_tokens
+        self._stats.num_prefix_hits += part.start
+        live.asked.timeline.mark(Event.PREFILL_SCHEDULED)
+        self._on_begun(live.asked)
+
+    def _booked(self, part: _Scheduled, output: EngineCoreOutput | None) -> RequestUpdate:
+        live, stats = part.live, self._stats
+        core, asked = live.core, live.asked
+        assert core is not None
+        stats.num_preemptions += core.num_preemptions - live.num_preemptions
+        live.num_preemptions = core.num_preemptions
+        if part.num_tokens > 1 or part.start < asked.num_context_tokens:
+            stats.num_prompt_tokens += part.num_tokens
+        tokens = tuple[SampledToken, ...]()
+        reason: FinishReason | None = None
+        stop_token_id = told = None
+        if output is not None:
+            tokens = sampling.sampled_tokens(output.new_token_ids, output.new_logprobs)
+            stats.num_generated_tokens += len(tokens)
+            if output.new_prompt_logprobs_tensors is not None:
+                told = sampling.prompt_logprobs(output.new_prompt_logprobs_tensors)
+            if output.finish_reason is not None:
+                reason, stop_token_id = self._reason(live, output)
+        num_outputs = core.num_output_tokens
+        if tokens and num_outputs - len(tokens) == len(asked.resumed_token_ids):
+            asked.timeline.mark(Event.PREFILL_FINISHED)
+            if reason is None:
+                asked.timeline.mark(Event.DECODE_JOINED)
+        first = live.num_lent_blocks
+        live.num_lent_blocks += len(part.lent)
+        hashes = live.told_hashes(first, len(part.lent), asked.num_context_tokens // live.block_size)
+        if reason is not None:
+            self._end(live, reason)
+        return RequestUpdate(
+            request=asked,
+            num_computed_tokens=_computed(live),
+            new_tokens=tokens,
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+            prompt_logprobs=told,
+            failure="vLLM ended it with an error" if reason is FinishReason.ERROR else None,
+            num_output_tokens=num_outputs,
+            num_cached_tokens=live.num_cached_tokens,
+            num_preemptions=live.num_preemptions,
+            first_block=first,
+            blocks=self._announced(part.lent, hashes, asked.transfer_id, first),
+        )
+
+    def _reason(self, live: Live, output: EngineCoreOutput) -> tuple[FinishReason, int | None]:
+        """Why vLLM ended it, in our words."""
+        if output.finish_reason not in (VllmFinishReason.STOP, VllmFinishReason.LENGTH) or not output.new_token_ids:
+            return FinishReason.ERROR, None
+        assert live.core is not None
+        reason, stop_token_id = self._end_of(live, output.new_token_ids[-1], live.core.num_output_tokens)
+        assert reason is not None, f"vLLM ended {live.core_id} ({output.finish_reason}), and we would not have"
+        return reason, stop_token_id
+
+    def _end_of(self, live: Live, token_id: int, num_outputs: int) -> tuple[FinishReason | None, int | None]:
+        longest = self.capabilities.max_model_len
+        return end_of(live.asked, token_id, num_outputs, self._model.eos_token_ids, longest)
+
+    def _announced(
+        self, block_ids: Sequence[int], hashes: Sequence[BlockHash | None], transfer_id: bytes, first: int
+    ) -> tuple[AnnouncedBlock, ...]:
+        if not block_ids:
+            return ()
+        subjects = [subject_of(each, transfer_id, index) for index, each in enumerate(hashes, first)]
+        return tuple(map(AnnouncedBlock, block_ids, hashes, self._book.proofs(block_ids, subjects)))
+
+
+def _computed(live: Live) -> int:
+    assert live.core is not None
+    return int(live.core.num_computed_tokens)
+
+
+def _shape(scheduled: Sequence[_Scheduled]) -> StepShape:
+    prompts = [each for each in scheduled if each.num_tokens > 1]
+    contexts = [each.end for each in scheduled if each.num_tokens == 1]
+    return StepShape(
+        num_prompt_tokens=sum(each.num_tokens for each in prompts),
+        num_prompt_pairs=sum(num_pairs(each.start, each.num_tokens) for each in prompts),
+        num_running=len(contexts),
+        num_context_tokens=sum(contexts),
+    )

@@ -1,0 +1,205 @@
+"""Opens a vLLM engine: checks, loads, lays out, probes. vllm is imported here, when somebody asks for one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from kvstore.block import ProofKey, public_multipliers
+from services.engine.api import Capabilities
+from services.engine.capacity import default_host_bytes
+from services.engine.checkpoint import find_model
+from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
+from services.engine.model_config import ModelError, UnsupportedModel, read_json
+from services.engine.vllm.arguments import engine_arguments, prepare_environment, refuse_multimodal
+from services.machine import Gpu, available_memory_bytes
+from services.settings import SettingsError
+
+if TYPE_CHECKING:
+    from services.engine.vllm.engine import VllmEngine
+
+_BYTES_AT_ONCE: Final = 1 << 22
+_ALL_FILES: Final = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+_IRRELEVANT_SETTINGS: Final = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+
+
+def open_vllm(
+    config: EngineConfig,
+    proof_key: ProofKey,
+    progress: Callable[[float], None] | None = None,
+    own: Mapping[str, Any] | None = None,
+) -> VllmEngine:
+    """Load the model and take the memory; `progress` is called with 0..1. `own`: fields of vLLM's `EngineArgs`.
+
+    Raises `ModelError` or `SettingsError`.
+    """
+    tell = progress or (lambda share: None)
+    prepare_environment(config)
+    directory = find_model(config.model, config.revision)
+    tell(0.0)
+    core, config = _open_core(config, directory, own or {})
+    try:
+        return _around(core, config, directory, proof_key, tell)
+    except BaseException:
+        core.shutdown()
+        raise
+
+
+def _open_core(config: EngineConfig, directory: Path, own: Mapping[str, Any]) -> tuple[Any, EngineConfig]:
+    from vllm import EngineArgs
+    from vllm.config import KVEventsConfig, KVTransferConfig
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.executor import Executor
+
+    is_cpu = current_platform.is_cpu()
+    if config.device not in ("auto", "cpu" if is_cpu else "cuda"):
+        raise SettingsError(
+            f"--device {config.device}: the vLLM that is installed computes on {'CPUs' if is_cpu else 'GPUs'}", "device"
+        )
+    config = with_device_defaults(config, None if is_cpu else _gpu())
+    dtype = DTYPE_ALIASES.get(config.dtype, config.dtype)
+    cache_bytes = config.kv_cache_memory_bytes
+    if is_cpu:
+        dtype = _own_dtype(directory) if dtype == "auto" else dtype
+        cache_bytes = cache_bytes or default_host_bytes(available_memory_bytes())
+    arguments = engine_arguments(config, str(directory), dtype, cache_bytes, own)
+    if is_cpu:
+        arguments.setdefault("enforce_eager", True)
+    try:
+        engine_args = EngineArgs(
+            **arguments,
+            kv_transfer_config=KVTransferConfig(
+                kv_connector="TandemConnector",
+                kv_connector_module_path="services.engine.vllm.connector",
+                kv_role="kv_both",
+                kv_load_failure_policy="recompute",
+            ),
+            kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
+        )
+        vllm_config = engine_args.create_engine_config()
+        refuse_multimodal(vllm_config.model_config)
+        core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=False)
+    except (ModelError, SettingsError):
+        raise
+    except (ValueError, TypeError, NotImplementedError, MemoryError, RuntimeError, OSError) as error:
+        raise ModelError(f"{config.model}: vLLM refuses it: {str(error).strip()[:1000]}") from error
+    return core, config
+
+
+def _around(
+    core: Any,
+    config: EngineConfig,
+    directory: Path,
+    proof_key: ProofKey,
+    tell: Callable[[float], None],
+) -> VllmEngine:
+    """Put the adapter around a core that has loaded its model."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from services.engine.tensor_memory import tensor_memory
+    from services.engine.vllm.connector import TandemConnector
+    from services.engine.vllm.engine import Model, VllmEngine
+    from services.engine.vllm.layout import NUM_PROBED, block_layout, byte_view, probe, read_group
+
+    vllm_config, scheduler = core.vllm_config, core.scheduler
+    model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
+    if cache_config.block_size != config.block_size:
+        raise SettingsError(
+            f"{config.block_size}: vLLM keeps this model in blocks of {cache_config.block_size} tokens on this machine;"
+            f" give --block-size {cache_config.block_size} to all workers of it",
+            "block_size",
+        )
+    kept = read_group(scheduler.kv_cache_config)
+    num_blocks = cache_config.num_gpu_blocks
+    if num_blocks < NUM_PROBED:
+        raise SettingsError(f"{num_blocks} KV blocks are too few; give more", "kv_cache_memory_bytes")
+    core.collective_rpc("tandem_attach")
+    connector, rank = scheduler.get_kv_connector(), get_kv_transfer_group()
+    assert isinstance(connector, TandemConnector)
+    assert isinstance(rank, TandemConnector)
+    context = vllm_config.compilation_config.static_forward_context
+    layers = {name: context[name] for name in rank.caches}
+    view = byte_view(rank.caches, num_blocks)
+    packing = probe(view, rank.caches, layers, kept)
+    tell(0.5)
+    fingerprint = _fingerprint(directory, model_config.hf_config.to_dict(), str(model_config.dtype), tell)
+    layout = block_layout(vllm_config, kept, layers, packing, fingerprint, proof_key.key_id)
+    memory = tensor_memory(view)
+    if memory.block_bytes != layout.block_bytes:
+        raise ModelError(f"vLLM's blocks have {memory.block_bytes} bytes, and {layout} would have {layout.block_bytes}")
+    return VllmEngine(
+        core,
+        connector,
+        Model(
+            vocab_size=model_config.get_vocab_size(),
+            eos_token_ids=frozenset(_eos_token_ids(model_config)),
+            max_num_waiting=config.max_num_waiting,
+            shares_blocks=config.enable_prefix_caching,
+        ),
+        Capabilities(
+            max_model_len=model_config.max_model_len,
+            max_num_seqs=min(config.max_num_seqs, config.max_num_batched_tokens),
+            num_blocks=num_blocks - 1,
+            num_host_blocks=0,
+            caches_prefixes=config.enable_prefix_caching,
+            is_exact=False,
+            compute={
+                "device": memory.device.split(":")[0],
+                "kernels": f"vllm/{layout.attention_backend}",
+                "quantization": model_config.quantization or "none",
+            },
+        ),
+        layout,
+        memory,
+        proof_key,
+    )
+
+
+def _gpu() -> Gpu:
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return Gpu("cuda:0", properties.total_memory, model=properties.name)
+
+
+def _own_dtype(directory: Path) -> str:
+    """The type that the model says, which vLLM would lower on a CPU."""
+    raw = read_json(directory / "config.json") or {}
+    text = raw.get("text_config")
+    inner = text if isinstance(text, Mapping) else {}
+    names = (raw.get("dtype"), raw.get("torch_dtype"), inner.get("dtype"), inner.get("torch_dtype"))
+    return str(next(filter(None, names), "auto")).removeprefix("torch.")
+
+
+def _eos_token_ids(model_config: Any) -> Iterator[int]:
+    told = model_config.try_get_generation_config().get("eos_token_id")
+    if told is None:
+        told = getattr(model_config.hf_text_config, "eos_token_id", None)
+    yield from [] if told is None else told if isinstance(told, list) else [told]
+
+
+def _fingerprint(directory: Path, settings: Mapping[str, Any], dtype: str, tell: Callable[[float], None]) -> str:
+    """Return 32 hex digits over configuration, dtype and every byte of the weights' files."""
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+    if not files:
+        raise UnsupportedModel(f"{directory} has no weights that could be told apart (*.safetensors, *.bin)")
+    kept = {name: value for name, value in settings.items() if name not in _IRRELEVANT_SETTINGS}
+    digest = hashlib.blake2b(digest_size=16, person=b"tandem.vllm")
+    digest.update(json.dumps([kept, dtype], sort_keys=True, default=str).encode())
+    num_bytes, done = sum(file.stat().st_size for file in files), 0
+    for file in files:
+        digest.update(f"{file.name}:{file.stat().st_size}".encode())
+        data = np.memmap(file, np.uint8, "r")
+        for start in range(0, len(data), _BYTES_AT_ONCE):
+            piece = np.array(data[start : start + _BYTES_AT_ONCE])
+            padded = np.concatenate([piece, np.zeros(-len(piece) % 8, np.uint8)]) if len(piece) % 8 else piece
+            digest.update(public_multipliers().sums(padded.view("<u8")))
+            done += len(piece)
+            tell(0.5 + 0.5 * done / num_bytes)
+    return digest.hexdigest()
