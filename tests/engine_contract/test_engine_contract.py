@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from math import isclose
 from pathlib import Path
@@ -28,6 +29,7 @@ from services.engine.api import (
 from services.engine.config import EngineConfig
 from services.engine.native import Engine as NativeEngine
 from services.engine.paced import open_paced
+from tests.engine_contract.vllm_engines import VllmEngines
 from tests.hf_models import VOCAB_SIZE, random_prompts, write_model
 
 SETTINGS = {
@@ -47,6 +49,9 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
         sleep=lambda seconds: None,
     ),
 }
+# Where it is installed: `make test-vllm` runs this file. Its blocks are twice as long, and so is all else.
+VLLM_SETTINGS = {**SETTINGS, "block_size": 32, "max_model_len": 800, "max_num_batched_tokens": 64}
+NAMES = [*ENGINES, *(["vllm"] if importlib.util.find_spec("vllm") else [])]
 NUM_OUTPUTS = 8
 TRANSFER = b"a transfer's id."
 
@@ -54,16 +59,21 @@ TRANSFER = b"a transfer's id."
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
-    return write_model(tmp_path_factory.mktemp("models") / "llama3", "llama3", seed=3)
+    return write_model(tmp_path_factory.mktemp("models") / "llama3", "llama3", seed=3, head_dim=32)
 
 
-@pytest.fixture(params=list(ENGINES))
-def make(request: pytest.FixtureRequest, model: Path) -> Iterator[Callable[[], Engine]]:
+@pytest.fixture(scope="module")
+def vllm_engines(model: Path) -> VllmEngines:
+    return VllmEngines(model, **VLLM_SETTINGS)
+
+
+@pytest.fixture(params=NAMES)
+def make(request: pytest.FixtureRequest, model: Path, vllm_engines: VllmEngines) -> Iterator[Callable[[], Engine]]:
     """Makes engines; when the test ends, nobody may hold a block of any."""
     made: list[Engine] = []
 
     def make_one() -> Engine:
-        made.append(ENGINES[request.param](model))
+        made.append(vllm_engines.make() if request.param == "vllm" else ENGINES[request.param](model))
         return made[-1]
 
     yield make_one
@@ -72,6 +82,7 @@ def make(request: pytest.FixtureRequest, model: Path) -> Iterator[Callable[[], E
         load = engine.load()
         assert (load.num_lent_blocks, load.num_free_blocks) == (0, load.num_blocks)
         assert (load.num_running, load.num_waiting, load.num_waiting_tokens) == (0, 0, 0)
+    vllm_engines.take_back()
 
 
 @pytest.fixture
@@ -85,8 +96,9 @@ def ask(name: str, prompt: Sequence[int], hold_blocks: bool = False, **sampling:
     return Request(name, prompt, sampling_params, hold_blocks=hold_blocks, transfer_id=TRANSFER if hold_blocks else b"")
 
 
-def prompt_of(num_tokens: int, seed: int = 0) -> list[int]:
-    return random_prompts([num_tokens], seed=seed)[0]
+def prompt_of(engine: Engine, num_tokens: int, seed: int = 0) -> list[int]:
+    """Random tokens, so many where blocks have 16 tokens, and as many times more as they have."""
+    return random_prompts([num_tokens * engine.layout.block_size // 16], seed=seed)[0]
 
 
 def hashes_of(engine: Engine, prompt: Sequence[int]) -> list[BlockHash]:
@@ -129,29 +141,31 @@ def prefill(engine: Engine, name: str, prompt: Sequence[int]) -> tuple[list[int]
 
 def test_it_is_what_it_says(engine: Engine) -> None:
     able, load = engine.capabilities, engine.load()
-    assert (able.max_model_len, able.num_blocks, able.caches_prefixes) == (400, 40, True)
-    assert (engine.memory.num_blocks, engine.memory.block_bytes) == (able.num_blocks, engine.layout.block_bytes)
-    assert (engine.layout.block_size, load.num_blocks, load.num_free_blocks) == (16, 40, 40)
+    assert (able.max_model_len, able.num_blocks, able.caches_prefixes) == (25 * engine.layout.block_size, 40, True)
+    assert engine.memory.block_bytes == engine.layout.block_bytes
+    assert engine.memory.num_blocks >= able.num_blocks
+    assert (load.num_blocks, load.num_free_blocks) == (40, 40)
     assert {"device", "kernels", "quantization"} <= set(able.compute)
-    assert able.numerics
+    assert bool(able.numerics) == able.is_exact
     assert bool(engine.host_figures()) == (able.num_host_blocks > 0)
     assert (engine.has_work, engine.step().num_tokens) == (False, 0)
 
 
 def test_a_request_is_computed_to_its_last_token(engine: Engine) -> None:
     begun: list[str] = []
-    request, updates = ask("r", prompt_of(50)), []
+    request, updates = ask("r", prompt_of(engine, 50)), []
     engine.add_request(request)
     while engine.has_work:
         updates += engine.step(lambda each: begun.append(each.request_id)).updates
         assert begun == ["r"]
-    assert [update.num_computed_tokens for update in updates[:2]] == [32, 50]
+    size = engine.layout.block_size
+    assert [update.num_computed_tokens for update in updates[:2]] == [2 * size, len(request.prompt_token_ids)]
     assert len(tokens(updates, "r")) == NUM_OUTPUTS
     assert [update.num_output_tokens for update in updates] == [0, *range(1, NUM_OUTPUTS + 1)]
     assert [update.finish_reason for update in updates] == [None] * NUM_OUTPUTS + [FinishReason.LENGTH]
     assert all(not update.blocks for update in updates)
     stats = engine.stats
-    assert (stats.num_prompt_tokens, stats.num_generated_tokens) == (50, NUM_OUTPUTS)
+    assert (stats.num_prompt_tokens, stats.num_generated_tokens) == (len(request.prompt_token_ids), NUM_OUTPUTS)
 
 
 def test_an_engine_on_a_processor_gives_the_same_tokens_in_any_company(make: Callable[[], Engine]) -> None:
@@ -167,7 +181,7 @@ def test_an_engine_on_a_processor_gives_the_same_tokens_in_any_company(make: Cal
     [
         (ask("r", []), "prompt"),
         (ask("r", [1, VOCAB_SIZE]), "prompt"),
-        (ask("r", [1] * 400), "prompt"),
+        (ask("r", [1] * 2000), "prompt"),
         (ask("r", [1], logit_bias={VOCAB_SIZE: 1.0}), "logit_bias"),
         (ask("r", [1], stop_token_ids=(VOCAB_SIZE,)), "stop_token_ids"),
     ],
@@ -182,16 +196,17 @@ def test_what_can_never_run_is_refused_and_leaves_nothing(engine: Engine, reques
 
 def test_the_queue_is_bounded(engine: Engine) -> None:
     for number in range(3):
-        engine.add_request(ask(f"r{number}", prompt_of(20)))
+        engine.add_request(ask(f"r{number}", prompt_of(engine, 20)))
     with pytest.raises(QueueFull):
-        engine.add_request(ask("late", prompt_of(20)))
+        engine.add_request(ask("late", prompt_of(engine, 20)))
     assert engine.load().num_waiting == 3
     run(engine)
 
 
 def test_an_abort_frees_a_request_wherever_it_is(engine: Engine) -> None:
     assert not engine.abort("nobody")
-    queued, chunked, running = (ask(name, prompt_of(60, seed)) for seed, name in enumerate(["queued", "half", "runs"]))
+    names = ["queued", "half", "runs"]
+    queued, chunked, running = (ask(name, prompt_of(engine, 60, seed)) for seed, name in enumerate(names))
     engine.add_request(queued)
     assert engine.abort("queued")
     engine.add_request(chunked)
@@ -209,7 +224,7 @@ def test_an_abort_frees_a_request_wherever_it_is(engine: Engine) -> None:
 
 
 def test_a_prompt_to_hand_off_lends_each_block_once_with_its_proof(engine: Engine) -> None:
-    prompt = prompt_of(70)
+    prompt = prompt_of(engine, 70)
     block_ids, updates = prefill(engine, "r", prompt)
     assert [(update.first_block, len(update.blocks)) for update in updates] == [(0, 2), (2, 2), (4, 1)]
     blocks = [block for update in updates for block in update.blocks]
@@ -226,7 +241,7 @@ def test_a_prompt_to_hand_off_lends_each_block_once_with_its_proof(engine: Engin
 
 def test_a_prompt_whose_hashes_are_wrong_is_proven_to_be_nobodys(engine: Engine) -> None:
     # Who gives a worker orders must not get another prompt's name certified for what he had computed.
-    mine, theirs = prompt_of(70), prompt_of(70, seed=1)
+    mine, theirs = prompt_of(engine, 70), prompt_of(engine, 70, seed=1)
     order = ask("r", mine, hold_blocks=True)
     order.given_hashes = hashes_of(engine, theirs)
     blocks = [block for update in run(engine, order) for block in update.blocks]
@@ -240,7 +255,7 @@ def test_a_prompt_whose_hashes_are_wrong_is_proven_to_be_nobodys(engine: Engine)
 
 
 def test_blocks_lent_before_an_abort_stay_the_callers(engine: Engine) -> None:
-    engine.add_request(ask("r", prompt_of(70), hold_blocks=True))
+    engine.add_request(ask("r", prompt_of(engine, 70), hold_blocks=True))
     (update,) = engine.step().updates
     assert engine.abort("r")
     engine.check_integrity()
@@ -252,7 +267,8 @@ def test_blocks_lent_before_an_abort_stay_the_callers(engine: Engine) -> None:
 def test_a_request_goes_on_where_another_engine_has_computed_its_prompt(
     make: Callable[[], Engine], num_tokens: int
 ) -> None:
-    first, second, prompt = make(), make(), prompt_of(num_tokens)
+    first, second = make(), make()
+    prompt = prompt_of(first, num_tokens)
     block_ids, updates = prefill(first, "r", prompt)
     request = ask("r", prompt)
     reservation = reserve(second, request)
@@ -264,11 +280,12 @@ def test_a_request_goes_on_where_another_engine_has_computed_its_prompt(
     first.release_blocks(block_ids)
     assert (joined.new_tokens, joined.finish_reason, joined.num_output_tokens) == ((token,), None, 1)
     assert [token.token_id, *tokens(run(second), "r")] == tokens(run(first, ask("alone", prompt)), "alone")
-    assert second.peek_prefix(hashes_of(second, prompt)) == num_tokens // 16
+    assert second.peek_prefix(hashes_of(second, prompt)) == len(prompt) // second.layout.block_size
 
 
 def test_the_ends_of_a_reservation(engine: Engine) -> None:
-    large, second = ask("large", prompt_of(380), max_tokens=1), ask("second", prompt_of(380, 1), max_tokens=1)
+    large = ask("large", prompt_of(engine, 380), max_tokens=1)
+    second = ask("second", prompt_of(engine, 380, 1), max_tokens=1)
     granted: list[Reservation] = []
     reservation = reserve(engine, large)
     engine.reserve(second, granted.append)
@@ -286,9 +303,9 @@ def test_the_ends_of_a_reservation(engine: Engine) -> None:
 
 
 def test_an_abort_while_it_waits_for_blocks_calls_nobody(engine: Engine) -> None:
-    first, granted = ask("first", prompt_of(380), max_tokens=1), []
+    first, granted = ask("first", prompt_of(engine, 380), max_tokens=1), []
     reservation = reserve(engine, first)
-    engine.reserve(ask("second", prompt_of(380, 1), max_tokens=1), granted.append)
+    engine.reserve(ask("second", prompt_of(engine, 380, 1), max_tokens=1), granted.append)
     assert engine.abort("second")
     engine.release_reservation(first, reservation.block_ids)
     assert granted == []
@@ -326,7 +343,7 @@ def test_a_resumed_request_goes_on_as_if_it_had_never_been_interrupted(
     make: Callable[[], Engine], sampling: str
 ) -> None:
     first, second = make(), make()
-    whole = ask("whole", prompt_of(37), **{"max_tokens": LENGTH, **SAMPLINGS[sampling]})
+    whole = ask("whole", prompt_of(first, 37), **{"max_tokens": LENGTH, **SAMPLINGS[sampling]})
     updates = [update for update in run(first, whole) if update.new_tokens]
     outputs = [update.new_tokens[0] for update in updates]
     assert len(outputs) > 39
@@ -349,27 +366,28 @@ def test_a_resumed_request_goes_on_as_if_it_had_never_been_interrupted(
 
 
 def test_a_resumed_request_reports_no_prompt_logprobs_again(engine: Engine) -> None:
-    whole = ask("whole", prompt_of(40), prompt_logprobs=2)
+    whole = ask("whole", prompt_of(engine, 40), prompt_logprobs=2)
     told = run(engine, whole)
     assert [update.prompt_logprobs is not None for update in told if update.new_tokens].count(True) == 1
     outputs = [token for update in told for token in update.new_tokens]
     again = run(engine, resume("again", whole, outputs[:3]))
     assert all(update.prompt_logprobs is None for update in again)
     assert tokens(again, "again") == tokens(told, "whole")[3:]
-    assert again[-1].num_cached_tokens >= 32
+    assert again[-1].num_cached_tokens >= 2 * engine.layout.block_size
 
 
 @pytest.mark.parametrize("num_resumed", [1, 4, 30])
 def test_a_resumed_request_is_handed_over_with_all_that_it_has_said(
     make: Callable[[], Engine], num_resumed: int
 ) -> None:
-    first, second, prompt = make(), make(), prompt_of(50)
+    first, second = make(), make()
+    prompt = prompt_of(first, 50)
     whole = ask("whole", prompt, max_tokens=40, frequency_penalty=1.5, temperature=1.0, seed=3)
     outputs = [token for update in run(first, whole) for token in update.new_tokens]
     held = run(first, resume("held", whole, outputs[:num_resumed], hold_blocks=True, transfer_id=TRANSFER))
     block_ids = [block.block_id for update in held for block in update.blocks]
     context = [*prompt, *(token.token_id for token in outputs[:num_resumed])]
-    partial = [None] * (len(context) % 16 > 0)
+    partial = [None] * (len(context) % first.layout.block_size > 0)
     assert [block.block_hash for update in held for block in update.blocks] == [*hashes_of(first, context), *partial]
     request = resume("joined", whole, outputs[:num_resumed])
     reservation = reserve(second, request)
@@ -385,10 +403,10 @@ def test_a_resumed_request_is_handed_over_with_all_that_it_has_said(
 
 @pytest.mark.parametrize(
     ("resumed", "param"),
-    [([1] * NUM_OUTPUTS, "resumed_token_ids"), ([VOCAB_SIZE], "resumed_token_ids"), ([1] * 390, "prompt")],
+    [([1] * NUM_OUTPUTS, "resumed_token_ids"), ([VOCAB_SIZE], "resumed_token_ids"), ([1] * 1990, "prompt")],
 )
 def test_what_leaves_nothing_to_resume_is_refused(engine: Engine, resumed: list[int], param: str) -> None:
-    request = Request("r", prompt_of(10), SamplingParams(max_tokens=NUM_OUTPUTS), resumed_token_ids=resumed)
+    request = Request("r", prompt_of(engine, 10), SamplingParams(max_tokens=NUM_OUTPUTS), resumed_token_ids=resumed)
     with pytest.raises(InvalidRequest) as refusal:
         engine.add_request(request)
     assert refusal.value.param == param
@@ -411,10 +429,11 @@ def test_a_suspended_request_goes_on_elsewhere_from_its_blocks_and_nothing_is_co
 ) -> None:
     first, second = make(), make()
     asked: dict[str, object] = {"max_tokens": 50, **SAMPLINGS[sampling]}
-    prompt = prompt_of(37)
+    size = first.layout.block_size
+    prompt = random_prompts([2 * size + 5])[0]
     expected = [token for update in run(first, ask("whole", prompt, **asked)) for token in update.new_tokens]
-    # The newest token's KV is computed nowhere: with 12 tokens a block has just become full, with 11 and 13 not.
-    for num_outputs in (1, 11, 12, 13, 30):
+    # The newest token's KV is computed nowhere: with `size - 4` a block has just become full, with one beside it not.
+    for num_outputs in (1, size - 5, size - 4, size - 3, 30):
         begun = ask(f"begun-{num_outputs}", prompt, **asked)
         outputs = run_until(first, begun, num_outputs)
         assert all(map(same, outputs, expected))
@@ -424,7 +443,7 @@ def test_a_suspended_request_goes_on_elsewhere_from_its_blocks_and_nothing_is_co
         assert not first.abort(begun.request_id)
         assert first.suspend(begun.request_id, TRANSFER) is None
         computed = [*prompt, *(token.token_id for token in outputs[:-1])]
-        partial = [None] * (len(computed) % 16 > 0)
+        partial = [None] * (len(computed) % first.layout.block_size > 0)
         assert [block.block_hash for block in left.blocks] == [*hashes_of(first, computed), *partial]
 
         goes_on = resume(f"goes on-{num_outputs}", begun, outputs[:-1])
@@ -442,10 +461,10 @@ def test_a_suspended_request_goes_on_elsewhere_from_its_blocks_and_nothing_is_co
 
 
 def test_one_that_has_not_begun_leaves_nothing_and_one_that_is_being_prefilled_stays(engine: Engine) -> None:
-    engine.add_request(ask("prefilled", prompt_of(50)))
+    engine.add_request(ask("prefilled", prompt_of(engine, 50)))
     engine.step()
     assert engine.suspend("prefilled", TRANSFER) is None
-    waits, reserved = ask("waits", prompt_of(40, seed=1)), ask("reserved", prompt_of(20, seed=2))
+    waits, reserved = ask("waits", prompt_of(engine, 40, seed=1)), ask("reserved", prompt_of(engine, 20, seed=2))
     engine.add_request(waits)
     left = engine.suspend("waits", TRANSFER)
     assert left is not None
@@ -459,8 +478,8 @@ def test_one_that_has_not_begun_leaves_nothing_and_one_that_is_being_prefilled_s
 
 
 def test_blocks_whose_hashes_are_wrong_are_left_to_nobody(engine: Engine) -> None:
-    request = ask("r", prompt_of(40))
-    request.given_hashes = hashes_of(engine, prompt_of(40, seed=9))
+    request = ask("r", prompt_of(engine, 40))
+    request.given_hashes = hashes_of(engine, prompt_of(engine, 40, seed=9))
     run_until(engine, request, 3)
     left = engine.suspend("r", TRANSFER)
     assert left is not None
@@ -471,20 +490,21 @@ def test_blocks_whose_hashes_are_wrong_are_left_to_nobody(engine: Engine) -> Non
 
 
 def test_a_running_requests_output_can_be_found_block_by_block_as_it_grows(engine: Engine) -> None:
-    prompt = prompt_of(20)
+    prompt = prompt_of(engine, 20)
     engine.add_request(ask("r", prompt, max_tokens=60))
     outputs: list[int] = []
     while engine.has_work:
         outputs += [token.token_id for update in engine.step().updates for token in update.new_tokens]
         # All but the newest token's KV is there.
         found = engine.peek_prefix(hashes_of(engine, [*prompt, *outputs]))
-        assert found == (len(prompt) + max(len(outputs) - 1, 0)) // 16
+        assert found == (len(prompt) + max(len(outputs) - 1, 0)) // engine.layout.block_size
     published = [change for change in engine.take_cache_changes() if change.event is CacheEvent.PUBLISHED]
     assert [change.block_hash for change in published] == hashes_of(engine, [*prompt, *outputs[:-1]])
 
 
 def test_a_prefix_of_another_engine_is_found_like_an_own_one(make: Callable[[], Engine]) -> None:
-    holder, reader, prompt = make(), make(), prompt_of(70)
+    holder, reader = make(), make()
+    prompt = prompt_of(holder, 70)
     expected = tokens(run(holder, ask("r", prompt)), "r")
     hashes = hashes_of(holder, prompt)
     lent = holder.lend_prefix(hashes)
@@ -501,18 +521,18 @@ def test_a_prefix_of_another_engine_is_found_like_an_own_one(make: Callable[[], 
     reader.release_blocks(taken.block_ids)
     assert (reader.peek_prefix(hashes), set(reader.cached_hashes())) == (4, set(hashes))
     updates = run(reader, ask("r", prompt))
-    assert (updates[-1].num_cached_tokens, tokens(updates, "r")) == (64, expected)
-    assert reader.stats.num_prefix_hits == 64
+    assert (updates[-1].num_cached_tokens, tokens(updates, "r")) == (4 * reader.layout.block_size, expected)
+    assert reader.stats.num_prefix_hits == 4 * reader.layout.block_size
 
 
 def test_nothing_is_published_that_its_caller_does_not_hold(engine: Engine) -> None:
     with pytest.raises(NotLent):
-        engine.publish_blocks([0], hashes_of(engine, prompt_of(16)), [1])
+        engine.publish_blocks([0], hashes_of(engine, prompt_of(engine, 16)), [1])
     assert engine.cached_hashes() == []
 
 
 def test_a_prefix_that_has_no_room_is_refused_and_takes_nothing(engine: Engine) -> None:
-    hashes = hashes_of(engine, [1] * 16 * 41)
+    hashes = hashes_of(engine, [1] * engine.layout.block_size * 41)
     assert engine.take_prefix(hashes) is None
 
 
@@ -522,7 +542,7 @@ def test_a_prefix_of_no_blocks_is_taken_and_lent_as_that(engine: Engine) -> None
 
 
 def test_a_block_that_has_changed_is_dropped_and_counted(engine: Engine) -> None:
-    prompt = prompt_of(64)
+    prompt = prompt_of(engine, 64)
     run(engine, ask("r", prompt, max_tokens=1))
     hashes = hashes_of(engine, prompt)
     assert engine.recheck(hashes) == 0
@@ -533,10 +553,10 @@ def test_a_block_that_has_changed_is_dropped_and_counted(engine: Engine) -> None
 
 
 def test_what_was_evicted_comes_back_from_a_tier_of_its_own(engine: Engine) -> None:
-    prompt = prompt_of(64)
+    prompt = prompt_of(engine, 64)
     hashes = hashes_of(engine, prompt)
     run(engine, ask("r", prompt, max_tokens=1))
-    run(engine, *[ask(f"other{i}", prompt_of(370, seed=i + 1), max_tokens=1) for i in range(2)])
+    run(engine, *[ask(f"other{i}", prompt_of(engine, 370, seed=i + 1), max_tokens=1) for i in range(2)])
     assert engine.peek_prefix(hashes) == 0
     assert set(hashes).isdisjoint(engine.cached_hashes())
     if not engine.capabilities.num_host_blocks:

@@ -1,0 +1,74 @@
+"""Real vLLM engines for tests: several in one process, each loaded once, as new for every test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kvstore.block import ProofKey
+from services.engine.config import EngineConfig
+
+
+class VllmEngines:
+    """Lends engines over one model; `take_back` makes those that were lent as new again.
+
+    A process of vLLM's has one KV connector for its rank, which it keeps in a global: each call of an engine puts its
+    own there first.
+    """
+
+    def __init__(self, model: Path, **settings: Any) -> None:
+        self._config = EngineConfig(str(model), engine="vllm", device="cpu", **settings)
+        self._idle: list[tuple[Any, Any]] = []  # core, its rank's connector
+        self._lent: list[tuple[Any, Any]] = []
+
+    def make(self) -> Any:
+        """Lend one."""
+        from services.engine.vllm import opening
+
+        if not self._idle:
+            self._idle.append(self._load())
+        core, rank = self._idle.pop()
+        self._lent.append((core, rank))
+        _put(rank)
+        config = opening.with_device_defaults(self._config, None)
+        engine = opening._around(core, config, Path(config.model), ProofKey.public(), lambda share: None)
+        return _InTurn(engine, rank)
+
+    def take_back(self) -> None:
+        """Forget what they have cached. Nobody may hold a block of any."""
+        for core, rank in self._lent:
+            _put(rank)
+            core.step_fn()  # tells its runner of those that have ended
+            assert core.reset_prefix_cache()
+            core.scheduler.kv_cache_manager.take_events()
+            rank._generators.clear()
+        self._idle += self._lent
+        self._lent.clear()
+
+    def _load(self) -> tuple[Any, Any]:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        from services.engine.vllm import opening
+        from services.engine.vllm.arguments import prepare_environment
+
+        prepare_environment(self._config)
+        _put(None)
+        core, _ = opening._open_core(self._config, Path(self._config.model), {})
+        return core, get_kv_transfer_group()
+
+
+def _put(rank: Any) -> None:
+    from vllm.distributed.kv_transfer import kv_transfer_state
+
+    kv_transfer_state._KV_CONNECTOR_AGENT = rank
+
+
+class _InTurn:
+    """An engine whose every call finds its own connector in vLLM's global."""
+
+    def __init__(self, engine: Any, rank: Any) -> None:
+        self.__dict__.update(_engine=engine, _rank=rank)
+
+    def __getattr__(self, name: str) -> Any:
+        _put(self._rank)
+        return getattr(self._engine, name)
