@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import isclose
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from kvstore.block import BlockHash, hash_blocks, namespace, subject_of
 from kvstore.pool import CacheEvent
@@ -26,68 +23,10 @@ from services.engine.api import (
     SampledToken,
     SamplingParams,
 )
-from services.engine.config import EngineConfig
-from services.engine.native import Engine as NativeEngine
-from services.engine.paced import open_paced
-from tests.engine_contract.vllm_engines import VllmEngines
-from tests.hf_models import VOCAB_SIZE, random_prompts, write_model
+from tests.hf_models import VOCAB_SIZE, random_prompts
 
-SETTINGS = {
-    "block_size": 16,
-    "max_model_len": 400,
-    "num_gpu_blocks_override": 40,
-    "max_num_batched_tokens": 32,
-    "max_num_waiting": 3,
-}
-ENGINES: dict[str, Callable[[Path], Engine]] = {
-    "native": lambda model: NativeEngine.from_config(EngineConfig(str(model), device="cpu", **SETTINGS)),  # type: ignore[arg-type]
-    "native with a host tier": lambda model: NativeEngine.from_config(
-        EngineConfig(str(model), device="cpu", kv_offloading_size=0.01, **SETTINGS)  # type: ignore[arg-type]
-    ),
-    "paced": lambda model: open_paced(
-        EngineConfig(str(model), engine="paced", **SETTINGS),  # type: ignore[arg-type]
-        sleep=lambda seconds: None,
-    ),
-}
-# Where it is installed: `make test-vllm` runs this file. Its blocks are twice as long, and so is all else.
-VLLM_SETTINGS = {**SETTINGS, "block_size": 32, "max_model_len": 800, "max_num_batched_tokens": 64}
-NAMES = [*ENGINES, *(["vllm"] if importlib.util.find_spec("vllm") else [])]
 NUM_OUTPUTS = 8
 TRANSFER = b"a transfer's id."
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return write_model(tmp_path_factory.mktemp("models") / "llama3", "llama3", seed=3, head_dim=32)
-
-
-@pytest.fixture(scope="module")
-def vllm_engines(model: Path) -> VllmEngines:
-    return VllmEngines(model, **VLLM_SETTINGS)
-
-
-@pytest.fixture(params=NAMES)
-def make(request: pytest.FixtureRequest, model: Path, vllm_engines: VllmEngines) -> Iterator[Callable[[], Engine]]:
-    """Makes engines; when the test ends, nobody may hold a block of any."""
-    made: list[Engine] = []
-
-    def make_one() -> Engine:
-        made.append(vllm_engines.make() if request.param == "vllm" else ENGINES[request.param](model))
-        return made[-1]
-
-    yield make_one
-    for engine in made:
-        engine.check_integrity()
-        load = engine.load()
-        assert (load.num_lent_blocks, load.num_free_blocks) == (0, load.num_blocks)
-        assert (load.num_running, load.num_waiting, load.num_waiting_tokens) == (0, 0, 0)
-    vllm_engines.take_back()
-
-
-@pytest.fixture
-def engine(make: Callable[[], Engine]) -> Engine:
-    return make()
 
 
 def ask(name: str, prompt: Sequence[int], hold_blocks: bool = False, **sampling: object) -> Request:

@@ -1,0 +1,76 @@
+"""Every engine, as factories: those that compute here, and vLLM where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from services.engine.api import Engine
+from services.engine.config import EngineConfig
+from services.engine.native import Engine as NativeEngine
+from services.engine.paced import open_paced
+from tests.engine_contract.vllm_engines import VllmEngines
+from tests.hf_models import write_model
+
+ENGINES: dict[str, Callable[[EngineConfig], Engine]] = {
+    "native": NativeEngine.from_config,
+    "native with a host tier": lambda config: NativeEngine.from_config(replace(config, kv_offloading_size=0.01)),
+    "paced": lambda config: open_paced(replace(config, engine="paced"), sleep=lambda seconds: None),
+}
+VLLM = ["vllm"] if importlib.util.find_spec("vllm") else []
+"""Where it is installed: `make test-vllm` runs these tests, too."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return write_model(tmp_path_factory.mktemp("models") / "llama3", "llama3", seed=3, head_dim=32)
+
+
+@pytest.fixture(scope="module")
+def settings() -> dict[str, int]:
+    return {
+        "block_size": 16,
+        "max_model_len": 400,
+        "num_gpu_blocks_override": 40,
+        "max_num_batched_tokens": 32,
+        "max_num_waiting": 3,
+    }
+
+
+@pytest.fixture(scope="module")
+def vllm_engines(model: Path, settings: dict[str, int]) -> VllmEngines:
+    """Their blocks are twice as long, and so is all else."""
+    per_token = ("block_size", "max_model_len", "max_num_batched_tokens")
+    return VllmEngines(model, **{name: value * (1 + (name in per_token)) for name, value in settings.items()})
+
+
+@pytest.fixture(params=[*ENGINES, *VLLM])
+def make(
+    request: pytest.FixtureRequest, model: Path, settings: dict[str, int], vllm_engines: VllmEngines
+) -> Iterator[Callable[[], Engine]]:
+    """Makes engines; when the test ends, nobody may hold a block of any."""
+    made: list[Engine] = []
+
+    def make_one() -> Engine:
+        config = EngineConfig(str(model), device="cpu", **settings)  # type: ignore[arg-type]
+        made.append(vllm_engines.make() if request.param == "vllm" else ENGINES[request.param](config))
+        return made[-1]
+
+    yield make_one
+    for engine in made:
+        engine.check_integrity()
+        load = engine.load()
+        assert (load.num_lent_blocks, load.num_free_blocks) == (0, load.num_blocks)
+        assert (load.num_running, load.num_waiting, load.num_waiting_tokens) == (0, 0, 0)
+    vllm_engines.take_back()
+
+
+@pytest.fixture
+def engine(make: Callable[[], Engine]) -> Engine:
+    return make()
