@@ -22,7 +22,7 @@ from tests.engine_contract.test_engine_contract import TRANSFER, copy
 from tests.hf_models import random_prompts, reference_greedy
 
 NUM_TOKENS = 40
-LENGTHS = (3, 32, 45, 64, 97, 130)
+LENGTHS = (3, 32, 64, 90, 97, 115, 130)
 FEW = range(1)
 MANY = range(1, 200)
 # Those whose tokens mean something.
@@ -66,7 +66,7 @@ class World:
         self.num_done = self.num_born = self.num_preemptions = 0
 
     def run(self, num_turns: int) -> None:
-        actions = [self.born, self.step, self.step, self.step, self.step, self.hand_over, self.hand_over, self.give_up]
+        actions = [self.born, self.born, self.step, self.step, self.step, self.step, self.hand_over, self.hand_over, self.give_up]
         actions += [self.move, self.prefix, self.release, self.share]
         for _ in range(num_turns):
             self.random.choice(actions)()
@@ -87,7 +87,7 @@ class World:
     # ---- what may happen -----------------------------------------------------------
 
     def born(self) -> None:
-        if len(self.lives) == 6:
+        if len(self.lives) == 12:
             return
         prompt, expected = self.random.choice(self.prompts)
         self.num_born += 1
@@ -243,11 +243,11 @@ def hashes_of(engine: Engine, token_ids: Sequence[int]) -> list[BlockHash]:
 def settings() -> dict[str, int]:
     return {
         "block_size": 16,
-        "max_model_len": 208,
-        "num_gpu_blocks_override": 16,
+        "max_model_len": 176,
+        "num_gpu_blocks_override": 11,
         "max_num_batched_tokens": 48,
         "max_num_waiting": 3,
-        "max_num_seqs": 5,
+        "max_num_seqs": 8,
     }
 
 
