@@ -22,8 +22,8 @@ ENGINES: dict[str, Callable[[EngineConfig], Engine]] = {
     "native with a host tier": lambda config: NativeEngine.from_config(replace(config, kv_offloading_size=0.01)),
     "paced": lambda config: open_paced(replace(config, engine="paced"), sleep=lambda seconds: None),
 }
-VLLM = ["vllm"] if importlib.util.find_spec("vllm") else []
-"""Where it is installed: `make test-vllm` runs these tests, too."""
+VLLM = [pytest.param("vllm", marks=pytest.mark.vllm)] if importlib.util.find_spec("vllm") else []
+"""Where it is installed."""
 
 
 @pytest.fixture(scope="module")

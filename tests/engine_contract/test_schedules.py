@@ -26,7 +26,7 @@ LENGTHS = (3, 32, 64, 90, 97, 115, 130)
 FEW = range(1)
 MANY = range(1, 200)
 # Those whose tokens mean something.
-EXACT = [name for name in (*ENGINES, *VLLM) if name != "paced"]
+EXACT = [*(name for name in ENGINES if name != "paced"), *VLLM]
 Prompt = tuple[list[int], list[int]]
 """Its tokens, and those that follow."""
 
@@ -66,8 +66,8 @@ class World:
         self.num_done = self.num_born = self.num_preemptions = 0
 
     def run(self, num_turns: int) -> None:
-        actions = [self.born, self.born, self.step, self.step, self.step, self.step, self.hand_over, self.hand_over, self.give_up]
-        actions += [self.move, self.prefix, self.release, self.share]
+        actions = 4 * [self.step] + 2 * [self.born, self.hand_over]
+        actions += [self.give_up, self.move, self.prefix, self.release, self.share]
         for _ in range(num_turns):
             self.random.choice(actions)()
             self.prefill.check_integrity()

@@ -53,7 +53,7 @@ class VllmEngines:
 
         prepare_environment(self._config)
         _put(None)
-        core, _ = opening._open_core(self._config, Path(self._config.model), {})
+        core, _ = opening._open_core(self._config, Path(self._config.model))
         return core, get_kv_transfer_group()
 
 

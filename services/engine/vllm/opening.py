@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,33 +16,24 @@ from services.engine.capacity import default_host_bytes
 from services.engine.checkpoint import find_model
 from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
 from services.engine.model_config import ModelError, UnsupportedModel, read_json
-from services.engine.vllm.arguments import engine_arguments, prepare_environment, refuse_multimodal
+from services.engine.vllm.arguments import make_arguments, prepare_environment
 from services.machine import Gpu, available_memory_bytes
-from services.settings import SettingsError
+from services.settings import SettingsError, block_meaning
 
 if TYPE_CHECKING:
     from services.engine.vllm.engine import VllmEngine
 
 _BYTES_AT_ONCE: Final = 1 << 22
-_ALL_FILES: Final = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _IRRELEVANT_SETTINGS: Final = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
-def open_vllm(
-    config: EngineConfig,
-    proof_key: ProofKey,
-    progress: Callable[[float], None] | None = None,
-    own: Mapping[str, Any] | None = None,
-) -> VllmEngine:
-    """Load the model and take the memory; `progress` is called with 0..1. `own`: fields of vLLM's `EngineArgs`.
-
-    Raises `ModelError` or `SettingsError`.
-    """
+def open_vllm(config: EngineConfig, proof_key: ProofKey, progress: Callable[[float], None] | None = None) -> VllmEngine:
+    """Load the model and take the memory; `progress` is called with 0..1. Raises `ModelError` or `SettingsError`."""
     tell = progress or (lambda share: None)
     prepare_environment(config)
     directory = find_model(config.model, config.revision)
     tell(0.0)
-    core, config = _open_core(config, directory, own or {})
+    core, config = _open_core(config, directory)
     try:
         return _around(core, config, directory, proof_key, tell)
     except BaseException:
@@ -50,9 +41,7 @@ def open_vllm(
         raise
 
 
-def _open_core(config: EngineConfig, directory: Path, own: Mapping[str, Any]) -> tuple[Any, EngineConfig]:
-    from vllm import EngineArgs
-    from vllm.config import KVEventsConfig, KVTransferConfig
+def _open_core(config: EngineConfig, directory: Path) -> tuple[Any, EngineConfig]:
     from vllm.platforms import current_platform
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.executor import Executor
@@ -68,26 +57,15 @@ def _open_core(config: EngineConfig, directory: Path, own: Mapping[str, Any]) ->
     if is_cpu:
         dtype = _own_dtype(directory) if dtype == "auto" else dtype
         cache_bytes = cache_bytes or default_host_bytes(available_memory_bytes())
-    arguments = engine_arguments(config, str(directory), dtype, cache_bytes, own)
-    if is_cpu:
-        arguments.setdefault("enforce_eager", True)
     try:
-        engine_args = EngineArgs(
-            **arguments,
-            kv_transfer_config=KVTransferConfig(
-                kv_connector="TandemConnector",
-                kv_connector_module_path="services.engine.vllm.connector",
-                kv_role="kv_both",
-                kv_load_failure_policy="recompute",
-            ),
-            kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
-        )
-        vllm_config = engine_args.create_engine_config()
-        refuse_multimodal(vllm_config.model_config)
+        arguments = make_arguments(config, str(directory), dtype, cache_bytes, is_cpu=is_cpu)
+        vllm_config = arguments.create_engine_config()
+        if vllm_config.model_config.is_multimodal_model:
+            raise UnsupportedModel(f"{config.model} takes images or sound, whose blocks our hashes do not tell apart")
         core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=False)
     except (ModelError, SettingsError):
         raise
-    except (ValueError, TypeError, NotImplementedError, MemoryError, RuntimeError, OSError) as error:
+    except Exception as error:  # whatever its classes for models, its configuration or its kernels raise
         raise ModelError(f"{config.model}: vLLM refuses it: {str(error).strip()[:1000]}") from error
     return core, config
 
@@ -128,7 +106,8 @@ def _around(
     view = byte_view(rank.caches, num_blocks)
     packing = probe(view, rank.caches, layers, kept)
     tell(0.5)
-    fingerprint = _fingerprint(directory, model_config.hf_config.to_dict(), str(model_config.dtype), tell)
+    said = [model_config.hf_config.to_dict(), str(model_config.dtype), block_meaning(config.engine_args)]
+    fingerprint = _fingerprint(directory, said, tell)
     layout = block_layout(vllm_config, kept, layers, packing, fingerprint, proof_key.key_id)
     memory = tensor_memory(view)
     if memory.block_bytes != layout.block_bytes:
@@ -184,14 +163,14 @@ def _eos_token_ids(model_config: Any) -> Iterator[int]:
     yield from [] if told is None else told if isinstance(told, list) else [told]
 
 
-def _fingerprint(directory: Path, settings: Mapping[str, Any], dtype: str, tell: Callable[[float], None]) -> str:
-    """Return 32 hex digits over configuration, dtype and every byte of the weights' files."""
+def _fingerprint(directory: Path, said: Sequence[Any], tell: Callable[[float], None]) -> str:
+    """Return 32 hex digits over what is said of the model, its configuration first, and every byte of its weights."""
     files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
     if not files:
         raise UnsupportedModel(f"{directory} has no weights that could be told apart (*.safetensors, *.bin)")
-    kept = {name: value for name, value in settings.items() if name not in _IRRELEVANT_SETTINGS}
+    kept = {name: value for name, value in said[0].items() if name not in _IRRELEVANT_SETTINGS}
     digest = hashlib.blake2b(digest_size=16, person=b"tandem.vllm")
-    digest.update(json.dumps([kept, dtype], sort_keys=True, default=str).encode())
+    digest.update(json.dumps([kept, *said[1:]], sort_keys=True, default=str).encode())
     num_bytes, done = sum(file.stat().st_size for file in files), 0
     for file in files:
         digest.update(f"{file.name}:{file.stat().st_size}".encode())

@@ -1,0 +1,122 @@
+"""What is asked of vLLM behind the port beside what every engine does: that it agrees with our own engine."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from math import isclose
+from pathlib import Path
+
+import pytest
+
+from kvstore.block import ProofKey
+from services.engine.api import Engine, FinishReason, InvalidRequest, PositionLogprobs, RequestUpdate
+from services.engine.config import EngineConfig
+from services.engine.native import Engine as NativeEngine
+from services.settings import SettingsError
+from tests.engine_contract.test_engine_contract import ask, prompt_of, run, tokens
+from tests.engine_contract.vllm_engines import VllmEngines
+from tests.hf_models import VOCAB_SIZE, random_prompts
+
+pytestmark = pytest.mark.vllm
+if importlib.util.find_spec("vllm") is None:  # `make test` is free of it
+    pytest.skip("vLLM is not installed", allow_module_level=True)
+
+
+@pytest.fixture
+def vllm(vllm_engines: VllmEngines) -> Iterator[Engine]:
+    yield vllm_engines.make()
+    vllm_engines.take_back()
+
+
+@pytest.fixture
+def native(model: Path, settings: dict[str, int]) -> Engine:
+    return NativeEngine.from_config(EngineConfig(str(model), device="cpu", **settings))  # type: ignore[arg-type]
+
+
+GREEDY: dict[str, dict[str, object]] = {
+    "plain": {"logprobs": 5},
+    "penalized": {"repetition_penalty": 1.4, "frequency_penalty": 0.9, "presence_penalty": 0.6, "logprobs": 2},
+    "biased": {"logit_bias": {7: 9.0, 11: -100.0, 450: 6.5}, "logprobs": 0},
+    "allowed": {"allowed_token_ids": (5, 9, 77, 301), "logprobs": 3},
+    "stopped": {"stop_token_ids": tuple(range(0, VOCAB_SIZE, 7)), "max_tokens": 40},
+    "not stopped yet": {"stop_token_ids": tuple(range(0, VOCAB_SIZE, 3)), "min_tokens": 12, "max_tokens": 40},
+    "ended": {"ignore_eos": False, "logit_bias": {2: 8.0}, "min_tokens": 3, "max_tokens": 40},
+    "of one token": {"max_tokens": 1},
+    "with its prompt's": {"prompt_logprobs": 3, "logprobs": 1},
+    "with its prompt's own": {"prompt_logprobs": 0},
+}
+
+
+def alike(ours: PositionLogprobs | None, theirs: PositionLogprobs | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    pairs = zip((ours.chosen, *ours.top), (theirs.chosen, *theirs.top), strict=True)
+    return all(
+        a is not None
+        and b is not None
+        and (a.token_id, a.rank) == (b.token_id, b.rank)
+        and isclose(a.logprob, b.logprob, abs_tol=1e-3)
+        for a, b in pairs
+    )
+
+
+@pytest.mark.parametrize("sampling", list(GREEDY))
+@pytest.mark.parametrize("num_tokens", [1, 33, 100])
+def test_it_says_what_our_own_engine_says(native: Engine, vllm: Engine, sampling: str, num_tokens: int) -> None:
+    prompt = random_prompts([num_tokens], seed=num_tokens)[0]
+    told: list[list[RequestUpdate]] = []
+    for engine in (native, vllm):
+        updates = run(engine, ask("r", prompt, **{"max_tokens": 16, **GREEDY[sampling]}))
+        told.append([update for update in updates if update.new_tokens])
+    ours, theirs = told
+    assert tokens(theirs, "r") == tokens(ours, "r")
+    assert (theirs[-1].finish_reason, theirs[-1].stop_token_id) == (ours[-1].finish_reason, ours[-1].stop_token_id)
+    assert all(alike(a.new_tokens[0].logprobs, b.new_tokens[0].logprobs) for a, b in zip(ours, theirs, strict=True))
+    prompts = [update[0].prompt_logprobs for update in (ours, theirs)]
+    assert (prompts[0] is None) == (prompts[1] is None)
+    if prompts[0] is not None and prompts[1] is not None:
+        assert all(map(alike, prompts[0], prompts[1]))
+        assert len(prompts[0]) == len(prompts[1]) == num_tokens
+
+
+@pytest.mark.parametrize("drawn", [{"seed": 5}, {"seed": 2**64 - 1, "top_p": 0.8}, {"seed": 0, "min_p": 0.05}])
+def test_a_seed_draws_the_same_however_the_prompt_is_cut_and_in_any_company(
+    vllm_engines: VllmEngines, drawn: dict[str, object]
+) -> None:
+    # Generators of CPUs cannot be taken back, as vLLM would with a prompt that is cut.
+    first, second = vllm_engines.make(), vllm_engines.make()
+    wanted = ask("r", prompt_of(first, 90), temperature=1.3, max_tokens=20, **drawn)
+    alone = tokens(run(first, wanted), "r")
+    company = [ask(f"o{i}", prompt_of(first, 50, seed=i), temperature=0.9, seed=i, max_tokens=9) for i in (1, 2)]
+    assert tokens(run(second, company[0], wanted, company[1]), "r") == alone
+    assert len(set(alone)) > 3
+    vllm_engines.take_back()
+
+
+def test_requests_of_a_higher_priority_come_first(vllm: Engine) -> None:
+    late, soon = ask("late", prompt_of(vllm, 60)), ask("soon", prompt_of(vllm, 60, seed=1))
+    soon.priority = -1
+    order = [update.request.request_id for update in run(vllm, late, soon) if update.num_output_tokens == 1]
+    assert order == ["soon", "late"]
+
+
+def test_what_it_cannot_do_is_refused_and_it_goes_on(vllm: Engine) -> None:
+    with pytest.raises(InvalidRequest):
+        vllm.add_request(ask("r", [VOCAB_SIZE]))
+    assert run(vllm, ask("r", [5]))[-1].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--tensor-parallel-size 2", "tensor-parallel-size"),
+        ("--enable-lora", "enable-lora"),
+        ("--kv-cache-dtype foo", "kv-cache-dtype"),
+    ],
+)
+def test_flags_that_would_break_the_handoff_are_refused_by_name(model: Path, flags: str, named: str) -> None:
+    from services.engine.vllm import open_vllm
+
+    with pytest.raises(SettingsError, match=named):
+        open_vllm(EngineConfig(str(model), engine="vllm", device="cpu", engine_args=flags), ProofKey.public())
