@@ -250,6 +250,36 @@ def test_an_abort_while_it_waits_for_blocks_calls_nobody(engine: Engine) -> None
     assert granted == []
 
 
+def test_reservations_and_the_queue_are_one_order(engine: Engine) -> None:
+    # Of 40 blocks each but the last takes 24, and that would fit beside any of them.
+    first, second, third = (ask(name, prompt_of(engine, 380, i), max_tokens=1) for i, name in enumerate("abc"))
+    small, granted = ask("small", prompt_of(engine, 20, 3)), list[Reservation]()
+    reservation = reserve(engine, first)
+    engine.add_request(second)
+    engine.step()
+    assert not engine.has_work
+    engine.reserve(third, granted.append)
+    engine.add_request(small)
+    engine.step()
+    assert (granted, engine.load().num_running) == ([], 0), "a newer one came before"
+    engine.release_reservation(first, reservation.block_ids)
+    assert granted == [], "it took what an older one waits for"
+    updates: list[RequestUpdate] = []
+    while engine.has_work:
+        updates += engine.step().updates
+        assert granted or not tokens(updates, "small"), "a newer one came before"
+    assert (len(tokens(updates, "b")), len(granted)) == (1, 1)
+    engine.release_reservation(third, granted[0].block_ids)
+    assert len(tokens([*updates, *run(engine)], "small")) == NUM_OUTPUTS
+
+
+def test_an_id_is_of_one_request_at_a_time(engine: Engine) -> None:
+    engine.add_request(ask("r", prompt_of(engine, 20)))
+    with pytest.raises(InvalidRequest):
+        engine.add_request(ask("r", prompt_of(engine, 20, 1)))
+    assert len(tokens(run(engine), "r")) == NUM_OUTPUTS
+
+
 # ---- resumed requests -------------------------------------------------------------------
 
 LENGTH = 64

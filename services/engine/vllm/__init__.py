@@ -27,11 +27,15 @@ prefix cache is keyed by our hashes, so that index, stores and peers understand 
 A request, and what an abort finds to free:
 
     state      where                               holds                      abort             next
+    BEHIND     our queue, after a reservation      nothing                    forgotten         QUEUED, FINISHED
     QUEUED     vLLM's queue or batch, or preempted vLLM's block table         vLLM frees it     FINISHED
     RESERVING  our queue                           nothing                    forgotten         RESERVED, FINISHED
     RESERVED   a transfer fills its blocks         nothing: they are lent     forgotten         JOINING, FINISHED
     JOINING    vLLM's queue, not yet scheduled     `held` references          they go back      QUEUED, FINISHED
     FINISHED   nowhere                             nothing (loans are the callers')
+
+Reservations and vLLM's queue are one order, by priority and arrival: what comes after a reservation that waits for
+blocks stays BEHIND it, and no reservation takes blocks that an older request of the queue waits for.
 
 Failures: a block that does not match its proof never comes here (the exchange keeps it out), and the caller tries
 elsewhere or computes. A joining request that cannot get the one block for its partial one, since all others are lent,

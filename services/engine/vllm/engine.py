@@ -100,7 +100,8 @@ class VllmEngine:
         self._numbers = itertools.count(1)
         self._live: dict[str, Live] = {}
         self._by_core_id: dict[str, Live] = {}  # QUEUED
-        self._reserving: list[Live] = []  # in order
+        self._reserving: list[Live] = []  # in order, as the next
+        self._behind: list[Live] = []  # a reservation that came before
         self._on_grant: dict[str, Callable[[Reservation], None]] = {}
         self._num_reserved = 0
         self._is_stuck = False  # the last step found that all that waits, waits for memory
@@ -123,11 +124,13 @@ class VllmEngine:
 
     def add_request(self, request: Request) -> None:
         self.check(request)
-        _, num_waiting = self._scheduler.get_request_counts()
+        num_waiting = self._scheduler.get_request_counts()[1] + len(self._reserving) + len(self._behind)
         if num_waiting >= self._model.max_num_waiting:
             raise QueueFull(f"{num_waiting} requests wait, which is the limit")
-        self._queue(self._new(request, Place.QUEUED), request.resumed_token_ids, None)
+        live = self._new(request, Place.BEHIND)
+        bisect.insort(self._behind, live, key=lambda each: each.order)
         request.timeline.mark(Event.PREFILL_QUEUED)
+        self._changed()
 
     def reserve(self, request: Request, callback: Callable[[Reservation], None]) -> None:
         self.check(request)
@@ -197,6 +200,9 @@ class VllmEngine:
 
     def suspend(self, request_id: str, transfer_id: bytes) -> Suspended | None:
         live = self._live.get(request_id)
+        if live is not None and live.place is Place.BEHIND:
+            self._end(live, FinishReason.MOVED)
+            return Suspended(len(live.asked.resumed_token_ids))
         if live is None or live.core is None:
             return None
         core, block_ids = live.core, list[int]()
@@ -226,7 +232,7 @@ class VllmEngine:
         return self._book.lend_prefix(hashes)
 
     def take_prefix(self, hashes: Sequence[BlockHash]) -> Reservation | None:
-        return self._book.take(hashes, len(hashes), self._num_in_batch)
+        return self._book.take(hashes, len(hashes), self._num_in_batch + self._num_wanted_blocks(None))
 
     def publish_blocks(
         self,
@@ -317,10 +323,11 @@ class VllmEngine:
         )
         return EngineLoad(
             num_running=num_running,
-            num_waiting=num_waiting + len(self._reserving) + self._num_reserved,
+            num_waiting=num_waiting + len(self._reserving) + len(self._behind) + self._num_reserved,
             num_free_blocks=self._book.num_free,
             num_blocks=self.capabilities.num_blocks,
-            num_waiting_tokens=sum(num_tokens for num_tokens in waiting if num_tokens > 1),
+            num_waiting_tokens=sum(num_tokens for num_tokens in waiting if num_tokens > 1)
+            + sum(live.asked.num_context_tokens for live in list(self._behind)),
             num_cached_blocks=len(self._book.hashes()),
             num_lent_blocks=self._book.loans.num_blocks,
         )
@@ -332,7 +339,8 @@ class VllmEngine:
     # ---- entering and leaving -----------------------------------------------------------
 
     def _new(self, request: Request, place: Place) -> Live:
-        assert request.request_id not in self._live, f"{request.request_id} is here already"
+        if request.request_id in self._live:
+            raise InvalidRequest("request_id", f"{request.request_id} is another live request's")
         block_size, shares = self.layout.block_size, self._model.shares_blocks
         live = Live.of(request, next(self._numbers), place, self.layout.model_fingerprint, block_size, shares=shares)
         self._live[request.request_id] = live
@@ -360,9 +368,9 @@ class VllmEngine:
                 self._core.collective_rpc("tandem_prepare", args=(live.core_id, prompt, list(outputs), params))
         if block_ids is not None:
             self._connector.joining[live.core_id] = Held(list(block_ids), core.num_tokens - 1)
+        live.place = Place.QUEUED
         self._by_core_id[live.core_id] = live
         self._core.add_request(core)
-        self._changed()
 
     def _leave_core(self, live: Live) -> None:
         if live.core is None:
@@ -382,6 +390,8 @@ class VllmEngine:
         if live.place is Place.RESERVING:
             self._reserving.remove(live)
             del self._on_grant[live.asked.request_id]
+        elif live.place is Place.BEHIND:
+            self._behind.remove(live)
         self._num_reserved -= live.place is Place.RESERVED
 
     # ---- reservations -------------------------------------------------------------------
@@ -398,11 +408,12 @@ class VllmEngine:
         self._grant()
 
     def _grant(self) -> None:
-        """Give blocks to the reservations whose turn it is."""
+        """Give blocks to the reservations whose turn it is, and let those go on that came after them."""
         granted: list[tuple[Callable[[Reservation], None], Reservation]] = []
         while self._reserving and self._num_in_batch < self.capabilities.max_num_seqs:
             live = self._reserving[0]
-            room = self._book.take(live.findable_hashes, live.num_context_blocks, self._num_in_batch)
+            headroom = self._num_in_batch + self._num_wanted_blocks(live)
+            room = self._book.take(live.findable_hashes, live.num_context_blocks, headroom)
             if room is None:
                 break
             del self._reserving[0]
@@ -410,8 +421,25 @@ class VllmEngine:
             self._num_reserved += 1
             live.asked.timeline.mark(Event.BLOCKS_RESERVED)
             granted.append((self._on_grant.pop(live.asked.request_id), room))
+        while self._behind and not (self._reserving and self._reserving[0].order < self._behind[0].order):
+            next_one = self._behind.pop(0)
+            self._queue(next_one, next_one.asked.resumed_token_ids, None)
+            self._is_stuck = False
         for callback, room in granted:  # which may call back into the engine
             callback(room)
+
+    def _num_wanted_blocks(self, live: Live | None) -> int:
+        """Blocks that others will want before `live`: for prompts that vLLM has begun, or that came earlier."""
+        num_wanted = 0
+        for other in self._by_core_id.values():
+            core = other.core
+            if core is None or other.core_id in self._connector.joining:
+                continue
+            is_running = core.status is RequestStatus.RUNNING
+            if is_running or (live is not None and other.order < live.order):
+                num_held = len(self._manager.get_block_ids(other.core_id)[0]) if is_running else 0
+                num_wanted += max(0, -(-core.num_tokens // self.layout.block_size) - num_held)
+        return num_wanted
 
     # ---- one step -------------------------------------------------------------------------
 

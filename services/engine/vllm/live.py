@@ -15,6 +15,7 @@ from services.engine.vllm.blocks import nobodys_hash
 class Place(Enum):
     """Where a request is; the room's docstring has the table."""
 
+    BEHIND = "behind"
     QUEUED = "queued"
     RESERVING = "reserving"
     RESERVED = "reserved"
