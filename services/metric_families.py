@@ -189,6 +189,7 @@ WORKER = Table(
     _counter("tandem:refusals", "Orders not taken on, by reason.", "reason"),
     _counter("tandem:prefill_orders", "Orders of decode workers to prefill a prompt, by outcome.", "outcome"),
     _counter("tandem:prefills", "Prompts that came into the engine, by way.", "way"),
+    _counter("tandem:first_tokens_compared", "First tokens that both workers of a handoff sampled.", "outcome"),
     _counter("tandem:handoff_failures", "Handoffs that came to nothing, by cause.", "cause"),
     _counter("tandem:recomputes", "Prompts that had to be computed again, by cause.", "cause"),
     _counter("tandem:moved_requests", "Requests that went on at another decode worker, by outcome.", "outcome"),

@@ -240,18 +240,28 @@ class Admission:
     async def _join(
         self, live: LiveRequest, request: Request, finished: pb.PrefillFinished, fetched: FetchResult
     ) -> None:
-        """Have the engine go on from the blocks, and send the first token meanwhile. Raises HandoffFailed."""
+        """Have the engine go on from the blocks. Raises HandoffFailed.
+
+        The first token goes to the client meanwhile, unless the engine samples one itself, which is then compared.
+        """
         live.usage.num_transferred_blocks = fetched.num_blocks
         live.usage.num_transferred_bytes = fetched.num_bytes
         self._parts.metrics.handed_off(fetched.num_blocks, fetched.num_bytes)
         self._stamp_transfer(live, fetched.stamps)
-        logprobs = convert.logprobs_from_proto(finished.logprobs) if finished.HasField("logprobs") else None
-        joining = self._enter(live, request, fetched, SampledToken(finished.token_id, logprobs))
-        self._deliver([news_of_first(live, finished)])
+        samples_first = self._parts.engine.capabilities.samples_first_token
+        if samples_first:
+            live.said_elsewhere = finished
+            joining = self._enter(live, request, fetched, None)
+        else:
+            logprobs = convert.logprobs_from_proto(finished.logprobs) if finished.HasField("logprobs") else None
+            joining = self._enter(live, request, fetched, SampledToken(finished.token_id, logprobs))
+            self._deliver([news_of_first(live, finished)])
         try:
             await self._joined(live, joining)
         except EngineError as error:
-            live.resumed_token_ids += (finished.token_id,)
+            live.said_elsewhere = None
+            if not samples_first:
+                live.resumed_token_ids += (finished.token_id,)
             raise HandoffFailed(NOT_JOINED, f"the engine did not take the blocks: {error}") from error
 
     async def _joined(self, live: LiveRequest, joining: asyncio.Future[RequestUpdate]) -> None:
@@ -261,7 +271,7 @@ class Admission:
             self._deliver([news_of(live, replace(update, new_tokens=()))])
 
     def _enter(
-        self, live: LiveRequest, request: Request, fetched: FetchResult, token: SampledToken
+        self, live: LiveRequest, request: Request, fetched: FetchResult, token: SampledToken | None
     ) -> asyncio.Future[RequestUpdate]:
         live.request = request
 

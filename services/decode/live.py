@@ -34,6 +34,7 @@ class LiveRequest:
     num_attempts: int = 0
     newest_token_s: float | None = None  # when it was sent to the router, by the timeline's clock
     leaves_under: bytes = b""  # LEAVING: the id of the transfer in which it goes to another worker
+    said_elsewhere: pb.PrefillFinished | None = None  # with a first token that the engine here samples anew
     hashes: list[BlockHash] = field(default_factory=list)  # of the context's full blocks
 
     def __post_init__(self) -> None:

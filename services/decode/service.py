@@ -304,7 +304,15 @@ class DecodeService:
         if usage.prefilled_locally:
             usage.num_cached_tokens = max(usage.num_cached_tokens, news.num_cached_tokens)
         if output.token_ids and self._stamp_token(live):
+            if live.said_elsewhere is not None:
+                self._compare(live, live.said_elsewhere, output)
             output.usage.CopyFrom(usage)
+
+    def _compare(self, live: LiveRequest, elsewhere: pb.PrefillFinished, output: pb.Output) -> None:
+        """Note whether the first token is the one that the prefill worker found; what that said of the prompt holds."""
+        live.usage.first_token_equal = output.token_ids[0] == elsewhere.token_id
+        self._parts.metrics.first_token_compared(live.usage.first_token_equal)
+        output.prompt_logprobs.extend(elsewhere.prompt_logprobs)
 
     def _stamp_token(self, live: LiveRequest) -> bool:
         """Note when a token went out; whether it was the first."""

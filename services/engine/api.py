@@ -75,6 +75,7 @@ class Capabilities:
     is_exact: bool  # no bit of a logit depends on what else is computed, nor on how a sequence is cut into steps
     compute: Mapping[str, str]  # what computes the model, as labels: device, kernels, quantization
     is_simulation: bool = False  # its tokens mean nothing; whoever shows them says so
+    samples_first_token: bool = False  # of a context that comes from elsewhere, too: see `Engine.add_prefilled`
     numerics: str = ""  # names the arithmetic: exact engines of one name have a model's logits to the bit; "": unknown
 
 
@@ -168,13 +169,14 @@ class Engine(Protocol):
         """Give back what a granted reservation holds, when no late byte can arrive any more. Raises `NotLent`."""
 
     def add_prefilled(
-        self, request: Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken
+        self, request: Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken | None
     ) -> RequestUpdate:
         """Join a request whose context another worker computed to the running batch.
 
         `block_ids` are those of its granted reservation; they hold the KV of the whole context, verified by `proofs`,
         and become the request's. The update carries the first token, which later steps do not repeat, and says whether
-        it was the last. Raises `NotReserved` (say, aborted), `NotLent` or `InvalidRequest`, changing nothing.
+        it was the last. None, where `samples_first_token`: the next step computes the last token of the context again
+        and samples the first one. Raises `NotReserved` (say, aborted), `NotLent` or `InvalidRequest`, changing nothing.
         """
 
     def abort(self, request_id: str) -> bool:

@@ -24,6 +24,7 @@ _STAGES = {
     "join": (Event.HANDOFF_CONFIRMED, Event.DECODE_JOINED),
     "decode": (Event.FIRST_TOKEN, Event.FINISHED),
 }
+_STEP_ALIGNMENT = (Event.DECODE_JOINED, Event.FIRST_TOKEN)
 
 
 @dataclass
@@ -162,6 +163,8 @@ class Receipt:
     def to_json(self) -> dict[str, object]:
         stages = {name: self.seconds_between(*events) for name, events in _STAGES.items()}
         usage = self.usage
+        if usage.HasField("first_token_equal"):
+            stages["step_alignment"] = self.seconds_between(*_STEP_ALIGNMENT)
         return {
             "index": self.index,
             "decode_worker_id": self.decode_worker_id,
@@ -179,7 +182,11 @@ class Receipt:
             "reused_tokens": self.num_reused_tokens,
             "fetched_tokens": self.num_fetched_tokens,
             "fetched": list(map(_part_to_json, usage.fetched)),
-            "handoff": {"blocks": usage.num_transferred_blocks, "bytes": usage.num_transferred_bytes},
+            "handoff": {
+                "blocks": usage.num_transferred_blocks,
+                "bytes": usage.num_transferred_bytes,
+                "first_token_equal": usage.first_token_equal if usage.HasField("first_token_equal") else None,
+            },
             "digests_checked": self.num_digests_checked,
             "stage_seconds": {
                 **{name: seconds for name, seconds in stages.items() if seconds is not None},

@@ -174,8 +174,10 @@ class Engine:
         self._grant_reservations()
 
     def add_prefilled(
-        self, request: api.Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken
+        self, request: api.Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken | None
     ) -> RequestUpdate:
+        if first_token is None:
+            raise InvalidRequest("prompt", "this engine goes on from a first token")
         if not 0 <= first_token.token_id < self.model.config.vocab_size:
             raise InvalidRequest("prompt", f"first token {first_token.token_id} is not in the vocabulary")
         update = self._scheduler.add_prefilled(request, block_ids, proofs, first_token)

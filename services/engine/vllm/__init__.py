@@ -8,12 +8,14 @@ prefix cache is keyed by our hashes, so that index, stores and peers understand 
     check                       our limits, then `Model.check_sampling`: what vLLM cannot do is refused by name
     add_request                 a `Request` of vLLM's, our hashes in it, into its waiting queue (by priority, arrival)
     reserve                     blocks straight from its `BlockPool`, cached ones first; the queue for them is ours
-    add_prefilled               the blocks become findable and the request enters as one that was preempted after its
-                                first token: vLLM finds the full blocks in its cache, the connector copies the partial
-                                one over, the next step decodes. Nothing is computed twice, and the first token stands
+    add_prefilled               the blocks become findable and the request enters with all but the newest token
+                                computed: vLLM finds the full blocks in its cache, the connector copies the partial one
+                                over. After a handoff the newest token is the context's last, and vLLM samples the first
+                                one itself (`samples_first_token`); after a move it is the output's, and nothing is
+                                computed twice
     release_reservation, abort  references go back to the pool; blocks that a transfer still writes to are the caller's,
                                 whatever becomes of the request, so vLLM never knows of a transfer
-    resumed_token_ids           likewise: a preempted request that has said so much (penalties, min_tokens, limits and
+    resumed_token_ids           a preempted request that has said so much (penalties, min_tokens, limits and
                                 logprobs count as ever; seeds are by position)
     hold_blocks                 `max_tokens` 1; the connector takes a reference on each block as the step fills it
     suspend                     references on its blocks, then an abort

@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput
@@ -30,6 +31,7 @@ from services.engine.api import (
     RequestUpdate,
     Restore,
     SampledToken,
+    SamplingParams,
     StepOutput,
     Suspended,
 )
@@ -40,6 +42,8 @@ from services.engine.vllm.connector import Held, TandemConnector
 from services.engine.vllm.live import Live, Place
 from services.lifecycle import Event
 from services.rates import NO_STEP, StepShape, num_pairs
+
+_WARM_UP_TOKENS: Final = 64
 
 
 @dataclass(frozen=True)
@@ -155,9 +159,9 @@ class VllmEngine:
         self._changed()
 
     def add_prefilled(
-        self, request: Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken
+        self, request: Request, block_ids: Sequence[int], proofs: Sequence[Proof], first_token: SampledToken | None
     ) -> RequestUpdate:
-        if not 0 <= first_token.token_id < self._model.vocab_size:
+        if first_token is not None and not 0 <= first_token.token_id < self._model.vocab_size:
             raise InvalidRequest("prompt", f"first token {first_token.token_id} is not in the vocabulary")
         live = self._live.get(request.request_id)
         if live is None or live.place is not Place.RESERVED or len(block_ids) != live.num_context_blocks:
@@ -167,15 +171,16 @@ class VllmEngine:
             )
         self._book.loans.take_over(block_ids)
         request.timeline.mark(Event.DECODE_JOINED)
-        num_outputs = len(request.resumed_token_ids) + 1
-        reason, stop_token_id = self._end_of(live, first_token.token_id, num_outputs)
+        told = () if first_token is None else (first_token,)
+        outputs = [*request.resumed_token_ids, *(token.token_id for token in told)]
+        reason, stop_token_id = self._end_of(live, outputs[-1], len(outputs)) if told else (None, None)
         self._num_reserved -= 1
-        live.place, live.was_scheduled = Place.QUEUED, True
+        live.place, live.was_scheduled, live.has_joined = Place.QUEUED, True, True
         num_full = request.num_context_tokens // self.layout.block_size
         if live.is_shared:
             self._book.publish(block_ids[:num_full], live.hashes[:num_full], proofs[:num_full], None)
         if reason is None:
-            self._queue(live, [*request.resumed_token_ids, first_token.token_id], block_ids)
+            self._queue(live, outputs, block_ids)
         else:
             self._book.release(block_ids)
             self._end(live, reason)
@@ -183,10 +188,10 @@ class VllmEngine:
         return RequestUpdate(
             request=request,
             num_computed_tokens=request.num_context_tokens,
-            new_tokens=(first_token,),
+            new_tokens=told,
             finish_reason=reason,
             stop_token_id=stop_token_id,
-            num_output_tokens=num_outputs,
+            num_output_tokens=len(outputs),
         )
 
     def abort(self, request_id: str) -> bool:
@@ -280,6 +285,25 @@ class VllmEngine:
 
     # ---- steps and state ---------------------------------------------------------------
 
+    def warm_up(self) -> list[StepOutput]:
+        num_tokens = min(
+            _WARM_UP_TOKENS,
+            self._config.scheduler_config.max_num_batched_tokens,
+            self.capabilities.max_model_len - 2,
+            self.capabilities.num_blocks * self.layout.block_size - 2,
+        )
+        outputs: list[StepOutput] = []
+        for temperature in (1.0, 0.0):
+            made_up = SamplingParams(temperature=temperature, max_tokens=2, ignore_eos=True)
+            self.add_request(Request("warm-up", (0,) * num_tokens, made_up))
+            outputs = []
+            while self.has_work:
+                outputs.append(self.step())
+            self._core.reset_prefix_cache()
+        self.take_cache_changes()
+        self._stats = EngineStats()
+        return outputs
+
     @property
     def has_work(self) -> bool:
         num_running, num_waiting = self._scheduler.get_request_counts()
@@ -349,7 +373,7 @@ class VllmEngine:
     def _queue(self, live: Live, output_token_ids: Sequence[int], block_ids: Sequence[int] | None) -> None:
         """Give it to vLLM, as one that was preempted after `output_token_ids`; `block_ids` hold all but the newest."""
         asked, outputs = live.asked, list(output_token_ids)
-        params = sampling.to_vllm(asked, self._model.eos_token_ids)
+        params = sampling.to_vllm(asked, self._model.eos_token_ids, tells_prompt=block_ids is None)
         prompt = list(asked.prompt_token_ids)
         live.core = core = VllmRequest(
             live.core_id,
@@ -513,7 +537,7 @@ class VllmEngine:
             if output.finish_reason is not None:
                 reason, stop_token_id = self._reason(live, output)
         num_outputs = core.num_output_tokens
-        if tokens and num_outputs - len(tokens) == len(asked.resumed_token_ids):
+        if tokens and not live.has_joined and num_outputs - len(tokens) == len(asked.resumed_token_ids):
             asked.timeline.mark(Event.PREFILL_FINISHED)
             if reason is None:
                 asked.timeline.mark(Event.DECODE_JOINED)

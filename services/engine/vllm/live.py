@@ -35,6 +35,7 @@ class Live:
     is_truthful: bool  # False: it came with hashes of other tokens, so that nobody may be told of its blocks
     core: VllmRequest | None = None  # QUEUED
     was_scheduled: bool = False
+    has_joined: bool = False  # its context came from elsewhere
     num_cached_tokens: int = 0
     num_lent_blocks: int = 0  # with hold_blocks
     num_preemptions: int = 0

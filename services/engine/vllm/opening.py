@@ -128,6 +128,7 @@ def _around(
             num_host_blocks=0,
             caches_prefixes=config.enable_prefix_caching,
             is_exact=False,
+            samples_first_token=True,
             compute={
                 "device": memory.device.split(":")[0],
                 "kernels": f"vllm/{layout.attention_backend}",

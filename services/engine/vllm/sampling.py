@@ -13,8 +13,10 @@ from services.engine.request import PositionLogprobs, Request, SampledToken, Tok
 _SEEDS: Final = 1 << 63  # its seeds are signed
 
 
-def to_vllm(asked: Request, eos_token_ids: Collection[int]) -> VllmSamplingParams:
+def to_vllm(asked: Request, eos_token_ids: Collection[int], *, tells_prompt: bool = True) -> VllmSamplingParams:
     """Return the parameters for a request, its resumed output taken for output. Raises vLLM's `ValueError`.
+
+    `tells_prompt` False: log probabilities of the prompt have been told by whoever computed it.
 
     End-of-sequence tokens are stop tokens: so there may be several, and `min_tokens` forbids all of them at first.
     """
@@ -38,7 +40,7 @@ def to_vllm(asked: Request, eos_token_ids: Collection[int]) -> VllmSamplingParam
         stop_token_ids=sorted(stops),
         ignore_eos=True,
         logprobs=sampling.logprobs,
-        prompt_logprobs=sampling.prompt_logprobs if asked.wants_prompt_logprobs else None,
+        prompt_logprobs=sampling.prompt_logprobs if asked.wants_prompt_logprobs and tells_prompt else None,
         detokenize=False,
         skip_clone=True,
     )

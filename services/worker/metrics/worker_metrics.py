@@ -31,6 +31,7 @@ _HANDOFF_STAGES = {
     "join": (Event.HANDOFF_CONFIRMED, Event.DECODE_JOINED),
     "handoff": (Event.PREFILL_FINISHED, Event.DECODE_JOINED),
 }
+_STEP_ALIGNMENT = (Event.DECODE_JOINED, Event.FIRST_TOKEN)
 _STAGES = {
     "first_token": (Event.RECEIVED, Event.FIRST_TOKEN),
     "decode": (Event.FIRST_TOKEN, Event.FINISHED),
@@ -62,7 +63,7 @@ class RequestMetrics:
         self.success = WORKER.counter("vllm:request_success", registry, _FINISH_REASONS)
         self.handoffs_s = recent_handoffs()
         self.stage_s = WORKER.histogram("tandem:request_stage_seconds", registry)
-        for stage in (*_HANDOFF_STAGES, *_STAGES):
+        for stage in (*_HANDOFF_STAGES, "step_alignment", *_STAGES):
             self.stage_s.labels(stage)
 
     def prefilled(self, timeline: Timeline) -> None:
@@ -80,6 +81,8 @@ class RequestMetrics:
         elif usage.num_transferred_blocks:
             for stage, events in _HANDOFF_STAGES.items():
                 _observe(self.stage_s.labels(stage), timeline.seconds_between(*events))
+            if usage.HasField("first_token_equal"):
+                _observe(self.stage_s.labels("step_alignment"), timeline.seconds_between(*_STEP_ALIGNMENT))
             if (handoff_s := timeline.seconds_between(*_HANDOFF_STAGES["handoff"])) is not None:
                 self.handoffs_s.append(handoff_s)
         if finish_reason not in _REGULAR_ENDS:
@@ -117,6 +120,7 @@ class WorkerMetrics:
         self._handoff_failures = WORKER.counter("tandem:handoff_failures", own, _HANDOFF_FAILURES)
         self._recomputes = WORKER.counter("tandem:recomputes", own, get_args(RecomputeCause))
         self._moves = WORKER.counter("tandem:moved_requests", own, get_args(MoveOutcome))
+        self._first_tokens = WORKER.counter("tandem:first_tokens_compared", own, ("equal", "different"))
         self._handoff_blocks = WORKER.counter("tandem:handoff_blocks", own)
         self._handoff_bytes = WORKER.counter("tandem:handoff_bytes", own)
         self._prefix_fetches = WORKER.counter("tandem:prefix_fetches", own)
@@ -150,6 +154,10 @@ class WorkerMetrics:
         self.requests.finished(timeline, usage, finish_reason)
         if usage.prefilled_locally or usage.prefill_worker_id:
             self._prefills.labels("local" if usage.prefilled_locally else "handoff").inc()
+
+    def first_token_compared(self, is_equal: bool) -> None:
+        """The first token was sampled here, too."""
+        self._first_tokens.labels("equal" if is_equal else "different").inc()
 
     def handoff_failed(self, cause: str) -> None:
         self._handoff_failures.labels(cause).inc()
