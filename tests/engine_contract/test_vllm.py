@@ -30,8 +30,8 @@ def vllm(vllm_engines: VllmEngines) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def native(model: Path, settings: dict[str, int]) -> Engine:
-    return NativeEngine.from_config(EngineConfig(str(model), device="cpu", **settings))  # type: ignore[arg-type]
+def native(wider_model: Path, settings: dict[str, int]) -> Engine:
+    return NativeEngine.from_config(EngineConfig(str(wider_model), device="cpu", **settings))  # type: ignore[arg-type]
 
 
 GREEDY: dict[str, dict[str, object]] = {

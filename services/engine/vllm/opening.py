@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from kvstore.block import ProofKey, public_multipliers
+from kvstore.block import BlockLayout, ProofKey, public_multipliers
 from services.engine.api import Capabilities
 from services.engine.capacity import default_host_bytes
 from services.engine.checkpoint import find_model
@@ -21,6 +22,8 @@ from services.machine import Gpu, available_memory_bytes
 from services.settings import SettingsError, block_meaning
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
     from services.engine.vllm.engine import VllmEngine
 
 _BYTES_AT_ONCE: Final = 1 << 22
@@ -129,6 +132,7 @@ def _around(
             caches_prefixes=config.enable_prefix_caching,
             is_exact=False,
             samples_first_token=True,
+            numerics=_numerics(vllm_config, layout),
             compute={
                 "device": memory.device.split(":")[0],
                 "kernels": f"vllm/{layout.attention_backend}",
@@ -139,6 +143,14 @@ def _around(
         memory,
         proof_key,
     )
+
+
+def _numerics(config: VllmConfig, layout: BlockLayout) -> str:
+    """Name the arithmetic, as far as that can be: sums depend on the batch besides."""
+    model, version = config.model_config, importlib.metadata.version("vllm")
+    dtype, quantization = str(model.dtype).removeprefix("torch."), model.quantization or "none"
+    ranks = config.parallel_config.tensor_parallel_size
+    return f"vllm-{version}/{dtype}/{quantization}/{layout.attention_backend}/{layout.isa or 'cuda'}/{ranks}-ranks"
 
 
 def _gpu() -> Gpu:
