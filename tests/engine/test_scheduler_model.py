@@ -131,6 +131,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             (self.scheduler.reserve if reserves else self.scheduler.add)(follower)
         except QueueFull:
             pass
+        except InvalidRequest:  # whoever holds blocks wants one token of it; to the end it may not fit here
+            assert request.hold_blocks and not follower.hold_blocks
         else:
             self.accepted.append(follower)
         self.grant()

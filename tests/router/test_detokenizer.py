@@ -90,6 +90,7 @@ def test_pieces_add_up_to_the_text_of_arbitrary_tokens(kind, numbers, sizes):
 @settings(max_examples=60, deadline=None)
 @given(text=TEXT, num_prompt_tokens=st.integers(1, 40), sizes=st.lists(st.integers(1, 5), max_size=60))
 @example(text="hello world", num_prompt_tokens=1, sizes=[])
+@example(text="  ", num_prompt_tokens=1, sizes=[])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_goes_on_from_its_prompt(kind, text, num_prompt_tokens, sizes):
     """So that a space before its first word stays, which decoders strip where a text begins."""

@@ -73,7 +73,9 @@ class Detokenizer:
         """The text of the first pending tokens, whole or not. A new stream goes on behind them."""
         taken, self._pending = self._pending[:num_tokens], self._pending[num_tokens:]
         text = self._decode(self._context + taken)[len(self._decode(self._context)) :]
-        if text and not text.endswith("\ufffd"):
+        if not text:  # what shows nothing may yet be why the next token does: spaces where a text begins
+            self._context = (self._context + taken)[-_MOST_PROMPT_TOKENS:]
+        elif not text.endswith("\ufffd"):
             self._context = taken
         self._stream = DecodeStream(skip_special_tokens=False)
         for token_ids in (self._context, self._pending):
