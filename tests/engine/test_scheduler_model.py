@@ -132,7 +132,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         except QueueFull:
             pass
         except InvalidRequest:  # whoever holds blocks wants one token of it; to the end it may not fit here
-            assert request.hold_blocks and not follower.hold_blocks
+            assert request.hold_blocks
+            assert not follower.hold_blocks
         else:
             self.accepted.append(follower)
         self.grant()
