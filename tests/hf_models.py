@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 transformers.utils.logging.disable_progress_bar()
@@ -78,6 +80,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 FAMILIES = tuple(_FAMILIES)
+_LORA_ALPHA = 8
 
 
 def write_model(
@@ -129,6 +132,37 @@ def _draw_weights(model: torch.nn.Module, seed: int) -> None:
                 normal(parameter, 5.0 * fan_in**-0.5)
             else:
                 normal(parameter, fan_in**-0.5)
+
+
+def write_adapter(directory: Path, model: Path, *, seed: int, rank: int = 8) -> Path:
+    """Write a random LoRA adapter of `model` as PEFT does, of all projections; it changes what the model says."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            outputs, inputs = weight.shape
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            weights[f"{stem}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
+            weights[f"{stem}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) * rank**-0.5
+    directory.mkdir(parents=True)
+    save_file(weights, directory / "adapter_model.safetensors")
+    modules = sorted({name.split(".")[-3] for name in weights})
+    said = {"peft_type": "LORA", "r": rank, "lora_alpha": _LORA_ALPHA, "target_modules": modules, "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(said), encoding="utf-8")
+    return directory
+
+
+def merge_adapter(directory: Path, model: Path, adapter: Path) -> Path:
+    """Write the model that says by itself what `model` says with the adapter."""
+    shutil.copytree(model, directory)
+    weights, added = load_file(model / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    for name in weights:
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{stem}.lora_A.weight" in added:
+            factors = added[f"{stem}.lora_B.weight"], added[f"{stem}.lora_A.weight"]
+            weights[name] += _LORA_ALPHA / len(factors[1]) * (factors[0] @ factors[1])
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
 
 
 def write_tokenizer(directory: Path) -> None:

@@ -76,6 +76,7 @@ class Capabilities:
     compute: Mapping[str, str]  # what computes the model, as labels: device, kernels, quantization
     is_simulation: bool = False  # its tokens mean nothing; whoever shows them says so
     samples_first_token: bool = False  # of a context that comes from elsewhere, too: see `Engine.add_prefilled`
+    adapters: tuple[str, ...] = ()  # keys of those that a request may name (services.engine.adapters)
     numerics: str = ""  # names the arithmetic: exact engines of one name have a model's logits to the bit; "": unknown
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final, Literal, TypeVar
 
 from kvstore.block import ProofKey
+from services.engine.adapters import read_adapters
 from services.engine.api import Engine
 from services.engine.check import Machine, check_engine
 from services.engine.checkpoint import WITHOUT_WEIGHTS, find_model
@@ -59,6 +60,8 @@ def choose(config: EngineConfig, device: Literal["cpu", "cuda"], objection: str)
         return Choice("vllm", f"the native engine does not compute the model: {objection}")
     if config.quantization not in NATIVE_QUANTIZATIONS:
         return Choice("vllm", f"--quantization {config.quantization} is vLLM's")
+    if config.lora_modules:
+        return Choice("vllm", "adapters (--lora-modules) are computed by vLLM")
     if device == "cuda":
         return Choice("vllm", "there is a GPU")
     return Choice("native", "the model is one of its own, and is computed on the CPU")
@@ -132,7 +135,8 @@ def check_model(config: EngineConfig, machine: Machine, num_workers: int = 1) ->
 
 
 def check_for_vllm(config: EngineConfig) -> Path:
-    """Check what can be checked of a model without vLLM; its directory. Raises `ModelError`."""
+    """Check what can be checked of a model without vLLM; its directory. Raises `ModelError`, `SettingsError`."""
+    read_adapters(config.lora_modules)
     directory = find_model(config.model, config.revision, WITHOUT_WEIGHTS)
     if not (directory / "config.json").is_file():
         raise ModelNotFound(f"{directory} has no config.json; give the directory of a model for transformers")

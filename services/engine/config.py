@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from services.engine.adapters import parse_modules
 from services.machine import Gpu
 from services.settings import Settings, SettingsError, setting, tensor_parallel_size
 
@@ -50,6 +51,12 @@ class EngineConfig(Settings):
         "",
         help="with --engine vllm: further flags of vLLM's, in one string; most may also stand by themselves"
         " (docs/engines.md)",
+        group="model",
+    )
+    lora_modules: tuple[str, ...] = setting(
+        (),
+        help="with --engine vllm: LoRA adapters, each as name=path, of a directory with PEFT's files; clients ask for"
+        " one as for a model",
         group="model",
     )
     paced_profile: str = setting(
@@ -108,6 +115,7 @@ class EngineConfig(Settings):
         if self.kv_offloading_size and not self.enable_prefix_caching:
             raise SettingsError("needs prefix caching: what it keeps is found by prefix", "kv_offloading_size")
         tensor_parallel_size(self.engine_args)
+        parse_modules(self.lora_modules)
         if self.engine == "vllm":
             self._check_for_vllm()
         elif self.engine != "auto":
@@ -126,6 +134,8 @@ class EngineConfig(Settings):
     def _check_for_native(self) -> None:
         if self.engine_args:
             raise SettingsError("these are vLLM's flags; give --engine vllm", "engine_args")
+        if self.lora_modules:
+            raise SettingsError("adapters are computed by vLLM; give --engine vllm", "lora_modules")
         if self.quantization not in NATIVE_QUANTIZATIONS:
             known = ", ".join(NATIVE_QUANTIZATIONS)
             raise SettingsError(f"{self.quantization!r} is not one of {known}; --engine vllm has more", "quantization")

@@ -7,6 +7,13 @@ from collections.abc import Collection, Sequence
 from services.engine.request import FinishReason, InvalidRequest, Request, SamplingParams
 
 
+def check_adapter(request: Request, adapters: Collection[str]) -> None:
+    """Raise `InvalidRequest` unless the request's adapter is one of these keys, or it names none."""
+    if request.adapter and request.adapter not in adapters:
+        there = f"there are {', '.join(adapters)}" if adapters else "there is none"
+        raise InvalidRequest("model", f"adapter {request.adapter} is not here; {there}")
+
+
 def check_tokens(request: Request, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
     """Refuse token ids that the model does not have. Raises `InvalidRequest`, which names the parameter."""
     _check_token_ids("prompt", request.prompt_token_ids, vocab_size)

@@ -200,6 +200,7 @@ class Request:
     sampling: SamplingParams
     priority: int = 0  # smaller is sooner
     cache_salt: str = ""
+    adapter: str = ""  # the key of the LoRA adapter to compute it with, one of `Capabilities.adapters`; "": none
     arrival_s: float = 0.0  # FIFO within a priority; any clock, the same for all requests of an engine
     hold_blocks: bool = False  # ends after its first token here; its updates lend the caller the context's blocks
     transfer_id: bytes = b""  # with hold_blocks: that its blocks are lent in, which their proofs need

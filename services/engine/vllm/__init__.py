@@ -7,6 +7,7 @@ prefix cache is keyed by our hashes, so that index, stores and peers understand 
     the port                    here
     check                       our limits, then `Model.check_sampling`: what vLLM cannot do is refused by name
     add_request                 a `Request` of vLLM's, our hashes in it, into its waiting queue (by priority, arrival)
+    adapter                     all are loaded at the start; a `LoRARequest` by the key, which our hashes begin with
     reserve                     blocks straight from its `BlockPool`, cached ones first; the queue for them is ours
     add_prefilled               the blocks become findable and the request enters with all but the newest token
                                 computed: vLLM finds the full blocks in its cache, the connector copies the partial one

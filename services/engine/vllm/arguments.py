@@ -47,8 +47,14 @@ def make_arguments(
     arguments = _parsed(config.engine_args, directory)
     if tensor_parallel_size(config.engine_args) > 1:
         raise SettingsError("--tensor-parallel-size: blocks of several ranks are not handed over yet", "engine_args")
-    if arguments.enable_lora:
-        raise SettingsError("--enable-lora: requests cannot name an adapter yet", "engine_args")
+    if arguments.enable_lora and not config.lora_modules:
+        raise SettingsError("--enable-lora: name the adapters, --lora-modules name=path", "engine_args")
+    if config.lora_modules:
+        arguments.enable_lora = True
+        if is_cpu:  # there it computes a token without an adapter by the last place: that stays empty
+            arguments.max_loras = max(arguments.max_loras, len(config.lora_modules) + 1)
+        # All stay in memory, as they were read at the start.
+        arguments.max_cpu_loras = max(len(config.lora_modules), arguments.max_loras, arguments.max_cpu_loras or 0)
     ours: dict[str, Any] = {
         "dtype": dtype,
         "quantization": None if config.quantization == "none" else config.quantization,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine import FinishReason as VllmFinishReason
@@ -35,7 +36,7 @@ from services.engine.api import (
     StepOutput,
     Suspended,
 )
-from services.engine.limits import check_fits, check_tokens, end_of
+from services.engine.limits import check_adapter, check_fits, check_tokens, end_of
 from services.engine.vllm import sampling
 from services.engine.vllm.blocks import BlockBook, EventSink
 from services.engine.vllm.connector import Held, TandemConnector
@@ -54,6 +55,7 @@ class Model:
     eos_token_ids: frozenset[int]
     max_num_waiting: int
     shares_blocks: bool
+    adapters: Mapping[str, LoRARequest]  # by key
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class VllmEngine:
     # ---- requests -----------------------------------------------------------------
 
     def check(self, request: Request) -> None:
+        check_adapter(request, self.capabilities.adapters)
         check_tokens(request, self._model.vocab_size, sorted(self._model.eos_token_ids))
         able = self.capabilities
         check_fits(request, able.max_model_len, self.layout.block_size, able.num_blocks)
@@ -375,6 +378,7 @@ class VllmEngine:
         asked, outputs = live.asked, list(output_token_ids)
         params = sampling.to_vllm(asked, self._model.eos_token_ids, tells_prompt=block_ids is None)
         prompt = list(asked.prompt_token_ids)
+        adapter = self._model.adapters.get(asked.adapter)
         live.core = core = VllmRequest(
             live.core_id,
             prompt,
@@ -382,6 +386,7 @@ class VllmEngine:
             None,
             arrival_time=asked.arrival_s,
             priority=asked.priority,
+            lora_request=adapter,
             block_hasher=live.new_keys,
         )
         if outputs:
@@ -389,7 +394,7 @@ class VllmEngine:
             core.prefill_stats = None  # they know no output before the first step
             if self._has_states:
                 core.status = RequestStatus.PREEMPTED
-                self._core.collective_rpc("tandem_prepare", args=(live.core_id, prompt, list(outputs), params))
+                self._core.collective_rpc("tandem_prepare", args=(live.core_id, prompt, list(outputs), params, adapter))
         if block_ids is not None:
             self._connector.joining[live.core_id] = Held(list(block_ids), core.num_tokens - 1)
         live.place = Place.QUEUED

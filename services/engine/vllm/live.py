@@ -43,7 +43,7 @@ class Live:
     @classmethod
     def of(cls, asked: Request, number: int, place: Place, fingerprint: str, block_size: int, *, shares: bool) -> Live:
         """Hash its context, and hold what it came with against that."""
-        root, hashes = namespace(fingerprint, asked.cache_salt), list[BlockHash]()
+        root, hashes = namespace(fingerprint, asked.cache_salt, asked.adapter), list[BlockHash]()
         extend_hashes(root, hashes, [*asked.prompt_token_ids, *asked.resumed_token_ids], block_size)
         is_truthful = list(asked.given_hashes) == hashes[: len(asked.given_hashes)]
         return cls(asked, number, place, root, block_size, hashes, shares and is_truthful, is_truthful)

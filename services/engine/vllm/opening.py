@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from kvstore.block import BlockLayout, ProofKey, public_multipliers
+from services.engine.adapters import read_adapters
 from services.engine.api import Capabilities
 from services.engine.capacity import default_host_bytes
 from services.engine.checkpoint import find_model
@@ -23,6 +24,7 @@ from services.settings import SettingsError, block_meaning
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
 
     from services.engine.vllm.engine import VllmEngine
 
@@ -110,6 +112,7 @@ def _around(
     packing = probe(view, rank.caches, layers, kept)
     tell(0.5)
     said = [model_config.hf_config.to_dict(), str(model_config.dtype), block_meaning(config.engine_args)]
+    adapters = _load_adapters(core, config)
     fingerprint = _fingerprint(directory, said, tell)
     layout = block_layout(vllm_config, kept, layers, packing, fingerprint, proof_key.key_id)
     memory = tensor_memory(view)
@@ -123,6 +126,7 @@ def _around(
             eos_token_ids=frozenset(_eos_token_ids(model_config)),
             max_num_waiting=config.max_num_waiting,
             shares_blocks=config.enable_prefix_caching,
+            adapters=adapters,
         ),
         Capabilities(
             max_model_len=model_config.max_model_len,
@@ -132,6 +136,7 @@ def _around(
             caches_prefixes=config.enable_prefix_caching,
             is_exact=False,
             samples_first_token=True,
+            adapters=tuple(adapters),
             numerics=_numerics(vllm_config, layout),
             compute={
                 "device": memory.device.split(":")[0],
@@ -143,6 +148,20 @@ def _around(
         memory,
         proof_key,
     )
+
+
+def _load_adapters(core: Any, config: EngineConfig) -> dict[str, LoRARequest]:
+    """Have vLLM read each adapter; by key. Raises `SettingsError`."""
+    from vllm.lora.request import LoRARequest
+
+    loaded: dict[str, LoRARequest] = {}
+    for number, adapter in enumerate(read_adapters(config.lora_modules), 1):
+        loaded[adapter.key] = LoRARequest(adapter.name, number, str(adapter.directory))
+        try:
+            core.add_lora(loaded[adapter.key])
+        except Exception as error:  # whatever its loader raises
+            raise SettingsError(f"{adapter.name}: vLLM refuses it: {error}", "lora_modules") from error
+    return loaded
 
 
 def _numerics(config: VllmConfig, layout: BlockLayout) -> str:

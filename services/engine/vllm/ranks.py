@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
 
@@ -18,7 +19,12 @@ class RankExtension:
         get_kv_transfer_group().runner = self.model_runner
 
     def tandem_prepare(
-        self, request_id: str, prompt_token_ids: list[int], output_token_ids: list[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        output_token_ids: list[int],
+        sampling: SamplingParams,
+        adapter: LoRARequest | None,
     ) -> None:
         """Make the first model runner know a request as one that was preempted after this output.
 
@@ -35,4 +41,5 @@ class RankExtension:
             block_ids=([],),
             num_computed_tokens=0,
             output_token_ids=output_token_ids,
+            lora_request=adapter,
         )
