@@ -9,19 +9,32 @@ from kvstore.block import HostMemory, PieceMemory
 GAP_BYTES = 64
 
 
-def piece_memory(num_pieces: int, num_blocks: int, block_bytes: int, has_gaps: bool = False) -> PieceMemory:
-    """A zeroed pool, all first pieces one behind the other, then all second ones; with gaps: none has a neighbour."""
+def piece_memory(
+    num_pieces: int, num_blocks: int, block_bytes: int, has_gaps: bool = False, num_regions: int = 1
+) -> PieceMemory:
+    """A zeroed pool, all first pieces one behind the other, then all second ones; with gaps: none has a neighbour.
+
+    With regions: as an engine's ranks have them.
+    """
     piece_bytes, gap_bytes = block_bytes // num_pieces, GAP_BYTES if has_gaps else 0
     assert piece_bytes * num_pieces == block_bytes
-    array = np.zeros((num_pieces, num_blocks, piece_bytes + gap_bytes), np.uint8)
-    return PieceMemory(array[:, :, :piece_bytes])
+    shape = (num_pieces // num_regions, num_blocks, piece_bytes + gap_bytes)
+    return PieceMemory(*(np.zeros(shape, np.uint8)[:, :, :piece_bytes] for _ in range(num_regions)))
 
 
 def host_memory(num_pieces: int, num_blocks: int, block_bytes: int) -> HostMemory | PieceMemory:
-    """A zeroed pool; of one piece, as stores and the native engine have it."""
+    """A zeroed pool; of one piece, as stores and the native engine have it; of 8, 16 .. in the regions of two ranks."""
     if num_pieces == 1:
         return HostMemory.allocate(num_blocks, block_bytes)
-    return piece_memory(num_pieces, num_blocks, block_bytes)
+    return piece_memory(num_pieces, num_blocks, block_bytes, num_regions=2 if num_pieces % 8 == 0 else 1)
+
+
+def flip(memory: HostMemory | PieceMemory, block_id: int, byte: int) -> None:
+    """Change a bit of a block."""
+    staging = memory.staging(1)
+    memory.gather(block_id, staging)
+    staging[byte] ^= 1
+    memory.scatter(block_id, staging)
 
 
 def write_all(memory: HostMemory | PieceMemory, blocks: np.ndarray) -> None:

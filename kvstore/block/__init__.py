@@ -2,7 +2,7 @@
 
 Everything else in kvstore is about where blocks live and how they move."""
 
-from kvstore.block.geometry import Geometry
+from kvstore.block.geometry import Geometry, Region
 from kvstore.block.hash import (
     HASH_BYTES,
     BlockHash,
@@ -40,6 +40,7 @@ __all__ = [
     "PieceMemory",
     "Proof",
     "ProofKey",
+    "Region",
     "Run",
     "SharedTokenIndex",
     "SharedTokens",

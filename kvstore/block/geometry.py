@@ -3,6 +3,9 @@
     one piece (the native engine, stores)      three pieces (an engine that keeps each layer by itself)
     | block 0 | block 1 | block 2 |            | 0.0 1.0 2.0 | 0.1 1.1 2.1 | 0.2 1.2 2.2 |     block.piece
 
+An engine of several ranks keeps each rank's heads in that rank's memory: as many *regions*, alike but for where they
+are, and a block's pieces take turns in them (layer 0 of rank 0, layer 0 of rank 1, layer 1 of rank 0 ..).
+
 Pieces are no matter of what a block *is*: as it travels, and as it is proven, a block is its pieces one behind the
 other, and peers may have cut theirs differently. So geometry is no part of the layout; a one-sided transport tells it
 to readers, who compute from it which bytes to read.
@@ -10,20 +13,32 @@ to readers, who compute from it which bytes to read.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _ADDRESSES = 1 << 63
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Piece `p` of block `b` is `piece_bytes` at `address + p * piece_stride + b * block_stride`.
-
-    All of it, from the first byte to the last, is one allocation of its process. Construction raises ValueError where
-    pieces would overlap, or are no whole number of 8-byte words. `piece_stride` is 0 where there is one piece.
-    """
+class Region(NamedTuple):
+    """One allocation, as the process has it that moves the blocks."""
 
     address: int
+    """Of the first byte of the first block."""
+    device_id: int = 0
+    """Of a GPU; 0 in main memory."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Of R regions, piece `p` of block `b` is `piece_bytes` in region `p % R`, at
+    `address + p // R * piece_stride + b * block_stride`.
+
+    All of a region, from the first byte to the last, is one allocation. Construction raises ValueError where pieces
+    would overlap, or are no whole number of 8-byte words. `piece_stride` is 0 where a region has one piece of a block.
+    """
+
+    regions: tuple[Region, ...]
     num_blocks: int
     num_pieces: int
     piece_bytes: int
@@ -31,23 +46,25 @@ class Geometry:
     block_stride: int
 
     def __post_init__(self) -> None:
-        if min(self.num_blocks, self.num_pieces, self.piece_bytes) < 1 or self.piece_bytes % 8 or self.address < 0:
+        if min(self.num_blocks, self.num_pieces, self.piece_bytes) < 1 or self.piece_bytes % 8:
             raise ValueError(f"at least one block, of pieces of a multiple of 8 bytes, expected; got {self}")
-        if (self.num_pieces == 1) != (self.piece_stride == 0):
+        if not self.regions or self.num_pieces % len(self.regions):
+            raise ValueError(f"as many pieces in each region expected; got {self}")
+        in_region = self.num_pieces // len(self.regions)
+        if (in_region == 1) != (self.piece_stride == 0):
             raise ValueError(f"a stride of pieces belongs to several pieces, and to them alone; got {self}")
-        one_block = (self.num_pieces - 1) * self.piece_stride + self.piece_bytes
+        one_block = (in_region - 1) * self.piece_stride + self.piece_bytes
         one_piece = (self.num_blocks - 1) * self.block_stride + self.piece_bytes
-        by_piece = self.block_stride >= self.piece_bytes and (self.num_pieces == 1 or self.piece_stride >= one_piece)
-        by_block = self.block_stride >= one_block and (self.num_pieces == 1 or self.piece_stride >= self.piece_bytes)
+        by_piece = self.block_stride >= self.piece_bytes and (in_region == 1 or self.piece_stride >= one_piece)
+        by_block = self.block_stride >= one_block and (in_region == 1 or self.piece_stride >= self.piece_bytes)
         if not by_piece and not by_block:
             raise ValueError(f"pieces overlap: {self}")
-        if self.address + self.span_bytes > _ADDRESSES:
+        if any(not 0 <= region.address <= _ADDRESSES - self.span_bytes for region in self.regions):
             raise ValueError(f"no memory is so large: {self}")
-
-    @classmethod
-    def contiguous(cls, address: int, num_blocks: int, block_bytes: int) -> Geometry:
-        """Blocks of one piece, one behind the other."""
-        return cls(address, num_blocks, 1, block_bytes, 0, block_bytes)
+        ordered = sorted(self.regions, key=lambda region: (region.device_id, region.address))
+        for one, other in itertools.pairwise(ordered):
+            if one.device_id == other.device_id and other.address - one.address < self.span_bytes:
+                raise ValueError(f"regions overlap: {self}")
 
     @property
     def block_bytes(self) -> int:
@@ -56,16 +73,20 @@ class Geometry:
 
     @property
     def span_bytes(self) -> int:
-        """From the first byte of all blocks to the last, with what lies between them."""
-        return (self.num_pieces - 1) * self.piece_stride + (self.num_blocks - 1) * self.block_stride + self.piece_bytes
+        """From the first byte of all blocks to the last, with what lies between them, in each region."""
+        last_piece = (self.num_pieces // len(self.regions) - 1) * self.piece_stride
+        return last_piece + (self.num_blocks - 1) * self.block_stride + self.piece_bytes
 
     @property
     def is_contiguous(self) -> bool:
         """Whether neighbouring blocks are one run of bytes."""
         return self.num_pieces == 1 and self.block_stride == self.piece_bytes
 
-    def starts(self, unit_bytes: int) -> list[int]:
+    def starts(self, unit_bytes: int) -> list[Region]:
         """Return where each unit of block 0 begins, in the order in which they travel; pieces are whole units."""
         assert self.piece_bytes % unit_bytes == 0
-        pieces = [self.address + piece * self.piece_stride for piece in range(self.num_pieces)]
-        return [piece + offset for piece in pieces for offset in range(0, self.piece_bytes, unit_bytes)]
+        layers = range(0, self.num_pieces // len(self.regions))
+        pieces = [
+            (each.address + layer * self.piece_stride, each.device_id) for layer in layers for each in self.regions
+        ]
+        return [Region(at + offset, where) for at, where in pieces for offset in range(0, self.piece_bytes, unit_bytes)]

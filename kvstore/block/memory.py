@@ -6,13 +6,13 @@ Those in main memory are here; the one on a device is in `services.engine`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.block.geometry import Geometry
+from kvstore.block.geometry import Geometry, Region
 from kvstore.block.row_sums import Multipliers, Words
 
 _PAGE_BYTES = 4096
@@ -63,22 +63,26 @@ class BlockMemory(Protocol):
 
 
 class _InMainMemory:
-    """What memories here have in common; `_pieces` is uint8 `(num_blocks, num_pieces, piece_bytes)`, a view."""
+    """What memories here have in common.
 
-    def __init__(self, pieces: Bytes) -> None:
-        num_blocks, num_pieces, piece_bytes = pieces.shape
-        block_stride, piece_stride, _ = pieces.strides
+    `_regions` are views, uint8 `(num_blocks, num_layers, piece_bytes)`, alike; a block's pieces take turns in them.
+    """
+
+    def __init__(self, regions: Sequence[Bytes]) -> None:
+        first = regions[0]
+        num_blocks, num_layers, piece_bytes = first.shape
+        block_stride, piece_stride, _ = first.strides
+        if any(each.shape != first.shape or each.strides != first.strides for each in regions):
+            raise ValueError(f"expected regions alike, got {[(each.shape, each.strides) for each in regions]}")
         self.geometry = Geometry(
-            int(pieces.ctypes.data),
+            tuple(Region(int(each.ctypes.data)) for each in regions),
             num_blocks,
-            num_pieces,
+            num_layers * len(regions),
             piece_bytes,
-            piece_stride if num_pieces > 1 else 0,
+            piece_stride if num_layers > 1 else 0,
             block_stride if num_blocks > 1 else max(block_stride, piece_bytes),
         )
-        self._pieces = pieces
-        words: Words = pieces.view("<u8")
-        self._words = words[:, 0] if num_pieces == 1 else words
+        self._regions = regions
 
     @property
     def num_blocks(self) -> int:
@@ -100,8 +104,16 @@ class _InMainMemory:
         sums: list[bytes] = []
         for block_id in block_ids:  # one by one: gathering scattered blocks first would copy them
             self._check(block_id)
-            sums.append(multipliers.sums(self._words[block_id]))
+            sums.append(multipliers.sums(self._words(block_id)))
         return sums
+
+    def _words(self, block_id: int) -> Words:
+        """A block's, as they are to be summed: where they are, or, from several regions, as a copy."""
+        parts = [region[block_id].view("<u8") for region in self._regions]
+        if len(parts) > 1:
+            parts = [np.stack(parts, axis=1).reshape(1, -1)]
+        words: Words = parts[0]
+        return words[0] if len(words) == 1 else words
 
     def staging(self, num_blocks: int) -> Bytes:
         """Return a new buffer, uint8 `(num_blocks * block_bytes,)`."""
@@ -109,20 +121,23 @@ class _InMainMemory:
 
     def gather(self, first_block: int, staging: Staging) -> None:
         """Fill a buffer with neighbouring blocks. Raises IndexError."""
-        pieces, buffer = self._pair(first_block, staging)
-        np.copyto(buffer, pieces)
+        for region, part in self._pairs(first_block, staging):
+            np.copyto(part, region)
 
     def scatter(self, first_block: int, staging: Staging) -> None:
         """Write neighbouring blocks from a buffer. Raises IndexError."""
-        pieces, buffer = self._pair(first_block, staging)
-        np.copyto(pieces, buffer)
+        for region, part in self._pairs(first_block, staging):
+            np.copyto(region, part)
 
-    def _pair(self, first_block: int, staging: Staging) -> tuple[Bytes, Bytes]:
+    def _pairs(self, first_block: int, staging: Staging) -> Iterator[tuple[Bytes, Bytes]]:
+        """Each region's part of neighbouring blocks, and of a buffer for them."""
         assert isinstance(staging, np.ndarray)
-        buffer = staging.reshape(-1, *self._pieces.shape[1:])
+        _, num_layers, piece_bytes = self._regions[0].shape
+        buffer = staging.reshape(-1, num_layers, len(self._regions), piece_bytes)
+        end = first_block + len(buffer)
         self._check(first_block)
-        self._check(first_block + len(buffer) - 1)
-        return self._pieces[first_block : first_block + len(buffer)], buffer
+        self._check(end - 1)
+        return ((region[first_block:end], buffer[:, :, rank]) for rank, region in enumerate(self._regions))
 
     def _check(self, block_id: int) -> None:
         # numpy would take -1 as the last block.
@@ -141,7 +156,7 @@ class HostMemory(_InMainMemory):
         num_blocks, block_bytes = array.shape
         if num_blocks < 1 or block_bytes < 8 or block_bytes % 8:
             raise ValueError(f"expected at least one block of a multiple of 8 bytes, got {num_blocks} of {block_bytes}")
-        super().__init__(array.reshape(num_blocks, 1, block_bytes))
+        super().__init__([array.reshape(num_blocks, 1, block_bytes)])
         self.array = array
 
     @classmethod
@@ -159,26 +174,26 @@ class HostMemory(_InMainMemory):
 
 
 class PieceMemory(_InMainMemory):
-    """Blocks in pieces over an array that the caller keeps alive: uint8 `(num_pieces, num_blocks, piece_bytes)`.
+    """Blocks in pieces over arrays that the caller keeps alive: uint8 `(num_layers, num_blocks, piece_bytes)`.
 
     Any strides but the last axis's, which is 1: a view of an engine's own storage, whose layers are one behind the
-    other. Raises ValueError for anything else, and where pieces overlap.
+    other; of several ranks, one each, alike. Raises ValueError for anything else, and where pieces overlap.
     """
 
-    def __init__(self, array: Bytes) -> None:
-        if array.dtype != np.uint8 or array.ndim != 3 or not array.flags.writeable or not array.size:
-            raise ValueError(
-                f"expected writable uint8 (num_pieces, num_blocks, piece_bytes), got {array.dtype} {array.shape}"
-            )
-        if array.strides[2] != 1 or array.shape[2] % 8:
-            raise ValueError(
-                f"expected pieces of neighbouring bytes, a multiple of 8, got {array.shape}, strides {array.strides}"
-            )
-        super().__init__(array.transpose(1, 0, 2))
-        self.array = array
+    def __init__(self, *arrays: Bytes) -> None:
+        for array in arrays:
+            if array.dtype != np.uint8 or array.ndim != 3 or not array.flags.writeable or not array.size:
+                raise ValueError(
+                    f"expected writable uint8 (num_layers, num_blocks, piece_bytes), got {array.dtype} {array.shape}"
+                )
+            if array.strides[2] != 1 or array.shape[2] % 8:
+                raise ValueError(
+                    f"expected pieces of neighbouring bytes, a multiple of 8; got {array.shape} by {array.strides}"
+                )
+        super().__init__([array.transpose(1, 0, 2) for array in arrays])
 
-    def view(self, block_id: int) -> Bytes:
-        """Return block `block_id` as uint8 `(num_pieces, piece_bytes)`; writing to it writes the pool."""
+    def view(self, block_id: int, region: int = 0) -> Bytes:
+        """Return a region's part of a block as uint8 `(num_layers, piece_bytes)`; writing to it writes the pool."""
         self._check(block_id)
-        block: Bytes = self.array[:, block_id]
-        return block
+        part: Bytes = self._regions[region][block_id]
+        return part

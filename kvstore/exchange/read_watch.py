@@ -96,7 +96,8 @@ class ReadWatch:
 
 def _mark(memory: BlockMemory, run: Run, number: int) -> Marked:
     if not memory.geometry.is_contiguous:
-        return mark_pieces(words_of(memory, run.local_first, run.num_blocks), number)
+        regions = words_of(memory, run.local_first, run.num_blocks)
+        return [marked for words in regions for marked in mark_pieces(words, number)]
     buffer = region(memory, run.local_first, run.num_blocks)
     assert isinstance(buffer, np.ndarray)
     return mark_run(buffer.view(np.uint64))

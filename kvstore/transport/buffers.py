@@ -32,7 +32,10 @@ def region(memory: BlockMemory, first_block: int, num_blocks: int) -> object:
     check_inside(memory, first_block, num_blocks)
     geometry = memory.geometry
     assert geometry.is_contiguous, "blocks in pieces are no one buffer"
-    address, size_bytes = geometry.address + first_block * geometry.block_stride, num_blocks * geometry.block_bytes
+    address, size_bytes = (
+        geometry.regions[0].address + first_block * geometry.block_stride,
+        num_blocks * geometry.block_bytes,
+    )
     if memory.device == "cpu":
         return np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
     return CudaRegion(address, size_bytes)
@@ -46,11 +49,11 @@ def check_inside(memory: BlockMemory, first_block: int, num_blocks: int) -> None
         )
 
 
-def words_of(memory: BlockMemory, first_block: int, num_blocks: int) -> npt.NDArray[np.uint64]:
-    """Return neighbouring blocks of a pool in main memory as words of its own, `(num_pieces, num_blocks, words)`."""
+def words_of(memory: BlockMemory, first_block: int, num_blocks: int) -> list[npt.NDArray[np.uint64]]:
+    """Return neighbouring blocks of a pool in main memory as its own words: by region `(pieces, num_blocks, words)`."""
     check_inside(memory, first_block, num_blocks)
     geometry = memory.geometry
-    span = np.ctypeslib.as_array((ctypes.c_uint8 * geometry.span_bytes).from_address(geometry.address))
-    shape = (geometry.num_pieces, num_blocks, geometry.piece_bytes // 8)
+    shape = (geometry.num_pieces // len(geometry.regions), num_blocks, geometry.piece_bytes // 8)
     strides, offset = (geometry.piece_stride, geometry.block_stride, 8), first_block * geometry.block_stride
-    return np.ndarray(shape, np.uint64, span, offset, strides)
+    spans = [(ctypes.c_uint8 * geometry.span_bytes).from_address(region.address) for region in geometry.regions]
+    return [np.ndarray(shape, np.uint64, np.ctypeslib.as_array(span), offset, strides) for span in spans]

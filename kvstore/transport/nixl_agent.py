@@ -209,9 +209,9 @@ class AgentThread:
         geometry, tokens = self._memory.geometry, self._tokens
         name = f"{self._role}-{os.getpid()}-{time.time_ns()}"  # a name that was used before confuses peers
         agent = self._agent_class(name, nixl_agent_config(enable_prog_thread=False))
-        kind, device_id = memory_kind(self._memory.device)
+        pool = [(each.address, geometry.span_bytes, each.device_id, "") for each in geometry.regions]
         registered = [
-            agent.register_memory([(geometry.address, geometry.span_bytes, device_id, "")], kind),
+            agent.register_memory(pool, memory_kind(self._memory.device)),
             agent.register_memory([(tokens.address, tokens.size_bytes, 0, "")], "DRAM"),
         ]
         local_blocks = self._prepare_local(agent, geometry.piece_bytes)  # what fits peers with pieces as ours
@@ -235,14 +235,13 @@ class AgentThread:
             agent.make_connection(name)
         owner = self._owners.setdefault(name, _Owner(address.metadata))
         if owner.blocks is None:
-            there = (name, address.memory_kind, address.device_id)
-            owner.blocks = prepare(agent, *there, address.geometry, unit_bytes)
+            owner.blocks = prepare(agent, name, address.memory_kind, address.geometry, unit_bytes)
         owner.num_users += 1
         return Remote(name, self._generation, is_former)
 
     def _prepare_local(self, agent: nixl_agent, unit_bytes: int) -> Prepared:
-        kind, device_id = memory_kind(self._memory.device)
-        return prepare(agent, "NIXL_INIT_AGENT", kind, device_id, self._memory.geometry, unit_bytes)
+        kind = memory_kind(self._memory.device)
+        return prepare(agent, "NIXL_INIT_AGENT", kind, self._memory.geometry, unit_bytes)
 
     def _remove_remote(self, remote: Remote, is_sound: bool) -> None:
         if remote.generation != self._generation:

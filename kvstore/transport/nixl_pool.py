@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.block import Geometry
+from kvstore.block import Geometry, Region
 from kvstore.errors import TransportError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ Indexes = npt.NDArray[np.int32]
 class PoolAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The facts by which a reader reaches every block of an owner's pool.
 
-    Those of pieces are left out where there is one: an older reader knows no more of them.
+    Those of pieces, and of more regions, are left out where there is one: an older reader knows no more of them.
     """
 
     metadata: bytes
@@ -47,6 +47,8 @@ class PoolAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     piece_stride: int = 0
     block_stride: int = 0
     """0: `block_bytes`."""
+    more_regions: tuple[tuple[int, int], ...] = ()
+    """Address and device of each region but the first."""
 
     @property
     def geometry(self) -> Geometry:
@@ -56,7 +58,8 @@ class PoolAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         try:
             if rest:
                 raise ValueError(f"{self.num_pieces} equal pieces of {self.block_bytes} bytes")
-            return Geometry(self.address, self.num_blocks, self.num_pieces, piece_bytes, self.piece_stride, stride)
+            regions = tuple(Region(*each) for each in ((self.address, self.device_id), *self.more_regions))
+            return Geometry(regions, self.num_blocks, self.num_pieces, piece_bytes, self.piece_stride, stride)
         except ValueError as error:
             raise TransportError(f"nixl: a pool as none can be: {error}") from error
 
@@ -91,19 +94,19 @@ class Prepared:
         return indexes
 
 
-def memory_kind(device: str) -> tuple[str, int]:
-    """NIXL's name for a pool's memory, and the device's number."""
-    if device == "cpu":
-        return "DRAM", 0
-    return "VRAM", int(device.partition(":")[2] or 0)
+def memory_kind(device: str) -> str:
+    """NIXL's name for a pool's memory."""
+    return "DRAM" if device == "cpu" else "VRAM"
 
 
 def pool_address(metadata: bytes, device: str, geometry: Geometry, token_address: int, token: bytes) -> PoolAddress:
     """Return what readers are told of our pool."""
+    first, *more = geometry.regions
     return PoolAddress(
         metadata,
-        *memory_kind(device),
-        geometry.address,
+        memory_kind(device),
+        first.device_id,
+        first.address,
         geometry.num_blocks,
         geometry.block_bytes,
         token_address,
@@ -111,6 +114,7 @@ def pool_address(metadata: bytes, device: str, geometry: Geometry, token_address
         geometry.num_pieces,
         geometry.piece_stride,
         0 if geometry.is_contiguous else geometry.block_stride,
+        tuple((each.address, each.device_id) for each in more),
     )
 
 
@@ -125,12 +129,11 @@ def fitting_unit(ours: Geometry, theirs: Geometry) -> int:
     return unit_bytes
 
 
-def prepare(
-    agent: nixl_agent, agent_name: str, kind: str, device_id: int, geometry: Geometry, unit_bytes: int
-) -> Prepared:
+def prepare(agent: nixl_agent, agent_name: str, kind: str, geometry: Geometry, unit_bytes: int) -> Prepared:
     """Make a pool's descriptors known to the agent, under the name of whose it is: one for each unit, with a stride."""
-    same = (unit_bytes, device_id, geometry.block_stride, geometry.num_blocks)
-    units = np.array([[start, *same] for start in geometry.starts(unit_bytes)], np.uint64)
+    same = (geometry.block_stride, geometry.num_blocks)
+    starts = geometry.starts(unit_bytes)
+    units = np.array([[each.address, unit_bytes, each.device_id, *same] for each in starts], np.uint64)
     return Prepared(agent.prep_xfer_dlist(agent_name, units, kind), geometry, unit_bytes)
 
 

@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvstore.block import ROW_WORDS, BlockMemory, Geometry, Multipliers, PieceMemory, Staging
+from kvstore.block import ROW_WORDS, BlockMemory, Geometry, Multipliers, PieceMemory, Region, Staging
 
 _LOWER_HALF = (1 << 32) - 1
 _BLOCKS_AT_ONCE = 16  # bounds what summing allocates on the device
 
 
-def tensor_memory(pieces: Tensor) -> BlockMemory:
-    """Return a view of a cache, uint8 `[num_pieces, num_blocks, piece_bytes]`, as memory that transports can use.
+def tensor_memory(*caches: Tensor) -> BlockMemory:
+    """Return a view of a cache, uint8 `[num_layers, num_blocks, piece_bytes]`, as memory that transports can use.
 
-    Without a copy; the cache's owner keeps it alive. Raises ValueError where it cannot be that.
+    Of several ranks: a view of each, alike; a block's pieces take turns in them. Without a copy; the cache's owner
+    keeps it alive. Raises ValueError where it cannot be that.
     """
-    return PieceMemory(pieces.numpy()) if pieces.device.type == "cpu" else DeviceMemory(pieces)
+    is_here = caches[0].device.type == "cpu"
+    return PieceMemory(*(cache.numpy() for cache in caches)) if is_here else DeviceMemory(*caches)
 
 
 class DeviceMemory:
-    """A pool in a GPU's memory (or anywhere that torch has int64 arithmetic). Keeps the cache alive."""
+    """A pool in the memory of GPUs (or anywhere that torch has int64 arithmetic). Keeps the cache alive.
 
-    def __init__(self, pieces: Tensor) -> None:
-        """`pieces`: uint8 `[num_pieces, num_blocks, piece_bytes]`, any strides but the last one's, which is 1."""
-        if pieces.dtype != torch.uint8 or pieces.dim() != 3 or pieces.stride(2) != 1:
-            raise ValueError(
-                f"expected uint8 [num_pieces, num_blocks, piece_bytes], got {pieces.dtype} {list(pieces.shape)}"
-            )
-        num_pieces, num_blocks, piece_bytes = pieces.shape
-        piece_stride, block_stride, _ = pieces.stride()
+    What it sums and stages is on the first one.
+    """
+
+    def __init__(self, *caches: Tensor) -> None:
+        """`caches`, alike: uint8 `[num_layers, num_blocks, piece_bytes]`, the last stride 1, the others any."""
+        first = caches[0]
+        for cache in caches:
+            if cache.dtype != torch.uint8 or cache.dim() != 3 or cache.stride(2) != 1:
+                raise ValueError(
+                    f"expected uint8 [num_layers, num_blocks, piece_bytes], got {cache.dtype} {list(cache.shape)}"
+                )
+            if cache.shape != first.shape or cache.stride() != first.stride():
+                raise ValueError(f"expected caches alike, got {list(first.shape)} and {list(cache.shape)}")
+        num_layers, num_blocks, piece_bytes = first.shape
+        piece_stride, block_stride, _ = first.stride()
         self.geometry = Geometry(
-            pieces.data_ptr(),
+            tuple(Region(cache.data_ptr(), cache.device.index or 0) for cache in caches),
             num_blocks,
-            num_pieces,
+            num_layers * len(caches),
             piece_bytes,
-            piece_stride if num_pieces > 1 else 0,
+            piece_stride if num_layers > 1 else 0,
             block_stride if num_blocks > 1 else max(block_stride, piece_bytes),
         )
-        self._blocks = pieces.transpose(0, 1)
-        self._words = self._blocks.view(torch.int64)
+        self._regions = [cache.transpose(0, 1) for cache in caches]
+        self._device = first.device
         self._tables: dict[Multipliers, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -58,12 +67,12 @@ class DeviceMemory:
     @property
     def device(self) -> str:
         """`"cuda:N"`."""
-        return str(self._blocks.device)
+        return str(self._device)
 
-    def view(self, block_id: int) -> Tensor:
-        """Return block `block_id` as uint8 `[num_pieces, piece_bytes]`; writing to it writes the pool."""
+    def view(self, block_id: int, region: int = 0) -> Tensor:
+        """Return a region's part of a block as uint8 `[num_layers, piece_bytes]`; writing to it writes the pool."""
         self._check(block_id)
-        return self._blocks[block_id]
+        return self._regions[region][block_id]
 
     def sums(self, block_ids: Sequence[int], multipliers: Multipliers) -> list[bytes]:
         """Return the sums of each block's rows, the bytes that `Multipliers.sums` gives on a CPU. Raises IndexError.
@@ -77,45 +86,49 @@ class DeviceMemory:
         num_whole = num_words // ROW_WORDS * ROW_WORDS
         sums: list[bytes] = []
         for start in range(0, len(block_ids), _BLOCKS_AT_ONCE):
-            chosen = torch.tensor(block_ids[start : start + _BLOCKS_AT_ONCE], device=self._words.device)
-            words = self._words[chosen].reshape(len(chosen), num_words)
-            parts = [words[:, :num_whole].reshape(len(words), -1, ROW_WORDS)] if num_whole else []
-            parts += [words[:, None, num_whole:]] if num_whole < num_words else []
-            rows = torch.cat([_sum_rows(part, even, odd) for part in parts], dim=1)
+            chosen = torch.tensor(block_ids[start : start + _BLOCKS_AT_ONCE])
+            parts = [region[chosen.to(region.device)].to(self._device) for region in self._regions]
+            words = torch.stack(parts, dim=2).view(torch.int64).reshape(len(chosen), num_words)
+            whole = [words[:, :num_whole].reshape(len(words), -1, ROW_WORDS)] if num_whole else []
+            rest = [words[:, None, num_whole:]] if num_whole < num_words else []
+            rows = torch.cat([_sum_rows(part, even, odd) for part in (*whole, *rest)], dim=1)
             sums += [row.tobytes() for row in rows.cpu().numpy()]
         return sums
 
     def staging(self, num_blocks: int) -> Tensor:
         """Return a new buffer, uint8 `[num_blocks * block_bytes]`, which has `__cuda_array_interface__`."""
-        return torch.empty(num_blocks * self.block_bytes, dtype=torch.uint8, device=self._blocks.device)
+        return torch.empty(num_blocks * self.block_bytes, dtype=torch.uint8, device=self._device)
 
     def gather(self, first_block: int, staging: Staging) -> None:
         """Fill a buffer with neighbouring blocks. Waits for the device. Raises IndexError."""
-        blocks, buffer = self._pair(first_block, staging)
-        buffer.copy_(blocks)
+        for region, part in self._pairs(first_block, staging):
+            part.copy_(region)
         self._wait()
 
     def scatter(self, first_block: int, staging: Staging) -> None:
         """Write neighbouring blocks from a buffer. Waits for the device. Raises IndexError."""
-        blocks, buffer = self._pair(first_block, staging)
-        blocks.copy_(buffer)
+        for region, part in self._pairs(first_block, staging):
+            region.copy_(part)
         self._wait()
 
-    def _pair(self, first_block: int, staging: Staging) -> tuple[Tensor, Tensor]:
+    def _pairs(self, first_block: int, staging: Staging) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each region's part of neighbouring blocks, and of a buffer for them."""
         assert isinstance(staging, Tensor)
-        buffer = staging.view(-1, *self._blocks.shape[1:])
+        _, num_layers, piece_bytes = self._regions[0].shape
+        buffer = staging.view(-1, num_layers, len(self._regions), piece_bytes)
+        end = first_block + len(buffer)
         self._check(first_block)
-        self._check(first_block + len(buffer) - 1)
-        return self._blocks[first_block : first_block + len(buffer)], buffer
+        self._check(end - 1)
+        return ((region[first_block:end], buffer[:, :, rank]) for rank, region in enumerate(self._regions))
 
     def _wait(self) -> None:
-        if self._blocks.is_cuda:
-            torch.cuda.current_stream(self._blocks.device).synchronize()  # no stream of UCX's knows of ours
+        for device in {region.device for region in self._regions if region.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()  # no stream of UCX's knows of ours
 
     def _on_device(self, multipliers: Multipliers) -> tuple[Tensor, Tensor]:
         if multipliers not in self._tables:
             tables = (torch.from_numpy(table.view(np.int64).copy()) for table in (multipliers.even, multipliers.odd))
-            even, odd = (table.to(self._words.device) for table in tables)
+            even, odd = (table.to(self._device) for table in tables)
             self._tables[multipliers] = even, odd
         return self._tables[multipliers]
 

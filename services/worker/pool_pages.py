@@ -53,15 +53,18 @@ def back(memory: BlockMemory, rest: Callable[[float], bool]) -> int:
         return 0
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    start = memory.geometry.address & -mmap.PAGESIZE
-    end = memory.geometry.address + memory.geometry.span_bytes
-    for address in range(start, end, _PIECE_BYTES):
-        began_s = time.perf_counter()
-        # As a write would, and without one: what others have written there stays.
-        if libc.madvise(address, min(_PIECE_BYTES, end - address), _MADV_POPULATE_WRITE) != 0:
-            reason = errno.errorcode.get(ctypes.get_errno(), "")
-            log.info("the KV pool's memory comes as blocks are first used: MADV_POPULATE_WRITE says %s", reason)
-            return address - start
-        if rest((time.perf_counter() - began_s) * _REST):
-            return min(address + _PIECE_BYTES, end) - start
-    return end - start
+    num_backed = 0
+    for region in memory.geometry.regions:
+        start = region.address & -mmap.PAGESIZE
+        end = region.address + memory.geometry.span_bytes
+        for address in range(start, end, _PIECE_BYTES):
+            began_s, size = time.perf_counter(), min(_PIECE_BYTES, end - address)
+            # As a write would, and without one: what others have written there stays.
+            if libc.madvise(address, size, _MADV_POPULATE_WRITE) != 0:
+                reason = errno.errorcode.get(ctypes.get_errno(), "")
+                log.info("the KV pool's memory comes as blocks are first used: MADV_POPULATE_WRITE says %s", reason)
+                return num_backed
+            num_backed += size
+            if rest((time.perf_counter() - began_s) * _REST):
+                return num_backed
+    return num_backed

@@ -23,7 +23,7 @@ def test_the_cpu_cache_is_zeroed_aligned_and_shared_with_its_memory(dtype: torch
     assert kv_cache.count_nonzero() == 0
     assert kv_cache.data_ptr() % 4096 == 0
     assert (memory.num_blocks, memory.block_bytes) == (40, kv_cache[0].nbytes)
-    assert memory.geometry.address == kv_cache.data_ptr()
+    assert memory.geometry.regions[0].address == kv_cache.data_ptr()
     kv_cache[7] = 1.5
     assert bytes(memory.view(7)) == kv_cache[7].contiguous().view(torch.uint8).numpy().tobytes()
     memory.view(8)[:] = memory.view(7)
@@ -46,7 +46,7 @@ def test_device_memory_addresses_blocks() -> None:
     kv_cache = torch.zeros(SHAPE)
     memory = DeviceMemory(as_bytes(kv_cache)[None])
     assert (memory.num_blocks, memory.block_bytes, memory.device) == (40, kv_cache[0].nbytes, "cpu")
-    assert memory.geometry.address == kv_cache.data_ptr()
+    assert memory.geometry.regions[0].address == kv_cache.data_ptr()
     assert memory.view(3).data_ptr() == kv_cache[3].data_ptr()
     memory.view(3).fill_(0xFF)
     assert bool(kv_cache[3].isnan().all())
@@ -77,6 +77,22 @@ def test_a_block_in_pieces_has_the_sums_of_its_bytes_in_one_on_both_kinds_of_mem
         memory.scatter(0, staging)
         whole.array[:3] = whole.array[5:8]
         assert memory.sums(ids, KEY) == whole.sums(ids, KEY)
+
+
+def test_the_caches_of_ranks_are_one_pool_on_both_kinds_of_memory() -> None:
+    ranks = [in_pieces(6, 20, 2304) for _ in range(4)]
+    whole = HostMemory(torch.stack(ranks, dim=1).reshape(24, 20, 2304).transpose(0, 1).reshape(20, -1).numpy())
+    for memory in (tensor_memory(*ranks), DeviceMemory(*ranks)):
+        assert [region.address for region in memory.geometry.regions] == [rank.data_ptr() for rank in ranks]
+        assert memory.sums([19, 0, 7, 7], KEY) == whole.sums([19, 0, 7, 7], KEY)
+        staging = memory.staging(3)
+        memory.gather(5, staging)
+        assert bytes(staging.numpy() if isinstance(staging, torch.Tensor) else staging) == whole.array[5:8].tobytes()
+        memory.scatter(0, staging)
+        whole.array[:3] = whole.array[5:8]
+        assert memory.sums(range(20), KEY) == whole.sums(range(20), KEY)
+    with pytest.raises(ValueError, match="alike"):
+        DeviceMemory(ranks[0], ranks[1][:5])
 
 
 @pytest.mark.parametrize("block_id", [-1, 40])

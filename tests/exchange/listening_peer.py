@@ -20,7 +20,7 @@ async def main(host: str) -> None:
     transports = make_transports("auto", memory, "peer", host)
     for transport in transports:
         await transport.start()
-    print(json.dumps({"pool": memory.geometry.address}), flush=True)
+    print(json.dumps({"pool": memory.geometry.regions[0].address}), flush=True)
     while await asyncio.to_thread(sys.stdin.readline):
         turns = {transport.name: transport.num_turns for transport in transports}
         first_bytes = [bytes(memory.view(block)[:16]).hex() for block in range(NUM_BLOCKS)]

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.block import Geometry, HostMemory
+from kvstore.block import Geometry, HostMemory, Region
 from kvstore.errors import TransportError
 from kvstore.transport import nixl_pool
 from kvstore.transport.nixl_pool import PoolAddress, Prepared, cut, fitting_unit, pool_address, prepare
 
-LAYERS = Geometry(4096, num_blocks=5, num_pieces=3, piece_bytes=16, piece_stride=80, block_stride=16)
+LAYERS = Geometry((Region(4096),), num_blocks=5, num_pieces=3, piece_bytes=16, piece_stride=80, block_stride=16)
+RANKS = dataclasses.replace(LAYERS, regions=(Region(4096, 0), Region(8192, 0), Region(4096, 1)), num_pieces=9)
 
 
 class Agent:
@@ -29,26 +30,33 @@ class Agent:
 
 def prepared(geometry: Geometry, unit_bytes: int) -> Prepared:
     agent: Any = Agent()
-    return prepare(agent, "somebody", "DRAM", 0, geometry, unit_bytes)
+    return prepare(agent, "somebody", "DRAM", geometry, unit_bytes)
 
 
 @st.composite
 def geometries(draw: st.DrawFn, num_blocks: int, block_words: int) -> Geometry:
-    num_pieces = draw(st.sampled_from([n for n in (1, 2, 3, 4, 6, 12) if block_words % n == 0]))
+    num_layers = draw(st.sampled_from([n for n in (1, 2, 3, 4, 6, 12) if block_words % n == 0]))
+    num_ranks = draw(st.sampled_from([n for n in (1, 2, 4) if block_words % (n * num_layers) == 0]))
+    num_pieces = num_layers * num_ranks
     piece, gap = 8 * block_words // num_pieces, 8 * draw(st.integers(0, 2))
-    if num_pieces == 1:
+    if num_layers == 1:
         strides = (0, piece + gap)
     elif draw(st.booleans()):  # piece by piece
         strides = (num_blocks * (piece + gap) + 8 * draw(st.integers(0, 2)), piece + gap)
     else:  # block by block
-        strides = (piece + gap, num_pieces * (piece + gap) + 8 * draw(st.integers(0, 2)))
-    return Geometry(8 * draw(st.integers(0, 5)), num_blocks, num_pieces, piece, *strides)
+        strides = (piece + gap, num_layers * (piece + gap) + 8 * draw(st.integers(0, 2)))
+    addresses = draw(st.permutations(range(num_ranks)))
+    regions = tuple(Region(100_000 * each + 8 * draw(st.integers(0, 5))) for each in addresses)
+    return Geometry(regions, num_blocks, num_pieces, piece, *strides)
 
 
 def bytes_of(geometry: Geometry, block_id: int) -> list[int]:
     """The dumb model: where each byte of a block is."""
-    first = geometry.address + block_id * geometry.block_stride
-    starts = [first + piece * geometry.piece_stride for piece in range(geometry.num_pieces)]
+    starts = [
+        region.address + block_id * geometry.block_stride + layer * geometry.piece_stride
+        for layer in range(geometry.num_pieces // len(geometry.regions))
+        for region in geometry.regions
+    ]
     return [start + i for start in starts for i in range(geometry.piece_bytes)]
 
 
@@ -117,7 +125,7 @@ def encoded(geometry: Geometry) -> bytes:
 
 def test_a_pool_of_whole_blocks_is_told_as_it_was_before_there_were_pieces() -> None:
     geometry = HostMemory.allocate(4, 64).geometry
-    older = OlderAddress(b"agent", "DRAM", 0, geometry.address, 4, 64, 64, bytes(16))
+    older = OlderAddress(b"agent", "DRAM", 0, geometry.regions[0].address, 4, 64, 64, bytes(16))
     assert encoded(geometry) == msgspec.msgpack.encode(older)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(older), type=PoolAddress).geometry == geometry
     with pytest.raises(msgspec.ValidationError):
@@ -129,8 +137,9 @@ def test_a_pool_of_whole_blocks_is_told_as_it_was_before_there_were_pieces() -> 
     [
         LAYERS,
         dataclasses.replace(LAYERS, piece_stride=16, block_stride=64),
-        Geometry(8, num_blocks=3, num_pieces=1, piece_bytes=64, piece_stride=0, block_stride=72),
-        Geometry(8, num_blocks=1, num_pieces=1, piece_bytes=64, piece_stride=0, block_stride=64),
+        RANKS,
+        Geometry((Region(8),), num_blocks=3, num_pieces=1, piece_bytes=64, piece_stride=0, block_stride=72),
+        Geometry((Region(8),), num_blocks=1, num_pieces=1, piece_bytes=64, piece_stride=0, block_stride=64),
     ],
 )
 def test_a_geometry_arrives_as_it_was_sent(geometry: Geometry) -> None:
@@ -155,9 +164,12 @@ def test_a_geometry_arrives_as_it_was_sent(geometry: Geometry) -> None:
         {"block_bytes": -48},
         {"address": -8},
         {"address": (1 << 64) - 8},
+        {"more_regions": [[8192, 0]]},
+        {"num_pieces": 6, "block_bytes": 96, "more_regions": [[4096, 0]]},
+        {"num_pieces": 6, "block_bytes": 96, "more_regions": [[-8, 0]]},
     ],
 )
-def test_an_address_that_can_be_none_is_refused(lie: dict[str, int]) -> None:
+def test_an_address_that_can_be_none_is_refused(lie: dict[str, Any]) -> None:
     said = msgspec.msgpack.decode(encoded(LAYERS)) | lie
     with pytest.raises(TransportError, match="a pool as none can be"):
         _ = msgspec.convert(said, PoolAddress).geometry
@@ -165,7 +177,9 @@ def test_an_address_that_can_be_none_is_refused(lie: dict[str, int]) -> None:
 
 def test_pools_that_do_not_fit_or_would_take_all_memory_to_describe_are_refused() -> None:
     with pytest.raises(TransportError, match="blocks of 64 bytes, ours have 48"):
-        fitting_unit(LAYERS, Geometry.contiguous(0, 4, 64))
-    tiny = Geometry(0, num_blocks=1 << 20, num_pieces=32, piece_bytes=8, piece_stride=1 << 23, block_stride=8)
+        fitting_unit(LAYERS, HostMemory.allocate(4, 64).geometry)
+    tiny = Geometry(
+        (Region(0),), num_blocks=1 << 20, num_pieces=32, piece_bytes=8, piece_stride=1 << 23, block_stride=8
+    )
     with pytest.raises(TransportError, match="33554432 pieces of 8 bytes"):
-        fitting_unit(Geometry.contiguous(0, 4, 256), tiny)
+        fitting_unit(HostMemory.allocate(4, 256).geometry, tiny)

@@ -13,7 +13,7 @@ from kvstore.exchange import Fetch, Lease
 from kvstore.protocol import FetchCause, LeaseOutcome
 from tests.exchange.exchange_worker import LAYOUT, TRANSFER, Worker, room, running, some_hashes
 from tests.memory_transport import Faults, Switchboard
-from tests.pieces import read_all
+from tests.pieces import flip, read_all
 
 FOREIGN = BlockLayout(
     *(24, 1, 8, 8, "float32", "ab12"), engine="vllm", kernel_layout="LHNC", isa="amx", attention_backend="CPU_ATTN"
@@ -60,7 +60,7 @@ async def test_a_bit_that_flips_in_one_piece_after_it_was_proven_is_seen(reader_
         fetch = reader.exchange.fetch(TRANSFER, "prefill-0", HASHES, room(TARGET))
         lease = owner.exchange.open_lease(TRANSFER, "decode-0", len(SOURCE))
         announced = owner.announced(SOURCE, HASHES)
-        owner.memory.view(SOURCE[2])[piece, -1] ^= 1
+        flip(owner.memory, SOURCE[2], (piece + 1) * (FOREIGN.block_bytes // 24) - 1)
         lease.announce(0, announced, last=True)
         failure = (await fetch.result).failure
         assert failure is not None

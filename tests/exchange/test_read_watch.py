@@ -82,11 +82,13 @@ def test_a_link_that_brings_64_kib_in_two_seconds_is_never_in_the_way() -> None:
     assert watched.after(60) is None
 
 
-@pytest.mark.parametrize("num_pieces", [3, 24])
+@pytest.mark.parametrize(("num_pieces", "num_regions"), [(3, 1), (24, 1), (24, 4)])
 @pytest.mark.parametrize("is_scattered", [False, True])
-def test_a_slow_link_is_left_alone_whose_blocks_are_in_pieces_too(num_pieces: int, is_scattered: bool) -> None:
+def test_a_slow_link_is_left_alone_whose_blocks_are_in_pieces_too(
+    num_pieces: int, num_regions: int, is_scattered: bool
+) -> None:
     """All first pieces may come before any second one."""
-    memory = piece_memory(num_pieces, 32, 192 * 1024)
+    memory = piece_memory(num_pieces, 32, 192 * 1024, num_regions=num_regions)
     watched = Watched(memory)
     runs = [Run(0, block_id, 1) for block_id in range(0, 32, 2)] if is_scattered else [Run(0, 2, 16)]
     watched.watch.begin(1, runs)
@@ -94,7 +96,7 @@ def test_a_slow_link_is_left_alone_whose_blocks_are_in_pieces_too(num_pieces: in
     for piece in range(num_pieces):
         for run in runs:
             for block_id in range(run.local_first, run.local_first + run.num_blocks):
-                memory.view(block_id)[piece] = 0
+                memory.view(block_id, region=piece % num_regions)[piece // num_regions] = 0
                 num_bytes += memory.geometry.piece_bytes
                 if num_bytes - since >= 2 * 65536:
                     since = num_bytes

@@ -27,13 +27,13 @@ def test_a_view_is_the_pools_own_memory():
     memory = random_memory(4, 64)
     memory.view(2)[:] = 9
     assert memory.array[2].tolist() == [9] * 64
-    assert memory.view(3).ctypes.data == memory.geometry.address + 3 * 64
+    assert memory.view(3).ctypes.data == memory.geometry.regions[0].address + 3 * 64
     assert (memory.num_blocks, memory.block_bytes, memory.device) == (4, 64, "cpu")
 
 
 def test_an_allocated_pool_is_zeroed_and_page_aligned():
     memory = HostMemory.allocate(3, 4096 + 8)
-    assert memory.geometry.address % 4096 == 0
+    assert memory.geometry.regions[0].address % 4096 == 0
     assert not memory.array.any()
 
 

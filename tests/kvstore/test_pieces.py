@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from kvstore.block import (
     HostMemory,
     Multipliers,
     PieceMemory,
+    Region,
     checksums,
     row_sums,
     subject_of,
@@ -36,15 +38,18 @@ def random_blocks(num_blocks: int, block_bytes: int, seed: int = 0) -> np.ndarra
 
 @pytest.mark.parametrize("has_gaps", [False, True])
 @pytest.mark.parametrize(
-    ("num_pieces", "piece_words"),
-    [(1, 40), (2, 1), (3, 299), (24, 2048), (24, 288), (5, 4 * ROW_WORDS), (3, 9 * ROW_WORDS + 5), (200, 31)],
+    ("num_pieces", "piece_words", "num_regions"),
+    [
+        *((1, 40, 1), (2, 1, 1), (3, 299, 1), (24, 2048, 1), (24, 288, 1), (5, 4 * ROW_WORDS, 1)),
+        *((3, 9 * ROW_WORDS + 5, 1), (200, 31, 1), (2, 1, 2), (24, 288, 4), (24, 2048, 2), (24, 31, 8)),
+    ],
 )
 def test_a_block_in_pieces_has_the_bytes_the_proof_and_the_checksum_of_its_bytes_in_one(
-    num_pieces: int, piece_words: int, has_gaps: bool
+    num_pieces: int, piece_words: int, num_regions: int, has_gaps: bool
 ) -> None:
     block_bytes = 8 * num_pieces * piece_words
     whole = HostMemory(random_blocks(3, block_bytes))
-    pieces = piece_memory(num_pieces, 3, block_bytes, has_gaps)
+    pieces = piece_memory(num_pieces, 3, block_bytes, has_gaps, num_regions)
     write_all(pieces, whole.array)
     assert (read_all(pieces) == whole.array).all()
     subjects = [subject_of(BlockHash(bytes([i]) * 16)) for i in range(3)]
@@ -52,9 +57,10 @@ def test_a_block_in_pieces_has_the_bytes_the_proof_and_the_checksum_of_its_bytes
     assert KEY.prove(pieces, range(3), subjects) == proofs
     assert checksums(pieces, [2, 0]) == checksums(whole, [2, 0])
     for piece in {0, num_pieces // 2, num_pieces - 1}:
-        pieces.view(1)[piece, -1] ^= 0x80
+        last = pieces.view(1, region=piece % num_regions)[piece // num_regions, -1:]
+        last ^= 0x80
         assert KEY.find_wrong(pieces, range(3), subjects, proofs) == [1]
-        pieces.view(1)[piece, -1] ^= 0x80
+        last ^= 0x80
     assert KEY.find_wrong(pieces, range(3), subjects, proofs) == []
 
 
@@ -81,13 +87,29 @@ def test_a_memory_in_pieces_is_a_view_of_what_the_engine_has() -> None:
     memory.view(4)[2] = 9
     assert storage[-16:].tolist() == [9] * 16
     assert storage[:-16].tolist() == [0] * (storage.size - 16)
-    assert memory.geometry == Geometry(storage.ctypes.data + 128, 5, 3, 16, piece_stride=5 * 16, block_stride=16)
+    region = Region(storage.ctypes.data + 128)
+    assert memory.geometry == Geometry((region,), 5, 3, 16, piece_stride=5 * 16, block_stride=16)
     assert (memory.num_blocks, memory.block_bytes, memory.device) == (5, 48, "cpu")
     assert memory.geometry.span_bytes == 3 * 5 * 16
 
 
-def test_blocks_outside_are_refused_and_nothing_is_written() -> None:
-    memory = piece_memory(3, 4, 48)
+def test_the_regions_of_ranks_are_one_pool_whose_pieces_take_turns_in_them() -> None:
+    ranks = [np.zeros((3, 5, 16), np.uint8) for _ in range(2)]
+    memory = PieceMemory(*ranks)
+    regions = tuple(Region(rank.ctypes.data) for rank in ranks)
+    assert memory.geometry == Geometry(regions, 5, 6, 16, piece_stride=5 * 16, block_stride=16)
+    memory.scatter(4, np.repeat(np.arange(1, 7, dtype=np.uint8), 16))
+    assert [rank[:, 4, 0].tolist() for rank in ranks] == [[1, 3, 5], [2, 4, 6]]
+    for unlike in (np.zeros((3, 4, 16), np.uint8), np.zeros((3, 5, 24), np.uint8)[:, :, :16]):
+        with pytest.raises(ValueError, match="alike"):
+            PieceMemory(ranks[0], unlike)
+    with pytest.raises(ValueError, match="regions overlap"):
+        PieceMemory(ranks[0], ranks[0])
+
+
+@pytest.mark.parametrize("num_regions", [1, 3])
+def test_blocks_outside_are_refused_and_nothing_is_written(num_regions: int) -> None:
+    memory = piece_memory(3, 4, 48, num_regions=num_regions)
     for first, num_blocks in ((-1, 1), (4, 1), (3, 2)):
         for move in (memory.gather, memory.scatter):
             with pytest.raises(IndexError, match="outside this pool of 4"):
@@ -130,12 +152,14 @@ def test_an_array_that_cannot_be_pieces_is_refused(array: np.ndarray) -> None:
         {"block_stride": 8},
         {"piece_stride": 64},
         {"num_pieces": 1},
-        {"address": -1},
-        {"address": 1 << 63},
+        {"regions": ()},
+        {"regions": (Region(-1),)},
+        {"regions": (Region(1 << 63),)},
+        {"regions": (Region(4096), Region(8192))},
         {"num_blocks": 1 << 62},
     ],
 )
-def test_a_geometry_whose_pieces_overlap_or_lie_nowhere_is_refused(change: dict[str, int]) -> None:
-    geometry = Geometry(4096, num_blocks=5, num_pieces=3, piece_bytes=16, piece_stride=80, block_stride=16)
+def test_a_geometry_whose_pieces_overlap_or_lie_nowhere_is_refused(change: dict[str, Any]) -> None:
+    geometry = Geometry((Region(4096),), num_blocks=5, num_pieces=3, piece_bytes=16, piece_stride=80, block_stride=16)
     with pytest.raises(ValueError, match=r"expected|belongs|overlap|so large"):
         dataclasses.replace(geometry, **change)

@@ -27,8 +27,8 @@ def new_pool() -> HostMemory:
 
 def num_missing_pages(memory: HostMemory) -> int:
     """How many of the pool's pages the system has put no memory behind."""
-    first = memory.geometry.address // mmap.PAGESIZE
-    end = -(-(memory.geometry.address + NUM_BLOCKS * BLOCK_BYTES) // mmap.PAGESIZE)
+    first = memory.geometry.regions[0].address // mmap.PAGESIZE
+    end = -(-(memory.geometry.regions[0].address + NUM_BLOCKS * BLOCK_BYTES) // mmap.PAGESIZE)
     with open("/proc/self/pagemap", "rb", buffering=0) as file:
         file.seek(first * 8)
         entries = np.frombuffer(file.read((end - first) * 8), np.uint64)
@@ -40,7 +40,7 @@ def test_all_of_the_pool_is_there_and_what_was_written_stays() -> None:
     memory = new_pool()
     memory.array[3, 5], memory.array[-1, -1] = 7, 9
     assert num_missing_pages(memory) > 0
-    page = memory.geometry.address % mmap.PAGESIZE
+    page = memory.geometry.regions[0].address % mmap.PAGESIZE
     assert back(memory, lambda seconds: False) == NUM_BLOCKS * BLOCK_BYTES + page
     assert num_missing_pages(memory) == 0
     assert memory.array[3, 5] == 7
