@@ -58,7 +58,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm serve doctor test test-vllm vllm-contract test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-restarts simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos restarts idle
+.PHONY: help install install-vllm serve doctor test test-vllm vllm-contract test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-vllm bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-restarts simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos restarts idle
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -174,6 +174,9 @@ bench-engine: $(DEVELOPED) ## decode steps and prefill of one engine, beside the
 
 bench-peer: $(DEVELOPED) ## bench-engine with vLLM beside it, in an environment of its own (2 GB), and our targets (BENCH_ARGS)
 	$(BIN)/python -m tests.bench.bench_peer $(if $(filter-out auto,$(TORCH_INDEX)),--torch-index $(TORCH_INDEX)) $(BENCH_ARGS)
+
+bench-vllm: $(VLLM_INSTALLED) ## --engine vllm, disaggregated, beside vLLM alone: first tokens by stage, gaps under long prompts (BENCH_ARGS)
+	$(VLLM_VENV)/bin/python -m tests.bench.bench_vllm $(BENCH_ARGS)
 
 bench-prefix: $(DEVELOPED) ## hit rate and TTFT by routing policy: make bench-prefix TRACE=mooncake_conversation.jsonl
 	$(BIN)/python -m tests.bench.bench_prefix $(if $(TRACE),--trace $(TRACE)) $(BENCH_ARGS)
