@@ -43,7 +43,9 @@ class Orders:
 
     def were_lent_for_ours(self, holder: str) -> bool:
         """Whether the holder's log (JSON, debug) has it that it lent blocks, and only ever for our orders."""
-        lines = map(json.loads, self._stack.services[holder].log.splitlines())
+        # What vLLM's native code warns of comes as it is.
+        log = self._stack.services[holder].log.splitlines()
+        lines = [json.loads(line) for line in log if line.startswith("{")]
         lent = [line for line in lines if line["logger"] == "kvstore.exchange.owner" and ": lent " in line["message"]]
         return bool(lent) and all(line.get("request_id") == REQUEST_ID for line in lent)
 

@@ -24,6 +24,7 @@ import redis
 from kvstore.registry import WorkerRecord
 from kvstore.registry.worker_record import decode_record
 from services.cli.embedded_redis import EmbeddedRedis
+from services.engine.choice import modules_of
 from services.secrets import make_secret_file
 from tests.peers import AUTHORIZATION, PEER_SECRET
 
@@ -35,8 +36,17 @@ Flags = str | Sequence[str]
 """Words of a command line, or a string of them."""
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
-# Nothing that starts threads or opens UCX or gRPC when imported.
-FORK_SERVER.set_forkserver_preload(["tests.stack_preload"])
+
+
+def preload(*engines: str) -> None:
+    """Have the fork server import what these engines need beside the rest; before the first process of it."""
+    # Nothing that starts threads or opens UCX or gRPC when imported.
+    FORK_SERVER.set_forkserver_preload(
+        [*(name for each in engines for name in modules_of(each)), "tests.stack_preload"]
+    )
+
+
+preload()
 
 
 @dataclass
@@ -66,6 +76,7 @@ class Stack:
     router: Flags = ""
     worker: Flags = ""  # extra flags of every worker
     model: Path = Path()  # which every worker serves as "m"
+    engine: str = "native"
     environ: dict[str, str] = field(default_factory=dict)
     services: dict[str, Service] = field(default_factory=dict)
 
@@ -80,6 +91,7 @@ class Stack:
             proof_key = self.directory / "proof-key"
             make_secret_file(proof_key)
             model = ["--num-threads", "1", "--model", str(self.model), "--served-model-name", "m"]
+            model += ["--engine", self.engine]
             model += ["--proof-key-file", str(proof_key)]
             for role, workers in (("prefill", self.prefill), ("decode", self.decode)):
                 for index, flags in enumerate(workers):

@@ -146,6 +146,11 @@ def check_for_vllm(config: EngineConfig) -> Path:
     return directory
 
 
+def modules_of(engine: str) -> tuple[str, ...]:
+    """What workers with that engine import, and a process that forks them may import before."""
+    return {"native": ("services.engine.native.engine",), "vllm": ("services.engine.vllm.preload",)}.get(engine, ())
+
+
 def open_engine(config: EngineConfig, proof_key: ProofKey, progress: Callable[[float], None] | None = None) -> Engine:
     """Load the model and take the memory; `progress` is called with 0..1. Raises `ModelError` or `SettingsError`.
 

@@ -19,6 +19,7 @@ import pytest
 from services.cli.up.forks import WORKER_MODULES, Forks
 from services.cli.up.spec import ChildSpec
 from services.cli.up.supervise import Child, ChildFailed
+from services.engine.choice import modules_of
 from tests.waiting import until
 
 TIMEOUT_S = 180.0
@@ -252,17 +253,20 @@ async def test_a_server_that_cannot_load_is_done_without(tmp_path: Path) -> None
     assert "the fork server has ended: starting without it" in said.lines
 
 
-async def test_loading_what_workers_need_starts_no_thread_and_opens_nothing() -> None:
+@pytest.mark.parametrize("engine", ["native", pytest.param("vllm", marks=pytest.mark.vllm)])
+async def test_loading_what_workers_need_starts_no_thread_and_opens_nothing(engine: str) -> None:
     """A thread would be missing in each child, and what is open would be shared; CUDA cannot be used after a fork."""
-    bare, loaded = Forks((), os.environ), Forks(WORKER_MODULES, os.environ)
+    modules = (*WORKER_MODULES, *modules_of(engine))
+    bare, loaded = Forks((), os.environ), Forks(modules, os.environ)
     _, of_bare = await outcome(bare, "0")
     _, of_loaded = await outcome(loaded, "0")
     bare.close()
     loaded.close()
     assert of_loaded.facts["num_threads"] == 1
     assert of_loaded.facts["descriptors"] == of_bare.facts["descriptors"]
-    assert {*WORKER_MODULES, "torch", "grpc"} <= set(of_loaded.facts["modules"])
-    assert not {"ucxx", "nixl_cu12", "torch._dynamo"} & set(of_loaded.facts["modules"])
+    assert {*modules, "torch", "grpc"} <= set(of_loaded.facts["modules"])
+    assert not {"ucxx", "nixl_cu12"} & set(of_loaded.facts["modules"])
+    assert engine == "vllm" or "torch._dynamo" not in of_loaded.facts["modules"]
 
 
 async def test_a_program_that_cannot_be_imported_says_so_in_its_own_output(server: Forks) -> None:

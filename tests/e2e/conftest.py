@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.hf_models import write_model
-from tests.stack import Stack
+from tests.stack import Stack, preload
 
 PATIENT = "--peer-timeout-s 20"
 """Of workers on a machine that does other things too: nobody is left because it waits for a processor."""
@@ -17,10 +17,47 @@ PATIENT_ROUTER = "--silence-timeout-s 20"
 """The same of a router."""
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what is marked `on_vllm` with either engine: with vLLM in the default tests of it, or (`slow=True`) not."""
+    mark = metafunc.definition.get_closest_marker("on_vllm")
+    if mark is not None and "engine" in metafunc.fixturenames:
+        is_slow = mark.kwargs.get("slow", False)
+        marks = [pytest.mark.vllm, *([pytest.mark.slow] if is_slow else [])]
+        metafunc.parametrize("engine", ["native", pytest.param("vllm", marks=marks)], scope="module")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any(item.get_closest_marker("vllm") for item in session.items):
+        preload("vllm")
+
+
 @pytest.fixture(scope="session")
-def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A random model of that family, the same for all tests."""
-    return cache(lambda family: write_model(tmp_path_factory.mktemp(family) / "model", family))
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """A random model of that family, which that engine computes, the same for all tests.
+
+    vLLM always has the same one: it takes half a minute of a processor to look at another architecture.
+    """
+
+    @cache
+    def model(family: str, engine: str) -> Path:
+        directory = tmp_path_factory.mktemp(family) / "model"
+        if engine == "vllm":  # heads of 32 numbers at least
+            return write_model(directory, "llama3", seed=3, head_dim=32)
+        return write_model(directory, family)
+
+    return model
+
+
+@pytest.fixture(scope="module")
+def engine() -> str:
+    """What computes; see `pytest_generate_tests`."""
+    return "native"
+
+
+@pytest.fixture(scope="module")
+def model_of(models: Callable[[str, str], Path], engine: str) -> Callable[[str], Path]:
+    """A random model of that family, or of another one that the engine computes, the same for all tests."""
+    return lambda family: models(family, engine)
 
 
 @pytest.fixture(scope="module", params=["ucxx", "nixl"])
@@ -29,8 +66,8 @@ def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="session")
-def new_stack(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Stack]:
+@pytest.fixture(scope="module")
+def new_stack(tmp_path_factory: pytest.TempPathFactory, engine: str) -> Callable[..., Stack]:
     """Makes a stack that serves a model as "m", to be entered; arguments are `Stack`'s.
 
     Its processes are patient with each other, unless `worker` and `router` say otherwise.
@@ -38,6 +75,7 @@ def new_stack(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Stack]:
 
     def new(model: Path, worker: str = "", router: str = "", **fields: object) -> Stack:
         worker, router = f"{PATIENT} {worker}", f"{PATIENT_ROUTER} {router}"
-        return Stack(tmp_path_factory.mktemp("stack"), model=model, worker=worker, router=router, **fields)  # type: ignore[arg-type]
+        directory = tmp_path_factory.mktemp("stack")
+        return Stack(directory, model=model, worker=worker, router=router, engine=engine, **fields)  # type: ignore[arg-type]
 
     return new

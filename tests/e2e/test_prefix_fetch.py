@@ -14,6 +14,8 @@ from tests.stack import Stack
 
 NUM_NEW_TOKENS = 8
 
+pytestmark = pytest.mark.on_vllm
+
 
 @pytest.fixture(scope="module")
 def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path], transport: str) -> Iterator[Stack]:

@@ -50,7 +50,7 @@ class VllmEngines:
         from services.engine.vllm import opening
         from services.engine.vllm.arguments import prepare_environment
 
-        prepare_environment(self._config)
+        prepare_environment()
         _put(None)
         core, _ = opening._open_core(self._config, Path(self._config.model))
         return core, get_kv_transfer_group()

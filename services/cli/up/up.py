@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 
 from kvstore.errors import KVStoreError
@@ -82,7 +83,7 @@ def _main(argv: Sequence[str], prog: str, cleanup: ExitStack) -> int:
             given |= {"engine": Given(engine, "tandem up")}
         make_secrets(own)
         check_secrets(router, decode)
-        return _start(config, given, model, name, router, decode, display)
+        return _start(config, given, model, name, router, replace(decode, engine=engine), display)
     except (CannotListen, KVStoreError, ModelError, SettingsError) as error:
         display.line("tandem", f"cannot start: {error}")
         return CANNOT_START
@@ -108,6 +109,7 @@ def _start(
     from services.cli.embedded_redis import EmbeddedRedis
     from services.cli.up.forks import WORKER_MODULES, Forks
     from services.cli.up.stack import run_stack
+    from services.engine.choice import modules_of
 
     with ExitStack() as cleanup:
         port = claim_port(router.host, router.port)
@@ -116,8 +118,9 @@ def _start(
 
             redis_version(config.redis)
         forks = None
+        modules = (*WORKER_MODULES, *modules_of(decode.engine))
         if sys.platform == "linux":  # elsewhere a process that has torch loaded must not fork
-            forks = cleanup.enter_context(closing(Forks(WORKER_MODULES, {**os.environ, **SAFE_PATH})))
+            forks = cleanup.enter_context(closing(Forks(modules, {**os.environ, **SAFE_PATH})))
         redis = None if config.redis else cleanup.enter_context(EmbeddedRedis.start())
         placements = place_workers(
             num_workers(config),

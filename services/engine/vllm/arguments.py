@@ -5,6 +5,7 @@ Which of its flags go through at all, `services.settings.engine_args` says; here
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,17 +23,19 @@ _ENVIRONMENT: Final = {
 }
 _NEEDED_ENVIRONMENT: Final = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one rank runs on our thread
+    "VLLM_CONFIGURE_LOGGING": "0",  # its records go where ours go, in their format
     "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES": "0",  # else it tells half of each hash
 }
 
 
-def prepare_environment(config: EngineConfig) -> None:
+def prepare_environment(num_threads: int = 0) -> None:
     """Set what vLLM reads from the environment; has to precede its import."""
     os.environ.update(_NEEDED_ENVIRONMENT)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if config.num_threads:
-        os.environ["OMP_NUM_THREADS"] = str(config.num_threads)
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    if num_threads:
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)
 
 
 def make_arguments(
@@ -85,6 +88,8 @@ def make_arguments(
         setattr(arguments, name, value)
     if is_cpu and "compilation-config" not in config.engine_args:
         arguments.enforce_eager = True  # compiling takes a minute and a compiler
+    if "use-tqdm-on-load" not in config.engine_args:
+        arguments.use_tqdm_on_load = False  # a bar has no place in a log
     return arguments
 
 

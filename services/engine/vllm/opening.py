@@ -35,7 +35,7 @@ _IRRELEVANT_SETTINGS: Final = ("_name_or_path", "transformers_version", "dtype",
 def open_vllm(config: EngineConfig, proof_key: ProofKey, progress: Callable[[float], None] | None = None) -> VllmEngine:
     """Load the model and take the memory; `progress` is called with 0..1. Raises `ModelError` or `SettingsError`."""
     tell = progress or (lambda share: None)
-    prepare_environment(config)
+    prepare_environment(config.num_threads)
     directory = find_model(config.model, config.revision)
     tell(0.0)
     core, config = _open_core(config, directory)
@@ -47,11 +47,14 @@ def open_vllm(config: EngineConfig, proof_key: ProofKey, progress: Callable[[flo
 
 
 def _open_core(config: EngineConfig, directory: Path) -> tuple[Any, EngineConfig]:
+    import torch
     from vllm.platforms import current_platform
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.executor import Executor
 
     is_cpu = current_platform.is_cpu()
+    if is_cpu and config.num_threads:
+        torch.set_num_threads(config.num_threads)  # of one that was forked, OpenMP has read the environment before
     if config.device not in ("auto", "cpu" if is_cpu else "cuda"):
         raise SettingsError(
             f"--device {config.device}: the vLLM that is installed computes on {'CPUs' if is_cpu else 'GPUs'}", "device"

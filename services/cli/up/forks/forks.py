@@ -23,13 +23,12 @@ SHIM = str(Path(__file__).with_name("child.py"))
 WORKER_MODULES = (
     "services.worker.start",
     "services.worker.process",
-    "services.engine.native.engine",
     "services.prefill.service",
     "services.decode.service",
     "grpc_health.v1.health",
     "uvicorn.protocols.http.auto",
 )
-"""What workers import before they serve. None of them starts a thread, or opens UCX, CUDA or gRPC."""
+"""What workers import before they serve, beside their engine. None starts a thread, or opens UCX, CUDA or gRPC."""
 
 
 log = logging.getLogger(__name__)
