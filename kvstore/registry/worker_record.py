@@ -53,11 +53,22 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     is_exact: bool = False  # of a worker: all of one model and one `numerics` compute equal logits, in any company
     phase: str = ""  # of its start, for a person to read; empty once it serves
     is_simulation: bool = False  # its tokens mean nothing
+    adapters: tuple[str, ...] = ()  # keys of its LoRA adapters: the name that clients ask for, a colon, a fingerprint
 
     @property
     def key(self) -> tuple[str, str]:
         """The names of one process's life: worker id and incarnation."""
         return self.worker_id, self.incarnation
+
+    @property
+    def adapter_keys(self) -> dict[str, str]:
+        """Its adapters' keys by the names that clients ask for."""
+        return {key.rpartition(":")[0]: key for key in self.adapters}
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """All that clients may ask it for: the model's names, then its adapters'."""
+        return (*self.served_model_names, *self.adapter_keys)
 
     def __post_init__(self) -> None:
         is_store = self.role == "store"

@@ -120,7 +120,7 @@ class Admission:
         if live.sampling.prompt_logprobs is not None or num_left == 1:
             return False  # of those, the first needs every position, and the second no blocks
         tail = convert.context_token_ids(order)[len(hashes) * self._parts.engine.layout.block_size :]
-        prompt = (order.cache_salt, order.priority, *hashes[-1:], *tail)
+        prompt = (order.cache_salt, order.adapter, order.priority, *hashes[-1:], *tail)
         first = self._being_handed_over.get(prompt)
         if first is None:
             assert live.admission is not None, f"{order.request_id} is admitted by no task"
@@ -212,6 +212,7 @@ class Admission:
             sampling=live.order.sampling if live.lists is None else live.lists.whole(live.order.sampling),
             priority=live.order.priority,
             cache_salt=live.order.cache_salt,
+            adapter=live.order.adapter,
             prefix_sources=live.order.prefix_sources,
             timeout_s=live.left_s(),
         )

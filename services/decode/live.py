@@ -69,6 +69,7 @@ class LiveRequest:
             sampling=self.sampling,
             priority=self.order.priority,
             cache_salt=self.order.cache_salt,
+            adapter=self.order.adapter,
             arrival_s=clock_s,
             timeline=self.timeline,
         )

@@ -34,11 +34,6 @@ class Adapter:
         return f"{self.name}:{self.fingerprint}"
 
 
-def adapter_name(key: str) -> str:
-    """Return the name in an adapter's key, by which clients ask for it."""
-    return key.rpartition(":")[0]
-
-
 def parse_modules(modules: Sequence[str]) -> dict[str, str]:
     """Return directories by adapter's name, of modules as `vllm serve` takes them: `name=path`, or a JSON object.
 

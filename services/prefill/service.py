@@ -179,6 +179,7 @@ class PrefillService:
             sampling=convert.sampling_from_proto(message.sampling),
             priority=message.priority,
             cache_salt=message.cache_salt,
+            adapter=message.adapter,
             arrival_s=self._clock(),
             hold_blocks=True,
             transfer_id=bytes(message.transfer_id),

@@ -122,7 +122,7 @@ def _add_model_routes(app: FastAPI, parts: RouterParts) -> None:
             "created": model.created_unix_s,
             "owned_by": "tandem",
             "root": model.root,
-            "parent": None,
+            "parent": model.parent,
             "max_model_len": model.max_model_len,
         }
 
@@ -203,7 +203,7 @@ def _add_debug_routes(app: FastAPI, parts: RouterParts) -> None:
                         "worker_id": record.worker_id,
                         "incarnation": record.incarnation,
                         "role": record.role,
-                        "models": record.served_model_names,
+                        "models": record.model_names,
                         "connected": not record.phase and (record.role != "decode" or record.worker_id in connected),
                         "draining": record.draining,
                         "phase": record.phase,

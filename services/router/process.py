@@ -110,7 +110,7 @@ async def open_parts(
     )
 
     def serves(record: WorkerRecord) -> bool:
-        return not wanted or bool(wanted & set(record.served_model_names))
+        return not wanted or bool(wanted & set(record.model_names))
 
     workers = Workers(
         membership, router_id, seams.orders, clock, config.reconnect_max_s, serves, config.silence_timeout_s

@@ -112,12 +112,12 @@ VLLM_FLAGS = (
     _row("--calculate-kv-scales", "KV blocks have the model's dtype"),
     # Features.
     _row(
-        "--enable-lora --lora-modules --max-loras --max-lora-rank --max-cpu-loras --lora-dtype --fully-sharded-loras",
-        "no LoRA: serve merged weights",
+        "--enable-lora --max-loras --max-lora-rank --max-cpu-loras --lora-dtype --fully-sharded-loras",
+        "adapters are `--engine vllm`'s; without it serve merged weights",
     ),
     _row(
         "--speculative-config --speculative-model --num-speculative-tokens",
-        "no speculative decoding: leave it out, the answers are the same",
+        "speculative decoding is `--engine vllm`'s; without it the answers are the same",
     ),
     _row(
         "--enable-auto-tool-choice --tool-call-parser --tool-parser-plugin --tool-server"

@@ -74,7 +74,7 @@ async def prompt_hashes(
 ) -> list[BlockHash]:
     """The hashes of the context's full blocks: those that came with the order, else made here, in a thread, and put
     into the order for whoever it is passed on to."""
-    root = namespace(layout.model_fingerprint, order.cache_salt)
+    root = namespace(layout.model_fingerprint, order.cache_salt, order.adapter)
     token_ids = context_token_ids(order)
     given, num_blocks = order.prompt_hashes, len(token_ids) // layout.block_size
     if not num_blocks:
@@ -84,7 +84,7 @@ async def prompt_hashes(
             return unpack_hashes(given.hashes)
         log.warning("the order has %d bytes of hashes for %d blocks", len(given.hashes), num_blocks)
     elif given.root:
-        log.warning("the prompt was hashed for another model, salt or block size than ours: hashed anew")
+        log.warning("the prompt was hashed for another model, salt, adapter or block size than ours: hashed anew")
     hashes = await threads.run(lambda: hash_blocks(root, token_ids, layout.block_size))
     made = pb.PromptHashes(root=root, block_size=layout.block_size, hashes=pack_hashes(hashes))
     order.prompt_hashes.CopyFrom(made)

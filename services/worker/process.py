@@ -221,6 +221,7 @@ def _record(config: WorkerConfig, role: Role, front: Front, parts: WorkerParts, 
         is_simulation=engine.capabilities.is_simulation,
         numerics=engine.capabilities.numerics,
         is_exact=engine.capabilities.is_exact,
+        adapters=engine.capabilities.adapters,
         phase="",
     )
 

@@ -86,6 +86,7 @@ class FakeWorker(DecodeServiceServicer):
 
     reply: Reply
     model_names: tuple[str, ...] = ("tiny",)
+    adapters: tuple[str, ...] = ()
     model_path: str = ""
     max_model_len: int = 256
     worker_id: str = ""
@@ -131,6 +132,7 @@ class FakeWorker(DecodeServiceServicer):
             role=role,
             incarnation=self.incarnation,
             served_model_names=self.model_names,
+            adapters=self.adapters,
             model_path=self.model_path,
             tokenizer_path=self.model_path,
             grpc_address=f"127.0.0.1:{self.port}",

@@ -55,6 +55,7 @@ async def test_hashes_of_our_own_model_are_taken_as_they_are(monkeypatch: pytest
         pb.PromptHashes(),
         changed(root=namespace("another model")),
         changed(root=namespace("f", "another salt")),
+        changed(root=namespace("f", "", "an:adapter")),
         changed(block_size=32),
         changed(hashes=GIVEN.hashes[:-1]),
         changed(hashes=GIVEN.hashes + bytes(16)),
@@ -64,6 +65,12 @@ async def test_other_hashes_are_noticed_made_anew_and_passed_on_right(given: pb.
     order = pb.GenerateRequest(prompt_token_ids=PROMPT, prompt_hashes=given)
     assert await prompt_hashes(order, LAYOUT, OsThreads()) == HASHES
     assert order.prompt_hashes == GIVEN
+
+
+async def test_an_adapter_s_blocks_are_not_its_model_s() -> None:
+    orders = [pb.PrefillRequest(prompt_token_ids=PROMPT, adapter=key, prompt_hashes=GIVEN) for key in ("a:1", "a:2")]
+    made = [await prompt_hashes(order, LAYOUT, OsThreads()) for order in orders]
+    assert made == [hash_blocks(namespace("f", "", key), PROMPT, 16) for key in ("a:1", "a:2")]
 
 
 class Fleet:

@@ -170,7 +170,7 @@ class PromptHashes(_message.Message):
     def __init__(self, root: _Optional[bytes] = ..., block_size: _Optional[int] = ..., hashes: _Optional[bytes] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("handle", "request_id", "model", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefill_targets", "timeout_s", "prefix_sources", "prompt_hashes", "resumed_token_ids", "move", "token_lists")
+    __slots__ = ("handle", "request_id", "model", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefill_targets", "timeout_s", "prefix_sources", "prompt_hashes", "resumed_token_ids", "move", "token_lists", "adapter")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -185,6 +185,7 @@ class GenerateRequest(_message.Message):
     RESUMED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MOVE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_LISTS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     model: str
@@ -199,7 +200,8 @@ class GenerateRequest(_message.Message):
     resumed_token_ids: _containers.RepeatedScalarFieldContainer[int]
     move: Move
     token_lists: int
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefill_targets: _Optional[_Iterable[_Union[PrefillTarget, _Mapping]]] = ..., timeout_s: _Optional[float] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ..., prompt_hashes: _Optional[_Union[PromptHashes, _Mapping]] = ..., resumed_token_ids: _Optional[_Iterable[int]] = ..., move: _Optional[_Union[Move, _Mapping]] = ..., token_lists: _Optional[int] = ...) -> None: ...
+    adapter: str
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefill_targets: _Optional[_Iterable[_Union[PrefillTarget, _Mapping]]] = ..., timeout_s: _Optional[float] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ..., prompt_hashes: _Optional[_Union[PromptHashes, _Mapping]] = ..., resumed_token_ids: _Optional[_Iterable[int]] = ..., move: _Optional[_Union[Move, _Mapping]] = ..., token_lists: _Optional[int] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class Move(_message.Message):
     __slots__ = ("worker_id", "incarnation", "kv_address", "transfer_id", "num_tokens")
@@ -422,7 +424,7 @@ class SessionFrame(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., incarnation: _Optional[str] = ..., handles: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., heartbeat_s: _Optional[float] = ..., stuck: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "transfer_id", "reader_peer_id", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefix_sources", "prompt_hashes", "resumed_token_ids", "timeout_s")
+    __slots__ = ("request_id", "transfer_id", "reader_peer_id", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefix_sources", "prompt_hashes", "resumed_token_ids", "timeout_s", "adapter")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     READER_PEER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -434,6 +436,7 @@ class PrefillRequest(_message.Message):
     PROMPT_HASHES_FIELD_NUMBER: _ClassVar[int]
     RESUMED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     transfer_id: bytes
     reader_peer_id: str
@@ -445,7 +448,8 @@ class PrefillRequest(_message.Message):
     prompt_hashes: PromptHashes
     resumed_token_ids: _containers.RepeatedScalarFieldContainer[int]
     timeout_s: float
-    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., reader_peer_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ..., prompt_hashes: _Optional[_Union[PromptHashes, _Mapping]] = ..., resumed_token_ids: _Optional[_Iterable[int]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    adapter: str
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., reader_peer_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ..., prompt_hashes: _Optional[_Union[PromptHashes, _Mapping]] = ..., resumed_token_ids: _Optional[_Iterable[int]] = ..., timeout_s: _Optional[float] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class PrefillScheduled(_message.Message):
     __slots__ = ()

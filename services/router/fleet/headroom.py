@@ -53,7 +53,7 @@ class Headroom:
 
     def rates(self, model: str) -> Rates:
         """Returns how fast they are."""
-        fingerprints = [each.model_fingerprint for each in self._workers.records if model in each.served_model_names]
+        fingerprints = [each.model_fingerprint for each in self._workers.records if model in each.model_names]
         return self._workers.rates(fingerprints[0] if fingerprints else "")
 
     def _ready(self, model: str) -> list[DecodeCandidate]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tandem.v1 import worker_pb2 as pb
 
-from kvstore.block import BlockHash, namespace, pack_hashes
+from kvstore.block import BlockHash, pack_hashes
 from services.router.fleet.prefixes import BlockSpace, PromptBlocks
 from services.router.fleet.workers import Workers
 from services.router.routing import (
@@ -114,12 +114,14 @@ class Placer:
         self._state = PolicyState()
         self._recent = RecentPrefixes()
 
-    def spaces(self, model: str, fingerprints: Collection[str]) -> list[BlockSpace]:
+    def spaces(self, model: str, fingerprints: Collection[str], adapter: str) -> list[BlockSpace]:
         """The block spaces of the workers that serve the model in one of these versions; usually one."""
         found = [
-            BlockSpace(record.model_fingerprint, record.block_size)
+            BlockSpace(record.model_fingerprint, record.block_size, adapter)
             for record in self._workers.records
-            if model in record.served_model_names and record.model_fingerprint in fingerprints
+            if model in record.model_names
+            and record.model_fingerprint in fingerprints
+            and (not adapter or adapter in record.adapters)
         ]
         return list(dict.fromkeys(found))
 
@@ -137,22 +139,21 @@ class Placer:
 
         `among`: these decode workers only, if there are any. `numerics`: of the worker that it was begun on, whose like
         are preferred."""
-        spaces = {space.model_fingerprint: space for space in self.spaces(ask.order.model, ask.fingerprints)}
+        order = ask.order
+        spaces = {space.model_fingerprint: space for space in self.spaces(order.model, ask.fingerprints, order.adapter)}
         prefixes = {fingerprint: self._known(ask, space) for fingerprint, space in spaces.items()}
         cost = CostModel(self._workers.rates(next(iter(spaces), "")))
-        num_tokens = len(ask.prompt) + len(ask.order.resumed_token_ids)
-        has_begun = bool(ask.order.resumed_token_ids)
-        request = RoutedRequest(
-            ask.order.model, num_tokens, ask.key, prefixes, numerics, has_begun, ask.num_final_tokens
-        )
+        num_tokens = len(ask.prompt) + len(order.resumed_token_ids)
+        has_begun = bool(order.resumed_token_ids)
+        request = RoutedRequest(order.model, num_tokens, ask.key, prefixes, numerics, has_begun, ask.num_final_tokens)
         decision = choose(
             request,
             [
                 each
-                for each in self._workers.decode_candidates()
+                for each in self._workers.decode_candidates(order.adapter)
                 if each.model_fingerprint in spaces and (not among or each.worker_id in among)
             ],
-            self._workers.prefill_candidates(),
+            self._workers.prefill_candidates(order.adapter),
             exclude,
             policy=self._policy,
             state=self._state,
@@ -184,7 +185,7 @@ class Placer:
     def places_to_move_to(self, ask: Ask, placement: Placement, num_tokens: int) -> Collection[str]:
         """Decode workers that could take a live sequence of so many tokens, with its blocks and at once; none: stay."""
         num_blocks = -(-num_tokens // placement.space.block_size)
-        candidates = self._workers.decode_candidates()
+        candidates = self._workers.decode_candidates(ask.order.adapter)
         places = places_to_move_to(
             placement.decision.decode, candidates, ask.order.model, num_blocks, ask.num_final_tokens
         )
@@ -193,9 +194,8 @@ class Placer:
     def fill_order(self, order: pb.GenerateRequest, placement: Placement) -> None:
         """Names the prefill workers, the other holders of the prefix and the blocks' hashes in an order."""
         if placement.hashes:
-            fingerprint, block_size = placement.space
-            order.prompt_hashes.root = namespace(fingerprint, order.cache_salt)
-            order.prompt_hashes.block_size = block_size
+            order.prompt_hashes.root = placement.space.root(order.cache_salt)
+            order.prompt_hashes.block_size = placement.space.block_size
             order.prompt_hashes.hashes = pack_hashes(placement.hashes)
         for target in placement.decision.prefill:
             order.prefill_targets.add(

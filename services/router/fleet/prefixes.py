@@ -26,6 +26,12 @@ class BlockSpace(NamedTuple):
 
     model_fingerprint: str
     block_size: int
+    adapter: str = ""
+    """Its key."""
+
+    def root(self, cache_salt: str) -> BlockHash:
+        """What the hashes of a prompt begin with."""
+        return namespace(self.model_fingerprint, cache_salt, self.adapter)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,4 @@ class PrefixFinder:
 
 
 def _hash(prompt: Sequence[int], cache_salt: str, spaces: Sequence[BlockSpace]) -> dict[BlockSpace, list[BlockHash]]:
-    return {
-        space: hash_blocks(namespace(space.model_fingerprint, cache_salt), prompt, space.block_size) for space in spaces
-    }
+    return {space: hash_blocks(space.root(cache_salt), prompt, space.block_size) for space in spaces}

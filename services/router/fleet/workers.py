@@ -158,7 +158,8 @@ class Workers:
         """The session with a candidate of the current snapshot."""
         return self._sessions[worker_id, incarnation]
 
-    def decode_candidates(self) -> list[DecodeCandidate]:
+    def decode_candidates(self, adapter: str = "") -> list[DecodeCandidate]:
+        """`adapter`: those alone that have the adapter of this key; empty: all."""
         # One that should have said something is passed over while others of its model have.
         heard = {
             record.model_fingerprint
@@ -169,7 +170,7 @@ class Workers:
             DecodeCandidate(
                 worker_id=record.worker_id,
                 incarnation=record.incarnation,
-                model_names=record.served_model_names,
+                model_names=record.model_names,
                 model_fingerprint=record.model_fingerprint,
                 connected=session.connected and not (session.is_suspect and record.model_fingerprint in heard),
                 draining=record.draining or session.load.draining,
@@ -187,16 +188,18 @@ class Workers:
                 moves=MOVES in session.features,
             )
             for record, session in self._decode_sessions()
+            if not adapter or adapter in record.adapters
         ]
 
-    def prefill_candidates(self) -> list[PrefillCandidate]:
+    def prefill_candidates(self, adapter: str = "") -> list[PrefillCandidate]:
+        """As `decode_candidates`."""
         return [
             PrefillCandidate(
                 worker_id=record.worker_id,
                 incarnation=record.incarnation,
                 grpc_address=record.grpc_address,
                 kv_address=record.kv_address,
-                model_names=record.served_model_names,
+                model_names=record.model_names,
                 model_fingerprint=record.model_fingerprint,
                 draining=record.draining,
                 num_outstanding_tokens=self._num_queued_tokens(record),
@@ -204,7 +207,7 @@ class Workers:
                 numerics=record.numerics,
             )
             for record in self._records
-            if record.role == "prefill"
+            if record.role == "prefill" and (not adapter or adapter in record.adapters)
         ]
 
     def numerics(self, worker_id: str) -> str:

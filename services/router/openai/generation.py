@@ -69,6 +69,7 @@ class GenerationPlan:
             sampling=sampling,
             priority=self.request.body.priority,
             cache_salt=cache_salt,
+            adapter=self.model.adapter,
             timeout_s=timeout_s,
         )
 

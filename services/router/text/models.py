@@ -56,6 +56,10 @@ class ServedModel:
     root: str
     fingerprints: frozenset[str]
     """Of the workers that `files` belong to: the model is theirs, whoever else serves the name."""
+    adapter: str = ""
+    """The key of the LoRA adapter that it is; empty: none."""
+    parent: str | None = None
+    """Of an adapter: the name of its model."""
 
     @property
     def tokenizer(self) -> ModelTokenizer:
@@ -189,7 +193,7 @@ class ModelDirectory:
             if not models:
                 raise unavailable("No model can be served at the moment. Try again later.")
             if len({id(model.files) for model in models.values()}) == 1:
-                return models[min(models)]
+                return models[min(models, key=lambda each: (models[each].adapter != "", each))]
             raise invalid("you must provide a model parameter", "model")
         model = models.get(name)
         if model is None:
@@ -201,7 +205,7 @@ class ModelDirectory:
         return {
             name: self._failures.get(self._source(record), _BEING_LOADED)
             for record in self._records
-            for name in record.served_model_names
+            for name in record.model_names
             if name not in self._models and (not self._only or name in self._only)
         }
 
@@ -234,7 +238,7 @@ class ModelDirectory:
         return (
             self._clock() < self._first_came_s + self._grace_s
             or name in self._only
-            or any(name in record.served_model_names for record in self._starting)
+            or any(name in record.model_names for record in self._starting)
         )
 
     def _source(self, record: WorkerRecord) -> ModelSource:
@@ -279,7 +283,7 @@ class ModelDirectory:
             files = self._files.get(self._source(record))
             if files is None:
                 continue
-            for name in record.served_model_names:
+            for name in record.model_names:
                 if not self._only or name in self._only:
                     serving.setdefault(name, []).append((record, files))
         since = {name: model.created_unix_s for name, model in self._models.items()}
@@ -296,17 +300,24 @@ class ModelDirectory:
 
 
 def _served(name: str, workers: list[tuple[WorkerRecord, ModelFiles]], created_unix_s: int) -> ServedModel:
-    """The model of a name. Of several tokenizers, as within a rollout, that of most workers, then of the newest."""
-    by_tokenizer: dict[bytes, list[tuple[WorkerRecord, ModelFiles]]] = {}
+    """The model of a name. Of several tokenizers, or files of an adapter, as within a rollout, that of most workers,
+    then of the newest.
+    """
+    by_files: dict[tuple[bytes, str], list[tuple[WorkerRecord, ModelFiles]]] = {}
     for record, files in workers:
-        by_tokenizer.setdefault(files.tokenizer.digest, []).append((record, files))
-    ours = max(by_tokenizer.values(), key=lambda pairs: (len(pairs), max(pair[0].incarnation for pair in pairs)))
+        adapter = "" if name in record.served_model_names else record.adapter_keys[name]
+        by_files.setdefault((files.tokenizer.digest, adapter), []).append((record, files))
+    (_, adapter), ours = max(
+        by_files.items(), key=lambda item: (len(item[1]), max(record.incarnation for record, _ in item[1]))
+    )
     records = [record for record, _ in ours]
     return ServedModel(
         name=name,
         files=ours[0][1],
         max_model_len=min(record.max_model_len for record in records),
         created_unix_s=created_unix_s,
-        root=records[0].model_path,
+        root=adapter or records[0].model_path,
         fingerprints=frozenset(record.model_fingerprint for record in records),
+        adapter=adapter,
+        parent=records[0].served_model_names[0] if adapter else None,
     )
