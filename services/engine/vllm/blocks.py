@@ -8,7 +8,6 @@ cache: the hash can be found until the last of them is gone.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -17,19 +16,14 @@ from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStor
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_block_hash, make_block_hash_with_group_id
 
-from kvstore.block import HASH_BYTES, BlockHash, BlockMemory, Proof, ProofKey, Subject, subject_of
+from kvstore.block import BlockHash, BlockMemory, Proof, ProofKey
 from kvstore.pool import CacheChange, CacheEvent
 from kvstore.protocol import Reservation
 from services.engine.api import EngineError
+from services.engine.foreign import ProofBook, is_nobodys
 from services.engine.loans import Loans
 
 _GROUP: Final = 0  # the one cache group
-_NOBODYS: Final = b"\0" * (HASH_BYTES // 2)
-
-
-def nobodys_hash() -> BlockHash:
-    """A key for vLLM's cache that nobody else will ever ask for, and that no hash of ours looks like."""
-    return BlockHash(_NOBODYS + os.urandom(HASH_BYTES - len(_NOBODYS)))
 
 
 class BlockBook:
@@ -38,12 +32,10 @@ class BlockBook:
     def __init__(self, manager: KVCacheManager, memory: BlockMemory, proof_key: ProofKey) -> None:
         self._manager = manager
         self._pool = manager.block_pool
-        self._memory = memory
-        self._key = proof_key
+        self.proofs = ProofBook(memory, proof_key, self._hash)
         self.loans = Loans(self)
         self._findable: dict[BlockHash, None] = {}
         self._changes: list[CacheChange] = []
-        self._proofs: dict[int, tuple[BlockHash, Proof]] = {}
         self.num_corrupt = 0
 
     # ---- references --------------------------------------------------------------
@@ -147,7 +139,7 @@ class BlockBook:
                 key = make_block_hash_with_group_id(block_hash, _GROUP)
                 block.set_block_hash(key)
                 self._pool.cached_block_hash_to_block.insert(key, block)
-                self._proofs[block_id] = (block_hash, proof)
+                self.proofs.keep(block_id, block_hash, proof)
                 self._add(block_hash, parent)
             parent = block_hash
 
@@ -180,7 +172,7 @@ class BlockBook:
         self.publish_events(self._manager.take_events())
 
     def _add(self, block_hash: BlockHash, parent: BlockHash | None) -> None:
-        if block_hash not in self._findable and not block_hash.startswith(_NOBODYS) and self._find(block_hash):
+        if block_hash not in self._findable and not is_nobodys(block_hash) and self._find(block_hash):
             self._findable[block_hash] = None
             self._changes.append(CacheChange(block_hash, CacheEvent.PUBLISHED, parent))
 
@@ -191,42 +183,14 @@ class BlockBook:
 
     # ---- proofs --------------------------------------------------------------------
 
-    def prove(self, block_ids: Sequence[int]) -> None:
-        """Prove blocks that the step which has just ended has filled."""
-        fresh = [block_id for block_id in block_ids if self._proof(block_id) is None and self._hash(block_id)]
-        hashes = [BlockHash(self._hash(block_id) or b"") for block_id in fresh]
-        made = self._key.prove(self._memory, fresh, list(map(subject_of, hashes)))
-        self._proofs.update(zip(fresh, zip(hashes, made, strict=True), strict=True))
-
-    def proofs(self, block_ids: Sequence[int], subjects: Sequence[Subject]) -> list[Proof]:
-        """As kept, where these blocks are known as these subjects; else made now."""
-        known = [self._known(block_id, subject) for block_id, subject in zip(block_ids, subjects, strict=True)]
-        fresh = [i for i, proof in enumerate(known) if proof is None]
-        made = self._key.prove(self._memory, [block_ids[i] for i in fresh], [subjects[i] for i in fresh])
-        by_place = dict(zip(fresh, made, strict=True))
-        return [by_place[i] if proof is None else proof for i, proof in enumerate(known)]
-
     def recheck(self, hashes: Sequence[BlockHash]) -> int:
         """Hold findable blocks against their proofs, and drop those that have changed."""
         found = [block.block_id for each in hashes if (block := self._find(each)) is not None]
-        kept = [(block_id, entry) for block_id in found if (entry := self._proof(block_id)) is not None]
-        block_ids = [block_id for block_id, _ in kept]
-        subjects = [subject_of(block_hash) for _, (block_hash, _) in kept]
-        wrong = self._key.find_wrong(self._memory, block_ids, subjects, [proof for _, (_, proof) in kept])
-        return self.drop(block_ids[position] for position in wrong)
+        return self.drop(self.proofs.find_wrong(found))
 
-    def _known(self, block_id: int, subject: Subject) -> Proof | None:
-        entry = self._proof(block_id)
-        return entry[1] if entry is not None and subject_of(entry[0]) == subject else None
-
-    def _proof(self, block_id: int) -> tuple[BlockHash, Proof] | None:
-        """What is kept of the block, unless it has been evicted since."""
-        entry = self._proofs.get(block_id)
-        return entry if entry is not None and entry[0] == self._hash(block_id) else None
-
-    def _hash(self, block_id: int) -> bytes | None:
+    def _hash(self, block_id: int) -> BlockHash | None:
         key = self._pool.blocks[block_id].block_hash
-        return None if key is None else bytes(get_block_hash(key))
+        return None if key is None else BlockHash(get_block_hash(key))
 
 
 class EventSink:

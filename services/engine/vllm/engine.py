@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +35,11 @@ from services.engine.api import (
     StepOutput,
     Suspended,
 )
+from services.engine.foreign import Live, Place, Turns
 from services.engine.limits import check_adapter, check_fits, check_tokens, end_of
 from services.engine.vllm import sampling
 from services.engine.vllm.blocks import BlockBook, EventSink
 from services.engine.vllm.connector import Held, TandemConnector
-from services.engine.vllm.live import Live, Place
 from services.lifecycle import Event
 from services.rates import NO_STEP, StepShape, num_pairs
 
@@ -106,9 +105,7 @@ class VllmEngine:
         self._numbers = itertools.count(1)
         self._live: dict[str, Live] = {}
         self._by_core_id: dict[str, Live] = {}  # QUEUED
-        self._reserving: list[Live] = []  # in order, as the next
-        self._behind: list[Live] = []  # a reservation that came before
-        self._on_grant: dict[str, Callable[[Reservation], None]] = {}
+        self._turns = Turns()
         self._num_reserved = 0
         self._is_stuck = False  # the last step found that all that waits, waits for memory
         self._stats = EngineStats()
@@ -131,19 +128,18 @@ class VllmEngine:
 
     def add_request(self, request: Request) -> None:
         self.check(request)
-        num_waiting = self._scheduler.get_request_counts()[1] + len(self._reserving) + len(self._behind)
+        num_waiting = self._scheduler.get_request_counts()[1] + len(self._turns)
         if num_waiting >= self._model.max_num_waiting:
             raise QueueFull(f"{num_waiting} requests wait, which is the limit")
         live = self._new(request, Place.BEHIND)
-        bisect.insort(self._behind, live, key=lambda each: each.order)
+        self._turns.add(live)
         request.timeline.mark(Event.PREFILL_QUEUED)
         self._changed()
 
     def reserve(self, request: Request, callback: Callable[[Reservation], None]) -> None:
         self.check(request)
         live = self._new(request, Place.RESERVING)
-        bisect.insort(self._reserving, live, key=lambda each: each.order)
-        self._on_grant[request.request_id] = callback
+        self._turns.reserve(live, callback)
         self._grant()
 
     def cancel_reservation(self, request: Request) -> bool:
@@ -258,7 +254,7 @@ class VllmEngine:
         self._changed()
 
     def proofs(self, block_ids: Sequence[int], subjects: Sequence[Subject]) -> list[Proof]:
-        return self._book.proofs(block_ids, subjects)
+        return self._book.proofs.proofs(block_ids, subjects)
 
     def recheck(self, hashes: Sequence[BlockHash]) -> int:
         return self._book.recheck(hashes)
@@ -328,7 +324,7 @@ class VllmEngine:
         self._stats.num_steps += 1
         block_size = self.layout.block_size
         for each in scheduled:
-            self._book.prove(each.block_ids[each.start // block_size : _computed(each.live) // block_size])
+            self._book.proofs.prove(each.block_ids[each.start // block_size : _computed(each.live) // block_size])
         for held in self._connector.joined:
             self._book.release(held.block_ids)
         self._connector.joined.clear()
@@ -350,11 +346,11 @@ class VllmEngine:
         )
         return EngineLoad(
             num_running=num_running,
-            num_waiting=num_waiting + len(self._reserving) + len(self._behind) + self._num_reserved,
+            num_waiting=num_waiting + len(self._turns) + self._num_reserved,
             num_free_blocks=self._book.num_free,
             num_blocks=self.capabilities.num_blocks,
             num_waiting_tokens=sum(num_tokens for num_tokens in waiting if num_tokens > 1)
-            + sum(live.asked.num_context_tokens for live in list(self._behind)),
+            + self._turns.num_waiting_tokens,
             num_cached_blocks=len(self._book.hashes()),
             num_lent_blocks=self._book.loans.num_blocks,
         )
@@ -387,7 +383,7 @@ class VllmEngine:
             arrival_time=asked.arrival_s,
             priority=asked.priority,
             lora_request=adapter,
-            block_hasher=live.new_keys,
+            block_hasher=lambda each: live.new_keys(len(each.block_hashes), each.all_token_ids),
         )
         if outputs:
             core.append_output_token_ids(outputs)
@@ -416,11 +412,7 @@ class VllmEngine:
     def _forget(self, live: Live) -> None:
         del self._live[live.asked.request_id]
         self._by_core_id.pop(live.core_id, None)
-        if live.place is Place.RESERVING:
-            self._reserving.remove(live)
-            del self._on_grant[live.asked.request_id]
-        elif live.place is Place.BEHIND:
-            self._behind.remove(live)
+        self._turns.leave(live)
         self._num_reserved -= live.place is Place.RESERVED
 
     # ---- reservations -------------------------------------------------------------------
@@ -439,19 +431,19 @@ class VllmEngine:
     def _grant(self) -> None:
         """Give blocks to the reservations whose turn it is, and let those go on that came after them."""
         granted: list[tuple[Callable[[Reservation], None], Reservation]] = []
-        while self._reserving and self._num_in_batch < self.capabilities.max_num_seqs:
-            live = self._reserving[0]
+        while self._num_in_batch < self.capabilities.max_num_seqs:
+            live = self._turns.next_reservation
+            if live is None:
+                break
             headroom = self._num_in_batch + self._num_wanted_blocks(live)
             room = self._book.take(live.findable_hashes, live.num_context_blocks, headroom)
             if room is None:
                 break
-            del self._reserving[0]
             live.place = Place.RESERVED
             self._num_reserved += 1
             live.asked.timeline.mark(Event.BLOCKS_RESERVED)
-            granted.append((self._on_grant.pop(live.asked.request_id), room))
-        while self._behind and not (self._reserving and self._reserving[0].order < self._behind[0].order):
-            next_one = self._behind.pop(0)
+            granted.append((self._turns.grant(), room))
+        for next_one in self._turns.take_free():
             self._queue(next_one, next_one.asked.resumed_token_ids, None)
             self._is_stuck = False
         for callback, room in granted:  # which may call back into the engine
@@ -585,7 +577,7 @@ class VllmEngine:
         if not block_ids:
             return ()
         subjects = [subject_of(each, transfer_id, index) for index, each in enumerate(hashes, first)]
-        return tuple(map(AnnouncedBlock, block_ids, hashes, self._book.proofs(block_ids, subjects)))
+        return tuple(map(AnnouncedBlock, block_ids, hashes, self._book.proofs.proofs(block_ids, subjects)))
 
 
 def _computed(live: Live) -> int:

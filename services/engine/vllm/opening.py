@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
-from kvstore.block import BlockLayout, ProofKey, public_multipliers
+from kvstore.block import BlockLayout, ProofKey
 from services.engine.adapters import read_adapters
 from services.engine.api import Capabilities
 from services.engine.capacity import default_host_bytes
 from services.engine.checkpoint import find_model
 from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
+from services.engine.foreign import model_fingerprint
 from services.engine.model_config import ModelError, UnsupportedModel, read_json
 from services.engine.vllm.arguments import make_arguments, prepare_environment
 from services.machine import Gpu, available_memory_bytes
@@ -114,9 +111,10 @@ def _around(
     view = byte_view(rank.caches, num_blocks)
     packing = probe(view, rank.caches, layers, kept)
     tell(0.5)
-    said = [model_config.hf_config.to_dict(), str(model_config.dtype), block_meaning(config.engine_args)]
+    said = [str(model_config.dtype), block_meaning(config.engine_args)]
     adapters = _load_adapters(core, config)
-    fingerprint = _fingerprint(directory, said, tell)
+    settings = model_config.hf_config.to_dict()
+    fingerprint = model_fingerprint(directory, settings, said, lambda share: tell(0.5 + 0.5 * share))
     layout = block_layout(vllm_config, kept, layers, packing, fingerprint, proof_key.key_id)
     memory = tensor_memory(view)
     if memory.block_bytes != layout.block_bytes:
@@ -196,24 +194,3 @@ def _eos_token_ids(model_config: Any) -> Iterator[int]:
     if told is None:
         told = getattr(model_config.hf_text_config, "eos_token_id", None)
     yield from [] if told is None else told if isinstance(told, list) else [told]
-
-
-def _fingerprint(directory: Path, said: Sequence[Any], tell: Callable[[float], None]) -> str:
-    """Return 32 hex digits over what is said of the model, its configuration first, and every byte of its weights."""
-    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
-    if not files:
-        raise UnsupportedModel(f"{directory} has no weights that could be told apart (*.safetensors, *.bin)")
-    kept = {name: value for name, value in said[0].items() if name not in _IRRELEVANT_SETTINGS}
-    digest = hashlib.blake2b(digest_size=16, person=b"tandem.vllm")
-    digest.update(json.dumps([kept, *said[1:]], sort_keys=True, default=str).encode())
-    num_bytes, done = sum(file.stat().st_size for file in files), 0
-    for file in files:
-        digest.update(f"{file.name}:{file.stat().st_size}".encode())
-        data = np.memmap(file, np.uint8, "r")
-        for start in range(0, len(data), _BYTES_AT_ONCE):
-            piece = np.array(data[start : start + _BYTES_AT_ONCE])
-            padded = np.concatenate([piece, np.zeros(-len(piece) % 8, np.uint8)]) if len(piece) % 8 else piece
-            digest.update(public_multipliers().sums(padded.view("<u8")))
-            done += len(piece)
-            tell(0.5 + 0.5 * done / num_bytes)
-    return digest.hexdigest()

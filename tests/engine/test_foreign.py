@@ -1,0 +1,100 @@
+"""The books that an engine of another project's needs beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvstore.block import BlockHash, HostMemory, ProofKey, subject_of
+from kvstore.protocol import Reservation
+from services.engine.foreign import Live, Place, ProofBook, Turns, model_fingerprint
+from services.engine.model_config import UnsupportedModel
+from services.engine.request import Request, SamplingParams
+
+HASHES = [BlockHash(bytes([number]) * 16) for number in range(1, 5)]
+
+
+def live(number: int, place: Place, priority: int = 0) -> Live:
+    request = Request(f"r{number}", (1, 2, 3), SamplingParams(), priority=priority, arrival_s=number)
+    return Live.of(request, number, place, "model", 16, shares=True)
+
+
+def test_reservations_and_the_queue_are_one_order() -> None:
+    turns, granted = Turns(), list[Reservation]()
+    first, reserving, late, urgent = (
+        live(1, Place.BEHIND),
+        live(2, Place.RESERVING),
+        live(3, Place.BEHIND),
+        live(4, Place.BEHIND, priority=-1),
+    )
+    for each in (late, first, urgent):
+        turns.add(each)
+    turns.reserve(reserving, granted.append)
+    assert list(turns.take_free()) == [urgent, first]
+    assert (len(turns), turns.num_waiting_tokens, turns.next_reservation) == (2, 3, reserving)
+    turns.grant()(Reservation([7], 0))
+    assert granted == [Reservation([7], 0)]
+    assert list(turns.take_free()) == [late]
+    assert (len(turns), turns.next_reservation) == (0, None)
+
+
+@pytest.mark.parametrize("place", [Place.BEHIND, Place.RESERVING])
+def test_who_leaves_holds_up_nobody(place: Place) -> None:
+    turns, gone, other = Turns(), live(1, place), live(2, Place.BEHIND)
+    turns.add(other)
+    if place is Place.RESERVING:
+        turns.reserve(gone, lambda room: None)
+    else:
+        turns.add(gone)
+    turns.leave(gone)
+    assert list(turns.take_free()) == [other]
+
+
+def book() -> tuple[ProofBook, HostMemory, dict[int, BlockHash]]:
+    memory, hashes = HostMemory(np.random.default_rng(0).integers(0, 256, (4, 64), np.uint8)), dict[int, BlockHash]()
+    return ProofBook(memory, ProofKey.public(), hashes.get), memory, hashes
+
+
+def test_a_proof_counts_while_the_block_has_the_hash_that_it_was_made_for() -> None:
+    proofs, memory, hashes = book()
+    hashes[1] = HASHES[0]
+    proofs.prove([0, 1])  # block 0 cannot be found: nobody will ask for it
+    kept = proofs.proofs([1], [subject_of(HASHES[0])])
+    memory.view(1)[0] ^= 1
+    assert proofs.proofs([1], [subject_of(HASHES[0])]) == kept
+    assert proofs.find_wrong([0, 1]) == [1]
+    hashes[1] = HASHES[1]  # evicted, and something else in it
+    assert proofs.find_wrong([1]) == []
+    assert proofs.proofs([1], [subject_of(HASHES[0])]) != kept
+
+
+def test_a_block_is_proven_anew_for_another_subject() -> None:
+    proofs, memory, hashes = book()
+    hashes[2] = HASHES[2]
+    proofs.keep(2, HASHES[2], ProofKey.public().prove(memory, [2], [subject_of(HASHES[2])])[0])
+    own, others = proofs.proofs([2, 2], [subject_of(HASHES[2]), subject_of(None, b"a transfer's id.", 0)])
+    assert own != others
+    assert proofs.find_wrong([2]) == []
+
+
+def test_a_model_is_told_apart_by_every_byte_and_by_what_is_said_of_it(tmp_path: Path) -> None:
+    weights, shares = tmp_path / "model.safetensors", list[float]()
+    weights.write_bytes(bytes(range(250)))
+
+    def fingerprint(config: dict[str, object], said: list[str]) -> str:
+        return model_fingerprint(tmp_path, config, said, shares.append)
+
+    first = fingerprint({"hidden_size": 4, "_name_or_path": "here"}, ["bfloat16"])
+    assert (len(first), shares[-1]) == (32, 1.0)
+    assert fingerprint({"hidden_size": 4, "_name_or_path": "there"}, ["bfloat16"]) == first
+    assert fingerprint({"hidden_size": 8}, ["bfloat16"]) != first
+    assert fingerprint({"hidden_size": 4}, ["float32"]) != first
+    weights.write_bytes(bytes(range(249)) + b"\0")
+    assert fingerprint({"hidden_size": 4}, ["bfloat16"]) != first
+
+
+def test_a_model_without_weights_that_can_be_told_apart_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="no weights"):
+        model_fingerprint(tmp_path, {}, [], lambda share: None)
