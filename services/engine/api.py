@@ -104,6 +104,9 @@ class EngineStats:
     num_partial_hit_tokens: int = 0  # of those found, the ones copied from a block that goes on with other tokens
     num_prompt_tokens: int = 0  # computed, recomputation included
     num_generated_tokens: int = 0  # sampled here, so without a first token that came with its prompt
+    num_drafts: int = 0  # steps of a request that tried guessed tokens
+    num_draft_tokens: int = 0  # guessed
+    num_accepted_tokens: int = 0  # of these, the ones that came true
     num_corrupt_blocks: int = 0  # cached ones whose bytes had changed
     num_finished: Counter[FinishReason] = field(default_factory=Counter)
 

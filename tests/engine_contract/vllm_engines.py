@@ -46,6 +46,7 @@ class VllmEngines:
 
     def _load(self) -> tuple[Any, Any]:
         from vllm.distributed.kv_transfer import get_kv_transfer_group
+        from vllm.platforms import current_platform
 
         from services.engine.vllm import opening
         from services.engine.vllm.arguments import prepare_environment
@@ -53,6 +54,8 @@ class VllmEngines:
         prepare_environment()
         _put(None)
         core, _ = opening._open_core(self._config, Path(self._config.model))
+        # Done once a process: where it looks for its kernels it stumbles over numba, which came with the first engine.
+        type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
         return core, get_kv_transfer_group()
 
 

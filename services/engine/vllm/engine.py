@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput
@@ -59,17 +60,23 @@ class Model:
 
 @dataclass(frozen=True)
 class _Scheduled:
-    """A request's part in a step: `num_tokens` from position `start` on."""
+    """A request's part in a step: `num_tokens` from position `start` on, guessed ones (`drafted`) the last of them."""
 
     live: Live
     start: int
     num_tokens: int
+    drafted: Sequence[int]  # negative: fills up the batch
     block_ids: list[int]
     lent: list[int]  # with hold_blocks: the blocks that the step completes
 
     @property
     def end(self) -> int:
-        return self.start + self.num_tokens
+        """Where its newest token will stand, or the first of several."""
+        return self.start + self.num_known
+
+    @property
+    def num_known(self) -> int:
+        return self.num_tokens - len(self.drafted)
 
 
 class VllmEngine:
@@ -123,7 +130,7 @@ class VllmEngine:
             params = sampling.to_vllm(request, self._model.eos_token_ids)
             config = self._config
             params.verify(config.model_config, config.speculative_config, config.structured_outputs_config, None)
-        except ValueError as error:
+        except (ValueError, VLLMValidationError) as error:
             raise InvalidRequest(getattr(error, "parameter", None) or "sampling", str(error)) from error
 
     def add_request(self, request: Request) -> None:
@@ -485,7 +492,12 @@ class VllmEngine:
     def _plan(self, output: SchedulerOutput) -> dict[str, int]:
         """Hear from the connector what the step computes, before it does; returns where seeded draws will stand."""
         self._scheduled = [
-            self._part(core_id, num_tokens, output.kv_connector_block_state.get_block_ids(core_id)[0])
+            self._part(
+                core_id,
+                num_tokens,
+                output.scheduled_spec_decode_tokens.get(core_id, ()),
+                output.kv_connector_block_state.get_block_ids(core_id)[0],
+            )
             for core_id, num_tokens in output.num_scheduled_tokens.items()
         ]
         self.step_shape = _shape(self._scheduled)
@@ -496,16 +508,16 @@ class VllmEngine:
             return {}
         return {each.live.core_id: each.end for each in self._scheduled if not each.live.asked.sampling.is_greedy}
 
-    def _part(self, core_id: str, num_tokens: int, block_ids: list[int]) -> _Scheduled:
+    def _part(self, core_id: str, num_tokens: int, drafted: Sequence[int], block_ids: list[int]) -> _Scheduled:
         live = self._by_core_id[core_id]
         start, lent = _computed(live), list[int]()
         if live.asked.hold_blocks:
             # Now, since vLLM frees the blocks of one that ends before we hear of it.
             num_context, end = live.asked.num_context_tokens, start + num_tokens
-            last = num_context // live.block_size + 1 if end >= num_context else end // live.block_size
+            last = live.num_context_blocks if end >= num_context else end // live.block_size
             lent = block_ids[live.num_lent_blocks : last]
             self._book.loans.lend(lent)
-        return _Scheduled(live, start, num_tokens, list(block_ids), lent)
+        return _Scheduled(live, start, num_tokens, list(drafted), list(block_ids), lent)
 
     def _begin(self, part: _Scheduled) -> None:
         live = part.live
@@ -521,14 +533,18 @@ class VllmEngine:
         assert core is not None
         stats.num_preemptions += core.num_preemptions - live.num_preemptions
         live.num_preemptions = core.num_preemptions
-        if part.num_tokens > 1 or part.start < asked.num_context_tokens:
-            stats.num_prompt_tokens += part.num_tokens
+        if part.num_known > 1 or part.start < asked.num_context_tokens:
+            stats.num_prompt_tokens += part.num_known
         tokens = tuple[SampledToken, ...]()
         reason: FinishReason | None = None
         stop_token_id = told = None
         if output is not None:
             tokens = sampling.sampled_tokens(output.new_token_ids, output.new_logprobs)
             stats.num_generated_tokens += len(tokens)
+            if num_drafted := sum(token_id >= 0 for token_id in part.drafted):
+                stats.num_drafts += 1
+                stats.num_draft_tokens += num_drafted
+                stats.num_accepted_tokens += max(0, len(tokens) - 1)
             if output.new_prompt_logprobs_tensors is not None:
                 told = sampling.prompt_logprobs(output.new_prompt_logprobs_tensors)
             if output.finish_reason is not None:
@@ -586,11 +602,11 @@ def _computed(live: Live) -> int:
 
 
 def _shape(scheduled: Sequence[_Scheduled]) -> StepShape:
-    prompts = [each for each in scheduled if each.num_tokens > 1]
-    contexts = [each.end for each in scheduled if each.num_tokens == 1]
+    prompts = [each for each in scheduled if each.num_known > 1]
+    contexts = [each.end for each in scheduled if each.num_known == 1]
     return StepShape(
-        num_prompt_tokens=sum(each.num_tokens for each in prompts),
-        num_prompt_pairs=sum(num_pairs(each.start, each.num_tokens) for each in prompts),
+        num_prompt_tokens=sum(each.num_known for each in prompts),
+        num_prompt_pairs=sum(num_pairs(each.start, each.num_known) for each in prompts),
         num_running=len(contexts),
         num_context_tokens=sum(contexts),
     )

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from services.engine.vllm.engine import VllmEngine
 
+GUESSES_FROM_TOKENS: Final = ("ngram", "ngram_gpu", "suffix")
+"""Ways to speculate that keep no KV."""
 _BYTES_AT_ONCE: Final = 1 << 22
 _IRRELEVANT_SETTINGS: Final = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -67,6 +69,13 @@ def _open_core(config: EngineConfig, directory: Path) -> tuple[Any, EngineConfig
         vllm_config = arguments.create_engine_config()
         if vllm_config.model_config.is_multimodal_model:
             raise UnsupportedModel(f"{config.model} takes images or sound, whose blocks our hashes do not tell apart")
+        speculation = vllm_config.speculative_config
+        if speculation is not None and speculation.method not in GUESSES_FROM_TOKENS:
+            raise SettingsError(
+                f"speculation by {speculation.method}: a draft model's own KV would not be handed over; there are"
+                f" {', '.join(GUESSES_FROM_TOKENS)}",
+                "engine_args",
+            )
         core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=False)
     except (ModelError, SettingsError):
         raise
