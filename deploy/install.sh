@@ -97,10 +97,11 @@ choose_vllm() {
     else
         fetch_vllm_for_cpus "$wanted"
     fi
-    if [ "$wanted" != "$pinned" ]; then # what Tandem is tested with, and vLLM does not hold back
+    # What Tandem is tested with, and vLLM does not hold back: not by the versions of transformers that it takes, either.
+    if [ "$wanted" != "$pinned" ]; then
         constraints=build/constraints-vllm-$wanted.txt
         mkdir -p build
-        grep -Fxf constraints.txt constraints-vllm.txt >"$constraints"
+        grep -Fxf constraints.txt constraints-vllm.txt | grep -iv '^huggingface.hub==' >"$constraints"
     fi
 }
 

@@ -36,8 +36,9 @@ class Machine:
         for directory in ("deploy", "programs"):
             (root / directory).mkdir()
         shutil.copy(ROOT / "deploy/install.sh", root / "deploy")
-        (root / "constraints.txt").write_text("numpy==2.4.6\ntorch==2.13.0\n")
-        (root / "constraints-vllm.txt").write_text("numpy==2.3.5\ntorch==2.13.0\nvllm==0.32.0\nxgrammar==0.2.8\n")
+        (root / "constraints.txt").write_text("huggingface_hub==2.4.0\nnumpy==2.4.6\ntorch==2.13.0\n")
+        with_vllm = "huggingface_hub==2.4.0\nnumpy==2.3.5\ntorch==2.13.0\nvllm==0.32.0\nxgrammar==0.2.8\n"
+        (root / "constraints-vllm.txt").write_text(with_vllm)
         for tool in TOOLS:
             (self._programs / tool).symlink_to(str(shutil.which(tool)))
 
@@ -212,7 +213,7 @@ def test_vllm_comes_in_its_build_for_gpus_where_torch_does(machine: Machine) -> 
 def test_another_vllm_chooses_its_other_packages_by_itself(machine: Machine) -> None:
     machine.has_python("python3", (3, 12, 1), torch="2.13.0+cu130")
     machine.has("nvidia-smi", "#!/usr/bin/env bash\necho 580.65.06\n")
-    machine.install(EXTRAS=VLLM, VLLM_VERSION="0.31.0")
+    machine.install(EXTRAS=VLLM, VLLM_VERSION="0.31.0")  # which takes an older transformers, and that an older hub
     constraints = "build/constraints-vllm-0.31.0.txt"
     assert machine.pip[1:] == [f"-m pip install --constraint {constraints} --editable .[{VLLM}] vllm==0.31.0"]
     assert (machine.root / constraints).read_text() == "torch==2.13.0\n"
