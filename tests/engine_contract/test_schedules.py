@@ -7,6 +7,7 @@ requests are preempted and reservations wait. What each prompt is followed by, t
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -252,14 +253,28 @@ def settings() -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def prompts(model: Path) -> list[Prompt]:
-    # Two of each length share a beginning.
-    found = random_prompts(LENGTHS)
-    found += [
-        prompt[: len(prompt) // 2] + other[len(prompt) // 2 :]
-        for prompt, other in zip(found, random_prompts(LENGTHS, 1), strict=True)
-    ]
-    return list(zip(found, reference_greedy(model, found, NUM_TOKENS, ignore_eos=True), strict=True))
+def prompts_of() -> Callable[[Path], list[Prompt]]:
+    """What transformers says with a model."""
+
+    @functools.cache
+    def followed(model: Path) -> list[Prompt]:
+        # Two of each length share a beginning.
+        found = random_prompts(LENGTHS)
+        found += [
+            prompt[: len(prompt) // 2] + other[len(prompt) // 2 :]
+            for prompt, other in zip(found, random_prompts(LENGTHS, 1), strict=True)
+        ]
+        return list(zip(found, reference_greedy(model, found, NUM_TOKENS, ignore_eos=True), strict=True))
+
+    return followed
+
+
+@pytest.fixture
+def prompts(
+    request: pytest.FixtureRequest, prompts_of: Callable[[Path], list[Prompt]], model: Path, wider_model: Path
+) -> list[Prompt]:
+    """Of the model that the engines of `make` have."""
+    return prompts_of(wider_model if request.node.callspec.params["make"] == "vllm" else model)
 
 
 def live(make: Callable[[], Engine], prompts: Sequence[Prompt], seed: int) -> None:
