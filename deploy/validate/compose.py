@@ -1,4 +1,4 @@
-"""The compose file: its schema, what it refers to, and the settings that it gives; and what its Prometheus scrapes."""
+"""The compose files: schema, what they refer to, the settings that they give; and what their Prometheus scrapes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from check_jsonschema.builtin_schemas import get_builtin_schema
 
-from deploy.validate.environment import CONFIGS, complaints, role_of_image
+from deploy.validate.environment import CONFIGS, complaints, dockerfile_of_image, role_of_image
 from deploy.validate.schemas import load_schema, violations
 from deploy.validate.tools import run_tool
 from services.settings.declare import settings_of
@@ -20,6 +20,8 @@ _VARIABLE = re.compile(r"\$\{\w+:-([^}]*)\}")
 _NEEDED = re.compile(r"\$\{\w+:\?[^}]*\}")
 _SECRET = re.compile(r"/run/secrets/([\w.-]+)")
 _COMPOSE = "deploy/compose/compose.yaml"
+# What is laid over it: `docker compose -f compose.yaml -f vllm.yaml`.
+_OVERRIDE = "deploy/compose/vllm.yaml"
 _PROMETHEUS = "deploy/compose/prometheus.yml"
 # What every container of ours has, and so every one that comes with it.
 _PROMISES = ("read_only", "cap_drop", "security_opt", "deploy")
@@ -27,22 +29,40 @@ _PROMISES = ("read_only", "cap_drop", "security_opt", "deploy")
 
 def check_compose(root: Path) -> Iterator[str]:
     """One line per problem, with the file's name."""
-    try:
-        document = yaml.safe_load((root / _COMPOSE).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        yield f"{_COMPOSE}: {error}"
+    documents = []
+    for path in (_COMPOSE, _OVERRIDE):
+        try:
+            document = yaml.safe_load((root / path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            yield f"{path}: {error}"
+            return
+        found = list(violations(document, get_builtin_schema("vendor.compose-spec")))
+        yield from (f"{path}: {line}" for line in found)
+        if found:
+            return
+        documents.append(document)
+    document, override = documents
+    unknown = override["services"].keys() - document["services"].keys()
+    if unknown:
+        yield f"{_OVERRIDE}: there is no service {', '.join(sorted(unknown))}"
         return
-    found = list(violations(document, get_builtin_schema("vendor.compose-spec")))
-    yield from (f"{_COMPOSE}: {line}" for line in found)
-    if found:
-        return
-    for name, service in document["services"].items():
-        yield from (f"{_COMPOSE}: {name}: {line}" for line in _service(root, document, service))
+    for path, whole in ((_COMPOSE, document), (_OVERRIDE, _merged(document, override))):
+        for name, service in whole["services"].items():
+            if path == _COMPOSE or name in override["services"]:
+                yield from (f"{path}: {name}: {line}" for line in _service(root, whole, service))
     yield from _prometheus(root, set(document["services"]))
     for name in ("datasource", "dashboards"):
         path = f"deploy/compose/grafana/{name}.yaml"
         loaded = yaml.safe_load((root / path).read_text(encoding="utf-8"))
         yield from (f"{path}: {line}" for line in violations(loaded, load_schema(f"grafana-{name}")))
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """As Docker lays one file over another: mappings are joined, lists are added up, the rest is replaced."""
+    if isinstance(below, dict) and isinstance(above, dict):
+        both = {key: _merged(below[key], above[key]) for key in below.keys() & above.keys()}
+        return {**below, **above, **both}
+    return [*below, *above] if isinstance(below, list) and isinstance(above, list) else above
 
 
 def _service(root: Path, document: dict[str, Any], service: dict[str, Any]) -> Iterator[str]:
@@ -76,6 +96,12 @@ def _service(root: Path, document: dict[str, Any], service: dict[str, Any]) -> I
         return
     if not (directory / service["build"]["context"] / service["build"]["dockerfile"]).exists():
         yield f"build: {service['build']['dockerfile']} does not exist"
+    dockerfile = dockerfile_of_image(root, service["image"])
+    if dockerfile.name != Path(service["build"]["dockerfile"]).name:
+        yield f"build: {service['image']} is made by {dockerfile.name}"
+        return
+    if service["build"].get("args", {}).get("ROLE", role) != role:
+        yield f"build: ROLE is not {role}"
     environ = {key: _default(str(value)) for key, value in service["environment"].items()}
     environ.pop(CONFIG_VARIABLE, None)  # a secret, which is not here
     for item in settings_of(CONFIGS[role]):
@@ -83,7 +109,7 @@ def _service(root: Path, document: dict[str, Any], service: dict[str, Any]) -> I
             yield f"environment: {item.variable} is a secret, which the environment shows: give it as a file"
     if role == "router" and "TANDEM_API_KEY_FILE" not in environ:
         yield "environment: without TANDEM_API_KEY_FILE everybody may ask"
-    yield from complaints(root, role, environ)
+    yield from complaints(root, service["image"], environ)
 
 
 def _secrets(document: dict[str, Any], service: dict[str, Any]) -> Iterator[str]:

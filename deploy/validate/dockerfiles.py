@@ -9,6 +9,8 @@ from deploy.validate.dockerfile import Dockerfile, Instruction, parse
 from deploy.validate.environment import CONFIGS
 from deploy.validate.tools import run_tool
 
+# One Dockerfile for two roles, by its argument ROLE: a worker on vLLM's own image.
+_WORKERS = {"worker-vllm": ("prefill", "decode")}
 # Images that must not have torch, whatever else they have.
 _WITHOUT_TORCH = ("router", "store")
 _KEYWORDS = frozenset(
@@ -42,8 +44,9 @@ def check_dockerfiles(root: Path) -> Iterator[str]:
             yield from (f"{line}" for line in (output + errors).splitlines() if line)
         try:
             dockerfile = parse(path.read_text(encoding="utf-8"))
-            for complaint in _promises(root, path.name.partition(".")[0], dockerfile):
-                yield f"{name}: {complaint}"
+            stem = path.name.partition(".")[0]
+            found = [line for role in _WORKERS.get(stem, (stem,)) for line in _promises(root, role, dockerfile)]
+            yield from (f"{name}: {complaint}" for complaint in dict.fromkeys(found))
         except (ValueError, KeyError) as error:
             yield f"{name}: {error}"
 
@@ -57,7 +60,7 @@ def _promises(root: Path, role: str, dockerfile: Dockerfile) -> Iterator[str]:
             missing = [source for source in item.words[:-1] if not (root / source).exists()]
             if missing:
                 yield f"line {item.line}: {', '.join(missing)} is not in the repository"
-    image = [item for stage in dockerfile.chain(None, {}) for item in stage.instructions]
+    image = [item for stage in dockerfile.chain(None, {"ROLE": role}) for item in stage.instructions]
     yield from _process(role, image)
     if role in _WITHOUT_TORCH:
         chain = dockerfile.chain("build", {"VARIANT": "cpu"})

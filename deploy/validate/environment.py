@@ -21,6 +21,10 @@ CONFIGS: Mapping[str, type[SettingsClass]] = {
 }
 
 
+# By a tag of the roles' images: the Dockerfile that makes it, and not the role's own.
+_BY_TAG = {"vllm": "worker-vllm"}
+
+
 def role_of_image(image: str) -> str | None:
     """`registry.example.com/tandem-router:cpu` is the router's."""
     name = image.rsplit("/", 1)[-1].partition(":")[0]
@@ -28,20 +32,28 @@ def role_of_image(image: str) -> str | None:
     return role if name != role and role in CONFIGS else None
 
 
-def image_environment(root: Path, role: str) -> dict[str, str]:
-    """The variables that the role's Dockerfile sets in the image."""
-    dockerfile = parse((root / f"deploy/docker/{role}.Dockerfile").read_text(encoding="utf-8"))
+def dockerfile_of_image(root: Path, image: str) -> Path:
+    """`tandem-prefill:vllm` is made by `worker-vllm.Dockerfile`, with `ROLE=prefill`; other tags by the role's own."""
+    tag = image.rsplit("/", 1)[-1].partition(":")[2]
+    return root / f"deploy/docker/{_BY_TAG.get(tag, role_of_image(image))}.Dockerfile"
+
+
+def image_environment(root: Path, image: str) -> dict[str, str]:
+    """The variables that its Dockerfile sets in the image."""
+    dockerfile = parse(dockerfile_of_image(root, image).read_text(encoding="utf-8"))
     found: dict[str, str] = {}
-    for stage in dockerfile.chain(None, {}):
+    for stage in dockerfile.chain(None, {"ROLE": role_of_image(image) or ""}):
         for instruction in stage.instructions:
             if instruction.keyword == "ENV":
                 found |= dict(word.split("=", 1) for word in instruction.words)
     return found
 
 
-def complaints(root: Path, role: str, environ: Mapping[str, str]) -> Iterator[str]:
-    """What the service would refuse to start with, in its own words."""
+def complaints(root: Path, image: str, environ: Mapping[str, str]) -> Iterator[str]:
+    """What the service of an image of ours would refuse to start with, in its own words."""
+    role = role_of_image(image)
+    assert role is not None, f"{image} is none of ours"
     try:
-        resolve_settings(CONFIGS[role], [], {**image_environment(root, role), **environ})
+        resolve_settings(CONFIGS[role], [], {**image_environment(root, image), **environ})
     except SettingsError as error:
         yield f"{role}: {error}"

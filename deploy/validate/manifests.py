@@ -164,15 +164,14 @@ def _settings(root: Path, manifests: list[Manifest]) -> Iterator[str]:
     data = {item["metadata"]["name"]: item.get("data", {}) for item in manifests if item["kind"] == "ConfigMap"}
     for name, pod in _pods(manifests).items():
         for container in pod["spec"]["containers"]:
-            role = role_of_image(container["image"])
-            if role is None:
+            if role_of_image(container["image"]) is None:
                 continue
             environ: dict[str, str] = {}
             for source in container.get("envFrom", []):
                 environ |= data.get(source["configMapRef"]["name"], {})
             # What comes from the pod or from a secret has some value.
             environ |= {item["name"]: item.get("value", "given") for item in container.get("env", [])}
-            yield from (f"{name}: {line}" for line in complaints(root, role, environ))
+            yield from (f"{name}: {line}" for line in complaints(root, container["image"], environ))
             drain_s = float(environ.get("TANDEM_DRAIN_TIMEOUT_S") or environ.get("TANDEM_SHUTDOWN_TIMEOUT_S") or 30)
             if pod["spec"]["terminationGracePeriodSeconds"] <= drain_s:
                 yield f"{name}: terminationGracePeriodSeconds leaves no time to drain for {drain_s:g} s"

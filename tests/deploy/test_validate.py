@@ -24,6 +24,7 @@ NEEDED = (
     "pyproject.toml",
     "setup.py",
     "constraints.txt",
+    "constraints-vllm.txt",
     "README.md",
     "LICENSE",
     "kvstore",
@@ -44,6 +45,11 @@ TYPOS = {
         ("WORKDIR /src", "WORKDIR src", "store.Dockerfile DL3000"),
         ("EXTRAS=store\n", "EXTRAS=store,worker\n", "store.Dockerfile worker torch"),
     ],
+    "docker/worker-vllm.Dockerfile": [
+        ('"tandem", "prefill"', '"tandem", "prefil"', "worker-vllm.Dockerfile ENTRYPOINT prefill"),
+        ('"tandem", "decode"', '"tandem", "decod"', "worker-vllm.Dockerfile ENTRYPOINT decode"),
+        ("USER 10001", "USER tandem", "worker-vllm.Dockerfile number"),
+    ],
     "compose/compose.yaml": [
         ("healthcheck:", "healthchek:", "compose.yaml healthchek"),
         ("TANDEM_DRAIN_TIMEOUT_S", "TANDEM_DRAIN_TIMEOT_S", "compose.yaml prefill TANDEM_DRAIN_TIMEOT_S"),
@@ -63,6 +69,15 @@ TYPOS = {
         ("secrets: [peer, registry.yaml]", "secrets: [peer, proof, registry.yaml]", "compose.yaml store-0 proof"),
         ("group_add:", "x-group_add:", "compose.yaml redis group_add"),
         ("networks: [monitoring]", "networks: [monitorin]", "compose.yaml grafana monitorin"),
+    ],
+    "compose/vllm.yaml": [
+        ("device_ids:", "device_id:", "vllm.yaml device_id"),
+        ("TANDEM_ENGINE: vllm", "TANDEM_ENGINE: vlm", "vllm.yaml prefill-0 vlm"),
+        ("ROLE: decode", "ROLE: prefill", "vllm.yaml decode-0 ROLE"),
+        ("dockerfile: deploy/docker/worker-vllm", "dockerfile: deploy/docker/prefill", "vllm.yaml worker-vllm"),
+        ("  decode-1: {", "  decode-2: {", "vllm.yaml decode-2"),
+        ("limits: {cpus", "limit: {cpus", "vllm.yaml limit"),
+        ('["decode-0:/cache"]', '["decode:/cache"]', "vllm.yaml decode volumes"),
     ],
     "compose/prometheus.yml": [
         ("scrape_configs", "scrape_config", "prometheus.yml scrape_config"),
@@ -102,6 +117,13 @@ TYPOS = {
     "kustomize/overlays/gpu-rdma/store-devices.yaml": [
         ("name: shm, mount", "name: shn, mount", "gpu-rdma tandem-store shn")
     ],
+    "kustomize/overlays/gpu-vllm/kustomization.yaml": [
+        ("\ncomponents:", "\ncomponent:", "gpu-vllm component"),
+        ("TANDEM_MODEL=", "TANDEM_MODL=", "gpu-vllm tandem-decode TANDEM_MODL"),
+    ],
+    "kustomize/components/vllm/kustomization.yaml": [("ENGINE=vllm", "ENGINE=vlm", "gpu-vllm tandem-prefill vlm")],
+    "kustomize/components/vllm/devices.yaml": [("op: replace", "op: replac", "gpu-vllm replac")],
+    "kustomize/components/vllm/volumes.yaml": [("sizeLimit", "sizelimit", "gpu-vllm Deployment sizelimit")],
     "kustomize/components/model-volume/claim.yaml": [("accessModes", "accesModes", "PersistentVolumeClaim accesModes")],
     "kustomize/components/model-volume/kustomization.yaml": [
         ("tandem-models", "tandem-model", "gpu-rdma tandem-model")
@@ -219,6 +241,10 @@ def test_a_typo_is_named(copy: Path, path: str, old: str, new: str, words: str) 
     text = file.read_text(encoding="utf-8")
     assert old in text
     file.write_text(text.replace(old, new), encoding="utf-8")
+    named = re.findall("cpu-demo|gpu-rdma|gpu-vllm", words)
+    for overlay in (copy / "deploy/kustomize/overlays").iterdir() if named else ():  # to render one is enough
+        if overlay.name not in (*named, "gpu-rdma"):
+            shutil.rmtree(overlay)
     found = [*CHECKS[check_of(path)](copy)]
     if path.startswith("kustomize/components/keda/"):
         found += check_queries(copy)

@@ -80,7 +80,11 @@ def test_every_dependency_is_pinned_by_the_constraints() -> None:
 
 
 def test_torch_is_pinned_alike_everywhere() -> None:
-    dockerfiles = [str(path) for path in (ROOT / "deploy/docker").glob("*.Dockerfile") if path.stem != "router"]
+    dockerfiles = [
+        str(path)
+        for path in (ROOT / "deploy/docker").glob("*.Dockerfile")
+        if path.stem not in ("router", "worker-vllm")
+    ]
     for name in ("pyproject.toml", "constraints.txt", "deploy/install.sh", *dockerfiles):
         assert set(re.findall(r"torch==([0-9.]+[0-9])", (ROOT / name).read_text(encoding="utf-8"))) == {"2.13.0"}, name
 
@@ -89,19 +93,49 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+IMPORTS_VLLM = re.compile(
+    r"""^\s*(import|from)\s+vllm\b|(import_module|__import__|run_module)\(\s*f?["']vllm\b|["']vllm\.\w|-m["',\s]+vllm\b""",
+    re.MULTILINE,
+)
+
+
 def test_nothing_but_its_adapter_imports_vllm() -> None:
     """By name, too, which `lint-imports` does not see. What knows it only in words is not meant."""
-    imports = re.compile(r"""^\s*(import|from)\s+vllm\b|import_module\(\s*f?["']vllm\b|["']vllm\.\w""", re.MULTILINE)
-    product = [path for path in tracked_files() if path.suffix == ".py"]
-    product = [path.relative_to(ROOT) for path in product]
+    product = [path.relative_to(ROOT) for path in tracked_files() if path.suffix in (".py", ".sh", ".toml")]
     found = [
         str(path)
         for path in product
-        if path.parts[0] in ("kvstore", "services", "loadtest", "deploy")
+        if path.parts[0] in ("kvstore", "services", "loadtest", "deploy", "proto")
         and path.parts[:3] != ("services", "engine", "vllm")
-        and imports.search((ROOT / path).read_text(encoding="utf-8"))
+        and IMPORTS_VLLM.search((ROOT / path).read_text(encoding="utf-8"))
     ]
     assert found == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import vllm",
+        "    from vllm.v1.engine.core import EngineCore",
+        "import vllm.envs as envs",
+        "importlib.import_module('vllm')",
+        'import_module(f"vllm.{name}")',
+        "__import__('vllm')",
+        '"vllm.v1.core.sched.scheduler.Scheduler"',
+        'runpy.run_module("vllm")',
+        '[sys.executable, "-m", "vllm.entrypoints.cli.main"]',
+        "python -m vllm.entrypoints.openai.api_server",
+    ],
+)
+def test_each_of_these_would_be_found(line: str) -> None:
+    assert IMPORTS_VLLM.search(line)
+
+
+@pytest.mark.parametrize(
+    "line", ["from services.engine.vllm import VllmEngine", "engine = 'vllm'", "import vllm_flags"]
+)
+def test_what_only_names_it_is_not_found(line: str) -> None:
+    assert not IMPORTS_VLLM.search(line)
 
 
 def test_the_versions_with_vllm_are_ours_but_where_it_asks_for_less() -> None:
@@ -115,13 +149,15 @@ def test_the_versions_with_vllm_are_ours_but_where_it_asks_for_less() -> None:
     assert not {"torchvision", "torchaudio", "torchcodec"} & with_vllm.keys(), "PyPI's builds of them fail on CPUs"
 
 
-def test_the_extra_asks_for_the_vllm_that_the_engine_takes() -> None:
+def test_extra_and_image_have_the_vllm_that_the_engine_takes() -> None:
     from services.engine.choice import VLLM_VERSIONS, check_vllm
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["optional-dependencies"]["vllm"] == [f"vllm{VLLM_VERSIONS}"]
     (pinned,) = re.findall(r"^vllm==(\S+)$", (ROOT / "constraints-vllm.txt").read_text(encoding="utf-8"), re.MULTILINE)
     check_vllm(pinned, "cuda", "")
+    image = (ROOT / "deploy/docker/worker-vllm.Dockerfile").read_text(encoding="utf-8")
+    assert set(re.findall(r"^FROM vllm/vllm-openai:v(\S+)", image, re.MULTILINE)) == {pinned}
 
 
 def test_threads_come_from_their_seam() -> None:
