@@ -80,6 +80,50 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 FAMILIES = tuple(_FAMILIES)
+"""Those that the native engine computes."""
+
+_WIDE: dict[str, Any] = {"head_dim": 32}  # vLLM computes no narrower heads on a CPU
+_WINDOWED: dict[str, Any] = {
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "rms_norm_eps": 1e-6,  # as theirs have, and as transformers has for the latent's norm whatever is said
+}
+_FAMILIES |= {
+    "gemma2": ("gemma2", {**_WIDE, **_WINDOWED, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}),
+    "gemma3": ("gemma3_text", {**_WIDE, **_WINDOWED, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}),
+    "phi": ("phi", {"hidden_size": 128, "num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
+    "phi3": ("phi3", {"hidden_size": 128}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**_WIDE, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    ),
+    "mixtral": ("mixtral", {**_WIDE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek_v2": ("deepseek_v2", {**_LATENT, "q_lora_rank": None, "topk_method": "greedy", "norm_topk_prob": False}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {**_LATENT, "q_lora_rank": 48, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    ),
+    "gpt_neox": ("gpt_neox", {"hidden_size": 128, "intermediate_size": 256, "rotary_pct": 0.25}),
+    "olmo2": ("olmo2", {"hidden_size": 128}),
+    "mistral_window": ("mistral", {**_WIDE, "sliding_window": 64}),
+    "llama_wide": ("llama", {**_WIDE, "rope_parameters": _LLAMA3_ROPE}),
+    "qwen2_wide": ("qwen2", {"hidden_size": 128}),
+    "mistral_full": ("mistral", {**_WIDE, "sliding_window": None}),
+}
 _LORA_ALPHA = 8
 
 
@@ -100,7 +144,7 @@ def write_model(
     config = transformers.AutoConfig.for_model(model_type, **{**_BASE, **settings, **config_overrides})
     with torch.random.fork_rng(devices=[]):  # transformers draws initial weights, which are overwritten
         model = transformers.AutoModelForCausalLM.from_config(config)
-    _draw_weights(model, seed)
+    _draw_weights(model, seed, 0.0 if model_type.startswith("gemma") else 1.0)
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=list(EOS_TOKEN_IDS), pad_token_id=PAD_TOKEN_ID, do_sample=False
     )
@@ -111,7 +155,38 @@ def write_model(
     return directory
 
 
-def _draw_weights(model: torch.nn.Module, seed: int) -> None:
+# What no engine serves across workers: configurations alone.
+_NARROW = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 512}
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral_window": _FAMILIES["mistral_window"],
+    "mamba": ("mamba", {**_NARROW, "state_size": 16}),
+    "bamba": ("bamba", {**_BASE, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_state": 16}),
+    "bart": ("bart", {"vocab_size": VOCAB_SIZE, "d_model": 64, "encoder_layers": 1, "decoder_layers": 1}),
+    "qwen2_vl": ("qwen2_vl", {"text_config": _BASE}),
+    "bert": ("bert", {**_NARROW, "num_attention_heads": 2, "intermediate_size": 128}),
+}
+_ARCHITECTURES = {
+    "mistral_window": "MistralForCausalLM",
+    "mamba": "MambaForCausalLM",
+    "bamba": "BambaForCausalLM",
+    "bart": "BartForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "bert": "BertForMaskedLM",
+}
+
+
+def write_config(directory: Path, name: str) -> Path:
+    """Write the config.json of a model that is refused, with its tokenizer and no weights. Returns `directory`."""
+    model_type, settings = _CONFIGS[name]
+    config = transformers.AutoConfig.for_model(model_type, **settings)
+    config.architectures = [_ARCHITECTURES[name]]
+    config.save_pretrained(directory)
+    write_tokenizer(directory)
+    return directory
+
+
+def _draw_weights(model: torch.nn.Module, seed: int, norm_mean: float = 1.0) -> None:
+    """`norm_mean` 0: of a model whose norms multiply by one more than their weights."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(parameter: torch.Tensor, std: float, mean: float = 0.0) -> None:
@@ -121,14 +196,14 @@ def _draw_weights(model: torch.nn.Module, seed: int) -> None:
         for name, parameter in model.named_parameters():
             fan_in = parameter.shape[-1]
             if name.endswith(("q_norm.weight", "k_norm.weight")):
-                normal(parameter, 0.2, mean=1.5)
+                normal(parameter, 0.2, mean=norm_mean + 0.5)
             elif name.endswith("norm.weight"):
-                normal(parameter, 0.1, mean=1.0)
+                normal(parameter, 0.1, mean=norm_mean)
             elif name.endswith(".bias"):
                 normal(parameter, 0.3)
-            elif name.endswith(("q_proj.weight", "k_proj.weight")):
+            elif name.endswith(("q_proj.weight", "q_b_proj.weight", "k_proj.weight", "kv_a_proj_with_mqa.weight")):
                 normal(parameter, 1.5 * fan_in**-0.5)
-            elif name in ("lm_head.weight", "model.embed_tokens.weight"):
+            elif name.endswith(("lm_head.weight", "embed_tokens.weight", "embed_in.weight", "embed_out.weight")):
                 normal(parameter, 5.0 * fan_in**-0.5)
             else:
                 normal(parameter, fan_in**-0.5)

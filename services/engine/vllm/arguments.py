@@ -71,6 +71,7 @@ def make_arguments(
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enable_chunked_prefill": True,
         "enable_prefix_caching": True,
+        "disable_hybrid_kv_cache_manager": True,  # of layers with a window all blocks are kept, so that one table holds
         "scheduling_policy": "priority",
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
@@ -84,6 +85,8 @@ def make_arguments(
             kv_load_failure_policy="recompute",
         ),
     }
+    if hasattr(arguments, "swa_bounded_replay"):  # from 0.32 on; it would leave blocks unwritten
+        ours["swa_bounded_replay"] = False
     for name, value in ours.items():
         setattr(arguments, name, value)
     if is_cpu and "compilation-config" not in config.engine_args:

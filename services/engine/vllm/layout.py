@@ -41,10 +41,15 @@ def read_group(config: KVCacheConfig) -> Kept:
     """Return what the model keeps. Raises `UnsupportedModel` for what is not full attention alone."""
     groups = config.kv_cache_groups
     kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
+    if kinds == ["SlidingWindowSpec"]:
+        raise UnsupportedModel(
+            "all its layers have a sliding window, and vLLM drops the blocks behind it; up to the window's length"
+            """ --engine-args '--hf-overrides {"sliding_window":null}' --max-model-len (the window) computes the same"""
+        )
     if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
         raise UnsupportedModel(
-            f"its layers keep {len(groups)} kinds of state ({', '.join(kinds) or 'none'}), and a block holds one:"
-            " models of sliding windows or of recurrent layers among others are not handed over yet"
+            f"its layers keep {len(groups)} kinds of state ({', '.join(kinds) or 'none'}), and a block holds the keys"
+            " and values of one: models of recurrent layers among others are not handed over"
         )
     spec = groups[0].kv_cache_spec
     if spec.tokens_per_state != 1 or spec.page_size_padded or spec.num_head_slots or spec.state_content_bytes:
@@ -100,7 +105,7 @@ def block_layout(
         model_fingerprint=fingerprint,
         proof_key=proof_key,
         engine="vllm",
-        kernel_layout=f"{config.cache_config.kv_cache_layout}/{packing}",
+        kernel_layout=f"{config.cache_config.kv_cache_layout.replace('B', '')}/{packing}",
         isa=str(getattr(layer, "isa", getattr(layer.impl, "isa", ""))),
         scales=_scales(layers) if config.cache_config.cache_dtype.startswith("fp8") else "",
         attention_backend=str(layer.get_attn_backend().get_name()),

@@ -108,6 +108,8 @@ def _around(
             "block_size",
         )
     kept = read_group(scheduler.kv_cache_config)
+    # vLLM switches its cache off where a backend cannot go on from it (MLA on CPUs without AMX).
+    shares_blocks = config.enable_prefix_caching and bool(cache_config.enable_prefix_caching)
     num_blocks = cache_config.num_gpu_blocks
     if num_blocks < NUM_PROBED:
         raise SettingsError(f"{num_blocks} KV blocks are too few; give more", "kv_cache_memory_bytes")
@@ -135,7 +137,7 @@ def _around(
             vocab_size=model_config.get_vocab_size(),
             eos_token_ids=frozenset(_eos_token_ids(model_config)),
             max_num_waiting=config.max_num_waiting,
-            shares_blocks=config.enable_prefix_caching,
+            shares_blocks=shares_blocks,
             adapters=adapters,
         ),
         Capabilities(
@@ -143,7 +145,7 @@ def _around(
             max_num_seqs=min(config.max_num_seqs, config.max_num_batched_tokens),
             num_blocks=num_blocks - 1,
             num_host_blocks=0,
-            caches_prefixes=config.enable_prefix_caching,
+            caches_prefixes=shares_blocks,
             is_exact=False,
             samples_first_token=True,
             adapters=tuple(adapters),
