@@ -7,11 +7,13 @@ from collections.abc import Collection, Sequence
 from services.engine.request import FinishReason, InvalidRequest, Request, SamplingParams
 
 
-def check_adapter(request: Request, adapters: Collection[str]) -> None:
-    """Raise `InvalidRequest` unless the request's adapter is one of these keys, or it names none."""
+def check_abilities(request: Request, adapters: Collection[str]) -> None:
+    """Raise `InvalidRequest` for an adapter that is none of these keys, and for a mask: no engine heeds one yet."""
     if request.adapter and request.adapter not in adapters:
         there = f"there are {', '.join(adapters)}" if adapters else "there is none"
         raise InvalidRequest("model", f"adapter {request.adapter} is not here; {there}")
+    if request.mask is not None:
+        raise InvalidRequest("response_format", "this engine does not constrain the output by a mask")
 
 
 def check_tokens(request: Request, vocab_size: int, eos_token_ids: Sequence[int]) -> None:

@@ -6,9 +6,10 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -176,6 +177,10 @@ class SampledToken:
     logprobs: PositionLogprobs | None = None
 
 
+Mask: TypeAlias = Callable[[Sequence[int]], Collection[int] | None]
+"""Says of the output so far, resumed tokens included, which tokens may follow; None: all."""
+
+
 class FinishReason(Enum):
     """The reasons why a request ends in this engine."""
 
@@ -201,6 +206,7 @@ class Request:
     priority: int = 0  # smaller is sooner
     cache_salt: str = ""
     adapter: str = ""  # the key of the LoRA adapter to compute it with, one of `Capabilities.adapters`; "": none
+    mask: Mask | None = None
     arrival_s: float = 0.0  # FIFO within a priority; any clock, the same for all requests of an engine
     hold_blocks: bool = False  # ends after its first token here; its updates lend the caller the context's blocks
     transfer_id: bytes = b""  # with hold_blocks: that its blocks are lent in, which their proofs need

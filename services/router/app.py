@@ -123,6 +123,9 @@ def _add_model_routes(app: FastAPI, parts: RouterParts) -> None:
             "owned_by": "tandem",
             "root": model.root,
             "parent": model.parent,
+            "engines": model.engines,
+            "numerics": model.numerics,
+            "is_exact": model.is_exact,
             "max_model_len": model.max_model_len,
         }
 

@@ -10,7 +10,7 @@ import pytest
 from services.engine.adapters import parse_modules, read_adapters
 from services.engine.choice import choose
 from services.engine.config import EngineConfig
-from services.engine.limits import check_adapter
+from services.engine.limits import check_abilities
 from services.engine.request import InvalidRequest, Request, SamplingParams
 from services.settings import SettingsError
 
@@ -70,4 +70,4 @@ def test_the_native_engine_has_no_adapters() -> None:
     assert choose(EngineConfig("m", engine="auto", lora_modules=("a=p",)), "cpu", "").engine == "vllm"
     request = Request("r", [1], SamplingParams(), adapter="a:00")
     with pytest.raises(InvalidRequest, match="model: adapter a:00 is not here; there is none"):
-        check_adapter(request, ())
+        check_abilities(request, ())

@@ -284,6 +284,56 @@ def test_reservations_and_the_queue_are_one_order(engine: Engine) -> None:
     assert len(tokens([*updates, *run(engine)], "small")) == NUM_OUTPUTS
 
 
+def test_requests_of_a_higher_priority_come_first(engine: Engine) -> None:
+    late, soon = ask("late", prompt_of(engine, 60)), ask("soon", prompt_of(engine, 60, seed=1))
+    soon.priority = -1
+    order = [update.request.request_id for update in run(engine, late, soon) if update.num_output_tokens == 1]
+    assert order == ["soon", "late"]
+
+
+def test_a_preempted_request_says_the_same_and_is_counted(make: Callable[[], Engine]) -> None:
+    engine, alone = make(), make()
+    asked = [
+        ask(f"r{i}", prompt_of(engine, 75, seed=i), max_tokens=24) for i in range(2)
+    ]  # five blocks each, then seven, in 11
+    asked[1].arrival_s = 1.0
+    room = engine.take_prefix([BlockHash(bytes([i]) * 16) for i in range(29)])
+    assert room is not None
+    updates = run(engine, *asked)
+    engine.release_blocks(room.block_ids)
+    for request in asked:
+        assert tokens(updates, request.request_id) == tokens(run(alone, request), request.request_id)
+    counts = {update.request.request_id: update.num_preemptions for update in updates}
+    assert counts["r0"] == 0  # the older one goes on
+    assert engine.stats.num_preemptions == counts["r1"] > 0
+
+
+def test_load_and_counts_tell_of_a_request_from_its_queue_to_its_end(engine: Engine) -> None:
+    def told() -> tuple[int, int, int]:
+        load = engine.load()
+        return load.num_waiting, load.num_running, load.num_waiting_tokens
+
+    request = ask("r", prompt_of(engine, 50))
+    num_tokens, chunk = len(request.prompt_token_ids), 2 * engine.layout.block_size
+    engine.add_request(request)
+    assert told() == (1, 0, num_tokens)
+    engine.step()
+    assert told() == (0, 1, num_tokens - chunk)
+    engine.step()
+    assert told() == (0, 1, 0)
+    assert engine.load().num_free_blocks == engine.load().num_blocks - 4
+    run(engine)
+    assert (told(), engine.stats.num_finished) == ((0, 0, 0), {FinishReason.LENGTH: 1})
+
+
+def test_a_mask_and_an_adapter_that_it_lacks_are_refused_by_name(engine: Engine) -> None:
+    masked, adapted = ask("r", [5]), ask("r", [5])
+    masked.mask, adapted.adapter = lambda output: (5, 9), "sql:00ff"
+    for request, named in ((masked, "response_format: .*mask"), (adapted, "model: .*sql:00ff")):
+        with pytest.raises(InvalidRequest, match=named):
+            engine.add_request(request)
+
+
 def test_an_id_is_of_one_request_at_a_time(engine: Engine) -> None:
     engine.add_request(ask("r", prompt_of(engine, 20)))
     with pytest.raises(InvalidRequest):

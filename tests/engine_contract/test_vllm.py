@@ -94,13 +94,6 @@ def test_a_seed_draws_the_same_however_the_prompt_is_cut_and_in_any_company(
     vllm_engines.take_back()
 
 
-def test_requests_of_a_higher_priority_come_first(vllm: Engine) -> None:
-    late, soon = ask("late", prompt_of(vllm, 60)), ask("soon", prompt_of(vllm, 60, seed=1))
-    soon.priority = -1
-    order = [update.request.request_id for update in run(vllm, late, soon) if update.num_output_tokens == 1]
-    assert order == ["soon", "late"]
-
-
 def test_what_it_cannot_do_is_refused_and_it_goes_on(vllm: Engine) -> None:
     with pytest.raises(InvalidRequest):
         vllm.add_request(ask("r", [VOCAB_SIZE]))

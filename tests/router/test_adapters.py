@@ -33,6 +33,9 @@ async def test_an_adapter_is_listed_with_its_parent_and_an_unknown_one_is_not_fo
         unnamed = await http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 2})
     assert set(models) == {"tiny", "sql"}
     assert (models["tiny"]["parent"], models["sql"]["parent"], models["sql"]["root"]) == (None, "tiny", "sql:00ff")
+    assert {(*each["engines"], *each["numerics"], each["is_exact"]) for each in models.values()} == {
+        ("native", "paper/float32", False)
+    }
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
     assert unnamed.json()["model"] == "tiny"
 

@@ -26,7 +26,7 @@ from services.engine.api import (
     Suspended,
 )
 from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
-from services.engine.limits import check_adapter, check_fits, check_tokens
+from services.engine.limits import check_abilities, check_fits, check_tokens
 from services.engine.model_config import ModelError
 from services.engine.native.memory import (
     begin_restore,
@@ -148,7 +148,7 @@ class Engine:
     # ---- commands, between steps ----------------------------------------------
 
     def check(self, request: api.Request) -> None:
-        check_adapter(request, self.capabilities.adapters)
+        check_abilities(request, self.capabilities.adapters)
         check_tokens(request, self.model.config.vocab_size, self.model.eos_token_ids)
         check_fits(request, self.model.max_model_len, self.config.block_size, self.pool.num_blocks)
 

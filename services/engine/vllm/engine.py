@@ -37,7 +37,7 @@ from services.engine.api import (
     Suspended,
 )
 from services.engine.foreign import Live, Place, Turns
-from services.engine.limits import check_adapter, check_fits, check_tokens, end_of
+from services.engine.limits import check_abilities, check_fits, check_tokens, end_of
 from services.engine.vllm import sampling
 from services.engine.vllm.blocks import BlockBook, EventSink
 from services.engine.vllm.connector import Held, TandemConnector
@@ -122,7 +122,7 @@ class VllmEngine:
     # ---- requests -----------------------------------------------------------------
 
     def check(self, request: Request) -> None:
-        check_adapter(request, self.capabilities.adapters)
+        check_abilities(request, self.capabilities.adapters)
         check_tokens(request, self._model.vocab_size, sorted(self._model.eos_token_ids))
         able = self.capabilities
         check_fits(request, able.max_model_len, self.layout.block_size, able.num_blocks)

@@ -149,7 +149,7 @@ def _around(
             is_exact=False,
             samples_first_token=True,
             adapters=tuple(adapters),
-            numerics=_numerics(vllm_config, layout),
+            numerics=_numerics(vllm_config, layout, layers),
             compute={
                 "device": memory.device.split(":")[0],
                 "kernels": f"vllm/{layout.attention_backend}",
@@ -176,12 +176,18 @@ def _load_adapters(core: Any, config: EngineConfig) -> dict[str, LoRARequest]:
     return loaded
 
 
-def _numerics(config: VllmConfig, layout: BlockLayout) -> str:
+def _numerics(config: VllmConfig, layout: BlockLayout, layers: Mapping[str, Any]) -> str:
     """Name the arithmetic, as far as that can be: sums depend on the batch besides."""
+    from vllm import envs
+
+    steady = envs.VLLM_BATCH_INVARIANT and all(
+        layer.get_attn_backend().supports_batch_invariance() for layer in layers.values()
+    )
     model, version = config.model_config, importlib.metadata.version("vllm")
     dtype, quantization = str(model.dtype).removeprefix("torch."), model.quantization or "none"
     ranks = config.parallel_config.tensor_parallel_size
-    return f"vllm-{version}/{dtype}/{quantization}/{layout.attention_backend}/{layout.isa or 'cuda'}/{ranks}-ranks"
+    name = f"vllm-{version}/{dtype}/{quantization}/{layout.attention_backend}/{layout.isa or 'cuda'}/{ranks}-ranks"
+    return f"{name}/batch-invariant" if steady else name
 
 
 def _gpu() -> Gpu:

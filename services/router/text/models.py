@@ -60,6 +60,12 @@ class ServedModel:
     """The key of the LoRA adapter that it is; empty: none."""
     parent: str | None = None
     """Of an adapter: the name of its model."""
+    engines: tuple[str, ...] = ()
+    """What computes it: one, unless a rollout changes it."""
+    numerics: tuple[str, ...] = ()
+    """The names of its decode workers' arithmetic, as far as they are known."""
+    is_exact: bool = False
+    """Whether no bit depends on which of them computes a request, nor on what else it computes then."""
 
     @property
     def tokenizer(self) -> ModelTokenizer:
@@ -320,4 +326,7 @@ def _served(name: str, workers: list[tuple[WorkerRecord, ModelFiles]], created_u
         fingerprints=frozenset(record.model_fingerprint for record in records),
         adapter=adapter,
         parent=records[0].served_model_names[0] if adapter else None,
+        engines=tuple(sorted({str((record.layout or {}).get("engine", "native")) for record in records})),
+        numerics=tuple(sorted({record.numerics for record in records} - {""})),
+        is_exact=all(record.is_exact for record in records) and len({record.numerics for record in records}) == 1,
     )
