@@ -26,6 +26,7 @@ from kvstore.registry.worker_record import decode_record
 from services.cli.embedded_redis import EmbeddedRedis
 from services.engine.choice import modules_of
 from services.secrets import make_secret_file
+from tests import broken_steps
 from tests.peers import AUTHORIZATION, PEER_SECRET
 
 _READY_TIMEOUT_S = 240.0
@@ -293,6 +294,8 @@ def run_service(role: str, argv: list[str], log_path: str, environ: dict[str, st
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(environ)
+    if broken_steps.ENGINE in environ and role in ("prefill", "decode"):
+        broken_steps.break_at_signal()
     if role == "router":
         from services.router.__main__ import main
     elif role == "prefill":

@@ -26,6 +26,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("engine", ["native", pytest.param("vllm", marks=marks)], scope="module")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """With vLLM, one of the transports is enough by default: what they carry are bytes."""
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if (params.get("engine"), params.get("transport")) == ("vllm", "ucxx"):
+        item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     if any(item.get_closest_marker("vllm") for item in session.items):
         preload("vllm")

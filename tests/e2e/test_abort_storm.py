@@ -18,6 +18,7 @@ NUM_PROMPTS = 10
 
 
 @pytest.mark.slow
+@pytest.mark.on_vllm
 async def test_an_abort_storm_costs_those_who_stay_no_token_and_no_block_is_lost(
     new_stack: Callable[..., Stack], model_of: Callable[[str], Path]
 ) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import broken_steps
 from tests.completions import Client
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.peers import AUTHORIZATION, session_with
@@ -22,6 +23,8 @@ from tests.waiting import until
 NUM_NEW_TOKENS = 16
 NUM_STREAMED_TOKENS = 150
 
+pytestmark = pytest.mark.on_vllm
+
 
 @pytest.fixture(scope="module")
 def model(model_of: Callable[[str], Path]) -> Path:
@@ -29,7 +32,7 @@ def model(model_of: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture
-def make_stack(model: Path, tmp_path: Path) -> Callable[..., Stack]:
+def make_stack(model: Path, engine: str, tmp_path: Path) -> Callable[..., Stack]:
     def make(
         num_prefill: int = 1, num_decode: int = 1, transport: str = "auto", patience: str = "1.5", lease: str = "1"
     ) -> Stack:
@@ -37,7 +40,7 @@ def make_stack(model: Path, tmp_path: Path) -> Callable[..., Stack]:
         worker += f" --peer-timeout-s {patience} --lease-s {lease}"
         prefill = ["--max-num-batched-tokens 64"] * num_prefill
         decode = ["--local-prefill-max-tokens 0"] * num_decode
-        return Stack(tmp_path / "logs", prefill, decode, worker=worker, model=model)
+        return Stack(tmp_path / "logs", prefill, decode, worker=worker, model=model, engine=engine)
 
     return make
 
@@ -106,6 +109,28 @@ async def test_a_killed_decode_worker_costs_begun_streams_a_pause_and_no_token(
         stack.check_clean()
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_an_engine_that_fails_in_a_step_costs_a_retry_and_no_answer(
+    make_stack: Callable[..., Stack], model: Path, engine: str, role: str
+) -> None:
+    """Its worker ends, so that whoever looks after it starts it anew."""
+    prompts = random_prompts([300] * 8, seed=19)
+    expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    stack = make_stack(num_prefill=2, num_decode=2, patience="20", lease="5")
+    stack.environ[broken_steps.ENGINE] = engine
+    with stack:
+        victim = stack.services[f"{role}-0"]
+        async with Client(stack, NUM_NEW_TOKENS) as client:
+            os.kill(victim.process.pid or 0, signal.SIGUSR1)
+            assert await asyncio.gather(*(complete(client, prompt) for prompt in prompts)) == expected
+            await asyncio.to_thread(victim.process.join, 60)
+            assert victim.process.exitcode == 1, victim.log
+            assert "made up" in victim.log
+            stack.restart(victim.name)
+            assert await complete(client, prompts[0]) == expected[0]
+        stack.check_clean()
+
+
 async def test_redis_gone_serving_goes_on(make_stack: Callable[..., Stack], model: Path) -> None:
     prompts = random_prompts([150] * 2, seed=14)
     expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
@@ -124,9 +149,9 @@ async def test_workers_that_do_not_fit_are_refused_by_name(
     prompt = random_prompts([200], seed=15)[0]
     expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
     misfits = {
-        "block_size": "--block-size 16",
+        "block_size": "--block-size 64",
         "dtype": "--dtype bfloat16",
-        "model_fingerprint": f"--model {write_model(tmp_path / 'other', 'qwen3', seed=9)}",
+        "model_fingerprint": f"--model {write_model(tmp_path / 'other', 'llama3', seed=9, head_dim=32)}",
     }
     stack = make_stack()
     stack.prefill = [f"{stack.prefill[0]} {flags}" for flags in misfits.values()]

@@ -21,6 +21,8 @@ NUM_NEW_TOKENS = 8
 BLOCK_TOKENS = 32
 NUM_SHARED_BLOCKS = 45
 
+pytestmark = pytest.mark.on_vllm(slow=True)
+
 
 @pytest.fixture(scope="module")
 def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path]) -> Iterator[Stack]:

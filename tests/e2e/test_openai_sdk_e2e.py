@@ -12,6 +12,8 @@ from tests.hf_models import VOCAB_SIZE
 from tests.openai_suite import SUITE, Capabilities
 from tests.stack import Stack
 
+pytestmark = pytest.mark.on_vllm
+
 
 @pytest.fixture(scope="module")
 def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path], transport: str) -> Iterator[Stack]:

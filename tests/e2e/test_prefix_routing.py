@@ -15,6 +15,8 @@ from tests.stack import Stack
 NUM_NEW_TOKENS = 8
 BLOCK_TOKENS = 32
 
+pytestmark = pytest.mark.on_vllm(slow=True)
+
 
 Start = Callable[[str], Stack]
 

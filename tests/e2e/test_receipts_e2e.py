@@ -24,6 +24,8 @@ SERIES = (
     "tandem:prefix_partial_hit_tokens_total",
 )
 
+pytestmark = pytest.mark.on_vllm
+
 
 @pytest.fixture(scope="module")
 def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path]) -> Iterator[Stack]:
@@ -47,7 +49,7 @@ def worker_counters(stack: Stack) -> Counter[str]:
     return Counter({series: int(sum(stack.metric(name, series) for name in workers)) for series in SERIES})
 
 
-async def test_tokens_shared_inside_a_block_are_on_the_receipt(stack: Stack) -> None:
+async def test_tokens_shared_inside_a_block_are_on_the_receipt(stack: Stack, engine: str) -> None:
     shared, tails = random_prompts([100], seed=51)[0], random_prompts([40, 45], seed=52)
     prompts = [[*shared, *tails[0]], [*shared, *tails[1]], [*shared[:50], 7, 7, 7]]
     expected = reference_greedy(stack.model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
@@ -57,14 +59,35 @@ async def test_tokens_shared_inside_a_block_are_on_the_receipt(stack: Stack) -> 
     assert [tokens for tokens, _ in answers] == expected
     receipts = [receipt for _, receipt in answers]
     # The first two by the prefill worker, whose fourth block begins alike; the last where it is decoded, since 21
-    # tokens after its first block are few: there, too, the second block begins alike.
-    assert [receipt["computed_tokens"] for receipt in receipts] == [140, 45, 3]
+    # tokens after its first block are few: there, too, the second block begins alike. vLLM shares whole blocks.
+    computed = [140, 45, 3] if engine == "native" else [140, 49, 21]
+    assert [receipt["computed_tokens"] for receipt in receipts] == computed
     assert [receipt["prefilled_locally"] for receipt in receipts] == [False, False, True]
     assert foreign["computed_tokens"] == len(prompts[1]), "another salt shares nothing, not even inside a block"
     stack.check_clean()
 
 
-async def test_the_workers_count_what_the_receipts_say(stack: Stack) -> None:
+async def test_who_samples_the_first_token_is_on_the_receipt(stack: Stack, engine: str) -> None:
+    """vLLM's decode side does so by itself; the prefill worker's is held against it."""
+    handed_off, local = random_prompts([140, 20], seed=56)
+
+    def num_compared() -> tuple[float, float]:
+        series = "tandem:first_tokens_compared_total"
+        return stack.metric("decode-0", series, outcome="equal"), stack.metric("decode-0", series, outcome="different")
+
+    equal, different = num_compared()
+    async with Client(stack, NUM_NEW_TOKENS) as client:
+        (_, receipt), (_, of_local) = [await complete(client, prompt) for prompt in (handed_off, local)]
+    is_compared = engine == "vllm"
+    assert receipt["handoff"]["first_token_equal"] == (True if is_compared else None)
+    assert of_local["handoff"]["first_token_equal"] is None
+    assert ("step_alignment" in receipt["stage_seconds"]) == is_compared
+    assert "step_alignment" not in of_local["stage_seconds"]
+    assert num_compared() == (equal + is_compared, different)
+    stack.check_clean()
+
+
+async def test_the_workers_count_what_the_receipts_say(stack: Stack, engine: str) -> None:
     """Prompts that share heads of any length, many at once, with two salts."""
     rng = random.Random(53)
     prompts = random_prompts([300], seed=54)
@@ -94,5 +117,5 @@ async def test_the_workers_count_what_the_receipts_say(stack: Stack) -> None:
         "vllm:prompt_tokens_total": sum(receipt["computed_tokens"] for receipt in receipts),
         "tandem:prefix_partial_hit_tokens_total": sum(num_tokens % BLOCK_TOKENS for num_tokens in cached),
     }
-    assert grown["tandem:prefix_partial_hit_tokens_total"] > 0
+    assert (grown["tandem:prefix_partial_hit_tokens_total"] > 0) == (engine == "native")
     stack.check_clean()

@@ -8,7 +8,6 @@ import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from math import isclose
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +21,7 @@ from kvstore.threads import OsThreads
 from services.orders import GrpcOrders
 from services.router.config import RouterConfig
 from services.router.process import Seams, open_parts
-from tests.completions import Client
+from tests.completions import Client, about_equal
 from tests.hf_models import random_prompts, reference_greedy
 from tests.peers import AUTHORIZATION, PROOFS
 from tests.router.direct import Answer, DirectClient
@@ -46,6 +45,8 @@ DEFAULT = [
 ]
 DEFAULT_DRAINED: tuple[Combination, tuple[int, ...]] = (("greedy", 1, "", ""), (1, 31, 64))
 ALL = [(each, range(1, 65) if each == COMBINATIONS[0] else (1, 2, 9, 26, 31, 32, 40, 63)) for each in COMBINATIONS]
+
+pytestmark = pytest.mark.on_vllm(slow=True)
 
 
 @pytest.fixture(scope="module")
@@ -146,17 +147,6 @@ async def router_of(stack: Stack, orders: GrpcOrders) -> AsyncIterator[DirectCli
     finally:
         await index.close()
         await membership.close()
-
-
-def about_equal(found: object, expected: object) -> bool:
-    """Log probabilities may differ in their last bits, as the same tokens computed in other chunks do."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(about_equal(found[key], expected[key]) for key in found)
-    if isinstance(found, list) and isinstance(expected, list):
-        return len(found) == len(expected) and all(map(about_equal, found, expected))
-    if isinstance(found, float) and isinstance(expected, float):
-        return isclose(found, expected, rel_tol=1e-3, abs_tol=1e-4)
-    return found == expected
 
 
 def body_of(num_tokens: int, sampling: str, n: int, logprobs: str, stop: str | None) -> dict[str, object]:

@@ -15,6 +15,8 @@ from tests.stack import Stack
 
 NUM_NEW_TOKENS = 8
 
+pytestmark = pytest.mark.on_vllm(slow=True)
+
 
 @pytest.fixture(params=["ucxx", pytest.param("nixl", marks=pytest.mark.slow)])
 def stack(

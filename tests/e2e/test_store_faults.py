@@ -25,6 +25,8 @@ BLOCK_TOKENS = 32
 NUM_SHARED_BLOCKS = 40
 WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
+pytestmark = pytest.mark.on_vllm(slow=True)
+
 
 @pytest.fixture(scope="module")
 def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path]) -> Iterator[Stack]:

@@ -19,6 +19,8 @@ from tests.stack import Stack
 NUM_NEW_TOKENS = 40
 WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
+pytestmark = pytest.mark.on_vllm
+
 
 @pytest.fixture(scope="module")
 def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path], transport: str) -> Iterator[Stack]:

@@ -16,6 +16,8 @@ from tests.stack import Stack
 NUM_STREAMS = 64
 NUM_NEW_TOKENS = 40
 
+pytestmark = pytest.mark.on_vllm
+
 
 @pytest.fixture(scope="module")
 def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path], transport: str) -> Iterator[Stack]:

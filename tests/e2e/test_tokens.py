@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.completions import about_equal
 from tests.e2e.conftest import PATIENT, PATIENT_ROUTER
 from tests.hf_models import FAMILIES, random_prompts, reference_greedy
 from tests.stack import Stack
@@ -22,12 +23,16 @@ DEPLOYMENTS = (*(f"chunk-{size}" for size in CHUNK_SIZES), "colocated", "local")
 # By default each family goes over one of the transports, and the first one over both: what they carry are bytes.
 PAIRS = [
     pytest.param(
-        (family, transport),
+        ("native", family, transport),
         id=f"{family}-{transport}",
         marks=[] if index == 0 or index % 2 == ("ucxx", "nixl").index(transport) else pytest.mark.slow,
     )
     for index, family in enumerate(FAMILIES)
     for transport in ("ucxx", "nixl")
+]
+PAIRS += [
+    pytest.param(("vllm", "llama3", transport), id=f"vllm-{transport}", marks=marks)
+    for transport, marks in (("nixl", [pytest.mark.vllm]), ("ucxx", [pytest.mark.vllm, pytest.mark.slow]))
 ]
 
 
@@ -35,6 +40,7 @@ PAIRS = [
 class Reference:
     """A model, prompts, and what `transformers` generates greedily after each."""
 
+    engine: str
     transport: str
     model: Path
     prompts: list[list[int]]
@@ -42,11 +48,13 @@ class Reference:
 
 
 @pytest.fixture(scope="module", params=PAIRS)
-def reference(request: pytest.FixtureRequest, model_of: Callable[[str], Path]) -> Reference:
-    family, transport = request.param
-    model = model_of(family)
+def reference(request: pytest.FixtureRequest, models: Callable[[str, str], Path]) -> Reference:
+    engine, family, transport = request.param
+    model = models(family, engine)
     prompts = random_prompts(PROMPT_LENGTHS, seed=1)
-    return Reference(transport, model, prompts, reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True))
+    return Reference(
+        engine, transport, model, prompts, reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +75,7 @@ def deployments(reference: Reference, tmp_path_factory: pytest.TempPathFactory) 
         worker=worker,
         router=PATIENT_ROUTER,
         model=reference.model,
+        engine=reference.engine,
     ) as stack:
         yield stack
 
@@ -113,6 +122,33 @@ def test_the_choices_of_a_prompt_are_handed_over_once_and_are_those_of_an_undist
         assert count - blocks_before.get(name, 0) == 1 + 2 + 10, f"{name}: blocks of 32 tokens, once each"
     for name, count in handed_off(deployments).items():
         assert count - before.get(name, 0) == len(prompts), name
+    deployments.check_clean()
+
+
+EXTRAS: dict[str, dict[str, object]] = {
+    "log probabilities": {"logprobs": 3},
+    "its prompt's, too": {"logprobs": 2, "echo": True},
+    "penalties": {"frequency_penalty": 0.9, "presence_penalty": 0.6, "repetition_penalty": 1.3, "logprobs": 1},
+    "drawn with penalties": {"temperature": 0.9, "seed": 7, "repetition_penalty": 1.3, "min_p": 0.02, "n": 3},
+    "biases": {"logit_bias": {"7": 9.0, "11": -100}, "min_tokens": 5, "logprobs": 0},
+    "stop tokens": {"stop_token_ids": list(range(0, 512, 9)), "max_tokens": 60},
+    "stop strings": {"stop": ["a", "e", "er"], "max_tokens": 60, "logprobs": 1},
+}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_what_else_is_asked_for_is_the_same_in_every_deployment(deployments: Stack, name: str) -> None:
+    prompts = random_prompts((3, 70, 290), seed=4)
+    body = {"prompt": prompts, "max_tokens": 12, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
+
+    def ask(deployment: str) -> object:
+        asked = {**body, **EXTRAS[name], "model": deployment}
+        response = httpx.post(f"{deployments.url}/v1/completions", json=asked, timeout=120)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"]
+
+    first, *others = [ask(deployment) for deployment in DEPLOYMENTS]
+    assert all(about_equal(other, first) for other in others)
     deployments.check_clean()
 
 

@@ -12,12 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.block import HostMemory, ProofKey, subject_of
+from kvstore.block import BlockLayout, HostMemory, ProofKey, subject_of
 from kvstore.index import Tier
-from services.engine.api import SamplingParams
-from services.engine.config import EngineConfig
-from services.engine.native import Engine
-from services.engine.native.scheduling import Request
 from tests.block_peer import BlockPeer
 from tests.hf_models import random_prompts, reference_greedy
 from tests.index_view import until_held
@@ -34,9 +30,11 @@ WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
 
 @pytest.fixture(scope="module")
-def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path]) -> Iterator[Stack]:
-    worker = f"--num-gpu-blocks-override {NUM_BLOCKS} --max-model-len 1800 --kv-offloading-size 0.05"
+def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path], engine: str) -> Iterator[Stack]:
+    worker = f"--num-gpu-blocks-override {NUM_BLOCKS} --max-model-len 1800"
     worker += " --prefix-fetch always --prefix-fetch-timeout-s 30"
+    if engine == "native":
+        worker += " --kv-offloading-size 0.05"
     store = "--store-dram-bytes 16MiB --store-disk-dir {disk} --store-disk-bytes 64MiB"
     decode = ["--local-prefill-max-tokens 0"] * 2
     with new_stack(model_of("qwen2"), worker, prefill=["", ""], decode=decode, store=[store]) as stack:
@@ -53,11 +51,19 @@ class Case:
         self.prompts = [self.shared + tail for tail in random_prompts([20] * 3, seed=seed + 1000)]
         self.expected = reference_greedy(stack.model, self.prompts, num_new_tokens, ignore_eos=True)
         self.hashes = self.orders.hashes(self.shared)
-        self.contents = block_contents(stack.model, self.prompts[0] + self.expected[0][:-1])
+        self.contents: list[bytes] = []
+        """Of the first prompt's full blocks, its answer's with them, once they are computed."""
 
     async def compute(self, decode: str, prefill: str | None) -> None:
         tokens, _ = await self.orders.generate(self.prompts[0], decode, prefill, [])
         assert tokens == self.expected[0]
+        record = self.orders.record(decode)
+        with BlockPeer(record) as peer:
+            self.contents = peer.fetch(record, self.orders.hashes(self.prompts[0] + tokens[:-1]))
+
+    @property
+    def block_bytes(self) -> int:
+        return BlockLayout.from_wire(self.orders.record("prefill-0").layout).block_bytes
 
     def flip(self, name: str, index: int = WRONG) -> None:
         # Known by its first tokens: a token that decode generates has other bits than one of a prompt.
@@ -74,19 +80,7 @@ class Case:
         await asyncio.to_thread(self.stack.wait_for, condition, what)
 
 
-def block_contents(model: Path, prompt: list[int]) -> list[bytes]:
-    """What a worker of the stack writes into the blocks of this prompt: its engine is this one, to the last bit."""
-    engine = Engine.from_config(EngineConfig(str(model), max_model_len=1800, num_gpu_blocks_override=64, num_threads=1))
-    sampling = SamplingParams(temperature=0.0, max_tokens=1)
-    request = Request("r", prompt, sampling, hold_blocks=True, transfer_id=bytes(16))
-    engine.add_request(request)
-    while engine.has_work:
-        engine.step()
-    memory = engine.memory
-    assert isinstance(memory, HostMemory)
-    return [memory.view(block_id).tobytes() for block_id in request.block_table]
-
-
+@pytest.mark.on_vllm
 async def test_a_prefill_workers_block_is_not_handed_over_and_not_again_on_a_retry(stack: Stack) -> None:
     case = Case(stack, 11)
     await case.compute("decode-0", "prefill-0")
@@ -102,6 +96,7 @@ async def test_a_prefill_workers_block_is_not_handed_over_and_not_again_on_a_ret
     stack.check_clean()
 
 
+@pytest.mark.on_vllm
 async def test_a_prefill_workers_block_is_not_lent(stack: Stack) -> None:
     case = Case(stack, 12)
     await case.compute("decode-0", "prefill-0")
@@ -116,6 +111,7 @@ async def test_a_prefill_workers_block_is_not_lent(stack: Stack) -> None:
     stack.check_clean()
 
 
+@pytest.mark.on_vllm
 @pytest.mark.parametrize("index", [WRONG, NUM_SHARED_BLOCKS], ids=["handed over", "generated"])
 async def test_a_decode_workers_block_is_not_lent(stack: Stack, index: int) -> None:
     case = Case(stack, 20 + index, num_new_tokens=16)
@@ -166,6 +162,7 @@ async def test_a_block_that_flips_before_it_goes_to_main_memory_does_not_come_ba
     stack.check_clean()
 
 
+@pytest.mark.on_vllm
 async def test_a_stores_block_in_memory_is_not_lent_and_its_copy_on_disk_is(stack: Stack) -> None:
     case = Case(stack, 17)
     await case.compute("decode-0", "prefill-0")
@@ -183,6 +180,7 @@ async def test_a_stores_block_in_memory_is_not_lent_and_its_copy_on_disk_is(stac
     stack.check_clean()
 
 
+@pytest.mark.on_vllm
 async def test_a_block_on_disk_is_not_lent(stack: Stack) -> None:
     case = Case(stack, 18)
     await case.compute("decode-0", "prefill-0")
@@ -212,6 +210,7 @@ def places(case: Case) -> list[tuple[Path, int]]:
     return [(path, at) for path, at in found if at >= 0]
 
 
+@pytest.mark.on_vllm
 async def test_bytes_that_change_in_flight_are_not_used_and_the_holder_keeps_the_block(stack: Stack) -> None:
     # The holder is a process of the test. What it sends differs in one bit from what it announces, as after a flip on
     # the wire.
@@ -237,7 +236,7 @@ FORGERIES = ("zeros", "zeros under the public key", "swapped blocks", "swapped p
 def forge(kind: str, peer: BlockPeer, case: Case) -> None:
     """Have the peer lend something else for block `WRONG` than was computed."""
     wrong, other = case.hashes[WRONG], case.hashes[3]
-    block_bytes = len(case.contents[0])
+    block_bytes = case.block_bytes
     zeros = HostMemory.allocate(1, block_bytes)
     peer.fetch(case.orders.record("prefill-0"), case.hashes)
     match kind:
@@ -254,6 +253,7 @@ def forge(kind: str, peer: BlockPeer, case: Case) -> None:
             peer.swap(wrong, other, content=True, proofs=True)
 
 
+@pytest.mark.on_vllm
 @pytest.mark.parametrize("kind", FORGERIES)
 async def test_what_a_forger_lends_is_not_used(stack: Stack, kind: str) -> None:
     case = Case(stack, 40 + FORGERIES.index(kind))
@@ -269,12 +269,13 @@ async def test_what_a_forger_lends_is_not_used(stack: Stack, kind: str) -> None:
     stack.check_clean()
 
 
+@pytest.mark.on_vllm
 async def test_who_lacks_the_peers_secret_gives_a_store_nothing(stack: Stack) -> None:
     case = Case(stack, 51)
     store = case.orders.record("store-0")
     came = stack.metric("store-0", "tandem:peers_unproven_total", port="kv")
     with BlockPeer(case.orders.record("prefill-0"), has_secret=False) as stranger:
-        stranger.hold(case.hashes, bytes(len(case.contents[0])), [0] * NUM_SHARED_BLOCKS)
+        stranger.hold(case.hashes, bytes(case.block_bytes), [0] * NUM_SHARED_BLOCKS)
         assert "secret" in stranger.offer(store, case.hashes)
     await case.until(
         lambda: stack.metric("store-0", "tandem:peers_unproven_total", port="kv") == came + 1, "the store to count him"
@@ -285,10 +286,11 @@ async def test_who_lacks_the_peers_secret_gives_a_store_nothing(stack: Stack) ->
     stack.check_clean()
 
 
+@pytest.mark.on_vllm
 async def test_what_a_forger_gives_a_store_is_not_used_and_leaves_it_for_what_was_computed(stack: Stack) -> None:
     case = Case(stack, 50)
     with BlockPeer(case.orders.record("prefill-0")) as peer:
-        peer.hold(case.hashes, bytes(len(case.contents[0])), [0] * NUM_SHARED_BLOCKS)
+        peer.hold(case.hashes, bytes(case.block_bytes), [0] * NUM_SHARED_BLOCKS)
         peer.offer(case.orders.record("store-0"), case.hashes)
         await until_held(stack, case.hashes, "store-0", Tier.STORE)
     refuted = stack.metric("store-0", "tandem:store_refuted_blocks_total")

@@ -533,7 +533,7 @@ class VllmEngine:
         assert core is not None
         stats.num_preemptions += core.num_preemptions - live.num_preemptions
         live.num_preemptions = core.num_preemptions
-        if part.num_known > 1 or part.start < asked.num_context_tokens:
+        if part.num_known > 1 or part.start < asked.num_context_tokens - live.has_joined:
             stats.num_prompt_tokens += part.num_known
         tokens = tuple[SampledToken, ...]()
         reason: FinishReason | None = None
