@@ -14,6 +14,10 @@ import pytest
 
 from kvstore.block import BlockLayout, HostMemory, ProofKey, subject_of
 from kvstore.index import Tier
+from services.engine.api import SamplingParams
+from services.engine.config import EngineConfig
+from services.engine.native import Engine
+from services.engine.native.scheduling import Request
 from tests.block_peer import BlockPeer
 from tests.hf_models import random_prompts, reference_greedy
 from tests.index_view import until_held
@@ -52,14 +56,18 @@ class Case:
         self.expected = reference_greedy(stack.model, self.prompts, num_new_tokens, ignore_eos=True)
         self.hashes = self.orders.hashes(self.shared)
         self.contents: list[bytes] = []
-        """Of the first prompt's full blocks, its answer's with them, once they are computed."""
+        """Of the first prompt's full blocks at least, its answer's with them, once they are computed."""
 
     async def compute(self, decode: str, prefill: str | None) -> None:
         tokens, _ = await self.orders.generate(self.prompts[0], decode, prefill, [])
         assert tokens == self.expected[0]
-        record = self.orders.record(decode)
-        with BlockPeer(record) as peer:
-            self.contents = peer.fetch(record, self.orders.hashes(self.prompts[0] + tokens[:-1]))
+        known = self.prompts[0] + tokens[:-1]
+        if self.stack.engine == "native":
+            self.contents = native_contents(self.stack.model, known)
+        else:
+            record = self.orders.record(decode)
+            with BlockPeer(record) as peer:
+                self.contents = peer.fetch(record, self.orders.hashes(known))
 
     @property
     def block_bytes(self) -> int:
@@ -78,6 +86,19 @@ class Case:
 
     async def until(self, condition: Callable[[], bool], what: str) -> None:
         await asyncio.to_thread(self.stack.wait_for, condition, what)
+
+
+def native_contents(model: Path, prompt: list[int]) -> list[bytes]:
+    """What a worker of the stack writes into the blocks of this prompt: its engine is this one, to the last bit."""
+    engine = Engine.from_config(EngineConfig(str(model), max_model_len=1800, num_gpu_blocks_override=64, num_threads=1))
+    sampling = SamplingParams(temperature=0.0, max_tokens=1)
+    request = Request("r", prompt, sampling, hold_blocks=True, transfer_id=bytes(16))
+    engine.add_request(request)
+    while engine.has_work:
+        engine.step()
+    memory = engine.memory
+    assert isinstance(memory, HostMemory)
+    return [memory.view(block_id).tobytes() for block_id in request.block_table]
 
 
 @pytest.mark.on_vllm
