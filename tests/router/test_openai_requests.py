@@ -176,6 +176,8 @@ BAD_COMMON = [
     ("stream_options", {"include_usage": True}), ("stream_options", []), ("ignore_eos", 1),
     ("cache_salt", ""), ("cache_salt", 5), ("cache_salt", "x" * 1025), ("prompt_logprobs", -1), ("prompt_logprobs", 21),
     ("use_beam_search", True), ("structured_outputs", {"json": {}}), ("guided_choice", ["a"]), ("bad_words", ["x"]),
+    ("guided_json", {"type": "object"}), ("guided_regex", "a+"), ("guided_grammar", "root ::= x"),
+    ("response_format", {"type": "json_schema", "json_schema": {}}),
     ("response_format", {"type": "json_object"}), ("response_format", {"type": "x"}), ("response_format", "x"),
     ("chat_template", "{{ 1 }}"), ("skip_special_tokens", "no"), ("best_of", 2), ("best_of", -1),
 ]  # fmt: skip
