@@ -266,6 +266,9 @@ class Engine(Protocol):
     def has_work(self) -> bool:
         """Whether a step would compute something. False while all that waits waits for memory that others hold."""
 
+    def when_lost(self, tell: Callable[[], None]) -> None:
+        """Have `tell` called, from any thread, when a process that computes for it is gone: the next step raises."""
+
     @property
     def step_shape(self) -> StepShape:
         """The work of the step that is being computed, NO_STEP between two. Any thread."""

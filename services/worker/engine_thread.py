@@ -71,6 +71,7 @@ class EngineThread:
 
     def start(self, listener: StepListener) -> None:
         self._runner = self._threads.start("engine", lambda: self._turn(listener))
+        self._engine.when_lost(self._runner.wake)
         self._runner.wake()
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:

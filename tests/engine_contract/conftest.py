@@ -22,7 +22,14 @@ ENGINES: dict[str, Callable[[EngineConfig], Engine]] = {
     "native with a host tier": lambda config: NativeEngine.from_config(replace(config, kv_offloading_size=0.01)),
     "paced": lambda config: open_paced(replace(config, engine="paced"), sleep=lambda seconds: None),
 }
-VLLM = [pytest.param("vllm", marks=pytest.mark.vllm)] if importlib.util.find_spec("vllm") else []
+VLLM = (
+    [
+        pytest.param("vllm", marks=pytest.mark.vllm),
+        pytest.param("vllm of two ranks", marks=[pytest.mark.vllm, pytest.mark.slow]),
+    ]
+    if importlib.util.find_spec("vllm")
+    else []
+)
 """Where it is installed."""
 
 
@@ -56,16 +63,26 @@ def vllm_engines(wider_model: Path, settings: dict[str, int]) -> VllmEngines:
     return VllmEngines(wider_model, **{name: value * (1 + (name in per_token)) for name, value in settings.items()})
 
 
+@pytest.fixture(scope="module")
+def vllm_of_two(vllm_engines: VllmEngines) -> Iterator[VllmEngines]:
+    """The same, divided among two ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")  # this process has one thread, and has imported vLLM
+        engines = vllm_engines.divided(2)
+        yield engines
+        engines.close()
+
+
 @pytest.fixture(params=[*ENGINES, *VLLM])
-def make(
-    request: pytest.FixtureRequest, model: Path, settings: dict[str, int], vllm_engines: VllmEngines
-) -> Iterator[Callable[[], Engine]]:
+def make(request: pytest.FixtureRequest, model: Path, settings: dict[str, int]) -> Iterator[Callable[[], Engine]]:
     """Makes engines; when the test ends, nobody may hold a block of any."""
     made: list[Engine] = []
+    lenders = {"vllm": "vllm_engines", "vllm of two ranks": "vllm_of_two"}
+    lender = request.getfixturevalue(lenders[request.param]) if request.param in lenders else None
 
     def make_one() -> Engine:
         config = EngineConfig(str(model), device="cpu", **settings)  # type: ignore[arg-type]
-        made.append(vllm_engines.make() if request.param == "vllm" else ENGINES[request.param](config))
+        made.append(lender.make() if lender is not None else ENGINES[request.param](config))
         return made[-1]
 
     yield make_one
@@ -74,7 +91,8 @@ def make(
         load = engine.load()
         assert (load.num_lent_blocks, load.num_free_blocks) == (0, load.num_blocks)
         assert (load.num_running, load.num_waiting, load.num_waiting_tokens) == (0, 0, 0)
-    vllm_engines.take_back()
+    if lender is not None:
+        lender.take_back()
 
 
 @pytest.fixture

@@ -103,7 +103,6 @@ def test_what_it_cannot_do_is_refused_and_it_goes_on(vllm: Engine) -> None:
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ("--tensor-parallel-size 2", "tensor-parallel-size"),
         ("--enable-lora", "lora-modules"),
         ("--kv-cache-dtype foo", "kv-cache-dtype"),
     ],

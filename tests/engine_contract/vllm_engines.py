@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ class VllmEngines:
         self._idle: list[tuple[Any, Any]] = []  # core, its rank's connector
         self._lent: list[tuple[Any, Any]] = []
 
+    def divided(self, num_ranks: int) -> VllmEngines:
+        """Others, of several ranks."""
+        others = VllmEngines(Path(self._config.model))
+        others._config = replace(self._config, engine_args=f"--tensor-parallel-size {num_ranks}")
+        return others
+
     def make(self) -> Any:
         """Lend one."""
         from services.engine.vllm import opening
@@ -34,6 +41,12 @@ class VllmEngines:
         engine = opening._around(core, config, Path(config.model), ProofKey.public(), lambda share: None)
         return _InTurn(engine, rank)
 
+    def lose(self) -> None:
+        """Those that were lent are of no use any more."""
+        for core, _ in self._lent:
+            core.shutdown()
+        self._lent.clear()
+
     def take_back(self) -> None:
         """Forget what they have cached. One of which a failed test still holds blocks is not used again."""
         for core, rank in self._lent:
@@ -44,8 +57,15 @@ class VllmEngines:
                 self._idle.append((core, rank))
         self._lent.clear()
 
+    def close(self) -> None:
+        """End them, and the processes of their ranks."""
+        for core, rank in (*self._idle, *self._lent):
+            _put(rank)
+            core.shutdown()
+        self._idle.clear()
+
     def _load(self) -> tuple[Any, Any]:
-        from vllm.distributed.kv_transfer import get_kv_transfer_group
+        from vllm.distributed.kv_transfer import kv_transfer_state
         from vllm.platforms import current_platform
 
         from services.engine.vllm import opening
@@ -56,7 +76,7 @@ class VllmEngines:
         core, _ = opening._open_core(self._config, Path(self._config.model))
         # Done once a process: where it looks for its kernels it stumbles over numba, which came with the first engine.
         type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
-        return core, get_kv_transfer_group()
+        return core, kv_transfer_state._KV_CONNECTOR_AGENT
 
 
 def _put(rank: Any) -> None:

@@ -32,6 +32,9 @@ class ScriptedEngine:
     def has_work(self) -> bool:
         return self.num_steps_left > 0
 
+    def when_lost(self, tell: Callable[[], None]) -> None:
+        self.lose = tell
+
     def step(self, on_begun: object) -> StepOutput:
         self.log.append("step")
         self.in_step.set()
@@ -124,6 +127,18 @@ async def test_a_crash_fails_pending_and_later_calls(engine: ScriptedEngine, thr
     assert isinstance(await thread.crashed, RuntimeError)
     with pytest.raises(EngineCrashed, match="the step burst"):
         await thread.call(lambda: "never")
+
+
+async def test_an_idle_engine_that_loses_what_computes_for_it_crashes_at_once(
+    engine: ScriptedEngine, thread: EngineThread
+) -> None:
+    await thread.call(lambda: None)
+    engine.fails_in_step, engine.num_steps_left = True, 1
+    engine.may_finish.set()
+    await asyncio.to_thread(engine.lose)
+    assert str(await asyncio.wait_for(asyncio.shield(thread.crashed), 10)) == "the step burst"
+    with pytest.raises(EngineCrashed):
+        await thread.call(lambda: None)
 
 
 async def test_the_thread_has_work_while_it_steps_and_gets_on_with_each_step(

@@ -278,6 +278,9 @@ class Engine:
     def has_work(self) -> bool:
         return self._scheduler.has_work
 
+    def when_lost(self, tell: Callable[[], None]) -> None:
+        """All that computes is in this process."""
+
     def step(self, on_begun: Callable[[api.Request], None] = lambda request: None) -> StepOutput:
         batch = self._schedule(on_begun)
         if batch is None:

@@ -1,8 +1,9 @@
 """vLLM behind the port: its scheduler, models and kernels, with our block hashes, loans and proofs.
 
-Nothing outside this room imports vllm. `EngineCore` runs on the worker's engine thread, one step a call; no process,
-no socket, no polling. Blocks are vLLM's own, under its own ids (0 is its null block, which nobody else sees); its
-prefix cache is keyed by our hashes, so that index, stores and peers understand it. What the port says comes about so:
+Nothing outside this room imports vllm. `EngineCore` runs on the worker's engine thread, one step a call; with one rank
+no process, no socket, no polling. Blocks are vLLM's own, under its own ids (0 is its null block, which nobody else
+sees); its prefix cache is keyed by our hashes, so that index, stores and peers understand it. What the port says comes
+about so:
 
     the port                    here
     check                       our limits, then `Model.check_sampling`: what vLLM cannot do is refused by name
@@ -39,6 +40,10 @@ A request, and what an abort finds to free:
 
 Reservations and vLLM's queue are one order, by priority and arrival: what comes after a reservation that waits for
 blocks stays BEHIND it, and no reservation takes blocks that an older request of the queue waits for.
+
+Ranks (`--tensor-parallel-size`): processes of vLLM's, started and stepped by its executor; each shows its cache to this
+one, where all of them are one memory (`ranks`, `services.engine.shared_tensor`). Heads that several ranks have are read
+from the first, and given to the others as blocks arrive.
 
 Failures: a block that does not match its proof never comes here (the exchange keeps it out), and the caller tries
 elsewhere or computes. A joining request that cannot get the one block for its partial one, since all others are lent,

@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from services.engine.config import EngineConfig
-from services.settings import SettingsError, engine_arguments, tensor_parallel_size
+from services.settings import SettingsError, engine_arguments
 
 if TYPE_CHECKING:
     from vllm import EngineArgs
@@ -20,9 +20,11 @@ _ENVIRONMENT: Final = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several workers share a machine
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # until ranks get SIGTERM, which they wait for; they hold nothing
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of ranks: a worker has threads, which a fork would leave half done
 }
 _NEEDED_ENVIRONMENT: Final = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one rank runs on our thread
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # it schedules, and a single rank computes, on our thread
     "VLLM_CONFIGURE_LOGGING": "0",  # its records go where ours go, in their format
     "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES": "0",  # else it tells half of each hash
 }
@@ -48,8 +50,6 @@ def make_arguments(
     from vllm.config import KVEventsConfig, KVTransferConfig
 
     arguments = _parsed(config.engine_args, directory)
-    if tensor_parallel_size(config.engine_args) > 1:
-        raise SettingsError("--tensor-parallel-size: blocks of several ranks are not handed over yet", "engine_args")
     if arguments.enable_lora and not config.lora_modules:
         raise SettingsError("--enable-lora: name the adapters, --lora-modules name=path", "engine_args")
     if config.lora_modules:
@@ -76,6 +76,7 @@ def make_arguments(
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
         "async_scheduling": False,  # a step has to have ended before its blocks are announced
+        "distributed_executor_backend": "mp" if arguments.tensor_parallel_size > 1 else None,
         "worker_extension_cls": "services.engine.vllm.ranks.RankExtension",
         "kv_events_config": KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
         "kv_transfer_config": KVTransferConfig(

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import torch
+from torch import Tensor
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -22,6 +24,7 @@ from kvstore.pool import CacheChange
 from kvstore.protocol import AnnouncedBlock, Reservation
 from services.engine.api import (
     Capabilities,
+    EngineError,
     EngineLoad,
     EngineStats,
     FinishReason,
@@ -55,6 +58,8 @@ class Model:
     eos_token_ids: frozenset[int]
     max_num_waiting: int
     shares_blocks: bool
+    copies: Sequence[tuple[Tensor, Tensor]]
+    """Of the caches of ranks that have the same heads: which transfers write to, and which has to be given it."""
     adapters: Mapping[str, LoRARequest]  # by key
 
 
@@ -109,11 +114,13 @@ class VllmEngine:
         self._scheduler.kv_event_publisher = EventSink(self._book)
         connector.plan = self._plan
         self._has_states = not self._config.use_v2_model_runner  # the first runner keeps a request's state, and seeds
+        self._has_ranks = self._config.parallel_config.tensor_parallel_size > 1
         self._numbers = itertools.count(1)
         self._live: dict[str, Live] = {}
         self._by_core_id: dict[str, Live] = {}  # QUEUED
         self._turns = Turns()
         self._num_reserved = 0
+        self._is_lost = False  # a rank is
         self._is_stuck = False  # the last step found that all that waits, waits for memory
         self._stats = EngineStats()
         self._scheduled: list[_Scheduled] = []
@@ -176,6 +183,7 @@ class VllmEngine:
                 f" {len(block_ids)} blocks"
             )
         self._book.loans.take_over(block_ids)
+        self._spread(block_ids)
         request.timeline.mark(Event.DECODE_JOINED)
         told = () if first_token is None else (first_token,)
         outputs = [*request.resumed_token_ids, *(token.token_id for token in told)]
@@ -253,8 +261,16 @@ class VllmEngine:
         parent_hash: BlockHash | None = None,
     ) -> None:
         self._book.loans.check(block_ids)
+        self._spread(block_ids)
         if self._model.shares_blocks:
             self._book.publish(block_ids, hashes, proofs, parent_hash)
+
+    def _spread(self, block_ids: Sequence[int]) -> None:
+        """Give blocks that came from elsewhere to the ranks which transfers do not write to."""
+        for source, target in self._model.copies:
+            target[:, block_ids] = source[:, block_ids].to(target.device)
+            if target.is_cuda:
+                torch.cuda.synchronize(target.device)
 
     def release_blocks(self, block_ids: Sequence[int]) -> None:
         self._book.loans.release(block_ids)
@@ -312,10 +328,22 @@ class VllmEngine:
 
     @property
     def has_work(self) -> bool:
+        if self._is_lost:
+            return True
         num_running, num_waiting = self._scheduler.get_request_counts()
         return bool(num_running or (num_waiting and not self._is_stuck))
 
+    def when_lost(self, tell: Callable[[], None]) -> None:
+        def lost() -> None:
+            self._is_lost = True
+            tell()
+
+        if self._has_ranks:
+            self._core.model_executor.register_failure_callback(lost)
+
     def step(self, on_begun: Callable[[Request], None] = lambda request: None) -> StepOutput:
+        if self._is_lost:
+            raise EngineError("a rank of vLLM's is gone")
         if not self.has_work:
             return StepOutput()
         started_s, self._on_begun = self._clock(), on_begun
@@ -329,6 +357,8 @@ class VllmEngine:
             self._grant()
             return StepOutput()
         self._stats.num_steps += 1
+        if self._has_ranks and self.memory.device != "cpu":
+            self._core.collective_rpc("tandem_finish")
         block_size = self.layout.block_size
         for each in scheduled:
             self._book.proofs.prove(each.block_ids[each.start // block_size : _computed(each.live) // block_size])

@@ -35,10 +35,25 @@ class Kept:
     num_layers: int
     num_vectors: int  # per token, layer and head
     head_dim: int
+    is_head_major: bool
 
 
-def read_group(config: KVCacheConfig) -> Kept:
-    """Return what the model keeps. Raises `UnsupportedModel` for what is not full attention alone."""
+@dataclass(frozen=True)
+class RankCache:
+    """What a rank says of its cache; equal on all ranks."""
+
+    packing: str
+    """What `probe` returned."""
+    isa: str
+    scales: str
+    attention_backend: str
+
+
+def read_group(config: KVCacheConfig, cache_layout: str) -> Kept:
+    """Return what the model keeps, by vLLM's name of the order (`LBHNC`).
+
+    Raises `UnsupportedModel` for what is not full attention alone.
+    """
     groups = config.kv_cache_groups
     kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
     if kinds == ["SlidingWindowSpec"]:
@@ -57,13 +72,15 @@ def read_group(config: KVCacheConfig) -> Kept:
     num_vectors = 1 if isinstance(spec, MLAAttentionSpec) else 2
     if num_vectors == 2 and spec.head_size_v != spec.head_size:
         raise UnsupportedModel(f"its keys have {spec.head_size} numbers, its values {spec.head_size_v}")
-    return Kept(spec, len(groups[0].layer_names), num_vectors, spec.head_size)
+    is_head_major = spec.num_kv_heads == 1 or cache_layout.index("H") < cache_layout.index("N")
+    return Kept(spec, len(groups[0].layer_names), num_vectors, spec.head_size, is_head_major)
 
 
-def byte_view(caches: Mapping[str, Tensor], num_blocks: int) -> Tensor:
+def byte_view(caches: Mapping[str, Tensor], num_blocks: int, *, joins_layers: bool) -> Tensor:
     """View vLLM's caches as bytes, uint8 `[num_pieces, num_blocks, piece_bytes]`, without copying any.
 
-    Raises `ModelError` where they are not as we think.
+    `joins_layers`: layers side by side are one piece, as they may be where no other rank's come between them. Raises
+    `ModelError` where they are not as we think.
     """
     tensors = sorted(caches.values(), key=Tensor.data_ptr)
     first, storage = tensors[0], tensors[0].untyped_storage()
@@ -84,42 +101,66 @@ def byte_view(caches: Mapping[str, Tensor], num_blocks: int) -> Tensor:
     if problem is not None:
         raise ModelError(f"vLLM's cache is not laid out as we know it: {problem}")
     num_pieces = len(tensors)
-    if layer_stride == piece_bytes:  # side by side: one piece
+    if layer_stride == piece_bytes and joins_layers:
         piece_bytes, num_pieces = num_pieces * piece_bytes, 1
     raw = torch.empty(0, dtype=torch.uint8, device=first.device).set_(storage)  # type: ignore[call-overload]
     begin = first.data_ptr() - storage.data_ptr()
     return raw.as_strided((num_pieces, num_blocks, piece_bytes), (layer_stride, block_stride, 1), begin)
 
 
+def rank_cache(config: VllmConfig, layers: Mapping[str, Any], packing: str) -> RankCache:
+    """Say it of this rank."""
+    layer = next(iter(layers.values()))
+    return RankCache(
+        packing=packing,
+        isa=str(getattr(layer, "isa", getattr(layer.impl, "isa", ""))),
+        scales=_scales(layers) if config.cache_config.cache_dtype.startswith("fp8") else "",
+        attention_backend=str(layer.get_attn_backend().get_name()),
+    )
+
+
+def num_holders(config: VllmConfig, kept: Kept) -> int:
+    """Return how many ranks have each head. Raises `UnsupportedModel` where their parts do not make up a block."""
+    num_ranks, num_heads = int(config.parallel_config.tensor_parallel_size), int(kept.spec.num_kv_heads)
+    if num_ranks == 1:
+        return 1
+    if not kept.is_head_major:
+        raise UnsupportedModel(
+            f"vLLM keeps its cache as {config.cache_config.kv_cache_layout}, tokens before heads, of which"
+            f" {num_ranks} ranks' parts are no block's neighbours: --tensor-parallel-size 1 alone"
+        )
+    total = 1 if kept.num_vectors == 1 else int(config.model_config.get_total_num_kv_heads())
+    if total % num_heads or num_ranks % (total // num_heads):
+        raise UnsupportedModel(f"its {total} KV heads are not divided evenly among {num_ranks} ranks")
+    return num_ranks // (total // num_heads)
+
+
 def block_layout(
-    config: VllmConfig, kept: Kept, layers: Mapping[str, Any], packing: str, fingerprint: str, proof_key: str
+    config: VllmConfig, kept: Kept, num_shares: int, said: RankCache, fingerprint: str, proof_key: str
 ) -> BlockLayout:
-    """Declare the layout; `packing` is what `probe` returned."""
-    layer, parallel = next(iter(layers.values())), config.parallel_config
+    """Declare the layout, of all heads, which `num_shares` ranks have among them."""
     return BlockLayout(
         num_layers=kept.num_layers,
-        num_kv_heads=kept.spec.num_kv_heads,
+        num_kv_heads=kept.spec.num_kv_heads * num_shares,
         block_size=config.cache_config.block_size,
         head_dim=kept.head_dim,
         dtype=str(kept.spec.dtype).removeprefix("torch."),
         model_fingerprint=fingerprint,
         proof_key=proof_key,
         engine="vllm",
-        kernel_layout=f"{config.cache_config.kv_cache_layout.replace('B', '')}/{packing}",
-        isa=str(getattr(layer, "isa", getattr(layer.impl, "isa", ""))),
-        scales=_scales(layers) if config.cache_config.cache_dtype.startswith("fp8") else "",
-        attention_backend=str(layer.get_attn_backend().get_name()),
+        kernel_layout=f"{config.cache_config.kv_cache_layout.replace('B', '')}/{said.packing}",
+        isa=said.isa,
+        scales=said.scales,
+        attention_backend=said.attention_backend,
         num_vectors=kept.num_vectors,
-        tp_size=parallel.tensor_parallel_size,
-        tp_rank=parallel.rank,
     )
 
 
 def probe(view: Tensor, caches: Mapping[str, Tensor], layers: Mapping[str, Any], kept: Kept) -> str:
     """Write known keys and values through the engine's own path, and look for them in our rows.
 
-    Returns 16 hex digits that two workers share exactly where their kernels pack alike. Raises `ModelError` where a
-    block is not what and where we think it is. To be called before anything is cached.
+    Returns 16 hex digits that two workers share exactly where their kernels pack alike, however many heads each rank
+    has. Raises `ModelError` where a block is not what and where we think it is. To be called before anything is cached.
     """
     blocks = view[:, :NUM_PROBED]
     before = blocks.clone()
@@ -128,15 +169,19 @@ def probe(view: Tensor, caches: Mapping[str, Tensor], layers: Mapping[str, Any],
     written = blocks[:, _WRITTEN].clone()
     if any(not torch.equal(blocks[:, other], before[:, other]) for other in (0, _COPIED, _AGAIN)):
         raise ModelError("probe: what was written to one block of vLLM's cache appeared in another of ours")
+    num_parts = len(layers) * (kept.spec.num_kv_heads if kept.is_head_major else 1)
+    parts = written.reshape(num_parts, -1)
     if kept.spec.dtype.itemsize in _WORDS:
-        _find_all(written, torch.cat([_known(kept, index, view).reshape(-1) for index in range(len(layers))]))
+        known = torch.stack([_known(kept, index, view).transpose(0, 1) for index in range(len(layers))])
+        _find_all(parts, known.reshape(num_parts, -1))
     blocks[:, _COPIED] = written
     for index, (name, layer) in enumerate(layers.items()):
         _write(caches[name], layer, kept, _AGAIN, seed=index)
     if not torch.equal(blocks[:, _AGAIN], blocks[:, _COPIED]):
         raise ModelError("probe: the same keys and values have other bytes in another block of vLLM's cache")
     blocks.copy_(before)
-    return hashlib.blake2b(written.cpu().numpy().tobytes(), digest_size=8, person=b"tandem.probe").hexdigest()
+    first_heads = parts[:: num_parts // len(layers)].cpu().numpy()
+    return hashlib.blake2b(first_heads.tobytes(), digest_size=8, person=b"tandem.probe").hexdigest()
 
 
 def _write(cache: Tensor, layer: Any, kept: Kept, block_id: int, seed: int) -> None:
@@ -156,17 +201,17 @@ def _known(kept: Kept, seed: int, like: Tensor) -> Tensor:
 
     As unlike as numbers can be that each element type holds exactly: seven bits of a fraction, some exponents.
     """
-    shape = (kept.spec.block_size, kept.spec.num_kv_heads, kept.num_vectors * kept.head_dim)
+    shape = (kept.spec.num_kv_heads, kept.spec.block_size, kept.num_vectors * kept.head_dim)
     numbers = torch.arange(math.prod(shape), dtype=torch.int64) * 2654435761 + 40503 * seed
     values = (numbers % 128 + 128).to(torch.float32) * torch.exp2((numbers >> 7) % 12 - 12.0)
     dtype = torch.get_default_dtype() if kept.spec.dtype.itemsize < 2 else kept.spec.dtype
-    return values.reshape(shape).to(like.device, dtype)
+    return values.reshape(shape).transpose(0, 1).to(like.device, dtype)
 
 
 def _find_all(written: Tensor, values: Tensor) -> None:
-    """Raise unless a block has exactly the elements that were written, in whatever order."""
+    """Raise unless each part of a block, a row, has exactly the elements that were written, in whatever order."""
     words = _WORDS[values.element_size()]
-    found, expected = (each.contiguous().view(-1).view(words).sort().values for each in (written, values))
+    found, expected = (each.contiguous().view(words).sort(dim=1).values for each in (written, values))
     if not torch.equal(found, expected):
         raise ModelError("probe: a block of ours does not hold the keys and values that vLLM wrote to it")
 

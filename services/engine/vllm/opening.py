@@ -17,13 +17,15 @@ from services.engine.foreign import model_fingerprint
 from services.engine.model_config import ModelError, UnsupportedModel, read_json
 from services.engine.vllm.arguments import make_arguments, prepare_environment
 from services.machine import Gpu, available_memory_bytes
-from services.settings import SettingsError, block_meaning
+from services.settings import SettingsError, block_meaning, tensor_parallel_size
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
 
     from services.engine.vllm.engine import VllmEngine
+    from services.engine.vllm.layout import Kept, RankCache
 
 GUESSES_FROM_TOKENS: Final = ("ngram", "ngram_gpu", "suffix")
 """Ways to speculate that keep no KV."""
@@ -63,7 +65,9 @@ def _open_core(config: EngineConfig, directory: Path) -> tuple[Any, EngineConfig
     cache_bytes = config.kv_cache_memory_bytes
     if is_cpu:
         dtype = _own_dtype(directory) if dtype == "auto" else dtype
-        cache_bytes = cache_bytes or default_host_bytes(available_memory_bytes())
+        cache_bytes = cache_bytes or default_host_bytes(available_memory_bytes()) // tensor_parallel_size(
+            config.engine_args
+        )
     try:
         arguments = make_arguments(config, str(directory), dtype, cache_bytes, is_cpu=is_cpu)
         vllm_config = arguments.create_engine_config()
@@ -92,12 +96,10 @@ def _around(
     tell: Callable[[float], None],
 ) -> VllmEngine:
     """Put the adapter around a core that has loaded its model."""
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
-
     from services.engine.tensor_memory import tensor_memory
     from services.engine.vllm.connector import TandemConnector
     from services.engine.vllm.engine import Model, VllmEngine
-    from services.engine.vllm.layout import NUM_PROBED, block_layout, byte_view, probe, read_group
+    from services.engine.vllm.layout import NUM_PROBED, block_layout, num_holders, read_group
 
     vllm_config, scheduler = core.vllm_config, core.scheduler
     model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
@@ -107,27 +109,24 @@ def _around(
             f" give --block-size {cache_config.block_size} to all workers of it",
             "block_size",
         )
-    kept = read_group(scheduler.kv_cache_config)
+    kept = read_group(scheduler.kv_cache_config, cache_config.kv_cache_layout)
     # vLLM switches its cache off where a backend cannot go on from it (MLA on CPUs without AMX).
     shares_blocks = config.enable_prefix_caching and bool(cache_config.enable_prefix_caching)
     num_blocks = cache_config.num_gpu_blocks
     if num_blocks < NUM_PROBED:
         raise SettingsError(f"{num_blocks} KV blocks are too few; give more", "kv_cache_memory_bytes")
-    core.collective_rpc("tandem_attach")
-    connector, rank = scheduler.get_kv_connector(), get_kv_transfer_group()
+    holders = num_holders(vllm_config, kept)
+    caches, said_of_cache = _open_ranks(core, kept, num_blocks)
+    shares = caches[::holders]  # the ranks that have a head are neighbours
+    connector = scheduler.get_kv_connector()
     assert isinstance(connector, TandemConnector)
-    assert isinstance(rank, TandemConnector)
-    context = vllm_config.compilation_config.static_forward_context
-    layers = {name: context[name] for name in rank.caches}
-    view = byte_view(rank.caches, num_blocks)
-    packing = probe(view, rank.caches, layers, kept)
     tell(0.5)
     said = [str(model_config.dtype), block_meaning(config.engine_args)]
     adapters = _load_adapters(core, config)
     settings = model_config.hf_config.to_dict()
     fingerprint = model_fingerprint(directory, settings, said, lambda share: tell(0.5 + 0.5 * share))
-    layout = block_layout(vllm_config, kept, layers, packing, fingerprint, proof_key.key_id)
-    memory = tensor_memory(view)
+    layout = block_layout(vllm_config, kept, len(shares), said_of_cache, fingerprint, proof_key.key_id)
+    memory = tensor_memory(*shares)
     if memory.block_bytes != layout.block_bytes:
         raise ModelError(f"vLLM's blocks have {memory.block_bytes} bytes, and {layout} would have {layout.block_bytes}")
     return VllmEngine(
@@ -139,6 +138,7 @@ def _around(
             max_num_waiting=config.max_num_waiting,
             shares_blocks=shares_blocks,
             adapters=adapters,
+            copies=[(caches[rank - rank % holders], cache) for rank, cache in enumerate(caches) if rank % holders],
         ),
         Capabilities(
             max_model_len=model_config.max_model_len,
@@ -160,6 +160,28 @@ def _around(
         memory,
         proof_key,
     )
+
+
+def _open_ranks(core: Any, kept: Kept, num_blocks: int) -> tuple[list[Tensor], RankCache]:
+    """Return each rank's cache, as this process has it, and what they say of it. Raises `ModelError`."""
+    from services.engine.shared_tensor import SharedTensor, map_shared
+    from services.engine.vllm.layout import NUM_PROBED
+
+    marked = NUM_PROBED - 1
+    try:
+        answers = core.collective_rpc("tandem_attach", args=(kept, num_blocks))
+        caches = [map_shared(each) if isinstance(each, SharedTensor) else each for each, _ in answers]
+        core.collective_rpc("tandem_mark", args=(marked,))
+    except (OSError, RuntimeError) as error:  # what ranks raise comes as a RuntimeError's text
+        raise ModelError(f"vLLM's cache is not to be had: {error}") from error
+    for rank, cache in enumerate(caches):
+        if not bool((cache[:, marked] == rank + 1).all()):
+            raise ModelError(f"what rank {rank} writes to its cache is not seen in the worker's process")
+        cache[:, marked] = 0
+    _, said = zip(*answers, strict=True)
+    if len(set(said)) > 1:
+        raise ModelError(f"ranks keep their caches in different ways: {said}")
+    return caches, said[0]
 
 
 def _load_adapters(core: Any, config: EngineConfig) -> dict[str, LoRARequest]:
