@@ -66,11 +66,9 @@ def vllm_engines(wider_model: Path, settings: dict[str, int]) -> VllmEngines:
 @pytest.fixture(scope="module")
 def vllm_of_two(vllm_engines: VllmEngines) -> Iterator[VllmEngines]:
     """The same, divided among two ranks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")  # this process has one thread, and has imported vLLM
-        engines = vllm_engines.divided(2)
-        yield engines
-        engines.close()
+    engines = vllm_engines.divided(2)
+    yield engines
+    engines.close()
 
 
 @pytest.fixture(params=[*ENGINES, *VLLM])

@@ -46,15 +46,10 @@ def test_a_rank_that_is_killed_ends_the_engine_and_leaves_nothing(vllm_of_two: V
     engine.add_request(ask("r", prompt_of(engine, 90)))
     engine.step()
     ranks = [worker.proc for worker in engine._core.model_executor.workers]
-    assert not [name for name in os.listdir("/dev/shm") if name.endswith(("cpushm_0", "cpushm_1")) and _is_ours(name)]
     os.kill(ranks[1].pid, signal.SIGKILL)
-    assert lost.wait(60)
+    assert lost.wait(120)
     assert engine.has_work
     with pytest.raises(EngineError, match="a rank of vLLM's is gone"):
         engine.step()
     vllm_of_two.lose()
     assert not any(rank.is_alive() for rank in ranks)
-
-
-def _is_ours(name: str) -> bool:
-    return os.stat(f"/dev/shm/{name}").st_uid == os.getuid()
