@@ -24,7 +24,7 @@ _MAX_DIMENSION = 1 << 20
 _MAX_BLOCK_BYTES = 1 << 32
 _MAX_NAME_CHARS = 256
 
-_DIMENSIONS: Final = ("num_layers", "num_kv_heads", "block_size", "head_dim", "num_vectors", "tp_size")
+_DIMENSIONS: Final = ("num_layers", "num_kv_heads", "block_size", "head_dim", "num_vectors")
 _MIN_NAME_CHARS: Final = {"model_fingerprint": 1, "engine": 1} | dict.fromkeys(
     ("proof_key", "kernel_layout", "isa", "scales", "attention_backend"), 0
 )
@@ -44,7 +44,7 @@ class BlockLayout:
 
     num_layers: int
     num_kv_heads: int
-    """Of this rank."""
+    """Of the model, however many ranks of a worker have them among them: heads come in their order, before tokens."""
     block_size: int
     head_dim: int
     dtype: str
@@ -61,8 +61,6 @@ class BlockLayout:
     attention_backend: str = ""
     num_vectors: int = 2
     """Per token, layer and head: key and value, or the one latent vector of MLA."""
-    tp_size: int = 1
-    tp_rank: int = 0
 
     def __post_init__(self) -> None:
         for name in _DIMENSIONS:
@@ -71,10 +69,6 @@ class BlockLayout:
                 raise InvalidLayout(
                     f"block layout: {name} must be an integer in 1 .. {_MAX_DIMENSION}, not {value!r:.80}"
                 )
-        if type(self.tp_rank) is not int or not 0 <= self.tp_rank < self.tp_size:
-            raise InvalidLayout(
-                f"block layout: tp_rank must be an integer in 0 .. {self.tp_size - 1}, not {self.tp_rank!r:.80}"
-            )
         if not isinstance(self.dtype, str) or self.dtype not in DTYPE_BYTES:
             raise InvalidLayout(f"block layout: dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype!r:.80}")
         for name, min_chars in _MIN_NAME_CHARS.items():

@@ -98,11 +98,10 @@ async def test_a_read_that_goes_wrong_in_its_midst_gives_all_blocks_back(
     ("theirs", "said"),
     [
         (replace(FOREIGN, isa="vec"), "isa: ours vec, theirs amx"),
-        (replace(FOREIGN, tp_size=2), "tp_size: ours 2, theirs 1"),
         (replace(FOREIGN, dtype="float8_e5m2", scales="1f0a"), "scales: ours 1f0a, theirs (none)"),
         (LAYOUT, "engine: ours native, theirs vllm; kernel_layout: ours (none), theirs LHNC"),
     ],
-    ids=["isa", "ranks", "scales", "engine"],
+    ids=["isa", "scales", "engine"],
 )
 async def test_another_engines_blocks_are_refused_on_both_sides_naming_both_values(
     theirs: BlockLayout, said: str, caplog: pytest.LogCaptureFixture

@@ -15,13 +15,9 @@ LAYOUT = BlockLayout(
     num_layers=24, num_kv_heads=2, block_size=32, head_dim=64, dtype="bfloat16", model_fingerprint="0123abcd"
 )
 
-# One rank's blocks of an engine that fuses keys and values and packs them for its processor.
-FOREIGN = dataclasses.replace(
-    LAYOUT, engine="vllm", kernel_layout="LHNC", isa="amx", attention_backend="CPU_ATTN", tp_size=2, tp_rank=1
-)
-LATENT = dataclasses.replace(
-    FOREIGN, num_kv_heads=1, head_dim=656, num_vectors=1, dtype="uint8", scales="fp8_ds_mla", tp_size=1, tp_rank=0
-)
+# Blocks of an engine that fuses keys and values and packs them for its processor.
+FOREIGN = dataclasses.replace(LAYOUT, engine="vllm", kernel_layout="LHNC", isa="amx", attention_backend="CPU_ATTN")
+LATENT = dataclasses.replace(FOREIGN, num_kv_heads=1, head_dim=656, num_vectors=1, dtype="uint8", scales="fp8_ds_mla")
 OTHER_VALUES = {
     "num_layers": 23,
     "num_kv_heads": 4,
@@ -36,8 +32,6 @@ OTHER_VALUES = {
     "scales": "tensor:1.0",
     "attention_backend": "FLASH_ATTN",
     "num_vectors": 1,
-    "tp_size": 4,
-    "tp_rank": 0,
 }
 
 json_values = st.recursive(
@@ -89,8 +83,6 @@ def test_blocks_have_the_size_that_is_declared_whatever_their_kind():
 def test_whatever_differs_is_refused_with_both_values(name: str):
     other = dataclasses.replace(FOREIGN, **{name: OTHER_VALUES[name]})
     ours, theirs = (getattr(layout, name) or "(none)" for layout in (FOREIGN, other))
-    if name == "tp_rank":
-        theirs = 0
     with pytest.raises(IncompatibleLayout) as refused:
         FOREIGN.check_compatible(BlockLayout.from_wire(other.to_wire()), "prefill-7")
     assert str(refused.value) == (
@@ -146,10 +138,6 @@ def test_a_refusal_names_the_peer_and_every_difference_with_both_values():
         ("scales", "x" * 1000),
         ("attention_backend", 3),
         ("num_vectors", 0),
-        ("tp_size", 0),
-        ("tp_rank", 2),
-        ("tp_rank", -1),
-        ("tp_rank", "0"),
     ],
 )
 def test_an_impossible_value_from_a_peer_is_refused_by_name(field, value):
