@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from services.engine.api import Engine, EngineError
 from tests.engine_contract.test_engine_contract import ask, check_handoff, prompt_of, run, tokens
 from tests.engine_contract.vllm_engines import VllmEngines
+from tests.hf_models import write_model
 
 pytestmark = pytest.mark.vllm
 if importlib.util.find_spec("vllm") is None:  # `make test` is free of it
@@ -53,3 +55,22 @@ def test_a_rank_that_is_killed_ends_the_engine_and_leaves_nothing(vllm_of_two: V
         engine.step()
     vllm_of_two.lose()
     assert not any(rank.is_alive() for rank in ranks)
+
+
+@pytest.mark.slow
+def test_a_head_that_both_ranks_have_is_read_from_one_and_given_to_both(
+    tmp_path: Path, settings: dict[str, int]
+) -> None:
+    model = write_model(tmp_path / "one_head", "llama3", seed=5, head_dim=32, num_key_value_heads=1)
+    alone = VllmEngines(model, **{**settings, "block_size": 32, "max_num_batched_tokens": 64})
+    of_two = alone.divided(2)
+    try:
+        source, target = alone.make(), of_two.make()
+        assert source.layout == target.layout
+        assert len(target.memory.geometry.regions) == 1
+        for num_tokens in (16, 90):
+            check_handoff(source, target, num_tokens)
+            check_handoff(target, source, num_tokens + 1)
+    finally:
+        of_two.close()
+        alone.close()
