@@ -74,9 +74,12 @@ class VllmEngines:
         prepare_environment()
         _put(None)
         core, _ = opening._open_core(self._config, Path(self._config.model))
-        # Done once a process: where it looks for its kernels it stumbles over numba, which came with the first engine.
-        type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
-        return core, kv_transfer_state._KV_CONNECTOR_AGENT
+        rank = kv_transfer_state._KV_CONNECTOR_AGENT
+        if rank is not None:
+            # Done once a process that computes: where it looks for its kernels it stumbles over numba, which came with
+            # the first engine.
+            type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
+        return core, rank
 
 
 def _put(rank: Any) -> None:
