@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
 
@@ -47,6 +48,7 @@ class RankCache:
     isa: str
     scales: str
     attention_backend: str
+    is_batch_invariant: bool
 
 
 def read_group(config: KVCacheConfig, cache_layout: str) -> Kept:
@@ -116,6 +118,8 @@ def rank_cache(config: VllmConfig, layers: Mapping[str, Any], packing: str) -> R
         isa=str(getattr(layer, "isa", getattr(layer.impl, "isa", ""))),
         scales=_scales(layers) if config.cache_config.cache_dtype.startswith("fp8") else "",
         attention_backend=str(layer.get_attn_backend().get_name()),
+        is_batch_invariant=bool(envs.VLLM_BATCH_INVARIANT)
+        and all(each.get_attn_backend().supports_batch_invariance() for each in layers.values()),
     )
 
 

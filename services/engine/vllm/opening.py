@@ -149,7 +149,7 @@ def _around(
             is_exact=False,
             samples_first_token=True,
             adapters=tuple(adapters),
-            numerics=_numerics(vllm_config, layout, layers),
+            numerics=_numerics(vllm_config, layout, is_batch_invariant=said_of_cache.is_batch_invariant),
             compute={
                 "device": memory.device.split(":")[0],
                 "kernels": f"vllm/{layout.attention_backend}",
@@ -198,18 +198,13 @@ def _load_adapters(core: Any, config: EngineConfig) -> dict[str, LoRARequest]:
     return loaded
 
 
-def _numerics(config: VllmConfig, layout: BlockLayout, layers: Mapping[str, Any]) -> str:
+def _numerics(config: VllmConfig, layout: BlockLayout, *, is_batch_invariant: bool) -> str:
     """Name the arithmetic, as far as that can be: sums depend on the batch besides."""
-    from vllm import envs
-
-    steady = envs.VLLM_BATCH_INVARIANT and all(
-        layer.get_attn_backend().supports_batch_invariance() for layer in layers.values()
-    )
     model, version = config.model_config, importlib.metadata.version("vllm")
     dtype, quantization = str(model.dtype).removeprefix("torch."), model.quantization or "none"
     ranks = config.parallel_config.tensor_parallel_size
     name = f"vllm-{version}/{dtype}/{quantization}/{layout.attention_backend}/{layout.isa or 'cuda'}/{ranks}-ranks"
-    return f"{name}/batch-invariant" if steady else name
+    return f"{name}/batch-invariant" if is_batch_invariant else name
 
 
 def _gpu() -> Gpu:
