@@ -113,10 +113,10 @@ ENGINE_FLAGS: Final[tuple[EngineFlag, ...]] = (
     *_lists("--cpu-offload-params --offload-params"),
     # LoRA and speculation.
     *_switches("--enable-lora --fully-sharded-loras --specialize-active-lora --enable-mixed-moe-lora-format"),
-    *_switches("--enable-moe-shared-loras"),
+    *_rows(Fate.MEANING, "switch", "--enable-moe-shared-loras"),
     *_values("--max-loras --max-lora-rank --max-cpu-loras"),
     *_rows(Fate.MEANING, "value", "--lora-dtype"),
-    *_lists("--lora-target-modules"),
+    *_rows(Fate.MEANING, "list", "--lora-target-modules"),
     *_values("--speculative-config|-sc --spec-method --spec-model --spec-tokens"),
     # Scheduling.
     *_values("--long-prefill-token-threshold --watermark --logprobs-mode"),

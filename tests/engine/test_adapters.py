@@ -12,7 +12,7 @@ from services.engine.choice import choose
 from services.engine.config import EngineConfig
 from services.engine.limits import check_abilities
 from services.engine.request import InvalidRequest, Request, SamplingParams
-from services.settings import SettingsError
+from services.settings import SettingsError, block_meaning
 
 
 def write_files(directory: Path, weights: bytes, config: str = "{}") -> Path:
@@ -62,6 +62,13 @@ def test_pickled_weights_are_no_adapter(tmp_path: Path) -> None:
     (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
     with pytest.raises(SettingsError, match=r"a: an adapter .*adapter_model\.safetensors"):
         read_adapters((f"a={directory}",))
+
+
+@pytest.mark.parametrize(
+    "flag", ["--lora-target-modules q_proj k_proj", "--enable-moe-shared-loras", "--lora-dtype half"]
+)
+def test_flags_that_change_what_an_adapter_computes_make_other_blocks(flag: str) -> None:
+    assert block_meaning(flag) == (flag,)
 
 
 def test_the_native_engine_has_no_adapters() -> None:
