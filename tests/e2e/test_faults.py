@@ -69,6 +69,7 @@ async def test_a_lost_prefill_worker_costs_a_retry_and_no_answer(
         stack.check_clean()
 
 
+@pytest.mark.on_vllm(slow=True)
 async def test_without_any_prefill_worker_prompts_are_prefilled_locally(
     make_stack: Callable[..., Stack], model: Path
 ) -> None:
@@ -131,6 +132,7 @@ async def test_an_engine_that_fails_in_a_step_costs_a_retry_and_no_answer(
         stack.check_clean()
 
 
+@pytest.mark.on_vllm(slow=True)
 async def test_redis_gone_serving_goes_on(make_stack: Callable[..., Stack], model: Path) -> None:
     prompts = random_prompts([150] * 2, seed=14)
     expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
@@ -200,6 +202,7 @@ async def handshake_refusal(stack: Stack, prefill_id: str) -> str:
     return lines[-1]
 
 
+@pytest.mark.on_vllm(slow=True)
 async def test_garbage_on_every_port_harms_nobody(make_stack: Callable[..., Stack], model: Path) -> None:
     prompt = random_prompts([200], seed=16)[0]
     expected = reference_greedy(model, [prompt], NUM_NEW_TOKENS, ignore_eos=True)[0]
@@ -223,6 +226,7 @@ async def test_garbage_on_every_port_harms_nobody(make_stack: Callable[..., Stac
         stack.check_clean()
 
 
+@pytest.mark.on_vllm(slow=True)
 async def test_sigterm_drains_before_it_ends(make_stack: Callable[..., Stack], model: Path) -> None:
     prompts = random_prompts([200] * 6, seed=17)
     expected = reference_greedy(model, prompts, NUM_STREAMED_TOKENS, ignore_eos=True)
