@@ -58,7 +58,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm serve doctor test test-vllm vllm-contract test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-vllm bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-restarts simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos restarts idle
+.PHONY: help install install-vllm serve doctor test test-vllm vllm-contract families test-slow promtool validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-peer bench-vllm bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-restarts simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos restarts idle
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -102,6 +102,9 @@ test-vllm: $(VLLM_INSTALLED) ## the tests with vLLM, in an environment of its ow
 vllm-contract: $(VLLM_INSTALLED) ## what every engine must do, asked of the one with vLLM VLLM_VERSION: what a new one has to pass
 	$(VLLM_VENV)/bin/python -m pip check
 	$(VLLM_VENV)/bin/pytest -m vllm tests/engine_contract tests/vllm
+
+families: $(VLLM_INSTALLED) ## which model families vLLM serves here and which it refuses: the tables of docs/models.md
+	$(VLLM_VENV)/bin/python -m tests.vllm.families
 
 test-slow: $(DEVELOPED) ## the tests that take minutes
 	$(BIN)/pytest -m "slow and not vllm" $(PYTEST_ARGS)

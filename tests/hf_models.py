@@ -20,6 +20,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -119,6 +120,10 @@ _FAMILIES |= {
     ),
     "gpt_neox": ("gpt_neox", {"hidden_size": 128, "intermediate_size": 256, "rotary_pct": 0.25}),
     "olmo2": ("olmo2", {"hidden_size": 128}),
+}
+FOREIGN_FAMILIES = tuple(_FAMILIES)[len(FAMILIES) :]
+"""Those that it does not."""
+_FAMILIES |= {
     "mistral_window": ("mistral", {**_WIDE, "sliding_window": 64}),
     "llama_wide": ("llama", {**_WIDE, "rope_parameters": _LLAMA3_ROPE}),
     "qwen2_wide": ("qwen2", {"hidden_size": 128}),
@@ -158,7 +163,6 @@ def write_model(
 # What no engine serves across workers: configurations alone.
 _NARROW = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 512}
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mistral_window": _FAMILIES["mistral_window"],
     "mamba": ("mamba", {**_NARROW, "state_size": 16}),
     "bamba": ("bamba", {**_BASE, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_state": 16}),
     "bart": ("bart", {"vocab_size": VOCAB_SIZE, "d_model": 64, "encoder_layers": 1, "decoder_layers": 1}),
@@ -166,9 +170,6 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", {**_NARROW, "num_attention_heads": 2, "intermediate_size": 128}),
 }
 _ARCHITECTURES = {
-    "mistral_window": "MistralForCausalLM",
-    "mamba": "MambaForCausalLM",
-    "bamba": "BambaForCausalLM",
     "bart": "BartForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "bert": "BertForMaskedLM",
@@ -176,10 +177,10 @@ _ARCHITECTURES = {
 
 
 def write_config(directory: Path, name: str) -> Path:
-    """Write the config.json of a model that is refused, with its tokenizer and no weights. Returns `directory`."""
-    model_type, settings = _CONFIGS[name]
+    """Write config.json of a family, or of a model that is refused; its tokenizer, no weights. Returns `directory`."""
+    model_type, settings = _CONFIGS[name] if name in _CONFIGS else (_FAMILIES[name][0], _BASE | _FAMILIES[name][1])
     config = transformers.AutoConfig.for_model(model_type, **settings)
-    config.architectures = [_ARCHITECTURES[name]]
+    config.architectures = [_ARCHITECTURES.get(name) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
     config.save_pretrained(directory)
     write_tokenizer(directory)
     return directory

@@ -9,6 +9,9 @@ import pytest
 
 from kvstore.block import ProofKey
 from services.cli.config import DEMO_MODEL
+from services.cli.doctor.engine import check_engine
+from services.cli.doctor.findings import Verdict
+from services.engine import choice
 from services.engine.check import Machine
 from services.engine.choice import check_model, check_vllm, choose, objection_to, open_engine, with_engine
 from services.engine.config import EngineConfig
@@ -16,6 +19,7 @@ from services.engine.model_config import ModelNotFound, NotComputed, Unsupported
 from services.machine import Gpu
 from services.settings import SettingsError
 from services.worker.config import WorkerConfig
+from tests.hf_models import FOREIGN_FAMILIES, write_config
 
 CPU = Machine(8 << 30, (), frozenset())
 GPU = Machine(8 << 30, (Gpu("0", 80 << 30, 79 << 30),), frozenset())
@@ -76,6 +80,20 @@ def test_what_the_native_engine_does_not_compute_is_vllms(
     assert with_engine(config, CPU, "0.32.0+cpu").engine == "vllm"
     with pytest.raises(NotComputed, match="--engine vllm"):
         check_model(EngineConfig(config.model), CPU)
+
+
+@pytest.mark.parametrize("family", FOREIGN_FAMILIES)
+def test_a_family_that_the_native_engine_lacks_is_vllms_and_doctor_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    path = write_config(tmp_path, family)
+    assert with_engine(EngineConfig(str(path), engine="auto"), CPU, "0.32.0+cpu").engine == "vllm"
+    monkeypatch.setattr(choice, "vllm_version", lambda: "0.32.0+cpu")
+    chosen, vllm = check_engine(str(path), "auto")
+    (architecture,) = json.loads((path / "config.json").read_text(encoding="utf-8"))["architectures"]
+    assert chosen.detail.startswith("vllm: the native engine does not compute the model: ")
+    assert architecture in chosen.detail
+    assert vllm.verdict is not Verdict.BROKEN
 
 
 @pytest.mark.parametrize("config", [{"hidden_size": "many"}, {"architectures": 7}, {"num_attention_heads": 7}])

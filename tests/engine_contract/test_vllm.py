@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.block import ProofKey
+from kvstore.errors import IncompatibleLayout
 from services.engine.api import Engine, FinishReason, InvalidRequest, PositionLogprobs, RequestUpdate
 from services.engine.config import EngineConfig
 from services.engine.native import Engine as NativeEngine
@@ -112,3 +113,24 @@ def test_flags_that_would_break_the_handoff_are_refused_by_name(model: Path, fla
 
     with pytest.raises(SettingsError, match=named):
         open_vllm(EngineConfig(str(model), engine="vllm", device="cpu", engine_args=flags), ProofKey.public())
+
+
+def test_a_layout_says_what_the_engine_is_and_another_is_refused_by_name(
+    native: Engine, vllm: Engine, wider_model: Path, settings: dict[str, int]
+) -> None:
+    ours = vllm.layout
+    said = (ours.engine, ours.dtype, ours.attention_backend, ours.block_size, ours.tp_size, ours.tp_rank, ours.scales)
+    assert said == ("vllm", "float32", "CPU_ATTN", 32, 1, 0, "")
+    assert ours.kernel_layout.startswith("LHNC/")
+    assert ours.isa
+    others = VllmEngines(wider_model, **{**settings, "block_size": 64, "max_num_batched_tokens": 64}, dtype="bfloat16")
+    other = others.make().layout
+    with pytest.raises(IncompatibleLayout) as refusal:
+        ours.check_compatible(other, "a peer")
+    assert "block_size: ours 32, theirs 64" in str(refusal.value)
+    assert "dtype: ours float32, theirs bfloat16" in str(refusal.value)
+    for name in ("kernel_layout", "model_fingerprint"):  # how it packs that type; what the weights come to
+        assert f"{name}: ours {getattr(ours, name)}, theirs {getattr(other, name)}" in str(refusal.value)
+    for one, peer in ((native.layout, ours), (ours, native.layout)):
+        with pytest.raises(IncompatibleLayout, match=f"engine: ours {one.engine}, theirs {peer.engine}"):
+            one.check_compatible(peer, "a peer")

@@ -113,7 +113,9 @@ REFUSED: Final = (
 )
 
 
-def check_family(family: Family, directory: Path, lengths: Sequence[int] = LENGTHS) -> list[Verdict]:
+def check_family(
+    family: Family, directory: Path, lengths: Sequence[int] = LENGTHS, chunk_sizes: Sequence[int] = ()
+) -> list[Verdict]:
     """Run the family's model in `directory`, in this process."""
     prompts = random_prompts(lengths, seed=5)
     prompts[-1][: lengths[-2]] = prompts[-2]  # a prefix that both sides have
@@ -121,7 +123,7 @@ def check_family(family: Family, directory: Path, lengths: Sequence[int] = LENGT
     served = quantize(oracle, directory / "packed", family.packed) if family.packed else oracle
     expected = reference_greedy(oracle, prompts, NUM_OUTPUTS, ignore_eos=True)
     verdicts = []
-    for chunk_size in family.chunk_sizes:
+    for chunk_size in chunk_sizes or family.chunk_sizes:
         engines = VllmEngines(
             served,
             dtype=family.dtype,
