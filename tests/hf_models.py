@@ -118,7 +118,7 @@ _FAMILIES |= {
         "deepseek_v3",
         {**_LATENT, "q_lora_rank": 48, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     ),
-    "gpt_neox": ("gpt_neox", {"hidden_size": 128, "intermediate_size": 256, "rotary_pct": 0.25}),
+    "gpt_neox": ("gpt_neox", {"hidden_size": 128, "intermediate_size": 256, "rotary_pct": 1.0}),
     "olmo2": ("olmo2", {"hidden_size": 128}),
 }
 FOREIGN_FAMILIES = tuple(_FAMILIES)[len(FAMILIES) :]

@@ -134,3 +134,9 @@ def test_a_layout_says_what_the_engine_is_and_another_is_refused_by_name(
     for one, peer in ((native.layout, ours), (ours, native.layout)):
         with pytest.raises(IncompatibleLayout, match=f"engine: ours {one.engine}, theirs {peer.engine}"):
             one.check_compatible(peer, "a peer")
+
+
+def test_every_block_of_a_prompt_is_written_and_kept(vllm: Engine) -> None:
+    config = vllm._config  # type: ignore[attr-defined]
+    assert config.scheduler_config.disable_hybrid_kv_cache_manager is True
+    assert getattr(config.cache_config, "swa_bounded_replay", False) is False

@@ -61,7 +61,7 @@ def read_group(config: KVCacheConfig, cache_layout: str) -> Kept:
     if kinds == ["SlidingWindowSpec"]:
         raise UnsupportedModel(
             "all its layers have a sliding window, and vLLM drops the blocks behind it; up to the window's length"
-            """ --engine-args '--hf-overrides {"sliding_window":null}' --max-model-len (the window) computes the same"""
+            """ --hf-overrides '{"sliding_window":null}' --max-model-len (that length) computes the same"""
         )
     if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
         raise UnsupportedModel(
