@@ -387,3 +387,12 @@ def read_json(path: Path) -> Json | None:
     if not isinstance(value, dict):
         raise UnsupportedModel(f"{path} must hold a JSON object")
     return value
+
+
+def said_dtype(directory: Path) -> str:
+    """The type of its weights that a model of whatever architecture says; `auto` where it says none."""
+    raw = read_json(directory / "config.json") or {}
+    text = raw.get("text_config")
+    inner = text if isinstance(text, Mapping) else {}
+    names = (raw.get("dtype"), raw.get("torch_dtype"), inner.get("dtype"), inner.get("torch_dtype"))
+    return str(next(filter(None, names), "auto")).removeprefix("torch.")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvstore.block import ROW_WORDS, BlockMemory, Geometry, Multipliers, PieceMemory, Region, Staging
+from services.machine import Gpu
 
 _LOWER_HALF = (1 << 32) - 1
 _BLOCKS_AT_ONCE = 16  # bounds what summing allocates on the device
@@ -22,6 +23,14 @@ def tensor_memory(*caches: Tensor) -> BlockMemory:
     """
     is_here = caches[0].device.type == "cpu"
     return PieceMemory(*(cache.numpy() for cache in caches)) if is_here else DeviceMemory(*caches)
+
+
+def gpu_of(device: str) -> Gpu | None:
+    """What torch knows of a GPU, None for a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(device, properties.total_memory, model=properties.name)
 
 
 class DeviceMemory:

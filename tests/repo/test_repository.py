@@ -93,6 +93,7 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+MAX_ADAPTER_LINES = 1500
 IMPORTS_VLLM = re.compile(
     r"""^\s*(import|from)\s+vllm\b|(import_module|__import__|run_module)\(\s*f?["']vllm\b|["']vllm\.\w|-m["',\s]+vllm\b""",
     re.MULTILINE,
@@ -136,6 +137,12 @@ def test_each_of_these_would_be_found(line: str) -> None:
 )
 def test_what_only_names_it_is_not_found(line: str) -> None:
     assert not IMPORTS_VLLM.search(line)
+
+
+def test_vllms_adapter_is_small() -> None:
+    """What is every engine's belongs to `services/engine`."""
+    adapter = (ROOT / "services/engine/vllm").rglob("*.py")
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in adapter) <= MAX_ADAPTER_LINES
 
 
 def test_the_versions_with_vllm_are_ours_but_where_it_asks_for_less() -> None:

@@ -1,12 +1,59 @@
 """What adapters of other projects' engines share: the books that such an engine lacks.
 
-live.py         a request from its order to its end, its hashes, and the order in which reservations get their turn
-proofs.py       proofs of blocks, by block id
-fingerprint.py  tells models apart whose files the adapter does not read itself
+Each is of use by itself:
+
+    live.py         a request from its order to its end, its hashes, and the order in which reservations get their turn
+    steps.py        its part in a step
+    proofs.py       proofs of blocks, by block id
+    findable.py     which hashes can be found, told by the engine's events; whether its books agree with ours
+    caches.py       the engine's caches as blocks: viewed, tried out, put together of its ranks' parts
+    draws.py        draws by seed and place
+    logprobs.py     its log probabilities in our words
+    fingerprint.py  tells models apart whose files the adapter does not read itself
+    tierless.py     the port's answers of engines without a tier of their own, and their first steps
 """
 
+from services.engine.foreign.caches import (
+    NUM_PROBED,
+    Kept,
+    RankCache,
+    byte_view,
+    gather_ranks,
+    num_holders,
+    probe,
+    scales_digest,
+    spread,
+)
+from services.engine.foreign.draws import PlacedGenerator
+from services.engine.foreign.findable import Findable, check_books
 from services.engine.foreign.fingerprint import model_fingerprint
-from services.engine.foreign.live import Live, Place, Turns, is_nobodys
+from services.engine.foreign.live import Live, Place, Turns
+from services.engine.foreign.logprobs import position_logprobs
 from services.engine.foreign.proofs import ProofBook
+from services.engine.foreign.steps import Part, shape_of
+from services.engine.foreign.tierless import Tierless, first_steps
 
-__all__ = ["Live", "Place", "ProofBook", "Turns", "is_nobodys", "model_fingerprint"]
+__all__ = [
+    "NUM_PROBED",
+    "Findable",
+    "Kept",
+    "Live",
+    "Part",
+    "Place",
+    "PlacedGenerator",
+    "ProofBook",
+    "RankCache",
+    "Tierless",
+    "Turns",
+    "byte_view",
+    "check_books",
+    "first_steps",
+    "gather_ranks",
+    "model_fingerprint",
+    "num_holders",
+    "position_logprobs",
+    "probe",
+    "scales_digest",
+    "shape_of",
+    "spread",
+]

@@ -40,8 +40,8 @@ from services.engine.native.model import LoadedModel, load_model
 from services.engine.native.runner import ModelRunner, Runner
 from services.engine.native.scheduling import Batch, Request, SampledBatch, Scheduler, SchedulerConfig
 from services.engine.native.warm_up import warm_up
+from services.engine.tensor_memory import gpu_of
 from services.lifecycle import Event
-from services.machine import Gpu
 from services.rates import NO_STEP
 
 # torch's libraries keep what they have prepared for each shape of a product, up to 1024 of both, and every length of a
@@ -66,7 +66,7 @@ class Engine:
 
         `proof_key`: None takes the public one.
         """
-        config = with_device_defaults(config, _gpu(model.device))
+        config = with_device_defaults(config, gpu_of(model.device))
         self.model = model
         self.config = config
         self.capabilities = Capabilities(
@@ -139,7 +139,7 @@ class Engine:
             cpu_kernels=config.cpu_kernels,
             progress=progress,
         )
-        config = with_device_defaults(config, _gpu(model.device))
+        config = with_device_defaults(config, gpu_of(model.device))
         block_bytes = model.block_layout(config.block_size).block_bytes
         num_blocks = choose_num_blocks(config, block_bytes, model.max_model_len, model.device)
         num_host_slots = choose_num_host_slots(config, block_bytes, num_blocks, model.device)
@@ -382,14 +382,6 @@ def _choose_device(name: str) -> str:
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed: numpy's, a GPU's, or one of torch on a CPU, which has no class of its own."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _gpu(device: str) -> Gpu | None:
-    """What torch knows of a GPU, None for a CPU."""
-    if not device.startswith("cuda"):
-        return None
-    properties = torch.cuda.get_device_properties(device)
-    return Gpu(device, properties.total_memory, model=properties.name)
 
 
 def scheduler_config(config: EngineConfig, model: LoadedModel) -> SchedulerConfig:

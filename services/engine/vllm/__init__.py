@@ -2,11 +2,10 @@
 
 Nothing outside this room imports vllm. `EngineCore` runs on the worker's engine thread, one step a call; with one rank
 no process, no socket, no polling. Blocks are vLLM's own, under its own ids (0 is its null block, which nobody else
-sees); its prefix cache is keyed by our hashes, so that index, stores and peers understand it. What the port says comes
-about so:
+sees); its prefix cache is keyed by our hashes, so that index, stores and peers understand it. The port comes about so:
 
     the port                    here
-    check                       our limits, then `Model.check_sampling`: what vLLM cannot do is refused by name
+    check                       our limits, then its `SamplingParams.verify`: what vLLM cannot do is refused by name
     add_request                 a `Request` of vLLM's, our hashes in it, into its waiting queue (by priority, arrival)
     adapter                     all are loaded at the start; a `LoRARequest` by the key, which our hashes begin with
     reserve                     blocks straight from its `BlockPool`, cached ones first; the queue for them is ours
@@ -21,11 +20,9 @@ about so:
                                 logprobs count as ever; seeds are by position)
     hold_blocks                 `max_tokens` 1; the connector takes a reference on each block as the step fills it
     suspend                     references on its blocks, then an abort
-    lend_prefix, take_prefix    `get_cached_block`, `touch`, `get_new_blocks`
-    publish_blocks              an entry in its cache
+    lend_prefix, take_prefix    `get_cached_block`, `touch`, `get_new_blocks`; publish_blocks: an entry in its cache
     proofs, recheck             made after the step that filled a block, kept here by block id
     take_cache_changes          its KV events, in the process
-    begin_restore, host_*       empty: this engine has no tier of its own
     step                        schedule, run, update: `EngineCore.step`; the connector tells what was scheduled
 
 A request, and what an abort finds to free:
@@ -48,9 +45,7 @@ from the first, and given to the others as blocks arrive.
 Failures: a block that does not match its proof never comes here (the exchange keeps it out), and the caller tries
 elsewhere or computes. A joining request that cannot get the one block for its partial one, since all others are lent,
 gives up what it holds and is computed again: counted as a preemption. An exception of a step leaves the engine
-unusable, and the worker ends.
-
-Not promised: equal tokens in any company (vLLM's sums depend on the batch). Refused by name: what `arguments.py` lists.
+unusable, and the worker ends. Not promised: equal tokens in any company (vLLM's sums depend on the batch).
 """
 
 from services.engine.vllm.opening import open_vllm

@@ -1,12 +1,11 @@
-"""What vLLM is started with: our settings in its words, and its own flags beside them.
-
-Which of its flags go through at all, `services.settings.engine_args` says; here is only what this adapter lacks yet.
-"""
+"""What vLLM is started with: our settings in its words, and its own flags that `services.settings` lets by."""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from services.engine.config import EngineConfig
@@ -35,9 +34,16 @@ def prepare_environment(num_threads: int = 0) -> None:
     os.environ.update(_NEEDED_ENVIRONMENT)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    atexit.register(_mute)
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     if num_threads:
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
+
+
+def _mute() -> None:
+    """Libraries of vLLM's list what they leak when the interpreter ends, hundreds of lines: nobody can do anything."""
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def make_arguments(
@@ -47,7 +53,7 @@ def make_arguments(
 
     Raises `SettingsError`.
     """
-    from vllm.config import KVEventsConfig, KVTransferConfig
+    from vllm.config import CompilationConfig, KVEventsConfig, KVTransferConfig
 
     arguments = _parsed(config.engine_args, directory)
     if arguments.enable_lora and not config.lora_modules:
@@ -92,6 +98,8 @@ def make_arguments(
         setattr(arguments, name, value)
     if is_cpu and "compilation-config" not in config.engine_args:
         arguments.enforce_eager = True  # compiling takes a minute and a compiler
+        # Its kernel for CPUs rotates pairs of neighbours (GPT-J's way, DeepSeek's) wrongly; torch does it right.
+        arguments.compilation_config = CompilationConfig(custom_ops=["-rotary_embedding"])
     if "use-tqdm-on-load" not in config.engine_args:
         arguments.use_tqdm_on_load = False  # a bar has no place in a log
     return arguments

@@ -8,34 +8,31 @@ cache: the hash can be found until the last of them is gone.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVCacheEvent, KVEventBatch
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVCacheEvent
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_block_hash, make_block_hash_with_group_id
 
 from kvstore.block import BlockHash, BlockMemory, Proof, ProofKey
-from kvstore.pool import CacheChange, CacheEvent
+from kvstore.pool import CacheChange
 from kvstore.protocol import Reservation
-from services.engine.api import EngineError
-from services.engine.foreign import ProofBook, is_nobodys
+from services.engine.foreign import Findable, ProofBook, check_books
 from services.engine.loans import Loans
 
 _GROUP: Final = 0  # the one cache group
 
 
 class BlockBook:
-    """The blocks of one engine. Stands in for vLLM's publisher of events, which stay in the process."""
+    """The blocks of one engine."""
 
     def __init__(self, manager: KVCacheManager, memory: BlockMemory, proof_key: ProofKey) -> None:
         self._manager = manager
         self._pool = manager.block_pool
         self.proofs = ProofBook(memory, proof_key, self._hash)
         self.loans = Loans(self)
-        self._findable: dict[BlockHash, None] = {}
-        self._changes: list[CacheChange] = []
+        self.findable = Findable(lambda block_hash: self._find(block_hash) is not None)
         self.num_corrupt = 0
 
     # ---- references --------------------------------------------------------------
@@ -95,38 +92,17 @@ class BlockBook:
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Raise unless each block's references are the loans and those of `tables`, and the free ones have none."""
-        held = Counter(self.loans.references())
-        for table in tables:
-            held.update(table)
-        wrong = [
-            f"block {block.block_id} has {block.ref_cnt} references, {held[block.block_id]} are held"
-            for block in self._pool.blocks
-            if not block.is_null and block.ref_cnt != held[block.block_id]
-        ]
-        num_idle = sum(block.ref_cnt == 0 for block in self._pool.blocks if not block.is_null)
-        if num_idle != self.num_free:
-            wrong.append(f"{num_idle} blocks have no reference, {self.num_free} are free")
         self._absorb()
-        wrong += [f"{h.hex()} is told to be findable, and is not" for h in self._findable if self._find(h) is None]
-        if wrong:
-            raise EngineError(f"blocks: {'; '.join(wrong[:8])}")
+        counts = {block.block_id: block.ref_cnt for block in self._pool.blocks if not block.is_null}
+        lost = [block_hash for block_hash in self.findable.hashes() if self._find(block_hash) is None]
+        check_books(counts, [self.loans.references().elements(), *tables], self.num_free, lost)
 
     # ---- what can be found ---------------------------------------------------------
-
-    def peek(self, hashes: Sequence[BlockHash]) -> int:
-        """Count how many of the first can be found. Any thread."""
-        findable = self._findable
-        return next((i for i, block_hash in enumerate(hashes) if block_hash not in findable), len(hashes))
-
-    def hashes(self) -> list[BlockHash]:
-        """All that can be found. Any thread."""
-        return list(self._findable)
 
     def take_changes(self) -> list[CacheChange]:
         """Return what has changed since the last call."""
         self._absorb()
-        changes, self._changes = self._changes, []
-        return changes
+        return self.findable.take_changes()
 
     def publish(
         self, block_ids: Sequence[int], hashes: Sequence[BlockHash], proofs: Sequence[Proof], parent: BlockHash | None
@@ -140,7 +116,7 @@ class BlockBook:
                 block.set_block_hash(key)
                 self._pool.cached_block_hash_to_block.insert(key, block)
                 self.proofs.keep(block_id, block_hash, proof)
-                self._add(block_hash, parent)
+                self.findable.add(block_hash, parent)
             parent = block_hash
 
     def drop(self, block_ids: Iterable[int]) -> int:
@@ -151,35 +127,23 @@ class BlockBook:
         self.num_corrupt += len(dropped)
         return len(dropped)
 
-    # As a publisher of vLLM's.
-
-    def publish_events(self, events: Iterable[KVCacheEvent]) -> None:
+    def absorb(self, events: Iterable[KVCacheEvent]) -> None:
         """Note what vLLM has cached and evicted."""
         for event in events:
             if isinstance(event, BlockStored):
                 parent = event.parent_block_hash
                 for block_hash in event.block_hashes:
-                    self._add(BlockHash(block_hash), BlockHash(parent) if parent else None)
+                    self.findable.add(BlockHash(block_hash), BlockHash(parent) if parent else None)
                     parent = block_hash
             elif isinstance(event, BlockRemoved):
                 for block_hash in event.block_hashes:
-                    self._remove(BlockHash(block_hash))
+                    self.findable.remove(BlockHash(block_hash))
             elif isinstance(event, AllBlocksCleared):
-                for block_hash in list(self._findable):
-                    self._remove(block_hash)
+                for block_hash in self.findable.hashes():
+                    self.findable.remove(block_hash)
 
     def _absorb(self) -> None:
-        self.publish_events(self._manager.take_events())
-
-    def _add(self, block_hash: BlockHash, parent: BlockHash | None) -> None:
-        if block_hash not in self._findable and not is_nobodys(block_hash) and self._find(block_hash):
-            self._findable[block_hash] = None
-            self._changes.append(CacheChange(block_hash, CacheEvent.PUBLISHED, parent))
-
-    def _remove(self, block_hash: BlockHash) -> None:
-        if block_hash in self._findable and self._find(block_hash) is None:
-            del self._findable[block_hash]
-            self._changes.append(CacheChange(block_hash, CacheEvent.EVICTED))
+        self.absorb(self._manager.take_events())
 
     # ---- proofs --------------------------------------------------------------------
 
@@ -191,19 +155,3 @@ class BlockBook:
     def _hash(self, block_id: int) -> BlockHash | None:
         key = self._pool.blocks[block_id].block_hash
         return None if key is None else BlockHash(get_block_hash(key))
-
-
-class EventSink:
-    """What vLLM's scheduler publishes its events to, once a step."""
-
-    def __init__(self, book: BlockBook) -> None:
-        self._book = book
-
-    def publish(self, events: KVEventBatch) -> None:
-        self._book.publish_events(events.events)
-
-    def shutdown(self) -> None:
-        """Nothing is open."""
-
-    def get_publisher_config(self) -> None:
-        """Nobody subscribes from outside."""

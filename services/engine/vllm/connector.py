@@ -13,7 +13,6 @@ nothing is sent, so the calls that report such loads have nothing to say.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +29,8 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
+
+from services.engine.foreign import PlacedGenerator
 
 
 @dataclass
@@ -67,7 +68,7 @@ class TandemConnector(KVConnectorBase_V1):  # type: ignore[misc]
         # On a rank.
         self.caches: dict[str, torch.Tensor] = {}
         self.runner: Any = None
-        self._generators: dict[str, _PlacedGenerator] = {}
+        self._generators: dict[str, PlacedGenerator] = {}
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -133,23 +134,7 @@ class TandemConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._generators = {name: each for name, each in self._generators.items() if name in batch.req_id_to_index}
         for request_id, place in draws.items():
             index, sampling = batch.req_id_to_index[request_id], self.runner.requests[request_id].sampling_params
-            generator = self._generators.get(request_id)
-            if generator is None:
-                generator = self._generators[request_id] = _PlacedGenerator(device=self.runner.device)
-            generator.manual_seed(_mixed(sampling.seed, place))
+            if request_id not in self._generators:
+                self._generators[request_id] = PlacedGenerator(device=self.runner.device)
+            generator = self._generators[request_id].place(sampling.seed, place)
             self.runner.requests[request_id].generator = batch.generators[index] = generator
-
-
-class _PlacedGenerator(torch.Generator):
-    """A generator that is seeded anew for each draw, so that there is nothing to go back to."""
-
-    def get_offset(self) -> int:
-        return 4  # vLLM takes a draw back by this much, which generators of CPUs refuse
-
-    def set_offset(self, offset: int) -> torch.Generator:
-        return self  # nothing goes on from here
-
-
-def _mixed(seed: int, place: int) -> int:
-    digest = hashlib.blake2b(seed.to_bytes(8, "little", signed=True) + place.to_bytes(8, "little"), digest_size=8)
-    return int.from_bytes(digest.digest(), "little") >> 1

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -33,21 +33,17 @@ from services.engine.api import (
     QueueFull,
     Request,
     RequestUpdate,
-    Restore,
     SampledToken,
-    SamplingParams,
     StepOutput,
     Suspended,
 )
-from services.engine.foreign import Live, Place, Turns
+from services.engine.foreign import Live, Part, Place, Tierless, Turns, first_steps, shape_of, spread
 from services.engine.limits import check_abilities, check_fits, check_tokens, end_of
 from services.engine.vllm import sampling
-from services.engine.vllm.blocks import BlockBook, EventSink
+from services.engine.vllm.blocks import BlockBook
 from services.engine.vllm.connector import Held, TandemConnector
 from services.lifecycle import Event
-from services.rates import NO_STEP, StepShape, num_pairs
-
-_WARM_UP_TOKENS: Final = 64
+from services.rates import NO_STEP
 
 
 @dataclass(frozen=True)
@@ -57,34 +53,12 @@ class Model:
     vocab_size: int
     eos_token_ids: frozenset[int]
     max_num_waiting: int
-    shares_blocks: bool
     copies: Sequence[tuple[Tensor, Tensor]]
     """Of the caches of ranks that have the same heads: which transfers write to, and which has to be given it."""
     adapters: Mapping[str, LoRARequest]  # by key
 
 
-@dataclass(frozen=True)
-class _Scheduled:
-    """A request's part in a step: `num_tokens` from position `start` on, guessed ones (`drafted`) the last of them."""
-
-    live: Live
-    start: int
-    num_tokens: int
-    drafted: Sequence[int]  # negative: fills up the batch
-    block_ids: list[int]
-    lent: list[int]  # with hold_blocks: the blocks that the step completes
-
-    @property
-    def end(self) -> int:
-        """Where its newest token will stand, or the first of several."""
-        return self.start + self.num_known
-
-    @property
-    def num_known(self) -> int:
-        return self.num_tokens - len(self.drafted)
-
-
-class VllmEngine:
+class VllmEngine(Tierless):
     """One EngineCore, its books and its connector; `services.engine.api.Engine` says what methods do."""
 
     def __init__(
@@ -111,7 +85,8 @@ class VllmEngine:
         self._scheduler = core.scheduler
         self._manager = core.scheduler.kv_cache_manager
         self._book = BlockBook(self._manager, memory, proof_key)
-        self._scheduler.kv_event_publisher = EventSink(self._book)
+        ours = {"publish": lambda batch: self._book.absorb(batch.events), "get_publisher_config": lambda: None}
+        self._scheduler.kv_event_publisher = SimpleNamespace(**ours, shutdown=lambda: None)
         connector.plan = self._plan
         self._has_states = not self._config.use_v2_model_runner  # the first runner keeps a request's state, and seeds
         self._has_ranks = self._config.parallel_config.tensor_parallel_size > 1
@@ -123,7 +98,7 @@ class VllmEngine:
         self._is_lost = False  # a rank is
         self._is_stuck = False  # the last step found that all that waits, waits for memory
         self._stats = EngineStats()
-        self._scheduled: list[_Scheduled] = []
+        self._scheduled: list[Part] = []
         self._on_begun: Callable[[Request], None] = lambda request: None
 
     # ---- requests -----------------------------------------------------------------
@@ -183,7 +158,7 @@ class VllmEngine:
                 f" {len(block_ids)} blocks"
             )
         self._book.loans.take_over(block_ids)
-        self._spread(block_ids)
+        spread(self._model.copies, block_ids)
         request.timeline.mark(Event.DECODE_JOINED)
         told = () if first_token is None else (first_token,)
         outputs = [*request.resumed_token_ids, *(token.token_id for token in told)]
@@ -245,7 +220,7 @@ class VllmEngine:
     # ---- blocks and the prefix cache -------------------------------------------------
 
     def peek_prefix(self, hashes: Sequence[BlockHash]) -> int:
-        return self._book.peek(hashes)
+        return self._book.findable.peek(hashes)
 
     def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
         return self._book.lend_prefix(hashes)
@@ -261,16 +236,9 @@ class VllmEngine:
         parent_hash: BlockHash | None = None,
     ) -> None:
         self._book.loans.check(block_ids)
-        self._spread(block_ids)
-        if self._model.shares_blocks:
+        spread(self._model.copies, block_ids)
+        if self.capabilities.caches_prefixes:
             self._book.publish(block_ids, hashes, proofs, parent_hash)
-
-    def _spread(self, block_ids: Sequence[int]) -> None:
-        """Give blocks that came from elsewhere to the ranks which transfers do not write to."""
-        for source, target in self._model.copies:
-            target[:, block_ids] = source[:, block_ids].to(target.device)
-            if target.is_cuda:
-                torch.cuda.synchronize(target.device)
 
     def release_blocks(self, block_ids: Sequence[int]) -> None:
         self._book.loans.release(block_ids)
@@ -283,44 +251,20 @@ class VllmEngine:
         return self._book.recheck(hashes)
 
     def cached_hashes(self) -> list[BlockHash]:
-        return self._book.hashes()
+        return self._book.findable.hashes()
 
     def take_cache_changes(self) -> list[CacheChange]:
         return self._book.take_changes()
 
-    # ---- no tier of its own -----------------------------------------------------------
-
-    def may_restore(self, block_hash: BlockHash) -> bool:
-        return False
-
-    def begin_restore(self, hashes: Sequence[BlockHash]) -> Restore | None:
-        return None
-
-    def host_hashes(self) -> list[BlockHash]:
-        return []
-
-    def take_host_changes(self) -> list[CacheChange]:
-        return []
-
-    def host_figures(self) -> Mapping[str, float]:
-        return {}
-
     # ---- steps and state ---------------------------------------------------------------
 
     def warm_up(self) -> list[StepOutput]:
-        num_tokens = min(
-            _WARM_UP_TOKENS,
-            self._config.scheduler_config.max_num_batched_tokens,
-            self.capabilities.max_model_len - 2,
-            self.capabilities.num_blocks * self.layout.block_size - 2,
-        )
+        longest = min(self.capabilities.max_model_len, self.capabilities.num_blocks * self.layout.block_size) - 2
+        max_num_tokens = min(self._config.scheduler_config.max_num_batched_tokens, longest)
         outputs: list[StepOutput] = []
+        torch.set_num_threads(torch.get_num_threads())  # OpenMP has a number for each thread, and this one computes
         for temperature in (1.0, 0.0):
-            made_up = SamplingParams(temperature=temperature, max_tokens=2, ignore_eos=True)
-            self.add_request(Request("warm-up", (0,) * num_tokens, made_up))
-            outputs = []
-            while self.has_work:
-                outputs.append(self.step())
+            outputs = first_steps(self, max_num_tokens, temperature)
             self._core.reset_prefix_cache()
         self.take_cache_changes()
         self._stats = EngineStats()
@@ -361,7 +305,8 @@ class VllmEngine:
             self._core.collective_rpc("tandem_finish")
         block_size = self.layout.block_size
         for each in scheduled:
-            self._book.proofs.prove(each.block_ids[each.start // block_size : _computed(each.live) // block_size])
+            num_full = each.live.core.num_computed_tokens // block_size
+            self._book.proofs.prove(each.block_ids[each.start // block_size : num_full])
         for held in self._connector.joined:
             self._book.release(held.block_ids)
         self._connector.joined.clear()
@@ -388,7 +333,7 @@ class VllmEngine:
             num_blocks=self.capabilities.num_blocks,
             num_waiting_tokens=sum(num_tokens for num_tokens in waiting if num_tokens > 1)
             + self._turns.num_waiting_tokens,
-            num_cached_blocks=len(self._book.hashes()),
+            num_cached_blocks=len(self._book.findable.hashes()),
             num_lent_blocks=self._book.loans.num_blocks,
         )
 
@@ -401,7 +346,7 @@ class VllmEngine:
     def _new(self, request: Request, place: Place) -> Live:
         if request.request_id in self._live:
             raise InvalidRequest("request_id", f"{request.request_id} is another live request's")
-        block_size, shares = self.layout.block_size, self._model.shares_blocks
+        block_size, shares = self.layout.block_size, self.capabilities.caches_prefixes
         live = Live.of(request, next(self._numbers), place, self.layout.model_fingerprint, block_size, shares=shares)
         self._live[request.request_id] = live
         return live
@@ -515,7 +460,6 @@ class VllmEngine:
             return False
         last = max((self._by_core_id[core_id] for core_id in self._connector.joining), key=lambda live: live.order)
         self._book.release(self._connector.joining.pop(last.core_id).block_ids)
-        assert last.core is not None
         last.core.num_preemptions += 1
         return True
 
@@ -530,7 +474,7 @@ class VllmEngine:
             )
             for core_id, num_tokens in output.num_scheduled_tokens.items()
         ]
-        self.step_shape = _shape(self._scheduled)
+        self.step_shape = shape_of(self._scheduled)
         for each in self._scheduled:
             if not each.live.was_scheduled:
                 self._begin(each)
@@ -538,18 +482,18 @@ class VllmEngine:
             return {}
         return {each.live.core_id: each.end for each in self._scheduled if not each.live.asked.sampling.is_greedy}
 
-    def _part(self, core_id: str, num_tokens: int, drafted: Sequence[int], block_ids: list[int]) -> _Scheduled:
+    def _part(self, core_id: str, num_tokens: int, drafted: Sequence[int], block_ids: list[int]) -> Part:
         live = self._by_core_id[core_id]
-        start, lent = _computed(live), list[int]()
+        start, lent = live.core.num_computed_tokens, list[int]()
         if live.asked.hold_blocks:
             # Now, since vLLM frees the blocks of one that ends before we hear of it.
             num_context, end = live.asked.num_context_tokens, start + num_tokens
             last = live.num_context_blocks if end >= num_context else end // live.block_size
             lent = block_ids[live.num_lent_blocks : last]
             self._book.loans.lend(lent)
-        return _Scheduled(live, start, num_tokens, list(drafted), list(block_ids), lent)
+        return Part(live, start, num_tokens, list(drafted), list(block_ids), lent)
 
-    def _begin(self, part: _Scheduled) -> None:
+    def _begin(self, part: Part) -> None:
         live = part.live
         live.was_scheduled, live.num_cached_tokens = True, part.start
         self._stats.num_prefix_queries += live.asked.num_context_tokens
@@ -557,10 +501,9 @@ class VllmEngine:
         live.asked.timeline.mark(Event.PREFILL_SCHEDULED)
         self._on_begun(live.asked)
 
-    def _booked(self, part: _Scheduled, output: EngineCoreOutput | None) -> RequestUpdate:
+    def _booked(self, part: Part, output: EngineCoreOutput | None) -> RequestUpdate:
         live, stats = part.live, self._stats
         core, asked = live.core, live.asked
-        assert core is not None
         stats.num_preemptions += core.num_preemptions - live.num_preemptions
         live.num_preemptions = core.num_preemptions
         if part.num_known > 1 or part.start < asked.num_context_tokens - live.has_joined:
@@ -591,7 +534,7 @@ class VllmEngine:
             self._end(live, reason)
         return RequestUpdate(
             request=asked,
-            num_computed_tokens=_computed(live),
+            num_computed_tokens=live.core.num_computed_tokens,
             new_tokens=tokens,
             finish_reason=reason,
             stop_token_id=stop_token_id,
@@ -608,7 +551,6 @@ class VllmEngine:
         """Why vLLM ended it, in our words."""
         if output.finish_reason not in (VllmFinishReason.STOP, VllmFinishReason.LENGTH) or not output.new_token_ids:
             return FinishReason.ERROR, None
-        assert live.core is not None
         reason, stop_token_id = self._end_of(live, output.new_token_ids[-1], live.core.num_output_tokens)
         assert reason is not None, f"vLLM ended {live.core_id} ({output.finish_reason}), and we would not have"
         return reason, stop_token_id
@@ -624,19 +566,3 @@ class VllmEngine:
             return ()
         subjects = [subject_of(each, transfer_id, index) for index, each in enumerate(hashes, first)]
         return tuple(map(AnnouncedBlock, block_ids, hashes, self._book.proofs.proofs(block_ids, subjects)))
-
-
-def _computed(live: Live) -> int:
-    assert live.core is not None
-    return int(live.core.num_computed_tokens)
-
-
-def _shape(scheduled: Sequence[_Scheduled]) -> StepShape:
-    prompts = [each for each in scheduled if each.num_known > 1]
-    contexts = [each.end for each in scheduled if each.num_known == 1]
-    return StepShape(
-        num_prompt_tokens=sum(each.num_known for each in prompts),
-        num_prompt_pairs=sum(num_pairs(each.start, each.num_known) for each in prompts),
-        num_running=len(contexts),
-        num_context_tokens=sum(contexts),
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,9 +14,9 @@ from services.engine.capacity import default_host_bytes
 from services.engine.checkpoint import find_model
 from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
 from services.engine.foreign import model_fingerprint
-from services.engine.model_config import ModelError, UnsupportedModel, read_json
+from services.engine.model_config import ModelError, UnsupportedModel, said_dtype
 from services.engine.vllm.arguments import make_arguments, prepare_environment
-from services.machine import Gpu, available_memory_bytes
+from services.machine import available_memory_bytes
 from services.settings import SettingsError, block_meaning, tensor_parallel_size
 
 if TYPE_CHECKING:
@@ -24,13 +24,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
 
+    from services.engine.foreign import Kept, RankCache
     from services.engine.vllm.engine import VllmEngine
-    from services.engine.vllm.layout import Kept, RankCache
 
-GUESSES_FROM_TOKENS: Final = ("ngram", "ngram_gpu", "suffix")
-"""Ways to speculate that keep no KV."""
-_BYTES_AT_ONCE: Final = 1 << 22
-_IRRELEVANT_SETTINGS: Final = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+GUESSES_FROM_TOKENS: Final = ("ngram", "ngram_gpu", "suffix")  # ways to speculate that keep no KV
 
 
 def open_vllm(config: EngineConfig, proof_key: ProofKey, progress: Callable[[float], None] | None = None) -> VllmEngine:
@@ -53,6 +50,8 @@ def _open_core(config: EngineConfig, directory: Path) -> tuple[Any, EngineConfig
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.executor import Executor
 
+    from services.engine.tensor_memory import gpu_of
+
     is_cpu = current_platform.is_cpu()
     if is_cpu and config.num_threads:
         torch.set_num_threads(config.num_threads)  # of one that was forked, OpenMP has read the environment before
@@ -60,11 +59,11 @@ def _open_core(config: EngineConfig, directory: Path) -> tuple[Any, EngineConfig
         raise SettingsError(
             f"--device {config.device}: the vLLM that is installed computes on {'CPUs' if is_cpu else 'GPUs'}", "device"
         )
-    config = with_device_defaults(config, None if is_cpu else _gpu())
+    config = with_device_defaults(config, gpu_of("cpu" if is_cpu else "cuda:0"))
     dtype = DTYPE_ALIASES.get(config.dtype, config.dtype)
     cache_bytes = config.kv_cache_memory_bytes
     if is_cpu:
-        dtype = _own_dtype(directory) if dtype == "auto" else dtype
+        dtype = said_dtype(directory) if dtype == "auto" else dtype
         cache_bytes = cache_bytes or default_host_bytes(available_memory_bytes()) // tensor_parallel_size(
             config.engine_args
         )
@@ -96,10 +95,11 @@ def _around(
     tell: Callable[[float], None],
 ) -> VllmEngine:
     """Put the adapter around a core that has loaded its model."""
+    from services.engine.foreign import NUM_PROBED, num_holders
     from services.engine.tensor_memory import tensor_memory
     from services.engine.vllm.connector import TandemConnector
     from services.engine.vllm.engine import Model, VllmEngine
-    from services.engine.vllm.layout import NUM_PROBED, block_layout, num_holders, read_group
+    from services.engine.vllm.layout import block_layout, read_group
 
     vllm_config, scheduler = core.vllm_config, core.scheduler
     model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
@@ -115,7 +115,8 @@ def _around(
     num_blocks = cache_config.num_gpu_blocks
     if num_blocks < NUM_PROBED:
         raise SettingsError(f"{num_blocks} KV blocks are too few; give more", "kv_cache_memory_bytes")
-    holders = num_holders(vllm_config, kept)
+    num_heads = 1 if kept.num_vectors == 1 else int(model_config.get_total_num_kv_heads())
+    holders = num_holders(vllm_config.parallel_config.tensor_parallel_size, num_heads, kept)
     caches, said_of_cache = _open_ranks(core, kept, num_blocks)
     shares = caches[::holders]  # the ranks that have a head are neighbours
     connector = scheduler.get_kv_connector()
@@ -136,7 +137,6 @@ def _around(
             vocab_size=model_config.get_vocab_size(),
             eos_token_ids=frozenset(_eos_token_ids(model_config)),
             max_num_waiting=config.max_num_waiting,
-            shares_blocks=shares_blocks,
             adapters=adapters,
             copies=[(caches[rank - rank % holders], cache) for rank, cache in enumerate(caches) if rank % holders],
         ),
@@ -164,24 +164,13 @@ def _around(
 
 def _open_ranks(core: Any, kept: Kept, num_blocks: int) -> tuple[list[Tensor], RankCache]:
     """Return each rank's cache, as this process has it, and what they say of it. Raises `ModelError`."""
-    from services.engine.shared_tensor import SharedTensor, map_shared
-    from services.engine.vllm.layout import NUM_PROBED
+    from services.engine.foreign import gather_ranks
 
-    marked = NUM_PROBED - 1
     try:
         answers = core.collective_rpc("tandem_attach", args=(kept, num_blocks))
-        caches = [map_shared(each) if isinstance(each, SharedTensor) else each for each, _ in answers]
-        core.collective_rpc("tandem_mark", args=(marked,))
+        return gather_ranks(answers, lambda block_id: core.collective_rpc("tandem_mark", args=(block_id,)))
     except (OSError, RuntimeError) as error:  # what ranks raise comes as a RuntimeError's text
         raise ModelError(f"vLLM's cache is not to be had: {error}") from error
-    for rank, cache in enumerate(caches):
-        if not bool((cache[:, marked] == rank + 1).all()):
-            raise ModelError(f"what rank {rank} writes to its cache is not seen in the worker's process")
-        cache[:, marked] = 0
-    _, said = zip(*answers, strict=True)
-    if len(set(said)) > 1:
-        raise ModelError(f"ranks keep their caches in different ways: {said}")
-    return caches, said[0]
 
 
 def _load_adapters(core: Any, config: EngineConfig) -> dict[str, LoRARequest]:
@@ -205,22 +194,6 @@ def _numerics(config: VllmConfig, layout: BlockLayout, *, is_batch_invariant: bo
     ranks = config.parallel_config.tensor_parallel_size
     name = f"vllm-{version}/{dtype}/{quantization}/{layout.attention_backend}/{layout.isa or 'cuda'}/{ranks}-ranks"
     return f"{name}/batch-invariant" if is_batch_invariant else name
-
-
-def _gpu() -> Gpu:
-    import torch
-
-    properties = torch.cuda.get_device_properties(0)
-    return Gpu("cuda:0", properties.total_memory, model=properties.name)
-
-
-def _own_dtype(directory: Path) -> str:
-    """The type that the model says, which vLLM would lower on a CPU."""
-    raw = read_json(directory / "config.json") or {}
-    text = raw.get("text_config")
-    inner = text if isinstance(text, Mapping) else {}
-    names = (raw.get("dtype"), raw.get("torch_dtype"), inner.get("dtype"), inner.get("torch_dtype"))
-    return str(next(filter(None, names), "auto")).removeprefix("torch.")
 
 
 def _eos_token_ids(model_config: Any) -> Iterator[int]:

@@ -14,8 +14,9 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
+from services.engine.foreign import Kept, RankCache, byte_view, probe
 from services.engine.shared_tensor import SharedTensor, share
-from services.engine.vllm.layout import Kept, RankCache, byte_view, probe, rank_cache
+from services.engine.vllm.layout import rank_cache, write
 
 
 class RankExtension:
@@ -34,7 +35,8 @@ class RankExtension:
         shown = view if is_alone else share(view)
         context = self.vllm_config.compilation_config.static_forward_context
         layers = {name: context[name] for name in connector.caches}
-        packing = probe(view, connector.caches, layers, kept)
+        by_index = [(connector.caches[name], layer) for name, layer in layers.items()]
+        packing = probe(view, kept, lambda index, values, slots: write(*by_index[index], kept, values, slots))
         if not is_alone:
             _unname_communicator()
         return shown, rank_cache(self.vllm_config, layers, packing)
@@ -57,10 +59,7 @@ class RankExtension:
         sampling: SamplingParams,
         adapter: LoRARequest | None,
     ) -> None:
-        """Make the first model runner know a request as one that was preempted after this output.
-
-        The second takes prompt and output of whatever comes to it.
-        """
+        """Make the first model runner (the second needs nothing) know a request as one preempted after this output."""
         from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
         self.model_runner.requests[request_id] = CachedRequestState(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, Final
+from typing import Final
 
 from vllm import SamplingParams as VllmSamplingParams
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
-from services.engine.request import PositionLogprobs, Request, SampledToken, TokenLogprob
+from services.engine.foreign import position_logprobs
+from services.engine.request import PositionLogprobs, Request, SampledToken
 
 _SEEDS: Final = 1 << 63  # its seeds are signed
 
@@ -51,7 +52,7 @@ def sampled_tokens(token_ids: Sequence[int], logprobs: LogprobsLists | None) -> 
     if logprobs is None:
         return tuple(map(SampledToken, token_ids))
     return tuple(
-        SampledToken(token_id, _position(ids, values, int(rank)))
+        SampledToken(token_id, position_logprobs(ids, values, int(rank)))
         for token_id, ids, values, rank in zip(
             token_ids, logprobs.logprob_token_ids, logprobs.logprobs, logprobs.sampled_token_ranks, strict=True
         )
@@ -66,13 +67,4 @@ def prompt_logprobs(tensors: LogprobsTensors) -> tuple[PositionLogprobs | None, 
         tensors.selected_token_ranks.tolist(),
         strict=True,
     )
-    return (None, *(_position(ids, values, rank) for ids, values, rank in rows))
-
-
-def _position(ids: Sequence[Any], values: Sequence[Any], rank: int) -> PositionLogprobs:
-    """The first column is the token that stands there, the others are the most likely ones, in order."""
-    chosen, *top = (TokenLogprob(int(i), float(value), 0) for i, value in zip(ids, values, strict=True))
-    return PositionLogprobs(
-        TokenLogprob(chosen.token_id, chosen.logprob, rank),
-        tuple(TokenLogprob(each.token_id, each.logprob, place) for place, each in enumerate(top, 1)),
-    )
+    return (None, *(position_logprobs(ids, values, rank) for ids, values, rank in rows))
