@@ -1,8 +1,8 @@
 """Which model families vLLM computes behind the port, and which it refuses: `python -m tests.vllm.families [family…]`.
 
-Each is a random model as `transformers` writes it. A prompt's blocks go from one engine to another, and what the second
-says is held against what one engine says by itself and against `transformers` in float32, greedily. Without names all
-run (ten minutes on two cores), and the tables of docs/models.md are written anew.
+Each is a random model as `transformers` writes it. A prompt's blocks go from one engine to another, in one process and
+by router and workers; what comes is held against what one engine says by itself and against `transformers` in float32,
+greedily. Without names all run (half an hour on two cores), and the tables of docs/models.md are written anew.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
 import torch
 
 from tests.engine_contract.test_engine_contract import ask, copy, prefill, reserve, run, taken, tokens
 from tests.engine_contract.vllm_engines import VllmEngines
 from tests.hf_models import random_prompts, reference_greedy, reference_logits, write_config, write_model
 from tests.quantized_models import quantize
+from tests.stack import Stack, preload
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "models.md"
 LENGTHS: Final = (1, 2, 5, 17, 31, 32, 33, 63, 64, 65, 100, 127, 129, 200, 256, 257, 300, 511, 777, 900)
@@ -55,6 +57,7 @@ class Verdict:
     num_as_colocated: int
     num_as_transformers: int
     worst_gap: float  # in logits of `transformers`, given the tokens before
+    colocated: list[list[int]]  # what one engine says by itself
 
     @property
     def is_right(self) -> bool:
@@ -112,14 +115,47 @@ REFUSED: Final = (
 )
 
 
+def prompts_of(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
+    """The last with the one before as its prefix."""
+    prompts = random_prompts(lengths, seed=5)
+    prompts[-1][: lengths[-2]] = prompts[-2]
+    return prompts
+
+
+def write_family(family: Family, directory: Path) -> tuple[Path, Path]:
+    """Write the model for `transformers`, and as it is served; the same, unless its weights are packed."""
+    oracle = write_model(directory / "model", family.name, seed=1)
+    return oracle, (quantize(oracle, directory / "packed", family.packed) if family.packed else oracle)
+
+
+def through_workers(family: Family, directory: Path, chunk_size: int) -> list[list[int]]:
+    """What router, prefill and decode worker say after `prompts_of()`; the model is written to `directory`."""
+    _, model = write_family(family, directory)
+    worker = ["--block-size", str(family.block_size), "--num-gpu-blocks-override", str(4096 // family.block_size)]
+    worker += ["--max-model-len", "1024", "--max-num-batched-tokens", str(chunk_size), "--dtype", family.dtype]
+    worker += ["--peer-timeout-s", "20", "--engine-args", family.engine_args]
+    decode = ["--local-prefill-max-tokens 0"]
+    outputs = []
+    with (
+        Stack(directory / "stack", prefill=[""], decode=decode, worker=worker, model=model, engine="vllm") as stack,
+        httpx.Client(base_url=stack.url, timeout=240) as http,
+    ):
+        for prompt in prompts_of():
+            body = {"model": "m", "prompt": prompt, "max_tokens": NUM_OUTPUTS, "temperature": 0, "ignore_eos": True}
+            answer = http.post("/v1/completions", json=body | {"return_token_ids": True, "receipt": True}).json()
+            (receipt,) = answer["receipt"]["sequences"]
+            assert not receipt["prefilled_locally"], receipt
+            outputs.append(answer["choices"][0]["token_ids"])
+        stack.check_clean()
+    return outputs
+
+
 def check_family(
     family: Family, directory: Path, lengths: Sequence[int] = LENGTHS, chunk_sizes: Sequence[int] = ()
 ) -> list[Verdict]:
-    """Run the family's model in `directory`, in this process."""
-    prompts = random_prompts(lengths, seed=5)
-    prompts[-1][: lengths[-2]] = prompts[-2]  # a prefix that both sides have
-    oracle = write_model(directory / "model", family.name, seed=1)
-    served = quantize(oracle, directory / "packed", family.packed) if family.packed else oracle
+    """Run the family's model, written to `directory`, in this process."""
+    prompts = prompts_of(lengths)
+    oracle, served = write_family(family, directory)
     expected = reference_greedy(oracle, prompts, NUM_OUTPUTS, ignore_eos=True)
     verdicts = []
     for chunk_size in chunk_sizes or family.chunk_sizes:
@@ -147,6 +183,7 @@ def check_family(
                 sum(map(list.__eq__, handed, colocated)),
                 sum(map(list.__eq__, handed, expected)),
                 max(gaps),
+                colocated,
             )
         )
     return verdicts
@@ -204,14 +241,14 @@ def refusal_of(refused: Refused, directory: Path) -> str:
 # ---- the tables ----------------------------------------------------------------------------
 
 _RUNS: Final = (
-    "| family | disaggregated = colocated | = `transformers`, float32 | prompts in chunks of | |\n"
-    "|---|---|---|---|---|\n"
+    "| family | two engines = one | router, workers = one engine | = `transformers`, float32 | chunks | |\n"
+    "|---|---|---|---|---|---|\n"
 )
 _REFUSALS: Final = "| model | what the worker says |\n|---|---|\n"
 
 
-def row(family: Family, verdicts: Sequence[Verdict]) -> str:
-    """A line of the table of what runs."""
+def row(family: Family, verdicts: Sequence[Verdict], num_served: int) -> str:
+    """A line of the table of what runs; `num_served`: answers through router and workers that are one engine's."""
     num_prompts = sum(each.num_prompts for each in verdicts)
     as_colocated = sum(each.num_as_colocated for each in verdicts)
     as_transformers = sum(each.num_as_transformers for each in verdicts)
@@ -220,7 +257,8 @@ def row(family: Family, verdicts: Sequence[Verdict]) -> str:
         known += f"; its choice by {max(each.worst_gap for each in verdicts):.1f} at most"
     chunks = ", ".join("whole" if each.chunk_size > max(LENGTHS) else str(each.chunk_size) for each in verdicts)
     remark = "; ".join(filter(None, (family.dtype if family.dtype != "float32" else "", family.remark)))
-    return f"| {family.title} | {as_colocated} of {num_prompts} | {known} | {chunks} | {remark} |\n"
+    counts = f"{as_colocated} of {num_prompts} | {num_served} of {num_prompts}"
+    return f"| {family.title} | {counts} | {known} | {chunks} | {remark} |\n"
 
 
 def with_tables(page: str, runs: Sequence[str], refusals: Sequence[str]) -> str:
@@ -269,12 +307,19 @@ def main() -> int:
     import vllm.v1.engine.core  # noqa: F401
 
     torch.set_num_threads(1)
+    preload("vllm")
     runs, refusals, num_wrong = [], [], 0
     for family in FAMILIES:
         if not wanted or family.title in wanted:
             verdicts = _apart(lambda directory, family=family: check_family(family, directory))  # type: ignore[misc]
-            num_wrong += not all(each.is_right for each in verdicts)
-            runs.append(row(family, verdicts))
+            num_served = 0
+            for each in verdicts:
+                with tempfile.TemporaryDirectory() as directory:
+                    served = through_workers(family, Path(directory), each.chunk_size)
+                num_served += sum(map(list.__eq__, served, each.colocated))
+            is_right = num_served == sum(each.num_prompts for each in verdicts)
+            num_wrong += not (is_right and all(each.is_right for each in verdicts))
+            runs.append(row(family, verdicts, num_served))
             print(runs[-1], end="", flush=True)
     for refused in REFUSED:
         if not wanted or refused.title in wanted:

@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.families import FAMILIES, Family, check_family
+from tests.hf_models import reference_greedy
+from tests.stack import preload
+from tests.vllm.families import (
+    FAMILIES,
+    NUM_OUTPUTS,
+    TOLERANCE,
+    Family,
+    check_family,
+    gap,
+    prompts_of,
+    through_workers,
+    write_family,
+)
 
 pytestmark = pytest.mark.vllm
 if importlib.util.find_spec("vllm") is None:  # `make test` is free of it
@@ -30,3 +42,17 @@ def test_a_family_says_the_same_with_a_handoff_as_without_and_as_transformers(ti
     for verdict in check_family(family(title), tmp_path):
         assert verdict.is_right, verdict
         assert family(title).packed or verdict.num_as_transformers == verdict.num_prompts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", [each.title for each in FAMILIES])
+def test_a_family_says_through_router_and_workers_what_transformers_says(title: str, tmp_path: Path) -> None:
+    preload("vllm")
+    oracle, _ = write_family(family(title), tmp_path / "oracle")
+    expected = reference_greedy(oracle, prompts_of(), NUM_OUTPUTS, ignore_eos=True)
+    for chunk_size in family(title).chunk_sizes:
+        outputs = through_workers(family(title), tmp_path / str(chunk_size), chunk_size)
+        if family(title).packed:
+            assert max(gap(oracle, *each) for each in zip(prompts_of(), outputs, strict=True)) < TOLERANCE
+        else:
+            assert outputs == expected
