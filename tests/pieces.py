@@ -29,12 +29,23 @@ def host_memory(num_pieces: int, num_blocks: int, block_bytes: int) -> HostMemor
     return piece_memory(num_pieces, num_blocks, block_bytes, num_regions=2 if num_pieces % 8 == 0 else 1)
 
 
-def flip(memory: HostMemory | PieceMemory, block_id: int, byte: int) -> None:
-    """Change a bit of a block."""
+def read_block(memory: HostMemory | PieceMemory, block_id: int) -> bytes:
+    """Return a block as it travels."""
     staging = memory.staging(1)
     memory.gather(block_id, staging)
-    staging[byte] ^= 1
-    memory.scatter(block_id, staging)
+    return staging.tobytes()
+
+
+def write_block(memory: HostMemory | PieceMemory, block_id: int, content: bytes | bytearray) -> None:
+    """Write a block as it travels."""
+    memory.scatter(block_id, np.frombuffer(content, np.uint8))
+
+
+def flip(memory: HostMemory | PieceMemory, block_id: int, byte: int, bit: int = 0) -> None:
+    """Change a bit of a block."""
+    content = bytearray(read_block(memory, block_id))
+    content[byte] ^= 1 << bit
+    write_block(memory, block_id, content)
 
 
 def write_all(memory: HostMemory | PieceMemory, blocks: np.ndarray) -> None:

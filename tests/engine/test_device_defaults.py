@@ -12,6 +12,7 @@ from services.engine.config import EngineConfig, with_device_defaults
 from services.engine.native import engine as native_engine
 from services.engine.native.engine import Engine
 from services.engine.native.model.model import load_model
+from services.engine.tensor_memory import gpu_of
 from services.machine import Gpu
 from tests.hf_models import write_model
 
@@ -45,12 +46,12 @@ def test_an_engine_takes_the_defaults_of_its_device(tmp_path: Path, monkeypatch:
         return engine.capabilities.max_num_seqs, engine._scheduler.config.max_num_batched_tokens
 
     assert limits() == (64, 512)
-    monkeypatch.setattr(native_engine, "_gpu", lambda device: Gpu(device, 79 << 30, model="NVIDIA H100"))
+    monkeypatch.setattr(native_engine, "gpu_of", lambda device: Gpu(device, 79 << 30, model="NVIDIA H100"))
     assert limits() == (1024, 8192)
 
 
 def test_torch_says_what_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(total_memory=24 << 30, name="NVIDIA L4")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert native_engine._gpu("cuda:1") == Gpu("cuda:1", 24 << 30, model="NVIDIA L4")
-    assert native_engine._gpu("cpu") is None
+    assert gpu_of("cuda:1") == Gpu("cuda:1", 24 << 30, model="NVIDIA L4")
+    assert gpu_of("cpu") is None

@@ -196,6 +196,7 @@ def test_fields_of_our_insides_reach_no_order(http, worker, path, body):
         "prefix_sources": [{"holder_id": "w", "kv_address": "localhost:1", "num_blocks": 1}],
         "prompt_hashes": {"hashes": ["x"]},
         "prompt_token_ids": [1, 2, 3],
+        "adapter": "another:0123",
         "resumed_token_ids": [5],
         "sampling": {"max_tokens": 99},
         "token_lists": 5,

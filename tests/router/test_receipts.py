@@ -61,7 +61,7 @@ def test_who_prefilled():
     elsewhere = receipt_of(usage_of(0, prefill_worker_id="p", num_transferred_blocks=4, num_transferred_bytes=9))
     told = elsewhere.to_json()
     assert (told["prefill_worker_id"], told["prefilled_locally"]) == ("p", False)
-    assert (told["handoff"], told["digests_checked"]) == ({"blocks": 4, "bytes": 9}, 4)
+    assert (told["handoff"], told["digests_checked"]) == ({"blocks": 4, "bytes": 9, "first_token_equal": None}, 4)
 
 
 def test_stages_are_between_stamps_by_the_workers_clocks_where_they_have_them():

@@ -12,12 +12,10 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Final
 
-import numpy as np
-
 from kvstore.block import BlockHash, BlockLayout, Proof, Subject
 from kvstore.errors import IntegrityError
 from kvstore.pool import Block, BlockPool
-from tests.pieces import host_memory
+from tests.pieces import flip, host_memory, read_block, write_block
 from tests.proofs import KEY
 
 LAYOUT: Final = BlockLayout(
@@ -109,7 +107,7 @@ class WatchedPool:
 
     def fill(self, block_id: int, name: bytes, subject: Subject) -> Proof:
         """Compute a block."""
-        self.memory.scatter(block_id, np.frombuffer(content_of(name), dtype=np.uint8))
+        write_block(self.memory, block_id, content_of(name))
         self._expected[block_id] = content_of(name)
         return KEY.prove(self.memory, [block_id], [subject])[0]
 
@@ -123,7 +121,7 @@ class WatchedPool:
         if block_id in self._rotten:
             return
         self._judge(Invariant.RIGHT_BYTES)
-        if self.memory.view(block_id).tobytes() != content_of(name):
+        if read_block(self.memory, block_id) != content_of(name):
             self._report(Invariant.RIGHT_BYTES, f"{self._name}: block {block_id} is not {name.hex()}")
         self._expected[block_id] = content_of(name)
 
@@ -146,16 +144,16 @@ class WatchedPool:
 
     def flip(self, block: Block, offset: int, bit: int) -> None:
         """A bit of a cached block changes where it lies."""
-        self.memory.view(block.slot).flat[offset] ^= 1 << bit
+        flip(self.memory, block.slot, offset, bit)
         self._rotten.add(block.slot)
-        self._expected[block.slot] = self.memory.view(block.slot).tobytes()
+        self._expected[block.slot] = read_block(self.memory, block.slot)
 
     def check_bytes(self, block_id: int) -> None:
         """Whether a block that nobody fills holds what it should."""
         expected = self._expected[block_id]
         if expected is not None:
             self._judge(Invariant.NO_LATE_BYTE)
-        if expected is not None and self.memory.view(block_id).tobytes() != expected:
+        if expected is not None and read_block(self.memory, block_id) != expected:
             self._report(Invariant.NO_LATE_BYTE, f"{self._name}: block {block_id} was written to by somebody else")
 
     def check_at_rest(self) -> None:
@@ -172,5 +170,5 @@ class WatchedPool:
             self._report(Invariant.ONE_OWNER, f"{self._name}: {error}")
 
     def _abandon(self, block_id: int) -> None:
-        self.memory.view(block_id)[:] = 0xDD
+        write_block(self.memory, block_id, b"\xdd" * BLOCK_BYTES)
         self._expected[block_id] = b"\xdd" * BLOCK_BYTES

@@ -15,7 +15,7 @@ from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, FetchResult, Rese
 from kvstore.store import DiskTier, StoreNode, StoreTier, TieredStore
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
 from tests.peers import PROOFS
-from tests.pieces import host_memory, write_all
+from tests.pieces import host_memory, read_block, write_all
 from tests.proofs import KEY, prove
 from tests.waiting import until
 
@@ -56,7 +56,7 @@ class Worker:
             self.slots.setdefault(block_hash, len(self.slots))
 
     def bytes_of(self, block_hash: BlockHash) -> bytes:
-        return self.memory.view(self.slots[block_hash]).tobytes()
+        return read_block(self.memory, self.slots[block_hash])
 
     async def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[AnnouncedBlock]:
         self.wanted.append(list(hashes))
@@ -85,7 +85,7 @@ class Worker:
 
         peer_id = await self.exchange.connect(node.exchange.address)
         result = await self.exchange.fetch_prefix(bytes(slots[:1]) * 16, peer_id, hashes, reserve).result
-        return result, [self.memory.view(slot).tobytes() for slot in result.block_ids]
+        return result, [read_block(self.memory, slot) for slot in result.block_ids]
 
 
 class World:
