@@ -262,11 +262,10 @@ def row(family: Family, verdicts: Sequence[Verdict], num_served: int) -> str:
 
 
 def with_tables(page: str, runs: Sequence[str], refusals: Sequence[str]) -> str:
-    """The page with these lines."""
-    for head, rows in ((_RUNS, runs), (_REFUSALS, refusals)):
-        before, _, after = page.partition(head)
-        page = before + head + "".join(rows) + re.sub(r"\A(\|.*\n)*", "", after)
-    return page
+    """The page with these lines, in the places of the two tables behind the command's name."""
+    before, command, after = page.partition("`make families`")
+    tables = iter((_RUNS + "".join(runs), _REFUSALS + "".join(refusals)))
+    return before + command + re.sub(r"(^\|.*\n)+", lambda _: next(tables), after, count=2, flags=re.MULTILINE)
 
 
 def _apart(job: Callable[[Path], Any]) -> Any:
