@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     with_vllm = [item for item in items if item.get_closest_marker("vllm") is not None]
     if importlib.util.find_spec("vllm") is None:
         config.hook.pytest_deselected(items=with_vllm)
-        items[:] = [item for item in items if item not in with_vllm]
+        items[:] = [item for item in items if item.get_closest_marker("vllm") is None]
         return
     for item in with_vllm:  # what vLLM and torch warn each other of is no error of ours
         item.add_marker(pytest.mark.filterwarnings("default"))

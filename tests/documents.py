@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,3 +58,18 @@ def anchors_of(page: Path) -> set[str]:
     """The anchors that GitHub makes of the headings."""
     headings = re.findall(r"^#+ (.+)$", prose_of(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def rows_of(text: str, head: str) -> list[str]:
+    """The rows of the table that begins with these lines."""
+    _, found, after = text.partition(head)
+    assert found, head
+    rows = re.match(r"(\|.*\n)*", after)
+    return rows[0].splitlines(keepends=True) if rows else []
+
+
+def with_table(text: str, head: str, rows: Iterable[str]) -> str:
+    """The text of a page with other rows in the table that begins with these lines."""
+    before, found, after = text.partition(head)
+    assert found, head
+    return before + head + "".join(rows) + re.sub(r"\A(\|.*\n)*", "", after)

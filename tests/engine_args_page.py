@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from itertools import groupby
 from pathlib import Path
 
 from services.settings.engine_args import ENGINE_FLAGS, EngineFlag, Fate
+from tests.documents import with_table
 
 PAGE = Path(__file__).parents[1] / "docs" / "engines.md"
 _PASSED = "| flags | |\n|---|---|\n"
@@ -15,11 +15,7 @@ _REFUSED = "| refused | why | no objection to |\n|---|---|---|\n"
 
 def with_tables(page: str) -> str:
     """The page with its tables as the code has them."""
-    for head, rows in ((_PASSED, _passed()), (_REFUSED, _refused())):
-        before, found, after = page.partition(head)
-        assert found, head
-        page = before + head + "".join(rows) + re.sub(r"^(\|.*\n)*", "", after)
-    return page
+    return with_table(with_table(page, _PASSED, _passed()), _REFUSED, _refused())
 
 
 def _passed() -> list[str]:

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # of models so small further threads only wait, for processors that others need
 
 VOCAB_SIZE = 512
 PAD_TOKEN_ID, IM_START_TOKEN_ID, IM_END_TOKEN_ID = 0, 1, 2
@@ -118,7 +119,11 @@ _FAMILIES |= {
         "deepseek_v3",
         {**_LATENT, "q_lora_rank": 48, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     ),
-    "gpt_neox": ("gpt_neox", {"hidden_size": 128, "intermediate_size": 256, "rotary_pct": 1.0}),
+    "gpt_neox": (
+        "gpt_neox",
+        # It has no such key, and vLLM believes it.
+        {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4, "rotary_pct": 1.0},
+    ),
     "olmo2": ("olmo2", {"hidden_size": 128}),
 }
 FOREIGN_FAMILIES = tuple(_FAMILIES)[len(FAMILIES) :]
@@ -169,6 +174,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_vl": ("qwen2_vl", {"text_config": _BASE}),
     "bert": ("bert", {**_NARROW, "num_attention_heads": 2, "intermediate_size": 128}),
 }
+REFUSED_CONFIGS = tuple(_CONFIGS)
+"""By name, for `write_config`."""
 _ARCHITECTURES = {
     "bart": "BartForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
@@ -310,9 +317,14 @@ def reference_greedy(
     if ignore_eos:
         settings.eos_token_id = None
     model.generation_config = settings  # what is passed to generate() is merged with this, so None would not count
-    outputs = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        generated = model.generate(ids, attention_mask=torch.ones_like(ids))
-        outputs.append(generated[0, len(prompt) :].tolist())
+    by_length: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(index)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    for length, indices in by_length.items():  # those of one length at once, which no padding disturbs
+        ids = torch.tensor([prompts[index] for index in indices])
+        generated = model.generate(ids, attention_mask=torch.ones_like(ids))[:, length:].tolist()
+        for index, tokens in zip(indices, generated, strict=True):
+            ends = [] if ignore_eos else [at + 1 for at, token in enumerate(tokens) if token in EOS_TOKEN_IDS]
+            outputs[index] = tokens[: min(ends, default=None)]
     return outputs

@@ -79,6 +79,7 @@ class Stack:
     model: Path = Path()  # which every worker serves as "m"
     engine: str = "native"
     environ: dict[str, str] = field(default_factory=dict)
+    patience_s: float = _READY_TIMEOUT_S  # how long anything is waited for
     services: dict[str, Service] = field(default_factory=dict)
 
     def __enter__(self) -> Stack:
@@ -189,8 +190,8 @@ class Stack:
         self.wait_for(lambda: self._http.get(f"{self.url}/ready").status_code == 200, "the router to be ready")
         self.wait_for(self._router_has_all, "the router to have every worker, as it was started last")
 
-    def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = _READY_TIMEOUT_S) -> None:
-        deadline = time.monotonic() + timeout_s
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        deadline, pause_s = time.monotonic() + self.patience_s, 0.02
         while True:
             for service in self.services.values():
                 if service.process.exitcode not in (None, 0, -signal.SIGKILL):
@@ -202,8 +203,9 @@ class Stack:
                 pass  # not up yet
             if time.monotonic() > deadline:
                 logs = "\n".join(f"--- {service.name}\n{service.log[-2000:]}" for service in self.services.values())
-                raise TimeoutError(f"waited {timeout_s:g} s for {what}\n{logs}")
-            time.sleep(0.02)
+                raise TimeoutError(f"waited {self.patience_s:g} s for {what}\n{logs}")
+            time.sleep(pause_s)
+            pause_s = min(1.2 * pause_s, 0.1)  # asking takes time of the processors that they wait for
 
     def records(self) -> list[WorkerRecord]:
         """What the workers that serve announce in the registry."""
@@ -241,18 +243,23 @@ class Stack:
         return sum(float(value) for found, value in samples if wanted <= set(found.split(",")))
 
     def wait_index_follows(self) -> None:
-        """Until the index says what the caches hold, as of now. What store nodes are yet to fetch is no part of it."""
+        """Until the index says what the caches hold, as of now, and the router has it: it may lose it for a while.
+
+        What store nodes are yet to fetch is no part of it.
+        """
         names = [service.name for service in self.services.values() if service.role != "router"]
         for name in names:
             self._check_integrity(name)  # between two turns of the engine: what came of those before has been told
 
         def is_synced() -> bool:
             states = map(self.debug_state, names)
-            return all(dict(state["index"])["synced"] for state in states)  # type: ignore[call-overload]
+            if not all(dict(state["index"])["synced"] for state in states):  # type: ignore[call-overload]
+                return False
+            return "router" not in self.services or self.metric("router", "tandem:router_index_up") == 1
 
         self.wait_for(is_synced, "the index to follow")
 
-    def check_clean(self, timeout_s: float = _READY_TIMEOUT_S) -> None:
+    def check_clean(self) -> None:
         """Every worker comes to rest with all its blocks free, and its pool's books are right."""
         for service in self.services.values():
             if service.role not in ("prefill", "decode"):
@@ -261,7 +268,6 @@ class Stack:
             self.wait_for(
                 lambda name=service.name, process=service.process: not process.is_alive() or self._is_at_rest(name),
                 f"{service.name} to rest",
-                timeout_s,
             )
             if service.process.is_alive():
                 self._check_integrity(service.name)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from services.settings.vllm_flags import VLLM_FLAGS, VllmFlag
+from tests.documents import with_table
 
 PAGE = Path(__file__).parents[1] / "docs" / "from-vllm-or-dynamo.md"
 _HEAD = "| flag of vLLM's | what Tandem does instead | no objection to |\n|---|---|---|\n"
-_TABLE = re.compile(re.escape(_HEAD) + r"(\|.*\n)*")
 
 
-def with_table(page: str) -> str:
+def with_flags(page: str) -> str:
     """The page with its table as the code has it."""
-    table = _HEAD + "".join(map(_row, VLLM_FLAGS))
-    return _TABLE.sub(lambda _: table, page, count=1)
+    return with_table(page, _HEAD, map(_row, VLLM_FLAGS))
 
 
 def _row(row: VllmFlag) -> str:
@@ -25,4 +23,4 @@ def _row(row: VllmFlag) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_flags(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

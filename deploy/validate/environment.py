@@ -9,9 +9,11 @@ from deploy.validate.dockerfile import parse
 from services.decode.config import DecodeConfig
 from services.prefill.config import PrefillConfig
 from services.router.config import RouterConfig
+from services.settings import tensor_parallel_size
 from services.settings.declare import SettingsClass, SettingsError
 from services.settings.load import resolve_settings
 from services.store.config import StoreConfig
+from services.worker.config import WorkerConfig
 
 CONFIGS: Mapping[str, type[SettingsClass]] = {
     "router": RouterConfig,
@@ -54,6 +56,11 @@ def complaints(root: Path, image: str, environ: Mapping[str, str]) -> Iterator[s
     role = role_of_image(image)
     assert role is not None, f"{image} is none of ours"
     try:
-        resolve_settings(CONFIGS[role], [], {**image_environment(root, image), **environ})
+        config = resolve_settings(CONFIGS[role], [], {**image_environment(root, image), **environ})
     except SettingsError as error:
         yield f"{role}: {error}"
+        return
+    if isinstance(config, WorkerConfig) and config.device != "cpu" and config.kv_transport == "nixl":
+        num_ranks = tensor_parallel_size(config.engine_args)
+        if num_ranks > 1:
+            yield f"{role}: TANDEM_KV_TRANSPORT=nixl: GPU memory of {num_ranks} ranks is not to be shown on; give auto"

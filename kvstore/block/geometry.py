@@ -14,6 +14,7 @@ to readers, who compute from it which bytes to read.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,6 +66,20 @@ class Geometry:
         for one, other in itertools.pairwise(ordered):
             if one.device_id == other.device_id and other.address - one.address < self.span_bytes:
                 raise ValueError(f"regions overlap: {self}")
+
+    @classmethod
+    def of_views(cls, regions: Sequence[Region], shape: Sequence[int], strides: Sequence[int]) -> Geometry:
+        """Return that of views which are alike, bytes `(num_blocks, num_layers, piece_bytes)`, one for each region."""
+        num_blocks, num_layers, piece_bytes = shape
+        block_stride, piece_stride, _ = strides
+        return cls(
+            tuple(regions),
+            num_blocks,
+            num_layers * len(regions),
+            piece_bytes,
+            piece_stride if num_layers > 1 else 0,
+            block_stride if num_blocks > 1 else max(block_stride, piece_bytes),
+        )
 
     @property
     def block_bytes(self) -> int:

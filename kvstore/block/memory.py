@@ -49,6 +49,10 @@ class BlockMemory(Protocol):
     def geometry(self) -> Geometry:
         """Where the blocks lie."""
 
+    @property
+    def can_be_shown(self) -> bool:
+        """Whether a library can give this memory's handle to peers; not where another process has given it to us."""
+
     def sums(self, block_ids: Sequence[int], multipliers: Multipliers) -> list[bytes]:
         """Return the sums of each block's rows (`Multipliers.sums`), in the order given."""
 
@@ -70,18 +74,10 @@ class _InMainMemory:
 
     def __init__(self, regions: Sequence[Bytes]) -> None:
         first = regions[0]
-        num_blocks, num_layers, piece_bytes = first.shape
-        block_stride, piece_stride, _ = first.strides
         if any(each.shape != first.shape or each.strides != first.strides for each in regions):
             raise ValueError(f"expected regions alike, got {[(each.shape, each.strides) for each in regions]}")
-        self.geometry = Geometry(
-            tuple(Region(int(each.ctypes.data)) for each in regions),
-            num_blocks,
-            num_layers * len(regions),
-            piece_bytes,
-            piece_stride if num_layers > 1 else 0,
-            block_stride if num_blocks > 1 else max(block_stride, piece_bytes),
-        )
+        places = [Region(int(each.ctypes.data)) for each in regions]
+        self.geometry = Geometry.of_views(places, first.shape, first.strides)
         self._regions = regions
 
     @property
@@ -98,6 +94,11 @@ class _InMainMemory:
     def device(self) -> str:
         """Always `"cpu"`."""
         return "cpu"
+
+    @property
+    def can_be_shown(self) -> bool:
+        """Always: pages of main memory are read by their process's addresses, whoever shares them."""
+        return True
 
     def sums(self, block_ids: Sequence[int], multipliers: Multipliers) -> list[bytes]:
         """Return the sums of each block's rows, in the order given. Raises IndexError."""

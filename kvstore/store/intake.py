@@ -5,17 +5,19 @@
 
 Nobody writes into another's memory: a busy node fetches later or not at all. An offer is a hint. A chain is offered
 from its head each time it has grown, so the next offer makes good one that was dropped or failed. Each worker has a
-line of its own: one that has vanished is dialled once for all its offers, and takes nobody else's turn.
+line of its own: one that has vanished is dialled once for all its offers, and takes nobody else's turn. What a reader
+doubts is offered again by whoever computed it instead, perhaps before it is dropped: such offers wait until it is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.block import BlockHash, checksums
@@ -65,7 +67,7 @@ class _Line:
 
 @dataclass(frozen=True, eq=False)
 class _Pull:
-    """Blocks that are being fetched, and the offers that go on when that has ended, well or badly."""
+    """Blocks that are being fetched, or doubted, and the offers that go on when that has ended, well or badly."""
 
     waiting: dict[tuple[str, BlockHash], _Offer] = field(default_factory=dict)  # by worker and end of the chain
 
@@ -109,10 +111,25 @@ class Intake:
         self.stats.num_offers += 1
         parent_hash = None if have.parent is None else BlockHash(have.parent)
         offer = _Offer(peer, have.address, parent_hash, tuple(BlockHash(each) for each in have.hashes))
-        if self._num_here(offer.hashes) == len(offer.hashes):
-            self.stats.num_offers_known += 1
-        else:
+        if self._num_here(offer.hashes) < len(offer.hashes):
             self._enqueue(offer)
+        elif not any(self._waits(offer, each) for each in offer.hashes):
+            self.stats.num_offers_known += 1
+
+    @contextlib.contextmanager
+    def holding_back(self, hashes: Iterable[BlockHash]) -> Iterator[None]:
+        """Have offers of these blocks wait: they are being fetched, or a reader doubts those that are here."""
+        pull = _Pull()
+        ours = [each for each in dict.fromkeys(hashes) if each not in self._under_way]
+        self._under_way.update(dict.fromkeys(ours, pull))
+        try:
+            yield
+        finally:
+            for block_hash in ours:
+                del self._under_way[block_hash]
+            self._num_waiting -= len(pull.waiting)
+            for waiting in pull.waiting.values():
+                self._enqueue(waiting)
 
     def close(self) -> None:
         """Forget what waits, and start nothing more."""
@@ -201,7 +218,7 @@ class Intake:
         return self._store.tier_of(block_hash) is not None
 
     def _waits(self, offer: _Offer, block_hash: BlockHash) -> bool:
-        """Whether this block is being fetched: then the offer is queued again when that has ended."""
+        """Whether this block is being fetched, or doubted: then the offer is queued again when that has ended."""
         pull = self._under_way.get(block_hash)
         if pull is None:
             return False
@@ -223,7 +240,8 @@ class Intake:
         end = 0  # hashes[:end] were here, or were fetched: each round gets further, or is the last
         while not self._is_closing:
             start = end + self._num_here(hashes[end:])
-            if start == len(hashes) or self._waits(offer, hashes[start]):
+            next_one = hashes[start : start + 1]
+            if any(self._waits(offer, each) for each in next_one or hashes) or not next_one:
                 return
             missing = itertools.takewhile(lambda each: not self._is_here(each), hashes[start:])
             piece = list(itertools.takewhile(lambda each: each not in self._under_way, missing))[
@@ -242,16 +260,8 @@ class Intake:
 
     async def _pull_marked(self, offer: _Offer, parent_hash: BlockHash | None, hashes: Sequence[BlockHash]) -> int:
         """`_pull`, with what is being fetched known to the other offers."""
-        pull = _Pull()
-        self._under_way.update(dict.fromkeys(hashes, pull))
-        try:
+        with self.holding_back(hashes):
             return await self._pull(offer, parent_hash, hashes)
-        finally:
-            for block_hash in hashes:
-                del self._under_way[block_hash]
-            self._num_waiting -= len(pull.waiting)
-            for waiting in pull.waiting.values():
-                self._enqueue(waiting)
 
     async def _pull(self, offer: _Offer, parent_hash: BlockHash | None, hashes: Sequence[BlockHash]) -> int:
         """Fetch and publish a run of blocks; how many. Each stage has a deadline in the store or the exchange."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Final
 
 from kvstore.block import BlockHash, find_changed
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 _LEND_TIMEOUT_S: Final = 2.0
 
 
+_HoldingBack = Callable[[Sequence[BlockHash]], AbstractContextManager[None]]
+
+
 class StoreTooSmall(KVStoreError):
     """The memory given to a store holds no block; the message has the numbers."""
 
@@ -36,10 +40,12 @@ class StoreTooSmall(KVStoreError):
 class StoreLender:
     """Lends a store's blocks; those on disk come to DRAM first, as far as there is time."""
 
-    def __init__(self, store: TieredStore, threads: Threads, doubts: Doubts) -> None:
+    def __init__(self, store: TieredStore, threads: Threads, doubts: Doubts, holding_back: _HoldingBack) -> None:
+        """`holding_back`: has offers of these blocks wait meanwhile (`Intake.holding_back`)."""
         self._store = store
         self._threads = threads
         self._doubts = doubts
+        self._holding_back = holding_back
         self.num_lent = 0  # blocks, at present
         self.num_corrupt = 0  # blocks whose bytes had changed in memory
         self.num_refuted = 0  # blocks dropped since a reader found their proofs wrong, while they had not changed here
@@ -62,6 +68,10 @@ class StoreLender:
         What has not changed is dropped from both tiers, as fast as `Doubts` allows. Its reader can check proofs, and we
         cannot: it came here wrong, or somebody lies.
         """
+        with self._holding_back(hashes):
+            await self._recheck(hashes)
+
+    async def _recheck(self, hashes: Sequence[BlockHash]) -> None:
         dram = self._store.dram
         pinned = [block for block_hash in hashes for block in dram.pin([block_hash], is_use=False)]
         ids = [block.slot for block in pinned]
@@ -106,7 +116,8 @@ class StoreNode:
     ) -> None:
         self.identity = identity
         self.store = store
-        self.lender = StoreLender(store, outside.threads, Doubts(outside.clock))
+        doubts = Doubts(outside.clock)
+        self.lender = StoreLender(store, outside.threads, doubts, lambda hashes: self.intake.holding_back(hashes))
         self.exchange = BlockExchange(
             identity,
             store.memory,

@@ -24,14 +24,19 @@ class CudaRegion:
         }
 
 
+def is_one_buffer(memory: BlockMemory) -> bool:
+    """Whether neighbouring blocks can be sent from and received into where they are."""
+    return memory.geometry.is_contiguous and memory.can_be_shown
+
+
 def region(memory: BlockMemory, first_block: int, num_blocks: int) -> object:
     """Return blocks `first_block ...` of a pool as one buffer. Raises `TransportError` where they are not all in it.
 
-    Of a pool whose neighbouring blocks are one run of bytes (`Geometry.is_contiguous`) alone.
+    Of a pool of which that can be done (`is_one_buffer`) alone.
     """
     check_inside(memory, first_block, num_blocks)
     geometry = memory.geometry
-    assert geometry.is_contiguous, "blocks in pieces are no one buffer"
+    assert is_one_buffer(memory), "blocks in pieces are no one buffer, nor is what cannot be shown"
     address, size_bytes = (
         geometry.regions[0].address + first_block * geometry.block_stride,
         num_blocks * geometry.block_bytes,

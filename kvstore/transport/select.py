@@ -36,9 +36,8 @@ def make_transports(choice: str, memory: BlockMemory, name: str, host: str) -> l
             open_devices,
         )
     transports: list[Transport] = []
-    # Of a GPU's memory that ranks have shown to this process UCX can show no more to a peer: it goes through buffers.
-    is_of_ranks = memory.device != "cpu" and len(memory.geometry.regions) > 1
-    if choice == "nixl" or (choice == "auto" and not is_of_ranks):
+    # nixl gives the memory itself to peers; ucxx sends it through buffers where that is not to be had.
+    if choice == "nixl" or (choice == "auto" and memory.can_be_shown):
         try:
             from kvstore.transport.nixl import NixlTransport
 

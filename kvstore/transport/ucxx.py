@@ -23,7 +23,7 @@ import msgspec
 from kvstore.block import BlockMemory, Run
 from kvstore.errors import ReadFailed, TransportError
 from kvstore.transport.base import LinkPeer
-from kvstore.transport.buffers import check_inside, region
+from kvstore.transport.buffers import check_inside, is_one_buffer, region
 from kvstore.transport.devices import narrow
 from kvstore.transport.staging import Arrivals, Buffers, Room
 from kvstore.transport.ucxx_introduction import hold, mend
@@ -90,7 +90,7 @@ class UcxxTransport:
         self._ucxx, self._options = import_ucxx()
         self._error: type[Exception] = self._ucxx.exceptions.UCXError
         self._memory = memory
-        self._buffers = None if memory.geometry.is_contiguous else Buffers(memory)
+        self._buffers = None if is_one_buffer(memory) else Buffers(memory)
         self._is_running = False
         self._came_s: float | None = None  # when a message to ourselves came last; None: none is sent
         self._unaborted: list[Endpoint] = []

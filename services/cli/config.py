@@ -50,6 +50,10 @@ class DoctorConfig(Settings):
 
     model: str = setting("", help="directory of a Hugging Face model; the default is the demo model")
     engine: str = setting("native", help="as of a worker", choices=("native", "vllm", "auto", "paced"))
+    engine_args: str = setting("", help="as of a worker; vLLM's flags may also stand by themselves")
+    device: str = setting("auto", help="as of a worker", choices=("auto", "cpu", "cuda"))
+    quantization: str = setting("none", help="as of a worker")
+    lora_modules: tuple[str, ...] = setting((), help="as of a worker")
     redis: str = setting("", help="URL of the registry; the default examines the private Redis", secret=True)
     host: str = setting("127.0.0.1", help="address that the router will listen on")
     port: int = setting(8000, min=1, max=65535, help="port that the router will listen on")

@@ -104,6 +104,14 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
+def safetensors_files(directory: Path) -> list[Path]:
+    """Return the safetensors there, for an engine that reads them by itself. Raises `ModelNotFound`."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ModelNotFound(f"{directory} has no weights in safetensors; pickled ones are never loaded: convert them")
+    return files
+
+
 def _instead(directory: Path) -> str:
     """What the directory has in the place of safetensors, and what to do about it."""
     for pattern, what in (

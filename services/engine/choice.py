@@ -24,18 +24,17 @@ from kvstore.block import ProofKey
 from services.engine.adapters import read_adapters
 from services.engine.api import Engine
 from services.engine.check import Machine, check_engine
-from services.engine.checkpoint import WITHOUT_WEIGHTS, find_model
+from services.engine.checkpoint import WITHOUT_WEIGHTS, find_model, safetensors_files
 from services.engine.config import NATIVE_QUANTIZATIONS, EngineConfig
-from services.engine.model_config import ModelNotFound, NotComputed, read_config
-from services.settings import SettingsError, block_meaning
+from services.engine.model_config import ModelNotFound, NotComputed, UnsupportedModel, read_config, read_json
+from services.engine.refused import refusal_by_vllm
+from services.settings import SettingsError, block_meaning, draws_weights
 
 VLLM_VERSIONS: Final = ">=0.31,<0.33"
 """Those that the tests pass with; the extra `vllm` asks for the same."""
 _TESTED: Final = ((0, 31), (0, 33))
 INSTALL_VLLM: Final = "make install-vllm"
-"""What brings it, on CPUs and GPUs."""
-NO_WEIGHTS: Final = "--load-format dummy"
-"""Has vLLM draw weights by chance, to try a model without them."""
+"""What brings it from a checkout, on CPUs and GPUs."""
 
 C = TypeVar("C", bound=EngineConfig)
 
@@ -70,17 +69,27 @@ def choose(config: EngineConfig, device: Literal["cpu", "cuda"], objection: str)
 def check_vllm(version: str | None, device: Literal["cpu", "cuda"], why: str) -> None:
     """Refuse a vLLM that is missing (None), was not tested, or was built for another device. Raises SettingsError."""
     if version is None:
-        raise SettingsError(f"vLLM is to compute ({why}), and is not installed; {INSTALL_VLLM}", "engine")
+        raise SettingsError(f"vLLM is to compute ({why}), and is not installed; {how_to_install()}", "engine")
     number = re.match(r"(\d+)\.(\d+)", version)
     if number is None or not _TESTED[0] <= (int(number[1]), int(number[2])) < _TESTED[1]:
         raise SettingsError(
-            f"vLLM {version} is installed, and Tandem was tested with {VLLM_VERSIONS}; {INSTALL_VLLM}", "engine"
+            f"vLLM {version} is installed, and Tandem was tested with {VLLM_VERSIONS}; {how_to_install()}", "engine"
         )
-    is_for_cpus = version.endswith("+cpu")
+    is_for_cpus = "cpu" in version.partition("+")[2].split(".")
     if is_for_cpus != (device == "cpu"):
         built, there = ("CPUs", "a GPU") if is_for_cpus else ("GPUs", "a CPU")
         remedy = "give --device cpu" if is_for_cpus else "install its CPU build"
         raise SettingsError(f"vLLM {version} is built for {built}, and is to compute on {there}; {remedy}", "engine")
+
+
+def how_to_install(root: Path = Path(__file__).parents[2]) -> str:
+    """What brings vLLM to those who have the checkout at `root`, and to those who have none, as within images."""
+    if (root / "Makefile").is_file():
+        return INSTALL_VLLM
+    return (
+        "in containers take the workers' image of deploy/docker/worker-vllm.Dockerfile, elsewhere pip install"
+        " 'tandem-serve[vllm]', or give --engine native, if the model is one of its own"
+    )
 
 
 def vllm_version() -> str | None:
@@ -140,9 +149,11 @@ def check_for_vllm(config: EngineConfig) -> Path:
     directory = find_model(config.model, config.revision, WITHOUT_WEIGHTS)
     if not (directory / "config.json").is_file():
         raise ModelNotFound(f"{directory} has no config.json; give the directory of a model for transformers")
+    if why := refusal_by_vllm(read_json(directory / "config.json") or {}, block_meaning(config.engine_args)):
+        raise UnsupportedModel(f"{directory / 'config.json'}: {why}")
     is_whole = Path(config.model).expanduser().is_dir()  # and not a snapshot of which weights are yet to come
-    if is_whole and not any(directory.glob("*.safetensors")) and NO_WEIGHTS not in block_meaning(config.engine_args):
-        raise ModelNotFound(f"{directory} has no weights in safetensors; pickled ones are never loaded: convert them")
+    if is_whole and not draws_weights(config.engine_args):
+        safetensors_files(directory)
     return directory
 
 

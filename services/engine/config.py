@@ -66,7 +66,12 @@ class EngineConfig(Settings):
         "auto", help="auto takes cuda where there is one, else cpu", choices=("auto", "cpu", "cuda"), group="model"
     )
     num_threads: int = setting(
-        0, min=0, max=1024, help="compute threads (CPU); 0: as many as the process may use", group="model"
+        0,
+        min=0,
+        max=1024,
+        help="compute threads (CPU), of each rank; 0: as OMP_NUM_THREADS says, else the cores that the process may use,"
+        " divided among its ranks",
+        group="model",
     )
     max_model_len: int = setting(
         0, min=0, help="longest prompt plus output, in tokens; 0 takes the model's own", group="model"

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from services.engine.refused import refusal
+
 DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPES: Final = tuple(DTYPE_BYTES)
 HIDDEN_ACTIVATIONS: Final = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh")
@@ -145,6 +147,8 @@ def read_config(directory: Path) -> ModelConfig:
     try:
         return parse_config(raw, generation)
     except NotComputed as error:
+        if why := refusal(raw):
+            raise UnsupportedModel(f"{path}: {why}") from error
         remedy = ", or give --engine vllm" if "; " in str(error) else "; give --engine vllm"
         raise NotComputed(f"{path}: {error}{remedy}") from error
     except UnsupportedModel as error:

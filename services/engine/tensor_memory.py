@@ -15,14 +15,14 @@ _LOWER_HALF = (1 << 32) - 1
 _BLOCKS_AT_ONCE = 16  # bounds what summing allocates on the device
 
 
-def tensor_memory(*caches: Tensor) -> BlockMemory:
+def tensor_memory(*caches: Tensor, is_mapped: bool = False) -> BlockMemory:
     """Return a view of a cache, uint8 `[num_layers, num_blocks, piece_bytes]`, as memory that transports can use.
 
-    Of several ranks: a view of each, alike; a block's pieces take turns in them. Without a copy; the cache's owner
-    keeps it alive. Raises ValueError where it cannot be that.
+    Of several ranks: a view of each, alike; a block's pieces take turns in them. `is_mapped`: other processes have
+    allocated it. Without a copy; the cache's owner keeps it alive. Raises ValueError where it cannot be that.
     """
     is_here = caches[0].device.type == "cpu"
-    return PieceMemory(*(cache.numpy() for cache in caches)) if is_here else DeviceMemory(*caches)
+    return PieceMemory(*(each.numpy() for each in caches)) if is_here else DeviceMemory(*caches, is_mapped=is_mapped)
 
 
 def gpu_of(device: str) -> Gpu | None:
@@ -39,8 +39,11 @@ class DeviceMemory:
     What it sums and stages is on the first one.
     """
 
-    def __init__(self, *caches: Tensor) -> None:
-        """`caches`, alike: uint8 `[num_layers, num_blocks, piece_bytes]`, the last stride 1, the others any."""
+    def __init__(self, *caches: Tensor, is_mapped: bool = False) -> None:
+        """`caches`, alike: uint8 `[num_layers, num_blocks, piece_bytes]`, the last stride 1, the others any.
+
+        `is_mapped`: other processes have allocated them.
+        """
         first = caches[0]
         for cache in caches:
             if cache.dtype != torch.uint8 or cache.dim() != 3 or cache.stride(2) != 1:
@@ -49,18 +52,11 @@ class DeviceMemory:
                 )
             if cache.shape != first.shape or cache.stride() != first.stride():
                 raise ValueError(f"expected caches alike, got {list(first.shape)} and {list(cache.shape)}")
-        num_layers, num_blocks, piece_bytes = first.shape
-        piece_stride, block_stride, _ = first.stride()
-        self.geometry = Geometry(
-            tuple(Region(cache.data_ptr(), cache.device.index or 0) for cache in caches),
-            num_blocks,
-            num_layers * len(caches),
-            piece_bytes,
-            piece_stride if num_layers > 1 else 0,
-            block_stride if num_blocks > 1 else max(block_stride, piece_bytes),
-        )
+        places = [Region(cache.data_ptr(), cache.device.index or 0) for cache in caches]
         self._regions = [cache.transpose(0, 1) for cache in caches]
+        self.geometry = Geometry.of_views(places, self._regions[0].shape, self._regions[0].stride())
         self._device = first.device
+        self.can_be_shown = not is_mapped
         self._tables: dict[Multipliers, tuple[Tensor, Tensor]] = {}
 
     @property

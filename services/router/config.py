@@ -145,7 +145,9 @@ class RouterConfig(PeerSettings):
         choices=("auto", "vllm"),
         group="models",
     )
-    max_logprobs: int = setting(20, min=0, help="most alternatives per token that a client may ask for", group="models")
+    max_logprobs: int = setting(
+        20, min=0, max=20, help="most alternatives per token that a client may ask for; workers give 20", group="models"
+    )
 
     max_concurrent_requests: int = setting(1024, min=1, help="sequences in flight; further ones queue", group="limits")
     max_sequences_per_request: int = setting(

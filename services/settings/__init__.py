@@ -11,7 +11,7 @@ from services.settings.declare import (
     setting,
     settings_of,
 )
-from services.settings.engine_args import block_meaning, engine_arguments, tensor_parallel_size
+from services.settings.engine_args import block_meaning, draws_weights, engine_arguments, tensor_parallel_size
 from services.settings.flags import make_parser
 from services.settings.load import (
     argv_of,
@@ -33,6 +33,7 @@ __all__ = [
     "block_meaning",
     "build_settings",
     "collect_settings",
+    "draws_weights",
     "engine_arguments",
     "load_settings",
     "make_parser",

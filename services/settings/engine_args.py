@@ -275,6 +275,11 @@ def block_meaning(text: str) -> tuple[str, ...]:
     return tuple(sorted(" ".join((given.flag, *given.values)) for given in chosen))
 
 
+def draws_weights(text: str) -> bool:
+    """Whether the flags in `text` have weights drawn by chance, to try a model without them. Raises SettingsError."""
+    return "--load-format dummy" in block_meaning(text)
+
+
 def tensor_parallel_size(text: str) -> int:
     """How many GPUs the flags in `text` ask for. Raises SettingsError."""
     sizes = [given.values[0] for given in _passed(text) if given.flag == "--tensor-parallel-size"] or ["1"]

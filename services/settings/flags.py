@@ -117,7 +117,7 @@ def from_flags(
 ) -> tuple[dict[str, Given], list[Foreign], str | None]:
     """The settings that the flags give, the flags of vLLM's among them, and the --config file. Raises SettingsError."""
     # vLLM takes --max_num_seqs for --max-num-seqs, and people's scripts have both.
-    spelled = [re.sub(r"^--[^=]*", lambda match: match[0].replace("_", "-"), argument) for argument in argv]
+    spelled = [re.sub(r"^--[^=\s]*", lambda match: match[0].replace("_", "-"), argument) for argument in argv]
     namespace, rest = parser.parse_known_args(list(_with_their_flags(spelled)))
     given = vars(namespace)
     positional = parser.positional if isinstance(parser, _Parser) else ""

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from services.engine.api import Engine
 from services.engine.choice import open_engine
 from services.engine.model_config import ModelError
 from services.logs import detail_level, report_phase
+from services.settings import tensor_parallel_size
 from services.worker.assembly import WorkerParts
 from services.worker.config import WorkerConfig
 
@@ -28,7 +30,7 @@ async def load_engine(config: WorkerConfig, threads: Threads, stop: asyncio.Even
     Raises ModelError, SettingsError.
     """
     started_s = time.monotonic()
-    num_threads = config.num_threads or len(os.sched_getaffinity(0))
+    num_threads = threads_of_rank(config, len(os.sched_getaffinity(0)), os.environ)
     settings = dataclasses.replace(config, num_threads=num_threads)
     proof_key = _proof_key(config)
 
@@ -51,6 +53,15 @@ async def load_engine(config: WorkerConfig, threads: Threads, stop: asyncio.Even
         engine.capabilities.num_host_blocks,
     )
     return engine
+
+
+def threads_of_rank(config: WorkerConfig, num_cores: int, environ: Mapping[str, str]) -> int:
+    """Returns how many threads each rank computes with: as --num-threads or OpenMP's variable says, else its share of
+    the cores. Ranks wait actively for each other, and would keep cores from each other.
+    """
+    said = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # of nested ones, the outermost
+    by_openmp = int(said) if said.isdecimal() else 0
+    return config.num_threads or by_openmp or max(1, num_cores // tensor_parallel_size(config.engine_args))
 
 
 def _proof_key(config: WorkerConfig) -> ProofKey:

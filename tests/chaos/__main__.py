@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--restarts", type=int, help="end and start processes so often, or for --minutes; no other fault"
     )
+    parser.add_argument("--faults", type=int, default=math.inf, help="deal so many, or for --minutes")
     parser.add_argument("--idle-minutes", type=float, default=0.0, help="before the faults, with a burst behind them")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rate", type=float, default=3.0, help="requests a second")
@@ -73,7 +74,7 @@ async def _run(fleet: Fleet, flags: argparse.Namespace) -> int:
         stop = asyncio.Event()
         loading = asyncio.create_task(load.run(flags.rate, stop))
         try:
-            await nemesis.run(60 * flags.minutes, math.inf if flags.restarts is None else flags.restarts)
+            await nemesis.run(60 * flags.minutes, flags.faults if flags.restarts is None else flags.restarts)
         except TimeoutError as error:
             problems.append(str(error))
         stop.set()

@@ -22,7 +22,7 @@ from typing import Final
 _CLONE_NEWUSER: Final = 0x10000000
 _CLONE_NEWNET: Final = 0x40000000
 _BRIDGE: Final = "tandem0"
-_SETUP_TIMEOUT_S: Final = 30.0
+_SETUP_TIMEOUT_S: Final = 120.0
 HUB: Final = "10.99.0.1"
 """Where this process and Redis are."""
 

@@ -26,6 +26,7 @@ from services.cli.doctor.findings import (
     broken,
     good,
     probe,
+    refused,
     worse,
 )
 from services.cli.doctor.machine import (
@@ -41,6 +42,9 @@ from services.cli.doctor.transports import check_cross_memory_attach, check_rdma
 from services.engine import check, checkpoint, choice
 from services.engine.model_config import parse_config
 from services.hub import NotOnHub
+from services.machine import Gpu
+from services.settings import SettingsError
+from services.settings.load import resolve_settings
 from services.startup import claim_port
 from tests.safetensors_files import write_weights
 
@@ -100,13 +104,13 @@ def test_a_taken_port_is_broken_and_a_free_one_good() -> None:
 
 
 def test_a_model_directory_is_read_and_measured(tmp_path: Path) -> None:
-    finding = only(check_model(model_directory(tmp_path)))
+    finding = only(check_model(DoctorConfig(model=model_directory(tmp_path))))
     assert finding.verdict is Verdict.GOOD
     assert "0 MiB of weights, context 128" in finding.detail
 
 
 def test_an_unsupported_architecture_is_broken_by_name(tmp_path: Path) -> None:
-    finding = only(check_model(model_directory(tmp_path, architectures=["MambaForCausalLM"])))
+    finding = only(check_model(DoctorConfig(model=model_directory(tmp_path, architectures=["MambaForCausalLM"]))))
     assert finding.verdict is Verdict.BROKEN
     assert "MambaForCausalLM" in finding.detail
 
@@ -133,31 +137,59 @@ def test_the_engine_is_named_with_its_reason_and_vllm_with_its_version(
 ) -> None:
     monkeypatch.setattr(choice, "vllm_version", lambda: installed)
     model = model_directory(tmp_path, architectures=[architecture])
-    chosen, vllm = check_engine(model, engine)
+    chosen, vllm = check_engine(DoctorConfig(model=model, engine=engine))
     assert (chosen.verdict, chosen.subject, vllm.subject) == (Verdict.GOOD, "engine", "vLLM")
     assert chosen.detail.startswith(says)
     assert (vllm.verdict is not Verdict.BROKEN) is serves
     assert "make install-vllm" in vllm.detail + vllm.remedy or installed == "0.32.0+cpu"
 
 
+@pytest.mark.parametrize(
+    ("flags", "gpus", "says"),
+    [
+        ("--quantization awq", [], "vllm: --quantization awq is vLLM's"),
+        ("--lora-modules sql=/adapters/sql", [], "vllm: adapters (--lora-modules) are computed by vLLM"),
+        ("", [Gpu("0")], "vllm: there is a GPU"),
+        ("--device cpu", [Gpu("0")], "native: the model is one of its own"),
+        ("--device cuda", [], "--device cuda: "),
+        ("--tensor-parallel-size 2", [], "these are vLLM's flags, and auto takes the native engine here: "),
+        ("--tensor-parallel-size 2 --device cuda", [Gpu("0")], "vllm: there is a GPU"),
+        ("--pipeline-parallel-size 2", [], "--pipeline-parallel-size is refused: "),
+        ("--quantization int8", [Gpu("0")], "int8 is the native engine's"),
+    ],
+)
+def test_the_engine_is_that_which_tandem_up_would_take_with_the_same_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, gpus: list[Gpu], says: str
+) -> None:
+    here = check.Machine(8 << 30, gpus, frozenset())
+    monkeypatch.setattr(check.Machine, "this", lambda: here)
+    monkeypatch.setattr(choice, "vllm_version", lambda: "0.32.0" if gpus else "0.32.0+cpu")
+    argv = ["--model", model_directory(tmp_path), "--engine", "auto", *flags.split()]
+    try:
+        found = check_engine(resolve_settings(DoctorConfig, argv, {}))
+    except SettingsError as error:
+        found = [refused("engine", error)]
+    assert any(says in finding.detail for finding in found), found
+
+
 def test_of_a_model_for_vllm_the_files_are_looked_at(tmp_path: Path) -> None:
     model = model_directory(tmp_path, architectures=["MambaForCausalLM"])
-    assert only(check_model(model, "auto")).verdict is Verdict.GOOD
+    assert only(check_model(DoctorConfig(model=model, engine="auto"))).verdict is Verdict.GOOD
     (tmp_path / "tokenizer.json").unlink()
-    assert "has no tokenizer.json" in only(check_model(model, "vllm")).detail
+    assert "has no tokenizer.json" in only(check_model(DoctorConfig(model=model, engine="vllm"))).detail
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 def test_a_model_without_a_file_is_broken_by_name(tmp_path: Path, name: str) -> None:
     model = model_directory(tmp_path)
     (tmp_path / name).unlink()
-    finding = only(check_model(model))
+    finding = only(check_model(DoctorConfig(model=model)))
     assert finding.verdict is Verdict.BROKEN
     assert name.removeprefix("model") in finding.detail
 
 
 def test_a_directory_without_a_model_is_broken(tmp_path: Path) -> None:
-    assert only(check_model(str(tmp_path))).verdict is Verdict.BROKEN
+    assert only(check_model(DoctorConfig(model=str(tmp_path)))).verdict is Verdict.BROKEN
 
 
 def test_a_hub_name_is_worse_than_a_directory_and_broken_where_the_hub_does_not_give_it(
@@ -165,13 +197,13 @@ def test_a_hub_name_is_worse_than_a_directory_and_broken_where_the_hub_does_not_
 ) -> None:
     model_directory(tmp_path)
     monkeypatch.setattr(checkpoint, "fetch", lambda name, revision, patterns: tmp_path)
-    assert only(check_model("Qwen/Qwen3-0.6B")).verdict is Verdict.WORSE
+    assert only(check_model(DoctorConfig(model="Qwen/Qwen3-0.6B"))).verdict is Verdict.WORSE
 
     def fail(name: str, revision: str, patterns: object) -> Path:
         raise NotOnHub(f"{name} is gated, and there is no token; give your token as HF_TOKEN")
 
     monkeypatch.setattr(checkpoint, "fetch", fail)
-    finding = only(check_model("Qwen/Qwen3-0.6B"))
+    finding = only(check_model(DoctorConfig(model="Qwen/Qwen3-0.6B")))
     assert finding == broken("model", "Qwen/Qwen3-0.6B is gated, and there is no token", "give your token as HF_TOKEN")
 
 
@@ -179,7 +211,7 @@ def test_a_model_that_does_not_fit_twice_is_told_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check, "available_memory_bytes", lambda: 1 << 10)
-    finding = check_model(model_directory(tmp_path))[1]
+    finding = check_model(DoctorConfig(model=model_directory(tmp_path)))[1]
     assert (finding.verdict, finding.subject) == (Verdict.WORSE, "model memory")
     assert "2 workers need" in finding.detail
     assert "--colocated" in finding.remedy

@@ -94,6 +94,14 @@ def test_the_string_is_one_value_whatever_it_looks_like(text: str) -> None:
         given("--engine", "vllm", "--engine-args")
 
 
+@pytest.mark.parametrize(
+    "text", ["--attention-backend CPU_MLA", """--speculative-config '{"num_speculative_tokens":3}'"""]
+)
+def test_what_is_given_in_a_string_keeps_its_underscores(text: str) -> None:
+    assert given("--engine", "vllm", "--engine-args", text)["engine_args"] == text
+    assert given("--engine", "vllm", f"--engine_args={text}")["engine_args"] == text
+
+
 def test_spellings_come_to_one() -> None:
     text = """-tp=2 -O3 --enable_lora --no-enable-eplb --compilation-config.mode 3 --hf-overrides '{"a": 1}'"""
     assert engine_arguments(text) == [

@@ -70,6 +70,15 @@ print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
 while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)
 """
 
+SHARING = """
+import os, signal
+from multiprocessing.shared_memory import SharedMemory
+name = SharedMemory(create=True, size=64).name
+if os.fork() == 0: signal.pause()
+print(name, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 STOPS_AFTER = """
 import pathlib, signal, sys, time
 directory, name, other = pathlib.Path(sys.argv[1]), *sys.argv[2:]
@@ -199,8 +208,9 @@ async def test_a_stack_is_not_announced_before_the_router_has_a_session_with_eve
     workers = spec("prefill-0", WORKER), spec("decode-0", WORKER)
 
     def stop_when_looked_at_often(name: str, text: str) -> None:
-        if all(("phase", "weights", "0.5") in [event[1:] for event in shown.events if event[0] == each.name]
-               for each in workers) and shown.events.count(("router", "listed")) > 5:  # fmt: skip
+        have_said = all((each.name, "phase", "weights", "0.5") in shown.events for each in workers)
+        is_ready = ("prefill-0", "phase", "ready") in [event[:3] for event in shown.events]
+        if have_said and is_ready and shown.events.count(("router", "listed")) > 5:
             os.kill(os.getpid(), signal.SIGINT)
 
     shown.on_line = stop_when_looked_at_often
@@ -338,6 +348,15 @@ async def test_what_a_child_leaves_running_goes_with_it(tmp_path: Path) -> None:
         await asyncio.wait_for(child.run(), TIMEOUT_S)
     await wait_until_gone(descriptors[0])
     os.close(descriptors[0])
+
+
+@needs_linux
+async def test_shared_memory_of_a_child_that_is_killed_goes_with_it() -> None:
+    shown = Recorder()
+    with pytest.raises(ChildFailed, match="killed by SIGKILL"):
+        await asyncio.wait_for(Child(spec("decode-0", SHARING), shown).run(), TIMEOUT_S)
+    (name,) = [event[1] for event in shown.events if event[1].startswith("psm_")]
+    assert name not in os.listdir("/dev/shm")
 
 
 @needs_linux

@@ -39,7 +39,12 @@ from services.store.config import StoreConfig
 ENVIRON = {"PATH": os.environ["PATH"], "TANDEM_PORT": "9999", "TANDEM_MAX_NUM_SEQS": "8"}
 
 
-def plan(*argv: str, placements: list[Placement] | None = None, environ: dict[str, str] | None = None) -> Stack:
+def plan(
+    *argv: str,
+    placements: list[Placement] | None = None,
+    environ: dict[str, str] | None = None,
+    inherited: dict[str, str] | None = None,
+) -> Stack:
     given = collect_settings(up_settings(), argv, environ or {}, make_parser(up_settings()))
     config = build_settings(UpConfig, given)
     return plan_stack(
@@ -50,7 +55,7 @@ def plan(*argv: str, placements: list[Placement] | None = None, environ: dict[st
         redis="redis://:hunter2@127.0.0.1:7000/0",
         port=8123,
         placements=placements or [Placement()] * num_workers(config),
-        environ=ENVIRON,
+        environ=ENVIRON | (inherited or {}),
     )
 
 
@@ -142,6 +147,20 @@ def test_a_place_decides_threads_and_gpu_share_unless_the_user_does() -> None:
     assert (prefill_of(prefill).num_threads, prefill_of(prefill).gpu_memory_utilization) == (1, 0.45)
     told = plan("--num-threads", "3", "--gpu-memory-utilization", "0.3", placements=places).workers[0]
     assert (prefill_of(told).num_threads, prefill_of(told).gpu_memory_utilization) == (3, 0.3)
+
+
+def test_ranks_of_a_worker_divide_its_cores() -> None:
+    places = [Placement(cores=(0, 1, 2, 3), num_threads=4), Placement(cores=(4, 5, 6, 7), num_threads=4)]
+    flags = ("--engine", "vllm", "--tensor-parallel-size", "2")
+    divided = plan(*flags, placements=places).workers[0]
+    assert (prefill_of(divided).num_threads, divided.environ["OMP_NUM_THREADS"]) == (2, "2")
+    told = plan(*flags, "--num-threads", "4", placements=places).workers[0]
+    assert (prefill_of(told).num_threads, told.environ["OMP_NUM_THREADS"]) == (4, "4")
+
+
+def test_openmps_own_number_of_threads_wins_over_the_place() -> None:
+    worker = plan(placements=[Placement(num_threads=4)] * 2, inherited={"OMP_NUM_THREADS": "3"}).workers[0]
+    assert (prefill_of(worker).num_threads, worker.environ["OMP_NUM_THREADS"]) == (0, "3")
 
 
 def test_store_nodes_have_directories_and_names_of_their_own() -> None:

@@ -11,7 +11,7 @@ from services.cli.up.plan import up_settings
 from services.settings import SettingsError, collect_settings, make_parser
 from services.settings.declare import names_of_all_services
 from services.settings.vllm_flags import FOREIGN, VLLM_FLAGS, VllmFlag
-from tests.vllm_flags_page import PAGE, with_table
+from tests.vllm_flags_page import PAGE, with_flags
 
 
 def given(*argv: str) -> dict[str, object]:
@@ -43,7 +43,7 @@ def test_no_flag_of_ours_is_among_them() -> None:
 def test_the_page_shows_the_table() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert page.count(VLLM_FLAGS[0].answer) == 1
-    assert page == with_table(page), "run `python -m tests.vllm_flags_page`"
+    assert page == with_flags(page), "run `python -m tests.vllm_flags_page`"
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """With vLLM, one of the transports is enough by default: what they carry are bytes."""
+    """By default one of the transports is enough, nixl for vLLM and else what the mark `over` names: they carry bytes.
+
+    Over either go the contract of transports and `test_tokens`.
+    """
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    if (params.get("engine"), params.get("transport")) == ("vllm", "ucxx"):
+    over = item.get_closest_marker("over")
+    default = "nixl" if params.get("engine") == "vllm" else over.args[0] if over is not None else None
+    if default is not None and params.get("transport", default) != default:
         item.add_marker(pytest.mark.slow)
 
 

@@ -50,20 +50,27 @@ async def complete(client: Client, prompt: list[int], **fields: object) -> list[
 
 
 @pytest.mark.parametrize("transport", ["ucxx", "nixl"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.over("ucxx")),
+        pytest.param(signal.SIGSTOP, id="hung", marks=pytest.mark.over("nixl")),
+    ],
+)
 async def test_a_lost_prefill_worker_costs_a_retry_and_no_answer(
-    make_stack: Callable[..., Stack], model: Path, transport: str, number: signal.Signals
+    make_stack: Callable[..., Stack], model: Path, engine: str, transport: str, number: signal.Signals
 ) -> None:
     prompts = random_prompts([700] * 12, seed=11)
     expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
-    with make_stack(num_prefill=2, transport=transport) as stack:
+    stack = make_stack(num_prefill=2, transport=transport)
+    stack.environ |= {broken_steps.ENGINE: engine, broken_steps.PROCESS: number.name}
+    with stack:
+        victim = stack.services["prefill-0"].process
         async with Client(stack, NUM_NEW_TOKENS) as client:
             await complete(client, prompts[0][:70])  # connections are up
-            requests = [asyncio.create_task(complete(client, prompt)) for prompt in prompts]
-            await asyncio.sleep(0.15)  # in the midst of prefilling
-            victim = stack.services["prefill-0"].process
-            os.kill(victim.pid or 0, number)
-            assert await asyncio.gather(*requests) == expected
+            os.kill(victim.pid or 0, signal.SIGUSR1)  # within a prompt, it is lost
+            assert await asyncio.gather(*(complete(client, prompt) for prompt in prompts)) == expected
+        assert stack.metric("decode-0", "tandem:recomputes_total", cause="handoff") > 0
         if number is signal.SIGSTOP:
             os.kill(victim.pid or 0, signal.SIGCONT)
         stack.check_clean()
@@ -227,21 +234,30 @@ async def test_garbage_on_every_port_harms_nobody(make_stack: Callable[..., Stac
 
 
 @pytest.mark.on_vllm(slow=True)
-async def test_sigterm_drains_before_it_ends(make_stack: Callable[..., Stack], model: Path) -> None:
-    prompts = random_prompts([200] * 6, seed=17)
+@pytest.mark.parametrize("by", ["signal", pytest.param("port", marks=pytest.mark.slow)])
+async def test_workers_drain_before_they_end(make_stack: Callable[..., Stack], model: Path, by: str) -> None:
+    prompts, drained = random_prompts([200] * 6, seed=17), ("prefill-0", "decode-0")
     expected = reference_greedy(model, prompts, NUM_STREAMED_TOKENS, ignore_eos=True)
     with make_stack(num_prefill=2, num_decode=2) as stack:
+        workers = [stack.services[name] for name in drained]
         async with Client(stack, NUM_NEW_TOKENS) as client:
             work = [complete(client, prompt, max_tokens=NUM_STREAMED_TOKENS) for prompt in prompts]
             requests = [asyncio.create_task(each) for each in work]
-            await asyncio.sleep(0.3)
-            for name in ("prefill-0", "decode-0"):
-                stack.services[name].process.terminate()
+            await until(lambda: stack.metric("decode-0", "vllm:num_requests_running") > 0)
+            for worker in workers:
+                if by == "signal":
+                    worker.process.terminate()
+                else:
+                    answer = await client.http.post(f"{worker.debug_url}/drain", headers=AUTHORIZATION)
+                    assert answer.status_code == 202
             assert await asyncio.gather(*requests) == expected
-            for name in ("prefill-0", "decode-0"):
-                process = stack.services[name].process
-                await asyncio.to_thread(process.join, 60)
-                assert process.exitcode == 0, stack.services[name].log
+            if by == "port":
+                stack.check_clean()  # these two as well, which are there until their signal
+                for worker in workers:
+                    worker.process.terminate()
+            for worker in workers:
+                await asyncio.to_thread(worker.process.join, 60)
+                assert worker.process.exitcode == 0, worker.log
             assert await complete(client, prompts[0], max_tokens=NUM_STREAMED_TOKENS) == expected[0]
         stack.check_clean()
 

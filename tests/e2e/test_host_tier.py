@@ -21,6 +21,8 @@ NUM_BLOCKS = 41
 SHARED_BLOCKS = 30
 NUM_NEW_TOKENS = 8
 
+pytestmark = pytest.mark.over("nixl")
+
 
 @pytest.fixture(scope="module")
 def stack(new_stack: Callable[..., Stack], model_of: Callable[[str], Path], transport: str) -> Iterator[Stack]:

@@ -112,6 +112,7 @@ async def index_is_back(stack: Stack) -> None:
     await asyncio.to_thread(stack.wait_index_follows)
 
 
+@pytest.mark.on_vllm(slow=True)
 async def test_redis_killed_and_restarted_the_index_heals_by_itself(
     stack: Stack, load: list[tuple[list[int], list[int]]]
 ) -> None:
@@ -128,6 +129,7 @@ async def test_redis_killed_and_restarted_the_index_heals_by_itself(
     stack.check_clean()
 
 
+@pytest.mark.on_vllm(slow=True)
 async def test_redis_frozen_for_5_seconds_costs_hits_only(
     stack: Stack, load: list[tuple[list[int], list[int]]]
 ) -> None:
@@ -147,6 +149,7 @@ async def test_redis_frozen_for_5_seconds_costs_hits_only(
     stack.check_clean()
 
 
+@pytest.mark.on_vllm(slow=True)
 async def test_redis_flushed_again_and_again_costs_hits_only(
     stack: Stack, load: list[tuple[list[int], list[int]]]
 ) -> None:
@@ -165,6 +168,7 @@ async def evict(orders: Orders, prefill: str, seed: int) -> None:
     await orders.generate(random_prompts([8 * BLOCK_TOKENS], seed=seed)[0], "decode-0", prefill, [])
 
 
+@pytest.mark.on_vllm(slow=True)
 async def test_a_block_that_was_reused_between_lookup_and_fetch_is_computed(stack: Stack) -> None:
     orders = Orders(stack, NUM_NEW_TOKENS)
     (shared,), tails = random_prompts([16 * BLOCK_TOKENS], seed=81), random_prompts([20] * 2, seed=82)
@@ -191,6 +195,7 @@ async def test_a_block_that_was_reused_between_lookup_and_fetch_is_computed(stac
     stack.check_clean()
 
 
+@pytest.mark.on_vllm(slow=True)
 async def test_entries_of_blocks_that_are_gone_cost_a_question_and_nothing_else(stack: Stack) -> None:
     orders = Orders(stack, NUM_NEW_TOKENS)
     (shared,), tails = random_prompts([16 * BLOCK_TOKENS], seed=83), random_prompts([20] * 2, seed=84)

@@ -12,7 +12,7 @@ from tests.hf_models import VOCAB_SIZE
 from tests.openai_suite import SUITE, Capabilities
 from tests.stack import Stack
 
-pytestmark = pytest.mark.on_vllm
+pytestmark = [pytest.mark.on_vllm, pytest.mark.over("ucxx")]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tests.stack import Stack
 
 NUM_NEW_TOKENS = 8
 
-pytestmark = pytest.mark.on_vllm
+pytestmark = [pytest.mark.on_vllm, pytest.mark.over("ucxx")]
 
 
 @pytest.fixture(scope="module")

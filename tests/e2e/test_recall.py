@@ -20,6 +20,8 @@ MODEL = ROOT / "services" / "cli" / "demo_model" / "tandem-demo"
 NUM_PROMPTS = 50
 MAX_ANSWER_TOKENS = 16
 
+pytestmark = pytest.mark.over("nixl")
+
 
 def load_recall() -> ModuleType:
     spec = importlib.util.spec_from_file_location("recall", ROOT / "deploy" / "demo_model" / "recall.py")

@@ -69,7 +69,7 @@ async def test_tokens_shared_inside_a_block_are_on_the_receipt(stack: Stack, eng
 
 async def test_who_samples_the_first_token_is_on_the_receipt(stack: Stack, engine: str) -> None:
     """vLLM's decode side does so by itself; the prefill worker's is held against it."""
-    handed_off, local = random_prompts([140, 20], seed=56)
+    handed_off, local, said_at_once = random_prompts([140, 20, 150], seed=56)
 
     def num_compared() -> tuple[float, float]:
         series = "tandem:first_tokens_compared_total"
@@ -78,6 +78,12 @@ async def test_who_samples_the_first_token_is_on_the_receipt(stack: Stack, engin
     equal, different = num_compared()
     async with Client(stack, NUM_NEW_TOKENS) as client:
         (_, receipt), (_, of_local) = [await complete(client, prompt) for prompt in (handed_off, local)]
+        tokens, of_last = await complete(client, said_at_once, max_tokens=1)
+    # A first token that is the last is the prefill worker's: nothing is handed over, and nothing compared.
+    assert tokens == reference_greedy(stack.model, [said_at_once], 1, ignore_eos=True)[0]
+    assert (of_last["prefill_worker_id"], of_last["prefilled_locally"]) == ("prefill-0", False)
+    assert of_last["handoff"] == {"blocks": 0, "bytes": 0, "first_token_equal": None}
+    assert "step_alignment" not in of_last["stage_seconds"]
     is_compared = engine == "vllm"
     assert receipt["handoff"]["first_token_equal"] == (True if is_compared else None)
     assert of_local["handoff"]["first_token_equal"] is None

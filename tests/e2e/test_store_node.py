@@ -19,7 +19,7 @@ from tests.stack import Stack
 NUM_NEW_TOKENS = 40
 WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
-pytestmark = pytest.mark.on_vllm
+pytestmark = [pytest.mark.on_vllm, pytest.mark.over("nixl")]
 
 
 @pytest.fixture(scope="module")

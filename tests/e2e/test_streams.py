@@ -16,7 +16,7 @@ from tests.stack import Stack
 NUM_STREAMS = 64
 NUM_NEW_TOKENS = 40
 
-pytestmark = pytest.mark.on_vllm
+pytestmark = [pytest.mark.on_vllm, pytest.mark.over("ucxx")]
 
 
 @pytest.fixture(scope="module")

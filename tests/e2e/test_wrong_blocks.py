@@ -252,6 +252,9 @@ async def test_bytes_that_change_in_flight_are_not_used_and_the_holder_keeps_the
 # ---- forged ----
 
 FORGERIES = ("zeros", "zeros under the public key", "swapped blocks", "swapped proofs", "blocks under other names")
+# By default what is proven with another key, and what is proven of another block. What else a proof refuses is in the
+# tests of `ProofKey`.
+DEFAULT_FORGERIES = ("zeros under the public key", "blocks under other names")
 
 
 def forge(kind: str, peer: BlockPeer, case: Case) -> None:
@@ -275,7 +278,9 @@ def forge(kind: str, peer: BlockPeer, case: Case) -> None:
 
 
 @pytest.mark.on_vllm
-@pytest.mark.parametrize("kind", FORGERIES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in DEFAULT_FORGERIES else pytest.mark.slow) for kind in FORGERIES]
+)
 async def test_what_a_forger_lends_is_not_used(stack: Stack, kind: str) -> None:
     case = Case(stack, 40 + FORGERIES.index(kind))
     await case.compute("decode-0", "prefill-0")

@@ -8,12 +8,20 @@ from pathlib import Path
 import pytest
 
 from kvstore.block import ProofKey
-from services.cli.config import DEMO_MODEL
+from services.cli.config import DEMO_MODEL, DoctorConfig
 from services.cli.doctor.engine import check_engine
 from services.cli.doctor.findings import Verdict
 from services.engine import choice
 from services.engine.check import Machine
-from services.engine.choice import check_model, check_vllm, choose, objection_to, open_engine, with_engine
+from services.engine.choice import (
+    check_model,
+    check_vllm,
+    choose,
+    how_to_install,
+    objection_to,
+    open_engine,
+    with_engine,
+)
 from services.engine.config import EngineConfig
 from services.engine.model_config import ModelNotFound, NotComputed, UnsupportedModel
 from services.machine import Gpu
@@ -89,7 +97,7 @@ def test_a_family_that_the_native_engine_lacks_is_vllms_and_doctor_says_why(
     path = write_config(tmp_path, family)
     assert with_engine(EngineConfig(str(path), engine="auto"), CPU, "0.32.0+cpu").engine == "vllm"
     monkeypatch.setattr(choice, "vllm_version", lambda: "0.32.0+cpu")
-    chosen, vllm = check_engine(str(path), "auto")
+    chosen, vllm = check_engine(DoctorConfig(model=str(path), engine="auto"))
     (architecture,) = json.loads((path / "config.json").read_text(encoding="utf-8"))["architectures"]
     assert chosen.detail.startswith("vllm: the native engine does not compute the model: ")
     assert architecture in chosen.detail
@@ -100,6 +108,10 @@ def test_a_family_that_the_native_engine_lacks_is_vllms_and_doctor_says_why(
 def test_a_damaged_model_is_nobodys(tmp_path: Path, config: dict[str, object]) -> None:
     with pytest.raises(UnsupportedModel, match=r"config\.json"):
         with_engine(EngineConfig(model(tmp_path, QWEN | config), engine="auto"), CPU, "0.32.0+cpu")
+
+
+def test_a_vllm_that_was_built_here_for_cpus_is_one_for_cpus() -> None:
+    check_vllm("0.32.1.dev5+gabc.cpu", "cpu", "it was asked for")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +135,14 @@ def test_a_vllm_that_cannot_serve_here_is_refused_with_the_remedy(
 ) -> None:
     with pytest.raises(SettingsError, match=says):
         with_engine(EngineConfig(model(tmp_path, GEMMA), engine="auto"), machine, version)
+
+
+def test_where_there_is_no_checkout_the_remedy_is_one_that_is_there(tmp_path: Path) -> None:
+    assert "make" not in how_to_install(tmp_path)
+    for remedy in ("tandem-serve[vllm]", "worker-vllm.Dockerfile", "--engine native"):
+        assert remedy in how_to_install(tmp_path)
+    (tmp_path / "Makefile").touch()
+    assert how_to_install(tmp_path) == "make install-vllm"
 
 
 @pytest.mark.parametrize("version", ["0.31.0", "0.31.1.post1", "0.32", "0.32.0rc1", "0.32.5+cu130"])
@@ -161,7 +181,7 @@ def test_pickled_weights_are_not_vllms_either(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="pickled ones are never loaded"):
         check_model(EngineConfig(path, engine="vllm"), CPU)
     drawn = EngineConfig(path, engine="vllm", engine_args="--load-format=dummy")
-    assert check_model(drawn, CPU) == tmp_path
+    assert check_model(drawn, CPU) == tmp_path  # drawn as they are, they are not looked for
 
 
 def test_auto_is_resolved_before_an_engine_is_opened() -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from kvstore.block import BlockHash, HostMemory, ProofKey, subject_of
 from kvstore.protocol import Reservation
-from services.engine.foreign import Live, Place, ProofBook, Turns, model_fingerprint
-from services.engine.model_config import UnsupportedModel
+from services.engine.config import EngineConfig
+from services.engine.foreign import Arrivals, Live, Place, ProofBook, Turns, model_fingerprint, said_of
 from services.engine.request import Request, SamplingParams
 
 HASHES = [BlockHash(bytes([number]) * 16) for number in range(1, 5)]
@@ -70,6 +71,19 @@ def test_a_proof_counts_while_the_block_has_the_hash_that_it_was_made_for() -> N
     assert proofs.proofs([1], [subject_of(HASHES[0])]) != kept
 
 
+def test_a_block_that_is_filled_again_under_the_same_hash_is_proven_again() -> None:
+    """Evicted, then computed in another batch: the same tokens, and perhaps other last bits."""
+    proofs, memory, hashes = book()
+    hashes[1] = HASHES[0]
+    proofs.prove([1])
+    del hashes[1]
+    memory.view(1)[0] ^= 1
+    hashes[1] = HASHES[0]
+    proofs.prove([1])
+    assert proofs.find_wrong([1]) == []
+    assert proofs.proofs([1], [subject_of(HASHES[0])]) == ProofKey.public().prove(memory, [1], [subject_of(HASHES[0])])
+
+
 def test_a_block_is_proven_anew_for_another_subject() -> None:
     proofs, memory, hashes = book()
     hashes[2] = HASHES[2]
@@ -84,7 +98,7 @@ def test_a_model_is_told_apart_by_every_byte_and_by_what_is_said_of_it(tmp_path:
     weights.write_bytes(bytes(range(250)))
 
     def fingerprint(config: dict[str, object], said: list[str]) -> str:
-        return model_fingerprint(tmp_path, config, said, shares.append)
+        return model_fingerprint([weights], config, said, shares.append)
 
     first = fingerprint({"hidden_size": 4, "_name_or_path": "here"}, ["bfloat16"])
     assert (len(first), shares[-1]) == (32, 1.0)
@@ -95,6 +109,51 @@ def test_a_model_is_told_apart_by_every_byte_and_by_what_is_said_of_it(tmp_path:
     assert fingerprint({"hidden_size": 4}, ["bfloat16"]) != first
 
 
-def test_a_model_without_weights_that_can_be_told_apart_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match="no weights"):
-        model_fingerprint(tmp_path, {}, [], lambda share: None)
+LONG_ROPE = {"rope_type": "longrope", "long_factor": [4.0], "short_factor": [1.0]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 4096},
+        {"rope_scaling": {"type": "su", "original_max_position_embeddings": 4096}},
+        {"text_config": {"rope_parameters": {"full_attention": LONG_ROPE}}, "original_max_position_embeddings": 4096},
+    ],
+)
+def test_with_long_rope_a_longer_context_makes_other_blocks(config: dict[str, object]) -> None:
+    def said(max_model_len: int) -> list[object]:
+        return said_of(config, "bfloat16", max_model_len, EngineConfig("m", engine="vllm"))
+
+    assert said(2048) == said(4096) != said(4097) == said(131072)
+
+
+def test_other_ropes_have_the_same_blocks_in_contexts_of_any_length() -> None:
+    config = {"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 4096}}
+    assert said_of(config, "bfloat16", 1, EngineConfig("m")) == said_of(config, "bfloat16", 131072, EngineConfig("m"))
+
+
+def test_a_model_that_is_quantized_as_it_is_loaded_is_another_one() -> None:
+    plain, quantized = EngineConfig("m", engine="vllm"), EngineConfig("m", engine="vllm", quantization="fp8")
+    assert said_of({}, "bfloat16", 8, plain) != said_of({}, "bfloat16", 8, quantized)
+    awq = {"quantization_config": {"quant_method": "awq"}}  # which the configuration says of all
+    by_name = EngineConfig("m", engine="vllm", quantization="awq")
+    assert said_of(awq, "bfloat16", 8, plain) == said_of(awq, "bfloat16", 8, by_name)
+
+
+def test_flags_that_change_what_is_in_blocks_make_another_model() -> None:
+    one, other = EngineConfig("m", engine="vllm"), EngineConfig("m", engine="vllm", engine_args="--kv-cache-dtype fp8")
+    assert said_of({}, "bfloat16", 8, one) != said_of({}, "bfloat16", 8, other)
+
+
+def test_what_nobody_has_proven_is_wiped_and_what_is_proven_all_ranks_have() -> None:
+    # Four ranks: the first two have the same heads, and so have the others.
+    caches = [torch.full((3, 8, 16), rank, dtype=torch.uint8) for rank in range(4)]
+    arrivals = Arrivals(caches, 2)
+    arrivals.expect([1, 2, 3])
+    arrivals.accept([2, 5])
+    assert [cache[0, 2].unique().tolist() for cache in caches] == [[0], [0], [2], [2]]
+    assert [cache[0, 5].unique().tolist() for cache in caches] == [[0], [0], [2], [2]]
+    arrivals.give_up([2, 3, 4])
+    arrivals.give_up([3])
+    for block_id in range(8):
+        assert caches[2][:, block_id].unique().tolist() == [0 if block_id == 3 else 2], block_id

@@ -14,7 +14,7 @@ from services.engine.api import Engine
 from services.engine.config import EngineConfig
 from services.engine.native import Engine as NativeEngine
 from services.engine.paced import open_paced
-from tests.engine_contract.vllm_engines import VllmEngines
+from tests.engine_contract.vllm_engines import DEVICE, VllmEngines
 from tests.hf_models import write_model
 
 ENGINES: dict[str, Callable[[EngineConfig], Engine]] = {
@@ -22,15 +22,28 @@ ENGINES: dict[str, Callable[[EngineConfig], Engine]] = {
     "native with a host tier": lambda config: NativeEngine.from_config(replace(config, kv_offloading_size=0.01)),
     "paced": lambda config: open_paced(replace(config, engine="paced"), sleep=lambda seconds: None),
 }
+_NO_GPU = "needs a CUDA device, and the vLLM for it"
+_HERE = [pytest.mark.vllm, pytest.mark.skipif(DEVICE != "cpu", reason="the vLLM that is installed computes on GPUs")]
+_ON_A_GPU = [pytest.mark.vllm, pytest.mark.gpu, pytest.mark.skipif(DEVICE != "cuda", reason=_NO_GPU)]
 VLLM = (
     [
-        pytest.param("vllm", marks=pytest.mark.vllm),
-        pytest.param("vllm of two ranks", marks=[pytest.mark.vllm, pytest.mark.slow]),
+        pytest.param("vllm", marks=_HERE),
+        pytest.param("vllm of two ranks", marks=[*_HERE, pytest.mark.slow]),
+        pytest.param("vllm on a GPU", marks=_ON_A_GPU),
+        pytest.param("vllm of two ranks on GPUs", marks=[*_ON_A_GPU, pytest.mark.slow]),
     ]
     if importlib.util.find_spec("vllm")
     else []
 )
 """Where it is installed."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is asked of vLLM is asked of it on a GPU, where the one that is installed computes on GPUs."""
+    for item in items:
+        if DEVICE == "cuda" and Path(__file__).parent in item.path.parents and item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +88,9 @@ def vllm_of_two(vllm_engines: VllmEngines) -> Iterator[VllmEngines]:
 def make(request: pytest.FixtureRequest, model: Path, settings: dict[str, int]) -> Iterator[Callable[[], Engine]]:
     """Makes engines; when the test ends, nobody may hold a block of any."""
     made: list[Engine] = []
-    lenders = {"vllm": "vllm_engines", "vllm of two ranks": "vllm_of_two"}
-    lender = request.getfixturevalue(lenders[request.param]) if request.param in lenders else None
+    lender: VllmEngines | None = None
+    if request.param not in ENGINES:
+        lender = request.getfixturevalue("vllm_of_two" if "two ranks" in request.param else "vllm_engines")
 
     def make_one() -> Engine:
         config = EngineConfig(str(model), device="cpu", **settings)  # type: ignore[arg-type]

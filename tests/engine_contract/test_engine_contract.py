@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import isclose
+from typing import Any
 
-import numpy as np
 import pytest
 
 from kvstore.block import BlockHash, hash_blocks, namespace, subject_of
@@ -65,7 +65,7 @@ def reserve(engine: Engine, request: Request) -> Reservation:
 
 
 def copy(source: Engine, source_ids: Sequence[int], target: Engine, target_ids: Sequence[int]) -> None:
-    block = np.empty(source.memory.block_bytes, np.uint8)
+    block = source.memory.staging(1)
     for ours, theirs in zip(target_ids, source_ids, strict=True):
         source.memory.gather(theirs, block)
         target.memory.scatter(ours, block)
@@ -257,6 +257,37 @@ def test_the_ends_of_a_reservation(engine: Engine) -> None:
     with pytest.raises(NotReserved):
         engine.add_prefilled(second, granted[0].block_ids, [1] * 24, SampledToken(3))
     engine.release_reservation(second, granted[0].block_ids)
+
+
+def test_what_a_transfer_writes_late_and_leaves_behind_changes_no_token(make: Callable[[], Engine]) -> None:
+    # For a request that is gone and a prefix that nobody wants any more, while others need more blocks than there are.
+    engine, alone = make(), make()
+    gone = ask("gone", prompt_of(engine, 380), max_tokens=1)
+    reservation = reserve(engine, gone)
+    assert engine.abort("gone")
+    prefix = engine.take_prefix([BlockHash(bytes([i]) * 16) for i in range(5)])
+    assert prefix is not None
+    others = [ask(f"r{i}", prompt_of(engine, 75, seed=i), max_tokens=24) for i in range(2)]
+    others[1].arrival_s = 1.0
+    for request in others:
+        engine.add_request(request)
+    no_numbers: Any = engine.memory.staging(1)
+    no_numbers[:] = 255  # NaN, which no zero weighs down
+    updates: list[RequestUpdate] = []
+    while engine.has_work:
+        for block_id in (*reservation.block_ids, *prefix.block_ids):
+            engine.memory.scatter(block_id, no_numbers)
+        updates += engine.step().updates
+        engine.check_integrity()
+        assert engine.load().num_lent_blocks == 29
+    assert engine.stats.num_preemptions > 0, "there was room for all"
+    for request in others:
+        assert tokens(updates, request.request_id) == tokens(run(alone, request), request.request_id)
+    engine.release_reservation(gone, reservation.block_ids)
+    engine.release_blocks(prefix.block_ids)
+    for seed in range(3):  # in all blocks, also such as they fill in part
+        again = ask("again", prompt_of(engine, 280, seed=20 + seed))
+        assert tokens(run(engine, again), "again") == tokens(run(alone, again), "again")
 
 
 def test_an_abort_while_it_waits_for_blocks_calls_nobody(engine: Engine) -> None:
@@ -586,7 +617,10 @@ def test_a_block_that_has_changed_is_dropped_and_counted(engine: Engine) -> None
     hashes = hashes_of(engine, prompt)
     assert engine.recheck(hashes) == 0
     lent = engine.lend_prefix(hashes)
-    np.asarray(engine.memory.view(lent[2]))[0] ^= 1
+    block: Any = engine.memory.staging(1)
+    engine.memory.gather(lent[2], block)
+    block[0] ^= 1
+    engine.memory.scatter(lent[2], block)
     engine.release_blocks(lent)
     assert (engine.recheck(hashes), engine.stats.num_corrupt_blocks, engine.peek_prefix(hashes)) == (1, 1, 2)
 

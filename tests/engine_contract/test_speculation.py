@@ -16,7 +16,7 @@ from services.engine.native import Engine as NativeEngine
 from services.settings import SettingsError
 from tests.engine_contract.test_engine_contract import ask, copy, prefill, reserve, run, tokens
 from tests.engine_contract.test_vllm import alike
-from tests.engine_contract.vllm_engines import VllmEngines
+from tests.engine_contract.vllm_engines import DEVICE, VllmEngines
 
 pytestmark = pytest.mark.vllm
 if importlib.util.find_spec("vllm") is None:  # `make test` is free of it
@@ -153,4 +153,4 @@ def test_a_draft_model_is_refused_by_name(wider_model: Path) -> None:
     config = f'{{"model":"{wider_model}","method":"draft_model","num_speculative_tokens":2}}'
     flags = f"--speculative-config '{config}'"
     with pytest.raises(SettingsError, match="draft_model"):
-        open_vllm(EngineConfig(str(wider_model), engine="vllm", device="cpu", engine_args=flags), ProofKey.public())
+        open_vllm(EngineConfig(str(wider_model), engine="vllm", device=DEVICE, engine_args=flags), ProofKey.public())

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import pytest
+import torch
 
 from kvstore.block import ProofKey
+from services.engine.checkpoint import safetensors_files
+from services.engine.choice import vllm_version
 from services.engine.config import EngineConfig
+
+DEVICE: Final = "cpu" if (vllm_version() or "+cpu").endswith("+cpu") else "cuda"
+"""Where the vLLM that is installed computes."""
+BACKEND: Final = {"cpu": "CPU_ATTN", "cuda": "TRITON_ATTN"}[DEVICE]
+# On a GPU many share one, and sums are of float32 as on a CPU, where greedy tokens are told apart.
+_ON_A_GPU: Final = {"dtype": "float32", "kv_cache_memory_bytes": 128 << 20, "gpu_memory_utilization": 0.1}
+_FLAGS: Final = {"cpu": "", "cuda": f"--attention-backend {BACKEND} --enforce-eager"}[DEVICE]
 
 
 class VllmEngines:
@@ -17,15 +29,24 @@ class VllmEngines:
     own there first.
     """
 
-    def __init__(self, model: Path, **settings: Any) -> None:
-        self._config = EngineConfig(str(model), engine="vllm", device="cpu", **settings)
+    def __init__(self, model: Path, engine_args: str = "", **settings: Any) -> None:
+        self._config = EngineConfig(
+            str(model),
+            engine="vllm",
+            device=DEVICE,
+            engine_args=f"{_FLAGS} {engine_args}".strip(),
+            **{**(_ON_A_GPU if DEVICE == "cuda" else {}), **settings},
+        )
         self._idle: list[tuple[Any, Any]] = []  # core, its rank's connector
         self._lent: list[tuple[Any, Any]] = []
 
     def divided(self, num_ranks: int) -> VllmEngines:
-        """Others, of several ranks."""
+        """Others, of several ranks; skips the test where there are fewer GPUs."""
+        if DEVICE == "cuda" and torch.cuda.device_count() < num_ranks:
+            pytest.skip(f"needs {num_ranks} CUDA devices")
         others = VllmEngines(Path(self._config.model))
-        others._config = replace(self._config, engine_args=f"--tensor-parallel-size {num_ranks}")
+        flags = f"{self._config.engine_args} --tensor-parallel-size {num_ranks}"
+        others._config = replace(self._config, engine_args=flags.strip())
         return others
 
     def make(self) -> Any:
@@ -38,7 +59,8 @@ class VllmEngines:
         self._lent.append((core, rank))
         _put(rank)
         config = opening.with_device_defaults(self._config, None)
-        engine = opening._around(core, config, Path(config.model), ProofKey.public(), lambda share: None)
+        weights = safetensors_files(Path(config.model))
+        engine = opening._around(core, config, weights, ProofKey.public(), lambda share: None)
         return _InTurn(engine, rank)
 
     def lose(self) -> None:

@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvstore.block import HostMemory, Run, coalesce
 from kvstore.errors import IncompatiblePeer, TransportError
 from kvstore.protocol import ExchangeTimeouts
-from kvstore.transport import choose, make_transports
-from kvstore.transport.buffers import region
+from kvstore.transport import choose, make_transports, nixl, select, ucxx
+from kvstore.transport.buffers import is_one_buffer, region
 from kvstore.transport.host import can_read_memory, host_facts, on_same_host
+from services.engine.tensor_memory import DeviceMemory
 from tests.memory_transport import MemoryTransport, Switchboard
 
 REPOSITORY = Path(__file__).parents[2]
@@ -110,3 +112,22 @@ def test_loading_ucxx_leaves_no_setting_behind_that_would_slow_nixl_down():
 def test_impossible_timeouts_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ExchangeTimeouts(**wrong)
+
+
+@pytest.mark.parametrize("num_regions", [1, 2], ids=["one that ranks share", "one for each rank"])
+def test_a_gpus_memory_that_ranks_gave_us_is_not_given_to_peers_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, num_regions: int
+) -> None:
+    monkeypatch.setattr(select, "confine_ucx", lambda host: None)
+    for module, name in ((nixl, "NixlTransport"), (ucxx, "UcxxTransport")):
+        monkeypatch.setattr(module, name, lambda memory, whose, name=name: FakeTransport(name, two_sided=True))
+
+    def offered(choice: str, *, is_mapped: bool) -> list[str]:
+        caches = [torch.zeros(1, 4, 64, dtype=torch.uint8) for _ in range(num_regions)]
+        memory = DeviceMemory(*caches, is_mapped=is_mapped)
+        assert is_one_buffer(memory) == (num_regions == 1 and not is_mapped)
+        return [transport.name for transport in make_transports(choice, memory, "prefill-0", "127.0.0.1")]
+
+    assert offered("auto", is_mapped=False) == ["NixlTransport", "UcxxTransport"]
+    assert offered("auto", is_mapped=True) == ["UcxxTransport"]
+    assert offered("nixl", is_mapped=True) == ["NixlTransport"]

@@ -44,7 +44,10 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
 
     A library that would not be chosen here, because it fails its check at start, is not tested further.
     """
-    directory = tmp_path_factory.mktemp("kernels")
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # what one process of the run has built serves the others
+        directory = directory.parent
+    (directory := directory / "kernels").mkdir(exist_ok=True)
     compiler = shutil.which("gcc")
 
     @cache
@@ -55,7 +58,10 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
         path = directory / f"{name}.so"
         extra = os.environ.get("TANDEM_KERNEL_TEST_FLAGS", "").split()
         command = [compiler, *compile_flags(variant), *flags, "-Werror", *extra, "-shared", "-fPIC"]
-        subprocess.run([*command, "-o", path, SOURCES / f"{variant}.c", "-lm"], check=True, timeout=300)
+        if not path.exists():
+            unfinished = directory / f"{name}.{os.getpid()}"
+            subprocess.run([*command, "-o", unfinished, SOURCES / f"{variant}.c", "-lm"], check=True, timeout=300)
+            unfinished.replace(path)
         try:
             return load_checked(name, path)
         except KernelError as error:

@@ -123,6 +123,29 @@ async def test_what_a_liar_gave_is_found_out_by_its_first_reader_and_dropped_fro
         node.check_integrity()
 
 
+async def test_what_is_offered_while_it_is_doubted_comes_in_when_the_wrong_blocks_are_gone() -> None:
+    """Whoever reads them here computes them, and offers what it computed, perhaps before they are dropped."""
+    async with world() as made:
+        node, liar, honest = await made.node(), await made.worker(lies=True), await made.worker("prefill-1", seed=2)
+        hashes = chain("a", 4)
+        for worker in (liar, honest):
+            worker.hold(hashes)
+        await liar.offer(node, hashes)
+        await idle(node, 1)
+        doubting = asyncio.create_task(node.lender.recheck(hashes))
+        await asyncio.sleep(0)
+        assert locate(node.store, hashes) == [StoreTier.DRAM] * 4
+        have = Have(honest.exchange.address, None, list(hashes))
+        node.intake.offered(honest.exchange.identity, have)
+        await doubting
+        await until(lambda: node.intake.stats.num_pulled_blocks == 8)
+        await idle(node, 2)
+        result, payloads = await liar.fetch(node, hashes)
+        assert result.ok, result.failure
+        assert payloads == [honest.bytes_of(each) for each in hashes]
+        node.check_integrity()
+
+
 async def test_who_lies_about_blocks_has_few_of_them_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doubts, "MOST_AT_ONCE", 3)
     monkeypatch.setattr(doubts, "PER_S", 0.0)

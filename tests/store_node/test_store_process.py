@@ -40,6 +40,8 @@ class StoreProcess:
         command = [sys.executable, *program, "--redis", redis_url, "--worker-id", "store-0", *flags]
         with log_path.open("w") as log:
             self.process = subprocess.Popen(command, stderr=log)
+        # One for all questions: making one takes more time than a question, which the process lacks.
+        self._http = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
         self.wait_for(lambda: "debug http://" in self.log, "it to listen")
         (self.url, *_) = re.findall(r"debug (http://[\w.:]+)", self.log)
 
@@ -48,14 +50,19 @@ class StoreProcess:
         return self._log_path.read_text()
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=60)
+        return self._http.get(f"{self.url}{path}")
+
+    def kill(self) -> None:
+        self._http.close()
+        self.process.kill()
+        self.process.wait()
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + 150
         while not condition():
             assert self.process.poll() is None, self.log
             assert time.monotonic() < deadline, f"waited for {what}:\n{self.log}"
-            time.sleep(0.02)
+            time.sleep(0.05)
 
 
 @contextmanager
@@ -66,8 +73,7 @@ def store_process(
     try:
         yield store
     finally:
-        store.process.kill()
-        store.process.wait()
+        store.kill()
 
 
 async def test_a_node_lives_from_its_start_and_is_ready_when_a_worker_has_come(redis_url: str, tmp_path: Path) -> None:

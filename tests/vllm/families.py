@@ -2,14 +2,14 @@
 
 Each is a random model as `transformers` writes it. A prompt's blocks go from one engine to another, in one process and
 by router and workers; what comes is held against what one engine says by itself and against `transformers` in float32,
-greedily. Without names all run (half an hour on two cores), and the tables of docs/models.md are written anew.
+greedily. Without names all run (half an hour on two cores). What came out right gets its row in the tables of
+docs/models.md, one by one, so that what ends early can be gone on with by name.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,6 +21,7 @@ from typing import Any, Final
 import httpx
 import torch
 
+from tests.documents import rows_of, with_table
 from tests.engine_contract.test_engine_contract import ask, copy, prefill, reserve, run, taken, tokens
 from tests.engine_contract.vllm_engines import VllmEngines
 from tests.hf_models import random_prompts, reference_greedy, reference_logits, write_config, write_model
@@ -66,7 +67,7 @@ class Verdict:
 
 
 _WINDOWS = "windows of 64 tokens on two layers of three"
-_LATENT = "one latent vector a token; CPUs without AMX: whole prompts, no prefix cache"
+_LATENT = "one latent vector a token; on CPUs by `CPU_MLA`: whole prompts, no prefix cache"
 
 
 def _latent(name: str, title: str) -> Family:
@@ -87,6 +88,7 @@ FAMILIES: Final = (
     Family("phi", "Phi 1, 2"),
     Family("phi3", "Phi 3, 4"),
     Family("olmo2", "OLMo 2"),
+    Family("gpt_neox", "GPT-NeoX"),
     Family("qwen3_moe", "Qwen3-MoE", "8 experts"),
     Family("mixtral", "Mixtral", "4 experts"),
     _latent("deepseek_v2", "DeepSeek-V2"),
@@ -106,12 +108,14 @@ class Refused:
 
 
 REFUSED: Final = (
-    Refused("mistral_window", "a sliding window on all layers (Mistral 7B v0.1)", "sliding window"),
-    Refused("mamba", "no attention (Mamba)", ""),
-    Refused("bamba", "recurrent layers beside attention (Bamba, Jamba, Qwen3-Next …)", ""),
-    Refused("bart", "encoder and decoder (BART, T5, Whisper)", ""),
-    Refused("qwen2_vl", "images, sound, video (Qwen2-VL …)", ""),
-    Refused("bert", "no text is made (BERT, embedding models)", ""),
+    Refused(
+        "mistral_window", "a sliding window on all layers (Mistral 7B v0.1)", "all its layers have a sliding window"
+    ),
+    Refused("mamba", "no attention (Mamba)", "a state that each token overwrites"),
+    Refused("bamba", "recurrent layers beside attention (Bamba, Jamba, Qwen3-Next …)", "a state that each token"),
+    Refused("bart", "encoder and decoder (BART, T5, Whisper)", "reads what an encoder made"),
+    Refused("qwen2_vl", "images, sound, video (Qwen2-VL …)", "takes images, sound or video"),
+    Refused("bert", "no text is made (BERT, embedding models)", "makes embeddings, scores or classes"),
 )
 
 
@@ -148,6 +152,13 @@ def through_workers(family: Family, directory: Path, chunk_size: int) -> list[li
             outputs.append(answer["choices"][0]["token_ids"])
         stack.check_clean()
     return outputs
+
+
+def num_equal_through_workers(family: Family, alone: Verdict) -> int:
+    """How many of router's and workers' answers are what one engine says by itself."""
+    with tempfile.TemporaryDirectory() as directory:
+        served = through_workers(family, Path(directory), alone.chunk_size)
+    return sum(map(list.__eq__, served, alone.colocated))
 
 
 def check_family(
@@ -214,6 +225,7 @@ def gap(oracle: Path, prompt: Sequence[int], output: Sequence[int]) -> float:
 def refusal_of(refused: Refused, directory: Path) -> str:
     """What a worker says that is told to serve the model; empty if it serves it."""
     from kvstore.block import ProofKey
+    from services.engine.choice import check_for_vllm
     from services.engine.config import EngineConfig
     from services.engine.model_config import ModelError
     from services.engine.vllm import open_vllm
@@ -232,17 +244,18 @@ def refusal_of(refused: Refused, directory: Path) -> str:
         engine_args="--load-format dummy",
     )
     try:
+        check_for_vllm(config)
         open_vllm(config, ProofKey.public())
     except ModelError as error:
-        return str(error).removeprefix(f"{path}: ").replace(str(path), "the model")
+        return str(error).removeprefix(f"{path}/config.json: ").replace(str(path), "the model")
     return ""
 
 
 # ---- the tables ----------------------------------------------------------------------------
 
 _RUNS: Final = (
-    "| family | two engines = one | router, workers = one engine | = `transformers`, float32 | chunks | |\n"
-    "|---|---|---|---|---|---|\n"
+    "| family | disaggregated = colocated | = `transformers`, float32 | prompts in chunks of | |\n"
+    "|---|---|---|---|---|\n"
 )
 _REFUSALS: Final = "| model | what the worker says |\n|---|---|\n"
 
@@ -257,15 +270,20 @@ def row(family: Family, verdicts: Sequence[Verdict], num_served: int) -> str:
         known += f"; its choice by {max(each.worst_gap for each in verdicts):.1f} at most"
     chunks = ", ".join("whole" if each.chunk_size > max(LENGTHS) else str(each.chunk_size) for each in verdicts)
     remark = "; ".join(filter(None, (family.dtype if family.dtype != "float32" else "", family.remark)))
-    counts = f"{as_colocated} of {num_prompts} | {num_served} of {num_prompts}"
-    return f"| {family.title} | {counts} | {known} | {chunks} | {remark} |\n"
+    handed_over = f"{as_colocated + num_served} of {2 * num_prompts}"  # in one process, and by workers
+    return f"| {family.title} | {handed_over} | {known} | {chunks} | {remark} |\n"
 
 
-def with_tables(page: str, runs: Sequence[str], refusals: Sequence[str]) -> str:
-    """The page with these lines, in the places of the two tables behind the command's name."""
-    before, command, after = page.partition("`make families`")
-    tables = iter((_RUNS + "".join(runs), _REFUSALS + "".join(refusals)))
-    return before + command + re.sub(r"(^\|.*\n)+", lambda _: next(tables), after, count=2, flags=re.MULTILINE)
+def _tell(head: str, known: Sequence[Family | Refused], title: str, line: str, *, is_right: bool) -> None:
+    """Print a row and, if it is right, put it into its table on the page, in the order of `known`."""
+    print(line, end="", flush=True)
+    if not is_right:
+        return
+    page = PAGE.read_text(encoding="utf-8")
+    rows = {each.split("|")[1].strip(): each for each in rows_of(page, head)} | {title: line}
+    PAGE.write_text(
+        with_table(page, head, [rows[each.title] for each in known if each.title in rows]), encoding="utf-8"
+    )
 
 
 def _apart(job: Callable[[Path], Any]) -> Any:
@@ -296,7 +314,7 @@ def _apart(job: Callable[[Path], Any]) -> Any:
 
 
 def main() -> int:
-    """Run what is named; with nothing named, all of it, and write the page."""
+    """Run what is named, or all of it, and write those rows of the page that came out right."""
     known = [*(family.title for family in FAMILIES), *(refused.title for refused in REFUSED)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("titles", nargs="*", metavar="family", help="; ".join(known))
@@ -307,27 +325,27 @@ def main() -> int:
 
     torch.set_num_threads(1)
     preload("vllm")
-    runs, refusals, num_wrong = [], [], 0
+    num_wrong = 0
     for family in FAMILIES:
         if not wanted or family.title in wanted:
-            verdicts = _apart(lambda directory, family=family: check_family(family, directory))  # type: ignore[misc]
-            num_served = 0
-            for each in verdicts:
-                with tempfile.TemporaryDirectory() as directory:
-                    served = through_workers(family, Path(directory), each.chunk_size)
-                num_served += sum(map(list.__eq__, served, each.colocated))
+            try:
+                verdicts = _apart(lambda directory, family=family: check_family(family, directory))  # type: ignore[misc]
+                num_served = sum(num_equal_through_workers(family, each) for each in verdicts)
+            except (RuntimeError, AssertionError) as error:
+                print(f"{family.title}: {error}", flush=True)
+                num_wrong += 1
+                continue
             is_right = num_served == sum(each.num_prompts for each in verdicts)
-            num_wrong += not (is_right and all(each.is_right for each in verdicts))
-            runs.append(row(family, verdicts, num_served))
-            print(runs[-1], end="", flush=True)
+            is_right = is_right and all(each.is_right for each in verdicts)
+            num_wrong += not is_right
+            _tell(_RUNS, FAMILIES, family.title, row(family, verdicts, num_served), is_right=is_right)
     for refused in REFUSED:
         if not wanted or refused.title in wanted:
             said = _apart(lambda directory, refused=refused: refusal_of(refused, directory))  # type: ignore[misc]
-            num_wrong += not said or refused.words not in said
-            refusals.append(f"| {refused.title} | {' '.join(said.split())[:300]} |\n")
-            print(refusals[-1], end="", flush=True)
-    if not wanted and not num_wrong:
-        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), runs, refusals), encoding="utf-8")
+            is_right = bool(said) and refused.words in said
+            num_wrong += not is_right
+            line = f"| {refused.title} | {' '.join(said.split())[:400]} |\n"
+            _tell(_REFUSALS, REFUSED, refused.title, line, is_right=is_right)
     return min(num_wrong, 1)
 
 

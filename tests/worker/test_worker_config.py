@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.decode.config import DecodeConfig
+from services.engine.request import MAX_LOGPROBS, SamplingParams
 from services.peer_settings import PeerProofs, PeerSettings
 from services.prefill.config import PrefillConfig
 from services.router.config import RouterConfig
@@ -12,6 +13,7 @@ from services.settings import SettingsError
 from services.store.config import StoreConfig
 from services.worker.assembly import exchange_timeouts
 from services.worker.config import WorkerConfig
+from services.worker.load import threads_of_rank
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,34 @@ def test_impossible_settings_are_refused(fields: dict[str, object], setting: str
     with pytest.raises(SettingsError) as caught:
         WorkerConfig(**{"model": "m", **fields})  # type: ignore[arg-type]
     assert caught.value.setting == setting
+
+
+@pytest.mark.parametrize(
+    ("fields", "environ", "num_threads"),
+    [
+        ({}, {}, 8),
+        ({"num_threads": 3}, {"OMP_NUM_THREADS": "5"}, 3),
+        ({}, {"OMP_NUM_THREADS": "5"}, 5),
+        ({}, {"OMP_NUM_THREADS": "4,2"}, 4),
+        ({}, {"OMP_NUM_THREADS": "many"}, 8),
+        ({"engine": "vllm", "engine_args": "--tensor-parallel-size 2"}, {}, 4),
+        ({"engine": "vllm", "engine_args": "--tensor-parallel-size 16"}, {}, 1),
+        ({"engine": "vllm", "engine_args": "-tp 2", "num_threads": 8}, {}, 8),
+        ({"engine": "vllm", "engine_args": "-tp 2"}, {"OMP_NUM_THREADS": "8"}, 8),
+    ],
+)
+def test_ranks_divide_the_cores_unless_the_user_says_how_many_each_takes(
+    fields: dict[str, object], environ: dict[str, str], num_threads: int
+) -> None:
+    config = WorkerConfig(model="m", **fields)  # type: ignore[arg-type]
+    assert threads_of_rank(config, num_cores=8, environ=environ) == num_threads
+
+
+def test_the_router_takes_no_more_log_probabilities_than_workers_do() -> None:
+    assert SamplingParams(logprobs=RouterConfig(max_logprobs=MAX_LOGPROBS).max_logprobs).logprobs == MAX_LOGPROBS
+    with pytest.raises(SettingsError, match=rf"from 0 to {MAX_LOGPROBS}, got {MAX_LOGPROBS + 1}") as caught:
+        RouterConfig(max_logprobs=MAX_LOGPROBS + 1)
+    assert caught.value.setting == "max_logprobs"
 
 
 def test_a_wildcard_address_needs_one_that_others_can_dial() -> None:

@@ -29,6 +29,7 @@ from services.settings import (
     build_settings,
     secret_environment,
     settings_of,
+    tensor_parallel_size,
 )
 from services.store.config import StoreConfig
 from services.worker.config import WorkerConfig
@@ -36,6 +37,8 @@ from services.worker.config import WorkerConfig
 _DECIDED_HERE = frozenset({"redis", "worker_id", "router_id", "colocated", "log_format"})
 _WORKER_ADDRESSES = frozenset({"host", "port", "kv_port", "http_port", "advertise_host"})
 _EXTRA_GRACE_S = 5.0
+_THREADS = "OMP_NUM_THREADS"
+"""OpenMP's own variable, which every library that computes reads."""
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 """Keeps `python -m` from looking for packages in the working directory, which may have a `services` of its own."""
 
@@ -142,7 +145,7 @@ def plan_stack(
     workers = []
     for (role, index), placement in zip(roles, placements, strict=True):
         cls: type[WorkerConfig] = PrefillConfig if role == "prefill" else DecodeConfig
-        own = _placed(values, placement)
+        own = _placed(values, placement, base)
         argv = [*argv_of(worker_settings(cls), own), f"--worker-id={worker_prefix}{role}-{index}", log_flag]
         if role == "decode" and not any(other == "prefill" for other, _ in roles):
             argv.append("--colocated")
@@ -250,11 +253,12 @@ def _base_environment(environ: Mapping[str, str], redis: str) -> dict[str, str]:
     return kept | SAFE_PATH | {LAUNCHER_VARIABLE: "1", "PYTHONUNBUFFERED": "1", "TANDEM_REDIS": redis}
 
 
-def _placed(values: Mapping[str, object], placement: Placement) -> dict[str, object]:
+def _placed(values: Mapping[str, object], placement: Placement, environ: Mapping[str, str]) -> dict[str, object]:
     """The values with what follows from the place, where the user did not say otherwise."""
     placed = dict(values)
-    if placement.num_threads is not None:
-        placed.setdefault("num_threads", placement.num_threads)
+    if placement.num_threads is not None and not environ.get(_THREADS):
+        ranks = tensor_parallel_size(str(values.get("engine_args", "")))
+        placed.setdefault("num_threads", max(1, placement.num_threads // ranks))
     if placement.gpu_share is not None and placement.gpu_share < 1:
         default = next(item.default for item in settings_of(DecodeConfig) if item.name == "gpu_memory_utilization")
         assert isinstance(default, float)
@@ -264,7 +268,7 @@ def _placed(values: Mapping[str, object], placement: Placement) -> dict[str, obj
 
 def _threads(values: Mapping[str, object]) -> dict[str, str]:
     """Sets the size of thread pools that native libraries open before they can be told otherwise."""
-    return {"OMP_NUM_THREADS": str(values["num_threads"])} if values.get("num_threads") else {}
+    return {_THREADS: str(values["num_threads"])} if values.get("num_threads") else {}
 
 
 def _gpu(placement: Placement) -> dict[str, str]:

@@ -28,6 +28,8 @@ from services.logs import parse_phase, parse_ready
 _MAX_LINE_BYTES = 1 << 20
 _KEPT_LINES = 20
 _LAST_OUTPUT_S = 2.0
+_REST_S = 10.0
+"""For so long what a process has left running may take to end by itself."""
 STABLE_S = 30.0
 """A process that has run for so long before it died starts again at once."""
 
@@ -137,7 +139,7 @@ class Child:
             await asyncio.wait_for(process.wait(), grace_s)
         except TimeoutError:
             self.display.line(self.spec.name, f"did not stop within {grace_s:g} s: killed")
-            _kill_group(process)
+            _signal_group(process, signal.SIGKILL)
             try:
                 await asyncio.wait_for(process.wait(), _LAST_OUTPUT_S)
             except TimeoutError:  # whoever should tell of its end hangs
@@ -150,7 +152,7 @@ class Child:
         if self.forks is not None:  # one that hangs would not tell of the end
             self.forks.kill()
         if self._process is not None:
-            _kill_group(self._process)
+            _signal_group(self._process, signal.SIGKILL)
         elif self._starting is not None:
             self._starting.cancel()
 
@@ -171,7 +173,7 @@ class Child:
             os.close(write_end)
         self._process = process
         if self._stopping.is_set():  # stop() came while it started, and found nothing to stop
-            _kill_group(process)
+            _signal_group(process, signal.SIGKILL)
         output = asyncio.create_task(self._read_all(read_end), name=f"read {self.spec.name}")
         ended = asyncio.ensure_future(process.wait())
         try:
@@ -181,7 +183,10 @@ class Child:
             return await ended
         finally:
             ended.cancel()
-            _kill_group(process)  # and whatever it left running
+            if _signal_group(process, signal.SIGTERM):  # it left something running
+                # Python's keeper of shared memory does not heed it: that ends last, and removes what the others left.
+                await asyncio.wait([output], timeout=_REST_S)
+                _signal_group(process, signal.SIGKILL)
             await process.wait()
             self._process = None
             with contextlib.suppress(TimeoutError):  # somebody who left the group may still hold the pipe
@@ -232,9 +237,13 @@ class Child:
                 self.display.line(self.spec.name, line)
 
 
-def _kill_group(process: Process) -> None:
-    with contextlib.suppress(ProcessLookupError):  # all gone already
-        os.killpg(process.pid, signal.SIGKILL)
+def _signal_group(process: Process, number: signal.Signals) -> bool:
+    """Send it to the process and whatever it has started; False where all are gone already."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:

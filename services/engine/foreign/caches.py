@@ -106,6 +106,8 @@ def probe(view: Tensor, kept: Kept, write: Callable[[int, Tensor, Tensor], None]
         raise ModelError("probe: what was written to one block of the engine's cache appeared in another of ours")
     num_parts = len(layers) * (kept.num_kv_heads if kept.is_head_major else 1)
     parts = written.reshape(num_parts, -1)
+    if bool((parts == before[:, _WRITTEN].reshape(num_parts, -1)).all(dim=1).any()):
+        raise ModelError("probe: what the engine wrote to a block of its cache did not come into ours")
     if kept.dtype.itemsize in _WORDS:
         _find_all(parts, torch.stack([each.transpose(0, 1) for each in known]).reshape(num_parts, -1))
     blocks[:, _COPIED] = written
@@ -152,14 +154,6 @@ def gather_ranks(
     if len(said) > 1:
         raise ModelError(f"ranks keep their caches in different ways: {said}")
     return caches, said.pop()
-
-
-def spread(copies: Sequence[tuple[Tensor, Tensor]], block_ids: Sequence[int]) -> None:
-    """Copy blocks between ranks' views: those that transfers write to, and those of other ranks with the same heads."""
-    for source, target in copies:
-        target[:, block_ids] = source[:, block_ids].to(target.device)
-        if target.is_cuda:
-            torch.cuda.synchronize(target.device)
 
 
 def scales_digest(scales: Sequence[tuple[float, float]]) -> str:

@@ -22,8 +22,8 @@ class ProofBook:
         self._kept[block_id] = (block_hash, proof)
 
     def prove(self, block_ids: Sequence[int]) -> None:
-        """Prove findable blocks that the step which has just ended has filled."""
-        hashes = {block_id: self._hash_of(block_id) for block_id in block_ids if self._entry(block_id) is None}
+        """Prove findable blocks that the step which has just ended has filled, whatever is kept of what was in them."""
+        hashes = {block_id: self._hash_of(block_id) for block_id in block_ids}
         fresh = {block_id: block_hash for block_id, block_hash in hashes.items() if block_hash is not None}
         made = self._key.prove(self._memory, list(fresh), list(map(subject_of, fresh.values())))
         self._kept.update(zip(fresh, zip(fresh.values(), made, strict=True), strict=True))

@@ -42,8 +42,13 @@ class _Steps(Protocol):
 
 
 def first_steps(engine: _Steps, max_num_tokens: int, temperature: float) -> list[StepOutput]:
-    """Compute a made-up prompt of at most so many tokens, and a token after the first one."""
-    made_up = SamplingParams(temperature=temperature, max_tokens=2, ignore_eos=True)
+    """Compute a made-up prompt of at most so many tokens, and a token after the first one.
+
+    With log probabilities where tokens are drawn: both have kernels that are made ready at their first use.
+    """
+    made_up = SamplingParams(
+        temperature=temperature, logprobs=1 if temperature else None, max_tokens=2, ignore_eos=True
+    )
     engine.add_request(Request("warm-up", (0,) * min(_WARM_UP_TOKENS, max_num_tokens), made_up))
     outputs: list[StepOutput] = []
     while engine.has_work:

@@ -43,9 +43,11 @@ one, where all of them are one memory (`ranks`, `services.engine.shared_tensor`)
 from the first, and given to the others as blocks arrive.
 
 Failures: a block that does not match its proof never comes here (the exchange keeps it out), and the caller tries
-elsewhere or computes. A joining request that cannot get the one block for its partial one, since all others are lent,
-gives up what it holds and is computed again: counted as a preemption. An exception of a step leaves the engine
-unusable, and the worker ends. Not promised: equal tokens in any company (vLLM's sums depend on the batch).
+elsewhere or computes; blocks whose bytes nobody has proven are wiped before others get them (`foreign.arrivals`), since
+attention computes with all of a block, and a NaN in it makes NaN wherever the sequence ends. A joining request that
+cannot get the one block for its partial one, since all others are lent, gives up what it holds and is computed again:
+counted as a preemption. An exception of a step leaves the engine unusable, and the worker ends. Not promised: equal
+tokens in any company (vLLM's sums depend on the batch).
 """
 
 from services.engine.vllm.opening import open_vllm

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from services.engine.config import EngineConfig
+from services.engine.foreign import compile_nothing
 from services.settings import SettingsError, engine_arguments
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def prepare_environment(num_threads: int = 0) -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     atexit.register(_mute)
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     if num_threads:
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
 
@@ -53,7 +54,7 @@ def make_arguments(
 
     Raises `SettingsError`.
     """
-    from vllm.config import CompilationConfig, KVEventsConfig, KVTransferConfig
+    from vllm.config import KVEventsConfig, KVTransferConfig
 
     arguments = _parsed(config.engine_args, directory)
     if arguments.enable_lora and not config.lora_modules:
@@ -96,12 +97,16 @@ def make_arguments(
         ours["swa_bounded_replay"] = False
     for name, value in ours.items():
         setattr(arguments, name, value)
-    if is_cpu and "compilation-config" not in config.engine_args:
-        arguments.enforce_eager = True  # compiling takes a minute and a compiler
+    given = {each.partition(".")[0] for each in engine_arguments(config.engine_args)}
+    if is_cpu:
+        if not given & {"--compilation-config", "--optimization-level", "--no-enforce-eager"}:
+            arguments.enforce_eager = True  # compiling takes a minute and a compiler
+            compile_nothing()  # of what samples, either
         # Its kernel for CPUs rotates pairs of neighbours (GPT-J's way, DeepSeek's) wrongly; torch does it right.
-        arguments.compilation_config = CompilationConfig(custom_ops=["-rotary_embedding"])
-    if "use-tqdm-on-load" not in config.engine_args:
-        arguments.use_tqdm_on_load = False  # a bar has no place in a log
+        custom_ops = arguments.compilation_config.custom_ops
+        if not any(each.endswith("rotary_embedding") for each in custom_ops):
+            custom_ops.append("-rotary_embedding")
+    arguments.use_tqdm_on_load &= "--use-tqdm-on-load" in given  # a bar has no place in a log
     return arguments
 
 

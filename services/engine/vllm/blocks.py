@@ -18,7 +18,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_block_hash, make_block
 from kvstore.block import BlockHash, BlockMemory, Proof, ProofKey
 from kvstore.pool import CacheChange
 from kvstore.protocol import Reservation
-from services.engine.foreign import Findable, ProofBook, check_books
+from services.engine.foreign import Arrivals, Findable, ProofBook, check_books
 from services.engine.loans import Loans
 
 _GROUP: Final = 0  # the one cache group
@@ -27,8 +27,9 @@ _GROUP: Final = 0  # the one cache group
 class BlockBook:
     """The blocks of one engine."""
 
-    def __init__(self, manager: KVCacheManager, memory: BlockMemory, proof_key: ProofKey) -> None:
+    def __init__(self, manager: KVCacheManager, memory: BlockMemory, proof_key: ProofKey, arrivals: Arrivals) -> None:
         self._manager = manager
+        self._arrivals = arrivals
         self._pool = manager.block_pool
         self.proofs = ProofBook(memory, proof_key, self._hash)
         self.loans = Loans(self)
@@ -53,6 +54,7 @@ class BlockBook:
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Give one reference back on each; `block_ids` in the order of the chain, whose tail is evicted first."""
+        self._arrivals.give_up(block_ids)
         self._pool.free_blocks([self._pool.blocks[block_id] for block_id in reversed(block_ids)])
 
     def lend_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
@@ -72,10 +74,10 @@ class BlockBook:
         if num_missing + headroom > self.num_free:
             self.release(present)
             return None
-        new: list[KVCacheBlock] = self._pool.get_new_blocks(num_missing) if num_missing else []
-        block_ids = present + [block.block_id for block in new]
-        self.loans.pass_over(block_ids)
-        return Reservation(block_ids, len(present))
+        new = [block.block_id for block in self._pool.get_new_blocks(num_missing)] if num_missing else []
+        self._arrivals.expect(new)
+        self.loans.pass_over(present + new)
+        return Reservation(present + new, len(present))
 
     def _match(self, hashes: Sequence[BlockHash]) -> list[int]:
         found: list[int] = []
@@ -119,14 +121,6 @@ class BlockBook:
                 self.findable.add(block_hash, parent)
             parent = block_hash
 
-    def drop(self, block_ids: Iterable[int]) -> int:
-        """Make blocks unfindable whose bytes have changed; returns how many."""
-        dropped = set(block_ids)
-        self._pool.evict_blocks(dropped)
-        self._absorb()
-        self.num_corrupt += len(dropped)
-        return len(dropped)
-
     def absorb(self, events: Iterable[KVCacheEvent]) -> None:
         """Note what vLLM has cached and evicted."""
         for event in events:
@@ -150,7 +144,12 @@ class BlockBook:
     def recheck(self, hashes: Sequence[BlockHash]) -> int:
         """Hold findable blocks against their proofs, and drop those that have changed."""
         found = [block.block_id for each in hashes if (block := self._find(each)) is not None]
-        return self.drop(self.proofs.find_wrong(found))
+        dropped = set(self.proofs.find_wrong(found))
+        self._pool.evict_blocks(dropped)
+        self._arrivals.wipe(each for each in dropped if not self._pool.blocks[each].ref_cnt)
+        self._absorb()
+        self.num_corrupt += len(dropped)
+        return len(dropped)
 
     def _hash(self, block_id: int) -> BlockHash | None:
         key = self._pool.blocks[block_id].block_hash

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -37,7 +36,7 @@ from services.engine.api import (
     StepOutput,
     Suspended,
 )
-from services.engine.foreign import Live, Part, Place, Tierless, Turns, first_steps, shape_of, spread
+from services.engine.foreign import Arrivals, Live, Part, Place, Tierless, Turns, first_steps, shape_of
 from services.engine.limits import check_abilities, check_fits, check_tokens, end_of
 from services.engine.vllm import sampling
 from services.engine.vllm.blocks import BlockBook
@@ -53,8 +52,7 @@ class Model:
     vocab_size: int
     eos_token_ids: frozenset[int]
     max_num_waiting: int
-    copies: Sequence[tuple[Tensor, Tensor]]
-    """Of the caches of ranks that have the same heads: which transfers write to, and which has to be given it."""
+    arrivals: Arrivals
     adapters: Mapping[str, LoRARequest]  # by key
 
 
@@ -84,7 +82,7 @@ class VllmEngine(Tierless):
         self._config = core.vllm_config
         self._scheduler = core.scheduler
         self._manager = core.scheduler.kv_cache_manager
-        self._book = BlockBook(self._manager, memory, proof_key)
+        self._book = BlockBook(self._manager, memory, proof_key, model.arrivals)
         ours = {"publish": lambda batch: self._book.absorb(batch.events), "get_publisher_config": lambda: None}
         self._scheduler.kv_event_publisher = SimpleNamespace(**ours, shutdown=lambda: None)
         connector.plan = self._plan
@@ -158,7 +156,7 @@ class VllmEngine(Tierless):
                 f" {len(block_ids)} blocks"
             )
         self._book.loans.take_over(block_ids)
-        spread(self._model.copies, block_ids)
+        self._model.arrivals.accept(block_ids)
         request.timeline.mark(Event.DECODE_JOINED)
         told = () if first_token is None else (first_token,)
         outputs = [*request.resumed_token_ids, *(token.token_id for token in told)]
@@ -236,7 +234,7 @@ class VllmEngine(Tierless):
         parent_hash: BlockHash | None = None,
     ) -> None:
         self._book.loans.check(block_ids)
-        spread(self._model.copies, block_ids)
+        self._model.arrivals.accept(block_ids)
         if self.capabilities.caches_prefixes:
             self._book.publish(block_ids, hashes, proofs, parent_hash)
 
@@ -261,7 +259,6 @@ class VllmEngine(Tierless):
     def warm_up(self) -> list[StepOutput]:
         longest = min(self.capabilities.max_model_len, self.capabilities.num_blocks * self.layout.block_size) - 2
         max_num_tokens = min(self._config.scheduler_config.max_num_batched_tokens, longest)
-        outputs: list[StepOutput] = []
         torch.set_num_threads(torch.get_num_threads())  # OpenMP has a number for each thread, and this one computes
         for temperature in (1.0, 0.0):
             outputs = first_steps(self, max_num_tokens, temperature)
@@ -552,8 +549,8 @@ class VllmEngine(Tierless):
         if output.finish_reason not in (VllmFinishReason.STOP, VllmFinishReason.LENGTH) or not output.new_token_ids:
             return FinishReason.ERROR, None
         reason, stop_token_id = self._end_of(live, output.new_token_ids[-1], live.core.num_output_tokens)
-        assert reason is not None, f"vLLM ended {live.core_id} ({output.finish_reason}), and we would not have"
-        return reason, stop_token_id
+        # None: it came too early, before min_tokens, as where no logit is a number.
+        return FinishReason.ERROR if reason is None else reason, stop_token_id
 
     def _end_of(self, live: Live, token_id: int, num_outputs: int) -> tuple[FinishReason | None, int | None]:
         longest = self.capabilities.max_model_len

@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAtte
 from kvstore.block import BlockLayout
 from services.engine.foreign import Kept, RankCache, scales_digest
 from services.engine.model_config import UnsupportedModel
+from services.engine.refused import ALL_WINDOWS
 
 
 def read_group(config: KVCacheConfig, cache_layout: str) -> Kept:
@@ -23,10 +24,7 @@ def read_group(config: KVCacheConfig, cache_layout: str) -> Kept:
     groups = config.kv_cache_groups
     kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
     if kinds == ["SlidingWindowSpec"]:
-        raise UnsupportedModel(
-            "all its layers have a sliding window, and vLLM drops the blocks behind it; up to the window's length"
-            """ --engine-args '--hf-overrides {"sliding_window":null}' --max-model-len (the window) computes the same"""
-        )
+        raise UnsupportedModel(ALL_WINDOWS)
     if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
         raise UnsupportedModel(
             f"its layers keep {len(groups)} kinds of state ({', '.join(kinds) or 'none'}), and a block holds the keys"
@@ -88,8 +86,8 @@ def write(cache: Tensor, layer: Any, kept: Kept, values: Tensor, slots: Tensor) 
     """Have a layer's kernel write keys and values, `[tokens, heads, vectors * head_dim]`, to places of its cache."""
     if kept.num_vectors == 1:
         latent, rope = values[:, 0, : layer.kv_lora_rank], values[:, :, layer.kv_lora_rank :]
-        dtype, scale = layer.kv_cache_dtype, layer._k_scale
-        layer.impl.do_kv_cache_update(latent.contiguous(), rope.contiguous(), cache, slots, dtype, scale)
+        dtype, scale, rows = layer.kv_cache_dtype, layer._k_scale, cache.squeeze(1)  # without its one head's axis
+        layer.impl.do_kv_cache_update(latent.contiguous(), rope.contiguous(), rows, slots, dtype, scale)
         return
     key, value = values.chunk(2, dim=2)
     layer.impl.do_kv_cache_update(layer, key.contiguous(), value.contiguous(), cache, slots)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,13 +11,14 @@ from kvstore.block import BlockLayout, ProofKey
 from services.engine.adapters import read_adapters
 from services.engine.api import Capabilities
 from services.engine.capacity import default_host_bytes
-from services.engine.checkpoint import find_model
+from services.engine.checkpoint import find_model, safetensors_files
 from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
-from services.engine.foreign import model_fingerprint
+from services.engine.foreign import model_fingerprint, said_of
 from services.engine.model_config import ModelError, UnsupportedModel, said_dtype
+from services.engine.refused import MORE_THAN_TEXT
 from services.engine.vllm.arguments import make_arguments, prepare_environment
 from services.machine import available_memory_bytes
-from services.settings import SettingsError, block_meaning, tensor_parallel_size
+from services.settings import SettingsError, draws_weights, tensor_parallel_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,10 +36,11 @@ def open_vllm(config: EngineConfig, proof_key: ProofKey, progress: Callable[[flo
     tell = progress or (lambda share: None)
     prepare_environment(config.num_threads)
     directory = find_model(config.model, config.revision)
+    weights = [] if draws_weights(config.engine_args) else safetensors_files(directory)
     tell(0.0)
     core, config = _open_core(config, directory)
     try:
-        return _around(core, config, directory, proof_key, tell)
+        return _around(core, config, weights, proof_key, tell)
     except BaseException:
         core.shutdown()
         raise
@@ -64,14 +66,13 @@ def _open_core(config: EngineConfig, directory: Path) -> tuple[Any, EngineConfig
     cache_bytes = config.kv_cache_memory_bytes
     if is_cpu:
         dtype = said_dtype(directory) if dtype == "auto" else dtype
-        cache_bytes = cache_bytes or default_host_bytes(available_memory_bytes()) // tensor_parallel_size(
-            config.engine_args
-        )
+        num_ranks = tensor_parallel_size(config.engine_args)
+        cache_bytes = cache_bytes or default_host_bytes(available_memory_bytes()) // num_ranks
     try:
         arguments = make_arguments(config, str(directory), dtype, cache_bytes, is_cpu=is_cpu)
         vllm_config = arguments.create_engine_config()
         if vllm_config.model_config.is_multimodal_model:
-            raise UnsupportedModel(f"{config.model} takes images or sound, whose blocks our hashes do not tell apart")
+            raise UnsupportedModel(f"{config.model}: {MORE_THAN_TEXT}")
         speculation = vllm_config.speculative_config
         if speculation is not None and speculation.method not in GUESSES_FROM_TOKENS:
             raise SettingsError(
@@ -88,14 +89,10 @@ def _open_core(config: EngineConfig, directory: Path) -> tuple[Any, EngineConfig
 
 
 def _around(
-    core: Any,
-    config: EngineConfig,
-    directory: Path,
-    proof_key: ProofKey,
-    tell: Callable[[float], None],
+    core: Any, config: EngineConfig, weights: Sequence[Path], proof_key: ProofKey, tell: Callable[[float], None]
 ) -> VllmEngine:
     """Put the adapter around a core that has loaded its model."""
-    from services.engine.foreign import NUM_PROBED, num_holders
+    from services.engine.foreign import NUM_PROBED, Arrivals, num_holders
     from services.engine.tensor_memory import tensor_memory
     from services.engine.vllm.connector import TandemConnector
     from services.engine.vllm.engine import Model, VllmEngine
@@ -122,12 +119,12 @@ def _around(
     connector = scheduler.get_kv_connector()
     assert isinstance(connector, TandemConnector)
     tell(0.5)
-    said = [str(model_config.dtype), block_meaning(config.engine_args)]
-    adapters = _load_adapters(core, config)
     settings = model_config.hf_config.to_dict()
-    fingerprint = model_fingerprint(directory, settings, said, lambda share: tell(0.5 + 0.5 * share))
+    said = said_of(settings, str(model_config.dtype), model_config.max_model_len, config)
+    adapters = _load_adapters(core, config)
+    fingerprint = model_fingerprint(weights, settings, said, lambda share: tell(0.5 + 0.5 * share))
     layout = block_layout(vllm_config, kept, len(shares), said_of_cache, fingerprint, proof_key.key_id)
-    memory = tensor_memory(*shares)
+    memory = tensor_memory(*shares, is_mapped=len(caches) > 1)
     if memory.block_bytes != layout.block_bytes:
         raise ModelError(f"vLLM's blocks have {memory.block_bytes} bytes, and {layout} would have {layout.block_bytes}")
     return VllmEngine(
@@ -138,7 +135,7 @@ def _around(
             eos_token_ids=frozenset(_eos_token_ids(model_config)),
             max_num_waiting=config.max_num_waiting,
             adapters=adapters,
-            copies=[(caches[rank - rank % holders], cache) for rank, cache in enumerate(caches) if rank % holders],
+            arrivals=Arrivals(caches, holders),
         ),
         Capabilities(
             max_model_len=model_config.max_model_len,

@@ -17,6 +17,9 @@ from vllm.sampling_params import SamplingParams
 from services.engine.foreign import Kept, RankCache, byte_view, probe
 from services.engine.shared_tensor import SharedTensor, share
 from services.engine.vllm.layout import rank_cache, write
+from services.parent import end_with_parent
+
+end_with_parent("VllmWorker-", grace_s=5)  # vLLM's own watch begins late, and ends no wait for a message
 
 
 class RankExtension:

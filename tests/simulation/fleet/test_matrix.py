@@ -17,10 +17,12 @@ def check(kind: Kind, how: How, indices: range) -> None:
 
 @pytest.mark.parametrize(("how", "first"), [("kill", 1), ("drain", 2)])
 def test_a_stream_whose_worker_goes_is_the_undisturbed_one(how: How, first: int) -> None:
-    """Each kind has a token of its own at which that happens."""
+    """Each kind has a token of its own at which that happens. Those that nobody kills are drained: with either, any two
+    of a kind's four properties meet."""
     for number, kind in enumerate(KINDS):
-        index = first + 3 * number
-        check(kind, how, range(index, index + 1))
+        if number.bit_count() % 2 == (how == "drain"):
+            index = first + 3 * number
+            check(kind, how, range(index, index + 1))
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from collections import Counter
 
 from tests.simulation.fleet.test_fleet import run
 from tests.simulation.plan import Plan
-from tests.simulation.run import never_judged, never_reached, simulate
+from tests.simulation.run import never_judged, never_reached
 
 SEEDS = (3, 4)
 
@@ -16,6 +16,5 @@ def test_a_router_that_goes_takes_nothing_with_it_but_its_own_streams():
     for plan in (Plan(seed, "routers", load_s=12.0) for seed in SEEDS):
         report = run(plan)
         reached += report.reached
-    assert simulate(plan) == report, f"the second run left another trace: {plan.command()}"
     assert never_judged("routers", reached) == []
     assert never_reached("routers", reached) == []

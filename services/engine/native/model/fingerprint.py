@@ -14,10 +14,9 @@ from dataclasses import asdict
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.block import NATIVE_LAYOUT_VERSION, public_multipliers
+from kvstore.block import NATIVE_LAYOUT_VERSION
+from services.engine.byte_sums import add_bytes
 from services.engine.model_config import ModelConfig
-
-_BYTES_AT_ONCE = 1 << 20
 
 # They change what is refused or when generation ends, but no key and no value.
 _IRRELEVANT_FIELDS = ("max_position_embeddings", "eos_token_ids", "dtype", "architecture")
@@ -51,9 +50,5 @@ class FingerprintBuilder:
 def tensor_digest(data: npt.NDArray[np.uint8]) -> str:
     """Return 32 hex digits that depend on every bit of `data`, uint8 `(num_bytes,)`."""
     digest = hashlib.blake2b(len(data).to_bytes(8, "little"), digest_size=16, person=b"tandem.tensor")
-    for start in range(0, len(data), _BYTES_AT_ONCE):
-        piece = data[start : start + _BYTES_AT_ONCE]
-        if len(piece) % 8:
-            piece = np.concatenate([piece, np.zeros(-len(piece) % 8, dtype=np.uint8)])
-        digest.update(public_multipliers().sums(np.ascontiguousarray(piece).view("<u8")))
+    add_bytes(digest, data)
     return digest.hexdigest()
