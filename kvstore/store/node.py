@@ -145,7 +145,7 @@ class StoreNode:
         await self.store.close(flush_timeout_s)
 
     def check_integrity(self) -> None:
-        """Raise `IntegrityError` unless the tiers' books are right. While nothing is lent, fetched or written."""
+        """Raise `IntegrityError` unless the tiers' books are right. At any time."""
         self.store.check_integrity()
 
     def state(self) -> dict[str, object]:

@@ -410,6 +410,38 @@ async def test_a_report_that_went_missing_is_found(tmp_path):
         store._reported_on_disk.update(store.disk.hashes())
 
 
+async def test_books_are_sound_while_blocks_are_on_their_way_and_damage_is_found_then_too(tmp_path):
+    gate, a = Gate(), chain("a", 3)
+    async with open_store(tmp_path, gate=gate) as store:
+        gate.may_write.clear()
+        await insert(store, a)
+        store.check_integrity()
+        dropping = asyncio.create_task(store.drop([a[2]]))
+        await asyncio.sleep(0)
+        store.check_integrity()
+        gate.may_write.set()
+        await dropping
+        await store.wait_until_idle()
+        pinned = await store.pin(a[:1])
+        store.check_integrity(expected_pins=1)
+        with pytest.raises(IntegrityError, match="1 pins, their holders count 2"):
+            store.check_integrity(expected_pins=2)
+        store.unpin(block.slot for block in pinned)
+        store.dram.drop([store.dram.find(each).slot for each in a[:2]])
+        gate.may_read.clear()
+        promoting = asyncio.create_task(store.pin(a[:2]))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert store.has_disk_jobs
+        store.check_integrity()
+        store.dram._free.append(store.dram._free[0])
+        with pytest.raises(IntegrityError, match="listed 2 times as free"):
+            store.check_integrity()
+        store.dram._free.pop()
+        gate.may_read.set()
+        store.unpin(block.slot for block in await promoting)
+
+
 def prompts(source: np.random.Generator) -> Iterator[list[BlockHash]]:
     while True:
         name, length = source.integers(6), int(source.integers(1, 9))
