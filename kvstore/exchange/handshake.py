@@ -5,7 +5,7 @@ reader                                    owner
   |  <----- Hello(identity, nonce, key ids) |   another version, or no key in common: Reject follows
   | Prove(mac) -------------------------->  |   wrong: Reject. Until here nothing of the owner has been touched
   |  <------------ Welcome(mac, transports) |   wrong: the reader leaves. Blocks that do not fit: Reject instead
-  | Choose(transport, link_id) ---------->  |   from here on each frame is sealed
+  | Choose(transport, link_id, lane) ---->  |   from here on each frame is sealed
   |  both make their end of the link        |
   | Ready -----------------> <-------- Ready|
 """
@@ -28,6 +28,7 @@ from kvstore.errors import (
 from kvstore.exchange.framing import FrameStream
 from kvstore.peer_keys import PeerKeys, Transcript
 from kvstore.protocol import (
+    CHOICES_NAME_LANES,
     FEATURES,
     LENGTH_BYTES,
     MAX_FRAME_BYTES,
@@ -120,13 +121,13 @@ async def introduce_as_reader(stream: FrameStream, side: Side) -> Introduction:
         peer = check_peer(us.identity, hello)
         side.on_proven(peer)
         offers = {offer.name: offer.descriptor for offer in welcome.transports}
-        transport, _ = choose(transports, offers, peer.peer_id)
+        transport, lane = choose(transports, offers, peer.peer_id)
     except IncompatiblePeer as error:
         stream.send(Reject(str(error)[:4096]))
         raise
     link_id = side.new_id()
-    stream.send(Choose(transport.name, link_id))
-    link_peer = LinkPeer(peer.peer_id, offers[transport.name], link_id, stream.peer_host, dialled=True)
+    stream.send(Choose(transport.name, link_id, lane if CHOICES_NAME_LANES in hello.features else ""))
+    link_peer = LinkPeer(peer.peer_id, offers[transport.name], link_id, stream.peer_host, dialled=True, lane=lane)
     side.on_chosen(transport.name)
     return await _link_up(stream, peer, transport, link_peer, hello)
 
@@ -157,7 +158,7 @@ async def introduce_as_owner(stream: FrameStream, side: Side) -> Introduction:
     transport = next((ours for ours in transports if ours.name == choice.transport), None)
     if transport is None or choice.transport not in {offer.name for offer in hello.transports}:
         raise ProtocolViolation(f"{peer.peer_id} chose transport {choice.transport!r}, which is not offered both ways")
-    link_peer = LinkPeer(peer.peer_id, b"", choice.link_id, stream.peer_host, dialled=False)
+    link_peer = LinkPeer(peer.peer_id, b"", choice.link_id, stream.peer_host, dialled=False, lane=choice.lane)
     side.on_chosen(transport.name)
     return await _link_up(stream, peer, transport, link_peer, hello)
 

@@ -31,6 +31,7 @@ from kvstore.protocol.lease import (
 )
 from kvstore.protocol.machine import AbortOrdered, HangUp, PeerGone
 from kvstore.protocol.messages import (
+    CHOICES_NAME_LANES,
     FEATURES,
     LENGTH_BYTES,
     MAX_FRAME_BYTES,
@@ -59,6 +60,7 @@ from kvstore.protocol.session import Action, Actions, OwnerSession, Pass, Read, 
 from kvstore.protocol.timeouts import ExchangeTimeouts
 
 __all__ = [
+    "CHOICES_NAME_LANES",
     "FEATURES",
     "LENGTH_BYTES",
     "MAX_FRAME_BYTES",

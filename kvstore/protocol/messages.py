@@ -22,7 +22,8 @@ PROTOCOL_VERSION: Final = 2  # 2: peers prove themselves
 WANTS_NAME_REQUESTS: Final = "want.request_id"
 HEARS_SUSPICIONS: Final = "suspect"
 LENDS_KEPT: Final = "take"
-FEATURES: Final = (WANTS_NAME_REQUESTS, HEARS_SUSPICIONS, LENDS_KEPT)
+CHOICES_NAME_LANES: Final = "choose.lane"
+FEATURES: Final = (WANTS_NAME_REQUESTS, HEARS_SUSPICIONS, LENDS_KEPT, CHOICES_NAME_LANES)
 """What was added within this version: optional fields and messages, sent only to a peer whose Hello names them."""
 MAX_REQUEST_ID_CHARS: Final = 256
 MAX_HASHES: Final = 65536
@@ -89,11 +90,16 @@ class Reject(_Message, frozen=True, tag="reject"):
     reason: _Text
 
 
-class Choose(_Message, frozen=True, tag="choose"):
-    """Reader to owner: the transport of this connection, and the random name of its link."""
+class Choose(_Message, frozen=True, tag="choose", omit_defaults=True):
+    """Reader to owner: the transport of this connection, and the random name of its link.
+
+    `lane`: on which it reads, so that the owner knows whether it has a part in that; empty where the owner does not
+    know the field.
+    """
 
     transport: _Name
     link_id: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    lane: Annotated[str, msgspec.Meta(max_length=256)] = ""
 
 
 class Ready(_Message, frozen=True, tag="ready"):

@@ -28,6 +28,8 @@ class LinkPeer:
     """The peer's address as seen on the control connection."""
     dialled: bool
     """Whether we are the reader, who also initiates whatever the transport has to set up."""
+    lane: str
+    """On which the reader reads; empty at the owner's end where the reader has not said so."""
 
 
 class Link(Protocol):

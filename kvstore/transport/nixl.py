@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _GIVE_UP_S: Final = 2.0
 _MAX_CLOSE_S: Final = _GIVE_UP_S + 3.0
 _MAX_STOP_S: Final = 10.0
+_OWNERLESS: Final = frozenset({"cma"})
+"""Lanes on which reads surely go on without the owner's process; on others UCX may do without the hardware."""
 
 
 class _Descriptor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,7 +94,9 @@ class NixlTransport:
     async def connect(self, peer: LinkPeer) -> NixlLink:
         """Load the owner's metadata, and read its token as a proof; the owner's end has nothing to do."""
         if not peer.dialled:
-            link = NixlLink(self._thread, peer.peer_id, "passive", None, self._links)
+            is_driven = peer.lane not in _OWNERLESS
+            self._thread.reader_came(is_driven)
+            link = NixlLink(self._thread, peer.peer_id, "passive", None, self._links, is_driven)
         else:
             link = await self._connect_to_owner(peer)
         self._links.add(link)
@@ -151,13 +155,21 @@ class NixlLink:
     """The reader's end reads by itself; the owner's end (`remote` None) does nothing."""
 
     def __init__(
-        self, thread: AgentThread, peer_id: str, lane: str, remote: Remote | None, links: set[NixlLink]
+        self,
+        thread: AgentThread,
+        peer_id: str,
+        lane: str,
+        remote: Remote | None,
+        links: set[NixlLink],
+        is_driven: bool = False,
     ) -> None:
+        """`is_driven`: the owner's end, and reads need the turns of our agent's thread."""
         self.lane = lane
         self._thread = thread
         self._peer_id = peer_id
         self._remote = remote
         self._links = links
+        self._is_driven = is_driven
         self._dead: str | None = None
         self._under_way: set[asyncio.Future[None]] = set()
         self.num_messages = 0
@@ -198,13 +210,14 @@ class NixlLink:
         self._forget()
 
     def _forget(self) -> None:
-        """Nothing, while a read goes on."""
-        if self._under_way:
+        """Nothing, while a read goes on. Not waited for: the thread may be stuck in a call to a lost peer."""
+        if self._under_way or self not in self._links:
             return
-        self._links.discard(self)
-        if self._remote is not None:
-            remote, self._remote = self._remote, None
-            self._thread.remove_remote(remote)  # not waited for: the thread may be stuck in a call to a lost peer
+        self._links.remove(self)
+        if self._remote is None:
+            self._thread.reader_left(self._is_driven)
+        else:
+            self._thread.remove_remote(self._remote)
 
 
 def _import_nixl() -> type[nixl_agent]:

@@ -1,8 +1,9 @@
 """Runs the thread that owns a NIXL agent: everything that touches the agent happens in it.
 
-NIXL's own progress thread burns a core, so this one polls instead: often while reads are under way, else just enough
-for UCX's background work (connections being set up, lanes emulated in software). A call may block for as long as
-copying takes; the event loop never waits for it.
+NIXL's own progress thread burns a third of a core, so this one makes the agent progress: often while reads are under
+way, each millisecond while UCX has work beside them (connections being set up, lanes emulated in software), and else
+hardly ever: then it waits for a command. A call may block for as long as copying takes; the event loop never waits
+for it.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BUSY_POLL_S: Final = 50e-6
-_IDLE_POLL_S: Final = 1e-3
-_BUSY_S: Final = 0.1  # a read older than this is not worth a core: poll it as if idle
+_SLOW_POLL_S: Final = 1e-3
+_IDLE_POLL_S: Final = 0.1  # nothing waits for it: UCX looks after its connections, and notes those that were closed
+_BUSY_S: Final = 0.1  # a read older than this is not worth a core: poll it slowly
+_SETTLE_S: Final = 10.0  # as long as a handshake may take: both agents set a connection up meanwhile
 _FIRST_RETRY_S: Final = 0.5  # until an agent that could not be made is tried again; doubled each time
 _MAX_RETRY_S: Final = 30.0
 _MAX_FORMER: Final = 64  # owners that are remembered although nothing is to be read from them now
@@ -108,6 +111,8 @@ class AgentThread:
         self._owners: dict[str, _Owner] = {}  # by their agents' names; of those without users the last one left last
         self._reads: list[_Read] = []
         self._busy_until = 0.0
+        self._settling_until = 0.0
+        self._num_driven = 0
         self._retry_s = _FIRST_RETRY_S
         self._retry_at: float | None = None  # when to make an agent in place of the one that is gone
 
@@ -144,6 +149,14 @@ class AgentThread:
     def give_up(self, remote: Remote, after_s: float) -> None:
         """End what is read from this pool: by itself, or, after so long, by destroying the agent."""
         self._commands.put(lambda: self._set_give_up(remote, time.monotonic() + after_s))
+
+    def reader_came(self, is_driven: bool) -> None:
+        """Note that a peer is about to connect to read from us. `is_driven`: each of its reads needs our turns."""
+        self._commands.put(lambda: self._note_reader(int(is_driven)))
+
+    def reader_left(self, was_driven: bool) -> None:
+        """Note that it is gone."""
+        self._commands.put(lambda: self._note_reader(-int(was_driven)))
 
     def stop(self) -> Future[None]:
         """Destroy the agent and end the thread; resolves when that is done. May be called again."""
@@ -189,7 +202,7 @@ class AgentThread:
 
     def _step(self) -> None:
         try:
-            self._commands.get(timeout=_BUSY_POLL_S if time.monotonic() < self._busy_until else _IDLE_POLL_S)()
+            self._commands.get(timeout=self._pause_s(time.monotonic()))()
             while not self._commands.empty():
                 self.num_turns += 1
                 self._commands.get()()
@@ -202,6 +215,16 @@ class AgentThread:
                 self._reset()
         elif self._retry_at is not None and time.monotonic() >= self._retry_at:
             self._revive()
+
+    def _pause_s(self, now: float) -> float:
+        """How long the agent can do without us, unless a command comes."""
+        if now < self._busy_until:
+            return _BUSY_POLL_S
+        return _SLOW_POLL_S if self._reads or self._num_driven or now < self._settling_until else _IDLE_POLL_S
+
+    def _note_reader(self, change: int) -> None:
+        self._num_driven += change
+        self._settling_until = time.monotonic() + _SETTLE_S
 
     def _create_agent(self) -> None:
         from nixl_cu13._api import nixl_agent_config
@@ -223,6 +246,7 @@ class AgentThread:
 
     def _add_remote(self, address: PoolAddress) -> Remote:
         agent = self._living_agent()
+        self._settling_until = time.monotonic() + _SETTLE_S
         unit_bytes = fitting_unit(self._memory.geometry, address.geometry)
         if unit_bytes not in self._local_blocks:
             self._local_blocks[unit_bytes] = self._prepare_local(agent, unit_bytes)
@@ -246,6 +270,7 @@ class AgentThread:
     def _remove_remote(self, remote: Remote, is_sound: bool) -> None:
         if remote.generation != self._generation:
             return
+        self._settling_until = time.monotonic() + _SETTLE_S
         owner = self._owners[remote.agent_name]
         owner.num_users -= 1
         if owner.num_users:

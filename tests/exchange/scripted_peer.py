@@ -24,10 +24,17 @@ from tests.exchange.exchange_worker import LAYOUT, PEER_KEY, Worker
 BOUND_S = 10.0
 
 
-def hello(version: int = PROTOCOL_VERSION, peer_id: str = "script-0", incarnation: str = "script-1") -> Hello:
+def hello(
+    version: int = PROTOCOL_VERSION,
+    peer_id: str = "script-0",
+    incarnation: str = "script-1",
+    features: tuple[str, ...] = (),
+) -> Hello:
     offers = [TransportOffer("memory", b"")]
     key_ids = PeerKeys((PEER_KEY,)).ids
-    return Hello(version, peer_id, "decode", incarnation, LAYOUT.to_wire(), offers, [], os.urandom(16), key_ids)
+    return Hello(
+        version, peer_id, "decode", incarnation, LAYOUT.to_wire(), offers, list(features), os.urandom(16), key_ids
+    )
 
 
 class Script:
@@ -65,17 +72,19 @@ class Script:
         self.stream.send(Ready())
         await self.expect(Ready)
 
-    async def introduce_as_owner(self, pool: Worker) -> None:
-        ours = hello()
+    async def introduce_as_owner(self, pool: Worker, features: tuple[str, ...] = ()) -> Choose:
+        """Return what the reader chose."""
+        ours = hello(features=features)
         transcript = Transcript(PEER_KEY, await self.stream.receive_body(), encode(ours)[LENGTH_BYTES:])
         self.stream.send(ours)
         await self.expect(Prove)
         offer = TransportOffer("memory", pool.transport.descriptor())
         self.stream.send(Welcome(transcript.proof("listener", offer.name.encode(), offer.descriptor), [offer]))
         self.stream.seal(transcript.seal("listener"), transcript.seal("dialler"))
-        await self.expect(Choose)
+        choice = await self.expect(Choose)
         await self.expect(Ready)
         self.stream.send(Ready())
+        return choice
 
 
 @asynccontextmanager

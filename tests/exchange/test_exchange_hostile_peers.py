@@ -158,6 +158,22 @@ async def test_a_stall_of_our_own_loop_ends_no_fetch_whose_owner_was_in_time():
         fetch.abort("seen enough")
 
 
+async def test_a_reader_names_its_lane_to_owners_that_know_of_that():
+    switchboard = Switchboard()
+    pool = Worker("script-0", switchboard)
+    choices = []
+
+    for features in ((), ("choose.lane",)):
+
+        async def play(script: Script, features=features) -> None:
+            choices.append(await script.introduce_as_owner(pool, features))
+
+        reader = Worker("decode-0", switchboard)
+        async with running(reader), scripted_owner(play) as address:
+            await reader.exchange.connect(address)
+    assert [(choice.transport, choice.lane) for choice in choices] == [("memory", ""), ("memory", "memory")]
+
+
 async def test_wants_without_end_are_refused_beyond_a_bound():
     num_asked, may_lend = 0, asyncio.Event()
 

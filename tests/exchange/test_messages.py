@@ -52,6 +52,7 @@ MESSAGES = [
     Welcome(bytes(range(32)), [TransportOffer("ucxx", b"\x01")]),
     Reject("dtype: ours float32, theirs bfloat16"),
     Choose("nixl", bytes(16)),
+    Choose("nixl", bytes(16), "cma"),
     Ready(),
     Heartbeat([TRANSFER, b"other"]),
     Offer(TRANSFER, 3),

@@ -17,6 +17,7 @@ from kvstore.errors import IncompatiblePeer, ReadFailed, TransportError
 from kvstore.exchange import BlockExchange, PeerIdentity
 from kvstore.transport import nixl as nixl_transport
 from kvstore.transport import nixl_agent, nixl_pool
+from kvstore.transport.base import LinkPeer
 from kvstore.transport.nixl_agent import AgentThread
 from kvstore.transport.nixl_pool import PoolAddress, Remote
 from tests.proofs import KEY
@@ -33,6 +34,7 @@ class Nixl:
         self.states: dict[int, str] = {}
         self.numbers = itertools.count()
         self.num_agents = 0
+        self.num_polls = 0
         self.copies_at_once = False
 
     def call(self, name: str) -> int:
@@ -61,7 +63,8 @@ class FakeAgent:
     def add_remote_agent(self, metadata: bytes) -> str:
         return metadata.decode()
 
-    def get_new_notifs(self) -> None: ...
+    def get_new_notifs(self) -> None:
+        self._nixl.num_polls += 1
 
     def make_prepped_xfer(self, *_: object) -> int:
         return self._nixl.call("make_prepped_xfer")
@@ -270,7 +273,7 @@ async def test_the_thread_comes_round_whatever_came_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A time-out that is over by the time it is looked at again, as any may be on a busy machine.
-    for name in ("_BUSY_POLL_S", "_IDLE_POLL_S"):
+    for name in ("_BUSY_POLL_S", "_SLOW_POLL_S", "_IDLE_POLL_S"):
         monkeypatch.setattr(nixl_agent, name, 1e-6)
     async with running(Nixl()) as thread:
         for _ in range(2000):
@@ -279,6 +282,56 @@ async def test_the_thread_comes_round_whatever_came_before(
             await asyncio.sleep(0)
             before = thread.num_turns
             await until(lambda before=before: thread.num_turns > before)  # type: ignore[misc]
+
+
+async def test_an_agent_comes_round_by_itself_while_a_reader_depends_on_it_and_else_waits_for_commands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nixl_agent, "_IDLE_POLL_S", 3600.0)
+    monkeypatch.setattr(nixl_agent, "_SETTLE_S", 0.0)
+    nixl = Nixl()
+    nixl.copies_at_once = True
+    async with running(nixl) as thread, asyncio.timeout(20):
+        remote = await asyncio.wrap_future(thread.add_remote(peer()))
+        for _ in range(20):
+            await asyncio.wrap_future(thread.read(remote, [0], [0]))
+        assert nixl.num_polls <= 22  # one at most for each command
+
+        thread.reader_came(is_driven=False)
+        thread.reader_came(is_driven=True)
+        before = nixl.num_polls
+        await until(lambda: nixl.num_polls > before + 20)
+
+        thread.reader_left(was_driven=True)
+        await asyncio.wrap_future(thread.read(remote, [0], [0]))  # it has heard of it
+        before = nixl.num_polls
+        for _ in range(20):
+            await asyncio.wrap_future(thread.read(remote, [0], [0]))
+        assert nixl.num_polls <= before + 21
+
+
+async def test_an_agent_comes_round_by_itself_while_connections_are_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl_agent, "_IDLE_POLL_S", 3600.0)
+    nixl = Nixl()
+    async with running(nixl) as thread, asyncio.timeout(20):
+        thread.reader_came(is_driven=False)
+        await until(lambda: nixl.num_polls > 20)
+
+
+@pytest.mark.parametrize(("lane", "is_driven"), [("cma", False), ("tcp", True), ("rdma", True), ("", True)])
+async def test_an_owner_takes_part_in_reads_unless_it_knows_that_they_go_on_without_it(
+    monkeypatch: pytest.MonkeyPatch, lane: str, is_driven: bool
+) -> None:
+    agent_class: Any = Nixl().make
+    monkeypatch.setattr(nixl_transport, "_import_nixl", lambda: agent_class)
+    transport = nixl_transport.NixlTransport(HostMemory.allocate(8, 512), "test")
+    told: list[tuple[str, bool]] = []
+    monkeypatch.setattr(transport._thread, "reader_came", lambda driven: told.append(("came", driven)))
+    monkeypatch.setattr(transport._thread, "reader_left", lambda driven: told.append(("left", driven)))
+    link = await transport.connect(LinkPeer("reader", b"", bytes(16), "127.0.0.1", False, lane))
+    await link.close()
+    await link.close()
+    assert told == [("came", is_driven), ("left", is_driven)]
 
 
 class Broken:

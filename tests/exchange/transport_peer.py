@@ -47,7 +47,7 @@ class TransportPeer:
         return self.transport.lane_to(descriptor)
 
     async def connect(self, name: str, descriptor: bytes, link_id: bytes, dialled: bool) -> str:
-        peer = LinkPeer(name, descriptor, link_id, "127.0.0.1", dialled)
+        peer = LinkPeer(name, descriptor, link_id, "127.0.0.1", dialled, lane="")
         self._links[name] = await self.transport.connect(peer)
         return self._links[name].lane
 
@@ -55,7 +55,9 @@ class TransportPeer:
         """Connect, and close the link where that took less time."""
         try:
             async with asyncio.timeout(after_s):
-                link = await self.transport.connect(LinkPeer("given up", descriptor, link_id, "127.0.0.1", True))
+                link = await self.transport.connect(
+                    LinkPeer("given up", descriptor, link_id, "127.0.0.1", True, lane="")
+                )
         except (TimeoutError, TransportError):
             return
         await link.close()
@@ -79,7 +81,7 @@ class TransportPeer:
         write_all(self.memory, content(seed))
 
     async def poison(self, value: int) -> None:
-        self.memory.array[:] = value
+        write_all(self.memory, np.full((NUM_BLOCKS, BLOCK_BYTES), value, np.uint8))
 
     async def blocks(self) -> bytes:
         return read_all(self.memory).tobytes()
