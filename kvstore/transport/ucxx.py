@@ -22,11 +22,12 @@ import msgspec
 
 from kvstore.block import BlockMemory, Run
 from kvstore.errors import ReadFailed, TransportError
+from kvstore.transport import ucxx_introduction, ucxx_progress
 from kvstore.transport.base import LinkPeer
 from kvstore.transport.buffers import check_inside, is_one_buffer, region
 from kvstore.transport.devices import narrow
 from kvstore.transport.staging import Arrivals, Buffers, Room
-from kvstore.transport.ucxx_introduction import hold, mend
+from kvstore.transport.ucxx_introduction import hold
 
 if TYPE_CHECKING:
     from ucxx import Endpoint, Listener
@@ -72,7 +73,8 @@ def import_ucxx() -> tuple[ModuleType, dict[str, str]]:
     added = [name for name in os.environ if name.startswith("UCX_RNDV_") and name not in users_own]
     options = {name.removeprefix("UCX_"): os.environ.pop(name) for name in added}
     module: ModuleType = ucxx
-    mend(module)
+    ucxx_introduction.mend(module)
+    ucxx_progress.mend(module)
     return module, options
 
 
