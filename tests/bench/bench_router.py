@@ -1,38 +1,29 @@
-"""What a request and a token cost the router, in microseconds of its processor time, as a table.
+"""What the router costs: latency that it adds, streamed tokens that a core carries, routing among many workers; targets.
 
+    make bench-router
     python -m tests.bench.bench_router [--num-requests 160] [--concurrency 16] [--step-ms 5] [--repeats 3]
 
-One router in a process of its own, a worker without a model in another that gives every request a token a step in one
-frame, as decode workers do, and this process as the client. The least of the repeats, in processor time: so a busy
-machine shows little.
+Routers in processes of their own, a worker without a model in another that gives every request its first token at once
+and then one a step in one frame, as decode workers do, and this process as the client. What is counted is the routers'
+processor time, the least of the repeats, so a busy machine shows little; but for the latency, which is the client's:
+from the request to its first event, of which the worker's part is nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import multiprocessing as mp
+import random
 import tempfile
-import time
-from collections.abc import Callable, Coroutine, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import uvicorn
+import numpy as np
 import uvloop
-from tandem.v1 import worker_pb2 as pb
 
-from kvstore.registry import WorkerRecord
-from kvstore.threads import OsThreads
-from services.orders import GrpcOrders
-from services.router.app import make_app
-from services.router.config import RouterConfig
-from services.router.process import Seams, bind, open_parts
 from services.router.text import ModelTokenizer
-from tests.router.fake_worker import FakeWorker, endless
-from tests.router.harness import FakeMembership, until
+from tests.bench.router_processes import BenchRouter, Client, bench_router, connect, prefill_records, stepping_worker
 from tests.router.tiny_model import byte_level_tokenizer, write_tiny_model
 
 NUM_TOKENS = 100
@@ -49,126 +40,97 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "completion, whole, prompt of 4,000 ids": ("/v1/completions", {"prompt": [7, 300] * 2000, "max_tokens": 1}),
 }
+PATH, STREAM = "/v1/chat/completions", {**CHAT, "max_tokens": NUM_TOKENS, "stream": True}
+RATE_PER_S = 100.0
+LATENCY_TOKENS = 16
+NUM_STREAMS = 300
+STREAM_STEP_MS = 50.0  # a rate that the router keeps up with: tokens that pile up would go in one event
+FEW, MANY = 10, 1000
+TARGETS = {
+    "added latency at 100 req/s, p50, ms": 2.0,
+    "added latency at 100 req/s, p99, ms": 8.0,
+    "streamed tokens/s on one core, 300 streams": 12_000.0,
+    "CPU per request, 1,000 workers against 10": 1.3,
+}
 
 
-class SteppingWorker(FakeWorker):
-    """One token for every live request a step, in one frame."""
+async def drive(port: int, path: str, body: dict[str, Any], each: int, concurrency: int) -> None:
+    """So many connections, each with so many requests, one after the other."""
 
-    def __init__(self, model_path: str, token_ids: list[int], step_s: float) -> None:
-        super().__init__(endless(token_ids), model_path=model_path, max_model_len=8192)
-        self._token_ids = token_ids
-        self._step_s = step_s
+    async def run(client: Client) -> None:
+        for _ in range(each):
+            await client.ask(path, body)
+        client.transport.close()
 
-    async def Session(self, request_iterator, context):
-        orders: dict[int, list[Any]] = {}
-        reader = asyncio.create_task(self._take(request_iterator, orders))
-        yield pb.SessionFrame(load=self.load, incarnation=self.incarnation)
-        try:
-            while not reader.done():
-                await asyncio.sleep(self._step_s)
-                if orders:
-                    frame = pb.SessionFrame()
-                    for handle in list(orders):
-                        self._step(orders, handle, frame)
-                    yield frame
-        finally:
-            reader.cancel()
-
-    async def _take(self, requests, orders: dict[int, list[Any]]) -> None:
-        async for message in requests:
-            if message.HasField("generate"):
-                orders[message.generate.handle] = [message.generate, 0]
-            elif message.HasField("abort"):
-                orders.pop(message.abort.handle, None)
-
-    def _step(self, orders: dict[int, list[Any]], handle: int, frame: pb.SessionFrame) -> None:
-        request, number = orders[handle]
-        orders[handle][1] = number + 1
-        token_id = self._token_ids[number % len(self._token_ids)]
-        if 0 < number < request.sampling.max_tokens - 1 and not request.sampling.HasField("logprobs"):
-            frame.handles.append(handle)
-            frame.token_ids.append(token_id)
-            return
-        output = frame.outputs.add(handle=handle, token_ids=[token_id])
-        if request.sampling.HasField("logprobs"):
-            top = [pb.TokenLogprob(token_id=7 + i, logprob=-float(i + 1), rank=i + 1) for i in range(2)]
-            output.logprobs.add(chosen=top[0], top=top)
-        if number + 1 == request.sampling.max_tokens:
-            del orders[handle]
-            output.finish_reason = pb.FINISH_REASON_LENGTH
-            output.usage.num_prompt_tokens = len(request.prompt_token_ids)
-            output.usage.num_generated_tokens = number + 1
+    clients = [await connect(port) for _ in range(concurrency)]
+    await asyncio.gather(*map(run, clients))
 
 
-async def serve_worker(pipe: Connection, model_path: str, token_ids: list[int], step_s: float) -> None:
-    worker = SteppingWorker(model_path, token_ids, step_s)
-    await worker.start()
-    pipe.send(worker.record())
-    await asyncio.to_thread(pipe.recv)
-    await worker.stop()
-
-
-async def serve_router(pipe: Connection, record: WorkerRecord) -> None:
-    """Answers each message with the processor seconds used so far."""
-    listener = bind("127.0.0.1", 0)
-    seams = Seams(GrpcOrders(), OsThreads(), time.monotonic, time.time)
-    async with open_parts(RouterConfig(), FakeMembership((record,)), "bench", seams) as parts:
-        server = uvicorn.Server(uvicorn.Config(make_app(parts), log_config=None, access_log=False, lifespan="off"))
-        serving = asyncio.create_task(server.serve([listener]))
-        await until(lambda: server.started and parts.workers.num_sessions_up == 1 and "tiny" in parts.models.names())
-        pipe.send(listener.getsockname()[1])
-        while await asyncio.to_thread(pipe.recv):
-            pipe.send(time.process_time())
-        server.should_exit = True
-        await serving
-
-
-def in_process(serve: Callable[..., Coroutine[Any, Any, None]], pipe: Connection, *args: object) -> None:
-    uvloop.run(serve(pipe, *args))
-
-
-def start(serve: Callable[..., Coroutine[Any, Any, None]], *args: object) -> tuple[Any, Connection, Any]:
-    """The process, its pipe, and the first thing that it says."""
-    context = mp.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=in_process, args=(serve, theirs, *args), daemon=True)
-    process.start()
-    theirs.close()  # so that a process that dies is heard
-    return process, ours, ours.recv()
-
-
-async def ask(port: int, path: str, body: dict[str, Any], num_requests: int) -> None:
-    """One connection that asks one request after the other; reads as little as a client can."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
-    for _ in range(num_requests):
-        writer.write(head + content)
-        status = await reader.readuntil(b"\r\n\r\n")
-        assert b" 200 " in status, status
-        if b"chunked" in status:
-            await reader.readuntil(b"\r\n0\r\n\r\n")
-        else:
-            length = next(line for line in status.split(b"\r\n") if line.lower().startswith(b"content-length"))
-            await reader.readexactly(int(length.partition(b":")[2]))
-    writer.close()
-
-
-async def measure(pipe: Connection, port: int, case: str, num_requests: int, concurrency: int) -> float:
+def measure(router: BenchRouter, path: str, body: dict[str, Any], num_requests: int, concurrency: int) -> float:
     """Microseconds of the router per request."""
-    path, body = CASES[case]
+    each = num_requests // concurrency
+    uvloop.run(drive(router.port, path, body, 1, concurrency))
+    before = router.cpu_s()
+    uvloop.run(drive(router.port, path, body, each, concurrency))
+    return (router.cpu_s() - before) / (each * concurrency) * 1e6
 
-    async def load(each: int) -> None:
-        await asyncio.gather(*(ask(port, path, body, each) for _ in range(concurrency)))
 
-    def seconds() -> float:
-        pipe.send(True)
-        return float(pipe.recv())
+async def latencies(port: int, num_requests: int) -> list[float]:
+    """Milliseconds from a request to its first event: an open loop, Poisson arrivals."""
+    rng, loop, idle, tasks = random.Random(11), asyncio.get_running_loop(), list[Client](), list[asyncio.Task[float]]()
+    due_s = loop.time()
 
-    await load(1)
-    before = seconds()
-    await load(num_requests // concurrency)
-    return (seconds() - before) / (num_requests // concurrency * concurrency) * 1e6
+    async def run(client: Client) -> float:
+        began_s = loop.time()
+        await client.ask(PATH, {**STREAM, "max_tokens": LATENCY_TOKENS})
+        idle.append(client)
+        assert client.first_event_s is not None
+        return (client.first_event_s - began_s) * 1e3
+
+    for _ in range(num_requests):
+        due_s += rng.expovariate(RATE_PER_S)
+        await asyncio.sleep(max(due_s - loop.time(), 0))
+        tasks.append(asyncio.create_task(run(idle.pop() if idle else await connect(port))))
+    return list(await asyncio.gather(*tasks))
+
+
+def cases(router: BenchRouter, options: argparse.Namespace) -> None:
+    print(f"{'case':40} {'us/request':>11} {'us/token':>9}")
+    for case, (path, body) in CASES.items():
+        us = min(
+            measure(router, path, body, options.num_requests, options.concurrency) for _ in range(options.repeats)
+        )
+        per_token = f"{us / NUM_TOKENS:9.1f}" if body["max_tokens"] > 1 else ""
+        print(f"{case:40} {us:11.0f} {per_token}", flush=True)
+
+
+def targets(model: Path, token_ids: list[int], options: argparse.Namespace) -> dict[str, float]:
+    """What was measured, by the names in TARGETS."""
+    found: dict[str, float] = {}
+    latency, latency99, streams, workers = TARGETS
+    with stepping_worker(str(model), token_ids, STREAM_STEP_MS / 1e3) as record:
+        with bench_router([record, *prefill_records(record, FEW)]) as few:
+            with bench_router([record, *prefill_records(record, MANY)]) as many:
+                path, body = CASES["completion, whole, 1 token"]
+                us = [
+                    min(column)
+                    for column in zip(
+                        *(
+                            [measure(each, path, body, options.num_requests, options.concurrency) for each in (few, many)]
+                            for _ in range(options.repeats)
+                        ),
+                        strict=True,
+                    )
+                ]
+            print(f"{FEW} workers: {us[0]:.0f} us a request; {MANY}: {us[1]:.0f}", flush=True)
+            num_requests = max(options.num_requests * 5, 10)
+            took_ms = min((uvloop.run(latencies(few.port, num_requests)) for _ in range(options.repeats)), key=max)
+            found[latency], found[latency99] = (float(np.percentile(took_ms, q)) for q in (50, 99))
+            num_streams = min(NUM_STREAMS, 2 * options.num_requests)
+            cpu_us = min(measure(few, PATH, STREAM, num_streams, num_streams) for _ in range(options.repeats))
+            found[streams] = NUM_TOKENS * 1e6 / cpu_us
+            found[workers] = us[1] / us[0]
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -181,20 +143,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = write_tiny_model(Path(folder), byte_level_tokenizer())
         token_ids = ModelTokenizer(model).encode(["Hello world! How are you today? "], False)[0]
-        worker, worker_pipe, record = start(serve_worker, str(model), token_ids, options.step_ms / 1e3)
-        router, pipe, port = start(serve_router, record)
-        print(f"{'case':40} {'us/request':>11} {'us/token':>9}")
-        for case, (_, body) in CASES.items():
-            us = min(
-                asyncio.run(measure(pipe, port, case, options.num_requests, options.concurrency))
-                for _ in range(options.repeats)
-            )
-            per_token = f"{us / NUM_TOKENS:9.1f}" if body["max_tokens"] > 1 else ""
-            print(f"{case:40} {us:11.0f} {per_token}", flush=True)
-        pipe.send(None)
-        worker_pipe.send(None)
-        router.join(10)
-        worker.join(10)
+        with stepping_worker(str(model), token_ids, options.step_ms / 1e3) as record:
+            with bench_router([record]) as router:
+                cases(router, options)
+        found = targets(model, token_ids, options)
+    print(f"{'target':44} {'measured':>9} {'wanted':>10}")
+    for name, wanted in TARGETS.items():
+        is_met = found[name] >= wanted if "tokens/s" in name else found[name] <= wanted
+        sign = ">=" if "tokens/s" in name else "<="
+        print(f"{name:44} {found[name]:9,.1f} {sign} {wanted:7,.1f}{'' if is_met else '  missed'}", flush=True)
 
 
 if __name__ == "__main__":
