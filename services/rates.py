@@ -11,11 +11,12 @@ Nobody else learns. Pure: no clock, no I/O.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from operator import mul
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 TIERS = ("device", "host", "store", "disk")
 """Fastest first. The words are those of worker.proto."""
@@ -119,6 +120,7 @@ class Rates:
 
 
 GUESSED = Rates()
+_NAMES = [each.name for each in fields(Rates)]
 _MAX_VALUE = 1e9
 _STEP_FIELDS = ("base_s", "prompt_token_s", "prompt_pair_s", "running_s", "context_token_s")
 _FETCH_FIELDS = ("fetch_latency_s", "fetch_device_s", "fetch_host_s", "fetch_store_s", "fetch_disk_s")
@@ -126,13 +128,19 @@ _FETCH_FIELDS = ("fetch_latency_s", "fetch_device_s", "fetch_host_s", "fetch_sto
 
 def mean_rates(workers: Iterable[Rates]) -> Rates:
     """Average several workers of one model, each by what its rates rest on; the guess where nobody has learnt."""
-    members = list(workers)
+    return mean_of_rows(np.array([astuple(each) for each in workers], np.float64).reshape(-1, len(_NAMES)))
+
+
+def mean_of_rows(rows: NDArray[np.float64]) -> Rates:
+    """The same of workers as an array, [workers, fields of Rates]."""
     values: dict[str, float] = {}
     for names, count in ((_STEP_FIELDS, "num_steps"), (_FETCH_FIELDS, "num_fetches")):
-        total = values[count] = sum(getattr(each, count) for each in members)
+        weights = rows[:, _NAMES.index(count)]
+        total = values[count] = float(weights.sum())
         if total:
             named = (*names, "spread") if count == "num_steps" else names
-            values |= {n: sum(getattr(each, n) * getattr(each, count) for each in members) / total for n in named}
+            columns = rows[:, [_NAMES.index(name) for name in named]]
+            values |= dict(zip(named, ((columns * weights[:, None]).sum(0) / total).tolist(), strict=True))
     return Rates(**values)
 
 

@@ -1,4 +1,4 @@
-"""What the router costs: latency that it adds, streamed tokens that a core carries, routing among many workers; targets.
+"""What the router costs: latency that it adds, streamed tokens that a core carries, routing among many; targets.
 
     make bench-router
     python -m tests.bench.bench_router [--num-requests 160] [--concurrency 16] [--step-ms 5] [--repeats 3]
@@ -60,7 +60,7 @@ async def drive(port: int, path: str, body: dict[str, Any], each: int, concurren
     async def run(client: Client) -> None:
         for _ in range(each):
             await client.ask(path, body)
-        client.transport.close()
+        await client.close()
 
     clients = [await connect(port) for _ in range(concurrency)]
     await asyncio.gather(*map(run, clients))
@@ -91,45 +91,47 @@ async def latencies(port: int, num_requests: int) -> list[float]:
         due_s += rng.expovariate(RATE_PER_S)
         await asyncio.sleep(max(due_s - loop.time(), 0))
         tasks.append(asyncio.create_task(run(idle.pop() if idle else await connect(port))))
-    return list(await asyncio.gather(*tasks))
+    taken_ms = await asyncio.gather(*tasks)
+    await asyncio.gather(*(client.close() for client in idle))
+    return list(taken_ms)
 
 
 def cases(router: BenchRouter, options: argparse.Namespace) -> None:
     print(f"{'case':40} {'us/request':>11} {'us/token':>9}")
     for case, (path, body) in CASES.items():
-        us = min(
-            measure(router, path, body, options.num_requests, options.concurrency) for _ in range(options.repeats)
-        )
+        us = min(measure(router, path, body, options.num_requests, options.concurrency) for _ in range(options.repeats))
         per_token = f"{us / NUM_TOKENS:9.1f}" if body["max_tokens"] > 1 else ""
         print(f"{case:40} {us:11.0f} {per_token}", flush=True)
 
 
+def many_against_few(few: BenchRouter, many: BenchRouter, options: argparse.Namespace) -> float:
+    """How many times the processor time of a request; both take turns."""
+    path, body = CASES["completion, whole, 1 token"]
+    taken = [
+        [measure(each, path, body, options.num_requests, options.concurrency) for each in (few, many)]
+        for _ in range(options.repeats)
+    ]
+    of_few, of_many = (min(column) for column in zip(*taken, strict=True))
+    print(f"{FEW} workers: {of_few:.0f} us a request; {MANY}: {of_many:.0f}", flush=True)
+    return of_many / of_few
+
+
 def targets(model: Path, token_ids: list[int], options: argparse.Namespace) -> dict[str, float]:
     """What was measured, by the names in TARGETS."""
-    found: dict[str, float] = {}
     latency, latency99, streams, workers = TARGETS
-    with stepping_worker(str(model), token_ids, STREAM_STEP_MS / 1e3) as record:
-        with bench_router([record, *prefill_records(record, FEW)]) as few:
-            with bench_router([record, *prefill_records(record, MANY)]) as many:
-                path, body = CASES["completion, whole, 1 token"]
-                us = [
-                    min(column)
-                    for column in zip(
-                        *(
-                            [measure(each, path, body, options.num_requests, options.concurrency) for each in (few, many)]
-                            for _ in range(options.repeats)
-                        ),
-                        strict=True,
-                    )
-                ]
-            print(f"{FEW} workers: {us[0]:.0f} us a request; {MANY}: {us[1]:.0f}", flush=True)
-            num_requests = max(options.num_requests * 5, 10)
-            took_ms = min((uvloop.run(latencies(few.port, num_requests)) for _ in range(options.repeats)), key=max)
-            found[latency], found[latency99] = (float(np.percentile(took_ms, q)) for q in (50, 99))
-            num_streams = min(NUM_STREAMS, 2 * options.num_requests)
-            cpu_us = min(measure(few, PATH, STREAM, num_streams, num_streams) for _ in range(options.repeats))
-            found[streams] = NUM_TOKENS * 1e6 / cpu_us
-            found[workers] = us[1] / us[0]
+    found: dict[str, float] = {}
+    with (
+        stepping_worker(str(model), token_ids, STREAM_STEP_MS / 1e3) as record,
+        bench_router([record, *prefill_records(record, FEW)]) as few,
+    ):
+        with bench_router([record, *prefill_records(record, MANY)]) as many:
+            found[workers] = many_against_few(few, many, options)
+        num_requests = max(options.num_requests * 5, 10)
+        taken_ms = [uvloop.run(latencies(few.port, num_requests)) for _ in range(options.repeats)]
+        found[latency], found[latency99] = (min(float(np.percentile(each, q)) for each in taken_ms) for q in (50, 99))
+        num_streams = min(NUM_STREAMS, 2 * options.num_requests)
+        us = min(measure(few, PATH, STREAM, num_streams, num_streams) for _ in range(options.repeats))
+        found[streams] = NUM_TOKENS * 1e6 / us
     return found
 
 
@@ -143,9 +145,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = write_tiny_model(Path(folder), byte_level_tokenizer())
         token_ids = ModelTokenizer(model).encode(["Hello world! How are you today? "], False)[0]
-        with stepping_worker(str(model), token_ids, options.step_ms / 1e3) as record:
-            with bench_router([record]) as router:
-                cases(router, options)
+        with (
+            stepping_worker(str(model), token_ids, options.step_ms / 1e3) as record,
+            bench_router([record]) as router,
+        ):
+            cases(router, options)
         found = targets(model, token_ids, options)
     print(f"{'target':44} {'measured':>9} {'wanted':>10}")
     for name, wanted in TARGETS.items():

@@ -177,6 +177,7 @@ class Client(asyncio.Protocol):
         self._tail = b""
         self._left: int | None = None
         self._done: asyncio.Future[None] | None = None
+        self._closed = asyncio.get_running_loop().create_future()
         self.first_event_s: float | None = None
         """When the first event with a token came, by the loop's clock."""
 
@@ -201,6 +202,7 @@ class Client(asyncio.Protocol):
             self._done.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._closed.set_result(None)
         if self._done is not None and not self._done.done():
             self._done.set_exception(exc or ConnectionError("the router has closed the connection"))
 
@@ -212,6 +214,10 @@ class Client(asyncio.Protocol):
         self._done = asyncio.get_running_loop().create_future()
         self.transport.write(head + content)
         await self._done
+
+    async def close(self) -> None:
+        self.transport.close()
+        await self._closed
 
 
 async def connect(port: int) -> Client:

@@ -8,9 +8,15 @@ from hypothesis import strategies as st
 
 from services.rates import Rates
 from services.router.routing import CostModel, Held, KnownPrefix
-from services.router.routing.cost import handoff_tokens, prefill_terms
+from services.router.routing.cost import PrefillTerms, handoff_tokens, prefill_work
 
 COST = CostModel()
+
+
+def prefill_terms(
+    cost: CostModel, worker_id: str, num_queued: int, num_tokens: int, prefix: KnownPrefix
+) -> PrefillTerms:
+    return prefill_work(cost, prefix.own(worker_id), num_tokens, prefix).at(worker_id, num_queued)
 
 
 @given(tiers=st.tuples(*[st.integers(0, 50)] * 4), num_skipped=st.integers(0, 250))

@@ -8,8 +8,7 @@ import pytest
 
 from services.rates import Rates
 from services.router.fleet import Headroom
-from services.router.routing import DecodeCandidate, PrefillCandidate
-from tests.worker_records import worker_record
+from services.router.routing import DecodeCandidate, DecodeTable, PrefillCandidate, PrefillTable
 
 RATES = Rates(base_s=0.01, prompt_token_s=1e-3, prompt_pair_s=1e-12, num_steps=100)
 
@@ -36,13 +35,15 @@ class StillWorkers:
 
     decodes: list[DecodeCandidate] = field(default_factory=list)
     prefills: list[PrefillCandidate] = field(default_factory=list)
-    records = (worker_record(),)
 
-    def decode_candidates(self) -> list[DecodeCandidate]:
-        return self.decodes
+    def decode_table(self) -> DecodeTable:
+        return DecodeTable(self.decodes)
 
-    def prefill_candidates(self) -> list[PrefillCandidate]:
-        return self.prefills
+    def prefill_table(self) -> PrefillTable:
+        return PrefillTable(self.prefills)
+
+    def fingerprint(self, model: str) -> str:
+        return "ab12"
 
     def rates(self, fingerprint: str) -> Rates:
         assert fingerprint == "ab12"

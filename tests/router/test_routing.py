@@ -11,8 +11,8 @@ from services.router.routing import (
     PrefillCandidate,
     Refusal,
     RoutedRequest,
-    choose,
 )
+from tests.router.choosing import choose
 
 REQUEST = RoutedRequest("m", num_prompt_tokens=100, key=b"key")
 

@@ -23,10 +23,10 @@ from services.router.routing import (
     RecentPrefixes,
     Refusal,
     RoutedRequest,
-    choose,
     is_alike,
     next_state,
 )
+from tests.router.choosing import choose
 
 BLOCK = 32
 COST = CostModel()

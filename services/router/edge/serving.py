@@ -210,7 +210,7 @@ class GenerateEndpoint(Generic[B]):
         # A prompt whose own log probabilities are wanted is computed afresh, whoever holds it.
         reuses = not request.sampling.HasField("prompt_logprobs")
         versions = plan.model.fingerprints
-        spaces = parts.placer.spaces(plan.model.name, versions, plan.model.adapter) if reuses else []
+        spaces = parts.workers.spaces(plan.model.name, versions, plan.model.adapter) if reuses else []
         blocks = await parts.prefixes.find(plan.prompts, cache_salt, spaces)
         num_prompt_tokens = parts.metrics.for_model(plan.model.name).prompt_tokens
 

@@ -7,10 +7,13 @@ is out of reach of priorities, fairness and second thoughts.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+import numpy as np
 
 from services.rates import Rates
 from services.router.fleet.workers import Workers
-from services.router.routing import DecodeCandidate
+from services.router.routing import DecodeTable, PrefillTable
 
 # More requests than a decode worker's batch holds: some are still being prefilled, and none of its places stays empty.
 _BATCH_FACTOR = 1.125
@@ -24,54 +27,70 @@ class Headroom:
         """`backlog_s`: prompt work that a worker may have in front, in seconds of its time; 0: as much as there is."""
         self._workers = workers
         self._backlog_s = backlog_s or math.inf
+        self._state: tuple[DecodeTable, int, PrefillTable, int] | None = None
+        self._rooms: dict[str, _Room] = {}  # by model, in this state
 
     def has_room(self, model: str, num_pending: int, num_pending_tokens: float) -> bool:
         """Whether a worker should get another sequence now. Where nobody is ready that is not for us to say."""
-        ready = self._ready(model)
-        if not ready:
+        room = self._room(model)
+        if not room.num_ready:
             return True
-        limit = sum(map(_most_requests, ready))
-        if sum(each.num_outstanding for each in ready) + num_pending >= limit:
+        if room.num_outstanding + num_pending >= _BATCH_FACTOR * room.num_seats + _BATCH_SLACK * room.num_ready:
             return False
-        fronts = self._fronts(model, ready)
         # Spread over all, as placing them will.
-        front = min(fronts) + num_pending_tokens / len(fronts)
+        front = room.front_tokens + num_pending_tokens / room.num_prefilling
         return front == 0 or self.rates(model).prompt_s(math.ceil(front)) < self._backlog_s
 
     def num_seats(self, model: str) -> float:
         """Sequences that the batches of the decode workers hold; infinity where one does not say, or none is ready."""
-        ready = self._ready(model)
-        return sum(each.max_num_seqs or math.inf for each in ready) if ready else math.inf
+        return self._room(model).num_seats
 
     def front_tokens(self, model: str) -> float:
         """Prompt tokens in front of a new one at the worker that has fewest."""
-        return min(self._fronts(model, self._ready(model)), default=0.0)
+        return self._room(model).front_tokens
 
     def num_prefilling(self, model: str) -> int:
         """Workers that share the model's prompts; at least 1."""
-        return max(len(self._fronts(model, self._ready(model))), 1)
+        return self._room(model).num_prefilling
 
     def rates(self, model: str) -> Rates:
         """Returns how fast they are."""
-        fingerprints = [each.model_fingerprint for each in self._workers.records if model in each.model_names]
-        return self._workers.rates(fingerprints[0] if fingerprints else "")
+        return self._workers.rates(self._workers.fingerprint(model))
 
-    def _ready(self, model: str) -> list[DecodeCandidate]:
-        return [
-            each
-            for each in self._workers.decode_candidates()
-            if model in each.model_names and each.connected and not each.draining
-        ]
-
-    def _fronts(self, model: str, ready: list[DecodeCandidate]) -> list[int]:
-        """Prompt tokens in front at each worker that prefills: prefill workers, and decode workers that do without."""
-        fronts = [
-            each.num_outstanding_tokens
-            for each in self._workers.prefill_candidates()
-            if model in each.model_names and not each.draining
-        ]
-        return fronts + [each.num_waiting_tokens for each in ready if each.colocated or not fronts]
+    def _room(self, model: str) -> _Room:
+        decode, prefill = self._workers.decode_table(), self._workers.prefill_table()
+        state = (decode, decode.version, prefill, prefill.version)
+        if state != self._state:  # asked several times for each request
+            self._state = state
+            self._rooms.clear()
+        if model not in self._rooms:
+            self._rooms[model] = _Room.of(model, decode, prefill)
+        return self._rooms[model]
 
 
-def _most_requests(worker: DecodeCandidate) -> float:
-    return _BATCH_FACTOR * worker.max_num_seqs + _BATCH_SLACK if worker.max_num_seqs else math.inf
+@dataclass(frozen=True)
+class _Room:
+    """What the workers of a model have to do."""
+
+    num_ready: int
+    """Decode workers."""
+    num_outstanding: int
+    num_seats: float
+    front_tokens: int
+    num_prefilling: int
+
+    @classmethod
+    def of(cls, model: str, decode: DecodeTable, prefill: PrefillTable) -> _Room:
+        ready, columns = decode.ready(model), decode.columns
+        # Prompt tokens in front at each worker that prefills: prefill workers, and decode workers that do without.
+        fronts = prefill.columns["num_outstanding_tokens"][prefill.ready(model)]
+        own = ready[columns["colocated"][ready]] if len(fronts) else ready
+        fronts = np.concatenate((fronts, columns["num_waiting_tokens"][own]))
+        num_seqs = columns["max_num_seqs"][ready]
+        return cls(
+            num_ready=len(ready),
+            num_outstanding=int(columns["num_outstanding"][ready].sum()),
+            num_seats=int(num_seqs.sum()) if len(ready) and num_seqs.all() else math.inf,
+            front_tokens=int(fronts.min()) if len(fronts) else 0,
+            num_prefilling=max(len(fronts), 1),
+        )

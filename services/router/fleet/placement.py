@@ -29,7 +29,6 @@ from services.router.routing import (
     Refusal,
     RoutedRequest,
     WorkerKey,
-    bounded,
     choose,
     next_state,
     places_to_move_to,
@@ -114,17 +113,6 @@ class Placer:
         self._state = PolicyState()
         self._recent = RecentPrefixes()
 
-    def spaces(self, model: str, fingerprints: Collection[str], adapter: str) -> list[BlockSpace]:
-        """The block spaces of the workers that serve the model in one of these versions; usually one."""
-        found = [
-            BlockSpace(record.model_fingerprint, record.block_size, adapter)
-            for record in self._workers.records
-            if model in record.model_names
-            and record.model_fingerprint in fingerprints
-            and (not adapter or adapter in record.adapters)
-        ]
-        return list(dict.fromkeys(found))
-
     def place(
         self,
         ask: Ask,
@@ -140,27 +128,35 @@ class Placer:
         `among`: these decode workers only, if there are any. `numerics`: of the worker that it was begun on, whose like
         are preferred."""
         order = ask.order
-        spaces = {space.model_fingerprint: space for space in self.spaces(order.model, ask.fingerprints, order.adapter)}
+        known = self._workers.spaces(order.model, ask.fingerprints, order.adapter)
+        spaces = {space.model_fingerprint: space for space in known}
         prefixes = {fingerprint: self._known(ask, space) for fingerprint, space in spaces.items()}
         cost = CostModel(self._workers.rates(next(iter(spaces), "")))
         num_tokens = len(ask.prompt) + len(order.resumed_token_ids)
         has_begun = bool(order.resumed_token_ids)
-        request = RoutedRequest(order.model, num_tokens, ask.key, prefixes, numerics, has_begun, ask.num_final_tokens)
+        request = RoutedRequest(
+            model=order.model,
+            num_prompt_tokens=num_tokens,
+            key=ask.key,
+            prefixes=prefixes,
+            numerics=numerics,
+            has_begun=has_begun,
+            num_final_tokens=ask.num_final_tokens,
+            adapter=order.adapter,
+            fingerprints=spaces.keys(),
+        )
         decision = choose(
             request,
-            [
-                each
-                for each in self._workers.decode_candidates(order.adapter)
-                if each.model_fingerprint in spaces and (not among or each.worker_id in among)
-            ],
-            self._workers.prefill_candidates(order.adapter),
+            self._workers.decode_table(),
+            self._workers.prefill_table(),
             exclude,
+            among=among,
             policy=self._policy,
             state=self._state,
             cost=cost,
         )
         fingerprint = next(iter(spaces), "") if isinstance(decision, Refusal) else decision.decode.model_fingerprint
-        known = prefixes.get(fingerprint, KnownPrefix(1))
+        prefix = prefixes.get(fingerprint, KnownPrefix(1))
         self.log.add(
             DecisionEntry(
                 tenant=ask.tenant,
@@ -169,11 +165,11 @@ class Placer:
                 attempt=attempt,
                 unix_s=self._unix_clock(),
                 num_prompt_tokens=request.num_prompt_tokens,
-                num_blocks=known.num_blocks,
+                num_blocks=prefix.num_blocks,
                 index_s=ask.blocks.index_s,
-                held=dict(sorted(known.held.items(), key=lambda item: -item[1].num_blocks)[:MAX_CANDIDATES]),
-                expected=dict(sorted(known.expected.items(), key=lambda item: -item[1])[:MAX_CANDIDATES]),
-                outcome=bounded(decision),
+                held=dict(sorted(prefix.held.items(), key=lambda item: -item[1].num_blocks)[:MAX_CANDIDATES]),
+                expected=dict(sorted(prefix.expected.items(), key=lambda item: -item[1])[:MAX_CANDIDATES]),
+                outcome=decision,
                 rates=cost.rates,
                 retried_after=retried_after,
             )
@@ -185,10 +181,9 @@ class Placer:
     def places_to_move_to(self, ask: Ask, placement: Placement, num_tokens: int) -> Collection[str]:
         """Decode workers that could take a live sequence of so many tokens, with its blocks and at once; none: stay."""
         num_blocks = -(-num_tokens // placement.space.block_size)
-        candidates = self._workers.decode_candidates(ask.order.adapter)
-        places = places_to_move_to(
-            placement.decision.decode, candidates, ask.order.model, num_blocks, ask.num_final_tokens
-        )
+        table, order = self._workers.decode_table(), ask.order
+        candidates = [table.workers[row] for row in table.ready(order.model, order.adapter)]
+        places = places_to_move_to(placement.decision.decode, candidates, order.model, num_blocks, ask.num_final_tokens)
         return [place.worker_id for place in places]
 
     def fill_order(self, order: pb.GenerateRequest, placement: Placement) -> None:
@@ -223,8 +218,9 @@ class Placer:
 
         `comes_with_blocks`: nothing is expected to be computed.
         """
-        known = {record.worker_id for record in self._workers.records}
-        self._state = next_state(self._state, placement.decision, known)
+        if self._policy is Policy.ROUND_ROBIN:
+            known = {record.worker_id for record in self._workers.records}
+            self._state = next_state(self._state, placement.decision, known)
         num_tokens = 0 if comes_with_blocks else placement.decision.prefilled_by.num_computed_tokens
         placement.num_counted_tokens = num_tokens
         self._workers.count_prefill(placement.prefill_key, placement.num_counted_tokens)

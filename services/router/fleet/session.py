@@ -95,10 +95,14 @@ class WorkerSession:
         reconnect_max_s: float,
         silence: Silence,
         on_load: Callable[[], None] = lambda: None,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_load`: called when its load is news, as with its first frame, or when it is lost."""
+        """`on_load`: called when its load is news, as with its first frame, or when it is lost; `on_change`: also when
+        what stands in front of a new request there is another number, or it has become suspect, or is not any more."""
         self.record = record
         self._on_load = on_load
+        self._on_change = on_change
+        self._was_suspect = False
         self.connected = False
         self.num_streams = 0
         """That have begun: one more later, and this incarnation had not died."""
@@ -165,6 +169,7 @@ class WorkerSession:
         self._live[handle] = sink
         self._num_sent_since_load += 1
         self._num_tokens_since_load += len(message.generate.prompt_token_ids) + len(message.generate.resumed_token_ids)
+        self._on_change()
         self._send(message)
         return handle
 
@@ -248,6 +253,9 @@ class WorkerSession:
         while True:
             await asyncio.sleep(self._silence.look_s)
             self._silence.look(asyncio.get_running_loop().time())
+            if self.is_suspect != self._was_suspect:
+                self._was_suspect = not self._was_suspect
+                self._on_change()
             if self._silence.is_broken:
                 raise _StandsStill(f"silent for more than {self._silence.timeout_s:g} s")
 
@@ -281,6 +289,7 @@ class WorkerSession:
         self.connected = True
         self.num_streams += 1
         self.features = frozenset(frame.features)
+        self._on_change()
         log.debug("session with decode worker %s is up", self.record.worker_id)
         self._on_frame(frame)
 
@@ -292,6 +301,9 @@ class WorkerSession:
     def _on_frame(self, frame: pb.SessionFrame) -> None:
         _check_progress(frame)
         self._silence.heard(asyncio.get_running_loop().time())
+        if self._was_suspect:
+            self._was_suspect = False
+            self._on_change()
         if frame.HasField("load"):
             self.load = frame.load
             if frame.load.HasField("rates"):
@@ -317,6 +329,7 @@ class WorkerSession:
                 self._forget_one_sent()
                 sink.deliver(output)
         if frame.HasField("load"):
+            self._on_change()
             self._on_load()
         if self.load.draining and MOVES in self.features:
             self._let_leave()
@@ -340,6 +353,7 @@ class WorkerSession:
     def _forget_one_sent(self) -> None:
         # It has ended, so it stands in front of nobody, whether or not a load has counted it yet.
         self._num_sent_since_load = max(self._num_sent_since_load - 1, 0)
+        self._on_change()
 
     def _lose(self, reason: str, died: bool) -> None:
         if self._closing.is_set():
@@ -360,6 +374,7 @@ class WorkerSession:
         self._leaving.clear()
         self._lists.clear()
         lost, self._live = self._live, {}
+        self._on_change()
         for sink in lost.values():
             sink.lose(reason, died)
         self._on_load()

@@ -109,7 +109,7 @@ class Submitter:
     async def longer_ask(self, sequence: Sequence) -> Ask:
         """What it asks for now: prompt and tokens so far, and who holds their blocks."""
         ask, order = sequence.ask, sequence.resumed_order()
-        spaces = self._placer.spaces(order.model, ask.fingerprints, order.adapter)
+        spaces = self._workers.spaces(order.model, ask.fingerprints, order.adapter)
         context = [*ask.prompt, *order.resumed_token_ids]
         (blocks,) = await self._prefixes.find([context], order.cache_salt, spaces)
         return replace(ask, order=order, blocks=blocks)

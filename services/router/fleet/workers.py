@@ -11,15 +11,18 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import Membership, WorkerRecord
 from services.orders import MOVES, Orders
-from services.rates import Rates, mean_rates
+from services.rates import Rates
+from services.router.fleet.known_rates import KnownRates
+from services.router.fleet.prefixes import BlockSpace
 from services.router.fleet.session import WorkerSession, rates_from_proto
 from services.router.fleet.silence import Silence
-from services.router.routing import DecodeCandidate, PrefillCandidate, WorkerKey
+from services.router.routing import DecodeCandidate, DecodeTable, PrefillCandidate, PrefillTable, WorkerKey
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,16 @@ class Workers:
         self._records: tuple[WorkerRecord, ...] = ()
         self._starting: tuple[WorkerRecord, ...] = ()
         self._registered: dict[WorkerKey, WorkerRecord] = {}
+        self._listed: dict[WorkerKey, WorkerRecord] = {}
+        self._by_id: dict[str, WorkerRecord] = {}
+        self._prefilled: set[str] = set()  # fingerprints of those that have prefill workers
+        self._spaces: dict[tuple[str, str], list[BlockSpace]] = {}  # by model and adapter
+        self._decode_table: DecodeTable | None = None  # None: those of before are not true any more
+        self._prefill_table: PrefillTable | None = None
+        self._decode_rows: dict[WorkerKey, int] = {}
+        self._prefill_rows: dict[WorkerKey, int] = {}
+        self._news_of: set[WorkerKey] = set()  # decode workers whose rows are to be written anew
+        self._known_rates: dict[str, KnownRates] = {}  # by model fingerprint
         self._sessions: dict[WorkerKey, WorkerSession] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._queued_tokens: dict[WorkerKey, int] = {}
@@ -74,7 +87,13 @@ class Workers:
         for record in snapshot:
             self._numerics.setdefault(record.model_fingerprint, set()).add(record.numerics)
         self._starting = tuple(record for record in self._membership.starting() if self._serves(record))
-        listed = {record.key: record for record in self._records}
+        listed = self._listed = {record.key: record for record in self._records}
+        self._by_id = {record.worker_id: record for record in reversed(self._records)}
+        self._prefilled = {record.model_fingerprint for record in self._records if record.role == "prefill"}
+        self._decode_table, self._prefill_table = None, None
+        self._decode_rows, self._prefill_rows = {}, {}
+        self._spaces.clear()
+        self._known_rates.clear()
         for key, record in listed.items():
             if record.role != "decode":
                 continue
@@ -116,10 +135,9 @@ class Workers:
         self.on_news()
 
     def _await_prefill(self) -> None:
-        found = {record.model_fingerprint for record in self._records if record.role == "prefill"}
         until_s = self._clock() + _PREFILL_WAIT_S
         self._prefill_awaited_until_s = {
-            model: -math.inf if model in found else self._prefill_awaited_until_s.get(model, until_s)
+            model: -math.inf if model in self._prefilled else self._prefill_awaited_until_s.get(model, until_s)
             for model in {record.model_fingerprint for record in self._records}
         }
 
@@ -135,8 +153,7 @@ class Workers:
     def retire_if_idle(self, session: WorkerSession) -> None:
         """Closes the session of a worker that has left the registry, once nothing runs on it any more."""
         key = session.record.key
-        listed = any(record.key == key for record in self._records)
-        if not listed and session.num_live == 0 and self._sessions.get(key) is session:
+        if key not in self._listed and session.num_live == 0 and self._sessions.get(key) is session:
             del self._sessions[key]
             session.close()
 
@@ -158,61 +175,113 @@ class Workers:
         """The session with a candidate of the current snapshot."""
         return self._sessions[worker_id, incarnation]
 
-    def decode_candidates(self, adapter: str = "") -> list[DecodeCandidate]:
-        """`adapter`: those alone that have the adapter of this key; empty: all."""
-        # One that should have said something is passed over while others of its model have.
-        heard = {
-            record.model_fingerprint
-            for record, session in self._decode_sessions()
-            if session.connected and not session.is_suspect
-        }
+    def decode_candidates(self) -> list[DecodeCandidate]:
+        """All, as a request would see them: one that should have said something is not connected, where others of its
+        model have."""
+        found = [self._decode_candidate(record, session) for record, session in self._decode_sessions()]
+        heard = {each.model_fingerprint for each in found if each.connected and not each.is_suspect}
         return [
-            DecodeCandidate(
-                worker_id=record.worker_id,
-                incarnation=record.incarnation,
-                model_names=record.model_names,
-                model_fingerprint=record.model_fingerprint,
-                connected=session.connected and not (session.is_suspect and record.model_fingerprint in heard),
-                draining=record.draining or session.load.draining,
-                num_outstanding=session.num_outstanding,
-                num_waiting_tokens=max(session.load.num_waiting_tokens, self._num_queued_tokens(record)),
-                max_num_seqs=record.max_num_seqs,
-                num_blocks=session.load.num_blocks,
-                num_free_blocks=session.num_free_blocks,
-                colocated=record.colocated,
-                local_prefill_max_tokens=record.local_prefill_max_tokens,
-                is_simulation=record.is_simulation,
-                max_model_len=record.max_model_len,
-                numerics=record.numerics,
-                is_exact=record.is_exact,
-                moves=MOVES in session.features,
-            )
-            for record, session in self._decode_sessions()
-            if not adapter or adapter in record.adapters
+            replace(each, connected=False) if each.is_suspect and each.model_fingerprint in heard else each
+            for each in found
         ]
 
-    def prefill_candidates(self, adapter: str = "") -> list[PrefillCandidate]:
-        """As `decode_candidates`."""
-        return [
-            PrefillCandidate(
-                worker_id=record.worker_id,
-                incarnation=record.incarnation,
-                grpc_address=record.grpc_address,
-                kv_address=record.kv_address,
-                model_names=record.model_names,
-                model_fingerprint=record.model_fingerprint,
-                draining=record.draining,
-                num_outstanding_tokens=self._num_queued_tokens(record),
-                max_model_len=record.max_model_len,
-                numerics=record.numerics,
+    def prefill_candidates(self) -> list[PrefillCandidate]:
+        """All of them."""
+        return [self._prefill_candidate(record) for record in self._records if record.role == "prefill"]
+
+    def decode_table(self) -> DecodeTable:
+        """The decode workers as they are now."""
+        if self._decode_table is None:
+            pairs = list(self._decode_sessions())
+            self._decode_table = DecodeTable([self._decode_candidate(*pair) for pair in pairs])
+            self._decode_rows = {record.key: row for row, (record, _) in enumerate(pairs)}
+            self._news_of.clear()
+        self._take_news(self._decode_table)
+        return self._decode_table
+
+    def _take_news(self, table: DecodeTable) -> None:
+        for key in self._news_of:
+            row = self._decode_rows.get(key)
+            if row is not None:
+                record, session = self._listed[key], self._sessions[key]
+                table.put(row, self._decode_candidate(record, session))
+                if self._computes_prompts(record) and record.model_fingerprint in self._known_rates:
+                    self._known_rates[record.model_fingerprint].put(record.worker_id, session.rates)
+        self._news_of.clear()
+
+    def prefill_table(self) -> PrefillTable:
+        """The prefill workers as they are now."""
+        if self._prefill_table is None:
+            records = [record for record in self._records if record.role == "prefill"]
+            self._prefill_table = PrefillTable(list(map(self._prefill_candidate, records)))
+            self._prefill_rows = {record.key: row for row, record in enumerate(records)}
+        return self._prefill_table
+
+    def _decode_candidate(self, record: WorkerRecord, session: WorkerSession) -> DecodeCandidate:
+        return DecodeCandidate(
+            worker_id=record.worker_id,
+            incarnation=record.incarnation,
+            model_names=record.model_names,
+            model_fingerprint=record.model_fingerprint,
+            connected=session.connected,
+            draining=record.draining or session.load.draining,
+            num_outstanding=session.num_outstanding,
+            num_waiting_tokens=max(session.load.num_waiting_tokens, self._num_queued_tokens(record)),
+            max_num_seqs=record.max_num_seqs,
+            num_blocks=session.load.num_blocks,
+            num_free_blocks=session.num_free_blocks,
+            colocated=record.colocated,
+            local_prefill_max_tokens=record.local_prefill_max_tokens,
+            is_simulation=record.is_simulation,
+            max_model_len=record.max_model_len,
+            numerics=record.numerics,
+            is_exact=record.is_exact,
+            moves=MOVES in session.features,
+            adapters=record.adapters,
+            is_suspect=session.is_suspect,
+        )
+
+    def _prefill_candidate(self, record: WorkerRecord) -> PrefillCandidate:
+        return PrefillCandidate(
+            worker_id=record.worker_id,
+            incarnation=record.incarnation,
+            grpc_address=record.grpc_address,
+            kv_address=record.kv_address,
+            model_names=record.model_names,
+            model_fingerprint=record.model_fingerprint,
+            draining=record.draining,
+            num_outstanding_tokens=self._num_queued_tokens(record),
+            max_model_len=record.max_model_len,
+            numerics=record.numerics,
+            adapters=record.adapters,
+        )
+
+    def spaces(self, model: str, fingerprints: Collection[str], adapter: str) -> list[BlockSpace]:
+        """The block spaces of the workers that serve the model in one of these versions; usually one."""
+        return [space for space in self._all_spaces(model, adapter) if space.model_fingerprint in fingerprints]
+
+    def fingerprint(self, model: str) -> str:
+        """Returns that of a worker that serves the model; empty where none does."""
+        spaces = self._all_spaces(model, "")
+        return spaces[0].model_fingerprint if spaces else ""
+
+    def _all_spaces(self, model: str, adapter: str) -> list[BlockSpace]:
+        known = self._spaces.get((model, adapter))
+        if known is None:
+            of_records = (
+                BlockSpace(record.model_fingerprint, record.block_size, adapter)
+                for record in self._records
+                if model in record.model_names and (not adapter or adapter in record.adapters)
             )
-            for record in self._records
-            if record.role == "prefill" and (not adapter or adapter in record.adapters)
-        ]
+            known = list(dict.fromkeys(of_records))
+            if known:  # of what nobody serves there is no end
+                self._spaces[model, adapter] = known
+        return known
 
     def numerics(self, worker_id: str) -> str:
         """Returns the name of a worker's arithmetic; empty where it says none, or is not there any more."""
-        return next((record.numerics for record in self._records if record.worker_id == worker_id), "")
+        record = self._by_id.get(worker_id)
+        return record.numerics if record is not None else ""
 
     def numerics_of_all(self, model_fingerprint: str) -> Collection[str]:
         """The names of all, gone ones too, who may have made what lies in this model's caches.
@@ -223,16 +292,28 @@ class Workers:
 
     def prefill_rates(self, worker_id: str, rates: pb.Rates) -> None:
         """A prefill worker has said how fast it is, with the answer to one of our prompts."""
-        if any(record.worker_id == worker_id and record.role == "prefill" for record in self._records):
-            self._prefill_rates[worker_id] = rates_from_proto(rates)
+        record = self._by_id.get(worker_id)
+        if record is not None and record.role == "prefill":
+            self._prefill_rates[worker_id] = known = rates_from_proto(rates)
+            if record.model_fingerprint in self._known_rates:
+                self._known_rates[record.model_fingerprint].put(worker_id, known)
 
     def rates(self, model_fingerprint: str) -> Rates:
         """Returns the speed of the workers that compute this model's prompts: prefill, else decode workers."""
-        of_model = [record for record in self._records if record.model_fingerprint == model_fingerprint]
-        prefill = [record for record in of_model if record.role == "prefill"]
-        known = [self._prefill_rates[record.worker_id] for record in prefill if record.worker_id in self._prefill_rates]
-        decode = [pair for pair in self._decode_sessions() if pair[0].model_fingerprint == model_fingerprint]
-        return mean_rates(known + [session.rates for record, session in decode if record.colocated or not prefill])
+        self.decode_table()  # what sessions have said since
+        known = self._known_rates.get(model_fingerprint)
+        if known is None:
+            known = self._known_rates[model_fingerprint] = KnownRates()
+            for worker_id, rates in self._prefill_rates.items():
+                if self._by_id[worker_id].model_fingerprint == model_fingerprint:
+                    known.put(worker_id, rates)
+            for record, session in self._decode_sessions():
+                if record.model_fingerprint == model_fingerprint and self._computes_prompts(record):
+                    known.put(record.worker_id, session.rates)
+        return known.mean()
+
+    def _computes_prompts(self, record: WorkerRecord) -> bool:
+        return record.colocated or record.model_fingerprint not in self._prefilled
 
     def registered(self, worker: WorkerKey) -> WorkerRecord | None:
         """The registry's record of a holder of blocks, whatever it serves; None if this incarnation is not there."""
@@ -243,6 +324,10 @@ class Workers:
         count = self._queued_tokens.pop(worker, 0) + num_tokens
         if count > 0:
             self._queued_tokens[worker] = count
+        self._news_of.add(worker)
+        row = self._prefill_rows.get(worker)
+        if self._prefill_table is not None and row is not None:
+            self._prefill_table.put(row, self._prefill_candidate(self._listed[worker]))
         if num_tokens < 0:
             self._note_news()
 
@@ -271,7 +356,15 @@ class Workers:
 
     def _open(self, key: WorkerKey, record: WorkerRecord) -> None:
         silence = Silence(self._silence_timeout_s)
-        session = WorkerSession(record, self._router_id, self._orders, self._reconnect_max_s, silence, self._note_news)
+        session = WorkerSession(
+            record,
+            self._router_id,
+            self._orders,
+            self._reconnect_max_s,
+            silence,
+            self._note_news,
+            lambda: self._news_of.add(key),
+        )
         self._sessions[key] = session
         task = asyncio.create_task(session.run(), name=f"session with {record.worker_id}")
         self._tasks.add(task)

@@ -1,22 +1,21 @@
 """Chooses the pair of workers for a request. Pure: a snapshot in, a decision with its terms out."""
 
+from services.router.routing.candidates import DecodeCandidate, PrefillCandidate, RoutedRequest, holds
 from services.router.routing.cost import CostModel, Held, KnownPrefix
-from services.router.routing.explain import MAX_CANDIDATES, DecisionEntry, DecisionLog, bounded
+from services.router.routing.explain import DecisionEntry, DecisionLog
 from services.router.routing.moving import places_to_move_to
 from services.router.routing.numerics import is_alike, prefer_equal
 from services.router.routing.policies import (
+    MAX_CANDIDATES,
     Decision,
-    DecodeCandidate,
     Policy,
     PolicyState,
-    PrefillCandidate,
     Refusal,
-    RoutedRequest,
     choose,
-    holds,
     next_state,
 )
 from services.router.routing.recent import RecentPrefixes, WorkerKey
+from services.router.routing.tables import DecodeTable, PrefillTable
 
 __all__ = [
     "MAX_CANDIDATES",
@@ -25,16 +24,17 @@ __all__ = [
     "DecisionEntry",
     "DecisionLog",
     "DecodeCandidate",
+    "DecodeTable",
     "Held",
     "KnownPrefix",
     "Policy",
     "PolicyState",
     "PrefillCandidate",
+    "PrefillTable",
     "RecentPrefixes",
     "Refusal",
     "RoutedRequest",
     "WorkerKey",
-    "bounded",
     "choose",
     "holds",
     "is_alike",

@@ -6,10 +6,13 @@ are those of `services.rates`, as a model's workers learnt them; all count as eq
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import truediv
+from typing import NamedTuple
 
 from services.rates import GUESSED, TIERS, PerTier, Rates
 
@@ -76,9 +79,17 @@ class KnownPrefix:
     expected: Mapping[str, int] = field(default_factory=dict)
     """Blocks that a worker must have, or have soon: this router sent it such a prompt a moment ago."""
 
+    @cached_property
+    def offers(self) -> Mapping[Held, str]:
+        """What can be fetched, each from the first of those that have just that."""
+        offers: dict[Held, str] = {}
+        for holder_id, held in self.held.items():
+            offers[held] = min(offers.get(held, holder_id), holder_id)
+        return offers
+
     def own(self, worker_id: str) -> Held:
         """Counts the worker's own blocks; those expected of it come into its paged cache."""
-        held = self.held.get(worker_id, _NOTHING)
+        held = self.held.get(worker_id, NOTHING)
         num_soon = min(self.expected.get(worker_id, 0), self.num_blocks) - held.num_blocks
         if num_soon <= 0:
             return held
@@ -86,7 +97,7 @@ class KnownPrefix:
         return Held(held.num_blocks + num_soon, (device + num_soon, host, store, disk))
 
 
-_NOTHING = Held(0, (0, 0, 0, 0))
+NOTHING = Held(0, (0, 0, 0, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +123,22 @@ class PrefillTerms:
         return self.queued + self.load + self.fetch + self.compute
 
 
+class PrefillWork(NamedTuple):
+    """What a prompt is to any worker with the same own blocks. Costs are in tokens."""
+
+    num_own_blocks: int
+    load: float
+    num_fetched_blocks: int
+    fetched_from: str
+    fetch: float
+    num_computed_tokens: int
+    compute: float
+
+    def at(self, worker_id: str, num_queued_tokens: int) -> PrefillTerms:
+        """The terms of such a worker."""
+        return PrefillTerms(worker_id, num_queued_tokens, *self)
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeTerms:
     """The cost of a request at a decode worker. All but `worker_id` and `prefills` are in tokens."""
@@ -134,35 +161,26 @@ class DecodeTerms:
         return self.prefill + self.handoff + self.running + self.queued + self.kv_use + self.kv_shortage
 
 
-def prefill_terms(
-    cost: CostModel, worker_id: str, num_queued_tokens: int, num_prompt_tokens: int, prefix: KnownPrefix
-) -> PrefillTerms:
-    """The terms of one worker: after its own hit it fetches from the best other holder, if that beats computing."""
-    own, rates = prefix.own(worker_id), cost.rates
+def prefill_work(cost: CostModel, own: Held, num_prompt_tokens: int, prefix: KnownPrefix) -> PrefillWork:
+    """What a worker with these blocks does: after its own hit it fetches from the best holder, if that beats computing.
+
+    That it may be a holder itself need not be looked at: nothing is left there that it has not.
+    """
+    rates = cost.rates
     load = cost.tokens(sum(map(truediv, own.num_per_tier, cost.load_tokens_per_s)) * prefix.block_size)
 
-    def terms(num_fetched: int, holder_id: str, fetch: float) -> PrefillTerms:
+    def work(num_fetched: int, holder_id: str, fetch: float) -> PrefillWork:
         num_cached = (own.num_blocks + num_fetched) * prefix.block_size
         num_computed = max(num_prompt_tokens - num_cached, 1)
-        return PrefillTerms(
-            worker_id=worker_id,
-            queued=num_queued_tokens,
-            num_own_blocks=own.num_blocks,
-            load=load,
-            num_fetched_blocks=num_fetched,
-            fetched_from=holder_id,
-            fetch=fetch,
-            num_computed_tokens=num_computed,
-            compute=cost.tokens(rates.prompt_s(num_computed, num_prompt_tokens - num_computed)) * cost.new_work_weight,
-        )
+        compute = cost.tokens(rates.prompt_s(num_computed, num_prompt_tokens - num_computed)) * cost.new_work_weight
+        return PrefillWork(own.num_blocks, load, num_fetched, holder_id, fetch, num_computed, compute)
 
-    options = [terms(0, "", 0.0)]
-    for holder_id, held in prefix.held.items():
+    options = [work(0, "", 0.0)]
+    for held, holder_id in prefix.offers.items():
         tail = _tokens(held.tail(own.num_blocks), prefix.block_size)
-        if holder_id != worker_id and rates.fetching_pays(tail, own.num_blocks * prefix.block_size):
-            fetch = cost.tokens(rates.fetch_s(tail))
-            options.append(terms(held.num_blocks - own.num_blocks, holder_id, fetch))
-    return min(options, key=lambda option: (option.total, option.fetched_from))
+        if rates.fetching_pays(tail, own.num_blocks * prefix.block_size):
+            options.append(work(held.num_blocks - own.num_blocks, holder_id, cost.tokens(rates.fetch_s(tail))))
+    return min(options, key=lambda option: (option.fetch + option.compute, option.fetched_from))
 
 
 def handoff_tokens(cost: CostModel, num_blocks: int, block_size: int) -> float:
@@ -174,12 +192,13 @@ def _tokens(num_blocks: Sequence[int], block_size: int) -> list[int]:
     return [count * block_size for count in num_blocks]
 
 
-def useful_sources(cost: CostModel, prefix: KnownPrefix, except_worker: str) -> tuple[str, ...]:
-    """The holders of a prefix, best first for someone who has nothing. Whether to fetch, the worker decides."""
+def useful_sources(cost: CostModel, prefix: KnownPrefix, except_worker: str, count: int) -> tuple[str, ...]:
+    """Holders of a prefix, best first for someone who has nothing. Whether to fetch, the worker decides."""
 
     def gain(held: Held) -> float:
         num_tokens = _tokens(held.num_per_tier, prefix.block_size)
         return cost.rates.prompt_s(sum(num_tokens)) - cost.rates.fetch_s(num_tokens)
 
-    gains = {holder_id: gain(held) for holder_id, held in prefix.held.items() if holder_id != except_worker}
-    return tuple(sorted(gains, key=lambda key: (-gains[key], key)))
+    gains = {held: gain(held) for held in prefix.offers}
+    others = ((-gains[held], holder_id) for holder_id, held in prefix.held.items() if holder_id != except_worker)
+    return tuple(holder_id for _, holder_id in heapq.nsmallest(count, others))

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from services.rates import Rates
 from services.router.routing.cost import DecodeTerms, Held, PrefillTerms
 from services.router.routing.policies import Decision, Refusal
-
-MAX_CANDIDATES = 16
-"""Of each kind, the best ones; what a decision keeps in memory is bounded by it."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +56,6 @@ class DecisionEntry:
             **_outcome(self.outcome),
             "rates": self.rates.to_wire(),
         }
-
-
-def bounded(decision: Decision | Refusal) -> Decision | Refusal:
-    """The decision with no more candidates than are kept."""
-    if isinstance(decision, Refusal):
-        return decision
-    return replace(
-        decision,
-        sources=decision.sources[:MAX_CANDIDATES],
-        decode_terms=decision.decode_terms[:MAX_CANDIDATES],
-        prefill_terms=decision.prefill_terms[:MAX_CANDIDATES],
-    )
 
 
 def _outcome(outcome: Decision | Refusal) -> dict[str, object]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from services.router.routing.candidates import DecodeCandidate, holds
 from services.router.routing.numerics import prefer_equal
-from services.router.routing.policies import DecodeCandidate, holds
 
 
 def places_to_move_to(

@@ -1,0 +1,105 @@
+"""Describes what the choice is made of: the workers as this router sees them now, and the request."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from services.router.routing.cost import KnownPrefix
+
+
+@dataclass(frozen=True)
+class DecodeCandidate:
+    """A decode worker as this router sees it now."""
+
+    worker_id: str
+    incarnation: str
+    model_names: tuple[str, ...]
+    model_fingerprint: str
+    connected: bool
+    draining: bool
+    num_outstanding: int
+    """Requests in front of a new one: what the worker last reported and what was sent since, or what this router has
+    there, whichever is more."""
+    num_waiting_tokens: int = 0
+    """Prompt tokens to be computed there: what the worker last reported, or what this router expects it to compute,
+    whichever is more."""
+    max_num_seqs: int = 0
+    """Its largest batch; 0: not known."""
+    num_blocks: int = 0
+    """Of its pool; 0: not known."""
+    num_free_blocks: int = 0
+    """Evictable ones included; as last reported, less what was sent since."""
+    colocated: bool = False
+    """It prefills everything by itself."""
+    local_prefill_max_tokens: int = 0
+    """It prefills by itself what lacks no more than so many."""
+    is_simulation: bool = False
+    """Its tokens mean nothing."""
+    max_model_len: int = 0
+    """Prompt and output tokens of one request; 0: not known."""
+    numerics: str = ""
+    """Names its arithmetic (numerics.py)."""
+    is_exact: bool = False
+    """It computes the same bits as all of that name, whatever else it computes."""
+    moves: bool = False
+    """It takes live requests on with their KV."""
+    adapters: tuple[str, ...] = ()
+    """The keys of those that it has."""
+    is_suspect: bool = False
+    """It should have said something by now: it is passed over while others of its model have."""
+
+
+@dataclass(frozen=True)
+class PrefillCandidate:
+    """A prefill worker as this router sees it now."""
+
+    worker_id: str
+    incarnation: str
+    grpc_address: str
+    kv_address: str
+    model_names: tuple[str, ...]
+    model_fingerprint: str
+    draining: bool
+    num_outstanding_tokens: int
+    """Prompt tokens that this router expects it to compute and has seen no first token of."""
+    max_model_len: int = 0
+    """As a decode worker's."""
+    numerics: str = ""
+    """As a decode worker's."""
+    adapters: tuple[str, ...] = ()
+    """As a decode worker's."""
+
+
+@dataclass(frozen=True)
+class RoutedRequest:
+    """The facts of a request that the choice may depend on."""
+
+    model: str
+    num_prompt_tokens: int
+    """Those of the output that it resumes included."""
+    key: bytes
+    """Equal for requests that begin equally."""
+    prefixes: Mapping[str, KnownPrefix] = field(default_factory=dict)
+    """By model fingerprint."""
+    numerics: str = ""
+    """Of the worker that it was begun on; those of the same are preferred. Empty: it is new."""
+    has_begun: bool = False
+    """It has said tokens: where all workers drain, one of them ends it."""
+    num_final_tokens: int = 0
+    """Of prompt and output at most; 0: not known."""
+    adapter: str = ""
+    """The key of the adapter that its workers must have; empty: none."""
+    fingerprints: Collection[str] | None = None
+    """Of the model's weights: of those that it may go to; None: any."""
+
+    def prefix(self, model_fingerprint: str) -> KnownPrefix:
+        return self.prefixes.get(model_fingerprint, _UNKNOWN_PREFIX)
+
+
+_UNKNOWN_PREFIX = KnownPrefix(block_size=1)
+
+
+def holds(worker: DecodeCandidate | PrefillCandidate, num_tokens: int) -> bool:
+    """Whether its context holds so many tokens of prompt and output."""
+    return not worker.max_model_len or num_tokens <= worker.max_model_len

@@ -1,0 +1,263 @@
+"""The choice of workers as a plain scan: every candidate is scored by itself, and all are sorted. What the router's
+tables must agree with.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from operator import truediv
+from typing import TypeVar
+
+from services.router.routing.candidates import DecodeCandidate, PrefillCandidate, RoutedRequest, holds
+from services.router.routing.cost import (
+    CostModel,
+    DecodeTerms,
+    Held,
+    KnownPrefix,
+    PrefillTerms,
+    handoff_tokens,
+)
+from services.router.routing.numerics import prefer_equal
+from services.router.routing.policies import MAX_PREFILL_TARGETS, Decision, Policy, PolicyState, Refusal
+from services.router.routing.tables import word
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A ready decode worker with its terms and with the prefill workers that fit it, in order."""
+
+    worker: DecodeCandidate
+    terms: DecodeTerms
+    local: PrefillTerms
+    targets: tuple[_ScoredPrefill, ...]
+
+    @property
+    def load(self) -> int:
+        return self.worker.num_outstanding
+
+
+@dataclass(frozen=True)
+class _ScoredPrefill:
+    worker: PrefillCandidate
+    terms: PrefillTerms
+
+    @property
+    def load(self) -> int:
+        return self.worker.num_outstanding_tokens
+
+
+S = TypeVar("S", _Scored, _ScoredPrefill)
+
+
+def choose(
+    request: RoutedRequest,
+    decode: Sequence[DecodeCandidate],
+    prefill: Sequence[PrefillCandidate],
+    exclude: Collection[str] = (),
+    *,
+    among: Collection[str] = (),
+    policy: Policy = Policy.KV,
+    state: PolicyState | None = None,
+    cost: CostModel | None = None,
+) -> Decision | Refusal:
+    """The decode worker and the prefill targets for a request. `exclude`: decode workers that were tried already."""
+    connected = _ready(request, decode, exclude, among)
+    if isinstance(connected, Refusal):
+        return connected
+    ready = prefer_equal(request.numerics, connected)
+    cost = cost or CostModel()
+    state = state or PolicyState()
+    targets = {
+        fingerprint: _ordered_prefill(request, fingerprint, prefill, policy, state, cost)
+        for fingerprint in {worker.model_fingerprint for worker in ready}
+    }
+    scored = _best_first(
+        [_score_decode(cost, request, worker, targets[worker.model_fingerprint]) for worker in ready],
+        request, policy, state, cost.bounded_load_factor, cost.bounded_load_slack_requests,
+    )  # fmt: skip
+    best = scored[0]
+    by = best.local if best.terms.prefills else best.targets[0].terms
+    return Decision(
+        decode=best.worker,
+        prefill=tuple(target.worker for target in best.targets[:MAX_PREFILL_TARGETS]),
+        reason="",
+        policy=policy,
+        prefilled_by=by,
+        sources=useful_sources(cost, request.prefix(best.worker.model_fingerprint), except_worker=by.worker_id),
+        decode_terms=tuple(member.terms for member in scored),
+        prefill_terms=tuple(target.terms for target in best.targets),
+    )
+
+
+def _ready(
+    request: RoutedRequest, decode: Sequence[DecodeCandidate], exclude: Collection[str], among: Collection[str]
+) -> list[DecodeCandidate] | Refusal:
+    heard = {worker.model_fingerprint for worker in decode if worker.connected and not worker.is_suspect}
+    serving = [worker for worker in decode if _serves(request, worker) and (not among or worker.worker_id in among)]
+    if not serving:
+        return Refusal.NO_WORKER
+    untried = [worker for worker in serving if worker.worker_id not in exclude]
+    if not untried:
+        return Refusal.ALL_TRIED
+    connected = [
+        worker
+        for worker in untried
+        if worker.connected and not (worker.is_suspect and worker.model_fingerprint in heard)
+    ]
+    if not connected:
+        return Refusal.NOT_CONNECTED
+    stay = [worker for worker in connected if not worker.draining]
+    if not stay and not request.has_begun:
+        return Refusal.DRAINING
+    return _long_enough(request, stay or connected) or Refusal.TOO_SHORT
+
+
+def _serves(request: RoutedRequest, worker: DecodeCandidate) -> bool:
+    is_wanted = request.fingerprints is None or worker.model_fingerprint in request.fingerprints
+    return (
+        request.model in worker.model_names
+        and is_wanted
+        and (not request.adapter or request.adapter in worker.adapters)
+    )
+
+
+def _long_enough(request: RoutedRequest, workers: Sequence[DecodeCandidate]) -> list[DecodeCandidate]:
+    """Who holds it to its end. Else, once it has begun, who holds it for a while: it may end sooner, or go on again."""
+    whole = [worker for worker in workers if holds(worker, request.num_final_tokens)]
+    if whole or not request.has_begun:
+        return whole
+    return [worker for worker in workers if holds(worker, request.num_prompt_tokens + 1)]
+
+
+# ---- prefill workers ----------------------------------------------------------
+
+
+def _ordered_prefill(
+    request: RoutedRequest,
+    model_fingerprint: str,
+    prefill: Sequence[PrefillCandidate],
+    policy: Policy,
+    state: PolicyState,
+    cost: CostModel,
+) -> tuple[_ScoredPrefill, ...]:
+    """The prefill workers whose blocks a decode worker of that fingerprint can use, best first."""
+    prefix = request.prefix(model_fingerprint)
+    # A token more than it says: else it would be the answer's last one there.
+    num_tokens = min(request.num_prompt_tokens + 2, request.num_final_tokens or sys.maxsize)
+    fitting = [
+        _ScoredPrefill(
+            worker,
+            prefill_terms(cost, worker.worker_id, worker.num_outstanding_tokens, request.num_prompt_tokens, prefix),
+        )
+        for worker in prefill
+        if request.model in worker.model_names
+        and (not request.adapter or request.adapter in worker.adapters)
+        and worker.model_fingerprint == model_fingerprint
+        and not worker.draining
+        and holds(worker, num_tokens)
+    ]
+    factor, slack = cost.bounded_load_factor, cost.bounded_load_slack_tokens
+    return tuple(_best_first(fitting, request, policy, state, factor, slack))
+
+
+# ---- decode workers -----------------------------------------------------------
+
+
+def _score_decode(
+    cost: CostModel, request: RoutedRequest, worker: DecodeCandidate, targets: tuple[_ScoredPrefill, ...]
+) -> _Scored:
+    prefix = request.prefix(worker.model_fingerprint)
+    local = prefill_terms(cost, worker.worker_id, worker.num_waiting_tokens, request.num_prompt_tokens, prefix)
+    own = prefix.own(worker.worker_id)
+    # What the worker brings into its paged cache before it decides whether to prefill.
+    num_missing = max(request.num_prompt_tokens - sum(own.num_per_tier[:2]) * prefix.block_size, 1)
+    prefills = worker.colocated or not targets or num_missing <= worker.local_prefill_max_tokens
+    num_new_blocks = max(-(-request.num_prompt_tokens // prefix.block_size) - own.num_blocks, 0)
+    num_waiting = max(worker.num_outstanding + 1 - worker.max_num_seqs, 0) if worker.max_num_seqs else 0
+    use = 1 - worker.num_free_blocks / worker.num_blocks if worker.num_blocks else 0.0
+    shortage = max(num_new_blocks - max(worker.num_free_blocks, 0), 0) if worker.num_blocks else 0
+    terms = DecodeTerms(
+        worker_id=worker.worker_id,
+        prefills=prefills,
+        prefill=local.total if prefills else targets[0].terms.total,
+        handoff=0.0 if prefills else handoff_tokens(cost, num_new_blocks, prefix.block_size),
+        running=worker.num_outstanding * cost.request_tokens,
+        queued=num_waiting * cost.queued_request_tokens,
+        # In steps, so that a few blocks more or less leave a tie a tie.
+        kv_use=math.floor(min(max(use, 0.0), 1.0) * 10) / 10 * cost.kv_use_tokens,
+        kv_shortage=float(shortage * prefix.block_size),
+    )
+    return _Scored(worker, terms, local, targets)
+
+
+# ---- the order of both --------------------------------------------------------
+
+
+def _best_first(
+    scored: Sequence[S], request: RoutedRequest, policy: Policy, state: PolicyState, load_factor: float, load_slack: int
+) -> list[S]:
+    # "Consistent hashing with bounded loads" (Mirrokni, Thorup, Zadimoghaddam 2016), with rendezvous hashing.
+    bound = load_factor * sum(member.load for member in scored) / max(len(scored), 1) + load_slack
+
+    def key(member: S) -> tuple[object, ...]:
+        worker_id = member.worker.worker_id
+        if policy is Policy.ROUND_ROBIN:
+            return state.last_turn.get(worker_id, 0), worker_id
+        tie = _tie(request.key, worker_id)
+        if policy is Policy.KV:
+            return member.terms.total, tie
+        return member.load if policy is Policy.LEAST_LOADED else member.load > bound, tie
+
+    return sorted(scored, key=key)
+
+
+def _tie(key: bytes, worker_id: str) -> int:
+    mixed = word(key) ^ word(worker_id.encode())
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        mixed = (mixed ^ (mixed >> shift)) * factor % 2**64
+    return mixed
+
+
+def prefill_terms(
+    cost: CostModel, worker_id: str, num_queued_tokens: int, num_prompt_tokens: int, prefix: KnownPrefix
+) -> PrefillTerms:
+    """The terms of one worker: after its own hit it fetches from the best other holder, if that beats computing."""
+    own, rates = prefix.own(worker_id), cost.rates
+    load = cost.tokens(sum(map(truediv, own.num_per_tier, cost.load_tokens_per_s)) * prefix.block_size)
+
+    def terms(num_fetched: int, holder_id: str, fetch: float) -> PrefillTerms:
+        num_cached = (own.num_blocks + num_fetched) * prefix.block_size
+        num_computed = max(num_prompt_tokens - num_cached, 1)
+        return PrefillTerms(
+            worker_id=worker_id,
+            queued=num_queued_tokens,
+            num_own_blocks=own.num_blocks,
+            load=load,
+            num_fetched_blocks=num_fetched,
+            fetched_from=holder_id,
+            fetch=fetch,
+            num_computed_tokens=num_computed,
+            compute=cost.tokens(rates.prompt_s(num_computed, num_prompt_tokens - num_computed)) * cost.new_work_weight,
+        )
+
+    options = [terms(0, "", 0.0)]
+    for holder_id, held in prefix.held.items():
+        tail = [count * prefix.block_size for count in held.tail(own.num_blocks)]
+        if holder_id != worker_id and rates.fetching_pays(tail, own.num_blocks * prefix.block_size):
+            fetch = cost.tokens(rates.fetch_s(tail))
+            options.append(terms(held.num_blocks - own.num_blocks, holder_id, fetch))
+    return min(options, key=lambda option: (option.fetch + option.compute, option.fetched_from))
+
+
+def useful_sources(cost: CostModel, prefix: KnownPrefix, except_worker: str) -> tuple[str, ...]:
+    """The holders of a prefix, best first for someone who has nothing. Whether to fetch, the worker decides."""
+
+    def gain(held: Held) -> float:
+        num_tokens = [count * prefix.block_size for count in held.num_per_tier]
+        return cost.rates.prompt_s(sum(num_tokens)) - cost.rates.fetch_s(num_tokens)
+
+    gains = {holder_id: gain(held) for holder_id, held in prefix.held.items() if holder_id != except_worker}
+    return tuple(sorted(gains, key=lambda key: (-gains[key], key)))

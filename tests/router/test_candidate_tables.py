@@ -1,0 +1,156 @@
+"""The tables choose as a plain scan of all candidates does, whatever happened to their rows before."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from services.rates import Rates
+from services.router.routing import (
+    MAX_CANDIDATES,
+    CostModel,
+    Decision,
+    DecodeCandidate,
+    DecodeTable,
+    Held,
+    KnownPrefix,
+    Policy,
+    PolicyState,
+    PrefillCandidate,
+    PrefillTable,
+    RoutedRequest,
+    choose,
+)
+from services.router.routing.tables import first
+from tests.router import plain_choice
+
+MODELS, FINGERPRINTS, ADAPTERS = ("m", "n"), ("f", "g"), ("a:1", "b:2")
+NUM_FLEETS, NUM_REQUESTS = 120, 12
+
+
+def served(rng: random.Random) -> dict[str, object]:
+    # Mostly one model of one version, as fleets are; the others must not get in.
+    others = rng.random() < 0.2
+    return {
+        "model_names": tuple(rng.sample(MODELS, rng.randint(1, 2))) if others else ("m",),
+        "model_fingerprint": rng.choice(FINGERPRINTS) if others else "f",
+        "adapters": tuple(rng.sample(ADAPTERS, rng.randint(0, 2))),
+        "numerics": rng.choice(("", "x", "y")),
+    }
+
+
+def decode_news(rng: random.Random) -> dict[str, object]:
+    num_blocks = rng.choice((0, 100, 100))
+    return {
+        "connected": rng.random() < 0.9,
+        "draining": rng.random() < 0.1,
+        "is_suspect": rng.random() < 0.1,
+        "num_outstanding": rng.choice((0, 0, 1, 5, 40)),
+        "num_waiting_tokens": rng.choice((0, 0, 700)),
+        "num_blocks": num_blocks,
+        "num_free_blocks": rng.randint(0, num_blocks),
+    }
+
+
+def make_decode(rng: random.Random, number: int) -> DecodeCandidate:
+    return DecodeCandidate(
+        worker_id=f"d{number}",
+        incarnation="1",
+        max_num_seqs=rng.choice((0, 8, 8)),
+        colocated=rng.random() < 0.2,
+        local_prefill_max_tokens=rng.choice((0, 64, 1000)),
+        max_model_len=rng.choice((0, 2000, 600)),
+        **served(rng) | decode_news(rng),  # type: ignore[arg-type]
+    )
+
+
+def prefill_news(rng: random.Random) -> dict[str, object]:
+    return {"draining": rng.random() < 0.1, "num_outstanding_tokens": rng.choice((0, 0, 0, 512, rng.randint(0, 9000)))}
+
+
+def make_prefill(rng: random.Random, number: int) -> PrefillCandidate:
+    facts = served(rng) | prefill_news(rng) | {"max_model_len": rng.choice((0, 2000, 600))}
+    return PrefillCandidate(f"p{number}", "1", "host:1", "host:2", **facts)  # type: ignore[arg-type]
+
+
+def make_prefix(rng: random.Random, names: list[str], num_tokens: int) -> KnownPrefix:
+    most = num_tokens // 32
+
+    def held() -> Held:
+        counts = [rng.randint(0, most // 4) for _ in range(4)]
+        return Held(sum(counts), (counts[0], counts[1], counts[2], counts[3]))
+
+    kinds = [held() for _ in range(3)]  # a beginning that many have in common
+    holders = rng.sample(names, min(rng.choice((0, 0, 3, 30)), len(names)))
+    soon = rng.sample(names, min(rng.choice((0, 2)), len(names)))
+    return KnownPrefix(
+        32,
+        most,
+        {name: rng.choice(kinds) if rng.random() < 0.7 else held() for name in holders},
+        {name: rng.randint(1, most + 1) for name in soon},
+    )
+
+
+def make_request(rng: random.Random, names: list[str]) -> RoutedRequest:
+    num_tokens = rng.choice((10, 500, 1500))
+    return RoutedRequest(
+        model=rng.choice(("m", "m", "m", "n", "unknown")),
+        num_prompt_tokens=num_tokens,
+        key=rng.randbytes(4),
+        prefixes={each: make_prefix(rng, names, num_tokens) for each in FINGERPRINTS},
+        numerics=rng.choice(("", "", "x")),
+        has_begun=rng.random() < 0.3,
+        num_final_tokens=rng.choice((0, num_tokens + 100)),
+        adapter=rng.choice(("", "", "", "a:1")),
+        fingerprints=rng.choice((None, {"f"}, {"f", "g"})),
+    )
+
+
+def assert_equal(fast: object, plain: object) -> None:
+    if not isinstance(fast, Decision) or not isinstance(plain, Decision):
+        assert fast is plain
+        return
+    assert fast == replace(
+        plain,
+        reason=fast.reason,
+        sources=plain.sources[:MAX_CANDIDATES],
+        decode_terms=plain.decode_terms[:MAX_CANDIDATES],
+        prefill_terms=plain.prefill_terms[:MAX_CANDIDATES],
+    )
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+def test_tables_choose_what_a_scan_of_all_candidates_chooses(policy):
+    rng, num_decisions = random.Random(f"tables {policy}"), 0
+    for _ in range(NUM_FLEETS):
+        decodes = [make_decode(rng, number) for number in range(rng.choice((0, 1, 3, 40)))]
+        prefills = [make_prefill(rng, number) for number in range(rng.choice((0, 1, 3, 60)))]
+        decode, prefill = DecodeTable(decodes), PrefillTable(prefills)
+        names = [worker.worker_id for worker in (*decodes, *prefills)] + ["store"]
+        for _ in range(NUM_REQUESTS):
+            for row in rng.sample(range(len(decodes)), len(decodes) // 3):
+                decodes[row] = replace(decodes[row], **decode_news(rng))
+                decode.put(row, decodes[row])
+            for row in rng.sample(range(len(prefills)), len(prefills) // 3):
+                prefills[row] = replace(prefills[row], **prefill_news(rng))
+                prefill.put(row, prefills[row])
+            request, exclude = make_request(rng, names), set(rng.sample(names, rng.choice((0, 0, 1))))
+            among = set(rng.sample(names, len(names) // 2)) if rng.random() < 0.2 else ()
+            state = PolicyState({name: rng.randint(0, 9) for name in rng.sample(names, len(names) // 2)})
+            cost = CostModel(Rates(prompt_token_s=rng.choice((1e-5, 2e-4))))
+            options = {"among": among, "policy": policy, "state": state, "cost": cost}
+            fast = choose(request, decode, prefill, exclude, **options)
+            assert_equal(fast, plain_choice.choose(request, decodes, prefills, exclude, **options))
+            num_decisions += isinstance(fast, Decision)
+    assert num_decisions > NUM_FLEETS * NUM_REQUESTS // 4
+
+
+@pytest.mark.parametrize("num_values", [1, 3, 1000])
+def test_the_first_few_of_many_pairs_are_those_of_the_sorted_pairs(num_values):
+    rng = np.random.default_rng(num_values)
+    for size in (0, 1, 5, 6, 50, 400):
+        primary, tie = rng.integers(0, num_values, size), rng.permutation(size)
+        assert list(first(primary, tie, 5)) == sorted(range(size), key=lambda i: (primary[i], tie[i]))[:5]
