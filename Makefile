@@ -65,7 +65,7 @@ help: ## list the targets
 
 install: $(INSTALLED) ## make .venv and install what it takes to serve, pinned by constraints.txt
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py deploy/install.sh kvstore/block/row_sums.c $(wildcard services/engine/native/kernels/csrc/*)
+$(INSTALLED): pyproject.toml constraints.txt setup.py deploy/install.sh kvstore/block/row_sums.c $(wildcard services/engine/native/*/csrc/*)
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" EXTRAS= deploy/install.sh
 	@touch $@
 
@@ -157,10 +157,10 @@ kernels: $(INSTALLED) ## build the C parts again, after a change to their source
 
 # Address and undefined-behaviour sanitizers, on the portable, AVX-512 and emulated AMX kernels. The libraries are built
 # for the tests alone. Leaks are not looked for: the interpreter's own would drown ours, and the kernels allocate nothing.
-kernels-asan: $(DEVELOPED) ## the kernels' tests under AddressSanitizer and UBSan
+kernels-asan: $(DEVELOPED) ## the kernels' and the sampler's tests under AddressSanitizer and UBSan
 	TANDEM_KERNEL_TEST_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g" \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	$(BIN)/pytest tests/kernels -p no:cacheprovider
+	$(BIN)/pytest tests/kernels tests/engine/test_batch_sampler.py -p no:cacheprovider
 
 bench: $(DEVELOPED) ## run BENCHES with BENCH_ARGS; each prints a table
 	for bench in $(BENCHES); do $(BIN)/python -m $$(echo $${bench%.py} | tr / .) $(BENCH_ARGS) || exit 1; done

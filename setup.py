@@ -12,6 +12,8 @@ from setuptools import Extension, setup
 
 SOURCES = Path("services/engine/native/kernels/csrc")
 build = runpy.run_path("services/engine/native/kernels/build.py")
+SAMPLER = Path("services/engine/native/sampling/csrc")
+build_sampler = runpy.run_path("services/engine/native/sampling/build.py")
 
 setup(
     ext_modules=[
@@ -32,6 +34,15 @@ setup(
             ["kvstore/block/row_sums.c"],
             extra_compile_args=["-std=gnu11", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"],
             optional=True,
-        )
+        ),
+        Extension(
+            "services.engine.native.sampling._sampler",
+            [str(SAMPLER / "sampler.c")],
+            depends=sorted(str(path) for path in SAMPLER.iterdir()),
+            extra_compile_args=build_sampler["compile_flags"](),
+            extra_link_args=["-pthread"],
+            libraries=["m"],
+            optional=True,
+        ),
     ]
 )

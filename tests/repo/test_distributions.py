@@ -89,6 +89,7 @@ def test_the_wheel_has_stubs_kernels_demo_model_and_licence(built: Distributions
     assert {name.partition("/")[0] for name in files} == {*PACKAGES, "tandem_serve-0.1.0.dist-info"}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     assert f"services/engine/native/kernels/_portable{suffix}" in files
+    assert f"services/engine/native/sampling/_sampler{suffix}" in files
     assert f"kvstore/block/_row_sums{suffix}" in files
     assert any(name.endswith("licenses/LICENSE") for name in files)
     with zipfile.ZipFile(built.wheel) as archive:

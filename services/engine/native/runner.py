@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from services.engine.native.attention import ForwardBatch
-from services.engine.native.sampling import NoToken, SamplingRow, position_logprobs, sample
-from services.engine.native.scheduling import Batch, BlockCopy, SampledBatch, SampledSequence, ScheduledSequence
+from services.engine.native.sampling import NoToken, Sampler, SamplingRow, position_logprobs
+from services.engine.native.scheduling import (
+    Batch,
+    BlockCopy,
+    Request,
+    SampledBatch,
+    SampledSequence,
+    ScheduledSequence,
+)
 from services.engine.request import PositionLogprobs, SampledToken
 
 
@@ -44,6 +52,9 @@ class ModelRunner:
         self._model = model
         self._kv_cache = kv_cache
         self._block_size = block_size
+        self._sampler = Sampler.open(model.eos_token_ids, torch.get_num_threads(), model.device)
+        # Kept from step to step, for as long as the scheduler keeps the request.
+        self._sampling_rows: WeakKeyDictionary[Request, SamplingRow] = WeakKeyDictionary()
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> SampledBatch:
@@ -115,15 +126,19 @@ class ModelRunner:
         results: list[SampledToken | NoToken | None] = [None] * len(sequences)
         if not sampled:
             return results
-        rows = [
-            SamplingRow(request.sampling, request.prompt_token_ids, request.output_token_ids)
-            for request in (sequences[i].request for i in sampled)
-        ]
+        rows = [self._sampling_row(sequences[i].request) for i in sampled]
         last_rows = [logits_of[i][-1] for i in sampled]
         chosen = logits if last_rows == list(range(logits.shape[0])) else logits[last_rows]
-        for i, token in zip(sampled, sample(chosen, rows, self._model.eos_token_ids), strict=True):
+        for i, token in zip(sampled, self._sampler.sample(chosen, rows), strict=True):
             results[i] = token
         return results
+
+    def _sampling_row(self, request: Request) -> SamplingRow:
+        row = self._sampling_rows.get(request)
+        if row is None:
+            row = SamplingRow(request.sampling, request.prompt_token_ids, request.output_token_ids)
+            self._sampling_rows[request] = row
+        return row
 
 
 def _logits_rows(sequences: Sequence[ScheduledSequence]) -> tuple[list[range], list[int]]:

@@ -1,4 +1,4 @@
-"""Samples tokens: a pure function of (logits, parameters, seed, position, the request's own tokens).
+"""Defines sampling: a pure function of (logits, parameters, seed, position, the request's own tokens).
 
 Nothing is remembered between calls and no row looks at another, so any worker can continue any stream at any token.
 
@@ -9,6 +9,9 @@ the usual inverse of a cumulative sum, a shift anywhere below the drawn number m
 
 The order of operations is vLLM's: allowed_token_ids, min_tokens, logit_bias, penalties (repetition, frequency,
 presence), temperature, min_p, top_k, top_p. Logprobs are those of the raw logits, before all of it.
+
+This is torch on any device. On CPUs the same tokens are found faster in C (`batch_sampler.py`), which leaves to this
+what it cannot tell for certain.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor
 
 from services.engine.native.sampling.gumbel import gumbel, noise_keys
+from services.engine.native.sampling.row import NoToken, SamplingRow
 from services.engine.request import PositionLogprobs, SampledToken, SamplingParams, TokenLogprob
 
 # The most likely tokens that min_p, top_k and top_p look at first. They hold nearly all of the mass nearly always;
@@ -37,40 +41,6 @@ _LARGEST_LOGIT = 1e33
 _GROUP_COUNTER = 1 << 40
 
 
-@dataclass(frozen=True)
-class SamplingRow:
-    """The sampler's knowledge of one row: the parameters and the tokens so far."""
-
-    sampling: SamplingParams
-    prompt_token_ids: Sequence[int]
-    output_token_ids: Sequence[int]
-
-    @property
-    def position(self) -> int:
-        """The place where the sampled token will stand."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
-
-    @property
-    def changes_logits(self) -> bool:
-        """Whether any parameter but temperature and the filters applies."""
-        sampling = self.sampling
-        return bool(
-            sampling.allowed_token_ids
-            or sampling.logit_bias
-            or len(self.output_token_ids) < sampling.min_tokens
-            or sampling.repetition_penalty != 1.0
-            or sampling.frequency_penalty
-            or sampling.presence_penalty
-        )
-
-
-@dataclass(frozen=True)
-class NoToken:
-    """No token could be had from this row; `reason` is for the request's error."""
-
-    reason: str
-
-
 def sample(
     logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int] = ()
 ) -> list[SampledToken | NoToken]:
@@ -78,6 +48,11 @@ def sample(
 
     A row that is not finite, or whose parameters forbid every token, gives `NoToken` and disturbs no other row.
     """
+    return describe(logits, rows, choose(logits, rows, eos_token_ids))
+
+
+def choose(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]) -> list[int | None]:
+    """Return `sample`'s tokens by themselves; None where there is none."""
     plain = [i for i, row in enumerate(rows) if row.sampling.is_greedy and not row.changes_logits]
     others = [i for i, row in enumerate(rows) if not row.sampling.is_greedy or row.changes_logits]
     chosen: list[int | None] = [None] * len(rows)
@@ -87,10 +62,15 @@ def sample(
             chosen[i] = token_id
     if others:
         token_ids = _sample_edited(
-            _padded(_select(logits, others)), [rows[i] for i in others], logits.shape[1], eos_token_ids
+            padded(_select(logits, others)), [rows[i] for i in others], logits.shape[1], eos_token_ids
         )
         for i, token_id in zip(others, token_ids, strict=True):
             chosen[i] = token_id
+    return chosen
+
+
+def describe(logits: Tensor, rows: Sequence[SamplingRow], chosen: Sequence[int | None]) -> list[SampledToken | NoToken]:
+    """Put logprobs to the chosen tokens where they were asked for, and a reason where there is no token."""
     logprobs = _logprobs_where_asked(logits, rows, chosen)
     return [
         NoToken(_explain(row_logits, row)) if token_id is None else SampledToken(token_id, row_logprobs)
@@ -101,7 +81,7 @@ def sample(
 def position_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[PositionLogprobs]:
     """Per row of `logits` `[n, vocab_size]`: logprob and rank of the token in `token_ids`, and the `num_top` best."""
     chosen = torch.tensor(token_ids, dtype=torch.int64, device=logits.device).unsqueeze(1)
-    log_sums = _log_sum_exp(_padded(logits)).unsqueeze(1)
+    log_sums = log_sum_exp(padded(logits)).unsqueeze(1)
     chosen_logits = logits.gather(1, chosen)
     ranks = (logits > chosen_logits).sum(dim=1) + 1
     top_logits, top_ids = logits.topk(min(num_top, logits.shape[1]), dim=1)
@@ -274,7 +254,7 @@ def _draw_from_filtered(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int
 
 def _draw_sorted(scaled: Tensor, rows: Sequence[SamplingRow]) -> int:
     """Draws likewise for one row `[1, vocab_size]`, looking at every token."""
-    values = scaled.sort(dim=1, descending=True).values
+    values = _falling(scaled)
     threshold, _ = _thresholds(values, _filters(rows, scaled.device), scaled)
     token_ids = (scaled >= threshold)[0].nonzero().T
     scores = scaled.gather(1, token_ids).double() + gumbel(_noise_keys(rows, scaled.device), token_ids)
@@ -324,7 +304,7 @@ def _thresholds(values: Tensor, filters: _Filters, scaled: Tensor) -> tuple[Tens
     log_mass = kept.logsumexp(dim=1, keepdim=True)
     is_open = (threshold == -math.inf) & (filters.top_k >= scaled.shape[1])  # nothing but top_p
     if bool((is_open & ~holds_all).any()):
-        whole_mass = _log_sum_exp(scaled).double().unsqueeze(1)
+        whole_mass = log_sum_exp(scaled).double().unsqueeze(1)
         log_mass = torch.where(is_open & ~holds_all, whole_mass, log_mass)
     shares = (kept - log_mass).exp()
     before = shares.cumsum(dim=1) - shares
@@ -334,6 +314,14 @@ def _thresholds(values: Tensor, filters: _Filters, scaled: Tensor) -> tuple[Tens
     # Certain: the border lies above the smallest value that we see, and the mass before it was a known one.
     is_certain = ((nucleus > smallest) & (holds_all | is_open)) | is_whole
     return torch.maximum(threshold, nucleus), is_certain.squeeze(1).tolist()
+
+
+def _falling(scaled: Tensor) -> Tensor:
+    """Each row's values in falling order."""
+    if scaled.device.type == "cpu":
+        # numpy's sort takes a tenth of torch's time, which finds the order's indices as well.
+        return torch.from_numpy(np.sort(scaled.numpy(), axis=1)[:, ::-1].copy())
+    return scaled.sort(dim=1, descending=True).values
 
 
 # ---- rows and sums --------------------------------------------------------------
@@ -348,13 +336,18 @@ def _select(logits: Tensor, indices: Sequence[int]) -> Tensor:
     return logits if len(indices) == logits.shape[0] else logits[list(indices)]
 
 
-def _padded(logits: Tensor) -> Tensor:
+def padded(logits: Tensor) -> Tensor:
     """A copy whose rows are filled up with -inf to a whole number of groups."""
     num_rows, vocab_size = logits.shape
-    padded = logits.new_empty((num_rows, -(-vocab_size // _GROUP) * _GROUP))
-    padded[:, :vocab_size] = logits
-    padded[:, vocab_size:] = -math.inf
-    return padded
+    copy = logits.new_empty((num_rows, padded_size(vocab_size)))
+    copy[:, :vocab_size] = logits
+    copy[:, vocab_size:] = -math.inf
+    return copy
+
+
+def padded_size(vocab_size: int) -> int:
+    """Return the size of whole groups that hold so many tokens."""
+    return -(-vocab_size // _GROUP) * _GROUP
 
 
 def _group_log_sums(groups: Tensor) -> Tensor:
@@ -365,7 +358,7 @@ def _group_log_sums(groups: Tensor) -> Tensor:
     return ((groups - base).exp_().sum(dim=2, keepdim=True).log() + base).squeeze(2)
 
 
-def _log_sum_exp(padded: Tensor) -> Tensor:
+def log_sum_exp(padded: Tensor) -> Tensor:
     """log(sum(exp)) of each row `[n, k * _GROUP]`.
 
     In two levels: torch splits one long sum over its threads where it is the only one, so that a row alone would get
