@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,38 @@ def bound_unsent(listener: socket.socket) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, option, _MAX_UNSENT_BYTES)
 
 
+DIRECT_BODY = "tandem.direct_body"
+"""The name of an ASGI extension. Its `body` is the answer's `DirectBody`."""
+
+
+class DirectBody:
+    """Writes parts of a chunked answer from wherever the event loop is; what ASGI's `send` does needs a task to run.
+
+    The head, the end, and whatever has to wait for the client go by `send`, which waits for no part that was written.
+    """
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a part may be written: the answer has begun and not ended, and its client keeps up with it."""
+        cycle = self._cycle
+        return bool(
+            cycle.response_started
+            and cycle.chunked_encoding
+            and not cycle.response_complete
+            and not cycle.disconnected
+            and not cycle.flow.write_paused
+        )
+
+    def write(self, data: bytes) -> None:
+        """One part, which is not empty."""
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
 class _HeadTooLarge(Exception):
     """Raised within the parser, whose error it becomes."""
 
@@ -149,6 +181,8 @@ class BoundedHttp(HttpToolsProtocol):
             self._is_too_large = True
             raise _HeadTooLarge
         super().on_headers_complete()
+        if self.scope["method"] != "HEAD":  # which is answered without a body
+            self.scope["extensions"] = {DIRECT_BODY: {"body": DirectBody(self.cycle)}}
 
     def on_message_complete(self) -> None:
         super().on_message_complete()

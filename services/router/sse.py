@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from services.http_server import DirectBody
 from services.router.errors import ApiError, ClientDisconnected
 
 log = logging.getLogger(__name__)
@@ -41,9 +42,21 @@ def error_event(error: ApiError) -> bytes:
 class EventStream:
     """An ASGI response that starts with its first event, so that an early failure can still be a plain error."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, body: DirectBody | None = None) -> None:
+        """`body`: the answer's, where the server offers it."""
         self._send = send
+        self._body = body
         self.started = False
+
+    @property
+    def is_free(self) -> bool:
+        """Whether `write_now` may be called: it has started, and nothing waits for the client."""
+        return self._body is not None and self._body.is_free
+
+    def write_now(self, data: bytes) -> None:
+        """Sends whole events without waiting."""
+        assert self._body is not None, "the server has no such way"
+        self._body.write(data)
 
     async def write(self, data: bytes) -> None:
         """Sends whole events; waits while the client is slow."""

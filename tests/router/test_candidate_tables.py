@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from dataclasses import replace
 
+import httpx
 import numpy as np
 import pytest
 
 from services.rates import Rates
+from services.router.config import RouterConfig
 from services.router.routing import (
     MAX_CANDIDATES,
     CostModel,
@@ -26,6 +29,9 @@ from services.router.routing import (
 )
 from services.router.routing.tables import first
 from tests.router import plain_choice
+from tests.router.fake_worker import Script
+from tests.router.harness import Running, running_router, until
+from tests.worker_records import worker_record
 
 MODELS, FINGERPRINTS, ADAPTERS = ("m", "n"), ("f", "g"), ("a:1", "b:2")
 NUM_FLEETS, NUM_REQUESTS = 120, 12
@@ -154,3 +160,45 @@ def test_the_first_few_of_many_pairs_are_those_of_the_sorted_pairs(num_values):
     for size in (0, 1, 5, 6, 50, 400):
         primary, tie = rng.integers(0, num_values, size), rng.permutation(size)
         assert list(first(primary, tie, 5)) == sorted(range(size), key=lambda i: (primary[i], tie[i]))[:5]
+
+
+async def test_the_routers_tables_follow_its_sessions_and_what_it_sends(make_worker, sentence):
+    """After each piece of news the tables say what all workers, asked anew, say."""
+    permits, looks = asyncio.Semaphore(0), []
+    workers = [
+        make_worker(lambda request: Script([[each] for each in sentence[:3]], permits=permits)) for _ in range(3)
+    ]
+    prefills = [worker_record(worker_id=f"p{i}", served_model_names=("tiny",)) for i in range(3)]
+
+    def look(running: Running) -> None:
+        fleet = running.parts.workers
+        looks.append(sum(worker.num_outstanding for worker in fleet.decode_table().workers))
+        assert fleet.decode_table().workers == fleet.decode_candidates()
+        assert fleet.prefill_table().workers == fleet.prefill_candidates()
+        for table in (fleet.decode_table(), fleet.prefill_table()):
+            fresh = type(table)(table.workers)
+            assert all((column == fresh.columns[name]).all() for name, column in table.columns.items())
+
+    async with (
+        running_router(RouterConfig(), *workers, extra_records=tuple(prefills)) as running,
+        httpx.AsyncClient(base_url=running.base_url, timeout=60) as client,
+    ):
+        look(running)
+        bodies = [{"prompt": "x" * 50, "max_tokens": number} for number in (3, 3, 3, 3)]
+        asking = [asyncio.create_task(client.post("/v1/completions", json=body)) for body in bodies]
+        await until(lambda: sum(len(worker.requests) for worker in workers) == len(bodies))
+        look(running)
+        for _ in range(12):
+            permits.release()
+            await asyncio.sleep(0)
+            look(running)
+        for answer in await asyncio.gather(*asking):
+            assert answer.status_code == 200
+        look(running)
+        await workers[0].stop()
+        await until(lambda: running.parts.workers.num_sessions_up == 2)
+        look(running)
+        running.membership.set(*(worker.record() for worker in workers[1:]), *prefills[1:])
+        look(running)
+        assert len(running.parts.workers.decode_table().workers) == 2
+    assert max(looks) == len(bodies)

@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from services.http_server import DIRECT_BODY
 from services.lifecycle import Event, Timeline
 from services.logs import request_scope
 from services.router import sse
@@ -106,7 +107,7 @@ class GenerateEndpoint(Generic[B]):
         timeline = Timeline(self._parts.unix_clock)
         timeline.mark(Event.ARRIVED)
         access: AccessRecord = scope["state"]["access"]
-        stream = sse.EventStream(send)
+        stream = sse.EventStream(send, scope.get("extensions", {}).get(DIRECT_BODY, {}).get("body"))
         try:
             try:
                 with self._parts.client(scope) as client:
@@ -263,6 +264,8 @@ async def _collect(generation: Generation, renderer: Renderer, memory: Holding) 
 async def _stream(generation: Generation, renderer: Renderer, stream: sse.EventStream, keepalive_s: float) -> None:
     # The response starts with the first news, so that a refusal by the workers is still a proper HTTP error.
     events = renderer.opening()
+    if not generation.plan.wants_logprobs:
+        generation.show_at_once(lambda: stream.is_free, lambda delta: stream.write_now(renderer.event(delta)))
     while True:
         deltas = await generation.deltas(keepalive_s)
         for delta in deltas:

@@ -19,7 +19,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.router.admission import Room
 from services.router.errors import is_retryable
-from services.router.fleet.placement import Ask, Placement, Placer
+from services.router.fleet.placement import Ask, Placer
 from services.router.fleet.prefixes import PrefixFinder
 from services.router.fleet.sequence import Arrival, Budget, Diverged, PackedArrival, Sequence, SequenceState, ServedBy
 from services.router.fleet.session import WorkerSession
@@ -31,6 +31,9 @@ from services.router.routing import is_alike
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+TakeAtOnce = Callable[[int, list[int]], bool]
+"""Is called with a sequence's index and its token; whether it is done with them."""
 
 _MAX_LOSSES = 16  # of one sequence's workers, dead or left
 # Of arrivals that wait: so many are as they came, per sequence, and so many are taken at a time.
@@ -47,8 +50,8 @@ class _Sink:
     def deliver(self, output: pb.Output) -> None:
         self._guarded(self.dispatch._on_output, output)
 
-    def deliver_token(self, token_id: int) -> None:
-        self._guarded(self.dispatch._on_token, token_id)
+    def deliver_token(self, token_id: int, is_only: bool) -> None:
+        self._guarded(self.dispatch._on_only_token if is_only else self.dispatch._on_token, token_id)
 
     def lose(self, reason: str, died: bool) -> None:
         self._guarded(self.dispatch._on_death if died else self.dispatch._on_standstill, reason)
@@ -91,8 +94,11 @@ class Dispatch:
         self._budget = budget
         self._clock = clock
         self._unix_clock = unix_clock
+        self.at_once: TakeAtOnce | None = None
+        """Is offered what comes while the consumer waits; what it does not take arrives as all else does."""
         self._arrivals: deque[Arrival | PackedArrival] = deque()
         self._waiter: asyncio.Future[bool] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._make_ask = make_ask
         self._room = room
         room.on_grant = self._wake
@@ -116,14 +122,14 @@ class Dispatch:
                 break
             loop = asyncio.get_running_loop()
             self._waiter = loop.create_future()
-            timer = loop.call_later(idle_s, self._wake, False) if idle_s is not None else None
+            self._timer = loop.call_later(idle_s, self._on_idle, idle_s) if idle_s is not None else None
             try:
                 if not await self._waiter:
                     return []
             finally:
                 self._waiter = None
-                if timer is not None:
-                    timer.cancel()
+                if self._timer is not None:
+                    self._timer.cancel()
         taken = [self._arrivals.popleft() for _ in range(min(len(self._arrivals), _MOST_TAKEN))]
         return [each if isinstance(each, Arrival) else each.unpacked() for each in taken]
 
@@ -168,12 +174,19 @@ class Dispatch:
 
     # ---- what its worker says -----------------------------------------------------
 
-    def _on_token(self, sequence: Sequence, token_id: int) -> None:
+    def _on_only_token(self, sequence: Sequence, token_id: int) -> None:
+        self._on_token(sequence, token_id, self.at_once)
+
+    def _on_token(self, sequence: Sequence, token_id: int, at_once: TakeAtOnce | None = None) -> None:
         was_resuming = sequence.state is SequenceState.RESUMING
         if sequence.add_token(token_id, self._clock()):
             if was_resuming:
                 self._resumed(sequence)
-            self._arrive(Arrival(sequence.index, [token_id]))
+            is_awaited = self._waiter is not None and not self._waiter.done()
+            if at_once is not None and is_awaited and at_once(sequence.index, [token_id]):
+                self._room.generated(1)
+            else:
+                self._arrive(Arrival(sequence.index, [token_id]))
 
     def _on_output(self, sequence: Sequence, output: pb.Output) -> None:
         if output.token_ids or output.finish_reason:
@@ -318,7 +331,7 @@ class Dispatch:
     def _begun(self, sequence: Sequence) -> None:
         assert sequence.placement is not None, f"{sequence.request_id} was begun nowhere"
         sequence.numerics = sequence.placement.decision.decode.numerics
-        sequence.made_by = self._made_by(sequence.placement, sequence.usage)
+        sequence.made_by = self._workers.may_have_made(sequence.placement.space.model_fingerprint, sequence.usage)
 
     def _resumed(self, sequence: Sequence) -> None:
         resume, sequence.move = sequence.resumes[-1], None
@@ -327,23 +340,10 @@ class Dispatch:
         decode = sequence.placement.decision.decode
         computed_by = {decode.numerics}
         if resume.usage is None or not resume.usage.HasField("moved"):  # else the KV came as it was
-            sequence.made_by |= self._made_by(sequence.placement, resume.usage)
+            sequence.made_by |= self._workers.may_have_made(sequence.placement.space.model_fingerprint, resume.usage)
             computed_by |= sequence.made_by
         resume.is_exact = decode.is_exact and is_alike(sequence.numerics, *computed_by)
         self._metrics.count_resume(resume)
-
-    def _made_by(self, placement: Placement, usage: pb.Usage | None) -> set[str]:
-        """The numerics of all but the decode worker who may have made the KV that it has begun with.
-
-        Noted at once: they may be gone later. What was found in a cache, here or at whom it was fetched from, may be of
-        anybody's making.
-        """
-        if usage is None:
-            return {""}
-        names = {self._workers.numerics(usage.prefill_worker_id)} if usage.prefill_worker_id else set()
-        if usage.num_cached_tokens or usage.fetched:
-            names.update(self._workers.numerics_of_all(placement.space.model_fingerprint))
-        return names
 
     # ---- its end --------------------------------------------------------------------
 
@@ -385,6 +385,14 @@ class Dispatch:
         is_behind = arrival.output is not None and len(self._arrivals) >= _FEW_PER_SEQUENCE * len(self._sequences)
         self._arrivals.append(arrival.packed() if is_behind else arrival)
         self._wake()
+
+    def _on_idle(self, idle_s: float) -> None:
+        # Nobody is woken by what was taken at once.
+        left_s = max(each.newest_token_s for each in self._sequences) + idle_s - self._clock() if self._sequences else 0
+        if left_s > 0:
+            self._timer = asyncio.get_running_loop().call_later(left_s, self._on_idle, idle_s)
+        else:
+            self._wake(False)
 
     def _wake(self, has_news: bool = True) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -18,9 +18,8 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol
 
 from tandem.v1 import worker_pb2 as pb
 
@@ -28,6 +27,7 @@ from kvstore.registry import WorkerRecord
 from services.orders import LISTS, MOVES, RESUMES, Orders, StreamBroken, is_cancelled
 from services.rates import GUESSED, Rates
 from services.router.fleet.silence import Silence
+from services.router.fleet.sink import OutputSink
 from services.router.fleet.token_lists import ToldLists
 
 log = logging.getLogger(__name__)
@@ -40,25 +40,11 @@ _DRAINED_BYTES = 8 << 20
 _FIRST_BACKOFF_S = 0.1
 # Requests that leave a draining worker at a time: the room that each takes elsewhere is counted when it has come there.
 _MAX_LEAVING = 4
+# Of a frame, so many are delivered before others are served: that takes a millisecond or two.
+_TOKENS_AT_ONCE = 32
 _STEP_LOOP = "step loop"
 """As workers name the part that computes requests."""
 _STAY_S = 0.25  # until one that found no room elsewhere is looked at again
-
-
-class OutputSink(Protocol):
-    """Takes a request's outputs. Its methods run in the event loop, and must neither block nor raise."""
-
-    def deliver(self, output: pb.Output) -> None:
-        """The first token, log probabilities, or the end: each request has exactly one."""
-
-    def deliver_token(self, token_id: int) -> None:
-        """A further token."""
-
-    def lose(self, reason: str, died: bool) -> None:
-        """The end, too: the worker is lost. Nothing else comes. `died`: perhaps of this request."""
-
-    def may_leave(self) -> bool:
-        """Whether it could go on at another worker now, since this one drains."""
 
 
 class _StandsStill(StreamBroken):
@@ -233,7 +219,7 @@ class WorkerSession:
         async with contextlib.aclosing(self._orders.session(self.record.grpc_address, self._requests())) as frames:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 first = await anext(frames, None)
-            self._on_first_frame(first)
+            await self._on_first_frame(first)
             reading = asyncio.create_task(self._read_frames(frames), name=f"frames from {self.record.worker_id}")
             closing = asyncio.create_task(self._closing.wait(), name=f"close of {self.record.worker_id}")
             listening = asyncio.create_task(self._listen(), name=f"silence of {self.record.worker_id}")
@@ -276,7 +262,7 @@ class WorkerSession:
                 yield message
             self._outbox_filled.clear()
 
-    def _on_first_frame(self, frame: pb.SessionFrame | None) -> None:
+    async def _on_first_frame(self, frame: pb.SessionFrame | None) -> None:
         if frame is None:
             raise StreamBroken("the worker ended the session before its first frame")
         if frame.incarnation != self.record.incarnation:
@@ -291,14 +277,14 @@ class WorkerSession:
         self.features = frozenset(frame.features)
         self._on_change()
         log.debug("session with decode worker %s is up", self.record.worker_id)
-        self._on_frame(frame)
+        await self._on_frame(frame)
 
     async def _read_frames(self, frames: AsyncIterator[pb.SessionFrame]) -> None:
         async for frame in frames:
-            self._on_frame(frame)
+            await self._on_frame(frame)
         raise StreamBroken("the worker ended the session")
 
-    def _on_frame(self, frame: pb.SessionFrame) -> None:
+    async def _on_frame(self, frame: pb.SessionFrame) -> None:
         _check_progress(frame)
         self._silence.heard(asyncio.get_running_loop().time())
         if self._was_suspect:
@@ -318,10 +304,14 @@ class WorkerSession:
                 sink.deliver(output)
         if len(frame.handles) != len(frame.token_ids):
             raise StreamBroken(f"a frame with {len(frame.handles)} handles for {len(frame.token_ids)} tokens")
-        for handle, token_id in zip(frame.handles, frame.token_ids, strict=True):
+        handles = list(frame.handles)
+        num_tokens = Counter(handles) if len(set(handles)) < len(handles) else None
+        for number, (handle, token_id) in enumerate(zip(handles, frame.token_ids, strict=True), start=1):
+            if number % _TOKENS_AT_ONCE == 0:
+                await asyncio.sleep(0)
             # What comes for a request that we aborted meanwhile has nobody waiting for it.
             if (sink := self._live.get(handle)) is not None:
-                sink.deliver_token(token_id)
+                sink.deliver_token(token_id, num_tokens is None or num_tokens[handle] == 1)
         for output in ended:
             if (sink := self._live.pop(output.handle, None)) is not None:
                 self._leaving.discard(output.handle)

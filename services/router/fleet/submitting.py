@@ -16,7 +16,8 @@ from services.router.errors import ApiError, overloaded, unavailable
 from services.router.fleet.placement import Ask, Placement, Placer
 from services.router.fleet.prefixes import PrefixFinder
 from services.router.fleet.sequence import Sequence
-from services.router.fleet.session import OutputSink, SessionDown, SessionFull
+from services.router.fleet.session import SessionDown, SessionFull
+from services.router.fleet.sink import OutputSink
 from services.router.fleet.workers import Workers
 from services.router.metrics import RouterMetrics
 from services.router.routing import Refusal

@@ -290,6 +290,19 @@ class Workers:
         """
         return self._numerics.get(model_fingerprint, ())
 
+    def may_have_made(self, model_fingerprint: str, usage: pb.Usage | None) -> set[str]:
+        """The numerics of all but the decode worker who may have made the KV that a sequence has begun with.
+
+        To be noted at once: they may be gone later. What was found in a cache, there or where it was fetched from, may
+        be of anybody's making.
+        """
+        if usage is None:
+            return {""}
+        names = {self.numerics(usage.prefill_worker_id)} if usage.prefill_worker_id else set()
+        if usage.num_cached_tokens or usage.fetched:
+            names.update(self.numerics_of_all(model_fingerprint))
+        return names
+
     def prefill_rates(self, worker_id: str, rates: pb.Rates) -> None:
         """A prefill worker has said how fast it is, with the answer to one of our prompts."""
         record = self._by_id.get(worker_id)

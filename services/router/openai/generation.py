@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import Gauge
@@ -43,6 +43,11 @@ class GenerationPlan:
     @property
     def num_sequences(self) -> int:
         return len(self.prompts) * self.request.body.n
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Of the tokens of the answer."""
+        return self.request.sampling.HasField("logprobs")
 
     @property
     def num_bytes(self) -> int:
@@ -145,6 +150,7 @@ class Generation:
         ]
         self._num_unfinished = plan.num_sequences
         self._started = False
+        self._merged: dict[int, Delta] = {}  # news that `deltas` has not given yet
 
     def start(self) -> None:
         """Counts its sequences as waiting from now on, here or at a worker."""
@@ -160,28 +166,47 @@ class Generation:
 
         Raises ApiError.
         """
-        merged: dict[int, Delta] = {}
-        while not merged:
+        while not self._merged:
             arrivals = await self._dispatch.arrivals(idle_s)
             if not arrivals:
                 break
             for number, (index, token_ids, output) in enumerate(arrivals, start=1):
-                self._take(index, token_ids, output, merged)
+                self._take(index, token_ids, output)
                 if number % _ARRIVALS_AT_ONCE == 0:
                     await asyncio.sleep(0)  # many pile up for who is slow: others are served between
+        merged, self._merged = self._merged, {}
         return list(merged.values())
 
-    def _take(self, index: int, token_ids: list[int], output: pb.Output | None, merged: dict[int, Delta]) -> None:
+    def show_at_once(self, can_show: Callable[[], bool], show: Callable[[Delta], None]) -> None:
+        """From now on a token that comes while `deltas` waits is shown in that moment, if it can be: no task has
+        to wake up. Only where there is one sequence: what a frame has for several is shown together.
+        """
+
+        def take(index: int, token_ids: list[int]) -> bool:
+            choice = self._choices[index]
+            if choice.finished or not can_show():
+                return False
+            delta = self._feed(choice, token_ids, None)
+            if choice.finished:  # by a stop string: what is to be done at the end takes a task
+                self._merged[index] = delta
+                return False
+            show(delta)
+            return True
+
+        if len(self._choices) == 1:
+            self._dispatch.at_once = take
+
+    def _take(self, index: int, token_ids: list[int], output: pb.Output | None) -> None:
         choice = self._choices[index]
         if choice.finished:
             return  # by a stop string, whatever became of it at its worker since
         if output is not None and output.finish_reason == pb.FINISH_REASON_ERROR:
             raise from_worker(output.error)
         delta = self._feed(choice, token_ids, output)
-        if index in merged:
-            merged[index].extend(delta)
+        if index in self._merged:
+            self._merged[index].extend(delta)
         else:
-            merged[index] = delta
+            self._merged[index] = delta
 
     def usage(self) -> UsageCount:
         """Sums usage over all sequences; a prompt counts once, however many answers it has."""

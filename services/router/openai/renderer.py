@@ -7,11 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+import orjson
+
 from services.router import sse
 from services.router.openai.choice import Delta
 from services.router.openai.columns import default, in_pieces
 from services.router.openai.generation import Generation
 
+_PLACE = "\0"  # of the text, in an event that is none
 # Of positions with all their alternatives: half a millisecond.
 _POSITIONS_AT_ONCE = 16
 
@@ -28,7 +31,11 @@ class Renderer(ABC):
         self._generation = generation
         self._plan = plan = generation.plan
         self._request, self._body = plan.request, plan.request.body
-        self._wants_logprobs = plan.request.sampling.HasField("logprobs")
+        self._wants_logprobs = plan.wants_logprobs
+        varies = (self._wants_logprobs, self._body.return_token_ids, self._body.stream_options.continuous_usage_stats)
+        self._is_plain = not any(varies)
+        """Events differ by their text alone."""
+        self._around: dict[int, tuple[bytes, bytes]] = {}  # by choice, once its first event is written
         self._head = {
             "id": f"{self.id_prefix}-{plan.request_id}",
             "created": created_unix_s,
@@ -64,8 +71,24 @@ class Renderer(ABC):
 
     def event(self, delta: Delta) -> bytes:
         """The event for a delta, empty if there is nothing new."""
+        around = self._around.get(delta.index)
+        if around is not None and delta.token_ids and delta.finish_reason is None:
+            return around[0] + orjson.dumps(delta.text) + around[1]
         choice = self._news(delta)
-        return b"" if choice is None else sse.event(self._chunk(choice, delta.index), default)
+        if choice is None:
+            return b""
+        event = sse.event(self._chunk(choice, delta.index), default)
+        if around is None and self._is_plain:
+            self._around[delta.index] = self._around_text(delta.index)
+        return event
+
+    def _around_text(self, index: int) -> tuple[bytes, bytes]:
+        """What is before and behind the text in all further events of a choice but its last."""
+        choice = self._news(Delta(index, _PLACE, [0]))
+        assert choice is not None  # it has a token
+        # Nothing behind the text is a client's.
+        before, _, behind = sse.event(self._chunk(choice, index), default).rpartition(orjson.dumps(_PLACE))
+        return before, behind
 
     def last_event(self) -> bytes:
         """The event after the last choice's end, with what the client asked to be told of the whole; empty if none."""
