@@ -23,7 +23,7 @@ from services.engine.checkpoint import (
     stored_dtype,
 )
 from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
-from services.engine.cpu_kernels import REQUIRED_FLAGS, library_path
+from services.engine.cpu_kernels import NOT_BUILT, REQUIRED_FLAGS, lacking, library_path
 from services.engine.model_config import DTYPE_BYTES, ModelConfig, UnsupportedModel, read_config
 from services.engine.paced import read_profile
 from services.machine import Gpu, available_memory_bytes, gpus, processor_flags
@@ -115,28 +115,31 @@ def check_engine(config: EngineConfig, machine: Machine, num_workers: int = 1) -
             "max_model_len",
         )
     if config.quantization == "int8":
-        _check_int8(config, model, device, machine.processor_flags)
+        _check_kernels("quantization", config, model, device, machine.processor_flags)
+    if config.cpu_kernels in REQUIRED_FLAGS:
+        _check_kernels("cpu_kernels", config, model, device, machine.processor_flags)
     _check_memory(config, model, device, machine, num_workers)
     return model
 
 
-def _check_int8(config: EngineConfig, model: Model, device: str, flags: frozenset[str]) -> None:
+def _check_kernels(setting: str, config: EngineConfig, model: Model, device: str, flags: frozenset[str]) -> None:
+    """Check that C kernels can do what `setting`, the quantization or the name of kernels, asks of them."""
+    variants = REQUIRED_FLAGS if config.cpu_kernels == "auto" else (config.cpu_kernels,)
     problem = None
     if device != "cpu":
-        problem = "it is computed on CPUs, and this is a GPU; give --device cpu"
+        problem = "it is for CPUs, and this is a GPU; give --device cpu"
     elif config.cpu_kernels == "torch":
         problem = "it is computed by the C kernels; leave --cpu-kernels torch out"
     elif model.dtype != "bfloat16":
         problem = f"it is for bfloat16, and {model.directory} is {model.dtype}; give --dtype bfloat16"
-    else:
-        lacking = min((required - flags for required in REQUIRED_FLAGS.values()), key=len)
-        runnable = [variant for variant, required in REQUIRED_FLAGS.items() if required <= flags]
-        if not runnable:
-            problem = f"this processor lacks {', '.join(sorted(lacking))}; take another machine"
-        elif not any(map(library_path, runnable)):
-            problem = "the C kernels are not built; install a C compiler, then `make kernels`"
+    elif all(lacking(variant, flags) for variant in variants):
+        fewest = min((lacking(variant, flags) for variant in variants), key=len)
+        problem = f"this processor lacks {', '.join(fewest)}; take another machine"
+    elif not any(library_path(variant) for variant in variants if not lacking(variant, flags)):
+        problem = f"the C kernels are not built ({NOT_BUILT}); install one, then `make kernels`"
     if problem is not None:
-        raise SettingsError(f"--quantization int8: {problem}, or leave --quantization out", "quantization")
+        flag = f"--{setting.replace('_', '-')}"
+        raise SettingsError(f"{flag} {getattr(config, setting)}: {problem}, or leave {flag} out", setting)
 
 
 def weight_bytes(model: Model, device: str, quantization: str = "none") -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from services.engine.adapters import parse_modules
+from services.engine.cpu_kernels import REQUIRED_FLAGS
 from services.machine import Gpu
 from services.settings import Settings, SettingsError, setting, tensor_parallel_size
 
@@ -34,9 +35,9 @@ class EngineConfig(Settings):
     )
     cpu_kernels: str = setting(
         "auto",
-        help="what computes bfloat16 on a CPU: auto takes the C kernels where the processor has AVX-512 BF16 or AMX,"
-        " else torch",
-        choices=("auto", "torch"),
+        help="what computes bfloat16 on a CPU: auto takes the fastest C kernels that the processor can run, else torch;"
+        " kernels by name are these or an error",
+        choices=("auto", "torch", *REQUIRED_FLAGS),
         group="model",
     )
     engine: str = setting(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+from collections.abc import Set
 from pathlib import Path
 from typing import Final
 
@@ -10,11 +11,22 @@ from typing import Final
 _AVX512: Final = frozenset(
     {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma", "bmi2"}
 )
-REQUIRED_FLAGS: Final = {"amx": _AVX512 | {"amx_tile", "amx_bf16", "amx_int8"}, "avx512": _AVX512}
+REQUIRED_FLAGS: Final = {
+    "amx": _AVX512 | {"amx_tile", "amx_bf16", "amx_int8"},
+    "avx512": _AVX512,
+    "avx2": frozenset({"avx2", "fma", "bmi2"}),
+}
+
+NOT_BUILT: Final = "a C compiler was missing when tandem was installed"
+
+
+def lacking(variant: str, flags: Set[str]) -> list[str]:
+    """Return what a variant's library needs and a processor with these flags does not have, sorted."""
+    return sorted(REQUIRED_FLAGS[variant] - flags)
 
 
 def library_path(variant: str) -> Path | None:
-    """Return where the installation put the library of "avx512", "amx" or "portable"; None: it was not built."""
+    """Return where the installation put the library of a variant; None: it was not built."""
     directory = Path(__file__).parent / "native" / "kernels"
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = directory / f"_{variant}{suffix}"

@@ -2,6 +2,7 @@
 
     make bench-engine
     python -m tests.bench.bench_engine --model /models/qwen2-0.5b --num-threads 2 --repetitions 9
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m tests.bench.bench_engine --cpu-kernels avx2
 
 Without --model: a random Qwen2 (24 layers, hidden 896, 14 query and 2 KV heads, 0.39 B parameters). Times are medians.
 All runs of a row take turns, so that what else the machine does falls on each of them alike; compare within a row.
@@ -23,6 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from services.engine.cpu_kernels import REQUIRED_FLAGS
 from services.engine.native.attention.forward import ForwardBatch
 from services.engine.native.kernels.choice import choose_kernels
 from services.engine.native.kernels.library import KernelLibrary
@@ -108,9 +110,9 @@ def main() -> None:
     rows = Rows.select(arguments.quick, arguments.rows)
     with tempfile.TemporaryDirectory() as directory:
         model = arguments.model or str(write_bench_model(Path(directory)))
-        columns = engine_columns(model, rows.num_tokens, arguments.num_threads)
-        floors = measure_floors(arguments.num_threads)
-        print_conditions(floors, arguments.num_threads, arguments.repetitions)
+        columns = engine_columns(model, rows.num_tokens, arguments)
+        floors = measure_floors(arguments)
+        print_conditions(floors, arguments)
         decode_table(columns, columns[0].model, floors, rows, arguments.repetitions)
         prefill_table(columns, columns[0].model, floors, rows, arguments.repetitions)
         if arguments.profile:
@@ -122,18 +124,25 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="", help="a bfloat16 model; default: a random one of 0.39 B parameters")
     parser.add_argument("--num-threads", type=int, default=1)
+    parser.add_argument(
+        "--cpu-kernels", default="auto", help="which of them: as the workers' flag", choices=("auto", *REQUIRED_FLAGS)
+    )
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="no context and no prompt of 4,096 tokens")
     parser.add_argument("--rows", default="", help='only rows whose name contains this, e.g. "context 64"')
     return parser
 
 
-def engine_columns(model: str, num_tokens: int, num_threads: int) -> list[EngineColumn]:
+def engine_columns(model: str, num_tokens: int, arguments: argparse.Namespace) -> list[EngineColumn]:
     """With room for `num_tokens` in each cache: the C kernels in bfloat16 and int8, if they run here, and torch."""
     columns = []
-    if choose_kernels().library is not None:
-        columns.append(_engine_column("kernels bf16", model, num_tokens, num_threads))
-        columns.append(_engine_column("kernels int8", model, num_tokens, num_threads, quantization="int8"))
+    num_threads, kernels = arguments.num_threads, arguments.cpu_kernels
+    if choose_kernels(kernels).library is not None:
+        for name, quantization in (("kernels bf16", "none"), ("kernels int8", "int8")):
+            column = _engine_column(
+                name, model, num_tokens, num_threads, quantization=quantization, cpu_kernels=kernels
+            )
+            columns.append(column)
     torch_name = "torch bf16" if cpu_has_bfloat16() else "torch fp32"
     return [*columns, _engine_column(torch_name, model, num_tokens, num_threads, cpu_kernels="torch")]
 
@@ -171,8 +180,9 @@ def prefill_batches(length: int, vocab_size: int) -> list[ForwardBatch]:
     return [make_batch(1, end, end - start, vocab_size) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def print_conditions(floors: Floors, num_threads: int, repetitions: int) -> None:
-    print(f"\nkernels: {choose_kernels().reason}; {num_threads} thread(s); medians of {repetitions};", end=" ")
+def print_conditions(floors: Floors, arguments: argparse.Namespace) -> None:
+    reason = choose_kernels(arguments.cpu_kernels).reason
+    print(f"\nkernels: {reason}; {arguments.num_threads} thread(s); medians of {arguments.repetitions};", end=" ")
     peaks = " and ".join(f"{peak:.0f}" for peak in floors.gflops) or "unknown"
     print(f"DRAM {floors.dram_gb_per_s:.1f} GB/s, peak bf16 and int8 {peaks} G operations/s\n")
 
@@ -277,8 +287,8 @@ def _operations(model: LoadedModel, length: int) -> float:
     return 2.0 * _num_weights(model)[0] * length + attention
 
 
-def measure_floors(num_threads: int) -> Floors:
-    library = choose_kernels().library
+def measure_floors(arguments: argparse.Namespace) -> Floors:
+    library, num_threads = choose_kernels(arguments.cpu_kernels).library, arguments.num_threads
     peaks = [] if library is None else [_peak(library, int8, num_threads) for int8 in (False, True)]
     return Floors(_dram_gb_per_s(num_threads), peaks)
 

@@ -84,7 +84,7 @@ def main() -> None:
     processors = _pin(arguments.num_threads)
     with tempfile.TemporaryDirectory() as directory:
         model = arguments.model or str(write_bench_model(Path(directory)))
-        ours = engine_columns(model, max(rows.num_tokens, CHECKED_TOKENS + 1), arguments.num_threads)
+        ours = engine_columns(model, max(rows.num_tokens, CHECKED_TOKENS + 1), arguments)
         try:
             with vllm_column(ours[0].model, rows, arguments.repetitions, arguments.num_threads) as vllm:
                 libraries = " and ".join(Path(library).name for library in preloaded()) or "nothing"
@@ -103,8 +103,8 @@ def _measure(
     arguments: argparse.Namespace,
     targets: Sequence[Target],
 ) -> None:
-    floors = measure_floors(arguments.num_threads)
-    print_conditions(floors, arguments.num_threads, arguments.repetitions)
+    floors = measure_floors(arguments)
+    print_conditions(floors, arguments)
     columns: list[Column] = [*ours, vllm, vllm.whole]
     decode = decode_table(columns, ours[0].model, floors, rows, arguments.repetitions)
     prefill = prefill_table(columns, ours[0].model, floors, rows, arguments.repetitions)

@@ -24,7 +24,7 @@ def num_threads() -> Iterator[None]:
 
 @pytest.fixture
 def old_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without AVX-512."""
+    """Without AVX2's companions."""
     monkeypatch.setattr(choice, "processor_flags", lambda: frozenset({"avx2"}))
     monkeypatch.setattr(linear, "cpu_has_bfloat16", lambda: False)
     monkeypatch.setattr(bench_engine, "cpu_has_bfloat16", lambda: False)

@@ -345,8 +345,16 @@ SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, int], tuple[str, ...]]] = {
          "--colocated"),
     ),
     "int8 on the wrong processor": (
-        ("--quantization", "int8", "--dtype", "bfloat16"), {}, ("--quantization int8: this processor lacks", "avx512",
+        ("--quantization", "int8", "--dtype", "bfloat16"), {}, ("--quantization int8: this processor lacks bmi2, fma;",
          "leave --quantization out"),
+    ),
+    "kernels of another processor": (
+        ("--cpu-kernels", "avx512", "--dtype", "bfloat16"), {}, ("--cpu-kernels avx512: this processor lacks",
+         "avx512_bf16", "leave --cpu-kernels out"),
+    ),
+    "kernels for float32": (
+        ("--cpu-kernels", "avx2"), {}, ("--cpu-kernels avx2: it is for bfloat16", "/model is float32",
+         "--dtype bfloat16"),
     ),
     "int8 of float32": (
         ("--quantization", "int8"), {}, ("--quantization int8: it is for bfloat16", "/model is float32",
@@ -370,7 +378,7 @@ def test_settings_that_this_machine_cannot_satisfy(name: str, tandem: Tandem, tm
             1,
             ("/big: one worker needs", "for weights", "available on GPU 0", "smaller model"),
         ),
-        (("--quantization", "int8"), 1, ("--quantization int8: it is computed on CPUs", "--device cpu")),
+        (("--quantization", "int8"), 1, ("--quantization int8: it is for CPUs", "--device cpu")),
         (("--device", "cuda"), 0, ("--device cuda: no NVIDIA device is to be seen", "nvidia-smi")),
     ],
 )

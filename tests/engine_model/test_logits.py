@@ -151,7 +151,7 @@ def test_a_cpu_without_bfloat16_computes_in_float32_and_stores_bfloat16(
     path = model_dir("qwen2", dtype="bfloat16")
     native = load_model(str(path))
     monkeypatch.setattr(linear, "cpu_has_bfloat16", lambda: False)
-    emulated = load_model(str(path))
+    emulated = load_model(str(path), cpu_kernels="torch")
     (token_ids,) = random_prompts([100], seed=9)
     run = PagedRun(emulated)
     difference = (run.whole(token_ids) - reference_logits(path, token_ids)).abs()

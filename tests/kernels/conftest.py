@@ -23,6 +23,7 @@ EMULATED_AMX = ("-march=x86-64", "-mno-avx512f", "-DTANDEM_EMULATE_AMX", f"-I{Pa
 BUILDS = {
     "portable": ("portable", ()),
     "amx-emulated": ("amx", EMULATED_AMX),
+    "avx2": ("avx2", ()),
     "avx512": ("avx512", ()),
     "amx": ("amx", ()),
 }

@@ -13,54 +13,103 @@ from services.engine.native.kernels.library import AttentionCall, KernelError, K
 from services.engine.native.kernels.self_check import check
 from tests.kernels.conftest import Libraries
 
-AVX512, AMX = REQUIRED_FLAGS["avx512"], REQUIRED_FLAGS["amx"]
+AMX, AVX512, AVX2 = (REQUIRED_FLAGS[variant] | REQUIRED_FLAGS["avx2"] for variant in ("amx", "avx512", "avx2"))
+ALL = {"amx", "avx512", "avx2"}
 
 
-def choice_of(flags: frozenset[str], built: set[str], faulty: set[str], library: KernelLibrary) -> tuple[bool, str]:
+def choice_of(
+    wanted: str, flags: frozenset[str], built: set[str], faulty: set[str], library: KernelLibrary
+) -> tuple[bool, str]:
     def load(variant: str, path: Path) -> KernelLibrary:
         assert path == Path(variant)
         if variant in faulty:
             raise KernelError(f"{variant} gives a wrong product")
         return library
 
-    chosen = choose(flags, lambda variant: Path(variant) if variant in built else None, load)
+    chosen = choose(wanted, flags, lambda variant: Path(variant) if variant in built else None, load)
     return chosen.library is library, chosen.reason
 
 
 @pytest.mark.parametrize(
     ("flags", "built", "faulty", "expected"),
     [
-        (AMX, {"amx", "avx512"}, set(), (True, "amx kernels")),
-        (AMX, {"amx", "avx512"}, {"amx"}, (True, "avx512 kernels; amx gives a wrong product")),
-        (AVX512, {"amx", "avx512"}, set(), (True, "avx512 kernels")),
+        (AMX, ALL, set(), (True, "amx kernels")),
+        (AMX, ALL, {"amx"}, (True, "avx512 kernels; amx gives a wrong product")),
+        (AVX512, ALL, set(), (True, "avx512 kernels")),
+        (AVX2, ALL, set(), (True, "avx2 kernels")),
+        (AVX512, ALL, {"avx512"}, (True, "avx2 kernels; avx512 gives a wrong product")),
         (
-            AVX512,
+            AVX2,
             set(),
             set(),
+            (False, "torch, since avx2 kernels are not built (a C compiler was missing when tandem was installed)"),
+        ),
+        (AVX2, ALL, {"avx2"}, (False, "torch, since avx2 gives a wrong product")),
+        (
+            AMX,
+            ALL,
+            ALL,
             (
                 False,
-                "torch, since avx512 kernels are not built (a C compiler was missing when tandem was installed)",
+                "torch, since amx gives a wrong product; avx512 gives a wrong product; avx2 gives a wrong product",
             ),
         ),
         (
-            AMX,
-            {"amx", "avx512"},
-            {"amx", "avx512"},
-            (False, "torch, since amx gives a wrong product; avx512 gives a wrong product"),
-        ),
-        (
             frozenset({"avx2"}),
-            {"amx", "avx512"},
+            ALL,
             set(),
-            (False, "torch, since the processor has neither AMX nor AVX-512 with bfloat16"),
+            (False, "torch, since the processor has neither AMX, nor AVX-512 with bfloat16, nor AVX2 with FMA"),
         ),
     ],
-    ids=["amx", "amx is wrong", "no amx", "not built", "all wrong", "old processor"],
+    ids=[
+        "amx",
+        "amx is wrong",
+        "no amx",
+        "avx2",
+        "avx512 is wrong",
+        "not built",
+        "avx2 is wrong",
+        "all wrong",
+        "old processor",
+    ],
 )
 def test_the_fastest_library_that_is_built_and_right_is_chosen(
     libraries: Libraries, flags: frozenset[str], built: set[str], faulty: set[str], expected: tuple[bool, str]
 ) -> None:
-    assert choice_of(flags, built, faulty, libraries("portable")) == expected
+    assert choice_of("auto", flags, built, faulty, libraries("portable")) == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "flags", "built", "faulty", "expected"),
+    [
+        ("avx2", AMX, ALL, set(), (True, "avx2 kernels")),
+        ("avx2", AMX, ALL, {"avx2"}, (False, "torch, since avx2 gives a wrong product")),
+        (
+            "avx512",
+            AVX512 - {"avx512_bf16", "avx512_vnni"},
+            ALL,
+            set(),
+            (False, "torch, since avx512 kernels need avx512_bf16, avx512_vnni of the processor"),
+        ),
+        (
+            "avx512",
+            AMX,
+            {"amx", "avx2"},
+            set(),
+            (False, "torch, since avx512 kernels are not built (a C compiler was missing when tandem was installed)"),
+        ),
+    ],
+    ids=["not the fastest", "wrong", "not of this processor", "not built"],
+)
+def test_kernels_by_name_are_these_or_none(
+    libraries: Libraries,
+    wanted: str,
+    flags: frozenset[str],
+    built: set[str],
+    faulty: set[str],
+    expected: tuple[bool, str],
+) -> None:
+    assert choice_of(wanted, flags, built, faulty, libraries("portable")) == expected
 
 
 def test_every_library_that_runs_here_passes_its_check(library: KernelLibrary) -> None:

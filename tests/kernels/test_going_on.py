@@ -16,7 +16,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import WorkerRecord
 from services.engine.native.kernels.choice import KernelChoice
-from services.engine.native.model import linear, model
+from services.engine.native.model import model
 from tests.hf_models import random_prompts, write_model
 from tests.kernels.conftest import RUNNABLE, Libraries
 from tests.memory_transport import Switchboard
@@ -93,8 +93,7 @@ def decode_worker(
     with pytest.MonkeyPatch.context() as patch:
         if kernels != "torch":
             library = libraries(kernels)
-            patch.setattr(linear, "cpu_has_bfloat16", lambda: True)
-            patch.setattr(model, "choose_kernels", lambda: KernelChoice(library, "as the test says"))
+            patch.setattr(model, "choose_kernels", lambda wanted: KernelChoice(library, "as the test says"))
         return DecodeWorker(
             f"decode-{number}",
             path,

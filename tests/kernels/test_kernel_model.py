@@ -57,8 +57,7 @@ def models(libraries: Libraries, model_dirs: Callable[..., Path]) -> Iterator[Mo
     ) -> LoadedModel:
         library = libraries(kernels)
         with patch.context() as here:
-            here.setattr(linear, "cpu_has_bfloat16", lambda: True)
-            here.setattr(model, "choose_kernels", lambda: KernelChoice(library, "as the test says"))
+            here.setattr(model, "choose_kernels", lambda wanted: KernelChoice(library, "as the test says"))
             path = str(model_dirs(family, **overrides))
             loaded = load_model(path, quantization=quantization, num_threads=num_threads)
         torch.set_num_threads(1)
@@ -218,6 +217,24 @@ def test_a_machine_without_kernels_computes_with_torch(
 ) -> None:
     monkeypatch.setattr(linear, "cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr(linear, "_has_onednn", lambda: False)  # it packs no bfloat16 on a processor without AVX-512
-    monkeypatch.setattr(model, "choose_kernels", lambda: KernelChoice(None, "torch, since nothing is built"))
-    loaded = load_model(str(model_dirs("qwen2")))
+    monkeypatch.setattr(model, "choose_kernels", lambda wanted: KernelChoice(None, "torch, since nothing is built"))
+    path = str(model_dirs("qwen2"))
+    loaded = load_model(path)
     assert (loaded.compute_path.kernels, loaded.compute_path.reason) == ("torch", "torch, since nothing is built")
+    with pytest.raises(
+        UnsupportedModel, match=r"cpu_kernels 'avx2' cannot compute it: .* torch, since nothing is built"
+    ):
+        load_model(path, cpu_kernels="avx2")
+
+
+def test_kernels_compute_bfloat16_where_torch_would_widen_it(
+    libraries: Libraries, model_dirs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on AVX2: what the processor can do in hardware is not asked."""
+    library = libraries("portable")
+    monkeypatch.setattr(linear, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(model, "choose_kernels", lambda wanted: KernelChoice(library, f"{wanted}, as the test says"))
+    for wanted in ("auto", "avx2"):
+        loaded = load_model(str(model_dirs("qwen2")), cpu_kernels=wanted)
+        assert (loaded.compute_path.kernels, loaded.dtype) == ("portable", "bfloat16")
+        assert loaded.compute_path.reason == f"{wanted}, as the test says"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.native.kernels.library import Epilogue, KernelLibrary, Workspace
-from services.engine.native.model.projection import Projection
+from services.engine.native.model.projection import MAX_INT8_DEPTH, Projection
 from tests.kernels.conftest import Libraries
 
 ROWS = [1, 2, 5, 11, 12, 13, 16, 17, 31, 32, 33, 64, 75]
@@ -160,6 +160,39 @@ def test_int8_gives_the_same_bits_on_every_processor(library: KernelLibrary, lib
         for each in (library, libraries("portable"))
     )
     assert torch.equal(ours, portable)
+
+
+def test_the_largest_int8_sums_there_are_do_not_overflow(library: KernelLibrary) -> None:
+    """Both sides at their ends, all the way down the deepest product there may be."""
+    depth = MAX_INT8_DEPTH
+    weight = torch.full((37, depth), 127, dtype=torch.bfloat16)
+    weight[1::2] = -127
+    weight[2, 1::2] = -127
+    x = torch.full((7, depth), 127, dtype=torch.bfloat16)
+    x[1::2] = -127
+    x[4, ::2] = -127
+    exact = x.double() @ weight.double().T
+    assert exact.max() == -exact.min() == 127 * 127 * depth
+    projection = Projection(library, weight, None, int8=True)
+    for num_rows in (1, 2, 7):  # as many at once as different loops take
+        assert torch.equal(multiply(projection, x[:num_rows], Epilogue.WRITE_FLOAT), exact[:num_rows].float())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_int8_of_any_bits_at_all_is_what_the_portable_kernel_makes_of_them(
+    library: KernelLibrary, libraries: Libraries, seed: int
+) -> None:
+    """Denormal, huge, infinite, not a number: whatever becomes of a row's whole numbers, it is between -127 and 127."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-127, 128, (40, 200), generator=generator).bfloat16()
+    x = torch.randint(-(2**15), 2**15, (64, 200), generator=generator).to(torch.int16).view(torch.bfloat16)
+    x[:16] *= 2.0**-120
+    x[16:32] = x[16:32].nan_to_num(1.0).clamp(-(2.0**-126), 2.0**-126)
+    ours, portable = (
+        multiply(Projection(each, weight, None, int8=True), x, Epilogue.WRITE_FLOAT)
+        for each in (library, libraries("portable"))
+    )
+    torch.testing.assert_close(ours, portable, rtol=0, atol=0, equal_nan=True)
 
 
 def test_threads_may_call_at_the_same_time(library: KernelLibrary) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from services.cli.doctor.findings import Finding, ProbeFailed, broken, good, probe, worse
 from services.cli.up import available_cores
+from services.engine.cpu_kernels import lacking
 from services.machine import available_memory_bytes, processor_flags
 from services.startup import CannotListen, claim_port
 
@@ -26,11 +27,11 @@ print(json.dumps({"version": torch.__version__, "built_for": torch.version.cuda,
 
 _KERNEL_PROBE = """
 import json
-from services.engine.cpu_kernels import REQUIRED_FLAGS
+from services.engine.cpu_kernels import REQUIRED_FLAGS, lacking
 from services.engine.native.kernels.choice import choose_kernels
 from services.machine import processor_flags
 choice = choose_kernels()
-expected = any(flags <= processor_flags() for flags in REQUIRED_FLAGS.values())
+expected = not all(lacking(variant, processor_flags()) for variant in REQUIRED_FLAGS)
 print(json.dumps({"kernels": choice.library is not None, "reason": choice.reason, "expected": expected}))
 """
 
@@ -52,6 +53,8 @@ def check_processor() -> list[Finding]:
     if flags & {"amx_bf16", "avx512_bf16", "bf16"}:
         which = ", ".join(name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in flags)
         findings.append(good("bfloat16", f"in hardware ({which})"))
+    elif not lacking("avx2", flags):
+        findings.append(good("bfloat16", "not in hardware: the C kernels compute it in float32, torch would, too"))
     else:
         findings.append(
             worse(

@@ -26,6 +26,7 @@ FLAGS: Final = (
 _AVX512: Final = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512")
 VARIANT_FLAGS: Final = {
     "portable": (),
+    "avx2": ("-mavx2", "-mfma", "-mbmi2"),
     "avx512": _AVX512,
     "amx": (*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }

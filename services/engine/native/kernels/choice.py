@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from services.engine.cpu_kernels import REQUIRED_FLAGS, library_path
+from services.engine.cpu_kernels import NOT_BUILT, REQUIRED_FLAGS, lacking, library_path
 from services.engine.native.kernels.library import KernelError, KernelLibrary
 from services.engine.native.kernels.self_check import check
 from services.machine import processor_flags
@@ -26,27 +26,29 @@ class KernelChoice:
     reason: str
 
 
-@lru_cache(maxsize=1)
-def choose_kernels() -> KernelChoice:
-    """Return this machine's choice; made once in a process."""
-    return choose(processor_flags(), library_path, load_checked)
+@lru_cache
+def choose_kernels(wanted: str = "auto") -> KernelChoice:
+    """Return this machine's choice, as --cpu-kernels says; made once in a process."""
+    return choose(wanted, processor_flags(), library_path, load_checked)
 
 
 def choose(
-    flags: Set[str], find: Callable[[str], Path | None], load: Callable[[str, Path], KernelLibrary]
+    wanted: str, flags: Set[str], find: Callable[[str], Path | None], load: Callable[[str, Path], KernelLibrary]
 ) -> KernelChoice:
     """Return the fastest library that the processor can run, that is built, and that computes what it should.
 
-    `flags` are the processor's; `find` says where a variant's library lies; `load` loads and checks it, or raises
-    `KernelError`.
+    `wanted` is a variant, which alone is looked at, or "auto". `flags` are the processor's; `find` says where a
+    variant's library lies; `load` loads and checks it, or raises `KernelError`.
     """
     notes: list[str] = []
-    for variant, required in REQUIRED_FLAGS.items():
-        if not required <= flags:
+    for variant in REQUIRED_FLAGS if wanted == "auto" else (wanted,):
+        if missing := lacking(variant, flags):
+            if wanted == variant:
+                notes.append(f"{variant} kernels need {', '.join(missing)} of the processor")
             continue
         path = find(variant)
         if path is None:
-            notes.append(f"{variant} kernels are not built (a C compiler was missing when tandem was installed)")
+            notes.append(f"{variant} kernels are not built ({NOT_BUILT})")
             continue
         try:
             library = load(variant, path)
@@ -55,7 +57,7 @@ def choose(
             continue
         return KernelChoice(library, "; ".join([f"{variant} kernels", *notes]))
     if not notes:
-        notes.append("the processor has neither AMX nor AVX-512 with bfloat16")
+        notes.append("the processor has neither AMX, nor AVX-512 with bfloat16, nor AVX2 with FMA")
     return KernelChoice(None, "torch, since " + "; ".join(notes))
 
 

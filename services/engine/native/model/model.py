@@ -46,7 +46,7 @@ class Computation(Protocol):
 class ComputePath:
     """Names what computes a model here, for logs and metrics."""
 
-    kernels: str  # "amx", "avx512"; "torch" where the C kernels are not used
+    kernels: str  # "amx", "avx512", "avx2"; "torch" where the C kernels are not used
     quantization: str  # "int8" or "none"
     reason: str  # one line for a person
     is_simulation: bool = False  # nothing is computed: tokens mean nothing
@@ -122,7 +122,8 @@ def load_model(
 
     `dtype` "auto" is the checkpoint's own. `max_model_len` defaults to the longest context that the model's positions
     are made for, and cannot exceed it. `num_threads` sets torch's thread count for the process. `quantization` is
-    "none" or "int8". `cpu_kernels` "auto" takes the C kernels where they can compute the model, "torch" never.
+    "none" or "int8". `cpu_kernels` "auto" takes the C kernels where they can compute the model, "torch" never; "amx"
+    and the like take these or none.
     `progress` is called with 0..1 while weights are read.
 
     Raises `ModelNotFound`, or `UnsupportedModel` naming what is not supported.
@@ -143,8 +144,10 @@ def load_model(
         if resolved not in DTYPES:
             raise UnsupportedModel(f"dtype {dtype!r} is not supported (only auto, {', '.join(DTYPES)})")
         builder = FingerprintBuilder()
-        computed_in = compute_dtype(getattr(torch, resolved), target)
-        library, reason = _choose_kernels(resolved, computed_in, target, cpu_kernels)
+        library, reason = _choose_kernels(resolved, target, cpu_kernels)
+        if library is None and cpu_kernels not in ("auto", "torch"):
+            raise UnsupportedModel(f"cpu_kernels {cpu_kernels!r} cannot compute it: here computes {reason}")
+        computed_in = torch.bfloat16 if library else compute_dtype(getattr(torch, resolved), target)
         if quantization != "none" and (quantization != "int8" or library is None):
             raise UnsupportedModel(
                 f"quantization {quantization!r} needs the CPU kernels, int8 only, and here computes {reason};"
@@ -168,18 +171,16 @@ def load_model(
     return LoadedModel(directory, config, resolved, str(target), fingerprint, longest, computation, path)
 
 
-def _choose_kernels(
-    dtype: str, computed_in: torch.dtype, device: torch.device, cpu_kernels: str
-) -> tuple[KernelLibrary | None, str]:
+def _choose_kernels(dtype: str, device: torch.device, cpu_kernels: str) -> tuple[KernelLibrary | None, str]:
     """Return the C kernels that compute a model, None where torch does, and why."""
     if device.type != "cpu":
         return None, f"torch, on {device}"
     if cpu_kernels == "torch":
         return None, "torch, as cpu_kernels says"
-    if computed_in != torch.bfloat16:
-        computed = str(computed_in).removeprefix("torch.")
+    if dtype != "bfloat16":
+        computed = str(compute_dtype(getattr(torch, dtype), device)).removeprefix("torch.")
         return None, f"torch: in {computed}, and the CPU kernels are for bfloat16 (dtype {dtype})"
-    choice = choose_kernels()
+    choice = choose_kernels(cpu_kernels)
     return choice.library, choice.reason
 
 

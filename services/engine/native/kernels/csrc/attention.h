@@ -17,6 +17,7 @@
 
 #include "threads.h"
 #include "vector.h"
+#include "widening.h"
 
 enum {
     CHUNK = 128,                       /* tokens */
@@ -44,32 +45,32 @@ struct attention_call {
 
 /* What a thread works in. The arrays have num_depth = ceil(head_dim / 32) blocks where [D] stands. */
 struct attention_space {
-    bf16 *queries;  /* panels of [D][rows][32] */
+    a_bf16 *queries; /* panels of [D][rows][32] */
     float *outputs; /* panels of [D][rows][32] */
     bf16 *keys;     /* [CHUNK_BLOCKS][D][2 tiles] */
     bf16 *values;   /* [D][CHUNK_BLOCKS][2 tiles] */
     float *scores;  /* [CHUNK_BLOCKS][rows][32] */
-    bf16 *weights;  /* [CHUNK_BLOCKS][rows][32] */
+    a_bf16 *weights; /* [CHUNK_BLOCKS][rows][32] */
     float *largest; /* [TASK_ROWS] */
     float *sums;    /* [TASK_ROWS] */
 };
 
 static int64_t attention_space_bytes(int64_t head_dim) {
     const int64_t padded = round_up(head_dim, BF16_DEPTH);
-    return TASK_ROWS * padded * 2 + TASK_ROWS * padded * 4 + 2 * CHUNK * padded * 2 + ROWS * CHUNK * 4
-           + ROWS * CHUNK * 2 + 2 * TASK_ROWS * 4;
+    return TASK_ROWS * padded * (int64_t)sizeof(a_bf16) + TASK_ROWS * padded * 4 + 2 * CHUNK * padded * 2
+           + ROWS * CHUNK * 4 + ROWS * CHUNK * (int64_t)sizeof(a_bf16) + 2 * TASK_ROWS * 4;
 }
 
 static struct attention_space attention_space(void *workspace, int thread, int64_t head_dim) {
     const int64_t padded = round_up(head_dim, BF16_DEPTH);
     struct attention_space space;
     char *next = (char *)workspace + thread * attention_space_bytes(head_dim);
-    space.queries = (bf16 *)next, next += TASK_ROWS * padded * 2;
+    space.queries = (a_bf16 *)next, next += TASK_ROWS * padded * (int64_t)sizeof(a_bf16);
     space.outputs = (float *)next, next += TASK_ROWS * padded * 4;
     space.keys = (bf16 *)next, next += CHUNK * padded * 2;
     space.values = (bf16 *)next, next += CHUNK * padded * 2;
     space.scores = (float *)next, next += ROWS * CHUNK * 4;
-    space.weights = (bf16 *)next, next += ROWS * CHUNK * 2;
+    space.weights = (a_bf16 *)next, next += ROWS * CHUNK * (int64_t)sizeof(a_bf16);
     space.largest = (float *)next, next += TASK_ROWS * 4;
     space.sums = (float *)next;
     return space;
@@ -153,7 +154,7 @@ static void pack_chunk(const struct attention_call *call, const struct attention
 static inline void rescale(float *o, float factor) {
     for (int i = 0; i < COLUMNS; i += LANES) {
         const floats values = load_floats(o + i) * factor;
-        store_floats(o + i, (floats)((ints)values & ~(absolute(values) < FLT_MIN))); /* a NaN stays one */
+        store_floats(o + i, (floats)((ints)values & ~less(absolute(values), all(FLT_MIN)))); /* a NaN stays one */
     }
 }
 
@@ -171,7 +172,7 @@ static void attend_chunk(const struct attention_call *call, const struct attenti
     const int64_t num_depth = ceil_div(call->head_dim, BF16_DEPTH), group = call->num_heads / call->num_kv_heads;
     const int rows = panel->rows;
     const float scale = call->scale * 1.44269504f;
-    const bf16 *queries = space->queries + panel->row * num_depth * BF16_DEPTH;
+    const a_bf16 *queries = space->queries + panel->row * num_depth * BF16_DEPTH;
     const struct ahead nothing_ahead = {(const char *)queries, 0};
     float *outputs = space->outputs + panel->row * num_depth * COLUMNS;
     const ints token_of_lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -189,7 +190,7 @@ static void attend_chunk(const struct attention_call *call, const struct attenti
             scores[i] = load_floats(space->scores + (i / 2 * rows + row) * COLUMNS + i % 2 * LANES);
             if (i * LANES < first || i * LANES + LANES - 1 > last) {
                 const ints token = token_of_lane + i * LANES;
-                scores[i] = select_floats((token >= first) & (token <= last), scores[i], all(-INFINITY));
+                scores[i] = select_floats(within(token, first, last), scores[i], all(-INFINITY));
             }
             greatest = larger(scores[i], greatest);
         }
@@ -198,7 +199,7 @@ static void attend_chunk(const struct attention_call *call, const struct attenti
         for (int i = 0; i < num_panels * COLUMNS / LANES; i++) {
             const floats weights = exp2_of_nonpositive((scores[i] - now) * scale);
             total += weights;
-            store_bf16(space->weights + (i / 2 * rows + row) * COLUMNS + i % 2 * LANES, weights, LANES);
+            put_weights(space->weights + (i / 2 * rows + row) * COLUMNS + i % 2 * LANES, weights);
         }
         const float factor = exp2_of_nonpositive(all((before - now) * scale))[0];
         *sum = *sum * factor + sum16(total);
@@ -251,11 +252,9 @@ static void attend_task(void *argument, int64_t task, int thread) {
         for (int row = 0; row < panel->rows; row++) {
             const int64_t r = row_offset + panel->row + row;
             const bf16 *q = call->q + (start_row + r / group) * call->q_stride + (head * group + r % group) * d;
-            bf16 *out = space.queries + panel->row * num_depth * BF16_DEPTH + row * BF16_DEPTH;
-            for (int64_t k = 0; k < d; k += BF16_DEPTH, out += panel->rows * BF16_DEPTH) {
-                if (d - k < BF16_DEPTH) memset(out, 0, LINE);
-                memcpy(out, q + k, (size_t)min64(BF16_DEPTH, d - k) * sizeof *q);
-            }
+            a_bf16 *out = space.queries + panel->row * num_depth * BF16_DEPTH + row * BF16_DEPTH;
+            for (int64_t k = 0; k < d; k += BF16_DEPTH, out += panel->rows * BF16_DEPTH)
+                put_bf16(out, q + k, d - k);
             space.largest[panel->row + row] = NO_SCORE;
             space.sums[panel->row + row] = 0;
         }

@@ -10,6 +10,7 @@
 
 #include "threads.h"
 #include "vector.h"
+#include "widening.h"
 
 enum epilogue {
     WRITE = 0,          /* y = x W^T + bias, bf16 */
@@ -34,7 +35,7 @@ struct weights {
 static inline floats sigmoid(floats x) {
     /* exp(-|x|) cannot overflow */
     const floats e = exp2_of_nonpositive(absolute(x) * -1.44269504f);
-    return select_floats(x < 0.0f, e, all(1.0f)) / (e + 1.0f);
+    return select_floats(less(x, all(0.0f)), e, all(1.0f)) / (e + 1.0f);
 }
 
 /* Abramowitz and Stegun 7.1.26: off by 1.5e-7 at most. */
@@ -42,7 +43,7 @@ static inline floats error_function(floats x) {
     const floats a = absolute(x), t = 1.0f / (0.3275911f * a + 1.0f);
     const floats p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
     const floats positive = 1.0f - p * exp2_of_nonpositive(a * a * -1.44269504f);
-    return select_floats(x < 0.0f, -positive, positive);
+    return select_floats(less(x, all(0.0f)), -positive, positive);
 }
 
 static inline floats activate(floats gate, enum epilogue epilogue) {
@@ -62,7 +63,7 @@ struct linear_job {
     enum epilogue epilogue;
     int64_t num_blocks;  /* of depth */
     int64_t first, stop; /* the rows packed now */
-    char *packed;        /* panels of x: [rows of the panel][64] for each block of depth */
+    char *packed;        /* panels of x: [rows of the panel][A_LINE] for each block of depth */
     float *row_scales;   /* int8: of the packed rows */
 };
 
@@ -86,15 +87,11 @@ static int64_t rows_at_once(int64_t num_blocks) {
         if (l2_bytes <= 0) l2_bytes = 1 << 20;
         atomic_store_explicit(&known, l2_bytes, memory_order_relaxed);
     }
-    return min64(MAX_PACKED_ROWS, max64(ROWS, l2_bytes / 2 / (num_blocks * LINE) / ROWS * ROWS));
+    return min64(MAX_PACKED_ROWS, max64(ROWS, l2_bytes / 2 / (num_blocks * A_LINE) / ROWS * ROWS));
 }
 
 static void pack_row_bf16(char *out, ptrdiff_t block_bytes, const bf16 *x, int64_t depth) {
-    for (int64_t k = 0; k < depth; k += BF16_DEPTH, out += block_bytes) {
-        int64_t count = min64(BF16_DEPTH, depth - k);
-        if (count < BF16_DEPTH) memset(out, 0, LINE);
-        memcpy(out, x + k, (size_t)count * sizeof *x);
-    }
+    for (int64_t k = 0; k < depth; k += BF16_DEPTH, out += block_bytes) put_bf16(out, x + k, min64(BF16_DEPTH, depth - k));
 }
 
 /* A row in int8: x = scale * q, with q from -127 to 127, rounded to nearest. Returns the scale. */
@@ -107,9 +104,7 @@ static float pack_row_int8(char *out, ptrdiff_t block_bytes, const bf16 *x, int6
         for (int64_t i = 0; i < INT8_DEPTH; i += LANES) {
             const floats values = load_bf16(x + k + i, max64(0, depth - k - i));
             /* Adding 1.5 * 2^23 rounds, and leaves the whole number in the low bits. */
-            const ints whole = (ints)(values * inverse + 12582912.0f) + PANEL_INT8_OFFSET;
-            const quarters packed = __builtin_convertvector(whole, quarters);
-            memcpy(out + i, &packed, sizeof packed);
+            put_int8(out, i, (ints)(values * inverse + 12582912.0f) + PANEL_INT8_OFFSET);
         }
     return largest / 127.0f;
 }
@@ -118,13 +113,13 @@ static void pack_rows(void *argument, int64_t panel, int thread) {
     (void)thread;
     struct linear_job *job = argument;
     const int64_t first = panel * ROWS, rows = min64(ROWS, job->stop - job->first - first);
-    char *out = job->packed + first * job->num_blocks * LINE;
-    for (int64_t row = 0; row < rows; row++, out += LINE) {
+    char *out = job->packed + first * job->num_blocks * A_LINE;
+    for (int64_t row = 0; row < rows; row++, out += A_LINE) {
         const bf16 *x = job->x + (job->first + first + row) * job->x_stride;
         if (job->weights->scales)
-            job->row_scales[first + row] = pack_row_int8(out, rows * LINE, x, job->weights->depth);
+            job->row_scales[first + row] = pack_row_int8(out, rows * A_LINE, x, job->weights->depth);
         else
-            pack_row_bf16(out, rows * LINE, x, job->weights->depth);
+            pack_row_bf16(out, rows * A_LINE, x, job->weights->depth);
     }
 }
 
@@ -189,11 +184,11 @@ static void multiply_panel(void *argument, int64_t panel, int thread) {
         struct ahead ahead = {b + (num_rows > FEW_ROWS ? num_blocks : FEW_ROWS_AHEAD) * B_BLOCK, lines};
         for (int64_t first = 0; first < num_rows; first += ROWS, ahead.next += num_blocks * lines * LINE) {
             const int rows = (int)min64(ROWS, num_rows - first);
-            const char *a = job->packed + (first * job->num_blocks + block * rows) * LINE;
+            const char *a = job->packed + (first * job->num_blocks + block * rows) * A_LINE;
             if (weights->scales)
-                panel_int8(c.ints + first * COLUMNS, (const int8_t *)a, (const int8_t *)b, num_blocks, rows, block > 0, ahead);
+                panel_int8(c.ints + first * COLUMNS, (const a_int8 *)a, (const int8_t *)b, num_blocks, rows, block > 0, ahead);
             else
-                panel_bf16(c.floats + first * COLUMNS, (const bf16 *)a, (const bf16 *)b, num_blocks, rows, block > 0, ahead);
+                panel_bf16(c.floats + first * COLUMNS, (const a_bf16 *)a, (const bf16 *)b, num_blocks, rows, block > 0, ahead);
         }
     }
     switch (job->epilogue) {
@@ -209,7 +204,7 @@ static void multiply_panel(void *argument, int64_t panel, int thread) {
 /* Bytes of workspace, aligned to 64, that `tandem_linear` needs for `num_rows` rows. */
 EXPORT int64_t tandem_linear_workspace(const struct weights *weights, int64_t num_rows) {
     const int64_t num_blocks = num_depth_blocks(weights), rows = min64(num_rows, rows_at_once(num_blocks));
-    return rows * num_blocks * LINE + round_up(rows * (int64_t)sizeof(float), LINE);
+    return rows * num_blocks * A_LINE + round_up(rows * (int64_t)sizeof(float), LINE);
 }
 
 /* x [num_rows][depth] in bf16; y [num_rows][num_outputs], of the epilogue's type. */
@@ -218,7 +213,7 @@ EXPORT void tandem_linear(const struct weights *weights, const bf16 *x, int64_t 
     const int64_t num_blocks = num_depth_blocks(weights), step = rows_at_once(num_blocks);
     struct linear_job job = {weights, x, x_stride, num_rows, y, y_stride, (enum epilogue)epilogue, num_blocks, 0, 0,
                              workspace, NULL};
-    job.row_scales = (float *)(job.packed + min64(num_rows, step) * num_blocks * LINE);
+    job.row_scales = (float *)(job.packed + min64(num_rows, step) * num_blocks * A_LINE);
     for (job.first = 0; job.first < num_rows; job.first = job.stop) {
         job.stop = min64(num_rows, job.first + step);
         run_tasks(pack_rows, &job, ceil_div(job.stop - job.first, ROWS), num_threads);

@@ -22,6 +22,9 @@
 
 #define PANEL_INT8_OFFSET 0
 
+typedef bf16 a_bf16; /* A's elements: as they are */
+typedef int8_t a_int8;
+
 /* GCC does not know that tile loads read memory: what was written before must not be held back or dropped. */
 #define COMPILER_BARRIER(pointer) __asm__ volatile("" ::"r"(pointer) : "memory")
 
@@ -102,7 +105,7 @@ static void start_tiles(const void *c, int rows, bool accumulate) {
 }
 
 /* C [rows][32] (+)= A B: see kernels.h for A and B. C is replaced unless `accumulate`. */
-static void panel_bf16(float *c, const bf16 *a, const bf16 *b, int64_t num_blocks, int rows, bool accumulate,
+static void panel_bf16(float *c, const a_bf16 *a, const bf16 *b, int64_t num_blocks, int rows, bool accumulate,
                        struct ahead ahead) {
     start_tiles(c, rows, accumulate);
     AMX_PANEL(_tile_dpbf16ps)
@@ -110,7 +113,7 @@ static void panel_bf16(float *c, const bf16 *a, const bf16 *b, int64_t num_block
 }
 
 /* The same in whole numbers. */
-static void panel_int8(int32_t *c, const int8_t *a, const int8_t *b, int64_t num_blocks, int rows, bool accumulate,
+static void panel_int8(int32_t *c, const a_int8 *a, const int8_t *b, int64_t num_blocks, int rows, bool accumulate,
                        struct ahead ahead) {
     start_tiles(c, rows, accumulate);
     AMX_PANEL(_tile_dpbssd)

@@ -15,6 +15,9 @@
 #define PANEL_NAME "avx512"
 #define PANEL_INT8_OFFSET 128 /* VPDPBUSD takes unsigned bytes times signed ones */
 
+typedef bf16 a_bf16; /* A's elements: as they are */
+typedef int8_t a_int8;
+
 enum { ROWS_AT_ONCE = 12 };
 
 static inline __attribute__((always_inline)) __m512i broadcast(const void *dword) {
@@ -110,13 +113,13 @@ static inline __attribute__((always_inline)) void rows_int8(
         break;
 
 /* C [rows][32] (+)= A B: see kernels.h for A and B. C is replaced unless `accumulate`. */
-static void panel_bf16(float *c, const bf16 *a, const bf16 *b, int64_t num_blocks, int rows, bool accumulate,
+static void panel_bf16(float *c, const a_bf16 *a, const bf16 *b, int64_t num_blocks, int rows, bool accumulate,
                        struct ahead ahead) {
     EACH_PART(rows_bf16, c, a, b)
 }
 
 /* The same in whole numbers; A's bytes are unsigned here. */
-static void panel_int8(int32_t *c, const int8_t *a, const int8_t *b, int64_t num_blocks, int rows, bool accumulate,
+static void panel_int8(int32_t *c, const a_int8 *a, const int8_t *b, int64_t num_blocks, int rows, bool accumulate,
                        struct ahead ahead) {
     EACH_PART(rows_int8, c, a, b)
 }

@@ -11,6 +11,9 @@
 #define PANEL_NAME "portable"
 #define PANEL_INT8_OFFSET 0 /* added to int8 activations before they are multiplied */
 
+typedef bf16 a_bf16; /* A's elements: as they are */
+typedef int8_t a_int8;
+
 static inline float flush(float value) { return fabsf(value) < FLT_MIN ? copysignf(0.0f, value) : value; }
 
 static inline float dot_bf16(const bf16 *row, const bf16 *column, ptrdiff_t stride) {
@@ -23,7 +26,7 @@ static inline float dot_bf16(const bf16 *row, const bf16 *column, ptrdiff_t stri
 }
 
 /* C [rows][32] (+)= A B: see kernels.h for A and B. C is replaced unless `accumulate`. */
-static void panel_bf16(float *c, const bf16 *a, const bf16 *b, int64_t num_blocks, int rows, bool accumulate,
+static void panel_bf16(float *c, const a_bf16 *a, const bf16 *b, int64_t num_blocks, int rows, bool accumulate,
                        struct ahead ahead) {
     (void)ahead;
     if (!accumulate) memset(c, 0, sizeof(float) * COLUMNS * (size_t)rows);
@@ -36,7 +39,7 @@ static void panel_bf16(float *c, const bf16 *a, const bf16 *b, int64_t num_block
 }
 
 /* The same in whole numbers. */
-static void panel_int8(int32_t *c, const int8_t *a, const int8_t *b, int64_t num_blocks, int rows, bool accumulate,
+static void panel_int8(int32_t *c, const a_int8 *a, const int8_t *b, int64_t num_blocks, int rows, bool accumulate,
                        struct ahead ahead) {
     (void)ahead;
     if (!accumulate) memset(c, 0, sizeof(int32_t) * COLUMNS * (size_t)rows);

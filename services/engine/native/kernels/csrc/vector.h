@@ -37,7 +37,6 @@ static inline floats load_some_floats(const float *from, int64_t count) {
     return values;
 }
 
-static inline void store_floats(float *to, floats values) { memcpy(to, &values, sizeof values); }
 
 /* The first `count` (at most 16) elements, then zeros. */
 static inline floats load_bf16(const bf16 *from, int64_t count) {
@@ -54,6 +53,7 @@ static inline floats select_floats(ints mask, floats yes, floats no) {
 }
 
 #ifdef __AVX512BF16__
+static inline void store_floats(float *to, floats values) { memcpy(to, &values, sizeof values); }
 static inline floats larger(floats a, floats b) { return _mm512_max_ps(a, b); }
 static inline floats fused(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
 static inline halves round_to_bf16(floats values) { return (halves)_mm512_cvtneps_pbh(values); }
@@ -63,7 +63,14 @@ static inline float sum16(floats lanes) { return _mm512_reduce_add_ps(lanes); }
 static inline float max16(floats lanes) { return _mm512_reduce_max_ps(lanes); }
 static inline ints larger_ints(ints a, ints b) { return (ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 static inline int32_t max16_ints(ints lanes) { return _mm512_reduce_max_epi32((__m512i)lanes); }
+static inline ints less(floats a, floats b) { return a < b; }
+static inline ints within(ints values, int first, int last) { return (values >= first) & (values <= last); }
+#elif defined(__AVX2__) && defined(__FMA__)
+#include "vector_avx2.h"
 #else
+static inline void store_floats(float *to, floats values) { memcpy(to, &values, sizeof values); }
+static inline ints less(floats a, floats b) { return a < b; }
+static inline ints within(ints values, int first, int last) { return (values >= first) & (values <= last); }
 static inline floats larger(floats a, floats b) { return select_floats(a > b, a, b); }
 
 static inline floats fused(floats a, floats b, floats c) {

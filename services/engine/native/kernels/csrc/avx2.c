@@ -1,0 +1,2 @@
+#include "panel_avx2.h"
+#include "library.h"
