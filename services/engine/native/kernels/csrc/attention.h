@@ -23,6 +23,7 @@ enum {
     CHUNK = 128,                       /* tokens */
     CHUNK_BLOCKS = CHUNK / BF16_DEPTH, /* depth blocks of P V, and panels of S */
     TASK_ROWS = 256,
+    ROW_VECTORS = COLUMNS / LANES,     /* of a row of a panel */
 };
 
 #define NO_SCORE (-1e30f) /* the largest of none: finite, so that differences are */
@@ -106,7 +107,7 @@ static void pack_keys(bf16 *out, ptrdiff_t stride, const bf16 *rows, int64_t hea
     transpose16((uint32_t *)(void *)out, padded, LINE);
 }
 
-/* Two rows of 16 dimensions as a line: bfloat16 is the upper half of a float, the even token's goes into the lower. */
+/* Two rows of some dimensions as part of a line: bfloat16 is the upper half of a float, the even token's goes into the lower. */
 static inline void pack_pair(bf16 *line, floats even, floats odd) {
     const words pairs = (words)even >> 16 | (words)odd;
     memcpy(line, &pairs, sizeof pairs);
@@ -116,9 +117,9 @@ static inline void pack_pair(bf16 *line, floats even, floats odd) {
  * elements apart, the pairs `stride`. A missing token's values are zeros, whatever stands in the cache. */
 static void pack_values(bf16 *out, ptrdiff_t stride, const bf16 *rows, int64_t head_dim, int64_t count) {
     for (int64_t d = 0; d < round_up(head_dim, COLUMNS); d += LANES) {
-        bf16 *tile = out + d / COLUMNS * stride + d % COLUMNS / LANES * 512;
+        bf16 *tile = out + d / COLUMNS * stride + d % COLUMNS / 16 * 512 + (LANES < 16 ? d % 16 * 2 : 0);
         const int64_t width = max64(0, head_dim - d);
-        for (int64_t token = 0; token < 16; token += 2, tile += 2 * LANES) {
+        for (int64_t token = 0; token < 16; token += 2, tile += 2 * 16) {
             const bf16 *even = rows + token * head_dim + d, *odd = even + head_dim;
             if (token + 1 < count && width >= LANES)
                 pack_pair(tile, load_bf16(even, LANES), load_bf16(odd, LANES));
@@ -154,7 +155,7 @@ static void pack_chunk(const struct attention_call *call, const struct attention
 static inline void rescale(float *o, float factor) {
     for (int i = 0; i < COLUMNS; i += LANES) {
         const floats values = load_floats(o + i) * factor;
-        store_floats(o + i, (floats)((ints)values & ~less(absolute(values), all(FLT_MIN)))); /* a NaN stays one */
+        store_floats(o + i, (floats)((ints)values & ~(absolute(values) < FLT_MIN))); /* a NaN stays one */
     }
 }
 
@@ -175,7 +176,7 @@ static void attend_chunk(const struct attention_call *call, const struct attenti
     const a_bf16 *queries = space->queries + panel->row * num_depth * BF16_DEPTH;
     const struct ahead nothing_ahead = {(const char *)queries, 0};
     float *outputs = space->outputs + panel->row * num_depth * COLUMNS;
-    const ints token_of_lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const ints token_of_lane = NUMBERS_OF_LANES;
     for (int64_t i = 0; i < num_panels; i++)
         panel_bf16(space->scores + i * rows * COLUMNS, queries, space->keys + i * num_depth * (B_BLOCK / 2), num_depth,
                    rows, false, nothing_ahead);
@@ -187,22 +188,22 @@ static void attend_chunk(const struct attention_call *call, const struct attenti
         float *largest = space->largest + panel->row + row, *sum = space->sums + panel->row + row;
         floats scores[CHUNK / LANES], greatest = all(*largest), total = {0};
         for (int i = 0; i < num_panels * COLUMNS / LANES; i++) {
-            scores[i] = load_floats(space->scores + (i / 2 * rows + row) * COLUMNS + i % 2 * LANES);
+            scores[i] = load_floats(space->scores + (i / ROW_VECTORS * rows + row) * COLUMNS + i % ROW_VECTORS * LANES);
             if (i * LANES < first || i * LANES + LANES - 1 > last) {
                 const ints token = token_of_lane + i * LANES;
-                scores[i] = select_floats(within(token, first, last), scores[i], all(-INFINITY));
+                scores[i] = select_floats((token >= first) & (token <= last), scores[i], all(-INFINITY));
             }
             greatest = larger(scores[i], greatest);
         }
-        const float before = *largest, now = max16(greatest);
+        const float before = *largest, now = max_of_lanes(greatest);
         *largest = now;
         for (int i = 0; i < num_panels * COLUMNS / LANES; i++) {
             const floats weights = exp2_of_nonpositive((scores[i] - now) * scale);
             total += weights;
-            put_weights(space->weights + (i / 2 * rows + row) * COLUMNS + i % 2 * LANES, weights);
+            put_weights(space->weights + (i / ROW_VECTORS * rows + row) * COLUMNS + i % ROW_VECTORS * LANES, weights);
         }
         const float factor = exp2_of_nonpositive(all((before - now) * scale))[0];
-        *sum = *sum * factor + sum16(total);
+        *sum = *sum * factor + sum_of_lanes(total);
         if (factor != 1.0f)
             for (int64_t k = 0; k < num_depth; k++) rescale(outputs + (k * rows + row) * COLUMNS, factor);
     }
@@ -253,8 +254,7 @@ static void attend_task(void *argument, int64_t task, int thread) {
             const int64_t r = row_offset + panel->row + row;
             const bf16 *q = call->q + (start_row + r / group) * call->q_stride + (head * group + r % group) * d;
             a_bf16 *out = space.queries + panel->row * num_depth * BF16_DEPTH + row * BF16_DEPTH;
-            for (int64_t k = 0; k < d; k += BF16_DEPTH, out += panel->rows * BF16_DEPTH)
-                put_bf16(out, q + k, d - k);
+            for (int64_t k = 0; k < d; k += BF16_DEPTH, out += panel->rows * BF16_DEPTH) put_bf16(out, q + k, d - k);
             space.largest[panel->row + row] = NO_SCORE;
             space.sums[panel->row + row] = 0;
         }

@@ -35,7 +35,7 @@ struct weights {
 static inline floats sigmoid(floats x) {
     /* exp(-|x|) cannot overflow */
     const floats e = exp2_of_nonpositive(absolute(x) * -1.44269504f);
-    return select_floats(less(x, all(0.0f)), e, all(1.0f)) / (e + 1.0f);
+    return select_floats(x < 0.0f, e, all(1.0f)) / (e + 1.0f);
 }
 
 /* Abramowitz and Stegun 7.1.26: off by 1.5e-7 at most. */
@@ -43,7 +43,7 @@ static inline floats error_function(floats x) {
     const floats a = absolute(x), t = 1.0f / (0.3275911f * a + 1.0f);
     const floats p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
     const floats positive = 1.0f - p * exp2_of_nonpositive(a * a * -1.44269504f);
-    return select_floats(less(x, all(0.0f)), -positive, positive);
+    return select_floats(x < 0.0f, -positive, positive);
 }
 
 static inline floats activate(floats gate, enum epilogue epilogue) {
@@ -99,7 +99,7 @@ static float pack_row_int8(char *out, ptrdiff_t block_bytes, const bf16 *x, int6
     /* As whole numbers, positive floats have the same order, and a NaN is larger than all: it becomes the scale. */
     ints lanes = {0};
     for (int64_t k = 0; k < depth; k += LANES) lanes = larger_ints((ints)absolute(load_bf16(x + k, depth - k)), lanes);
-    const float largest = float_of((uint32_t)max16_ints(lanes)), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    const float largest = float_of((uint32_t)largest_lane(lanes)), inverse = largest > 0 ? 127.0f / largest : 0.0f;
     for (int64_t k = 0; k < depth; k += INT8_DEPTH, out += block_bytes)
         for (int64_t i = 0; i < INT8_DEPTH; i += LANES) {
             const floats values = load_bf16(x + k + i, max64(0, depth - k - i));
@@ -123,7 +123,7 @@ static void pack_rows(void *argument, int64_t panel, int thread) {
     }
 }
 
-/* The sums of 16 columns of a row, as they stand in C: floats, or whole numbers that still lack their scales. */
+/* The sums of some columns of a row, as they stand in C: floats, or whole numbers that still lack their scales. */
 static inline floats sums_of(const struct linear_job *job, const void *c, int64_t column, float row_scale) {
     const struct weights *weights = job->weights;
     floats sums;
@@ -137,7 +137,7 @@ static inline floats sums_of(const struct linear_job *job, const void *c, int64_
     return weights->bias ? sums + load_floats(weights->bias + column) : sums;
 }
 
-/* Write up to 16 outputs of a row of y. */
+/* Write outputs of a row of y. */
 static inline void put(const struct linear_job *job, floats values, int64_t row, int64_t output, enum epilogue epilogue) {
     const int64_t count = min64(LANES, job->weights->num_outputs - output);
     if (count <= 0) return;
@@ -156,12 +156,15 @@ static inline __attribute__((always_inline)) void finish_panel(
     const char *c = sums; /* numbers of four bytes, of either kind */
     for (int64_t row = job->first; row < job->stop; row++, c += 4 * COLUMNS) {
         const float scale = job->weights->scales ? job->row_scales[row - job->first] : 1.0f;
-        const floats left = sums_of(job, c, column, scale), right = sums_of(job, c + 4 * LANES, column + LANES, scale);
-        if (epilogue >= GATE_SILU) {
-            put(job, activate(left, epilogue) * right, row, column / 2, epilogue);
-        } else {
-            put(job, left, row, column, epilogue);
-            put(job, right, row, column + LANES, epilogue);
+        for (int64_t i = 0; i < COLUMNS / 2; i += LANES) {
+            const int64_t j = i + COLUMNS / 2;
+            const floats left = sums_of(job, c + 4 * i, column + i, scale), right = sums_of(job, c + 4 * j, column + j, scale);
+            if (epilogue >= GATE_SILU) {
+                put(job, activate(left, epilogue) * right, row, column / 2 + i, epilogue);
+            } else {
+                put(job, left, row, column + i, epilogue);
+                put(job, right, row, column + j, epilogue);
+            }
         }
     }
 }

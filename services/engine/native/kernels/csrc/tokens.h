@@ -15,7 +15,7 @@ static void norm_row(const bf16 *x, const bf16 *weight, bf16 *y, int64_t size, f
         even = fused(a, a, even);
         odd = fused(b, b, odd);
     }
-    const float scale = 1.0f / sqrtf(sum16(even + odd) / (float)size + eps);
+    const float scale = 1.0f / sqrtf(sum_of_lanes(even + odd) / (float)size + eps);
     for (int64_t k = 0; k < size; k += LANES) {
         const floats normed = widen(round_to_bf16(load_bf16(x + k, size - k) * scale));
         store_bf16(y + k, normed * load_bf16(weight + k, size - k), size - k);

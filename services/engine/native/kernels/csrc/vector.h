@@ -1,23 +1,32 @@
-/* Sixteen elements at once, in GCC's vector types: registers of AVX-512 where there are any, pieces of them elsewhere.
+/* As many elements at once as a register holds, in GCC's vector types; sixteen where nothing is known of registers.
  *
  * Whatever is rounded here is rounded the same for each element, wherever it stands: loops have no remainder that is
  * computed otherwise, because what is left over at an end goes through these too, padded. */
 #ifndef TANDEM_VECTOR_H
 #define TANDEM_VECTOR_H
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 #include "kernels.h"
 
-enum { LANES = 16 };
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define VECTORS_OF_AVX2
+#endif
 
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef bf16 halves __attribute__((vector_size(32)));
-typedef int8_t quarters __attribute__((vector_size(16)));
+#ifdef VECTORS_OF_AVX2
+enum { LANES = 8 };
+#define NUMBERS_OF_LANES {0, 1, 2, 3, 4, 5, 6, 7}
+#else
+enum { LANES = 16 };
+#define NUMBERS_OF_LANES {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+#endif
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef bf16 halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t quarters __attribute__((vector_size(LANES)));
 
 static inline floats all(float value) { return value - (floats){0}; }
 
@@ -29,7 +38,7 @@ static inline floats load_floats(const float *from) {
     return values;
 }
 
-/* The first `count` (at most 16) elements, then zeros. */
+/* The first `count` (at most LANES) elements, then zeros. */
 static inline floats load_some_floats(const float *from, int64_t count) {
     floats values = {0};
     if (count >= LANES) return load_floats(from);
@@ -37,8 +46,9 @@ static inline floats load_some_floats(const float *from, int64_t count) {
     return values;
 }
 
+static inline void store_floats(float *to, floats values) { memcpy(to, &values, sizeof values); }
 
-/* The first `count` (at most 16) elements, then zeros. */
+/* The first `count` (at most LANES) elements, then zeros. */
 static inline floats load_bf16(const bf16 *from, int64_t count) {
     halves values = {0};
     if (count >= LANES)
@@ -53,24 +63,18 @@ static inline floats select_floats(ints mask, floats yes, floats no) {
 }
 
 #ifdef __AVX512BF16__
-static inline void store_floats(float *to, floats values) { memcpy(to, &values, sizeof values); }
 static inline floats larger(floats a, floats b) { return _mm512_max_ps(a, b); }
 static inline floats fused(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
 static inline halves round_to_bf16(floats values) { return (halves)_mm512_cvtneps_pbh(values); }
 static inline floats round_to_whole(floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline floats times_power_of_two(floats x, floats power) { return _mm512_scalef_ps(x, power); }
-static inline float sum16(floats lanes) { return _mm512_reduce_add_ps(lanes); }
-static inline float max16(floats lanes) { return _mm512_reduce_max_ps(lanes); }
+static inline float sum_of_lanes(floats lanes) { return _mm512_reduce_add_ps(lanes); }
+static inline float max_of_lanes(floats lanes) { return _mm512_reduce_max_ps(lanes); }
 static inline ints larger_ints(ints a, ints b) { return (ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
-static inline int32_t max16_ints(ints lanes) { return _mm512_reduce_max_epi32((__m512i)lanes); }
-static inline ints less(floats a, floats b) { return a < b; }
-static inline ints within(ints values, int first, int last) { return (values >= first) & (values <= last); }
-#elif defined(__AVX2__) && defined(__FMA__)
+static inline int32_t largest_lane(ints lanes) { return _mm512_reduce_max_epi32((__m512i)lanes); }
+#elif defined(VECTORS_OF_AVX2)
 #include "vector_avx2.h"
 #else
-static inline void store_floats(float *to, floats values) { memcpy(to, &values, sizeof values); }
-static inline ints less(floats a, floats b) { return a < b; }
-static inline ints within(ints values, int first, int last) { return (values >= first) & (values <= last); }
 static inline floats larger(floats a, floats b) { return select_floats(a > b, a, b); }
 
 static inline floats fused(floats a, floats b, floats c) {
@@ -94,7 +98,7 @@ static inline floats times_power_of_two(floats x, floats power) {
     return x;
 }
 
-static inline float sum16(floats lanes) {
+static inline float sum_of_lanes(floats lanes) {
     for (int half = LANES / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
     return lanes[0];
@@ -102,20 +106,20 @@ static inline float sum16(floats lanes) {
 
 static inline ints larger_ints(ints a, ints b) { return (ints)select_floats(a > b, (floats)a, (floats)b); }
 
-static inline int32_t max16_ints(ints lanes) {
+static inline int32_t largest_lane(ints lanes) {
     int32_t largest = lanes[0];
     for (int i = 1; i < LANES; i++) largest = lanes[i] > largest ? lanes[i] : largest;
     return largest;
 }
 
-static inline float max16(floats lanes) {
+static inline float max_of_lanes(floats lanes) {
     float largest = lanes[0];
     for (int i = 1; i < LANES; i++) largest = lanes[i] > largest ? lanes[i] : largest;
     return largest;
 }
 #endif
 
-/* Store the first `count` (at most 16) elements. */
+/* Store the first `count` (at most LANES) elements. */
 static inline void store_bf16(bf16 *to, floats values, int64_t count) {
     const halves rounded = round_to_bf16(values);
     if (count >= LANES)

@@ -13,7 +13,7 @@ enum {
     A_IS_WIDE = A_LINE > LINE,
 };
 
-typedef int16_t pairs __attribute__((vector_size(16)));
+typedef int16_t pairs __attribute__((vector_size(LANES)));
 
 /* A row's elements of a block, zeros where its `num_left` end. */
 static inline __attribute__((always_inline)) void put_bf16(void *line, const bf16 *from, int64_t num_left) {
@@ -26,15 +26,15 @@ static inline __attribute__((always_inline)) void put_bf16(void *line, const bf1
     }
 }
 
-/* Sixteen of attention's weights, in bfloat16; in float they need not be rounded, but denormals take long to multiply. */
+/* LANES of attention's weights, in bfloat16; in float they need not be rounded, but denormals take long to multiply. */
 static inline void put_weights(void *line, floats weights) {
     if (A_IS_WIDE)
-        store_floats(line, (floats)((ints)weights & ~less(weights, all(FLT_MIN))));
+        store_floats(line, (floats)((ints)weights & ~(weights < FLT_MIN)));
     else
         store_bf16(line, weights, LANES);
 }
 
-/* Elements `i` to `i + 15` of a row's block of 64, each in the low byte of its lane. */
+/* LANES elements, from `i` on, of a row's block of 64, each in the low byte of its lane. */
 static inline void put_int8(void *line, int64_t i, ints values) {
     const quarters packed = __builtin_convertvector(values, quarters);
     if (A_IS_WIDE) {
