@@ -39,7 +39,7 @@ static inline __attribute__((always_inline)) void ask(struct ahead *ahead) {
     ahead->next += ahead->lines * LINE;
 }
 
-/* Eight columns' dwords of a line of B. */
+/* Eight columns' dwords of a line of B, the columns from 8 i on. */
 static inline __attribute__((always_inline)) __m256i dwords(const char *line, int i) {
     return _mm256_load_si256((const __m256i *)(const void *)(line + i / 2 * (B_BLOCK / 2) + i % 2 * 32));
 }
@@ -55,6 +55,32 @@ static inline __attribute__((always_inline)) void add_to(__m256i *sums, __m256i 
     __asm__("vpaddd %1, %0, %0" : "+x"(*sums) : "x"(products));
 }
 
+/* A line of B with two elements of each row. Weights are widened one half at a time, since registers are short. */
+static inline __attribute__((always_inline)) void add_line_bf16(
+    __m256 sums[ROWS_AT_ONCE][4], const char *a, const char *b, __m256i upper, const int rows, const int tiles) {
+    EACH(odd, 2) {
+        __m256 w[4];
+        EACH(i, 2 * tiles) w[i] = (__m256)(odd ? _mm256_and_si256(dwords(b, i), upper) : _mm256_slli_epi32(dwords(b, i), 16));
+        EACH(row, rows) {
+            const __m256 x = _mm256_broadcast_ss((const float *)(const void *)(a + row * WIDE_LINE) + odd);
+            EACH(i, 2 * tiles) sums[row][i] = _mm256_fmadd_ps(x, w[i], sums[row][i]);
+        }
+    }
+}
+
+/* The same for one row or two, which have registers to spare: weights are loaded once. */
+static inline __attribute__((always_inline)) void add_line_to_few_bf16(
+    __m256 sums[ROWS_AT_ONCE][4], const char *a, const char *b, __m256i upper, const int rows, const int tiles) {
+    EACH(i, 2 * tiles) {
+        const __m256i pair = dwords(b, i);
+        const __m256 w[2] = {(__m256)_mm256_slli_epi32(pair, 16), (__m256)_mm256_and_si256(pair, upper)};
+        EACH(odd, 2) EACH(row, rows) {
+            const __m256 x = _mm256_broadcast_ss((const float *)(const void *)(a + row * WIDE_LINE) + odd);
+            sums[row][i] = _mm256_fmadd_ps(x, w[odd], sums[row][i]);
+        }
+    }
+}
+
 static inline __attribute__((always_inline)) void rows_bf16(
     float *c, const char *a, const char *b, int64_t num_blocks, ptrdiff_t a_block, bool accumulate, struct ahead ahead,
     const int rows, const int tiles) {
@@ -63,16 +89,11 @@ static inline __attribute__((always_inline)) void rows_bf16(
     EACH_SUM sums[row][i] = accumulate ? _mm256_loadu_ps(c + row * COLUMNS + i * LANE_COLUMNS) : _mm256_setzero_ps();
     for (int64_t block = 0; block < num_blocks; block++, a += a_block, b += B_BLOCK) {
         ask(&ahead);
-        for (int line = 0; line < 16; line++) EACH(odd, 2) {
-            __m256 w[4];
-            EACH(i, 2 * tiles) {
-                const __m256i pair = dwords(b + line * LINE, i);
-                w[i] = (__m256)(odd ? _mm256_and_si256(pair, upper) : _mm256_slli_epi32(pair, 16));
-            }
-            EACH(row, rows) {
-                const __m256 x = _mm256_broadcast_ss((const float *)(const void *)(a + row * WIDE_LINE) + 2 * line + odd);
-                EACH(i, 2 * tiles) sums[row][i] = _mm256_fmadd_ps(x, w[i], sums[row][i]);
-            }
+        for (int line = 0; line < 16; line++) {
+            if (tiles == 2)
+                add_line_to_few_bf16(sums, a + line * 8, b + line * LINE, upper, rows, tiles);
+            else
+                add_line_bf16(sums, a + line * 8, b + line * LINE, upper, rows, tiles);
         }
     }
     EACH_SUM _mm256_storeu_ps(c + row * COLUMNS + i * LANE_COLUMNS, sums[row][i]);
