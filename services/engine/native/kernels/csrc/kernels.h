@@ -14,8 +14,8 @@
  *
  *   A of a panel: [depth / 32][rows][32]       B of a panel: [depth / 32][2 tiles of 16 columns][16 pairs][16][2]
  *
- * (On AVX2 A is widened, see widening.h: a row takes twice the bytes.) That is for bfloat16. For int8 a block is 64 deep, and "pair" is four bytes: the 64-byte geometry is the same. Depth is
- * padded with zeros, columns too; rows are never padded.
+ * That is for bfloat16. For int8 a block is 64 deep, and "pair" is four bytes: the 64-byte geometry is the same. Depth is
+ * padded with zeros, columns too; rows are never padded. On AVX2 A is widened (widening.h): its rows take twice the bytes.
  *
  * Why results do not depend on what else is in a batch: each element of C is one sum, over the blocks in order, by a
  * chain of operations that no other row or column takes part in. Threads share out whole elements, never a sum.
