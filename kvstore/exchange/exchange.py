@@ -8,6 +8,7 @@ and `owner`) does I/O, a session (`session`) knows one connection, a machine (`f
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Sequence
@@ -214,7 +215,8 @@ class BlockExchange:
             return
         if isinstance(message, Have):
             if self._on_have is not None:  # else: we keep nothing for others, and nobody waits for an answer
-                self._on_have(connection.peer, message)
+                # Behind the first step of what messages before it have begun: a doubt holds offers back from there on.
+                asyncio.get_running_loop().call_soon(self._on_have, connection.peer, message)
             return
         # A connection's own context is nobody's: without an id nothing is to be named.
         request_id = message.request_id if isinstance(message, Want) else ""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.exchange import PeerIdentity
-from kvstore.protocol import FetchCause, Have
+from kvstore.protocol import FetchCause, Have, Suspect
 from kvstore.store import StoreTier, doubts, intake
 from tests.memory_transport import Faults, MemoryLink
 from tests.store_node.store_world import LAYOUT, PATIENT, chain, idle, until, world
@@ -144,6 +144,23 @@ async def test_what_is_offered_while_it_is_doubted_comes_in_when_the_wrong_block
         assert result.ok, result.failure
         assert payloads == [honest.bytes_of(each) for each in hashes]
         node.check_integrity()
+
+
+async def test_what_is_offered_in_one_breath_with_the_doubt_comes_in_too() -> None:
+    """A node that did not run for a moment finds both messages at once."""
+    async with world() as made:
+        node, liar, honest = await made.node(), await made.worker(lies=True), await made.worker("prefill-1", seed=2)
+        hashes = chain("a", 4)
+        for worker in (liar, honest):
+            worker.hold(hashes)
+        await liar.offer(node, hashes)
+        await idle(node, 1)
+        connection = honest.exchange._owner(await honest.exchange.connect(node.exchange.address), "the test")
+        connection.send(Suspect(hashes))
+        await honest.offer(node, hashes)
+        await until(lambda: node.intake.stats.num_pulled_blocks == 8)
+        await idle(node, 2)
+        assert locate(node.store, hashes) == [StoreTier.DRAM] * 4
 
 
 async def test_who_lies_about_blocks_has_few_of_them_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
