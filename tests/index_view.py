@@ -31,10 +31,18 @@ async def num_held(stack: Stack, hashes: Sequence[BlockHash], holder_id: str) ->
 
 
 async def until_held(stack: Stack, hashes: Sequence[BlockHash], holder_id: str, tier: Tier) -> None:
-    """Until the holder has all of these blocks in `tier`, or a faster one."""
+    """Until the holder has all of these blocks in `tier`, or a faster one, now: not those that it has just dropped."""
     async with asyncio.timeout(_WAIT_S):
         while True:
-            holding = (await held(stack, hashes)).get(holder_id)
-            if holding is not None and sum(holding.num_per_tier[: tier + 1]) == len(hashes):
-                return
+            if await asyncio.to_thread(has_told_all, stack, holder_id):
+                holding = (await held(stack, hashes)).get(holder_id)
+                if holding is not None and sum(holding.num_per_tier[: tier + 1]) == len(hashes):
+                    return
             await asyncio.sleep(0.02)
+
+
+def has_told_all(stack: Stack, holder_id: str) -> bool:
+    """Whether the index has heard of all that the holder had gained or lost when it was asked."""
+    index = stack.debug_state(holder_id)["index"]
+    assert isinstance(index, dict)
+    return bool(index["synced"])

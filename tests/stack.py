@@ -63,7 +63,8 @@ class Service:
 
     @property
     def log(self) -> str:
-        return self.log_path.read_text(errors="replace")
+        """What it has said so far; one that was just forked has no file yet."""
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
 
 @dataclass

@@ -163,6 +163,7 @@ class StoreNode:
                 "size_bytes": disk.size_bytes,
                 "max_bytes": disk.max_bytes,
                 "is_paused": disk.is_paused,
+                "num_to_write": self.store.num_to_write,
             },
             "num_lent_blocks": self.lender.num_lent,
             "intake": {

@@ -110,6 +110,11 @@ class TieredStore:
         return StoreTier.DISK if self.disk is not None and self.disk.contains(block_hash) else None
 
     @property
+    def num_to_write(self) -> int:
+        """Blocks in DRAM that are queued for the disk or being written."""
+        return self._write_behind.num_held
+
+    @property
     def has_disk_jobs(self) -> bool:
         """Whether the disk has been asked for something that it has not done yet. Any thread."""
         return bool(self._disk_jobs)

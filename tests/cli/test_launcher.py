@@ -143,7 +143,7 @@ class Recorder:
         self.events.append(("settled",))
 
 
-def spec(name: str, code: str, *arguments: str, cores: tuple[int, ...] = (), grace_s: float = 10.0) -> ChildSpec:
+def spec(name: str, code: str, *arguments: str, cores: tuple[int, ...] = (), grace_s: float = 60.0) -> ChildSpec:
     environ = {**os.environ, "TANDEM_LAUNCHER": "1"}
     return ChildSpec(name, (sys.executable, "-c", code, *arguments), environ, cores, grace_s)
 

@@ -255,7 +255,7 @@ def test_a_worker_whose_step_loop_hangs_is_left_with_its_streams_ends_by_itself_
         (sequence,) = receipt["sequences"]
         assert (sequence["resumed_elsewhere"], len(sequence["resumes"])) == ("exact", 1)
         left = f"session with decode worker {victim} lost with 1 requests: the worker makes no progress: step loop"
-        assert any(line.endswith(left) for line in into_file.of("router")), into_file.of("router")
+        wait_for(lambda: any(line.endswith(left) for line in into_file.of("router")))  # by way of the launcher
         wait_for(lambda: "exited with status 3; starting it again in 0 s" in into_file.of(victim))
     wait_for(lambda: into_file.of(victim)[-1].startswith("ready: "))
     wait_for(lambda: all(each["connected"] for each in get(f"{into_file.url}/debug/workers").json()["workers"]))

@@ -66,7 +66,7 @@ def _matches(matcher: promql_parser.Matcher, labels: Labels) -> bool:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
     directory = tmp_path_factory.mktemp("queries")
     store = f"--store-dram-bytes 64MiB --store-disk-dir {directory / 'disk'} --store-disk-bytes 64MiB"
-    worker = "--served-model-name tandem-demo --num-gpu-blocks-override 256"
+    worker = "--served-model-name tandem-demo --num-gpu-blocks-override 256 --peer-timeout-s 20"
     with Stack(directory / "logs", [""], [""], store=[store], worker=worker, model=DEMO_MODEL) as stack:
         for _ in range(2):
             body = {"model": "tandem-demo", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}

@@ -51,22 +51,29 @@ def receipts(stack: Stack) -> list[dict]:
     assert len(found) == 12
     for body, status in (({"model": "m", "prompt": ""}, 400), ({"model": "nobody", "prompt": "x"}, 404)):
         assert httpx.post(f"{stack.url}/v1/completions", json=body, timeout=60).status_code == status
-    # A slow machine's Redis may have missed a deadline; it is asked again within a second.
-    series = {name: "tandem:router_" if name == "router" else "tandem:" for name in stack.services}
-    stack.wait_for(
-        lambda: all(
-            stack.metric(name, f"{series[name]}{what}_up") == 1 for name in series for what in ("index", "registry")
-        ),
-        "everybody to have index and registry",
-    )
     stack.check_clean()  # what ended has been booked by everybody
     return found
 
 
 @pytest.fixture(scope="module")
 def scrapes(stack: Stack, receipts: list[dict]) -> dict[str, Scrape]:
-    """By process."""
-    return {name: families_of(stack.metrics(name)) for name in stack.services}
+    """By process, of a moment in which everybody has index and registry.
+
+    A slow machine's Redis may have missed a deadline; it is asked again within a second.
+    """
+    found: dict[str, Scrape] = {}
+
+    def all_are_up() -> bool:
+        found.update({name: families_of(stack.metrics(name)) for name in stack.services})
+        prefixes = {name: "tandem:router_" if name == "router" else "tandem:" for name in found}
+        return all(
+            total({name: found[name]}, f"{prefix}{what}_up") == 1
+            for name, prefix in prefixes.items()
+            for what in ("index", "registry")
+        )
+
+    stack.wait_for(all_are_up, "everybody to have index and registry")
+    return found
 
 
 def families_of(page: str) -> Scrape:

@@ -257,7 +257,7 @@ def start_router(stack: Stack, name: str) -> tuple[Service, str]:
     router = stack.start(name, "router", stack.services["router"].argv)
 
     def urls() -> list[str]:
-        return re.findall(r'listening on ([^\s"]+)', router.log) if router.log_path.exists() else []
+        return re.findall(r'listening on ([^\s"]+)', router.log)
 
     stack.wait_for(lambda: bool(urls()), f"{name} to listen")
     (url,) = urls()

@@ -92,6 +92,15 @@ def takes_nothing_in(stack: Stack) -> bool:
     return bool(intake["is_idle"])
 
 
+def is_at_rest(stack: Stack) -> bool:
+    """Whether nobody offers the store anything, and all that it has taken in is on disk."""
+    feeds = [stack.debug_state(name)["store_feed"] for name in WORKERS]
+    queued = [node["num_queued"] for feed in feeds if isinstance(feed, dict) for node in feed["nodes"].values()]
+    disk = stack.debug_state("store-0")["disk"]
+    assert isinstance(disk, dict)
+    return not any(queued) and takes_nothing_in(stack) and disk["num_to_write"] == 0
+
+
 def are_on_disk(disk: Path, payloads: list[bytes]) -> bool:
     content = b"".join(path.read_bytes() for path in disk.glob("*.blocks"))
     return all(payload in content for payload in payloads)
@@ -126,8 +135,11 @@ async def test_a_full_disk_stops_writing_and_nothing_else(stack: Stack, peer: Bl
     pid = stack.services["store-0"].process.pid or 0
     before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     assert len(stack.services["store-0"].log) < 100_000, "the log goes on"
-    num_before = num_on_disk(stack)
+    # What the tests before have computed may be on its way still, by the workers' offers and then to the disk.
+    await asyncio.to_thread(stack.wait_index_follows)
+    await asyncio.to_thread(stack.wait_for, lambda: is_at_rest(stack), "the store to have written all")
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (200_000, before[1]))
+    num_before = num_on_disk(stack)
     try:
         # More than fits into memory, so that blocks are evicted that cannot be written. What finds no room is not kept.
         all_kept = [Kept(stack, peer, seed) for seed in range(204, 210)]

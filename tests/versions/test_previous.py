@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "services" / "cli" / "demo_model" / "tandem-demo"
 COMMIT = (Path(__file__).parent / "previous").read_text().strip()
 # Not in bfloat16: the kernels for that are built, and the checkout of the version before has none.
-WORKER = "--dtype float32 --prefix-fetch always"
+WORKER = "--dtype float32 --prefix-fetch always --prefix-fetch-timeout-s 30 --peer-timeout-s 20"
 PROMPTS = [list(range(start, start + 100)) for start in (3, 203, 403)]
 NUM_NEW_TOKENS = 6
 STOP_TIMEOUT_S = 30.0
@@ -112,16 +112,17 @@ async def test_prompts_are_handed_over_and_prefixes_fetched_between_versions(fle
 
 async def test_routers_of_both_versions_have_requests_served_by_workers_of_both(fleet: Stack) -> None:
     body = {"model": "m", "prompt": PROMPTS[2], "max_tokens": NUM_NEW_TOKENS, "temperature": 0, "receipt": True}
-    texts, decoded_by = set(), set()
+    texts = set()
     async with httpx.AsyncClient(timeout=60) as client:
         for router in (fleet.url, old_router(fleet)):
-            answers = await asyncio.gather(*(client.post(f"{router}/v1/completions", json=body) for _ in range(6)))
-            for answer in answers:
-                assert answer.status_code == 200, answer.text
-                texts.add(answer.json()["choices"][0]["text"])
-                decoded_by |= set(re.findall(r'"(old-decode|decode-0)"', answer.text))
+            decoded_by: set[str] = set()
+            while decoded_by != {"decode-0", "old-decode"}:  # the second has work where the first has some still
+                answers = await asyncio.gather(*(client.post(f"{router}/v1/completions", json=body) for _ in range(6)))
+                for answer in answers:
+                    assert answer.status_code == 200, answer.text
+                    texts.add(answer.json()["choices"][0]["text"])
+                    decoded_by |= set(re.findall(r'"(old-decode|decode-0)"', answer.text))
     assert len(texts) == 1
-    assert decoded_by == {"decode-0", "old-decode"}
 
 
 async def test_choices_with_lists_of_tokens_are_alike_through_either_version(fleet: Stack) -> None:

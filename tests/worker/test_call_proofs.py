@@ -203,7 +203,7 @@ async def test_no_order_passes_between_those_who_have_no_secret_in_common(
     caller: PeerKeys, callee: PeerKeys, why: str
 ) -> None:
     target, orders = Worker(), GrpcOrders(caller)
-    async with target.listening(callee) as server, asyncio.timeout(30):
+    async with target.listening(callee) as server, asyncio.timeout(60):
         with pytest.raises(StreamBroken, match=why):
             await order_from(f"127.0.0.1:{server.port}", caller)
         with pytest.raises(StreamBroken, match=why):
@@ -219,7 +219,7 @@ async def test_a_stranger_generates_nothing_and_is_told_of_nothing(
     method: str, proof: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     target, metadata = Worker(), None if proof is None else ((METADATA_KEY, proof),)
-    async with target.listening() as server, asyncio.timeout(30), dialled(server) as channel:
+    async with target.listening() as server, asyncio.timeout(60), dialled(server) as channel:
         for _ in range(5):
             if method == "Prefill":
                 request = pb.PrefillRequest(prompt_token_ids=range(1000))
@@ -236,14 +236,14 @@ async def test_a_stranger_generates_nothing_and_is_told_of_nothing(
 
 
 async def test_probes_need_no_secret() -> None:
-    async with Worker().listening() as server, asyncio.timeout(30), dialled(server) as channel:
+    async with Worker().listening() as server, asyncio.timeout(60), dialled(server) as channel:
         answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 async def test_a_copied_proof_is_used_up() -> None:
     target = Worker()
-    async with target.listening() as server, asyncio.timeout(30):
+    async with target.listening() as server, asyncio.timeout(60):
         address = f"127.0.0.1:{server.port}"
         async with grpc.aio.insecure_channel(address) as channel:
             session = CallerSession(OURS, address, bytes(16))
@@ -279,7 +279,7 @@ async def test_a_worker_that_was_restarted_at_its_address_is_met_anew() -> None:
 
 async def test_many_orders_at_once_need_one_introduction() -> None:
     target, orders = Worker(), GrpcOrders(OURS)
-    async with target.listening() as server, asyncio.timeout(30):
+    async with target.listening() as server, asyncio.timeout(60):
 
         async def order() -> int:
             return len([event async for event in orders.prefill(f"127.0.0.1:{server.port}", pb.PrefillRequest())])

@@ -77,7 +77,7 @@ async def last_output(order: pb.GenerateRequest, **parts: object) -> pb.Output:
     service._load = pb.Load  # type: ignore[method-assign]
     router = RouterOfTheTest(order)
     session = asyncio.create_task(service.serve_session(router.orders(), router.send))  # type: ignore[arg-type]
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         output = await router.outputs.get()
         await service.drain(1)
         session.cancel()
@@ -254,7 +254,7 @@ async def frames_of(session: RouterSession, number: int) -> list[pb.SessionFrame
     """The first frames that a session sends."""
     frames: asyncio.Queue[pb.SessionFrame] = asyncio.Queue()
     sending = asyncio.create_task(session.send_frames(frames.put))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         got = [await frames.get() for _ in range(number)]
     session.close()
     await sending
@@ -294,7 +294,7 @@ async def test_a_worker_that_stands_still_takes_nothing_on() -> None:
     service.set_stuck("step loop")
     router = RouterOfTheTest(order())
     serving = asyncio.create_task(service.serve_session(router.orders(), router.send))  # type: ignore[arg-type]
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         output = await router.outputs.get()
     serving.cancel()
     await asyncio.wait([serving])

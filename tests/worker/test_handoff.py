@@ -103,7 +103,7 @@ def hand_over(
 
 async def test_a_channel_closed_under_an_order_is_a_failed_handoff_and_no_cancellation() -> None:
     orders = GrpcOrders()
-    async with prefill_worker() as (worker, address), asyncio.timeout(30):
+    async with prefill_worker() as (worker, address), asyncio.timeout(60):
         order = hand_over(orders, ExchangeOfTheTest(), address)
         await worker.has_order.wait()
         await orders.close()
@@ -114,7 +114,7 @@ async def test_a_channel_closed_under_an_order_is_a_failed_handoff_and_no_cancel
 
 async def test_the_token_of_a_prefill_worker_that_does_not_know_of_resuming_is_not_used() -> None:
     orders = GrpcOrders()
-    async with prefill_worker() as (worker, address), asyncio.timeout(30):
+    async with prefill_worker() as (worker, address), asyncio.timeout(60):
         worker.may_finish.set()
         with pytest.raises(HandoffFailed, match="prefill-0 resumes no output") as failure:
             await hand_over(orders, ExchangeOfTheTest(), address, resumed=[3, 4])
@@ -126,7 +126,7 @@ async def test_the_token_of_a_prefill_worker_that_does_not_know_of_resuming_is_n
 async def test_a_prompt_that_a_prefill_worker_cannot_hold_is_no_error_of_the_clients(answer: str) -> None:
     """Our own engine holds it: its context is longer, or its pool larger."""
     orders = GrpcOrders()
-    async with prefill_worker() as (worker, address), asyncio.timeout(30):
+    async with prefill_worker() as (worker, address), asyncio.timeout(60):
         worker.may_finish.set()
         if answer == "refuses":
             error = pb.Error(code=pb.ERROR_CODE_INVALID, message="prompt has 60 tokens; the context of 50 must hold")
@@ -139,7 +139,7 @@ async def test_a_prompt_that_a_prefill_worker_cannot_hold_is_no_error_of_the_cli
 
 async def test_an_unreachable_peer_does_not_take_other_requests_orders_with_it() -> None:
     orders, exchange = GrpcOrders(), ExchangeOfTheTest()
-    async with prefill_worker() as (worker, address), asyncio.timeout(30):
+    async with prefill_worker() as (worker, address), asyncio.timeout(60):
         order = hand_over(orders, exchange, address)
         await worker.has_order.wait()
         exchange.lost.add("kv")
@@ -152,7 +152,7 @@ async def test_an_unreachable_peer_does_not_take_other_requests_orders_with_it()
 
 async def test_an_order_that_is_given_up_is_cancelled_as_its_caller_wished() -> None:
     orders = GrpcOrders()
-    async with prefill_worker() as (worker, address), asyncio.timeout(30):
+    async with prefill_worker() as (worker, address), asyncio.timeout(60):
         order = hand_over(orders, ExchangeOfTheTest(), address)
         await worker.has_order.wait()
         order.cancel()
@@ -169,7 +169,7 @@ async def test_channels_to_workers_of_the_past_are_not_kept(monkeypatch: pytest.
     monkeypatch.setattr(
         grpc.aio, "insecure_channel", lambda *a, **k: opened.append(make_channel(*a, **k)) or opened[-1]
     )
-    async with prefill_worker() as (old, old_address), prefill_worker() as (new, new_address), asyncio.timeout(30):
+    async with prefill_worker() as (old, old_address), prefill_worker() as (new, new_address), asyncio.timeout(60):
         order = hand_over(orders, exchange, old_address)
         await old.has_order.wait()
         new.may_finish.set()

@@ -77,14 +77,14 @@ async def echo(requests: AsyncIterator[pb.SessionRequest], send: Callable[[pb.Se
 
 
 async def test_requests_and_frames_arrive_in_order_and_the_server_ends_the_stream(carrier) -> None:
-    async with carrier(lambda server: server.serve_sessions(echo)) as (orders, address, _), asyncio.timeout(30):
+    async with carrier(lambda server: server.serve_sessions(echo)) as (orders, address, _), asyncio.timeout(60):
         frames = [frame.incarnation async for frame in orders.session(address, say("a", "b", "c", "end"))]
         assert frames == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(("word", "message"), [("fail", "fail|bug|Unexpected"), ("refuse", "too much of it")])
 async def test_a_server_that_fails_or_refuses_breaks_its_stream_and_no_other(carrier, word: str, message: str) -> None:
-    async with carrier(lambda server: server.serve_sessions(echo)) as (orders, address, _), asyncio.timeout(30):
+    async with carrier(lambda server: server.serve_sessions(echo)) as (orders, address, _), asyncio.timeout(60):
         other = orders.session(address, say("a", "end"))
         assert (await anext(other)).incarnation == "a"
         with pytest.raises(StreamBroken, match=message):
@@ -103,7 +103,7 @@ async def test_closing_an_order_cancels_it_at_the_server(carrier) -> None:
         finally:
             was_cancelled.set()
 
-    async with carrier(lambda server: server.serve_prefills(serve)) as (orders, address, _), asyncio.timeout(30):
+    async with carrier(lambda server: server.serve_prefills(serve)) as (orders, address, _), asyncio.timeout(60):
         async with aclosing(orders.prefill(address, pb.PrefillRequest(request_id="r"))) as events:
             assert (await anext(events)).failed.message == "r"
         await was_cancelled.wait()
@@ -116,7 +116,7 @@ async def test_a_server_that_goes_breaks_its_streams_and_is_nobody_afterwards(ca
         has_begun.set()
         await asyncio.Event().wait()
 
-    async with carrier(lambda server: server.serve_prefills(serve)) as (orders, address, stop), asyncio.timeout(30):
+    async with carrier(lambda server: server.serve_prefills(serve)) as (orders, address, stop), asyncio.timeout(60):
         order = asyncio.ensure_future(anext(orders.prefill(address, pb.PrefillRequest())))
         await has_begun.wait()
         await stop()
@@ -125,13 +125,13 @@ async def test_a_server_that_goes_breaks_its_streams_and_is_nobody_afterwards(ca
 
 
 async def test_an_address_without_a_server_breaks_the_stream(carrier) -> None:
-    async with carrier(lambda server: server.serve_sessions(echo)) as (orders, _, _), asyncio.timeout(30):
+    async with carrier(lambda server: server.serve_sessions(echo)) as (orders, _, _), asyncio.timeout(60):
         with pytest.raises(StreamBroken):
             await anext(orders.session("127.0.0.1:1", say("a")))
 
 
 async def test_one_who_is_cancelled_while_waiting_is_cancelled(carrier) -> None:
-    async with carrier(lambda server: server.serve_sessions(echo)) as (orders, address, _), asyncio.timeout(30):
+    async with carrier(lambda server: server.serve_sessions(echo)) as (orders, address, _), asyncio.timeout(60):
         frames = orders.session(address, say("a"))
         await anext(frames)
         waiting = asyncio.ensure_future(anext(frames))

@@ -127,7 +127,7 @@ async def test_an_order_counts_as_finished_from_its_last_event_on(
     engine: Engine, threads: Threads, hangs_up_at: str, outcome: str
 ) -> None:
     world, caller = World(engine, threads), Caller(hangs_up_at)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         call = world.order(caller)
         await caller.has_heard.wait()
         call.cancel()
@@ -145,7 +145,7 @@ async def test_an_order_that_breaks_is_no_cancelled_one_and_its_caller_hears_so(
 
     world, caller = World(engine, threads), Caller("failed")
     monkeypatch.setattr(world.service._parts.exchange, "open_lease", refuse)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         call = world.order(caller)
         await caller.has_heard.wait()
         assert caller.heard.failed.code == pb.ERROR_CODE_INTERNAL
@@ -166,7 +166,7 @@ async def test_an_announcement_that_fails_costs_its_order_and_no_block(
 
     monkeypatch.setattr(LeaseOfTheTest, "announce", announce)
     world, caller = World(engine, threads), Caller("failed")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         call = world.order(caller)
         await caller.has_heard.wait()
         assert (caller.heard.failed.code, world.leases[0].closed.done()) == (pb.ERROR_CODE_INTERNAL, True)
@@ -178,7 +178,7 @@ async def test_an_announcement_that_fails_costs_its_order_and_no_block(
 
 async def test_orders_are_bounded_before_they_reach_the_queue(engine: Engine, threads: Threads) -> None:
     world, slow, late = World(engine, threads, max_num_waiting=1), Caller("scheduled"), Caller("failed")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         calls = [world.order(slow, bytes([number]) * 16) for number in range(2)]
         await slow.has_heard.wait()
         calls.append(world.order(late))
@@ -201,7 +201,7 @@ async def test_orders_of_a_worker_that_stands_still_fail_at_once_wherever_they_a
 
     world.thread.post(stand_still)
     callers = [Caller("failed"), Caller("failed")]
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         assert await asyncio.to_thread(is_standing.wait, 30)
         waiting = world.order(callers[0])  # for the engine's thread
         await until(lambda: world.service._orders)
@@ -238,7 +238,7 @@ async def test_an_orders_time_out_ends_its_work_in_every_stage(
         finally:
             cancelled.set()
 
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         room = None
         if stage == "queue":  # somebody has all the blocks
             room = await world.thread.call(engine.take_prefix, [bytes([number]) * 16 for number in range(25)])
@@ -269,7 +269,7 @@ async def test_an_orders_time_out_ends_its_work_in_every_stage(
 
 async def test_a_drain_whose_time_is_up_ends_orders_so_that_they_go_on_elsewhere(engine: Engine) -> None:
     world, caller = World(engine, LoopThreads()), Caller("failed")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         room = await world.thread.call(engine.take_prefix, [bytes([number]) * 16 for number in range(25)])
         assert room is not None
         call = world.order(caller)

@@ -275,7 +275,8 @@ async def test_no_deadline_ends_a_fetch_whose_blocks_still_flow() -> None:
 async def test_no_holder_is_shunned_because_our_own_pool_took_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     async with world() as made:
         holder = Holder("holder", made, 20)
-        async with running(made, holder, timeout_s=0.3) as reader:
+        async with running(made, holder, timeout_s=1.0) as reader:
+            await reader.exchange.connect(holder.exchange.address)  # which is not what takes too long
             busy: asyncio.Future[Reservation | None] = asyncio.get_running_loop().create_future()
             monkeypatch.setattr(reader.fetcher._thread, "call", lambda *_: busy)
             assert await reader.fetcher.fetch(CHAIN, [holder.source()]) == []
@@ -300,6 +301,8 @@ async def test_holders_that_hang_cost_a_prompt_one_timeout_and_not_one_each() ->
     async with world() as made:
         first, second = Holder("first", made, 20, num_wants=0), Holder("second", made, 19, num_wants=0)
         async with running(made, first, second, timeout_s=0.5) as reader:
+            for holder in (first, second):
+                await reader.exchange.connect(holder.exchange.address)  # they answer that still
             assert await reader.fetcher.fetch(CHAIN, [first.source(), second.source(19)]) == []
             assert reader.outcomes == {("device", "timeout"): 1}
             for holder in (first, second):
