@@ -15,7 +15,7 @@ from kvstore.block import BlockHash, BlockLayout, HostMemory, Proof
 from kvstore.errors import UnprovenPeer
 from kvstore.exchange import BlockExchange, PeerIdentity
 from kvstore.peer_keys import PeerKeys
-from kvstore.protocol import AnnouncedBlock, Reservation
+from kvstore.protocol import AnnouncedBlock, ExchangeTimeouts, Reservation
 from kvstore.registry import WorkerRecord, new_incarnation
 from kvstore.transport import make_transports
 from tests.peers import PROOFS
@@ -23,6 +23,10 @@ from tests.stack import FORK_SERVER
 
 _NUM_SLOTS = 512
 _WAIT_S = 60.0
+# Whoever waits for a processor, it or the stack's processes, is not taken for lost.
+_PATIENT = ExchangeTimeouts(
+    peer_timeout_s=20.0, connect_s=_WAIT_S, lease_ttl_s=_WAIT_S, read_s=_WAIT_S, confirm_s=_WAIT_S
+)
 
 
 class BlockPeer:
@@ -99,7 +103,9 @@ class _Peer:
         identity = PeerIdentity(f"peer/{self.incarnation}", "store", self.incarnation, layout)
         transports = make_transports("ucxx", self._memory, "peer", "127.0.0.1")
         keys = PROOFS.blocks if has_secret else PeerKeys((os.urandom(32),))
-        self.exchange = BlockExchange(identity, self._memory, transports, proof_key=None, keys=keys, lender=self)
+        self.exchange = BlockExchange(
+            identity, self._memory, transports, _PATIENT, proof_key=None, keys=keys, lender=self
+        )
 
     async def fetch(self, address: str, hashes: list[BlockHash]) -> list[bytes]:
         first = len(self._slots)

@@ -15,6 +15,7 @@ import pytest
 
 from tests import broken_steps
 from tests.completions import Client
+from tests.e2e.conftest import PATIENT_ROUTER
 from tests.hf_models import random_prompts, reference_greedy, write_model
 from tests.peers import AUTHORIZATION, session_with
 from tests.stack import Stack
@@ -35,13 +36,19 @@ def model(model_of: Callable[[str], Path]) -> Path:
 @pytest.fixture
 def make_stack(model: Path, engine: str, tmp_path: Path) -> Callable[..., Stack]:
     def make(
-        num_prefill: int = 1, num_decode: int = 1, transport: str = "auto", patience: str = "1.5", lease: str = "1"
+        num_prefill: int = 1, num_decode: int = 1, transport: str = "auto", patience: str = "20", lease: str = "5"
     ) -> Stack:
+        """`patience` and `lease` in seconds: of peers with each other, and of the registry with them.
+
+        Short only where a test needs the end of it: of who hangs, and of leases without Redis. Who dies is missed at
+        once, and on a busy machine everybody hangs for a second.
+        """
         worker = f"--kv-transport {transport} --num-gpu-blocks-override 256"
         worker += f" --peer-timeout-s {patience} --lease-s {lease}"
         prefill = ["--max-num-batched-tokens 64"] * num_prefill
         decode = ["--local-prefill-max-tokens 0"] * num_decode
-        return Stack(tmp_path / "logs", prefill, decode, worker=worker, model=model, engine=engine)
+        logs = tmp_path / "logs"
+        return Stack(logs, prefill, decode, worker=worker, router=PATIENT_ROUTER, model=model, engine=engine)
 
     return make
 
@@ -63,7 +70,7 @@ async def test_a_lost_prefill_worker_costs_a_retry_and_no_answer(
 ) -> None:
     prompts = random_prompts([700] * 12, seed=11)
     expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
-    stack = make_stack(num_prefill=2, transport=transport)
+    stack = make_stack(num_prefill=2, transport=transport, patience="1.5")
     stack.environ |= {broken_steps.ENGINE: engine, broken_steps.PROCESS: number.name}
     with stack:
         victim = stack.services["prefill-0"].process
@@ -125,7 +132,7 @@ async def test_an_engine_that_fails_in_a_step_costs_a_retry_and_no_answer(
     """Its worker ends, so that whoever looks after it starts it anew."""
     prompts = random_prompts([300] * 8, seed=19)
     expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
-    stack = make_stack(num_prefill=2, num_decode=2, patience="20", lease="5")
+    stack = make_stack(num_prefill=2, num_decode=2)
     stack.environ[broken_steps.ENGINE] = engine
     with stack:
         victim = stack.services[f"{role}-0"]
@@ -144,11 +151,11 @@ async def test_an_engine_that_fails_in_a_step_costs_a_retry_and_no_answer(
 async def test_redis_gone_serving_goes_on(make_stack: Callable[..., Stack], model: Path) -> None:
     prompts = random_prompts([150] * 2, seed=14)
     expected = reference_greedy(model, prompts, NUM_NEW_TOKENS, ignore_eos=True)
-    with make_stack() as stack:
+    with make_stack(lease="2") as stack:
         async with Client(stack, NUM_NEW_TOKENS) as client:
             assert await complete(client, prompts[0]) == expected[0]
             stack.redis.close()
-            await asyncio.sleep(2.5)  # longer than every lease
+            await asyncio.sleep(4.0)  # longer than every lease
             assert await complete(client, prompts[1]) == expected[1]
         stack.check_clean()
 
@@ -163,7 +170,7 @@ async def test_workers_that_do_not_fit_are_refused_by_name(
         "dtype": "--dtype bfloat16",
         "model_fingerprint": f"--model {write_model(tmp_path / 'other', 'llama3', seed=9, head_dim=32)}",
     }
-    stack = make_stack(patience="20", lease="5")  # a connection that takes long is not what they are refused for
+    stack = make_stack()
     stack.prefill = [f"{stack.prefill[0]} {flags}" for flags in misfits.values()]
     with stack:
         async with Client(stack, NUM_NEW_TOKENS) as client:
@@ -281,7 +288,7 @@ async def test_a_drained_decode_workers_streams_go_on_at_another_with_their_kv(
     def computed(stack: Stack) -> list[float]:
         return [stack.metric(name, "vllm:prompt_tokens_total") for name in ("prefill-0", "decode-1")]
 
-    with make_stack(num_decode=2, patience="20", lease="5") as stack:  # nobody is lost
+    with make_stack(num_decode=2) as stack:
         async with Client(stack, NUM_NEW_TOKENS) as client:
             undisturbed: list[dict[int, list[int]]] = [{} for _ in asked]
             for (prompt, body), said in zip(asked, undisturbed, strict=True):

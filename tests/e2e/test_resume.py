@@ -32,7 +32,7 @@ NUM_TOKENS = 64
 NUM_DRAINED_TOKENS = 192  # so that the answer goes on for long enough to move
 NUM_SPARES = 2
 PATIENCE_S = 60.0  # nobody is left for its silence: that is tested elsewhere
-WORKER = f"--num-gpu-blocks-override 256 --lease-s 2 --peer-timeout-s {PATIENCE_S} --stuck-after-s {PATIENCE_S}"
+WORKER = f"--num-gpu-blocks-override 256 --peer-timeout-s {PATIENCE_S} --stuck-after-s {PATIENCE_S}"
 DECODE = "--local-prefill-max-tokens 16"
 PROMPT = random_prompts([70], seed=21)[0]
 LONG_S = 3600  # for what is long even on a machine that does nothing else
