@@ -22,8 +22,15 @@ class Orders:
         self._num_new_tokens = num_new_tokens
 
     def record(self, worker_id: str) -> WorkerRecord:
-        (found,) = (record for record in self._stack.records() if record.worker_id == worker_id)
-        return found
+        """What the worker announces, once it does: one that did not run for a while is forgotten for a moment."""
+        found: list[WorkerRecord] = []
+
+        def is_registered() -> bool:
+            found[:] = [record for record in self._stack.records() if record.worker_id == worker_id]
+            return bool(found)
+
+        self._stack.wait_for(is_registered, f"{worker_id} to be registered")
+        return found[0]
 
     def hashes(self, prompt: list[int]) -> list[BlockHash]:
         """Of the prompt's full blocks, under the model that the stack serves."""
