@@ -26,7 +26,7 @@ setup(
             libraries=["m"],
             optional=True,
         )
-        for variant in build["VARIANT_FLAGS"]
+        for variant in build["variants"]()
     ]
     + [
         Extension(

@@ -23,7 +23,7 @@ from services.engine.checkpoint import (
     stored_dtype,
 )
 from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
-from services.engine.cpu_kernels import NOT_BUILT, REQUIRED_FLAGS, lacking, library_path
+from services.engine.cpu_kernels import AUTOMATIC, NOT_BUILT, REQUIRED_FLAGS, lacking, library_path
 from services.engine.model_config import DTYPE_BYTES, ModelConfig, UnsupportedModel, read_config
 from services.engine.paced import read_profile
 from services.machine import Gpu, available_memory_bytes, gpus, processor_flags
@@ -124,7 +124,7 @@ def check_engine(config: EngineConfig, machine: Machine, num_workers: int = 1) -
 
 def _check_kernels(setting: str, config: EngineConfig, model: Model, device: str, flags: frozenset[str]) -> None:
     """Check that C kernels can do what `setting`, the quantization or the name of kernels, asks of them."""
-    variants = REQUIRED_FLAGS if config.cpu_kernels == "auto" else (config.cpu_kernels,)
+    variants = AUTOMATIC if config.cpu_kernels == "auto" else (config.cpu_kernels,)
     problem = None
     if device != "cpu":
         problem = "it is for CPUs, and this is a GPU; give --device cpu"
@@ -132,6 +132,8 @@ def _check_kernels(setting: str, config: EngineConfig, model: Model, device: str
         problem = "it is computed by the C kernels; leave --cpu-kernels torch out"
     elif model.dtype != "bfloat16":
         problem = f"it is for bfloat16, and {model.directory} is {model.dtype}; give --dtype bfloat16"
+    elif config.cpu_kernels == "auto" and not lacking("neon", flags):
+        problem = "on ARM it needs --cpu-kernels neon; give that"
     elif all(lacking(variant, flags) for variant in variants):
         fewest = min((lacking(variant, flags) for variant in variants), key=len)
         problem = f"this processor lacks {', '.join(fewest)}; take another machine"

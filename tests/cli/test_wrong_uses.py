@@ -321,7 +321,7 @@ def pretend(directory: Path, *, memory_bytes: int = 8 << 30, flags: str = "avx2"
     return {"PRETENDED_MACHINE": str(directory / "machine")}
 
 
-SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, int], tuple[str, ...]]] = {
+SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, int | str], tuple[str, ...]]] = {
     "no CUDA device": (("--device", "cuda"), {}, ("--device cuda", "torch is built for CPUs", "--device cpu")),
     "a context too long": (
         ("--max-model-len", "8k"), {}, ("--max-model-len 8000", "128 tokens", "config.json", "give 128 or less"),
@@ -347,6 +347,10 @@ SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, int], tuple[str, ...]]] = {
     "int8 on the wrong processor": (
         ("--quantization", "int8", "--dtype", "bfloat16"), {}, ("--quantization int8: this processor lacks bmi2, fma;",
          "leave --quantization out"),
+    ),
+    "int8 on ARM": (
+        ("--quantization", "int8", "--dtype", "bfloat16"), {"flags": "asimd"}, ("--quantization int8: on ARM it needs"
+         " --cpu-kernels neon",),
     ),
     "kernels of another processor": (
         ("--cpu-kernels", "avx512", "--dtype", "bfloat16"), {}, ("--cpu-kernels avx512: this processor lacks",

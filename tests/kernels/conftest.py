@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from services.engine.cpu_kernels import REQUIRED_FLAGS
-from services.engine.native.kernels.build import SOURCES, compile_flags
+from services.engine.native.kernels.build import SOURCES, compile_flags, variants
 from services.engine.native.kernels.choice import load_checked
 from services.engine.native.kernels.library import KernelError, KernelLibrary
 from services.machine import processor_flags
@@ -23,6 +23,7 @@ EMULATED_AMX = ("-march=x86-64", "-mno-avx512f", "-DTANDEM_EMULATE_AMX", f"-I{Pa
 BUILDS = {
     "portable": ("portable", ()),
     "amx-emulated": ("amx", EMULATED_AMX),
+    "neon": ("neon", ()),
     "avx2": ("avx2", ()),
     "avx512": ("avx512", ()),
     "amx": ("amx", ()),
@@ -32,8 +33,8 @@ Libraries = Callable[[str], KernelLibrary]
 
 
 def runs_here(name: str) -> bool:
-    """Whether the processor has the instructions; the portable and the emulated one run anywhere."""
-    return REQUIRED_FLAGS.get(name, frozenset()) <= processor_flags()
+    """Whether the processor has the instructions; the emulated one is for what AMX could be on."""
+    return BUILDS[name][0] in variants() and REQUIRED_FLAGS.get(name, frozenset()) <= processor_flags()
 
 
 RUNNABLE = [name for name in BUILDS if runs_here(name)]

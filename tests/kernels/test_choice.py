@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from services.engine.cpu_kernels import REQUIRED_FLAGS
+from services.engine.cpu_kernels import AUTOMATIC, REQUIRED_FLAGS
+from services.engine.native.kernels.build import variants
 from services.engine.native.kernels.choice import choose
 from services.engine.native.kernels.library import AttentionCall, KernelError, KernelLibrary
 from services.engine.native.kernels.self_check import check
 from tests.kernels.conftest import Libraries
 
 AMX, AVX512, AVX2 = (REQUIRED_FLAGS[variant] | REQUIRED_FLAGS["avx2"] for variant in ("amx", "avx512", "avx2"))
+NEON = REQUIRED_FLAGS["neon"]
 ALL = {"amx", "avx512", "avx2"}
 
 
@@ -60,6 +62,12 @@ def choice_of(
             set(),
             (False, "torch, since the processor has neither AMX, nor AVX-512 with bfloat16, nor AVX2 with FMA"),
         ),
+        (
+            NEON,
+            {"neon"},
+            set(),
+            (False, "torch, since those for ARM have not been measured (--cpu-kernels neon takes them)"),
+        ),
     ],
     ids=[
         "amx",
@@ -71,6 +79,7 @@ def choice_of(
         "avx2 is wrong",
         "all wrong",
         "old processor",
+        "arm",
     ],
 )
 def test_the_fastest_library_that_is_built_and_right_is_chosen(
@@ -83,6 +92,7 @@ def test_the_fastest_library_that_is_built_and_right_is_chosen(
     ("wanted", "flags", "built", "faulty", "expected"),
     [
         ("avx2", AMX, ALL, set(), (True, "avx2 kernels")),
+        ("neon", NEON, {"neon"}, set(), (True, "neon kernels")),
         ("avx2", AMX, ALL, {"avx2"}, (False, "torch, since avx2 gives a wrong product")),
         (
             "avx512",
@@ -99,7 +109,7 @@ def test_the_fastest_library_that_is_built_and_right_is_chosen(
             (False, "torch, since avx512 kernels are not built (a C compiler was missing when tandem was installed)"),
         ),
     ],
-    ids=["not the fastest", "wrong", "not of this processor", "not built"],
+    ids=["not the fastest", "arm", "wrong", "not of this processor", "not built"],
 )
 def test_kernels_by_name_are_these_or_none(
     libraries: Libraries,
@@ -110,6 +120,13 @@ def test_kernels_by_name_are_these_or_none(
     expected: tuple[bool, str],
 ) -> None:
     assert choice_of(wanted, flags, built, faulty, libraries("portable")) == expected
+
+
+def test_each_architecture_has_libraries_of_its_own() -> None:
+    built = {machine: variants(machine) for machine in ("x86_64", "aarch64", "riscv64")}
+    assert built["riscv64"] == ("portable",)
+    assert {*built["x86_64"], *built["aarch64"]} == {"portable", *REQUIRED_FLAGS}
+    assert not {*AUTOMATIC, "portable"} - {*built["x86_64"]}
 
 
 def test_every_library_that_runs_here_passes_its_check(library: KernelLibrary) -> None:

@@ -27,11 +27,11 @@ print(json.dumps({"version": torch.__version__, "built_for": torch.version.cuda,
 
 _KERNEL_PROBE = """
 import json
-from services.engine.cpu_kernels import REQUIRED_FLAGS, lacking
+from services.engine.cpu_kernels import AUTOMATIC, lacking
 from services.engine.native.kernels.choice import choose_kernels
 from services.machine import processor_flags
 choice = choose_kernels()
-expected = not all(lacking(variant, processor_flags()) for variant in REQUIRED_FLAGS)
+expected = not all(lacking(variant, processor_flags()) for variant in AUTOMATIC)
 print(json.dumps({"kernels": choice.library is not None, "reason": choice.reason, "expected": expected}))
 """
 

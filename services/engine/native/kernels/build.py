@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import zlib
 from pathlib import Path
 from typing import Final
@@ -26,10 +27,17 @@ FLAGS: Final = (
 _AVX512: Final = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512")
 VARIANT_FLAGS: Final = {
     "portable": (),
+    "neon": (),
     "avx2": ("-mavx2", "-mfma", "-mbmi2"),
     "avx512": _AVX512,
     "amx": (*_AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }
+_VARIANTS: Final = {"x86_64": ("portable", "avx2", "avx512", "amx"), "aarch64": ("portable", "neon")}
+
+
+def variants(machine: str = platform.machine()) -> tuple[str, ...]:
+    """Return the libraries that are built for processors of an architecture, as Linux calls it."""
+    return _VARIANTS.get(machine, ("portable",))
 
 
 def source_digest() -> int:

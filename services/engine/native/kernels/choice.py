@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from services.engine.cpu_kernels import NOT_BUILT, REQUIRED_FLAGS, lacking, library_path
+from services.engine.cpu_kernels import AUTOMATIC, NOT_BUILT, lacking, library_path
 from services.engine.native.kernels.library import KernelError, KernelLibrary
 from services.engine.native.kernels.self_check import check
 from services.machine import processor_flags
@@ -41,7 +41,7 @@ def choose(
     variant's library lies; `load` loads and checks it, or raises `KernelError`.
     """
     notes: list[str] = []
-    for variant in REQUIRED_FLAGS if wanted == "auto" else (wanted,):
+    for variant in AUTOMATIC if wanted == "auto" else (wanted,):
         if missing := lacking(variant, flags):
             if wanted == variant:
                 notes.append(f"{variant} kernels need {', '.join(missing)} of the processor")
@@ -56,7 +56,9 @@ def choose(
             notes.append(str(error))
             continue
         return KernelChoice(library, "; ".join([f"{variant} kernels", *notes]))
-    if not notes:
+    if not notes and not lacking("neon", flags):
+        notes.append("those for ARM have not been measured (--cpu-kernels neon takes them)")
+    elif not notes:
         notes.append("the processor has neither AMX, nor AVX-512 with bfloat16, nor AVX2 with FMA")
     return KernelChoice(None, "torch, since " + "; ".join(notes))
 

@@ -1,0 +1,2 @@
+#include "panel_neon.h"
+#include "library.h"
