@@ -58,7 +58,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm serve doctor test test-vllm vllm-contract families test-slow promtool arm64-tools validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-router bench-peer bench-vllm bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-restarts simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos restarts idle
+.PHONY: help install install-vllm serve doctor test test-vllm vllm-contract families test-slow promtool arm-tools validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-router bench-peer bench-vllm bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-restarts simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos restarts idle
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -87,7 +87,7 @@ schemathesis: $(DEVELOPED) ## 10,000 cases made of /openapi.json, right and wron
 doctor: $(INSTALLED) ## check this machine: packages, Redis, UCX, ports, model
 	$(BIN)/tandem doctor --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
 
-test: lint types imports proto-check promtool arm64-tools ## everything that CI checks
+test: lint types imports proto-check promtool arm-tools ## everything that CI checks
 	$(BIN)/pytest -m "not slow and not vllm" $(PYTEST_ARGS)
 
 $(VLLM_INSTALLED): pyproject.toml constraints.txt constraints-vllm.txt setup.py deploy/install.sh deploy/vllm_cpu_wheel.py
@@ -116,7 +116,7 @@ lint: $(DEVELOPED) ## style
 promtool: ## fetch it into build/tools where this machine has none
 	@deploy/get_promtool.sh
 
-arm64-tools: ## fetch a compiler for ARM64 and an emulator into build/tools where this machine has none (100 MB)
+arm-tools: ## fetch a compiler for ARM64 and an emulator into build/tools where this machine has none (100 MB)
 	@deploy/get_arm64_tools.sh
 
 validate-deploy: $(DEVELOPED) promtool ## deploy/ against schemas, linters and a running stack

@@ -21,12 +21,12 @@ NAMES = ("aarch64-linux-gnu-gcc", "qemu-aarch64")
 
 @pytest.fixture(scope="module")
 def tools() -> dict[str, str]:
-    """The cross compiler and the emulator: installed, or fetched by `make arm64-tools`."""
+    """The cross compiler and the emulator: installed, or fetched by `make arm-tools`."""
     path = os.pathsep.join((os.environ["PATH"], str(TOOLS / "bin")))
     found = {name: shutil.which(name, path=path) for name in NAMES}
     missing = [name for name, place in found.items() if place is None]
     if missing:
-        lacking = f"{' and '.join(missing)} missing: `make arm64-tools` fetches them"
+        lacking = f"{' and '.join(missing)} missing: `make arm-tools` fetches them"
         if os.environ.get("CI") == "true":
             pytest.fail(lacking)
         pytest.skip(lacking)
