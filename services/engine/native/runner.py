@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from services.engine.native.attention import ForwardBatch
+from services.engine.native.forward_inputs import ForwardInputs
 from services.engine.native.sampling import NoToken, Sampler, SamplingRow, position_logprobs
 from services.engine.native.scheduling import (
     Batch,
@@ -51,7 +51,7 @@ class ModelRunner:
     def __init__(self, model: ForwardModel, kv_cache: Tensor, block_size: int) -> None:
         self._model = model
         self._kv_cache = kv_cache
-        self._block_size = block_size
+        self._inputs = ForwardInputs(block_size, model.device)
         self._sampler = Sampler.open(model.eos_token_ids, torch.get_num_threads(), model.device)
         # Kept from step to step, for as long as the scheduler keeps the request.
         self._sampling_rows: WeakKeyDictionary[Request, SamplingRow] = WeakKeyDictionary()
@@ -63,14 +63,14 @@ class ModelRunner:
             self._copy(copy)
         self._zero(batch.new_block_ids)
         logits_of, indices = _logits_rows(batch.sequences)
-        logits = self._model.forward(self._forward_batch(batch.sequences, indices), self._kv_cache)
+        logits = self._model.forward(self._inputs.batch(batch.sequences, indices), self._kv_cache)
         samples = self._sample(batch.sequences, logits, logits_of)
         return SampledBatch(
             tuple(
                 SampledSequence(
                     token=None if isinstance(token, NoToken) else token,
                     failure=token.reason if isinstance(token, NoToken) else None,
-                    prompt_logprobs=tuple(_prompt_logprobs(sequence, logits[rows.start :])),
+                    prompt_logprobs=_prompt_logprobs(sequence, logits, rows.start),
                 )
                 for sequence, rows, token in zip(batch.sequences, logits_of, samples, strict=True)
             )
@@ -91,34 +91,6 @@ class ModelRunner:
                 self._kv_cache[ordered[start] : ordered[end - 1] + 1].zero_()
                 start = end
 
-    def _forward_batch(self, sequences: Sequence[ScheduledSequence], logits_indices: Sequence[int]) -> ForwardBatch:
-        token_ids: list[int] = []
-        positions: list[int] = []
-        query_start = [0]
-        max_blocks = max(-(-sequence.end // self._block_size) for sequence in sequences)
-        block_tables = np.zeros((len(sequences), max_blocks), dtype=np.int32)
-        slots = []
-        for i, sequence in enumerate(sequences):
-            token_ids += sequence.request.token_ids[sequence.start : sequence.end]
-            positions += range(sequence.start, sequence.end)
-            query_start.append(len(token_ids))
-            num_blocks = -(-sequence.end // self._block_size)
-            block_tables[i, :num_blocks] = sequence.request.block_table[:num_blocks]
-            span = np.arange(sequence.start, sequence.end)
-            slots.append(
-                block_tables[i, span // self._block_size].astype(np.int64) * self._block_size + span % self._block_size
-            )
-        device = self._model.device
-        return ForwardBatch(
-            token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
-            positions=torch.tensor(positions, dtype=torch.int64, device=device),
-            slot_mapping=torch.from_numpy(np.concatenate(slots)).to(device),
-            query_start=query_start,
-            context_lens=[sequence.end for sequence in sequences],
-            block_tables=torch.from_numpy(block_tables).to(device),
-            logits_indices=torch.tensor(logits_indices, dtype=torch.int64, device=device),
-        )
-
     def _sample(
         self, sequences: Sequence[ScheduledSequence], logits: Tensor, logits_of: Sequence[range]
     ) -> list[SampledToken | NoToken | None]:
@@ -128,7 +100,7 @@ class ModelRunner:
             return results
         rows = [self._sampling_row(sequences[i].request) for i in sampled]
         last_rows = [logits_of[i][-1] for i in sampled]
-        chosen = logits if last_rows == list(range(logits.shape[0])) else logits[last_rows]
+        chosen = logits if len(last_rows) == logits.shape[0] else logits[last_rows]
         for i, token in zip(sampled, self._sampler.sample(chosen, rows), strict=True):
             results[i] = token
         return results
@@ -159,10 +131,10 @@ def _logits_rows(sequences: Sequence[ScheduledSequence]) -> tuple[list[range], l
     return logits_of, indices
 
 
-def _prompt_logprobs(sequence: ScheduledSequence, logits: Tensor) -> list[PositionLogprobs]:
-    """Logprobs of the prompt tokens after each of this chunk's; `logits` begin with the sequence's rows."""
+def _prompt_logprobs(sequence: ScheduledSequence, logits: Tensor, first: int) -> tuple[PositionLogprobs, ...]:
+    """Logprobs of the prompt tokens after each of this chunk's; the sequence's rows of `logits` begin at `first`."""
     num_rows = sequence.num_prompt_rows
     if num_rows == 0 or sequence.num_prompt_logprobs is None:
-        return []
+        return ()
     following = sequence.request.token_ids[sequence.start + 1 : sequence.start + 1 + num_rows]
-    return position_logprobs(logits[:num_rows], following, sequence.num_prompt_logprobs)
+    return tuple(position_logprobs(logits[first : first + num_rows], following, sequence.num_prompt_logprobs))

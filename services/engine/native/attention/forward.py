@@ -30,7 +30,7 @@ class ForwardBatch:
     slot_mapping: Tensor  # int64 [T]
     query_start: list[int]  # [B + 1], prefix sums of tokens per sequence
     context_lens: list[int]  # [B], tokens in the cache after this step
-    block_tables: Tensor  # int32 [B, max_blocks], padded with 0
+    block_tables: Tensor  # int32 [B, max_blocks]; beyond a context's end later blocks of its own, or 0
     logits_indices: Tensor  # int64 [n], rows of T whose logits are wanted, ascending
 
     def __post_init__(self) -> None:

@@ -39,6 +39,7 @@ _GATES: Final = {
     "gelu_new": Epilogue.GATE_GELU_TANH,
     "gelu_pytorch_tanh": Epilogue.GATE_GELU_TANH,
 }
+_UNSIGNED: Final[dict[int, type[np.unsignedinteger]]] = {4: np.uint32, 8: np.uint64}
 _TOKENS_TOGETHER: Final = 16  # attention reads so many rows of a block at once
 
 
@@ -73,7 +74,7 @@ class KernelTransformer:
         )
         self._workspace = Workspace()
         self._activations = _Activations(config, 0)
-        self._stage_seconds = {stage.name.lower(): 0.0 for stage in Stage}
+        self._call = self._new_call()
 
     def use_cache(self, kv_cache: Tensor) -> None:
         """Check that the kernels can read this cache. Raises `UnsupportedModel`."""
@@ -92,75 +93,77 @@ class KernelTransformer:
         num_tokens = len(batch.token_ids)
         if num_tokens > len(self._activations.x):
             self._activations = _Activations(self._config, num_tokens)
+            _point_at(self._call, self._activations)
         inputs = _Inputs(batch)
         inputs.check(len(self._embedding), kv_cache)
         logits = torch.empty((len(inputs.wanted), self._config.vocab_size), dtype=torch.float32)
-        call = self._call(inputs, kv_cache, logits)
-        self._library.forward(call, self._workspace, self._num_threads)
-        for stage in Stage:
-            self._stage_seconds[stage.name.lower()] += call.seconds[stage]
+        self._fill_in(inputs, kv_cache, logits)
+        self._library.forward(self._call, self._workspace, self._num_threads)
         return logits
 
-    def _call(self, inputs: _Inputs, kv_cache: Tensor, logits: Tensor) -> ForwardCall:
-        """The step in the addresses that the library takes; what they point to must outlive it."""
-        config, room = self._config, self._activations
-        append = AppendCall(
-            qkv=room.qkv.data_ptr(),
-            table=room.angles.data_ptr(),
-            slots=inputs.slots.data_ptr(),
-            cache=kv_cache.data_ptr(),
-            block_stride=kv_cache.stride(0),
-            num_tokens=len(inputs.token_ids),
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            block_size=kv_cache.shape[4],
-            eps=config.rms_norm_eps,
-        )
-        attention = AttentionCall(
-            q=room.qkv.data_ptr(),
-            q_stride=room.qkv.stride(0),
-            out=room.attended.data_ptr(),
-            block_stride=kv_cache.stride(0),
-            block_tables=inputs.tables.data_ptr(),
-            table_stride=inputs.tables.shape[1],
-            query_start=inputs.query_start.ctypes.data,
-            context_lens=inputs.context_lens.ctypes.data,
-            num_sequences=len(inputs.context_lens),
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            block_size=kv_cache.shape[4],
-            scale=config.head_dim**-0.5,
-        )
-        return ForwardCall(
+    def _new_call(self) -> ForwardCall:
+        """What is the same at every step; its seconds add up. What it points to must outlive it."""
+        config = self._config
+        call = ForwardCall(
             layers=ctypes.addressof(self._layer_structs),
             lm_head=ctypes.addressof(self._lm_head.weights),
             embedding=self._embedding.data_ptr(),
             norm=self._norm.data_ptr(),
             num_layers=config.num_layers,
             hidden_size=config.hidden_size,
-            layer_stride=kv_cache.stride(1),
             gate=_GATES[config.hidden_act],
-            token_ids=inputs.token_ids.data_ptr(),
-            positions=inputs.positions.data_ptr(),
             frequencies=self._frequencies.data_ptr(),
             rope_factor=config.rope.attention_factor,
-            wanted=inputs.wanted.data_ptr(),
-            num_wanted=len(inputs.wanted),
-            logits=logits.data_ptr(),
-            append=append,
-            attention=attention,
-            x=room.x.data_ptr(),
-            normed=room.normed.data_ptr(),
-            gated=room.gated.data_ptr(),
-            angles=room.angles.data_ptr(),
+            append=AppendCall(
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                eps=config.rms_norm_eps,
+            ),
+            attention=AttentionCall(
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                scale=config.head_dim**-0.5,
+            ),
         )
+        _point_at(call, self._activations)
+        return call
+
+    def _fill_in(self, inputs: _Inputs, kv_cache: Tensor, logits: Tensor) -> None:
+        """Put a step into the call, in the addresses that the library takes; what they point to must outlive it."""
+        call, append, attention = self._call, self._call.append, self._call.attention
+        block_stride, layer_stride, *_ = kv_cache.stride()
+        call.layer_stride = layer_stride
+        call.token_ids = inputs.token_ids.data_ptr()
+        call.positions = inputs.positions.data_ptr()
+        call.wanted = inputs.wanted.data_ptr()
+        call.num_wanted = inputs.wanted.shape[0]
+        call.logits = logits.data_ptr()
+        append.slots = inputs.slots.data_ptr()
+        append.cache = kv_cache.data_ptr()
+        append.num_tokens = inputs.token_ids.shape[0]
+        append.block_stride = attention.block_stride = block_stride
+        append.block_size = attention.block_size = kv_cache.shape[4]
+        attention.block_tables = inputs.tables.data_ptr()
+        attention.table_stride = inputs.tables.shape[1]
+        attention.query_start = inputs.query_start.ctypes.data
+        attention.context_lens = inputs.context_lens.ctypes.data
+        attention.num_sequences = inputs.context_lens.size
 
     @property
     def stage_seconds(self) -> Mapping[str, float]:
         """Returns the seconds of all steps so far, by stage."""
-        return dict(self._stage_seconds)
+        return {stage.name.lower(): self._call.seconds[stage] for stage in Stage}
+
+
+def _point_at(call: ForwardCall, room: _Activations) -> None:
+    """Have a call work in `room`, which must outlive it."""
+    call.x, call.normed, call.gated = room.x.data_ptr(), room.normed.data_ptr(), room.gated.data_ptr()
+    call.angles = call.append.table = room.angles.data_ptr()
+    call.append.qkv = call.attention.q = room.qkv.data_ptr()
+    call.attention.q_stride = room.qkv.stride(0)
+    call.attention.out = room.attended.data_ptr()
 
 
 class _Inputs:
@@ -182,7 +185,8 @@ class _Inputs:
         _check_below("slot", self.slots, kv_cache.shape[0] * kv_cache.shape[4])
         _check_below("block id", self.tables, kv_cache.shape[0])
         _check_below("row of logits", self.wanted, len(self.token_ids))
-        if not bool((self.wanted.diff() > 0).all()):
+        wanted = self.wanted.numpy()
+        if not (wanted[1:] > wanted[:-1]).all():
             raise IndexError("rows of logits must ascend")
 
 
@@ -207,8 +211,10 @@ class _Activations:
 def _check_below(what: str, indices: Tensor, end: int) -> None:
     """Raise `IndexError` for an index that is not. `indices` int64, tables of blocks int32."""
     assert indices.dtype == (torch.int32 if indices.dim() == 2 else torch.int64), (what, indices.dtype)
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < end:
-        raise IndexError(f"a {what} is not below {end}: {int(indices.min())} to {int(indices.max())}")
+    values = indices.numpy()
+    # Read as unsigned numbers, negative ones are the largest.
+    if values.size and values.view(_UNSIGNED[values.itemsize]).max() >= end:
+        raise IndexError(f"a {what} is not below {end}: {int(values.min())} to {int(values.max())}")
 
 
 def _struct(layer: DecoderLayer[Projection], window: int | None) -> Layer:

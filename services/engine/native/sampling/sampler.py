@@ -73,8 +73,8 @@ def describe(logits: Tensor, rows: Sequence[SamplingRow], chosen: Sequence[int |
     """Put logprobs to the chosen tokens where they were asked for, and a reason where there is no token."""
     logprobs = _logprobs_where_asked(logits, rows, chosen)
     return [
-        NoToken(_explain(row_logits, row)) if token_id is None else SampledToken(token_id, row_logprobs)
-        for row_logits, row, token_id, row_logprobs in zip(logits, rows, chosen, logprobs, strict=True)
+        NoToken(_explain(logits[i], rows[i])) if token_id is None else SampledToken(token_id, row_logprobs)
+        for i, (token_id, row_logprobs) in enumerate(zip(chosen, logprobs, strict=True))
     ]
 
 

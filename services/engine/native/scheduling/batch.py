@@ -10,8 +10,7 @@ from services.engine.request import PositionLogprobs, SampledToken
 from services.rates import StepShape, num_pairs
 
 
-@dataclass(frozen=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """A run of one request's tokens, `token_ids[start : start + num_tokens]`, to be computed in this step.
 
     token_ids   |-- computed before --|-- this step --|-- later --|

@@ -298,12 +298,13 @@ class Scheduler:
                 continue
             num_missing = self.config.num_blocks_for(request.num_tokens) - len(request.block_table)
             # The last in the order goes first. As `entry` walks in that order, nobody who is in the step is preempted.
-            while num_missing > self.pool.num_free and request.status is RequestStatus.RUNNING:
+            while 0 < num_missing > self.pool.num_free and request.status is RequestStatus.RUNNING:
                 self._preempt(self._queues.running[-1].request, step)
             if request.status is RequestStatus.RUNNING:
-                new_block_ids = self.pool.allocate(num_missing)
-                request.block_table += new_block_ids
-                step.new_block_ids += new_block_ids
+                if num_missing > 0:
+                    new_block_ids = self.pool.allocate(num_missing)
+                    request.block_table += new_block_ids
+                    step.new_block_ids += new_block_ids
                 step.add(request, 1)
 
     def _schedule_started_prompts(self, step: BatchBuilder) -> None:
