@@ -40,21 +40,22 @@ def configure_logging(
     format: str = "auto",
     *,
     fields: Mapping[str, object] | None = None,
+    shown: Mapping[str, object] | None = None,
     stream: TextIO | None = None,
 ) -> None:
     """Sends the logs of the whole process to `stream` (standard error).
 
     `format` is one of LOG_FORMATS; `auto` is text on a terminal and JSON lines elsewhere. `fields`, such as the
-    worker_id, go into every JSON line. What each single request did stands in JSON lines, and in text at level debug.
-    Calling it again replaces what it set up before.
+    worker_id, go into every JSON line, those of `shown` into every line. What each single request did stands in JSON
+    lines, and in text at level debug. Calling it again replaces what it set up before.
     """
     stream = stream or sys.stderr
     on_terminal = stream.isatty()
     handler = logging.StreamHandler(stream)
     if format == "json" or (format == "auto" and not on_terminal):
-        handler.setFormatter(JsonFormatter(fields))
+        handler.setFormatter(JsonFormatter({**(fields or {}), **(shown or {})}))
     else:
-        handler.setFormatter(TextFormatter(colored=on_terminal and "NO_COLOR" not in os.environ))
+        handler.setFormatter(TextFormatter(on_terminal and "NO_COLOR" not in os.environ, shown))
         if level.upper() == "INFO":
             handler.addFilter(_is_for_people)
     root = logging.getLogger()
@@ -96,13 +97,14 @@ def extra_fields(record: logging.LogRecord) -> dict[str, object]:
 class TextFormatter(logging.Formatter):
     """`14:03:07.123 INFO services.engine: message  request_id=…`"""
 
-    def __init__(self, colored: bool = False) -> None:
+    def __init__(self, colored: bool = False, fields: Mapping[str, object] | None = None) -> None:
         super().__init__()
         self._colored = colored
+        self._fields = dict(fields or {})
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        extras = "".join(f"  {name}={value}" for name, value in extra_fields(record).items())
+        extras = "".join(f"  {name}={value}" for name, value in {**self._fields, **extra_fields(record)}.items())
         # One record, one line, whatever a client's text contains: a line break in it must not forge a record.
         message = _one_line(record.getMessage())
         line = f"{clock}.{int(record.msecs):03d} {record.levelname} {record.name}: {message}{_one_line(extras)}"

@@ -23,6 +23,9 @@ class Family:
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    over_processes: Literal["sum", "max", "min"] = "sum"
+    """Of a gauge: what it is for a router of several processes, which all see the same fleet and have each their own
+    requests."""
 
 
 class Table(dict[str, Family]):
@@ -69,8 +72,8 @@ def _counter(name: str, help: str, *labels: str) -> Family:
     return Family(name, "counter", help, labels)
 
 
-def _gauge(name: str, help: str, *labels: str) -> Family:
-    return Family(name, "gauge", help, labels)
+def _gauge(name: str, help: str, *labels: str, over_processes: Literal["sum", "max", "min"] = "sum") -> Family:
+    return Family(name, "gauge", help, labels, over_processes=over_processes)
 
 
 def _histogram(name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Family:
@@ -276,9 +279,15 @@ ROUTER = Table(
     ),
     _counter("tandem:router_index_lookups", "Questions to the prefix index.", "outcome"),
     _histogram("tandem:router_index_lookup_seconds", "How long they took.", _INDEX_S),
-    _gauge("tandem:router_index_up", "Whether the prefix index answers; 0 also where there is none."),
-    _gauge("tandem:router_quotas_shared", "Whether Redis keeps the tenants' limits; 0: this router its part of them."),
-    _gauge("tandem:router_registry_up", "Whether the registry in Redis answers."),
+    _gauge(
+        "tandem:router_index_up", "Whether the prefix index answers; 0 also where there is none.", over_processes="min"
+    ),
+    _gauge(
+        "tandem:router_quotas_shared",
+        "Whether Redis keeps the tenants' limits; 0: this router its part of them.",
+        over_processes="min",
+    ),
+    _gauge("tandem:router_registry_up", "Whether the registry in Redis answers.", over_processes="min"),
     _counter("tandem:router_receipts", "Sequences that ended regularly and whose worker said what they cost."),
     _counter("tandem:router_receipt_prompt_tokens", "Prompt tokens, by where their KV came from.", "source"),
     _counter("tandem:router_cached_tokens", "Prompt tokens that were not computed: reused or fetched."),
@@ -288,12 +297,17 @@ ROUTER = Table(
     _counter("tandem:router_handoff_bytes", "The same in bytes."),
     _counter("tandem:router_digests_checked", "Blocks whose payload was checked before use."),
     _counter("tandem:router_recomputes", "Prompts computed again after a fault or a preemption."),
-    _gauge("tandem:router_workers_known", "Workers in the registry.", "role"),
-    _gauge("tandem:router_queued_tokens", "Prompt tokens sent to workers, without a token yet.", "role"),
+    _gauge("tandem:router_workers_known", "Workers in the registry.", "role", over_processes="max"),
+    _gauge(
+        "tandem:router_queued_tokens",
+        "Prompt tokens sent to workers, without a token yet.",
+        "role",
+    ),
     _gauge(
         "vllm:kv_cache_usage_perc",
         "Share of the decode workers' KV blocks in use, by their last reports; 1 is all.",
         *_BY_MODEL,
+        over_processes="max",
     ),
-    _gauge("tandem:router_sessions_up", "Decode workers with a live session."),
+    _gauge("tandem:router_sessions_up", "Decode workers with a live session.", over_processes="max"),
 )

@@ -16,6 +16,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         RouterConfig, argv, prog="tandem router", description="Serve OpenAI's HTTP API in front of the workers."
     )
     report_phase("importing")
+    if config.router_workers > 1:
+        from services.router.processes import run_processes
+
+        return run_processes(config)
     # Only now what takes long to import: --help and a wrong flag answer at once.
     from services.router.process import run_router
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -12,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 import services
-from services.router.edge import CLIENT_GONE, FAILED, App, Edge, GenerateEndpoint, Guard, RouterParts
+from services.router.edge import CLIENT_GONE, FAILED, App, Edge, GenerateEndpoint, Guard, RouterParts, read_body
 from services.router.errors import (
     ApiError,
     ClientDisconnected,
@@ -22,6 +23,7 @@ from services.router.errors import (
     unavailable,
 )
 from services.router.openai import (
+    AbortBody,
     ChatBody,
     ChatRenderer,
     CompletionBody,
@@ -31,6 +33,7 @@ from services.router.openai import (
     SizeLimits,
     TokenizeBody,
     check_sizes,
+    decode,
     detokenize,
     longest_text,
     openapi_document,
@@ -38,13 +41,16 @@ from services.router.openai import (
     plan_completion,
     tokenize,
 )
-from services.router.readiness import readiness
+from services.router.processes import NoAnswer, new_request_id
 from services.router.sharing import RATE_LIMIT_HEADERS
 from services.router.sse import Message, Receive, Send
 from services.router.tenants import Keyring, Tenant, name_of
 from services.router.text import ClientPool, ServedModel
+from services.router.views import ABORT, DECISIONS, LOAD, READINESS, WORKERS, exposition, of_all
 
 B = TypeVar("B", TokenizeBody, DetokenizeBody)
+
+_MAX_ABORT_BYTES: Final = 1 << 18
 
 
 def make_app(parts: RouterParts) -> App:
@@ -76,6 +82,7 @@ def make_app(parts: RouterParts) -> App:
         parts.clock,
         root_path=config.root_path,
         roots=roots,
+        new_id=partial(new_request_id, parts.siblings.start.number if parts.siblings is not None else 0),
         logs_requests=not config.disable_uvicorn_access_log,
     )
 
@@ -104,6 +111,7 @@ def make_api(parts: RouterParts) -> FastAPI:
     _add_tokenizer_routes(app, parts)
     _add_status_routes(app, parts)
     _add_debug_routes(app, parts)
+    _add_abort_route(app, parts)
     _add_error_handlers(app, parts)
     document = openapi_document(app, parts.config.root_path)
     return app
@@ -175,7 +183,7 @@ def _add_status_routes(app: FastAPI, parts: RouterParts) -> None:
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready() -> Response:
-        models, not_ready = readiness(parts.models, parts.workers)
+        models, not_ready = await of_all(parts, READINESS)
         if not models:
             reasons = "; ".join(f"`{name}`: {reason}" for name, reason in not_ready.items())
             raise unavailable(f"No model can be served yet: {reasons or 'no decode worker is registered'}.")
@@ -186,44 +194,36 @@ def _add_status_routes(app: FastAPI, parts: RouterParts) -> None:
         return _json({"version": services.__version__})
 
     @app.get("/load")
-    async def load() -> Response:
-        running, waiting = parts.admission.num_running, parts.admission.num_waiting
-        return _json({"server_load": running + waiting, "num_running": running, "num_waiting": waiting})
+    async def get_load() -> Response:
+        load = await of_all(parts, LOAD)
+        return _json(load)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(parts.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await exposition(parts), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _add_debug_routes(app: FastAPI, parts: RouterParts) -> None:
     @app.get("/debug/workers")
     async def list_workers() -> Response:
-        connected = {worker.worker_id for worker in parts.workers.decode_candidates() if worker.connected}
-        return _json(
-            {
-                "workers": [
-                    {
-                        "worker_id": record.worker_id,
-                        "incarnation": record.incarnation,
-                        "role": record.role,
-                        "models": record.model_names,
-                        "connected": not record.phase and (record.role != "decode" or record.worker_id in connected),
-                        "draining": record.draining,
-                        "phase": record.phase,
-                        "is_simulation": record.is_simulation,
-                    }
-                    for record in (*parts.workers.records, *parts.workers.starting)
-                ]
-            }
-        )
+        return _json({"workers": await of_all(parts, WORKERS)})
 
     @app.get("/debug/routing/{request_id:path}")
     async def explain_routing(request: Request, request_id: str) -> Response:
         tenant: Tenant | None = request.scope["state"]["tenant"]
-        entries = parts.placer.log.find(name_of(tenant), request_id)
-        if not entries:
+        decisions = await of_all(parts, DECISIONS, name_of(tenant), request_id, request_id=request_id)
+        if not decisions:
             raise ApiError(404, f"No decision is known for request {request_id!r:.200}.", code="unknown_request")
-        return _json({"request_id": request_id, "decisions": [entry.to_json() for entry in entries]})
+        return _json({"request_id": request_id, "decisions": decisions})
+
+
+def _add_abort_route(app: FastAPI, parts: RouterParts) -> None:
+    @app.post("/abort_requests")
+    async def abort_requests(request: Request) -> Response:
+        content = await read_body(request.scope, request.receive, _MAX_ABORT_BYTES, hold=lambda num_bytes: None)
+        request_ids = decode(content, AbortBody).request_ids
+        tenant: Tenant | None = request.scope["state"]["tenant"]
+        return _json({"aborted": await of_all(parts, ABORT, name_of(tenant), request_ids)})
 
 
 def _add_error_handlers(app: FastAPI, parts: RouterParts) -> None:
@@ -242,6 +242,10 @@ def _add_error_handlers(app: FastAPI, parts: RouterParts) -> None:
         parts.metrics.disconnects.inc()
         request.scope["state"]["access"].left()
         return Response(status_code=CLIENT_GONE)  # nobody reads it
+
+    @app.exception_handler(NoAnswer)
+    async def on_no_answer(request: Request, error: NoAnswer) -> Response:
+        return respond(request, unavailable(f"The router's other processes do not answer: {error}. Try again later."))
 
     @app.exception_handler(Exception)
     async def on_crash(request: Request, error: Exception) -> Response:

@@ -78,6 +78,16 @@ class RouterConfig(PeerSettings):
     )
     sse_keepalive_s: float = setting(15.0, above=0, help="a stream idle for so long gets a comment line", group="HTTP")
 
+    router_workers: int = setting(
+        1,
+        min=1,
+        max=64,
+        flags=("--router-workers", "--workers", "--api-server-count"),
+        help="processes of this router, on one port: a core each; --max-concurrent-requests, --max-queue,"
+        " --request-memory-bytes and --worker-backlog-s are divided among them",
+        group="HTTP",
+    )
+
     redis: str = setting("redis://127.0.0.1:6379/0", help="URL of the registry", group="workers", secret=True)
     router_id: str = setting(
         "", help="this router in the workers' logs; the default has host and port", group="workers"
@@ -253,6 +263,13 @@ class RouterConfig(PeerSettings):
         for proxy in self.forwarded_allow_ips.split(",") if self.forwarded_allow_ips else ():
             _check_proxy(proxy.strip())
         _check_keys(self.api_key, "api_key")
+        largest_bytes = self.request_memory_bytes / self.router_workers * self.client_share
+        if self.router_workers > 1 and largest_bytes < self.max_body_bytes:
+            raise SettingsError(
+                f"leaves one client {largest_bytes:.0f} bytes of a process's --request-memory-bytes, and a body may"
+                f" have {self.max_body_bytes} (--max-body-bytes): give more of the first, or less of the other",
+                "router_workers",
+            )
 
 
 def _check_proxy(proxy: str) -> None:

@@ -102,6 +102,11 @@ def timed_out(message: str) -> ApiError:
     return ApiError(504, message, type="server_error", code="timeout")
 
 
+def aborted() -> ApiError:
+    """499, as nginx counts a client that has gone, and Google's APIs say CANCELLED: no SDK tries that again."""
+    return ApiError(499, "The request was aborted.", code="aborted")
+
+
 def internal(message: str) -> ApiError:
     """500: our fault."""
     return ApiError(500, message, type="server_error", code="internal_error")

@@ -6,9 +6,12 @@ clients see it what workers export as they see it (label `role`). Durations come
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from services.activity import recent_handoffs
 from services.exposition import ExposedRegistry, add_process_series
@@ -16,6 +19,7 @@ from services.http_server import CUTS
 from services.lifecycle import Event
 from services.metric_families import REQUESTS, ROUTER
 from services.rates import TIERS
+from services.router.processes import Family, Merge, Sample, Snapshot
 from services.router.receipt import Receipt, Resume
 
 _ROLE = "router"
@@ -34,6 +38,13 @@ _OF_RECEIPTS: dict[str, Callable[[Receipt], float]] = {
     "tandem:router_recomputes": lambda receipt: receipt.usage.num_recomputes,
 }
 """Counters fed from receipts and from nothing else, so that both always add up."""
+
+_OF_PROCESS: Final[Mapping[str, Merge]] = {
+    "process_max_fds": "min",
+    "process_start_time_seconds": "min",
+    "tandem:build": "max",
+}
+"""How prometheus-client's own gauges are joined over a router's processes; the others are added up."""
 
 _RESUMED_TOKENS = ("recomputed", "reused", "fetched", "moved")
 
@@ -186,3 +197,40 @@ class RouterMetrics:
     def exposition(self) -> bytes:
         """Prometheus text format 0.0.4."""
         return generate_latest(ExposedRegistry(self.registry, {}))
+
+    def snapshot(self) -> Snapshot:
+        """The same, to be added up with other processes'."""
+        return Snapshot(
+            [
+                Family(
+                    family.name,
+                    family.documentation,
+                    family.type,
+                    family.unit,
+                    ROUTER[family.name].over_processes
+                    if family.name in ROUTER
+                    else _OF_PROCESS.get(family.name, "sum"),
+                    [Sample(sample.name, sample.labels, sample.value) for sample in family.samples],
+                )
+                for family in ExposedRegistry(self.registry, {}).collect()
+            ]
+        )
+
+
+def text_of(snapshot: Snapshot) -> bytes:
+    """As `RouterMetrics.exposition`, of what several processes have said."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Shown(snapshot))
+    return generate_latest(registry)
+
+
+class _Shown(Collector):
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self._snapshot.families:
+            metric = Metric(family.name, family.documentation, family.type, family.unit)
+            for sample in family.samples:
+                metric.add_sample(sample.name, sample.labels, sample.value)
+            yield metric

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -14,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import uvicorn
 import uvloop
@@ -34,7 +36,10 @@ from services.router.config import RouterConfig
 from services.router.edge import Limits, RequestMemory, RouterParts
 from services.router.fleet import Headroom, Placer, PrefixFinder, Workers
 from services.router.fleet_metrics import FleetCollector
+from services.router.listening import listen
 from services.router.metrics import RouterMetrics
+from services.router.processes import Member
+from services.router.readiness import readiness
 from services.router.routing import DecisionLog, Policy
 from services.router.sharing import Quotas, Shares, open_quotas, read_shares
 from services.router.tenants import Keyring
@@ -45,6 +50,7 @@ from services.router.text import (
     TokenizerPool,
     check_overrides,
 )
+from services.router.views import answer
 from services.settings import SettingsError
 from services.startup import CANNOT_START, CannotListen, address_of, check_registry
 
@@ -54,11 +60,14 @@ log = logging.getLogger(__name__)
 _SWITCH_INTERVAL_S = 0.001
 # After its time-out, until a client has been told that its request is cut.
 _LAST_WORDS_S = 3
+# How long a process that takes another's place waits for what that could serve, before it takes connections.
+_WARM_S = 5.0
 
 
-def run_router(config: RouterConfig) -> int:
-    """Serves until SIGTERM or SIGINT; returns the exit status."""
-    configure_logging(config.log_level, config.log_format, fields={"role": "router"})
+def run_router(config: RouterConfig, member: Member | None = None) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit status. `member`: as one of several processes on a port."""
+    number: dict[str, object] = {} if member is None else {"process": member.start.number}
+    configure_logging(config.log_level, config.log_format, fields={"role": "router"}, shown=number)
     # The pool has its own threads; the library's would fight the event loop for the cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     bound_heaps()
@@ -73,7 +82,7 @@ def run_router(config: RouterConfig) -> int:
     except (ChatTemplateError, RegistryError, SettingsError, TokenizerError) as error:
         log.error("router cannot start: %s", error)
         return CANNOT_START
-    return uvloop.run(_serve(config, proofs))
+    return uvloop.run(_serve(config, proofs, member))
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,7 @@ async def open_parts(
     seams: Seams,
     index: IndexReader | None = None,
     quotas: Quotas | None = None,
+    siblings: Member | None = None,
 ) -> AsyncIterator[RouterParts]:
     """Everything that the application works with; closed at the end. What was given stays the caller's."""
     metrics, threads, clock, unix_clock = RouterMetrics(), seams.threads, seams.clock, seams.unix_clock
@@ -152,6 +162,7 @@ async def open_parts(
             limits,
             clock,
             unix_clock,
+            siblings,
         )
     finally:
         await workers.close()
@@ -175,44 +186,37 @@ def _make_admission(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; bound here so that port 0 can be told to the launcher."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        bound_unsent(listener)
-        listener.listen(2048)
-    except OSError:
-        listener.close()
-        raise
-    listener.setblocking(False)
+    """A listening socket; bound here so that port 0 can be told to the launcher. Raises OSError."""
+    listener = listen(host, port)
+    bound_unsent(listener)
     return listener
 
 
-async def _serve(config: RouterConfig, proofs: PeerProofs) -> int:
+async def _serve(config: RouterConfig, proofs: PeerProofs, member: Member | None) -> int:
     try:
         membership = Membership(config.redis)
         index = IndexReader(config.redis)
-        listener = bind(config.host, config.port)
+        listener = bind(config.host, config.port) if member is None else member.listener
     except RegistryError as error:
         log.error("router cannot start: %s", error)
         return CANNOT_START
     except OSError as error:
         log.error("router cannot start: %s", CannotListen(config.host, config.port, "--port", error.strerror))
         return CANNOT_START
-    port = listener.getsockname()[1]
+    bound_unsent(listener)  # also where another process has bound it
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await membership.start()
     await index.start()
     try:
-        router_id = _router_id(config, port)
+        router_id = _router_id(config, listener.getsockname()[1], member)
+        num_routers = 1 if member is None else member.start.num_processes
         seams = Seams(GrpcOrders(proofs.orders), OsThreads(), time.monotonic, time.time)
         async with (
-            open_quotas(config.redis, router_id, seams.clock) as quotas,
-            open_parts(config, membership, router_id, seams, index, quotas) as parts,
+            open_quotas(config.redis, router_id, seams.clock, num_routers) as quotas,
+            open_parts(config, membership, router_id, seams, index, quotas, member) as parts,
+            contextlib.nullcontext() if member is None else member.joined(partial(answer, parts), stop.set),
         ):
             parts.metrics.registry_up.set_function(lambda: membership.connected)
             settings = server_config(config, parts)
@@ -223,41 +227,70 @@ async def _serve(config: RouterConfig, proofs: PeerProofs) -> int:
                 files += f" and --ssl-ca-certs {config.ssl_ca_certs}" if config.ssl_ca_certs else ""
                 log.error("router cannot start: %s: %s; give a certificate and its key, as PEM", files, error)
                 return CANNOT_START
-            server = HttpServer(settings)
             gc.collect()
             gc.freeze()  # what is there now stays, and collections need not look at it
-            serving = asyncio.create_task(server.serve([listener]), name="http")
-            stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
-            scheme = "https" if config.ssl_certfile else "http"
-            url = f"{scheme}://{address_of(config.host, port)}"
-            log.log(detail_level(), "listening on %s", url)
-            report_phase("waiting for workers")
-            report_ready(url=url)
-            metrics = parts.metrics
-            activity = Activity(lambda: sample(metrics.registry), metrics.handoffs_s, own_tokens=int(launched()))
-            async with activity_logged(activity.line, logging.DEBUG if config.disable_log_stats else logging.INFO):
-                await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
-            log.log(detail_level(), "stopping; running requests have %g s", config.shutdown_timeout_s)
-            stopped.cancel()
-            server.should_exit = True
-            await asyncio.wait([serving], timeout=config.shutdown_timeout_s)
-            if num_cut := parts.stopping.end():
-                log.warning("time is up after %g s: %d requests are cut", config.shutdown_timeout_s, num_cut)
-            await serving
-            if not stop.is_set():
-                log.error("the HTTP server ended by itself")
-                return 1
+            if member is not None and member.start.is_replacement:
+                await _warm(parts)
+            return await _answer_requests(config, parts, HttpServer(settings), listener, stop, member)
     finally:
         await index.close()
         await membership.close()
         listener.close()
+
+
+async def _answer_requests(
+    config: RouterConfig,
+    parts: RouterParts,
+    server: HttpServer,
+    listener: socket.socket,
+    stop: asyncio.Event,
+    member: Member | None,
+) -> int:
+    """Serves until the stop, and drains; returns the exit status."""
+    serving = asyncio.create_task(server.serve([listener]), name="http")
+    stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
+    if member is not None:
+        member.say_serving()
+    else:
+        scheme = "https" if config.ssl_certfile else "http"
+        url = f"{scheme}://{address_of(config.host, listener.getsockname()[1])}"
+        log.log(detail_level(), "listening on %s", url)
+        report_phase("waiting for workers")
+        report_ready(url=url)
+    metrics = parts.metrics
+    activity = Activity(lambda: sample(metrics.registry), metrics.handoffs_s, own_tokens=int(launched()))
+    async with activity_logged(activity.line, logging.DEBUG if config.disable_log_stats else logging.INFO):
+        await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
+    log.log(detail_level(), "stopping; running requests have %g s", config.shutdown_timeout_s)
+    stopped.cancel()
+    server.should_exit = True
+    await asyncio.wait([serving], timeout=config.shutdown_timeout_s)
+    if num_cut := parts.stopping.end():
+        log.warning("time is up after %g s: %d requests are cut", config.shutdown_timeout_s, num_cut)
+    await serving
+    if not stop.is_set():
+        log.error("the HTTP server ended by itself")
+        return 1
     return 0
 
 
-def _router_id(config: RouterConfig, port: int) -> str:
+async def _warm(parts: RouterParts) -> None:
+    """Wait until this process can serve what its siblings do, so that it refuses nothing that they would not."""
+    deadline_s = parts.clock() + _WARM_S
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_WARM_S):
+            await parts.models.loaded()
+            while True:
+                ready, not_ready = readiness(parts.models, parts.workers)
+                if (ready and not not_ready) or not await parts.workers.changed(deadline_s):
+                    return
+
+
+def _router_id(config: RouterConfig, port: int, member: Member | None) -> str:
     # Workers tell the requests of several routers apart by it, so it is unique whatever two routers are called.
     name = config.router_id or f"router-{socket.gethostname()}-{port}"
-    return f"{name}-{secrets.token_hex(4)}"
+    number = "" if member is None else f".{member.start.number}"
+    return f"{name}{number}-{secrets.token_hex(4)}"
 
 
 def server_config(config: RouterConfig, parts: RouterParts) -> uvicorn.Config:

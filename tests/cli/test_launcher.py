@@ -24,10 +24,9 @@ from services.cli.up.stack import run_stack
 from services.cli.up.supervise import (
     Child,
     ChildFailed,
-    describe_exit,
     last_words,
-    restart_delay_s,
 )
+from services.restarts import describe_exit, restart_delay_s
 from tests.ports import free_port
 
 TIMEOUT_S = 120.0

@@ -24,14 +24,13 @@ from services.cli.up.console import READY, Display
 from services.cli.up.forks import SHIM, Forks, ForksLost
 from services.cli.up.spec import ChildSpec
 from services.logs import parse_phase, parse_ready
+from services.restarts import STABLE_S, describe_exit, restart_delay_s
 
 _MAX_LINE_BYTES = 1 << 20
 _KEPT_LINES = 20
 _LAST_OUTPUT_S = 2.0
 _REST_S = 10.0
 """For so long what a process has left running may take to end by itself."""
-STABLE_S = 30.0
-"""A process that has run for so long before it died starts again at once."""
 
 _LOG_PREFIX = re.compile(r"\d\d:\d\d:\d\d\.\d{3} [A-Z]+ [\w.]+: ")
 
@@ -55,19 +54,6 @@ def last_words(lines: Iterable[str]) -> str:
         return said
     exception = str(entry.get("exception", "")).strip().splitlines()
     return ": ".join([str(entry.get("message", "")), *exception[-1:]])
-
-
-def restart_delay_s(num_failures: int) -> float:
-    """The pause before the next start, after so many failures in a row (at least 1): 0, 1, 2, 4, … 30 seconds."""
-    return 0.0 if num_failures == 1 else float(min(2 ** (num_failures - 2), 30))
-
-
-def describe_exit(status: int) -> str:
-    """`exited with status 1`, `was killed by SIGSEGV`."""
-    if status >= 0:
-        return f"exited with status {status}"
-    hint = " (out of memory?)" if -status == signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-status).name}{hint}"
 
 
 class Process(Protocol):

@@ -1,7 +1,7 @@
 """The HTTP edge: checks keys, reads bodies, logs each request once, serves the generating endpoints."""
 
 from services.router.edge.access import CLIENT_GONE
-from services.router.edge.http import FAILED, App, Edge, Guard
+from services.router.edge.http import FAILED, App, Edge, Guard, read_body
 from services.router.edge.limits import Limits
 from services.router.edge.memory import RequestMemory
 from services.router.edge.serving import GenerateEndpoint, RouterParts
@@ -16,4 +16,5 @@ __all__ = [
     "Limits",
     "RequestMemory",
     "RouterParts",
+    "read_body",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import uuid
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
 from services.logs import request_scope
@@ -136,21 +135,25 @@ class Edge:
         *,
         root_path: str,
         roots: Collection[str],
+        new_id: Callable[[], str],
         logs_requests: bool,
     ) -> None:
-        """`roots`: the first segments of our paths. `logs_requests`: one line per request; failures of ours are logged
-        in any case."""
+        """`roots`: the first segments of our paths. `new_id`: makes one for a request that brings none.
+
+        `logs_requests`: one line per request; failures of ours are logged in any case.
+        """
         self._app = app
         self._metrics = metrics
         self._clock = clock
         self._prefix = root_path.rstrip("/")
         self._roots = roots
+        self._new_id = new_id
         self._logs_requests = logs_requests
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         scope["path"], scope["root_path"] = self._own_path(scope["path"]), ""
         given = header(scope, b"x-request-id")
-        request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else self._new_id()
         with request_scope(request_id):
             await self._serve(scope, receive, send, request_id)
 

@@ -27,7 +27,7 @@ from services.router.edge.entrance import Visit
 from services.router.edge.http import FAILED, header, request_id_of, send_error, send_pieces
 from services.router.edge.limits import Limits
 from services.router.edge.memory import Holding, RequestMemory
-from services.router.edge.stopping import Stopping
+from services.router.edge.stopping import Stopping, Whose
 from services.router.errors import ApiError, ClientDisconnected, internal
 from services.router.fleet import Ask, Budget, Dispatch, Placer, PrefixFinder, Workers, routing_key
 from services.router.metrics import RouterMetrics
@@ -41,6 +41,7 @@ from services.router.openai import (
     SizeLimits,
     check_sizes,
 )
+from services.router.processes import Member
 from services.router.sharing import Shares
 from services.router.tenants import name_of
 from services.router.text import ClientPool, ModelDirectory, ServedModel, TokenizerPool
@@ -71,6 +72,8 @@ class RouterParts:
     limits: Limits
     clock: Callable[[], float]
     unix_clock: Callable[[], float]
+    siblings: Member | None = None
+    """The other processes of this router; None: it has one."""
     stopping: Stopping = field(default_factory=Stopping)
 
     @contextmanager
@@ -80,11 +83,14 @@ class RouterParts:
         with self.memory.hold(name) as memory:
             yield Client(name, self.pool.of(name), memory, self.config.max_body_bytes)
 
-    def deadline(self, deadlines: Deadlines | None = None) -> AbstractAsyncContextManager[None]:
-        """Ends what runs under it in time, with an ApiError. None: as the settings say, from now on."""
+    def deadline(
+        self, deadlines: Deadlines | None = None, whose: Whose | None = None
+    ) -> AbstractAsyncContextManager[None]:
+        """Ends what runs under it in time, with an ApiError. None: as the settings say, from now on. `whose`: what can
+        be aborted."""
         now_s = self.clock()
         deadlines = deadlines or Deadlines.of_settings(self.config, now_s)
-        return self.stopping.deadline(deadlines.left_s(now_s), deadlines.total_s)
+        return self.stopping.deadline(deadlines.left_s(now_s), deadlines.total_s, whose)
 
 
 _Answer = list[bytes | bytearray] | None
@@ -173,7 +179,7 @@ class GenerateEndpoint(Generic[B]):
         access: AccessRecord,
     ) -> _Answer:
         """The answer, unless it was streamed."""
-        async with self._parts.deadline(visit.deadlines):
+        async with self._parts.deadline(visit.deadlines, (name_of(visit.tenant), request_id)):
             parts, config = self._parts, self._parts.config
             visit.check_delay(parts.admission)  # before anything is spent on it, its prompt's length unknown
             plan = await self._plan(body, model, config, request_id, client.pool)

@@ -1,6 +1,13 @@
 """Speaks OpenAI's API: bodies to requests, tokens to choices, choices to answers whole or streamed."""
 
-from services.router.openai.bodies import ChatBody, CompletionBody, DetokenizeBody, GenerateBody, TokenizeBody
+from services.router.openai.bodies import (
+    AbortBody,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerateBody,
+    TokenizeBody,
+)
 from services.router.openai.chat import ChatRenderer, plan_chat
 from services.router.openai.choice import Delta
 from services.router.openai.completions import CompletionRenderer, plan_completion
@@ -12,6 +19,7 @@ from services.router.openai.sizes import Count, SizeLimits, check_sizes
 from services.router.openai.tokenizing import detokenize, longest_text, tokenize
 
 __all__ = [
+    "AbortBody",
     "ChatBody",
     "ChatRenderer",
     "CompletionBody",

@@ -18,6 +18,7 @@ INT32_MAX = 2**31 - 1
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
+MAX_ABORTS = 1024
 
 _Count = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 _Positive = Annotated[int, Meta(ge=1, le=INT32_MAX)]
@@ -197,3 +198,9 @@ class DetokenizeBody(Struct, kw_only=True):
 
     tokens: list[_TokenId]
     model: str | None = None
+
+
+class AbortBody(Struct, kw_only=True):
+    """Body of /abort_requests."""
+
+    request_ids: Annotated[list[str], Meta(min_length=1, max_length=MAX_ABORTS)]

@@ -8,13 +8,14 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from services.router.openai.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from services.router.openai.bodies import AbortBody, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 _BODIES = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
+    "/abort_requests": AbortBody,
 }
 
 

@@ -102,15 +102,18 @@ class Quotas:
         client: Home | None,
         router_id: str,
         clock: Callable[[], float],
+        num_routers: int = 1,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        """`client` None: there is no Redis, and this is the only router. `clock`: any that runs evenly."""
+        """`client` None: there is no Redis, and this is the only router. `clock`: any that runs evenly.
+
+        `num_routers`: so many there are at least, this one and its siblings on the same port."""
         self._timeout_s = timeout_s
         self._client = client
         self._router_id = router_id
         self._clock = clock
         self._calls = asyncio.Semaphore(_MAX_CALLS)
-        self._num_routers = 1
+        self._least_routers = self._num_routers = num_routers
         self._noted_until_s = 0.0
         self._ask_again_s = 0.0
         self._books: dict[str, Book] = {}  # the one used longest ago first
@@ -192,7 +195,7 @@ class Quotas:
         """The most that any holder met within a minute: not every key comes to every router."""
         now_s = self._clock()
         if num_routers >= self._num_routers or now_s >= self._noted_until_s:
-            self._num_routers, self._noted_until_s = max(num_routers, 1), now_s + 60
+            self._num_routers, self._noted_until_s = max(num_routers, self._least_routers), now_s + 60
 
     def _book(self, holder: str, share: Share, now_s: float) -> Book:
         book = self._books.pop(holder, None) or Book.full(share, now_s)
@@ -203,7 +206,9 @@ class Quotas:
 
 
 @contextlib.asynccontextmanager
-async def open_quotas(redis_url: str, router_id: str, clock: Callable[[], float]) -> AsyncIterator[Quotas]:
+async def open_quotas(
+    redis_url: str, router_id: str, clock: Callable[[], float], num_routers: int
+) -> AsyncIterator[Quotas]:
     """Keep limits in that Redis, which need not be there. The URL is well-formed: the registry has it, too."""
     async with open_home(redis_url, TIMEOUT_S) as home:
-        yield Quotas(home, router_id, clock)
+        yield Quotas(home, router_id, clock, num_routers)

@@ -215,6 +215,11 @@ class ModelDirectory:
             if name not in self._models and (not self._only or name in self._only)
         }
 
+    async def loaded(self) -> None:
+        """Return once all that is being loaded now is there, or is not wanted any more."""
+        if self._loads:
+            await asyncio.wait(list(self._loads.values()))
+
     async def close(self) -> None:
         """Stops loading."""
         loads = list(self._loads.values())

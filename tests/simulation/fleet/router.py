@@ -13,6 +13,7 @@ from services.router.config import RouterConfig
 from services.router.edge import Edge, Guard, RouterParts
 from services.router.fleet import Workers
 from services.router.process import Seams, open_parts
+from services.router.processes import new_request_id
 from services.router.tenants import Keyring
 from services.router.text import ModelDirectory
 from tests.simulation.fleet.client import MAX_WORKER_DEATHS, REQUEST_TIMEOUT_S, Client
@@ -98,7 +99,15 @@ class SimRouter:
             await endpoints[scope["path"]](scope, receive, send)
 
         guard = Guard(front, Keyring((), None), parts.metrics)
-        self._app = Edge(guard, parts.metrics, parts.clock, root_path="", roots={"v1"}, logs_requests=False)
+        self._app = Edge(
+            guard,
+            parts.metrics,
+            parts.clock,
+            root_path="",
+            roots={"v1"},
+            new_id=lambda: new_request_id(0),
+            logs_requests=False,
+        )
 
     async def serve(self, client: Client) -> str:
         """Serve one client; how it ended."""
