@@ -101,7 +101,7 @@ class FakeWorker(DecodeServiceServicer):
     num_lists_told: int = 0
     aborts: list[pb.AbortRequest] = field(default_factory=list)
     hellos: list[pb.SessionHello] = field(default_factory=list)
-    live: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    live: dict[tuple[asyncio.Queue, int], asyncio.Task[None]] = field(default_factory=dict)  # by session and handle
 
     def __post_init__(self) -> None:
         number = next(_counter)
@@ -159,9 +159,8 @@ class FakeWorker(DecodeServiceServicer):
         finally:
             for task in tasks:
                 task.cancel()
-            for task in self.live.values():
-                task.cancel()
-            self.live.clear()
+            for key in [key for key in self.live if key[0] is frames]:
+                self.live.pop(key).cancel()
 
     def say(self, frame: pb.SessionFrame) -> None:
         """In the newest session, and, if it is what stands still, at the beginning of each one that follows."""
@@ -189,11 +188,11 @@ class FakeWorker(DecodeServiceServicer):
                 if message.generate.token_lists:
                     message.generate.sampling.MergeFrom(self.lists[message.generate.token_lists])
                 self.requests.append(message.generate)
-                self.live[message.generate.handle] = asyncio.create_task(self._run(message.generate, frames))
+                self.live[frames, message.generate.handle] = asyncio.create_task(self._run(message.generate, frames))
             elif message.HasField("abort"):
                 self.aborts.append(message.abort)
                 self._abort_seen.set()
-                task = self.live.pop(message.abort.handle, None)
+                task = self.live.pop((frames, message.abort.handle), None)
                 if task is not None:
                     task.cancel()
         frames.put_nowait(None)
@@ -227,7 +226,7 @@ class FakeWorker(DecodeServiceServicer):
             if output.finish_reason:
                 frames.put_nowait(pb.SessionFrame(outputs=[output], load=self.load))
         if script.finish:
-            self.live.pop(request.handle, None)
+            self.live.pop((frames, request.handle), None)
 
     def _end(self, output: pb.Output, request: pb.GenerateRequest, script: Script, num_generated: int) -> None:
         output.finish_reason = script.finish
