@@ -57,7 +57,7 @@ VLLM_FLAGS = (
     _row("--disable-fastapi-docs", "there are none; `/openapi.json` is always there", _SWITCH),
     _row("--disable-custom-all-reduce", "a worker computes on one device", _SWITCH),
     _row("--disable-cascade-attn", "attention has one kernel a device", _SWITCH),
-    _row("--disable-frontend-multiprocessing", "a router is one process", _SWITCH),
+    _row("--disable-frontend-multiprocessing", "a router is one process, unless `--router-workers` says more", _SWITCH),
     _row("--use-v2-block-manager", "there is one block manager", _SWITCH),
     _row("--preemption-mode", "preempted requests are computed again", "recompute"),
     _row("--stream-interval", "tokens are sent as they come", "1"),
@@ -85,11 +85,6 @@ VLLM_FLAGS = (
         "--data-parallel-size-local --data-parallel-rank --data-parallel-start-rank --data-parallel-address"
         " --data-parallel-rpc-port --data-parallel-backend --data-parallel-hybrid-lb --data-parallel-external-lb",
         "workers are alike; `--redis` joins them",
-    ),
-    _row(
-        "--api-server-count",
-        "a router is one process, and any number of them stand side by side",
-        "1",
     ),
     _row("--enable-expert-parallel --enable-eplb", "mixtures of experts are not supported"),
     _row("--distributed-executor-backend", "each worker is one process; `--redis` joins those of several machines"),

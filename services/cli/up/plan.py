@@ -45,7 +45,9 @@ SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 
 def router_settings() -> list[Setting]:
     """The router's settings that `up` passes on."""
-    return [item for item in settings_of(RouterConfig) if item.name not in _DECIDED_HERE]
+    items = [item for item in settings_of(RouterConfig) if item.name not in _DECIDED_HERE]
+    # Workers are here the stack's: who asks for some by this name would get processes of the router.
+    return [replace(item, flags=tuple(flag for flag in item.flags if flag != "--workers")) for item in items]
 
 
 def worker_settings(cls: type[WorkerConfig]) -> list[Setting]:

@@ -8,6 +8,7 @@ nobody has seen it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Final, Literal
 
@@ -17,7 +18,7 @@ Merge = Literal["sum", "max", "min"]
 """What a gauge of a whole router is, of those of its processes."""
 
 _COUNTS: Final = frozenset({"counter", "histogram"})
-_MERGES: Final[dict[Merge, Callable[[float, float], float]]] = {"sum": float.__add__, "max": max, "min": min}
+_MERGES: Final[dict[Merge, Callable[[float, float], float]]] = {"sum": operator.add, "max": max, "min": min}
 
 Key = tuple[str, tuple[tuple[str, str], ...]]
 
