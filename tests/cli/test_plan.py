@@ -112,6 +112,13 @@ def test_worker_flags_reach_the_workers_and_router_flags_the_router() -> None:
     assert router.max_queue == 7
 
 
+@pytest.mark.parametrize("flag", ["--router-workers", "--api-server-count"])
+def test_the_router_may_have_several_processes_and_workers_are_the_stacks(flag: str) -> None:
+    assert router_of(plan(flag, "2").router).router_workers == 2
+    with pytest.raises(SettingsError, match="--workers is not a setting"):
+        plan("--workers", "2")
+
+
 def test_names_that_both_know_reach_both() -> None:
     stack = plan("--served-model-name", "a", "b", "--log-level", "debug")
     assert prefill_of(stack.workers[0]).served_model_name == router_of(stack.router).served_model_name == ("a", "b")

@@ -81,6 +81,8 @@ class Parent:
     ) -> None:
         self._config = config
         self._listener = listener
+        scheme = "https" if config.ssl_certfile else "http"
+        self._url = f"{scheme}://{address_of(config.host, listener.getsockname()[1])}"
         self._silent_s = silent_s
         self._delay_s = delay_s
         self._hub = Hub()
@@ -118,7 +120,8 @@ class Parent:
             if self._stop.is_set():
                 return
             if number in self._unready:
-                log.error("process %d %s before it served", number, describe_exit(status))
+                if status != CANNOT_START:  # else it has said why, and these shall be the last words
+                    log.error("process %d %s before it served", number, describe_exit(status))
                 raise ProcessFailed(status if status > 0 else 1)
             is_stable = asyncio.get_running_loop().time() - started_s > STABLE_S
             num_failures = 1 if is_stable else num_failures + 1
@@ -197,12 +200,9 @@ class Parent:
         if not was_starting:
             log.info("process %d serves again", number)
         elif not self._unready:
-            config = self._config
-            scheme = "https" if config.ssl_certfile else "http"
-            url = f"{scheme}://{address_of(config.host, self._listener.getsockname()[1])}"
-            log.log(detail_level(), "listening on %s, %d processes", url, config.router_workers)
+            log.log(detail_level(), "listening on %s, %d processes", self._url, self._config.router_workers)
             report_phase("waiting for workers")
-            report_ready(url=url)
+            report_ready(url=self._url)
 
 
 def divided(config: RouterConfig) -> RouterConfig:
