@@ -58,7 +58,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm serve doctor test test-vllm vllm-contract families test-slow promtool arm-tools validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-router bench-peer bench-vllm bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-restarts simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos restarts idle
+.PHONY: help install install-vllm serve doctor test test-vllm vllm-contract families test-slow promtool arm-tools validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-handoff bench-router bench-peer bench-vllm bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-restarts simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos restarts idle
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -180,6 +180,9 @@ bench-engine: $(DEVELOPED) ## decode steps and prefill of one engine, beside the
 
 bench-router: $(DEVELOPED) ## the router's processor time per request and token, what it adds, many workers; our targets (BENCH_ARGS)
 	$(BIN)/python -m tests.bench.bench_router $(BENCH_ARGS)
+
+bench-handoff: $(DEVELOPED) ## a handoff by stage, idle and beside running streams; what these and an idle worker bear (BENCH_ARGS)
+	$(BIN)/python -m tests.bench.bench_handoff $(BENCH_ARGS)
 
 bench-peer: $(DEVELOPED) ## bench-engine with vLLM beside it, in an environment of its own (2 GB), and our targets (BENCH_ARGS)
 	$(BIN)/python -m tests.bench.bench_peer $(if $(filter-out auto,$(TORCH_INDEX)),--torch-index $(TORCH_INDEX)) $(BENCH_ARGS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,8 @@ class Faults:
     """The whole link dies after some of the read's runs."""
     corrupt: float = 0.0
     """One bit of one block arrives flipped."""
+    tell_every: int = 0
+    """No fault: of every so many-th read whoever reads hears when its bytes have landed, before it ends; 0: of none."""
 
 
 class Switchboard:
@@ -126,7 +128,7 @@ class MemoryLink:
         self._dead: str | None = None
         self._reads: dict[asyncio.Future[None], asyncio.TimerHandle | None] = {}
 
-    def read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
+    def read(self, read_id: int, runs: Sequence[Run], landed: Callable[[], None] | None = None) -> asyncio.Future[None]:
         """Start to copy, run by run, with the faults that the seed deals."""
         done = asyncio.get_running_loop().create_future()
         if self._dead is not None:
@@ -146,6 +148,7 @@ class MemoryLink:
             fails_after=self._random.randrange(len(runs) + 1) if draw() < faults.fail else None,
             cuts_after=self._random.randrange(len(runs) + 1) if draw() < faults.cut else None,
             corrupts=self._random.randrange(len(runs)) if runs and draw() < faults.corrupt else None,
+            landed=landed if faults.tell_every and read_id % faults.tell_every == 0 else None,
         )
         self._schedule(copying)
         return done
@@ -179,6 +182,8 @@ class MemoryLink:
             self._fail(copying.done, f"failed after {copying.num_copied} runs")
         elif copying.num_copied == len(copying.runs):
             del self._reads[copying.done]
+            if copying.landed is not None:
+                copying.landed()
             copying.done.set_result(None)
         else:
             pool = self._switchboard.pool(self._peer.descriptor)
@@ -206,6 +211,7 @@ class _Copying:
     fails_after: int | None
     cuts_after: int | None
     corrupts: int | None
+    landed: Callable[[], None] | None
     num_copied: int = 0
 
 

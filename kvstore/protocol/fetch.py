@@ -192,9 +192,14 @@ class FetchMachine:
             return self._fail(event.cause, f"{_describe(read)}: {event.detail}", now)
         self.stamps = replace(self.stamps, last_read=now)
         read.verifying, read.deadline = True, now + self._timeouts.read_s
+        return [self.verification(event.read_id)]
+
+    def verification(self, read_id: int) -> Verify:
+        """What is to be verified of a read once it has ended; known from when it starts."""
+        read = self.reads[read_id]
         subjects = tuple(self._subject(index) for index in read.indexes)
         proofs = tuple(self._progress.announced[index].proof for index in read.indexes)
-        return [Verify(event.read_id, read.local_ids, subjects, proofs)]
+        return Verify(read_id, read.local_ids, subjects, proofs)
 
     def _subject(self, index: int) -> Subject:
         """What we wait for in this place, whatever the owner calls it: else it could give what it has a proof of."""

@@ -8,7 +8,7 @@ all futures resolve, in the event loop in which the transport was started.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,11 +43,15 @@ class Link(Protocol):
     def num_messages(self) -> int:
         """How many messages have come so far, or parts of them, for who watches that any do; 0 where blocks show it."""
 
-    def read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
+    def read(self, read_id: int, runs: Sequence[Run], landed: Callable[[], None] | None = None) -> asyncio.Future[None]:
         """Start to read. The future resolves only when the read has *really* ended: no byte of it can land after.
 
         It ends with `ReadFailed` where it went wrong, and then the destination holds anything. Callers do not cancel
         it. Two-sided transports need the owner to `serve` the same `read_id` with the same runs.
+
+        `landed` is for what is best done at once, while the bytes are in the processor's cache. A transport whose own
+        thread has copied them calls it there, when the read has ended well and before the future resolves; others do
+        not. It raises nothing.
         """
 
     def serve(self, read_id: int, runs: Sequence[tuple[int, int]]) -> asyncio.Future[None]:

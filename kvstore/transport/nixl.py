@@ -10,7 +10,7 @@ import ctypes
 import logging
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -174,7 +174,7 @@ class NixlLink:
         self._under_way: set[asyncio.Future[None]] = set()
         self.num_messages = 0
 
-    def read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
+    def read(self, read_id: int, runs: Sequence[Run], landed: Callable[[], None] | None = None) -> asyncio.Future[None]:
         """Read in one request; NIXL joins neighbours again."""
         if self._dead is not None or self._remote is None:
             failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -182,7 +182,7 @@ class NixlLink:
             return failed
         remote_ids = [run.remote_first + i for run in runs for i in range(run.num_blocks)]
         local_ids = [run.local_first + i for run in runs for i in range(run.num_blocks)]
-        reading = asyncio.wrap_future(self._thread.read(self._remote, remote_ids, local_ids))
+        reading = asyncio.wrap_future(self._thread.read(self._remote, remote_ids, local_ids, landed))
         self._under_way.add(reading)
         reading.add_done_callback(self._under_way.discard)
         return reading

@@ -76,6 +76,7 @@ class _Read:
     handle: nixl_xfer_handle
     done: Future[None]
     remote: Remote
+    landed: Callable[[], None] | None = None
     rest: deque[tuple[Indexes, Indexes]] = field(default_factory=deque)  # to be posted once what is has ended
     give_up_at: float | None = None
 
@@ -142,9 +143,15 @@ class AgentThread:
         """Read the owner's token: sets the connection up, and proves that we reach what we believe to reach."""
         return self._begin(lambda done: self._start_check(remote, address, done))
 
-    def read(self, remote: Remote, remote_ids: Sequence[int], local_ids: Sequence[int]) -> Future[None]:
-        """Read blocks. Resolves when the read has really ended; raises `ReadFailed`."""
-        return self._begin(lambda done: self._start_read(remote, remote_ids, local_ids, done))
+    def read(
+        self,
+        remote: Remote,
+        remote_ids: Sequence[int],
+        local_ids: Sequence[int],
+        landed: Callable[[], None] | None = None,
+    ) -> Future[None]:
+        """Read blocks. Resolves when the read has really ended; raises `ReadFailed`. `landed`: as `Link.read` says."""
+        return self._begin(lambda done: self._start_read(remote, remote_ids, local_ids, landed, done))
 
     def give_up(self, remote: Remote, after_s: float) -> None:
         """End what is read from this pool: by itself, or, after so long, by destroying the agent."""
@@ -309,14 +316,19 @@ class AgentThread:
         self._post(_Read(agent.initialize_xfer("READ", ours, theirs, remote.agent_name), arrived, remote))
 
     def _start_read(
-        self, remote: Remote, remote_ids: Sequence[int], local_ids: Sequence[int], done: Future[None]
+        self,
+        remote: Remote,
+        remote_ids: Sequence[int],
+        local_ids: Sequence[int],
+        landed: Callable[[], None] | None,
+        done: Future[None],
     ) -> None:
         self._living_agent(remote)
         theirs = self._blocks_of(remote)
         targets = self._local_blocks[theirs.unit_bytes].indexes(local_ids)
         sources = theirs.indexes(remote_ids)  # raises where ids of a peer that lies do not fit
         first, *rest = cut(targets, sources)
-        self._post(_Read(self._make(remote, *first), done, remote, deque(rest)))
+        self._post(_Read(self._make(remote, *first), done, remote, landed, deque(rest)))
 
     def _blocks_of(self, remote: Remote) -> Prepared:
         blocks = self._owners[remote.agent_name].blocks
@@ -364,10 +376,13 @@ class AgentThread:
         _release(self._living_agent().release_xfer_handle, read.handle)
         if problem is None and read.rest and (problem := self._go_on(read)) is None:
             return
-        if problem is None:
-            read.done.set_result(None)
-        else:
+        if problem is not None:
             read.done.set_exception(ReadFailed(f"nixl: read from {read.remote.agent_name} failed: {problem}"))
+            return
+        if read.landed is not None:
+            read.landed()
+            self.num_turns += 1
+        read.done.set_result(None)
 
     def _go_on(self, read: _Read) -> str | None:
         """Post what is to come next of a read, or say why not."""

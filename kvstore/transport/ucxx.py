@@ -289,7 +289,7 @@ class UcxxLink:
         """Messages, and, where they come into buffers, parts of them."""
         return self._num_messages + self._arrivals.num_come
 
-    def read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
+    def read(self, read_id: int, runs: Sequence[Run], landed: Callable[[], None] | None = None) -> asyncio.Future[None]:
         """Post one receive per run."""
         wanted = [(run.local_first, run.num_blocks) for run in runs]
         return self._start(f"read {read_id}", self._post_all("recv", read_id, wanted))

@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from kvstore.block import ProofKey
 from kvstore.errors import (
     IncompatiblePeer,
     PeerLost,
@@ -99,6 +100,55 @@ async def test_a_flipped_bit_fails_the_fetch_with_cause_digest_and_the_blocks_co
         assert sorted(await fetch.quiesced) == sorted(TARGET)
         assert await lease.closed is LeaseOutcome.RELEASED
         assert reader.exchange.is_connected("prefill-0")
+
+
+@pytest.mark.parametrize("corrupt", [0.0, 1.0])
+async def test_what_the_transport_tells_to_have_landed_is_verified_then_and_by_nobody_else(
+    corrupt: float, monkeypatch: pytest.MonkeyPatch
+):
+    owner, reader = make_pair(Faults(tell_every=1, corrupt=corrupt))
+    verified: list[int] = []
+    find_wrong = ProofKey.find_wrong
+
+    def noted(key, memory, block_ids, *rest):
+        verified.extend(block_ids)
+        return find_wrong(key, memory, block_ids, *rest)
+
+    monkeypatch.setattr(ProofKey, "find_wrong", noted)
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        fetch, lease = start_transfer(owner, reader)
+        result = await fetch.result
+        assert sorted(verified) == sorted(TARGET)
+        if not corrupt:
+            assert result.ok
+            assert await lease.closed is LeaseOutcome.CONFIRMED
+        else:
+            assert result.failure is not None
+            assert result.failure.cause is FetchCause.DIGEST_MISMATCH
+            assert sorted(await fetch.quiesced) == sorted(TARGET)
+            assert await lease.closed is LeaseOutcome.RELEASED
+
+
+async def test_a_check_that_breaks_where_the_bytes_landed_is_made_again_and_ends_the_fetch(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    owner, reader = make_pair(Faults(tell_every=1))
+
+    def broken(*_: object) -> list[int]:
+        raise MemoryError("no room for sums")
+
+    async with running(owner, reader):
+        await reader.exchange.connect(owner.exchange.address)
+        monkeypatch.setattr(ProofKey, "find_wrong", broken)
+        monkeypatch.setattr("kvstore.exchange.reader._MAX_INLINE_BYTES", 0)
+        fetch, lease = start_transfer(owner, reader)
+        failure = (await fetch.result).failure
+        assert failure is not None
+        assert failure.cause is FetchCause.READ_FAILED
+        assert "no room for sums" in failure.detail
+        assert sorted(await fetch.quiesced) == sorted(TARGET)
+        assert await lease.closed is LeaseOutcome.RELEASED
 
 
 @pytest.mark.parametrize("forged", ["of another transfer", "of another place", "another block's"])

@@ -29,7 +29,7 @@ async def test_a_read_that_raises_at_once_fails_the_fetch_and_gives_the_blocks_b
         await reader.exchange.connect(owner.exchange.address)
         fetch, lease, hashes = order(owner, reader)
 
-        def burst(read_id, runs):
+        def burst(read_id, runs, landed):
             raise OverflowError("Python int too large to convert to C long")
 
         monkeypatch.setattr(reader.exchange._peers.owners["prefill-0"].link, "read", burst)

@@ -199,6 +199,36 @@ async def test_a_read_whose_parts_are_done_as_they_are_posted_ends_with_the_last
         assert len(nixl.states) == 64
 
 
+@pytest.mark.parametrize("ends", ["DONE", "BROKEN"])
+async def test_who_reads_hears_once_that_all_parts_have_landed_before_the_read_ends_and_never_of_one_that_broke(
+    monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    monkeypatch.setattr(nixl_pool, "_MAX_POSTED", 16)
+    nixl = Nixl()
+    heard: list[tuple[int, bool, str]] = []
+    async with running(nixl) as thread, asyncio.timeout(20):
+        remote = await asyncio.wrap_future(thread.add_remote(peer_in_pieces()))
+        is_known = threading.Event()
+
+        def landed() -> None:
+            is_known.wait(20)
+            heard.append((len(nixl.states), done.done(), threading.current_thread().name))
+
+        done = thread.read(remote, range(8), range(8), landed)  # four parts
+        reading = asyncio.wrap_future(done)
+        is_known.set()
+        for number in range(3):
+            nixl.states[await next_part(nixl, number)] = "DONE"
+        nixl.states[await next_part(nixl, 3)] = ends
+        if ends == "DONE":
+            await reading
+            assert heard == [(4, False, "kv-nixl")]
+        else:
+            with pytest.raises(ReadFailed, match="the transfer broke"):
+                await reading
+            assert heard == []
+
+
 async def test_a_reset_that_fails_ends_its_reads_and_is_tried_until_an_agent_lives() -> None:
     nixl = Nixl()
     async with running(nixl) as thread, asyncio.timeout(20):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvstore.block import BlockMemory, Run
 from kvstore.errors import ReadFailed
@@ -64,8 +64,8 @@ class _TwoSidedLink:
         self._wire = wire
         self._sends: dict[_SendId, asyncio.Future[None]] = {}
 
-    def read(self, read_id: int, runs: Sequence[Run]) -> asyncio.Future[None]:
-        reading = self._link.read(read_id, runs)
+    def read(self, read_id: int, runs: Sequence[Run], landed: Callable[[], None] | None = None) -> asyncio.Future[None]:
+        reading = self._link.read(read_id, runs, landed)
         reading.add_done_callback(lambda _: self._wire.read_ended((self._link_id, read_id)))
         return reading
 

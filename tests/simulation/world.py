@@ -276,6 +276,7 @@ class World(Ledger):
             fail=0.05 if broken else 0.0,
             cut=0.05 if broken else 0.0,
             corrupt=0.1 if "bit flips" in self.mix else 0.0,
+            tell_every=3,
         )
 
     def _chain(self, name: str) -> list[BlockHash]:

@@ -453,7 +453,7 @@ async def test_a_read_that_never_ends_does_not_keep_what_is_here_from_the_disk(
         await idle(node, 1)
         reads: list[asyncio.Future[None]] = []
 
-        def never(link: MemoryLink, read_id: int, runs: object) -> asyncio.Future[None]:
+        def never(link: MemoryLink, read_id: int, runs: object, landed: object) -> asyncio.Future[None]:
             reads.append(asyncio.get_running_loop().create_future())
             return reads[-1]
 

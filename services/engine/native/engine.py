@@ -308,16 +308,16 @@ class Engine:
     def _postprocess(self, batch: Batch, sampled: SampledBatch) -> StepOutput:
         """Book the step's results."""
         updates = self._scheduler.update(batch, sampled)
+        for update in updates:
+            timeline = update.request.timeline
+            if update.new_tokens and update.num_output_tokens == len(update.request.resumed_token_ids) + 1:
+                timeline.mark(Event.PREFILL_FINISHED)  # before its blocks are proven: that is part of handing them over
+                if update.finish_reason is None:
+                    timeline.mark(Event.DECODE_JOINED)
         if born := self.pool.take_unproven():
             ids, subjects = list(born), [subject_of(block_hash) for block_hash in born.values()]
             self.pool.set_proofs(ids, self.proof_key.prove(self.memory, ids, subjects))
         updates = [self._lend_prompt(update) if update.request.hold_blocks else update for update in updates]
-        for update in updates:
-            timeline = update.request.timeline
-            if update.new_tokens and update.num_output_tokens == len(update.request.resumed_token_ids) + 1:
-                timeline.mark(Event.PREFILL_FINISHED)
-                if update.finish_reason is None:
-                    timeline.mark(Event.DECODE_JOINED)
         self._grant_reservations()
         duration_s = self._clock() - self._step_started_s
         return StepOutput(tuple(updates), batch.num_tokens, self.step_shape, duration_s)
