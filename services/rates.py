@@ -25,7 +25,9 @@ PerTier = tuple[float, float, float, float]
 
 
 class StepShape(NamedTuple):
-    """The work of a step. A sequence with one token computed counts as generating, a longer run as prompt."""
+    """The work of a step. A sequence with one token computed counts as generating, a longer run as prompt; a guess that
+    is computed with such a token counts as one more sequence.
+    """
 
     num_prompt_tokens: int = 0
     num_prompt_pairs: int = 0

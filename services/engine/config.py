@@ -113,6 +113,30 @@ class EngineConfig(Settings):
     max_num_waiting: int = setting(
         1024, min=1, help="requests that may wait for their first step; more are refused", group="scheduling"
     )
+    speculative_method: str = setting(
+        "off",
+        help="ngram guesses tokens from the text so far, where they are likely to come true and worth their time, and"
+        " confirms them together: the same text in fewer steps where it repeats itself or its prompt. On decode"
+        " workers; for vLLM see --speculative-config",
+        choices=("off", "ngram"),
+        group="speculation",
+    )
+    num_speculative_tokens: int = setting(
+        16,
+        min=1,
+        max=256,
+        help="with --speculative-method: most guesses for a request in one step",
+        group="speculation",
+    )
+    prompt_lookup_min: int = setting(
+        2, min=1, help="with ngram: so many tokens at the end must have stood there before", group="speculation"
+    )
+    prompt_lookup_max: int = setting(
+        16,
+        min=1,
+        help="with ngram: the place is taken that agrees with most tokens, up to so many",
+        group="speculation",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,6 +144,8 @@ class EngineConfig(Settings):
             raise SettingsError("give the directory of a Hugging Face model, or its name on the hub (--model)", "model")
         if self.kv_offloading_size and not self.enable_prefix_caching:
             raise SettingsError("needs prefix caching: what it keeps is found by prefix", "kv_offloading_size")
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise SettingsError(f"more than prompt_lookup_max, {self.prompt_lookup_max}", "prompt_lookup_min")
         tensor_parallel_size(self.engine_args)
         parse_modules(self.lora_modules)
         if self.engine == "vllm":
@@ -136,6 +162,8 @@ class EngineConfig(Settings):
             raise SettingsError("vLLM has kernels of its own", "cpu_kernels")
         if self.quantization == "int8":
             raise SettingsError("int8 is the native engine's; give one of vLLM's, or none", "quantization")
+        if self.speculative_method != "off":
+            raise SettingsError("is the native engine's; vLLM's is --speculative-config", "speculative_method")
 
     def _check_for_native(self) -> None:
         if self.engine_args:

@@ -62,19 +62,22 @@ class PagedWorld:
     def _run_sequence(self, sequence: ScheduledSequence) -> SampledSequence:
         request = sequence.request
         assert sequence.start == request.num_computed_tokens
-        for position in range(sequence.start, sequence.end):
+        for position, token_id in enumerate(sequence.token_ids, sequence.start):
             block_id = request.block_table[position // self.config.block_size]
             assert self.pool.num_references(block_id) == 1, f"{request.request_id} writes to shared block {block_id}"
             assert self.pool.hash_of(block_id) is None, f"{request.request_id} writes to cached block {block_id}"
-            self.blocks[block_id][position % self.config.block_size] = request.token_ids[position]
+            self.blocks[block_id][position % self.config.block_size] = token_id
         context = self.read(request.block_table, sequence.end)
-        assert context == request.token_ids[: sequence.end], f"{request.request_id} reads {context}"
-        token = None
-        if sequence.needs_sample:
-            token = SampledToken(next_token(context))
+        known = request.token_ids[: sequence.start + sequence.num_known]
+        assert context == [*known, *sequence.draft], f"{request.request_id} reads {context}"
+        tokens: list[SampledToken] = []
+        for end in range(len(known), sequence.end + 1) if sequence.needs_sample else ():
+            tokens.append(SampledToken(next_token(context[:end])))
+            if context[end : end + 1] != [tokens[-1].token_id]:
+                break
         following = request.token_ids[sequence.start + 1 : sequence.start + 1 + sequence.num_prompt_rows]
         logprobs = tuple(PositionLogprobs(TokenLogprob(token_id, -1.0, 1), ()) for token_id in following)
-        return SampledSequence(token, None, logprobs)
+        return SampledSequence(tuple(tokens), None, logprobs)
 
     def read(self, block_table: Sequence[int], num_tokens: int) -> list[int | None]:
         """The first `num_tokens` tokens that lie in the blocks."""

@@ -39,6 +39,7 @@ from services.engine.native.memory import (
 from services.engine.native.model import LoadedModel, load_model
 from services.engine.native.runner import ModelRunner, Runner
 from services.engine.native.scheduling import Batch, Request, SampledBatch, Scheduler, SchedulerConfig
+from services.engine.native.speculation import Speculation, SpeculationConfig
 from services.engine.native.warm_up import warm_up
 from services.engine.tensor_memory import gpu_of
 from services.lifecycle import Event
@@ -92,7 +93,8 @@ class Engine:
         self.host_tier = tier
         self.pool = BlockPool(num_blocks, config.enable_prefix_caching, tier.take_evicted if tier is not None else None)
         self._runner = wrap_runner(ModelRunner(model, self.kv_cache, config.block_size))
-        self._scheduler = Scheduler(scheduler_config(config, model), self.pool)
+        self._speculation = speculation_of(config)
+        self._scheduler = Scheduler(scheduler_config(config, model), self.pool, self._speculation)
         self._on_grant: dict[str, Callable[[Reservation], None]] = {}  # by id of a reserving request
         self._clock = clock
         self._step_started_s = 0.0
@@ -272,7 +274,10 @@ class Engine:
     # ---- steps ------------------------------------------------------------------
 
     def warm_up(self) -> Sequence[StepOutput]:
-        return warm_up(self._runner, self._scheduler.config, self.pool.num_blocks, self._clock)
+        outputs = warm_up(self._runner, self._scheduler.config, self.pool.num_blocks, self._clock)
+        for output in outputs:
+            self._learn(output)
+        return outputs
 
     @property
     def has_work(self) -> bool:
@@ -320,7 +325,13 @@ class Engine:
         updates = [self._lend_prompt(update) if update.request.hold_blocks else update for update in updates]
         self._grant_reservations()
         duration_s = self._clock() - self._step_started_s
-        return StepOutput(tuple(updates), batch.num_tokens, self.step_shape, duration_s)
+        output = StepOutput(tuple(updates), batch.num_tokens, self.step_shape, duration_s)
+        self._learn(output)
+        return output
+
+    def _learn(self, output: StepOutput) -> None:
+        if self._speculation is not None:
+            self._speculation.rates.step_ended(output.shape, output.duration_s)
 
     def _lend_prompt(self, update: RequestUpdate) -> RequestUpdate:
         """Lend the caller what the step completed of a prompt that another worker goes on from."""
@@ -394,4 +405,13 @@ def scheduler_config(config: EngineConfig, model: LoadedModel) -> SchedulerConfi
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_waiting=config.max_num_waiting,
+    )
+
+
+def speculation_of(config: EngineConfig) -> Speculation | None:
+    """Guesses as the settings want them; None: none."""
+    if config.speculative_method == "off":
+        return None
+    return Speculation(
+        SpeculationConfig(config.num_speculative_tokens, config.prompt_lookup_min, config.prompt_lookup_max)
     )

@@ -41,9 +41,7 @@ class ForwardInputs:
             query_start = first_rows.tolist()
             rows = np.repeat(np.arange(len(sequences)), counts)
             positions = np.arange(query_start[-1]) + np.repeat(starts - first_rows[:-1], counts)
-            token_ids = list(
-                chain.from_iterable(sequence.request.token_ids[sequence.start : sequence.end] for sequence in sequences)
-            )
+            token_ids = list(chain.from_iterable(sequence.token_ids for sequence in sequences))
         blocks, offsets = np.divmod(positions, self._block_size)
         slots = self._tables[rows, blocks].astype(np.int64) * self._block_size + offsets
         return ForwardBatch(

@@ -51,6 +51,7 @@ class ModelRunner:
     def __init__(self, model: ForwardModel, kv_cache: Tensor, block_size: int) -> None:
         self._model = model
         self._kv_cache = kv_cache
+        self._block_size = block_size
         self._inputs = ForwardInputs(block_size, model.device)
         self._sampler = Sampler.open(model.eos_token_ids, torch.get_num_threads(), model.device)
         # Kept from step to step, for as long as the scheduler keeps the request.
@@ -67,14 +68,33 @@ class ModelRunner:
         samples = self._sample(batch.sequences, logits, logits_of)
         return SampledBatch(
             tuple(
-                SampledSequence(
-                    token=None if isinstance(token, NoToken) else token,
-                    failure=token.reason if isinstance(token, NoToken) else None,
-                    prompt_logprobs=_prompt_logprobs(sequence, logits, rows.start),
-                )
-                for sequence, rows, token in zip(batch.sequences, logits_of, samples, strict=True)
+                self._result(sequence, sampled, _prompt_logprobs(sequence, logits, rows.start))
+                for sequence, rows, sampled in zip(batch.sequences, logits_of, samples, strict=True)
             )
         )
+
+    def _result(
+        self, sequence: ScheduledSequence, sampled: Sequence[SampledToken | NoToken], prompt: Sequence[PositionLogprobs]
+    ) -> SampledSequence:
+        """What of the samples stands: up to the first one that is not what was guessed, that one included."""
+        tokens: list[SampledToken] = []
+        for token in sampled:
+            if isinstance(token, NoToken):
+                break
+            tokens.append(token)
+            if len(tokens) <= len(sequence.draft) and token.token_id != sequence.draft[len(tokens) - 1]:
+                break
+        if any(isinstance(token, NoToken) for token in sampled[len(tokens) :]):
+            # What was computed of wrong guesses may be no numbers, which no mask weighs down.
+            self._zero_slots(sequence.request.block_table, sequence.start + len(tokens), sequence.end)
+        # One that has tokens fails in its next step, where that place comes first.
+        first = sampled[0] if sampled and not tokens else None
+        return SampledSequence(tuple(tokens), first.reason if isinstance(first, NoToken) else None, tuple(prompt))
+
+    def _zero_slots(self, block_table: Sequence[int], start: int, end: int) -> None:
+        for position in range(start, end):
+            block = self._kv_cache[block_table[position // self._block_size]]
+            block[..., position % self._block_size, :].zero_()
 
     def _copy(self, copy: BlockCopy) -> None:
         # [num_layers, 2, num_kv_heads, block_size, head_dim]
@@ -93,17 +113,27 @@ class ModelRunner:
 
     def _sample(
         self, sequences: Sequence[ScheduledSequence], logits: Tensor, logits_of: Sequence[range]
-    ) -> list[SampledToken | NoToken | None]:
-        sampled = [i for i, sequence in enumerate(sequences) if sequence.needs_sample]
-        results: list[SampledToken | NoToken | None] = [None] * len(sequences)
-        if not sampled:
+    ) -> list[list[SampledToken | NoToken]]:
+        """Sample after the last token of each sequence that asks for it, and after each of its guesses."""
+        results: list[list[SampledToken | NoToken]] = [[] for _ in sequences]
+        rows, places, indices = list[SamplingRow](), list[int](), list[int]()
+        for i, sequence in enumerate(sequences):
+            if sequence.needs_sample:
+                own = self._rows_of(sequence)
+                rows += own
+                indices += [i] * len(own)
+                places += logits_of[i][-len(own) :]
+        if not rows:
             return results
-        rows = [self._sampling_row(sequences[i].request) for i in sampled]
-        last_rows = [logits_of[i][-1] for i in sampled]
-        chosen = logits if len(last_rows) == logits.shape[0] else logits[last_rows]
-        for i, token in zip(sampled, self._sampler.sample(chosen, rows), strict=True):
-            results[i] = token
+        chosen = logits if len(places) == logits.shape[0] else logits[places]
+        for i, token in zip(indices, self._sampler.sample(chosen, rows), strict=True):
+            results[i].append(token)
         return results
+
+    def _rows_of(self, sequence: ScheduledSequence) -> list[SamplingRow]:
+        """A row for the token after the newest one, and one after each guess: as if those before it had come true."""
+        row = self._sampling_row(sequence.request)
+        return [row, *(row.after(sequence.draft[:end]) for end in range(1, len(sequence.draft) + 1))]
 
     def _sampling_row(self, request: Request) -> SamplingRow:
         row = self._sampling_rows.get(request)
@@ -116,7 +146,8 @@ class ModelRunner:
 def _logits_rows(sequences: Sequence[ScheduledSequence]) -> tuple[list[range], list[int]]:
     """Finds the wanted logits: per sequence its rows among them, and in all the rows of the batch's token axis.
 
-    A sequence wants those of its prompt logprobs, from its first token on, then that of its last token to sample from.
+    A sequence wants those of its prompt logprobs, from its first token on, then that of its last token to sample from,
+    with those of its guesses.
     """
     logits_of: list[range] = []
     indices: list[int] = []
@@ -125,7 +156,7 @@ def _logits_rows(sequences: Sequence[ScheduledSequence]) -> tuple[list[range], l
         begin = len(indices)
         indices += range(first, first + sequence.num_prompt_rows)
         if sequence.needs_sample:
-            indices.append(first + sequence.num_tokens - 1)
+            indices += range(first + sequence.num_known - 1, first + sequence.num_tokens)
         logits_of.append(range(begin, len(indices)))
         first += sequence.num_tokens
     return logits_of, indices

@@ -23,6 +23,15 @@ class SamplingRow:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
 
+    def after(self, guesses: Sequence[int]) -> SamplingRow:
+        """Return the row that follows where these are put out next."""
+        row = SamplingRow(self.sampling, self.prompt_token_ids, [*self.output_token_ids, *guesses])
+        # What is the same for both is made but once.
+        vars(row)["packed_params"] = self.packed_params
+        if self.has_penalty:
+            vars(row)["_tokens"] = self._tokens.copy()
+        return row
+
     @property
     def position(self) -> int:
         """The place where the sampled token will stand."""
@@ -66,6 +75,13 @@ class _TokenArray:
         self._num_prompt_tokens = self._num_tokens = len(prompt_token_ids)
         self._memory = np.empty(len(prompt_token_ids) + 256, dtype=np.int32)
         self._memory[: self._num_tokens] = prompt_token_ids
+
+    def copy(self) -> _TokenArray:
+        """Return another that may go on otherwise."""
+        other = _TokenArray(())
+        other._num_prompt_tokens, other._num_tokens = self._num_prompt_tokens, self._num_tokens
+        other._memory = self._memory.copy()
+        return other
 
     def follow(self, output_token_ids: Sequence[int]) -> int:
         """Take over what the output has gained, and return the array's address."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,22 +12,39 @@ from services.rates import StepShape, num_pairs
 
 
 class ScheduledSequence(NamedTuple):
-    """A run of one request's tokens, `token_ids[start : start + num_tokens]`, to be computed in this step.
+    """A run of one request's tokens, from `start` on, to be computed in this step.
 
     token_ids   |-- computed before --|-- this step --|-- later --|
                 0                   start           end       num_tokens
+
+    One that generates may have guesses of what follows its newest token: they are computed with it, behind it.
+
+    token_ids   |-- computed before --| newest |
+    this step                         | newest |-- draft --|
+                0                   start                 end
     """
 
     request: Request
     start: int
-    num_tokens: int
+    num_tokens: int  # guesses included
     is_first: bool  # the request has never been in a step before
     needs_sample: bool  # this step reaches the newest token: sample the one after it
     num_prompt_logprobs: int | None  # alternatives to report for prompt tokens; None: not asked for
+    draft: tuple[int, ...] = ()  # guesses: sample after each of them, too
 
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
+
+    @property
+    def num_known(self) -> int:
+        """Tokens of this step that are no guesses."""
+        return self.num_tokens - len(self.draft)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Those of this step."""
+        return [*self.request.token_ids[self.start : self.end], *self.draft]
 
     @property
     def num_prompt_rows(self) -> int:
@@ -67,14 +85,19 @@ class Batch:
     @property
     def shape(self) -> StepShape:
         """The shape that decides how long the step takes."""
-        prompts = [sequence for sequence in self.sequences if sequence.num_tokens > 1]
-        contexts = [sequence.end for sequence in self.sequences if sequence.num_tokens == 1]
-        return StepShape(
-            num_prompt_tokens=sum(sequence.num_tokens for sequence in prompts),
-            num_prompt_pairs=sum(num_pairs(sequence.start, sequence.num_tokens) for sequence in prompts),
-            num_running=len(contexts),
-            num_context_tokens=sum(contexts),
-        )
+        return shape_of(self.sequences)
+
+
+def shape_of(sequences: Sequence[ScheduledSequence]) -> StepShape:
+    """What a step of these computes. A guess is as much work as a sequence that generates."""
+    prompts = [sequence for sequence in sequences if sequence.num_known > 1]
+    generating = [range(each.start + 1, each.end + 1) for each in sequences if each.num_known == 1]
+    return StepShape(
+        num_prompt_tokens=sum(sequence.num_tokens for sequence in prompts),
+        num_prompt_pairs=sum(num_pairs(sequence.start, sequence.num_tokens) for sequence in prompts),
+        num_running=sum(map(len, generating)),
+        num_context_tokens=sum(map(sum, generating)),
+    )
 
 
 class BatchBuilder:
@@ -116,6 +139,16 @@ class BatchBuilder:
         )
         request.was_scheduled = True
 
+    def add_draft(self, index: int, draft: tuple[int, ...], new_block_ids: list[int]) -> None:
+        """Have the sequence at `index`, which generates, try these guesses, in its own blocks and these new ones."""
+        sequence = self.sequences[index]
+        assert len(draft) <= self.budget, (
+            f"{len(draft)} guesses for {sequence.request.request_id}, budget {self.budget}"
+        )
+        self.budget -= len(draft)
+        self.new_block_ids += new_block_ids
+        self.sequences[index] = sequence._replace(num_tokens=1 + len(draft), draft=draft)
+
     def build(self) -> Batch:
         return Batch(
             sequences=tuple(self.sequences),
@@ -129,10 +162,11 @@ class BatchBuilder:
 class SampledSequence:
     """The runner's answer for one sequence of the batch.
 
-    `token` is None where the batch asked for no sample, and where none could be had: then `failure` says why.
+    `tokens` are those that came true of its draft, and the one after them. None where the batch asked for no sample,
+    and where none could be had: then `failure` says why.
     """
 
-    token: SampledToken | None = None
+    tokens: tuple[SampledToken, ...] = ()
     failure: str | None = None
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()  # for the tokens at start + 1, start + 2, ...
 

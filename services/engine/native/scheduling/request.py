@@ -12,6 +12,7 @@ from enum import Enum
 from kvstore.block import BlockHash
 from services.engine import request as asked
 from services.engine.limits import end_of
+from services.engine.native.speculation import Guesses
 from services.engine.request import EngineError, FinishReason, PositionLogprobs
 
 
@@ -58,6 +59,7 @@ class Request(asked.Request):
     num_published_blocks: int = 0  # blocks of the table that were offered to the prefix cache
     may_publish: bool = True  # False once a given hash was found to be wrong
     was_scheduled: bool = False  # has been in a step
+    guesses: Guesses | None = None  # of the tokens to come; made when first wanted
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks of token_ids
     prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)  # None at position 0, so far computed

@@ -15,6 +15,8 @@ Pure: no clock, no tensors, no threads. A step is `schedule` (takes blocks, retu
 5.  Reservations (blocks to read a prompt into that another worker computes) enter by the same order and the same
     rule, at any moment and without token budget. Neither they nor the queue pass an earlier one of the other kind that
     waits for memory or a place.
+6.  Guesses, where there is speculation, take what the step leaves of its budget and of free blocks. Nobody is preempted
+    for them, and a block that holds none but wrong ones is free again when the step has ended.
 """
 
 from __future__ import annotations
@@ -46,9 +48,11 @@ from services.engine.native.scheduling.batch import (
     ScheduledSequence,
 )
 from services.engine.native.scheduling.block_tables import extend_block_hashes, publish_full_blocks
+from services.engine.native.scheduling.drafts import add_drafts
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.queues import RequestQueues
 from services.engine.native.scheduling.request import Request, RequestStatus
+from services.engine.native.speculation import Speculation
 
 
 class Scheduler:
@@ -57,9 +61,10 @@ class Scheduler:
     The port (`services.engine.api`) says what the outside may expect of the methods of the same name.
     """
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+    def __init__(self, config: SchedulerConfig, pool: BlockPool, speculation: Speculation | None = None) -> None:
         self.config = config
         self.pool = pool
+        self._speculation = speculation
         self.loans = Loans(pool)
         self.stats = EngineStats()
         self._queues = RequestQueues()
@@ -201,7 +206,7 @@ class Scheduler:
         request.was_scheduled = True
         request.num_computed_tokens = request.num_context_tokens
         publish_full_blocks(self.pool, request, self.config, proofs)
-        return self._book_token(ScheduledSequence(request, 0, 0, False, True, None), first_token)
+        return self._book_tokens(ScheduledSequence(request, 0, 0, False, True, None), (first_token,))
 
     def schedule(self) -> Batch | None:
         """Choose the next step's work and take its blocks; None where nothing can run. `update` must follow."""
@@ -210,6 +215,8 @@ class Scheduler:
         self._schedule_decodes(step)
         self._schedule_started_prompts(step)
         self._admission.admit_queue(step)
+        if self._speculation is not None:
+            add_drafts(step, self._speculation, self.pool, self.config)
         if not step.sequences:
             assert not self._queues.running or step.preempted, "requests run and none could be scheduled"
             assert not step.held_block_ids, "copies were ordered for a step without sequences"
@@ -320,43 +327,67 @@ class Scheduler:
         request = sequence.request
         if result.failure is not None:
             # What these logits came from is not worth keeping.
-            return replace(self._finish(sequence, FinishReason.ERROR, None), failure=result.failure)
-        request.num_computed_tokens = sequence.end
-        if sequence.num_tokens > 1 or sequence.start < request.num_context_tokens:
-            self.stats.num_prompt_tokens += sequence.num_tokens
+            return replace(self._finish(sequence, FinishReason.ERROR, ()), failure=result.failure)
+        request.num_computed_tokens = sequence.start + sequence.num_known
+        if sequence.num_known > 1 or sequence.start < request.num_context_tokens:
+            self.stats.num_prompt_tokens += sequence.num_known
         if sequence.num_prompt_logprobs is not None:
             request.prompt_logprobs += result.prompt_logprobs
         publish_full_blocks(self.pool, request, self.config)
         if not sequence.needs_sample:
-            return self._update_with(request, sequence, None)
-        assert result.token is not None, f"{request.request_id}: the runner returned no token"
-        self.stats.num_generated_tokens += 1
-        return self._book_token(sequence, result.token)
+            return self._update_with(request, sequence, ())
+        assert result.tokens, f"{request.request_id}: the runner returned no token"
+        if request.guesses is not None:
+            request.guesses.came([token.token_id for token in result.tokens])
+        update = self._book_tokens(sequence, result.tokens)
+        num_told = len(update.new_tokens)
+        self.stats.num_generated_tokens += num_told
+        if sequence.draft:
+            self.stats.num_drafts += 1
+            self.stats.num_draft_tokens += len(sequence.draft)
+            self.stats.num_accepted_tokens += min(num_told, len(result.tokens) - 1)
+        return update
 
-    def _book_token(self, sequence: ScheduledSequence, token: SampledToken) -> RequestUpdate:
+    def _book_tokens(self, sequence: ScheduledSequence, tokens: Sequence[SampledToken]) -> RequestUpdate:
+        """Book what was sampled, each as if alone in its step: none after the one that ends the output."""
         request = sequence.request
-        request.append_output(token.token_id)
-        finish_reason = request.stop_reason(self.config.eos_token_ids, self.config.max_model_len)
-        if finish_reason is not None:
-            return self._finish(sequence, finish_reason, token)
-        return self._update_with(request, sequence, token)
+        for num_told, token in enumerate(tokens, start=1):
+            if num_told > 1:  # the guess before it came true
+                request.num_computed_tokens += 1
+                publish_full_blocks(self.pool, request, self.config)
+            request.append_output(token.token_id)
+            finish_reason = request.stop_reason(self.config.eos_token_ids, self.config.max_model_len)
+            if finish_reason is not None:
+                return self._finish(sequence, finish_reason, tokens[:num_told])
+        if sequence.draft:
+            self._free_blocks_of_wrong_guesses(request)
+        return self._update_with(request, sequence, tokens)
 
-    def _finish(self, sequence: ScheduledSequence, reason: FinishReason, token: SampledToken | None) -> RequestUpdate:
+    def _free_blocks_of_wrong_guesses(self, request: Request) -> None:
+        num_needed = self.config.num_blocks_for(request.num_computed_tokens)
+        if len(request.block_table) > num_needed:
+            self.pool.release(request.block_table[num_needed:])
+            # A list of its own: whoever follows the old one may rely on that it only grows.
+            request.block_table = request.block_table[:num_needed]
+
+    def _finish(
+        self, sequence: ScheduledSequence, reason: FinishReason, tokens: Sequence[SampledToken]
+    ) -> RequestUpdate:
         request = sequence.request
-        if request.hold_blocks and token is not None:
+        if request.hold_blocks and tokens:
             self.loans.pass_over(request.block_table)
         else:
             self._free_blocks(request)
         self._end(request, reason)
-        return self._update_with(request, sequence, token)
+        return self._update_with(request, sequence, tokens)
 
     @staticmethod
-    def _update_with(request: Request, sequence: ScheduledSequence, token: SampledToken | None) -> RequestUpdate:
-        reports_prompt = sequence.num_prompt_logprobs is not None and token is not None
+    def _update_with(request: Request, sequence: ScheduledSequence, tokens: Sequence[SampledToken]) -> RequestUpdate:
+        reports_prompt = sequence.num_prompt_logprobs is not None and bool(tokens)
         return RequestUpdate(
             request=request,
             num_computed_tokens=request.num_computed_tokens,
-            new_tokens=() if token is None else (token,),
+            new_tokens=tuple(tokens),
             finish_reason=request.finish_reason,
             stop_token_id=request.stop_token_id,
             prompt_logprobs=tuple(request.prompt_logprobs) if reports_prompt else None,
