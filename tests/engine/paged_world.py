@@ -6,6 +6,7 @@ What the next token is depends on every token before it, so a request's whole ou
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 from kvstore.pool import BlockPool
@@ -13,6 +14,8 @@ from services.engine.api import PositionLogprobs, SampledToken, SamplingParams, 
 from services.engine.native.scheduling import Request
 from services.engine.native.scheduling.batch import Batch, SampledBatch, SampledSequence, ScheduledSequence
 from services.engine.native.scheduling.limits import SchedulerConfig
+from services.engine.native.speculation import Candidate, Speculation, SpeculationConfig
+from services.rates import StepShape
 
 VOCAB_SIZE = 7
 EOS = 6
@@ -93,3 +96,23 @@ class PagedWorld:
             assert self.pool.num_references(block_ids[index]) == 1, "a transfer writes to a shared block"
             content = context[index * size : (index + 1) * size]
             self.blocks[block_ids[index]] = [*content, *([None] * (size - len(content)))]
+
+
+class Oracle(Speculation):
+    """Guesses that are right for a while, as a seed says, then wrong: so many that every limit is met."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(SpeculationConfig(9, 1, 3))
+        self._random = random.Random(seed)
+
+    def guess(self, candidates: Sequence[Candidate], max_guesses: int, shape: StepShape) -> list[tuple[int, ...]]:
+        drafts: list[tuple[int, ...]] = []
+        for each in candidates:
+            assert shape.num_running >= len(candidates)
+            most = min(each.max_guesses, max_guesses - sum(map(len, drafts)))
+            token_ids, num_known = list(each.token_ids), len(each.token_ids)
+            for _ in range(self._random.randint(0, 9)):
+                token_ids.append(next_token(token_ids))
+            token_ids += self._random.choices(range(VOCAB_SIZE), k=self._random.randint(0, 3))
+            drafts.append(tuple(token_ids[num_known:][: max(0, most)]))
+        return drafts

@@ -18,7 +18,7 @@ from services.engine.native.scheduling.batch import Batch
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.request import RequestStatus
 from services.engine.native.scheduling.scheduler import Scheduler
-from tests.engine.paged_world import EOS, PagedWorld, expected_outputs, next_token
+from tests.engine.paged_world import EOS, Oracle, PagedWorld, expected_outputs, next_token
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 40
@@ -34,6 +34,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 8),
         max_num_batched_tokens=st.integers(1, 24),
         prefix_caching=st.booleans(),
+        guesses=st.one_of(st.none(), st.integers(0, 99)),
     )
     def start(
         self,
@@ -41,6 +42,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs: int,
         max_num_batched_tokens: int,
         prefix_caching: bool,
+        guesses: int | None,
     ) -> None:
         self.config = SchedulerConfig(
             block_size=BLOCK_SIZE,
@@ -53,7 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_prompt_logprob_rows=5,
         )
         self.pool = BlockPool(num_blocks, prefix_caching)
-        self.scheduler = Scheduler(self.config, self.pool)
+        self.scheduler = Scheduler(self.config, self.pool, None if guesses is None else Oracle(guesses))
         self.world = PagedWorld(self.pool, self.config)
         self.accepted: list[Request] = []
         self.granted: dict[str, tuple[Request, Reservation]] = {}  # transfers in progress
@@ -243,7 +245,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def every_reference_has_a_holder(self) -> None:
         if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
+            self.no_block_is_a_wrong_guess_s()
             assert self.scheduler.num_running <= self.config.max_num_seqs
+
+    def no_block_is_a_wrong_guess_s(self) -> None:
+        for request in self.accepted:
+            if request.status is RequestStatus.RUNNING:
+                assert len(request.block_table) <= self.config.num_blocks_for(request.num_tokens)
+                assert request.num_computed_tokens < request.num_tokens
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
