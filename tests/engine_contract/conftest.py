@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from services.engine.paced import open_paced
 from tests.engine_contract.vllm_engines import DEVICE, VllmEngines
 from tests.hf_models import write_model
 
+TIER_AND_GUESSES: dict[str, Any] = {"kv_offloading_size": 0.01, "speculative_method": "ngram", "prompt_lookup_min": 1}
 ENGINES: dict[str, Callable[[EngineConfig], Engine]] = {
     "native": NativeEngine.from_config,
-    "native with a host tier": lambda config: NativeEngine.from_config(replace(config, kv_offloading_size=0.01)),
+    "native with a host tier and guesses": lambda config: NativeEngine.from_config(replace(config, **TIER_AND_GUESSES)),
     "paced": lambda config: open_paced(replace(config, engine="paced"), sleep=lambda seconds: None),
 }
 _NO_GPU = "needs a CUDA device, and the vLLM for it"
