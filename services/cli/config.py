@@ -54,6 +54,7 @@ class DoctorConfig(Settings):
     device: str = setting("auto", help="as of a worker", choices=("auto", "cpu", "cuda"))
     quantization: str = setting("none", help="as of a worker")
     lora_modules: tuple[str, ...] = setting((), help="as of a worker")
+    speculative_method: str = setting("off", help="as of a worker", choices=("off", "ngram"))
     redis: str = setting("", help="URL of the registry; the default examines the private Redis", secret=True)
     host: str = setting("127.0.0.1", help="address that the router will listen on")
     port: int = setting(8000, min=1, max=65535, help="port that the router will listen on")

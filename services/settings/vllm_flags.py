@@ -111,8 +111,8 @@ VLLM_FLAGS = (
         "adapters are `--engine vllm`'s; without it serve merged weights",
     ),
     _row(
-        "--speculative-config --speculative-model --num-speculative-tokens",
-        "speculative decoding is `--engine vllm`'s; without it the answers are the same",
+        "--speculative-config --speculative-model",
+        "`--speculative-method ngram` guesses from the text itself; there are no draft models",
     ),
     _row(
         "--enable-auto-tool-choice --tool-call-parser --tool-parser-plugin --tool-server"

@@ -25,6 +25,7 @@ def engine_settings(config: DoctorConfig) -> EngineConfig:
         device=config.device,
         quantization=config.quantization,
         lora_modules=config.lora_modules,
+        speculative_method=config.speculative_method,
     )
 
 
