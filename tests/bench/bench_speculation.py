@@ -52,9 +52,9 @@ def workloads(num_tokens: int) -> list[Workload]:
     def tokens(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    code = (_ROOT / "services/machine.py").read_text(encoding="utf-8")[:2400]
+    code = (_ROOT / "services/machine.py").read_text(encoding="utf-8")[:1200]
     renamed = code.replace("return", "yield").replace("path", "file_name").replace("def ", "async def ")
-    passages = (_ROOT / "docs/tiers.md").read_text(encoding="utf-8").split("\n\n")[1:7]
+    passages = (_ROOT / "docs/tiers.md").read_text(encoding="utf-8").split("\n\n")[1:5]
     quoted = [f"As source {i} says: {passage[:150]}" for i, passage in enumerate(reversed(passages), start=1)]
     source = random.Random(1)
     return [
