@@ -19,7 +19,7 @@ from services.engine.config import EngineConfig
 from services.engine.native import Engine
 from services.engine.native.attention import ForwardBatch
 from services.engine.native.kernels.choice import KernelChoice
-from services.engine.native.model import linear, model
+from services.engine.native.model import model
 from services.engine.native.model.model import LoadedModel, load_model
 from tests.engine_contract.test_engine_contract import copy
 from tests.hf_models import EOS_TOKEN_IDS, write_model
@@ -35,8 +35,7 @@ def loaded(libraries: Libraries, tmp_path_factory: pytest.TempPathFactory) -> It
     num_threads = torch.get_num_threads()
     directory = write_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3", dtype="bfloat16", seed=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "cpu_has_bfloat16", lambda: True)
-        patch.setattr(model, "choose_kernels", lambda: KernelChoice(libraries("portable"), "as the test says"))
+        patch.setattr(model, "choose_kernels", lambda wanted: KernelChoice(libraries("portable"), "as the test says"))
         yield load_model(str(directory), num_threads=1)
     torch.set_num_threads(num_threads)
 
@@ -211,7 +210,7 @@ def test_no_token_differs_whatever_happens(loaded: LoadedModel, seed: int) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 160))
+@pytest.mark.parametrize("seed", range(100, 120))
 def test_no_token_differs_whatever_happens_at_length(loaded: LoadedModel, seed: int) -> None:
     World(loaded, seed).run(400)
 
