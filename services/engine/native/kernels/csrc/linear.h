@@ -73,8 +73,8 @@ static inline int64_t num_depth_blocks(const struct weights *weights) {
 
 enum {
     WEIGHT_CHUNK = 4,      /* blocks of depth: 8 KiB of W; the next chunk, x and C must fit L1 beside it */
-    FEW_ROWS = 12,         /* that pass once: memory sets the pace, and is asked for what is */
-    FEW_ROWS_AHEAD = 2,    /* so many blocks ahead; a whole chunk ahead is a tenth slower */
+    FEW_ROWS = 12,         /* that pass once: memory sets the pace, and is asked for what is so many blocks ahead */
+    FEW_ROWS_AHEAD = PANEL_BLOCKS_AHEAD,
     MAX_PACKED_ROWS = 256, /* C of a panel takes 32 KiB */
 };
 

@@ -21,6 +21,7 @@
 #endif
 
 #define PANEL_INT8_OFFSET 0
+#define PANEL_BLOCKS_AHEAD 2
 
 typedef bf16 a_bf16; /* A's elements: as they are */
 typedef int8_t a_int8;

@@ -7,6 +7,9 @@
  * adds two products exactly. (VPMADDUBSW takes twice the bytes at once, but it and the VPSIGNB and VPMADDWD around it
  * compete for two units of the processor: slower by a fifth where it was tried, an AMD Zen 4.)
  *
+ * Memory is asked for two lines with each line of depth, not for all of a block at once: arithmetic takes long enough for
+ * them to arrive meanwhile, and would wait for a burst.
+ *
  * Sixteen registers hold C's sums of five rows and 16 columns, and what is loaded; two rows take all 32 columns at once, so
  * that there are chains enough. A row's sum is the same chain however many rows go together. */
 #ifndef TANDEM_PANEL_H
@@ -19,6 +22,7 @@
 
 #define PANEL_NAME "avx2"
 #define PANEL_INT8_OFFSET 0
+#define PANEL_BLOCKS_AHEAD 4 /* at few rows: a whole chunk */
 
 typedef float a_bf16; /* A's elements: widened */
 typedef int16_t a_int8;
@@ -34,9 +38,8 @@ enum {
 /* Each of C's registers, for `rows` rows and `tiles` tiles of 16 columns. */
 #define EACH_SUM EACH(row, rows) EACH(i, 2 * tiles)
 
-static inline __attribute__((always_inline)) void ask(struct ahead *ahead) {
-    for (int line = 0; line < ahead->lines; line++) _mm_prefetch(ahead->next + line * LINE, _MM_HINT_T0);
-    ahead->next += ahead->lines * LINE;
+static inline __attribute__((always_inline)) void ask(struct ahead *ahead, int num_lines) {
+    for (int line = 0; line < num_lines; line++, ahead->next += LINE) _mm_prefetch(ahead->next, _MM_HINT_T0);
 }
 
 /* Eight columns' dwords of a line of B, the columns from 8 i on. */
@@ -88,8 +91,9 @@ static inline __attribute__((always_inline)) void rows_bf16(
     __m256 sums[ROWS_AT_ONCE][4];
     EACH_SUM sums[row][i] = accumulate ? _mm256_loadu_ps(c + row * COLUMNS + i * LANE_COLUMNS) : _mm256_setzero_ps();
     for (int64_t block = 0; block < num_blocks; block++, a += a_block, b += B_BLOCK) {
-        ask(&ahead);
+        ask(&ahead, ahead.lines % 16);
         for (int line = 0; line < 16; line++) {
+            ask(&ahead, ahead.lines / 16);
             if (tiles == 2)
                 add_line_to_few_bf16(sums, a + line * 8, b + line * LINE, upper, rows, tiles);
             else
@@ -106,16 +110,19 @@ static inline __attribute__((always_inline)) void rows_int8(
     EACH_SUM sums[row][i] = accumulate
         ? _mm256_loadu_si256((const __m256i *)(const void *)(c + row * COLUMNS + i * LANE_COLUMNS)) : _mm256_setzero_si256();
     for (int64_t block = 0; block < num_blocks; block++, a += a_block, b += B_BLOCK) {
-        ask(&ahead);
-        for (int line = 0; line < 16; line++) EACH(odd, 2) {
-            __m256i w[4];
-            EACH(i, 2 * tiles) {
-                const __m256i four = dwords(b + line * LINE, i);
-                w[i] = _mm256_srai_epi16(odd ? four : _mm256_slli_epi16(four, 8), 8);
-            }
-            EACH(row, rows) {
-                const __m256i x = broadcast(a + row * WIDE_LINE + odd * LINE + line * 4);
-                EACH(i, 2 * tiles) add_to(&sums[row][i], _mm256_madd_epi16(x, w[i]));
+        ask(&ahead, ahead.lines % 16);
+        for (int line = 0; line < 16; line++) {
+            ask(&ahead, ahead.lines / 16);
+            EACH(odd, 2) {
+                __m256i w[4];
+                EACH(i, 2 * tiles) {
+                    const __m256i four = dwords(b + line * LINE, i);
+                    w[i] = _mm256_srai_epi16(odd ? four : _mm256_slli_epi16(four, 8), 8);
+                }
+                EACH(row, rows) {
+                    const __m256i x = broadcast(a + row * WIDE_LINE + odd * LINE + line * 4);
+                    EACH(i, 2 * tiles) add_to(&sums[row][i], _mm256_madd_epi16(x, w[i]));
+                }
             }
         }
     }

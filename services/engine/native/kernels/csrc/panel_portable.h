@@ -10,6 +10,7 @@
 
 #define PANEL_NAME "portable"
 #define PANEL_INT8_OFFSET 0 /* added to int8 activations before they are multiplied */
+#define PANEL_BLOCKS_AHEAD 2
 
 typedef bf16 a_bf16; /* A's elements: as they are */
 typedef int8_t a_int8;
