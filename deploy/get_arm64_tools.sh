@@ -9,7 +9,7 @@ if command -v aarch64-linux-gnu-gcc >/dev/null && command -v qemu-aarch64 >/dev/
 if [ -x "$tools/bin/aarch64-linux-gnu-gcc" ] && [ -x "$tools/bin/qemu-aarch64" ]; then exit 0; fi
 
 # Lists and downloads of its own: the system's belong to root.
-apt=(apt-get -qq -o "Dir::State=$tools/apt/state" -o "Dir::Cache=$tools/apt/cache" -o APT::Sandbox::User=
+apt=(apt-get -qq -o Acquire::Retries=3 -o "Dir::State=$tools/apt/state" -o "Dir::Cache=$tools/apt/cache" -o APT::Sandbox::User=
     -o Dir::State::status=/var/lib/dpkg/status)
 gcc=12
 packages=(gcc-$gcc-aarch64-linux-gnu cpp-$gcc-aarch64-linux-gnu binutils-aarch64-linux-gnu libgcc-$gcc-dev-arm64-cross
