@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.bench.bench_router import CASES, TARGETS, main
 
 
+@pytest.mark.slow
 def test_every_case_and_target_is_measured(capsys):
     main(["--num-requests", "1", "--concurrency", "1", "--repeats", "1", "--step-ms", "1"])
     lines = capsys.readouterr().out.splitlines()
