@@ -42,14 +42,18 @@ def news_of_first(live: LiveRequest, first: pb.PrefillFinished) -> News:
     return News(live, first.token_id, output)
 
 
-def news_of(live: LiveRequest, update: RequestUpdate) -> News:
+def news_of_step(live: LiveRequest, update: RequestUpdate) -> list[News]:
+    """Each token by itself where nothing else came: in a frame, outputs stand before all tokens of earlier steps."""
     is_last = update.finish_reason is not None
-    is_first = update.num_output_tokens == len(live.order.resumed_token_ids) + 1
-    if not is_last and not is_first and len(update.new_tokens) == 1:
-        (token,) = update.new_tokens
-        if token.logprobs is None:
-            return News(live, token.token_id)
-    num_recomputes = update.num_preemptions if is_last else 0
+    is_first = update.num_output_tokens - len(update.new_tokens) == len(live.order.resumed_token_ids)
+    if is_last or is_first or any(token.logprobs is not None for token in update.new_tokens):
+        return [news_of(live, update)]
+    return [News(live, token.token_id) for token in update.new_tokens]
+
+
+def news_of(live: LiveRequest, update: RequestUpdate) -> News:
+    """All of it as one output."""
+    num_recomputes = update.num_preemptions if update.finish_reason is not None else 0
     return News(live, 0, _output(live, update), update.num_cached_tokens, num_recomputes)
 
 

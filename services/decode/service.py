@@ -19,7 +19,7 @@ from services.decode.config import DecodeConfig
 from services.decode.endings import error_of, error_output, log_end, log_refusal
 from services.decode.live import LiveRequest
 from services.decode.moving import Departures
-from services.decode.news import News, news_of
+from services.decode.news import News, news_of_step
 from services.decode.session import RouterSession, SessionOverflow
 from services.decode.stages import LiveAction, LiveEvent
 from services.decode.token_lists import TokenLists
@@ -351,7 +351,7 @@ class DecodeService:
         for update in output.updates:
             live = self._in_engine.get(update.request.request_id)
             if live is not None and (update.new_tokens or update.finish_reason is not None):
-                news.append(news_of(live, update))
+                news += news_of_step(live, update)
                 if update.finish_reason is not None:
                     del self._in_engine[update.request.request_id]
         if news:

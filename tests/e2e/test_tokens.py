@@ -65,7 +65,8 @@ def deployments(reference: Reference, tmp_path_factory: pytest.TempPathFactory) 
     decode = [f"{name} {never_local}" for name in chunks]
     decode.append("--served-model-name colocated --colocated --max-num-batched-tokens 64")
     # A worker that would hand every prompt off, had it a prefill worker: so every prompt is prefilled locally.
-    decode.append(f"--served-model-name local {never_local}")
+    guesses = " --speculative-method ngram" if reference.engine == "native" else ""
+    decode.append(f"--served-model-name local {never_local}{guesses}")
     worker = f"{PATIENT} --kv-transport {reference.transport} --num-gpu-blocks-override 256 --max-num-seqs 16"
     with Stack(
         tmp_path_factory.mktemp(reference.transport),

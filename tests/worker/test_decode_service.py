@@ -12,7 +12,7 @@ import pytest
 from tandem.v1 import worker_pb2 as pb
 
 from services.decode.config import DecodeConfig
-from services.decode.news import News, news_of
+from services.decode.news import News, news_of_step
 from services.decode.service import DecodeService
 from services.decode.session import RouterSession
 from services.decode.stages import LiveState
@@ -115,7 +115,7 @@ def test_only_first_last_and_log_probabilities_are_outputs_and_usage_is_in_none(
 
     def said(token: SampledToken, num_outputs: int, finish_reason: FinishReason | None = None) -> tuple[object, ...]:
         counts = {"num_output_tokens": num_outputs, "num_cached_tokens": 2, "num_preemptions": 3}
-        news = news_of(live, RequestUpdate(request, 3, (token,), finish_reason, **counts))
+        (news,) = news_of_step(live, RequestUpdate(request, 3, (token,), finish_reason, **counts))
         output = news.output
         if output is None:
             return ("row", news.token_id)
@@ -130,6 +130,20 @@ def test_only_first_last_and_log_probabilities_are_outputs_and_usage_is_in_none(
     live.order.resumed_token_ids.extend([3, 4])
     assert said(SampledToken(5), 3) == ([5], 0, 2, 0)
     assert said(SampledToken(6), 4) == ("row", 6)
+
+
+def test_several_tokens_of_a_step_are_rows_so_that_they_stay_behind_those_before_them_in_a_frame() -> None:
+    request, tokens = Request("r", [1, 2], SamplingParams(max_tokens=9)), (SampledToken(5), SampledToken(6))
+    live: Any = SimpleNamespace(order=order())
+
+    def said(num_outputs: int, finish_reason: FinishReason | None = None) -> list[tuple[int, list[int] | None]]:
+        counts = {"num_output_tokens": num_outputs, "num_cached_tokens": 2, "num_preemptions": 0}
+        news = news_of_step(live, RequestUpdate(request, 3, tokens, finish_reason, **counts))
+        return [(each.token_id, None if each.output is None else list(each.output.token_ids)) for each in news]
+
+    assert said(4) == [(5, None), (6, None)]
+    assert said(2) == [(0, [5, 6])], "the first comes as an output, which stands before all rows"
+    assert said(4, FinishReason.LENGTH) == [(0, [5, 6])], "as does the last, which is read behind them"
 
 
 async def test_a_cancellation_that_nobody_ordered_does_not_leave_a_request_without_an_end() -> None:
