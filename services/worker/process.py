@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -271,6 +272,8 @@ async def _serve_open(
     front.http.phase = "warming up"
     if not await warmed_up(parts, config.warm_up_timeout_s, stop):
         return 0
+    gc.collect()
+    gc.freeze()  # torch and the model stay: a full collection that looks at them stops all threads for 0.1 s and more
     front.http.phase = ""
     registrar.update(record)
     try:
