@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.engine.native.kernels.build import FLAGS, SOURCES
+from services.engine.native.build import KERNEL_FLAGS, KERNEL_SOURCES
 from services.engine.native.kernels.library import Epilogue
 from tests.kernels.arm64_cases import Cases
 from tests.kernels.conftest import Libraries
@@ -50,7 +50,7 @@ def test_kernels_for_arm_give_the_portable_bits(tools: dict[str, str], libraries
 
     compiler, emulator = (tools[name] for name in NAMES)
     driver, called, results = (tmp_path / name for name in ("driver", "cases", "results"))
-    flags = [*FLAGS, "-DTANDEM_SOURCE_DIGEST=0u", "-Werror", f"-I{SOURCES}", "-static"]
+    flags = [*KERNEL_FLAGS, "-DTANDEM_SOURCE_DIGEST=0u", "-Werror", f"-I{KERNEL_SOURCES}", "-static"]
     source = Path(__file__).parent / "arm64_driver.c"
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of our sanitizers
     subprocess.run([compiler, *flags, "-o", driver, source, "-lm"], env=environment, check=True, timeout=300)

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from services.engine.native.kernels.build import source_digest
+from services.engine.native.build import KERNEL_SOURCES, source_digest
 
 PANEL_COLUMNS: Final = 32
 _ALIGNMENT_BYTES: Final = 2 << 20  # a huge page: weights stream through memory, and the TLB would miss at every page
@@ -196,7 +196,7 @@ class KernelLibrary:
                 function.argtypes, function.restype = arguments, result
         except (OSError, AttributeError) as error:
             raise KernelError(f"{path.name} does not load: {error}") from error
-        if self._library.tandem_source_digest() != source_digest():
+        if self._library.tandem_source_digest() != source_digest(KERNEL_SOURCES):
             raise KernelError(
                 f"{path.name} was built from other sources than are here: build it again (`make kernels`)"
             )

@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from services.engine.native.kernels import source_digest
+from services.engine.native.build import KERNEL_SOURCES, source_digest
 
 # Raise it with every change of this engine that may change a bit of a logit, or the token that is sampled from them.
 # Changes of the C kernels are seen without it.
@@ -21,7 +21,7 @@ def numerics_id(kernels: str, dtype: str, quantization: str, device: torch.devic
     its names tell who computes as nearly alike as can be, and promise nothing.
     """
     if kernels != "torch":
-        details = [kernels, f"{source_digest():08x}"]
+        details = [kernels, f"{source_digest(KERNEL_SOURCES):08x}"]
     elif device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability().replace(" ", "-")
         details = [f"torch-{torch.__version__}", capability, f"{torch.get_num_threads()}-threads"]
