@@ -42,11 +42,13 @@ def test_kernels_for_arm_give_the_portable_bits(tools: dict[str, str], libraries
         cases.linear(5, 50, 129, epilogue, int8=False)
     cases.linear(5, 40, 2048, Epilogue.WRITE_FLOAT, int8=True, extreme=True)
     for head_dim, window in ((64, 0), (80, 40), (34, 0)):
-        cases.attention([(150, 35), (21, 1), (129, 129)], head_dim, window)
+        for int8 in (False, True):
+            cases.attention([(150, 35), (21, 1), (129, 129)], head_dim, window, int8=int8)
     for size in (1, 100, 896):
         cases.norm(17, size)
     for head_dim in (34, 64):
         cases.append(37, head_dim)
+        cases.append(37, head_dim, int8=True)
 
     compiler, emulator = (tools[name] for name in NAMES)
     driver, called, results = (tmp_path / name for name in ("driver", "cases", "results"))

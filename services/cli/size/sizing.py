@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from kvstore.block import DTYPE_BYTES, BlockLayout
+from kvstore.block import DTYPE_BYTES
 from services.cli.config import SizeConfig
 from services.engine.checkpoint import num_parameters
 from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
 from services.engine.model_config import ModelConfig
+from services.engine.native_layout import native_layout
 from services.machine import Gpu
 
 INDEX_BYTES_PER_BLOCK: Final = 25
@@ -31,6 +32,7 @@ class Sizes:
     """Whether one worker has room for the weights and the KV of one request of full length."""
     weights_fit: bool
     dtype: str
+    kv_cache_dtype: str
     context_tokens: int
     block_tokens: int
     kv_bytes_per_token: int
@@ -63,14 +65,7 @@ class Sizes:
 def size(model: ModelConfig, config: SizeConfig) -> Sizes:
     """The sizes of a deployment. Raises `InvalidLayout` for a block size that gives no block."""
     dtype = model.dtype or _DEFAULT_DTYPE if config.dtype == "auto" else DTYPE_ALIASES.get(config.dtype, config.dtype)
-    layout = BlockLayout(
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
-        block_size=config.block_size,
-        head_dim=model.head_dim,
-        dtype=dtype,
-        model_fingerprint="sizing",
-    )
+    layout = native_layout(model, dtype, config.kv_cache_dtype, config.block_size, "sizing")
     context = config.max_model_len or model.max_context_len
     weight_bytes = num_parameters(model) * DTYPE_BYTES[dtype]
     budget = int(config.gpu_memory_bytes * config.gpu_memory_utilization) - weight_bytes
@@ -91,6 +86,7 @@ def size(model: ModelConfig, config: SizeConfig) -> Sizes:
         fits=budget >= 0 and num_blocks >= blocks_of(context),
         weights_fit=budget >= 0,
         dtype=dtype,
+        kv_cache_dtype=dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         context_tokens=context,
         block_tokens=config.block_size,
         kv_bytes_per_token=layout.block_bytes // config.block_size,

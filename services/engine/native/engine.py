@@ -76,6 +76,7 @@ class Engine:
             num_blocks=num_blocks,
             num_host_blocks=num_host_slots,
             caches_prefixes=config.enable_prefix_caching,
+            kv_cache_dtype=model.dtype if model.kv_cache_dtype == "auto" else model.kv_cache_dtype,
             is_exact=model.compute_path.is_exact,
             compute={
                 "device": model.device,
@@ -138,6 +139,7 @@ class Engine:
             num_threads=config.num_threads or None,
             max_model_len=config.max_model_len or None,
             quantization=config.quantization,
+            kv_cache_dtype=config.kv_cache_dtype,
             cpu_kernels=config.cpu_kernels,
             progress=progress,
         )

@@ -6,7 +6,7 @@ Addresses go in, nothing is checked there: whoever calls owns the arrays, and ha
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
 from enum import IntEnum
 from pathlib import Path
 from typing import Final
@@ -69,6 +69,7 @@ class AttentionCall(Structure):
         ("block_size", c_int64),
         ("window", c_int64),
         ("scale", c_float),
+        ("is_int8", c_int32),
     )
 
 
@@ -88,6 +89,7 @@ class AppendCall(Structure):
         ("head_dim", c_int64),
         ("block_size", c_int64),
         ("eps", c_float),
+        ("is_int8", c_int32),
     )
 
 

@@ -13,8 +13,8 @@ from services.engine.native.build import KERNEL_SOURCES, source_digest
 _ARITHMETIC: Final = 1
 
 
-def numerics_id(kernels: str, dtype: str, quantization: str, device: torch.device) -> str:
-    """Return the name: `native-1/bfloat16/none/amx/5f3a9c11`.
+def numerics_id(kernels: str, dtype: str, quantization: str, kv_cache_dtype: str, device: torch.device) -> str:
+    """Return the name: `native-1/bfloat16/none/amx/5f3a9c11`, with `/kv-int8` behind it for a cache in 8 bits.
 
     Two workers of one model and one name compute the same bits where it is one of C kernels. Torch's results depend on
     its version, the instructions that it finds, how it splits sums over threads, and how many rows it computes at once:
@@ -28,4 +28,6 @@ def numerics_id(kernels: str, dtype: str, quantization: str, device: torch.devic
     else:
         name = torch.cuda.get_device_properties(device).name.replace(" ", "-")
         details = [f"torch-{torch.__version__}", f"cuda-{torch.version.cuda}", name]
+    if kv_cache_dtype != "auto":
+        details.append(f"kv-{kv_cache_dtype}")
     return "/".join([f"native-{_ARITHMETIC}", dtype, quantization, *details])
