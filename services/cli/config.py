@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.engine.kv_cache_dtype import NATIVE_KV_CACHE_DTYPES
 from services.peer_settings import PeerSettings
 from services.settings import Settings, setting
 
@@ -54,9 +53,9 @@ class DoctorConfig(Settings):
     engine_args: str = setting("", help="as of a worker; vLLM's flags may also stand by themselves")
     device: str = setting("auto", help="as of a worker", choices=("auto", "cpu", "cuda"))
     quantization: str = setting("none", help="as of a worker")
-    kv_cache_dtype: str = setting("auto", help="as of a worker")
     lora_modules: tuple[str, ...] = setting((), help="as of a worker")
-    speculative_method: str = setting("off", help="as of a worker", choices=("off", "ngram"))
+    speculative_method: str = setting("off", help="as of a worker", choices=("off", "ngram", "draft_model"))
+    speculative_model: str = setting("", help="as of a worker")
     redis: str = setting("", help="URL of the registry; the default examines the private Redis", secret=True)
     host: str = setting("127.0.0.1", help="address that the router will listen on")
     port: int = setting(8000, min=1, max=65535, help="port that the router will listen on")
@@ -76,9 +75,6 @@ class SizeConfig(Settings):
         help="of weights and KV; auto: the checkpoint's",
         choices=("auto", "bfloat16", "float16", "half", "float32", "float"),
     )
-    kv_cache_dtype: str = setting(
-        "auto", help="of KV, as of a worker with the native engine", choices=NATIVE_KV_CACHE_DTYPES
-    )
     block_size: int = setting(32, min=1, help="tokens per KV block")
     max_model_len: int = setting(0, min=0, help="tokens of the longest request; 0: the model's context")
     max_num_seqs: int = setting(
@@ -87,6 +83,7 @@ class SizeConfig(Settings):
     gpu_memory_bytes: int = setting(80 << 30, min=1, help="memory of one worker's device")
     gpu_memory_utilization: float = setting(0.9, above=0, max=1, help="the part of it that weights and KV may take")
     kv_cache_memory_bytes: int = setting(0, min=0, help="memory for KV blocks; 0: what the weights leave")
+    speculative_model: str = setting("", help="draft model of a decode worker, which is then the one that is sized")
     prompt_tokens: int = setting(2048, min=1, help="length of a typical prompt")
     bandwidth_gbit_per_s: float = setting(100.0, above=0, help="between prefill and decode workers")
     num_workers: int = setting(2, min=1, help="workers and store nodes that hold blocks")

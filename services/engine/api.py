@@ -30,7 +30,7 @@ from services.engine.request import (
     Suspended,
     TokenLogprob,
 )
-from services.rates import NO_STEP, StepShape
+from services.rates import NO_STEP, RateLearner, StepShape
 
 __all__ = [
     "Capabilities",
@@ -72,7 +72,6 @@ class Capabilities:
     num_blocks: int  # in `memory`
     num_host_blocks: int  # that it keeps beside, and brings back by `begin_restore`; 0: none
     caches_prefixes: bool
-    kv_cache_dtype: str  # of keys and values, as people call it; what the bytes are says the layout
     is_exact: bool  # no bit of a logit depends on what else is computed, nor on how a sequence is cut into steps
     compute: Mapping[str, str]  # what computes the model, as labels: device, kernels, quantization
     is_simulation: bool = False  # its tokens mean nothing; whoever shows them says so
@@ -137,7 +136,7 @@ class Engine(Protocol):
 
     @property
     def layout(self) -> BlockLayout:
-        """Returns the layout of its blocks. Any thread, as the next three."""
+        """Returns the layout of its blocks. Any thread, as the next four."""
 
     @property
     def memory(self) -> BlockMemory:
@@ -150,6 +149,10 @@ class Engine(Protocol):
     @property
     def capabilities(self) -> Capabilities:
         """Constants."""
+
+    @property
+    def rates(self) -> RateLearner:
+        """How fast it is. It learns from its steps, warm-up included; its worker has it learn from fetches."""
 
     # ---- requests ---------------------------------------------------------------
 

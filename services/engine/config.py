@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from services.engine.adapters import parse_modules
 from services.engine.cpu_kernels import REQUIRED_FLAGS
-from services.engine.kv_cache_dtype import NATIVE_KV_CACHE_DTYPES
 from services.machine import Gpu
 from services.settings import Settings, SettingsError, setting, tensor_parallel_size
 
@@ -24,7 +23,7 @@ class EngineConfig(Settings):
     revision: str = setting("", help="branch, tag or commit on the hub", group="model")
     dtype: str = setting(
         "auto",
-        help="of weights and activations, and of the KV cache but for --kv-cache-dtype; auto takes the model's own",
+        help="of weights, activations and KV cache; auto takes the model's own",
         choices=("auto", "float32", "float16", "bfloat16", "half", "float"),
         group="model",
     )
@@ -81,13 +80,6 @@ class EngineConfig(Settings):
     block_size: int = setting(
         32, min=1, help="tokens in a KV block; equal on all workers of a model", choices=(16, 32, 64), group="KV cache"
     )
-    kv_cache_dtype: str = setting(
-        "auto",
-        help="of keys and values: auto takes the model's; int8 keeps them in 8 bits, with a scale for each token and"
-        " head: half the memory and handoff of bfloat16, less exact; on CPUs; equal on all workers of a model. With"
-        " --engine vllm one of vLLM's: fp8 …",
-        group="KV cache",
-    )
     num_gpu_blocks_override: int = setting(
         0, min=0, help="KV blocks in the pool, on whatever device; 0: from the memory size", group="KV cache"
     )
@@ -123,10 +115,15 @@ class EngineConfig(Settings):
     )
     speculative_method: str = setting(
         "off",
-        help="ngram guesses tokens from the text so far, where they are likely to come true and worth their time, and"
-        " confirms them together: the same text in fewer steps where it repeats itself or its prompt. On decode"
-        " workers; for vLLM see --speculative-config",
-        choices=("off", "ngram"),
+        help="ngram guesses tokens from the text so far, draft_model by a small model, where they are likely to come"
+        " true and worth their time; the model confirms them together: the same text in fewer steps. On decode workers;"
+        " for vLLM see --speculative-config",
+        choices=("off", "ngram", "draft_model"),
+        group="speculation",
+    )
+    speculative_model: str = setting(
+        "",
+        help="with draft_model: directory or hub name of the model that guesses; its tokens must be the model's own",
         group="speculation",
     )
     num_speculative_tokens: int = setting(
@@ -154,6 +151,10 @@ class EngineConfig(Settings):
             raise SettingsError("needs prefix caching: what it keeps is found by prefix", "kv_offloading_size")
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise SettingsError(f"more than prompt_lookup_max, {self.prompt_lookup_max}", "prompt_lookup_min")
+        if self.speculative_method == "draft_model" and not self.speculative_model:
+            raise SettingsError("draft_model needs a model that guesses (--speculative-model)", "speculative_method")
+        if self.speculative_model and self.speculative_method != "draft_model":
+            raise SettingsError("is of use with --speculative-method draft_model alone", "speculative_model")
         tensor_parallel_size(self.engine_args)
         parse_modules(self.lora_modules)
         if self.engine == "vllm":
@@ -170,11 +171,6 @@ class EngineConfig(Settings):
             raise SettingsError("vLLM has kernels of its own", "cpu_kernels")
         if self.quantization == "int8":
             raise SettingsError("int8 is the native engine's; give one of vLLM's, or none", "quantization")
-        if self.kv_cache_dtype == "int8":
-            raise SettingsError(
-                "int8 is the native engine's; give one of vLLM's (fp8, int8_per_token_head ...), or auto",
-                "kv_cache_dtype",
-            )
         if self.speculative_method != "off":
             raise SettingsError("is the native engine's; vLLM's is --speculative-config", "speculative_method")
 
@@ -186,13 +182,6 @@ class EngineConfig(Settings):
         if self.quantization not in NATIVE_QUANTIZATIONS:
             known = ", ".join(NATIVE_QUANTIZATIONS)
             raise SettingsError(f"{self.quantization!r} is not one of {known}; --engine vllm has more", "quantization")
-        if self.kv_cache_dtype not in NATIVE_KV_CACHE_DTYPES:
-            known = ", ".join(NATIVE_KV_CACHE_DTYPES)
-            raise SettingsError(
-                f"{self.kv_cache_dtype!r} is not one of {known}; --engine vllm has more", "kv_cache_dtype"
-            )
-        if self.kv_cache_dtype != "auto" and self.engine == "paced":
-            raise SettingsError("the simulation keeps words of its own: it has no other than auto", "kv_cache_dtype")
 
 
 _LARGE_GPU_BYTES = 70 << 30

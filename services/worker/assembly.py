@@ -12,7 +12,7 @@ from kvstore.protocol import ExchangeTimeouts
 from kvstore.registry import Membership
 from kvstore.threads import Threads
 from kvstore.transport import make_transports
-from services.engine.api import Engine, StepOutput
+from services.engine.api import Engine
 from services.logs import request_scope
 from services.orders import Orders
 from services.rates import RateLearner
@@ -66,17 +66,13 @@ def assemble(
 
     Raises TransportError.
     """
-    metrics, rates, threads = WorkerMetrics(engine, served_names(config)[0], role), RateLearner(), seams.outside.threads
-
-    def step_ended(output: StepOutput) -> None:
-        metrics.steps.ended(output)
-        rates.step_ended(output.shape, output.duration_s)
+    metrics, rates, threads = WorkerMetrics(engine, served_names(config)[0], role), engine.rates, seams.outside.threads
 
     def allowed_s() -> float:
         """How long the engine's thread may take over what it does; `warm_up` has told the machine's speed."""
         return max(config.stuck_after_s, _HONEST_SLOWNESS * rates.rates.step_s(engine.step_shape))
 
-    thread = EngineThread(engine, threads, step_ended, allowed_s)
+    thread = EngineThread(engine, threads, metrics.steps.ended, allowed_s)
     host_prefixes = HostPrefixes(engine, thread, threads, config.prefix_fetch_timeout_s)
     identity = PeerIdentity(f"{worker_id}/{incarnation}", role, incarnation, engine.layout)
     lender = CacheLender(engine, thread, host_prefixes)

@@ -46,7 +46,7 @@ async def load_engine(config: WorkerConfig, threads: Threads, stop: asyncio.Even
         detail_level(),
         "model %s (%s) loaded in %.1f s: %d blocks of %d tokens, %d more in main memory",
         config.model,
-        engine.capabilities.kv_cache_dtype,
+        engine.layout.dtype,
         time.monotonic() - started_s,
         engine.capabilities.num_blocks,
         engine.layout.block_size,
@@ -74,16 +74,8 @@ def _proof_key(config: WorkerConfig) -> ProofKey:
 
 
 async def warmed_up(parts: WorkerParts, timeout_s: float, stop: asyncio.Event) -> bool:
-    """Warm the engine up, and learn from it how fast this machine is. False: the worker is to stop before that is done.
-
-    Raises ModelError.
-    """
-
-    def warm_up() -> None:
-        for output in parts.engine.warm_up():
-            parts.rates.step_ended(output.shape, output.duration_s)
-
-    warming = parts.thread.call(warm_up)
+    """Warm the engine up. False: the worker is to stop before that is done. Raises ModelError."""
+    warming = parts.thread.call(parts.engine.warm_up)
     if await _done_before(stop, warming, timeout_s):
         if (error := warming.exception()) is not None:
             raise ModelError(f"its first steps failed: {error}") from error

@@ -215,7 +215,7 @@ def _record(config: WorkerConfig, role: Role, front: Front, parts: WorkerParts, 
         num_blocks=engine.capabilities.num_blocks,
         max_model_len=engine.capabilities.max_model_len,
         max_num_seqs=engine.capabilities.max_num_seqs,
-        dtype=engine.capabilities.kv_cache_dtype,
+        dtype=engine.layout.dtype,
         transports=parts.exchange.transport_names,
         layout=engine.layout.to_wire(),
         is_simulation=engine.capabilities.is_simulation,
@@ -341,8 +341,7 @@ async def _any_of(*events: asyncio.Event) -> None:
 def _about(engine: Engine) -> str:
     """What computes here, and with how much room, in a few words."""
     compute, layout = engine.capabilities.compute, engine.layout
-    cached = engine.capabilities.kv_cache_dtype
-    weights = cached if compute["quantization"] == "none" else compute["quantization"]
+    weights = layout.dtype if compute["quantization"] == "none" else compute["quantization"]
     if engine.capabilities.is_simulation:
         weights = f"SIMULATED, no weights, {weights}"
     where = f"{compute['kernels']} kernels" if compute["device"] == "cpu" else compute["device"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TypeVar
 
 from kvstore.errors import RegistryError
@@ -30,6 +31,8 @@ def ready_to_start(config: C, role: str) -> C | None:
         read_secret("peer_secret", config.peer_secret, config.peer_secret_file)
         machine = Machine.this()
         config = with_engine(config, machine, vllm_version())
+        if role == "prefill":  # nobody guesses there, and a draft model would take memory for nothing
+            config = replace(config, speculative_method="off", speculative_model="")
         check_model(config, machine)
         for port, flag in ((config.port, "--port"), (config.kv_port, "--kv-port"), (config.http_port, "--http-port")):
             if port:

@@ -68,9 +68,6 @@ def test_the_dtype_is_the_checkpoints_unless_it_is_said(llama: ModelConfig) -> N
     assert size(llama, SizeConfig(dtype="float")).kv_bytes_per_token == 2 * 131_072
     assert size(llama, SizeConfig(dtype="half")).dtype == "float16"
     assert size(llama, SizeConfig()).dtype == "bfloat16"
-    in_8_bits = size(llama, SizeConfig(kv_cache_dtype="int8"))
-    assert (in_8_bits.dtype, in_8_bits.kv_cache_dtype) == ("bfloat16", "int8")
-    assert in_8_bits.kv_bytes_per_token == 2 * 32 * 8 * (128 + 4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,12 +75,8 @@ def test_a_block_is_the_engines_and_the_weights_are_those_on_disk(family: str, t
     directory = write_model(tmp_path / "model", family)
     config = read_config(directory)
     model = load_model(str(directory), dtype="float32", device="cpu")
-    for kv_cache_dtype in ("auto", "int8"):
-        kept = replace(model, kv_cache_dtype=kv_cache_dtype)
-        sized = size(config, SizeConfig(dtype="float32", kv_cache_dtype=kv_cache_dtype))
-        block_bytes = kept.block_layout(32).block_bytes
-        assert sized.block_bytes == look_at_model(str(directory)).block_bytes(32, kv_cache_dtype) == block_bytes
-        assert kept.new_kv_cache(1, 32).nbytes == block_bytes
+    assert size(config, SizeConfig(dtype="float32")).block_bytes == model.block_layout(32).block_bytes
+    assert look_at_model(str(directory)).block_bytes(32) == model.block_layout(32).block_bytes
     num_on_disk = 0
     for file in directory.glob("*.safetensors"):
         with safe_open(file, "numpy") as tensors:
@@ -106,6 +99,17 @@ def test_what_is_promised_fits(block_size: int, memory: int, context: int, promp
     assert sizes.max_concurrent_at_context * context <= sizes.num_tokens_per_worker
     assert sizes.max_concurrent_at_prompt * sizes.handoff_bytes <= memory
     assert prompt <= sizes.handoff_blocks * block_size < prompt + block_size
+
+
+def test_a_draft_model_takes_weights_and_room_in_each_block() -> None:
+    llama = parse_config(LLAMA_3_8B, None)
+    config = SizeConfig(kv_cache_memory_bytes=1 << 32)
+    alone, both = size(llama, config), size(llama, config, replace(llama, num_layers=2))
+    assert both.draft_block_bytes * llama.num_layers == 2 * alone.block_bytes
+    assert 0 < both.draft_weight_bytes < alone.weight_bytes == both.weight_bytes
+    assert both.num_blocks_per_worker == (1 << 32) // (both.block_bytes + both.draft_block_bytes)
+    assert both.kv_pool_bytes_per_worker <= 1 << 32
+    assert both.handoff_bytes == alone.handoff_bytes, "it does not travel"
 
 
 def test_the_table_and_the_json_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,8 @@ from services.engine.api import PositionLogprobs, SampledToken, SamplingParams, 
 from services.engine.native.scheduling import Request
 from services.engine.native.scheduling.batch import Batch, SampledBatch, SampledSequence, ScheduledSequence
 from services.engine.native.scheduling.limits import SchedulerConfig
-from services.engine.native.speculation import Candidate, Speculation, SpeculationConfig
-from services.rates import StepShape
+from services.engine.native.speculation import Candidate, NgramSpeculation, Plan
+from services.rates import RateLearner, StepShape
 
 VOCAB_SIZE = 7
 EOS = 6
@@ -98,14 +98,14 @@ class PagedWorld:
             self.blocks[block_ids[index]] = [*content, *([None] * (size - len(content)))]
 
 
-class Oracle(Speculation):
+class Oracle(NgramSpeculation):
     """Guesses that are right for a while, as a seed says, then wrong: so many that every limit is met."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__(SpeculationConfig(9, 1, 3))
+        super().__init__(9, 1, 3, RateLearner())
         self._random = random.Random(seed)
 
-    def guess(self, candidates: Sequence[Candidate], max_guesses: int, shape: StepShape) -> list[tuple[int, ...]]:
+    def plan(self, candidates: Sequence[Candidate], max_guesses: int, shape: StepShape) -> Plan:
         drafts: list[tuple[int, ...]] = []
         for each in candidates:
             assert shape.num_running >= len(candidates)
@@ -115,4 +115,4 @@ class Oracle(Speculation):
                 token_ids.append(next_token(token_ids))
             token_ids += self._random.choices(range(VOCAB_SIZE), k=self._random.randint(0, 3))
             drafts.append(tuple(token_ids[num_known:][: max(0, most)]))
-        return drafts
+        return Plan(drafts)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from services.engine.capacity import default_gpu_bytes
-from services.engine.check import Machine, check_engine, torch_has_cuda
+from services.engine.check import Machine, check_engine, look_at_model, torch_has_cuda, weight_bytes
 from services.engine.config import EngineConfig
 from services.engine.model_config import ModelError
-from services.engine.native import engine as native_engine
+from services.engine.native import loading
 from services.engine.native.engine import Engine
 from services.machine import Gpu
 from services.settings import SettingsError
@@ -66,11 +69,47 @@ def test_the_build_of_torch_is_known_without_importing_it() -> None:
     assert torch_has_cuda() == (torch.version.cuda is not None)
 
 
+def test_a_draft_model_must_have_the_same_tokens(model: str, tmp_path: Path) -> None:
+    def check(draft: Path) -> None:
+        settings = EngineConfig(model, speculative_method="draft_model", speculative_model=str(draft))
+        check_engine(settings, Machine(0, (), frozenset()))
+
+    check(write_model(tmp_path / "same", "llama3"))
+    with pytest.raises(ModelError, match=r"500 tokens \(vocab_size\), and .* has 512; take a draft model of the same"):
+        check(write_model(tmp_path / "fewer", "llama3", vocab_size=500))
+    other = write_model(tmp_path / "other", "llama3")
+    (other / "generation_config.json").write_text('{"eos_token_id": 7}')
+    with pytest.raises(ModelError, match=r"ends by token 7, and that of .* by token 0, 2 \(eos_token_id\)"):
+        check(other)
+    names = write_model(tmp_path / "names", "llama3")
+    tokenizer = json.loads((names / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][1]["content"] = "<|start|>"
+    (names / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match=r"tokenizers of both differ, as in '<\|(im_)?start\|>', token 1 of one"):
+        check(names)
+    with pytest.raises(ModelError, match="/no/such/draft is not there"):
+        check(Path("/no/such/draft"))
+
+
+def test_a_draft_model_s_weights_and_keys_and_values_are_counted(model: str) -> None:
+    drafting = EngineConfig(model, speculative_method="draft_model", speculative_model=model)
+    alone = look_at_model(model)
+    enough = Machine(weight_bytes(alone, "cpu") * 3 // 2, (), frozenset())
+    check_engine(EngineConfig(model, num_gpu_blocks_override=1, max_model_len=32), enough)
+    with pytest.raises(ModelError, match=r"one worker needs .* for weights"):
+        check_engine(drafting, enough)
+    size = {"kv_cache_memory_bytes": 10 * alone.block_bytes(32), "device": "cpu"}
+    assert Engine.from_config(EngineConfig(model, max_model_len=64, **size)).pool.num_blocks == 10  # type: ignore[arg-type]
+    engine = Engine.from_config(replace(drafting, max_model_len=64, **size))  # type: ignore[arg-type]
+    assert engine.pool.num_blocks == 5
+    assert engine.layout == Engine.from_config(EngineConfig(model, max_model_len=64, **size)).layout  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 50), lambda: np.empty(1 << 50)], ids=["torch", "numpy"])
 def test_memory_that_runs_out_is_said_in_a_line(
     allocate: Callable[[], object], model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native_engine, "choose_num_blocks", lambda *_: allocate())
+    monkeypatch.setattr(loading, "choose_num_blocks", lambda *_: allocate())
     with pytest.raises(ModelError, match=r"memory ran out .*; lower --kv-cache-memory-bytes") as caught:
         Engine.from_config(EngineConfig(model, max_model_len=128))
     assert "\n" not in str(caught.value)
@@ -80,6 +119,6 @@ def test_an_error_of_ours_is_no_lack_of_memory(model: str, monkeypatch: pytest.M
     def fail(*_: object) -> int:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(native_engine, "choose_num_blocks", fail)
+    monkeypatch.setattr(loading, "choose_num_blocks", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         Engine.from_config(EngineConfig(model, max_model_len=128))

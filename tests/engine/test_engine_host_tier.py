@@ -188,10 +188,10 @@ def test_logprobs_of_a_prompt_are_computed_whatever_is_kept(engine: Engine) -> N
 def test_a_size_beyond_the_memory_there_is_or_below_one_block_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "available_memory_bytes", lambda: 10 << 30)
     config = EngineConfig(model="m", kv_offloading_size=4)
-    assert choose_num_host_slots(config, 1 << 20, 1024, "cpu") == 4096
-    assert choose_num_host_slots(config, 1 << 20, 1 << 20, "cuda") == 4096
+    assert choose_num_host_slots(config, 1 << 20, 1 << 30, "cpu") == 4096
+    assert choose_num_host_slots(config, 1 << 20, 1 << 40, "cuda") == 4096
     with pytest.raises(SettingsError, match=r"kv_offloading_size: 4 GiB asked for, and 3\.0 GiB"):
-        choose_num_host_slots(config, 1 << 20, 7 << 10, "cpu")
+        choose_num_host_slots(config, 1 << 20, 7 << 30, "cpu")
     with pytest.raises(SettingsError, match=r"kv_offloading_size: .* hold no KV block"):
         choose_num_host_slots(EngineConfig(model="m", kv_offloading_size=1e-6), 1 << 20, 1, "cpu")
     assert choose_num_host_slots(EngineConfig(model="m"), 1 << 20, 1, "cpu") == 0

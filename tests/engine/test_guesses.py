@@ -13,10 +13,10 @@ from kvstore.pool import BlockPool
 from services.engine.api import SamplingParams
 from services.engine.config import EngineConfig
 from services.engine.native.scheduling import Request, Scheduler, SchedulerConfig
-from services.engine.native.speculation import Speculation, SpeculationConfig
+from services.engine.native.speculation import NgramSpeculation, Speculation
 from services.engine.native.speculation.lengths import Acceptance, Row, choose_lengths
 from services.engine.native.speculation.prompt_lookup import PromptLookup
-from services.rates import Rates, StepShape
+from services.rates import RateLearner, Rates, StepShape
 from services.settings import SettingsError
 from tests.engine.paged_world import Oracle, PagedWorld, expected_outputs
 
@@ -226,7 +226,7 @@ def test_a_batch_s_shape_counts_guesses_as_sequences_that_generate() -> None:
 def test_how_long_steps_take_decides_what_is_tried() -> None:
     num_tried = []
     for per_row_s in (1e-5, 1e-2):
-        speculation = Speculation(SpeculationConfig(8, 1, 4))
+        speculation = NgramSpeculation(8, 1, 4, RateLearner())
         for num_rows in [1, 2, 4, 8] * 20:
             speculation.rates.step_ended(StepShape(0, 0, num_rows, 10 * num_rows), 0.01 + per_row_s * num_rows)
         bench = Bench(speculation, max_num_seqs=8, max_num_batched_tokens=64)
@@ -244,6 +244,10 @@ def test_how_long_steps_take_decides_what_is_tried() -> None:
         ({"prompt_lookup_min": 5, "prompt_lookup_max": 4}, "prompt_lookup_min"),
         ({"engine": "vllm", "speculative_method": "ngram"}, "speculative_method"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens"),
+        ({"speculative_method": "draft_model"}, "speculative_method"),
+        ({"speculative_model": "small"}, "speculative_model"),
+        ({"speculative_method": "ngram", "speculative_model": "small"}, "speculative_model"),
+        ({"engine": "vllm", "speculative_method": "draft_model", "speculative_model": "small"}, "speculative_method"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(settings: dict[str, object], name: str) -> None:

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,10 @@ from services.engine.native.attention import ForwardBatch
 from services.engine.native.kernels.choice import KernelChoice
 from services.engine.native.model import model
 from services.engine.native.model.model import LoadedModel, load_model
+from services.rates import Rates
+from tests.draft_models import damp_upper_layers, write_draft
 from tests.engine_contract.test_engine_contract import copy
-from tests.hf_models import EOS_TOKEN_IDS, write_model
+from tests.hf_models import EOS_TOKEN_IDS, random_prompts, reference_greedy, write_model
 from tests.kernels.conftest import Libraries
 
 TRANSFER = b"a transfer's id."
@@ -30,22 +32,49 @@ FEW = (5, 9, 77)
 """Tokens that may be said: so few that the text repeats itself, and guesses come true."""
 
 
+@dataclass(frozen=True)
+class Models:
+    """One that says the tokens, and one of its lower layers, which often guesses them."""
+
+    model: LoadedModel
+    draft: LoadedModel
+
+
 @pytest.fixture(scope="module")
-def loaded(libraries: Libraries, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadedModel]:
+def models(libraries: Libraries, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
     num_threads = torch.get_num_threads()
     directory = write_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3", dtype="bfloat16", seed=3)
+    lower = write_draft(directory.parent / "draft", directory, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "choose_kernels", lambda wanted: KernelChoice(libraries("portable"), "as the test says"))
-        yield load_model(str(directory), num_threads=1)
+        yield Models(load_model(str(directory), num_threads=1), load_model(str(lower), num_threads=1))
     torch.set_num_threads(num_threads)
 
 
-def make_engine(loaded: LoadedModel, method: str = "ngram", num_blocks: int = 60, **settings: object) -> Engine:
+def make_engine(
+    models: Models | LoadedModel, method: str = "ngram", num_blocks: int = 60, **settings: object
+) -> Engine:
     """By its clock all steps take equally long: guesses cost nothing."""
     ticks = itertools.count()
     defaults = {"block_size": 16, "max_num_seqs": 8, "max_num_batched_tokens": 48, "num_speculative_tokens": 7}
+    loaded = models if isinstance(models, LoadedModel) else models.model
     config = EngineConfig("a model", speculative_method=method, prompt_lookup_min=1, **{**defaults, **settings})  # type: ignore[arg-type]
     return Engine(loaded, config, num_blocks, clock=lambda: float(next(ticks)), num_host_slots=0)
+
+
+def drafting_engine(models: Models, num_blocks: int = 60, **settings: object) -> Engine:
+    """One with a draft model, whose passes take a hundredth of a step by what it believes; its clock stands still."""
+    defaults = {"block_size": 16, "max_num_seqs": 8, "max_num_batched_tokens": 48, "num_speculative_tokens": 7}
+    config = EngineConfig(
+        "a model",
+        speculative_method="draft_model",
+        speculative_model="its draft",
+        **{**defaults, **settings},  # type: ignore[arg-type]
+    )
+    engine = Engine(models.model, config, num_blocks, clock=lambda: 0.0, draft=models.draft)
+    assert engine._drafting is not None
+    engine._drafting.draft.rates.rates = Rates(**{name: value / 100 for name, value in asdict(Rates()).items()})
+    return engine
 
 
 @dataclass
@@ -107,11 +136,11 @@ class Life:
 class World:
     """One engine that guesses, one that prefills for it, and requests that come, go, move and are handed over."""
 
-    def __init__(self, loaded: LoadedModel, seed: int) -> None:
+    def __init__(self, models: Models, seed: int, make: Callable[..., Engine]) -> None:
         self.random = random.Random(seed)
-        self.plain = make_engine(loaded, "off", num_blocks=200)
-        self.prefill = make_engine(loaded, num_blocks=60)
-        self.engine = make_engine(loaded, num_blocks=self.random.choice([12, 16, 40]))
+        self.plain = make_engine(models, "off", num_blocks=200)
+        self.prefill = make_engine(models, num_blocks=60)
+        self.engine = make(models, num_blocks=self.random.choice([12, 16, 40]))
         self.lives: dict[str, Life] = {}
         self.num_born = 0
 
@@ -200,26 +229,90 @@ class World:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_token_differs_whatever_happens(loaded: LoadedModel, seed: int) -> None:
-    world = World(loaded, seed)
+@pytest.mark.parametrize("make", [make_engine, drafting_engine])
+def test_no_token_differs_whatever_happens(models: Models, make: Callable[..., Engine], seed: int) -> None:
+    world = World(models, seed, make)
     world.run(100)
     stats = world.engine.stats
-    assert stats.num_accepted_tokens > 50
+    assert stats.num_accepted_tokens > 20
     assert stats.num_draft_tokens > stats.num_accepted_tokens, "no guess was wrong"
     assert world.num_born > 10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 120))
-def test_no_token_differs_whatever_happens_at_length(loaded: LoadedModel, seed: int) -> None:
-    World(loaded, seed).run(400)
+@pytest.mark.parametrize("make", [make_engine, drafting_engine])
+def test_no_token_differs_whatever_happens_at_length(models: Models, make: Callable[..., Engine], seed: int) -> None:
+    World(models, seed, make).run(400)
 
 
-def test_the_prefix_cache_holds_the_same_blocks_and_proofs_with_and_without_guesses(loaded: LoadedModel) -> None:
+def test_a_draft_model_draws_what_the_model_will(models: Models) -> None:
+    """Being the same model, it guesses every token, drawn ones, too, beside whatever parameters."""
+    engine = drafting_engine(Models(models.model, models.model))
+    samplings = [
+        SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
+        SamplingParams(temperature=1.5, max_tokens=40, ignore_eos=True, seed=4, top_p=0.9, logprobs=2),
+        SamplingParams(temperature=1.0, max_tokens=40, ignore_eos=True, repetition_penalty=1.3, presence_penalty=0.5),
+    ]
+    expected = [alone(make_engine(models, "off"), [5, 9, 77, 20], each) for each in samplings]
+    streams = {f"r{i}": Stream() for i in range(3)}
+    for name, sampling in zip(streams, samplings, strict=True):
+        engine.add_request(Request(name, [5, 9, 77, 20], sampling))
+    while engine.has_work:
+        for update in engine.step().updates:
+            streams[update.request.request_id].hears(update)
+    assert list(streams.values()) == expected
+    assert engine.stats.num_accepted_tokens == engine.stats.num_draft_tokens > 60
+
+
+def test_a_draft_model_reads_what_it_lacks_of_a_handed_over_prompt(models: Models) -> None:
+    prompt = [5 + i % 90 for i in range(200)]
+    sampling = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True)
+    same = Models(models.model, models.model)
+    world = World(same, 1, drafting_engine)
+    world.engine = drafting_engine(same, num_blocks=60)
+    life = Life(prompt, sampling, alone(world.plain, prompt, sampling))
+    life.request = Request("r", prompt, sampling)
+    world.lives["r"] = life
+    world.hand_over(life)
+    while world.lives:
+        world.step()
+    stats = world.engine.stats
+    assert stats.num_prompt_tokens == 0, "the model computed nothing of the prompt"
+    assert stats.num_accepted_tokens == stats.num_draft_tokens > 40
+
+
+def test_a_draft_model_that_computes_no_numbers_changes_nothing(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, sampling = [5, 9, 77] * 12, SamplingParams(temperature=1.0, max_tokens=30, ignore_eos=True, seed=1)
+    expected = alone(make_engine(models, "off"), prompt, sampling)
+    engine, num_broken = drafting_engine(models), 0
+    assert engine._drafting is not None
+    draft = engine._drafting.draft
+
+    def broken(self: LoadedModel, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        nonlocal num_broken
+        if self is not models.draft:
+            return self.computation.forward(batch, kv_cache)
+        logits = self.computation.forward(batch, kv_cache)
+        if len(logits) and num_broken < 3:
+            num_broken += 1
+            logits[:] = torch.nan
+            kv_cache[int(batch.slot_mapping[0]) // 16] = torch.nan
+        return logits
+
+    monkeypatch.setattr(LoadedModel, "forward", broken)
+    assert alone(engine, prompt, sampling) == expected
+    assert num_broken == 3
+    assert bool(draft.kv_cache.isfinite().all()), "what is no number would spoil whoever gets the block next"
+    assert engine.stats.num_draft_tokens > 0
+
+
+def test_the_prefix_cache_holds_the_same_blocks_and_proofs_with_and_without_guesses(models: Models) -> None:
     sampling = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True, allowed_token_ids=FEW)
     kept = []
-    for method in ("off", "ngram"):
-        engine = make_engine(loaded, method)
+    for engine in (make_engine(models, "off"), make_engine(models), drafting_engine(models)):
         engine.add_request(Request("r", [5, 9, 77] * 10, sampling))
         hashes = []
         while engine.has_work:
@@ -231,7 +324,7 @@ def test_the_prefix_cache_holds_the_same_blocks_and_proofs_with_and_without_gues
         kept.append(dict(zip(hashes[-1], engine.pool.proofs(ids), strict=True)))
         assert engine.recheck(hashes[-1]) == 0
     assert len(kept[0]) == 8
-    assert kept[0] == kept[1]
+    assert kept[0] == kept[1] == kept[2]
 
 
 def test_what_a_wrong_guess_leaves_is_no_danger_to_the_right_token(
@@ -266,3 +359,23 @@ def test_what_a_wrong_guess_leaves_is_no_danger_to_the_right_token(
             engine._scheduler._speculation = None  # so that no guess is computed in its place
     assert num_broken
     assert said == expected.tokens
+
+
+def test_with_a_draft_model_the_text_is_that_of_transformers(tmp_path: Path) -> None:
+    """In float32, by torch: greedy tokens that survive another order of sums."""
+    directory = damp_upper_layers(write_model(tmp_path / "llama3", "llama3", seed=3), 1, 0.1)
+    by_torch = [
+        load_model(str(each), num_threads=1, cpu_kernels="torch")
+        for each in (directory, write_draft(tmp_path / "draft", directory, 1))
+    ]
+    engine = drafting_engine(Models(*by_torch), num_blocks=100)
+    prompts = random_prompts([3, 40, 100], seed=2)
+    streams = {f"r{i}": Stream() for i in range(len(prompts))}
+    for name, prompt in zip(streams, prompts, strict=True):
+        engine.add_request(Request(name, prompt, SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)))
+    while engine.has_work:
+        for update in engine.step().updates:
+            streams[update.request.request_id].hears(update)
+    said = [[token.token_id for token in stream.tokens] for stream in streams.values()]
+    assert said == reference_greedy(directory, prompts, 40, ignore_eos=True)
+    assert 20 < engine.stats.num_accepted_tokens < engine.stats.num_draft_tokens

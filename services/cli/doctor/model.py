@@ -18,7 +18,7 @@ def check_model(config: DoctorConfig) -> list[Finding]:
 
     Of one that vLLM would compute, whether there is all that it and the router read.
     """
-    from services.engine.check import Machine, as_size, check_engine, look_at_model, weight_bytes
+    from services.engine.check import Machine, as_size, check_engine, look_at_draft, look_at_model, weight_bytes
     from services.engine.choice import check_for_vllm, choose_engine
     from services.engine.model_config import ModelError
 
@@ -41,6 +41,7 @@ def check_model(config: DoctorConfig) -> list[Finding]:
         ]
     try:
         check_tokenizer(found.directory)
+        look_at_draft(settings, found)
     except ModelError as error:
         return [refused("model", error)]
     size = as_size(weight_bytes(found, machine.device(config.device), config.quantization))
@@ -48,7 +49,7 @@ def check_model(config: DoctorConfig) -> list[Finding]:
     try:
         check_engine(replace(settings, engine="native", engine_args=""), machine, num_workers=_NUM_COPIES)
     except (ModelError, SettingsError) as error:
-        if isinstance(error, SettingsError) and error.setting in ("quantization", "kv_cache_dtype"):
+        if isinstance(error, SettingsError) and error.setting == "quantization":
             return [refused("model", error)]
         detail, _, remedy = str(error).rpartition("; ")
         findings.append(worse("model memory", detail, remedy))

@@ -26,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         directory = find_model(config.model or str(DEMO_MODEL), config.revision, CONFIGURATION)
-        sizes = size(read_config(directory), config)
+        draft = find_model(config.speculative_model, "", CONFIGURATION) if config.speculative_model else None
+        sizes = size(read_config(directory), config, read_config(draft) if draft is not None else None)
     except (ModelError, KVStoreError) as error:
         refuse("tandem size", error)
     print(json.dumps(asdict(sizes), indent=2) if config.json else table(sizes, config))
@@ -37,8 +38,9 @@ def table(sizes: Sizes, config: SizeConfig) -> str:
     """The sizes for people, in groups."""
     pool = "--kv-cache-memory-bytes" if config.kv_cache_memory_bytes else f"of {_bytes(config.gpu_memory_bytes)}"
     groups: dict[str, list[tuple[str, str]]] = {
-        f"Model, {sizes.dtype}{'' if sizes.kv_cache_dtype == sizes.dtype else f', KV {sizes.kv_cache_dtype}'}": [
+        f"Model, {sizes.dtype}": [
             ("weights", _bytes(sizes.weight_bytes)),
+            *_of_draft(sizes),
             ("context", f"{sizes.context_tokens:,} tokens"),
             ("KV per token", _bytes(sizes.kv_bytes_per_token)),
             (f"KV per block of {sizes.block_tokens}", _bytes(sizes.block_bytes)),
@@ -72,14 +74,24 @@ def table(sizes: Sizes, config: SizeConfig) -> str:
         lines += [title, *(f"  {name:<{width}}{value}" for name, value in rows), ""]
     if not sizes.weights_fit:
         budget = int(config.gpu_memory_bytes * config.gpu_memory_utilization)
+        needed = sizes.weight_bytes + sizes.draft_weight_bytes
         lines.append(
-            f"The weights do not fit: they need {_bytes(sizes.weight_bytes)}, and a worker has {_bytes(budget)}"
+            f"The weights do not fit: they need {_bytes(needed)}, and a worker has {_bytes(budget)}"
             f" ({config.gpu_memory_utilization:g} of {_bytes(config.gpu_memory_bytes)}): take a smaller model,"
             " or give more memory (--gpu-memory-bytes)."
         )
     elif not sizes.fits:
         lines.append("One request of full length does not fit: lower --max-model-len or give more memory.")
     return "\n".join(lines).rstrip()
+
+
+def _of_draft(sizes: Sizes) -> list[tuple[str, str]]:
+    if not sizes.draft_weight_bytes:
+        return []
+    return [
+        ("weights of the draft model", _bytes(sizes.draft_weight_bytes)),
+        ("its KV per block", _bytes(sizes.draft_block_bytes)),
+    ]
 
 
 def _bytes(number: int) -> str:

@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from kvstore.block import DTYPE_BYTES
+from kvstore.block import DTYPE_BYTES, BlockLayout
 from services.cli.config import SizeConfig
 from services.engine.checkpoint import num_parameters
 from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
 from services.engine.model_config import ModelConfig
-from services.engine.native_layout import native_layout
 from services.machine import Gpu
 
 INDEX_BYTES_PER_BLOCK: Final = 25
@@ -32,12 +31,15 @@ class Sizes:
     """Whether one worker has room for the weights and the KV of one request of full length."""
     weights_fit: bool
     dtype: str
-    kv_cache_dtype: str
     context_tokens: int
     block_tokens: int
     kv_bytes_per_token: int
     block_bytes: int
     weight_bytes: int
+    draft_weight_bytes: int
+    """Of the model that guesses; 0: none does."""
+    draft_block_bytes: int
+    """Room for its KV beside each block; it does not travel."""
     kv_pool_bytes_per_worker: int
     num_blocks_per_worker: int
     num_tokens_per_worker: int
@@ -62,14 +64,19 @@ class Sizes:
     """How long prompts at the request rate stay in the stores if no block of theirs is shared."""
 
 
-def size(model: ModelConfig, config: SizeConfig) -> Sizes:
+def size(model: ModelConfig, config: SizeConfig, draft: ModelConfig | None = None) -> Sizes:
     """The sizes of a deployment. Raises `InvalidLayout` for a block size that gives no block."""
-    dtype = model.dtype or _DEFAULT_DTYPE if config.dtype == "auto" else DTYPE_ALIASES.get(config.dtype, config.dtype)
-    layout = native_layout(model, dtype, config.kv_cache_dtype, config.block_size, "sizing")
+    layout = _layout(model, config)
+    dtype = layout.dtype
+    draft_weight_bytes = draft_block_bytes = 0
+    if draft is not None:
+        draft_layout = _layout(draft, config)
+        draft_weight_bytes = num_parameters(draft) * DTYPE_BYTES[draft_layout.dtype]
+        draft_block_bytes = draft_layout.block_bytes
     context = config.max_model_len or model.max_context_len
     weight_bytes = num_parameters(model) * DTYPE_BYTES[dtype]
-    budget = int(config.gpu_memory_bytes * config.gpu_memory_utilization) - weight_bytes
-    num_blocks = max(0, config.kv_cache_memory_bytes or budget) // layout.block_bytes
+    budget = int(config.gpu_memory_bytes * config.gpu_memory_utilization) - weight_bytes - draft_weight_bytes
+    num_blocks = max(0, config.kv_cache_memory_bytes or budget) // (layout.block_bytes + draft_block_bytes)
 
     worker = EngineConfig("sized", max_num_seqs=config.max_num_seqs)
     num_seqs = with_device_defaults(worker, Gpu("sized", config.gpu_memory_bytes)).max_num_seqs
@@ -86,13 +93,14 @@ def size(model: ModelConfig, config: SizeConfig) -> Sizes:
         fits=budget >= 0 and num_blocks >= blocks_of(context),
         weights_fit=budget >= 0,
         dtype=dtype,
-        kv_cache_dtype=dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         context_tokens=context,
         block_tokens=config.block_size,
         kv_bytes_per_token=layout.block_bytes // config.block_size,
         block_bytes=layout.block_bytes,
         weight_bytes=weight_bytes,
-        kv_pool_bytes_per_worker=num_blocks * layout.block_bytes,
+        draft_weight_bytes=draft_weight_bytes,
+        draft_block_bytes=draft_block_bytes,
+        kv_pool_bytes_per_worker=num_blocks * (layout.block_bytes + draft_block_bytes),
         num_blocks_per_worker=num_blocks,
         num_tokens_per_worker=num_blocks * config.block_size,
         max_concurrent_at_context=num_blocks // blocks_of(context),
@@ -108,4 +116,16 @@ def size(model: ModelConfig, config: SizeConfig) -> Sizes:
         store_blocks=store_blocks,
         store_bookkeeping_bytes=store_blocks * STORE_BYTES_PER_BLOCK,
         store_window_seconds=store_blocks / (config.request_rate * handoff_blocks),
+    )
+
+
+def _layout(model: ModelConfig, config: SizeConfig) -> BlockLayout:
+    dtype = model.dtype or _DEFAULT_DTYPE if config.dtype == "auto" else DTYPE_ALIASES.get(config.dtype, config.dtype)
+    return BlockLayout(
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        block_size=config.block_size,
+        head_dim=model.head_dim,
+        dtype=dtype,
+        model_fingerprint="sizing",
     )

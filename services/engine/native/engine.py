@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof, ProofKey, Subject, subject_of
@@ -25,29 +23,18 @@ from services.engine.api import (
     StepOutput,
     Suspended,
 )
-from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
+from services.engine.config import EngineConfig, with_device_defaults
 from services.engine.limits import check_abilities, check_fits, check_tokens
-from services.engine.model_config import ModelError
-from services.engine.native.memory import (
-    begin_restore,
-    block_memory,
-    bring_back,
-    choose_num_blocks,
-    choose_num_host_slots,
-    open_host_tier,
-)
-from services.engine.native.model import LoadedModel, load_model
+from services.engine.native.drafting import DraftingRunner, DraftModel, speculation_of
+from services.engine.native.loading import load, memory_that_runs_out_told
+from services.engine.native.memory import begin_restore, block_memory, bring_back, open_host_tier
+from services.engine.native.model import LoadedModel
 from services.engine.native.runner import ModelRunner, Runner
 from services.engine.native.scheduling import Batch, Request, SampledBatch, Scheduler, SchedulerConfig
-from services.engine.native.speculation import Speculation, SpeculationConfig
 from services.engine.native.warm_up import warm_up
 from services.engine.tensor_memory import gpu_of
 from services.lifecycle import Event
-from services.rates import NO_STEP
-
-# torch's libraries keep what they have prepared for each shape of a product, up to 1024 of both, and every length of a
-# prompt's chunk is a shape of its own: a gigabyte in a few hours. Shapes that repeat, those of decoding, are few.
-_OPERATOR_CACHES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+from services.rates import NO_STEP, RateLearner
 
 
 class Engine:
@@ -62,10 +49,11 @@ class Engine:
         num_host_slots: int = 0,
         wrap_runner: Callable[[Runner], Runner] = lambda runner: runner,
         proof_key: ProofKey | None = None,
+        draft: LoadedModel | None = None,
     ) -> None:
         """`num_host_slots`: blocks in the host tier; 0: there is none. `wrap_runner` may put one around ours.
 
-        `proof_key`: None takes the public one.
+        `proof_key`: None takes the public one. `draft`: the model that guesses, if one does.
         """
         config = with_device_defaults(config, gpu_of(model.device))
         self.model = model
@@ -76,7 +64,6 @@ class Engine:
             num_blocks=num_blocks,
             num_host_blocks=num_host_slots,
             caches_prefixes=config.enable_prefix_caching,
-            kv_cache_dtype=model.dtype if model.kv_cache_dtype == "auto" else model.kv_cache_dtype,
             is_exact=model.compute_path.is_exact,
             compute={
                 "device": model.device,
@@ -93,9 +80,14 @@ class Engine:
         tier = open_host_tier(self.kv_cache, self.memory, num_host_slots, self.proof_key) if num_host_slots else None
         self.host_tier = tier
         self.pool = BlockPool(num_blocks, config.enable_prefix_caching, tier.take_evicted if tier is not None else None)
+        self.rates = RateLearner()
         self._runner = wrap_runner(ModelRunner(model, self.kv_cache, config.block_size))
-        self._speculation = speculation_of(config)
-        self._scheduler = Scheduler(scheduler_config(config, model), self.pool, self._speculation)
+        self._drafting: DraftingRunner | None = None
+        if draft is not None:
+            drafting = DraftModel(draft, num_blocks, config.block_size, clock)
+            self._runner = self._drafting = DraftingRunner(self._runner, drafting, clock)
+        speculation = speculation_of(config, self.rates, self._drafting)
+        self._scheduler = Scheduler(scheduler_config(config, model), self.pool, speculation)
         self._on_grant: dict[str, Callable[[Reservation], None]] = {}  # by id of a reserving request
         self._clock = clock
         self._step_started_s = 0.0
@@ -110,44 +102,17 @@ class Engine:
         proof_key: ProofKey | None = None,
     ) -> Engine:
         """Load the model and take the memory. Raises `ModelError` or `SettingsError`."""
-        for name, capacity in _OPERATOR_CACHES.items():
-            os.environ.setdefault(name, capacity)
-        try:
-            return cls._loaded(config, progress, clock, proof_key)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            why = str(error).strip().splitlines()[:1] or ["not told"]
-            raise ModelError(
-                f"{config.model}: memory ran out for its weights or its KV pool ({why[0]:.200});"
-                " lower --kv-cache-memory-bytes, --gpu-memory-utilization or --max-model-len, or take more memory"
-            ) from error
-
-    @classmethod
-    def _loaded(
-        cls,
-        config: EngineConfig,
-        progress: Callable[[float], None] | None,
-        clock: Callable[[], float],
-        proof_key: ProofKey | None,
-    ) -> Engine:
-        model = load_model(
-            config.model,
-            dtype=DTYPE_ALIASES.get(config.dtype, config.dtype),
-            device=_choose_device(config.device),
-            revision=config.revision or None,
-            num_threads=config.num_threads or None,
-            max_model_len=config.max_model_len or None,
-            quantization=config.quantization,
-            kv_cache_dtype=config.kv_cache_dtype,
-            cpu_kernels=config.cpu_kernels,
-            progress=progress,
-        )
-        config = with_device_defaults(config, gpu_of(model.device))
-        block_bytes = model.block_layout(config.block_size).block_bytes
-        num_blocks = choose_num_blocks(config, block_bytes, model.max_model_len, model.device)
-        num_host_slots = choose_num_host_slots(config, block_bytes, num_blocks, model.device)
-        return cls(model, config, num_blocks, clock, num_host_slots, proof_key=proof_key)
+        with memory_that_runs_out_told(config):
+            loaded = load(config, progress)
+            return cls(
+                loaded.model,
+                config,
+                loaded.num_blocks,
+                clock,
+                loaded.num_host_slots,
+                proof_key=proof_key,
+                draft=loaded.draft,
+            )
 
     # ---- commands, between steps ----------------------------------------------
 
@@ -276,9 +241,11 @@ class Engine:
     # ---- steps ------------------------------------------------------------------
 
     def warm_up(self) -> Sequence[StepOutput]:
+        if self._drafting is not None:
+            self._drafting.draft.warm_up(self._scheduler.config, self.pool.num_blocks)
         outputs = warm_up(self._runner, self._scheduler.config, self.pool.num_blocks, self._clock)
         for output in outputs:
-            self._learn(output)
+            self.rates.step_ended(output.shape, output.duration_s)
         return outputs
 
     @property
@@ -328,12 +295,10 @@ class Engine:
         self._grant_reservations()
         duration_s = self._clock() - self._step_started_s
         output = StepOutput(tuple(updates), batch.num_tokens, self.step_shape, duration_s)
-        self._learn(output)
+        # The draft model's passes have a learner of their own.
+        drafting_s = self._drafting.drafting_s if self._drafting is not None else 0.0
+        self.rates.step_ended(output.shape, duration_s - drafting_s)
         return output
-
-    def _learn(self, output: StepOutput) -> None:
-        if self._speculation is not None:
-            self._speculation.rates.step_ended(output.shape, output.duration_s)
 
     def _lend_prompt(self, update: RequestUpdate) -> RequestUpdate:
         """Lend the caller what the step completed of a prompt that another worker goes on from."""
@@ -386,17 +351,6 @@ class Engine:
             self._on_grant.pop(request.request_id)(room)
 
 
-def _choose_device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: numpy's, a GPU's, or one of torch on a CPU, which has no class of its own."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def scheduler_config(config: EngineConfig, model: LoadedModel) -> SchedulerConfig:
     """Derives the scheduler's configuration from the settings and the model."""
     return SchedulerConfig(
@@ -407,13 +361,4 @@ def scheduler_config(config: EngineConfig, model: LoadedModel) -> SchedulerConfi
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_waiting=config.max_num_waiting,
-    )
-
-
-def speculation_of(config: EngineConfig) -> Speculation | None:
-    """Guesses as the settings want them; None: none."""
-    if config.speculative_method == "off":
-        return None
-    return Speculation(
-        SpeculationConfig(config.num_speculative_tokens, config.prompt_lookup_min, config.prompt_lookup_max)
     )

@@ -68,7 +68,7 @@ def open_paced(
     )
     block_bytes = model.block_layout(config.block_size).block_bytes
     num_blocks = choose_num_blocks(config, block_bytes, longest, "cpu")
-    num_host_slots = choose_num_host_slots(config, block_bytes, num_blocks, "cpu")
+    num_host_slots = choose_num_host_slots(config, block_bytes, num_blocks * block_bytes, "cpu")
     log.warning(
         "this worker computes nothing: it is a simulation, steps take as long as profile %s says (%s)",
         profile.name,

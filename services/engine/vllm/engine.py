@@ -42,7 +42,7 @@ from services.engine.vllm import sampling
 from services.engine.vllm.blocks import BlockBook
 from services.engine.vllm.connector import Held, TandemConnector
 from services.lifecycle import Event
-from services.rates import NO_STEP
+from services.rates import NO_STEP, RateLearner
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class VllmEngine(Tierless):
         self._is_lost = False  # a rank is
         self._is_stuck = False  # the last step found that all that waits, waits for memory
         self._stats = EngineStats()
+        self.rates, self._learns = RateLearner(), True
         self._scheduled: list[Part] = []
         self._on_begun: Callable[[Request], None] = lambda request: None
 
@@ -261,6 +262,7 @@ class VllmEngine(Tierless):
         max_num_tokens = min(self._config.scheduler_config.max_num_batched_tokens, longest)
         torch.set_num_threads(torch.get_num_threads())  # OpenMP has a number for each thread, and this one computes
         for temperature in (1.0, 0.0):
+            self._learns = temperature == 0.0  # the first steps of all are slow
             outputs = first_steps(self, max_num_tokens, temperature)
             self._core.reset_prefix_cache()
         self.take_cache_changes()
@@ -310,7 +312,10 @@ class VllmEngine(Tierless):
         updates = tuple(self._booked(each, outputs.get(each.live.core_id)) for each in scheduled)
         self._changed()
         num_tokens = sum(each.num_tokens for each in scheduled)
-        return StepOutput(updates, num_tokens, shape, self._clock() - started_s)
+        output = StepOutput(updates, num_tokens, shape, self._clock() - started_s)
+        if self._learns:
+            self.rates.step_ended(shape, output.duration_s)
+        return output
 
     @property
     def stats(self) -> EngineStats:

@@ -115,8 +115,7 @@ class Dispatch:
                 raise self._room.refusal
             while self._room.num_free:
                 session = self._begin()
-                if self._room.num_free:
-                    await asyncio.sleep(0)  # others are served between two
+                await asyncio.sleep(0)  # others are served between two
                 if session is not None:
                     await session.drained()
             if self._arrivals:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
+import uuid
 
 _NAMED = re.compile(r"p([1-9]\d{0,2})-[0-9a-f]{32}")
 
 
 def new_request_id(number: int) -> str:
     """A new one. `number`: of the process; 0: there is one process."""
-    random = os.urandom(16).hex()
-    return f"p{number}-{random}" if number else random
+    return f"p{number}-{uuid.uuid4().hex}" if number else uuid.uuid4().hex
 
 
 def number_in(request_id: str) -> int:

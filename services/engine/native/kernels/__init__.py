@@ -1,5 +1,6 @@
 """The C kernels: built at install, chosen by the processor, checked before use. No torch."""
 
+from services.engine.native.kernels.build import source_digest
 from services.engine.native.kernels.choice import choose_kernels
 from services.engine.native.kernels.library import (
     PANEL_COLUMNS,
@@ -26,4 +27,5 @@ __all__ = [
     "Weights",
     "Workspace",
     "choose_kernels",
+    "source_digest",
 ]

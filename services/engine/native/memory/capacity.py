@@ -15,8 +15,8 @@ def choose_num_blocks(config: EngineConfig, block_bytes: int, max_model_len: int
     return capacity.choose_num_blocks(config, block_bytes, max_model_len, _default_bytes(config, device))
 
 
-def choose_num_host_slots(config: EngineConfig, block_bytes: int, num_blocks: int, device: str) -> int:
-    """The number of blocks in the host tier, 0 for none; `num_blocks` are in the pool, whose memory is not taken yet.
+def choose_num_host_slots(config: EngineConfig, block_bytes: int, pool_bytes: int, device: str) -> int:
+    """The number of blocks in the host tier, 0 for none; the pool will take `pool_bytes`, and has not yet.
 
     Raises `SettingsError` where the size holds no block, or where there is not so much memory.
     """
@@ -25,7 +25,7 @@ def choose_num_host_slots(config: EngineConfig, block_bytes: int, num_blocks: in
         return 0
     if size_bytes < block_bytes:
         raise SettingsError(f"kv_offloading_size: {size_bytes} bytes hold no KV block of {block_bytes} bytes")
-    free_bytes = available_memory_bytes() - (0 if device.startswith("cuda") else num_blocks * block_bytes)
+    free_bytes = available_memory_bytes() - (0 if device.startswith("cuda") else pool_bytes)
     if size_bytes > free_bytes:
         raise SettingsError(
             f"kv_offloading_size: {config.kv_offloading_size:g} GiB asked for, and {max(0, free_bytes) / 2**30:.1f} GiB"

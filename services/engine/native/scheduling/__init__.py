@@ -1,6 +1,13 @@
 """Decides who computes what in the next step. Pure: requests, queues, block tables; no clock, no tensors."""
 
-from services.engine.native.scheduling.batch import Batch, BlockCopy, SampledBatch, SampledSequence, ScheduledSequence
+from services.engine.native.scheduling.batch import (
+    Batch,
+    BlockCopy,
+    SampledBatch,
+    SampledSequence,
+    ScheduledSequence,
+    shape_of,
+)
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.request import Request
 from services.engine.native.scheduling.scheduler import Scheduler
@@ -14,4 +21,5 @@ __all__ = [
     "ScheduledSequence",
     "Scheduler",
     "SchedulerConfig",
+    "shape_of",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from services.engine.native.scheduling.request import Request
+from services.engine.native.speculation import DraftChunk
 from services.engine.request import PositionLogprobs, SampledToken
 from services.rates import StepShape, num_pairs
 
@@ -30,7 +31,7 @@ class ScheduledSequence(NamedTuple):
     is_first: bool  # the request has never been in a step before
     needs_sample: bool  # this step reaches the newest token: sample the one after it
     num_prompt_logprobs: int | None  # alternatives to report for prompt tokens; None: not asked for
-    draft: tuple[int, ...] = ()  # guesses: sample after each of them, too
+    draft: tuple[int, ...] = ()  # guesses, or TO_BE_DRAFTED: sample after each of them, too
 
     @property
     def end(self) -> int:
@@ -77,6 +78,7 @@ class Batch:
     held_block_ids: tuple[
         int, ...
     ] = ()  # one reference each until the step has ended: what copies read must stay as it is
+    draft_chunks: tuple[DraftChunk, ...] = ()  # what the draft model computes before it guesses, or to guess later
 
     @property
     def num_tokens(self) -> int:
@@ -111,6 +113,7 @@ class BatchBuilder:
         self.new_block_ids: list[int] = []
         self.preempted: list[Request] = []
         self.held_block_ids: list[int] = []
+        self.draft_chunks: list[DraftChunk] = []
 
     def add_chunk(self, request: Request) -> bool:
         """Schedule what the budgets allow of the request's uncomputed tokens; False if that is nothing."""
@@ -155,6 +158,7 @@ class BatchBuilder:
             copies=tuple(self.copies),
             new_block_ids=tuple(self.new_block_ids),
             held_block_ids=tuple(self.held_block_ids),
+            draft_chunks=tuple(self.draft_chunks),
         )
 
 

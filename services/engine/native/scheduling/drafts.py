@@ -9,7 +9,7 @@ from kvstore.pool import BlockPool
 from services.engine.native.scheduling.batch import BatchBuilder, ScheduledSequence, shape_of
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.request import Request
-from services.engine.native.speculation import Candidate, Guesses, Speculation
+from services.engine.native.speculation import Candidate, Speculation
 
 
 def add_drafts(step: BatchBuilder, speculation: Speculation, pool: BlockPool, config: SchedulerConfig) -> None:
@@ -22,8 +22,9 @@ def add_drafts(step: BatchBuilder, speculation: Speculation, pool: BlockPool, co
     if not indices or step.budget == 0:
         return
     candidates = [_candidate(step.sequences[index].request, speculation, pool, config) for index in indices]
-    drafts = speculation.guess(candidates, step.budget, shape_of(step.sequences))
-    for index, draft in zip(indices, drafts, strict=True):
+    plan = speculation.plan(candidates, step.budget, shape_of(step.sequences))
+    step.draft_chunks += [chunk._replace(row=indices[chunk.row]) for chunk in plan.chunks]
+    for index, draft in zip(indices, plan.drafts, strict=True):
         request = step.sequences[index].request
         draft = draft[: _room(request, pool, config)]  # others have taken blocks since
         if draft:
@@ -40,12 +41,12 @@ def _generates(sequence: ScheduledSequence) -> bool:
 
 def _candidate(request: Request, speculation: Speculation, pool: BlockPool, config: SchedulerConfig) -> Candidate:
     if request.guesses is None:
-        request.guesses = Guesses(speculation.config)
-    num_to_come = min(
-        request.sampling.max_tokens - len(request.output_token_ids), config.max_model_len - request.num_tokens
-    )
+        request.guesses = speculation.new_guesses()
+    num_said = len(request.output_token_ids)
+    num_to_come = min(request.sampling.max_tokens - num_said, config.max_model_len - request.num_tokens)
     # The last one to come is sampled after all guesses.
-    return Candidate(request.token_ids, request.guesses, min(num_to_come - 1, _room(request, pool, config)))
+    max_guesses = min(num_to_come - 1, _room(request, pool, config))
+    return Candidate(request.token_ids, request.guesses, max_guesses, num_said, num_to_come)
 
 
 def _room(request: Request, pool: BlockPool, config: SchedulerConfig) -> int:

@@ -293,6 +293,8 @@ class Scheduler:
         self._queues.move(request, RequestStatus.PREEMPTED)
         request.num_computed_tokens = 0
         request.num_preemptions += 1
+        if request.guesses is not None:
+            request.guesses.lose_blocks()
         self.stats.num_preemptions += 1
         step.preempted.append(request)
 
@@ -338,7 +340,7 @@ class Scheduler:
             return self._update_with(request, sequence, ())
         assert result.tokens, f"{request.request_id}: the runner returned no token"
         if request.guesses is not None:
-            request.guesses.came([token.token_id for token in result.tokens])
+            request.guesses.came([token.token_id for token in result.tokens], len(sequence.draft))
         update = self._book_tokens(sequence, result.tokens)
         num_told = len(update.new_tokens)
         self.stats.num_generated_tokens += num_told

@@ -1,42 +1,25 @@
-"""Guesses tokens for a step's sequences, and learns from what came of them. Pure: seconds are told."""
+"""Says what the scheduler asks of those who guess, whatever they guess from. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
 
-from services.engine.native.speculation.lengths import Acceptance, Row, choose_lengths
-from services.engine.native.speculation.prompt_lookup import PromptLookup
-from services.rates import RateLearner, StepShape
+from services.rates import StepShape
 
-
-@dataclass(frozen=True)
-class SpeculationConfig:
-    """What guesses are made of."""
-
-    num_tokens: int  # guessed for a sequence in a step at most
-    lookup_min: int  # tokens of an n-gram
-    lookup_max: int
+TO_BE_DRAFTED: Final = -1
+"""Stands for a token that a model will guess when the step runs."""
 
 
-class Guesses:
-    """Those of one request; it keeps them as long as it lives, wherever it stands."""
+class Guesses(Protocol):
+    """What is known of one request's guesses; it keeps this as long as it lives, wherever it stands."""
 
-    def __init__(self, config: SpeculationConfig) -> None:
-        self._num_tokens = config.num_tokens
-        self._lookup = PromptLookup(config.lookup_min, config.lookup_max)
-        self.acceptance = Acceptance()
-        self.latest: tuple[int, ...] = ()
-        """What may follow the tokens that it knows of, as far as it goes."""
+    def came(self, token_ids: Sequence[int], num_tried: int) -> None:
+        """A step has brought these, in which so many guesses were tried: those that came true, and one more."""
 
-    def guess(self, token_ids: Sequence[int]) -> None:
-        """Guess anew what follows."""
-        self.latest = self._lookup.guess(token_ids, self._num_tokens)
-
-    def came(self, token_ids: Sequence[int]) -> None:
-        """These followed."""
-        self.acceptance.learn(self.latest, token_ids)
-        self.latest = ()
+    def lose_blocks(self) -> None:
+        """Its blocks are gone, with all that anybody has computed in them."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +29,31 @@ class Candidate:
     token_ids: Sequence[int]  # of which the step computes the last one
     guesses: Guesses
     max_guesses: int  # that its limits and its blocks allow
+    num_said: int = 0  # tokens of its output so far
+    num_to_come: int = 1 << 30  # that its limits allow
 
 
-@dataclass
-class Speculation:
-    """Chooses the guesses of a step, by how long the steps before it took."""
+class DraftChunk(NamedTuple):
+    """Tokens from `start` to before `end` that a draft model computes in this step, in the sequence's blocks."""
 
-    config: SpeculationConfig
-    rates: RateLearner = field(default_factory=RateLearner)
+    row: int  # of the sequence in its batch; in a plan, of the candidate
+    start: int
+    end: int
 
-    def guess(self, candidates: Sequence[Candidate], max_guesses: int, shape: StepShape) -> list[tuple[int, ...]]:
+
+@dataclass(frozen=True)
+class Plan:
+    """A step's guesses."""
+
+    drafts: Sequence[tuple[int, ...]]  # for each candidate
+    chunks: Sequence[DraftChunk] = ()  # one for each that a draft model guesses for, or catches up with
+
+
+class Speculation(Protocol):
+    """Chooses a step's guesses."""
+
+    def new_guesses(self) -> Guesses:
+        """Of a request that generates for the first time here."""
+
+    def plan(self, candidates: Sequence[Candidate], max_guesses: int, shape: StepShape) -> Plan:
         """The guesses to try for each candidate, `max_guesses` in all at most; `shape`: the step without them."""
-        for each in candidates:
-            each.guesses.guess(each.token_ids)
-        rows = [
-            Row(each.guesses.acceptance.rate, min(len(each.guesses.latest), each.max_guesses), len(each.token_ids))
-            for each in candidates
-        ]
-        lengths = choose_lengths(rows, max_guesses, shape, self.rates.rates)
-        return [each.guesses.latest[:length] for each, length in zip(candidates, lengths, strict=True)]
