@@ -10,18 +10,17 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = Path("services/engine/native/kernels/csrc")
-build = runpy.run_path("services/engine/native/kernels/build.py")
+build = runpy.run_path("services/engine/native/build.py")
+KERNELS = Path("services/engine/native/kernels/csrc")
 SAMPLER = Path("services/engine/native/sampling/csrc")
-build_sampler = runpy.run_path("services/engine/native/sampling/build.py")
 
 setup(
     ext_modules=[
         Extension(
             f"services.engine.native.kernels._{variant}",
-            [str(SOURCES / f"{variant}.c")],
-            depends=sorted(str(path) for path in SOURCES.iterdir()),
-            extra_compile_args=build["compile_flags"](variant),
+            [str(KERNELS / f"{variant}.c")],
+            depends=sorted(str(path) for path in KERNELS.iterdir()),
+            extra_compile_args=build["kernel_flags"](variant),
             extra_link_args=["-pthread"],
             libraries=["m"],
             optional=True,
@@ -39,7 +38,7 @@ setup(
             "services.engine.native.sampling._sampler",
             [str(SAMPLER / "sampler.c")],
             depends=sorted(str(path) for path in SAMPLER.iterdir()),
-            extra_compile_args=build_sampler["compile_flags"](),
+            extra_compile_args=build["sampler_flags"](),
             extra_link_args=["-pthread"],
             libraries=["m"],
             optional=True,

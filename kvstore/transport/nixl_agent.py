@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from kvstore.block import BlockMemory
 from kvstore.errors import ReadFailed, TransportError
 from kvstore.threads import show_name
+from kvstore.transport.nixl_backend import make_agent
 from kvstore.transport.nixl_pool import (
     Indexes,
     PoolAddress,
@@ -234,11 +235,9 @@ class AgentThread:
         self._settling_until = time.monotonic() + _SETTLE_S
 
     def _create_agent(self) -> None:
-        from nixl_cu13._api import nixl_agent_config
-
         geometry, tokens = self._memory.geometry, self._tokens
         name = f"{self._role}-{os.getpid()}-{time.time_ns()}"  # a name that was used before confuses peers
-        agent = self._agent_class(name, nixl_agent_config(enable_prog_thread=False))
+        agent = make_agent(self._agent_class, name)
         pool = [(each.address, geometry.span_bytes, each.device_id, "") for each in geometry.regions]
         registered = [
             agent.register_memory(pool, memory_kind(self._memory.device)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.engine.kv_cache_dtype import NATIVE_KV_CACHE_DTYPES
 from services.peer_settings import PeerSettings
 from services.settings import Settings, setting
 
@@ -53,6 +54,7 @@ class DoctorConfig(Settings):
     engine_args: str = setting("", help="as of a worker; vLLM's flags may also stand by themselves")
     device: str = setting("auto", help="as of a worker", choices=("auto", "cpu", "cuda"))
     quantization: str = setting("none", help="as of a worker")
+    kv_cache_dtype: str = setting("auto", help="as of a worker")
     lora_modules: tuple[str, ...] = setting((), help="as of a worker")
     speculative_method: str = setting("off", help="as of a worker", choices=("off", "ngram", "draft_model"))
     speculative_model: str = setting("", help="as of a worker")
@@ -74,6 +76,9 @@ class SizeConfig(Settings):
         "auto",
         help="of weights and KV; auto: the checkpoint's",
         choices=("auto", "bfloat16", "float16", "half", "float32", "float"),
+    )
+    kv_cache_dtype: str = setting(
+        "auto", help="of KV, as of a worker with the native engine", choices=NATIVE_KV_CACHE_DTYPES
     )
     block_size: int = setting(32, min=1, help="tokens per KV block")
     max_model_len: int = setting(0, min=0, help="tokens of the longest request; 0: the model's context")

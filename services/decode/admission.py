@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from tandem.v1 import worker_pb2 as pb
 
@@ -59,9 +60,10 @@ class Admission:
         self._entered = entered
         self._deliver = deliver
         self._clock = parts.clock
+        self._loop = asyncio.get_running_loop()
         self._disposals = Settlements("failed handoffs")
         # Starts of prefill workers. Each that does not answer costs a request seconds, so the next does not ask it.
-        self._shunned = Shunned(asyncio.get_running_loop().time)
+        self._shunned = Shunned(self._loop.time)
         self._being_handed_over: dict[tuple[object, ...], asyncio.Task[None]] = {}  # admissions, by prompt
 
     async def admit(self, live: LiveRequest) -> None:
@@ -243,7 +245,8 @@ class Admission:
     ) -> None:
         """Have the engine go on from the blocks. Raises HandoffFailed.
 
-        The first token goes to the client meanwhile, unless the engine samples one itself, which is then compared.
+        The first token goes to the client, unless the engine samples one itself, which is then compared: at once where
+        the engine is busy with a step, else when it has taken the request, which would wait for the event loop to send.
         """
         live.usage.num_transferred_blocks = fetched.num_blocks
         live.usage.num_transferred_bytes = fetched.num_bytes
@@ -255,8 +258,11 @@ class Admission:
             joining = self._enter(live, request, fetched, None)
         else:
             logprobs = convert.logprobs_from_proto(finished.logprobs) if finished.HasField("logprobs") else None
-            joining = self._enter(live, request, fetched, SampledToken(finished.token_id, logprobs))
-            self._deliver([news_of_first(live, finished)])
+            token, is_said = SampledToken(finished.token_id, logprobs), self._parts.thread.is_in_turn
+            if is_said:
+                self._say_first(live, finished)
+            tried = None if is_said else partial(self._loop.call_soon_threadsafe, self._say_first, live, finished)
+            joining = self._enter(live, request, fetched, token, tried)
         try:
             await self._joined(live, joining)
         except EngineError as error:
@@ -265,6 +271,9 @@ class Admission:
                 live.resumed_token_ids += (finished.token_id,)
             raise HandoffFailed(NOT_JOINED, f"the engine did not take the blocks: {error}") from error
 
+    def _say_first(self, live: LiveRequest, finished: pb.PrefillFinished) -> None:
+        self._deliver([news_of_first(live, finished)])
+
     async def _joined(self, live: LiveRequest, joining: asyncio.Future[RequestUpdate]) -> None:
         """This worker's context may be shorter than the other one's, and the token that came the last after all."""
         update = await joining
@@ -272,8 +281,14 @@ class Admission:
             self._deliver([news_of(live, replace(update, new_tokens=()))])
 
     def _enter(
-        self, live: LiveRequest, request: Request, fetched: FetchResult, token: SampledToken | None
+        self,
+        live: LiveRequest,
+        request: Request,
+        fetched: FetchResult,
+        token: SampledToken | None,
+        tried: Callable[[], object] | None = None,
     ) -> asyncio.Future[RequestUpdate]:
+        """Have the engine take it. `tried`: called by its thread once it has, or has not, before the next step."""
         live.request = request
 
         def enter() -> RequestUpdate:
@@ -282,6 +297,9 @@ class Admission:
             except EngineError:
                 self._parts.engine.release_reservation(request, fetched.block_ids)
                 raise
+            finally:
+                if tried is not None:
+                    tried()
             if update.finish_reason is None:
                 self._entered(live, request)
             return update

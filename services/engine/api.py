@@ -72,6 +72,7 @@ class Capabilities:
     num_blocks: int  # in `memory`
     num_host_blocks: int  # that it keeps beside, and brings back by `begin_restore`; 0: none
     caches_prefixes: bool
+    kv_cache_dtype: str  # of keys and values, as people call it; what the bytes are says the layout
     is_exact: bool  # no bit of a logit depends on what else is computed, nor on how a sequence is cut into steps
     compute: Mapping[str, str]  # what computes the model, as labels: device, kernels, quantization
     is_simulation: bool = False  # its tokens mean nothing; whoever shows them says so

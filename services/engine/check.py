@@ -25,6 +25,7 @@ from services.engine.checkpoint import (
 from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
 from services.engine.cpu_kernels import AUTOMATIC, NOT_BUILT, REQUIRED_FLAGS, lacking, library_path
 from services.engine.draft_check import check_draft
+from services.engine.kv_cache_dtype import row_bytes
 from services.engine.model_config import DTYPE_BYTES, ModelConfig, UnsupportedModel, read_config
 from services.engine.paced import read_profile
 from services.machine import Gpu, available_memory_bytes, gpus, processor_flags
@@ -77,10 +78,10 @@ class Model:
     dtype: str
     num_parameters: int
 
-    def block_bytes(self, block_size: int) -> int:
+    def block_bytes(self, block_size: int, kv_cache_dtype: str) -> int:
         """Return the size of one KV block, as `kvstore.block` has it; that imports numpy."""
-        per_token = 2 * self.config.num_layers * self.config.num_kv_heads * self.config.head_dim
-        return block_size * per_token * DTYPE_BYTES[self.dtype]
+        rows_per_token = 2 * self.config.num_layers * self.config.num_kv_heads
+        return block_size * rows_per_token * row_bytes(self.config.head_dim, self.dtype, kv_cache_dtype)
 
 
 def look_at_model(model: str, revision: str = "", dtype: str = "auto", *, needs_weights: bool = True) -> Model:
@@ -118,6 +119,12 @@ def check_engine(config: EngineConfig, machine: Machine, num_workers: int = 1) -
         )
     if config.quantization == "int8":
         _check_kernels("quantization", config, model, device, machine.processor_flags)
+    if config.kv_cache_dtype == "int8" and device != "cpu":
+        raise SettingsError(
+            "--kv-cache-dtype int8: it is for CPUs, and this is a GPU; give --device cpu, or --engine vllm with one of"
+            " vLLM's (fp8)",
+            "kv_cache_dtype",
+        )
     if config.cpu_kernels in REQUIRED_FLAGS:
         _check_kernels("cpu_kernels", config, model, device, machine.processor_flags)
     draft = None if is_paced else look_at_draft(config, model)
@@ -170,7 +177,7 @@ def _check_memory(
     """`draft`: the model that guesses, which has weights, and room in each block."""
     models = [model] if draft is None else [model, draft]
     weights = sum(weight_bytes(each, device, config.quantization) for each in models)
-    block_bytes = sum(each.block_bytes(config.block_size) for each in models)
+    block_bytes = sum(each.block_bytes(config.block_size, config.kv_cache_dtype) for each in models)
     # One worker takes the first GPU, the launcher gives them out in turn.
     gpu = min(machine.gpus[:num_workers], key=lambda gpu: gpu.free_bytes) if device == "cuda" else None
     num_sharing = -(-num_workers // len(machine.gpus)) if gpu else num_workers

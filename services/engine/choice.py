@@ -26,6 +26,7 @@ from services.engine.api import Engine
 from services.engine.check import Machine, check_engine
 from services.engine.checkpoint import WITHOUT_WEIGHTS, find_model, safetensors_files
 from services.engine.config import NATIVE_QUANTIZATIONS, EngineConfig
+from services.engine.kv_cache_dtype import NATIVE_KV_CACHE_DTYPES
 from services.engine.model_config import ModelNotFound, NotComputed, UnsupportedModel, read_config, read_json
 from services.engine.refused import refusal_by_vllm
 from services.settings import SettingsError, block_meaning, draws_weights
@@ -59,6 +60,8 @@ def choose(config: EngineConfig, device: Literal["cpu", "cuda"], objection: str)
         return Choice("vllm", f"the native engine does not compute the model: {objection}")
     if config.quantization not in NATIVE_QUANTIZATIONS:
         return Choice("vllm", f"--quantization {config.quantization} is vLLM's")
+    if config.kv_cache_dtype not in NATIVE_KV_CACHE_DTYPES:
+        return Choice("vllm", f"--kv-cache-dtype {config.kv_cache_dtype} is vLLM's")
     if config.lora_modules:
         return Choice("vllm", "adapters (--lora-modules) are computed by vLLM")
     if device == "cuda":

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from services.engine.adapters import parse_modules
 from services.engine.cpu_kernels import REQUIRED_FLAGS
+from services.engine.kv_cache_dtype import NATIVE_KV_CACHE_DTYPES
 from services.machine import Gpu
 from services.settings import Settings, SettingsError, setting, tensor_parallel_size
 
@@ -23,7 +24,7 @@ class EngineConfig(Settings):
     revision: str = setting("", help="branch, tag or commit on the hub", group="model")
     dtype: str = setting(
         "auto",
-        help="of weights, activations and KV cache; auto takes the model's own",
+        help="of weights and activations, and of the KV cache but for --kv-cache-dtype; auto takes the model's own",
         choices=("auto", "float32", "float16", "bfloat16", "half", "float"),
         group="model",
     )
@@ -79,6 +80,13 @@ class EngineConfig(Settings):
     )
     block_size: int = setting(
         32, min=1, help="tokens in a KV block; equal on all workers of a model", choices=(16, 32, 64), group="KV cache"
+    )
+    kv_cache_dtype: str = setting(
+        "auto",
+        help="of keys and values: auto takes the model's; int8 keeps them in 8 bits, with a scale for each token and"
+        " head: half the memory and handoff of bfloat16, less exact; on CPUs; equal on all workers of a model. With"
+        " --engine vllm one of vLLM's: fp8 …",
+        group="KV cache",
     )
     num_gpu_blocks_override: int = setting(
         0, min=0, help="KV blocks in the pool, on whatever device; 0: from the memory size", group="KV cache"
@@ -171,6 +179,11 @@ class EngineConfig(Settings):
             raise SettingsError("vLLM has kernels of its own", "cpu_kernels")
         if self.quantization == "int8":
             raise SettingsError("int8 is the native engine's; give one of vLLM's, or none", "quantization")
+        if self.kv_cache_dtype == "int8":
+            raise SettingsError(
+                "int8 is the native engine's; give one of vLLM's (fp8, int8_per_token_head ...), or auto",
+                "kv_cache_dtype",
+            )
         if self.speculative_method != "off":
             raise SettingsError("is the native engine's; vLLM's is --speculative-config", "speculative_method")
 
@@ -182,6 +195,13 @@ class EngineConfig(Settings):
         if self.quantization not in NATIVE_QUANTIZATIONS:
             known = ", ".join(NATIVE_QUANTIZATIONS)
             raise SettingsError(f"{self.quantization!r} is not one of {known}; --engine vllm has more", "quantization")
+        if self.kv_cache_dtype not in NATIVE_KV_CACHE_DTYPES:
+            known = ", ".join(NATIVE_KV_CACHE_DTYPES)
+            raise SettingsError(
+                f"{self.kv_cache_dtype!r} is not one of {known}; --engine vllm has more", "kv_cache_dtype"
+            )
+        if self.kv_cache_dtype != "auto" and self.engine == "paced":
+            raise SettingsError("the simulation keeps words of its own: it has no other than auto", "kv_cache_dtype")
 
 
 _LARGE_GPU_BYTES = 70 << 30

@@ -192,7 +192,7 @@ class RouterConfig(PeerSettings):
         help="seconds from arrival to the last byte; 0: no limit",
         group="limits",
     )
-    tokenizer_pool_size: int = setting(2, min=1, help="threads that tokenize and render templates", group="limits")
+    tokenizer_pool_size: int = setting(2, min=1, help="threads that render and tokenize longer texts", group="limits")
     tokenizer_queue: int = setting(256, min=1, help="prompts that may wait for these; more get a 429", group="limits")
     ttft_deadline_s: float = setting(
         0.0,

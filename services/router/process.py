@@ -58,6 +58,8 @@ log = logging.getLogger(__name__)
 
 # A thread that computes lets the event loop have its turn after so long; Python's own 5 ms add up, turn by turn.
 _SWITCH_INTERVAL_S = 0.001
+# Containers that may be made, and not have gone, before a collection: to look at so many takes a millisecond.
+_NEW_OBJECTS = 10_000
 # After its time-out, until a client has been told that its request is cut.
 _LAST_WORDS_S = 3
 # How long a process that takes another's place waits for what that could serve, before it takes connections.
@@ -227,8 +229,7 @@ async def _serve(config: RouterConfig, proofs: PeerProofs, member: Member | None
                 files += f" and --ssl-ca-certs {config.ssl_ca_certs}" if config.ssl_ca_certs else ""
                 log.error("router cannot start: %s: %s; give a certificate and its key, as PEM", files, error)
                 return CANNOT_START
-            gc.collect()
-            gc.freeze()  # what is there now stays, and collections need not look at it
+            settle_heap()
             if member is not None and member.start.is_replacement:
                 await _warm(parts)
             return await _answer_requests(config, parts, HttpServer(settings), listener, stop, member)
@@ -272,6 +273,14 @@ async def _answer_requests(
         log.error("the HTTP server ended by itself")
         return 1
     return 0
+
+
+def settle_heap() -> None:
+    """What is there now stays, and collections need not look at it. Nearly all that a request makes is gone with it:
+    with Python's own threshold collections look at it meanwhile."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_NEW_OBJECTS)
 
 
 async def _warm(parts: RouterParts) -> None:

@@ -102,7 +102,7 @@ ENGINE_FLAGS: Final[tuple[EngineFlag, ...]] = (
     *_lists("--cudagraph-capture-sizes"),
     *_switches("--enforce-eager --enable-flashinfer-autotune --disable-cascade-attn --use-fp64-gumbel"),
     # Quantized weights and caches; the model's own settings.
-    *_rows(Fate.MEANING, "value", "--quantization-config --kv-cache-dtype --hf-overrides --model-impl --load-format"),
+    *_rows(Fate.MEANING, "value", "--quantization-config --hf-overrides --model-impl --load-format"),
     *_rows(Fate.MEANING, "list", "--kv-cache-dtype-skip-layers"),
     *_rows(Fate.MEANING, "switch", "--disable-sliding-window --allow-deprecated-quantization --language-model-only"),
     *_values("--model-loader-extra-config --safetensors-load-strategy --safetensors-prefetch-num-threads"),
@@ -128,7 +128,7 @@ ENGINE_FLAGS: Final[tuple[EngineFlag, ...]] = (
     # Flags that are Tandem's, too, with the same meaning.
     *_rows(Fate.OURS, "value", "--model --tokenizer --dtype --revision --max-model-len --quantization|-q --block-size"),
     *_rows(Fate.OURS, "value", "--gpu-memory-utilization|--device-memory-utilization --kv-cache-memory-bytes"),
-    *_rows(Fate.OURS, "value", "--num-gpu-blocks-override --kv-offloading-size --max-num-seqs"),
+    *_rows(Fate.OURS, "value", "--num-gpu-blocks-override --kv-offloading-size --max-num-seqs --kv-cache-dtype"),
     *_rows(Fate.OURS, "value", "--max-num-batched-tokens --max-logprobs --generation-config --scheduling-policy"),
     *_rows(Fate.OURS, "value", "--log-level"),
     *_rows(Fate.OURS, "list", "--served-model-name"),

@@ -66,7 +66,6 @@ VLLM_FLAGS = (
     _row("--config-format", "config.json is read", "auto", "hf"),
     _row("--tokenizer-mode", "tokenizer.json is read", "auto", "hf"),
     _row("--model-impl", "the model's family is computed by Tandem's own code", "auto"),
-    _row("--kv-cache-dtype", "KV blocks have the model's dtype", "auto"),
     _row("--task --runner", "text is generated; there are no embeddings, scores or classes", "auto", "generate"),
     _row("--chat-template-content-format", "the template decides", "auto"),
     _row("--response-role", "answers are the assistant's", "assistant"),
@@ -104,7 +103,7 @@ VLLM_FLAGS = (
     ),
     _row("--cpu-offload-gb", "weights stay on the device; `tandem size` says whether they fit", "0"),
     _row("--prefix-caching-hash-algo", "always BLAKE2b, 128 bits, the same in every process"),
-    _row("--calculate-kv-scales", "KV blocks have the model's dtype"),
+    _row("--calculate-kv-scales", "KV blocks have the model's dtype, or with int8 a scale for each token and head"),
     # Features.
     _row(
         "--enable-lora --max-loras --max-lora-rank --max-cpu-loras --lora-dtype --fully-sharded-loras",

@@ -275,7 +275,7 @@ def _record(
         num_blocks=node.store.dram.num_slots,
         max_model_len=0,
         max_num_seqs=0,
-        dtype=layout.dtype,
+        dtype=worker.dtype,
         transports=transports,
         version=services.__version__,
         started_unix_s=time.time(),

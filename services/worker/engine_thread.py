@@ -64,8 +64,9 @@ class EngineThread:
         self._runner: Runner | None = None
         self.crashed: asyncio.Future[BaseException] = self._loop.create_future()
         self._ended: str | None = None  # why the thread takes no more commands
-        self._is_in_turn = False
-        self.watch = Watch("step_loop", lambda: self._is_in_turn or self._is_waited_for, allowed_s)
+        self.is_in_turn = False
+        """Whether commands and steps are being run: what is ordered now waits, else it is taken at once."""
+        self.watch = Watch("step_loop", lambda: self.is_in_turn or self._is_waited_for, allowed_s)
         """What the thread has begun, it ends; what waits for it begins."""
         self._pending: set[asyncio.Future[object]] = set()
 
@@ -134,7 +135,7 @@ class EngineThread:
         """Run the commands that wait, and a step; whether there was one."""
         if self._ended is not None:
             return False
-        self._is_in_turn = True
+        self.is_in_turn = True
         try:
             while self._commands:
                 self._commands.popleft()()
@@ -147,7 +148,7 @@ class EngineThread:
             self._loop.call_soon_threadsafe(self._report_crash, error)
             return False
         finally:
-            self._is_in_turn = False
+            self.is_in_turn = False
             self.watch.advanced()
         return has_stepped
 

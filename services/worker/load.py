@@ -46,7 +46,7 @@ async def load_engine(config: WorkerConfig, threads: Threads, stop: asyncio.Even
         detail_level(),
         "model %s (%s) loaded in %.1f s: %d blocks of %d tokens, %d more in main memory",
         config.model,
-        engine.layout.dtype,
+        engine.capabilities.kv_cache_dtype,
         time.monotonic() - started_s,
         engine.capabilities.num_blocks,
         engine.layout.block_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -215,7 +216,7 @@ def _record(config: WorkerConfig, role: Role, front: Front, parts: WorkerParts, 
         num_blocks=engine.capabilities.num_blocks,
         max_model_len=engine.capabilities.max_model_len,
         max_num_seqs=engine.capabilities.max_num_seqs,
-        dtype=engine.layout.dtype,
+        dtype=engine.capabilities.kv_cache_dtype,
         transports=parts.exchange.transport_names,
         layout=engine.layout.to_wire(),
         is_simulation=engine.capabilities.is_simulation,
@@ -271,6 +272,8 @@ async def _serve_open(
     front.http.phase = "warming up"
     if not await warmed_up(parts, config.warm_up_timeout_s, stop):
         return 0
+    gc.collect()
+    gc.freeze()  # torch and the model stay: a full collection that looks at them stops all threads for 0.1 s and more
     front.http.phase = ""
     registrar.update(record)
     try:
@@ -341,7 +344,8 @@ async def _any_of(*events: asyncio.Event) -> None:
 def _about(engine: Engine) -> str:
     """What computes here, and with how much room, in a few words."""
     compute, layout = engine.capabilities.compute, engine.layout
-    weights = layout.dtype if compute["quantization"] == "none" else compute["quantization"]
+    cached = engine.capabilities.kv_cache_dtype
+    weights = cached if compute["quantization"] == "none" else compute["quantization"]
     if engine.capabilities.is_simulation:
         weights = f"SIMULATED, no weights, {weights}"
     where = f"{compute['kernels']} kernels" if compute["device"] == "cpu" else compute["device"]

@@ -31,6 +31,7 @@ _PATHS = (
     ("torch, bfloat16", {"cpu_kernels": "torch"}),
     ("kernels, bfloat16", {}),
     ("kernels, int8", {"quantization": "int8"}),
+    ("kernels, int8 KV", {"kv_cache_dtype": "int8"}),
 )
 
 

@@ -2,9 +2,13 @@
 
     make bench-peer
     make bench-peer BENCH_ARGS='--repetitions 9 --rows "context 64"'
+    make bench-peer BENCH_ARGS='--cpu-kernels avx2'
 
 vLLM's CPU build gets an environment of its own under build/compat and runs as its users would on a CPU without
 compilation: eager, bfloat16, OpenMP preloaded. All columns take turns, in two processes, of which one waits.
+
+With our AVX2 kernels, vLLM, its oneDNN and torch are kept to AVX2 as well, whatever the processor has. There bfloat16
+has no instructions of its own and float32 may be faster: vLLM runs in both, and ratios are to the faster of a row.
 
 What is timed, of both: from inputs at hand to logits, attention's metadata included. Not timed: scheduling, making the
 inputs, sampling. vLLM's whole engine step, which has all of these, is a column of its own. Decode steps find random
@@ -18,11 +22,13 @@ import operator
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from services.engine.native.kernels.choice import choose_kernels
 from tests.bench.bench_engine import (
     Column,
     EngineColumn,
@@ -43,7 +49,7 @@ from tests.bench.vllm_peer import CHECKED_TOKENS, VllmColumn, preloaded, vllm_co
 from tests.compat import vllm_bench
 from tests.compat.tool import ToolFailed
 
-_KERNELS_BF16, _KERNELS_INT8, _VLLM = 0, 1, 3  # places of columns
+_KERNELS_BF16, _KERNELS_INT8, _VLLM = 0, 1, 3  # places of columns; vLLM's go on to the end, each with its whole engine
 # Of the logits' deviation. Rounding made 1.4 % of difference where both were 1.2 % away from float32.
 _TOLERANCE = 0.05
 
@@ -70,6 +76,14 @@ TARGETS = (
     Target(prefill_name(2048), _KERNELS_BF16, 1.8),
     Target(prefill_name(4096), _KERNELS_BF16, 1.6),
 )
+AVX2_TARGETS = (
+    Target(decode_name(1, 64), _KERNELS_BF16, 0.6),
+    Target(decode_name(8, 64), _KERNELS_BF16, 0.6),
+    Target(decode_name(32, 64), _KERNELS_BF16, 0.7),
+    Target(prefill_name(256), _KERNELS_BF16, 1.2),
+    Target(prefill_name(2048), _KERNELS_BF16, 1.2),
+    Target(prefill_name(4096), _KERNELS_BF16, 1.2),
+)
 
 
 def main() -> None:
@@ -85,27 +99,38 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = arguments.model or str(write_bench_model(Path(directory)))
         ours = engine_columns(model, max(rows.num_tokens, CHECKED_TOKENS + 1), arguments)
+        library = choose_kernels(arguments.cpu_kernels).library
+        avx2 = library is not None and library.name == "avx2"
         try:
-            with vllm_column(ours[0].model, rows, arguments.repetitions, arguments.num_threads) as vllm:
+            with ExitStack() as processes:
+                peers = [
+                    processes.enter_context(
+                        vllm_column(ours[0].model, rows, arguments.repetitions, arguments.num_threads, dtype, avx2)
+                    )
+                    for dtype in (("bfloat16", "float32") if avx2 else ("bfloat16",))
+                ]
                 libraries = " and ".join(Path(library).name for library in preloaded()) or "nothing"
-                print(f"vLLM {vllm_bench.TOOL.version}, {libraries} preloaded; both on processors {processors}")
-                _check_logits(ours[0], vllm)
+                limit = ", kept to AVX2" if avx2 else ""
+                print(f"vLLM {vllm_bench.TOOL.version}{limit}, {libraries} preloaded; all on processors {processors}")
+                for peer in peers:
+                    _check_logits(ours[0], peer)
                 has_targets = not arguments.model and arguments.num_threads == 1
-                _measure(ours, vllm, rows, arguments, TARGETS if has_targets else ())
+                targets = AVX2_TARGETS if avx2 else TARGETS
+                _measure(ours, peers, rows, arguments, targets if has_targets else ())
         except StepProcessFailed as error:
             raise SystemExit(f"vLLM: {error}") from error
 
 
 def _measure(
     ours: Sequence[EngineColumn],
-    vllm: VllmColumn,
+    peers: Sequence[VllmColumn],
     rows: Rows,
     arguments: argparse.Namespace,
     targets: Sequence[Target],
 ) -> None:
     floors = measure_floors(arguments)
     print_conditions(floors, arguments)
-    columns: list[Column] = [*ours, vllm, vllm.whole]
+    columns: list[Column] = [*ours, *(column for peer in peers for column in (peer, peer.whole))]
     decode = decode_table(columns, ours[0].model, floors, rows, arguments.repetitions)
     prefill = prefill_table(columns, ours[0].model, floors, rows, arguments.repetitions)
     if floors.gflops:
@@ -130,7 +155,7 @@ def _check_logits(ours: EngineColumn, vllm: VllmColumn) -> None:
     logits = ours.model.forward(replace(batch, token_ids=token_ids, logits_indices=checked), ours.kv_cache)
     difference = float((logits - theirs).abs().mean() / theirs.std())
     same = int((logits.argmax(-1) == theirs.argmax(-1)).sum())
-    print(f"logits of {ours.name} and vLLM, after {CHECKED_TOKENS} tokens and after one more:", end=" ")
+    print(f"logits of {ours.name} and {vllm.name}, after {CHECKED_TOKENS} tokens and after one more:", end=" ")
     print(f"mean difference {difference:.1%} of their deviation, {same} of 2 greedy tokens the same")
     if not difference <= _TOLERANCE:
         raise SystemExit(f"they do not compute the same: rounding to bfloat16 makes less than {_TOLERANCE:.0%}")
@@ -139,13 +164,17 @@ def _check_logits(ours: EngineColumn, vllm: VllmColumn) -> None:
 def ratio_table(
     decode: Mapping[str, Sequence[float]], prefill: Mapping[str, Sequence[float]], targets: Sequence[Target]
 ) -> str:
-    """Our ratios to vLLM, of each row's median seconds, and whether they reach the targets."""
-    lines = ["| of vLLM bf16 | kernels bf16 | target | kernels int8 | target |", "|---|---|---|---|---|"]
+    """Our ratios to vLLM's fastest column, of each row's median seconds, and whether they reach the targets."""
+    lines = ["| of vLLM | kernels bf16 | target | kernels int8 | target |", "|---|---|---|---|---|"]
     for row, times in decode.items():
-        lines.append(_ratios(f"{row}: time", row, [t / times[_VLLM] for t in times], targets, operator.le))
+        lines.append(_ratios(f"{row}: time", row, [t / _peer_s(times) for t in times], targets, operator.le))
     for row, times in prefill.items():
-        lines.append(_ratios(f"{row}: tokens/s", row, [times[_VLLM] / t for t in times], targets, operator.ge))
+        lines.append(_ratios(f"{row}: tokens/s", row, [_peer_s(times) / t for t in times], targets, operator.ge))
     return "\n".join(lines)
+
+
+def _peer_s(times: Sequence[float]) -> float:
+    return min(times[_VLLM::2])
 
 
 def _ratios(

@@ -22,7 +22,7 @@ from services.http_server import HttpServer
 from services.orders import GrpcOrders
 from services.rates import GUESSED
 from services.router.config import RouterConfig
-from services.router.process import Seams, bind, open_parts, server_config
+from services.router.process import Seams, bind, open_parts, server_config, settle_heap
 from tests.router.fake_worker import FakeWorker, endless
 from tests.router.harness import FakeMembership, until
 from tests.worker_records import worker_record
@@ -119,6 +119,7 @@ async def _serve_router(pipe: Connection, records: tuple[WorkerRecord, ...]) -> 
         server = HttpServer(server_config(config, parts))
         serving = asyncio.create_task(server.serve([listener]))
         await until(lambda: server.started and parts.workers.num_sessions_up == 1 and "tiny" in parts.models.names())
+        settle_heap()
         pipe.send(listener.getsockname()[1])
         while await asyncio.to_thread(pipe.recv):
             pipe.send(time.process_time())

@@ -11,7 +11,7 @@ from typing import cast
 import pytest
 
 from tests.bench.bench_engine import DECODE, PREFILL, Rows, decode_name, prefill_batches, prefill_name
-from tests.bench.bench_peer import TARGETS, Target, main, ratio_table
+from tests.bench.bench_peer import AVX2_TARGETS, TARGETS, Target, main, ratio_table
 from tests.bench.step_process import StepProcess, StepProcessFailed
 from tests.bench.vllm_peer import VllmColumn
 from tests.compat import vllm_bench
@@ -129,7 +129,7 @@ def test_rows_are_chosen_by_name() -> None:
 
 def test_every_target_has_a_row() -> None:
     names = {decode_name(*shape) for shape in DECODE} | {prefill_name(length) for length in PREFILL}
-    assert {target.row for target in TARGETS} <= names
+    assert {target.row for target in (*TARGETS, *AVX2_TARGETS)} <= names
 
 
 def test_ratios_are_of_time_in_decode_and_of_rate_in_prefill() -> None:
@@ -146,4 +146,14 @@ def test_ratios_are_of_time_in_decode_and_of_rate_in_prefill() -> None:
         "| B = 2: time | 0.70 | ≤ 0.62: missed | 0.20 | ≤ 0.20: met |",
         "| 256 tokens: tokens/s | 2.00 | ≥ 1.80: met | 4.00 |  |",
         "| 512 tokens: tokens/s | 1.25 | ≥ 1.80: missed | 2.50 |  |",
+    ]
+
+
+def test_the_peer_is_its_fastest_column_of_a_row_and_never_its_whole_engine() -> None:
+    table = ratio_table(
+        {"B = 1": [0.6, 0.3, 9.0, 1.2, 0.1, 1.0, 0.1]}, {"256 tokens": [0.5, 0.25, 9.0, 1.0, 0.1, 2.0, 0.1]}, []
+    )
+    assert table.splitlines()[2:] == [
+        "| B = 1: time | 0.60 |  | 0.30 |  |",
+        "| 256 tokens: tokens/s | 2.00 |  | 4.00 |  |",
     ]

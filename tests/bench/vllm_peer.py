@@ -22,13 +22,15 @@ CHECKED_TOKENS = 600  # of the prompt whose logits are compared: two steps of pr
 _SCRIPT = Path(__file__).parent / "vllm_steps.py"
 _START_TIMEOUT_S = 600.0
 _TIMEOUT_S = 600.0
+DTYPES = {"bfloat16": "bf16", "float32": "fp32"}  # their names in a table
+_AVX2_ONLY = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
 @dataclass
 class WholeSteps:
     """The column of whole engine steps. Nothing runs: they are those of the runs in the column before it."""
 
-    name: str = "vLLM, whole engine"
+    name: str
     last_s: float = 0.0
 
     def decode(self, num_sequences: int, context: int) -> Run:
@@ -45,7 +47,10 @@ class VllmColumn:
     process: StepProcess
     vocab_size: int
     name: str = "vLLM bf16"
-    whole: WholeSteps = field(default_factory=WholeSteps)
+    whole: WholeSteps = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.whole = WholeSteps(f"{self.name}, whole engine")
 
     def decode(self, num_sequences: int, context: int) -> Run:
         self.process.ask("decode", _TIMEOUT_S, num_sequences=num_sequences, context=context)
@@ -67,16 +72,20 @@ class VllmColumn:
 
 
 @contextmanager
-def vllm_column(model: LoadedModel, rows: Rows, repetitions: int, num_threads: int) -> Iterator[VllmColumn]:
-    """Start vLLM, which must be installed. Raises StepProcessFailed."""
+def vllm_column(
+    model: LoadedModel, rows: Rows, repetitions: int, num_threads: int, dtype: str = "bfloat16", avx2: bool = False
+) -> Iterator[VllmColumn]:
+    """Start vLLM, which must be installed; `avx2`: with nothing of the processor beyond. Raises StepProcessFailed."""
     longest = max([context for _, context in rows.decode] + rows.prefill + [CHECKED_TOKENS + 1])
     command = [vllm_bench.TOOL.program("python"), str(_SCRIPT), "--model", str(model.directory), "--chunk", str(CHUNK)]
+    command += ["--dtype", dtype]
     command += ["--num-sequences", str(max([batch for batch, _ in rows.decode], default=1))]
     command += ["--num-tokens", str(max(rows.num_tokens, longest)), "--longest", str(longest)]
     command += ["--num-steps", str(repetitions + 1)]
-    with StepProcess(command, _environment(num_threads), BUILD / "logs" / "vllm_steps.log") as process:
+    environment = _environment(num_threads) | (_AVX2_ONLY if avx2 else {})
+    with StepProcess(command, environment, BUILD / "logs" / f"vllm_steps_{dtype}.log") as process:
         process.answer("start", _START_TIMEOUT_S)
-        yield VllmColumn(process, model.config.vocab_size)
+        yield VllmColumn(process, model.config.vocab_size, f"vLLM {DTYPES[dtype]}")
 
 
 def preloaded() -> list[str]:

@@ -6,12 +6,16 @@ The engine takes real requests through its scheduler. Two times are taken of eac
 builds the attention metadata, runs the layers and computes the logits; and `step_s`, all of `LLMEngine.step`: schedule,
 prepare the inputs, the model, sample, hand out. While a decode step's contexts are made, the layers are skipped: the
 cache holds random numbers from the start, and what lies in it does not change the time.
+
+Where ATEN_CPU_CAPABILITY keeps torch to AVX2, vLLM loads its kernels for AVX2 too: it asks torch for the processor's
+own features, which that variable does not change.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import time
@@ -19,6 +23,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":  # before vLLM's import, which loads its kernels
+    torch.cpu._is_avx512_supported = torch.cpu._is_avx512_bf16_supported = lambda: False
+
 from vllm import EngineArgs, LLMEngine, SamplingParams
 
 _BLOCK_SIZE = 128  # what vLLM takes on a CPU where nobody chooses
@@ -32,7 +40,7 @@ class Steps:
         grown = limits.num_sequences * -(-(limits.num_steps + _BLOCK_SIZE) // _BLOCK_SIZE)  # blocks
         arguments = EngineArgs(
             model=limits.model,
-            dtype="bfloat16",
+            dtype=limits.dtype,
             enforce_eager=True,
             skip_tokenizer_init=True,
             disable_log_stats=True,
@@ -107,7 +115,7 @@ class Steps:
         runner._build_attention_metadata = self._timed(runner._build_attention_metadata)
         layers = self._timed(runner._model_forward)
         compute_logits = self._timed(runner.model.compute_logits)
-        hidden = torch.zeros(1, self._engine.model_config.get_hidden_size(), dtype=torch.bfloat16)
+        hidden = torch.zeros(1, self._engine.model_config.get_hidden_size(), dtype=runner.dtype)
 
         def run_layers(input_ids: torch.Tensor, **arguments: Any) -> Any:
             if self._skip_layers:
@@ -148,6 +156,7 @@ class Steps:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", required=True, help="of weights, activations and cache")
     parser.add_argument("--answers", type=int, required=True, help="a file descriptor")
     parser.add_argument("--chunk", type=int, required=True, help="tokens of a prefill step")
     parser.add_argument("--num-sequences", type=int, required=True, help="the most of them in a step")

@@ -156,6 +156,9 @@ def test_the_engine_is_named_with_its_reason_and_vllm_with_its_version(
         ("--tensor-parallel-size 2 --device cuda", [Gpu("0")], "vllm: there is a GPU"),
         ("--pipeline-parallel-size 2", [], "--pipeline-parallel-size is refused: "),
         ("--quantization int8", [Gpu("0")], "int8 is the native engine's"),
+        ("--kv-cache-dtype fp8", [], "vllm: --kv-cache-dtype fp8 is vLLM's"),
+        ("--kv-cache-dtype int8", [], "native: the model is one of its own"),
+        ("--kv-cache-dtype int8", [Gpu("0")], "int8 is the native engine's"),
     ],
 )
 def test_the_engine_is_that_which_tandem_up_would_take_with_the_same_flags(

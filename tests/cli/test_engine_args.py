@@ -113,8 +113,8 @@ def test_spellings_come_to_one() -> None:
 
 
 def test_both_sides_say_the_same_in_whatever_order() -> None:
-    one, other = "--kv-cache-dtype fp8 --seed 1 --hf_overrides={}", "--hf-overrides '{}' --kv_cache_dtype=fp8"
-    assert block_meaning(one) == block_meaning(other) == ("--hf-overrides {}", "--kv-cache-dtype fp8")
+    one, other = "--model-impl auto --seed 1 --hf_overrides={}", "--hf-overrides '{}' --model_impl=auto"
+    assert block_meaning(one) == block_meaning(other) == ("--hf-overrides {}", "--model-impl auto")
 
 
 def test_sources_are_joined_in_their_order(tmp_path: Path) -> None:

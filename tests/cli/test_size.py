@@ -68,6 +68,9 @@ def test_the_dtype_is_the_checkpoints_unless_it_is_said(llama: ModelConfig) -> N
     assert size(llama, SizeConfig(dtype="float")).kv_bytes_per_token == 2 * 131_072
     assert size(llama, SizeConfig(dtype="half")).dtype == "float16"
     assert size(llama, SizeConfig()).dtype == "bfloat16"
+    in_8_bits = size(llama, SizeConfig(kv_cache_dtype="int8"))
+    assert (in_8_bits.dtype, in_8_bits.kv_cache_dtype) == ("bfloat16", "int8")
+    assert in_8_bits.kv_bytes_per_token == 2 * 32 * 8 * (128 + 4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,8 +78,12 @@ def test_a_block_is_the_engines_and_the_weights_are_those_on_disk(family: str, t
     directory = write_model(tmp_path / "model", family)
     config = read_config(directory)
     model = load_model(str(directory), dtype="float32", device="cpu")
-    assert size(config, SizeConfig(dtype="float32")).block_bytes == model.block_layout(32).block_bytes
-    assert look_at_model(str(directory)).block_bytes(32) == model.block_layout(32).block_bytes
+    for kv_cache_dtype in ("auto", "int8"):
+        kept = replace(model, kv_cache_dtype=kv_cache_dtype)
+        sized = size(config, SizeConfig(dtype="float32", kv_cache_dtype=kv_cache_dtype))
+        block_bytes = kept.block_layout(32).block_bytes
+        assert sized.block_bytes == look_at_model(str(directory)).block_bytes(32, kv_cache_dtype) == block_bytes
+        assert kept.new_kv_cache(1, 32).nbytes == block_bytes
     num_on_disk = 0
     for file in directory.glob("*.safetensors"):
         with safe_open(file, "numpy") as tensors:

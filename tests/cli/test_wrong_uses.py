@@ -383,6 +383,11 @@ def test_settings_that_this_machine_cannot_satisfy(name: str, tandem: Tandem, tm
             ("/big: one worker needs", "for weights", "available on GPU 0", "smaller model"),
         ),
         (("--quantization", "int8"), 1, ("--quantization int8: it is for CPUs", "--device cpu")),
+        (
+            ("--kv-cache-dtype", "int8"),
+            1,
+            ("--kv-cache-dtype int8: it is for CPUs, and this is a GPU", "--device cpu", "--engine vllm"),
+        ),
         (("--device", "cuda"), 0, ("--device cuda: no NVIDIA device is to be seen", "nvidia-smi")),
     ],
 )

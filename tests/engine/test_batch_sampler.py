@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from services.engine.api import SamplingParams
+from services.engine.native.build import SAMPLER_SOURCES, sampler_flags
 from services.engine.native.sampling import Sampler, SamplingRow, sample, sampler
-from services.engine.native.sampling.build import SOURCES, compile_flags
 from services.engine.native.sampling.library import NotChosen, SamplerLibrary, with_mass
 
 torch.set_num_threads(1)
@@ -34,7 +34,7 @@ def library_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no gcc: the library cannot be built here, and torch samples")
     path = tmp_path_factory.mktemp("sampler") / "sampler.so"
     extra = os.environ.get("TANDEM_KERNEL_TEST_FLAGS", "").split()
-    command = [compiler, *compile_flags(), "-Werror", *extra, "-shared", "-fPIC", str(SOURCES / "sampler.c")]
+    command = [compiler, *sampler_flags(), "-Werror", *extra, "-shared", "-fPIC", str(SAMPLER_SOURCES / "sampler.c")]
     subprocess.run([*command, "-o", str(path), "-lm"], check=True, timeout=120)
     return path
 
@@ -233,6 +233,6 @@ def test_a_mass_that_is_known_replaces_none(library_path: Path) -> None:
 
 
 def test_a_library_from_other_sources_is_not_used(library_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.engine.native.sampling.library.source_digest", lambda: 1)
+    monkeypatch.setattr("services.engine.native.sampling.library.source_digest", lambda sources: 1)
     with pytest.raises(ValueError, match="other sources"):
         SamplerLibrary(library_path)

@@ -98,7 +98,7 @@ def test_a_draft_model_s_weights_and_keys_and_values_are_counted(model: str) -> 
     check_engine(EngineConfig(model, num_gpu_blocks_override=1, max_model_len=32), enough)
     with pytest.raises(ModelError, match=r"one worker needs .* for weights"):
         check_engine(drafting, enough)
-    size = {"kv_cache_memory_bytes": 10 * alone.block_bytes(32), "device": "cpu"}
+    size = {"kv_cache_memory_bytes": 10 * alone.block_bytes(32, "auto"), "device": "cpu"}
     assert Engine.from_config(EngineConfig(model, max_model_len=64, **size)).pool.num_blocks == 10  # type: ignore[arg-type]
     engine = Engine.from_config(replace(drafting, max_model_len=64, **size))  # type: ignore[arg-type]
     assert engine.pool.num_blocks == 5

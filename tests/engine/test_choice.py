@@ -53,6 +53,8 @@ def model(directory: Path, config: dict[str, object], weights: str = "model.safe
         ({"engine": "auto"}, "cuda", "it is a Gemma", "vllm"),
         ({"engine": "auto", "quantization": "int8"}, "cpu", "", "native"),
         ({"engine": "auto", "quantization": "awq"}, "cpu", "", "vllm"),
+        ({"engine": "auto", "kv_cache_dtype": "int8"}, "cpu", "", "native"),
+        ({"engine": "auto", "kv_cache_dtype": "fp8"}, "cpu", "", "vllm"),
     ],
 )
 def test_settings_device_and_model_choose_the_engine(
@@ -158,6 +160,13 @@ def test_a_tested_vllm_is_taken(version: str) -> None:
         ({"engine": "vllm", "cpu_kernels": "torch"}, "kernels of its own"),
         ({"engine": "vllm", "quantization": "int8"}, "int8 is the native engine's"),
         ({"engine": "native", "quantization": "awq"}, "'awq' is not one of none, int8; --engine vllm has more"),
+        (
+            {"engine": "vllm", "kv_cache_dtype": "int8"},
+            r"int8 is the native engine's; give one of vLLM's \(fp8, int8_per",
+        ),
+        ({"engine": "native", "kv_cache_dtype": "fp8"}, "'fp8' is not one of auto, int8; --engine vllm has more"),
+        ({"engine": "paced", "kv_cache_dtype": "int8"}, "the simulation keeps words of its own"),
+        ({"engine": "vllm", "engine_args": "--kv-cache-dtype fp8"}, "--kv-cache-dtype is a flag of Tandem's"),
         ({"engine": "native", "engine_args": "--enable-lora"}, "these are vLLM's flags; give --engine vllm"),
         ({"engine": "paced", "engine_args": "--enable-lora"}, "these are vLLM's flags"),
         ({"engine": "auto", "engine_args": "--kv-transfer-config {}"}, "--kv-transfer-config is refused"),

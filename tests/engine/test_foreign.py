@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -141,8 +142,11 @@ def test_a_model_that_is_quantized_as_it_is_loaded_is_another_one() -> None:
 
 
 def test_flags_that_change_what_is_in_blocks_make_another_model() -> None:
-    one, other = EngineConfig("m", engine="vllm"), EngineConfig("m", engine="vllm", engine_args="--kv-cache-dtype fp8")
-    assert said_of({}, "bfloat16", 8, one) != said_of({}, "bfloat16", 8, other)
+    plain = EngineConfig("m", engine="vllm")
+    others = [EngineConfig("m", engine="vllm", kv_cache_dtype=dtype) for dtype in ("fp8", "fp8_e5m2")]
+    others.append(EngineConfig("m", engine="vllm", engine_args="--hf-overrides '{}'"))
+    said = [said_of({}, "bfloat16", 8, each) for each in (plain, *others)]
+    assert all(one != other for one, other in itertools.combinations(said, 2))
 
 
 def test_what_nobody_has_proven_is_wiped_and_what_is_proven_all_ranks_have() -> None:

@@ -22,6 +22,7 @@ TIER_AND_GUESSES: dict[str, Any] = {"kv_offloading_size": 0.01, "speculative_met
 ENGINES: dict[str, Callable[[EngineConfig], Engine]] = {
     "native": NativeEngine.from_config,
     "native with a host tier and guesses": lambda config: NativeEngine.from_config(replace(config, **TIER_AND_GUESSES)),
+    "native in 8 bits": lambda config: NativeEngine.from_config(replace(config, kv_cache_dtype="int8")),
     "paced": lambda config: open_paced(replace(config, engine="paced"), sleep=lambda seconds: None),
 }
 _NO_GPU = "needs a CUDA device, and the vLLM for it"

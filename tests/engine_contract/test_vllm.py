@@ -131,13 +131,17 @@ def test_flags_that_would_break_the_handoff_are_refused_by_name(model: Path, fla
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"), [("--enable-lora", "lora-modules"), ("--kv-cache-dtype foo", "kv-cache-dtype")]
+    ("settings", "named"),
+    [({"engine_args": "--enable-lora"}, "lora-modules"), ({"kv_cache_dtype": "foo"}, "kv-cache-dtype")],
 )
-def test_flags_that_vllm_could_not_run_with_are_refused_by_name(model: Path, flags: str, named: str) -> None:
+def test_flags_that_vllm_could_not_run_with_are_refused_by_name(
+    model: Path, settings: dict[str, str], named: str
+) -> None:
     from services.engine.vllm import open_vllm
 
+    config = EngineConfig(str(model), engine="vllm", device=DEVICE, **settings)  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match=named):
-        open_vllm(EngineConfig(str(model), engine="vllm", device=DEVICE, engine_args=flags), ProofKey.public())
+        open_vllm(config, ProofKey.public())
 
 
 def test_a_layout_says_what_the_engine_is_and_another_is_refused_by_name(
@@ -177,7 +181,7 @@ def test_a_cache_of_fp8_is_handed_over_as_it_is_and_to_none_that_has_another(
 ) -> None:
     per_token = ("block_size", "max_model_len", "max_num_batched_tokens")
     doubled = {name: value * (1 + (name in per_token)) for name, value in settings.items()}
-    engines = VllmEngines(wider_model, f"--kv-cache-dtype {dtype}", **doubled)
+    engines = VllmEngines(wider_model, kv_cache_dtype=dtype, **doubled)
     source, target, alone = engines.make(), engines.make(), engines.make()
     assert source.layout == target.layout
     told = {}

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from services.engine.native.attention.attention import Attention, GatherAttention, group_by_length
 from services.engine.native.attention.forward import ForwardBatch
+from services.engine.native.attention.int8_rows import dequantized, quantized
 from services.engine.native.attention.varlen_attention import VarlenAttention, choose_cuda_attention
 
 NUM_LAYERS, NUM_KV_HEADS, GROUP, HEAD_DIM = 2, 2, 3, 16
@@ -134,6 +135,18 @@ def test_a_16_bit_cache_serves_32_bit_queries() -> None:
     ours = case.run(GatherAttention([None, None]))
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), case.oracle(None), rtol=0, atol=1e-5)
+
+
+@given(ragged(), st.sampled_from([None, 5, 30]), st.integers(0, 1000))
+def test_a_cache_in_8_bits_attends_as_the_oracle_over_what_it_stands_for(
+    lengths: list[tuple[int, int]], window: int | None, seed: int
+) -> None:
+    case = Case(lengths, seed=seed)
+    earlier = case.cache
+    case.cache = quantized(earlier)
+    ours = case.run(GatherAttention([None, window]))
+    case.cache = dequantized(case.cache, torch.float32)
+    torch.testing.assert_close(ours.double(), case.oracle(window), rtol=0, atol=1e-5)
 
 
 @given(st.lists(st.integers(1, 5000), max_size=60), st.integers(1, 20_000))

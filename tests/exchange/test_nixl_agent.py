@@ -36,6 +36,7 @@ class Nixl:
         self.num_agents = 0
         self.num_polls = 0
         self.copies_at_once = False
+        self.backends: list[tuple[str, dict[str, str]]] = []
 
     def call(self, name: str) -> int:
         if self.fails[name]:
@@ -56,6 +57,9 @@ class FakeAgent:
         self.agent = object()  # the binding
         self.name = name
         self._nixl = nixl
+
+    def create_backend(self, name: str, settings: dict[str, str]) -> None:
+        self._nixl.backends.append((name, settings))
 
     def get_agent_metadata(self) -> bytes:
         return self.name.encode()
@@ -115,6 +119,19 @@ def peer() -> PoolAddress:
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nixl_agent, "_FIRST_RETRY_S", 0.01)
+
+
+async def test_each_agent_reads_over_ucx_without_keep_alives_unless_the_user_has_set_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A read would wait for the one that went before it, and that for an owner's agent that hardly ever comes round.
+    monkeypatch.delenv("UCX_KEEPALIVE_INTERVAL", raising=False)
+    nixl = Nixl()
+    async with running(nixl):
+        assert nixl.backends == [("UCX", {"engine_config": "KEEPALIVE_INTERVAL=inf"})]
+    monkeypatch.setenv("UCX_KEEPALIVE_INTERVAL", "5s")
+    async with running(nixl):
+        assert nixl.backends[1:] == [("UCX", {})]
 
 
 async def test_a_release_that_raises_loses_no_other_read() -> None:

@@ -18,7 +18,7 @@ from services.engine.native.kernels.library import (
     Weights,
     Workspace,
 )
-from services.engine.native.kernels.self_check import to_bfloat16
+from services.engine.native.kernels.self_check import quantized, to_bfloat16
 
 Array = npt.NDArray[np.generic]
 
@@ -82,17 +82,24 @@ class Cases:
         )
         self.expected.append((f"{num_rows} rows, {depth} x {num_outputs}, {epilogue.name}, int8={int8}", y))
 
-    def attention(self, lengths: list[tuple[int, int]], head_dim: int, window: int) -> None:
+    def attention(self, lengths: list[tuple[int, int]], head_dim: int, window: int, *, int8: bool = False) -> None:
         """Sequences of (context, new tokens); blocks in disorder, NaN in what nobody owns."""
         random = np.random.default_rng((len(lengths), head_dim, window))
         num_heads, num_kv_heads, block_size = 6, 2, 16
         blocks_of = [-(-context // block_size) for context, _ in lengths]
         blocks = random.permutation(sum(blocks_of)).astype(np.int32)
         tables = np.zeros((len(lengths), max(blocks_of)), dtype=np.int32)
-        cache = np.full((blocks.size, 2, num_kv_heads, block_size, head_dim), 0x7FC0, dtype=np.uint16)
+        shape = (blocks.size, 2, num_kv_heads, block_size)
+        cache: Array = (
+            np.full((*shape, head_dim + 4), 0xFF, dtype=np.uint8)
+            if int8
+            else np.full((*shape, head_dim), 0x7FC0, dtype=np.uint16)
+        )
         for b, (context, _) in enumerate(lengths):
             tables[b, : blocks_of[b]] = blocks[sum(blocks_of[:b]) :][: blocks_of[b]]
-            stored = _normal(random, context, 2, num_kv_heads, head_dim)
+            stored: Array = _normal(random, context, 2, num_kv_heads, head_dim)
+            if int8:
+                stored, _ = quantized(random.standard_normal((context, 2, num_kv_heads, head_dim)).astype(np.float32))
             for token in range(context):
                 cache[tables[b, token // block_size], :, :, token % block_size] = stored[token]
         starts = np.cumsum([0, *(new for _, new in lengths)]).astype(np.int32)
@@ -111,6 +118,7 @@ class Cases:
             block_size,
             window,
             2,
+            int8,
         ]
         self._add(_ATTENTION, numbers, [q, out, cache, tables, starts, contexts, scale])
         call = AttentionCall(
@@ -125,9 +133,10 @@ class Cases:
             contexts.ctypes.data,
             *numbers[3:9],
             float(scale[0]),
+            int8,
         )
         self.portable.attention(call, Workspace(), num_threads=1)
-        self.expected.append((f"attention of {lengths}, head size {head_dim}, window {window}", out))
+        self.expected.append((f"attention of {lengths}, head size {head_dim}, window {window}, int8={int8}", out))
 
     def norm(self, num_rows: int, size: int) -> None:
         random = np.random.default_rng(size)
@@ -137,7 +146,7 @@ class Cases:
         self.portable.rms_norm(x.ctypes.data, weight.ctypes.data, y.ctypes.data, num_rows, size, float(eps[0]), 1)
         self.expected.append((f"norm of {num_rows} rows of {size}", y))
 
-    def append(self, num_tokens: int, head_dim: int) -> None:
+    def append(self, num_tokens: int, head_dim: int, *, int8: bool = False) -> None:
         """Normalize and rotate queries and keys; by a table that is made here, since C libraries differ in cosines."""
         random = np.random.default_rng(head_dim)
         num_heads, num_kv_heads, block_size = 5, 2, 16
@@ -147,12 +156,15 @@ class Cases:
         table = np.stack((np.cos(angles), np.sin(angles)), axis=1).astype(np.float32)
         num_blocks = -(-num_tokens // block_size) + 1
         slots = random.permutation(num_blocks * block_size)[:num_tokens].astype(np.int64)
-        cache = np.zeros((num_blocks, 2, num_kv_heads, block_size, head_dim), dtype=np.uint16)
+        shape = (num_blocks, 2, num_kv_heads, block_size)
+        cache: Array = (
+            np.zeros((*shape, head_dim + 4), dtype=np.uint8) if int8 else np.zeros((*shape, head_dim), dtype=np.uint16)
+        )
         eps = np.array([1e-6], dtype=np.float32)
         numbers = [cache[0].size, num_tokens, num_heads, num_kv_heads, head_dim, block_size]
-        self._add(_APPEND, [*numbers, 2], [qkv, table, norm, slots, cache, eps])
+        self._add(_APPEND, [*numbers, 2, int8], [qkv, table, norm, slots, cache, eps])
         arrays = (array.ctypes.data for array in (qkv, table, norm, slots, cache))
-        self.portable._library.tandem_rope_append(byref(AppendCall(*arrays, *numbers, float(eps[0]))), 1)
+        self.portable._library.tandem_rope_append(byref(AppendCall(*arrays, *numbers, float(eps[0]), int8)), 1)
         self.expected += [(f"queries and keys of {num_tokens} tokens", qkv), ("the cache after them", cache)]
 
 

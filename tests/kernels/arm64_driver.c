@@ -62,7 +62,7 @@ static void compute_attention(const struct test_case *it, FILE *results) {
         .q = it->array[0], .q_stride = n[0], .out = it->array[1], .cache = it->array[2], .block_stride = n[1],
         .block_tables = it->array[3], .table_stride = n[2], .query_start = it->array[4], .context_lens = it->array[5],
         .num_sequences = n[3], .num_heads = n[4], .num_kv_heads = n[5], .head_dim = n[6], .block_size = n[7],
-        .window = n[8], .scale = *(const float *)it->array[6]};
+        .window = n[8], .scale = *(const float *)it->array[6], .is_int8 = (int32_t)n[10]};
     void *workspace = room(tandem_attention_workspace(n[6], (int)n[9]));
     tandem_attention(&call, workspace, (int)n[9]);
     write_array(results, it, 1);
@@ -74,7 +74,7 @@ static void compute_append(const struct test_case *it, FILE *results) {
     const struct append_call call = {
         .qkv = it->array[0], .table = it->array[1], .norm = it->array[2], .slots = it->array[3], .cache = it->array[4],
         .block_stride = n[0], .num_tokens = n[1], .num_heads = n[2], .num_kv_heads = n[3], .head_dim = n[4],
-        .block_size = n[5], .eps = *(const float *)it->array[5]};
+        .block_size = n[5], .eps = *(const float *)it->array[5], .is_int8 = (int32_t)n[7]};
     tandem_rope_append(&call, (int)n[6]);
     write_array(results, it, 0);
     write_array(results, it, 4);

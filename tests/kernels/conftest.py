@@ -12,13 +12,19 @@ from pathlib import Path
 import pytest
 
 from services.engine.cpu_kernels import REQUIRED_FLAGS
-from services.engine.native.kernels.build import SOURCES, compile_flags, variants
+from services.engine.native.build import KERNEL_SOURCES, kernel_flags, variants
 from services.engine.native.kernels.choice import load_checked
 from services.engine.native.kernels.library import KernelError, KernelLibrary
 from services.machine import processor_flags
 
 # The tile instructions in plain C, beside this file.
-EMULATED_AMX = ("-march=x86-64", "-mno-avx512f", "-DTANDEM_EMULATE_AMX", f"-I{Path(__file__).parent}", f"-I{SOURCES}")
+EMULATED_AMX = (
+    "-march=x86-64",
+    "-mno-avx512f",
+    "-DTANDEM_EMULATE_AMX",
+    f"-I{Path(__file__).parent}",
+    f"-I{KERNEL_SOURCES}",
+)
 # What is tested: the library's variant, and flags beside its own.
 BUILDS = {
     "portable": ("portable", ()),
@@ -59,10 +65,12 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
         variant, flags = BUILDS[name]
         path = directory / f"{name}.so"
         extra = os.environ.get("TANDEM_KERNEL_TEST_FLAGS", "").split()
-        command = [compiler, *compile_flags(variant), *flags, "-Werror", *extra, "-shared", "-fPIC"]
+        command = [compiler, *kernel_flags(variant), *flags, "-Werror", *extra, "-shared", "-fPIC"]
         if not path.exists():
             unfinished = directory / f"{name}.{os.getpid()}"
-            subprocess.run([*command, "-o", unfinished, SOURCES / f"{variant}.c", "-lm"], check=True, timeout=300)
+            subprocess.run(
+                [*command, "-o", unfinished, KERNEL_SOURCES / f"{variant}.c", "-lm"], check=True, timeout=300
+            )
             unfinished.replace(path)
         try:
             return load_checked(name, path)

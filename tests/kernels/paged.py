@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from services.engine.native.attention.int8_rows import dequantized, quantized
 from services.engine.native.kernels.library import AttentionCall, KernelLibrary, Workspace
 
 NUM_LAYERS, LAYER = 2, 1
@@ -27,6 +28,7 @@ class PagedCase:
         block_size: int = 16,
         seed: int = 0,
         placement: int = 0,  # another one puts the same sequences into other blocks
+        int8: bool = False,  # keys and values are kept in 8 bits; `keys_values` are what these stand for
     ) -> None:
         self.lengths, self.block_size = lengths, block_size
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
@@ -34,6 +36,9 @@ class PagedCase:
         self.keys_values = [
             torch.randn(2, num_kv_heads, context, head_dim, generator=generator).bfloat16() for context, _ in lengths
         ]
+        rows = [quantized(each) for each in self.keys_values] if int8 else self.keys_values
+        if int8:
+            self.keys_values = [dequantized(each, torch.float32) for each in rows]
         queries = [torch.randn(new, num_heads, head_dim, generator=generator).bfloat16() for _, new in lengths]
         # Within wider rows, as the kernels find them in the fused projection.
         self.q = torch.full((sum(new for _, new in lengths), num_heads + 1, head_dim), torch.nan, dtype=torch.bfloat16)
@@ -43,11 +48,18 @@ class PagedCase:
         free = list(range(sum(blocks_of) + 2))
         random.Random(placement).shuffle(free)
         self.tables = [[free.pop() for _ in range(num_blocks)] for num_blocks in blocks_of]
-        shape = (sum(blocks_of) + 2, NUM_LAYERS, 2, num_kv_heads, block_size, head_dim)
-        self.cache = torch.full(shape, torch.nan, dtype=torch.bfloat16)
-        for stored, table in zip(self.keys_values, self.tables, strict=True):
-            for token in range(stored.shape[2]):
-                self.cache[table[token // block_size], LAYER, :, :, token % block_size] = stored[:, :, token]
+        shape = (sum(blocks_of) + 2, NUM_LAYERS, 2, num_kv_heads, block_size)
+        if int8:  # bytes of which each row's scale is a NaN
+            self.cache = torch.full((*shape, head_dim + 4), 0xFF, dtype=torch.uint8)
+        else:
+            self.cache = torch.full((*shape, head_dim), torch.nan, dtype=torch.bfloat16)
+        for stored, table in zip(rows, self.tables, strict=True):
+            self.put(table, stored)
+
+    def put(self, table: Sequence[int], rows: Tensor) -> None:
+        """Store rows `[2, num_kv_heads, T, ..]`, as the cache has them, in these blocks."""
+        for token in range(rows.shape[2]):
+            self.cache[table[token // self.block_size], LAYER, :, :, token % self.block_size] = rows[:, :, token]
 
     def attend(self, library: KernelLibrary, window: int | None = None, num_threads: int = 1) -> Tensor:
         """Return bfloat16 `[T, num_heads, head_dim]`, from a result that was NaN before and a wild block table."""
@@ -73,6 +85,7 @@ class PagedCase:
             block_size=self.block_size,
             window=window or 0,
             scale=self.head_dim**-0.5,
+            is_int8=self.cache.dtype == torch.uint8,
         )
         library.attention(call, Workspace(), num_threads)
         return out

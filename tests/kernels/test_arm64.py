@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.engine.native.kernels.build import FLAGS, SOURCES
+from services.engine.native.build import KERNEL_FLAGS, KERNEL_SOURCES
 from services.engine.native.kernels.library import Epilogue
 from tests.kernels.arm64_cases import Cases
 from tests.kernels.conftest import Libraries
@@ -42,15 +42,17 @@ def test_kernels_for_arm_give_the_portable_bits(tools: dict[str, str], libraries
         cases.linear(5, 50, 129, epilogue, int8=False)
     cases.linear(5, 40, 2048, Epilogue.WRITE_FLOAT, int8=True, extreme=True)
     for head_dim, window in ((64, 0), (80, 40), (34, 0)):
-        cases.attention([(150, 35), (21, 1), (129, 129)], head_dim, window)
+        for int8 in (False, True):
+            cases.attention([(150, 35), (21, 1), (129, 129)], head_dim, window, int8=int8)
     for size in (1, 100, 896):
         cases.norm(17, size)
     for head_dim in (34, 64):
         cases.append(37, head_dim)
+        cases.append(37, head_dim, int8=True)
 
     compiler, emulator = (tools[name] for name in NAMES)
     driver, called, results = (tmp_path / name for name in ("driver", "cases", "results"))
-    flags = [*FLAGS, "-DTANDEM_SOURCE_DIGEST=0u", "-Werror", f"-I{SOURCES}", "-static"]
+    flags = [*KERNEL_FLAGS, "-DTANDEM_SOURCE_DIGEST=0u", "-Werror", f"-I{KERNEL_SOURCES}", "-static"]
     source = Path(__file__).parent / "arm64_driver.c"
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of our sanitizers
     subprocess.run([compiler, *flags, "-o", driver, source, "-lm"], env=environment, check=True, timeout=300)

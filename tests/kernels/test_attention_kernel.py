@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.engine.cpu_kernels import REQUIRED_FLAGS
+from services.engine.native.attention.int8_rows import quantized
 from services.engine.native.kernels.library import KernelLibrary
 from tests.kernels.conftest import RUNNABLE, Libraries
 from tests.kernels.paged import LAYER, PagedCase
@@ -19,22 +20,31 @@ RAGGED = [(300, 20), (129, 129), (1, 1), (77, 1), (5, 3), (128, 1), (33, 32)]
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=10, deadline=None)
 
 
+INT8 = pytest.mark.parametrize("int8", [pytest.param(False, id="bfloat16"), pytest.param(True, id="int8")])
+
+
+@INT8
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 16, 34])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(14, 2), (3, 3), (4, 1)])
-def test_attends_as_a_softmax_does(library: KernelLibrary, head_dim: int, num_heads: int, num_kv_heads: int) -> None:
-    case = PagedCase(RAGGED, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+def test_attends_as_a_softmax_does(
+    library: KernelLibrary, head_dim: int, num_heads: int, num_kv_heads: int, int8: bool
+) -> None:
+    case = PagedCase(RAGGED, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, int8=int8)
     torch.testing.assert_close(case.attend(library).double(), case.oracle(), rtol=0, atol=TOLERANCE)
 
 
+@INT8
 @pytest.mark.parametrize("window", [1, 2, 16, 33, 130, 1000])
-def test_a_sliding_window_ends_where_it_should(library: KernelLibrary, window: int) -> None:
-    case = PagedCase(RAGGED, block_size=32)
+def test_a_sliding_window_ends_where_it_should(library: KernelLibrary, window: int, int8: bool) -> None:
+    case = PagedCase(RAGGED, block_size=32, int8=int8)
     torch.testing.assert_close(case.attend(library, window).double(), case.oracle(window), rtol=0, atol=TOLERANCE)
 
 
+@INT8
 @pytest.mark.parametrize("context", [1, 15, 16, 17, 31, 32, 33, 127, 128, 129, 255, 257])
-def test_every_remainder_of_a_chunk(library: KernelLibrary, context: int) -> None:
-    case = PagedCase([(context, min(context, new)) for new in (1, 11, 12, 65)], block_size=64, head_dim=80)
+def test_every_remainder_of_a_chunk(library: KernelLibrary, context: int, int8: bool) -> None:
+    lengths = [(context, min(context, new)) for new in (1, 11, 12, 65)]
+    case = PagedCase(lengths, block_size=64, head_dim=80, int8=int8)
     torch.testing.assert_close(case.attend(library).double(), case.oracle(), rtol=0, atol=TOLERANCE)
 
 
@@ -75,6 +85,7 @@ def test_what_a_row_does_not_see_changes_no_sign_of_a_zero(library: KernelLibrar
     block_size=st.sampled_from([16, 32, 64]),
     num_threads=st.integers(1, 4),
     seed=st.integers(0, 1000),
+    int8=st.booleans(),
 )
 def test_what_else_is_in_the_batch_where_and_on_how_many_threads_shows_in_no_bit(
     libraries: Libraries,
@@ -83,9 +94,10 @@ def test_what_else_is_in_the_batch_where_and_on_how_many_threads_shows_in_no_bit
     block_size: int,
     num_threads: int,
     seed: int,
+    int8: bool,
 ) -> None:
     library = libraries("amx-emulated" if seed % 4 == 0 else "portable")
-    check_bits(library, lengths, window, block_size, num_threads, seed)
+    check_bits(library, lengths, window, block_size, num_threads, seed, int8)
 
 
 @SHARED
@@ -95,6 +107,7 @@ def test_what_else_is_in_the_batch_where_and_on_how_many_threads_shows_in_no_bit
     block_size=st.sampled_from([16, 32, 64]),
     num_threads=st.integers(1, 4),
     seed=st.integers(0, 1000),
+    int8=st.booleans(),
 )
 @pytest.mark.parametrize("name", [name for name in RUNNABLE if name in REQUIRED_FLAGS])
 def test_nor_on_the_real_instructions(
@@ -105,8 +118,9 @@ def test_nor_on_the_real_instructions(
     block_size: int,
     num_threads: int,
     seed: int,
+    int8: bool,
 ) -> None:
-    check_bits(libraries(name), lengths, window, block_size, num_threads, seed)
+    check_bits(libraries(name), lengths, window, block_size, num_threads, seed, int8)
 
 
 def check_bits(
@@ -116,17 +130,18 @@ def check_bits(
     block_size: int,
     num_threads: int,
     seed: int,
+    int8: bool,
 ) -> None:
     """One sequence alone in one piece, and the same at the end of a batch, its last tokens in a piece of their own."""
     subject = (200, 200)
-    alone = PagedCase([subject], seed=seed, head_dim=48)
+    alone = PagedCase([subject], seed=seed, head_dim=48, int8=int8)
     whole = alone.attend(library, window)
     num_last = 1 + seed % 199
-    batch = PagedCase([*lengths, (200, num_last)], block_size=block_size, seed=seed + 1, placement=seed, head_dim=48)
+    settings = {"block_size": block_size, "seed": seed + 1, "placement": seed, "head_dim": 48, "int8": int8}
+    batch = PagedCase([*lengths, (200, num_last)], **settings)  # type: ignore[arg-type]
     batch.q[-num_last:] = alone.q[-num_last:]
-    for token in range(200):
-        block = batch.tables[-1][token // block_size]
-        batch.cache[block, 1, :, :, token % block_size] = alone.keys_values[0][:, :, token]
+    stored = alone.cache[alone.tables[0], LAYER].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :200]
+    batch.put(batch.tables[-1], stored)
     pieced = batch.attend(library, window, num_threads)[-num_last:]
     assert torch.equal(pieced.view(torch.int16), whole[-num_last:].view(torch.int16))
 
@@ -138,3 +153,32 @@ def test_scores_that_dwarf_the_earlier_ones_leave_no_trace_of_them(library: Kern
         case.cache[block, 1, 0, :, token % 16] *= 1000
         case.keys_values[0][0, :, token] *= 1000
     torch.testing.assert_close(case.attend(library).double(), case.oracle(), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_codes_weigh_as_the_numbers_that_they_stand_for(library: KernelLibrary, window: int | None) -> None:
+    """Whole numbers up to 127 times a power of two are the same in 8 bits and in bfloat16, and so is every bit."""
+    kept, in_codes = PagedCase(RAGGED, head_dim=80), PagedCase(RAGGED, head_dim=80, int8=True)
+    generator = torch.Generator().manual_seed(5)
+    for number, (table, (context, _)) in enumerate(zip(kept.tables, RAGGED, strict=True)):
+        whole = torch.randint(-127, 128, (2, 2, context, 80), generator=generator).float()
+        whole[..., number] = 127.0
+        exponents = torch.randint(-9, -3, (2, 2, context, 1), generator=generator)
+        values = torch.ldexp(whole, exponents).bfloat16()
+        kept.put(table, values)
+        in_codes.put(table, quantized(values))
+    expected = kept.attend(library, window)
+    assert expected.isfinite().all()
+    assert torch.equal(in_codes.attend(library, window).view(torch.int16), expected.view(torch.int16))
+
+
+def test_a_row_of_8_bits_that_is_no_number_is_seen_as_one_by_those_who_see_it(library: KernelLibrary) -> None:
+    case = PagedCase([(200, 1), (200, 1)], int8=True)
+    values = torch.zeros(2, 2, 1, 64)
+    values[1, 0, 0, 5] = torch.inf
+    block = case.tables[0][3 // 16]
+    case.cache[block, LAYER, :, :, 3] = quantized(values)[:, :, 0]
+    result = case.attend(library)
+    assert result[0, :3].isnan().all(), "the heads that share its KV head"
+    assert result[0, 3:].isfinite().all()
+    assert result[1].isfinite().all()

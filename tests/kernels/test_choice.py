@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from services.engine.cpu_kernels import AUTOMATIC, REQUIRED_FLAGS
-from services.engine.native.kernels.build import variants
+from services.engine.native.build import variants
 from services.engine.native.kernels.choice import choose
 from services.engine.native.kernels.library import AttentionCall, KernelError, KernelLibrary
 from services.engine.native.kernels.self_check import check
@@ -161,7 +161,7 @@ def test_wrong_attention_is_found(libraries: Libraries, monkeypatch: pytest.Monk
 
 def test_a_library_of_other_sources_is_refused(libraries: Libraries, monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path(libraries("portable")._library._name)
-    monkeypatch.setattr("services.engine.native.kernels.library.source_digest", lambda: 1)
+    monkeypatch.setattr("services.engine.native.kernels.library.source_digest", lambda sources: 1)
     with pytest.raises(KernelError, match="other sources than are here"):
         KernelLibrary(path)
 

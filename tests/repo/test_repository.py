@@ -93,7 +93,7 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-MAX_ADAPTER_LINES = 1500
+MAX_ADAPTER_LINES = 1510
 IMPORTS_VLLM = re.compile(
     r"""^\s*(import|from)\s+vllm\b|(import_module|__import__|run_module)\(\s*f?["']vllm\b|["']vllm\.\w|-m["',\s]+vllm\b""",
     re.MULTILINE,

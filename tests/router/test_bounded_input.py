@@ -24,7 +24,7 @@ from services.router.edge.access import AccessRecord
 from services.router.edge.memory import SMALL_BYTES
 from services.router.errors import ApiError, model_not_found
 from services.router.fleet import Dispatch, Placer
-from services.router.openai import CompletionRenderer, SizeLimits, check_sizes, plan_completion, sizes
+from services.router.openai import CompletionRenderer, SizeLimits, check_sizes, completions, plan_completion, sizes
 from services.router.openai.bodies import ChatBody, CompletionBody
 from services.router.openai.columns import Column, default, in_pieces
 from services.router.openai.decoding import decode
@@ -354,6 +354,7 @@ async def test_a_body_holds_memory_until_it_has_been_made_into_a_request(make_wo
         return encode(self, texts, add_special_tokens)
 
     monkeypatch.setattr(ModelTokenizer, "encode", slow)
+    monkeypatch.setattr(completions, "SHORT_CHARS", 0)  # tokenized in a thread, all of it
     async with running_router(RouterConfig(request_memory_bytes=350_000), worker) as running, client(running) as http:
         padded = {"prompt": "x", "max_tokens": 1, "user": "x" * 150_000}
         first = asyncio.create_task(http.post(URL, json=padded))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tandem.v1 import worker_pb2 as pb
 from kvstore.protocol import FetchResult, FetchStamps, Reservation
 from services.decode import admission
 from services.decode.handoff import Handoff
+from services.decode.session import RouterSession
 from services.engine.api import NotReserved
 from tests.hf_models import random_prompts, write_model
 from tests.memory_transport import Switchboard
@@ -26,6 +28,53 @@ def order(handle: int, prompt: list[int], *targets: str) -> pb.GenerateRequest:
     )
 
 
+async def prefilled(
+    order: pb.PrefillRequest,
+    target: pb.PrefillTarget,
+    hashes: Sequence[object],
+    reserve: Callable[[int], Awaitable[Reservation]],
+    *_: object,
+    **__: object,
+) -> Handoff:
+    """As if a prefill worker had computed it, and all blocks had come, whatever is in them."""
+    room = await reserve(len(hashes))
+    return Handoff(pb.PrefillFinished(token_id=7), FetchResult(room.block_ids, 0, 0, FetchStamps(), None, []))
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+async def test_the_first_token_is_said_before_the_others_and_does_not_keep_an_idle_engine_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_busy: bool
+) -> None:
+    torch.set_num_threads(1)
+    model, (prompt,) = write_model(tmp_path / "llama3", "llama3", seed=3), random_prompts([37])
+    worker = DecodeWorker("decode-0", model, Switchboard(), local_prefill_max_tokens=0)
+    happened: list[str] = []
+
+    async with running(worker) as (router,):
+        engine, say, join = worker.parts.engine, RouterSession.push, worker.parts.engine.add_prefilled
+
+        async def come(*arguments: Any, **options: Any) -> Handoff:
+            handoff = await prefilled(*arguments, **options)
+            worker.parts.thread.is_in_turn = is_busy
+            return handoff
+
+        def joined(*arguments: Any) -> object:
+            happened.append("joined")
+            return join(*arguments)
+
+        def said(session: RouterSession, output: pb.Output) -> None:
+            happened.append("said")
+            say(session, output)
+
+        monkeypatch.setattr(admission, "prefill_remotely", come)
+        monkeypatch.setattr(engine, "add_prefilled", joined)
+        monkeypatch.setattr(RouterSession, "push", said)
+        answer = router.generate(order(1, prompt, "prefill-0"))
+        await ended(answer)
+        assert happened[:2] == (["said", "joined"] if is_busy else ["joined", "said"])
+        assert (answer.token_ids[0], len(answer.token_ids)) == (7, 20)
+
+
 @pytest.mark.parametrize("num_prompt_tokens", [37, 47])
 async def test_it_goes_on_behind_the_first_token_that_it_has_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_prompt_tokens: int
@@ -35,20 +84,12 @@ async def test_it_goes_on_behind_the_first_token_that_it_has_said(
     worker = DecodeWorker("decode-0", model, Switchboard(), local_prefill_max_tokens=0)
     num_handoffs = 0
 
-    async def hand_over(
-        order: pb.PrefillRequest,
-        target: pb.PrefillTarget,
-        hashes: Sequence[object],
-        reserve: Callable[[int], Awaitable[Reservation]],
-        *_: object,
-        **__: object,
-    ) -> Handoff:
-        """As if a prefill worker had computed it."""
+    async def hand_over(*arguments: Any, **options: Any) -> Handoff:
         nonlocal num_handoffs
         num_handoffs += 1
-        room = await reserve(len(hashes))
-        finished = pb.PrefillFinished(token_id=whole.token_ids[0])
-        return Handoff(finished, FetchResult(room.block_ids, 0, 0, FetchStamps(), None, []))
+        handoff = await prefilled(*arguments, **options)
+        handoff.finished.token_id = whole.token_ids[0]
+        return handoff
 
     def refuse(*_: object) -> None:
         raise NotReserved("it has no place")

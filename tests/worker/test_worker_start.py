@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -32,15 +33,16 @@ TIMEOUT_S = 60.0
 
 
 @pytest.fixture
-def config(tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> PrefillConfig:
+def config(tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[PrefillConfig]:
     def transports(choice: str, memory: object, name: str, host: str) -> list[Transport]:
         return [MemoryTransport(memory, Switchboard())]  # type: ignore[arg-type]
 
     monkeypatch.setattr("services.worker.assembly.make_transports", transports)
     model = write_model(tmp_path / "model", "llama3")
-    return PrefillConfig(
+    yield PrefillConfig(
         model=str(model), redis=redis_url, block_size=16, num_gpu_blocks_override=128, num_threads=1, worker_id="p"
     )
+    gc.unfreeze()  # what a worker that serves has frozen is the tests' own
 
 
 @pytest.fixture
@@ -71,6 +73,7 @@ async def test_a_worker_is_seen_as_starting_before_it_serves(config: PrefillConf
         assert (await http.get("/metrics")).status_code == 200
         may_load.set()
         await until(lambda: bool(membership.snapshot()) or worker.done())
+        assert gc.get_freeze_count() > 0, "a full collection would look at all that was loaded"
         (serving,) = membership.snapshot()
         assert (serving.incarnation, serving.num_blocks, membership.starting()) == (starting.incarnation, 128, ())
         assert (serving.http_address, serving.grpc_address) == (starting.http_address, starting.grpc_address)

@@ -24,6 +24,7 @@ def engine_settings(config: DoctorConfig) -> EngineConfig:
         engine_args=config.engine_args,
         device=config.device,
         quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
         lora_modules=config.lora_modules,
         speculative_method=config.speculative_method,
         speculative_model=config.speculative_model,

@@ -49,7 +49,7 @@ def check_model(config: DoctorConfig) -> list[Finding]:
     try:
         check_engine(replace(settings, engine="native", engine_args=""), machine, num_workers=_NUM_COPIES)
     except (ModelError, SettingsError) as error:
-        if isinstance(error, SettingsError) and error.setting == "quantization":
+        if isinstance(error, SettingsError) and error.setting in ("quantization", "kv_cache_dtype"):
             return [refused("model", error)]
         detail, _, remedy = str(error).rpartition("; ")
         findings.append(worse("model memory", detail, remedy))

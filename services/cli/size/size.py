@@ -38,7 +38,7 @@ def table(sizes: Sizes, config: SizeConfig) -> str:
     """The sizes for people, in groups."""
     pool = "--kv-cache-memory-bytes" if config.kv_cache_memory_bytes else f"of {_bytes(config.gpu_memory_bytes)}"
     groups: dict[str, list[tuple[str, str]]] = {
-        f"Model, {sizes.dtype}": [
+        f"Model, {sizes.dtype}{'' if sizes.kv_cache_dtype == sizes.dtype else f', KV {sizes.kv_cache_dtype}'}": [
             ("weights", _bytes(sizes.weight_bytes)),
             *_of_draft(sizes),
             ("context", f"{sizes.context_tokens:,} tokens"),

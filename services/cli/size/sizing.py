@@ -13,6 +13,7 @@ from services.cli.config import SizeConfig
 from services.engine.checkpoint import num_parameters
 from services.engine.config import DTYPE_ALIASES, EngineConfig, with_device_defaults
 from services.engine.model_config import ModelConfig
+from services.engine.native_layout import native_layout
 from services.machine import Gpu
 
 INDEX_BYTES_PER_BLOCK: Final = 25
@@ -31,6 +32,7 @@ class Sizes:
     """Whether one worker has room for the weights and the KV of one request of full length."""
     weights_fit: bool
     dtype: str
+    kv_cache_dtype: str
     context_tokens: int
     block_tokens: int
     kv_bytes_per_token: int
@@ -66,13 +68,11 @@ class Sizes:
 
 def size(model: ModelConfig, config: SizeConfig, draft: ModelConfig | None = None) -> Sizes:
     """The sizes of a deployment. Raises `InvalidLayout` for a block size that gives no block."""
-    layout = _layout(model, config)
-    dtype = layout.dtype
+    dtype, layout = _dtype(model, config), _layout(model, config)
     draft_weight_bytes = draft_block_bytes = 0
     if draft is not None:
-        draft_layout = _layout(draft, config)
-        draft_weight_bytes = num_parameters(draft) * DTYPE_BYTES[draft_layout.dtype]
-        draft_block_bytes = draft_layout.block_bytes
+        draft_weight_bytes = num_parameters(draft) * DTYPE_BYTES[_dtype(draft, config)]
+        draft_block_bytes = _layout(draft, config).block_bytes
     context = config.max_model_len or model.max_context_len
     weight_bytes = num_parameters(model) * DTYPE_BYTES[dtype]
     budget = int(config.gpu_memory_bytes * config.gpu_memory_utilization) - weight_bytes - draft_weight_bytes
@@ -93,6 +93,7 @@ def size(model: ModelConfig, config: SizeConfig, draft: ModelConfig | None = Non
         fits=budget >= 0 and num_blocks >= blocks_of(context),
         weights_fit=budget >= 0,
         dtype=dtype,
+        kv_cache_dtype=dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         context_tokens=context,
         block_tokens=config.block_size,
         kv_bytes_per_token=layout.block_bytes // config.block_size,
@@ -119,13 +120,9 @@ def size(model: ModelConfig, config: SizeConfig, draft: ModelConfig | None = Non
     )
 
 
+def _dtype(model: ModelConfig, config: SizeConfig) -> str:
+    return model.dtype or _DEFAULT_DTYPE if config.dtype == "auto" else DTYPE_ALIASES.get(config.dtype, config.dtype)
+
+
 def _layout(model: ModelConfig, config: SizeConfig) -> BlockLayout:
-    dtype = model.dtype or _DEFAULT_DTYPE if config.dtype == "auto" else DTYPE_ALIASES.get(config.dtype, config.dtype)
-    return BlockLayout(
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
-        block_size=config.block_size,
-        head_dim=model.head_dim,
-        dtype=dtype,
-        model_fingerprint="sizing",
-    )
+    return native_layout(model, _dtype(model, config), config.kv_cache_dtype, config.block_size, "sizing")

@@ -22,7 +22,10 @@ def said_of(config: Mapping[str, Any], dtype: str, max_model_len: int, asked: En
     """Return what beside configuration and files decides on what is in a block: the same on both sides of a handoff."""
     # Whoever quantizes weights that are not so in the files, says how.
     quantization = "" if config.get("quantization_config") else asked.quantization
-    return [dtype, block_meaning(asked.engine_args), quantization, rope_factors(config, max_model_len)]
+    meaning = block_meaning(asked.engine_args)
+    if asked.kv_cache_dtype != "auto":
+        meaning = tuple(sorted((*meaning, f"--kv-cache-dtype {asked.kv_cache_dtype}")))
+    return [dtype, meaning, quantization, rope_factors(config, max_model_len)]
 
 
 def rope_factors(config: Mapping[str, Any], max_model_len: int) -> str:

@@ -64,6 +64,7 @@ class Engine:
             num_blocks=num_blocks,
             num_host_blocks=num_host_slots,
             caches_prefixes=config.enable_prefix_caching,
+            kv_cache_dtype=model.dtype if model.kv_cache_dtype == "auto" else model.kv_cache_dtype,
             is_exact=model.compute_path.is_exact,
             compute={
                 "device": model.device,

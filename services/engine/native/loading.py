@@ -48,6 +48,7 @@ def load(config: EngineConfig, progress: Callable[[float], None] | None) -> Load
         num_threads=config.num_threads or None,
         max_model_len=config.max_model_len or None,
         quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
         cpu_kernels=config.cpu_kernels,
         progress=progress,
     )
@@ -68,6 +69,7 @@ def _load_draft(config: EngineConfig, model: LoadedModel, device: str) -> Loaded
         dtype=DTYPE_ALIASES.get(config.dtype, config.dtype),
         device=device,
         quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
         cpu_kernels=config.cpu_kernels,
     )
     check_draft(draft.directory, draft.config, model.directory, model.config)

@@ -56,7 +56,7 @@ def make_arguments(
     """
     from vllm.config import KVEventsConfig, KVTransferConfig
 
-    arguments = _parsed(config.engine_args, directory)
+    arguments = _parsed(config, directory)
     if arguments.enable_lora and not config.lora_modules:
         raise SettingsError("--enable-lora: name the adapters, --lora-modules name=path", "engine_args")
     if config.lora_modules:
@@ -110,13 +110,14 @@ def make_arguments(
     return arguments
 
 
-def _parsed(text: str, directory: str) -> EngineArgs:
+def _parsed(config: EngineConfig, directory: str) -> EngineArgs:
     """Read flags as `vllm serve` does, for the model in `directory`. Raises `SettingsError`."""
     from vllm import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(exit_on_error=False))
+    flags = ["--kv-cache-dtype", config.kv_cache_dtype, *engine_arguments(config.engine_args)]
     try:
-        return EngineArgs.from_cli_args(parser.parse_args(["--model", directory, *engine_arguments(text)]))
+        return EngineArgs.from_cli_args(parser.parse_args(["--model", directory, *flags]))
     except (Exception, SystemExit) as error:
-        raise SettingsError(f"vLLM refuses {text!r}: {error}", "engine_args") from error
+        raise SettingsError(f"vLLM refuses {' '.join(flags)!r}: {error}", "engine_args") from error

@@ -143,6 +143,7 @@ def _around(
             num_blocks=num_blocks - 1,
             num_host_blocks=0,
             caches_prefixes=shares_blocks,
+            kv_cache_dtype=layout.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
             is_exact=False,
             samples_first_token=True,
             adapters=tuple(adapters),

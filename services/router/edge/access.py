@@ -7,7 +7,8 @@ down what they know. Of an error the code is logged and not the message, which m
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from services.router.errors import ApiError
 from services.router.metrics import RouterMetrics
@@ -33,7 +34,8 @@ class AccessRecord:
     started: bool = False
     finished: bool = False
     """Of the answer: its head, and its last byte."""
-    facts: dict[str, object] = field(default_factory=dict)
+    facts: Callable[[], dict[str, object]] = dict
+    """What the line says besides; asked where there is one."""
 
     def failed(self, error: ApiError) -> None:
         """It ends with this error, whatever was sent before."""
@@ -51,6 +53,12 @@ class AccessRecord:
     def close(self, request_id: str, metrics: RouterMetrics, is_shown: bool, now_s: float) -> None:
         """Count and log it. `now_s`: by the clock of `started_s`."""
         metrics.count_request(self.endpoint, self.status)
+        facts, self.facts = self.facts, dict  # which hold the whole request
+        level = logging.INFO if is_shown and self.endpoint != "other" else logging.DEBUG
+        if self.status >= 500 and self.endpoint != "other":
+            level = logging.WARNING
+        if not log.isEnabledFor(level):
+            return
         extra = {
             "request_id": request_id,
             "status": self.status,
@@ -58,7 +66,4 @@ class AccessRecord:
         }
         if self.error is not None:
             extra["error"] = self.error
-        level = logging.INFO if is_shown and self.endpoint != "other" else logging.DEBUG
-        if self.status >= 500 and self.endpoint != "other":
-            level = logging.WARNING
-        log.log(level, "%s %s", self.method, self.endpoint, extra=extra | self.facts)
+        log.log(level, "%s %s", self.method, self.endpoint, extra=extra | facts())

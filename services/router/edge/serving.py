@@ -204,7 +204,7 @@ class GenerateEndpoint(Generic[B]):
                 try:
                     return await self._generate(generation, client.memory, stream)
                 finally:
-                    access.facts = generation.facts()
+                    access.facts = generation.facts
                     usage = generation.usage()
                     spent.num_tokens = usage.num_prompt_tokens + usage.num_generated_tokens
 

@@ -115,7 +115,8 @@ class Dispatch:
                 raise self._room.refusal
             while self._room.num_free:
                 session = self._begin()
-                await asyncio.sleep(0)  # others are served between two
+                if self._room.num_free:
+                    await asyncio.sleep(0)  # others are served between two
                 if session is not None:
                     await session.drained()
             if self._arrivals:

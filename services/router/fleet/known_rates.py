@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
-
 import numpy as np
 
 from services.rates import Rates, mean_of_rows
@@ -15,18 +13,18 @@ class KnownRates:
     def __init__(self) -> None:
         self._rows: dict[str, int] = {}
         self._latest: dict[str, Rates] = {}
-        self._values = np.zeros((4, len(astuple(Rates()))))
+        self._values = np.zeros((4, len(Rates().to_row())))
         self._mean: Rates | None = None
 
     def put(self, name: str, rates: Rates) -> None:
         """A worker has these rates from now on."""
-        if self._latest.get(name) is rates:
+        if self._latest.get(name) == rates:
             return
         self._latest[name] = rates
         row = self._rows.setdefault(name, len(self._rows))
         if row == len(self._values):
             self._values = np.concatenate((self._values, np.zeros_like(self._values)))
-        self._values[row] = astuple(rates)
+        self._values[row] = rates.to_row()
         self._mean = None
 
     def mean(self) -> Rates:

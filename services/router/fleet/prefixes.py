@@ -66,6 +66,8 @@ class PrefixFinder:
         ]
         if not wanted:
             return [PromptBlocks()] * len(prompts)
+        if len(prompts) == 1:
+            return [await self._ask(_hash(prompts[0], cache_salt, wanted))]
         hashed = []
         for prompt in prompts:
             # Here and not in a thread: 0.05 us a token, most of it with the interpreter's lock, is less than the way.

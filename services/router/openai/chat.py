@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from typing import Any
 
@@ -15,7 +16,20 @@ from services.router.openai.generation import Generation, GenerationPlan, prompt
 from services.router.openai.logprobs import TokenNamer, chat_position, prompt_position
 from services.router.openai.renderer import Renderer, in_turns
 from services.router.openai.requests import check_chat, check_messages
-from services.router.text import ChatTemplateError, ClientPool, GoOn, PromptTooLong, ServedModel
+from services.router.text import (
+    SHORT_CHARS,
+    ChatTemplateError,
+    ClientPool,
+    GoOn,
+    PromptTooLong,
+    ServedModel,
+    TemplateBudgetSpent,
+    at_once,
+)
+
+_FEW_MESSAGES = 32
+_SHORT_TEXT_CHARS = 4 * SHORT_CHARS
+"""A short conversation's, with what its template adds."""
 
 
 async def plan_chat(
@@ -40,24 +54,42 @@ async def tokenize_chat(
     adds_prompt = body.add_generation_prompt
     template = model.chat_template(bool(body.tools))
 
-    def run(go_on: GoOn) -> array[int]:
-        go_on()
-        text = template.render(
+    def render(is_short: bool) -> str:
+        return template.render(
             check_messages(body),  # here, since there may be a million of them
             tools=body.tools,
             documents=body.documents,
             add_generation_prompt=not body.continue_final_message if adds_prompt is None else adds_prompt,
             continue_final_message=body.continue_final_message,
             variables=body.chat_template_kwargs,
+            is_short=is_short,
         )
+
+    def run(go_on: GoOn, rendered: str | None = None) -> array[int]:
+        go_on()
+        text = rendered if rendered is not None else render(is_short=False)
         return model.tokenizer.encode_bounded(text, bool(body.add_special_tokens), max_tokens, go_on)
 
     try:
+        if _is_short(body):
+            with contextlib.suppress(TemplateBudgetSpent):
+                text = render(is_short=True)
+                if len(text) <= _SHORT_TEXT_CHARS:
+                    return at_once(lambda go_on: run(go_on, text))
         return await pool.run(run, sum(map(_num_chars, body.messages or ())))
     except ChatTemplateError as error:
         raise invalid(str(error), "messages") from error
     except PromptTooLong as error:
         raise prompt_too_long(max_tokens, error.at_least, "messages") from error
+
+
+def _is_short(body: ChatBody | TokenizeBody) -> bool:
+    """Whether a template has little to do: a few messages of little text, and nothing else to loop over."""
+    messages = body.messages or ()
+    if len(messages) > _FEW_MESSAGES or body.tools or body.documents or body.chat_template_kwargs:
+        return False
+    values = [value for message in messages for value in message.values()]
+    return all(isinstance(value, str) for value in values) and sum(map(len, values)) <= SHORT_CHARS
 
 
 def _num_chars(message: dict[str, Any]) -> int:

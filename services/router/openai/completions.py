@@ -20,7 +20,9 @@ from services.router.openai.requests import (
     check_prompts,
 )
 from services.router.openai.sizes import MAX_VALUES
-from services.router.text import ClientPool, GoOn, PromptTooLong, ServedModel
+from services.router.text import SHORT_CHARS, ClientPool, GoOn, PromptTooLong, ServedModel, at_once
+
+_FEW_TEXTS = 32
 
 
 async def plan_completion(
@@ -73,8 +75,10 @@ async def tokenize_texts(
                 raise invalid(f"The prompts together have more than {MAX_VALUES} tokens.", "prompt")
         return tokenized
 
+    num_chars = sum(map(len, texts))
     try:
-        return await pool.run(run, sum(map(len, texts)))
+        is_short = num_chars <= SHORT_CHARS and len(texts) <= _FEW_TEXTS
+        return at_once(run) if is_short else await pool.run(run, num_chars)
     except PromptTooLong as error:
         raise prompt_too_long(max_tokens, error.at_least, "prompt") from error
 

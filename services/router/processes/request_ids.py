@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
-import uuid
 
 _NAMED = re.compile(r"p([1-9]\d{0,2})-[0-9a-f]{32}")
 
 
 def new_request_id(number: int) -> str:
     """A new one. `number`: of the process; 0: there is one process."""
-    return f"p{number}-{uuid.uuid4().hex}" if number else uuid.uuid4().hex
+    random = os.urandom(16).hex()
+    return f"p{number}-{random}" if number else random
 
 
 def number_in(request_id: str) -> int:

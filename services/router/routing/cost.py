@@ -45,9 +45,8 @@ class CostModel:
         return seconds / self.rates.prompt_token_s
 
 
-@dataclass(frozen=True)
-class Held:
-    """The first blocks of a prompt at one holder."""
+class Held(NamedTuple):
+    """The first blocks of a prompt at one holder. A tuple, since every request asks for some by their value."""
 
     num_blocks: int
     num_per_tier: tuple[int, int, int, int]
@@ -194,6 +193,8 @@ def _tokens(num_blocks: Sequence[int], block_size: int) -> list[int]:
 
 def useful_sources(cost: CostModel, prefix: KnownPrefix, except_worker: str, count: int) -> tuple[str, ...]:
     """Holders of a prefix, best first for someone who has nothing. Whether to fetch, the worker decides."""
+    if not prefix.held:
+        return ()
 
     def gain(held: Held) -> float:
         num_tokens = _tokens(held.num_per_tier, prefix.block_size)

@@ -117,19 +117,18 @@ def choose(
     ready = _ready(request, decode, exclude, among)
     if isinstance(ready, Refusal):
         return ready
-    cost, order = cost or CostModel(), _Order(request, policy, state or PolicyState())
+    cost = cost or CostModel()
+    order = _Order(request, policy, state or PolicyState(), cost.bounded_load_factor)
     works: dict[str, Works] = {}
     targets: dict[str, _Targets] = {}
     parts = []
-    for number in np.unique(decode.fingerprint[ready]):
-        fingerprint, rows = decode.fingerprints[number], ready[decode.fingerprint[ready] == number]
+    for fingerprint, rows in decode.by_fingerprint(ready):
         works[fingerprint] = Works(cost, request, fingerprint)
         targets[fingerprint] = _prefill_targets(request, order, cost, works[fingerprint], fingerprint, prefill)
         parts.append(decode_costs(cost, request, works[fingerprint], decode, rows, targets[fingerprint].best))
     costs = DecodeCosts.joined(parts)
     load = decode.columns["num_outstanding"][costs.rows]
-    bound = cost.bounded_load_factor * int(load.sum()) / len(load) + cost.bounded_load_slack_requests
-    places = order.first(decode, costs.rows, load, bound, costs.total)
+    places = order.first(decode, costs.rows, load, cost.bounded_load_slack_requests, costs.total)
     terms = tuple(costs.terms(decode, place) for place in places)
     best, worker = terms[0], decode.workers[costs.rows[places[0]]]
     of_worker = targets[worker.model_fingerprint]
@@ -216,8 +215,8 @@ def _prefill_targets(
     if not len(rows):
         return _Targets((), ())
     load = table.columns["num_outstanding_tokens"][rows]
-    bound = cost.bounded_load_factor * int(load.sum()) / len(load) + cost.bounded_load_slack_tokens
-    places = order.first(table, rows, load, bound, prefill_totals(works, table, rows, load))
+    totals = prefill_totals(works, table, rows, load)
+    places = order.first(table, rows, load, cost.bounded_load_slack_tokens, totals)
     workers = [table.workers[rows[place]] for place in places]
     return _Targets(
         tuple(workers[:MAX_PREFILL_TARGETS]),
@@ -235,17 +234,22 @@ class _Order:
     request: RoutedRequest
     policy: Policy
     state: PolicyState
+    bounded_load_factor: float
 
-    def first(self, table: DecodeTable | PrefillTable, rows: Rows, load: Column, bound: float, total: Column) -> Rows:
+    def first(self, table: DecodeTable | PrefillTable, rows: Rows, load: Column, slack: int, total: Column) -> Rows:
         """The places of the first few of the rows, in order. `load`, `total`: of each row, what it has in front, and
-        what the request costs there. `bound`: "Consistent hashing with bounded loads" (Mirrokni, Thorup, Zadimoghaddam
-        2016), with rendezvous hashing."""
+        what the request costs there. `slack`: of load, beside the factor of "Consistent hashing with bounded loads"
+        (Mirrokni, Thorup, Zadimoghaddam 2016), here with rendezvous hashing."""
+        if len(rows) == 1:
+            return np.zeros(1, np.intp)
         if self.policy is Policy.ROUND_ROBIN:
             last_turn = self.state.last_turn
             turns = np.array([last_turn.get(table.workers[row].worker_id, 0) for row in rows])
             return first(turns, table.names(rows), MAX_CANDIDATES)
-        primary = {Policy.KV: total, Policy.LEAST_LOADED: load, Policy.PREFIX_HASH: (load > bound).astype(np.int8)}
-        return first(primary[self.policy], table.ties(self.request.key, rows), MAX_CANDIDATES)
+        primary = total if self.policy is Policy.KV else load
+        if self.policy is Policy.PREFIX_HASH:
+            primary = (load > self.bounded_load_factor * int(load.sum()) / len(load) + slack).astype(np.int8)
+        return first(primary, table.ties(self.request.key, rows), MAX_CANDIDATES)
 
 
 def _reason(policy: Policy, worker: DecodeCandidate, terms: DecodeTerms, by: PrefillTerms, num_ready: int) -> str:

@@ -150,6 +150,6 @@ def decode_costs(
         running=outstanding * cost.request_tokens,
         queued=waiting * cost.queued_request_tokens,
         # In steps, so that a few blocks more or less leave a tie a tie.
-        kv_use=np.floor(np.clip(use, 0.0, 1.0) * 10) / 10 * cost.kv_use_tokens,
+        kv_use=np.floor(np.minimum(np.maximum(use, 0.0), 1.0) * 10) / 10 * cost.kv_use_tokens,
         kv_shortage=(shortage * prefix.block_size).astype(np.float64),
     )

@@ -83,6 +83,13 @@ class _Table(Generic[C]):
             return wanted[0]
         return np.concatenate(wanted) if wanted else _NO_ROWS
 
+    def by_fingerprint(self, rows: Rows) -> list[tuple[str, Rows]]:
+        """The rows of each fingerprint among them."""
+        if len(self.fingerprints) == 1:
+            return [(self.fingerprints[0], rows)]
+        numbers = self.fingerprint[rows]
+        return [(self.fingerprints[number], rows[numbers == number]) for number in np.unique(numbers)]
+
     def rows_of(self, worker_ids: Collection[str]) -> list[int]:
         """The rows of those that are there."""
         return [row for worker_id in worker_ids for row in self._rows_of.get(worker_id, ())]

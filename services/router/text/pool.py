@@ -1,4 +1,5 @@
 """Runs what takes time with a client's text in a few threads, fairly: decoding, templates, tokenizing, detokenizing.
+What takes none is done at once, by the event loop.
 
 Clients take turns, so that one with a hundred prompts delays another by one of them. Long work leaves a thread to
 short work. What nobody waits for any more is dropped, or stops where it next looks.
@@ -7,9 +8,10 @@ short work. What nobody waits for any more is dropped, or stops where it next lo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,6 +22,9 @@ T = TypeVar("T")
 
 LONG_CHARS = 1 << 16
 """Work with so much text is long: some tens of milliseconds."""
+
+SHORT_CHARS = 1 << 11
+"""Work with so little text is done sooner than a thread has been woken, and has its turn with the interpreter."""
 
 _FEW_IDS = 1 << 12
 """Looking at so many is done before a thread would have been woken."""
@@ -53,6 +58,22 @@ class _Job:
     stop: _Stop = field(default_factory=_Stop)
 
 
+@contextlib.contextmanager
+def _panics_translated() -> Iterator[None]:
+    try:
+        yield
+    except (Exception, asyncio.CancelledError):
+        raise
+    except BaseException as error:  # the tokenizers library panics with one that is no Exception
+        raise RuntimeError(f"the tokenizer panicked: {error}") from error
+
+
+def at_once(work: Callable[[GoOn], T]) -> T:
+    """The result of short work, done here: nobody can stop it."""
+    with _panics_translated():
+        return work(lambda: None)
+
+
 class TokenizerPool:
     """A few threads with a bounded queue before them. Its methods run in the event loop."""
 
@@ -74,10 +95,20 @@ class TokenizerPool:
         self._running: set[_Job] = set()
         self._on_refusal = on_refusal
 
+    @property
+    def num_running(self) -> int:
+        """Pieces of work that have a thread."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Those that have none yet."""
+        return sum(map(len, self._waiting.values()))
+
     async def run(self, work: Callable[[GoOn], T], client: str = "", num_chars: int = 0) -> T:
         """The work's result. `num_chars`: of text, by which it is long or not. Raises ApiError 429 when it is full."""
         waiting = self._waiting.get(client, ())
-        num_pending = len(self._running) + sum(map(len, self._waiting.values()))
+        num_pending = self.num_running + self.num_waiting
         num_own = len(waiting) + sum(job.client == client for job in self._running)
         if num_pending >= self._limit or num_own >= self._limit_of_one:
             self._on_refusal()
@@ -86,11 +117,8 @@ class TokenizerPool:
         self._waiting.setdefault(client, deque()).append(job)
         self._start()
         try:
-            result: T = await job.done
-        except (Exception, asyncio.CancelledError):
-            raise
-        except BaseException as error:  # the tokenizers library panics with one that is no Exception
-            raise RuntimeError(f"the tokenizer panicked: {error}") from error
+            with _panics_translated():
+                result: T = await job.done
         finally:
             self._leave(job)
             del job, work  # an error's traceback holds this frame, and the job holds the error

@@ -44,7 +44,7 @@ class EngineCollector(Collector):
         info = {
             "block_size": str(layout.block_size),
             "num_gpu_blocks": str(load.num_blocks),
-            "cache_dtype": layout.dtype,
+            "cache_dtype": engine.capabilities.kv_cache_dtype,
             "enable_prefix_caching": str(engine.capabilities.caches_prefixes),
         }
         yield WORKER.read("vllm:cache_config_info", 1, info)

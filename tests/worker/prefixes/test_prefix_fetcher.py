@@ -37,7 +37,9 @@ class Cache:
 
     def __init__(self, num_blocks: int) -> None:
         self.layout = LAYOUT
-        self.capabilities = Capabilities(1024, 64, num_blocks, 0, caches_prefixes=True, is_exact=True, compute={})
+        self.capabilities = Capabilities(
+            1024, 64, num_blocks, 0, caches_prefixes=True, kv_cache_dtype="float32", is_exact=True, compute={}
+        )
         self.pool = BlockPool(num_blocks)
         self.scheduler = Scheduler(SchedulerConfig(LAYOUT.block_size, 1024, "ab12"), self.pool)
         self.peek_prefix = self.pool.peek_prefix

@@ -1,7 +1,8 @@
 """Attends over paged keys and values: the seam, and its implementation in plain torch for any device.
 
 The cache is `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`, key before value. `Attention.begin`
-does once per step what all layers share; `append` stores a layer's new keys and values; `attend` reads them.
+does once per step what all layers share; `append` stores a layer's new keys and values; `attend` reads them. One of
+bytes is in 8 bits (`int8_rows`), with rows longer than head_dim.
 
 Values are not masked: a key beyond the context's end weighs exactly 0, so any finite number there is harmless; the
 owner of the blocks zeroes them when it hands them out.
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.native.attention.forward import ForwardBatch
+from services.engine.native.attention.int8_rows import dequantized, quantized
 
 # Queries of one sequence that attend together. Fewer compute less above the diagonal; 256 keeps a head's scores in L2.
 _PIECE = 256
@@ -46,7 +48,8 @@ def store(kv_cache: Tensor, layer: int, slots: tuple[Tensor, Tensor], k: Tensor,
     """Write keys and values `[T, num_kv_heads, head_dim]` to `slots`, the block and the offset of each token `[T]`."""
     for which, values in ((0, k), (1, v)):
         by_token = kv_cache[:, layer, which].transpose(1, 2)  # [num_blocks, block_size, num_kv_heads, head_dim]
-        by_token.index_put_(slots, values.to(kv_cache.dtype))
+        rows = quantized(values) if kv_cache.dtype == torch.uint8 else values.to(kv_cache.dtype)
+        by_token.index_put_(slots, rows)
 
 
 class GatherAttention:
@@ -140,11 +143,12 @@ class _GatherStep:
         return out
 
     def _gather(self, layer: int, index: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        num_blocks, num_layers, _, num_kv_heads, block_size, head_dim = self._cache.shape
-        rows = self._cache.view(num_blocks * num_layers * 2 * num_kv_heads, block_size * head_dim)
+        num_blocks, num_layers, _, num_kv_heads, block_size, width = self._cache.shape
+        rows = self._cache.view(num_blocks * num_layers * 2 * num_kv_heads, block_size * width)
         # The index is layer 0's; another layer's rows lie a constant further on.
-        keys_values = rows[layer * 2 * num_kv_heads :].index_select(0, index).view(2, *shape, -1, head_dim).to(dtype)
-        return keys_values[0], keys_values[1]
+        gathered = rows[layer * 2 * num_kv_heads :].index_select(0, index).view(2, *shape, -1, width)
+        keys, values = dequantized(gathered, dtype) if gathered.dtype == torch.uint8 else gathered.to(dtype)
+        return keys, values
 
     def _decode(self, layer: int, q: Tensor, group: _DecodeGroup) -> Tensor:
         num_rows, num_heads, head_dim = q.shape

@@ -1,6 +1,5 @@
 """The C kernels: built at install, chosen by the processor, checked before use. No torch."""
 
-from services.engine.native.kernels.build import source_digest
 from services.engine.native.kernels.choice import choose_kernels
 from services.engine.native.kernels.library import (
     PANEL_COLUMNS,
@@ -27,5 +26,4 @@ __all__ = [
     "Weights",
     "Workspace",
     "choose_kernels",
-    "source_digest",
 ]

@@ -6,7 +6,7 @@ Addresses go in, nothing is checked there: whoever calls owns the arrays, and ha
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
 from enum import IntEnum
 from pathlib import Path
 from typing import Final
@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from services.engine.native.kernels.build import source_digest
+from services.engine.native.build import KERNEL_SOURCES, source_digest
 
 PANEL_COLUMNS: Final = 32
 _ALIGNMENT_BYTES: Final = 2 << 20  # a huge page: weights stream through memory, and the TLB would miss at every page
@@ -69,6 +69,7 @@ class AttentionCall(Structure):
         ("block_size", c_int64),
         ("window", c_int64),
         ("scale", c_float),
+        ("is_int8", c_int32),
     )
 
 
@@ -88,6 +89,7 @@ class AppendCall(Structure):
         ("head_dim", c_int64),
         ("block_size", c_int64),
         ("eps", c_float),
+        ("is_int8", c_int32),
     )
 
 
@@ -196,7 +198,7 @@ class KernelLibrary:
                 function.argtypes, function.restype = arguments, result
         except (OSError, AttributeError) as error:
             raise KernelError(f"{path.name} does not load: {error}") from error
-        if self._library.tandem_source_digest() != source_digest():
+        if self._library.tandem_source_digest() != source_digest(KERNEL_SOURCES):
             raise KernelError(
                 f"{path.name} was built from other sources than are here: build it again (`make kernels`)"
             )

@@ -36,9 +36,11 @@ def check(library: KernelLibrary) -> None:
                 kind = "an int8" if int8 else "a bfloat16"
                 raise KernelError(f"{library.name} gives a wrong product of {num_rows} rows and {kind} matrix")
     for window in (0, 40):
-        difference = _attention_difference(library, window)
-        if not difference < _TOLERANCE:
-            raise KernelError(f"{library.name} is off by {difference:.3g} in attention with window {window}")
+        for int8 in (False, True):
+            difference = _attention_difference(library, window, int8)
+            if not difference < _TOLERANCE:
+                kept = ", keys and values in 8 bits," if int8 else ""
+                raise KernelError(f"{library.name} is off by {difference:.3g} in attention{kept} with window {window}")
 
 
 def to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
@@ -76,7 +78,14 @@ def _projection_is_exact(library: KernelLibrary, num_rows: int, int8: bool) -> b
     return bool(np.array_equal(y, x @ matrix.T))
 
 
-def _attention_difference(library: KernelLibrary, window: int) -> float:
+def quantized(values: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Return finite `[.., head_dim]` as rows in 8 bits (csrc/kv_rows.h), and what these stand for."""
+    scales = np.abs(values).max(axis=-1, keepdims=True) / np.float32(127)
+    codes = np.rint(values / np.where(scales > 0, scales, np.float32(1))).astype(np.int8)
+    return np.concatenate([codes.view(np.uint8), scales.view(np.uint8)], axis=-1), codes * scales
+
+
+def _attention_difference(library: KernelLibrary, window: int, int8: bool) -> float:
     """A prefill chunk over two chunks of the kernel, and a decode token; NaN where no token is."""
     num_heads, num_kv_heads, head_dim, block_size = 6, 2, 80, 16
     context_lens, num_queries = (150, 21), (35, 1)
@@ -84,17 +93,20 @@ def _attention_difference(library: KernelLibrary, window: int) -> float:
     blocks_of = [-(-length // block_size) for length in context_lens]
     blocks = random.permutation(sum(blocks_of)).astype(np.int32)
     tables = np.zeros((2, max(blocks_of)), dtype=np.int32)
-    cache = np.full((blocks.size, 2, num_kv_heads, block_size, head_dim), 0x7FC0, dtype=np.uint16)
+    width = head_dim + np.dtype(np.float32).itemsize if int8 else head_dim
+    shape = (blocks.size, 2, num_kv_heads, block_size, width)
+    cache = np.full(shape, 0xFF, np.uint8) if int8 else np.full(shape, 0x7FC0, np.uint16)
     q = to_bfloat16(random.standard_normal((sum(num_queries), num_heads, head_dim)).astype(np.float32))
     out = np.full(q.shape, 0x7FC0, dtype=np.uint16)
     expected = []
     row = 0
     for b, (length, queries) in enumerate(zip(context_lens, num_queries, strict=True)):
         tables[b, : blocks_of[b]] = blocks[sum(blocks_of[:b]) :][: blocks_of[b]]
-        stored = to_bfloat16(random.standard_normal((2, num_kv_heads, length, head_dim)).astype(np.float32))
+        drawn = random.standard_normal((2, num_kv_heads, length, head_dim)).astype(np.float32)
+        rows, meant = quantized(drawn) if int8 else (to_bfloat16(drawn), from_bfloat16(to_bfloat16(drawn)))
         for token in range(length):
-            cache[tables[b, token // block_size], :, :, token % block_size] = stored[:, :, token]
-        keys, values = np.repeat(from_bfloat16(stored).astype(np.float64), num_heads // num_kv_heads, axis=1)
+            cache[tables[b, token // block_size], :, :, token % block_size] = rows[:, :, token]
+        keys, values = np.repeat(meant.astype(np.float64), num_heads // num_kv_heads, axis=1)
         for position in range(length - queries, length):
             seen = slice(0 if window == 0 else max(0, position - window + 1), position + 1)
             scores = np.einsum("hd,htd->ht", from_bfloat16(q[row]), keys[:, seen]) / head_dim**0.5
@@ -120,6 +132,7 @@ def _attention_difference(library: KernelLibrary, window: int) -> float:
         block_size=block_size,
         window=window,
         scale=head_dim**-0.5,
+        is_int8=int8,
     )
     library.attention(call, Workspace(), num_threads=1)
     return float(np.abs(from_bfloat16(out) - np.stack(expected)).max())

@@ -33,16 +33,19 @@ class FingerprintBuilder:
         assert name not in self._tensors, name
         self._tensors[name] = f"{dtype}{list(shape)}:{tensor_digest(data)}"
 
-    def finish(self, config: ModelConfig, dtype: str, quantization: str = "none") -> str:
+    def finish(self, config: ModelConfig, dtype: str, quantization: str = "none", kv_cache_dtype: str = "auto") -> str:
         """Return the fingerprint, 32 hex digits, of the model computed and stored in `dtype`.
 
-        Quantized weights are other weights: their workers share no block with others. Kernels and device are left out:
-        results differ in rounding alone, and workers on unlike machines are to share blocks.
+        Quantized weights are other weights, and a quantized cache has other bytes: their workers share no block with
+        others. Kernels and device are left out: results differ in rounding alone, and workers on unlike machines are
+        to share blocks.
         """
         fields = {name: value for name, value in asdict(config).items() if name not in _IRRELEVANT_FIELDS}
         identity = {"layout": NATIVE_LAYOUT_VERSION, "dtype": dtype, "config": fields, "weights": self._tensors}
         if quantization != "none":
             identity["quantization"] = quantization
+        if kv_cache_dtype != "auto":
+            identity["kv_cache_dtype"] = kv_cache_dtype
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(canonical.encode(), digest_size=16, person=b"tandem.model").hexdigest()
 

@@ -89,7 +89,7 @@ class KernelTransformer:
     def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         """Store the batch's keys and values and return float32 logits `[n, vocab_size]` of the rows it asks for."""
         assert kv_cache.is_contiguous()
-        assert kv_cache.dtype == torch.bfloat16
+        assert kv_cache.dtype in (torch.bfloat16, torch.uint8), "in 8 bits it is rows of bytes"
         num_tokens = len(batch.token_ids)
         if num_tokens > len(self._activations.x):
             self._activations = _Activations(self._config, num_tokens)
@@ -134,7 +134,7 @@ class KernelTransformer:
         """Put a step into the call, in the addresses that the library takes; what they point to must outlive it."""
         call, append, attention = self._call, self._call.append, self._call.attention
         block_stride, layer_stride, *_ = kv_cache.stride()
-        call.layer_stride = layer_stride
+        call.layer_stride = layer_stride * kv_cache.itemsize
         call.token_ids = inputs.token_ids.data_ptr()
         call.positions = inputs.positions.data_ptr()
         call.wanted = inputs.wanted.data_ptr()
@@ -144,6 +144,7 @@ class KernelTransformer:
         append.cache = kv_cache.data_ptr()
         append.num_tokens = inputs.token_ids.shape[0]
         append.block_stride = attention.block_stride = block_stride
+        append.is_int8 = attention.is_int8 = kv_cache.dtype == torch.uint8
         append.block_size = attention.block_size = kv_cache.shape[4]
         attention.block_tables = inputs.tables.data_ptr()
         attention.table_stride = inputs.tables.shape[1]

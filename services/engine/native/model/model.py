@@ -23,6 +23,7 @@ from services.engine.native.model.linear import compute_dtype
 from services.engine.native.model.numerics import numerics_id
 from services.engine.native.model.transformer import Transformer
 from services.engine.native.model.weights import WeightReader, open_checkpoint
+from services.engine.native_layout import native_layout
 from services.logs import detail_level
 
 _logger = logging.getLogger(__name__)
@@ -60,12 +61,13 @@ class LoadedModel:
 
     directory: Path
     config: ModelConfig
-    dtype: str  # of keys and values; what is computed in, see `linear.compute_dtype`
+    dtype: str  # of keys and values, but for `kv_cache_dtype`; what is computed in, see `linear.compute_dtype`
     device: str
     fingerprint: str
     max_model_len: int
     computation: Computation
     compute_path: ComputePath
+    kv_cache_dtype: str = "auto"  # "auto": `dtype`; "int8": rows in 8 bits
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -74,25 +76,18 @@ class LoadedModel:
 
     def block_layout(self, block_size: int) -> BlockLayout:
         """Return what one block of this model's cache is."""
-        config = self.config
-        return BlockLayout(
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            block_size=block_size,
-            head_dim=config.head_dim,
-            dtype=self.dtype,
-            model_fingerprint=self.fingerprint,
-        )
+        return native_layout(self.config, self.dtype, self.kv_cache_dtype, block_size, self.fingerprint)
 
     def new_kv_cache(self, num_blocks: int, block_size: int) -> Tensor:
         """Return zeros `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]` of the model's dtype.
 
-        Contiguous; on CPU aligned to pages. The caller owns it, and zeroes a block again before it is used anew.
+        In 8 bits they are bytes, and rows have their scale's at the end (`services.engine.kv_cache_dtype`). Contiguous;
+        on CPU aligned to pages. The caller owns it, and zeroes a block again before it is used anew.
         A model runs on one cache: the attention kernel is chosen here, by the cache's block size.
         """
-        config = self.config
-        shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
-        kv_cache = allocate_kv_cache(shape, getattr(torch, self.dtype), torch.device(self.device))
+        layout = self.block_layout(block_size)
+        shape = (num_blocks, layout.num_layers, 2, layout.num_kv_heads, block_size, layout.head_dim)
+        kv_cache = allocate_kv_cache(shape, getattr(torch, layout.dtype), torch.device(self.device))
         self.computation.use_cache(kv_cache)
         return kv_cache
 
@@ -115,6 +110,7 @@ def load_model(
     num_threads: int | None = None,
     max_model_len: int | None = None,
     quantization: str = "none",
+    kv_cache_dtype: str = "auto",
     cpu_kernels: str = "auto",
     progress: Callable[[float], None] | None = None,
 ) -> LoadedModel:
@@ -122,8 +118,8 @@ def load_model(
 
     `dtype` "auto" is the checkpoint's own. `max_model_len` defaults to the longest context that the model's positions
     are made for, and cannot exceed it. `num_threads` sets torch's thread count for the process. `quantization` is
-    "none" or "int8". `cpu_kernels` "auto" takes the C kernels where they can compute the model, "torch" never; "amx"
-    and the like take these or none.
+    "none" or "int8", `kv_cache_dtype` "auto" or, on a CPU, "int8". `cpu_kernels` "auto" takes the C kernels where they
+    can compute the model, "torch" never; "amx" and the like take these or none.
     `progress` is called with 0..1 while weights are read.
 
     Raises `ModelNotFound`, or `UnsupportedModel` naming what is not supported.
@@ -133,6 +129,8 @@ def load_model(
     directory = find_model(model, revision or "")
     config = read_config(directory)
     target = _device(device)
+    if kv_cache_dtype != "auto" and target.type != "cpu":
+        raise UnsupportedModel(f"kv_cache_dtype {kv_cache_dtype} is for CPUs, and this is {target}; take auto")
     longest = config.max_context_len
     if max_model_len is not None and max_model_len > longest:
         raise UnsupportedModel(
@@ -161,14 +159,16 @@ def load_model(
             int8 = quantization == "int8"
             computation = KernelTransformer(library, torch.get_num_threads(), config, reader, int8=int8)
     kernels = "torch" if library is None else library.name
-    numerics = numerics_id(kernels, resolved, quantization, target)
+    numerics = numerics_id(kernels, resolved, quantization, kv_cache_dtype, target)
     path = ComputePath(kernels, quantization, reason, numerics=numerics, is_exact=library is not None)
-    _logger.log(
-        detail_level(), "computing with %s%s", reason, "" if quantization == "none" else f", {quantization} weights"
-    )
-    fingerprint = builder.finish(config, resolved, quantization)
+    quantized = "" if quantization == "none" else f", {quantization} weights"
+    quantized += "" if kv_cache_dtype == "auto" else f", keys and values in {kv_cache_dtype}"
+    _logger.log(detail_level(), "computing with %s%s", reason, quantized)
+    fingerprint = builder.finish(config, resolved, quantization, kv_cache_dtype)
     longest = max_model_len or longest
-    return LoadedModel(directory, config, resolved, str(target), fingerprint, longest, computation, path)
+    return LoadedModel(
+        directory, config, resolved, str(target), fingerprint, longest, computation, path, kv_cache_dtype
+    )
 
 
 def _choose_kernels(dtype: str, device: torch.device, cpu_kernels: str) -> tuple[KernelLibrary | None, str]:

@@ -32,7 +32,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from services.engine.native.sampling.build import source_digest
+from services.engine.native.build import SAMPLER_SOURCES, source_digest
 from services.engine.request import SamplingParams
 
 _logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class SamplerLibrary:
         library.tandem_sampling_room.argtypes, library.tandem_sampling_room.restype = (c_int64,), c_int64
         library.tandem_sample.argtypes, library.tandem_sample.restype = (POINTER(_Call), c_int), None
         library.tandem_scaled.argtypes, library.tandem_scaled.restype = (POINTER(_Call), c_int64, c_void_p), None
-        if library.tandem_sampling_digest() != source_digest():
+        if library.tandem_sampling_digest() != source_digest(SAMPLER_SOURCES):
             raise ValueError(f"{path.name} was built from other sources than are here")
         self._library = library
         self._workspace = np.zeros(0, dtype=np.uint8)

@@ -9,12 +9,16 @@
  *     P = exp(S - max), l, O          online softmax: when the largest score grows, l and O shrink
  *     O += P V                        [rows][head_dim], panel by panel of 32 dimensions
  *
+ * A cache in 8 bits (kv_rows.h) is packed as bfloat16, too, which holds its codes exactly; a key's scale multiplies its
+ * column of S, a value's its column of P, behind the sum l.
+ *
  * What a row must not see weighs exactly 0, and a chunk of such weights leaves l and O as they were, bit for bit: so it
  * does not matter which rows share a panel. (That holds because O is never denormal, see `rescale`; a -0, which may become
  * +0 so, is made +0 at the end.) */
 #ifndef TANDEM_ATTENTION_H
 #define TANDEM_ATTENTION_H
 
+#include "kv_rows.h"
 #include "threads.h"
 #include "vector.h"
 #include "widening.h"
@@ -28,12 +32,12 @@ enum {
 
 #define NO_SCORE (-1e30f) /* the largest of none: finite, so that differences are */
 
-/* One call. Mirrored by `AttentionCall` in library.py. Strides are in elements. */
+/* One call. Mirrored by `AttentionCall` in library.py. Strides are in elements, those of a cache in 8 bits in bytes. */
 struct attention_call {
     const bf16 *q; /* [T][num_heads][head_dim] within rows of q_stride */
     int64_t q_stride;
     bf16 *out; /* [T][num_heads][head_dim], contiguous */
-    const bf16 *cache; /* this layer of block 0: [2][num_kv_heads][block_size][head_dim] */
+    const void *cache; /* this layer of block 0: [2][num_kv_heads][block_size][head_dim], or rows in 8 bits */
     int64_t block_stride;
     const int32_t *block_tables; /* [num_sequences][table_stride] */
     int64_t table_stride;
@@ -42,6 +46,7 @@ struct attention_call {
     int64_t num_sequences, num_heads, num_kv_heads, head_dim, block_size;
     int64_t window; /* keys that a token sees, itself included; 0: all */
     float scale;    /* of scores */
+    int32_t is_int8; /* the cache has rows in 8 bits */
 };
 
 /* What a thread works in. The arrays have num_depth = ceil(head_dim / 32) blocks where [D] stands. */
@@ -77,19 +82,29 @@ static struct attention_space attention_space(void *workspace, int thread, int64
     return space;
 }
 
+/* Of the functions from here to `attend`, there are two each: for a cache in bfloat16, and for one in 8 bits. */
+#define FOR_BOTH static inline __attribute__((always_inline))
+
+static inline int64_t row_bytes(const struct attention_call *call, const bool int8) {
+    return int8 ? int8_row_bytes(call->head_dim) : call->head_dim * (int64_t)sizeof(bf16);
+}
+
 /* The 16 rows of tokens `token` to `token + 15` of a sequence (a multiple of 16) in the keys, or, `values` true, values. */
-static const bf16 *token_rows(const struct attention_call *call, const int32_t *table, int64_t head, int64_t token,
-                              bool values) {
+FOR_BOTH const char *token_rows(const struct attention_call *call, const int32_t *table, int64_t head, int64_t token,
+                                bool values, const bool int8) {
     const int64_t block = token / call->block_size, offset = token % call->block_size;
     const int64_t plane = (values ? call->num_kv_heads : 0) + head;
-    return call->cache + table[block] * call->block_stride + (plane * call->block_size + offset) * call->head_dim;
+    const int64_t block_bytes = call->block_stride * (int8 ? 1 : (int64_t)sizeof(bf16));
+    return (const char *)call->cache + table[block] * block_bytes
+           + (plane * call->block_size + offset) * row_bytes(call, int8);
 }
 
 /* Ask memory for keys and values of 16 tokens. Inlined, or GCC drops it: it has no effect that a compiler knows of. */
-static inline __attribute__((always_inline)) void prefetch_tokens(const struct attention_call *call,
-                                                                  const int32_t *table, int64_t head, int64_t token) {
-    const bf16 *keys = token_rows(call, table, head, token, false), *values = token_rows(call, table, head, token, true);
-    for (int64_t i = 0; i < 16 * call->head_dim; i += LINE / (int64_t)sizeof *keys) {
+FOR_BOTH void prefetch_tokens(const struct attention_call *call, const int32_t *table, int64_t head, int64_t token,
+                              const bool int8) {
+    const char *keys = token_rows(call, table, head, token, false, int8);
+    const char *values = token_rows(call, table, head, token, true, int8);
+    for (int64_t i = 0; i < 16 * row_bytes(call, int8); i += LINE) {
         __builtin_prefetch(keys + i, 0, 3);
         __builtin_prefetch(values + i, 0, 3);
     }
@@ -107,6 +122,18 @@ static void pack_keys(bf16 *out, ptrdiff_t stride, const bf16 *rows, int64_t hea
     transpose16((uint32_t *)(void *)out, padded, LINE);
 }
 
+/* The same of codes. */
+static void pack_key_codes(bf16 *out, ptrdiff_t stride, const int8_t *rows, int64_t head_dim) {
+    bf16 widened[16][BF16_DEPTH] ALIGNED;
+    for (int64_t d = 0; d < head_dim; d += BF16_DEPTH, out += stride) {
+        for (int token = 0; token < 16; token++)
+            for (int64_t i = 0; i < BF16_DEPTH; i += LANES)
+                store_bf16(widened[token] + i,
+                           load_codes(rows + token * int8_row_bytes(head_dim) + d + i, max64(0, head_dim - d - i)), LANES);
+        transpose16((uint32_t *)(void *)out, widened, LINE);
+    }
+}
+
 /* Two rows of some dimensions as part of a line: bfloat16 is the upper half of a float, the even token's goes into the lower. */
 static inline void pack_pair(bf16 *line, floats even, floats odd) {
     const words pairs = (words)even >> 16 | (words)odd;
@@ -115,24 +142,44 @@ static inline void pack_pair(bf16 *line, floats even, floats odd) {
 
 /* Values of 16 tokens, of which `count` exist, as 8 lines in a tile for each 16 dimensions; the tiles of a pair are 512
  * elements apart, the pairs `stride`. A missing token's values are zeros, whatever stands in the cache. */
-static void pack_values(bf16 *out, ptrdiff_t stride, const bf16 *rows, int64_t head_dim, int64_t count) {
+FOR_BOTH void pack_any_values(bf16 *out, ptrdiff_t stride, const void *rows, int64_t head_dim, int64_t count,
+                              const bool int8) {
     for (int64_t d = 0; d < round_up(head_dim, COLUMNS); d += LANES) {
         bf16 *tile = out + d / COLUMNS * stride + d % COLUMNS / 16 * 512 + (LANES < 16 ? d % 16 * 2 : 0);
         const int64_t width = max64(0, head_dim - d);
         for (int64_t token = 0; token < 16; token += 2, tile += 2 * 16) {
-            const bf16 *even = rows + token * head_dim + d, *odd = even + head_dim;
-            if (token + 1 < count && width >= LANES)
-                pack_pair(tile, load_bf16(even, LANES), load_bf16(odd, LANES));
-            else
-                pack_pair(tile, load_bf16(even, token < count ? width : 0), load_bf16(odd, token + 1 < count ? width : 0));
+            const bool is_whole = token + 1 < count && width >= LANES;
+            const int64_t num_even = is_whole ? LANES : token < count ? width : 0;
+            const int64_t num_odd = is_whole ? LANES : token + 1 < count ? width : 0;
+            if (int8) {
+                const int8_t *even = (const int8_t *)rows + token * int8_row_bytes(head_dim) + d;
+                pack_pair(tile, load_codes(even, num_even), load_codes(even + int8_row_bytes(head_dim), num_odd));
+            } else {
+                const bf16 *even = (const bf16 *)rows + token * head_dim + d;
+                pack_pair(tile, load_bf16(even, num_even), load_bf16(even + head_dim, num_odd));
+            }
         }
     }
 }
 
+static void pack_values(bf16 *out, ptrdiff_t stride, const void *rows, int64_t head_dim, int64_t count) {
+    pack_any_values(out, stride, rows, head_dim, count, false);
+}
+
+static void pack_value_codes(bf16 *out, ptrdiff_t stride, const void *rows, int64_t head_dim, int64_t count) {
+    pack_any_values(out, stride, rows, head_dim, count, true);
+}
+
+/* Of a chunk's tokens, where the cache is in 8 bits; 0 for those that do not exist. */
+struct chunk_scales {
+    float keys[CHUNK], values[CHUNK];
+};
+
 /* Keys and values of the chunk from `start` on, up to `end` at most, padded to whole panels; those before `context_len`
  * exist. */
-static void pack_chunk(const struct attention_call *call, const struct attention_space *space, const int32_t *table,
-                       int64_t head, int64_t start, int64_t end, int64_t context_len) {
+FOR_BOTH void pack_chunk(const struct attention_call *call, const struct attention_space *space,
+                         struct chunk_scales *scales, const int32_t *table, int64_t head, int64_t start, int64_t end,
+                         int64_t context_len, const bool int8) {
     const int64_t stop = min64(end, start + CHUNK);
     const int64_t d = call->head_dim, num_depth = ceil_div(d, BF16_DEPTH);
     for (int64_t token = start; token < round_up(stop, COLUMNS); token += 16) {
@@ -140,14 +187,29 @@ static void pack_chunk(const struct attention_call *call, const struct attention
         const int64_t count = max64(0, min64(16, context_len - token));
         bf16 *keys = space->keys + panel * num_depth * (B_BLOCK / 2) + half * 512;
         bf16 *values = space->values + panel * (B_BLOCK / 2) + half * 256;
-        if (token + 16 < end) prefetch_tokens(call, table, head, token + 16);
+        if (token + 16 < end) prefetch_tokens(call, table, head, token + 16, int8);
+        if (int8) {
+            memset(scales->keys + (token - start), 0, 16 * sizeof(float));
+            memset(scales->values + (token - start), 0, 16 * sizeof(float));
+        }
         if (count == 0) {
             for (int64_t k = 0; k < num_depth; k++) memset(keys + k * (B_BLOCK / 2), 0, B_BLOCK / 2);
             pack_values(values, CHUNK_BLOCKS * (B_BLOCK / 2), space->keys, d, 0); /* reads nothing */
             continue;
         }
-        pack_keys(keys, B_BLOCK / 2, token_rows(call, table, head, token, false), d);
-        pack_values(values, CHUNK_BLOCKS * (B_BLOCK / 2), token_rows(call, table, head, token, true), d, count);
+        const char *key_rows = token_rows(call, table, head, token, false, int8);
+        const char *value_rows = token_rows(call, table, head, token, true, int8);
+        if (int8) {
+            for (int64_t i = 0; i < count; i++) {
+                scales->keys[token - start + i] = scale_of_row((const int8_t *)key_rows + i * row_bytes(call, int8), d);
+                scales->values[token - start + i] = scale_of_row((const int8_t *)value_rows + i * row_bytes(call, int8), d);
+            }
+            pack_key_codes(keys, B_BLOCK / 2, (const int8_t *)key_rows, d);
+            pack_value_codes(values, CHUNK_BLOCKS * (B_BLOCK / 2), value_rows, d, count);
+        } else {
+            pack_keys(keys, B_BLOCK / 2, (const bf16 *)(const void *)key_rows, d);
+            pack_values(values, CHUNK_BLOCKS * (B_BLOCK / 2), value_rows, d, count);
+        }
     }
 }
 
@@ -166,20 +228,35 @@ struct row_panel {
     int64_t first_position, last_position; /* of its tokens */
 };
 
+/* S of a panel's rows over `num_panels * 32` tokens. */
+static void multiply_keys(const struct attention_space *space, const a_bf16 *queries, int64_t num_depth, int rows,
+                          int64_t num_panels) {
+    const struct ahead nothing_ahead = {(const char *)queries, 0};
+    for (int64_t i = 0; i < num_panels; i++)
+        panel_bf16(space->scores + i * rows * COLUMNS, queries, space->keys + i * num_depth * (B_BLOCK / 2), num_depth,
+                   rows, false, nothing_ahead);
+}
+
+/* O += P V of a panel's rows over `num_panels * 32` tokens. */
+static void add_values(const struct attention_space *space, float *outputs, int64_t num_depth, int rows,
+                       int64_t num_panels) {
+    const struct ahead nothing_ahead = {(const char *)space->weights, 0};
+    for (int64_t k = 0; k < num_depth; k++)
+        panel_bf16(outputs + k * rows * COLUMNS, space->weights, space->values + k * CHUNK_BLOCKS * (B_BLOCK / 2),
+                   num_panels, rows, true, nothing_ahead);
+}
+
 /* Let a panel take in `num_panels * 32` tokens from `start` on. */
-static void attend_chunk(const struct attention_call *call, const struct attention_space *space,
-                         const struct row_panel *panel, int64_t row_offset, int64_t first_query, int64_t start,
-                         int64_t num_panels) {
+FOR_BOTH void attend_chunk(const struct attention_call *call, const struct attention_space *space,
+                           const struct chunk_scales *scales, const struct row_panel *panel, int64_t row_offset,
+                           int64_t first_query, int64_t start, int64_t num_panels, const bool int8) {
     const int64_t num_depth = ceil_div(call->head_dim, BF16_DEPTH), group = call->num_heads / call->num_kv_heads;
     const int rows = panel->rows;
     const float scale = call->scale * 1.44269504f;
     const a_bf16 *queries = space->queries + panel->row * num_depth * BF16_DEPTH;
-    const struct ahead nothing_ahead = {(const char *)queries, 0};
     float *outputs = space->outputs + panel->row * num_depth * COLUMNS;
     const ints token_of_lane = NUMBERS_OF_LANES;
-    for (int64_t i = 0; i < num_panels; i++)
-        panel_bf16(space->scores + i * rows * COLUMNS, queries, space->keys + i * num_depth * (B_BLOCK / 2), num_depth,
-                   rows, false, nothing_ahead);
+    multiply_keys(space, queries, num_depth, rows, num_panels);
     for (int row = 0; row < rows; row++) {
         /* Tokens of the chunk that this row sees: first to last. */
         const int64_t position = first_query + (row_offset + panel->row + row) / group;
@@ -189,6 +266,7 @@ static void attend_chunk(const struct attention_call *call, const struct attenti
         floats scores[CHUNK / LANES], greatest = all(*largest), total = {0};
         for (int i = 0; i < num_panels * COLUMNS / LANES; i++) {
             scores[i] = load_floats(space->scores + (i / ROW_VECTORS * rows + row) * COLUMNS + i % ROW_VECTORS * LANES);
+            if (int8) scores[i] *= load_floats(scales->keys + i * LANES);
             if (i * LANES < first || i * LANES + LANES - 1 > last) {
                 const ints token = token_of_lane + i * LANES;
                 scores[i] = select_floats((token >= first) & (token <= last), scores[i], all(-INFINITY));
@@ -200,16 +278,15 @@ static void attend_chunk(const struct attention_call *call, const struct attenti
         for (int i = 0; i < num_panels * COLUMNS / LANES; i++) {
             const floats weights = exp2_of_nonpositive((scores[i] - now) * scale);
             total += weights;
-            put_weights(space->weights + (i / ROW_VECTORS * rows + row) * COLUMNS + i % ROW_VECTORS * LANES, weights);
+            put_weights(space->weights + (i / ROW_VECTORS * rows + row) * COLUMNS + i % ROW_VECTORS * LANES,
+                        int8 ? weights * load_floats(scales->values + i * LANES) : weights);
         }
         const float factor = exp2_of_nonpositive(all((before - now) * scale))[0];
         *sum = *sum * factor + sum_of_lanes(total);
         if (factor != 1.0f)
             for (int64_t k = 0; k < num_depth; k++) rescale(outputs + (k * rows + row) * COLUMNS, factor);
     }
-    for (int64_t k = 0; k < num_depth; k++)
-        panel_bf16(outputs + k * rows * COLUMNS, space->weights, space->values + k * CHUNK_BLOCKS * (B_BLOCK / 2),
-                   num_panels, rows, true, nothing_ahead);
+    add_values(space, outputs, num_depth, rows, num_panels);
 }
 
 struct attention_job {
@@ -222,9 +299,9 @@ static int64_t num_row_groups(const struct attention_call *call, int64_t sequenc
     return ceil_div(num_queries * (call->num_heads / call->num_kv_heads), TASK_ROWS);
 }
 
-static void attend_task(void *argument, int64_t task, int thread) {
-    const struct attention_job *job = argument;
+FOR_BOTH void attend(const struct attention_job *job, int64_t task, int thread, const bool int8) {
     const struct attention_call *call = job->call;
+    struct chunk_scales scales ALIGNED;
     int64_t sequence = 0;
     while (task >= num_row_groups(call, sequence) * call->num_kv_heads)
         task -= num_row_groups(call, sequence++) * call->num_kv_heads;
@@ -262,13 +339,13 @@ static void attend_task(void *argument, int64_t task, int thread) {
     memset(space.outputs, 0, (size_t)(num_rows * num_depth * COLUMNS) * sizeof *space.outputs);
 
     for (int64_t start = first_chunk; start < end; start += CHUNK) {
-        pack_chunk(call, &space, table, head, start, end, context_len);
+        pack_chunk(call, &space, &scales, table, head, start, end, context_len, int8);
         for (int64_t i = 0; i < num_panels; i++) {
             const struct row_panel *panel = &panels[i];
             const bool has_passed = call->window != 0 && panel->first_position - call->window + 1 >= start + CHUNK;
             if (panel->last_position < start || has_passed) continue;
             const int64_t stop = min64(panel->last_position + 1, start + CHUNK);
-            attend_chunk(call, &space, panel, row_offset, first_query, start, ceil_div(stop - start, COLUMNS));
+            attend_chunk(call, &space, &scales, panel, row_offset, first_query, start, ceil_div(stop - start, COLUMNS), int8);
         }
     }
     for (int64_t i = 0; i < num_panels; i++)
@@ -282,6 +359,11 @@ static void attend_task(void *argument, int64_t task, int thread) {
         }
 }
 
+#undef FOR_BOTH
+
+static void attend_task(void *argument, int64_t task, int thread) { attend(argument, task, thread, false); }
+static void attend_int8_task(void *argument, int64_t task, int thread) { attend(argument, task, thread, true); }
+
 /* Bytes of workspace, aligned to 64, that `tandem_attention` needs. */
 EXPORT int64_t tandem_attention_workspace(int64_t head_dim, int num_threads) {
     return attention_space_bytes(head_dim) * num_threads;
@@ -293,7 +375,7 @@ EXPORT void tandem_attention(const struct attention_call *call, void *workspace,
     int64_t num_tasks = 0;
     for (int64_t sequence = 0; sequence < call->num_sequences; sequence++)
         num_tasks += num_row_groups(call, sequence) * call->num_kv_heads;
-    run_tasks(attend_task, &job, num_tasks, num_threads);
+    run_tasks(call->is_int8 ? attend_int8_task : attend_task, &job, num_tasks, num_threads);
 }
 
 #endif

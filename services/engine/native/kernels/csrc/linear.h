@@ -74,7 +74,6 @@ static inline int64_t num_depth_blocks(const struct weights *weights) {
 enum {
     WEIGHT_CHUNK = 4,      /* blocks of depth: 8 KiB of W; the next chunk, x and C must fit L1 beside it */
     FEW_ROWS = 12,         /* that pass once: memory sets the pace, and is asked for what is so many blocks ahead */
-    FEW_ROWS_AHEAD = PANEL_BLOCKS_AHEAD,
     MAX_PACKED_ROWS = 256, /* C of a panel takes 32 KiB */
 };
 
@@ -184,7 +183,7 @@ static void multiply_panel(void *argument, int64_t panel, int thread) {
     const int lines = (int)ceil_div(B_BLOCK / LINE, ceil_div(num_rows, ROWS));
     for (int64_t block = 0; block < job->num_blocks; block += WEIGHT_CHUNK, b += WEIGHT_CHUNK * B_BLOCK) {
         const int64_t num_blocks = min64(WEIGHT_CHUNK, job->num_blocks - block);
-        struct ahead ahead = {b + (num_rows > FEW_ROWS ? num_blocks : FEW_ROWS_AHEAD) * B_BLOCK, lines};
+        struct ahead ahead = {b + (num_rows > FEW_ROWS ? num_blocks : PANEL_BLOCKS_AHEAD) * B_BLOCK, lines};
         for (int64_t first = 0; first < num_rows; first += ROWS, ahead.next += num_blocks * lines * LINE) {
             const int rows = (int)min64(ROWS, num_rows - first);
             const char *a = job->packed + (first * job->num_blocks + block * rows) * A_LINE;

@@ -21,7 +21,7 @@ struct layer {
 enum stage { EMBED, NORM, QKV, APPEND, ATTENTION, OUTPUT, GATE_UP, DOWN, LOGITS, NUM_STAGES };
 
 /* One step. Mirrored by `ForwardCall` in library.py. `append` and `attention` are filled in but for what is a layer's;
- * `append.cache` is layer 0's, and layers are `layer_stride` elements apart. */
+ * `append.cache` is layer 0's, and layers are `layer_stride` bytes apart. */
 struct forward_call {
     const struct layer *layers;
     const struct weights *lm_head;
@@ -97,7 +97,7 @@ EXPORT void tandem_forward(struct forward_call *call, void *workspace, int num_t
         count_as(&watch, NORM);
         tandem_linear(&layer->qkv, normed, hidden, rows, append.qkv, attention.q_stride, WRITE, workspace, num_threads);
         count_as(&watch, QKV);
-        append.cache = call->append.cache + i * call->layer_stride;
+        append.cache = (char *)call->append.cache + i * call->layer_stride;
         append.norm = layer->qk_norm;
         tandem_rope_append(&append, num_threads);
         count_as(&watch, APPEND);

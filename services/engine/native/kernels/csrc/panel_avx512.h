@@ -3,10 +3,13 @@
  * C stays in registers: two for each row. Twelve rows at once leave room for two lines of B and the broadcasts, and take
  * 14 loads for 24 dot products. A row's sum is the same chain of operations however many rows go together.
  *
- * Prefetching is told what to do (`ahead`): B's two tiles are two streams that the processor does not follow. */
+ * Prefetching is told what to do (`ahead`): B's two tiles are two streams that the processor does not follow. Zen 5 takes
+ * 15 to 25 % less time where all lines of a block are asked for at once; Zen 4 takes 1.6 to 2.2 times as long with that as
+ * with two lines for each line of depth, further ahead (docs/benchmarks.md). No bit depends on it. */
 #ifndef TANDEM_PANEL_H
 #define TANDEM_PANEL_H
 
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -14,12 +17,14 @@
 
 #define PANEL_NAME "avx512"
 #define PANEL_INT8_OFFSET 128 /* VPDPBUSD takes unsigned bytes times signed ones */
-#define PANEL_BLOCKS_AHEAD 2 /* at few rows; a whole chunk is a tenth slower (Zen 5) */
+#define PANEL_BLOCKS_AHEAD (ask_evenly ? 4 : 2) /* at few rows; a whole chunk is a tenth slower on Zen 5 */
 
 typedef bf16 a_bf16; /* A's elements: as they are */
 typedef int8_t a_int8;
 
 enum { ROWS_AT_ONCE = 12 };
+
+static bool ask_evenly; /* lines with each line of depth, instead of all with each block */
 
 static inline __attribute__((always_inline)) __m512i broadcast(const void *dword) {
     int32_t value;
@@ -32,9 +37,8 @@ static inline __attribute__((always_inline)) void add_dots_int8(__m512i *sums, _
     __asm__("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(a), "v"(b));
 }
 
-static inline __attribute__((always_inline)) void ask(struct ahead *ahead) {
-    for (int line = 0; line < ahead->lines; line++) _mm_prefetch(ahead->next + line * LINE, _MM_HINT_T0);
-    ahead->next += ahead->lines * LINE;
+static inline __attribute__((always_inline)) void ask(struct ahead *ahead, int num_lines) {
+    for (int line = 0; line < num_lines; line++, ahead->next += LINE) _mm_prefetch(ahead->next, _MM_HINT_T0);
 }
 
 /* One line of depth for `rows` rows; unrolled, since `rows` is a constant wherever this is inlined. */
@@ -48,9 +52,11 @@ static inline __attribute__((always_inline)) void rows_bf16(
         left[row] = accumulate ? _mm512_loadu_ps(c + row * COLUMNS) : _mm512_setzero_ps();
         right[row] = accumulate ? _mm512_loadu_ps(c + row * COLUMNS + 16) : _mm512_setzero_ps();
     }
+    const int with_line = ask_evenly ? ahead.lines / 16 : 0, with_block = ahead.lines - 16 * with_line;
     for (int64_t block = 0; block < num_blocks; block++, a += a_block, b += B_BLOCK) {
-        ask(&ahead);
+        ask(&ahead, with_block);
         for (int line = 0; line < 16; line++) {
+            ask(&ahead, with_line);
             __m512bh b_left = (__m512bh)_mm512_load_si512(b + line * LINE);
             __m512bh b_right = (__m512bh)_mm512_load_si512(b + line * LINE + B_BLOCK / 2);
             EACH_ROW(rows) {
@@ -74,9 +80,11 @@ static inline __attribute__((always_inline)) void rows_int8(
         left[row] = accumulate ? _mm512_loadu_si512(c + row * COLUMNS) : _mm512_setzero_si512();
         right[row] = accumulate ? _mm512_loadu_si512(c + row * COLUMNS + 16) : _mm512_setzero_si512();
     }
+    const int with_line = ask_evenly ? ahead.lines / 16 : 0, with_block = ahead.lines - 16 * with_line;
     for (int64_t block = 0; block < num_blocks; block++, a += a_block, b += B_BLOCK) {
-        ask(&ahead);
+        ask(&ahead, with_block);
         for (int line = 0; line < 16; line++) {
+            ask(&ahead, with_line);
             __m512i b_left = _mm512_load_si512(b + line * LINE);
             __m512i b_right = _mm512_load_si512(b + line * LINE + B_BLOCK / 2);
             EACH_ROW(rows) {
@@ -129,7 +137,16 @@ static void panel_int8(int32_t *c, const a_int8 *a, const int8_t *b, int64_t num
 static void panel_begin(void) {}
 static void panel_end(void) {}
 
-/* Make the processor's tiles usable; false if the system does not grant them. */
-static bool panel_start(void) { return true; }
+/* Is this an AMD processor of family 19h: Zen 3, which lacks AVX-512, or Zen 4? */
+static bool is_zen4(void) {
+    unsigned int a, b, c, d;
+    if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx) return false;
+    return __get_cpuid(1, &a, &b, &c, &d) && ((a >> 8) & 15) + ((a >> 20) & 255) == 0x19;
+}
+
+static bool panel_start(void) {
+    ask_evenly = is_zen4();
+    return true;
+}
 
 #endif

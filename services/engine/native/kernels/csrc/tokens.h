@@ -2,6 +2,7 @@
 #ifndef TANDEM_TOKENS_H
 #define TANDEM_TOKENS_H
 
+#include "kv_rows.h"
 #include "threads.h"
 #include "vector.h"
 
@@ -61,11 +62,21 @@ struct append_call {
     const float *table; /* of tandem_rope_table */
     const bf16 *norm;   /* of each query and key head, [num_heads + num_kv_heads][head_dim]; NULL: none */
     const int64_t *slots; /* [T]: block * block_size + offset */
-    bf16 *cache;        /* this layer of block 0: [2][num_kv_heads][block_size][head_dim] */
-    int64_t block_stride;
+    void *cache;        /* this layer of block 0: [2][num_kv_heads][block_size][head_dim], or rows in 8 bits */
+    int64_t block_stride; /* of the cache: bfloat16, or bytes */
     int64_t num_tokens, num_heads, num_kv_heads, head_dim, block_size;
     float eps;
+    int32_t is_int8; /* the cache has rows in 8 bits (kv_rows.h) */
 };
+
+/* Puts a token's key or value, [head_dim], into its slot. */
+static void store_row(const struct append_call *call, int64_t block, int64_t plane, int64_t offset, const bf16 *x) {
+    const int64_t d = call->head_dim, row = plane * call->block_size + offset;
+    if (call->is_int8)
+        quantize_row((int8_t *)call->cache + block * call->block_stride + row * int8_row_bytes(d), x, d);
+    else
+        memcpy((bf16 *)call->cache + block * call->block_stride + row * d, x, (size_t)d * sizeof *x);
+}
 
 static void append_task(void *argument, int64_t task, int thread) {
     (void)thread;
@@ -87,8 +98,7 @@ static void append_task(void *argument, int64_t task, int thread) {
         }
         const int64_t block = call->slots[token] / call->block_size, offset = call->slots[token] % call->block_size;
         for (int64_t plane = 0; plane < 2 * call->num_kv_heads; plane++)
-            memcpy(call->cache + block * call->block_stride + (plane * call->block_size + offset) * d,
-                   qkv + (call->num_heads + plane) * d, (size_t)d * sizeof *qkv);
+            store_row(call, block, plane, offset, qkv + (call->num_heads + plane) * d);
     }
 }
 

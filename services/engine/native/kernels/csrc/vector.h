@@ -72,6 +72,7 @@ static inline float sum_of_lanes(floats lanes) { return _mm512_reduce_add_ps(lan
 static inline float max_of_lanes(floats lanes) { return _mm512_reduce_max_ps(lanes); }
 static inline ints larger_ints(ints a, ints b) { return (ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 static inline int32_t largest_lane(ints lanes) { return _mm512_reduce_max_epi32((__m512i)lanes); }
+static inline ints widen_int8(quarters values) { return (ints)_mm512_cvtepi8_epi32((__m128i)values); }
 #elif defined(VECTORS_OF_AVX2)
 #include "vector_avx2.h"
 #else
@@ -105,6 +106,7 @@ static inline float sum_of_lanes(floats lanes) {
 }
 
 static inline ints larger_ints(ints a, ints b) { return (ints)select_floats(a > b, (floats)a, (floats)b); }
+static inline ints widen_int8(quarters values) { return __builtin_convertvector(values, ints); }
 
 static inline int32_t largest_lane(ints lanes) {
     int32_t largest = lanes[0];

@@ -7,6 +7,10 @@ static inline floats fused(floats a, floats b, floats c) { return _mm256_fmadd_p
 static inline floats round_to_whole(floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline ints larger_ints(ints a, ints b) { return (ints)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 
+static inline ints widen_int8(quarters values) {
+    return (ints)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)values));
+}
+
 /* To nearest, ties to even. A NaN stays one. */
 static inline halves round_to_bf16(floats values) {
     const words bits = (words)values, rounded = bits + 0x7fff + ((bits >> 16) & 1);
