@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 from kvstore.block import ROW_WORDS, HostMemory, Multipliers
+from kvstore.errors import IncompatibleLayout
+from services.engine.config import EngineConfig
+from services.engine.native import Engine
 from services.engine.native.memory.kv_memory import allocate_kv_cache, as_bytes, block_memory
 from services.engine.tensor_memory import DeviceMemory, tensor_memory
+from tests.hf_models import write_model
 
 SHAPE = (40, 3, 2, 2, 16, 8)
 KEY, OTHER_KEY = Multipliers.of(b"a key"), Multipliers.of(b"another key")
@@ -116,3 +123,18 @@ def test_a_cuda_device_sums_and_copies_blocks_as_a_cpu_does(num_pieces: int) -> 
     on_device.scatter(2, staging)
     assert on_device.sums(range(2, 7), KEY) == on_cpu.sums(range(30, 35), KEY)
     assert on_device.sums(range(7, 40), KEY) == on_cpu.sums(range(7, 40), KEY)
+
+
+def test_the_same_memory_holds_more_blocks_in_8_bits(tmp_path: Path) -> None:
+    model = str(write_model(tmp_path / "model", "mistral", dtype="bfloat16"))  # heads of 32 numbers
+    config = EngineConfig(model, kv_cache_memory_bytes=8 << 20, max_num_seqs=4, max_model_len=256, num_threads=1)
+    plain, in_8_bits = (Engine.from_config(replace(config, kv_cache_dtype=dtype)) for dtype in ("auto", "int8"))
+    assert plain.capabilities.num_blocks == (8 << 20) // (3 * 2 * 2 * 32 * 32 * 2)
+    assert in_8_bits.capabilities.num_blocks == (8 << 20) // (3 * 2 * 2 * 32 * (32 + 4))
+    assert in_8_bits.memory.block_bytes == in_8_bits.layout.block_bytes
+    kept = [engine.capabilities.kv_cache_dtype for engine in (plain, in_8_bits)]
+    assert kept == ["bfloat16", "int8"]
+    with pytest.raises(
+        IncompatibleLayout, match=r"dtype: ours bfloat16, theirs uint8; .*scales: ours \(none\), theirs int8"
+    ):
+        plain.layout.check_compatible(in_8_bits.layout, "a peer")
