@@ -344,8 +344,9 @@ async def _any_of(*events: asyncio.Event) -> None:
 def _about(engine: Engine) -> str:
     """What computes here, and with how much room, in a few words."""
     compute, layout = engine.capabilities.compute, engine.layout
-    cached = engine.capabilities.kv_cache_dtype
-    weights = cached if compute["quantization"] == "none" else compute["quantization"]
+    weights = layout.dtype if compute["quantization"] == "none" else compute["quantization"]
+    if (kept := engine.capabilities.kv_cache_dtype) != layout.dtype:
+        weights = f"KV in {kept}" if compute["quantization"] == "none" else f"{weights}, KV in {kept}"
     if engine.capabilities.is_simulation:
         weights = f"SIMULATED, no weights, {weights}"
     where = f"{compute['kernels']} kernels" if compute["device"] == "cpu" else compute["device"]
