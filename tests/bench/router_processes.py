@@ -7,9 +7,10 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing as mp
+import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, cast
 
@@ -34,7 +35,8 @@ class SteppingWorker(FakeWorker):
     """The first token of a request at once, and one for every live request a step, in one frame."""
 
     def __init__(self, model_path: str, token_ids: list[int], step_s: float) -> None:
-        super().__init__(endless(token_ids), model_path=model_path, max_model_len=8192)
+        # With seats for all that a case asks: else requests wait in the router's queue for one.
+        super().__init__(endless(token_ids), model_path=model_path, max_model_len=8192, max_num_seqs=1024)
         self._token_ids = token_ids
         self._step_s = step_s
 
@@ -106,13 +108,18 @@ async def _serve_worker(pipe: Connection, model_path: str, token_ids: list[int],
     worker = SteppingWorker(model_path, token_ids, step_s)
     await worker.start()
     pipe.send(worker.record())
-    await asyncio.to_thread(pipe.recv)
+    await _tell_cpu(pipe)
     await worker.stop()
 
 
-async def _serve_router(pipe: Connection, records: tuple[WorkerRecord, ...]) -> None:
-    """Answers each message with the processor seconds used so far."""
-    listener = bind("127.0.0.1", 0)
+async def _tell_cpu(pipe: Connection) -> None:
+    """Answers each message with the processor seconds used so far, until one is empty."""
+    while await asyncio.to_thread(pipe.recv):
+        pipe.send(time.process_time())
+
+
+async def _serve_router(pipe: Connection, records: tuple[WorkerRecord, ...], listener: socket.socket) -> None:
+    listener.setblocking(False)
     seams = Seams(GrpcOrders(), OsThreads(), time.monotonic, time.time)
     config = RouterConfig(shutdown_timeout_s=2, disable_uvicorn_access_log=True, client_share=1.0, tokenizer_queue=1024)
     async with open_parts(config, FakeMembership(records), "bench", seams) as parts:
@@ -121,8 +128,7 @@ async def _serve_router(pipe: Connection, records: tuple[WorkerRecord, ...]) -> 
         await until(lambda: server.started and parts.workers.num_sessions_up == 1 and "tiny" in parts.models.names())
         settle_heap()
         pipe.send(listener.getsockname()[1])
-        while await asyncio.to_thread(pipe.recv):
-            pipe.send(time.process_time())
+        await _tell_cpu(pipe)
         server.should_exit = True
         await serving
 
@@ -145,30 +151,48 @@ def _running(serve: Callable[..., Coroutine[Any, Any, None]], *args: object) -> 
 
 
 @contextmanager
-def stepping_worker(model_path: str, token_ids: list[int], step_s: float) -> Iterator[WorkerRecord]:
+def stepping_worker(model_path: str, token_ids: list[int], step_s: float) -> Iterator[BenchWorker]:
     """A decode worker in a process of its own."""
-    with _running(_serve_worker, model_path, token_ids, step_s) as (_, record):
-        yield record
+    with _running(_serve_worker, model_path, token_ids, step_s) as (pipe, record):
+        yield BenchWorker(pipe, record)
+
+
+def _cpu_s(pipe: Connection) -> float:
+    """Processor time of all threads of a process, so far."""
+    pipe.send(True)
+    return float(pipe.recv())
+
+
+class BenchWorker:
+    """A decode worker in a process of its own."""
+
+    def __init__(self, pipe: Connection, record: WorkerRecord) -> None:
+        self._pipe = pipe
+        self.record = record
+
+    def cpu_s(self) -> float:
+        return _cpu_s(self._pipe)
 
 
 class BenchRouter:
-    """A router in a process of its own."""
+    """A router in processes of its own."""
 
-    def __init__(self, pipe: Connection, port: int) -> None:
-        self._pipe = pipe
+    def __init__(self, pipes: Sequence[Connection], port: int) -> None:
+        self._pipes = pipes
         self.port = port
 
     def cpu_s(self) -> float:
-        """Processor time of all its threads, so far."""
-        self._pipe.send(True)
-        return float(self._pipe.recv())
+        return sum(map(_cpu_s, self._pipes))
 
 
 @contextmanager
-def bench_router(records: Sequence[WorkerRecord]) -> Iterator[BenchRouter]:
-    """A router that knows these workers, of which one decodes."""
-    with _running(_serve_router, tuple(records)) as (pipe, port):
-        yield BenchRouter(pipe, port)
+def bench_router(records: Sequence[WorkerRecord], num_processes: int = 1) -> Iterator[BenchRouter]:
+    """A router that knows these workers, of which one decodes. Several processes accept from one socket, as those of
+    `--workers` do."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(bind("127.0.0.1", 0))
+        serving = [stack.enter_context(_running(_serve_router, tuple(records), listener)) for _ in range(num_processes)]
+        yield BenchRouter([pipe for pipe, _ in serving], listener.getsockname()[1])
 
 
 class Client(asyncio.Protocol):
@@ -180,7 +204,7 @@ class Client(asyncio.Protocol):
         self._done: asyncio.Future[None] | None = None
         self._closed = asyncio.get_running_loop().create_future()
         self.first_event_s: float | None = None
-        """When the first event with a token came, by the loop's clock."""
+        """When the first event with a token came, by the monotonic clock."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by name
@@ -189,7 +213,7 @@ class Client(asyncio.Protocol):
         if self._done is None or self._done.done():
             return
         if self.first_event_s is None and b"data: " in data:
-            self.first_event_s = asyncio.get_running_loop().time()
+            self.first_event_s = time.monotonic()
         if self._left is None and not self._tail:
             assert data.startswith(b"HTTP/1.1 200 "), data[:300]
             head, _, body = data.partition(b"\r\n\r\n")

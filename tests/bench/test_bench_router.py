@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from tests.bench.bench_router import CASES, TARGETS, main
@@ -15,4 +17,4 @@ def test_every_case_and_target_is_measured(capsys):
     assert [line[:40].rstrip() for line in cases] == list(CASES)
     assert all(float(line[40:].split()[0]) >= 0 for line in cases)
     assert [line[:44].rstrip() for line in targets] == list(TARGETS)
-    assert all(float(line[44:].split()[0].replace(",", "")) > 0 for line in targets)
+    assert all(math.isfinite(float(line[44:].split()[0].replace(",", ""))) for line in targets)

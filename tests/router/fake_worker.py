@@ -89,6 +89,7 @@ class FakeWorker(DecodeServiceServicer):
     adapters: tuple[str, ...] = ()
     model_path: str = ""
     max_model_len: int = 256
+    max_num_seqs: int = 64
     worker_id: str = ""
     colocated: bool = False
     features: tuple[str, ...] = (RESUMES,)
@@ -137,7 +138,7 @@ class FakeWorker(DecodeServiceServicer):
             tokenizer_path=self.model_path,
             grpc_address=f"127.0.0.1:{self.port}",
             max_model_len=self.max_model_len,
-            max_num_seqs=64,
+            max_num_seqs=self.max_num_seqs,
             colocated=self.colocated,
             transports=("memory",),
             numerics="paper/float32",
