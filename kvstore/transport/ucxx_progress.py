@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from ucxx._lib.libucxx import UCXWorker
 
-_LOOK_MS: Final = 10
+_LOOK_MS: Final = 50
 
 
 def mend(ucxx: ModuleType) -> None:
