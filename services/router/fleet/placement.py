@@ -7,7 +7,7 @@ belongs to the event loop.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tandem.v1 import worker_pb2 as pb
@@ -127,24 +127,10 @@ class Placer:
 
         `among`: these decode workers only, if there are any. `numerics`: of the worker that it was begun on, whose like
         are preferred."""
-        order = ask.order
-        known = self._workers.spaces(order.model, ask.fingerprints, order.adapter)
+        known = self._workers.spaces(ask.order.model, ask.fingerprints, ask.order.adapter)
         spaces = {space.model_fingerprint: space for space in known}
-        prefixes = {fingerprint: self._known(ask, space) for fingerprint, space in spaces.items()}
         cost = CostModel(self._workers.rates(next(iter(spaces), "")))
-        num_tokens = len(ask.prompt) + len(order.resumed_token_ids)
-        has_begun = bool(order.resumed_token_ids)
-        request = RoutedRequest(
-            model=order.model,
-            num_prompt_tokens=num_tokens,
-            key=ask.key,
-            prefixes=prefixes,
-            numerics=numerics,
-            has_begun=has_begun,
-            num_final_tokens=ask.num_final_tokens,
-            adapter=order.adapter,
-            fingerprints=spaces.keys(),
-        )
+        request = self._routed(ask, spaces, numerics)
         decision = choose(
             request,
             self._workers.decode_table(),
@@ -156,7 +142,7 @@ class Placer:
             cost=cost,
         )
         fingerprint = next(iter(spaces), "") if isinstance(decision, Refusal) else decision.decode.model_fingerprint
-        prefix = prefixes.get(fingerprint, KnownPrefix(1))
+        prefix = request.prefix(fingerprint)
         self.log.add(
             DecisionEntry(
                 tenant=ask.tenant,
@@ -177,6 +163,21 @@ class Placer:
         if isinstance(decision, Refusal):
             return decision
         return Placement(decision, spaces[fingerprint], ask.blocks)
+
+    def _routed(self, ask: Ask, spaces: Mapping[str, BlockSpace], numerics: str) -> RoutedRequest:
+        """What the choice may depend on. `spaces`: by fingerprint."""
+        order = ask.order
+        return RoutedRequest(
+            model=order.model,
+            num_prompt_tokens=len(ask.prompt) + len(order.resumed_token_ids),
+            key=ask.key,
+            prefixes={fingerprint: self._known(ask, space) for fingerprint, space in spaces.items()},
+            numerics=numerics,
+            has_begun=bool(order.resumed_token_ids),
+            num_final_tokens=ask.num_final_tokens,
+            adapter=order.adapter,
+            fingerprints=spaces.keys(),
+        )
 
     def places_to_move_to(self, ask: Ask, placement: Placement, num_tokens: int) -> Collection[str]:
         """Decode workers that could take a live sequence of so many tokens, with its blocks and at once; none: stay."""
