@@ -10,12 +10,13 @@ from tests.loadtest.stubs import loadtest
 
 _ROOT = Path(__file__).parents[2]
 _PAGE = (_ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-# Of `tandem up`, of workers, of locust, of pip, of `make bench-prefix` and of the benches of the start and of overload.
+# Of `tandem up`, of workers, of locust, of pip, of `make bench-prefix` and of the benches of the start, of overload, of
+# transfers and of handoffs.
 _FOREIGN = {
     "--model", "--prefill", "--decode", "--routing-policy", "--host", "--headless", "--master", "--worker",
     "--expect-workers", "--master-host", "--result", "--up-args", "--prefix-fetch", "--max-num-batched-tokens",
     "--quantization", "--runs", "--vllm", "--loads", "--ttft-deadline-s", "--capacity",
-    "--speculative-method",
+    "--speculative-method", "--block-kib", "--blocks", "--lengths", "--parts", "--repetitions", "--workers",
 }  # fmt: skip
 
 
