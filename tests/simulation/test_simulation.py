@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +45,7 @@ PINNED = {
     "peer-not-proven": 33,
     "lost-wake-up": 3,
     "cancellation-swallowed": 7,
-    "holder-shunned": 20,
+    "holder-shunned": 7,
     "never-resumed": 0,
     "never-dialled-again": 4,
     "routers-as-one": 3,
@@ -108,6 +110,15 @@ def test_a_failing_run_shrinks_to_the_little_that_breaks_the_same():
     assert shrunk.load_s < whole.plan.load_s
 
 
+@pytest.fixture
+def leaving_connections_open() -> Iterator[None]:
+    """Nobody closes what a run has open that ends at its first violation; it goes while the test's filters hold."""
+    yield
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.usefixtures("leaving_connections_open")
 @pytest.mark.parametrize("name", REMOVALS)
 def test_each_safeguard_is_missed(name: str):
     for seed in (PINNED[name], *range(MAX_SEARCHED)):
