@@ -22,6 +22,7 @@ import functools
 import json
 import logging
 import socket
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -102,19 +103,21 @@ class DirectBody:
     """Writes parts of a chunked answer from wherever the event loop is; what ASGI's `send` does needs a task to run.
 
     The head, the end, and whatever has to wait for the client go by `send`, which waits for no part that was written.
+    Not free any more once the request has gone, which this does not keep: it is part of the request's own scope.
     """
 
     __slots__ = ("_cycle",)
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
+        self._cycle = weakref.ref(cycle)
 
     @property
     def is_free(self) -> bool:
         """Whether a part may be written: the answer has begun and not ended, and its client keeps up with it."""
-        cycle = self._cycle
+        cycle = self._cycle()
         return bool(
-            cycle.response_started
+            cycle is not None
+            and cycle.response_started
             and cycle.chunked_encoding
             and not cycle.response_complete
             and not cycle.disconnected
@@ -122,8 +125,10 @@ class DirectBody:
         )
 
     def write(self, data: bytes) -> None:
-        """One part, which is not empty."""
-        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        """One part, which is not empty; only while it is free."""
+        cycle = self._cycle()
+        assert cycle is not None
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class _HeadTooLarge(Exception):

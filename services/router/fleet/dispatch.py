@@ -150,9 +150,12 @@ class Dispatch:
             self._end(sequence, "left")
 
     def close(self, reason: str = "the request has ended") -> None:
-        """Ends what still runs. Safe to call again."""
+        """Ends what still runs, and lets go of whoever it calls, and is called by: no collection has to find it later,
+        and hold up all streams meanwhile. Safe to call again."""
         for sequence in self._sequences:
             self.abort(sequence.index, reason)
+        self.at_once = None
+        self._room.on_grant = lambda: None
 
     # ---- placing a sequence -----------------------------------------------------
 
