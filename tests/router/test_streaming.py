@@ -125,7 +125,7 @@ async def test_who_reads_slowly_gets_all_in_order_and_little_waits_in_the_server
 
     def note(self, data):
         write(self, data)
-        waiting.append(self._cycle.transport.get_write_buffer_size())
+        waiting.append(self._cycle().transport.get_write_buffer_size())
 
     monkeypatch.setattr(DirectBody, "write", note)
     worker = make_worker(endless(sentence), max_model_len=4000)
