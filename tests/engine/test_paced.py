@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -67,12 +68,13 @@ def run(engine: Engine, prompt: list[int], **sampling: object) -> list[int]:
 
 def test_a_step_sleeps_for_what_its_shape_costs_and_no_longer(make, slept) -> None:
     engine, profile = make(), read_profile("gpu")
+    engine._runner.clock = itertools.count(0.0, 0.001).__next__  # a millisecond goes by in each step
     (prompt,) = random_prompts([50])
     run(engine, prompt)
     shapes = [StepShape(50, 50 * 51 // 2), *(StepShape(0, 0, 1, 50 + n) for n in range(1, 8))]
     assert len(slept) == len(shapes)
     for seconds, shape in zip(slept, shapes, strict=True):
-        assert 0 < seconds < profile.step_s(shape)
+        assert seconds == pytest.approx(profile.step_s(shape) - 0.001)
 
 
 @pytest.mark.parametrize("what", ["zero", "another", "stale"])
