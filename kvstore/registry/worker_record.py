@@ -27,7 +27,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     worker_id: str
-    role: Literal["prefill", "decode", "store"]
+    role: Literal["prefill", "decode", "elastic", "store"]
     incarnation: str
     served_model_names: tuple[str, ...]
     model_path: str
@@ -56,6 +56,16 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     adapters: tuple[str, ...] = ()  # keys of its LoRA adapters: the name that clients ask for, a colon, a fingerprint
 
     @property
+    def prefills(self) -> bool:
+        """Whether it takes prefill orders. An elastic worker does both."""
+        return self.role in ("prefill", "elastic")
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it has sessions with routers."""
+        return self.role in ("decode", "elastic")
+
+    @property
     def key(self) -> tuple[str, str]:
         """The names of one process's life: worker id and incarnation."""
         return self.worker_id, self.incarnation
@@ -80,8 +90,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(
                     f"{field} must be 1 .. {_MAX_NAME_CHARS} printable ASCII characters, not {value!r:.80}"
                 )
-        if self.role not in ("prefill", "decode", "store"):
-            raise ValueError(f"role must be prefill, decode or store, not {self.role!r:.80}")
+        if self.role not in ("prefill", "decode", "elastic", "store"):
+            raise ValueError(f"role must be prefill, decode, elastic or store, not {self.role!r:.80}")
         if not self.served_model_names or not all(self.served_model_names):
             raise ValueError(f"served_model_names must name at least one model, not {self.served_model_names!r:.80}")
         limits = () if is_store else ("max_model_len", "max_num_seqs")

@@ -212,6 +212,7 @@ class Request:
     transfer_id: bytes = b""  # with hold_blocks: that its blocks are lent in, which their proofs need
     given_hashes: Sequence[BlockHash] = ()  # of the context's full blocks, where somebody has hashed it already
     resumed_token_ids: Sequence[int] = ()  # the output so far, where another engine began it
+    tpot_s: float = math.inf  # seconds per output token that its client is to get at most; infinite: whatever comes
     timeline: Timeline = field(default_factory=lambda: Timeline(time.time))
 
     @property

@@ -11,8 +11,10 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 from services.orders.grpc_orders import GrpcOrders, GrpcServer
 from services.orders.streams import (
+    BUDGETS,
     LISTS,
     MOVES,
+    REDIRECTS,
     RESUMES,
     Orders,
     OrderServer,
@@ -25,8 +27,10 @@ from services.orders.streams import (
 )
 
 __all__ = [
+    "BUDGETS",
     "LISTS",
     "MOVES",
+    "REDIRECTS",
     "RESUMES",
     "GrpcOrders",
     "GrpcServer",

@@ -12,10 +12,14 @@ from typing import Literal, Protocol, TypeAlias
 
 from tandem.v1 import worker_pb2 as pb
 
+BUDGETS = "budgets"
+"""The feature of an elastic worker, whose budgets move while it runs."""
 LISTS = "lists"
 """The feature of a decode worker that takes a request's lists of tokens once, and orders that name them."""
 MOVES = "move"
 """The feature of a decode worker that lets live requests go, and takes them on, with their KV."""
+REDIRECTS = "redirect"
+"""The feature of a decode worker that has a prompt without a token go on elsewhere, or brings it here."""
 RESUMES = "resume"
 """The feature of a decode worker that takes `resumed_token_ids`: it is told in a session's first frame."""
 

@@ -170,7 +170,7 @@ class PromptHashes(_message.Message):
     def __init__(self, root: _Optional[bytes] = ..., block_size: _Optional[int] = ..., hashes: _Optional[bytes] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("handle", "request_id", "model", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefill_targets", "timeout_s", "prefix_sources", "prompt_hashes", "resumed_token_ids", "move", "token_lists", "adapter")
+    __slots__ = ("handle", "request_id", "model", "prompt_token_ids", "sampling", "priority", "cache_salt", "prefill_targets", "timeout_s", "prefix_sources", "prompt_hashes", "resumed_token_ids", "move", "token_lists", "adapter", "tpot_objective_s")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -186,6 +186,7 @@ class GenerateRequest(_message.Message):
     MOVE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_LISTS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TPOT_OBJECTIVE_S_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     model: str
@@ -201,7 +202,8 @@ class GenerateRequest(_message.Message):
     move: Move
     token_lists: int
     adapter: str
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefill_targets: _Optional[_Iterable[_Union[PrefillTarget, _Mapping]]] = ..., timeout_s: _Optional[float] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ..., prompt_hashes: _Optional[_Union[PromptHashes, _Mapping]] = ..., resumed_token_ids: _Optional[_Iterable[int]] = ..., move: _Optional[_Union[Move, _Mapping]] = ..., token_lists: _Optional[int] = ..., adapter: _Optional[str] = ...) -> None: ...
+    tpot_objective_s: float
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prefill_targets: _Optional[_Iterable[_Union[PrefillTarget, _Mapping]]] = ..., timeout_s: _Optional[float] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ..., prompt_hashes: _Optional[_Union[PromptHashes, _Mapping]] = ..., resumed_token_ids: _Optional[_Iterable[int]] = ..., move: _Optional[_Union[Move, _Mapping]] = ..., token_lists: _Optional[int] = ..., adapter: _Optional[str] = ..., tpot_objective_s: _Optional[float] = ...) -> None: ...
 
 class Move(_message.Message):
     __slots__ = ("worker_id", "incarnation", "kv_address", "transfer_id", "num_tokens")
@@ -271,21 +273,45 @@ class ForgetLists(_message.Message):
     number: int
     def __init__(self, number: _Optional[int] = ...) -> None: ...
 
+class RedirectRequest(_message.Message):
+    __slots__ = ("handle", "prefill_targets", "prefix_sources")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TARGETS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_SOURCES_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    prefill_targets: _containers.RepeatedCompositeFieldContainer[PrefillTarget]
+    prefix_sources: _containers.RepeatedCompositeFieldContainer[PrefixSource]
+    def __init__(self, handle: _Optional[int] = ..., prefill_targets: _Optional[_Iterable[_Union[PrefillTarget, _Mapping]]] = ..., prefix_sources: _Optional[_Iterable[_Union[PrefixSource, _Mapping]]] = ...) -> None: ...
+
+class Budgets(_message.Message):
+    __slots__ = ("role", "tpot_s", "prompt_tokens")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    tpot_s: float
+    prompt_tokens: int
+    def __init__(self, role: _Optional[str] = ..., tpot_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
+
 class SessionRequest(_message.Message):
-    __slots__ = ("hello", "generate", "abort", "move", "lists", "forget")
+    __slots__ = ("hello", "generate", "abort", "move", "lists", "forget", "redirect", "budgets")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     GENERATE_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     MOVE_FIELD_NUMBER: _ClassVar[int]
     LISTS_FIELD_NUMBER: _ClassVar[int]
     FORGET_FIELD_NUMBER: _ClassVar[int]
+    REDIRECT_FIELD_NUMBER: _ClassVar[int]
+    BUDGETS_FIELD_NUMBER: _ClassVar[int]
     hello: SessionHello
     generate: GenerateRequest
     abort: AbortRequest
     move: MoveRequest
     lists: TokenLists
     forget: ForgetLists
-    def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., generate: _Optional[_Union[GenerateRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequest, _Mapping]] = ..., move: _Optional[_Union[MoveRequest, _Mapping]] = ..., lists: _Optional[_Union[TokenLists, _Mapping]] = ..., forget: _Optional[_Union[ForgetLists, _Mapping]] = ...) -> None: ...
+    redirect: RedirectRequest
+    budgets: Budgets
+    def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., generate: _Optional[_Union[GenerateRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequest, _Mapping]] = ..., move: _Optional[_Union[MoveRequest, _Mapping]] = ..., lists: _Optional[_Union[TokenLists, _Mapping]] = ..., forget: _Optional[_Union[ForgetLists, _Mapping]] = ..., redirect: _Optional[_Union[RedirectRequest, _Mapping]] = ..., budgets: _Optional[_Union[Budgets, _Mapping]] = ...) -> None: ...
 
 class Output(_message.Message):
     __slots__ = ("handle", "token_ids", "logprobs", "finish_reason", "stop_token_id", "error", "prompt_logprobs", "usage", "stamps", "move")
@@ -386,7 +412,7 @@ class Rates(_message.Message):
     def __init__(self, base_s: _Optional[float] = ..., prompt_token_s: _Optional[float] = ..., prompt_pair_s: _Optional[float] = ..., running_s: _Optional[float] = ..., context_token_s: _Optional[float] = ..., fetch_latency_s: _Optional[float] = ..., fetch_device_s: _Optional[float] = ..., fetch_host_s: _Optional[float] = ..., fetch_store_s: _Optional[float] = ..., fetch_disk_s: _Optional[float] = ..., spread: _Optional[float] = ..., num_steps: _Optional[float] = ..., num_fetches: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_blocks", "num_waiting_tokens", "draining", "rates")
+    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_blocks", "num_waiting_tokens", "draining", "rates", "budgets", "num_context_tokens")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -394,6 +420,8 @@ class Load(_message.Message):
     NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     RATES_FIELD_NUMBER: _ClassVar[int]
+    BUDGETS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_free_blocks: int
@@ -401,7 +429,9 @@ class Load(_message.Message):
     num_waiting_tokens: int
     draining: bool
     rates: Rates
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., draining: _Optional[bool] = ..., rates: _Optional[_Union[Rates, _Mapping]] = ...) -> None: ...
+    budgets: Budgets
+    num_context_tokens: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., draining: _Optional[bool] = ..., rates: _Optional[_Union[Rates, _Mapping]] = ..., budgets: _Optional[_Union[Budgets, _Mapping]] = ..., num_context_tokens: _Optional[int] = ...) -> None: ...
 
 class SessionFrame(_message.Message):
     __slots__ = ("outputs", "load", "incarnation", "handles", "token_ids", "heartbeat_s", "stuck", "features")
