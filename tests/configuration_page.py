@@ -6,6 +6,7 @@ from pathlib import Path
 
 from services.cli.config import SizeConfig, UpConfig
 from services.decode.config import DecodeConfig
+from services.elastic.config import ElasticConfig
 from services.prefill.config import PrefillConfig
 from services.router.config import RouterConfig
 from services.settings.declare import Setting, SettingsClass, settings_of
@@ -34,11 +35,13 @@ This page is made of the code by `python -m tests.configuration_page`; a test co
 def page() -> str:
     """The whole text."""
     common = {setting.name for setting in settings_of(WorkerConfig)}
+    halves = {setting.name for half in (PrefillConfig, DecodeConfig) for setting in settings_of(half)}
     parts = [
         ("Router", "`tandem router`", settings_of(RouterConfig)),
         ("Workers", "`tandem prefill` and `tandem decode`", settings_of(WorkerConfig)),
         ("Prefill workers", "in addition", _without(PrefillConfig, common)),
         ("Decode workers", "in addition", _without(DecodeConfig, common)),
+        ("Elastic workers", "`tandem elastic`: both, and in addition", _without(ElasticConfig, common | halves)),
         ("Store nodes", "`tandem store`", settings_of(StoreConfig)),
         ("Launcher", "`tandem up`", settings_of(UpConfig)),
         ("Sizing", "`tandem size`", settings_of(SizeConfig)),

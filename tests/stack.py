@@ -74,6 +74,7 @@ class Stack:
     directory: Path
     prefill: Sequence[Flags] = ()  # extra flags of each prefill worker
     decode: Sequence[Flags] = ("",)
+    elastic: Sequence[Flags] = ()  # extra flags of each elastic worker
     store: Sequence[Flags] = ()  # extra flags of each store node; {disk} in them is `disk`
     router: Flags = ""
     worker: Flags = ""  # extra flags of every worker
@@ -96,7 +97,7 @@ class Stack:
             model = ["--num-threads", "1", "--model", str(self.model), "--served-model-name", "m"]
             model += ["--engine", self.engine]
             model += ["--proof-key-file", str(proof_key)]
-            for role, workers in (("prefill", self.prefill), ("decode", self.decode)):
+            for role, workers in (("prefill", self.prefill), ("decode", self.decode), ("elastic", self.elastic)):
                 for index, flags in enumerate(workers):
                     self.start(f"{role}-{index}", role, [*common, *model, *_words(self.worker), *_words(flags)])
             for index, flags in enumerate(self.store):
@@ -263,7 +264,7 @@ class Stack:
     def check_clean(self) -> None:
         """Every worker comes to rest with all its blocks free, and its pool's books are right."""
         for service in self.services.values():
-            if service.role not in ("prefill", "decode"):
+            if service.role not in ("prefill", "decode", "elastic"):
                 continue
             # One that a test has killed may be dying still, or dead without its parent knowing.
             self.wait_for(
@@ -301,12 +302,14 @@ def run_service(role: str, argv: list[str], log_path: str, environ: dict[str, st
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(environ)
-    if broken_steps.ENGINE in environ and role in ("prefill", "decode"):
+    if broken_steps.ENGINE in environ and role in ("prefill", "decode", "elastic"):
         broken_steps.break_at_signal()
     if role == "router":
         from services.router.__main__ import main
     elif role == "prefill":
         from services.prefill.__main__ import main
+    elif role == "elastic":
+        from services.elastic.__main__ import main
     elif role == "store":
         from services.store.__main__ import main
     else:

@@ -27,6 +27,9 @@ _COMMANDS = {
     "router": _Command("run a router: the HTTP API", "services.router.__main__", "services.router.config:RouterConfig"),
     "prefill": _Command("run a prefill worker", "services.prefill.__main__", "services.prefill.config:PrefillConfig"),
     "decode": _Command("run a decode worker", "services.decode.__main__", "services.decode.config:DecodeConfig"),
+    "elastic": _Command(
+        "run a worker that prefills and decodes", "services.elastic.__main__", "services.elastic.config:ElasticConfig"
+    ),
     "store": _Command("run a store node for KV blocks", "services.store.__main__", "services.store.config:StoreConfig"),
     "doctor": _Command("check this machine: packages, Redis, UCX, ports, model", "services.cli.doctor.doctor"),
     "size": _Command("size a deployment: KV memory, handoff, index, store", "services.cli.size.size"),

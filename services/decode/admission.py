@@ -86,6 +86,8 @@ class Admission:
         if not self._is_local(live, hashes) and not await self._is_brought_by_another(live, hashes):
             shunned = self._shunned.names()
             for target in live.order.prefill_targets:
+                if target.worker_id == self._parts.worker_id:
+                    break  # an elastic worker's own prompts need no order
                 if target.incarnation in shunned:
                     continue
                 try:

@@ -342,7 +342,9 @@ class PrefillService:
             order.pinned = []
 
     def on_begun(self, request: Request) -> None:
-        self._report(self._active[request.request_id], OrderEvent.BEGUN)
+        order = self._active.get(request.request_id)
+        if order is not None:  # else it is none of ours: an elastic worker has live requests, too
+            self._report(order, OrderEvent.BEGUN)
 
     def on_step(self, output: StepOutput) -> None:
         for update in output.updates:

@@ -23,7 +23,7 @@ from services.worker.metrics import WorkerMetrics
 from services.worker.prefixes import CacheLender, FetchCosts, HostPrefixes, PrefixFetcher
 from services.worker.store import StoreFeed
 
-Role: TypeAlias = Literal["prefill", "decode"]
+Role: TypeAlias = Literal["prefill", "decode", "elastic"]
 
 # A step that takes so many times what it was expected to is slow, and no more; what was never done is a guess.
 _HONEST_SLOWNESS = 10.0
@@ -147,7 +147,8 @@ def exchange_timeouts(config: WorkerConfig) -> ExchangeTimeouts:
     named = {
         "peer_timeout_s": config.peer_timeout_s,
         "offer_s": getattr(config, "prefill_queue_timeout_s", None),
-        **dict.fromkeys(("reserve_s", "announce_s", "read_s", "confirm_s"), handoff_timeout_s),
+        **dict.fromkeys(("announce_s", "read_s", "confirm_s"), handoff_timeout_s),
+        "reserve_s": getattr(config, "reserve_timeout_s", handoff_timeout_s),
         "lease_max_s": getattr(config, "lease_max_s", None),
         "lease_ttl_s": getattr(config, "lease_ttl_s", None),
     }

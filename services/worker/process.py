@@ -314,8 +314,8 @@ async def _watched(
     """Have it watched that the worker gets on. Where it does not, probes, routers and who waits for it are told."""
     parts = worker.parts
 
-    # A decode worker computes by itself what it cannot have moved. Its streams would pay for a new start.
-    is_needed = worker.record.role != "decode"
+    # Who decodes computes by itself what it cannot have moved. Its streams would pay for a new start.
+    is_needed = not worker.record.decodes
 
     def on_change(still: tuple[str, ...]) -> None:
         front.http.stuck = stuck = in_words(hindering(still, parts.exchange, is_needed))

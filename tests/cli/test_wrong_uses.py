@@ -403,7 +403,7 @@ def test_what_a_gpu_cannot_do(
 # ---- the processes by themselves, and what they need around them --------------
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("role", ["prefill", "decode", "elastic"])
 @pytest.mark.parametrize("spoil", [truncated, missing_shard, nothing])
 def test_a_worker_says_the_same_before_torch(
     role: str, spoil: Callable[[Path], None], tandem: Tandem, tmp_path: Path

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeAlias
 from unittest.mock import patch
 
 from tandem.v1 import worker_pb2 as pb
@@ -15,9 +16,11 @@ from tandem.v1 import worker_pb2 as pb
 from kvstore.exchange import Outside
 from services.decode.config import DecodeConfig
 from services.decode.service import DecodeService
+from services.elastic.service import ElasticService
 from services.engine.native import Engine
+from services.orders import Orders
 from services.worker import assembly
-from services.worker.assembly import Seams
+from services.worker.assembly import Role, Seams
 from tests.loop_threads import LoopThreads
 from tests.memory_orders import MemoryOrders
 from tests.memory_transport import Faults, MemoryTransport, Switchboard
@@ -25,20 +28,41 @@ from tests.waiting import until
 
 _SETTINGS: dict[str, object] = {"block_size": 16, "max_model_len": 400, "num_gpu_blocks_override": 40, "device": "cpu"}
 
+Send: TypeAlias = Callable[[pb.SessionFrame], Awaitable[None]]
+
 
 class DecodeWorker:
     """Not started; see `running`. It has no registry: nobody finds it, and neither index nor stores hear of it."""
 
     def __init__(
-        self, name: str, model: Path, switchboard: Switchboard, faults: Faults | None = None, **settings: object
+        self,
+        name: str,
+        model: Path,
+        switchboard: Switchboard,
+        faults: Faults | None = None,
+        orders: Orders | None = None,
+        **settings: object,
     ) -> None:
-        config = DecodeConfig(model=str(model), **{**_SETTINGS, **settings})  # type: ignore[arg-type]
-        engine = Engine.from_config(config)
-        seams = Seams(MemoryOrders(), Outside(threads=LoopThreads()), time.time)
+        """`orders`: how it reaches others' prefill halves; None: it has nobody."""
+        engine = self._configured(model=str(model), **{**_SETTINGS, **settings})
+        seams = Seams(orders or MemoryOrders(), Outside(threads=LoopThreads()), time.time)
         self.transport = MemoryTransport(engine.memory, switchboard, faults, seed=1)
         with patch.object(assembly, "make_transports", lambda *_: [self.transport]):
-            self.parts = assembly.assemble(config, "decode", engine, name, "1", seams)
-        self.service = DecodeService(config, self.parts)
+            self.parts = assembly.assemble(self._config, self._role, engine, name, "1", seams)
+        self.service = self._made()
+
+    _role: Role = "decode"
+
+    def _configured(self, **settings: Any) -> Engine:
+        self._config: DecodeConfig = DecodeConfig(**settings)
+        return Engine.from_config(self._config)
+
+    def _made(self) -> DecodeService | ElasticService:
+        return DecodeService(self._config, self.parts)
+
+    async def serve_session(self, orders: AsyncIterator[pb.SessionRequest], send: Send) -> None:
+        assert isinstance(self.service, DecodeService)
+        await self.service.serve_session(orders, send)
 
     @property
     def num_free(self) -> int:
@@ -133,7 +157,7 @@ async def running(*workers: DecodeWorker) -> AsyncIterator[Sequence[RouterOf]]:
     for worker in workers:
         await worker.start()
     sessions = [
-        asyncio.create_task(worker.service.serve_session(router.orders(), router.send))
+        asyncio.create_task(worker.serve_session(router.orders(), router.send))
         for worker, router in zip(workers, routers, strict=True)
     ]
     try:

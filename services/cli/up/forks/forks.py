@@ -23,8 +23,7 @@ SHIM = str(Path(__file__).with_name("child.py"))
 WORKER_MODULES = (
     "services.worker.start",
     "services.worker.process",
-    "services.prefill.service",
-    "services.decode.service",
+    "services.elastic.service",  # prefill and decode, too
     "grpc_health.v1.health",
     "uvicorn.protocols.http.auto",
 )
