@@ -38,9 +38,9 @@ from tests.bench.bench_model import write_bench_model
 
 _START_TIMEOUT_S: Final = 600.0
 _STOP_TIMEOUT_S: Final = 60.0
-_NAME: Final = "bench"
+NAME: Final = "bench"
 _STAGES: Final = ("order", "prefill_order", "prefill_queue", "prefill", "handoff", "join", "step_alignment")
-_ENVIRONMENT: Final = {
+ENVIRONMENT: Final = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -53,10 +53,10 @@ _ENVIRONMENT: Final = {
 def vllm_alone(model: Path, flags: Sequence[str], num_threads: int) -> Iterator[str]:
     """`vllm serve`; its URL."""
     program, port = str(Path(sys.executable).parent / "vllm"), claim_port("127.0.0.1", 0)
-    command = [program, "serve", str(model), "--port", str(port), "--host", "127.0.0.1", "--served-model-name", _NAME]
+    command = [program, "serve", str(model), "--port", str(port), "--host", "127.0.0.1", "--served-model-name", NAME]
     command += ["--enforce-eager", "--disable-log-stats", *flags]
     with tempfile.TemporaryFile() as log:
-        environment = os.environ | _ENVIRONMENT | {"OMP_NUM_THREADS": str(num_threads)}
+        environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(num_threads)}
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         url = f"http://127.0.0.1:{port}"
         try:
@@ -85,7 +85,7 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
 def behind_tandem(model: Path, flags: Sequence[str], num_threads: int) -> Iterator[str]:
     """`tandem up` with a prefill and a decode worker; the router's URL."""
     ours = [str(model), "--engine", "vllm", "--prefill", "1", "--decode", "1", "--num-threads", str(num_threads)]
-    stack = start_stack("vllm behind tandem", [*ours, "--served-model-name", _NAME, *flags])
+    stack = start_stack("vllm behind tandem", [*ours, "--served-model-name", NAME, *flags])
     try:
         yield stack.url
     finally:
@@ -94,7 +94,7 @@ def behind_tandem(model: Path, flags: Sequence[str], num_threads: int) -> Iterat
 
 async def first_token_s(url: str, prompt: Sequence[int]) -> tuple[float, Mapping[str, Any]]:
     """Seconds from sending to the first token, and the receipt's stages, where there is a receipt."""
-    body = {"model": _NAME, "prompt": list(prompt), "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    body = {"model": NAME, "prompt": list(prompt), "max_tokens": 4, "temperature": 0, "ignore_eos": True}
     headers, stages, first_s = {"x-tandem-receipt": "1"}, dict[str, Any](), None
     async with httpx.AsyncClient(timeout=300) as client:
         started_s = time.perf_counter()
@@ -147,13 +147,13 @@ def bench_serve(url: str, tokenizer: Path, options: argparse.Namespace) -> Mappi
             "--base-url",
             url,
         ]
-        command += ["--model", _NAME, "--tokenizer", str(tokenizer), "--ignore-eos", "--seed", "0", "--disable-tqdm"]
+        command += ["--model", NAME, "--tokenizer", str(tokenizer), "--ignore-eos", "--seed", "0", "--disable-tqdm"]
         command += ["--dataset-name", "random", "--random-input-len", str(options.input_len)]
         command += ["--random-output-len", str(options.output_len), "--num-prompts", str(options.num_prompts)]
         command += ["--request-rate", str(options.rate), "--percentile-metrics", "ttft,itl"]
         command += ["--metric-percentiles", "50,90,99", "--save-result", "--result-dir", directory]
         command += ["--result-filename", "result.json", "--temperature", "0"]
-        done = subprocess.run(command, env=os.environ | _ENVIRONMENT, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"vllm bench serve failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         report: Mapping[str, float] = json.loads((Path(directory) / "result.json").read_text())
