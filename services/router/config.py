@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from services.peer_settings import PeerSettings
+from services.router.objectives import ObjectiveTable
 from services.router.tenants import ApiKey
 from services.secrets import Secret, read_private_file, read_secret
 from services.settings import SettingsError, setting
@@ -208,6 +209,25 @@ class RouterConfig(PeerSettings):
         " and fairness order it; 0: no limit",
         group="limits",
     )
+    ttft_objective: float = setting(
+        0.0,
+        min=0,
+        help="milliseconds from a request's arrival to its first token that clients are to get at most: elastic workers"
+        " bend their roles for it; 0: none",
+        group="objectives",
+    )
+    tpot_objective: float = setting(
+        0.0,
+        min=0,
+        help="milliseconds per output token that clients are to get at most; 0: none",
+        group="objectives",
+    )
+    objectives: tuple[str, ...] = setting(
+        (),
+        help="other ones for a priority or a tenant, which goes before: priority=0:ttft=500,tpot=40 or"
+        " tenant=acme:ttft=800; what it does not name is as for all, 0 is none",
+        group="objectives",
+    )
     tenants_file: str = setting(
         "", help="YAML or JSON file of tenants' weights, priorities and limits; none: all are equal", group="limits"
     )
@@ -244,6 +264,10 @@ class RouterConfig(PeerSettings):
         _check_keys(given, "api_key_file")
         return given
 
+    def read_objectives(self) -> ObjectiveTable:
+        """Return everybody's objectives. Raises SettingsError."""
+        return ObjectiveTable.of(self.ttft_objective, self.tpot_objective, self.objectives)
+
     def read_tenant_secret(self) -> Secret | None:
         """Return it, None where there is none. Raises SettingsError."""
         return read_secret("tenant_secret", self.tenant_secret, self.tenant_secret_file)
@@ -263,6 +287,7 @@ class RouterConfig(PeerSettings):
         for proxy in self.forwarded_allow_ips.split(",") if self.forwarded_allow_ips else ():
             _check_proxy(proxy.strip())
         _check_keys(self.api_key, "api_key")
+        self.read_objectives()
         largest_bytes = self.request_memory_bytes / self.router_workers * self.client_share
         if self.router_workers > 1 and largest_bytes < self.max_body_bytes:
             raise SettingsError(

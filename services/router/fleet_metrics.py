@@ -22,13 +22,17 @@ class FleetCollector(Collector):
         workers = self._workers
         yield ROUTER.read("tandem:router_sessions_up", workers.num_sessions_up)
         known = ROUTER.family("tandem:router_workers_known")
-        for role in ("prefill", "decode"):
+        for role in ("prefill", "decode", "elastic"):
             known.add_metric([role], sum(record.role == role for record in workers.records))
         yield known
         decode, prefill = workers.decode_candidates(), workers.prefill_candidates()
         queued = ROUTER.family("tandem:router_queued_tokens")
-        queued.add_metric(["prefill"], sum(worker.num_outstanding_tokens for worker in prefill))
-        queued.add_metric(["decode"], sum(worker.num_waiting_tokens for worker in decode))
+        # An elastic worker stands among both, and counts where its prompts are its first work, or are not.
+        by_role = [each.num_outstanding_tokens for each in prefill if each.bending.role != "decode"]
+        queued.add_metric(["prefill"], sum(by_role))
+        queued.add_metric(
+            ["decode"], sum(each.num_waiting_tokens for each in decode if not each.bending.is_prefill_first)
+        )
         yield queued
         usage = ROUTER.family("vllm:kv_cache_usage_perc")
         for model in sorted({name for worker in decode for name in worker.model_names}):

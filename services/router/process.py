@@ -138,7 +138,8 @@ async def open_parts(
         config.request_memory_bytes, config.client_share, threads, lambda: metrics.count_refusal("memory_full")
     )
     shares = read_shares(config.tenants_file)
-    admission = _make_admission(config, metrics, workers, shares, clock)
+    objectives = config.read_objectives()
+    admission = _make_admission(config, metrics, workers, shares, bool(objectives), clock)
     workers.on_news = admission.fill
     quotas = quotas or Quotas(None, router_id, clock)
     metrics.quotas_shared.set_function(lambda: quotas.is_shared)
@@ -161,7 +162,9 @@ async def open_parts(
             prefixes,
             placer,
             shares,
+            objectives,
             limits,
+            lambda finished: None,
             clock,
             unix_clock,
             siblings,
@@ -174,14 +177,19 @@ async def open_parts(
 
 
 def _make_admission(
-    config: RouterConfig, metrics: RouterMetrics, workers: Workers, shares: Shares, clock: Callable[[], float]
+    config: RouterConfig,
+    metrics: RouterMetrics,
+    workers: Workers,
+    shares: Shares,
+    bends: bool,
+    clock: Callable[[], float],
 ) -> Admission:
     return Admission(
         config.max_concurrent_requests,
         config.max_queue,
         clock,
         metrics.count_refusal,
-        Headroom(workers, config.worker_backlog_s),
+        Headroom(workers, config.worker_backlog_s, bends),
         lambda client: shares.of_client(client).weight,
         config.client_share,
     )

@@ -5,11 +5,13 @@ The counters of the same names (metrics.py) are fed from receipts, so the two al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tandem.v1 import worker_pb2 as pb
 
+from services.budgets import Objectives
 from services.lifecycle import Event
 
 _STAGES = {
@@ -25,6 +27,9 @@ _STAGES = {
     "decode": (Event.FIRST_TOKEN, Event.FINISHED),
 }
 _STEP_ALIGNMENT = (Event.DECODE_JOINED, Event.FIRST_TOKEN)
+
+
+_NO_OBJECTIVES = Objectives()
 
 
 @dataclass
@@ -110,6 +115,10 @@ class Receipt:
     total_s: float
     """From the request's arrival to the sequence's last token, both at the router."""
     resumes: tuple[Resume, ...] = ()
+    objectives: Objectives = _NO_OBJECTIVES
+    """What its client was to get."""
+    deflected: str = ""
+    """What was done where the workers' roles had another place for it: `prompt` or `answer`; empty: nothing."""
 
     @property
     def first_decode_worker_id(self) -> str:
@@ -173,6 +182,11 @@ class Receipt:
             **({"is_simulation": True} if self.is_simulation else {}),
             "numerics": self.numerics or None,
             "attempts": self.num_attempts,
+            "deflected": self.deflected or None,
+            "objectives": {
+                "ttft_seconds": _or_none(self.objectives.ttft_s),
+                "tpot_seconds": _or_none(self.objectives.tpot_s),
+            },
             "recomputes": usage.num_recomputes,
             "resumed_elsewhere": self.resumed_elsewhere,
             "resumes": [resume.to_json() for resume in self.resumes],
@@ -194,6 +208,10 @@ class Receipt:
             },
             "unix_seconds": {event.name.lower(): unix_s for event, unix_s in sorted(self.unix_s.items())},
         }
+
+
+def _or_none(seconds: float) -> float | None:
+    return seconds if math.isfinite(seconds) else None
 
 
 def _part_to_json(part: pb.FetchedPrefix) -> dict[str, object]:
@@ -220,6 +238,8 @@ def make_receipt(
     num_generated_tokens: int,
     is_simulation: bool = False,
     resumes: tuple[Resume, ...] = (),
+    objectives: Objectives = _NO_OBJECTIVES,
+    deflected: str = "",
 ) -> Receipt:
     """`router_unix_s`: the sequence's timeline at the router, from ARRIVED to FINISHED. Where the workers have stamped
     the same event theirs counts, so that stages are measured by one clock; there are no `stamps` where a stop string
@@ -237,4 +257,6 @@ def make_receipt(
         unix_s=dict(router_unix_s) | {Event(stamp.event): stamp.unix_s for stamp in stamps if stamp.event in known},
         total_s=max(router_unix_s[Event.FINISHED] - router_unix_s[Event.ARRIVED], 0.0),
         resumes=resumes,
+        objectives=objectives,
+        deflected=deflected,
     )

@@ -127,14 +127,17 @@ READINESS: Final = View("readiness", _readiness, _ready_everywhere)
 
 
 def _workers(parts: RouterParts) -> Rows:
-    connected = {worker.worker_id for worker in parts.workers.decode_candidates() if worker.connected}
+    decode = parts.workers.decode_candidates()
+    connected = {worker.worker_id for worker in decode if worker.connected}
+    role_now = {worker.worker_id: worker.bending.role for worker in decode}
     return [
         {
             "worker_id": record.worker_id,
             "incarnation": record.incarnation,
             "role": record.role,
+            "role_now": role_now.get(record.worker_id),
             "models": record.model_names,
-            "connected": not record.phase and (record.role != "decode" or record.worker_id in connected),
+            "connected": not record.phase and (not record.decodes or record.worker_id in connected),
             "draining": record.draining,
             "phase": record.phase,
             "is_simulation": record.is_simulation,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from operator import truediv
 from typing import TypeVar
 
+from services.budgets import Role
 from services.router.routing.candidates import DecodeCandidate, PrefillCandidate, RoutedRequest, holds
 from services.router.routing.cost import (
     CostModel,
@@ -50,6 +51,7 @@ class _ScoredPrefill:
 
 
 S = TypeVar("S", _Scored, _ScoredPrefill)
+W = TypeVar("W", DecodeCandidate, PrefillCandidate)
 
 
 def choose(
@@ -67,7 +69,8 @@ def choose(
     connected = _ready(request, decode, exclude, among)
     if isinstance(connected, Refusal):
         return connected
-    ready = prefer_equal(request.numerics, connected)
+    alike = prefer_equal(request.numerics, connected)
+    ready = _by_role(alike, "decode") or alike
     cost = cost or CostModel()
     state = state or PolicyState()
     targets = {
@@ -82,7 +85,12 @@ def choose(
     by = best.local if best.terms.prefills else best.targets[0].terms
     return Decision(
         decode=best.worker,
-        prefill=tuple(target.worker for target in best.targets[:MAX_PREFILL_TARGETS]),
+        prefill=tuple(
+            target.worker
+            for target in best.targets[:MAX_PREFILL_TARGETS]
+            if not (best.worker.bending.is_elastic and target.worker.worker_id == best.worker.worker_id)
+        ),
+        deflected="answer" if best.worker.bending.is_prefill_first else "",
         reason="",
         policy=policy,
         prefilled_by=by,
@@ -113,6 +121,10 @@ def _ready(
     if not stay and not request.has_begun:
         return Refusal.DRAINING
     return _long_enough(request, stay or connected) or Refusal.TOO_SHORT
+
+
+def _by_role(workers: Sequence[W], role: Role) -> list[W]:
+    return [worker for worker in workers if worker.bending.role in (None, role)]
 
 
 def _serves(request: RoutedRequest, worker: DecodeCandidate) -> bool:
@@ -152,7 +164,7 @@ def _ordered_prefill(
             worker,
             prefill_terms(cost, worker.worker_id, worker.num_outstanding_tokens, request.num_prompt_tokens, prefix),
         )
-        for worker in prefill
+        for worker in _by_role(prefill, "prefill")
         if request.model in worker.model_names
         and (not request.adapter or request.adapter in worker.adapters)
         and worker.model_fingerprint == model_fingerprint
@@ -174,7 +186,12 @@ def _score_decode(
     own = prefix.own(worker.worker_id)
     # What the worker brings into its paged cache before it decides whether to prefill.
     num_missing = max(request.num_prompt_tokens - sum(own.num_per_tier[:2]) * prefix.block_size, 1)
-    prefills = worker.colocated or not targets or num_missing <= worker.local_prefill_max_tokens
+    prefills = (
+        worker.colocated
+        or worker.bending.is_prefill_first
+        or not targets
+        or num_missing <= worker.local_prefill_max_tokens
+    )
     num_new_blocks = max(-(-request.num_prompt_tokens // prefix.block_size) - own.num_blocks, 0)
     num_waiting = max(worker.num_outstanding + 1 - worker.max_num_seqs, 0) if worker.max_num_seqs else 0
     use = 1 - worker.num_free_blocks / worker.num_blocks if worker.num_blocks else 0.0

@@ -82,6 +82,13 @@ class ScriptedWorker:
     """It drains: every order gets a word of that."""
     differs: bool = False
     """Its tokens are not those of the others."""
+    role: str = "decode"
+    budgets: pb.Budgets | None = None
+    """That it says it has."""
+    num_running: int = 0
+    """Streams of others."""
+    num_context_tokens: int = 0
+    num_waiting_tokens: int = 0
     orders: list[pb.GenerateRequest] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -89,13 +96,13 @@ class ScriptedWorker:
         self.record = worker_record(
             worker_id=f"scripted-{number}",
             incarnation=f"{number:024x}",
-            role="decode",
+            role=self.role,
             served_model_names=("tiny",),
             model_path=self.model_path,
             tokenizer_path=self.model_path,
             grpc_address=f"scripted-{number}",
             max_model_len=self.max_model_len,
-            colocated=True,
+            colocated=self.role == "decode",
             numerics=self.numerics,
             is_exact=self.is_exact,
             transports=("memory",),
@@ -108,8 +115,15 @@ class ScriptedWorker:
             raise Killed
         live: dict[int, _Output] = {}
         has_work = asyncio.Event()
-        load = pb.Load(num_running=self.num_outstanding, num_free_blocks=self.num_free_blocks, draining=self.drains)
+        load = pb.Load(
+            num_running=self.num_outstanding or self.num_running,
+            num_free_blocks=self.num_free_blocks,
+            draining=self.drains,
+        )
         load.num_blocks = 1000
+        load.num_context_tokens, load.num_waiting_tokens = self.num_context_tokens, self.num_waiting_tokens
+        if self.budgets is not None:
+            load.budgets.CopyFrom(self.budgets)
         first = pb.SessionFrame(load=load, incarnation=self.record.incarnation, features=self.features)
         first.heartbeat_s = float(self.silent_after is not None)
         await send(first)

@@ -197,6 +197,7 @@ def test_fields_of_our_insides_reach_no_order(http, worker, path, body):
         "prompt_hashes": {"hashes": ["x"]},
         "prompt_token_ids": [1, 2, 3],
         "adapter": "another:0123",
+        "tpot_objective_s": 0.001,
         "resumed_token_ids": [5],
         "sampling": {"max_tokens": 99},
         "token_lists": 5,

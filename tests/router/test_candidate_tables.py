@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from dataclasses import replace
 
@@ -10,10 +11,12 @@ import httpx
 import numpy as np
 import pytest
 
+from services.budgets import UNLIMITED
 from services.rates import Rates
 from services.router.config import RouterConfig
 from services.router.routing import (
     MAX_CANDIDATES,
+    Bending,
     CostModel,
     Decision,
     DecodeCandidate,
@@ -59,6 +62,29 @@ def decode_news(rng: random.Random) -> dict[str, object]:
         "num_blocks": num_blocks,
         "num_free_blocks": rng.randint(0, num_blocks),
     }
+
+
+def make_bending(rng: random.Random) -> Bending:
+    return Bending(
+        rng.choice(("prefill", "decode")),
+        rng.choice((math.inf, 0.04, 0.08)),
+        rng.choice((UNLIMITED, 128, 0)),
+        rng.choice((0, 1, 12)),
+        rng.choice((0, 700, 20_000)),
+    )
+
+
+def make_elastic(rng: random.Random, number: int) -> tuple[DecodeCandidate, PrefillCandidate]:
+    """The two rows of a worker that does both."""
+    facts, bending, max_model_len = served(rng), make_bending(rng), rng.choice((0, 2000, 600))
+    decode = replace(make_decode(rng, number), worker_id=f"e{number}", colocated=False, local_prefill_max_tokens=0)
+    decode = replace(decode, **facts, bending=bending, max_model_len=max_model_len)
+    prefill = replace(make_prefill(rng, number), worker_id=f"e{number}", **facts, bending=bending)
+    num_waiting = rng.choice((0, 0, 512, 4000))
+    return (
+        replace(decode, num_waiting_tokens=num_waiting),
+        replace(prefill, max_model_len=max_model_len, num_outstanding_tokens=num_waiting),
+    )
 
 
 def make_decode(rng: random.Random, number: int) -> DecodeCandidate:
@@ -134,11 +160,16 @@ def test_tables_choose_what_a_scan_of_all_candidates_chooses(policy):
     for _ in range(NUM_FLEETS):
         decodes = [make_decode(rng, number) for number in range(rng.choice((0, 1, 3, 40)))]
         prefills = [make_prefill(rng, number) for number in range(rng.choice((0, 1, 3, 60)))]
+        for pair in [make_elastic(rng, number) for number in range(rng.choice((0, 0, 2, 30)))]:
+            decodes.append(pair[0])
+            prefills.append(pair[1])
         decode, prefill = DecodeTable(decodes), PrefillTable(prefills)
         names = [worker.worker_id for worker in (*decodes, *prefills)] + ["store"]
         for _ in range(NUM_REQUESTS):
             for row in rng.sample(range(len(decodes)), len(decodes) // 3):
                 decodes[row] = replace(decodes[row], **decode_news(rng))
+                if decodes[row].bending.is_elastic:
+                    decodes[row] = replace(decodes[row], bending=make_bending(rng))
                 decode.put(row, decodes[row])
             for row in rng.sample(range(len(prefills)), len(prefills) // 3):
                 prefills[row] = replace(prefills[row], **prefill_news(rng))

@@ -14,10 +14,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+from services.budgets import Objectives
 from services.router.admission import Admission, Applicant, Room
 from services.router.edge.deadlines import Deadlines
 from services.router.edge.limits import Limits, Spent
 from services.router.errors import too_late
+from services.router.objectives import ObjectiveTable
 from services.router.openai import GenerationPlan
 from services.router.sharing import Share, Shares
 from services.router.sse import Message
@@ -37,6 +39,9 @@ class Visit:
     clock: Callable[[], float]
     """That the deadlines are by."""
     applicant: Applicant
+    objectives: Objectives
+    """What its client is to get."""
+    arrived_s: float
 
     @classmethod
     def of(
@@ -48,12 +53,15 @@ class Visit:
         client: str,
         model: str,
         priority: int,
+        objectives: ObjectiveTable,
+        arrived_s: float,
     ) -> Visit:
         """`client`: as the edge names it; `priority`: the request's own, which adds to its tenant's."""
         tenant: Tenant | None = scope["state"].get("tenant")
         share = shares.of(name_of(tenant))
         priority = min(max(priority + share.priority, -_MAX_PRIORITY), _MAX_PRIORITY)
-        return cls(scope, tenant, share, deadlines, clock, Applicant(model, client, priority))
+        wanted = objectives.of_request(name_of(tenant), priority)
+        return cls(scope, tenant, share, deadlines, clock, Applicant(model, client, priority), wanted, arrived_s)
 
     @property
     def left_s(self) -> float | None:

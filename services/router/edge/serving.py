@@ -29,8 +29,10 @@ from services.router.edge.limits import Limits
 from services.router.edge.memory import Holding, RequestMemory
 from services.router.edge.stopping import Stopping, Whose
 from services.router.errors import ApiError, ClientDisconnected, internal
+from services.router.finished import Account, OnFinished
 from services.router.fleet import Ask, Budget, Dispatch, Placer, PrefixFinder, Workers, routing_key
 from services.router.metrics import RouterMetrics
+from services.router.objectives import ObjectiveTable
 from services.router.openai import (
     Count,
     Delta,
@@ -69,7 +71,10 @@ class RouterParts:
     prefixes: PrefixFinder
     placer: Placer
     shares: Shares
+    objectives: ObjectiveTable
     limits: Limits
+    on_finished: OnFinished
+    """Is told what each sequence's client got."""
     clock: Callable[[], float]
     unix_clock: Callable[[], float]
     siblings: Member | None = None
@@ -132,6 +137,8 @@ class GenerateEndpoint(Generic[B]):
                                 client.name,
                                 model.name,
                                 body.priority,
+                                self._parts.objectives,
+                                access.started_s,
                             )
                             answer = await self._serve(body, request_id, model, client, visit, timeline, stream, access)
                             if answer is not None:
@@ -200,7 +207,8 @@ class GenerateEndpoint(Generic[B]):
                     parts.unix_clock,
                 )
                 metrics = parts.metrics.for_model(plan.model.name)
-                generation = Generation(plan, dispatch, metrics, timeline)
+                account = Account(name_of(visit.tenant), visit.applicant.priority, visit.objectives, parts.on_finished)
+                generation = Generation(plan, dispatch, metrics, timeline, account)
                 try:
                     return await self._generate(generation, client.memory, stream)
                 finally:
@@ -220,6 +228,7 @@ class GenerateEndpoint(Generic[B]):
         spaces = parts.workers.spaces(plan.model.name, versions, plan.model.adapter) if reuses else []
         blocks = await parts.prefixes.find(plan.prompts, cache_salt, spaces)
         num_prompt_tokens = parts.metrics.for_model(plan.model.name).prompt_tokens
+        objectives, everybody = visit.objectives, parts.objectives.everybody
 
         def make_ask(index: int) -> Ask:
             prompt, choice = divmod(index, request.body.n)
@@ -227,6 +236,8 @@ class GenerateEndpoint(Generic[B]):
                 num_prompt_tokens.inc(len(plan.prompts[prompt]))
             order = plan.order(index, visit.left_s or 0.0, cache_salt)
             order.priority = visit.applicant.priority
+            if objectives.tpot_s < everybody.tpot_s:
+                order.tpot_objective_s = objectives.tpot_s
             key = routing_key(plan.prompts[prompt], cache_salt)
             return Ask(
                 name_of(tenant),
@@ -238,6 +249,8 @@ class GenerateEndpoint(Generic[B]):
                 versions,
                 blocks[prompt],
                 key,
+                objectives,
+                visit.arrived_s,
             )
 
         return make_ask

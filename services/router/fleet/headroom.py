@@ -23,10 +23,12 @@ _BATCH_SLACK = 2
 class Headroom:
     """The admission's view of the workers (`services.router.admission.Fleet`)."""
 
-    def __init__(self, workers: Workers, backlog_s: float) -> None:
-        """`backlog_s`: prompt work that a worker may have in front, in seconds of its time; 0: as much as there is."""
+    def __init__(self, workers: Workers, backlog_s: float, bends: bool = False) -> None:
+        """`backlog_s`: prompt work that a worker may have in front, in seconds of its time; 0: as much as there is.
+        `bends`: there are objectives, so elastic workers do not only what they are given first."""
         self._workers = workers
         self._backlog_s = backlog_s or math.inf
+        self._bends = bends
         self._state: tuple[DecodeTable, int, PrefillTable, int] | None = None
         self._rooms: dict[str, _Room] = {}  # by model, in this state
 
@@ -64,7 +66,7 @@ class Headroom:
             self._state = state
             self._rooms.clear()
         if model not in self._rooms:
-            self._rooms[model] = _Room.of(model, decode, prefill)
+            self._rooms[model] = _Room.of(model, decode, prefill, self._bends)
         return self._rooms[model]
 
 
@@ -80,11 +82,15 @@ class _Room:
     num_prefilling: int
 
     @classmethod
-    def of(cls, model: str, decode: DecodeTable, prefill: PrefillTable) -> _Room:
-        ready, columns = decode.ready(model), decode.columns
+    def of(cls, model: str, decode: DecodeTable, prefill: PrefillTable, bends: bool) -> _Room:
+        ready, prefilling, columns = decode.ready(model), prefill.ready(model), decode.columns
+        if not bends:
+            prefilling = prefill.by_role(prefilling, "prefill")
+            by_role = decode.by_role(ready, "decode")
+            ready = by_role if len(by_role) else ready
         # Prompt tokens in front at each worker that prefills: prefill workers, and decode workers that do without.
-        fronts = prefill.columns["num_outstanding_tokens"][prefill.ready(model)]
-        own = ready[columns["colocated"][ready]] if len(fronts) else ready
+        fronts = prefill.columns["num_outstanding_tokens"][prefilling]
+        own = ready[columns["colocated"][ready] & ~decode.is_elastic[ready]] if len(fronts) else ready
         fronts = np.concatenate((fronts, columns["num_waiting_tokens"][own]))
         num_seqs = columns["max_num_seqs"][ready]
         return cls(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from services.rates import Rates, mean_of_rows
@@ -32,3 +34,39 @@ class KnownRates:
         if self._mean is None:
             self._mean = mean_of_rows(self._values[: len(self._rows)])
         return self._mean
+
+
+class ModelRates:
+    """The rates of one model's workers. What prompts cost, those know who compute prompts; where workers are elastic,
+    what streams cost know those who decode: a worker that has never done a thing has only guessed at its cost."""
+
+    def __init__(self) -> None:
+        self.prompts = KnownRates()
+        self.streams: KnownRates | None = None
+        """None: of an elastic worker nothing is known."""
+        self._joined: tuple[Rates, Rates, Rates] | None = None
+
+    def put_streams(self, name: str, rates: Rates) -> None:
+        """An elastic worker that decodes has these rates from now on."""
+        if self.streams is None:
+            self.streams = KnownRates()
+        self.streams.put(name, rates)
+
+    def mean(self) -> Rates:
+        """Of a prompt as those who compute prompts know it, of a step with streams as those who decode."""
+        prompts = self.prompts.mean()
+        if self.streams is None:
+            return prompts
+        streams = self.streams.mean()
+        if not streams.num_steps or not prompts.num_steps:
+            return prompts if prompts.num_steps else streams
+        if self._joined is None or self._joined[0] is not prompts or self._joined[1] is not streams:
+            joined = replace(
+                prompts,
+                base_s=streams.base_s,
+                running_s=streams.running_s,
+                context_token_s=streams.context_token_s,
+                spread=max(prompts.spread, streams.spread),
+            )
+            self._joined = (prompts, streams, joined)
+        return self._joined[2]

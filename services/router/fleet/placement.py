@@ -7,16 +7,19 @@ belongs to the event loop.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block import BlockHash, pack_hashes
+from services.budgets import Objectives
 from services.router.fleet.prefixes import BlockSpace, PromptBlocks
 from services.router.fleet.workers import Workers
 from services.router.routing import (
     MAX_CANDIDATES,
+    NO_OBJECTIVES,
     CostModel,
     Decision,
     DecisionEntry,
@@ -62,6 +65,10 @@ class Ask:
     """Of the model's weights: of workers with others, which a rollout gave the same name, none may get it."""
     blocks: PromptBlocks
     key: bytes
+    objectives: Objectives = NO_OBJECTIVES
+    """What its client is to get, counted from its arrival."""
+    arrived_s: float = 0.0
+    """By the router's clock."""
 
     @property
     def num_final_tokens(self) -> int:
@@ -177,7 +184,17 @@ class Placer:
             num_final_tokens=ask.num_final_tokens,
             adapter=order.adapter,
             fingerprints=spaces.keys(),
+            objectives=self._left(ask),
         )
+
+    def _left(self, ask: Ask) -> Objectives:
+        """What is left of its objectives: it has waited for a while, and what has begun waits for no first one."""
+        objectives = ask.objectives
+        if ask.order.resumed_token_ids:
+            return Objectives(tpot_s=objectives.tpot_s)
+        if objectives.ttft_s == math.inf:
+            return objectives
+        return Objectives(max(objectives.ttft_s - (self._clock() - ask.arrived_s), 0.0), objectives.tpot_s)
 
     def places_to_move_to(self, ask: Ask, placement: Placement, num_tokens: int) -> Collection[str]:
         """Decode workers that could take a live sequence of so many tokens, with its blocks and at once; none: stay."""
@@ -193,7 +210,8 @@ class Placer:
             order.prompt_hashes.root = placement.space.root(order.cache_salt)
             order.prompt_hashes.block_size = placement.space.block_size
             order.prompt_hashes.hashes = pack_hashes(placement.hashes)
-        for target in placement.decision.prefill:
+        # One that was deflected is told of no prefill worker: it computes all where it decodes.
+        for target in placement.decision.prefill if not placement.decision.deflected else ():
             order.prefill_targets.add(
                 worker_id=target.worker_id,
                 incarnation=target.incarnation,

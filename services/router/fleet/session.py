@@ -1,4 +1,4 @@
-"""Keeps one bidirectional gRPC stream per decode worker: orders go down, frames with tokens come up.
+"""Keeps one bidirectional gRPC stream per decode or elastic worker: orders go down, frames with tokens come up.
 
 The session reconnects by itself. It hands each output to whoever submitted the request, at once and without waiting
 (`OutputSink.deliver` only stores), so that one slow client never holds up the others. When the stream ends, however it
@@ -24,11 +24,13 @@ from collections.abc import AsyncIterator, Callable
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import WorkerRecord
+from services.budgets import UNBOUND, Role
 from services.orders import LISTS, MOVES, RESUMES, Orders, StreamBroken, is_cancelled
-from services.rates import GUESSED, Rates
+from services.rates import GUESSED
 from services.router.fleet.silence import Silence
 from services.router.fleet.sink import OutputSink
 from services.router.fleet.token_lists import ToldLists
+from services.router.fleet.worker_load import budgets_from_proto, rates_from_proto, role_from_proto
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +59,6 @@ class SessionDown(Exception):
 
 class SessionFull(Exception):
     """The worker does not read its orders as fast as they come."""
-
-
-def rates_from_proto(message: pb.Rates) -> Rates:
-    """Checks and converts a worker's word on its speed."""
-    return Rates.from_wire({field.name: value for field, value in message.ListFields()})
 
 
 def _check_progress(frame: pb.SessionFrame) -> None:
@@ -96,6 +93,9 @@ class WorkerSession:
         """What the worker understands beyond the protocol's version."""
         self.load = pb.Load()
         self.rates = GUESSED
+        self.role: Role = "decode"
+        """Of an elastic worker, as it last said: which work it is given first."""
+        self.budgets = UNBOUND
         self._router_id = router_id
         self._orders = orders
         self._reconnect_max_s = reconnect_max_s
@@ -294,6 +294,9 @@ class WorkerSession:
             self.load = frame.load
             if frame.load.HasField("rates"):
                 self.rates = rates_from_proto(frame.load.rates)
+            if frame.load.HasField("budgets"):
+                self.role = role_from_proto(frame.load.budgets, self.role)
+                self.budgets = budgets_from_proto(frame.load.budgets)
             self._num_sent_since_load = 0
             self._num_tokens_since_load = 0
         ended = []

@@ -16,12 +16,14 @@ from dataclasses import replace
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import Membership, WorkerRecord
-from services.orders import MOVES, Orders
+from services.orders import Orders
 from services.rates import Rates
-from services.router.fleet.known_rates import KnownRates
+from services.router.fleet.known_rates import ModelRates
 from services.router.fleet.prefixes import BlockSpace
-from services.router.fleet.session import WorkerSession, rates_from_proto
+from services.router.fleet.rows import decode_candidate, prefill_candidate
+from services.router.fleet.session import WorkerSession
 from services.router.fleet.silence import Silence
+from services.router.fleet.worker_load import rates_from_proto
 from services.router.routing import DecodeCandidate, DecodeTable, PrefillCandidate, PrefillTable, WorkerKey
 
 log = logging.getLogger(__name__)
@@ -64,8 +66,8 @@ class Workers:
         self._prefill_table: PrefillTable | None = None
         self._decode_rows: dict[WorkerKey, int] = {}
         self._prefill_rows: dict[WorkerKey, int] = {}
-        self._news_of: set[WorkerKey] = set()  # decode workers whose rows are to be written anew
-        self._known_rates: dict[str, KnownRates] = {}  # by model fingerprint
+        self._news_of: set[WorkerKey] = set()  # workers whose rows are to be written anew
+        self._known_rates: dict[str, ModelRates] = {}  # by model fingerprint
         self._sessions: dict[WorkerKey, WorkerSession] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._queued_tokens: dict[WorkerKey, int] = {}
@@ -89,13 +91,13 @@ class Workers:
         self._starting = tuple(record for record in self._membership.starting() if self._serves(record))
         listed = self._listed = {record.key: record for record in self._records}
         self._by_id = {record.worker_id: record for record in reversed(self._records)}
-        self._prefilled = {record.model_fingerprint for record in self._records if record.role == "prefill"}
+        self._prefilled = {record.model_fingerprint for record in self._records if record.prefills}
         self._decode_table, self._prefill_table = None, None
         self._decode_rows, self._prefill_rows = {}, {}
         self._spaces.clear()
         self._known_rates.clear()
         for key, record in listed.items():
-            if record.role != "decode":
+            if not record.decodes:
                 continue
             if key in self._sessions:
                 self._sessions[key].record = record
@@ -187,7 +189,7 @@ class Workers:
 
     def prefill_candidates(self) -> list[PrefillCandidate]:
         """All of them."""
-        return [self._prefill_candidate(record) for record in self._records if record.role == "prefill"]
+        return [self._prefill_candidate(record) for record in self._records if record.prefills]
 
     def decode_table(self) -> DecodeTable:
         """The decode workers as they are now."""
@@ -195,66 +197,42 @@ class Workers:
             pairs = list(self._decode_sessions())
             self._decode_table = DecodeTable([self._decode_candidate(*pair) for pair in pairs])
             self._decode_rows = {record.key: row for row, (record, _) in enumerate(pairs)}
-            self._news_of.clear()
-        self._take_news(self._decode_table)
+        self._take_news()
         return self._decode_table
 
-    def _take_news(self, table: DecodeTable) -> None:
+    def _take_news(self) -> None:
+        """Write the rows of those anew who have said something, or were given something: an elastic one has two."""
         for key in self._news_of:
+            record, session = self._listed.get(key), self._sessions.get(key)
+            if record is None:
+                continue
+            row = self._prefill_rows.get(key)
+            if self._prefill_table is not None and row is not None:
+                self._prefill_table.put(row, self._prefill_candidate(record))
             row = self._decode_rows.get(key)
-            if row is not None:
-                record, session = self._listed[key], self._sessions[key]
-                table.put(row, self._decode_candidate(record, session))
-                if self._computes_prompts(record) and record.model_fingerprint in self._known_rates:
-                    self._known_rates[record.model_fingerprint].put(record.worker_id, session.rates)
+            if self._decode_table is not None and row is not None and session is not None:
+                before = self._decode_table.workers[row].bending.role
+                self._decode_table.put(row, self._decode_candidate(record, session))
+                if before != self._decode_table.workers[row].bending.role:
+                    self._known_rates.pop(record.model_fingerprint, None)  # others know now what prompts cost
+                elif record.model_fingerprint in self._known_rates:
+                    self._put_rates(self._known_rates[record.model_fingerprint], record, session)
         self._news_of.clear()
 
     def prefill_table(self) -> PrefillTable:
         """The prefill workers as they are now."""
         if self._prefill_table is None:
-            records = [record for record in self._records if record.role == "prefill"]
+            records = [record for record in self._records if record.prefills]
             self._prefill_table = PrefillTable(list(map(self._prefill_candidate, records)))
             self._prefill_rows = {record.key: row for row, record in enumerate(records)}
+        self._take_news()
         return self._prefill_table
 
     def _decode_candidate(self, record: WorkerRecord, session: WorkerSession) -> DecodeCandidate:
-        return DecodeCandidate(
-            worker_id=record.worker_id,
-            incarnation=record.incarnation,
-            model_names=record.model_names,
-            model_fingerprint=record.model_fingerprint,
-            connected=session.connected,
-            draining=record.draining or session.load.draining,
-            num_outstanding=session.num_outstanding,
-            num_waiting_tokens=max(session.load.num_waiting_tokens, self._num_queued_tokens(record)),
-            max_num_seqs=record.max_num_seqs,
-            num_blocks=session.load.num_blocks,
-            num_free_blocks=session.num_free_blocks,
-            colocated=record.colocated,
-            local_prefill_max_tokens=record.local_prefill_max_tokens,
-            is_simulation=record.is_simulation,
-            max_model_len=record.max_model_len,
-            numerics=record.numerics,
-            is_exact=record.is_exact,
-            moves=MOVES in session.features,
-            adapters=record.adapters,
-            is_suspect=session.is_suspect,
-        )
+        return decode_candidate(record, session, self._queued_tokens.get(record.key, 0))
 
     def _prefill_candidate(self, record: WorkerRecord) -> PrefillCandidate:
-        return PrefillCandidate(
-            worker_id=record.worker_id,
-            incarnation=record.incarnation,
-            grpc_address=record.grpc_address,
-            kv_address=record.kv_address,
-            model_names=record.model_names,
-            model_fingerprint=record.model_fingerprint,
-            draining=record.draining,
-            num_outstanding_tokens=self._num_queued_tokens(record),
-            max_model_len=record.max_model_len,
-            numerics=record.numerics,
-            adapters=record.adapters,
-        )
+        return prefill_candidate(record, self._sessions.get(record.key), self._queued_tokens.get(record.key, 0))
 
     def spaces(self, model: str, fingerprints: Collection[str], adapter: str) -> list[BlockSpace]:
         """The block spaces of the workers that serve the model in one of these versions; usually one."""
@@ -304,29 +282,34 @@ class Workers:
         return names
 
     def prefill_rates(self, worker_id: str, rates: pb.Rates) -> None:
-        """A prefill worker has said how fast it is, with the answer to one of our prompts."""
+        """A prefill worker has said how fast it is, with the answer to one of our prompts. An elastic one says it in
+        its frames."""
         record = self._by_id.get(worker_id)
-        if record is not None and record.role == "prefill":
+        if record is not None and record.prefills and not record.decodes:
             self._prefill_rates[worker_id] = known = rates_from_proto(rates)
             if record.model_fingerprint in self._known_rates:
-                self._known_rates[record.model_fingerprint].put(worker_id, known)
+                self._known_rates[record.model_fingerprint].prompts.put(worker_id, known)
 
     def rates(self, model_fingerprint: str) -> Rates:
-        """Returns the speed of the workers that compute this model's prompts: prefill, else decode workers."""
+        """Returns the speed of the workers that compute this model's prompts, prefill, else decode workers; where they
+        are elastic, of streams that of those who decode."""
         self.decode_table()  # what sessions have said since
         known = self._known_rates.get(model_fingerprint)
         if known is None:
-            known = self._known_rates[model_fingerprint] = KnownRates()
+            known = self._known_rates[model_fingerprint] = ModelRates()
             for worker_id, rates in self._prefill_rates.items():
                 if self._by_id[worker_id].model_fingerprint == model_fingerprint:
-                    known.put(worker_id, rates)
+                    known.prompts.put(worker_id, rates)
             for record, session in self._decode_sessions():
-                if record.model_fingerprint == model_fingerprint and self._computes_prompts(record):
-                    known.put(record.worker_id, session.rates)
+                if record.model_fingerprint == model_fingerprint:
+                    self._put_rates(known, record, session)
         return known.mean()
 
-    def _computes_prompts(self, record: WorkerRecord) -> bool:
-        return record.colocated or record.model_fingerprint not in self._prefilled
+    def _put_rates(self, known: ModelRates, record: WorkerRecord, session: WorkerSession) -> None:
+        if record.prefills and session.role == "decode":
+            known.put_streams(record.worker_id, session.rates)
+        elif record.prefills or record.colocated or record.model_fingerprint not in self._prefilled:
+            known.prompts.put(record.worker_id, session.rates)
 
     def registered(self, worker: WorkerKey) -> WorkerRecord | None:
         """The registry's record of a holder of blocks, whatever it serves; None if this incarnation is not there."""
@@ -338,14 +321,8 @@ class Workers:
         if count > 0:
             self._queued_tokens[worker] = count
         self._news_of.add(worker)
-        row = self._prefill_rows.get(worker)
-        if self._prefill_table is not None and row is not None:
-            self._prefill_table.put(row, self._prefill_candidate(self._listed[worker]))
         if num_tokens < 0:
             self._note_news()
-
-    def _num_queued_tokens(self, record: WorkerRecord) -> int:
-        return self._queued_tokens.get(record.key, 0)
 
     async def close(self) -> None:
         """Ends all sessions; what still runs on them is lost."""

@@ -13,6 +13,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.lifecycle import Event, Timeline
 from services.router.errors import ApiError, from_worker, invalid
+from services.router.finished import Account
 from services.router.fleet import Dispatch
 from services.router.metrics import ModelMetrics
 from services.router.openai.choice import Choice, Delta
@@ -138,8 +139,16 @@ class UsageCount:
 class Generation:
     """Runs a plan. The owner calls `start`, then `deltas` until `finished`, and `close` whatever happens."""
 
-    def __init__(self, plan: GenerationPlan, dispatch: Dispatch, metrics: ModelMetrics, timeline: Timeline) -> None:
+    def __init__(
+        self,
+        plan: GenerationPlan,
+        dispatch: Dispatch,
+        metrics: ModelMetrics,
+        timeline: Timeline,
+        account: Account,
+    ) -> None:
         self.plan = plan
+        self._account = account
         self._body = plan.request.body
         self._dispatch = dispatch
         self._metrics = metrics
@@ -264,6 +273,8 @@ class Generation:
             if not choice.finished:
                 self._gauge(choice).dec()
                 self._metrics.count_finished(reason)
+                if reason == "error":
+                    self._settle(choice, reason)
 
     # ---- one sequence ---------------------------------------------------------
 
@@ -303,6 +314,19 @@ class Generation:
         self._metrics.request_prompt_tokens.observe(len(self.plan.prompts[choice.index // self._body.n]))
         self._metrics.request_generation_tokens.observe(choice.num_tokens)
         self._make_receipt(choice, output)
+        self._settle(choice, choice.finish_reason)
+
+    def _settle(self, choice: Choice, finish_reason: str) -> None:
+        self._account.settle(
+            self.plan.model.name,
+            finish_reason,
+            len(self.plan.prompts[choice.index // self._body.n]),
+            choice.num_tokens,
+            arrived_s=self._timeline.unix_s[Event.ARRIVED],
+            first_token_s=choice.first_token_s,
+            last_token_s=choice.last_token_s,
+            unix_s=self._timeline.clock(),
+        )
 
     def _gauge(self, choice: Choice) -> Gauge:
         return self._metrics.num_waiting if choice.last_token_s is None else self._metrics.num_running
@@ -328,6 +352,8 @@ class Generation:
             num_generated_tokens=choice.num_tokens,
             is_simulation=served_by.placement.decision.decode.is_simulation,
             resumes=served_by.resumes,
+            objectives=self._account.objectives,
+            deflected=served_by.placement.decision.deflected,
         )
         self._metrics.count_receipt(choice.receipt)
         log.debug("%s", choice.receipt)

@@ -1,6 +1,14 @@
 """Chooses the pair of workers for a request. Pure: a snapshot in, a decision with its terms out."""
 
-from services.router.routing.candidates import DecodeCandidate, PrefillCandidate, RoutedRequest, holds
+from services.router.routing.candidates import (
+    FIXED,
+    NO_OBJECTIVES,
+    Bending,
+    DecodeCandidate,
+    PrefillCandidate,
+    RoutedRequest,
+    holds,
+)
 from services.router.routing.cost import CostModel, Held, KnownPrefix
 from services.router.routing.explain import DecisionEntry, DecisionLog
 from services.router.routing.moving import places_to_move_to
@@ -18,7 +26,10 @@ from services.router.routing.recent import RecentPrefixes, WorkerKey
 from services.router.routing.tables import DecodeTable, PrefillTable
 
 __all__ = [
+    "FIXED",
     "MAX_CANDIDATES",
+    "NO_OBJECTIVES",
+    "Bending",
     "CostModel",
     "Decision",
     "DecisionEntry",

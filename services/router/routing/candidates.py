@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from services.budgets import UNLIMITED, Objectives, Role
 from services.router.routing.cost import KnownPrefix
+
+
+@dataclass(frozen=True)
+class Bending:
+    """What an elastic worker may do beside what it is given first; it stands among prefill and decode workers, both
+    times with this. The defaults are a fixed worker's."""
+
+    role: Role | None = None
+    """Which work it is given first now; None: it was fixed."""
+    tpot_budget_s: float = math.inf
+    """Seconds that a step of it with running streams may take."""
+    prompt_budget: int = UNLIMITED
+    """Prompt tokens that such a step may carry."""
+    num_running: int = 0
+    """Streams, as last reported."""
+    num_context_tokens: int = 0
+    """Over these."""
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.role is not None
+
+    @property
+    def is_prefill_first(self) -> bool:
+        return self.role == "prefill"
+
+
+FIXED = Bending()
+NO_OBJECTIVES = Objectives()
 
 
 @dataclass(frozen=True)
@@ -48,6 +79,7 @@ class DecodeCandidate:
     """The keys of those that it has."""
     is_suspect: bool = False
     """It should have said something by now: it is passed over while others of its model have."""
+    bending: Bending = FIXED
 
 
 @dataclass(frozen=True)
@@ -62,13 +94,15 @@ class PrefillCandidate:
     model_fingerprint: str
     draining: bool
     num_outstanding_tokens: int
-    """Prompt tokens that this router expects it to compute and has seen no first token of."""
+    """Prompt tokens that this router expects it to compute and has seen no first token of; of an elastic worker what it
+    last reported, where that is more."""
     max_model_len: int = 0
     """As a decode worker's."""
     numerics: str = ""
     """As a decode worker's."""
     adapters: tuple[str, ...] = ()
     """As a decode worker's."""
+    bending: Bending = FIXED
 
 
 @dataclass(frozen=True)
@@ -92,6 +126,8 @@ class RoutedRequest:
     """The key of the adapter that its workers must have; empty: none."""
     fingerprints: Collection[str] | None = None
     """Of the model's weights: of those that it may go to; None: any."""
+    objectives: Objectives = NO_OBJECTIVES
+    """What its client is to get; of the time to the first token, what is left of it now."""
 
     def prefix(self, model_fingerprint: str) -> KnownPrefix:
         return self.prefixes.get(model_fingerprint, _UNKNOWN_PREFIX)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from services.router.routing.tables import Column, DecodeTable, PrefillTable, Ro
 MAX_PREFILL_TARGETS = 3
 MAX_CANDIDATES = 16
 """Of each kind, the best ones, whose terms a decision has."""
+
+
+Deflection: TypeAlias = Literal["", "prompt", "answer"]
 
 
 class Policy(StrEnum):
@@ -70,6 +74,9 @@ class Decision:
     """Of those that were ready, best first."""
     prefill_terms: tuple[PrefillTerms, ...]
     """Of those that fit the decode worker, best first."""
+    deflected: Deflection = ""
+    """What is done there though the workers' roles have another place for it: the `prompt` is computed where it
+    decodes, or the `answer` decoded where its prompt is computed."""
 
     @property
     def prefills_locally(self) -> bool:
@@ -137,14 +144,22 @@ def choose(
         by = works[worker.model_fingerprint].at(worker.worker_id, worker.num_waiting_tokens)
     return Decision(
         decode=worker,
-        prefill=of_worker.workers,
+        prefill=_others(of_worker.workers, worker),
         reason=_reason(policy, worker, best, by, len(ready)),
         policy=policy,
         prefilled_by=by,
         sources=useful_sources(cost, request.prefix(worker.model_fingerprint), by.worker_id, MAX_CANDIDATES),
         decode_terms=terms,
         prefill_terms=of_worker.terms,
+        deflected="answer" if worker.bending.is_prefill_first else "",
     )
+
+
+def _others(targets: tuple[PrefillCandidate, ...], worker: DecodeCandidate) -> tuple[PrefillCandidate, ...]:
+    """An elastic worker may stand among its own prefill workers."""
+    if not worker.bending.is_elastic:
+        return targets
+    return tuple(each for each in targets if each.worker_id != worker.worker_id)
 
 
 # ---- decode workers -----------------------------------------------------------
@@ -173,7 +188,9 @@ def _ready(
         return Refusal.TOO_SHORT
     # An inexact place is better than none.
     alike = [is_alike(request.numerics, decode.workers[row].numerics) for row in rows] if request.numerics else []
-    return rows[alike] if any(alike) else rows
+    rows = rows[alike] if any(alike) else rows
+    by_role = decode.by_role(rows, "decode")
+    return by_role if len(by_role) else rows
 
 
 def _long_enough(request: RoutedRequest, decode: DecodeTable, rows: Rows) -> Rows:
@@ -211,6 +228,7 @@ def _prefill_targets(
     # A token more than it says: else it would be the answer's last one there.
     num_tokens = min(request.num_prompt_tokens + 2, request.num_final_tokens or sys.maxsize)
     rows = table.serving(request.model, request.adapter, (model_fingerprint,))
+    rows = table.by_role(rows, "prefill")
     rows = rows[~table.columns["draining"][rows] & (table.columns["max_model_len"][rows] >= num_tokens)]
     if not len(rows):
         return _Targets((), ())

@@ -134,7 +134,9 @@ def decode_costs(
     if best_prefill is None:
         prefills, prefill, handoff = np.ones(len(rows), np.bool_), local_total, np.zeros(len(rows))
     else:
-        prefills = columns["colocated"] | (num_missing <= columns["local_prefill_max_tokens"])
+        prefills = (
+            columns["colocated"] | columns["is_prefill_first"] | (num_missing <= columns["local_prefill_max_tokens"])
+        )
         prefill = np.where(prefills, local_total, best_prefill.total)
         reads = owned.column([handoff_tokens(cost, count, prefix.block_size) for count in num_new_blocks])
         handoff = np.where(prefills, 0.0, reads)

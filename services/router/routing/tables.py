@@ -13,7 +13,8 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from services.router.routing.candidates import DecodeCandidate, PrefillCandidate
+from services.budgets import UNLIMITED, Role
+from services.router.routing.candidates import FIXED, DecodeCandidate, PrefillCandidate
 
 C = TypeVar("C", DecodeCandidate, PrefillCandidate)
 
@@ -22,6 +23,11 @@ Rows: TypeAlias = NDArray[np.intp]
 
 _UNBOUNDED = np.iinfo(np.int64).max
 _NO_ROWS = np.empty(0, np.intp)
+_BENDING = {
+    "is_prefill_first": False, "tpot_budget_s": np.inf, "prompt_budget": UNLIMITED, "num_running": 0,
+    "num_context_tokens": 0,
+}  # fmt: skip
+"""Columns of `Bending`, and what a fixed worker has in them: its rows are never written."""
 
 
 class _Table(Generic[C]):
@@ -37,6 +43,9 @@ class _Table(Generic[C]):
         """Another one after each `put`."""
         self.columns: dict[str, Column] = {name: np.zeros(len(workers), np.int64) for name in self._NUMBERS}
         self.columns |= {name: np.zeros(len(workers), np.bool_) for name in self._BOOLS}
+        self.columns |= {name: np.full(len(workers), value) for name, value in _BENDING.items()}
+        self.is_elastic = np.array([worker.bending.is_elastic for worker in workers], np.bool_)
+        self.has_elastic = bool(self.is_elastic.any())
         self.fingerprints = sorted({worker.model_fingerprint for worker in workers})
         numbers = {fingerprint: number for number, fingerprint in enumerate(self.fingerprints)}
         self.fingerprint = np.array([numbers[worker.model_fingerprint] for worker in workers], np.int64)
@@ -61,6 +70,16 @@ class _Table(Generic[C]):
             self.columns[name][row] = getattr(worker, name)
         if not worker.max_model_len:
             self.columns["max_model_len"][row] = _UNBOUNDED
+        if worker.bending is not FIXED:
+            for name in _BENDING:
+                self.columns[name][row] = getattr(worker.bending, name)
+
+    def by_role(self, rows: Rows, role: Role) -> Rows:
+        """Those of the rows that are given such work first: fixed ones, and elastic ones with that role now."""
+        if not self.has_elastic:
+            return rows
+        wanted: Rows = rows[~self.is_elastic[rows] | (self.columns["is_prefill_first"][rows] == (role == "prefill"))]
+        return wanted
 
     def groups(self, model: str, adapter: str = "") -> Mapping[str, Rows]:
         """The rows that serve the model, and have the adapter of that key if it is not empty, by fingerprint."""

@@ -180,9 +180,9 @@ class ModelDirectory:
 
     def follow(self, records: tuple[WorkerRecord, ...], starting: tuple[WorkerRecord, ...] = ()) -> None:
         """Takes over who serves what, and who will: files load while a worker does. Call it in the event loop."""
-        self._records = tuple(record for record in records if record.role == "decode")
+        self._records = tuple(record for record in records if record.decodes)
         self._starting = starting
-        self._wanted = {self._source(record) for record in (*self._records, *starting) if record.role == "decode"}
+        self._wanted = {self._source(record) for record in (*self._records, *starting) if record.decodes}
         for source in self._wanted:
             if source not in self._files and source not in self._loads:
                 self._loads[source] = asyncio.create_task(self._load(source), name=f"load {source.model_path}")
