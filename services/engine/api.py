@@ -17,6 +17,7 @@ from typing import Protocol
 from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof, ProofKey, Subject
 from kvstore.pool import CacheChange, CopiedBack
 from kvstore.protocol import Reservation
+from services.budgets import Budgets
 from services.engine.request import (
     EngineError,
     FinishReason,
@@ -33,6 +34,7 @@ from services.engine.request import (
 from services.rates import NO_STEP, RateLearner, StepShape
 
 __all__ = [
+    "BudgetsFixed",
     "Capabilities",
     "Engine",
     "EngineError",
@@ -61,6 +63,14 @@ class NotReserved(EngineError):
 
 class NotLent(EngineError):
     """The caller gave back, or wants to use, a block that it does not hold: a bug of the caller."""
+
+
+class BudgetsFixed(EngineError):
+    """This engine cannot keep to such budgets: `names` has what it cannot change while it runs."""
+
+    def __init__(self, names: Sequence[str], why: str) -> None:
+        super().__init__(f"{' and '.join(names)} cannot be changed: {why}")
+        self.names = tuple(names)
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,7 @@ class EngineLoad:
     num_waiting_tokens: int  # prompt tokens not yet computed here
     num_cached_blocks: int
     num_lent_blocks: int
+    num_context_tokens: int  # over the running streams, of prompt and output
 
 
 @dataclass
@@ -258,6 +269,20 @@ class Engine(Protocol):
 
     def host_figures(self) -> Mapping[str, float]:
         """The tier's sizes and counts by name, empty without one. Any thread."""
+
+    # ---- budgets ----------------------------------------------------------------------
+
+    def set_budgets(self, budgets: Budgets) -> None:
+        """Have later steps keep to these; UNBOUND at first. Between steps, whatever runs or waits.
+
+        A step with streams, which go on from a token, carries of prompts what fits beside these; a stream's own
+        `Request.tpot_s` counts where it is the smaller one. Prompts that eight steps in a row left out get MIN_CHUNK
+        in the next one all the same. Raises `BudgetsFixed`, changing nothing.
+        """
+
+    @property
+    def budgets(self) -> Budgets:
+        """Those that steps keep to. Any thread."""
 
     # ---- steps and state ------------------------------------------------------------
 

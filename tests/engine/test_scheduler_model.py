@@ -6,22 +6,28 @@ request that was not aborted has the output that it has alone, and all blocks ar
 
 from __future__ import annotations
 
+import math
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from kvstore.pool import BlockPool
 from kvstore.protocol import Reservation
+from services.budgets import MIN_CHUNK, UNLIMITED, Budgets
 from services.engine.api import FinishReason, InvalidRequest, QueueFull, SampledToken, SamplingParams
-from services.engine.native.scheduling import Request
+from services.engine.native.scheduling import Request, shape_of
 from services.engine.native.scheduling.batch import Batch
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.request import RequestStatus
 from services.engine.native.scheduling.scheduler import Scheduler
+from services.engine.prompt_budget import MAX_PASSED_OVER
+from services.rates import RateLearner, Rates
 from tests.engine.paged_world import EOS, Oracle, PagedWorld, expected_outputs, next_token
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 40
+RATES = Rates(1.0, 0.1, 0.0, 0.2, 0.0, num_steps=1.0)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -32,7 +38,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         num_blocks=st.integers(6, 16),
         max_num_seqs=st.integers(1, 8),
-        max_num_batched_tokens=st.integers(1, 24),
+        max_num_batched_tokens=st.one_of(st.integers(1, 24), st.integers(50, 90)),
         prefix_caching=st.booleans(),
         guesses=st.one_of(st.none(), st.integers(0, 99)),
     )
@@ -55,7 +61,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_prompt_logprob_rows=5,
         )
         self.pool = BlockPool(num_blocks, prefix_caching)
-        self.scheduler = Scheduler(self.config, self.pool, None if guesses is None else Oracle(guesses))
+        learner = RateLearner()
+        learner.rates = RATES
+        self.scheduler = Scheduler(self.config, self.pool, None if guesses is None else Oracle(guesses), learner)
+        self.num_without_prompts = 0  # steps beside streams, in a row
         self.world = PagedWorld(self.pool, self.config)
         self.accepted: list[Request] = []
         self.granted: dict[str, tuple[Request, Reservation]] = {}  # transfers in progress
@@ -83,6 +92,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         hold_blocks=st.sampled_from([False, False, True]),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
         cache_salt=st.sampled_from(["", "", "tenant"]),
+        tpot_s=st.sampled_from([math.inf, math.inf, math.inf, 5.0, 0.0]),
         reserves=st.booleans(),
     )
     def submit(self, length: int, differs_at: int, reserves: bool, hold_blocks: bool, **options: object) -> Request:
@@ -95,6 +105,23 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.accepted.append(request)
         self.grant()
         return request
+
+    @rule(tpot_s=st.sampled_from([math.inf, 0.0, 4.0, 6.0]), prompt_tokens=st.sampled_from([UNLIMITED, 0, 36, 50]))
+    def set_budgets(self, tpot_s: float, prompt_tokens: int) -> None:
+        self.scheduler.prompt_budget.budgets = Budgets(tpot_s, prompt_tokens)
+
+    def keeps_to_budgets(self, batch: Batch) -> None:
+        """Beside streams as much of prompts as they bear, or the smallest chunk where there was none for long."""
+        budgets, streams = self.scheduler.prompt_budget.budgets, [each for each in batch.sequences if each.generates]
+        prompts = [each for each in batch.sequences if each.num_known > 1]
+        if streams and prompts:
+            # A prompt that needs no more than its last token is computed as a stream's.
+            shape = shape_of([*streams, *prompts])
+            tpot_s = min(budgets.tpot_s, *(each.request.tpot_s for each in streams))
+            keeps = shape.num_prompt_tokens <= budgets.prompt_tokens and RATES.step_s(shape) <= tpot_s + 1e-9
+            is_due = shape.num_prompt_tokens <= MIN_CHUNK and self.num_without_prompts >= MAX_PASSED_OVER
+            assert keeps or is_due, f"{shape} beside {len(streams)} streams, {budgets}, {tpot_s}"
+        self.num_without_prompts = 0 if prompts else self.num_without_prompts + 1
 
     @rule(request=requests)
     def abort(self, request: Request) -> None:
@@ -127,6 +154,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             priority=request.priority,
             cache_salt=request.cache_salt,
             hold_blocks=request.hold_blocks and not reserves,
+            tpot_s=request.tpot_s,
             resumed_token_ids=request.output_token_ids[:num_resumed],
         )
         try:
@@ -202,6 +230,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if batch is None:
             self.grant()
             return
+        self.keeps_to_budgets(batch)
         sampled = self.world.run(batch)
         victims = data.draw(st.lists(st.sampled_from(batch.sequences), unique_by=id, max_size=2))
         for sequence in victims:
@@ -218,6 +247,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         had_work = self.scheduler.has_work
         batch = self.scheduler.schedule()
         if batch is not None:
+            self.keeps_to_budgets(batch)
             self.book(batch, self.scheduler.update(batch, self.world.run(batch)))
         assert batch is None or had_work, "work that has_work denied"
         self.grant()

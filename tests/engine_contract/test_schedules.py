@@ -9,6 +9,7 @@ in 8 bits, an engine that has one request at a time.
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import pytest
 
 from kvstore.block import BlockHash, Proof, hash_blocks, namespace, subject_of
 from kvstore.protocol import AnnouncedBlock, Reservation
+from services.budgets import UNBOUND, Budgets
 from services.engine.api import Engine, FinishReason, QueueFull, Request, RequestUpdate, SampledToken, SamplingParams
 from tests.engine_contract.conftest import ENGINES, VLLM
 from tests.engine_contract.test_engine_contract import TRANSFER, copy, taken
@@ -69,7 +71,7 @@ class World:
 
     def run(self, num_turns: int) -> None:
         actions = 4 * [self.step] + 2 * [self.born, self.hand_over]
-        actions += [self.give_up, self.move, self.prefix, self.release, self.share]
+        actions += [self.give_up, self.move, self.prefix, self.release, self.share, self.bound]
         for _ in range(num_turns):
             self.random.choice(actions)()
             self.prefill.check_integrity()
@@ -209,6 +211,11 @@ class World:
             self.decode.publish_blocks(taken.block_ids, hashes[: len(lent)], proofs)
             self.decode.release_blocks(taken.block_ids)
         self.prefill.release_blocks(lent)
+
+    def bound(self) -> None:
+        """Somebody bends a role, whatever runs."""
+        budgets = Budgets(self.random.choice([0.0, math.inf]), self.random.choice([0, 34, UNBOUND.prompt_tokens]))
+        self.random.choice([self.prefill, self.decode]).set_budgets(budgets)
 
     def release(self) -> None:
         if self.prefixes:

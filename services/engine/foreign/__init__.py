@@ -4,6 +4,7 @@ Each is of use by itself:
 
     live.py         a request from its order to its end, its hashes, and the order in which reservations get their turn
     steps.py        its part in a step
+    step_limits.py  budgets kept through the engine's own scheduler
     proofs.py       proofs of blocks, by block id
     findable.py     which hashes can be found, told by the engine's events; whether its books agree with ours
     caches.py       the engine's caches as blocks: viewed, tried out, put together of its ranks' parts
@@ -32,6 +33,7 @@ from services.engine.foreign.fingerprint import model_fingerprint, said_of
 from services.engine.foreign.live import Live, Place, Turns
 from services.engine.foreign.logprobs import position_logprobs
 from services.engine.foreign.proofs import ProofBook
+from services.engine.foreign.step_limits import Budgeted
 from services.engine.foreign.steps import Part, shape_of
 from services.engine.foreign.tierless import Tierless, first_steps
 from services.engine.foreign.uncompiled import compile_nothing
@@ -39,6 +41,7 @@ from services.engine.foreign.uncompiled import compile_nothing
 __all__ = [
     "NUM_PROBED",
     "Arrivals",
+    "Budgeted",
     "Findable",
     "Kept",
     "Live",

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from kvstore.block import HASH_BYTES, BlockHash, extend_hashes, namespace
 from kvstore.protocol import Reservation
-from services.engine.request import Request
+from services.engine.request import FinishReason, Request, RequestUpdate, SampledToken
 
 _NOBODYS: Final = b"\0" * (HASH_BYTES // 2)
 
@@ -80,6 +80,19 @@ class Live:
     def findable_hashes(self) -> list[BlockHash]:
         """By which others' blocks are of use to it."""
         return self.hashes if self.is_shared else []
+
+    def joined(
+        self, told: Sequence[SampledToken], reason: FinishReason | None, stop_token_id: int | None
+    ) -> RequestUpdate:
+        """The update of one whose context came from elsewhere, perhaps with its first token."""
+        return RequestUpdate(
+            request=self.asked,
+            num_computed_tokens=self.asked.num_context_tokens,
+            new_tokens=tuple(told),
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+            num_output_tokens=len(self.asked.resumed_token_ids) + len(told),
+        )
 
     def new_keys(self, first: int, token_ids: Sequence[int]) -> list[BlockHash]:
         """The keys in the engine's cache of the blocks from `first` on that these tokens, all so far, have filled."""

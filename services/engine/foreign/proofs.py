@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kvstore.block import BlockHash, BlockMemory, Proof, ProofKey, Subject, subject_of
+from kvstore.protocol import AnnouncedBlock
 
 
 class ProofBook:
@@ -35,6 +36,15 @@ class ProofBook:
         made = self._key.prove(self._memory, [block_ids[i] for i in fresh], [subjects[i] for i in fresh])
         by_place = dict(zip(fresh, made, strict=True))
         return [by_place[i] if proof is None else proof for i, proof in enumerate(known)]
+
+    def announced(
+        self, block_ids: Sequence[int], hashes: Sequence[BlockHash | None], transfer_id: bytes, first: int
+    ) -> tuple[AnnouncedBlock, ...]:
+        """Blocks as they are announced in a transfer, from number `first` on; None: its bytes are the transfer's."""
+        if not block_ids:
+            return ()
+        subjects = [subject_of(each, transfer_id, index) for index, each in enumerate(hashes, first)]
+        return tuple(map(AnnouncedBlock, block_ids, hashes, self.proofs(block_ids, subjects)))
 
     def find_wrong(self, block_ids: Sequence[int]) -> list[int]:
         """Return those of these blocks that do not match the proofs that are kept of them."""

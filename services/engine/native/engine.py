@@ -11,6 +11,7 @@ from torch import Tensor
 from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof, ProofKey, Subject, subject_of
 from kvstore.pool import BlockPool, CacheChange
 from kvstore.protocol import AnnouncedBlock, Reservation
+from services.budgets import Budgets
 from services.engine import api
 from services.engine.api import (
     Capabilities,
@@ -88,7 +89,7 @@ class Engine:
             drafting = DraftModel(draft, num_blocks, config.block_size, clock)
             self._runner = self._drafting = DraftingRunner(self._runner, drafting, clock)
         speculation = speculation_of(config, self.rates, self._drafting)
-        self._scheduler = Scheduler(scheduler_config(config, model), self.pool, speculation)
+        self._scheduler = Scheduler(scheduler_config(config, model), self.pool, speculation, self.rates)
         self._on_grant: dict[str, Callable[[Reservation], None]] = {}  # by id of a reserving request
         self._clock = clock
         self._step_started_s = 0.0
@@ -241,6 +242,13 @@ class Engine:
 
     # ---- steps ------------------------------------------------------------------
 
+    def set_budgets(self, budgets: Budgets) -> None:
+        self._scheduler.prompt_budget.budgets = budgets
+
+    @property
+    def budgets(self) -> Budgets:
+        return self._scheduler.prompt_budget.budgets
+
     def warm_up(self) -> Sequence[StepOutput]:
         if self._drafting is not None:
             self._drafting.draft.warm_up(self._scheduler.config, self.pool.num_blocks)
@@ -336,6 +344,7 @@ class Engine:
             num_waiting_tokens=scheduler.num_waiting_tokens,
             num_cached_blocks=len(self.pool),
             num_lent_blocks=scheduler.loans.num_blocks,
+            num_context_tokens=scheduler.num_stream_tokens,
         )
 
     def check_integrity(self) -> None:

@@ -82,8 +82,7 @@ class BlockBook:
     def _match(self, hashes: Sequence[BlockHash]) -> list[int]:
         found: list[int] = []
         for block_hash in hashes:
-            block = self._find(block_hash)
-            if block is None:
+            if (block := self._find(block_hash)) is None:
                 break
             found.append(block.block_id)
         return found

@@ -64,6 +64,8 @@ class TandemConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Those that vLLM has its own blocks for: the engine gives them back after the step."""
         self.plan: Callable[[SchedulerOutput], dict[str, int]] = lambda output: {}
         """Hears of each step; returns `Orders.draws`."""
+        self.may_begin = True
+        """Whether a prompt may in this step; one that may not is passed over."""
         self._copies: list[tuple[int, int]] = []
         # On a rank.
         self.caches: dict[str, torch.Tensor] = {}
@@ -83,6 +85,8 @@ class TandemConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         held = self.joining.get(request.request_id)
+        if held is None and not self.may_begin:
+            return None, False
         return (max(0, held.num_tokens - num_computed_tokens) if held is not None else 0), False
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:

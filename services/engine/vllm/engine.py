@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,9 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request as VllmRequest
 from vllm.v1.request import RequestStatus
 
-from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof, ProofKey, Subject, subject_of
+from kvstore.block import BlockHash, BlockLayout, BlockMemory, Proof, ProofKey, Subject
 from kvstore.pool import CacheChange
-from kvstore.protocol import AnnouncedBlock, Reservation
+from kvstore.protocol import Reservation
 from services.engine.api import (
     Capabilities,
     EngineError,
@@ -36,7 +37,7 @@ from services.engine.api import (
     StepOutput,
     Suspended,
 )
-from services.engine.foreign import Arrivals, Live, Part, Place, Tierless, Turns, first_steps, shape_of
+from services.engine.foreign import Arrivals, Budgeted, Live, Part, Place, Tierless, Turns, first_steps, shape_of
 from services.engine.limits import check_abilities, check_fits, check_tokens, end_of
 from services.engine.vllm import sampling
 from services.engine.vllm.blocks import BlockBook
@@ -56,7 +57,7 @@ class Model:
     adapters: Mapping[str, LoRARequest]  # by key
 
 
-class VllmEngine(Tierless):
+class VllmEngine(Tierless, Budgeted):
     """One EngineCore, its books and its connector; `services.engine.api.Engine` says what methods do."""
 
     def __init__(
@@ -97,6 +98,9 @@ class VllmEngine(Tierless):
         self._is_stuck = False  # the last step found that all that waits, waits for memory
         self._stats = EngineStats()
         self.rates, self._learns = RateLearner(), True
+        limits = self._scheduler.scheduler_config = copy.copy(self._config.scheduler_config)
+        most = limits.max_num_scheduled_tokens or limits.max_num_batched_tokens
+        self.keep_budgets(self.rates, most, limits.long_prefill_token_threshold, limits.enable_chunked_prefill)
         self._scheduled: list[Part] = []
         self._on_begun: Callable[[Request], None] = lambda request: None
 
@@ -173,14 +177,7 @@ class VllmEngine(Tierless):
             self._book.release(block_ids)
             self._end(live, reason)
         self._changed()
-        return RequestUpdate(
-            request=request,
-            num_computed_tokens=request.num_context_tokens,
-            new_tokens=told,
-            finish_reason=reason,
-            stop_token_id=stop_token_id,
-            num_output_tokens=len(outputs),
-        )
+        return live.joined(told, reason, stop_token_id)
 
     def abort(self, request_id: str) -> bool:
         live = self._live.get(request_id)
@@ -214,7 +211,7 @@ class VllmEngine(Tierless):
         self._end(live, FinishReason.MOVED)
         self._changed()
         hashes = live.told_hashes(0, len(block_ids), num_computed // self.layout.block_size)
-        return Suspended(core.num_output_tokens, self._announced(block_ids, hashes, transfer_id, 0))
+        return Suspended(core.num_output_tokens, self._book.proofs.announced(block_ids, hashes, transfer_id, 0))
 
     # ---- blocks and the prefix cache -------------------------------------------------
 
@@ -300,6 +297,7 @@ class VllmEngine(Tierless):
             self._grant()
             return StepOutput()
         self._stats.num_steps += 1
+        self.prompt_budget.end(carries_prompts=shape.num_prompt_tokens > 0)
         if self._has_ranks and self.memory.device != "cpu":
             self._core.collective_rpc("tandem_finish")
         block_size = self.layout.block_size
@@ -323,11 +321,9 @@ class VllmEngine(Tierless):
 
     def load(self) -> EngineLoad:
         num_running, num_waiting = self._scheduler.get_request_counts()
-        waiting = (
-            live.core.num_tokens - live.core.num_computed_tokens
-            for live in list(self._by_core_id.values())
-            if live.core is not None and live.core_id not in self._connector.joining
-        )
+        lives, joining = list(self._by_core_id.values()), self._connector.joining
+        cores = [live.core for live in lives if live.core is not None and live.core_id not in joining]
+        waiting = [core.num_tokens - core.num_computed_tokens for core in cores]
         return EngineLoad(
             num_running=num_running,
             num_waiting=num_waiting + len(self._turns) + self._num_reserved,
@@ -337,6 +333,7 @@ class VllmEngine(Tierless):
             + self._turns.num_waiting_tokens,
             num_cached_blocks=len(self._book.findable.hashes()),
             num_lent_blocks=self._book.loans.num_blocks,
+            num_context_tokens=sum(core.num_tokens for core, n in zip(cores, waiting, strict=True) if n == 1),
         )
 
     def check_integrity(self) -> None:
@@ -451,10 +448,31 @@ class VllmEngine(Tierless):
     def _run(self) -> dict[str, EngineCoreOutput]:
         """Run one step; its results by vLLM's request id."""
         while True:
+            self._limit()
             outputs, has_run = self._core.step_fn()
             self._core.post_step(has_run)
             if self._scheduled or not self._give_up_a_joining_one():
                 return {each.request_id: each for of_client in (outputs or {}).values() for each in of_client.outputs}
+
+    def _next_start(self) -> int | None:
+        """Where the first prompt of vLLM's queue would begin."""
+        waiting = (self._by_core_id[core.request_id] for core in self._scheduler.waiting)
+        live = next((each for each in waiting if each.core_id not in self._connector.joining), None)
+        return None if live is None else self._book.findable.peek(live.findable_hashes) * self.layout.block_size
+
+    def _limit(self) -> None:
+        """Have vLLM's scheduler keep to the budgets in the next step."""
+        scheduler, num_joining = self._scheduler, len(self._connector.joining)
+        running = [
+            (asked, core.num_tokens, core.num_computed_tokens, core.num_output_tokens, len(core.spec_token_ids))
+            for core, asked in ((core, self._by_core_id[core.request_id].asked) for core in scheduler.running)
+        ]
+        limits = self.limits(running, num_joining * (1 + scheduler.num_spec_tokens), self._next_start)
+        if limits.is_bounded:  # streams come first: their tokens are not a prompt's
+            scheduler.running.sort(key=lambda core: core.num_tokens - core.num_computed_tokens > 1)
+        scheduler.max_num_scheduled_tokens = limits.num_tokens
+        scheduler.scheduler_config.long_prefill_token_threshold = limits.per_request
+        self._connector.may_begin = limits.may_begin
 
     def _give_up_a_joining_one(self) -> bool:
         """Where nothing can run since all blocks are held, let the last one's go: it is computed again."""
@@ -498,33 +516,23 @@ class VllmEngine(Tierless):
     def _begin(self, part: Part) -> None:
         live = part.live
         live.was_scheduled, live.num_cached_tokens = True, part.start
-        self._stats.num_prefix_queries += live.asked.num_context_tokens
-        self._stats.num_prefix_hits += part.start
+        part.count_begin(self._stats)
         live.asked.timeline.mark(Event.PREFILL_SCHEDULED)
         self._on_begun(live.asked)
 
     def _booked(self, part: Part, output: EngineCoreOutput | None) -> RequestUpdate:
-        live, stats = part.live, self._stats
-        core, asked = live.core, live.asked
-        stats.num_preemptions += core.num_preemptions - live.num_preemptions
-        live.num_preemptions = core.num_preemptions
-        if part.num_known > 1 or part.start < asked.num_context_tokens - live.has_joined:
-            stats.num_prompt_tokens += part.num_known
+        live, core, asked = part.live, part.live.core, part.live.asked
         tokens = tuple[SampledToken, ...]()
         reason: FinishReason | None = None
         stop_token_id = told = None
         if output is not None:
             tokens = sampling.sampled_tokens(output.new_token_ids, output.new_logprobs)
-            stats.num_generated_tokens += len(tokens)
-            if num_drafted := sum(token_id >= 0 for token_id in part.drafted):
-                stats.num_drafts += 1
-                stats.num_draft_tokens += num_drafted
-                stats.num_accepted_tokens += max(0, len(tokens) - 1)
             if output.new_prompt_logprobs_tensors is not None:
                 told = sampling.prompt_logprobs(output.new_prompt_logprobs_tensors)
             if output.finish_reason is not None:
                 reason, stop_token_id = self._reason(live, output)
         num_outputs = core.num_output_tokens
+        part.count(self._stats, core.num_preemptions, len(tokens) if output is not None else None)
         if tokens and not live.has_joined and num_outputs - len(tokens) == len(asked.resumed_token_ids):
             asked.timeline.mark(Event.PREFILL_FINISHED)
             if reason is None:
@@ -546,7 +554,7 @@ class VllmEngine(Tierless):
             num_cached_tokens=live.num_cached_tokens,
             num_preemptions=live.num_preemptions,
             first_block=first,
-            blocks=self._announced(part.lent, hashes, asked.transfer_id, first),
+            blocks=self._book.proofs.announced(part.lent, hashes, asked.transfer_id, first),
         )
 
     def _reason(self, live: Live, output: EngineCoreOutput) -> tuple[FinishReason, int | None]:
@@ -558,13 +566,4 @@ class VllmEngine(Tierless):
         return FinishReason.ERROR if reason is None else reason, stop_token_id
 
     def _end_of(self, live: Live, token_id: int, num_outputs: int) -> tuple[FinishReason | None, int | None]:
-        longest = self.capabilities.max_model_len
-        return end_of(live.asked, token_id, num_outputs, self._model.eos_token_ids, longest)
-
-    def _announced(
-        self, block_ids: Sequence[int], hashes: Sequence[BlockHash | None], transfer_id: bytes, first: int
-    ) -> tuple[AnnouncedBlock, ...]:
-        if not block_ids:
-            return ()
-        subjects = [subject_of(each, transfer_id, index) for index, each in enumerate(hashes, first)]
-        return tuple(map(AnnouncedBlock, block_ids, hashes, self._book.proofs.proofs(block_ids, subjects)))
+        return end_of(live.asked, token_id, num_outputs, self._model.eos_token_ids, self.capabilities.max_model_len)

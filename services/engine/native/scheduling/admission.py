@@ -59,11 +59,14 @@ class Admission:
                 return
             if follows_running_prompt(self._pool, request, being_computed):
                 continue
+            room = step.room(request, self._start_of(request)) if step.prompt_budget.is_bounded else step.budget
+            if room == 0:
+                return
             if (reserving and reserving[0] < entry) or not self._start(request, step):
                 self._queue_is_stuck = True
                 return
             being_computed.update(uncomputed_hashes(request, self._config))
-            if not step.add_chunk(request):
+            if not step.add_chunk(request, room):
                 return
 
     def grant_reservations(self) -> list[tuple[Request, Reservation]]:
@@ -104,6 +107,13 @@ class Admission:
     def take_prefix(self, hashes: Sequence[BlockHash]) -> Reservation | None:
         """A block per hash, cached ones and new ones; None, taking nothing, where the running ones need the room."""
         return take_blocks(self._pool, hashes, len(hashes), headroom=self._queues.num_in_batch)
+
+    def _start_of(self, request: Request) -> int:
+        """Where the prompt would be computed from if it were let in now, to the block."""
+        if request.wants_prompt_logprobs:
+            return 0
+        num_found = self._pool.peek_prefix(request.block_hashes) * self._config.block_size
+        return min(num_found, request.num_tokens - 1)
 
     def _take_blocks(self, request: Request, hashes: Sequence[BlockHash]) -> Reservation | None:
         """A place in the batch and blocks for all tokens of the request; None, taking nothing, if it must wait."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from services.engine.native.scheduling.request import Request
 from services.engine.native.speculation import DraftChunk
+from services.engine.prompt_budget import PromptBudget
 from services.engine.request import PositionLogprobs, SampledToken
 from services.rates import StepShape, num_pairs
 
@@ -36,6 +37,11 @@ class ScheduledSequence(NamedTuple):
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
+
+    @property
+    def generates(self) -> bool:
+        """Whether it goes on with a stream, from a token that was put out here or handed over."""
+        return self.needs_sample and self.num_known == 1 and self.start >= self.request.num_context_tokens
 
     @property
     def num_known(self) -> int:
@@ -105,8 +111,9 @@ def shape_of(sequences: Sequence[ScheduledSequence]) -> StepShape:
 class BatchBuilder:
     """A batch while the scheduler puts it together, and what is left of the step's budgets."""
 
-    def __init__(self, num_tokens: int, num_prompt_logprob_rows: int) -> None:
+    def __init__(self, num_tokens: int, num_prompt_logprob_rows: int, prompt_budget: PromptBudget) -> None:
         self.budget = num_tokens
+        self.prompt_budget = prompt_budget
         self.prompt_logprob_rows = num_prompt_logprob_rows
         self.sequences: list[ScheduledSequence] = []
         self.copies: list[BlockCopy] = []
@@ -115,15 +122,29 @@ class BatchBuilder:
         self.held_block_ids: list[int] = []
         self.draft_chunks: list[DraftChunk] = []
 
-    def add_chunk(self, request: Request) -> bool:
-        """Schedule what the budgets allow of the request's uncomputed tokens; False if that is nothing."""
-        num_tokens = min(request.num_tokens - request.num_computed_tokens, self.budget)
+    def room(self, request: Request, start: int) -> int:
+        """How many tokens of a prompt the budgets allow that is computed from position `start` on.
+
+        A last token is computed as a stream's: it needs no room beside them.
+        """
+        if not self.prompt_budget.is_bounded or request.num_tokens - start == 1:
+            return self.budget
+        return min(self.prompt_budget.room(shape_of(self.sequences), start), self.budget)
+
+    def add_chunk(self, request: Request, room: int) -> bool:
+        """Schedule what `room` allows of the request's uncomputed tokens; False if that is nothing."""
+        num_tokens = min(request.num_tokens - request.num_computed_tokens, room)
         if request.wants_prompt_logprobs:
             num_tokens = min(num_tokens, self.prompt_logprob_rows)
             self.prompt_logprob_rows -= num_tokens
         if num_tokens > 0:
             self.add(request, num_tokens)
         return num_tokens > 0
+
+    @property
+    def carries_prompts(self) -> bool:
+        """Whether any of a prompt but a last token is computed."""
+        return any(sequence.num_known > 1 for sequence in self.sequences)
 
     def add(self, request: Request, num_tokens: int) -> None:
         """Schedule the request's next `num_tokens` uncomputed tokens."""

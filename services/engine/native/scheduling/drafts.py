@@ -6,7 +6,7 @@ Pure, a part of `scheduler.py`: keeps the rule 6 of that module's docstring.
 from __future__ import annotations
 
 from kvstore.pool import BlockPool
-from services.engine.native.scheduling.batch import BatchBuilder, ScheduledSequence, shape_of
+from services.engine.native.scheduling.batch import BatchBuilder, shape_of
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.request import Request
 from services.engine.native.speculation import Candidate, Speculation
@@ -16,9 +16,13 @@ def add_drafts(step: BatchBuilder, speculation: Speculation, pool: BlockPool, co
     """Choose guesses, and take free blocks for those that reach beyond their request's own.
 
     What is wrong costs nobody anything but time: its place is written to again, and `scheduler.update` frees blocks
-    that hold nothing else.
+    that hold nothing else. None in a step that carries prompts and is to end in time: they have filled it up to its
+    TPOT budget, and a guess lengthens it for all streams. Without prompts guesses need no budget: they are chosen to
+    lower the time per token, and are the one thing that does where the streams alone take too long.
     """
-    indices = [index for index, sequence in enumerate(step.sequences) if _generates(sequence)]
+    if step.prompt_budget.bounds_time and step.carries_prompts:
+        return
+    indices = [index for index, sequence in enumerate(step.sequences) if sequence.generates]
     if not indices or step.budget == 0:
         return
     candidates = [_candidate(step.sequences[index].request, speculation, pool, config) for index in indices]
@@ -34,9 +38,13 @@ def add_drafts(step: BatchBuilder, speculation: Speculation, pool: BlockPool, co
             step.add_draft(index, draft, new_block_ids)
 
 
-def _generates(sequence: ScheduledSequence) -> bool:
-    """Whether it computes a token that was put out here or handed over: the first one here comes alone."""
-    return sequence.needs_sample and sequence.num_tokens == 1 and sequence.start >= sequence.request.num_context_tokens
+def free_wrong_guesses(request: Request, pool: BlockPool, config: SchedulerConfig) -> None:
+    """Give back the blocks that hold none but wrong ones."""
+    num_needed = config.num_blocks_for(request.num_computed_tokens)
+    if len(request.block_table) > num_needed:
+        pool.release(request.block_table[num_needed:])
+        # A list of its own: whoever follows the old one may rely on that it only grows.
+        request.block_table = request.block_table[:num_needed]
 
 
 def _candidate(request: Request, speculation: Speculation, pool: BlockPool, config: SchedulerConfig) -> Candidate:

@@ -23,6 +23,10 @@ class QueueEntry:
     request: Request = field(compare=False)
 
 
+def _num_uncomputed(entry: QueueEntry) -> int:
+    return entry.request.num_tokens - entry.request.num_computed_tokens
+
+
 class RequestQueues:
     """All live requests of an engine. The lists are sorted; others read them, and change them by `enter` and `move`."""
 
@@ -50,6 +54,17 @@ class RequestQueues:
     def num_in_batch(self) -> int:
         """Requests that have a place in the batch: they run, or will as soon as their prompt's blocks are read."""
         return len(self.running) + len(self.reserved)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens (and tokens to compute again) that are not computed yet, here. Any thread."""
+        remaining = [_num_uncomputed(entry) for entry in (*self.waiting, *self.running)]
+        return sum(num_tokens for num_tokens in remaining if num_tokens > 1)  # 1: a decode row
+
+    @property
+    def num_stream_tokens(self) -> int:
+        """Tokens of prompt and output over the streams, those that run and have their prompt computed. Any thread."""
+        return sum(entry.request.num_tokens for entry in tuple(self.running) if _num_uncomputed(entry) == 1)
 
     def live(self, request_id: str) -> Request | None:
         """The live request of that id."""

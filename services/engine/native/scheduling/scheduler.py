@@ -7,9 +7,10 @@ Pure: no clock, no tensors, no threads. A step is `schedule` (takes blocks, retu
 1.  One order for everything: (priority, arrival, order of coming). Smaller is sooner.
 2.  Running requests that decode get one token each. Where a block is missing, the running request that comes last in
     the order is preempted: it gives back all its blocks, returns to the queue and later computes its tokens again.
-3.  Then prompts, in chunks, while the token budget lasts: those that run already, then the queue. A prompt takes the
-    blocks for all its tokens when it enters, so a started prompt never waits for memory. One whose next block a running
-    prompt is computing waits for that block instead of computing it again; others pass it.
+3.  Then prompts, in chunks, while the token budget lasts, and beside streams the worker's budgets
+    (services.engine.prompt_budget): those that run already, then the queue. A prompt takes the blocks for all its
+    tokens when it enters, so a started prompt never waits for memory. One whose next block a running prompt is
+    computing waits for that block instead of computing it again; others pass it.
 4.  Who enters leaves one free block for each request that runs (it will want it within block_size steps), or there
     would be a preemption right away. With nothing running, it may take everything: progress is certain.
 5.  Reservations (blocks to read a prompt into that another worker computes) enter by the same order and the same
@@ -48,11 +49,13 @@ from services.engine.native.scheduling.batch import (
     ScheduledSequence,
 )
 from services.engine.native.scheduling.block_tables import extend_block_hashes, publish_full_blocks
-from services.engine.native.scheduling.drafts import add_drafts
+from services.engine.native.scheduling.drafts import add_drafts, free_wrong_guesses
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.queues import RequestQueues
 from services.engine.native.scheduling.request import Request, RequestStatus
 from services.engine.native.speculation import Speculation
+from services.engine.prompt_budget import PromptBudget
+from services.rates import RateLearner
 
 
 class Scheduler:
@@ -61,12 +64,20 @@ class Scheduler:
     The port (`services.engine.api`) says what the outside may expect of the methods of the same name.
     """
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool, speculation: Speculation | None = None) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        speculation: Speculation | None = None,
+        rates: RateLearner | None = None,
+    ) -> None:
+        """`rates`: by which it keeps to a TPOT budget; None: the guess."""
         self.config = config
         self.pool = pool
         self._speculation = speculation
         self.loans = Loans(pool)
         self.stats = EngineStats()
+        self.prompt_budget = PromptBudget(rates or RateLearner())
         self._queues = RequestQueues()
         self._admission = Admission(config, pool, self._queues, self.stats)
         self._in_flight: Batch | None = None
@@ -90,10 +101,11 @@ class Scheduler:
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Prompt tokens (and tokens to compute again) that are not computed yet, here."""
-        entries = (*self._queues.waiting, *self._queues.running)
-        remaining = [e.request.num_tokens - e.request.num_computed_tokens for e in entries]
-        return sum(num_tokens for num_tokens in remaining if num_tokens > 1)  # 1: a decode row
+        return self._queues.num_waiting_tokens
+
+    @property
+    def num_stream_tokens(self) -> int:
+        return self._queues.num_stream_tokens
 
     def add(self, request: Request) -> None:
         self._enter(request, RequestStatus.WAITING)
@@ -211,10 +223,13 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """Choose the next step's work and take its blocks; None where nothing can run. `update` must follow."""
         assert self._in_flight is None, "schedule was called twice without update"
-        step = BatchBuilder(self.config.max_num_batched_tokens, self.config.max_prompt_logprob_rows)
+        budget = self.prompt_budget
+        step = BatchBuilder(self.config.max_num_batched_tokens, self.config.max_prompt_logprob_rows, budget)
         self._schedule_decodes(step)
+        budget.begin(each.request.tpot_s for each in step.sequences if each.generates)
         self._schedule_started_prompts(step)
         self._admission.admit_queue(step)
+        budget.end(carries_prompts=step.carries_prompts)
         if self._speculation is not None:
             add_drafts(step, self._speculation, self.pool, self.config)
         if not step.sequences:
@@ -321,7 +336,7 @@ class Scheduler:
             if step.budget == 0:
                 return
             if entry.request.num_tokens - entry.request.num_computed_tokens > 1:
-                step.add_chunk(entry.request)
+                step.add_chunk(entry.request, step.room(entry.request, entry.request.num_computed_tokens))
 
     # ---- booking a step's results -----------------------------------------------
 
@@ -362,15 +377,8 @@ class Scheduler:
             if finish_reason is not None:
                 return self._finish(sequence, finish_reason, tokens[:num_told])
         if sequence.draft:
-            self._free_blocks_of_wrong_guesses(request)
+            free_wrong_guesses(request, self.pool, self.config)
         return self._update_with(request, sequence, tokens)
-
-    def _free_blocks_of_wrong_guesses(self, request: Request) -> None:
-        num_needed = self.config.num_blocks_for(request.num_computed_tokens)
-        if len(request.block_table) > num_needed:
-            self.pool.release(request.block_table[num_needed:])
-            # A list of its own: whoever follows the old one may rely on that it only grows.
-            request.block_table = request.block_table[:num_needed]
 
     def _finish(
         self, sequence: ScheduledSequence, reason: FinishReason, tokens: Sequence[SampledToken]
