@@ -199,6 +199,7 @@ WORKER = Table(
     _counter("tandem:handoff_failures", "Handoffs that came to nothing, by cause.", "cause"),
     _counter("tandem:recomputes", "Prompts that had to be computed again, by cause.", "cause"),
     _counter("tandem:moved_requests", "Requests that went on at another decode worker, by outcome.", "outcome"),
+    _counter("tandem:redirects", "Prompts that another worker went on with as a router wanted it, by where.", "goal"),
     _counter("tandem:handoff_blocks", "Blocks taken over from prefill workers."),
     _counter("tandem:handoff_bytes", "Bytes of these blocks."),
     _counter("tandem:prefix_fetches", "Pieces of prefixes asked of others.", "tier", "outcome"),

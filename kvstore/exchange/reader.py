@@ -94,6 +94,11 @@ class Fetch:
 
     over = quiesced
 
+    @property
+    def num_announced(self) -> int:
+        """How many blocks the owner has said that it has."""
+        return self.machine.num_announced
+
     def describe(self) -> dict[str, object]:
         """Return the state, as plain values."""
         return {

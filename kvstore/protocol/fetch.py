@@ -99,6 +99,11 @@ class FetchMachine:
         return self.reservation.block_ids
 
     @property
+    def num_announced(self) -> int:
+        """How many blocks the owner has said that it has."""
+        return len(self._progress.announced)
+
+    @property
     def may_succeed(self) -> bool:
         """Whether there is no result yet."""
         return self.state not in (FetchState.DONE, FetchState.DRAINING, FetchState.FAILED)

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block import BlockHash
-from kvstore.errors import IncompatiblePeer, KVStoreError, PeerLost, PeerUnreachable
+from kvstore.errors import IncompatiblePeer, PeerLost, PeerUnreachable
 from kvstore.exchange import Fetch
-from kvstore.protocol import FetchCause, FetchResult, FetchStamps, Reservation
+from kvstore.protocol import FetchCause, FetchResult, FetchStamps
 from services.decode.config import DecodeConfig
-from services.decode.handoff import NOT_JOINED, SILENT, HandoffFailed, prefill_remotely
+from services.decode.handoff import NOT_JOINED, SILENT, Handoff, HandoffFailed, NoRoomHere, prefill_remotely
 from services.decode.live import LiveRequest
 from services.decode.news import News, news_of, news_of_first
+from services.decode.redirecting import Redirected, source_of
+from services.decode.reservation import PendingReservation
 from services.engine.api import EngineError, Request, RequestUpdate, SampledToken
 from services.lifecycle import Event
 from services.worker import convert
@@ -32,10 +34,6 @@ from services.worker.settling import Settlements
 log = logging.getLogger(__name__)
 
 _SHUNNED_FOR = frozenset({"unreachable", SILENT, FetchCause.PEER_LOST.value})
-
-
-class ReservationWithdrawn(KVStoreError):
-    """The engine granted no room, and will not any more."""
 
 
 class MoveFailed(Exception):
@@ -80,6 +78,24 @@ class Admission:
                 self._parts.metrics.moved("recomputed")
                 self._parts.metrics.recomputed("move")
                 live.usage.num_recomputes += 1
+        while True:
+            try:
+                with live.course.open():
+                    enter = await self._prepared(live, hashes)
+                break
+            except Redirected:
+                log.info("its prompt is redirected", extra={"request_id": live.order.request_id})
+        try:
+            await enter()
+        except HandoffFailed as failure:  # it has its first token, and goes on behind it
+            self._count_failure(live, live.usage.prefill_worker_id, failure)
+            await self._fetch(live, hashes)
+            await self._enter_here(live)
+
+    async def _prepared(self, live: LiveRequest, hashes: list[BlockHash]) -> Callable[[], Awaitable[None]]:
+        """Have what the request needs here: its prompt computed elsewhere, or its prefix fetched. Returns what then
+        brings it into the engine.
+        """
         if live.sampling.prompt_logprobs is None:
             # Before it is decided who prefills: what is here already is neither computed nor handed over.
             await self._parts.host_prefixes.restore(hashes)
@@ -90,19 +106,42 @@ class Admission:
                     break  # an elastic worker's own prompts need no order
                 if target.incarnation in shunned:
                     continue
+                self._goes_to(live, target.worker_id)
                 try:
-                    await self._prefill_elsewhere(live, target, hashes)
-                    return
+                    request, handoff = await self._prefill_elsewhere(live, target, hashes)
+                    return partial(self._take_in, live, request, target, handoff)
                 except HandoffFailed as failure:
                     if failure.cause in _SHUNNED_FOR:
                         self._shunned.add(target.incarnation)
-                    log.warning("prefill by %s failed (%s): %s", target.worker_id, failure.cause, failure)
-                    self._parts.metrics.handoff_failed(failure.cause)
-                    self._parts.metrics.recomputed("handoff")
-                    live.usage.num_recomputes += 1
-                    if failure.cause == NOT_JOINED:
-                        break  # it has its first token, and goes on behind it
-        await self._prefill_here(live, hashes)
+                    self._count_failure(live, target.worker_id, failure)
+                    if isinstance(failure, NoRoomHere):
+                        break
+        self._goes_to(live, self._parts.worker_id)
+        await self._fetch(live, hashes)
+        return partial(self._enter_here, live)
+
+    def prepare_anew(self, live: LiveRequest) -> None:
+        """The engine has given it up: whoever computes its prompt now may have what was computed here."""
+        computed = pb.PrefixSource(
+            holder_id=self._parts.worker_id,
+            incarnation=self._parts.incarnation,
+            kv_address=self._parts.kv_address,
+            num_blocks=self._parts.engine.peek_prefix(live.hashes),
+            tier="device",
+        )
+        live.course.ends_at(computed)
+        live.usage.prefilled_locally = False
+
+    def _goes_to(self, live: LiveRequest, worker_id: str) -> None:
+        if live.course.goes_to(worker_id):
+            live.usage.num_redirects += 1
+            self._parts.metrics.redirected("here" if worker_id == self._parts.worker_id else "elsewhere")
+
+    def _count_failure(self, live: LiveRequest, worker_id: str, failure: HandoffFailed) -> None:
+        log.warning("prefill by %s failed (%s): %s", worker_id, failure.cause, failure)
+        self._parts.metrics.handoff_failed(failure.cause)
+        self._parts.metrics.recomputed("handoff")
+        live.usage.num_recomputes += 1
 
     async def close(self) -> None:
         """Wait for what failed handoffs left. Bounded, since the exchange is closed by then."""
@@ -126,10 +165,11 @@ class Admission:
         tail = convert.context_token_ids(order)[len(hashes) * self._parts.engine.layout.block_size :]
         prompt = (order.cache_salt, order.adapter, order.priority, *hashes[-1:], *tail)
         first = self._being_handed_over.get(prompt)
-        if first is None:
+        if first is None or first is live.admission:
             assert live.admission is not None, f"{order.request_id} is admitted by no task"
-            self._being_handed_over[prompt] = live.admission
-            live.admission.add_done_callback(lambda _: self._being_handed_over.pop(prompt))
+            if first is None:
+                self._being_handed_over[prompt] = live.admission
+                live.admission.add_done_callback(lambda _: self._being_handed_over.pop(prompt))
             return False
         await asyncio.wait([first])
         return self._parts.engine.peek_prefix(hashes) == len(hashes)
@@ -142,13 +182,19 @@ class Admission:
             num_tokens -= self._parts.engine.peek_prefix(hashes) * self._parts.engine.layout.block_size
         return max(1, num_tokens)
 
-    async def _prefill_here(self, live: LiveRequest, hashes: list[BlockHash]) -> None:
-        live.usage.prefilled_locally = True
+    async def _fetch(self, live: LiveRequest, hashes: list[BlockHash]) -> None:
+        """Bring in what others have of a prompt that is to be computed here."""
+        fetched: list[pb.FetchedPrefix] = []
         if (
             live.sampling.prompt_logprobs is None
             and self._num_uncached(live, hashes) > self._parts.engine.layout.block_size
         ):
-            live.usage.fetched.extend(await self._parts.fetcher.fetch(hashes, live.order.prefix_sources))
+            fetched = await self._parts.fetcher.fetch(hashes, live.course.sources(live.order))
+            live.usage.fetched.extend(fetched)
+        live.course.begins_here(self._parts.worker_id, self._parts.engine.peek_prefix(hashes), fetched)
+
+    async def _enter_here(self, live: LiveRequest) -> None:
+        live.usage.prefilled_locally = True
         live.request = request = live.new_attempt(self._clock())
 
         def enter() -> None:
@@ -170,7 +216,7 @@ class Admission:
         attempt, resumed = live.new_attempt(self._clock()), live.resumed_token_ids
         request = replace(attempt, resumed_token_ids=resumed[:-1], given_hashes=full)
         self._parts.engine.check(request)
-        pending = _PendingReservation(self._parts, request)
+        pending = PendingReservation(self._parts, request)
         exchange, started_s = self._parts.exchange, self._parts.exchange.clock()
         expected = [*full, None][: -(-num_computed // block_size)]
         try:
@@ -202,11 +248,14 @@ class Admission:
             raise MoveFailed(f"the engine did not take them: {error}") from error
         self._parts.metrics.moved("joined")
 
-    async def _prefill_elsewhere(self, live: LiveRequest, target: pb.PrefillTarget, hashes: list[BlockHash]) -> None:
+    async def _prefill_elsewhere(
+        self, live: LiveRequest, target: pb.PrefillTarget, hashes: list[BlockHash]
+    ) -> tuple[Request, Handoff]:
+        """Order it there and take its blocks over, for the request that is to join. Raises HandoffFailed."""
         request = live.new_attempt(self._clock())
         # Before anybody computes it: what our own engine cannot serve is no other worker's failure.
         self._parts.engine.check(request)
-        pending = _PendingReservation(self._parts, request)
+        pending = PendingReservation(self._parts, request)
         num_blocks = -(-request.num_context_tokens // self._parts.engine.layout.block_size)
         order = pb.PrefillRequest(
             request_id=live.order.request_id,
@@ -217,23 +266,40 @@ class Admission:
             priority=live.order.priority,
             cache_salt=live.order.cache_salt,
             adapter=live.order.adapter,
-            prefix_sources=live.order.prefix_sources,
+            prefix_sources=live.course.sources(live.order),
             timeout_s=live.left_s(),
         )
         live.timeline.mark(Event.PREFILL_ORDERED)
-        handoff = await prefill_remotely(
-            order,
-            target,
-            [*hashes, None][:num_blocks],
-            pending.reserve,
-            self._parts.exchange,
-            self._parts.orders,
-            dispose=lambda fetch: self._dispose(fetch, pending),
-            finish_timeout_s=self._config.handoff_timeout_s,
-        )
+        num_announced = 0
+
+        def dispose(fetch: Fetch) -> None:
+            nonlocal num_announced
+            num_announced = fetch.num_announced
+            self._dispose(fetch, pending)
+
+        try:
+            handoff = await prefill_remotely(
+                order,
+                target,
+                [*hashes, None][:num_blocks],
+                pending.reserve,
+                self._parts.exchange,
+                self._parts.orders,
+                dispose=dispose,
+                finish_timeout_s=self._config.handoff_timeout_s,
+            )
+        except (asyncio.CancelledError, NoRoomHere):  # it has what it has computed, and may lend it
+            live.course.ends_at(source_of(target, min(num_announced, len(hashes))))
+            raise
         # No await from here to the engine's call: the blocks are ours now, and must not be lost to a cancellation.
+        return request, handoff
+
+    async def _take_in(self, live: LiveRequest, request: Request, target: pb.PrefillTarget, handoff: Handoff) -> None:
+        """Go on from what a prefill worker has computed. Raises HandoffFailed where the engine does not."""
+        live.course.came(target.worker_id, handoff.finished.fetched)
+        num_computed = live.course.num_computed_blocks * self._parts.engine.layout.block_size
         live.usage.prefill_worker_id = target.worker_id
-        live.usage.num_cached_tokens = handoff.finished.num_cached_tokens
+        live.usage.num_cached_tokens = max(0, handoff.finished.num_cached_tokens - num_computed)
         live.usage.fetched.extend(handoff.finished.fetched)
         live.usage.prefill_rates.CopyFrom(handoff.finished.rates)
         convert.copy_stamps(handoff.finished.stamps, live.timeline)
@@ -303,6 +369,7 @@ class Admission:
                 if tried is not None:
                     tried()
             if update.finish_reason is None:
+                live.has_token = True
                 self._entered(live, request)
             return update
 
@@ -315,49 +382,12 @@ class Admission:
             if at_s is not None:
                 live.timeline.unix_s[event] = at_s + offset_s
 
-    def _dispose(self, fetch: Fetch, pending: _PendingReservation) -> None:
+    def _dispose(self, fetch: Fetch, pending: PendingReservation) -> None:
         self._disposals.start(self._free_after(fetch, pending), name="dispose-fetch")
 
-    async def _free_after(self, fetch: Fetch, pending: _PendingReservation) -> None:
+    async def _free_after(self, fetch: Fetch, pending: PendingReservation) -> None:
         """Free what an abandoned fetch leaves, once no late byte can arrive in it."""
         fetch.abort("abandoned by the decode worker")
         await pending.cancel()
         block_ids = await fetch.leftovers()
         await self._parts.thread.call(self._parts.engine.release_reservation, pending.request, block_ids)
-
-
-class _PendingReservation:
-    """The engine's grant of blocks for one attempt, as something to await and to cancel."""
-
-    def __init__(self, parts: WorkerParts, request: Request) -> None:
-        self.request = request
-        self._parts = parts
-        self._loop = asyncio.get_running_loop()
-        self._granted: asyncio.Future[Reservation] = self._loop.create_future()
-        self._cancelled = False
-
-    async def reserve(self, num_blocks: int) -> Reservation:
-        """Wait for room. Raises ReservationWithdrawn after `cancel` or a refusal, then having taken no block."""
-        if self._cancelled:
-            raise ReservationWithdrawn("the fetch was abandoned before it asked for room")
-        try:
-            await self._parts.thread.call(self._parts.engine.reserve, self.request, self._on_granted)
-        except EngineError as error:
-            raise ReservationWithdrawn(str(error)) from error
-        return await self._granted
-
-    def _on_granted(self, reservation: Reservation) -> None:  # engine thread
-        self._loop.call_soon_threadsafe(self._grant, reservation)
-
-    def _grant(self, reservation: Reservation) -> None:
-        if self._granted.done():  # the exchange has closed meanwhile: nobody waits for these blocks
-            self._parts.thread.post(self._parts.engine.release_reservation, self.request, reservation.block_ids)
-        else:
-            self._granted.set_result(reservation)
-
-    async def cancel(self) -> None:
-        """Give up waiting. A reservation granted before stands, and its blocks are the fetch's to give back."""
-        self._cancelled = True
-        withdrawn = await self._parts.thread.call(self._parts.engine.cancel_reservation, self.request)
-        if withdrawn and not self._granted.done():  # else the exchange has closed, which ended whoever waited
-            self._granted.set_exception(ReservationWithdrawn("the fetch was abandoned"))

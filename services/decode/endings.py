@@ -34,6 +34,7 @@ def log_end(live: LiveRequest, output: pb.Output) -> None:
         "prefilled_by": "itself" if usage.prefilled_locally else usage.prefill_worker_id or None,
         "handoff_blocks": usage.num_transferred_blocks,
         "recomputes": usage.num_recomputes,
+        "redirects": usage.num_redirects or None,
         "seconds": round(seconds or 0.0, 4),
     }
     level = logging.WARNING if output.finish_reason == pb.FINISH_REASON_ERROR else logging.INFO

@@ -23,7 +23,7 @@ from tandem.v1 import worker_pb2 as pb
 from kvstore.block import BlockHash
 from kvstore.errors import IncompatiblePeer, PeerLost, PeerUnreachable
 from kvstore.exchange import BlockExchange, Fetch
-from kvstore.protocol import FetchResult, Reservation
+from kvstore.protocol import FetchCause, FetchResult, FetchState, Reservation
 from services.orders import Orders, StreamBroken, WorkerSilent
 
 NOT_JOINED: Final = "join"
@@ -39,6 +39,10 @@ class HandoffFailed(Exception):
     def __init__(self, cause: str, message: str) -> None:
         super().__init__(message)
         self.cause = cause
+
+
+class NoRoomHere(HandoffFailed):
+    """It was computed, and no room came for it in time: the worker that has it should wait for us no longer."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,8 @@ def _check(result: FetchResult) -> FetchResult:
     if result.failure is not None:
         failure = result.failure
         message = f"transfer failed in stage {failure.stage} ({failure.cause.value}): {failure.detail}"
-        raise HandoffFailed(failure.cause.value, message)
+        is_for_room = failure.cause is FetchCause.TIMEOUT and failure.stage == FetchState.RESERVING.value
+        raise (NoRoomHere if is_for_room else HandoffFailed)(failure.cause.value, message)
     return result
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block import BlockHash
+from services.decode.redirecting import Course
 from services.decode.session import RouterSession
 from services.decode.stages import TRANSITIONS, LiveState
 from services.decode.token_lists import TokenLists
@@ -19,7 +20,7 @@ from services.worker.states import States
 @dataclass(eq=False)
 class LiveRequest:
     """Owned by the event loop. The engine thread reads `session`, `order`, `request` and `leaves_under`, and marks
-    events in `timeline`.
+    events in `timeline`; `has_token` is its own.
     """
 
     order: pb.GenerateRequest
@@ -36,6 +37,8 @@ class LiveRequest:
     leaves_under: bytes = b""  # LEAVING: the id of the transfer in which it goes to another worker
     said_elsewhere: pb.PrefillFinished | None = None  # with a first token that the engine here samples anew
     hashes: list[BlockHash] = field(default_factory=list)  # of the context's full blocks
+    course: Course = field(default_factory=Course)  # of its prompt, from worker to worker
+    has_token: bool = False  # said by the engine here, or come with the blocks
 
     def __post_init__(self) -> None:
         self.prompt_token_ids = tuple(self.order.prompt_token_ids)

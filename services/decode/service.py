@@ -121,6 +121,8 @@ class DecodeService:
                     live = self._sessions[session].get(order.move.handle)
                     if live is not None:
                         self._tell(live, LiveEvent.MOVE_ASKED)
+                elif kind == "redirect":
+                    self._redirect(session, order.redirect)
                 elif kind == "lists":
                     session.lists[order.lists.number] = TokenLists(order.lists.sampling)
                 elif kind == "forget":
@@ -130,6 +132,14 @@ class DecodeService:
                     return
         finally:
             session.close()
+
+    def _redirect(self, session: RouterSession, redirect: pb.RedirectRequest) -> None:
+        """Have a prompt computed elsewhere, or here, if that makes a difference still."""
+        live = self._sessions[session].get(redirect.handle)
+        if live is None or self._config.colocated or live.course.wants_no_change(redirect, self._parts.worker_id):
+            return
+        live.course.asked = redirect
+        self._tell(live, LiveEvent.REDIRECT_ASKED)
 
     def _start(self, session: RouterSession, order: pb.GenerateRequest) -> None:
         refusal = self._refusal(session, order)
@@ -153,7 +163,7 @@ class DecodeService:
             return
         self._sessions[session][order.handle] = live
         self._idle.clear()
-        live.admission = asyncio.create_task(self._admit(live), name=f"admit-{order.request_id}")
+        self._begin_admission(live)
         if order.timeout_s > 0:
             live.timeout = self._loop.call_later(order.timeout_s, self._expire, live)
 
@@ -173,6 +183,9 @@ class DecodeService:
         return None
 
     # ---- one request ------------------------------------------------------
+
+    def _begin_admission(self, live: LiveRequest) -> None:
+        live.admission = asyncio.create_task(self._admit(live), name=f"admit-{live.order.request_id}")
 
     async def _admit(self, live: LiveRequest) -> None:
         with request_scope(live.order.request_id):
@@ -200,6 +213,8 @@ class DecodeService:
             self._num_admitting -= 1
             if error is None:
                 self._tell(live, LiveEvent.ADMITTED)
+                if live.course.is_late:
+                    self._tell(live, LiveEvent.REDIRECT_ASKED)
             else:
                 self._tell(live, LiveEvent.NOT_ADMITTED, error_output(live.order.handle, error))
 
@@ -254,6 +269,13 @@ class DecodeService:
                 case LiveAction.SUSPEND:
                     live.leaves_under = live.leaves_under or self._parts.exchange.new_id()
                     self._parts.thread.post(self._let_go, live)
+                case LiveAction.AIM:
+                    live.course.aim(live.order, self._parts.worker_id)
+                case LiveAction.RETRACT:
+                    self._parts.thread.post(self._give_up, live)
+                case LiveAction.ADMIT:
+                    self._admission.prepare_anew(live)
+                    self._begin_admission(live)
                 case LiveAction.KEEP:
                     assert left is not None
                     output = self._departures.keep(live, left)
@@ -302,7 +324,8 @@ class DecodeService:
         usage.num_recomputes += news.num_recomputes
         self._parts.metrics.recomputed("preemption", news.num_recomputes)
         if usage.prefilled_locally:
-            usage.num_cached_tokens = max(usage.num_cached_tokens, news.num_cached_tokens)
+            num_cached = news.num_cached_tokens - live.course.num_computed_blocks * self._parts.engine.layout.block_size
+            usage.num_cached_tokens = max(usage.num_cached_tokens, num_cached)
         if output.token_ids and self._stamp_token(live):
             if live.said_elsewhere is not None:
                 self._compare(live, live.said_elsewhere, output)
@@ -343,6 +366,15 @@ class DecodeService:
             del self._in_engine[live.request.request_id]
             self._loop.call_soon_threadsafe(self._tell, live, LiveEvent.LET_GO, None, None, left)
 
+    def _give_up(self, live: LiveRequest) -> None:
+        """Take it out before its first token. Its full blocks stay in the cache."""
+        request = live.request
+        if live.has_token or request is None or request.request_id not in self._in_engine:
+            return
+        self._parts.engine.abort(request.request_id)
+        del self._in_engine[request.request_id]
+        self._loop.call_soon_threadsafe(self._tell, live, LiveEvent.GIVEN_UP)
+
     def on_begun(self, request: Request) -> None:
         """Do nothing: the router hears of a request with its first token."""
 
@@ -352,6 +384,7 @@ class DecodeService:
             live = self._in_engine.get(update.request.request_id)
             if live is not None and (update.new_tokens or update.finish_reason is not None):
                 news += news_of_step(live, update)
+                live.has_token = True
                 if update.finish_reason is not None:
                     del self._in_engine[update.request.request_id]
         if news:

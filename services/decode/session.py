@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from tandem.v1 import worker_pb2 as pb
 
 from services.decode.token_lists import TokenLists
-from services.orders import LISTS, MOVES, RESUMES
+from services.orders import LISTS, MOVES, REDIRECTS, RESUMES
 from services.rates import Rates
 from services.worker import convert
 
@@ -110,7 +110,7 @@ class RouterSession:
         frame = pb.SessionFrame(
             load=last_load,
             incarnation=self._incarnation,
-            features=[RESUMES, MOVES, LISTS],
+            features=[RESUMES, MOVES, LISTS, REDIRECTS],
             heartbeat_s=self._heartbeat_s,
             stuck=last_stuck,
         )

@@ -4,6 +4,10 @@
     ADMITTING   its admission brings its blocks, or     the admission is cancelled, and disposes of what it has
                 a place in the engine (admission.py)    (see there); the engine drops it
     QUEUED      the engine has it: no token yet         the engine drops it between two steps, and frees its blocks
+    REDIRECTED  the engine is asked to give it up       the same
+                before its first token, so that its
+                prompt goes on elsewhere
+                (redirecting.py)
     DECODING    tokens come                             the same; the admission is cancelled, if it has not ended
     LEAVING     any of these, asked to go elsewhere:    as in any of these; what the engine lets go afterwards is freed
                 it goes as soon as the engine can
@@ -27,6 +31,7 @@ class LiveState(Enum):
 
     ADMITTING = "handoff"
     QUEUED = "prefill queue"
+    REDIRECTED = "redirection"
     DECODING = "decode"
     LEAVING = "move"
     ENDED = "end"
@@ -39,6 +44,8 @@ class LiveEvent(Enum):
     NOT_ADMITTED = "its admission failed"
     TOKENS = "tokens, and not the last ones"
     LAST = "the last tokens, or an error of the engine"
+    REDIRECT_ASKED = "the router would have its prompt computed elsewhere, or here"
+    GIVEN_UP = "the engine has given it up before its first token, as it was asked to"
     MOVE_ASKED = "the router has room for it elsewhere"
     LET_GO = "the engine has taken it out, with its blocks"
     ABORTED = "the router wants no more of it, or is lost"
@@ -53,6 +60,9 @@ class LiveAction(Enum):
     CANCEL = "cancel the admission, if it goes on"
     DROP = "have the engine drop it, if it has it"
     SUSPEND = "have the engine let it go, if it has it and can; then `LET_GO` follows"
+    AIM = "tell its admission, if it goes on, where its prompt is to be computed from here on"
+    RETRACT = "have the engine give it up, if it has said no token; then `GIVEN_UP` follows"
+    ADMIT = "begin a new admission"
     SAY = "send tokens"
     KEEP = "keep the blocks that it leaves, for whoever goes on with it"
     FREE = "free them"
@@ -79,10 +89,17 @@ TRANSITIONS: Final[Mapping[LiveState, _Rows]] = {
         **_LIVE,
         _E.ADMITTED: (_S.QUEUED, ()),
         _E.NOT_ADMITTED: (_S.ENDED, (_A.DROP, _A.END)),
+        _E.REDIRECT_ASKED: (_S.ADMITTING, (_A.AIM,)),
     },
-    _S.QUEUED: _LIVE,
+    _S.QUEUED: {**_LIVE, _E.REDIRECT_ASKED: (_S.REDIRECTED, (_A.AIM, _A.RETRACT))},
+    _S.REDIRECTED: {
+        **_LIVE,
+        _E.REDIRECT_ASKED: (_S.REDIRECTED, (_A.AIM,)),
+        _E.GIVEN_UP: (_S.ADMITTING, (_A.ADMIT,)),
+    },
     _S.DECODING: {
         **_LIVE,
+        _E.REDIRECT_ASKED: (_S.DECODING, ()),
         _E.ADMITTED: (_S.DECODING, ()),
         _E.NOT_ADMITTED: (_S.ENDED, (_A.DROP, _A.END)),
         _E.BROKEN: _WITHDRAWN,
@@ -93,11 +110,16 @@ TRANSITIONS: Final[Mapping[LiveState, _Rows]] = {
         _E.NOT_ADMITTED: (_S.ENDED, (_A.DROP, _A.END)),
         _E.TOKENS: (_S.LEAVING, (_A.SAY, _A.SUSPEND)),
         _E.MOVE_ASKED: (_S.LEAVING, ()),
+        _E.REDIRECT_ASKED: (_S.LEAVING, ()),
+        _E.GIVEN_UP: (_S.LEAVING, (_A.ADMIT,)),
         _E.LET_GO: (_S.ENDED, (_A.KEEP, _A.END)),
         _E.BROKEN: _WITHDRAWN,
     },
     _S.ENDED: {
-        **dict.fromkeys((_E.ADMITTED, _E.NOT_ADMITTED, _E.TOKENS, _E.LAST, _E.BROKEN), (_S.ENDED, ())),
+        **dict.fromkeys(
+            (_E.ADMITTED, _E.NOT_ADMITTED, _E.REDIRECT_ASKED, _E.GIVEN_UP, _E.TOKENS, _E.LAST, _E.BROKEN),
+            (_S.ENDED, ()),
+        ),
         _E.LET_GO: (_S.ENDED, (_A.FREE,)),
     },
 }

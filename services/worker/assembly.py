@@ -16,6 +16,7 @@ from services.engine.api import Engine
 from services.logs import request_scope
 from services.orders import Orders
 from services.rates import RateLearner
+from services.startup import address_of
 from services.worker.config import WorkerConfig
 from services.worker.engine_thread import EngineThread
 from services.worker.index_feed import WorkerIndexFeed
@@ -45,6 +46,7 @@ class WorkerParts:
 
     worker_id: str
     incarnation: str
+    host: str  # where others reach us
     engine: Engine
     thread: EngineThread
     exchange: BlockExchange
@@ -57,6 +59,11 @@ class WorkerParts:
     metrics: WorkerMetrics
     index_feed: WorkerIndexFeed
     store_feed: StoreFeed | None
+
+    @property
+    def kv_address(self) -> str:
+        """Where others reach the exchange, once it listens."""
+        return address_of(self.host, self.exchange.address.rsplit(":", 1)[1])
 
 
 def assemble(
@@ -87,6 +94,7 @@ def assemble(
     return WorkerParts(
         worker_id=worker_id,
         incarnation=incarnation,
+        host=config.advertise_host or config.host,
         engine=engine,
         thread=thread,
         exchange=exchange,

@@ -157,11 +157,10 @@ async def open_worker(
         parts.metrics.exchange.watch_port("grpc", lambda: front.server.num_strangers)
         await parts.index_feed.start()
         cleanup.push_async_callback(parts.index_feed.close)
-        kv_address = address_of(front.host, parts.exchange.address.rsplit(":", 1)[1])
         if parts.store_feed is not None:
-            await parts.store_feed.start(kv_address)
+            await parts.store_feed.start(parts.kv_address)
             cleanup.push_async_callback(parts.store_feed.close)
-        yield RunningWorker(parts, service, _record(config, role, front, parts, kv_address), front.server)
+        yield RunningWorker(parts, service, _record(config, role, front, parts), front.server)
 
 
 def _close_at_the_end(
@@ -206,13 +205,13 @@ def _starting_record(config: WorkerConfig, role: Role, front: Front) -> WorkerRe
     )
 
 
-def _record(config: WorkerConfig, role: Role, front: Front, parts: WorkerParts, kv_address: str) -> WorkerRecord:
+def _record(config: WorkerConfig, role: Role, front: Front, parts: WorkerParts) -> WorkerRecord:
     """Return the record of the worker that serves."""
     engine = parts.engine
     return msgspec.structs.replace(
         _starting_record(config, role, front),
         model_fingerprint=engine.layout.model_fingerprint,
-        kv_address=kv_address,
+        kv_address=parts.kv_address,
         num_blocks=engine.capabilities.num_blocks,
         max_model_len=engine.capabilities.max_model_len,
         max_num_seqs=engine.capabilities.max_num_seqs,

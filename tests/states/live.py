@@ -29,8 +29,9 @@ class LiveModel(Told):
     num_news: int = 0
     is_timed: bool = True
     num_ends: int = 0
+    is_late: bool = False  # a redirection came on its way into the engine
     blocks: str = "none"  # of a request that was let go: out, kept, freed
-    wishes_left: int = 2  # of the router: aborts, moves; of the process: its end
+    wishes_left: int = 3  # of the router: aborts, moves, redirections; of the process: its end
     breaks_left: int = 1
     breaks: bool = False
 
@@ -61,7 +62,7 @@ class LiveModel(Told):
             if self.is_timed:
                 yield Step("expire")
             if self.wishes_left:
-                for event in (_E.ABORTED, _E.CLOSED, _E.MOVE_ASKED):
+                for event in (_E.ABORTED, _E.CLOSED, _E.MOVE_ASKED, _E.REDIRECT_ASKED):
                     yield Step("wish", (event,), must=False)
 
     def _of_engine(self) -> Iterator[Step]:
@@ -93,6 +94,8 @@ class LiveModel(Told):
     def hear_of_admission(self) -> None:
         how, self.admission = self.admission, "over"
         self._tell(_E.ADMITTED if how == "done" else _E.NOT_ADMITTED)
+        if how == "done" and self.is_late:
+            self._tell(_E.REDIRECT_ASKED)
 
     def command(self) -> None:
         command, self.to_engine = self.to_engine[0], self.to_engine[1:]
@@ -105,6 +108,9 @@ class LiveModel(Told):
                 self.to_loop += ("entered",)
             case "drop" if self.engine in _IN_ENGINE:
                 self.engine = "over"
+            case "retract" if self.engine in ("waiting", "prefilling"):
+                self.engine = "without it"
+                self.to_loop += (_E.GIVEN_UP,)
             case "suspend" if self.engine in ("waiting", "decoding"):
                 self.engine, self.blocks = "over", "out"
                 self.to_loop += (_E.LET_GO,)
@@ -156,6 +162,8 @@ class LiveModel(Told):
         self._tell(event)
 
     def expire(self) -> None:
+        is_awaited = self.admission != "over" or self.engine in _IN_ENGINE or self.to_engine or self.to_loop
+        assert is_awaited, "but for its deadline it would wait for ever: nobody has it"
         self._tell(_E.EXPIRED)
 
     # ---- what the service does ----
@@ -169,6 +177,13 @@ class LiveModel(Told):
                 self.to_engine += ("drop",)
             case LiveAction.SUSPEND:
                 self.to_engine += ("suspend",)
+            case LiveAction.AIM:
+                self.is_late = self.admission != "comes"  # else it begins anew, from the same state
+            case LiveAction.RETRACT:
+                self.to_engine += ("retract",)
+            case LiveAction.ADMIT:
+                assert self.admission == "over", "two admissions at a time"
+                self.admission, self.is_late = "comes", False
             case LiveAction.SAY:
                 assert not self.num_ends, "tokens come after the last output"
                 self._break()

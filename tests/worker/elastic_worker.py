@@ -56,6 +56,10 @@ class ElasticWorker(DecodeWorker):
         await super().close()
 
     @property
+    def _labels(self) -> dict[str, str]:
+        return {"model_name": str(self._config.model), "role": "elastic"}
+
+    @property
     def target(self) -> pb.PrefillTarget:
         """What a router names it by."""
         return pb.PrefillTarget(

@@ -40,11 +40,17 @@ class Pair(NamedTuple):
 
 
 @asynccontextmanager
-async def pair(model: Path, **settings: object) -> AsyncIterator[Pair]:
+async def fleet(model: Path, number: int, **settings: object) -> AsyncIterator[list[tuple[ElasticWorker, RouterOf]]]:
+    """So many workers, and a router's session with each."""
     switchboard, orders = Switchboard(), MemoryOrders()
-    a = ElasticWorker("elastic-0", model, switchboard, orders, **settings)
-    b = ElasticWorker("elastic-1", model, switchboard, orders, **settings)
-    async with running(a, b) as (at_a, at_b):
+    workers = [ElasticWorker(f"elastic-{index}", model, switchboard, orders, **settings) for index in range(number)]
+    async with running(*workers) as routers:
+        yield list(zip(workers, routers, strict=True))
+
+
+@asynccontextmanager
+async def pair(model: Path, **settings: object) -> AsyncIterator[Pair]:
+    async with fleet(model, 2, **settings) as ((a, at_a), (b, at_b)):
         yield Pair(a, b, at_a, at_b)
 
 

@@ -15,8 +15,8 @@ from tandem.v1 import worker_pb2_grpc
 
 from kvstore.errors import PeerUnreachable
 from kvstore.protocol import FetchResult, Reservation
-from services.decode.admission import _PendingReservation
 from services.decode.handoff import Handoff, HandoffFailed, prefill_remotely
+from services.decode.reservation import PendingReservation
 from services.engine.api import Request, SamplingParams
 from services.orders import GrpcOrders, grpc_channels
 
@@ -188,7 +188,7 @@ async def test_a_reservation_whose_exchange_closed_while_it_waited_is_withdrawn_
 
     engine = SimpleNamespace(reserve=lambda *_: None, cancel_reservation=lambda _: True)
     parts: Any = SimpleNamespace(engine=engine, thread=SimpleNamespace(call=call))
-    pending = _PendingReservation(parts, Request("r", [1], SamplingParams()))
+    pending = PendingReservation(parts, Request("r", [1], SamplingParams()))
     waiting = asyncio.create_task(pending.reserve(1))
     await asyncio.sleep(0)
     waiting.cancel()

@@ -338,7 +338,7 @@ class Output(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., stamps: _Optional[_Iterable[_Union[Stamp, _Mapping]]] = ..., move: _Optional[_Union[Move, _Mapping]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "num_transferred_blocks", "num_transferred_bytes", "prefilled_locally", "prefill_worker_id", "num_recomputes", "fetched", "prefill_rates", "moved", "first_token_equal")
+    __slots__ = ("num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "num_transferred_blocks", "num_transferred_bytes", "prefilled_locally", "prefill_worker_id", "num_recomputes", "fetched", "prefill_rates", "moved", "first_token_equal", "num_redirects")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -351,6 +351,7 @@ class Usage(_message.Message):
     PREFILL_RATES_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_EQUAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_REDIRECTS_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_generated_tokens: int
     num_cached_tokens: int
@@ -363,7 +364,8 @@ class Usage(_message.Message):
     prefill_rates: Rates
     moved: FetchedPrefix
     first_token_equal: bool
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_transferred_bytes: _Optional[int] = ..., prefilled_locally: _Optional[bool] = ..., prefill_worker_id: _Optional[str] = ..., num_recomputes: _Optional[int] = ..., fetched: _Optional[_Iterable[_Union[FetchedPrefix, _Mapping]]] = ..., prefill_rates: _Optional[_Union[Rates, _Mapping]] = ..., moved: _Optional[_Union[FetchedPrefix, _Mapping]] = ..., first_token_equal: _Optional[bool] = ...) -> None: ...
+    num_redirects: int
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_transferred_blocks: _Optional[int] = ..., num_transferred_bytes: _Optional[int] = ..., prefilled_locally: _Optional[bool] = ..., prefill_worker_id: _Optional[str] = ..., num_recomputes: _Optional[int] = ..., fetched: _Optional[_Iterable[_Union[FetchedPrefix, _Mapping]]] = ..., prefill_rates: _Optional[_Union[Rates, _Mapping]] = ..., moved: _Optional[_Union[FetchedPrefix, _Mapping]] = ..., first_token_equal: _Optional[bool] = ..., num_redirects: _Optional[int] = ...) -> None: ...
 
 class FetchedPrefix(_message.Message):
     __slots__ = ("holder_id", "tier", "lane", "num_blocks", "num_bytes", "seconds")

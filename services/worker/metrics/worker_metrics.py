@@ -44,6 +44,7 @@ _HANDOFF_FAILURES = ("unreachable", "timeout", "digest", "peer_lost", "rpc", "ov
 Refusal = Literal["draining", "full", "stuck", "invalid", "protocol"]
 OrderOutcome = Literal["finished", "refused", "failed", "cancelled", "expired"]
 RecomputeCause = Literal["handoff", "preemption", "move"]
+RedirectGoal = Literal["elsewhere", "here"]
 MoveOutcome = Literal["left", "joined", "recomputed"]
 
 
@@ -120,6 +121,7 @@ class WorkerMetrics:
         self._handoff_failures = WORKER.counter("tandem:handoff_failures", own, _HANDOFF_FAILURES)
         self._recomputes = WORKER.counter("tandem:recomputes", own, get_args(RecomputeCause))
         self._moves = WORKER.counter("tandem:moved_requests", own, get_args(MoveOutcome))
+        self._redirects = WORKER.counter("tandem:redirects", own, get_args(RedirectGoal))
         self._first_tokens = WORKER.counter("tandem:first_tokens_compared", own, ("equal", "different"))
         self._handoff_blocks = WORKER.counter("tandem:handoff_blocks", own)
         self._handoff_bytes = WORKER.counter("tandem:handoff_bytes", own)
@@ -169,6 +171,10 @@ class WorkerMetrics:
     def moved(self, outcome: MoveOutcome) -> None:
         """A request left for another decode worker, or came from one, with its blocks or without."""
         self._moves.labels(outcome).inc()
+
+    def redirected(self, goal: RedirectGoal) -> None:
+        """A prompt goes on elsewhere, or here, since a router wanted it."""
+        self._redirects.labels(goal).inc()
 
     def handed_off(self, num_blocks: int, num_bytes: int) -> None:
         self._handoff_blocks.inc(num_blocks)
