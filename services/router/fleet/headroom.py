@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from services.rates import Rates
-from services.router.fleet.workers import Workers
 from services.router.routing import DecodeTable, PrefillTable
 
 # More requests than a decode worker's batch holds: some are still being prefilled, and none of its places stays empty.
@@ -20,10 +20,26 @@ _BATCH_FACTOR = 1.125
 _BATCH_SLACK = 2
 
 
+class Tables(Protocol):
+    """Who knows the workers: `Workers`, and whoever simulates a fleet."""
+
+    def decode_table(self) -> DecodeTable:
+        """The decode workers as they are now."""
+
+    def prefill_table(self) -> PrefillTable:
+        """The prefill workers as they are now."""
+
+    def rates(self, model_fingerprint: str) -> Rates:
+        """How fast the workers are that compute this model's prompts."""
+
+    def fingerprint(self, model: str) -> str:
+        """That of a worker that serves the model; empty where none does."""
+
+
 class Headroom:
     """The admission's view of the workers (`services.router.admission.Fleet`)."""
 
-    def __init__(self, workers: Workers, backlog_s: float, bends: bool = False) -> None:
+    def __init__(self, workers: Tables, backlog_s: float, bends: bool = False) -> None:
         """`backlog_s`: prompt work that a worker may have in front, in seconds of its time; 0: as much as there is.
         `bends`: there are objectives, so elastic workers do not only what they are given first."""
         self._workers = workers
