@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 
 from tandem.v1 import worker_pb2 as pb
@@ -27,6 +28,7 @@ class LiveRequest:
     sampling: SamplingParams
     session: RouterSession
     timeline: Timeline
+    tpot_s: float = math.inf  # per output token that its client is to get at most
     lists: TokenLists | None = None  # those of tokens that the order lacks, and `sampling` has
     usage: pb.Usage = field(default_factory=pb.Usage)
     admission: asyncio.Task[None] | None = None  # its way into the engine
@@ -74,5 +76,6 @@ class LiveRequest:
             cache_salt=self.order.cache_salt,
             adapter=self.order.adapter,
             arrival_s=clock_s,
+            tpot_s=self.tpot_s,
             timeline=self.timeline,
         )

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from tandem.v1 import worker_pb2 as pb
 
 from services.decode.admission import Admission
+from services.decode.budget_keeper import BudgetKeeper
 from services.decode.config import DecodeConfig
 from services.decode.endings import error_of, error_output, log_end, log_refusal
 from services.decode.live import LiveRequest
@@ -26,7 +27,7 @@ from services.decode.token_lists import TokenLists
 from services.engine.api import InvalidRequest, QueueFull, Request, StepOutput, Suspended
 from services.lifecycle import Event, Timeline
 from services.logs import request_scope
-from services.orders import OrderServer, StreamRefused
+from services.orders import BUDGETS, OrderServer, StreamRefused
 from services.worker import convert
 from services.worker.assembly import WorkerParts
 from services.worker.engine_thread import EngineCrashed
@@ -48,9 +49,11 @@ _REFUSALS: Mapping[int, Refusal] = {
 class DecodeService:
     """Serves one decode worker."""
 
-    def __init__(self, config: DecodeConfig, parts: WorkerParts) -> None:
+    def __init__(self, config: DecodeConfig, parts: WorkerParts, budgets: BudgetKeeper | None = None) -> None:
+        """`budgets`: an elastic worker's, which routers may change."""
         self._config = config
         self._parts = parts
+        self._budgets = budgets
         self._clock = parts.clock
         self._loop = asyncio.get_running_loop()
         self._admission = Admission(config, parts, self._entered, self._deliver)
@@ -92,6 +95,7 @@ class DecodeService:
             lambda: self._parts.rates.rates,
             first.hello.heartbeat_s,
             self._stuck,
+            () if self._budgets is None else (BUDGETS,),
         )
         self._sessions[session] = {}
         reader = asyncio.create_task(self._read_orders(session, orders), name=f"session-{session.router_id}")
@@ -123,6 +127,8 @@ class DecodeService:
                         self._tell(live, LiveEvent.MOVE_ASKED)
                 elif kind == "redirect":
                     self._redirect(session, order.redirect)
+                elif kind == "budgets" and self._budgets is not None:
+                    self._budgets.take(order.budgets)
                 elif kind == "lists":
                     session.lists[order.lists.number] = TokenLists(order.lists.sampling)
                 elif kind == "forget":
@@ -155,7 +161,7 @@ class DecodeService:
             sampling, lists = convert.sampling_from_proto(order.sampling), session.lists.get(order.token_lists)
             if lists is not None:
                 sampling = lists.params(sampling)
-            live = LiveRequest(order, sampling, session, timeline, lists)
+            live = LiveRequest(order, sampling, session, timeline, convert.tpot_from_proto(order), lists)
         except InvalidRequest as error:
             session.push(error_output(order.handle, error_of(pb.ERROR_CODE_INVALID, str(error))))
             self._parts.metrics.refused("invalid")
@@ -397,7 +403,10 @@ class DecodeService:
         return sum(map(len, self._sessions.values()))
 
     def _load(self) -> pb.Load:
-        return convert.load_to_proto(self._parts.engine.load(), self._num_admitting, self._draining)
+        load = convert.load_to_proto(self._parts.engine.load(), self._num_admitting, self._draining)
+        if self._budgets is not None:
+            load.budgets.CopyFrom(self._budgets.said())
+        return load
 
     def state(self) -> dict[str, object]:
         return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from tandem.v1 import worker_pb2 as pb
 
@@ -36,10 +36,11 @@ class RouterSession:
         rates: Callable[[], Rates],
         heartbeat_s: float = 0.0,
         stuck: str = "",
+        features: Sequence[str] = (),
     ) -> None:
         """`number` is unique among the worker's sessions, past ones included. `rates` gives the same object until there
         is news, and goes out with the load when there is. `heartbeat_s`: a frame goes out at least so often; 0: only
-        with news. `stuck`: see `set_stuck`.
+        with news. `stuck`: see `set_stuck`. `features`: those that not every decode worker has.
         """
         self.router_id = router_id
         self.number = number
@@ -50,6 +51,7 @@ class RouterSession:
         self._rates = rates
         self._heartbeat_s = max(heartbeat_s, _MIN_HEARTBEAT_S) if heartbeat_s > 0 else 0.0
         self._stuck = stuck
+        self._features = (RESUMES, MOVES, LISTS, REDIRECTS, *features)
         self._pending: list[pb.Output] = []
         self._handles: list[int] = []
         self._token_ids: list[int] = []
@@ -110,7 +112,7 @@ class RouterSession:
         frame = pb.SessionFrame(
             load=last_load,
             incarnation=self._incarnation,
-            features=[RESUMES, MOVES, LISTS, REDIRECTS],
+            features=self._features,
             heartbeat_s=self._heartbeat_s,
             stuck=last_stuck,
         )

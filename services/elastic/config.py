@@ -33,10 +33,14 @@ class ElasticConfig(PrefillConfig, DecodeConfig):
     )
 
     @property
+    def starting_role(self) -> Role:
+        """The role, as a type."""
+        return "prefill" if self.role == "prefill" else "decode"
+
+    @property
     def budgets(self) -> Budgets:
         """What its steps may take and carry when it starts."""
-        role: Role = "prefill" if self.role == "prefill" else "decode"
-        return budgets_of(role, Objectives(tpot_s=self.tpot_objective / 1e3 or math.inf))
+        return budgets_of(self.starting_role, Objectives(tpot_s=self.tpot_objective / 1e3 or math.inf))
 
     @property
     def reserve_timeout_s(self) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 
+from services.decode.budget_keeper import BudgetKeeper
 from services.decode.service import DecodeService
 from services.elastic.config import ElasticConfig
 from services.engine.api import Request, StepOutput
@@ -22,8 +23,10 @@ class ElasticService:
     """Serves one elastic worker."""
 
     def __init__(self, config: ElasticConfig, parts: WorkerParts) -> None:
+        self._budgets = BudgetKeeper(parts, config.starting_role, config.budgets)
         self._prefill = PrefillService(config, parts)
-        self._decode = DecodeService(config, parts)  # behind the other: the metrics of a live request are this one's
+        # Behind the other: of what is in a handoff this one knows.
+        self._decode = DecodeService(config, parts, self._budgets)
         self._halves = (self._prefill, self._decode)
 
     def register(self, server: OrderServer) -> None:
@@ -31,7 +34,7 @@ class ElasticService:
             half.register(server)
 
     def state(self) -> dict[str, object]:
-        return {**self._prefill.state(), **self._decode.state()}
+        return {**self._budgets.state(), **self._prefill.state(), **self._decode.state()}
 
     def set_stuck(self, stuck: str) -> None:
         for half in self._halves:

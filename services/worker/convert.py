@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
+from typing import get_args
 
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block import HASH_BYTES, BlockHash, BlockLayout, hash_blocks, namespace, pack_hashes, unpack_hashes
 from kvstore.threads import Threads
-from services.engine.api import EngineLoad, FinishReason, PositionLogprobs, SamplingParams, TokenLogprob
+from services.budgets import UNLIMITED, Budgets, Role
+from services.engine.api import (
+    EngineLoad,
+    FinishReason,
+    InvalidRequest,
+    PositionLogprobs,
+    SamplingParams,
+    TokenLogprob,
+)
 from services.lifecycle import Event, Timeline
 from services.rates import Rates
 
@@ -99,7 +109,33 @@ def load_to_proto(load: EngineLoad, num_waiting_elsewhere: int = 0, draining: bo
         num_blocks=load.num_blocks,
         num_waiting_tokens=load.num_waiting_tokens,
         draining=draining,
+        num_context_tokens=load.num_context_tokens,
     )
+
+
+def budgets_to_proto(role: Role, budgets: Budgets) -> pb.Budgets:
+    message = pb.Budgets(role=role, tpot_s=budgets.tpot_s if math.isfinite(budgets.tpot_s) else 0.0)
+    if budgets.prompt_tokens < UNLIMITED:
+        message.prompt_tokens = budgets.prompt_tokens
+    return message
+
+
+def budgets_from_proto(message: pb.Budgets) -> tuple[Role, Budgets]:
+    """What a router wants of an elastic worker. Raises ValueError where it makes no sense."""
+    if not message.tpot_s >= 0:  # NaN, too
+        raise ValueError(f"seconds per token must not be negative, got {message.tpot_s}")
+    num_tokens = min(message.prompt_tokens, UNLIMITED) if message.HasField("prompt_tokens") else UNLIMITED
+    for role in get_args(Role):
+        if message.role == role:
+            return role, Budgets(message.tpot_s or math.inf, num_tokens)
+    raise ValueError(f"the role must be one of {', '.join(get_args(Role))}, got {message.role!r:.80}")
+
+
+def tpot_from_proto(order: pb.GenerateRequest) -> float:
+    """Seconds per output token that the order's client is to get at most; infinite: whatever comes."""
+    if not order.tpot_objective_s >= 0:
+        raise InvalidRequest("tpot_objective_s", f"must not be negative, got {order.tpot_objective_s}")
+    return order.tpot_objective_s or math.inf
 
 
 def rates_to_proto(rates: Rates) -> pb.Rates:
