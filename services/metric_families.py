@@ -278,6 +278,11 @@ ROUTER = Table(
         "reason",
         "prefill",
     ),
+    _counter(
+        "tandem:router_deflections",
+        "Prompts and answers computed where the workers' roles have another place for them, by the worker's role.",
+        "direction",
+    ),
     _counter("tandem:router_index_lookups", "Questions to the prefix index.", "outcome"),
     _histogram("tandem:router_index_lookup_seconds", "How long they took.", _INDEX_S),
     _gauge(

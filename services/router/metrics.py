@@ -46,6 +46,9 @@ _OF_PROCESS: Final[Mapping[str, Merge]] = {
 }
 """How prometheus-client's own gauges are joined over a router's processes; the others are added up."""
 
+_DIRECTIONS = {"prompt": "decode", "answer": "prefill"}
+"""The role of the worker that does what another one's role is, by what it does (`routing.Deflection`)."""
+
 _RESUMED_TOKENS = ("recomputed", "reused", "fetched", "moved")
 
 
@@ -132,6 +135,7 @@ class RouterMetrics:
         self._resumed_tokens = ROUTER.counter("tandem:router_resumed_tokens", self.registry, _RESUMED_TOKENS)
         self.disconnects = ROUTER.counter("tandem:router_client_disconnects", self.registry)
         self._decisions = ROUTER.counter("tandem:router_decisions", self.registry)
+        self._deflections = ROUTER.counter("tandem:router_deflections", self.registry, tuple(_DIRECTIONS.values()))
         self._lookups = ROUTER.counter("tandem:router_index_lookups", self.registry, ("found", "nothing", "no_answer"))
         self._lookup_time = ROUTER.histogram("tandem:router_index_lookup_seconds", self.registry)
         self.index_up = ROUTER.gauge("tandem:router_index_up", self.registry)
@@ -185,8 +189,10 @@ class RouterMetrics:
             self._resumed_tokens.labels("reused").inc(resume.num_reused_tokens)
             self._resumed_tokens.labels("moved").inc(resume.num_moved_tokens)
 
-    def count_decision(self, policy: str, reason: str, prefills_locally: bool) -> None:
-        """Workers were chosen; `reason` is `Decision.cause`."""
+    def count_decision(self, policy: str, reason: str, prefills_locally: bool, deflected: str) -> None:
+        """Workers were chosen; `reason` is `Decision.cause`, `deflected` that of the decision."""
+        if deflected:
+            self._deflections.labels(_DIRECTIONS[deflected]).inc()
         self._decisions.labels(policy, reason, "decode" if prefills_locally else "prefill").inc()
 
     def count_lookup(self, outcome: str, seconds: float) -> None:

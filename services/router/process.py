@@ -34,6 +34,7 @@ from services.router.admission import Admission
 from services.router.app import make_app
 from services.router.config import RouterConfig
 from services.router.edge import Limits, RequestMemory, RouterParts
+from services.router.finished import Finished
 from services.router.fleet import Headroom, Placer, PrefixFinder, Workers
 from services.router.fleet_metrics import FleetCollector
 from services.router.listening import listen
@@ -146,6 +147,11 @@ async def open_parts(
     prefixes = PrefixFinder(index, metrics, config.index_timeout_s, clock)
     placer = Placer(workers, Policy(config.routing_policy), DecisionLog(config.routing_history), clock, unix_clock)
     metrics.registry.register(FleetCollector(workers))
+
+    def on_finished(finished: Finished) -> None:
+        if finished.finish_reason != "error":
+            placer.answers.observe(finished.model, finished.num_generated_tokens)
+
     workers.start()
     models.follow(workers.records, workers.starting)
     membership.on_change(lambda snapshot: models.follow(workers.records, workers.starting))
@@ -164,7 +170,7 @@ async def open_parts(
             shares,
             objectives,
             limits,
-            lambda finished: None,
+            on_finished,
             clock,
             unix_clock,
             siblings,

@@ -7,12 +7,21 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import truediv
 from typing import TypeVar
 
-from services.budgets import Role
-from services.router.routing.candidates import DecodeCandidate, PrefillCandidate, RoutedRequest, holds
+from services.budgets import Budgets, Role, prompt_room
+from services.rates import StepShape
+from services.router.routing.bending import LET_THROUGH
+from services.router.routing.candidates import (
+    NO_OBJECTIVES,
+    Bending,
+    DecodeCandidate,
+    PrefillCandidate,
+    RoutedRequest,
+    holds,
+)
 from services.router.routing.cost import (
     CostModel,
     DecodeTerms,
@@ -33,6 +42,8 @@ class _Scored:
     worker: DecodeCandidate
     terms: DecodeTerms
     local: PrefillTerms
+    is_sooner: bool
+    """The prompt is computed here, since it would be late by the prefill workers."""
     targets: tuple[_ScoredPrefill, ...]
 
     @property
@@ -73,12 +84,17 @@ def choose(
     ready = _by_role(alike, "decode") or alike
     cost = cost or CostModel()
     state = state or PolicyState()
+    bends = policy is Policy.KV and request.objectives != NO_OBJECTIVES
+    bends = bends and any(worker.bending.is_elastic for worker in alike)
+    if bends and _by_role(alike, "decode"):
+        idle = [each for each in alike if each.bending.is_prefill_first and not each.num_waiting_tokens]
+        ready = [*_by_role(alike, "decode"), *idle]
     targets = {
-        fingerprint: _ordered_prefill(request, fingerprint, prefill, policy, state, cost)
+        fingerprint: _ordered_prefill(request, fingerprint, prefill, policy, state, cost, bends)
         for fingerprint in {worker.model_fingerprint for worker in ready}
     }
     scored = _best_first(
-        [_score_decode(cost, request, worker, targets[worker.model_fingerprint]) for worker in ready],
+        [_score_decode(cost, request, worker, targets[worker.model_fingerprint], bends) for worker in ready],
         request, policy, state, cost.bounded_load_factor, cost.bounded_load_slack_requests,
     )  # fmt: skip
     best = scored[0]
@@ -90,7 +106,7 @@ def choose(
             for target in best.targets[:MAX_PREFILL_TARGETS]
             if not (best.worker.bending.is_elastic and target.worker.worker_id == best.worker.worker_id)
         ),
-        deflected="answer" if best.worker.bending.is_prefill_first else "",
+        deflected="answer" if best.worker.bending.is_prefill_first else "prompt" if best.is_sooner else "",
         reason="",
         policy=policy,
         prefilled_by=by,
@@ -154,16 +170,19 @@ def _ordered_prefill(
     policy: Policy,
     state: PolicyState,
     cost: CostModel,
+    bends: bool,
 ) -> tuple[_ScoredPrefill, ...]:
     """The prefill workers whose blocks a decode worker of that fingerprint can use, best first."""
     prefix = request.prefix(model_fingerprint)
     # A token more than it says: else it would be the answer's last one there.
     num_tokens = min(request.num_prompt_tokens + 2, request.num_final_tokens or sys.maxsize)
+
+    def terms_of(worker: PrefillCandidate) -> PrefillTerms:
+        terms = prefill_terms(cost, worker.worker_id, worker.num_outstanding_tokens, request.num_prompt_tokens, prefix)
+        return _bent(cost, request, worker.bending, terms) if bends else terms
+
     fitting = [
-        _ScoredPrefill(
-            worker,
-            prefill_terms(cost, worker.worker_id, worker.num_outstanding_tokens, request.num_prompt_tokens, prefix),
-        )
+        _ScoredPrefill(worker, terms_of(worker))
         for worker in _by_role(prefill, "prefill")
         if request.model in worker.model_names
         and (not request.adapter or request.adapter in worker.adapters)
@@ -178,8 +197,56 @@ def _ordered_prefill(
 # ---- decode workers -----------------------------------------------------------
 
 
+def _bent(cost: CostModel, request: RoutedRequest, bending: Bending, terms: PrefillTerms) -> PrefillTerms:
+    """With what the worker's streams and the objective add: `prompt_beside_s` of services/budgets, and the rest."""
+    rates, num_own, num_queued = cost.rates, terms.num_computed_tokens, int(terms.queued)
+    start = request.num_prompt_tokens - num_own
+    streams = StepShape(num_running=bending.num_running, num_context_tokens=bending.num_context_tokens)
+    steps_s = rates.base_s
+    if bending.num_running:
+        budgets = Budgets(bending.tpot_budget_s, bending.prompt_budget)
+        room = prompt_room(budgets, rates, streams, start + num_own // 2) or LET_THROUGH
+        steps_s = -(-(num_queued + num_own) // room) * rates.step_s(streams)
+    expected_s = steps_s + num_queued * rates.prompt_token_s + rates.prompt_s(num_own, start)
+    expected_s += (terms.load + terms.fetch) * rates.prompt_token_s
+    beside = (steps_s - rates.base_s) / rates.prompt_token_s
+    return replace(terms, beside=beside, late=_late(cost, request, expected_s), expected_s=expected_s)
+
+
+def _margin(cost: CostModel) -> float:
+    return 1 + cost.rates.spread if cost.rates.num_steps else 1.0
+
+
+def _late(cost: CostModel, request: RoutedRequest, expected_s: float) -> float:
+    late_s = max(expected_s * _margin(cost) - request.objectives.ttft_s, 0.0)
+    return late_s / cost.rates.prompt_token_s * cost.lateness_weight
+
+
+def _stall(cost: CostModel, request: RoutedRequest, worker: DecodeCandidate) -> float:
+    """What a step with one more stream takes beyond the budget."""
+    bending, rates = worker.bending, cost.rates
+    coming = 0 if bending.is_prefill_first else max(worker.num_outstanding - bending.num_running, 0)
+    context = bending.num_context_tokens + (coming + 1) * request.num_prompt_tokens
+    shape = StepShape(num_running=bending.num_running + coming + 1, num_context_tokens=context)
+    over_s = max(rates.step_s(shape) - min(bending.tpot_budget_s, request.objectives.tpot_s), 0.0)
+    return over_s * request.num_output_tokens / rates.prompt_token_s * cost.stall_weight
+
+
+def _occupied(cost: CostModel, request: RoutedRequest, worker: DecodeCandidate) -> float:
+    """What a stream takes of a worker that computes prompts first."""
+    if not worker.bending.is_prefill_first:
+        return 0.0
+    own_s = cost.rates.running_s + cost.rates.context_token_s * request.num_prompt_tokens
+    step_s = own_s if worker.bending.num_running else cost.rates.base_s + own_s
+    return step_s * request.num_output_tokens / cost.rates.prompt_token_s * cost.new_work_weight
+
+
 def _score_decode(
-    cost: CostModel, request: RoutedRequest, worker: DecodeCandidate, targets: tuple[_ScoredPrefill, ...]
+    cost: CostModel,
+    request: RoutedRequest,
+    worker: DecodeCandidate,
+    targets: tuple[_ScoredPrefill, ...],
+    bends: bool,
 ) -> _Scored:
     prefix = request.prefix(worker.model_fingerprint)
     local = prefill_terms(cost, worker.worker_id, worker.num_waiting_tokens, request.num_prompt_tokens, prefix)
@@ -192,22 +259,39 @@ def _score_decode(
         or not targets
         or num_missing <= worker.local_prefill_max_tokens
     )
+    if bends:
+        local = _bent(cost, request, worker.bending, local)
     num_new_blocks = max(-(-request.num_prompt_tokens // prefix.block_size) - own.num_blocks, 0)
     num_waiting = max(worker.num_outstanding + 1 - worker.max_num_seqs, 0) if worker.max_num_seqs else 0
     use = 1 - worker.num_free_blocks / worker.num_blocks if worker.num_blocks else 0.0
     shortage = max(num_new_blocks - max(worker.num_free_blocks, 0), 0) if worker.num_blocks else 0
+    is_sooner, expected_s = False, local.expected_s
+    if bends and not prefills:
+        reads_s = handoff_tokens(cost, num_new_blocks, prefix.block_size) * cost.rates.prompt_token_s
+        via_s = targets[0].terms.expected_s + reads_s
+        is_late = via_s * _margin(cost) > request.objectives.ttft_s
+        is_in_time_here = local.expected_s * _margin(cost) <= request.objectives.ttft_s
+        is_much_sooner = local.expected_s < (1 - cost.deflection_gain) * via_s
+        is_sooner = worker.bending.is_elastic and is_late and local.expected_s < via_s
+        is_sooner = is_sooner and (is_in_time_here or is_much_sooner)
+        prefills = prefills or is_sooner
+        expected_s = local.expected_s if prefills else via_s
     terms = DecodeTerms(
         worker_id=worker.worker_id,
         prefills=prefills,
-        prefill=local.total if prefills else targets[0].terms.total,
+        prefill=local.work if prefills else targets[0].terms.work,
         handoff=0.0 if prefills else handoff_tokens(cost, num_new_blocks, prefix.block_size),
         running=worker.num_outstanding * cost.request_tokens,
         queued=num_waiting * cost.queued_request_tokens,
         # In steps, so that a few blocks more or less leave a tie a tie.
         kv_use=math.floor(min(max(use, 0.0), 1.0) * 10) / 10 * cost.kv_use_tokens,
         kv_shortage=float(shortage * prefix.block_size),
+        late=_late(cost, request, expected_s) if bends else 0.0,
+        stall=_stall(cost, request, worker) if bends else 0.0,
+        occupied=_occupied(cost, request, worker) if bends else 0.0,
+        expected_s=expected_s if bends else 0.0,
     )
-    return _Scored(worker, terms, local, targets)
+    return _Scored(worker, terms, local, is_sooner, targets)
 
 
 # ---- the order of both --------------------------------------------------------

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 
 import httpx
 import numpy as np
 import pytest
 
-from services.budgets import UNLIMITED
+from services.budgets import UNLIMITED, Objectives
 from services.rates import Rates
 from services.router.config import RouterConfig
 from services.router.routing import (
@@ -138,6 +139,8 @@ def make_request(rng: random.Random, names: list[str]) -> RoutedRequest:
         num_final_tokens=rng.choice((0, num_tokens + 100)),
         adapter=rng.choice(("", "", "", "a:1")),
         fingerprints=rng.choice((None, {"f"}, {"f", "g"})),
+        objectives=rng.choice((Objectives(), Objectives(0.05), Objectives(0.5, 0.05), Objectives(tpot_s=0.03))),
+        num_output_tokens=rng.choice((1.0, 8.0, 200.5)),
     )
 
 
@@ -148,6 +151,7 @@ def assert_equal(fast: object, plain: object) -> None:
     assert fast == replace(
         plain,
         reason=fast.reason,
+        weighed=fast.weighed,
         sources=plain.sources[:MAX_CANDIDATES],
         decode_terms=plain.decode_terms[:MAX_CANDIDATES],
         prefill_terms=plain.prefill_terms[:MAX_CANDIDATES],
@@ -156,7 +160,7 @@ def assert_equal(fast: object, plain: object) -> None:
 
 @pytest.mark.parametrize("policy", list(Policy))
 def test_tables_choose_what_a_scan_of_all_candidates_chooses(policy):
-    rng, num_decisions = random.Random(f"tables {policy}"), 0
+    rng, num_decisions, causes = random.Random(f"tables {policy}"), 0, Counter[str]()
     for _ in range(NUM_FLEETS):
         decodes = [make_decode(rng, number) for number in range(rng.choice((0, 1, 3, 40)))]
         prefills = [make_prefill(rng, number) for number in range(rng.choice((0, 1, 3, 60)))]
@@ -177,11 +181,14 @@ def test_tables_choose_what_a_scan_of_all_candidates_chooses(policy):
             request, exclude = make_request(rng, names), set(rng.sample(names, rng.choice((0, 0, 1))))
             among = set(rng.sample(names, len(names) // 2)) if rng.random() < 0.2 else ()
             state = PolicyState({name: rng.randint(0, 9) for name in rng.sample(names, len(names) // 2)})
-            cost = CostModel(Rates(prompt_token_s=rng.choice((1e-5, 2e-4))))
+            cost = CostModel(Rates(prompt_token_s=rng.choice((1e-5, 2e-4)), num_steps=rng.choice((0, 99)), spread=0.2))
             options = {"among": among, "policy": policy, "state": state, "cost": cost}
             fast = choose(request, decode, prefill, exclude, **options)
             assert_equal(fast, plain_choice.choose(request, decodes, prefills, exclude, **options))
             num_decisions += isinstance(fast, Decision)
+            causes[fast.deflected if isinstance(fast, Decision) else "refused"] += 1
+    if policy is Policy.KV:
+        assert min(causes[deflected] for deflected in ("", "prompt", "answer")) > 5
     assert num_decisions > NUM_FLEETS * NUM_REQUESTS // 4
 
 

@@ -13,7 +13,7 @@ from services.rates import Rates
 from services.router.fleet import Headroom
 from services.router.fleet.known_rates import ModelRates
 from services.router.fleet.worker_load import budgets_from_proto, role_from_proto
-from services.router.routing import FIXED, Bending, Decision, DecodeTable, Policy, PrefillTable, choose
+from services.router.routing import FIXED, NO_OBJECTIVES, Bending, Decision, DecodeTable, Policy, PrefillTable, choose
 from services.router.views import WORKERS
 from tests.router.scripted_fleet import ScriptedWorker, scripted_fleet
 from tests.router.test_candidate_tables import make_decode, make_elastic, make_prefill, make_request
@@ -103,7 +103,12 @@ def test_without_objectives_a_choice_is_that_among_workers_with_these_roles_fixe
         fixed_decodes = [replace(each, bending=FIXED) for each in decodes if each.bending.role != "prefill"]
         fixed_prefills = [replace(each, bending=FIXED) for each in prefills if each.bending.role != "decode"]
         for _ in range(4):
-            request = replace(make_request(rng, [each.worker_id for each in decodes]), numerics="", model="m")
+            request = replace(
+                make_request(rng, [each.worker_id for each in decodes]),
+                numerics="",
+                model="m",
+                objectives=NO_OBJECTIVES,
+            )
             request = replace(request, fingerprints=None)
             bent = choose(request, DecodeTable(decodes), PrefillTable(prefills), policy=policy)
             fixed = choose(request, DecodeTable(fixed_decodes), PrefillTable(fixed_prefills), policy=policy)

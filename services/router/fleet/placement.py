@@ -15,6 +15,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from kvstore.block import BlockHash, pack_hashes
 from services.budgets import Objectives
+from services.router.fleet.answers import AnswerLengths
 from services.router.fleet.prefixes import BlockSpace, PromptBlocks
 from services.router.fleet.workers import Workers
 from services.router.routing import (
@@ -113,6 +114,7 @@ class Placer:
         unix_clock: Callable[[], float],
     ) -> None:
         self.log = log
+        self.answers = AnswerLengths()
         self._clock = clock
         self._unix_clock = unix_clock
         self._workers = workers
@@ -185,6 +187,9 @@ class Placer:
             adapter=order.adapter,
             fingerprints=spaces.keys(),
             objectives=self._left(ask),
+            num_output_tokens=self.answers.expected(
+                order.model, order.sampling.max_tokens - len(order.resumed_token_ids)
+            ),
         )
 
     def _left(self, ask: Ask) -> Objectives:

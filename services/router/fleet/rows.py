@@ -59,4 +59,6 @@ def _bending(record: WorkerRecord, session: WorkerSession) -> Bending:
     if not (record.prefills and record.decodes):
         return FIXED
     budgets, load = session.budgets, session.load
-    return Bending(session.role, budgets.tpot_s, budgets.prompt_tokens, load.num_running, load.num_context_tokens)
+    # Requests whose prompts are computed run, too, and are no streams yet: those have a context.
+    num_streams = load.num_running if load.num_context_tokens else 0
+    return Bending(session.role, budgets.tpot_s, budgets.prompt_tokens, num_streams, load.num_context_tokens)

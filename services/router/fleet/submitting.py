@@ -68,7 +68,9 @@ class Submitter:
                 retried_after = "session full" if sequence.was_full else "session down"
                 continue
             decision = placement.decision
-            self._metrics.count_decision(decision.policy.value, decision.cause, decision.prefills_locally)
+            self._metrics.count_decision(
+                decision.policy.value, decision.cause, decision.prefills_locally, decision.deflected
+            )
             log.debug("%s", decision.reason, extra={"request_id": sequence.request_id})
             return None
 

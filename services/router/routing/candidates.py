@@ -128,6 +128,8 @@ class RoutedRequest:
     """Of the model's weights: of those that it may go to; None: any."""
     objectives: Objectives = NO_OBJECTIVES
     """What its client is to get; of the time to the first token, what is left of it now."""
+    num_output_tokens: float = 0.0
+    """Expected of its answer, from now on."""
 
     def prefix(self, model_fingerprint: str) -> KnownPrefix:
         return self.prefixes.get(model_fingerprint, _UNKNOWN_PREFIX)

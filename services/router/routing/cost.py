@@ -33,6 +33,12 @@ class CostModel:
     """Each request beyond the worker's batch: a new one waits until so many have ended."""
     kv_use_tokens: float = 256.0
     """A full pool against an empty one, in steps of a tenth: preemption comes nearer, cached prefixes get evicted."""
+    lateness_weight: float = 8.0
+    """A token's time that a first token is expected beyond its objective: it goes before all that is only slower."""
+    stall_weight: float = 8.0
+    """A token's time that an answer's steps take beyond the worker's budget, over all of its tokens."""
+    deflection_gain: float = 0.2
+    """A prompt that is late either way is deflected where that takes so much less of the time to its first token."""
     bounded_load_factor: float = 1.25
     """prefix-hash: a worker may have so many times the mean load, plus the slack below."""
     bounded_load_slack_tokens: int = 4096
@@ -116,10 +122,20 @@ class PrefillTerms:
     num_computed_tokens: int
     compute: float
     """What the prefill of num_computed_tokens takes, times new_work_weight."""
+    beside: float = 0.0
+    """What the worker's streams make of that. This and the next two: where elastic workers bend (bending.py)."""
+    late: float = 0.0
+    expected_s: float = 0.0
+    """Seconds until the first token, without a handoff."""
+
+    @property
+    def work(self) -> float:
+        """All but its lateness, which is also another worker's matter."""
+        return self.queued + self.load + self.fetch + self.compute + self.beside
 
     @property
     def total(self) -> float:
-        return self.queued + self.load + self.fetch + self.compute
+        return self.work + self.late
 
 
 class PrefillWork(NamedTuple):
@@ -146,7 +162,7 @@ class DecodeTerms:
     prefills: bool
     """It computes the prompt's rest by itself."""
     prefill: float
-    """The total of whoever prefills: this worker, or the best prefill worker."""
+    """The work of whoever prefills: this worker, or the best prefill worker."""
     handoff: float
     """Reading the blocks that it has not."""
     running: float
@@ -154,10 +170,17 @@ class DecodeTerms:
     kv_use: float
     kv_shortage: float
     """Blocks of the prompt that it has no room for."""
+    late: float = 0.0
+    """This and the next three: where elastic workers bend (bending.py)."""
+    stall: float = 0.0
+    occupied: float = 0.0
+    expected_s: float = 0.0
+    """Seconds until the first token, by way of whoever prefills."""
 
     @property
     def total(self) -> float:
-        return self.prefill + self.handoff + self.running + self.queued + self.kv_use + self.kv_shortage
+        by_load = self.prefill + self.handoff + self.running + self.queued + self.kv_use + self.kv_shortage
+        return by_load + self.late + self.stall + self.occupied
 
 
 def prefill_work(cost: CostModel, own: Held, num_prompt_tokens: int, prefix: KnownPrefix) -> PrefillWork:

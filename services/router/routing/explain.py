@@ -69,7 +69,9 @@ def _outcome(outcome: Decision | Refusal) -> dict[str, object]:
             "prefill": [worker.worker_id for worker in outcome.prefill],
             "prefilled_by": outcome.prefilled_by.worker_id,
             "sources": outcome.sources,
+            "deflected": outcome.deflected or None,
         },
+        "bending": None if outcome.weighed is None else outcome.weighed.to_json(),
         "candidates": {"decode": _terms(outcome.decode_terms), "prefill": _terms(outcome.prefill_terms)},
     }
 

@@ -16,10 +16,11 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from services.router.routing.candidates import DecodeCandidate, PrefillCandidate, RoutedRequest
+from services.router.routing.bending import Bend, Weighed
+from services.router.routing.candidates import NO_OBJECTIVES, DecodeCandidate, PrefillCandidate, RoutedRequest
 from services.router.routing.cost import CostModel, DecodeTerms, PrefillTerms, useful_sources
 from services.router.routing.numerics import is_alike
-from services.router.routing.scoring import DecodeCosts, Works, decode_costs, prefill_totals
+from services.router.routing.scoring import DecodeCosts, Works, decode_costs, prefill_costs
 from services.router.routing.tables import Column, DecodeTable, PrefillTable, Rows, first
 
 MAX_PREFILL_TARGETS = 3
@@ -77,6 +78,8 @@ class Decision:
     deflected: Deflection = ""
     """What is done there though the workers' roles have another place for it: the `prompt` is computed where it
     decodes, or the `answer` decoded where its prompt is computed."""
+    weighed: Weighed | None = None
+    """What spoke for and against that; None: nothing bends."""
 
     @property
     def prefills_locally(self) -> bool:
@@ -85,6 +88,8 @@ class Decision:
     @property
     def cause(self) -> str:
         """`reason` in one word of a few, for the metric."""
+        if self.deflected:
+            return "deflected"
         if len(self.decode_terms) == 1 and len(self.prefill_terms) <= 1:
             return "only"
         if self.policy is Policy.ROUND_ROBIN:
@@ -125,14 +130,17 @@ def choose(
     if isinstance(ready, Refusal):
         return ready
     cost = cost or CostModel()
+    bend = _bend(request, policy, cost, decode, ready)
+    ready = _in_role(decode, ready, bends=bend is not None)
     order = _Order(request, policy, state or PolicyState(), cost.bounded_load_factor)
     works: dict[str, Works] = {}
     targets: dict[str, _Targets] = {}
     parts = []
     for fingerprint, rows in decode.by_fingerprint(ready):
         works[fingerprint] = Works(cost, request, fingerprint)
-        targets[fingerprint] = _prefill_targets(request, order, cost, works[fingerprint], fingerprint, prefill)
-        parts.append(decode_costs(cost, request, works[fingerprint], decode, rows, targets[fingerprint].best))
+        targets[fingerprint] = _prefill_targets(request, order, cost, works[fingerprint], fingerprint, prefill, bend)
+        best_prefill = targets[fingerprint].best
+        parts.append(decode_costs(cost, request, works[fingerprint], decode, rows, best_prefill, bend))
     costs = DecodeCosts.joined(parts)
     load = decode.columns["num_outstanding"][costs.rows]
     places = order.first(decode, costs.rows, load, cost.bounded_load_slack_requests, costs.total)
@@ -142,16 +150,26 @@ def choose(
     by = of_worker.best
     if by is None or best.prefills:
         by = works[worker.model_fingerprint].at(worker.worker_id, worker.num_waiting_tokens)
+        by = by if costs.bent is None else costs.bent.local.added(by, places[0])
+    deflected, weighed = _deflection(request, worker, best, of_worker.best), None
+    if bend is not None and costs.bent is not None and of_worker.best is not None:
+        weighed = Weighed.of(
+            bend,
+            of_worker.best.worker_id,
+            costs.bent.via_s[places[0]].item(),
+            costs.bent.local.expected_s[places[0]].item(),
+        )
     return Decision(
         decode=worker,
         prefill=_others(of_worker.workers, worker),
-        reason=_reason(policy, worker, best, by, len(ready)),
+        reason=_reason(policy, worker, best, by, len(ready)) + (f"; {weighed}" if weighed is not None else ""),
         policy=policy,
         prefilled_by=by,
         sources=useful_sources(cost, request.prefix(worker.model_fingerprint), by.worker_id, MAX_CANDIDATES),
         decode_terms=terms,
         prefill_terms=of_worker.terms,
-        deflected="answer" if worker.bending.is_prefill_first else "",
+        deflected=deflected,
+        weighed=weighed,
     )
 
 
@@ -188,9 +206,7 @@ def _ready(
         return Refusal.TOO_SHORT
     # An inexact place is better than none.
     alike = [is_alike(request.numerics, decode.workers[row].numerics) for row in rows] if request.numerics else []
-    rows = rows[alike] if any(alike) else rows
-    by_role = decode.by_role(rows, "decode")
-    return by_role if len(by_role) else rows
+    return rows[alike] if any(alike) else rows
 
 
 def _long_enough(request: RoutedRequest, decode: DecodeTable, rows: Rows) -> Rows:
@@ -200,6 +216,40 @@ def _long_enough(request: RoutedRequest, decode: DecodeTable, rows: Rows) -> Row
     if len(whole) or not request.has_begun:
         return whole
     return rows[context >= request.num_prompt_tokens + 1]
+
+
+# ---- where workers bend -------------------------------------------------------
+
+
+def _bend(request: RoutedRequest, policy: Policy, cost: CostModel, decode: DecodeTable, ready: Rows) -> Bend | None:
+    """None: there is no objective, or nobody who could bend for it."""
+    if policy is not Policy.KV or request.objectives == NO_OBJECTIVES:
+        return None
+    if not decode.has_elastic or not decode.is_elastic[ready].any():
+        return None
+    return Bend(cost, request.objectives, request.num_output_tokens)
+
+
+def _in_role(decode: DecodeTable, ready: Rows, bends: bool) -> Rows:
+    """Those who decode first, and where workers bend those who have no prompt to compute; all, if there are none."""
+    wanted = decode.by_role(ready, "decode")
+    if bends and len(wanted):
+        is_idle = decode.columns["is_prefill_first"][ready] & (decode.columns["num_waiting_tokens"][ready] == 0)
+        wanted = ready[is_idle | np.isin(ready, wanted)]
+    return wanted if len(wanted) else ready
+
+
+def _deflection(
+    request: RoutedRequest, worker: DecodeCandidate, terms: DecodeTerms, via: PrefillTerms | None
+) -> Deflection:
+    if worker.bending.is_prefill_first:
+        return "answer"
+    if via is None or not terms.prefills or not worker.bending.is_elastic or worker.colocated:
+        return ""
+    prefix = request.prefix(worker.model_fingerprint)
+    num_at_hand = sum(prefix.own(worker.worker_id).num_per_tier[:2]) * prefix.block_size
+    is_small = max(request.num_prompt_tokens - num_at_hand, 1) <= worker.local_prefill_max_tokens
+    return "" if is_small else "prompt"
 
 
 # ---- prefill workers ----------------------------------------------------------
@@ -224,6 +274,7 @@ def _prefill_targets(
     works: Works,
     model_fingerprint: str,
     table: PrefillTable,
+    bend: Bend | None,
 ) -> _Targets:
     # A token more than it says: else it would be the answer's last one there.
     num_tokens = min(request.num_prompt_tokens + 2, request.num_final_tokens or sys.maxsize)
@@ -233,12 +284,13 @@ def _prefill_targets(
     if not len(rows):
         return _Targets((), ())
     load = table.columns["num_outstanding_tokens"][rows]
-    totals = prefill_totals(works, table, rows, load)
-    places = order.first(table, rows, load, cost.bounded_load_slack_tokens, totals)
+    costs = prefill_costs(works, table, rows, load, bend)
+    places = order.first(table, rows, load, cost.bounded_load_slack_tokens, costs.total)
     workers = [table.workers[rows[place]] for place in places]
+    terms = [works.at(worker.worker_id, worker.num_outstanding_tokens) for worker in workers]
     return _Targets(
         tuple(workers[:MAX_PREFILL_TARGETS]),
-        tuple(works.at(worker.worker_id, worker.num_outstanding_tokens) for worker in workers),
+        tuple(costs.terms(each, place) for each, place in zip(terms, places, strict=True)),
     )
 
 

@@ -23,7 +23,7 @@ Rows: TypeAlias = NDArray[np.intp]
 
 _UNBOUNDED = np.iinfo(np.int64).max
 _NO_ROWS = np.empty(0, np.intp)
-_BENDING = {
+BENDING = {
     "is_prefill_first": False, "tpot_budget_s": np.inf, "prompt_budget": UNLIMITED, "num_running": 0,
     "num_context_tokens": 0,
 }  # fmt: skip
@@ -43,7 +43,7 @@ class _Table(Generic[C]):
         """Another one after each `put`."""
         self.columns: dict[str, Column] = {name: np.zeros(len(workers), np.int64) for name in self._NUMBERS}
         self.columns |= {name: np.zeros(len(workers), np.bool_) for name in self._BOOLS}
-        self.columns |= {name: np.full(len(workers), value) for name, value in _BENDING.items()}
+        self.columns |= {name: np.full(len(workers), value) for name, value in BENDING.items()}
         self.is_elastic = np.array([worker.bending.is_elastic for worker in workers], np.bool_)
         self.has_elastic = bool(self.is_elastic.any())
         self.fingerprints = sorted({worker.model_fingerprint for worker in workers})
@@ -71,7 +71,7 @@ class _Table(Generic[C]):
         if not worker.max_model_len:
             self.columns["max_model_len"][row] = _UNBOUNDED
         if worker.bending is not FIXED:
-            for name in _BENDING:
+            for name in BENDING:
                 self.columns[name][row] = getattr(worker.bending, name)
 
     def by_role(self, rows: Rows, role: Role) -> Rows:
