@@ -283,6 +283,11 @@ ROUTER = Table(
         "Prompts and answers computed where the workers' roles have another place for them, by the worker's role.",
         "direction",
     ),
+    _counter(
+        "tandem:router_redirects",
+        "Prompts without a token that were told to go on elsewhere, by the role of who computes the rest.",
+        "direction",
+    ),
     _counter("tandem:router_index_lookups", "Questions to the prefix index.", "outcome"),
     _histogram("tandem:router_index_lookup_seconds", "How long they took.", _INDEX_S),
     _gauge(

@@ -136,6 +136,8 @@ class RouterMetrics:
         self.disconnects = ROUTER.counter("tandem:router_client_disconnects", self.registry)
         self._decisions = ROUTER.counter("tandem:router_decisions", self.registry)
         self._deflections = ROUTER.counter("tandem:router_deflections", self.registry, tuple(_DIRECTIONS.values()))
+        redirects = ROUTER.counter("tandem:router_redirects", self.registry, tuple(_DIRECTIONS.values()))
+        self.count_redirect: Callable[[str], None] = lambda direction: redirects.labels(direction).inc()
         self._lookups = ROUTER.counter("tandem:router_index_lookups", self.registry, ("found", "nothing", "no_answer"))
         self._lookup_time = ROUTER.histogram("tandem:router_index_lookup_seconds", self.registry)
         self.index_up = ROUTER.gauge("tandem:router_index_up", self.registry)

@@ -141,11 +141,17 @@ async def open_parts(
     shares = read_shares(config.tenants_file)
     objectives = config.read_objectives()
     admission = _make_admission(config, metrics, workers, shares, bool(objectives), clock)
-    workers.on_news = admission.fill
     quotas = quotas or Quotas(None, router_id, clock)
     metrics.quotas_shared.set_function(lambda: quotas.is_shared)
     prefixes = PrefixFinder(index, metrics, config.index_timeout_s, clock)
     placer = Placer(workers, Policy(config.routing_policy), DecisionLog(config.routing_history), clock, unix_clock)
+    placer.on_redirect = metrics.count_redirect
+
+    def on_news() -> None:
+        admission.fill()
+        placer.look()
+
+    workers.on_news = on_news
     metrics.registry.register(FleetCollector(workers))
 
     def on_finished(finished: Finished) -> None:

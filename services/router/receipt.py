@@ -183,6 +183,7 @@ class Receipt:
             "numerics": self.numerics or None,
             "attempts": self.num_attempts,
             "deflected": self.deflected or None,
+            "redirects": usage.num_redirects,
             "objectives": {
                 "ttft_seconds": _or_none(self.objectives.ttft_s),
                 "tpot_seconds": _or_none(self.objectives.tpot_s),

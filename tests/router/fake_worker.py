@@ -100,6 +100,7 @@ class FakeWorker(DecodeServiceServicer):
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     lists: dict[int, pb.SamplingParams] = field(default_factory=dict)  # that it holds, by number
     num_lists_told: int = 0
+    redirects: list[pb.RedirectRequest] = field(default_factory=list)
     aborts: list[pb.AbortRequest] = field(default_factory=list)
     hellos: list[pb.SessionHello] = field(default_factory=list)
     live: dict[tuple[asyncio.Queue, int], asyncio.Task[None]] = field(default_factory=dict)  # by session and handle
@@ -190,6 +191,8 @@ class FakeWorker(DecodeServiceServicer):
                     message.generate.sampling.MergeFrom(self.lists[message.generate.token_lists])
                 self.requests.append(message.generate)
                 self.live[frames, message.generate.handle] = asyncio.create_task(self._run(message.generate, frames))
+            elif message.HasField("redirect"):
+                self.redirects.append(message.redirect)
             elif message.HasField("abort"):
                 self.aborts.append(message.abort)
                 self._abort_seen.set()

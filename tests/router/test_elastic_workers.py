@@ -38,7 +38,7 @@ async def test_it_is_a_row_of_both_tables_with_what_it_last_said(model_directory
         workers = fleet.parts.workers
         (prefill_row,), (decode_row,) = workers.prefill_table().workers, workers.decode_table().workers
         assert prefill_row.worker_id == decode_row.worker_id == worker.record.worker_id
-        assert prefill_row.bending == decode_row.bending == Bending("decode", 0.064, 128, 3, 900)
+        assert prefill_row.bending == decode_row.bending == Bending("decode", 0.064, 128, 3, 900, 700)
         assert prefill_row.num_outstanding_tokens == decode_row.num_waiting_tokens == 700
         # Its own count and the worker's word may be of the same prompts.
         workers.count_prefill(worker.record.key, 1000)

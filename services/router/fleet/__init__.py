@@ -2,7 +2,8 @@
 
 from services.router.fleet.dispatch import Dispatch
 from services.router.fleet.headroom import Headroom
-from services.router.fleet.placement import Ask, Placer, routing_key
+from services.router.fleet.placed import Ask
+from services.router.fleet.placement import Placer, routing_key
 from services.router.fleet.prefixes import PrefixFinder
 from services.router.fleet.sequence import Arrival, Budget
 from services.router.fleet.workers import Workers

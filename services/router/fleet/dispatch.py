@@ -19,7 +19,8 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.router.admission import Room
 from services.router.errors import is_retryable
-from services.router.fleet.placement import Ask, Placer
+from services.router.fleet.placed import Ask
+from services.router.fleet.placement import Placer
 from services.router.fleet.prefixes import PrefixFinder
 from services.router.fleet.sequence import Arrival, Budget, Diverged, PackedArrival, Sequence, SequenceState, ServedBy
 from services.router.fleet.session import WorkerSession

@@ -7,20 +7,20 @@ belongs to the event loop.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 
+from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 from tandem.v1 import worker_pb2 as pb
 
-from kvstore.block import BlockHash, pack_hashes
-from services.budgets import Objectives
+from kvstore.block import pack_hashes
 from services.router.fleet.answers import AnswerLengths
-from services.router.fleet.prefixes import BlockSpace, PromptBlocks
+from services.router.fleet.placed import Ask, Placement
+from services.router.fleet.prefixes import BlockSpace
+from services.router.fleet.redirecting import Redirects, redirected
 from services.router.fleet.workers import Workers
 from services.router.routing import (
     MAX_CANDIDATES,
-    NO_OBJECTIVES,
+    NO_PREFIX,
     CostModel,
     Decision,
     DecisionEntry,
@@ -30,6 +30,7 @@ from services.router.routing import (
     Policy,
     PolicyState,
     RecentPrefixes,
+    Redirect,
     Refusal,
     RoutedRequest,
     WorkerKey,
@@ -46,60 +47,6 @@ def routing_key(prompt_token_ids: Sequence[int], cache_salt: str) -> bytes:
     """Equal for prompts that begin equally; see `routing.choose`."""
     head = ",".join(map(str, prompt_token_ids[:_KEY_TOKENS]))
     return hashlib.blake2b(f"{cache_salt}\0{head}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A sequence to be placed. `blocks` are those of its prompt, and of the output that its order resumes."""
-
-    tenant: str
-    request_id: str
-    """Of the HTTP request, which may have several sequences."""
-    index: int
-    order: pb.GenerateRequest
-    """Without the prompt."""
-    prompt: Sequence[int]
-    """Which the request's other sequences share."""
-    lists: pb.SamplingParams | None
-    """The lists of tokens that its order lacks, and the request's other sequences have, too; None: it lacks none."""
-    fingerprints: Collection[str]
-    """Of the model's weights: of workers with others, which a rollout gave the same name, none may get it."""
-    blocks: PromptBlocks
-    key: bytes
-    objectives: Objectives = NO_OBJECTIVES
-    """What its client is to get, counted from its arrival."""
-    arrived_s: float = 0.0
-    """By the router's clock."""
-
-    @property
-    def num_final_tokens(self) -> int:
-        """Of prompt and output, at most."""
-        return len(self.prompt) + self.order.sampling.max_tokens
-
-
-@dataclass
-class Placement:
-    """A sequence at its workers: who serves it, and what is counted on its account until its prefill has ended."""
-
-    decision: Decision
-    space: BlockSpace
-    blocks: PromptBlocks
-    num_counted_tokens: int = 0
-
-    @property
-    def decode_key(self) -> WorkerKey:
-        return self.decision.decode.worker_id, self.decision.decode.incarnation
-
-    @property
-    def prefill_key(self) -> WorkerKey:
-        """Returns the key of the worker that is expected to prefill."""
-        if self.decision.prefills_locally:
-            return self.decode_key
-        return self.decision.prefill[0].worker_id, self.decision.prefill[0].incarnation
-
-    @property
-    def hashes(self) -> Sequence[BlockHash]:
-        return self.blocks.hashes.get(self.space, ())
 
 
 class Placer:
@@ -121,6 +68,9 @@ class Placer:
         self._policy = policy
         self._state = PolicyState()
         self._recent = RecentPrefixes()
+        self._redirects = Redirects()
+        self.on_redirect: Callable[[str], None] = lambda direction: None
+        """Is told of each prompt that goes on elsewhere: by a `prefill` worker, or by the one that will `decode` it."""
 
     def place(
         self,
@@ -152,6 +102,22 @@ class Placer:
         )
         fingerprint = next(iter(spaces), "") if isinstance(decision, Refusal) else decision.decode.model_fingerprint
         prefix = request.prefix(fingerprint)
+        self._note(ask, decision, cost, prefix, attempt=attempt, retried_after=retried_after)
+        if isinstance(decision, Refusal):
+            return decision
+        return Placement(ask, decision, spaces[fingerprint])
+
+    def _note(
+        self,
+        ask: Ask,
+        outcome: Decision | Refusal,
+        cost: CostModel,
+        prefix: KnownPrefix = NO_PREFIX,
+        *,
+        attempt: int = 0,
+        retried_after: str = "",
+        redirect: Redirect[int] | None = None,
+    ) -> None:
         self.log.add(
             DecisionEntry(
                 tenant=ask.tenant,
@@ -159,19 +125,17 @@ class Placer:
                 index=ask.index,
                 attempt=attempt,
                 unix_s=self._unix_clock(),
-                num_prompt_tokens=request.num_prompt_tokens,
+                num_prompt_tokens=len(ask.prompt) + len(ask.order.resumed_token_ids),
                 num_blocks=prefix.num_blocks,
                 index_s=ask.blocks.index_s,
                 held=dict(sorted(prefix.held.items(), key=lambda item: -item[1].num_blocks)[:MAX_CANDIDATES]),
                 expected=dict(sorted(prefix.expected.items(), key=lambda item: -item[1])[:MAX_CANDIDATES]),
-                outcome=decision,
+                outcome=outcome,
                 rates=cost.rates,
                 retried_after=retried_after,
+                redirect=redirect,
             )
         )
-        if isinstance(decision, Refusal):
-            return decision
-        return Placement(decision, spaces[fingerprint], ask.blocks)
 
     def _routed(self, ask: Ask, spaces: Mapping[str, BlockSpace], numerics: str) -> RoutedRequest:
         """What the choice may depend on. `spaces`: by fingerprint."""
@@ -186,20 +150,11 @@ class Placer:
             num_final_tokens=ask.num_final_tokens,
             adapter=order.adapter,
             fingerprints=spaces.keys(),
-            objectives=self._left(ask),
+            objectives=ask.objectives_left(self._clock()),
             num_output_tokens=self.answers.expected(
                 order.model, order.sampling.max_tokens - len(order.resumed_token_ids)
             ),
         )
-
-    def _left(self, ask: Ask) -> Objectives:
-        """What is left of its objectives: it has waited for a while, and what has begun waits for no first one."""
-        objectives = ask.objectives
-        if ask.order.resumed_token_ids:
-            return Objectives(tpot_s=objectives.tpot_s)
-        if objectives.ttft_s == math.inf:
-            return objectives
-        return Objectives(max(objectives.ttft_s - (self._clock() - ask.arrived_s), 0.0), objectives.tpot_s)
 
     def places_to_move_to(self, ask: Ask, placement: Placement, num_tokens: int) -> Collection[str]:
         """Decode workers that could take a live sequence of so many tokens, with its blocks and at once; none: stay."""
@@ -216,13 +171,8 @@ class Placer:
             order.prompt_hashes.block_size = placement.space.block_size
             order.prompt_hashes.hashes = pack_hashes(placement.hashes)
         # One that was deflected is told of no prefill worker: it computes all where it decodes.
-        for target in placement.decision.prefill if not placement.decision.deflected else ():
-            order.prefill_targets.add(
-                worker_id=target.worker_id,
-                incarnation=target.incarnation,
-                grpc_address=target.grpc_address,
-                kv_address=target.kv_address,
-            )
+        if not placement.decision.deflected:
+            _name_targets(order.prefill_targets, placement.decision)
         holdings = {holding.holder_id: holding for holding in placement.blocks.holdings.get(placement.space, ())}
         for holder_id in placement.decision.sources[:MAX_PREFIX_SOURCES]:
             holding = holdings[holder_id]
@@ -247,8 +197,40 @@ class Placer:
             self._state = next_state(self._state, placement.decision, known)
         num_tokens = 0 if comes_with_blocks else placement.decision.prefilled_by.num_computed_tokens
         placement.num_counted_tokens = num_tokens
+        self._goes_to(placement)
+
+    def look(self) -> None:
+        """There is news of the fleet: a prompt may be sooner elsewhere."""
+        if not self._redirects.is_due(self._clock()):
+            return
+        workers = self._workers
+        model_fingerprint = self._redirects.model_fingerprint
+        cost = CostModel(workers.rates(model_fingerprint))
+        found = self._redirects.find(self._clock(), workers.decode_table(), workers.prefill_table(), cost)
+        if found is None:
+            return
+        placement, redirect = found
+        decision = redirected(placement.decision, redirect, workers.prefill_table())
+        message = pb.RedirectRequest()
+        if not decision.prefills_locally:
+            _name_targets(message.prefill_targets, decision)
+        self._redirects.forget(placement)
+        if not placement.redirect(message):
+            return
+        self._workers.count_prefill(placement.prefill_key, -placement.num_counted_tokens)
+        self._recent.forget(placement.prefill_key, placement.hashes)
+        placement.decision, placement.num_counted_tokens = decision, redirect.num_left_tokens
+        placement.num_redirects += 1
+        self._goes_to(placement)
+        self.on_redirect("decode" if decision.prefills_locally else "prefill")
+        self._note(placement.ask, decision, cost, redirect=redirect)
+
+    def _goes_to(self, placement: Placement) -> None:
+        """Somebody computes its prompt from now on."""
+        placement.sent_s = self._clock()
         self._workers.count_prefill(placement.prefill_key, placement.num_counted_tokens)
         self._remember(placement.prefill_key, placement)
+        self._redirects.follow(placement)
 
     def prefilled(self, placement: Placement, usage: pb.Usage | None) -> None:
         """The first token is here. `usage` says, if it is known, who did the prefill in the end."""
@@ -272,6 +254,7 @@ class Placer:
 
     def withdraw(self, placement: Placement) -> None:
         """Note that its prefill has ended, or never will begin. Safe to call again."""
+        self._redirects.forget(placement)
         num_tokens, placement.num_counted_tokens = placement.num_counted_tokens, 0
         self._workers.count_prefill(placement.prefill_key, -num_tokens)
 
@@ -289,3 +272,13 @@ class Placer:
 
     def _remember(self, worker: WorkerKey, placement: Placement) -> None:
         self._recent.add(worker, placement.hashes, self._clock())
+
+
+def _name_targets(targets: RepeatedCompositeFieldContainer[pb.PrefillTarget], decision: Decision) -> None:
+    for target in decision.prefill:
+        targets.add(
+            worker_id=target.worker_id,
+            incarnation=target.incarnation,
+            grpc_address=target.grpc_address,
+            kv_address=target.kv_address,
+        )

@@ -61,4 +61,11 @@ def _bending(record: WorkerRecord, session: WorkerSession) -> Bending:
     budgets, load = session.budgets, session.load
     # Requests whose prompts are computed run, too, and are no streams yet: those have a context.
     num_streams = load.num_running if load.num_context_tokens else 0
-    return Bending(session.role, budgets.tpot_s, budgets.prompt_tokens, num_streams, load.num_context_tokens)
+    return Bending(
+        session.role,
+        budgets.tpot_s,
+        budgets.prompt_tokens,
+        num_streams,
+        load.num_context_tokens,
+        load.num_waiting_tokens,
+    )

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from tandem.v1 import worker_pb2 as pb
 
-from services.router.fleet.placement import Ask, Placement
+from services.router.fleet.placed import Ask, Placement
 from services.router.fleet.session import WorkerSession
 from services.router.receipt import Resume
 from services.router.routing import holds

@@ -25,7 +25,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import WorkerRecord
 from services.budgets import UNBOUND, Role
-from services.orders import LISTS, MOVES, RESUMES, Orders, StreamBroken, is_cancelled
+from services.orders import LISTS, MOVES, REDIRECTS, RESUMES, Orders, StreamBroken, is_cancelled
 from services.rates import GUESSED
 from services.router.fleet.silence import Silence
 from services.router.fleet.sink import OutputSink
@@ -158,6 +158,14 @@ class WorkerSession:
         self._on_change()
         self._send(message)
         return handle
+
+    def redirect(self, handle: int, message: pb.RedirectRequest) -> bool:
+        """Has a request's prompt computed elsewhere; False: it has ended, or the worker does not do that."""
+        if handle not in self._live or REDIRECTS not in self.features:
+            return False
+        message.handle = handle
+        self._send(pb.SessionRequest(redirect=message))
+        return True
 
     def abort(self, handle: int, reason: str) -> None:
         """Ends the request at the worker; nothing of it is delivered any more. No-op if it has ended."""

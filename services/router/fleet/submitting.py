@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 
 from tandem.v1 import worker_pb2 as pb
 
 from services.orders import LISTS, MOVES, RESUMES
 from services.router.errors import ApiError, overloaded, unavailable
-from services.router.fleet.placement import Ask, Placement, Placer
+from services.router.fleet.placed import Ask, Placement
+from services.router.fleet.placement import Placer
 from services.router.fleet.prefixes import PrefixFinder
 from services.router.fleet.sequence import Sequence
 from services.router.fleet.session import SessionDown, SessionFull
@@ -100,6 +102,7 @@ class Submitter:
         sequence.num_repeated = num_repeated
         if sequence.resumes:
             sequence.resumes[-1].num_repeated_tokens = num_repeated
+        placement.redirect = partial(session.redirect, sequence.handle)
         self._placer.sent(placement, comes_with_blocks=order.HasField("move"))
 
     def places_to_move_to(self, sequence: Sequence) -> Collection[str]:

@@ -3,6 +3,7 @@
 from services.router.routing.candidates import (
     FIXED,
     NO_OBJECTIVES,
+    NO_PREFIX,
     Bending,
     DecodeCandidate,
     PrefillCandidate,
@@ -23,12 +24,14 @@ from services.router.routing.policies import (
     next_state,
 )
 from services.router.routing.recent import RecentPrefixes, WorkerKey
+from services.router.routing.redirecting import Pending, Redirect, redirects
 from services.router.routing.tables import DecodeTable, PrefillTable
 
 __all__ = [
     "FIXED",
     "MAX_CANDIDATES",
     "NO_OBJECTIVES",
+    "NO_PREFIX",
     "Bending",
     "CostModel",
     "Decision",
@@ -38,11 +41,13 @@ __all__ = [
     "DecodeTable",
     "Held",
     "KnownPrefix",
+    "Pending",
     "Policy",
     "PolicyState",
     "PrefillCandidate",
     "PrefillTable",
     "RecentPrefixes",
+    "Redirect",
     "Refusal",
     "RoutedRequest",
     "WorkerKey",
@@ -52,4 +57,5 @@ __all__ = [
     "next_state",
     "places_to_move_to",
     "prefer_equal",
+    "redirects",
 ]

@@ -25,6 +25,9 @@ class Bending:
     """Streams, as last reported."""
     num_context_tokens: int = 0
     """Over these."""
+    num_waiting_tokens: int = 0
+    """Of prompts not computed yet, as last reported: what was sent since is not in it, what was computed is not
+    either."""
 
     @property
     def is_elastic(self) -> bool:
@@ -132,10 +135,10 @@ class RoutedRequest:
     """Expected of its answer, from now on."""
 
     def prefix(self, model_fingerprint: str) -> KnownPrefix:
-        return self.prefixes.get(model_fingerprint, _UNKNOWN_PREFIX)
+        return self.prefixes.get(model_fingerprint, NO_PREFIX)
 
 
-_UNKNOWN_PREFIX = KnownPrefix(block_size=1)
+NO_PREFIX = KnownPrefix(block_size=1)
 
 
 def holds(worker: DecodeCandidate | PrefillCandidate, num_tokens: int) -> bool:

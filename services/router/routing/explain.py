@@ -5,6 +5,7 @@ Holds ids, counts and costs; no text, no token ids, no block hashes.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from services.rates import Rates
 from services.router.routing.cost import DecodeTerms, Held, PrefillTerms
 from services.router.routing.policies import Decision, Refusal
+from services.router.routing.redirecting import Redirect
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class DecisionEntry:
     request_id: str
     index: int
     attempt: int
-    """1 is the first."""
+    """1 is the first; 0: a redirection of the one before."""
     unix_s: float
     num_prompt_tokens: int
     num_blocks: int
@@ -35,6 +37,8 @@ class DecisionEntry:
     rates: Rates
     retried_after: str = ""
     """What the worker before said: an error code of worker.proto."""
+    redirect: Redirect[int] | None = None
+    """It went on elsewhere: the outcome is what was decided, with who computes the prompt from then on."""
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -54,6 +58,7 @@ class DecisionEntry:
             },
             "expected_blocks": dict(self.expected),
             **_outcome(self.outcome),
+            "redirect": None if self.redirect is None else _redirect(self.redirect),
             "rates": self.rates.to_wire(),
         }
 
@@ -73,6 +78,18 @@ def _outcome(outcome: Decision | Refusal) -> dict[str, object]:
         },
         "bending": None if outcome.weighed is None else outcome.weighed.to_json(),
         "candidates": {"decode": _terms(outcome.decode_terms), "prefill": _terms(outcome.prefill_terms)},
+    }
+
+
+def _redirect(redirect: Redirect[int]) -> dict[str, object]:
+    return {
+        "from": redirect.from_worker_id,
+        "to": redirect.to_worker_id,
+        "left_tokens": redirect.num_left_tokens,
+        "seconds_here": redirect.here_s,
+        "seconds_there": redirect.there_s,
+        "least_gain_seconds": redirect.least_gain_s,
+        "left_seconds": redirect.left_s if math.isfinite(redirect.left_s) else None,
     }
 
 

@@ -158,6 +158,9 @@ class DecodeTable(_Table[DecodeCandidate]):
         return rows[~self.columns["draining"][rows]]
 
 
+Table: TypeAlias = PrefillTable | DecodeTable
+
+
 def word(name: bytes) -> int:
     """64 bits of it."""
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
