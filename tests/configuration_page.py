@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.cli.config import SizeConfig, UpConfig
+from services.cli.config import PlanConfig, SizeConfig, UpConfig
 from services.decode.config import DecodeConfig
 from services.elastic.config import ElasticConfig
 from services.prefill.config import PrefillConfig
@@ -45,6 +45,7 @@ def page() -> str:
         ("Store nodes", "`tandem store`", settings_of(StoreConfig)),
         ("Launcher", "`tandem up`", settings_of(UpConfig)),
         ("Sizing", "`tandem size`", settings_of(SizeConfig)),
+        ("Planning", "`tandem plan TRACE`", settings_of(PlanConfig)),
     ]
     return "\n".join([_HEAD, *(_section(title, whose, settings) for title, whose, settings in parts)])
 

@@ -1,11 +1,14 @@
 """Reads request traces: when, how long, and which parts of prompts are equal; no text.
 
-Two published formats are read, told apart by their first line:
+Three formats are read, told apart by their first line:
 
 - Mooncake's JSONL (github.com/kvcache-ai/Mooncake, FAST25-release/traces): `timestamp` in ms, `input_length` and
   `output_length` in tokens, and `hash_ids`, one per 512 prompt tokens, equal where everything up to there is equal.
 - Azure's CSV (github.com/Azure/AzurePublicDataset, data/AzureLLMInferenceTrace_*.csv): `TIMESTAMP`, `ContextTokens`,
   `GeneratedTokens`. It says nothing of what prompts share: here they share nothing.
+- Sessions of agents, as JSONL with a session a line: `requests` are rows of its start in seconds since the session's,
+  the prompt's and the answer's tokens, the tokens that it shares with an earlier one, and that one's number (-1: none).
+  What follows in a row is passed over. Sessions share nothing, and begin evenly over the mean length of one.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import csv
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -38,7 +41,7 @@ class TraceRequest:
 
 
 def read_trace(path: Path, num_requests: int) -> list[TraceRequest]:
-    """The first requests of a trace file of either format. Raises ValueError naming the line that is none."""
+    """The first requests of a trace file of any of them. Raises ValueError naming the line that is none."""
     try:
         with path.open(encoding="utf-8") as lines:
             first = lines.readline()
@@ -47,10 +50,12 @@ def read_trace(path: Path, num_requests: int) -> list[TraceRequest]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no trace: {error}") from error
     if first.startswith("{"):
-        return read_mooncake(path, num_requests)
+        return read_sessions(path, num_requests) if '"requests"' in first else read_mooncake(path, num_requests)
     if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= set(first.strip().split(",")):
         return read_azure(path, num_requests)
-    raise ValueError(f"{path} is neither Mooncake's JSONL nor Azure's CSV; its first line is {first[:80]!r}")
+    raise ValueError(
+        f"{path} is neither Mooncake's JSONL nor Azure's CSV nor agent sessions; its first line is {first[:80]!r}"
+    )
 
 
 def read_mooncake(path: Path, num_requests: int) -> list[TraceRequest]:
@@ -81,6 +86,38 @@ def read_azure(path: Path, num_requests: int) -> list[TraceRequest]:
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: no request of an Azure trace: {error!r}") from error
             requests.append(TraceRequest(at_s, *lengths, fresh_blocks(lengths[0], fresh)))
+    return requests
+
+
+def read_sessions(path: Path, num_requests: int) -> list[TraceRequest]:
+    """The first requests of sessions of agents, by their times. Raises ValueError naming the line that is none."""
+    fresh = itertools.count()
+    sessions = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                sessions.append(_read_session(json.loads(line)["requests"], fresh))
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise ValueError(f"{path}, line {number}: no session of an agent: {error!r}") from error
+    mean_s = sum(session[-1].at_s for session in sessions if session) / max(len(sessions), 1)
+    starts_s = (index * mean_s / len(sessions) for index in range(len(sessions)))
+    requests = [
+        replace(each, at_s=start_s + each.at_s)
+        for start_s, session in zip(starts_s, sessions, strict=True)
+        for each in session
+    ]
+    return sorted(requests, key=lambda each: each.at_s)[:num_requests]
+
+
+def _read_session(rows: list[list[float]], fresh: Iterator[int]) -> list[TraceRequest]:
+    requests: list[TraceRequest] = []
+    for turn, row in enumerate(rows):
+        at_s, input_length, output_length, num_shared, before = float(row[0]), *map(int, row[1:5])
+        blocks = fresh_blocks(input_length, fresh)
+        if 0 <= before < turn:
+            kept = requests[before].block_ids[: min(num_shared, input_length) // BLOCK_TOKENS]
+            blocks = (*kept, *blocks[len(kept) :])
+        requests.append(TraceRequest(at_s, input_length, output_length, blocks, turn))
     return requests
 
 

@@ -1,4 +1,4 @@
-"""Declares the settings of `tandem up`, `tandem doctor` and `tandem size`, which serve nothing themselves."""
+"""Declares the settings of `tandem up`, `doctor`, `size` and `plan`, which serve nothing themselves."""
 
 from __future__ import annotations
 
@@ -95,3 +95,37 @@ class SizeConfig(Settings):
     store_dram_bytes: int = setting(64 << 30, min=0, help="memory of the store nodes, all together")
     request_rate: float = setting(1.0, above=0, help="requests per second, for the store's window")
     json: bool = setting(False, help="print one JSON object")
+
+
+@dataclass(frozen=True)
+class PlanConfig(Settings):
+    """A trace, what its clients are to get, and the workers that there are."""
+
+    trace: str = setting("", help="requests: Mooncake's JSONL, Azure's CSV, or agent sessions", group="requests")
+    scale: float = setting(1.0, above=0, help="times the lengths of prompts and answers", group="requests")
+    rate: float = setting(
+        0.0, min=0, help="requests per second that the trace is stretched to; 0: its own", group="requests"
+    )
+    num_requests: int = setting(2000, min=1, help="of the trace, from its beginning, at most", group="requests")
+    max_prompt_tokens: int = setting(1 << 20, min=1, help="longer prompts are cut to it", group="requests")
+    max_output_tokens: int = setting(1 << 20, min=1, help="longer answers are cut to it", group="requests")
+    ttft: float = setting(0.0, min=0, help="milliseconds to the first token, at most", group="objectives")
+    tpot: float = setting(0.0, min=0, help="milliseconds for each token behind it, at most", group="objectives")
+    good: float = setting(
+        90.0, above=0, max=100, help="per cent of the requests that must meet both", group="objectives"
+    )
+    max_workers: int = setting(64, min=1, help="of the largest fleet to look at", group="objectives")
+    profile: str = setting(
+        "gpu", help="how fast a worker is: cpu, gpu, or a file, as of --paced-profile", group="workers"
+    )
+    rates: str = setting(
+        "", help="how fast a worker is: the `rates` of its /debug/state, as a JSON file", group="workers"
+    )
+    block_size: int = setting(32, min=1, help="tokens per KV block", group="workers")
+    num_blocks: int = setting(
+        8192, min=1, help="KV blocks of a worker, as `tandem size` computes them", group="workers"
+    )
+    max_num_seqs: int = setting(0, min=0, help="as of a worker; 0: the profile's", group="workers")
+    max_num_batched_tokens: int = setting(0, min=0, help="as of a worker; 0: the profile's", group="workers")
+    plot: str = setting("", help="HTML file with charts of what each fleet gives", group="output")
+    json: bool = setting(False, help="print one JSON object", group="output")

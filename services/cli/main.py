@@ -33,6 +33,7 @@ _COMMANDS = {
     "store": _Command("run a store node for KV blocks", "services.store.__main__", "services.store.config:StoreConfig"),
     "doctor": _Command("check this machine: packages, Redis, UCX, ports, model", "services.cli.doctor.doctor"),
     "size": _Command("size a deployment: KV memory, handoff, index, store", "services.cli.size.size"),
+    "plan": _Command("plan a fleet: how many workers a trace takes", "services.cli.plan.plan"),
     "token": _Command("print the token of the debug ports", "services.cli.token", "services.cli.config:TokenConfig"),
     "version": _Command("print the versions of Tandem and of what it runs on", "services.cli.version"),
 }

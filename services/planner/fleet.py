@@ -19,6 +19,17 @@ class Shape:
     def num_workers(self) -> int:
         return self.num_prefill + self.num_decode
 
+    @property
+    def kind(self) -> str:
+        """What it is called in a table."""
+        return "prefill and decode" if self.num_prefill else "colocated"
+
+    def larger(self) -> Shape:
+        """With one worker more, where it changes the proportions least."""
+        if self.num_prefill and self.num_prefill < self.num_decode:
+            return Shape(self.num_prefill + 1, self.num_decode)
+        return Shape(self.num_prefill, self.num_decode + 1)
+
     def __str__(self) -> str:
         if not self.num_prefill:
             return f"{self.num_decode} colocated"

@@ -103,3 +103,18 @@ def test_limits_cut_lengths_and_say_so() -> None:
     short, long = TraceRequest(0.0, 200, 20, (1,)), TraceRequest(0.0, 500, 500, (1,))
     assert (scale.prompt_tokens(short), scale.output_tokens(short), scale.cuts(short)) == (100, 10, False)
     assert (scale.prompt_tokens(long), scale.output_tokens(long), scale.cuts(long)) == (100, 10, True)
+
+
+def test_sessions_of_agents_share_what_their_rows_say(tmp_path: Path) -> None:
+    path = tmp_path / "agents.jsonl"
+    rows = [[0.0, 1100, 5, 0, -1, 0, 1.0], [10.0, 1600, 6, 1030, 0, 2.0, 1.0]]
+    path.write_text("".join(json.dumps({"session": n, "requests": rows}) + "\n" for n in range(2)))
+    first, other, second, last = read_trace(path, 10)
+    assert [each.at_s for each in (first, other, second, last)] == [0.0, 5.0, 10.0, 15.0]
+    assert (second.input_length, second.output_length, second.turn) == (1600, 6, 1)
+    assert second.block_ids[:2] == first.block_ids[:2]  # the third block is another one from its 7th token on
+    assert not set(second.block_ids[2:]) & set(first.block_ids)
+    assert not set(other.block_ids) & set(first.block_ids)
+    path.write_text(path.read_text() + '{"session": 2, "requests": [[0.0, 10]]}\n')
+    with pytest.raises(ValueError, match="line 3: no session of an agent"):
+        read_trace(path, 10)

@@ -1,0 +1,1 @@
+"""`tandem plan`: says how many workers a trace takes, by simulation."""
