@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-from services.rates import Rates, StepShape
+if TYPE_CHECKING:  # which brings numpy: settings that name a role do not wait for it
+    from services.rates import Rates, StepShape
 
 Role: TypeAlias = Literal["prefill", "decode"]
 """Which work a worker is given first. It does the other one, too, where that is better for both objectives."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from services.engine.kv_cache_dtype import NATIVE_KV_CACHE_DTYPES
 from services.peer_settings import PeerSettings
-from services.settings import Settings, setting
+from services.settings import Settings, SettingsError, setting
 
 DEMO_MODEL = Path(__file__).parent / "demo_model" / "tandem-demo"
 
@@ -21,8 +21,18 @@ class UpConfig(Settings):
         help="directory of a Hugging Face model, or its name on the hub; the default is the demo model",
         group="stack",
     )
-    prefill: int = setting(1, min=0, help="prefill workers", group="stack")
-    decode: int = setting(1, min=1, help="decode workers", group="stack")
+    prefill: int = setting(1, min=0, help="prefill workers; with --elastic, workers that begin as such", group="stack")
+    decode: int = setting(1, min=1, help="decode workers; with --elastic, workers that begin as such", group="stack")
+    elastic: bool = setting(
+        False, help="workers that prefill and decode, and whose roles bend to what comes in", group="stack"
+    )
+    workers: int = setting(
+        0,
+        min=0,
+        help="elastic workers, of which half begin with prompts, unless --prefill or --decode say how many do; 0: as"
+        " these say",
+        group="stack",
+    )
     colocated: bool = setting(
         False, help="no prefill workers: each decode worker prefills its own prompts", group="stack"
     )
@@ -38,6 +48,13 @@ class UpConfig(Settings):
         choices=("auto", "text", "json"),
         group="logs",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers and not self.elastic:
+            raise SettingsError("counts elastic workers; give --elastic, too, or --prefill and --decode", "workers")
+        if self.elastic and self.colocated:
+            raise SettingsError("excludes --colocated: choose one of them", "elastic")
 
 
 @dataclass(frozen=True)

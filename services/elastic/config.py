@@ -27,8 +27,8 @@ class ElasticConfig(PrefillConfig, DecodeConfig):
     tpot_objective: float = setting(
         0.0,
         min=0,
-        help="milliseconds per output token that clients are to get at most; the budget of its steps follows from it;"
-        " 0: none",
+        help="milliseconds per output token that clients are to get at most, from which the budgets of elastic workers"
+        " follow; 0: none",
         group="objectives",
     )
 

@@ -19,22 +19,24 @@ from services.cli.up.plan import (
     plan_stack,
     router_settings,
     store_settings,
+    up_config,
     up_settings,
     worker_settings,
 )
 from services.cli.up.spec import ChildSpec, Stack
 from services.decode.config import DecodeConfig
+from services.elastic.config import ElasticConfig
 from services.prefill.config import PrefillConfig
 from services.router.config import RouterConfig
 from services.settings import (
     Given,
     SettingsError,
-    build_settings,
     collect_settings,
     make_parser,
 )
 from services.settings.load import resolve_settings
 from services.store.config import StoreConfig
+from services.worker.config import WorkerConfig
 
 ENVIRON = {"PATH": os.environ["PATH"], "TANDEM_PORT": "9999", "TANDEM_MAX_NUM_SEQS": "8"}
 
@@ -46,7 +48,7 @@ def plan(
     inherited: dict[str, str] | None = None,
 ) -> Stack:
     given = collect_settings(up_settings(), argv, environ or {}, make_parser(up_settings()))
-    config = build_settings(UpConfig, given)
+    config = up_config(given)
     return plan_stack(
         config,
         given,
@@ -59,7 +61,7 @@ def plan(
     )
 
 
-def config_of(spec: ChildSpec, cls: type[PrefillConfig] | type[DecodeConfig] | type[RouterConfig]) -> object:
+def config_of(spec: ChildSpec, cls: type[WorkerConfig] | type[RouterConfig]) -> object:
     """The settings that the process will make of its flags and environment."""
     return resolve_settings(cls, spec.argv[3:], {k: v for k, v in spec.environ.items() if k != "TANDEM_LAUNCHER"})
 
@@ -115,8 +117,60 @@ def test_worker_flags_reach_the_workers_and_router_flags_the_router() -> None:
 @pytest.mark.parametrize("flag", ["--router-workers", "--api-server-count"])
 def test_the_router_may_have_several_processes_and_workers_are_the_stacks(flag: str) -> None:
     assert router_of(plan(flag, "2").router).router_workers == 2
-    with pytest.raises(SettingsError, match="--workers is not a setting"):
+    with pytest.raises(SettingsError, match="give --elastic, too"):
         plan("--workers", "2")
+
+
+def elastic_of(spec: ChildSpec) -> ElasticConfig:
+    config = config_of(spec, ElasticConfig)
+    assert isinstance(config, ElasticConfig)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("flags", "roles"),
+    [
+        (("--workers", "4"), ["prefill", "prefill", "decode", "decode"]),
+        (("--workers", "3"), ["prefill", "decode", "decode"]),
+        (("--workers", "2"), ["prefill", "decode"]),
+        (("--workers", "1"), ["decode"]),
+        ((), ["prefill", "decode"]),
+        (("--prefill", "2"), ["prefill", "prefill", "decode"]),
+        (("--workers", "4", "--prefill", "1"), ["prefill", "decode", "decode", "decode"]),
+        (("--workers", "4", "--decode", "1"), ["prefill", "prefill", "prefill", "decode"]),
+        (("--workers", "3", "--prefill", "2", "--decode", "1"), ["prefill", "prefill", "decode"]),
+    ],
+)
+def test_an_elastic_fleet_begins_half_and_half_or_as_it_is_told(flags: tuple[str, ...], roles: list[str]) -> None:
+    stack = plan("--elastic", *flags)
+    assert [spec.name for spec in stack.workers] == [f"elastic-{index}" for index in range(len(roles))]
+    assert [spec.argv[2] for spec in stack.workers] == ["services.elastic"] * len(roles)
+    assert [elastic_of(spec).role for spec in stack.workers] == roles
+    assert all(elastic_of(spec).worker_id == spec.name and not elastic_of(spec).colocated for spec in stack.workers)
+    assert (stack.first_prompt_words > 1) == ("prefill" in roles)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--workers", "4", "--prefill", "2", "--decode", "1"), "--workers: 4 is not what --prefill and --decode"),
+        (("--workers", "2", "--prefill", "2"), "--workers: 2 is too few"),
+        (("--workers", "2", "--decode", "3"), "--workers: 2 is too few"),
+        (("--workers", "-1"), "--workers: must not be negative"),
+        (("--colocated",), "--elastic: excludes --colocated"),
+        (("--tpot-objective", "-1"), "--tpot-objective: must not be negative"),
+    ],
+)
+def test_an_elastic_fleet_that_cannot_be_is_refused(flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        plan("--elastic", *flags)
+
+
+def test_objectives_reach_the_router_and_the_budgets_of_elastic_workers() -> None:
+    stack = plan("--elastic", "--tpot-objective", "50", "--dtype", "float32", "--lease-ttl-s", "7")
+    assert router_of(stack.router).tpot_objective == elastic_of(stack.workers[0]).tpot_objective == 50
+    assert (elastic_of(stack.workers[0]).dtype, elastic_of(stack.workers[1]).lease_ttl_s) == ("float32", 7)
+    assert router_of(plan("--tpot-objective", "50").router).tpot_objective == 50
 
 
 def test_names_that_both_know_reach_both() -> None:
@@ -211,7 +265,7 @@ def test_mistakes_show_before_anything_starts(argv: list[str], message: str) -> 
 
 def test_settings_of_the_same_name_mean_the_same_to_router_and_workers() -> None:
     router = {item.name: item for item in router_settings()}
-    for item in [*worker_settings(PrefillConfig), *worker_settings(DecodeConfig), *store_settings()]:
+    for item in [*worker_settings(PrefillConfig), *worker_settings(ElasticConfig), *store_settings()]:
         if item.name in router:
             assert (item.hint, item.choices) == (router[item.name].hint, router[item.name].choices), item.name
 

@@ -11,11 +11,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Final, NamedTuple
 
 from services.cli.config import UpConfig
 from services.cli.up.placement import Placement
 from services.cli.up.spec import ChildSpec, Stack
 from services.decode.config import DecodeConfig
+from services.elastic.config import ElasticConfig
 from services.logs import LAUNCHER_VARIABLE
 from services.prefill.config import PrefillConfig
 from services.router.config import RouterConfig
@@ -34,13 +36,28 @@ from services.settings import (
 from services.store.config import StoreConfig
 from services.worker.config import WorkerConfig
 
-_DECIDED_HERE = frozenset({"redis", "worker_id", "router_id", "colocated", "log_format"})
+_DECIDED_HERE = frozenset({"redis", "worker_id", "router_id", "role", "colocated", "log_format"})
 _WORKER_ADDRESSES = frozenset({"host", "port", "kv_port", "http_port", "advertise_host"})
 _EXTRA_GRACE_S = 5.0
 _THREADS = "OMP_NUM_THREADS"
 """OpenMP's own variable, which every library that computes reads."""
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 """Keeps `python -m` from looking for packages in the working directory, which may have a `services` of its own."""
+
+
+_CONFIGS: Final[Mapping[str, type[WorkerConfig]]] = {
+    "prefill": PrefillConfig,
+    "decode": DecodeConfig,
+    "elastic": ElasticConfig,
+}
+
+
+class _Member(NamedTuple):
+    """A worker: its name, the service that it runs, and what it does first."""
+
+    name: str
+    service: str
+    role: str
 
 
 def router_settings() -> list[Setting]:
@@ -63,7 +80,7 @@ def store_settings() -> list[Setting]:
 def up_settings() -> list[Setting]:
     """Everything that `tandem up` accepts, for its parser: its own, the router's, the workers', the store nodes'."""
     own, router = list(settings_of(UpConfig)), router_settings()
-    workers = {item.name: item for cls in (PrefillConfig, DecodeConfig) for item in worker_settings(cls)}
+    workers = {item.name: item for cls in (PrefillConfig, DecodeConfig, ElasticConfig) for item in worker_settings(cls)}
     in_router = {item.name for item in router}
     items = {item.name: item for item in own}
     for item in workers.values():
@@ -80,15 +97,38 @@ def store_config(given: Mapping[str, Given]) -> StoreConfig:
     return build_settings(StoreConfig, _only(given, store_settings()))
 
 
+def up_config(given: Mapping[str, Given]) -> UpConfig:
+    """The launcher's own settings, `prefill` and `decode` being all workers, also where --workers counts them. Raises
+    SettingsError.
+    """
+    config = build_settings(UpConfig, given)
+    if not config.workers:
+        return config
+    number, given_number = config.workers, config.prefill + config.decode
+    if "prefill" in given and "decode" in given and given_number != number:
+        raise SettingsError(
+            f"--workers: {number} is not what --prefill and --decode come to, {given_number}", "workers"
+        )
+    prefill = config.prefill if "prefill" in given else number // 2
+    decode = config.decode if "decode" in given else number - prefill
+    prefill = number - decode
+    if prefill < 0 or decode < 1:
+        raise SettingsError(f"--workers: {number} is too few: at least one worker begins to decode", "workers")
+    return replace(config, prefill=prefill, decode=decode)
+
+
 def check_forwarded(
-    given: Mapping[str, Given], model: str
+    given: Mapping[str, Given], model: str, is_elastic: bool = False
 ) -> tuple[RouterConfig, PrefillConfig, DecodeConfig, StoreConfig]:
     """The configurations that the processes will make of `given`, so that a mistake shows before anything starts.
 
-    Raises SettingsError.
+    Of an elastic fleet's workers there is one for both roles. Raises SettingsError.
     """
     router = build_settings(RouterConfig, _only(given, router_settings()))
     with_model = dict(given) | {"model": Given(model, "--model")}
+    if is_elastic:
+        elastic = build_settings(ElasticConfig, _only(with_model, worker_settings(ElasticConfig)))
+        return router, elastic, elastic, store_config(given)
     prefill = build_settings(PrefillConfig, _only(with_model, worker_settings(PrefillConfig)))
     decode = build_settings(DecodeConfig, _only(with_model, worker_settings(DecodeConfig)))
     return router, prefill, decode, store_config(given)
@@ -137,27 +177,29 @@ def plan_stack(
     prefill workers first. `worker_prefix` makes the workers' names unique where the registry is shared with other
     machines. Raises SettingsError.
     """
-    router, prefill, decode, store = check_forwarded(given, model)
-    roles = _roles(config)
-    assert len(placements) == len(roles)
+    router, prefill, decode, store = check_forwarded(given, model, config.elastic)
+    members = _members(config)
+    assert len(placements) == len(members)
     values = {name: value.value for name, value in given.items()} | {"model": model}
     values.setdefault("served_model_name", (served_model_name,))
     log_flag = f"--log-format={'json' if config.log_format == 'json' else 'text'}"
     base = _base_environment(environ, redis)
     workers = []
-    for (role, index), placement in zip(roles, placements, strict=True):
-        cls: type[WorkerConfig] = PrefillConfig if role == "prefill" else DecodeConfig
+    for member, placement in zip(members, placements, strict=True):
+        cls = _CONFIGS[member.service]
         own = _placed(values, placement, base)
-        argv = [*argv_of(worker_settings(cls), own), f"--worker-id={worker_prefix}{role}-{index}", log_flag]
-        if role == "decode" and not any(other == "prefill" for other, _ in roles):
+        argv = [*argv_of(worker_settings(cls), own), f"--worker-id={worker_prefix}{member.name}", log_flag]
+        if config.elastic:
+            argv.append(f"--role={member.role}")
+        elif not config.prefill or config.colocated:
             argv.append("--colocated")
         workers.append(
             ChildSpec(
-                name=f"{role}-{index}",
-                argv=(sys.executable, "-m", f"services.{role}", *argv),
+                name=member.name,
+                argv=(sys.executable, "-m", f"services.{member.service}", *argv),
                 environ=base | _threads(own) | _gpu(placement) | secret_environment(worker_settings(cls), own),
                 cores=placement.cores,
-                grace_s=(prefill if role == "prefill" else decode).drain_timeout_s + _EXTRA_GRACE_S,
+                grace_s=(prefill if member.role == "prefill" else decode).drain_timeout_s + _EXTRA_GRACE_S,
                 is_forked=True,
             )
         )
@@ -177,7 +219,7 @@ def plan_stack(
         served_model_name=(decode.served_model_name or (served_model_name,))[0],
         api_key=api_key,
         worker_prefix=worker_prefix,
-        first_prompt_words=_first_prompt_words(decode, any(role == "prefill" for role, _ in roles)),
+        first_prompt_words=_first_prompt_words(decode, any(member.role == "prefill" for member in members)),
     )
 
 
@@ -231,18 +273,21 @@ def store_directory(config: StoreConfig, index: int) -> Path:
 
 
 def num_workers(config: UpConfig) -> int:
-    return len(_roles(config))
+    return len(_members(config))
 
 
 def process_names(config: UpConfig) -> list[str]:
     """Everybody who may say something, the launcher first."""
-    workers = [f"{role}-{index}" for role, index in _roles(config)]
+    workers = [member.name for member in _members(config)]
     return ["tandem", "redis", "router", *workers, *(f"store-{index}" for index in range(config.stores))]
 
 
-def _roles(config: UpConfig) -> list[tuple[str, int]]:
-    prefill = 0 if config.colocated else config.prefill
-    return [("prefill", index) for index in range(prefill)] + [("decode", index) for index in range(config.decode)]
+def _members(config: UpConfig) -> list[_Member]:
+    """The workers, those that prefill first."""
+    roles = ["prefill"] * (0 if config.colocated else config.prefill) + ["decode"] * config.decode
+    if config.elastic:
+        return [_Member(f"elastic-{index}", "elastic", role) for index, role in enumerate(roles)]
+    return [_Member(f"{role}-{roles[:index].count(role)}", role, role) for index, role in enumerate(roles)]
 
 
 def _base_environment(environ: Mapping[str, str], redis: str) -> dict[str, str]:

@@ -25,6 +25,7 @@ from services.cli.up.plan import (
     plan_stack,
     process_names,
     store_config,
+    up_config,
     up_settings,
 )
 from services.cli.up.preflight import check_stack
@@ -36,7 +37,6 @@ from services.router.config import RouterConfig
 from services.settings import (
     Given,
     SettingsError,
-    build_settings,
     collect_settings,
     make_parser,
     refuse,
@@ -45,8 +45,8 @@ from services.settings import (
 from services.startup import CANNOT_START, CannotListen, claim_port
 
 _DESCRIPTION = (
-    "Serves a model on this machine: a private Redis, prefill and decode workers, and a router, each a process of its "
-    "own. Ends by printing a request to try; Ctrl-C stops everything in order, a second one at once."
+    "Serves a model on this machine: a private Redis, prefill and decode workers or elastic ones, and a router, each a "
+    "process of its own. Ends by printing a request to try; Ctrl-C stops everything in order, a second one at once."
 )
 
 
@@ -65,11 +65,11 @@ def _main(argv: Sequence[str], prog: str, cleanup: ExitStack) -> int:
     parser = make_parser(up_settings(), prog=prog, description=_DESCRIPTION, positional="model")
     try:
         given = collect_settings(up_settings(), argv, os.environ, parser)
-        config = build_settings(UpConfig, given)
+        config = up_config(given)
         model, name = choose_model(config.model)
         own = own_secrets(config, store_config(given), given, cleanup)
         given |= own
-        router, _, decode, store = check_forwarded(given, model)
+        router, _, decode, store = check_forwarded(given, model, config.elastic)
         check_offloading(config, decode, available_memory_bytes())
         check_stores(config, given)
     except SettingsError as error:
@@ -154,6 +154,8 @@ def described(config: UpConfig) -> str:
     """What there will be, in a few words."""
     num_prefill = num_workers(config) - config.decode
     parts = [f"{num_prefill} prefill", f"{config.decode} decode"]
+    if config.elastic:
+        parts = [f"{num_workers(config)} elastic: at first {parts[0]}", parts[1]]
     if config.stores:
         parts.append("1 store node" if config.stores == 1 else f"{config.stores} store nodes")
     return ", ".join(parts)
