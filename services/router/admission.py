@@ -221,6 +221,11 @@ class Admission:
         surplus_s = line.surplus.likely_s(self._clock()) if line is not None else 0.0
         return expected_ttft(ahead, drain_per_s, front, applicant.num_prompt_tokens, rates, surplus_s)
 
+    def num_queued_tokens(self, model: str) -> float:
+        """Prompt tokens that wait here."""
+        line = self._lines.get(model)
+        return 0.0 if line is None else line.queue.num_tokens
+
     @contextmanager
     def admit(self, num_sequences: int, applicant: Applicant = Applicant()) -> Iterator[Room]:
         """The request's room, for as long as it lasts. Raises ApiError 429 when the queue is full."""

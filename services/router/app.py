@@ -46,7 +46,7 @@ from services.router.sharing import RATE_LIMIT_HEADERS
 from services.router.sse import Message, Receive, Send
 from services.router.tenants import Keyring, Tenant, name_of
 from services.router.text import ClientPool, ServedModel
-from services.router.views import ABORT, DECISIONS, LOAD, READINESS, WORKERS, exposition, of_all
+from services.router.views import ABORT, CONTROLLER, DECISIONS, LOAD, READINESS, WORKERS, exposition, of_all
 
 B = TypeVar("B", TokenizeBody, DetokenizeBody)
 
@@ -207,6 +207,10 @@ def _add_debug_routes(app: FastAPI, parts: RouterParts) -> None:
     @app.get("/debug/workers")
     async def list_workers() -> Response:
         return _json({"workers": await of_all(parts, WORKERS)})
+
+    @app.get("/debug/controller")
+    async def show_controller() -> Response:
+        return _json({"models": await of_all(parts, CONTROLLER)})
 
     @app.get("/debug/routing/{request_id:path}")
     async def explain_routing(request: Request, request_id: str) -> Response:

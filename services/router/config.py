@@ -228,6 +228,23 @@ class RouterConfig(PeerSettings):
         " tenant=acme:ttft=800; what it does not name is as for all, 0 is none",
         group="objectives",
     )
+    controller: str = setting(
+        "auto",
+        help="whether this router may lead elastic workers, one router at a time: auto is where there are objectives",
+        choices=("auto", "off"),
+        group="objectives",
+    )
+    controller_window_s: float = setting(
+        30.0,
+        min=1,
+        max=600,
+        help="seconds over which the controller measures what comes in and what clients get; whoever is short for a"
+        " third of it is helped",
+        group="objectives",
+    )
+    controller_dwell_s: float = setting(
+        60.0, min=1, help="seconds from one change of a worker's role to the next, at least", group="objectives"
+    )
     tenants_file: str = setting(
         "", help="YAML or JSON file of tenants' weights, priorities and limits; none: all are equal", group="limits"
     )

@@ -20,6 +20,8 @@ class Finished:
     finish_reason: str
     """stop, length or error"""
     num_prompt_tokens: int
+    num_cached_tokens: int
+    """Of the prompt's, those that were not computed."""
     num_generated_tokens: int
     ttft_s: float | None
     """From the request's arrival to its first token, at the router; None: it had none."""
@@ -54,6 +56,7 @@ class Account:
         model: str,
         finish_reason: str,
         num_prompt_tokens: int,
+        num_cached_tokens: int,
         num_generated_tokens: int,
         *,
         arrived_s: float,
@@ -73,6 +76,7 @@ class Account:
                 self.priority,
                 finish_reason,
                 num_prompt_tokens,
+                num_cached_tokens,
                 num_generated_tokens,
                 ttft_s,
                 tpot_s,

@@ -25,6 +25,10 @@ class FleetCollector(Collector):
         for role in ("prefill", "decode", "elastic"):
             known.add_metric([role], sum(record.role == role for record in workers.records))
         yield known
+        roles = ROUTER.family("tandem:worker_role")
+        for worker_id, role in workers.roles_now():
+            roles.add_metric([worker_id, role], 1)
+        yield roles
         decode, prefill = workers.decode_candidates(), workers.prefill_candidates()
         queued = ROUTER.family("tandem:router_queued_tokens")
         # An elastic worker stands among both, and counts where its prompts are its first work, or are not.

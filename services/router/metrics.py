@@ -6,19 +6,22 @@ clients see it what workers export as they see it (label `role`). Durations come
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final
+from typing import Final, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from services.activity import recent_handoffs
+from services.budgets import Objectives, Role
 from services.exposition import ExposedRegistry, add_process_series
 from services.http_server import CUTS
 from services.lifecycle import Event
 from services.metric_families import REQUESTS, ROUTER
 from services.rates import TIERS
+from services.router.finished import Finished
 from services.router.processes import Family, Merge, Sample, Snapshot
 from services.router.receipt import Receipt, Resume
 
@@ -49,6 +52,7 @@ _OF_PROCESS: Final[Mapping[str, Merge]] = {
 _DIRECTIONS = {"prompt": "decode", "answer": "prefill"}
 """The role of the worker that does what another one's role is, by what it does (`routing.Deflection`)."""
 
+_NO_OBJECTIVES = Objectives()
 _RESUMED_TOKENS = ("recomputed", "reused", "fetched", "moved")
 
 
@@ -142,6 +146,9 @@ class RouterMetrics:
         self._lookup_time = ROUTER.histogram("tandem:router_index_lookup_seconds", self.registry)
         self.index_up = ROUTER.gauge("tandem:router_index_up", self.registry)
         self.quotas_shared = ROUTER.gauge("tandem:router_quotas_shared", self.registry)
+        self._objectives_met = ROUTER.counter("tandem:requests_objective_met", self.registry)
+        self.controller_leader = ROUTER.gauge("tandem:controller_leader", self.registry)
+        self._flips = ROUTER.counter("tandem:controller_flips", self.registry, get_args(Role))
         self.registry_up = ROUTER.gauge("tandem:router_registry_up", self.registry)
         self._models: dict[str, ModelMetrics] = {}
         self.handoffs_s = recent_handoffs()
@@ -196,6 +203,24 @@ class RouterMetrics:
         if deflected:
             self._deflections.labels(_DIRECTIONS[deflected]).inc()
         self._decisions.labels(policy, reason, "decode" if prefills_locally else "prefill").inc()
+
+    def count_objectives(self, finished: Finished) -> None:
+        """A sequence has ended. What it had no objective for is not counted."""
+        objectives, counter = finished.objectives, self._objectives_met
+        is_error = finished.finish_reason == "error"
+        for name, limit_s, seconds in (
+            ("ttft", objectives.ttft_s, finished.ttft_s),
+            ("tpot", objectives.tpot_s, finished.tpot_s or 0.0),
+        ):
+            if limit_s < math.inf:
+                is_met = not is_error and seconds is not None and seconds <= limit_s
+                counter.labels(finished.model, name, str(is_met).lower()).inc()
+        if objectives != _NO_OBJECTIVES:
+            counter.labels(finished.model, "both", str(finished.is_good).lower()).inc()
+
+    def count_flip(self, role: Role) -> None:
+        """A worker was told that role."""
+        self._flips.labels(role).inc()
 
     def count_lookup(self, outcome: str, seconds: float) -> None:
         """`outcome`: found, nothing, or no_answer."""

@@ -49,6 +49,16 @@ class ObjectiveTable:
         """Whether anybody has one."""
         return self.everybody != Objectives() or bool(self.by_priority or self.by_tenant)
 
+    @property
+    def of_fleet(self) -> Objectives:
+        """What workers are led by: everybody's, and where these name none the strictest of any."""
+        some = (*self.by_priority.values(), *self.by_tenant.values())
+        times = {"ttft": self.everybody.ttft_s, "tpot": self.everybody.tpot_s}
+        for name, seconds in times.items():
+            if math.isinf(seconds):
+                times[name] = min((each[name] for each in some if name in each), default=math.inf)
+        return Objectives(times["ttft"], times["tpot"])
+
     def of_request(self, tenant: str, priority: int) -> Objectives:
         """Those of a request; `priority`: its own with its tenant's."""
         own = {**self.by_priority.get(priority, {}), **self.by_tenant.get(tenant, {})}

@@ -22,7 +22,7 @@ import uvloop
 
 from kvstore.errors import RegistryError
 from kvstore.index import IndexReader
-from kvstore.registry import Membership, WorkerRecord
+from kvstore.registry import Home, Membership, WorkerRecord, open_home
 from kvstore.threads import OsThreads, Threads
 from services.activity import Activity, activity_logged, sample
 from services.http_server import HttpLimits, HttpServer, bound_unsent, bounded
@@ -39,8 +39,10 @@ from services.router.fleet import Headroom, Placer, PrefixFinder, Workers
 from services.router.fleet_metrics import FleetCollector
 from services.router.listening import listen
 from services.router.metrics import RouterMetrics
+from services.router.objectives import ObjectiveTable
 from services.router.processes import Member
 from services.router.readiness import readiness
+from services.router.roles import REDIS_TIMEOUT_S, Controller, Ledger, Settings
 from services.router.routing import DecisionLog, Policy
 from services.router.sharing import Quotas, Shares, open_quotas, read_shares
 from services.router.tenants import Keyring
@@ -107,8 +109,10 @@ async def open_parts(
     index: IndexReader | None = None,
     quotas: Quotas | None = None,
     siblings: Member | None = None,
+    home: Home | None = None,
 ) -> AsyncIterator[RouterParts]:
-    """Everything that the application works with; closed at the end. What was given stays the caller's."""
+    """Everything that the application works with; closed at the end. What was given stays the caller's. `home`: the
+    Redis in which routers agree who leads elastic workers; None: nobody does."""
     metrics, threads, clock, unix_clock = RouterMetrics(), seams.threads, seams.clock, seams.unix_clock
     wanted = frozenset(config.served_model_name)
     models = ModelDirectory(
@@ -153,12 +157,17 @@ async def open_parts(
 
     workers.on_news = on_news
     metrics.registry.register(FleetCollector(workers))
+    ledger = Ledger(config.controller_window_s, clock)
+    controller = _make_controller(config, objectives, workers, ledger, admission, home, router_id, metrics, seams)
 
     def on_finished(finished: Finished) -> None:
+        metrics.count_objectives(finished)
+        ledger.finished(finished)
         if finished.finish_reason != "error":
             placer.answers.observe(finished.model, finished.num_generated_tokens)
 
     workers.start()
+    controller.start()
     models.follow(workers.records, workers.starting)
     membership.on_change(lambda snapshot: models.follow(workers.records, workers.starting))
     try:
@@ -176,12 +185,15 @@ async def open_parts(
             shares,
             objectives,
             limits,
+            ledger.arrived,
             on_finished,
+            controller,
             clock,
             unix_clock,
             siblings,
         )
     finally:
+        await controller.close()
         await workers.close()
         await models.close()
         pool.close()
@@ -204,6 +216,39 @@ def _make_admission(
         Headroom(workers, config.worker_backlog_s, bends),
         lambda client: shares.of_client(client).weight,
         config.client_share,
+    )
+
+
+def _make_controller(
+    config: RouterConfig,
+    objectives: ObjectiveTable,
+    workers: Workers,
+    ledger: Ledger,
+    admission: Admission,
+    home: Home | None,
+    router_id: str,
+    metrics: RouterMetrics,
+    seams: Seams,
+) -> Controller:
+    """Leads elastic workers, once it is started and where no other router does."""
+    return Controller(
+        workers,
+        ledger,
+        admission.num_queued_tokens,
+        home,
+        router_id,
+        objectives.of_fleet,
+        Settings(
+            window_s=config.controller_window_s,
+            hold_s=config.controller_window_s / 3,
+            dwell_s=config.controller_dwell_s,
+            # As late as a worker's word may be before it counts as silent.
+            max_age_s=max(config.silence_timeout_s, 3.0),
+        ),
+        config.controller == "auto",
+        metrics,
+        seams.clock,
+        seams.unix_clock,
     )
 
 
@@ -237,7 +282,8 @@ async def _serve(config: RouterConfig, proofs: PeerProofs, member: Member | None
         seams = Seams(GrpcOrders(proofs.orders), OsThreads(), time.monotonic, time.time)
         async with (
             open_quotas(config.redis, router_id, seams.clock, num_routers) as quotas,
-            open_parts(config, membership, router_id, seams, index, quotas, member) as parts,
+            open_home(config.redis, REDIS_TIMEOUT_S) as home,
+            open_parts(config, membership, router_id, seams, index, quotas, member, home) as parts,
             contextlib.nullcontext() if member is None else member.joined(partial(answer, parts), stop.set),
         ):
             parts.metrics.registry_up.set_function(lambda: membership.connected)

@@ -158,7 +158,28 @@ def _connected_everywhere(answers: Sequence[Rows]) -> Rows:
 WORKERS: Final = View("workers", _workers, _connected_everywhere)
 """Those that are known; connected are those that every process can use."""
 
+# ---- the controller ----------------------------------------------------------
+
+
+def _controller(parts: RouterParts) -> Rows:
+    return parts.controller.to_json()
+
+
+def _by_leader(answers: Sequence[Rows]) -> Rows:
+    """Of each model what its leader says, if it is one of these."""
+    found: dict[object, dict[str, object]] = {}
+    for row in chain.from_iterable(answers):
+        if row["is_leader"] or row["model_fingerprint"] not in found:
+            found[row["model_fingerprint"]] = row
+    return list(found.values())
+
+
+CONTROLLER: Final = View("controller", _controller, _by_leader)
+"""Who leads the elastic workers of each model, and the last decisions."""
+
 _SERIES: Final = View("metrics", lambda parts: parts.metrics.snapshot(), lambda answers: answers[0])
 """Which the processes' parent adds up (`exposition`)."""
 
-VIEWS: Final[dict[str, View[Any]]] = {view.name: view for view in (DECISIONS, ABORT, LOAD, READINESS, WORKERS, _SERIES)}
+VIEWS: Final[dict[str, View[Any]]] = {
+    view.name: view for view in (DECISIONS, ABORT, LOAD, READINESS, WORKERS, CONTROLLER, _SERIES)
+}

@@ -14,7 +14,15 @@ from tests.router.test_access import ended
 
 KEY = {"authorization": "Bearer secret"}
 OPEN = ("/health", "/ready")
-OPENED = ("/metrics", "/load", "/version", "/openapi.json", "/debug/workers", "/debug/routing/mine")
+OPENED = (
+    "/metrics",
+    "/load",
+    "/version",
+    "/openapi.json",
+    "/debug/controller",
+    "/debug/workers",
+    "/debug/routing/mine",
+)
 ORIGIN = "https://chat.example"
 
 

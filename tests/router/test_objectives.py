@@ -78,6 +78,7 @@ def test_a_good_request_has_met_both_objectives_and_has_not_failed(first_s, per_
         "m",
         reason,
         512,
+        0,
         num_tokens,
         arrived_s=100.0,
         first_token_s=None if first_s is None else 100 + first_s,

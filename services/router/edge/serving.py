@@ -44,6 +44,7 @@ from services.router.openai import (
     check_sizes,
 )
 from services.router.processes import Member
+from services.router.roles import Controller
 from services.router.sharing import Shares
 from services.router.tenants import name_of
 from services.router.text import ClientPool, ModelDirectory, ServedModel, TokenizerPool
@@ -73,8 +74,11 @@ class RouterParts:
     shares: Shares
     objectives: ObjectiveTable
     limits: Limits
+    on_arrived: Callable[[str, int, int], None]
+    """Is told a request's model, its sequences and the tokens of its prompts, whatever becomes of it."""
     on_finished: OnFinished
     """Is told what each sequence's client got."""
+    controller: Controller
     clock: Callable[[], float]
     unix_clock: Callable[[], float]
     siblings: Member | None = None
@@ -194,6 +198,7 @@ class GenerateEndpoint(Generic[B]):
             client.memory.settle(plan.num_bytes)
             client.memory.note_sequences(plan.num_sequences)
             timeline.mark(Event.TOKENIZED)
+            parts.on_arrived(plan.model.name, plan.num_sequences, sum(map(len, plan.prompts)))
             async with visit.room(plan, parts.admission, parts.limits) as (room, spent):
                 dispatch = Dispatch(
                     parts.workers,

@@ -6,6 +6,7 @@ from services.router.fleet.placed import Ask
 from services.router.fleet.placement import Placer, routing_key
 from services.router.fleet.prefixes import PrefixFinder
 from services.router.fleet.sequence import Arrival, Budget
+from services.router.fleet.session import SessionDown, WorkerSession
 from services.router.fleet.workers import Workers
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "Headroom",
     "Placer",
     "PrefixFinder",
+    "SessionDown",
+    "WorkerSession",
     "Workers",
     "routing_key",
 ]

@@ -24,13 +24,13 @@ from collections.abc import AsyncIterator, Callable
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import WorkerRecord
-from services.budgets import UNBOUND, Role
+from services.budgets import UNBOUND, Budgets, Role
 from services.orders import LISTS, MOVES, REDIRECTS, RESUMES, Orders, StreamBroken, is_cancelled
 from services.rates import GUESSED
 from services.router.fleet.silence import Silence
 from services.router.fleet.sink import OutputSink
 from services.router.fleet.token_lists import ToldLists
-from services.router.fleet.worker_load import budgets_from_proto, rates_from_proto, role_from_proto
+from services.router.fleet.worker_load import budgets_from_proto, budgets_to_proto, rates_from_proto, role_from_proto
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +120,11 @@ class WorkerSession:
         return self.connected and self._silence.is_suspect(asyncio.get_running_loop().time())
 
     @property
+    def silent_s(self) -> float:
+        """Seconds since the worker's last frame."""
+        return self._silence.silent_s(asyncio.get_running_loop().time())
+
+    @property
     def num_live(self) -> int:
         """Requests of this router that the worker has not ended."""
         return len(self._live)
@@ -174,6 +179,13 @@ class WorkerSession:
             self._forget_one_sent()
             self._send(pb.SessionRequest(abort=pb.AbortRequest(handle=handle, reason=reason)))
             self._lists.ended(handle)
+
+    def bend(self, role: Role, budgets: Budgets) -> None:
+        """Tell an elastic worker what to do first, and what its streams may bear. It has done so once its frames say
+        it. Raises SessionDown."""
+        if not self.connected:
+            raise SessionDown(f"worker {self.record.worker_id} is not connected")
+        self._send(pb.SessionRequest(budgets=budgets_to_proto(role, budgets)))
 
     async def drained(self) -> None:
         """Returns once few orders are on their way, or the session is lost."""

@@ -30,6 +30,10 @@ class Silence:
         """The worker has said something."""
         self._heard_s = now_s
 
+    def silent_s(self, now_s: float) -> float:
+        """Seconds since the worker has said something."""
+        return max(now_s - self._heard_s, 0.0)
+
     def look(self, now_s: float) -> None:
         """Judge as of when the look was due: what came while our own loop stood still waits unread."""
         if self._is_blind(now_s):

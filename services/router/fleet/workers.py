@@ -16,8 +16,9 @@ from dataclasses import replace
 from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import Membership, WorkerRecord
+from services.budgets import Role
 from services.orders import Orders
-from services.rates import Rates
+from services.rates import GUESSED, Rates
 from services.router.fleet.known_rates import ModelRates
 from services.router.fleet.prefixes import BlockSpace
 from services.router.fleet.rows import decode_candidate, prefill_candidate
@@ -176,6 +177,23 @@ class Workers:
     def session(self, worker_id: str, incarnation: str) -> WorkerSession:
         """The session with a candidate of the current snapshot."""
         return self._sessions[worker_id, incarnation]
+
+    def session_of(self, record: WorkerRecord) -> WorkerSession | None:
+        """The session with a registered worker; None where it has none."""
+        return self._sessions.get(record.key)
+
+    def roles_now(self) -> list[tuple[str, Role]]:
+        """The elastic workers that are connected, by id, with the role that each says it has."""
+        pairs = self._decode_sessions()
+        return [(record.worker_id, each.role) for record, each in pairs if record.prefills and each.connected]
+
+    def num_queued_tokens(self, record: WorkerRecord) -> int:
+        """Prompt tokens that this router expects the worker to compute."""
+        return self._queued_tokens.get(record.key, 0)
+
+    def rates_of(self, record: WorkerRecord) -> Rates:
+        """The speed of a prefill worker, as it last said; the guess before that."""
+        return self._prefill_rates.get(record.worker_id, GUESSED)
 
     def decode_candidates(self) -> list[DecodeCandidate]:
         """All, as a request would see them: one that should have said something is not connected, where others of its

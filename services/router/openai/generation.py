@@ -321,6 +321,7 @@ class Generation:
             self.plan.model.name,
             finish_reason,
             len(self.plan.prompts[choice.index // self._body.n]),
+            choice.usage.num_cached_tokens if choice.usage is not None else 0,
             choice.num_tokens,
             arrived_s=self._timeline.unix_s[Event.ARRIVED],
             first_token_s=choice.first_token_s,

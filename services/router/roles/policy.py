@@ -25,8 +25,6 @@ from services.router.roles.pressures import SIDES, Measured, inputs_of, load_of,
 from services.router.roles.remedies import Case, relieve
 from services.router.roles.state import ControllerState, Settings
 
-MAX_AGE_S: Final = 3.0
-"""An older word of a worker is none."""
 _REPEAT_S: Final = 2.0
 """A worker has so long to take what it is sent, before it is sent again."""
 _GIVE_UP_S: Final = 10.0
@@ -38,7 +36,7 @@ def decide(
     """What is to be changed now, if anything. Call it about once a second, with what is measured then."""
     if objectives == Objectives():
         return state, Verdict("none", "no objectives", counterfactual="decided, had requests an objective")
-    wrong = wrong_measurement(view, MAX_AGE_S)
+    wrong = wrong_measurement(view, settings.max_age_s)
     if not wrong and view.at_s < state.at_s:
         wrong = f"the clock went back from {state.at_s:.6g} to {view.at_s:.6g} s"
     if wrong or view.demand is None:

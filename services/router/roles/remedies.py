@@ -62,7 +62,7 @@ def relieve(case: Case) -> tuple[ControllerState, Verdict]:
     levels = _levels(case)
     does = next((each for each in levels if _does(case, case.at_level(each))), None)
     if does is not None:
-        return _move_budgets(case, does, "budgets are predicted to do")
+        return _move_budgets(case, does, "budgets are predicted to do", case.settings.window_s)
     gates = _flip_gates(case)
     blocked = held_back(gates)
     if blocked is None:
@@ -70,7 +70,7 @@ def relieve(case: Case) -> tuple[ControllerState, Verdict]:
     enough = (1 - _HELPS) * case.at_level(case.level).of(case.short)
     helps = [each for each in levels if case.is_safe(at := case.at_level(each)) and at.of(case.short) <= enough]
     if helps:
-        return _move_budgets(case, helps[-1], "budgets help, and no role may be changed")
+        return _move_budgets(case, helps[-1], "budgets help, and no role may be changed", 0.0)
     reason = f"{case.short} is short, and no role may be changed"
     return case.state, Verdict("none", reason, (), {}, blocked.words("a worker flipped"), blocked)
 
@@ -92,18 +92,18 @@ def _levels(case: Case) -> list[int]:
     return list(range(case.level + 1, len(LADDER)) if case.short == "prefill" else range(case.level - 1, -1, -1))
 
 
-def _move_budgets(case: Case, level: int, why: str) -> tuple[ControllerState, Verdict]:
+def _move_budgets(case: Case, level: int, why: str, no_flip_s: float) -> tuple[ControllerState, Verdict]:
+    """`no_flip_s`: so long it is to show that it does, before a role is changed."""
     state, now_s = case.state, case.view.at_s
     left = Gate("seconds until budgets may move", max(state.no_budgets_until_s - now_s, 0.0), 0, "below")
     reason = f"{case.short} is short, and {why}: level {case.level} to {level}"
     if not left.passes:
         return state, Verdict("none", reason, (), {}, left.words("budgets moved"), left)
-    until_s = now_s + case.settings.window_s
     state = replace(
         state,
         short=None,
-        no_budgets_until_s=until_s,
-        no_flip_until_s=max(state.no_flip_until_s or 0.0, until_s),
+        no_budgets_until_s=now_s + case.settings.window_s,
+        no_flip_until_s=max(state.no_flip_until_s or 0.0, now_s + no_flip_s),
         budgets=state.budgets.moved(case.short, case.work, case.measured.worst),
     )
     after = case.at_level(level)

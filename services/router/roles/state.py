@@ -20,6 +20,8 @@ class Settings:
     """How long a side has to be short."""
     dwell_s: float = 60.0
     """From one flip to the next, at least."""
+    max_age_s: float = 3.0
+    """An older word of a worker is none."""
 
 
 @dataclass(frozen=True)

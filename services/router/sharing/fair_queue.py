@@ -53,6 +53,11 @@ class FairQueue(Generic[T]):
     def __len__(self) -> int:
         return self._num_items
 
+    @property
+    def num_tokens(self) -> float:
+        """Of all that wait."""
+        return sum(line.num_tokens for lines in self._levels.values() for line in lines.values())
+
     def push(self, item: T, tenant: str, num_tokens: float, priority: int = 0) -> None:
         """Add an item at the end of its tenant's line."""
         if not self._is_waiting(tenant):
