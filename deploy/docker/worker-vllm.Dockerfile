@@ -1,11 +1,9 @@
 # A worker whose engine is vLLM, on vLLM's own image: its Python, torch, CUDA libraries and kernels as they are, and
 # Tandem beside them. From the repository's root:
-#   docker build -f deploy/docker/worker-vllm.Dockerfile -t tandem-prefill:vllm --build-arg ROLE=prefill .
-#   docker build -f deploy/docker/worker-vllm.Dockerfile -t tandem-decode:vllm .
-# ROLE is prefill or decode; the two share all layers. The base is for GPUs; its tag is the vLLM that was tested
+#   docker build -f deploy/docker/worker-vllm.Dockerfile --target prefill -t tandem-prefill:vllm .
+#   docker build -f deploy/docker/worker-vllm.Dockerfile --target decode -t tandem-decode:vllm .
+# The targets are prefill, decode and elastic, which share all layers. The base is for GPUs; its tag is the vLLM that was tested
 # (constraints-vllm.txt). 9 GB, of which Tandem is 0.2. Routers and store nodes have images without vLLM.
-ARG ROLE=decode
-
 # The base's packages are the system's Python 3.12's. A venv above them takes what Tandem adds: nothing of the base is
 # overwritten.
 FROM vllm/vllm-openai:v0.32.0 AS build
@@ -70,11 +68,11 @@ EXPOSE 7000 7001 7080
 HEALTHCHECK --interval=10s --timeout=5s --start-period=1800s \
     CMD ["python", "-c", "import os, urllib.request as http; http.urlopen('http://127.0.0.1:' + os.environ['TANDEM_HTTP_PORT'] + '/health', timeout=4)"]
 
-FROM runtime AS role-prefill
+FROM runtime AS prefill
 ENTRYPOINT ["tandem", "prefill"]
 
-FROM runtime AS role-decode
-ENTRYPOINT ["tandem", "decode"]
+FROM runtime AS elastic
+ENTRYPOINT ["tandem", "elastic"]
 
-# hadolint ignore=DL3006
-FROM role-${ROLE}
+FROM runtime AS decode
+ENTRYPOINT ["tandem", "decode"]

@@ -105,23 +105,26 @@ ROWS = (
     Row(
         "Prefill",
         (
-            Panel("Queue, in tokens", {"{{instance}}": 'sum by (instance) (tandem:waiting_tokens{role="prefill"})'}),
+            Panel(
+                "Queue, in tokens",
+                {"{{instance}}": 'sum by (instance) (tandem:waiting_tokens{role=~"prefill|elastic"})'},
+            ),
             Panel(
                 "Wait for a prefill worker",
                 {
-                    "p50": _quantile(0.5, "vllm:request_queue_time_seconds", 'role="prefill"'),
-                    "p99": _quantile(0.99, "vllm:request_queue_time_seconds", 'role="prefill"'),
+                    "p50": _quantile(0.5, "vllm:request_queue_time_seconds", 'role=~"prefill|elastic"'),
+                    "p99": _quantile(0.99, "vllm:request_queue_time_seconds", 'role=~"prefill|elastic"'),
                     "of a prompt that comes now": "fleet:prefill_queue:seconds",
                 },
                 "s",
             ),
             Panel(
                 "Prompt tokens computed per second",
-                {"{{instance}}": _rate("vllm:prompt_tokens_total", "instance", 'role="prefill"')},
+                {"{{instance}}": _rate("vllm:prompt_tokens_total", "instance", 'role=~"prefill|elastic"')},
             ),
             Panel(
                 "Share of time in steps",
-                {"{{instance}}": _rate("tandem:step_seconds_sum", "instance", 'role="prefill"')},
+                {"{{instance}}": _rate("tandem:step_seconds_sum", "instance", 'role=~"prefill|elastic"')},
                 "percentunit",
             ),
             Panel(
@@ -141,9 +144,9 @@ ROWS = (
             Panel(
                 "Stages, mean",
                 {
-                    "{{stage}}": 'sum by (stage) (rate(tandem:request_stage_seconds_sum{role="decode",'
+                    "{{stage}}": 'sum by (stage) (rate(tandem:request_stage_seconds_sum{role=~"decode|elastic",'
                     'stage=~"order|prefill_queue|prefill|read|confirm|join"}[$__rate_interval]))'
-                    ' / sum by (stage) (rate(tandem:request_stage_seconds_count{role="decode",'
+                    ' / sum by (stage) (rate(tandem:request_stage_seconds_count{role=~"decode|elastic",'
                     'stage=~"order|prefill_queue|prefill|read|confirm|join"}[$__rate_interval]))'
                 },
                 "s",
@@ -151,7 +154,7 @@ ROWS = (
             ),
             Panel(
                 "Last chunk to running batch",
-                _quantiles("tandem:request_stage_seconds", 'role="decode",stage="handoff"'),
+                _quantiles("tandem:request_stage_seconds", 'role=~"decode|elastic",stage="handoff"'),
                 "s",
             ),
             Panel(
@@ -181,28 +184,31 @@ ROWS = (
         (
             Panel(
                 "KV blocks in use",
-                {"{{instance}}": 'sum by (instance) (vllm:kv_cache_usage_perc{role=~"prefill|decode"})'},
+                {"{{instance}}": 'sum by (instance) (vllm:kv_cache_usage_perc{role=~"prefill|decode|elastic"})'},
                 "percentunit",
                 "Blocks that only the cache holds count as free.",
             ),
-            Panel("Running requests", {"{{instance}}": 'sum by (instance) (vllm:num_requests_running{role="decode"})'}),
+            Panel(
+                "Running requests",
+                {"{{instance}}": 'sum by (instance) (vllm:num_requests_running{role=~"decode|elastic"})'},
+            ),
             Panel(
                 "Step time, median",
-                {"{{instance}}": _quantile(0.5, "tandem:step_seconds", 'role="decode"', "le, instance")},
+                {"{{instance}}": _quantile(0.5, "tandem:step_seconds", 'role=~"decode|elastic"', "le, instance")},
                 "s",
             ),
             Panel(
                 "Batch, mean",
                 {
-                    "{{instance}}": _rate("tandem:step_sequences_sum", "instance", 'role="decode"')
+                    "{{instance}}": _rate("tandem:step_sequences_sum", "instance", 'role=~"decode|elastic"')
                     + " / "
-                    + _rate("tandem:step_sequences_count", "instance", 'role="decode"')
+                    + _rate("tandem:step_sequences_count", "instance", 'role=~"decode|elastic"')
                 },
             ),
             Panel("Computed again, by cause", {"{{cause}}": _rate("tandem:recomputes_total", "cause")}, "reqps"),
             Panel(
                 "Preemptions",
-                {"{{instance}}": _rate("vllm:num_preemptions_total", "instance", 'role="decode"')},
+                {"{{instance}}": _rate("vllm:num_preemptions_total", "instance", 'role=~"decode|elastic"')},
                 "reqps",
             ),
         ),

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from check_jsonschema.builtin_schemas import get_builtin_schema
 
-from deploy.validate.environment import CONFIGS, complaints, dockerfile_of_image, role_of_image
+from deploy.validate.environment import CONFIGS, complaints, dockerfile_of_image, role_of_image, target_of
 from deploy.validate.schemas import load_schema, violations
 from deploy.validate.tools import run_tool
 from services.settings.declare import settings_of
@@ -21,7 +21,7 @@ _NEEDED = re.compile(r"\$\{\w+:\?[^}]*\}")
 _SECRET = re.compile(r"/run/secrets/([\w.-]+)")
 _COMPOSE = "deploy/compose/compose.yaml"
 # What is laid over it: `docker compose -f compose.yaml -f vllm.yaml`.
-_OVERRIDE = "deploy/compose/vllm.yaml"
+_OVERRIDES = ("deploy/compose/vllm.yaml", "deploy/compose/elastic.yaml")
 _PROMETHEUS = "deploy/compose/prometheus.yml"
 # What every container of ours has, and so every one that comes with it.
 _PROMISES = ("read_only", "cap_drop", "security_opt", "deploy")
@@ -29,8 +29,8 @@ _PROMISES = ("read_only", "cap_drop", "security_opt", "deploy")
 
 def check_compose(root: Path) -> Iterator[str]:
     """One line per problem, with the file's name."""
-    documents = []
-    for path in (_COMPOSE, _OVERRIDE):
+    documents = {}
+    for path in (_COMPOSE, *_OVERRIDES):
         try:
             document = yaml.safe_load((root / path).read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
@@ -40,16 +40,18 @@ def check_compose(root: Path) -> Iterator[str]:
         yield from (f"{path}: {line}" for line in found)
         if found:
             return
-        documents.append(document)
-    document, override = documents
-    unknown = override["services"].keys() - document["services"].keys()
-    if unknown:
-        yield f"{_OVERRIDE}: there is no service {', '.join(sorted(unknown))}"
-        return
-    for path, whole in ((_COMPOSE, document), (_OVERRIDE, _merged(document, override))):
-        for name, service in whole["services"].items():
-            if path == _COMPOSE or name in override["services"]:
-                yield from (f"{path}: {name}: {line}" for line in _service(root, whole, service))
+        documents[path] = document
+    document = documents.pop(_COMPOSE)
+    for name, service in document["services"].items():
+        yield from (f"{_COMPOSE}: {name}: {line}" for line in _service(root, document, service))
+    for path, override in documents.items():
+        unknown = override["services"].keys() - document["services"].keys()
+        if unknown:
+            yield f"{path}: there is no service {', '.join(sorted(unknown))}"
+            continue
+        whole = _merged(document, override)
+        for name in override["services"]:
+            yield from (f"{path}: {name}: {line}" for line in _service(root, whole, whole["services"][name]))
     yield from _prometheus(root, set(document["services"]))
     for name in ("datasource", "dashboards"):
         path = f"deploy/compose/grafana/{name}.yaml"
@@ -100,8 +102,8 @@ def _service(root: Path, document: dict[str, Any], service: dict[str, Any]) -> I
     if dockerfile.name != Path(service["build"]["dockerfile"]).name:
         yield f"build: {service['image']} is made by {dockerfile.name}"
         return
-    if service["build"].get("args", {}).get("ROLE", role) != role:
-        yield f"build: ROLE is not {role}"
+    if service["build"].get("target") != target_of(role):
+        yield f"build: the target is not {target_of(role)}"
     environ = {key: _default(str(value)) for key, value in service["environment"].items()}
     environ.pop(CONFIG_VARIABLE, None)  # a secret, which is not here
     for item in settings_of(CONFIGS[role]):

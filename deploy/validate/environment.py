@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deploy.validate.dockerfile import parse
 from services.decode.config import DecodeConfig
+from services.elastic.config import ElasticConfig
 from services.prefill.config import PrefillConfig
 from services.router.config import RouterConfig
 from services.settings import tensor_parallel_size
@@ -19,12 +20,12 @@ CONFIGS: Mapping[str, type[SettingsClass]] = {
     "router": RouterConfig,
     "prefill": PrefillConfig,
     "decode": DecodeConfig,
+    "elastic": ElasticConfig,
     "store": StoreConfig,
 }
 
-
-# By a tag of the roles' images: the Dockerfile that makes it, and not the role's own.
-_BY_TAG = {"vllm": "worker-vllm"}
+# Roles that are targets of one Dockerfile, whose layers they share.
+WORKERS = ("prefill", "decode", "elastic")
 
 
 def role_of_image(image: str) -> str | None:
@@ -35,16 +36,22 @@ def role_of_image(image: str) -> str | None:
 
 
 def dockerfile_of_image(root: Path, image: str) -> Path:
-    """`tandem-prefill:vllm` is made by `worker-vllm.Dockerfile`, with `ROLE=prefill`; other tags by the role's own."""
-    tag = image.rsplit("/", 1)[-1].partition(":")[2]
-    return root / f"deploy/docker/{_BY_TAG.get(tag, role_of_image(image))}.Dockerfile"
+    """`tandem-prefill:vllm` is made by `worker-vllm.Dockerfile`; other tags of workers by `worker.Dockerfile`."""
+    role, tag = role_of_image(image) or "", image.rsplit("/", 1)[-1].partition(":")[2]
+    name = role if role not in WORKERS else "worker-vllm" if tag == "vllm" else "worker"
+    return root / f"deploy/docker/{name}.Dockerfile"
+
+
+def target_of(role: str) -> str | None:
+    """The stage of its Dockerfile that is a role's image; None: the last."""
+    return role if role in WORKERS else None
 
 
 def image_environment(root: Path, image: str) -> dict[str, str]:
     """The variables that its Dockerfile sets in the image."""
     dockerfile = parse(dockerfile_of_image(root, image).read_text(encoding="utf-8"))
     found: dict[str, str] = {}
-    for stage in dockerfile.chain(None, {"ROLE": role_of_image(image) or ""}):
+    for stage in dockerfile.chain(target_of(role_of_image(image) or ""), {}):
         for instruction in stage.instructions:
             if instruction.keyword == "ENV":
                 found |= dict(word.split("=", 1) for word in instruction.words)

@@ -52,15 +52,19 @@ class Image:
         return {**self.environ, **variables}
 
 
-def build(dockerfile: Path, root: Path, arguments: Mapping[str, str], install: bool = True) -> Image:
-    """Run the stage `build` (unless its outcome lies there), then read what the last stage says of the process."""
+def build(
+    dockerfile: Path, root: Path, arguments: Mapping[str, str], install: bool = True, target: str | None = None
+) -> Image:
+    """Run the stage `build` (unless its outcome lies there), then read what the target, or the last stage, says of the
+    process.
+    """
     parsed = parse(dockerfile.read_text(encoding="utf-8"))
     if install:
         _Stages(root, arguments, _machine_environ()).run(parsed.chain("build", arguments))
     last = _Stages(root, arguments, {"PATH": os.defpath})
-    last.run(parsed.chain(None, arguments), skip=("RUN",))
+    last.run(parsed.chain(target, arguments), skip=("RUN",))
     image = Image(root, last.environ)
-    for stage in parsed.chain(None, arguments):
+    for stage in parsed.chain(target, arguments):
         for instruction in stage.instructions:
             if instruction.keyword == "ENTRYPOINT":
                 image.command = _resolved(instruction.words, image)

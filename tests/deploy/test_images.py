@@ -13,14 +13,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from deploy.validate.environment import dockerfile_of_image, target_of
 from tests.deploy.image import ROOT, Image, build, install_lines
 from tests.peers import PEER_SECRET
 from tests.ports import free_port
 
-DOCKERFILES = ROOT / "deploy/docker"
 # What a user says who has no access to torch's own index; and the demo model, in the image.
 ARGUMENTS = {"VARIANT": "cpu", "TORCH_INDEX": "", "MODEL": "demo"}
-ROLES = ("router", "prefill", "decode", "store")
+ROLES = ("router", "prefill", "decode", "elastic", "store")
 WAIT_S = 180.0
 
 PROMPT = "The code of amber is 4711. The code of cedar is 0952. What is the code of amber?"
@@ -32,12 +32,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Image]:
     found: dict[str, Image] = {}
     roots: dict[str, Path] = {}
     for role in ROLES:
-        dockerfile = DOCKERFILES / f"{role}.Dockerfile"
+        dockerfile = dockerfile_of_image(ROOT, f"tandem-{role}:cpu")
         lines = install_lines(dockerfile, ARGUMENTS)
         is_new = lines not in roots
         if is_new:
             roots[lines] = tmp_path_factory.mktemp(role)
-        found[role] = build(dockerfile, roots[lines], ARGUMENTS, install=is_new)
+        found[role] = build(dockerfile, roots[lines], ARGUMENTS, is_new, target_of(role))
     return found
 
 
@@ -53,7 +53,7 @@ def variables(images: dict[str, Image], redis_url: str) -> dict[str, dict[str, s
     router = {"TANDEM_REDIS": redis_url, "TANDEM_PEER_SECRET": PEER_SECRET}
     store = router | {"TANDEM_ADVERTISE_HOST": "localhost"}
     worker = store | {"TANDEM_MODEL": model, "TANDEM_SERVED_MODEL_NAME": "tandem-demo", "TANDEM_NUM_THREADS": "1"}
-    by_role = {"router": router, "prefill": worker, "decode": worker, "store": store}
+    by_role = {"router": router, "prefill": worker, "decode": worker, "elastic": worker, "store": store}
     ports = {"router": ("PORT",), "store": ("KV_PORT", "HTTP_PORT")}
     return {
         role: given | {f"TANDEM_{name}": str(free_port()) for name in ports.get(role, ("PORT", "KV_PORT", "HTTP_PORT"))}

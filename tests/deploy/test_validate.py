@@ -37,10 +37,12 @@ NEEDED = (
 # By file below deploy/: what stands there, the typo in its place, and words that one line of the validator has.
 TYPOS = {
     "docker/router.Dockerfile": [("HEALTHCHECK --", "HELTHCHECK --", "router.Dockerfile HELTHCHECK")],
-    "docker/prefill.Dockerfile": [("USER 10001", "USER 0", "prefill.Dockerfile root")],
-    "docker/decode.Dockerfile": [
-        ('"tandem", "decode"', '"tandem", "decod"', "decode.Dockerfile ENTRYPOINT"),
-        ("COPY proto", "COPY prot", "decode.Dockerfile prot"),
+    "docker/worker.Dockerfile": [
+        ("USER 10001", "USER 0", "worker.Dockerfile root"),
+        ('"tandem", "decode"', '"tandem", "decod"', "worker.Dockerfile ENTRYPOINT decode"),
+        ('"tandem", "elastic"', '"tandem", "prefill"', "worker.Dockerfile ENTRYPOINT elastic"),
+        ("COPY proto", "COPY prot", "worker.Dockerfile prot"),
+        ("FROM model-${MODEL} AS elastic", "FROM runtime AS elastic", "worker.Dockerfile elastic layers"),
     ],
     "docker/store.Dockerfile": [
         ("WORKDIR /src", "WORKDIR src", "store.Dockerfile DL3000"),
@@ -50,6 +52,7 @@ TYPOS = {
         ('"tandem", "prefill"', '"tandem", "prefil"', "worker-vllm.Dockerfile ENTRYPOINT prefill"),
         ('"tandem", "decode"', '"tandem", "decod"', "worker-vllm.Dockerfile ENTRYPOINT decode"),
         ("USER 10001", "USER tandem", "worker-vllm.Dockerfile number"),
+        ("FROM runtime AS decode", "FROM runtime AS decode\nRUN true", "worker-vllm.Dockerfile decode layers RUN"),
     ],
     "compose/compose.yaml": [
         ("healthcheck:", "healthchek:", "compose.yaml healthchek"),
@@ -71,11 +74,17 @@ TYPOS = {
         ("group_add:", "x-group_add:", "compose.yaml redis group_add"),
         ("networks: [monitoring]", "networks: [monitorin]", "compose.yaml grafana monitorin"),
     ],
+    "compose/elastic.yaml": [
+        ("TANDEM_ROLE: prefill", "TANDEM_ROLE: prefil", "elastic.yaml prefill-0 prefil"),
+        ("target: elastic", "target: decode", "elastic.yaml decode-0 target"),
+        ("TANDEM_TPOT_OBJECTIVE", "TANDEM_TPOT_OBJECTIV", "elastic.yaml router TANDEM_TPOT_OBJECTIV"),
+        ("  decode-1:", "  decode-2:", "elastic.yaml decode-2"),
+    ],
     "compose/vllm.yaml": [
         ("device_ids:", "device_id:", "vllm.yaml device_id"),
         ("TANDEM_ENGINE: vllm", "TANDEM_ENGINE: vlm", "vllm.yaml prefill-0 vlm"),
-        ("ROLE: decode", "ROLE: prefill", "vllm.yaml decode-0 ROLE"),
-        ("dockerfile: deploy/docker/worker-vllm", "dockerfile: deploy/docker/prefill", "vllm.yaml worker-vllm"),
+        ("target: decode", "target: prefill", "vllm.yaml decode-0 target"),
+        ("dockerfile: deploy/docker/worker-vllm", "dockerfile: deploy/docker/worker", "vllm.yaml worker-vllm"),
         ("  decode-1: {", "  decode-2: {", "vllm.yaml decode-2"),
         ("limits: {cpus", "limit: {cpus", "vllm.yaml limit"),
         ('["decode-0:/cache"]', '["decode:/cache"]', "vllm.yaml decode volumes"),
@@ -121,6 +130,11 @@ TYPOS = {
     "kustomize/overlays/gpu-vllm/kustomization.yaml": [
         ("\ncomponents:", "\ncomponent:", "gpu-vllm component"),
         ("TANDEM_MODEL=", "TANDEM_MODL=", "gpu-vllm tandem-decode TANDEM_MODL"),
+    ],
+    "kustomize/overlays/cpu-elastic/kustomization.yaml": [("\ncomponents:", "\ncomponent:", "cpu-elastic component")],
+    "kustomize/components/elastic/kustomization.yaml": [
+        ("TANDEM_ROLE=decode", "TANDEM_ROLE=decod", "cpu-elastic tandem-decode decod"),
+        ("TANDEM_TTFT", "TANDEM_TFT", "cpu-elastic tandem-router TANDEM_TFT"),
     ],
     "kustomize/components/vllm/kustomization.yaml": [
         ("ENGINE=vllm", "ENGINE=vlm", "gpu-vllm tandem-prefill vlm"),
@@ -245,9 +259,9 @@ def test_a_typo_is_named(copy: Path, path: str, old: str, new: str, words: str) 
     text = file.read_text(encoding="utf-8")
     assert old in text
     file.write_text(text.replace(old, new), encoding="utf-8")
-    named = re.findall("cpu-demo|gpu-rdma|gpu-vllm", words)
+    named = re.findall("cpu-demo|cpu-elastic|gpu-rdma|gpu-vllm", words)
     for overlay in (copy / "deploy/kustomize/overlays").iterdir() if named else ():  # to render one is enough
-        if overlay.name not in (*named, "gpu-rdma"):
+        if overlay.name not in (*named, "gpu-rdma", "cpu-demo"):  # which others lie on
             shutil.rmtree(overlay)
     of_queries = check_queries(copy) if path.startswith("kustomize/components/keda/") else ()
     found = list[str]()

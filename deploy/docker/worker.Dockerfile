@@ -1,6 +1,7 @@
-# A prefill worker: it computes the KV blocks of prompts, from the repository's root:
-#   docker build -f deploy/docker/prefill.Dockerfile -t tandem-prefill:cpu .
-#   docker build -f deploy/docker/prefill.Dockerfile -t tandem-prefill:cuda --build-arg VARIANT=cuda .
+# Workers: prefill (computes the KV blocks of prompts), decode (pulls them and streams tokens), elastic (does both). A
+# target each, which share all layers. From the repository's root:
+#   docker build -f deploy/docker/worker.Dockerfile --target prefill -t tandem-prefill:cpu .
+#   docker build -f deploy/docker/worker.Dockerfile --target decode -t tandem-decode:cuda --build-arg VARIANT=cuda .
 # VARIANT=cuda brings torch's CUDA build, and nixl for RDMA.
 # TORCH_INDEX says where torch comes from (empty: the configured package index); MODEL=demo puts the demo model into the
 # image, at /models/tandem-demo.
@@ -61,7 +62,6 @@ USER 10001
 EXPOSE 7000 7001 7080
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s \
     CMD ["python", "-c", "import os, urllib.request as http; http.urlopen('http://127.0.0.1:' + os.environ['TANDEM_HTTP_PORT'] + '/health', timeout=4)"]
-ENTRYPOINT ["tandem", "prefill"]
 
 FROM runtime AS model-none
 
@@ -69,4 +69,13 @@ FROM runtime AS model-demo
 COPY services/cli/demo_model/tandem-demo /models/tandem-demo
 
 # hadolint ignore=DL3006
-FROM model-${MODEL}
+FROM model-${MODEL} AS prefill
+ENTRYPOINT ["tandem", "prefill"]
+
+# hadolint ignore=DL3006
+FROM model-${MODEL} AS elastic
+ENTRYPOINT ["tandem", "elastic"]
+
+# hadolint ignore=DL3006
+FROM model-${MODEL} AS decode
+ENTRYPOINT ["tandem", "decode"]
