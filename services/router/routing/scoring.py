@@ -207,7 +207,7 @@ def decode_costs(
     bend: Bend | None = None,
 ) -> DecodeCosts:
     """Of rows of one fingerprint. `best_prefill`: of the prefill worker that is likeliest; None: there is none."""
-    columns = {name: column[rows] for name, column in table.columns.items()}
+    columns = {name: table.columns[name][rows] for name in table.names_in_use}
     outstanding, num_blocks, num_free = (columns[name] for name in ("num_outstanding", "num_blocks", "num_free_blocks"))
     prefix, num_tokens = works.prefix, request.num_prompt_tokens
     owned = _Owned.of(table, rows, prefix)
@@ -220,9 +220,9 @@ def decode_costs(
         prefills, prefill, handoff = np.ones(len(rows), np.bool_), local.work, np.zeros(len(rows))
         via_s: Column = np.full(len(rows), np.inf)
     else:
-        prefills = (
-            columns["colocated"] | columns["is_prefill_first"] | (num_missing <= columns["local_prefill_max_tokens"])
-        )
+        prefills = columns["colocated"] | (num_missing <= columns["local_prefill_max_tokens"])
+        if table.has_elastic:
+            prefills |= columns["is_prefill_first"]
         reads = owned.column([handoff_tokens(cost, count, prefix.block_size) for count in num_new_blocks])
         via_s = np.full(len(rows), best_prefill.expected_s) + reads * cost.rates.prompt_token_s
         if bend is not None and local.bent is not None:

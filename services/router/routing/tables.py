@@ -46,6 +46,8 @@ class _Table(Generic[C]):
         self.columns |= {name: np.full(len(workers), value) for name, value in BENDING.items()}
         self.is_elastic = np.array([worker.bending.is_elastic for worker in workers], np.bool_)
         self.has_elastic = bool(self.is_elastic.any())
+        self.names_in_use = [name for name in self.columns if self.has_elastic or name not in BENDING]
+        """Of the columns: those of bending are all alike where nobody is elastic."""
         self.fingerprints = sorted({worker.model_fingerprint for worker in workers})
         numbers = {fingerprint: number for number, fingerprint in enumerate(self.fingerprints)}
         self.fingerprint = np.array([numbers[worker.model_fingerprint] for worker in workers], np.int64)
