@@ -18,9 +18,10 @@ from services.decode.admission import Admission
 from services.decode.budget_keeper import BudgetKeeper
 from services.decode.config import DecodeConfig
 from services.decode.endings import error_of, error_output, log_end, log_refusal
+from services.decode.in_engine import InEngine
 from services.decode.live import LiveRequest
 from services.decode.moving import Departures
-from services.decode.news import News, news_of_step
+from services.decode.news import News
 from services.decode.session import RouterSession, SessionOverflow
 from services.decode.stages import LiveAction, LiveEvent
 from services.decode.token_lists import TokenLists
@@ -56,12 +57,12 @@ class DecodeService:
         self._budgets = budgets
         self._clock = parts.clock
         self._loop = asyncio.get_running_loop()
-        self._admission = Admission(config, parts, self._entered, self._deliver)
+        self._in_engine = InEngine(parts, self._left_engine, self._deliver)
+        self._admission = Admission(config, parts, self._in_engine.enter, self._deliver)
         self._departures = Departures(parts)
         self._sessions: dict[RouterSession, dict[int, LiveRequest]] = {}  # live requests by handle
         self._session_numbers = itertools.count(1)
         self._num_admitting = 0
-        self._in_engine: dict[str, LiveRequest] = {}  # engine thread: by engine request id
         self._draining = False
         self._stuck = ""
         self._idle = asyncio.Event()
@@ -241,6 +242,9 @@ class DecodeService:
                 error = error_of(pb.ERROR_CODE_UNAVAILABLE, f"decode worker {self._parts.worker_id} {why}")
                 self._tell(live, LiveEvent.CLOSED, error_output(live.order.handle, error))
 
+    def _left_engine(self, live: LiveRequest, event: LiveEvent, left: Suspended | None) -> None:
+        self._tell(live, event, left=left)
+
     def _deliver(self, news: Sequence[News]) -> None:
         for each in news:
             live = each.live
@@ -271,14 +275,14 @@ class DecodeService:
                     live.admission.cancel()
                 case LiveAction.DROP:
                     # After whatever the admission task has sent to the engine thread: commands run in order.
-                    self._parts.thread.post(self._leave, live)
+                    self._parts.thread.post(self._in_engine.drop, live)
                 case LiveAction.SUSPEND:
                     live.leaves_under = live.leaves_under or self._parts.exchange.new_id()
-                    self._parts.thread.post(self._let_go, live)
+                    self._parts.thread.post(self._in_engine.let_go, live)
                 case LiveAction.AIM:
                     live.course.aim(live.order, self._parts.worker_id)
                 case LiveAction.RETRACT:
-                    self._parts.thread.post(self._give_up, live)
+                    self._parts.thread.post(self._in_engine.give_up, live)
                 case LiveAction.ADMIT:
                     self._admission.prepare_anew(live)
                     self._begin_admission(live)
@@ -356,45 +360,11 @@ class DecodeService:
 
     # ---- engine thread ----------------------------------------------------
 
-    def _entered(self, live: LiveRequest, request: Request) -> None:
-        self._in_engine[request.request_id] = live
-
-    def _leave(self, live: LiveRequest) -> None:
-        if live.request is not None:
-            self._parts.engine.abort(live.request.request_id)
-            self._in_engine.pop(live.request.request_id, None)
-
-    def _let_go(self, live: LiveRequest) -> None:
-        if live.request is None or live.request.request_id not in self._in_engine:
-            return
-        left = self._parts.engine.suspend(live.request.request_id, live.leaves_under)
-        if left is not None:
-            del self._in_engine[live.request.request_id]
-            self._loop.call_soon_threadsafe(self._tell, live, LiveEvent.LET_GO, None, None, left)
-
-    def _give_up(self, live: LiveRequest) -> None:
-        """Take it out before its first token. Its full blocks stay in the cache."""
-        request = live.request
-        if live.has_token or request is None or request.request_id not in self._in_engine:
-            return
-        self._parts.engine.abort(request.request_id)
-        del self._in_engine[request.request_id]
-        self._loop.call_soon_threadsafe(self._tell, live, LiveEvent.GIVEN_UP)
-
     def on_begun(self, request: Request) -> None:
         """Do nothing: the router hears of a request with its first token."""
 
     def on_step(self, output: StepOutput) -> None:
-        news = []
-        for update in output.updates:
-            live = self._in_engine.get(update.request.request_id)
-            if live is not None and (update.new_tokens or update.finish_reason is not None):
-                news += news_of_step(live, update)
-                live.has_token = True
-                if update.finish_reason is not None:
-                    del self._in_engine[update.request.request_id]
-        if news:
-            self._loop.call_soon_threadsafe(self._deliver, news)
+        self._in_engine.on_step(output)
 
     # ---- the process ------------------------------------------------------
 

@@ -161,7 +161,7 @@ class Routers:
                 return any(session.router_id == router_id for session in service._sessions)
 
             def works(service: DecodeService = service) -> bool:
-                return any(live.session.router_id == router_id for live in list(service._in_engine.values()))
+                return any(live.session.router_id == router_id for live in service._in_engine.lives())
 
             if works():
                 self._world.reach("a gone router's work in an engine")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 from kvstore.block import BlockHash
+from services.decode.in_engine import InEngine
 from services.decode.live import LiveRequest
-from services.decode.service import DecodeService
 from services.engine.api import Request
 from services.router.fleet import session
 from services.router.text import models
@@ -36,18 +36,18 @@ def watching(world: FleetWorld) -> Iterator[None]:
         return num_blocks
 
     shun = Shunned.add
-    enter, leave = DecodeService._entered, DecodeService._leave
+    enter, drop = InEngine.enter, InEngine.drop
     gone: dict[int, LiveRequest] = {}  # kept, so that no number is given out twice
 
-    def entered(service: DecodeService, live: LiveRequest, request: Request) -> None:
+    def entered(those: InEngine, live: LiveRequest, request: Request) -> None:
         world.judge(Invariant.NOBODYS_WORK)
         if id(live) in gone:
             world.report(Invariant.NOBODYS_WORK, f"request {live.order.request_id} enters after its end")
-        enter(service, live, request)
+        enter(those, live, request)
 
-    def left(service: DecodeService, live: LiveRequest) -> None:
+    def left(those: InEngine, live: LiveRequest) -> None:
         gone[id(live)] = live
-        leave(service, live)
+        drop(those, live)
 
     def shunned(those: Shunned, name: str) -> None:
         world.alarm(f"shunned: {name} by {world.loop.process.name}", name)
@@ -56,8 +56,8 @@ def watching(world: FleetWorld) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(Shunned, "add", shunned))
         stack.enter_context(mock.patch.object(HostPrefixes, "_restore", restored))
-        stack.enter_context(mock.patch.object(DecodeService, "_entered", entered))
-        stack.enter_context(mock.patch.object(DecodeService, "_leave", left))
+        stack.enter_context(mock.patch.object(InEngine, "enter", entered))
+        stack.enter_context(mock.patch.object(InEngine, "drop", left))
         stack.enter_context(mock.patch.object(models, "load_model_files", return_value=model_files()))
         stack.enter_context(mock.patch.object(session, "random", world.plan.stream("backoff")))
         stack.enter_context(seeded_clients(world))
