@@ -234,8 +234,8 @@ def _in_role(decode: DecodeTable, ready: Rows, bends: bool) -> Rows:
     """Those who decode first, and where workers bend those who have no prompt to compute; all, if there are none."""
     wanted = decode.by_role(ready, "decode")
     if bends and len(wanted):
-        is_idle = decode.columns["is_prefill_first"][ready] & (decode.columns["num_waiting_tokens"][ready] == 0)
-        wanted = ready[is_idle | np.isin(ready, wanted)]
+        is_idle = decode.columns["num_waiting_tokens"][ready] == 0
+        wanted = ready[is_idle | ~decode.columns["is_prefill_first"][ready]]
     return wanted if len(wanted) else ready
 
 
