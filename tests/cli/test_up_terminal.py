@@ -145,6 +145,18 @@ def test_ctrl_c_twice_while_it_starts_ends_it_without_a_traceback(phase: str) ->
     assert "Traceback" not in shown.text
 
 
+@pytest.mark.slow
+def test_an_elastic_fleet_may_be_one_worker_that_does_all_by_itself() -> None:
+    with terminal("--workers", "1", "--elastic", "--engine", "paced", "--num-gpu-blocks-override", "256") as shown:
+        shown.wait_for(r"starting tandem-demo: 1 elastic: at first 0 prefill, 1 decode")
+        url = shown.wait_for(r"Tandem serves tandem-demo at (http://\S+)/v1 \(1 elastic")[1]
+        body = json.dumps({"model": "tandem-demo", "prompt": "Hello " * 200, "max_tokens": 3}).encode()
+        request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+        assert urllib.request.urlopen(request, timeout=60).status == 200
+        shown.press(CTRL_C)
+        assert shown.wait() == 0
+
+
 @dataclass(frozen=True)
 class IntoFile:
     """A `tandem up` that was told to write to files: two paced workers that do without others."""
