@@ -159,7 +159,7 @@ kernels: $(INSTALLED) ## build the C parts again, after a change to their source
 	$(BIN)/python setup.py --quiet build_ext --inplace --force
 
 # Address and undefined-behaviour sanitizers, on the portable, AVX-512 and emulated AMX kernels. The libraries are built
-# for the tests alone. Leaks are not looked for: the interpreter's own would drown ours, and the kernels allocate nothing.
+# for the tests alone. Leaks are not looked for: the interpreter's own would drown ours, and of the kernels only helpers allocate, once.
 kernels-asan: $(DEVELOPED) ## the kernels' and the sampler's tests under AddressSanitizer and UBSan
 	TANDEM_KERNEL_TEST_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g" \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \

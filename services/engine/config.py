@@ -75,6 +75,14 @@ class EngineConfig(Settings):
         " divided among its ranks",
         group="model",
     )
+    helper_threads: int = setting(
+        0,
+        min=0,
+        max=16,
+        help="threads at the lowest priority that help with prompts on processors which others leave idle (C kernels,"
+        " --num-threads 1)",
+        group="model",
+    )
     max_model_len: int = setting(
         0, min=0, help="longest prompt plus output, in tokens; 0 takes the model's own", group="model"
     )

@@ -50,6 +50,7 @@ def load(config: EngineConfig, progress: Callable[[float], None] | None) -> Load
         quantization=config.quantization,
         kv_cache_dtype=config.kv_cache_dtype,
         cpu_kernels=config.cpu_kernels,
+        num_helpers=config.helper_threads,
         progress=progress,
     )
     config = with_device_defaults(config, gpu_of(model.device))

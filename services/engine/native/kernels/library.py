@@ -170,19 +170,27 @@ _SIGNATURES: Final = {
     "tandem_forward_workspace": ((POINTER(ForwardCall), c_int), c_int64),
     "tandem_peak": ((c_int, c_int64), c_double),
     "tandem_forward": ((POINTER(ForwardCall), c_void_p, c_int), None),
+    "tandem_use_helpers": ((c_int,), c_int),
+    "tandem_wait_for_helpers": ((), None),
+    "tandem_count_helped": ((POINTER(c_int64), POINTER(c_int64)), None),
 }
 
 
 class Workspace:
-    """Scratch memory that grows to the largest call. For one thread's use."""
+    """Scratch memory that grows to the largest call. For one thread's use.
+
+    What it has outgrown is kept, no more than it has: a helper that was asleep may go on to read there.
+    """
 
     def __init__(self) -> None:
         self._memory = aligned_bytes(0)
+        self._outgrown: list[npt.NDArray[np.uint8]] = []
 
     def address(self, num_bytes: int) -> int:
         """Return where at least `num_bytes`, aligned to 64, may be used until the next call of this method."""
         if self._memory.nbytes < num_bytes:
-            self._memory = aligned_bytes(num_bytes)
+            self._outgrown.append(self._memory)
+            self._memory = aligned_bytes(max(num_bytes, 2 * self._memory.nbytes))
         return self._memory.ctypes.data
 
 
@@ -247,6 +255,24 @@ class KernelLibrary:
         """Do one step of a model: keys and values into the cache, logits of the wanted tokens, seconds by stage."""
         scratch = workspace.address(self._library.tandem_forward_workspace(byref(call), num_threads))
         self._library.tandem_forward(byref(call), scratch, num_threads)
+
+    def use_helpers(self, num_helpers: int) -> int:
+        """Have so many threads at the lowest priority help one that multiplies many rows; returns how many there are.
+
+        They are the process's, and belong to no model. Fewer than wanted where the system refuses, or there would be
+        more than 16.
+        """
+        return int(self._library.tandem_use_helpers(num_helpers))
+
+    def wait_for_helpers(self) -> None:
+        """Return when none reads operands any more. Between calls: before weights, or a workspace, are freed."""
+        self._library.tandem_wait_for_helpers()
+
+    def count_helped(self) -> tuple[int, int]:
+        """Return how many panels helpers have brought so far, and how many were computed since one did not come."""
+        num_helped, num_redone = c_int64(), c_int64()
+        self._library.tandem_count_helped(byref(num_helped), byref(num_redone))
+        return num_helped.value, num_redone.value
 
     def multiply_at_peak(self, int8: bool, repetitions: int) -> float:
         """Multiply what lies in L1, `repetitions` times; return the number of operations. For benchmarks."""

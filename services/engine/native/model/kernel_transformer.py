@@ -8,6 +8,7 @@ the rest of the batch, on its blocks, or on the number of threads.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Mapping
 from typing import Final
 
@@ -75,6 +76,7 @@ class KernelTransformer:
         self._workspace = Workspace()
         self._activations = _Activations(config, 0)
         self._call = self._new_call()
+        weakref.finalize(self, library.wait_for_helpers)  # before the weights are freed
 
     def use_cache(self, kv_cache: Tensor) -> None:
         """Check that the kernels can read this cache. Raises `UnsupportedModel`."""

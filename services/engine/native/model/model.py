@@ -112,6 +112,7 @@ def load_model(
     quantization: str = "none",
     kv_cache_dtype: str = "auto",
     cpu_kernels: str = "auto",
+    num_helpers: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> LoadedModel:
     """Load `model`, a directory in HuggingFace format or a name on its hub.
@@ -119,7 +120,8 @@ def load_model(
     `dtype` "auto" is the checkpoint's own. `max_model_len` defaults to the longest context that the model's positions
     are made for, and cannot exceed it. `num_threads` sets torch's thread count for the process. `quantization` is
     "none" or "int8", `kv_cache_dtype` "auto" or, on a CPU, "int8". `cpu_kernels` "auto" takes the C kernels where they
-    can compute the model, "torch" never; "amx" and the like take these or none.
+    can compute the model, "torch" never; "amx" and the like take these or none. `num_helpers` threads help the C
+    kernels, of all models of the process, on processors that are idle.
     `progress` is called with 0..1 while weights are read.
 
     Raises `ModelNotFound`, or `UnsupportedModel` naming what is not supported.
@@ -158,6 +160,8 @@ def load_model(
         else:
             int8 = quantization == "int8"
             computation = KernelTransformer(library, torch.get_num_threads(), config, reader, int8=int8)
+            if num_helpers and library.use_helpers(num_helpers) < num_helpers:
+                _logger.warning("the system does not let this process have %d helper threads", num_helpers)
     kernels = "torch" if library is None else library.name
     numerics = numerics_id(kernels, resolved, quantization, kv_cache_dtype, target)
     path = ComputePath(kernels, quantization, reason, numerics=numerics, is_exact=library is not None)

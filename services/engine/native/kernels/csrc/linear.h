@@ -8,6 +8,7 @@
 
 #include <unistd.h>
 
+#include "helpers.h"
 #include "threads.h"
 #include "vector.h"
 #include "widening.h"
@@ -74,7 +75,6 @@ static inline int64_t num_depth_blocks(const struct weights *weights) {
 enum {
     WEIGHT_CHUNK = 4,      /* blocks of depth: 8 KiB of W; the next chunk, x and C must fit L1 beside it */
     FEW_ROWS = 12,         /* that pass once: memory sets the pace, and is asked for what is so many blocks ahead */
-    MAX_PACKED_ROWS = 256, /* C of a panel takes 32 KiB */
 };
 
 /* Rows that are packed at a time: whole panels, half of L2. */
@@ -169,39 +169,113 @@ static inline __attribute__((always_inline)) void finish_panel(
 }
 
 /* One panel of W with all the rows that are packed. Each chunk of it stays in L1 while all rows pass over it, and each
- * pass asks memory for a share of the next chunk: of this panel or, at its end, of the next one. */
-static void multiply_panel(void *argument, int64_t panel, int thread) {
-    (void)thread;
-    const struct linear_job *job = argument;
-    const struct weights *weights = job->weights;
-    const int64_t num_rows = job->stop - job->first, column = panel * COLUMNS;
-    const char *b = (const char *)weights->panels + panel * job->num_blocks * B_BLOCK;
-    union {
-        float floats[MAX_PACKED_ROWS * COLUMNS];
-        int32_t ints[MAX_PACKED_ROWS * COLUMNS]; /* for int8 */
-    } c ALIGNED;
+ * pass asks memory for a share of the next chunk: of this panel or, at its end, of the next one. A helper, which has the
+ * call's number, ends it where the call has ended: false then. */
+static bool multiply(const struct operands *operands, int64_t panel, union sums *c, int64_t number) {
+    const int64_t num_rows = operands->num_rows;
+    const char *b = operands->panels + panel * operands->num_blocks * B_BLOCK;
     const int lines = (int)ceil_div(B_BLOCK / LINE, ceil_div(num_rows, ROWS));
-    for (int64_t block = 0; block < job->num_blocks; block += WEIGHT_CHUNK, b += WEIGHT_CHUNK * B_BLOCK) {
-        const int64_t num_blocks = min64(WEIGHT_CHUNK, job->num_blocks - block);
+    for (int64_t block = 0; block < operands->num_blocks; block += WEIGHT_CHUNK, b += WEIGHT_CHUNK * B_BLOCK) {
+        if (number != 0) {
+            if (!is_offered(number)) return false;
+            stall();
+        }
+        const int64_t num_blocks = min64(WEIGHT_CHUNK, operands->num_blocks - block);
         struct ahead ahead = {b + (num_rows > FEW_ROWS ? num_blocks : PANEL_BLOCKS_AHEAD) * B_BLOCK, lines};
         for (int64_t first = 0; first < num_rows; first += ROWS, ahead.next += num_blocks * lines * LINE) {
             const int rows = (int)min64(ROWS, num_rows - first);
-            const char *a = job->packed + (first * job->num_blocks + block * rows) * A_LINE;
-            if (weights->scales)
-                panel_int8(c.ints + first * COLUMNS, (const a_int8 *)a, (const int8_t *)b, num_blocks, rows, block > 0, ahead);
+            const char *a = operands->packed + (first * operands->num_blocks + block * rows) * A_LINE;
+            if (operands->is_int8)
+                panel_int8(c->ints + first * COLUMNS, (const a_int8 *)a, (const int8_t *)b, num_blocks, rows, block > 0, ahead);
             else
-                panel_bf16(c.floats + first * COLUMNS, (const a_bf16 *)a, (const bf16 *)b, num_blocks, rows, block > 0, ahead);
+                panel_bf16(c->floats + first * COLUMNS, (const a_bf16 *)a, (const bf16 *)b, num_blocks, rows, block > 0, ahead);
         }
     }
+    return true;
+}
+
+static struct operands operands_of(const struct linear_job *job) {
+    const struct weights *weights = job->weights;
+    return (struct operands){job->packed, weights->panels, job->stop - job->first, job->num_blocks, weights->scales != NULL};
+}
+
+/* Make outputs of a panel's sums. */
+static void finish(const struct linear_job *job, const union sums *c, int64_t panel) {
+    const int64_t column = panel * COLUMNS;
     switch (job->epilogue) {
-        case WRITE: finish_panel(job, &c, column, WRITE); break;
-        case ADD: finish_panel(job, &c, column, ADD); break;
-        case WRITE_FLOAT: finish_panel(job, &c, column, WRITE_FLOAT); break;
-        case GATE_SILU: finish_panel(job, &c, column, GATE_SILU); break;
-        case GATE_GELU_TANH: finish_panel(job, &c, column, GATE_GELU_TANH); break;
-        case GATE_GELU_ERF: finish_panel(job, &c, column, GATE_GELU_ERF); break;
+        case WRITE: finish_panel(job, c, column, WRITE); break;
+        case ADD: finish_panel(job, c, column, ADD); break;
+        case WRITE_FLOAT: finish_panel(job, c, column, WRITE_FLOAT); break;
+        case GATE_SILU: finish_panel(job, c, column, GATE_SILU); break;
+        case GATE_GELU_TANH: finish_panel(job, c, column, GATE_GELU_TANH); break;
+        case GATE_GELU_ERF: finish_panel(job, c, column, GATE_GELU_ERF); break;
     }
 }
+
+static void multiply_panel(void *argument, int64_t panel, int thread) {
+    (void)thread;
+    union sums c ALIGNED;
+    const struct operands operands = operands_of(argument);
+    multiply(&operands, panel, &c, 0);
+    finish(argument, &c, panel);
+}
+
+/* Finish what helpers have brought of call `number`, and give them back their rooms. Returns how many panels. */
+static int64_t take_in(const struct linear_job *job, int64_t number, bool *is_done) {
+    int64_t count = 0;
+    for (int i = 0; i < help.num_helpers * ROOMS; i++) {
+        struct room *room = &help.rooms[i];
+        if (atomic_load(&room->state) != DONE) continue;
+        if (room->number == number && !is_done[room->panel]) {
+            finish(job, &room->sums, room->panel);
+            is_done[room->panel] = true;
+            count++;
+        }
+        atomic_store(&room->state, EMPTY);
+    }
+    atomic_fetch_add(&help.num_helped, count);
+    return count;
+}
+
+/* All panels, with helpers; false, and nothing, where another caller has them. */
+static bool multiply_with_helpers(const struct linear_job *job, int64_t num_panels) {
+    if (pthread_mutex_trylock(&pool.callers) != 0) return false;
+    const struct operands operands = operands_of(job);
+    bool is_done[MAX_HELPED_PANELS];
+    union sums sums ALIGNED;
+    double last = 0, before, panel_s = 0;
+    int64_t num_left = num_panels;
+    memset(is_done, 0, (size_t)num_panels);
+    panel_begin();
+    const int64_t number = open_offer(&operands, num_panels);
+    for (before = seconds_now();; before = last) {
+        const int64_t panel = atomic_fetch_add(&help.ticket, 1) & 0xffffffff;
+        if (panel >= num_panels) break;
+        multiply(&operands, panel, &sums, 0);
+        finish(job, &sums, panel);
+        is_done[panel] = true;
+        last = seconds_now();
+        panel_s = last - before;
+        num_left -= 1 + take_in(job, number, is_done);
+    }
+    const double end = seconds_now() + panel_s;
+    while (num_left > 0 && seconds_now() < end) num_left -= take_in(job, number, is_done);
+    for (int64_t panel = 0; num_left > 0; panel++) {
+        if (is_done[panel]) continue;
+        multiply(&operands, panel, &sums, 0);
+        finish(job, &sums, panel);
+        is_done[panel] = true;
+        atomic_fetch_add(&help.num_redone, 1);
+        num_left -= 1 + take_in(job, number, is_done);
+    }
+    close_offer();
+    panel_end();
+    pthread_mutex_unlock(&pool.callers);
+    return true;
+}
+
+/* Have so many threads at the lowest priority help where rows are many; fewer if the system refuses. How many there are. */
+EXPORT int tandem_use_helpers(int num_helpers) { return want_helpers(num_helpers, multiply); }
 
 /* Bytes of workspace, aligned to 64, that `tandem_linear` needs for `num_rows` rows. */
 EXPORT int64_t tandem_linear_workspace(const struct weights *weights, int64_t num_rows) {
@@ -219,7 +293,10 @@ EXPORT void tandem_linear(const struct weights *weights, const bf16 *x, int64_t 
     for (job.first = 0; job.first < num_rows; job.first = job.stop) {
         job.stop = min64(num_rows, job.first + step);
         run_tasks(pack_rows, &job, ceil_div(job.stop - job.first, ROWS), num_threads);
-        run_tasks(multiply_panel, &job, weights->num_columns / COLUMNS, num_threads);
+        const int64_t num_panels = weights->num_columns / COLUMNS;
+        const bool is_helped = num_threads == 1 && num_rows >= HELPED_ROWS && num_panels <= MAX_HELPED_PANELS;
+        if (!is_helped || atomic_load(&help.num_wanted) == 0 || !multiply_with_helpers(&job, num_panels))
+            run_tasks(multiply_panel, &job, num_panels, num_threads);
     }
 }
 
