@@ -58,7 +58,7 @@ SOURCES := kvstore services loadtest tests deploy
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto $(PROTO)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm serve doctor test test-vllm vllm-contract families test-slow promtool arm-tools validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-handoff bench-router bench-peer bench-vllm bench-goodput bench-elastic bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-restarts simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos restarts idle
+.PHONY: help install install-vllm serve doctor test test-vllm vllm-contract families test-slow promtool arm-tools validate-deploy render-deploy test-images lint types imports format proto proto-check dist check-pythons kernels kernels-asan bench bench-engine bench-handoff bench-router bench-peer bench-vllm bench-goodput bench-elastic bench-planner bench-prefix bench-index bench-attacks schemathesis kill-decode simulate simulate-restarts simulate-exhaustive simulate-removals soak compat agreement loadtest clean chaos restarts idle
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -195,6 +195,9 @@ bench-goodput: $(VLLM_INSTALLED) ## good requests a second: an elastic fleet bes
 
 bench-elastic: $(DEVELOPED) ## a mix that shifts from prompts to answers: an elastic fleet beside every fixed split: make bench-elastic TRACE="one.jsonl two.csv"
 	$(BIN)/python -m tests.bench.bench_elastic --trace $(TRACE) $(BENCH_ARGS)
+
+bench-planner: $(DEVELOPED) ## how fast fleets are simulated, leaps against steps, the planner against the real stack (BENCH_ARGS)
+	$(BIN)/python -m tests.bench.bench_planner $(BENCH_ARGS)
 
 bench-prefix: $(DEVELOPED) ## hit rate and TTFT by routing policy: make bench-prefix TRACE=mooncake_conversation.jsonl
 	$(BIN)/python -m tests.bench.bench_prefix $(if $(TRACE),--trace $(TRACE)) $(BENCH_ARGS)

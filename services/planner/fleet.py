@@ -14,23 +14,33 @@ class Shape:
 
     num_prefill: int
     num_decode: int
+    is_elastic: bool = False
+    """All of them do both; the first number has the role of a prefill worker to begin with."""
 
     @property
     def num_workers(self) -> int:
         return self.num_prefill + self.num_decode
 
     @property
+    def num_only_prefill(self) -> int:
+        """Those that do nothing else."""
+        return 0 if self.is_elastic else self.num_prefill
+
+    @property
     def kind(self) -> str:
         """What it is called in a table."""
+        if self.is_elastic:
+            return "elastic"
         return "prefill and decode" if self.num_prefill else "colocated"
 
     def larger(self) -> Shape:
         """With one worker more, where it changes the proportions least."""
-        if self.num_prefill and self.num_prefill < self.num_decode:
-            return Shape(self.num_prefill + 1, self.num_decode)
-        return Shape(self.num_prefill, self.num_decode + 1)
+        more = int(0 < self.num_prefill < self.num_decode)
+        return Shape(self.num_prefill + more, self.num_decode + 1 - more, self.is_elastic)
 
     def __str__(self) -> str:
+        if self.is_elastic:
+            return f"{self.num_workers} elastic"
         if not self.num_prefill:
             return f"{self.num_decode} colocated"
         return f"{self.num_prefill}P:{self.num_decode}D"

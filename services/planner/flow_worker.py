@@ -14,11 +14,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 
 from kvstore.block import BlockHash
+from services.budgets import Budgets
+from services.engine.prompt_budget import PromptBudget
 from services.planner.fleet import Limits
 from services.planner.job import Job
 from services.planner.virtual_time import VirtualTime
 from services.planner.worker import Listener, Load
-from services.rates import Rates, StepShape, num_pairs
+from services.rates import RateLearner, Rates, StepShape, num_pairs
 
 
 class _Prompt:
@@ -52,6 +54,9 @@ class FlowWorker:
         self._used: dict[int, int] = {}  # blocks of jobs here, by number
         self._num_used = 0
         self._cache: OrderedDict[BlockHash, None] = OrderedDict()  # the least recently used first
+        learner = RateLearner()
+        learner.rates = rates  # as if it had learnt for long
+        self._prompt_budget = PromptBudget(learner)
         self._num_done = 0  # steps so far
         self._began_s = 0.0
         self._stretch = 0  # steps of the one in progress; 0: none is
@@ -87,6 +92,9 @@ class FlowWorker:
         self._cache_blocks(hashes)
         then()
 
+    def bend(self, budgets: Budgets) -> None:
+        self._prompt_budget.budgets = budgets
+
     def load(self) -> Load:
         num_prompts = len(self._started)
         return Load(
@@ -95,6 +103,7 @@ class FlowWorker:
             num_free_blocks=self._num_free,
             num_blocks=self._limits.num_blocks,
             num_waiting_tokens=sum(each.num_left for each in (*self._queue, *self._started)),
+            num_context_tokens=self._num_context,
         )
 
     @property
@@ -204,8 +213,12 @@ class FlowWorker:
         budget = self._limits.max_num_batched_tokens - len(self._streams)
         chunks: list[tuple[_Prompt, int]] = []
         num_tokens = num_pairs_ = 0
+        self._prompt_budget.begin((math.inf,) if self._streams else ())
         for prompt in self._started:
             num = min(prompt.num_left, budget)
+            if self._prompt_budget.is_bounded and prompt.num_left > 1:
+                shape = StepShape(num_tokens, num_pairs_, len(self._streams), self._num_context)
+                num = min(num, self._prompt_budget.room(shape, prompt.num_computed))
             if num <= 0:
                 break
             chunks.append((prompt, num))
@@ -216,6 +229,7 @@ class FlowWorker:
                 prompt.has_begun = True
                 if prompt.hold:
                     self._listener.begun(prompt.job)
+        self._prompt_budget.end(carries_prompts=bool(chunks))
         seconds = self._rates.step_s(StepShape(num_tokens, num_pairs_, len(self._streams), self._num_context))
         self._stretch = 1
         self._version += 1

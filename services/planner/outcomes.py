@@ -62,6 +62,8 @@ class Outcomes:
     prefill_busy_s: float
     decode_busy_s: float
     num_steps: int
+    num_flips: int = 0
+    """Roles of elastic workers that were changed."""
 
     @property
     def num_requests(self) -> int:
@@ -109,11 +111,13 @@ class Outcomes:
     @property
     def prefill_utilisation(self) -> float:
         """The share of the time that prefill workers are in steps; nan where there are none."""
-        return _share(self.prefill_busy_s, self.shape.num_prefill * self.duration_s)
+        return _share(self.prefill_busy_s, self.shape.num_only_prefill * self.duration_s)
 
     @property
     def decode_utilisation(self) -> float:
-        return _share(self.decode_busy_s, self.shape.num_decode * self.duration_s)
+        """Of the others."""
+        num_others = self.shape.num_workers - self.shape.num_only_prefill
+        return _share(self.decode_busy_s, num_others * self.duration_s)
 
 
 def _percentiles(seconds: Sequence[float]) -> Percentiles:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 from kvstore.block import BlockHash
+from services.budgets import UNBOUND, Budgets, Objectives, Role
 from services.planner.fleet import Setup, Shape
 from services.planner.job import Job
 from services.planner.virtual_time import VirtualTime
@@ -20,8 +21,11 @@ from services.planner.workload import FINGERPRINT
 from services.rates import Rates
 from services.router.admission import Admission, Applicant, Room
 from services.router.errors import ApiError
-from services.router.fleet import Headroom
+from services.router.fleet import AnswerLengths, Headroom
 from services.router.routing import (
+    FIXED,
+    NO_OBJECTIVES,
+    Bending,
     CostModel,
     DecodeCandidate,
     DecodeTable,
@@ -45,6 +49,8 @@ class SessionView:
 
     def __init__(self, block_size: int, load: Load) -> None:
         self.load = load
+        self.role: Role = "decode"
+        self.budgets = UNBOUND
         self.num_live = 0
         self._num_sent_since_load = 0
         self._num_tokens_since_load = 0
@@ -90,33 +96,43 @@ class VirtualRouter:
     ) -> None:
         """`send` is given each job when it has its workers."""
         self._shape, self._setup, self._time, self._workers, self._send = shape, setup, time, workers, send
+        # Rows of prefill workers come before those of decode workers; elastic ones are both.
+        self._first_decode = 0 if shape.is_elastic else shape.num_prefill
+        self._num_prefilling = shape.num_workers if shape.is_elastic else shape.num_prefill
         limits = setup.limits
         self.sessions = [SessionView(limits.block_size, worker.load()) for worker in workers]
-        self._queued_tokens = [0] * len(workers)
+        self.queued_tokens = [0] * len(workers)
+        """Of prompts that each is expected to compute."""
+        self._answers = AnswerLengths()
+        self._num_waiting_tokens = 0
         self._names = [f"{'p' if row < shape.num_prefill else 'd'}{row}" for row in range(len(workers))]
         self._rows = {name: row for row, name in enumerate(self._names)}
         self._recent = RecentPrefixes()
         self._cost = CostModel(setup.rates)
-        self._decode = DecodeTable([self._decode_candidate(row) for row in range(shape.num_prefill, len(workers))])
-        self._prefill = PrefillTable([self._prefill_candidate(row) for row in range(shape.num_prefill)])
+        self._decode = DecodeTable([self._decode_candidate(row) for row in range(self._first_decode, len(workers))])
+        self._prefill = PrefillTable([self._prefill_candidate(row) for row in range(self._num_prefilling)])
         self._news_of: set[int] = set()
         self._holders = _Holders(workers, limits.num_blocks)
         self.admission = Admission(
             setup.max_concurrent_requests,
             setup.max_queue,
             time.clock,
-            fleet=Headroom(self, setup.worker_backlog_s),
+            fleet=Headroom(self, setup.worker_backlog_s, bends=shape.is_elastic),
         )
 
     # ---- what headroom asks -------------------------------------------------------
 
     def decode_table(self) -> DecodeTable:
         for row in self._news_of:
-            self._decode.put(row - self._shape.num_prefill, self._decode_candidate(row))
+            if row >= self._first_decode:
+                self._decode.put(row - self._first_decode, self._decode_candidate(row))
+            if row < self._num_prefilling:
+                self._prefill.put(row, self._prefill_candidate(row))
         self._news_of.clear()
         return self._decode
 
     def prefill_table(self) -> PrefillTable:
+        self.decode_table()
         return self._prefill
 
     def rates(self, model_fingerprint: str) -> Rates:
@@ -124,6 +140,10 @@ class VirtualRouter:
 
     def fingerprint(self, model: str) -> str:
         return FINGERPRINT
+
+    def num_waiting_tokens(self) -> float:
+        """Of prompts that wait here for room."""
+        return self._num_waiting_tokens
 
     # ---- the way of a request -------------------------------------------------------
 
@@ -135,6 +155,7 @@ class VirtualRouter:
             room = admitted.__enter__()
         except ApiError:
             return False
+        self._num_waiting_tokens += job.request.num_prompt_tokens
         if room.num_free:
             self._begin(job, room, admitted)
         else:
@@ -142,6 +163,7 @@ class VirtualRouter:
         return True
 
     def _begin(self, job: Job, room: Room, admitted: AbstractContextManager[Room]) -> None:
+        self._num_waiting_tokens -= job.request.num_prompt_tokens
         self._place(job)
         room.begin()
 
@@ -163,6 +185,8 @@ class VirtualRouter:
             key=job.hashes[0] if job.hashes else job.number.to_bytes(_KEY_BYTES, "little"),
             prefixes={FINGERPRINT: KnownPrefix(block_size, len(job.hashes), held, expected)},
             num_final_tokens=request.num_prompt_tokens + request.num_output_tokens,
+            objectives=self._objectives_left(request.at_s),
+            num_output_tokens=self._answers.expected(_MODEL, request.num_output_tokens),
         )
         decision = choose(routed, self.decode_table(), self._prefill, cost=self._cost)
         assert not isinstance(decision, Refusal), f"no worker for request {job.number}: {decision}"
@@ -177,6 +201,18 @@ class VirtualRouter:
         self._recent.add((self._names[by], ""), job.hashes, now_s)
         self._holders.given(job.hashes, (by, job.decode_row))
 
+    def _objectives_left(self, at_s: float) -> Objectives:
+        """Of a request that came then. Fixed workers are given none: nothing of theirs would bend."""
+        if not self._shape.is_elastic:
+            return NO_OBJECTIVES
+        objectives = self._setup.objectives
+        return Objectives(max(objectives.ttft_s - (self._time.now_s - at_s), 0.0), objectives.tpot_s)
+
+    def bent(self, row: int, role: Role, budgets: Budgets) -> None:
+        """A worker says that it has these now."""
+        self.sessions[row].role, self.sessions[row].budgets = role, budgets
+        self._news_of.add(row)
+
     def first_token(self, job: Job) -> None:
         """Note that its prompt stands in front of nobody any more."""
         by = job.prefill_row if job.prefill_row >= 0 else job.decode_row
@@ -189,6 +225,7 @@ class VirtualRouter:
     def ended(self, job: Job) -> None:
         """Note that it has all its tokens."""
         self.sessions[job.decode_row].ended()
+        self._answers.observe(_MODEL, job.request.num_output_tokens)
         self._news_of.add(job.decode_row)
         job.ended()
 
@@ -199,11 +236,8 @@ class VirtualRouter:
         self.admission.fill()
 
     def _count(self, row: int, num_tokens: int) -> None:
-        self._queued_tokens[row] += num_tokens
-        if row < self._shape.num_prefill:
-            self._prefill.put(row, self._prefill_candidate(row))
-        else:
-            self._news_of.add(row)
+        self.queued_tokens[row] += num_tokens
+        self._news_of.add(row)
 
     def _decode_candidate(self, row: int) -> DecodeCandidate:
         session, limits = self.sessions[row], self._setup.limits
@@ -215,16 +249,26 @@ class VirtualRouter:
             connected=True,
             draining=False,
             num_outstanding=session.num_outstanding,
-            num_waiting_tokens=max(session.load.num_waiting_tokens, self._queued_tokens[row]),
+            num_waiting_tokens=max(session.load.num_waiting_tokens, self.queued_tokens[row]),
             max_num_seqs=limits.max_num_seqs,
             num_blocks=session.load.num_blocks,
             num_free_blocks=session.num_free_blocks,
-            colocated=not self._shape.num_prefill,
+            colocated=not self._num_prefilling,
             local_prefill_max_tokens=limits.local_prefill_max_tokens,
             max_model_len=limits.max_model_len,
+            bending=self._bending(session),
         )
 
+    def _bending(self, session: SessionView) -> Bending:
+        if not self._shape.is_elastic:
+            return FIXED
+        budgets, load = session.budgets, session.load
+        return Bending(session.role, budgets.tpot_s, budgets.prompt_tokens, load.num_running, load.num_context_tokens)
+
     def _prefill_candidate(self, row: int) -> PrefillCandidate:
+        session = self.sessions[row]
+        # A prefill worker has no session: what it has to do is what this router gave it.
+        num_waiting = session.load.num_waiting_tokens if self._shape.is_elastic else 0
         return PrefillCandidate(
             worker_id=self._names[row],
             incarnation="",
@@ -233,8 +277,9 @@ class VirtualRouter:
             model_names=(_MODEL,),
             model_fingerprint=FINGERPRINT,
             draining=False,
-            num_outstanding_tokens=self._queued_tokens[row],
+            num_outstanding_tokens=max(num_waiting, self.queued_tokens[row]),
             max_model_len=self._setup.limits.max_model_len,
+            bending=self._bending(session),
         )
 
 

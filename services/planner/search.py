@@ -44,7 +44,12 @@ class Search:
 
     def look(self, least: int) -> None:
         """Find the cheapest fleet of each kind."""
-        self.best = {"colocated": self.colocated(least), "prefill and decode": self.split(least)}
+        split = self.split(least)
+        self.best = {
+            "colocated": self.colocated(least),
+            "prefill and decode": split,
+            "elastic": self.elastic(least, split),
+        }
 
     def confirm(self, run: Callable[[Shape], Outcomes]) -> None:
         """Run the cheapest ones again by `run`, which takes every step; where that says no, one that is larger."""
@@ -104,6 +109,17 @@ class Search:
                 break
             best = smaller
         return best
+
+    def elastic(self, least: int, split: Shape | None) -> Shape | None:
+        """The cheapest fleet whose workers bend; they begin in the proportions of the cheapest fixed ones."""
+        share = split.num_prefill / split.num_workers if split is not None else 1 / 2
+
+        def shape_of(size: int) -> Shape:
+            fixed = _split_of(share, size)
+            return Shape(fixed.num_prefill, fixed.num_decode, is_elastic=True)
+
+        size = self.smallest(shape_of, max(least, 2), self.max_workers)
+        return None if size is None else shape_of(size)
 
     def _climb(self, size: int, share: float) -> Shape | None:
         """A split of so many workers that is enough, climbed to from that share; None: the top is not."""

@@ -11,8 +11,12 @@ them where they had to wait for room.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from typing import Final
 
+from services.budgets import Budgets, Role, budgets_of
+from services.planner.controller import BEAT_S, Controller
 from services.planner.fleet import Setup, Shape
 from services.planner.flow_worker import FlowWorker
 from services.planner.job import Job, Outcome
@@ -22,10 +26,14 @@ from services.planner.step_worker import StepWorker
 from services.planner.virtual_time import VirtualTime
 from services.planner.worker import Worker
 from services.planner.workload import Workload, hashes_of
-from services.rates import tokens_of
+from services.rates import Rates, tokens_of
 
 MAX_STEP_WORKERS = 16
 """A larger fleet's workers leap over steps in which nobody comes or goes (`FlowWorker`)."""
+
+
+_NUM_STEPS: Final = 100.0
+_SPREAD: Final = 0.05  # the least that machines that are busy with nothing else show
 
 
 def simulate(
@@ -57,6 +65,7 @@ class Simulation:
         takes_steps: bool,
         progress: Callable[[int], None] = lambda num_ended: None,
     ) -> None:
+        setup = replace(setup, rates=_learnt(setup.rates))
         self._workload, self._shape, self._setup, self._progress = workload, shape, setup, progress
         self.time = VirtualTime()
         kind = StepWorker if takes_steps else FlowWorker
@@ -64,17 +73,45 @@ class Simulation:
             kind(row, self.time, setup.rates, setup.limits, self) for row in range(shape.num_workers)
         ]
         self._router = VirtualRouter(shape, setup, self.time, self.workers, self._routed)
+        self._controller: Controller | None = None
+        if shape.is_elastic:
+            self._make_elastic()
         self._needs_tokens = takes_steps
         self._outcomes: list[Outcome] = []
         self._gaps = Gaps()
         self._handoffs: dict[int, _Handoff] = {}
         self._next = 0
 
+    def _make_elastic(self) -> None:
+        """Give each its role, and somebody who changes it."""
+        router = self._router
+        self._controller = Controller(
+            self._setup, router.sessions, router.queued_tokens, self._bend, router.num_waiting_tokens
+        )
+        for worker in self.workers:
+            role: Role = "prefill" if worker.row < self._shape.num_prefill else "decode"
+            self._bend(worker.row, role, budgets_of(role, self._setup.objectives), at_once=True)
+
+    def _bend(self, row: int, role: Role, budgets: Budgets, *, at_once: bool = False) -> None:
+        delays = self._setup.delays
+        if at_once:
+            self.workers[row].bend(budgets)
+            self._router.bent(row, role, budgets)
+        else:
+            self.time.after(delays.order_s, self.workers[row].bend, budgets)
+            self.time.after(delays.order_s + delays.frame_s, self._router.bent, row, role, budgets)
+
+    def _beat(self) -> None:
+        if self._controller is not None and len(self._outcomes) < len(self._workload.requests):
+            self._controller.beat(self.time.now_s)
+            self.time.after(BEAT_S, self._beat)
+
     def run(self) -> Outcomes:
         """Run it to its end."""
         self._next_arrival()
+        self._beat()
         self.time.run()
-        num_prefill = self._shape.num_prefill
+        num_prefill = self._shape.num_only_prefill
         busy_s = [worker.busy_s for worker in self.workers]
         return Outcomes(
             shape=self._shape,
@@ -86,6 +123,7 @@ class Simulation:
             prefill_busy_s=sum(busy_s[:num_prefill]),
             decode_busy_s=sum(busy_s[num_prefill:]),
             num_steps=sum(worker.num_steps for worker in self.workers),
+            num_flips=self._controller.num_flips if self._controller is not None else 0,
         )
 
     # ---- arrivals -----------------------------------------------------------------
@@ -102,6 +140,8 @@ class Simulation:
         job = Job(number, request, hashes=hashes_of(token_ids, self._setup.limits.block_size))
         if self._needs_tokens:
             job.token_ids = token_ids
+        if self._controller is not None:
+            self._controller.arrived(self.time.now_s, request.num_prompt_tokens)
         if not self._router.arrive(job):
             self._record(job)
 
@@ -191,6 +231,8 @@ class Simulation:
     def ended(self, job: Job) -> None:
         job.end_s = self.time.now_s + self._setup.delays.frame_s
         self.time.at(job.end_s, self._router.ended, job)
+        if self._controller is not None:
+            self._controller.ended(job.end_s, job)
         self._record(job)
 
     def gaps(self, seconds: float, num_tokens: int) -> None:
@@ -198,7 +240,7 @@ class Simulation:
 
     def stepped(self, row: int) -> None:
         """A frame goes out, behind the outputs of the step; prefill workers send none."""
-        if row >= self._shape.num_prefill:
+        if self._shape.is_elastic or row >= self._shape.num_prefill:
             self.time.after(self._setup.delays.frame_s, self._router.frame, row, self.workers[row].load())
 
     def _record(self, job: Job) -> None:
@@ -215,6 +257,11 @@ class Simulation:
         )
         if len(self._outcomes) % 1000 == 0:
             self._progress(len(self._outcomes))
+
+
+def _learnt(rates: Rates) -> Rates:
+    """A profile's rates as those of a worker that has taken steps: budgets and policy rely on no guess."""
+    return rates if rates.num_steps else replace(rates, num_steps=_NUM_STEPS, spread=_SPREAD)
 
 
 class _Handoff:

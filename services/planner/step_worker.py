@@ -9,6 +9,7 @@ from typing import Final
 
 from kvstore.block import BlockHash, Proof
 from kvstore.pool import BlockPool
+from services.budgets import Budgets
 from services.engine.native.scheduling import Batch, Request, SampledBatch, SampledSequence, Scheduler, SchedulerConfig
 from services.engine.request import FinishReason, RequestUpdate, SampledToken, SamplingParams
 from services.planner.fleet import Limits
@@ -16,7 +17,7 @@ from services.planner.job import Job
 from services.planner.virtual_time import VirtualTime
 from services.planner.worker import Listener, Load
 from services.planner.workload import FINGERPRINT
-from services.rates import Rates, StepShape
+from services.rates import RateLearner, Rates, StepShape
 
 _PROOF: Final = Proof(1)
 _TOKEN_IDS: Final = 1 << 31
@@ -31,7 +32,9 @@ class StepWorker:
         self.busy_s = 0.0
         self.num_steps = 0
         self.pool = BlockPool(limits.num_blocks)
-        self.scheduler = Scheduler(_config(limits), self.pool)
+        learner = RateLearner()
+        learner.rates = rates  # as if it had learnt for long
+        self.scheduler = Scheduler(_config(limits), self.pool, rates=learner)
         self.on_shape: Callable[[StepShape], None] = lambda shape: None
         """Called with each step's shape, when it begins."""
         self._time, self._rates, self._listener = time, rates, listener
@@ -65,6 +68,9 @@ class StepWorker:
     def bring(self, hashes: Sequence[BlockHash], then: Callable[[], None]) -> None:
         self._order(partial(self._bring, hashes, then))
 
+    def bend(self, budgets: Budgets) -> None:
+        self.scheduler.prompt_budget.budgets = budgets
+
     def load(self) -> Load:
         scheduler = self.scheduler
         return Load(
@@ -73,6 +79,7 @@ class StepWorker:
             self.pool.num_free,
             self.pool.num_blocks,
             scheduler.num_waiting_tokens,
+            scheduler.num_stream_tokens,
         )
 
     def check_integrity(self) -> None:

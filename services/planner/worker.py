@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from kvstore.block import BlockHash
+from services.budgets import Budgets
 from services.planner.job import Job
 
 
@@ -22,6 +23,8 @@ class Load(NamedTuple):
     num_free_blocks: int = 0
     num_blocks: int = 0
     num_waiting_tokens: int = 0
+    num_context_tokens: int = 0
+    """Over its streams."""
 
 
 class Listener(Protocol):
@@ -72,6 +75,9 @@ class Worker(Protocol):
 
     def bring(self, hashes: Sequence[BlockHash], then: Callable[[], None]) -> None:
         """These blocks have been fetched, if there is room for them."""
+
+    def bend(self, budgets: Budgets) -> None:
+        """Keep to these from the next step on."""
 
     def load(self) -> Load:
         """As it is now."""

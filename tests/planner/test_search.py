@@ -86,7 +86,11 @@ def test_what_steps_do_not_confirm_is_made_larger() -> None:
     search.look(1)
     assert search.cheapest == Shape(2, 2)
     search.confirm(runs(made_up(2.5, 2.9, 9)))
-    assert search.best == {"colocated": Shape(0, 9), "prefill and decode": Shape(3, 3)}
+    assert search.best == {
+        "colocated": Shape(0, 9),
+        "prefill and decode": Shape(3, 3),
+        "elastic": Shape(3, 3, is_elastic=True),
+    }
     assert Shape(2, 2) in search.confirmed
 
 

@@ -24,7 +24,14 @@ from tests.hf_models import write_model
 RATES = Rates(base_s=0.01, prompt_token_s=1e-4, prompt_pair_s=1e-9, running_s=1e-4, context_token_s=1e-8)
 SETUP = Setup(RATES, Objectives(0.5, 0.03), Limits(max_num_seqs=32, num_blocks=512, block_size=16))
 STEP_FIELDS = ("base_s", "prompt_token_s", "prompt_pair_s", "running_s", "context_token_s")
-SHAPES = [Shape(0, 1), Shape(0, 3), Shape(1, 1), Shape(2, 2)]
+SHAPES = [
+    Shape(0, 1),
+    Shape(0, 3),
+    Shape(1, 1),
+    Shape(2, 2),
+    Shape(1, 1, is_elastic=True),
+    Shape(1, 3, is_elastic=True),
+]
 
 
 def workload(num_requests: int = 120, rate: float = 20.0, seed: int = 1, num_families: int = 20) -> Workload:
@@ -160,6 +167,33 @@ def test_more_workers_are_never_worse_by_more_than_noise(takes_steps: bool) -> N
         good = [run(shape, requests, takes_steps=takes_steps).good for shape in shapes]
         assert all(after >= before - 0.02 for before, after in itertools.pairwise(good)), good
         assert good[-1] > good[0]
+
+
+def test_an_elastic_fleet_bends_where_a_fixed_one_misses() -> None:
+    """First long prompts and short answers, then short prompts and long answers: each half is wrong for one split."""
+    rng = random.Random(7)
+    requests = []
+    for number in range(320):
+        is_late = number >= 160
+        prompt, answer = (rng.randint(20, 60), rng.randint(150, 250)) if is_late else (rng.randint(900, 1300), 4)
+        requests.append(PlannedRequest(0.11 * number, prompt, answer, tuple(range(40 * number, 40 * number + 21))))
+    shifting = Workload(requests, 64)
+    setup = replace(SETUP, objectives=Objectives(0.5, 0.0115), limits=replace(SETUP.limits, num_blocks=2048))
+    fixed = [run(Shape(num, 3 - num), shifting, setup, takes_steps=False).good for num in (1, 2)]
+    elastic = run(Shape(2, 1, is_elastic=True), shifting, setup, takes_steps=False)
+    assert elastic.good > max(fixed)
+
+
+def test_the_policy_changes_roles_where_one_side_is_short() -> None:
+    """Prompts with short answers: too many for a fleet that begins with one prefill worker of four."""
+    rng = random.Random(3)
+    prompts = [
+        PlannedRequest(0.045 * n, rng.randint(1000, 1200), 8, tuple(range(40 * n, 40 * n + 20))) for n in range(1450)
+    ]
+    setup = replace(SETUP, objectives=Objectives(1.0, 0.02), limits=replace(SETUP.limits, num_blocks=2048))
+    outcomes = run(Shape(1, 3, is_elastic=True), Workload(prompts, 64), setup, takes_steps=False)
+    assert outcomes.num_flips > 0
+    assert outcomes.num_requests == len(prompts)
 
 
 def test_calls_run_in_order_of_time_and_then_of_asking() -> None:

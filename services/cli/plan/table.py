@@ -21,7 +21,7 @@ def table(search: Search) -> str:
     if search.cheapest is not None:
         lines.insert(0, f"Cheapest: {search.cheapest}, {search.cheapest.num_workers} workers.")
     best = set(search.best.values())
-    order = sorted(search.tried, key=lambda shape: (shape.num_workers, shape.num_prefill))
+    order = sorted(search.tried, key=lambda shape: (shape.num_workers, shape.is_elastic, shape.num_prefill))
     rows = [_HEAD, *(_row(search.tried[shape], "*" if shape in best else "") for shape in order)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines += ["", *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)]
@@ -64,6 +64,8 @@ def as_json(search: Search) -> dict[str, object]:
                 "step_by_step": shape in search.confirmed,
                 "good": each.good,
                 "goodput": each.goodput,
+                "elastic": shape.is_elastic,
+                "flips": each.num_flips,
                 "refused": each.num_refused,
                 "ttft_s": _values(each.ttft),
                 "tpot_s": _values(each.tpot),

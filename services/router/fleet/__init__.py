@@ -1,5 +1,6 @@
 """Knows the workers: keeps sessions with them, knows what each holds, and carries orders there and back."""
 
+from services.router.fleet.answers import AnswerLengths
 from services.router.fleet.dispatch import Dispatch
 from services.router.fleet.headroom import Headroom
 from services.router.fleet.placed import Ask
@@ -10,6 +11,7 @@ from services.router.fleet.session import SessionDown, WorkerSession
 from services.router.fleet.workers import Workers
 
 __all__ = [
+    "AnswerLengths",
     "Arrival",
     "Ask",
     "Budget",
