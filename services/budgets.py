@@ -66,12 +66,23 @@ def prompt_room(budgets: Budgets, rates: Rates, running: StepShape, start: int) 
 
     0: none; else at least MIN_CHUNK. `running` has the streams alone.
     """
+    num_tokens = prompt_pace(budgets, rates, running, start)
+    return num_tokens if num_tokens >= MIN_CHUNK else 0
+
+
+def prompt_pace(budgets: Budgets, rates: Rates, running: StepShape, start: int) -> int:
+    """Prompt tokens a step beside these streams, over many steps.
+
+    A time per output token is a mean over steps: where one has time for less than MIN_CHUNK, it leaves that to a later
+    one, which then carries a whole chunk.
+    """
     if not running.num_running:
         return UNLIMITED
-    num_tokens = budgets.prompt_tokens
-    if math.isfinite(budgets.tpot_s):
-        num_tokens = min(num_tokens, _tokens_in(budgets.tpot_s - rates.step_s(running), rates, start))
-    return num_tokens if num_tokens >= MIN_CHUNK else 0
+    if budgets.prompt_tokens < MIN_CHUNK:
+        return 0
+    if not math.isfinite(budgets.tpot_s):
+        return budgets.prompt_tokens
+    return min(budgets.prompt_tokens, _tokens_in(budgets.tpot_s - rates.step_s(running), rates, start))
 
 
 def _tokens_in(seconds: float, rates: Rates, start: int) -> int:
@@ -92,8 +103,8 @@ def prompt_beside_s(
     `most`: prompt tokens that any step carries. Infinite where there is no room beside the streams: the engine then
     lets a chunk through now and then, but nobody should count on it.
     """
-    room = min(prompt_room(budgets, rates, running, start + num_tokens // 2), most)
-    if room <= 0:
+    pace = min(prompt_pace(budgets, rates, running, start + num_tokens // 2), most)
+    if pace <= 0:
         return math.inf
-    num_steps = -(-num_tokens // room)
+    num_steps = -(-num_tokens // pace)
     return num_steps * rates.step_s(running) + rates.prompt_s(num_tokens, start)

@@ -16,6 +16,7 @@ from services.budgets import (
     Objectives,
     budgets_of,
     prompt_beside_s,
+    prompt_pace,
     prompt_room,
 )
 from services.rates import NO_STEP, Rates, StepShape
@@ -50,6 +51,15 @@ def test_a_step_keeps_to_both_budgets_and_uses_them(
         assert step_s(room) <= tpot_s * (1 + 1e-9)
     more = max(room + 1, MIN_CHUNK)
     assert more > prompt_tokens or step_s(more) > tpot_s * (1 - 1e-9)
+
+
+@given(tpot_s=seconds, prompt_tokens=st.integers(0, 4096), num_running=st.integers(1, 64))
+def test_the_pace_is_the_room_or_what_is_saved_for_a_chunk(tpot_s: float, prompt_tokens: int, num_running: int) -> None:
+    budgets, running = Budgets(tpot_s, prompt_tokens), StepShape(num_running=num_running)
+    room, pace = prompt_room(budgets, RATES, running, 0), prompt_pace(budgets, RATES, running, 0)
+
+    assert room == (pace if pace >= MIN_CHUNK else 0)
+    assert pace == 0 or RATES.step_s(running) + RATES.prompt_s(pace) <= tpot_s * (1 + 1e-9)
 
 
 def test_a_step_without_streams_is_bounded_by_neither() -> None:

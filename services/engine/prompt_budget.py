@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Final
 
 from services.budgets import MIN_CHUNK, UNBOUND, UNLIMITED, Budgets, prompt_room
-from services.rates import RateLearner, StepShape
+from services.rates import RateLearner, Rates, StepShape
 
 MAX_PASSED_OVER: Final = 8
 """Steps in a row that may leave out the prompts that wait: the next one carries MIN_CHUNK of the first of them."""
@@ -34,11 +34,14 @@ class PromptBudget:
         self._of_step = UNBOUND
         self._num_passed_over = 0
         self._has_refused = False
+        self._saved_s = 0.0  # by steps that had time for less than the smallest chunk
+        self._saved_after_s: float | None = None  # this step, if that was looked at
 
     def begin(self, tpots: Iterable[float]) -> None:
         """A step begins with streams of which each allows so many seconds per output token; none: nothing bounds it."""
         known = tuple(tpots)
         self._has_refused = False
+        self._saved_after_s = None
         self._of_step = UNBOUND
         if known:
             self._of_step = replace(self.budgets, tpot_s=min(self.budgets.tpot_s, *known))
@@ -66,10 +69,21 @@ class PromptBudget:
             budgets = Budgets(prompt_tokens=min(budgets.prompt_tokens, MIN_CHUNK))
         left = replace(budgets, prompt_tokens=budgets.prompt_tokens - shape.num_prompt_tokens)
         num_tokens = prompt_room(left, rates, shape, start)
-        if not num_tokens and not shape.num_prompt_tokens and self._num_passed_over >= MAX_PASSED_OVER:
-            num_tokens = MIN_CHUNK
+        if not num_tokens and not shape.num_prompt_tokens:
+            num_tokens = self._saved_up(left, rates, shape, start)
+            if not num_tokens and self._num_passed_over >= MAX_PASSED_OVER:
+                num_tokens = MIN_CHUNK
         self._has_refused |= not num_tokens
         return num_tokens
+
+    def _saved_up(self, budgets: Budgets, rates: Rates, streams: StepShape, start: int) -> int:
+        """The smallest chunk, if the time that earlier steps have left pays for what this one lacks."""
+        if not self.bounds_time or budgets.prompt_tokens < MIN_CHUNK:
+            return 0
+        saved_s = self._saved_s + max(budgets.tpot_s - rates.step_s(streams), 0.0)
+        cost_s = rates.prompt_s(MIN_CHUNK, start)
+        self._saved_after_s = saved_s - cost_s if saved_s >= cost_s else saved_s
+        return MIN_CHUNK if saved_s >= cost_s else 0
 
     def end(self, *, carries_prompts: bool) -> None:
         """The step's prompts are chosen."""
@@ -77,3 +91,5 @@ class PromptBudget:
             self._num_passed_over = 0
         elif self._has_refused:
             self._num_passed_over += 1
+        # Only while prompts wait for it: what streams have had for themselves is theirs.
+        self._saved_s = self._saved_after_s or 0.0

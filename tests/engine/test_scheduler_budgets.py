@@ -115,6 +115,18 @@ def test_a_prompt_handed_over_is_no_stream_before_its_first_token() -> None:
     assert bench.shapes(2) == [{"a": 100}, {"a": 1, "b": 60}]
 
 
+def test_what_is_too_little_for_a_chunk_is_saved_for_a_later_step() -> None:
+    bench = BudgetBench(Rates(**{**vars(RATES), "prompt_pair_s": 0.0}))
+    bench.stream(max_tokens=200)
+    alone_s = RATES.step_s(StepShape(num_running=1))
+    bench.bound(tpot_s=alone_s + 20 * RATES.prompt_token_s)
+    bench.add("a", 400)
+    carried = [shape.get("a", 0) for shape in bench.shapes(16)]
+    assert set(carried) == {0, MIN_CHUNK}
+    assert sum(carried) > 16 * 20 - 2 * MIN_CHUNK
+    assert all(sum(carried[:number]) <= 20 * number for number in range(17)), "never in advance"
+
+
 def test_prompts_left_out_eight_times_get_the_smallest_chunk_one_at_a_time() -> None:
     bench = BudgetBench()
     bench.stream()

@@ -65,6 +65,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         learner.rates = RATES
         self.scheduler = Scheduler(self.config, self.pool, None if guesses is None else Oracle(guesses), learner)
         self.num_without_prompts = 0  # steps beside streams, in a row
+        self.saved_s = 0.0  # that steps beside streams have left of their budgets, at most
         self.world = PagedWorld(self.pool, self.config)
         self.accepted: list[Request] = []
         self.granted: dict[str, tuple[Request, Reservation]] = {}  # transfers in progress
@@ -118,9 +119,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             # A prompt that needs no more than its last token is computed as a stream's.
             shape = shape_of([*streams, *prompts])
             tpot_s = min(budgets.tpot_s, *(each.request.tpot_s for each in streams))
-            keeps = shape.num_prompt_tokens <= budgets.prompt_tokens and RATES.step_s(shape) <= tpot_s + 1e-9
+            over_s = RATES.step_s(shape) - tpot_s
+            keeps = shape.num_prompt_tokens <= budgets.prompt_tokens and over_s <= self.saved_s + 1e-9
             is_due = shape.num_prompt_tokens <= MIN_CHUNK and self.num_without_prompts >= MAX_PASSED_OVER
-            assert keeps or is_due, f"{shape} beside {len(streams)} streams, {budgets}, {tpot_s}"
+            assert keeps or is_due, f"{shape} beside {len(streams)} streams, {budgets}, {tpot_s}, {self.saved_s}"
+            assert over_s <= 1e-9 or shape.num_prompt_tokens <= MIN_CHUNK, "saved for the smallest chunk"
+            self.saved_s = max(self.saved_s - max(over_s, 0.0), 0.0)
+        elif streams:
+            tpot_s = min(budgets.tpot_s, *(each.request.tpot_s for each in streams))
+            self.saved_s += min(max(tpot_s - RATES.step_s(shape_of(streams)), 0.0), 100.0)
         self.num_without_prompts = 0 if prompts else self.num_without_prompts + 1
 
     @rule(request=requests)

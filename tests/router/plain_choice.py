@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from operator import truediv
 from typing import TypeVar
 
-from services.budgets import Budgets, Role, prompt_room
+from services.budgets import Budgets, Role, prompt_pace
 from services.rates import StepShape
 from services.router.routing.bending import LET_THROUGH
 from services.router.routing.candidates import (
@@ -205,7 +205,7 @@ def _bent(cost: CostModel, request: RoutedRequest, bending: Bending, terms: Pref
     steps_s = rates.base_s
     if bending.num_running:
         budgets = Budgets(bending.tpot_budget_s, bending.prompt_budget)
-        room = prompt_room(budgets, rates, streams, start + num_own // 2) or LET_THROUGH
+        room = max(prompt_pace(budgets, rates, streams, start + num_own // 2), LET_THROUGH)
         steps_s = -(-(num_queued + num_own) // room) * rates.step_s(streams)
     expected_s = steps_s + num_queued * rates.prompt_token_s + rates.prompt_s(num_own, start)
     expected_s += (terms.load + terms.fetch) * rates.prompt_token_s

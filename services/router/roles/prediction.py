@@ -116,7 +116,8 @@ def _beside_streams(split: Split, load: Load) -> float:
     token_s = load.rates.prompt_s(1, round(load.demand.cached_tokens + load.demand.prompt_tokens / 2))
     # A step that is given so many seconds of prompts takes (base + seconds) / free.
     seconds = min(split.budgets.tpot_s * free - load.rates.base_s, split.budgets.prompt_tokens * token_s)
-    return seconds * free / (load.rates.base_s + seconds) if seconds >= MIN_CHUNK * token_s else 0.0
+    carries_any = seconds > 0 and split.budgets.prompt_tokens >= MIN_CHUNK
+    return seconds * free / (load.rates.base_s + seconds) if carries_any else 0.0
 
 
 def _queue_s(num_workers: int, capacity: float, load: Load) -> float:

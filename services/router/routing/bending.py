@@ -158,7 +158,7 @@ def _steps_s(rates: Rates, columns: Mapping[str, Column], num_tokens: Column, mi
 
 
 def _room(rates: Rates, columns: Mapping[str, Column], step_s: Column, middle: Column | float) -> Column:
-    """`prompt_room` of services/budgets."""
+    """`prompt_pace` of services/budgets, and what is let through in any case."""
     budget_s = columns["tpot_budget_s"]
     is_bound = np.isfinite(budget_s)
     spare_s = np.where(is_bound, np.maximum(budget_s - step_s, 0.0), 0.0)
@@ -166,4 +166,4 @@ def _room(rates: Rates, columns: Mapping[str, Column], step_s: Column, middle: C
     fitting = np.floor(2 * spare_s / (linear + np.sqrt(linear * linear + 4 * square * spare_s)))
     bound = np.where(is_bound, np.minimum(fitting, UNLIMITED), UNLIMITED).astype(np.int64)
     room = np.minimum(columns["prompt_budget"], bound)
-    return np.where(room >= MIN_CHUNK, room, LET_THROUGH)
+    return np.where(columns["prompt_budget"] >= MIN_CHUNK, np.maximum(room, LET_THROUGH), LET_THROUGH)
