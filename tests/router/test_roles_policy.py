@@ -198,6 +198,21 @@ def test_nothing_is_flipped_where_a_prompt_alone_takes_too_long() -> None:
     assert not [verdict for verdict in held(view) if verdict.kind == "flip"]
 
 
+@pytest.mark.parametrize("short", ["prefill", "decode"])
+def test_nothing_is_flipped_for_a_side_that_has_little_to_do(short: str) -> None:
+    little = Demand(1.0, 500.0, 0.0, 60.0)
+    attained = Attainment(40, 5, 40, 3.0, 0.4) if short == "prefill" else Attainment(40, 40, 5, 0.4, 3.0)
+    share, tokens = LADDER[2 if short == "prefill" else 0]  # budgets have done what they can
+    workers = tuple(
+        replace(each, budgets=Budgets(share * OBJECTIVES.tpot_s, tokens)) if each.role == "decode" else each
+        for each in fleet("ppdd").workers
+    )
+    verdicts = held(fleet("ppdd", workers=workers, demand=little, attainment=attained))
+    assert not [verdict for verdict in verdicts if verdict.kind == "flip"]
+    assert verdicts[-1].gate is not None
+    assert verdicts[-1].gate.measurement == f"load of {short}"
+
+
 def test_a_fleet_without_objectives_is_left_alone() -> None:
     _, verdict = decide(short_of_prefill(), IDLE, Objectives(), SETTINGS)
     assert (verdict.kind, verdict.reason) == ("none", "no objectives")

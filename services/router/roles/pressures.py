@@ -34,11 +34,17 @@ class Measured:
     prefill: float
     prefill_load: float
     """What a prompt that comes now has to wait, or what prompts there are for the prefill workers to do: the less."""
+    prefill_cause: float
+    """The more of these two: what a missed time to first token must be due to for a role to help."""
     decode: float
     decode_load: float
     """What steps with streams alone, seats and blocks come to."""
     tpot: float
     """What the requests of the window have met."""
+
+    def cause(self, side: Role) -> float:
+        """How much there is to do for a side, whatever its clients got."""
+        return self.prefill_cause if side == "prefill" else self.decode_load
 
     @property
     def worst(self) -> float:
@@ -54,10 +60,12 @@ def measure(view: FleetView, load: Load, objectives: Objectives) -> Measured:
     wait = view.prefill_wait_s / (_WAIT_SHARE * objectives.ttft_s)
     kv = fmean([worker.kv_usage for worker in decode] or [0])
     decode_load = max(view.step_s / objectives.tpot_s, _mean_seats(decode) / _FULL, kv / _FULL)
+    work = load.prefill_work / max(len(prefill), 1)
     # A role that nobody has is as short as can be.
     return Measured(
         prefill=min(max(wait, ttft), MOST) if prefill else MOST,
-        prefill_load=min(wait, load.prefill_work / len(prefill)) if prefill else MOST,
+        prefill_load=min(wait, work) if prefill else MOST,
+        prefill_cause=min(max(wait, work), MOST) if prefill else MOST,
         decode=min(max(decode_load, tpot), MOST) if decode else MOST,
         decode_load=min(decode_load, MOST) if decode else MOST,
         tpot=min(tpot, MOST),

@@ -16,6 +16,8 @@ from services.router.roles.turns import Work
 
 _SAFE: Final = 0.9
 """Where a side may be predicted to be after a change."""
+_CAUSE: Final = 0.6
+"""A side that has less to do misses its objective for other reasons, and another role would not help."""
 _HELPS: Final = 0.25
 """Budgets that are not predicted to do are to take so much off the short side's pressure; a flip, for its one worker,
 such a part of that worker's share in the fleet."""
@@ -141,6 +143,7 @@ def _flip_gates(case: Case) -> list[Gate]:
     now_s, until_s = case.view.at_s, case.state.no_flip_until_s or 0.0
     gates = [
         Gate("workers that may be flipped", len(_candidates(case)), 1, "above"),
+        Gate(f"load of {case.short}", case.measured.cause(case.short), _CAUSE, "above"),
         Gate("seconds until a role may be changed", max(until_s - now_s, 0.0), 0, "below"),
     ]
     if gates[0].passes:
