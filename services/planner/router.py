@@ -149,7 +149,8 @@ class VirtualRouter:
 
     def arrive(self, job: Job) -> bool:
         """Let it wait for room, and then for its workers; False where it was refused."""
-        applicant = Applicant(_MODEL, _CLIENT, num_prompt_tokens=job.request.num_prompt_tokens)
+        ttft_s = self._setup.objectives.ttft_s
+        applicant = Applicant(_MODEL, _CLIENT, num_prompt_tokens=job.request.num_prompt_tokens, ttft_s=ttft_s)
         admitted = self.admission.admit(1, applicant)
         try:
             room = admitted.__enter__()

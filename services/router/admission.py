@@ -45,6 +45,8 @@ class Applicant:
     """Smaller is sooner."""
     num_prompt_tokens: int = 0
     """Of all its prompts."""
+    ttft_s: float = math.inf
+    """What is left now of the time that its first token may take; infinite: it has no such objective."""
 
 
 class Fleet(Protocol):
@@ -113,6 +115,8 @@ class Room:
         """It waited too long: whoever waits for it is to raise this."""
         self.num_tokens = applicant.num_prompt_tokens / num_sequences
         """Of each sequence's prompt; choices of one prompt share it."""
+        self.last_grant_s = math.inf
+        """The last moment at which room for it is of use, by the admission's clock."""
         self._due_s: deque[float] = deque()  # of those granted and not begun
         self._line = line
         self._give_back = give_back
@@ -233,6 +237,9 @@ class Admission:
         if not self._has_room(applicant.model, line) or len(line.queue):
             self._check_queue(num_sequences, applicant.client)
         room = Room(num_sequences, applicant, line, self._give_back)
+        if applicant.ttft_s < math.inf:
+            estimate = expected_ttft(0.0, 1.0, 0.0, room.num_tokens, self._fleet.rates(applicant.model))
+            room.last_grant_s = self._clock() + applicant.ttft_s - estimate.own_s
         line.seats.want(applicant.client, num_sequences)
         self._wait(room, line)
         self.num_waiting += num_sequences
@@ -265,7 +272,9 @@ class Admission:
         if not len(line.queue) or not self._has_room(model, line):
             return False
         num_seats = min(self._fleet.num_seats(model), self._capacity)
-        popped = line.queue.pop(lambda client: line.seats.has_enough(client, num_seats))
+        # A prompt begins when those in front of it at the worker are through.
+        begins_s = self._clock() + self._fleet.rates(model).prompt_s(math.ceil(self._fleet.front_tokens(model)))
+        popped = line.queue.pop(lambda client: line.seats.has_enough(client, num_seats), begins_s)
         if popped is None:
             return False
         room, client = popped
@@ -314,7 +323,8 @@ class Admission:
         return estimate.worker_s + estimate.own_s
 
     def _wait(self, room: Room, line: _Line) -> None:
-        line.queue.push(room, room.applicant.client, room.num_tokens, room.applicant.priority)
+        applicant = room.applicant
+        line.queue.push(room, applicant.client, room.num_tokens, applicant.priority, room.last_grant_s)
 
     def _give_back(self, num_sequences: int) -> None:
         self.num_running -= num_sequences

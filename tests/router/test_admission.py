@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import ExitStack
 
@@ -32,6 +33,27 @@ class Visitor:
 
     def leave(self) -> None:
         self._stack.close()
+
+
+def test_a_request_whose_first_token_would_be_late_lets_the_next_one_pass() -> None:
+    now_s = 0.0
+    admission = Admission(1, 9, lambda: now_s)
+    with ExitStack() as visits:
+        running = visits.enter_context(admission.admit(1))
+        running.begin()
+        late, timely, without = (
+            visits.enter_context(admission.admit(1, Applicant(num_prompt_tokens=100, ttft_s=ttft_s)))
+            for ttft_s in (1.0, 10.0, math.inf)
+        )
+        now_s = 1.0  # nothing is left for its prompt
+        running.end()
+        assert (late.num_free, timely.num_free, without.num_free) == (0, 1, 0)
+        timely.begin()
+        timely.end()
+        assert (late.num_free, without.num_free) == (0, 1)
+        without.begin()
+        without.end()
+        assert late.num_free == 1, "it is served all the same"
 
 
 def test_lets_in_in_order_as_room_comes():

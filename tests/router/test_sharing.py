@@ -123,6 +123,44 @@ def seats_taken(seats: Seats, client: str, num_seats: int, num_wanted: int) -> i
     return num_taken
 
 
+def test_who_would_be_late_yields_to_who_can_be_in_time_but_for_each_eighth_turn() -> None:
+    queue: FairQueue[int] = FairQueue()
+    for number in range(3):
+        queue.push(number, "a", 10, due_s=1.0)
+    for number in range(3, 20):
+        queue.push(number, "a", 10, due_s=100.0)
+    order = [(queue.pop(now_s=2.0) or (None,))[0] for _ in range(20)]
+    assert order[:17] == [3, 4, 5, 6, 7, 8, 9, 0, *range(10, 17), 1, 17]
+    assert order[17:] == [18, 19, 2]
+    assert queue.pop(now_s=2.0) is None
+    assert queue.num_tokens == 0
+
+
+def test_a_late_one_leaves_when_its_client_does_and_is_nobody_s_wait() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.push("late", "a", 500, due_s=1.0)
+    queue.push("later", "a", 30, due_s=1.0)
+    queue.push("timely", "a", 20)
+    assert queue.tokens_ahead("a") == 550
+    assert queue.pop(now_s=2.0) == ("timely", "a")
+    assert queue.tokens_ahead("a") == 0, "a new one passes them"
+    queue.remove("late", "a")
+    assert (queue.num_tokens, len(queue)) == (30, 1)
+    assert queue.pop(now_s=2.0) == ("later", "a")
+
+
+def test_lateness_takes_nobody_s_share() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for number in range(4):
+        queue.push(f"late {number}", "a", 10, due_s=1.0)
+        queue.push(f"timely {number}", "b", 10)
+    tenants = []
+    while (found := queue.pop(now_s=2.0)) is not None:
+        tenants.append(found[1])
+        queue.charge(found[1], 10)
+    assert sorted(tenants[:4]) == ["a", "a", "b", "b"]
+
+
 def test_one_client_alone_has_all_seats_and_leaves_those_to_others_that_they_have_wanted() -> None:
     clock = Hand()
     alone, beside_one, beside_many, shared = (Seats(share, clock) for share in (0.75, 0.75, 0.75, 1.0))

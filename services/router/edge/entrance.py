@@ -79,7 +79,8 @@ class Visit:
         self, plan: GenerationPlan, admission: Admission, limits: Limits
     ) -> AsyncIterator[tuple[Room, Spent]]:
         """Room for a plan, for as long as it lasts; the body says in `Spent` what it used. Raises ApiError."""
-        applicant = replace(self.applicant, num_prompt_tokens=sum(map(len, plan.prompts)))
+        ttft_s = max(self.objectives.ttft_s - (self.clock() - self.arrived_s), 0.0)
+        applicant = replace(self.applicant, num_prompt_tokens=sum(map(len, plan.prompts)), ttft_s=ttft_s)
         visit = replace(self, applicant=applicant)
         visit.check_delay(admission)
         async with limits.within(self.share, self.tenant, plan, self.scope, self.left_s) as spent:
