@@ -8,13 +8,15 @@ from functools import partial
 
 from tandem.v1 import worker_pb2 as pb
 
-from services.budgets import Budgets, Role
+from services.budgets import MIN_CHUNK, Budgets, Role
 from services.engine.api import BudgetsFixed
 from services.worker import convert
 from services.worker.assembly import WorkerParts
 from services.worker.engine_thread import EngineCrashed
 
 log = logging.getLogger(__name__)
+
+_ANY = Budgets(1.0, MIN_CHUNK)  # bound both
 
 
 class BudgetKeeper:
@@ -28,10 +30,14 @@ class BudgetKeeper:
         self._engine = parts.engine
         self._thread = parts.thread
         self.role: Role = role
+        self.may_change = True
+        """Whether its engine keeps to budgets: routers are told that before they try to change them."""
         try:
+            parts.engine.set_budgets(_ANY)
             parts.engine.set_budgets(budgets)
         except BudgetsFixed as error:
-            log.warning("begins as a %s worker, without its budgets: %s", role, error)
+            self.may_change = False
+            log.warning("stays a %s worker without budgets: %s", role, error)
 
     def said(self) -> pb.Budgets:
         """Both, for a session's load."""

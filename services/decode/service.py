@@ -96,7 +96,7 @@ class DecodeService:
             lambda: self._parts.rates.rates,
             first.hello.heartbeat_s,
             self._stuck,
-            () if self._budgets is None else (BUDGETS,),
+            (BUDGETS,) if self._budgets is not None and self._budgets.may_change else (),
         )
         self._sessions[session] = {}
         reader = asyncio.create_task(self._read_orders(session, orders), name=f"session-{session.router_id}")

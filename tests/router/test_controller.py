@@ -393,6 +393,32 @@ def test_a_window_says_what_came_in_and_what_clients_got():
     assert attainment_of(ledger.window(["m"], 0.0)) is None
 
 
+def test_who_has_no_objective_hides_nobody_that_misses_one():
+    ledger = Ledger(10, Clock())
+    for number in range(100):
+        is_bound = number % 20 == 0
+        ledger.finished(
+            finished(
+                ttft_s=3.0,
+                tpot_s=0.08 if is_bound else None,  # a lone token has no time per token
+                objectives=OBJECTIVES if is_bound else Objectives(tpot_s=OBJECTIVES.tpot_s),
+                model="m",
+            )
+        )
+    attained = attainment_of(ledger.window(["m"], 0.0))
+    assert attained is not None
+    assert attained.ttft_ratio == pytest.approx(2.0, rel=0.05)
+    assert attained.tpot_ratio == pytest.approx(2.0, rel=0.05)
+
+
+def test_an_absurd_objective_is_missed_by_as_much_as_can_be_said():
+    ledger = Ledger(10, Clock())
+    ledger.finished(finished(ttft_s=3.0, objectives=Objectives(ttft_s=1e-313, tpot_s=1e300), model="m"))
+    attained = attainment_of(ledger.window(["m"], 0.0))
+    assert attained is not None
+    assert (attained.ttft_ratio, attained.tpot_ratio) == (1024.0, 0.0)
+
+
 def test_windows_of_routers_add_up():
     clock = Clock()
     ledgers = [Ledger(10, clock) for _ in range(2)]

@@ -10,7 +10,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.budgets import UNBOUND, UNLIMITED, Budgets
 from services.rates import Rates
-from services.router.fleet import Headroom
+from services.router.fleet import Headroom, WorkerSession
 from services.router.fleet.known_rates import ModelRates
 from services.router.fleet.worker_load import budgets_from_proto, role_from_proto
 from services.router.routing import FIXED, NO_OBJECTIVES, Bending, Decision, DecodeTable, Policy, PrefillTable, choose
@@ -63,6 +63,17 @@ async def test_nobody_gives_prompts_to_one_whose_session_is_down_or_that_drains(
         await until(lambda: fleet.parts.workers.num_sessions_up == 2)
         rows = {row.worker_id: row.draining for row in fleet.parts.workers.prefill_table().workers}
         assert rows == {dead.record.worker_id: True, drains.record.worker_id: True, fine.record.worker_id: False}
+
+
+async def test_nobody_gives_prompts_to_one_that_should_have_said_something(model_directory, monkeypatch):
+    async with scripted_fleet() as fleet:
+        silent, fine = elastic(model_directory, "prefill"), elastic(model_directory, "decode")
+        await fleet.serve_with(silent, fine)
+        key = silent.record.key
+        monkeypatch.setattr(WorkerSession, "is_suspect", property(lambda session: session.record.key == key))
+        fleet.parts.workers.count_prefill(key, 1)
+        rows = {row.worker_id: row.draining for row in fleet.parts.workers.prefill_table().workers}
+        assert rows == {silent.record.worker_id: True, fine.record.worker_id: False}
 
 
 async def test_a_lone_worker_of_either_role_serves(model_directory):

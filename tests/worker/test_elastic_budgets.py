@@ -13,9 +13,10 @@ import pytest
 import torch
 from tandem.v1 import worker_pb2 as pb
 
-from services.budgets import DEFLECTED_CHUNK, UNLIMITED, Budgets
+from services.budgets import DEFLECTED_CHUNK, UNBOUND, UNLIMITED, Budgets
 from services.elastic.config import ElasticConfig
 from services.engine.api import BudgetsFixed, InvalidRequest, Request
+from services.engine.native import Engine
 from services.orders import BUDGETS
 from services.worker import convert
 from tests.hf_models import random_prompts, write_model
@@ -138,6 +139,21 @@ async def test_an_engine_that_cannot_change_them_goes_on_and_the_load_says_so(
         await until(lambda: "stays a decode worker" in caplog.text)
         assert "tpot_s cannot be changed: it has none" in caplog.text
         assert (worker.state["role_now"], router.said.role) == ("decode", "decode")
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_worker_whose_engine_keeps_to_none_says_so_before_a_router_tries(model: Path, role: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "set_budgets", keeps_to_none)
+        worker = elastic(model, role=role)
+    async with session(worker) as router:
+        assert BUDGETS not in router.frames[0].features
+        assert router.said.role == role
+
+
+def keeps_to_none(engine: Engine, budgets: Budgets) -> None:
+    if budgets != UNBOUND:
+        raise BudgetsFixed(["tpot_s"], "it has none")
 
 
 async def test_a_load_says_how_long_the_running_streams_are(model: Path) -> None:

@@ -36,8 +36,9 @@ def decode_candidate(record: WorkerRecord, session: WorkerSession, num_queued_to
 
 
 def prefill_candidate(record: WorkerRecord, session: WorkerSession | None, num_queued_tokens: int) -> PrefillCandidate:
-    """`session`: of an elastic worker, which says by it what all routers gave it, and whether it is there."""
-    is_away = session is not None and (session.load.draining or not session.connected)
+    """`session`: of an elastic worker, which says by it what all routers gave it, and whether it is there. One that
+    should have said something by now gets no prompt: who decodes may compute it, too."""
+    is_away = session is not None and (session.load.draining or not session.connected or session.is_suspect)
     num_waiting_tokens = 0 if session is None else session.load.num_waiting_tokens
     return PrefillCandidate(
         worker_id=record.worker_id,

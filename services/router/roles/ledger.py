@@ -41,7 +41,7 @@ class Tally(msgspec.Struct):
     num_queued_tokens: float = 0.0
     """Of prompts that wait in the router now."""
     ttft: dict[int, int] = {}
-    """Sequences by bucket of their time to first token, in parts of its objective."""
+    """Sequences by bucket of their time to first token, in parts of its objective: those that have one."""
     tpot: dict[int, int] = {}
 
     def add(self, other: Tally) -> None:
@@ -83,9 +83,13 @@ class Ledger:
         ttft, tpot = finished.ttft_s / objectives.ttft_s, (finished.tpot_s or 0.0) / objectives.tpot_s
         tally.num_ttft_met += ttft <= _LATE
         tally.num_tpot_met += tpot <= _LATE
-        for buckets, ratio in ((tally.ttft, ttft), (tally.tpot, tpot)):
-            bucket = _bucket(ratio)
-            buckets[bucket] = buckets.get(bucket, 0) + 1
+        for buckets, seconds, objective_s in (
+            (tally.ttft, finished.ttft_s, objectives.ttft_s),
+            (tally.tpot, finished.tpot_s, objectives.tpot_s),
+        ):
+            if seconds is not None and objective_s < math.inf:  # else it says nothing of what the others get
+                bucket = _bucket(seconds / objective_s)
+                buckets[bucket] = buckets.get(bucket, 0) + 1
 
     def window(self, models: Iterable[str], num_queued_tokens: float) -> Tally:
         """The last seconds of these models together."""
@@ -111,7 +115,7 @@ class Ledger:
 
 def _bucket(ratio: float) -> int:
     """Bucket b holds what is up to 2^(b / 16)."""
-    return min(max(math.ceil(_PER_DOUBLING * math.log2(ratio)), _LEAST), _MOST) if ratio > 0 else _LEAST
+    return math.ceil(min(max(_PER_DOUBLING * math.log2(ratio), _LEAST), _MOST)) if ratio > 0 else _LEAST
 
 
 def _percentile(buckets: dict[int, int]) -> float:
