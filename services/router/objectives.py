@@ -17,6 +17,7 @@ from services.settings import SettingsError
 
 _SETTING: Final = "objectives"
 _TIMES: Final = ("ttft", "tpot")
+_MIN_MS: Final = 1e-3  # whatever is less is missed just as surely
 _MAX_MS: Final = 1e9
 _Times = Mapping[str, float]
 """Seconds by `_TIMES`, those that are named."""
@@ -112,4 +113,4 @@ def _milliseconds(text: str, entry: str) -> float:
 
 
 def _seconds(milliseconds: float) -> float:
-    return milliseconds / 1000 if milliseconds else math.inf
+    return max(milliseconds, _MIN_MS) / 1000 if milliseconds else math.inf

@@ -143,12 +143,13 @@ async def open_parts(
         config.request_memory_bytes, config.client_share, threads, lambda: metrics.count_refusal("memory_full")
     )
     shares = read_shares(config.tenants_file)
-    objectives = config.read_objectives()
-    admission = _make_admission(config, metrics, workers, shares, bool(objectives), clock)
+    objectives, policy = config.read_objectives(), Policy(config.routing_policy)
+    bends = bool(objectives) and policy is Policy.KV  # the others know no costs to bend by
+    admission = _make_admission(config, metrics, workers, shares, bends, clock)
     quotas = quotas or Quotas(None, router_id, clock)
     metrics.quotas_shared.set_function(lambda: quotas.is_shared)
     prefixes = PrefixFinder(index, metrics, config.index_timeout_s, clock)
-    placer = Placer(workers, Policy(config.routing_policy), DecisionLog(config.routing_history), clock, unix_clock)
+    placer = Placer(workers, policy, DecisionLog(config.routing_history), clock, unix_clock)
     placer.on_redirect = metrics.count_redirect
 
     def on_news() -> None:

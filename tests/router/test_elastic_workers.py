@@ -10,6 +10,8 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.budgets import UNBOUND, UNLIMITED, Budgets
 from services.rates import Rates
+from services.router.admission import Applicant
+from services.router.config import RouterConfig
 from services.router.fleet import Headroom, WorkerSession
 from services.router.fleet.known_rates import ModelRates
 from services.router.fleet.worker_load import budgets_from_proto, role_from_proto
@@ -74,6 +76,17 @@ async def test_nobody_gives_prompts_to_one_that_should_have_said_something(model
         fleet.parts.workers.count_prefill(key, 1)
         rows = {row.worker_id: row.draining for row in fleet.parts.workers.prefill_table().workers}
         assert rows == {silent.record.worker_id: True, fine.record.worker_id: False}
+
+
+@pytest.mark.parametrize(("policy", "num_tokens"), [("kv", 0), ("least-loaded", 9000), ("round-robin", 9000)])
+async def test_prompts_wait_for_those_to_whom_the_policy_gives_them(model_directory, policy: str, num_tokens: int):
+    config = RouterConfig(routing_policy=policy, ttft_objective=1000.0)
+    async with scripted_fleet(config) as fleet:
+        busy = elastic(model_directory, "prefill", num_waiting_tokens=9000)
+        await fleet.serve_with(busy, elastic(model_directory, "decode"))
+        (name,) = busy.record.served_model_names
+        expected_s = fleet.parts.workers.rates(busy.record.model_fingerprint).prompt_s(num_tokens)
+        assert fleet.parts.admission.estimate(Applicant(name)).worker_s == pytest.approx(expected_s)
 
 
 async def test_a_lone_worker_of_either_role_serves(model_directory):

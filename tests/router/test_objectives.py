@@ -22,6 +22,12 @@ def test_what_is_not_set_is_no_objective():
     assert table.of_request("acme", 3) == Objectives()
 
 
+def test_the_least_objective_is_one_that_can_be_divided_by():
+    table = ObjectiveTable.of(1e-322, 1e-320, ["tenant=acme:ttft=1e-323"])
+    for each in (table.everybody, table.of_request("acme", 0)):
+        assert each == Objectives(1e-6, 1e-6)
+
+
 def test_a_tenants_go_before_its_prioritys_and_those_before_everybodys():
     entries = ("priority=0:ttft=500,tpot=40", "priority=-2:tpot=0", "tenant=acme:ttft=800")
     table = RouterConfig(ttft_objective=1500, tpot_objective=80, objectives=entries).read_objectives()

@@ -41,7 +41,7 @@ class Headroom:
 
     def __init__(self, workers: Tables, backlog_s: float, bends: bool = False) -> None:
         """`backlog_s`: prompt work that a worker may have in front, in seconds of its time; 0: as much as there is.
-        `bends`: there are objectives, so elastic workers do not only what they are given first."""
+        `bends`: elastic workers do not only what they are given first, since there are objectives."""
         self._workers = workers
         self._backlog_s = backlog_s or math.inf
         self._bends = bends
