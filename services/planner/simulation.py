@@ -42,16 +42,14 @@ def simulate(
     setup: Setup,
     *,
     takes_steps: bool | None = None,
-    progress: Callable[[int], None] = lambda num_ended: None,
 ) -> Outcomes:
     """What becomes of the requests. The same arguments give the same result, to the last bit.
 
-    `takes_steps`: whether workers take each step; None: up to MAX_STEP_WORKERS of them do. `progress` is told how many
-    requests have ended, now and then.
+    `takes_steps`: whether workers take each step; None: up to MAX_STEP_WORKERS of them do.
     """
     if takes_steps is None:
         takes_steps = shape.num_workers <= MAX_STEP_WORKERS
-    return Simulation(workload, shape, setup, takes_steps, progress).run()
+    return Simulation(workload, shape, setup, takes_steps).run()
 
 
 class Simulation:
@@ -63,10 +61,9 @@ class Simulation:
         shape: Shape,
         setup: Setup,
         takes_steps: bool,
-        progress: Callable[[int], None] = lambda num_ended: None,
     ) -> None:
         setup = replace(setup, rates=_learnt(setup.rates))
-        self._workload, self._shape, self._setup, self._progress = workload, shape, setup, progress
+        self._workload, self._shape, self._setup = workload, shape, setup
         self.time = VirtualTime()
         kind = StepWorker if takes_steps else FlowWorker
         self.workers: list[Worker] = [
@@ -86,7 +83,7 @@ class Simulation:
         """Give each its role, and somebody who changes it."""
         router = self._router
         self._controller = Controller(
-            self._setup, router.sessions, router.queued_tokens, self._bend, router.num_waiting_tokens
+            self._setup, router.sessions, router.queued_tokens, self._bend, router.num_waiting_tokens, self.time.clock
         )
         for worker in self.workers:
             role: Role = "prefill" if worker.row < self._shape.num_prefill else "decode"
@@ -141,7 +138,7 @@ class Simulation:
         if self._needs_tokens:
             job.token_ids = token_ids
         if self._controller is not None:
-            self._controller.arrived(self.time.now_s, request.num_prompt_tokens)
+            self._controller.arrived(request.num_prompt_tokens)
         if not self._router.arrive(job):
             self._record(job)
 
@@ -232,7 +229,7 @@ class Simulation:
         job.end_s = self.time.now_s + self._setup.delays.frame_s
         self.time.at(job.end_s, self._router.ended, job)
         if self._controller is not None:
-            self._controller.ended(job.end_s, job)
+            self.time.at(job.end_s, self._controller.ended, job)
         self._record(job)
 
     def gaps(self, seconds: float, num_tokens: int) -> None:
@@ -255,8 +252,6 @@ class Simulation:
                 request.num_output_tokens,
             )
         )
-        if len(self._outcomes) % 1000 == 0:
-            self._progress(len(self._outcomes))
 
 
 def _learnt(rates: Rates) -> Rates:

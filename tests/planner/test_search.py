@@ -46,7 +46,7 @@ def cheapest_of_grid(good: Callable[[Shape], float], most: int) -> int | None:
     return min((each.num_workers for each in shapes if good(each) >= 0.9), default=None)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.floats(0.2, 12), st.floats(0.2, 12), st.floats(0.2, 40))
 def test_the_cheapest_is_that_of_the_full_grid(num_prefill: float, num_decode: float, num_colocated: float) -> None:
     good = made_up(num_prefill, num_decode, num_colocated)
@@ -68,6 +68,7 @@ def test_what_is_bound_by_one_side_alone_ends() -> None:
     assert len(search.tried) < 40
 
 
+@pytest.mark.slow
 def test_a_real_fleet_is_as_small_as_the_grid_says() -> None:
     requests = workload(150, rate=40)
 
