@@ -27,7 +27,7 @@ from tests.simulation.run import WORLDS, never_judged, never_reached, simulate
 from tests.simulation.shrink import shrink
 from tests.simulation.tally import Tally
 
-SHARES: Final = {"pair": 0.6, "exchange": 0.1, "fleet": 0.15, "routers": 0.1, "restarts": 0.05}
+SHARES: Final = {"pair": 0.55, "exchange": 0.1, "fleet": 0.1, "elastic": 0.1, "routers": 0.1, "restarts": 0.05}
 """Of the time. Most seeds are of the pair: they are cheap."""
 _ROUND_MINUTES = 10.0
 _SEEDS_AT_ONCE: Final = {"pair": 50, "exchange": 5}

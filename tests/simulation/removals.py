@@ -31,6 +31,7 @@ from services.decode.admission import Admission
 from services.decode.live import LiveRequest
 from services.decode.service import DecodeService
 from services.decode.session import RouterSession
+from services.decode.stages import TRANSITIONS, LiveEvent, LiveState
 from services.prefill.service import _Order
 from services.router.fleet import Dispatch
 from services.router.fleet.sequence import Sequence as Sequence_
@@ -254,6 +255,10 @@ def _never_dial_again() -> AbstractContextManager[object]:
     return mock.patch.object(WorkerSession, "_run_stream", run_first)
 
 
+def _forget_the_redirected() -> AbstractContextManager[object]:
+    return mock.patch.dict(TRANSITIONS[LiveState.REDIRECTED], {LiveEvent.GIVEN_UP: (LiveState.ADMITTING, ())})
+
+
 REMOVALS: Final = {
     "source-freed-early": Removal("the owner frees before the confirmation", Invariant.SOURCE_HELD, _free_early),
     "lease-not-checked": Removal(
@@ -316,6 +321,12 @@ REMOVALS: Final = {
     ),
     "gone-router-kept": Removal(
         "a session ends with its router, and all that it had with it", Invariant.RECLAIMED, _never_see_it_go, "routers"
+    ),
+    "redirected-forgotten": Removal(
+        "a prompt that the engine has given up for a redirection is admitted anew",
+        Invariant.NO_FALSE_ALARM,
+        _forget_the_redirected,
+        "elastic",
     ),
     "holder-shunned": Removal(
         "a holder is left alone for what is not its fault", Invariant.NO_FALSE_ALARM, _blame_the_holder, "fleet"

@@ -14,7 +14,7 @@ from tests.simulation.pool import Invariant
 
 WORLDS: Final = {
     **dict.fromkeys(("pair", "exchange"), exchange.simulate),
-    **dict.fromkeys(("fleet", "routers", "restarts"), fleet.simulate),
+    **dict.fromkeys(("fleet", "routers", "restarts", "elastic"), fleet.simulate),
 }
 _OF_STREAMS: Final = {Invariant.RIGHT_TOKENS, Invariant.NOBODYS_WORK, Invariant.NO_FALSE_ALARM, Invariant.ONLY_PEERS}
 _OF_ROUTERS: Final = {Invariant.SERVES_ON, Invariant.RECLAIMED}
@@ -28,6 +28,7 @@ JUDGED: Final = {
     "exchange": _OF_EXCHANGES,
     "fleet": _OF_STREAMS | _OF_ALL,
     "routers": _OF_ROUTERS | _OF_ALL | {Invariant.RIGHT_TOKENS, Invariant.NO_FALSE_ALARM},
+    "elastic": _OF_ALL | {Invariant.RIGHT_TOKENS, Invariant.NOBODYS_WORK, Invariant.NO_FALSE_ALARM},
     "restarts": _OF_ALL | {Invariant.RIGHT_TOKENS, Invariant.NOBODYS_WORK},
 }
 """Invariants that some situation of a world could break; none may hold for want of it."""
@@ -54,6 +55,10 @@ REQUIRED: Final = {
     "routers": {
         *("router gone with clients", "a gone router's work in an engine", "ended: cut", "ended: whole"),
         *("lost Redis", "index announced anew"),
+    },
+    "elastic": {
+        *("deflected: prompt", "deflected: answer", "redirect sent", "redirected", "handed over", "handoff failed"),
+        *("prefix fetched from device", "ended: whole", "ended: left", "left in order", "restarted", "lost Redis"),
     },
     "restarts": {"restarted", "left in order", "ended: whole", "resumed: lost", "moved with its blocks"},
 }

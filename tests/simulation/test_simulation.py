@@ -46,6 +46,7 @@ PINNED = {
     "lost-wake-up": 3,
     "cancellation-swallowed": 7,
     "holder-shunned": 7,
+    "redirected-forgotten": 3,
     "never-resumed": 0,
     "never-dialled-again": 4,
     "routers-as-one": 3,

@@ -34,14 +34,18 @@ _FIRST: Final = bytes(2 * _HALF_BYTES)
 
 
 class HashComputation:
-    """`Computation` of the native engine."""
+    """`Computation` of the native engine. `on_forward`: called with the number of tokens that a step computes."""
 
     stage_seconds: Mapping[str, float] = {}
+
+    def __init__(self, on_forward: Callable[[int], None] = lambda num_tokens: None) -> None:
+        self._on_forward = on_forward
 
     def use_cache(self, kv_cache: Tensor) -> None: ...
 
     def forward(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         # [num_blocks, keys and values, block_size, bytes]
+        self._on_forward(len(batch.token_ids))
         cache = kv_cache.numpy().view(np.uint8)[:, 0, :, 0]
         wanted, logits, row = set(batch.logits_indices.tolist()), [], 0
         token_ids, tables = batch.token_ids.tolist(), batch.block_tables.numpy()
@@ -69,7 +73,13 @@ def undisturbed_logits(context: Sequence[int], num_last: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def make_engine(config: EngineConfig, num_blocks: int, num_host_slots: int, clock: Callable[[], float]) -> Engine:
+def make_engine(
+    config: EngineConfig,
+    num_blocks: int,
+    num_host_slots: int,
+    clock: Callable[[], float],
+    on_forward: Callable[[int], None] = lambda num_tokens: None,
+) -> Engine:
     """A native engine that computes so."""
     shape = SimpleNamespace(num_layers=1, num_kv_heads=1, head_dim=_HEAD_DIM, vocab_size=VOCAB_SIZE, eos_token_ids=())
     model = LoadedModel(
@@ -79,7 +89,7 @@ def make_engine(config: EngineConfig, num_blocks: int, num_host_slots: int, cloc
         device="cpu",
         fingerprint=FINGERPRINT,
         max_model_len=MAX_MODEL_LEN,
-        computation=HashComputation(),
+        computation=HashComputation(on_forward),
         compute_path=ComputePath("hash", "none", "for a simulation"),
     )
     return Engine(model, config, num_blocks, clock, num_host_slots, proof_key=PROOF_KEY)

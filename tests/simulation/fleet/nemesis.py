@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Final
 
 from kvstore.block import BlockHash
 from tests.memory_transport import Faults
+from tests.simulation.fleet import elastic
+from tests.simulation.fleet.elastic import KINDS as OF_ELASTIC
 from tests.simulation.fleet.impostor import intrude
 from tests.simulation.fleet.redis_host import FAULTS as OF_REDIS
+from tests.simulation.fleet.router import SimRouter
 from tests.simulation.fleet.routers import FAULTS as OF_ROUTERS
 from tests.simulation.fleet.routers import NAMES as ROUTERS
 from tests.simulation.fleet.routers import Routers
 from tests.simulation.fleet.store import DISK_POOL, SimStore
-from tests.simulation.fleet.worker import ROLES, STORE, SimWorker
+from tests.simulation.fleet.worker import STORE, SimWorker
 from tests.simulation.net import Weather
 
 if TYPE_CHECKING:
@@ -41,10 +44,9 @@ AROUND_ROUTERS: Final = (*GENTLE, *USERS, "delay", "partition", "kill", "vanish"
 """What may befall the world `routers` beside the faults of these, in seeds that are not gentle."""
 
 
-_DECODE: Final = tuple(name for name, role in ROLES.items() if role == "decode")
 _BACK_S: Final = 8.0
 """Until who is back has been found by everybody."""
-_PAUSE_S: Final = {"fleet": 2.0, "routers": 2.0, "restarts": 0.8}
+_PAUSE_S: Final = {"fleet": 2.0, "routers": 2.0, "restarts": 0.8, "elastic": 1.0}
 """Between two faults, at most."""
 
 
@@ -53,15 +55,18 @@ class FleetNemesis:
 
     def __init__(self, world: FleetWorld, draw: random.Random) -> None:
         self._world = world
+        self._decode = [name for name, role in world.roles.items() if role != "prefill"]
         plan = world.plan
         self.is_gentle = plan.world != "restarts" and draw.random() < (0.5 if plan.world == "routers" else 0.3)
         drawn = self._draw_mix(draw)
-        self._dealt = [kind for kind in drawn if kind in (*DEALT, *OF_REDIS, *OF_ROUTERS, *MALICE)]
+        self._dealt = [kind for kind in drawn if kind in (*DEALT, *OF_REDIS, *OF_ROUTERS, *MALICE, *OF_ELASTIC)]
         self.mix = frozenset(kind for kind in drawn if world.does(kind))
         self.leavers: set[str] = set()
         """Names and incarnations of those who leave in order."""
         self._away: list[tuple[str, float, float]] = []  # who was out of reach, from when until when
         self._deaths: list[float] = []  # of decode workers
+        self.redirects_until_s = 0.0
+        """Until when the requests of an elastic fleet are redirected at random."""
         world.faults.update((self.mix & set(STANDING)) - {"cut"})
 
     def num_deaths_since(self, since_s: float) -> int:
@@ -74,7 +79,7 @@ class FleetNemesis:
         return any(
             all(
                 any(each == name and begin <= moment <= end + _BACK_S for each, begin, end in self._away)
-                for name in _DECODE
+                for name in self._decode
             )
             for moment in moments
         )
@@ -97,7 +102,7 @@ class FleetNemesis:
         if kind == "partition" and other not in self._world.router.names:
             return
         self._away.append((name, now_s, ends_s.get(kind, now_s + lasts_s)))
-        if kind in ("kill", "vanish") and name in _DECODE:
+        if kind in ("kill", "vanish") and name in self._decode:
             self._deaths.append(now_s)
 
     def draw_read_faults(self, draw: random.Random) -> Faults:
@@ -121,6 +126,15 @@ class FleetNemesis:
             swarm = plan.stream("routers")
             own = [kind for kind in OF_ROUTERS if swarm.random() < 0.5]
             return [*own, *(kind for kind in (GENTLE if self.is_gentle else AROUND_ROUTERS) if draw.random() < 0.4)]
+        if plan.world == "elastic":
+            swarm = plan.stream("elastic")
+            own = [kind for kind in OF_ELASTIC if swarm.random() < 0.7]
+            return [*own, *self._draw_faults(draw)]
+        return self._draw_faults(draw)
+
+    def _draw_faults(self, draw: random.Random) -> list[str]:
+        """Those that befall any fleet."""
+        plan = self._world.plan
         if self.is_gentle:
             return [kind for kind in GENTLE if draw.random() < 0.4]
         drawn = [kind for kind in dict.fromkeys((*STANDING, *DEALT, *USERS)) if draw.random() < 0.4]
@@ -140,6 +154,9 @@ class FleetNemesis:
             if kind in self.mix and world.does(f"deal {number}"):
                 if kind in OF_REDIS:
                     self._deal_redis(kind, draw)
+                elif kind in OF_ELASTIC:
+                    assert isinstance(world.router, SimRouter)
+                    elastic.deal(world, world.router, kind, draw)
                 elif kind in OF_ROUTERS:
                     self._deal_router(kind, draw)
                 else:
@@ -148,7 +165,7 @@ class FleetNemesis:
     def _deal_redis(self, kind: str, draw: random.Random) -> None:
         world = self._world
         if world.redis.is_up:
-            lasts_s, other = draw.uniform(0.2, 9.0), draw.choice([*ROLES, STORE, *world.router.names])
+            lasts_s, other = draw.uniform(0.2, 9.0), draw.choice([*world.roles, STORE, *world.router.names])
             world.faults[kind] += 1
             world.story.append(f"{world.loop.time():.3f} s: {kind} ({other}, {lasts_s:.1f} s)")
             world.redis.fail(kind, lasts_s, draw.random() < 0.5, other)
@@ -163,7 +180,7 @@ class FleetNemesis:
     def _deal_one(self, kind: str, draw: random.Random) -> None:
         world = self._world
         here = dict(world.holders())
-        upright = [name for name in (*ROLES, STORE) if name in here and not here[name].process.is_paused]
+        upright = [name for name in (*world.roles, STORE) if name in here and not here[name].process.is_paused]
         if kind in OF_STORES or (self.is_gentle and kind != "abort storm"):
             upright = [name for name in upright if (name == STORE) == (kind in OF_STORES)]
         if len(upright) < (1 if kind in OF_STORES else 3):
@@ -171,7 +188,7 @@ class FleetNemesis:
         name = draw.choice(upright)
         worker, lasts_s = here[name], draw.uniform(0.2, 9.0)
         world.faults[kind] += 1
-        others = [each for each in (*ROLES, STORE, *world.router.names) if each != name]
+        others = [each for each in (*world.roles, STORE, *world.router.names) if each != name]
         other = draw.choice(others) if kind == "partition" else ""
         if kind in BLOWS:
             self._note(kind, name, other, lasts_s)
@@ -212,7 +229,9 @@ class FleetNemesis:
                 world.healing.later(lasts_s, lambda: setattr(worker.disk, what, False))
             case "impostor":
                 assert world.first is not None
-                work = intrude(world, draw.choice(list(ROLES)), world.first.engine.layout, worker.record.kv_address)
+                work = intrude(
+                    world, draw.choice(list(world.roles)), world.first.engine.layout, worker.record.kv_address
+                )
                 world.within(world.loop.new_process(f"x/{world.faults[kind]}"), work)
             case "abort storm":
                 for client in world.clients:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from kvstore.index import IndexObserver, IndexReader
@@ -12,10 +13,12 @@ from services.router.app import generating_endpoints
 from services.router.config import RouterConfig
 from services.router.edge import Edge, Guard, RouterParts
 from services.router.fleet import Workers
+from services.router.fleet.session import WorkerSession
 from services.router.process import Seams, open_parts
 from services.router.processes import new_request_id
 from services.router.tenants import Keyring
 from services.router.text import ModelDirectory
+from tests.simulation.fleet import elastic
 from tests.simulation.fleet.client import MAX_WORKER_DEATHS, REQUEST_TIMEOUT_S, Client
 from tests.simulation.fleet.orders import SimOrders
 from tests.simulation.fleet.redis_host import REDIS_URL
@@ -76,6 +79,11 @@ class SimRouter:
         """Decode workers that it can send orders to."""
         return 0 if self._workers is None else self._workers.num_sessions_up
 
+    @property
+    def sessions(self) -> list[WorkerSession]:
+        """Those with workers that it can send orders to."""
+        return [] if self._workers is None else [each for each in self._workers._sessions.values() if each.connected]
+
     async def start(self) -> None:
         """Until it can be asked."""
         await self._membership.start()
@@ -87,7 +95,8 @@ class SimRouter:
     async def _run(self, opened: asyncio.Future[RouterParts]) -> None:
         loop, orders = self._world.loop, SimOrders(self._world.orders, self.name, self.process)
         seams = Seams(orders, SimThreads(loop), loop.time, self._world.unix_s)
-        async with open_parts(_CONFIG, self._membership, self.process.name, seams, self._index) as parts:
+        config = replace(_CONFIG, **elastic.OBJECTIVES) if self._world.plan.world == "elastic" else _CONFIG
+        async with open_parts(config, self._membership, self.process.name, seams, self._index) as parts:
             opened.set_result(parts)
             await self._is_over
 

@@ -14,6 +14,7 @@ from services.engine.api import Request
 from services.router.fleet import session
 from services.router.text import models
 from services.worker.prefixes import HostPrefixes, Shunned
+from tests.simulation.fleet import elastic
 from tests.simulation.fleet.redis_host import seeded_clients
 from tests.simulation.fleet.wishes import model_files
 from tests.simulation.ledger import listening
@@ -61,6 +62,8 @@ def watching(world: FleetWorld) -> Iterator[None]:
         stack.enter_context(mock.patch.object(models, "load_model_files", return_value=model_files()))
         stack.enter_context(mock.patch.object(session, "random", world.plan.stream("backoff")))
         stack.enter_context(seeded_clients(world))
+        if world.plan.world == "elastic":
+            stack.enter_context(elastic.watching(world))
         stack.enter_context(seeing_rows(lambda row: world.transitions.update((row,))))
         stack.enter_context(listening(world, ("kvstore", "services"), world.hear))
         yield

@@ -13,11 +13,14 @@ from kvstore.peer_keys import PeerKeys
 from kvstore.registry import Registrar, WorkerRecord
 from services.decode.config import DecodeConfig
 from services.decode.service import DecodeService
+from services.elastic.config import ElasticConfig
+from services.elastic.service import ElasticService
 from services.prefill.config import PrefillConfig
 from services.prefill.service import PrefillService
 from services.worker import assembly
 from services.worker.assembly import Role, Seams, WorkerParts, assemble
 from services.worker.config import WorkerConfig
+from tests.simulation.fleet import elastic
 from tests.simulation.fleet.computation import FINGERPRINT, MAX_MODEL_LEN, make_engine
 from tests.simulation.fleet.orders import SimOrders, SimOrderServer
 from tests.simulation.fleet.redis_host import LEASE_S, REDIS_URL
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from tests.simulation.fleet.world import FleetWorld
 
 ROLES: Final[dict[str, Role]] = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
+ELASTIC_ROLES: Final[dict[str, Role]] = dict.fromkeys(elastic.STARTING_ROLES, "elastic")
 STORE: Final = "s0"
 MODEL: Final = "sim"
 BLOCK_SIZE: Final = 16
@@ -51,7 +55,7 @@ _WORKER: Final = {
 
 
 class SimWorker:
-    """One start of a prefill or decode worker."""
+    """One start of a prefill, decode or elastic worker."""
 
     def __init__(self, world: FleetWorld, name: str, role: Role, incarnation: str) -> None:
         self.name, self.role, self.incarnation = name, role, incarnation
@@ -60,9 +64,15 @@ class SimWorker:
         self._world = world
         self.process = world.loop.new_process(f"{name}/{incarnation}")
         with world.loop.within(self.process):
-            config = _config(role)
+            config = _config(name, role)
+            stopwatch = elastic.Stopwatch(self.unix_s)
             self.threads = SimThreads(world.loop, max_turn_s=_MAX_STEP_S)
-            self.engine = make_engine(config, _NUM_BLOCKS, _NUM_HOST_SLOTS, self.unix_s)
+            self.engine = (
+                make_engine(config, _NUM_BLOCKS, _NUM_HOST_SLOTS, stopwatch.clock, stopwatch.spend)
+                if role == "elastic"
+                else make_engine(config, _NUM_BLOCKS, _NUM_HOST_SLOTS, self.unix_s)
+            )
+            stopwatch.watch(self.engine)
             self.transport = world.make_transport(self.engine.memory, self.process.name)
             self.server = SimOrderServer(world.orders, f"{name}:{_ORDER_PORT}", self.process)
             outside = Outside(world.net.of(name, self.process), self.clock, world.new_id, self.threads)
@@ -75,7 +85,9 @@ class SimWorker:
             self.record = self._record()
             self._registrar = Registrar(REDIS_URL, self.record, LEASE_S)
 
-    def _make_service(self, config: WorkerConfig) -> DecodeService | PrefillService:
+    def _make_service(self, config: WorkerConfig) -> DecodeService | PrefillService | ElasticService:
+        if isinstance(config, ElasticConfig):
+            return ElasticService(config, self.parts)
         if isinstance(config, DecodeConfig):
             return DecodeService(config, self.parts)
         assert isinstance(config, PrefillConfig)
@@ -167,7 +179,18 @@ class SimWorker:
         )
 
 
-def _config(role: Role) -> WorkerConfig:
+def _config(name: str, role: Role) -> WorkerConfig:
+    if role == "elastic":
+        return ElasticConfig(
+            **_WORKER,  # type: ignore[arg-type]
+            advertise_host=name,
+            role=elastic.STARTING_ROLES[name],
+            tpot_objective=elastic.TPOT_OBJECTIVE_MS,
+            lease_ttl_s=5.0,
+            lease_max_s=60.0,
+            prefill_queue_timeout_s=8.0,
+            handoff_timeout_s=4.0,
+        )
     if role == "prefill":
         return PrefillConfig(**_WORKER, lease_ttl_s=5.0, lease_max_s=60.0)  # type: ignore[arg-type]
     return DecodeConfig(**_WORKER, prefill_queue_timeout_s=8.0, handoff_timeout_s=4.0)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ from tests.simulation.fleet.routers import Routers
 from tests.simulation.fleet.store import SimStore
 from tests.simulation.fleet.watching import watching
 from tests.simulation.fleet.wishes import Wish, draw_wish
-from tests.simulation.fleet.worker import ROLES, STORE, SimWorker
+from tests.simulation.fleet.worker import ELASTIC_ROLES, ROLES, STORE, SimWorker
 from tests.simulation.ledger import Ledger, Report
 from tests.simulation.loop import SimLoop
 from tests.simulation.nemesis import Healing
@@ -77,6 +77,7 @@ class FleetWorld(Ledger):
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
         draw = plan.stream("mix")
+        self.roles = ELASTIC_ROLES if plan.world == "elastic" else ROLES
         self.nemesis = FleetNemesis(self, draw)
         self.mix, self.is_gentle = self.nemesis.mix, self.nemesis.is_gentle
         self.loop = SimLoop(draw.getrandbits(64), shuffles="reorder" in self.mix)
@@ -155,7 +156,7 @@ class FleetWorld(Ledger):
 
     async def all_serve(self) -> None:
         """Until nobody leaves, and each router has a session with every decode worker."""
-        num_decode = sum(role == "decode" for role in ROLES.values())
+        num_decode = sum(role != "prefill" for role in self.roles.values())
 
         def are_here() -> bool:
             is_leaving = any(each.is_leaving for _, each in self.holders())
@@ -165,7 +166,7 @@ class FleetWorld(Ledger):
             self.report(Invariant.SERVES_AGAIN, f"{SERVE_S} s later {self.router.num_sessions_up} decode workers serve")
 
     async def _open(self) -> None:
-        for name in (*ROLES, STORE):
+        for name in (*self.roles, STORE):
             self.start(name)
         self.router = Routers(self) if self.plan.world == "routers" else SimRouter(self, "r", 1)
         await self.within(self.router.process, self.router.start())
@@ -260,7 +261,7 @@ class FleetWorld(Ledger):
             self.first = self.first or next(iter(self.workers.values()))
             started = self.stores[name] = SimStore(self, name, incarnation, self.first, self.directory / name)
         else:
-            started = self.workers[name] = SimWorker(self, name, ROLES[name], incarnation)
+            started = self.workers[name] = SimWorker(self, name, self.roles[name], incarnation)
         started.threads.max_delay_s = 0.2 if "slow threads" in self.mix else 0.01
         self.within(started.process, started.start())
 
