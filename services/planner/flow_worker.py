@@ -28,7 +28,7 @@ class _Prompt:
 
     def __init__(self, job: Job, hold: bool) -> None:
         self.job, self.hold = job, hold
-        self.num_computed = 0
+        self.num_computed = self.num_cached = 0
         self.has_begun = False
 
     @property
@@ -75,6 +75,9 @@ class FlowWorker:
 
     def compute(self, job: Job, hold: bool = False) -> None:
         self._order(lambda: self._queue.append(_Prompt(job, hold)))
+
+    def give_up(self, job: Job, then: Callable[[], None]) -> None:
+        self._order(lambda: self._give_up(job, then))
 
     def reserve(self, job: Job, granted: Callable[[], None]) -> None:
         self._order(lambda: self._reserving.append((job, granted)))
@@ -162,10 +165,24 @@ class FlowWorker:
             self._take(prompt.job)
             num_cached = self.peek(prompt.job.hashes) * limits.block_size
             prompt.num_computed = min(num_cached, prompt.job.request.num_prompt_tokens - 1)
-            prompt.job.num_cached_tokens = prompt.num_computed
+            prompt.num_cached = prompt.num_computed
+            prompt.job.num_cached_tokens = max(prompt.num_computed - prompt.job.num_own_tokens, 0)
             self._touch(prompt.job.hashes[: num_cached // limits.block_size])
             self._started.append(prompt)
             budget -= prompt.num_left
+
+    def _give_up(self, job: Job, then: Callable[[], None]) -> None:
+        prompt = next((each for each in (*self._queue, *self._started) if each.job is job), None)
+        if prompt is None:
+            return
+        if prompt in self._started:
+            self._started.remove(prompt)
+            self._cache_blocks(job.hashes[: prompt.num_computed // self._limits.block_size])
+            self._free(job)
+            job.num_own_tokens += prompt.num_computed - prompt.num_cached
+        else:
+            self._queue.remove(prompt)
+        then()
 
     def _has_place(self, job: Job) -> bool:
         num_others = len(self._streams) + len(self._started) + self._num_reserved

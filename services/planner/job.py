@@ -25,8 +25,16 @@ class Job:
     """Of the worker that is expected to prefill; -1: it is the decode worker."""
     sources: Sequence[int] = ()
     """Rows of workers, of either kind, that have some of its prefix, the best first."""
+    counted_row: int = -1
+    """Of the worker at which the router counts its prompt as in front of others..."""
     num_counted_tokens: int = 0
-    """By the router, as prompt in front of others."""
+    """... and so many tokens of it."""
+    at_row: int = -1
+    """Of the worker that has its prompt; -1: it is on its way to one."""
+    course: int = 0
+    """Counts its redirections: what was on its way of an earlier one does nothing."""
+    num_own_tokens: int = 0
+    """Computed for it where it was before: they count as no cached ones."""
     first_s: float = -1.0
     """When its client has the first token."""
     end_s: float = -1.0

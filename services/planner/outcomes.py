@@ -64,6 +64,8 @@ class Outcomes:
     num_steps: int
     num_flips: int = 0
     """Roles of elastic workers that were changed."""
+    num_redirects: int = 0
+    """Prompts that went on elsewhere."""
 
     @property
     def num_requests(self) -> int:

@@ -15,6 +15,7 @@ from kvstore.block import BlockHash
 from services.budgets import UNBOUND, Budgets, Objectives, Role
 from services.planner.fleet import Setup, Shape
 from services.planner.job import Job
+from services.planner.redirects import Redirects, Sent
 from services.planner.virtual_time import VirtualTime
 from services.planner.worker import Load, Worker
 from services.planner.workload import FINGERPRINT
@@ -93,8 +94,9 @@ class VirtualRouter:
         time: VirtualTime,
         workers: Sequence[Worker],
         send: Callable[[Job], None],
+        redirect: Callable[[Job, int], None],
     ) -> None:
-        """`send` is given each job when it has its workers."""
+        """`send` is given each job when it has its workers; `redirect` is told which row goes on with its prompt."""
         self._shape, self._setup, self._time, self._workers, self._send = shape, setup, time, workers, send
         # Rows of prefill workers come before those of decode workers; elastic ones are both.
         self._first_decode = 0 if shape.is_elastic else shape.num_prefill
@@ -112,6 +114,8 @@ class VirtualRouter:
         self._decode = DecodeTable([self._decode_candidate(row) for row in range(self._first_decode, len(workers))])
         self._prefill = PrefillTable([self._prefill_candidate(row) for row in range(self._num_prefilling)])
         self._news_of: set[int] = set()
+        self._redirect = redirect
+        self._redirects = Redirects(_MODEL, self._names, self._objectives_left)
         self._holders = _Holders(workers, limits.num_blocks)
         self.admission = Admission(
             setup.max_concurrent_requests,
@@ -195,12 +199,34 @@ class VirtualRouter:
         by = self._rows[decision.prefilled_by.worker_id]
         job.prefill_row = -1 if decision.prefills_locally else by
         job.sources = [self._rows[name] for name in decision.sources]
-        job.num_counted_tokens = decision.prefilled_by.num_computed_tokens
+        job.counted_row, job.num_counted_tokens = by, decision.prefilled_by.num_computed_tokens
         self.sessions[job.decode_row].sent(request.num_prompt_tokens)
         self._news_of.add(job.decode_row)
         self._count(by, job.num_counted_tokens)
         self._recent.add((self._names[by], ""), job.hashes, now_s)
         self._holders.given(job.hashes, (by, job.decode_row))
+        if self._shape.is_elastic:
+            self._redirects.follow(Sent(job, by, job.num_counted_tokens, now_s, decision.deflected == "prompt"))
+
+    def _look(self) -> None:
+        """There is news of the fleet: a prompt may be sooner elsewhere."""
+        now_s = self._time.now_s
+        if not self._redirects.is_due(now_s):
+            return
+        found = self._redirects.find(now_s, self.decode_table(), self._prefill, self._cost)
+        if found is None:
+            return
+        sent, redirect = found
+        job, row = sent.job, self._rows[redirect.to_worker_id]
+        self._count(job.counted_row, -job.num_counted_tokens)
+        self._recent.forget((self._names[job.counted_row], ""), job.hashes)
+        job.counted_row, job.num_counted_tokens = row, redirect.num_left_tokens
+        self._count(row, job.num_counted_tokens)
+        self._recent.add((self._names[row], ""), job.hashes, now_s)
+        self._holders.given(job.hashes, (row,))
+        is_deflected = row == job.decode_row
+        self._redirects.follow(Sent(job, row, job.num_counted_tokens, now_s, is_deflected, sent.num_redirects + 1))
+        self._redirect(job, row)
 
     def _objectives_left(self, at_s: float) -> Objectives:
         """Of a request that came then. Fixed workers are given none: nothing of theirs would bend."""
@@ -216,8 +242,8 @@ class VirtualRouter:
 
     def first_token(self, job: Job) -> None:
         """Note that its prompt stands in front of nobody any more."""
-        by = job.prefill_row if job.prefill_row >= 0 else job.decode_row
-        self._count(by, -job.num_counted_tokens)
+        self._redirects.forget(job)
+        self._count(job.counted_row, -job.num_counted_tokens)
         job.num_counted_tokens = 0
         if job.prefill_row >= 0:
             self._recent.add((self._names[job.decode_row], ""), job.hashes, self._time.now_s)
@@ -235,6 +261,7 @@ class VirtualRouter:
         self.sessions[row].told(load)
         self._news_of.add(row)
         self.admission.fill()
+        self._look()
 
     def _count(self, row: int, num_tokens: int) -> None:
         self.queued_tokens[row] += num_tokens
@@ -264,7 +291,14 @@ class VirtualRouter:
         if not self._shape.is_elastic:
             return FIXED
         budgets, load = session.budgets, session.load
-        return Bending(session.role, budgets.tpot_s, budgets.prompt_tokens, load.num_running, load.num_context_tokens)
+        return Bending(
+            session.role,
+            budgets.tpot_s,
+            budgets.prompt_tokens,
+            load.num_running,
+            load.num_context_tokens,
+            load.num_waiting_tokens,
+        )
 
     def _prefill_candidate(self, row: int) -> PrefillCandidate:
         session = self.sessions[row]

@@ -69,7 +69,7 @@ class Simulation:
         self.workers: list[Worker] = [
             kind(row, self.time, setup.rates, setup.limits, self) for row in range(shape.num_workers)
         ]
-        self._router = VirtualRouter(shape, setup, self.time, self.workers, self._routed)
+        self._router = VirtualRouter(shape, setup, self.time, self.workers, self._routed, self._redirect)
         self._controller: Controller | None = None
         if shape.is_elastic:
             self._make_elastic()
@@ -78,6 +78,7 @@ class Simulation:
         self._gaps = Gaps()
         self._handoffs: dict[int, _Handoff] = {}
         self._next = 0
+        self._num_redirects = 0
 
     def _make_elastic(self) -> None:
         """Give each its role, and somebody who changes it."""
@@ -121,6 +122,7 @@ class Simulation:
             decode_busy_s=sum(busy_s[num_prefill:]),
             num_steps=sum(worker.num_steps for worker in self.workers),
             num_flips=self._controller.num_flips if self._controller is not None else 0,
+            num_redirects=self._num_redirects,
         )
 
     # ---- arrivals -----------------------------------------------------------------
@@ -149,16 +151,53 @@ class Simulation:
 
     def _at_decode(self, job: Job) -> None:
         worker, limits = self.workers[job.decode_row], self._setup.limits
+        if job.course:  # a redirection has overtaken it
+            return
         num_uncached = max(1, job.request.num_prompt_tokens - worker.peek(job.hashes) * limits.block_size)
         if job.prefill_row < 0 or (self._shape.num_prefill and num_uncached <= limits.local_prefill_max_tokens):
-            self._with_prefix(worker, job, partial(worker.compute, job))
+            self._with_prefix(worker, job, partial(self._compute, worker, job, False, job.course))
         else:
-            self.time.after(self._setup.delays.order_s, self._at_prefill, job)
+            self.time.after(self._setup.delays.order_s, self._at_prefill, job, job.course)
 
-    def _at_prefill(self, job: Job) -> None:
-        worker = self.workers[job.prefill_row]
-        self._handoffs[job.number] = _Handoff()
-        self._with_prefix(worker, job, partial(worker.compute, job, hold=True))
+    def _at_prefill(self, job: Job, course: int) -> None:
+        if course == job.course:
+            worker = self.workers[job.prefill_row]
+            self._with_prefix(worker, job, partial(self._compute, worker, job, True, course))
+
+    def _compute(self, worker: Worker, job: Job, hold: bool, course: int) -> None:
+        if course == job.course:
+            if hold:
+                self._handoffs[job.number] = _Handoff()
+            job.at_row = worker.row
+            worker.compute(job, hold)
+
+    # ---- redirections ---------------------------------------------------------------
+
+    def _redirect(self, job: Job, row: int) -> None:
+        self.time.after(self._setup.delays.order_s, self._redirected, job, row)
+
+    def _redirected(self, job: Job, row: int) -> None:
+        """Its decode worker has heard that this one goes on; nothing, where its prompt is computed by now."""
+        if job.at_row < 0:
+            self._go_on(job, row)
+        elif job.at_row != row and job.first_s < 0:
+            self.workers[job.at_row].give_up(job, partial(self._go_on, job, row))
+
+    def _go_on(self, job: Job, row: int) -> None:
+        handoff = self._handoffs.pop(job.number, None)
+        if handoff is not None and handoff.has_asked:
+            self.workers[job.decode_row].cancel(job)
+        if job.at_row >= 0:
+            job.sources = (job.at_row, *job.sources)
+        self._num_redirects += 1
+        job.course, job.at_row = job.course + 1, -1
+        worker = self.workers[row]
+        if row == job.decode_row:
+            job.prefill_row = -1
+            self._with_prefix(worker, job, partial(self._compute, worker, job, False, job.course))
+        else:
+            job.prefill_row = row
+            self.time.after(self._setup.delays.order_s, self._at_prefill, job, job.course)
 
     def _with_prefix(self, worker: Worker, job: Job, then: Callable[[], None]) -> None:
         """Fetch what of its prefix another worker has, if that is sooner than computing it."""
@@ -174,17 +213,15 @@ class Simulation:
 
     def begun(self, job: Job) -> None:
         """Its blocks are offered, so the decode worker looks for room for them."""
-        self.time.after(self._setup.delays.order_s, self._reserve, job)
+        self.time.after(self._setup.delays.order_s, self._reserve, job, self._handoffs[job.number])
 
-    def _reserve(self, job: Job) -> None:
-        handoff = self._handoffs.get(job.number)
-        if handoff is not None:  # else its only token has come already
+    def _reserve(self, job: Job, handoff: _Handoff) -> None:
+        if handoff is self._handoffs.get(job.number):  # else its only token has come already, or it was redirected
             handoff.has_asked = True
-            self.workers[job.decode_row].reserve(job, partial(self._granted, job))
+            self.workers[job.decode_row].reserve(job, partial(self._granted, job, handoff))
 
-    def _granted(self, job: Job) -> None:
-        handoff = self._handoffs.get(job.number)
-        if handoff is None:  # the same, and the room is being given back
+    def _granted(self, job: Job, handoff: _Handoff) -> None:
+        if handoff is not self._handoffs.get(job.number):  # the same, and the room is being given back
             return
         handoff.granted_s = self.time.now_s
         self._read_rest(job, handoff)

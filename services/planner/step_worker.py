@@ -41,6 +41,7 @@ class StepWorker:
         self._commands: deque[Callable[[], None]] = deque()
         self._is_in_turn = False
         self._jobs: dict[str, Job] = {}
+        self._prompts: dict[str, Request] = {}  # of those that have no token yet
         self._requests: dict[int, Request] = {}  # of jobs whose blocks are held or reserved
         self._granted: dict[str, Callable[[list[int]], None]] = {}
         self._reserved: dict[int, list[int]] = {}
@@ -52,6 +53,9 @@ class StepWorker:
 
     def compute(self, job: Job, hold: bool = False) -> None:
         self._order(partial(self._compute, job, hold))
+
+    def give_up(self, job: Job, then: Callable[[], None]) -> None:
+        self._order(partial(self._give_up, job, then))
 
     def reserve(self, job: Job, granted: Callable[[], None]) -> None:
         self._order(partial(self._reserve, job, granted))
@@ -96,9 +100,21 @@ class StepWorker:
     def _compute(self, job: Job, hold: bool) -> None:
         request = self._request(job, hold)
         self._jobs[request.request_id] = job
+        self._prompts[request.request_id] = request
         if hold:
             self._requests[job.number] = request
         self.scheduler.add(request)
+
+    def _give_up(self, job: Job, then: Callable[[], None]) -> None:
+        request_id = next((each for each in (f"{job.number}", f"{job.number}/p") if each in self._prompts), None)
+        if request_id is None:
+            return
+        request = self._prompts.pop(request_id)
+        job.num_own_tokens += max(request.num_computed_tokens - request.num_cached_tokens, 0)
+        self.scheduler.abort(request_id)
+        del self._jobs[request_id]
+        self._requests.pop(job.number, None)
+        then()
 
     def _reserve(self, job: Job, granted: Callable[[], None]) -> None:
         request = self._requests[job.number] = self._request(job, False)
@@ -192,7 +208,8 @@ class StepWorker:
                 self._listener.gaps(now_s - job.last_s, 1)
             job.num_said, job.last_s = job.num_said + 1, now_s
             if job.num_said == 1:
-                job.num_cached_tokens = update.num_cached_tokens
+                del self._prompts[request_id]
+                job.num_cached_tokens = max(update.num_cached_tokens - job.num_own_tokens, 0)
                 self._listener.first(self.row, job, num_tokens)
         if update.finish_reason is not None:
             del self._jobs[request_id]

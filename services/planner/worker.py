@@ -61,6 +61,9 @@ class Worker(Protocol):
     def compute(self, job: Job, hold: bool = False) -> None:
         """Queue its prompt. `hold`: for another worker, until `release`."""
 
+    def give_up(self, job: Job, then: Callable[[], None]) -> None:
+        """Compute no more of its prompt. What was computed stays as a cached prefix; not called if all of it was."""
+
     def reserve(self, job: Job, granted: Callable[[], None]) -> None:
         """Ask for blocks that its prompt can be read into, and for a place in the batch."""
 

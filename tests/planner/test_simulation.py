@@ -186,6 +186,32 @@ def test_an_elastic_fleet_bends_where_a_fixed_one_misses() -> None:
     assert elastic.good > max(fixed)
 
 
+@pytest.mark.parametrize("takes_steps", [True, False])
+def test_redirected_prompts_end_once_and_leave_no_block(takes_steps: bool) -> None:
+    """Long and short prompts come in bursts: those that would be late where they wait go on elsewhere."""
+    rng = random.Random(11)
+    requests = [
+        PlannedRequest(
+            0.6 * (n // 10), rng.choice((100, 300, 3000)), rng.choice((1, 5, 60)), tuple(range(80 * n, 80 * n + 48))
+        )
+        for n in range(60)
+    ]
+    setup = replace(SETUP, objectives=Objectives(0.8, 0.03), limits=replace(SETUP.limits, num_blocks=2048))
+    simulation = Simulation(Workload(requests, 64), Shape(1, 2, is_elastic=True), setup, takes_steps=takes_steps)
+    outcomes = simulation.run()
+    assert outcomes.num_redirects > 3
+    wanted = Counter((each.at_s, each.num_prompt_tokens, each.num_output_tokens) for each in requests)
+    assert Counter((each.at_s, each.num_prompt_tokens, each.num_output_tokens) for each in outcomes.outcomes) == wanted
+    assert all(each.at_s < each.first_s <= each.end_s for each in outcomes.outcomes)
+    # No two prompts share a block, and what was computed for a prompt itself is no cached one.
+    assert not any(each.num_cached_tokens for each in outcomes.outcomes)
+    for worker in simulation.workers:
+        load = worker.load()
+        assert (load.num_running, load.num_waiting, load.num_free_blocks) == (0, 0, load.num_blocks)
+        if isinstance(worker, StepWorker):
+            worker.check_integrity()
+
+
 @pytest.mark.slow
 def test_the_policy_changes_roles_where_one_side_is_short() -> None:
     """Prompts with short answers: too many for a fleet that begins with one prefill worker of four."""

@@ -66,6 +66,7 @@ def as_json(search: Search) -> dict[str, object]:
                 "goodput": each.goodput,
                 "elastic": shape.is_elastic,
                 "flips": each.num_flips,
+                "redirects": each.num_redirects,
                 "refused": each.num_refused,
                 "ttft_s": _values(each.ttft),
                 "tpot_s": _values(each.tpot),

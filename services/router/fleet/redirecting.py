@@ -23,8 +23,8 @@ from services.router.routing import (
     redirects,
 )
 
-_LOOK_S: Final = 0.1  # between two looks
-_MIN_TOKENS: Final = 64  # to be computed; fewer are not worth a message
+LOOK_S: Final = 0.1  # between two looks
+MIN_REDIRECTED_TOKENS: Final = 64  # to be computed; fewer are not worth a message
 
 
 class Redirects:
@@ -38,7 +38,11 @@ class Redirects:
         """Its prompt was sent to who computes it."""
         ask = placement.ask
         is_bound = ask.objectives != NO_OBJECTIVES and not ask.order.resumed_token_ids
-        if is_bound and placement.decision.decode.bending.is_elastic and placement.num_counted_tokens >= _MIN_TOKENS:
+        if (
+            is_bound
+            and placement.decision.decode.bending.is_elastic
+            and placement.num_counted_tokens >= MIN_REDIRECTED_TOKENS
+        ):
             self._waiting[id(placement)] = placement
 
     def forget(self, placement: Placement) -> None:
@@ -47,7 +51,7 @@ class Redirects:
 
     def is_due(self, now_s: float) -> bool:
         """Whether there is anything to look at, and it is time."""
-        return bool(self._waiting) and now_s >= self._looked_s + _LOOK_S
+        return bool(self._waiting) and now_s >= self._looked_s + LOOK_S
 
     @property
     def model_fingerprint(self) -> str:
