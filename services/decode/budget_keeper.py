@@ -10,6 +10,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from services.budgets import MIN_CHUNK, Budgets, Role
 from services.engine.api import BudgetsFixed
+from services.orders import budgets_to_proto
 from services.worker import convert
 from services.worker.assembly import WorkerParts
 from services.worker.engine_thread import EngineCrashed
@@ -41,7 +42,7 @@ class BudgetKeeper:
 
     def said(self) -> pb.Budgets:
         """Both, for a session's load."""
-        return convert.budgets_to_proto(self.role, self._engine.budgets)
+        return budgets_to_proto(self.role, self._engine.budgets)
 
     def state(self) -> dict[str, object]:
         """Both, for people."""

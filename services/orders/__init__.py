@@ -9,6 +9,7 @@ import os
 # gRPC reads it when it is imported; else it writes a line of its own to our log for each connection that idles.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
+from services.orders.budgets import budgets_to_proto
 from services.orders.grpc_orders import GrpcOrders, GrpcServer
 from services.orders.streams import (
     BUDGETS,
@@ -41,5 +42,6 @@ __all__ = [
     "StreamBroken",
     "StreamRefused",
     "WorkerSilent",
+    "budgets_to_proto",
     "is_cancelled",
 ]

@@ -113,13 +113,6 @@ def load_to_proto(load: EngineLoad, num_waiting_elsewhere: int = 0, draining: bo
     )
 
 
-def budgets_to_proto(role: Role, budgets: Budgets) -> pb.Budgets:
-    message = pb.Budgets(role=role, tpot_s=budgets.tpot_s if math.isfinite(budgets.tpot_s) else 0.0)
-    if budgets.prompt_tokens < UNLIMITED:
-        message.prompt_tokens = budgets.prompt_tokens
-    return message
-
-
 def budgets_from_proto(message: pb.Budgets) -> tuple[Role, Budgets]:
     """What a router wants of an elastic worker. Raises ValueError where it makes no sense."""
     if not message.tpot_s >= 0:  # NaN, too

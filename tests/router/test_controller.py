@@ -16,6 +16,7 @@ from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import open_home
 from services.budgets import Objectives
+from services.orders import budgets_to_proto
 from services.router.config import RouterConfig
 from services.router.finished import Finished
 from services.router.fleet import Workers
@@ -484,7 +485,7 @@ async def test_the_page_needs_a_key_as_the_others_do(make_worker):
 
 def test_a_role_s_message_says_no_limit_by_saying_nothing():
     from services.budgets import Budgets
-    from services.router.fleet.worker_load import budgets_from_proto, budgets_to_proto
+    from services.router.fleet.worker_load import budgets_from_proto
 
     for budgets in (Budgets(), Budgets(0.05, 128), Budgets(0.05), Budgets(prompt_tokens=32)):
         message = pb.Budgets.FromString(budgets_to_proto("decode", budgets).SerializeToString())

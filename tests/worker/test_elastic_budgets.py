@@ -17,7 +17,7 @@ from services.budgets import DEFLECTED_CHUNK, UNBOUND, UNLIMITED, Budgets
 from services.elastic.config import ElasticConfig
 from services.engine.api import BudgetsFixed, InvalidRequest, Request
 from services.engine.native import Engine
-from services.orders import BUDGETS
+from services.orders import BUDGETS, budgets_to_proto
 from services.worker import convert
 from tests.hf_models import random_prompts, write_model
 from tests.memory_orders import MemoryOrders
@@ -191,7 +191,7 @@ async def test_the_engine_hears_what_a_client_is_to_get(model: Path, monkeypatch
 
 @pytest.mark.parametrize("budgets", [Budgets(), Budgets(0.05, 128), Budgets(math.inf, 0), Budgets(0.1)])
 def test_budgets_travel_whole(budgets: Budgets) -> None:
-    message = pb.Budgets.FromString(convert.budgets_to_proto("prefill", budgets).SerializeToString())
+    message = pb.Budgets.FromString(budgets_to_proto("prefill", budgets).SerializeToString())
     assert convert.budgets_from_proto(message) == ("prefill", budgets)
 
 

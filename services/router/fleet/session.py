@@ -25,12 +25,12 @@ from tandem.v1 import worker_pb2 as pb
 
 from kvstore.registry import WorkerRecord
 from services.budgets import UNBOUND, Budgets, Role
-from services.orders import LISTS, MOVES, REDIRECTS, RESUMES, Orders, StreamBroken, is_cancelled
+from services.orders import LISTS, MOVES, REDIRECTS, RESUMES, Orders, StreamBroken, budgets_to_proto, is_cancelled
 from services.rates import GUESSED
 from services.router.fleet.silence import Silence
 from services.router.fleet.sink import OutputSink
 from services.router.fleet.token_lists import ToldLists
-from services.router.fleet.worker_load import budgets_from_proto, budgets_to_proto, rates_from_proto, role_from_proto
+from services.router.fleet.worker_load import budgets_from_proto, rates_from_proto, role_from_proto
 
 log = logging.getLogger(__name__)
 

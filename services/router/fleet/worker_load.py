@@ -29,11 +29,3 @@ def budgets_from_proto(message: pb.Budgets) -> Budgets:
     tpot_s = message.tpot_s if 0 < message.tpot_s <= _MAX_TPOT_S else math.inf
     prompt_tokens = min(message.prompt_tokens, UNLIMITED) if message.HasField("prompt_tokens") else UNLIMITED
     return Budgets(tpot_s, prompt_tokens)
-
-
-def budgets_to_proto(role: Role, budgets: Budgets) -> pb.Budgets:
-    """The message that moves a worker's role and budgets."""
-    message = pb.Budgets(role=role, tpot_s=budgets.tpot_s if math.isfinite(budgets.tpot_s) else 0.0)
-    if budgets.prompt_tokens < UNLIMITED:
-        message.prompt_tokens = budgets.prompt_tokens
-    return message
