@@ -175,3 +175,25 @@ async def test_a_router_redirects_once_it_hears_of_the_queue_and_moves_its_books
         metrics = running.parts.metrics.exposition().decode()
         assert 'tandem:router_redirects_total{direction="decode"} 1.0' in metrics
         assert not placer._redirects._waiting
+
+
+async def test_a_policy_without_costs_redirects_nothing(make_worker, sentence):
+    permits = asyncio.Semaphore(0)
+    first = make_worker(load=load("prefill", 0), features=(RESUMES, REDIRECTS))
+    script = Script([sentence[:1], sentence[1:2]], permits=permits)
+    second = make_worker(lambda request: script, load=load("decode", 0), features=(RESUMES, REDIRECTS))
+    config = RouterConfig(ttft_objective=200, worker_backlog_s=0, routing_policy="least-loaded")
+    async with (
+        running_router(config, first, second) as running,
+        httpx.AsyncClient(base_url=running.base_url, timeout=60) as client,
+    ):
+        running.membership.set(first.record("elastic"), second.record("elastic"))
+        workers, placer = running.parts.workers, running.parts.placer
+        await until(lambda: [row.bending.role for row in workers.prefill_table().workers] == ["prefill", "decode"])
+        asking = asyncio.create_task(
+            client.post("/v1/completions", json={"prompt": list(range(5, 95)), "max_tokens": 2})
+        )
+        await until(lambda: second.requests)
+        assert not placer._redirects._waiting
+        permit(permits, 2)
+        assert (await asking).status_code == 200

@@ -230,7 +230,8 @@ class Placer:
         placement.sent_s = self._clock()
         self._workers.count_prefill(placement.prefill_key, placement.num_counted_tokens)
         self._remember(placement.prefill_key, placement)
-        self._redirects.follow(placement)
+        if self._policy is Policy.KV:  # the others have no costs to compare
+            self._redirects.follow(placement)
 
     def prefilled(self, placement: Placement, usage: pb.Usage | None) -> None:
         """The first token is here. `usage` says, if it is known, who did the prefill in the end."""
