@@ -6,6 +6,7 @@ Redis is not enough: after a restart or a flush it is empty until the workers an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ class Roster:
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
         self._entries: dict[str, _Entry] = {}
+        self._grace_until_s = -math.inf
 
     @property
     def records(self) -> tuple[WorkerRecord, ...]:
@@ -40,9 +42,9 @@ class Roster:
 
     def resume(self, now_s: float) -> None:
         """Redis can be read again after a gap: nobody's lease could be seen to be renewed meanwhile."""
+        self._grace_until_s = now_s + self._grace_s
         for worker_id, entry in self._entries.items():
-            keep_until_s = max(entry.keep_until_s, now_s + self._grace_s)
-            self._entries[worker_id] = _Entry(entry.record, keep_until_s)
+            self._entries[worker_id] = _Entry(entry.record, max(entry.keep_until_s, self._grace_until_s))
 
     def observe(self, now_s: float, sightings: Iterable[Sighting]) -> None:
         """Take in all that Redis holds now, and drop those whose last known lease has run out."""
@@ -52,7 +54,11 @@ class Roster:
             # Right after a flush the loser of an id conflict may announce itself first; the winner is still the winner.
             if known and record.incarnation < known.record.incarnation and now_s < known.keep_until_s:
                 continue
-            self._entries[record.worker_id] = _Entry(record, now_s + sighting.remaining_s)
+            keep_until_s = now_s + sighting.remaining_s
+            if known and known.record.incarnation == record.incarnation and now_s < self._grace_until_s:
+                # What Redis has come back with may be of before: such a lease ends sooner than its worker can renew it.
+                keep_until_s = max(keep_until_s, min(known.keep_until_s, self._grace_until_s))
+            self._entries[record.worker_id] = _Entry(record, keep_until_s)
         expired = [worker_id for worker_id, entry in self._entries.items() if entry.keep_until_s <= now_s]
         for worker_id in expired:
             del self._entries[worker_id]

@@ -58,6 +58,19 @@ def test_after_an_outage_everyone_has_a_grace_period_to_come_back():
     assert names(roster) == ["b/1"]
 
 
+def test_a_lease_of_before_the_outage_does_not_end_the_grace_period():
+    roster = Roster(grace_s=5)
+    roster.observe(0, [sighting("a"), sighting("b")])
+    roster.resume(10)  # Redis is back with what it had written to disk: leases that have all but ended
+    roster.observe(10, [sighting("a", remaining_s=0.5), sighting("b", remaining_s=0.5)])
+    roster.observe(11, [])
+    assert names(roster) == ["a/1", "b/1"]
+    assert roster.next_expiry_s() == 15
+    roster.observe(12, [sighting("b")])
+    roster.observe(15, [])
+    assert names(roster) == ["b/1"]
+
+
 def test_a_goodbye_removes_at_once_but_only_the_incarnation_that_said_it():
     roster = Roster(grace_s=5)
     roster.observe(0, [sighting(incarnation="2")])
