@@ -65,6 +65,7 @@ class FleetNemesis:
         """Names and incarnations of those who leave in order."""
         self._away: list[tuple[str, float, float]] = []  # who was out of reach, from when until when
         self._deaths: list[float] = []  # of decode workers
+        self._redis_away: list[tuple[float, float]] = []  # from somebody
         self.redirects_until_s = 0.0
         """Until when the requests of an elastic fleet are redirected at random."""
         world.faults.update((self.mix & set(STANDING)) - {"cut"})
@@ -78,11 +79,18 @@ class FleetNemesis:
         moments = [since_s, *(begin for _, begin, _ in self._away if begin > since_s)]
         return any(
             all(
-                any(each == name and begin <= moment <= end + _BACK_S for each, begin, end in self._away)
+                any(each == name and begin <= moment <= self._found_by_s(end) for each, begin, end in self._away)
                 for name in self._decode
             )
             for moment in moments
         )
+
+    def _found_by_s(self, back_s: float) -> float:
+        """When one that is back has been found by everybody: not while Redis is away, which says where it is."""
+        for begin, end in self._redis_away:
+            if begin <= back_s + _BACK_S and end >= back_s:
+                back_s = max(back_s, end)
+        return back_s + _BACK_S
 
     def back(self, name: str) -> None:
         """A new start of it is there."""
@@ -167,6 +175,7 @@ class FleetNemesis:
         if world.redis.is_up:
             lasts_s, other = draw.uniform(0.2, 9.0), draw.choice([*world.roles, STORE, *world.router.names])
             world.faults[kind] += 1
+            self._redis_away.append((world.loop.time(), world.loop.time() + lasts_s))
             world.story.append(f"{world.loop.time():.3f} s: {kind} ({other}, {lasts_s:.1f} s)")
             world.redis.fail(kind, lasts_s, draw.random() < 0.5, other)
 
