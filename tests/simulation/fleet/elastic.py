@@ -130,5 +130,5 @@ def watching(world: FleetWorld) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(Course, "goes_to", went))
         stack.enter_context(mock.patch.object(Placer, "sent", noted))
-        stack.enter_context(mock.patch.object(redirecting, "_MIN_TOKENS", _MIN_TOKENS))
+        stack.enter_context(mock.patch.object(redirecting, "MIN_REDIRECTED_TOKENS", _MIN_TOKENS))
         yield
