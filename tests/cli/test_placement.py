@@ -12,8 +12,8 @@ def cores(num_physical: int, threads: int = 1) -> list[Core]:
 
 def test_two_workers_on_two_cores_get_one_each() -> None:
     assert place_workers(2, cores(2), []) == [
-        Placement(cores=(0,), num_threads=1),
-        Placement(cores=(1,), num_threads=1),
+        Placement(cores=(0,), num_threads=1, num_others_cores=1),
+        Placement(cores=(1,), num_threads=1, num_others_cores=1),
     ]
 
 

@@ -201,13 +201,23 @@ def test_secrets_are_in_no_arguments() -> None:
 
 
 def test_a_place_decides_threads_and_gpu_share_unless_the_user_does() -> None:
-    places = [Placement((0,), 1, "0", 0.5), Placement((1,), 1, "0", 0.5)]
+    places = [Placement((0,), 1, 1, "0", 0.5), Placement((1,), 1, 1, "0", 0.5)]
     prefill = plan(placements=places).workers[0]
     assert (prefill.cores, prefill.environ["OMP_NUM_THREADS"]) == ((0,), "1")
     assert prefill.environ["CUDA_VISIBLE_DEVICES"] == "0"
     assert (prefill_of(prefill).num_threads, prefill_of(prefill).gpu_memory_utilization) == (1, 0.45)
     told = plan("--num-threads", "3", "--gpu-memory-utilization", "0.3", placements=places).workers[0]
     assert (prefill_of(told).num_threads, prefill_of(told).gpu_memory_utilization) == (3, 0.3)
+
+
+def test_workers_of_one_core_each_lend_each_other_what_is_idle_unless_the_user_says_otherwise() -> None:
+    places = [Placement((0,), 1, num_others_cores=1), Placement((1,), 1, num_others_cores=1)]
+    assert [prefill_of(worker).helper_threads for worker in plan(placements=places).workers[:1]] == [1]
+    assert prefill_of(plan("--helper-threads", "0", placements=places).workers[0]).helper_threads == 0
+    alone, wide = Placement((0,), 1), Placement((0, 1), 2, num_others_cores=2)
+    on_gpu = Placement((0,), 1, 1, "0", 0.5)
+    for place in (alone, wide, on_gpu):
+        assert prefill_of(plan(placements=[place, place]).workers[0]).helper_threads == 0
 
 
 def test_ranks_of_a_worker_divide_its_cores() -> None:

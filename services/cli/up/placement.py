@@ -33,6 +33,8 @@ class Placement:
 
     cores: tuple[int, ...] = ()
     num_threads: int | None = None
+    num_others_cores: int = 0
+    """Physical ones that other workers have, and this one does not."""
     gpu: str | None = None
     gpu_share: float | None = None
 
@@ -64,6 +66,7 @@ def place_workers(num_workers: int, cores: Sequence[Core], gpus: Sequence[str], 
             Placement(
                 cores=tuple(core.number for core in share),
                 num_threads=len({core.physical for core in share}) or None,
+                num_others_cores=len({core.physical for core in cores} - {core.physical for core in share}),
                 gpu=gpu,
                 gpu_share=gpu_share,
             )

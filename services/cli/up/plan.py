@@ -306,6 +306,8 @@ def _placed(values: Mapping[str, object], placement: Placement, environ: Mapping
     if placement.num_threads is not None and not environ.get(_THREADS):
         ranks = tensor_parallel_size(str(values.get("engine_args", "")))
         placed.setdefault("num_threads", max(1, placement.num_threads // ranks))
+    if placement.num_others_cores and placed.get("num_threads") == 1 and placement.gpu is None:
+        placed.setdefault("helper_threads", 1)
     if placement.gpu_share is not None and placement.gpu_share < 1:
         default = next(item.default for item in settings_of(DecodeConfig) if item.name == "gpu_memory_utilization")
         assert isinstance(default, float)
