@@ -100,6 +100,15 @@ def test_missed_tpot_beside_idle_prefill_workers_flips_one_of_them() -> None:
     assert change.budgets == budgets_of("decode", OBJECTIVES)
 
 
+def test_tpot_missed_by_prompts_beside_few_streams_is_a_shortage_of_prefill() -> None:
+    """Answers of three tokens: whoever waits for a prompt in between misses. Steps with streams alone are short."""
+    demand = Demand(6.0, 2500.0, 0.0, 3.0)
+    view = fleet("pddd", demand=demand, step_s=0.012, attainment=Attainment(40, 40, 30, 0.5, 1.9))
+    verdict = first_change(view)
+    assert verdict.kind == "flip"
+    assert verdict.changes[0].role == "prefill"
+
+
 @pytest.mark.parametrize("field", ["num_running", "kv_usage"])
 def test_full_seats_or_blocks_are_a_shortage_of_decode_though_first_tokens_are_late(field: str) -> None:
     view = short_of_decode(step_s=0.02, attainment=Attainment(40, 5, 40, 2.0, 0.5), prefill_wait_s=3.0)

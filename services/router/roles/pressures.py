@@ -23,6 +23,8 @@ _WAIT_SHARE: Final = 0.5
 """Of the time to first token that is allowed, what a prompt may wait."""
 _FULL: Final = 0.9
 """Of seats or blocks: then requests wait for them."""
+_LITTLE: Final = 0.6
+"""Of what decode workers can bear: with less to do they miss nothing by their streams."""
 _MIN_REQUESTS: Final = 5
 """Of fewer there is no 90th percentile to speak of."""
 
@@ -61,6 +63,9 @@ def measure(view: FleetView, load: Load, objectives: Objectives) -> Measured:
     kv = fmean([worker.kv_usage for worker in decode] or [0])
     decode_load = max(view.step_s / objectives.tpot_s, _mean_seats(decode) / _FULL, kv / _FULL)
     work = load.prefill_work / max(len(prefill), 1)
+    if prefill and work >= SHORT and decode_load <= _LITTLE:
+        # Streams alone would be in time: what they miss is due to prompts that too few prefill workers leave to them.
+        ttft, tpot = max(ttft, tpot), 0.0
     # A role that nobody has is as short as can be.
     return Measured(
         prefill=min(max(wait, ttft), MOST) if prefill else MOST,
