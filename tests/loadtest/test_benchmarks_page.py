@@ -17,7 +17,7 @@ _FOREIGN = {
     "--expect-workers", "--master-host", "--result", "--up-args", "--prefix-fetch", "--max-num-batched-tokens",
     "--quantization", "--runs", "--vllm", "--loads", "--ttft-deadline-s", "--capacity",
     "--speculative-method", "--block-kib", "--blocks", "--lengths", "--parts", "--repetitions", "--workers",
-    "--window-s", "--dwell-s", "--outputs",
+    "--window-s", "--dwell-s", "--outputs", "--ttft", "--tpot", "--helper-threads",
 }  # fmt: skip
 
 
