@@ -28,6 +28,9 @@ UNLIMITED: Final = 1 << 30
 MIN_CHUNK: Final = 32
 """Prompt tokens that a step carries at least, where it carries any: less is not worth the step's other costs."""
 
+MAX_PASSED_OVER: Final = 8
+"""Steps in a row that may leave out the prompts that wait: the next one carries MIN_CHUNK of the first of them."""
+
 DEFLECTED_CHUNK: Final = 128
 """Prompt tokens that a step of a decode worker carries at most beside its streams: more is a gap that is felt."""
 

@@ -15,13 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Final
 
-from services.budgets import MIN_CHUNK, UNBOUND, UNLIMITED, Budgets, prompt_room
+from services.budgets import MAX_PASSED_OVER, MIN_CHUNK, UNBOUND, UNLIMITED, Budgets, prompt_room
 from services.rates import RateLearner, Rates, StepShape
-
-MAX_PASSED_OVER: Final = 8
-"""Steps in a row that may leave out the prompts that wait: the next one carries MIN_CHUNK of the first of them."""
 
 
 class PromptBudget:

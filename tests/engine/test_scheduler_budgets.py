@@ -8,11 +8,11 @@ import random
 import pytest
 
 from kvstore.pool import BlockPool
-from services.budgets import MIN_CHUNK, UNBOUND, Budgets
+from services.budgets import MAX_PASSED_OVER, MIN_CHUNK, UNBOUND, Budgets
 from services.engine.native.scheduling import Request
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.scheduler import Scheduler
-from services.engine.prompt_budget import MAX_PASSED_OVER, PromptBudget
+from services.engine.prompt_budget import PromptBudget
 from services.rates import GUESSED, NO_STEP, RateLearner, Rates, StepShape
 from tests.engine.paged_world import Oracle, PagedWorld, expected_outputs
 from tests.engine.test_scheduler import BLOCK_SIZE, Bench, make_request

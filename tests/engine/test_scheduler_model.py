@@ -14,14 +14,13 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from kvstore.pool import BlockPool
 from kvstore.protocol import Reservation
-from services.budgets import MIN_CHUNK, UNLIMITED, Budgets
+from services.budgets import MAX_PASSED_OVER, MIN_CHUNK, UNLIMITED, Budgets
 from services.engine.api import FinishReason, InvalidRequest, QueueFull, SampledToken, SamplingParams
 from services.engine.native.scheduling import Request, shape_of
 from services.engine.native.scheduling.batch import Batch
 from services.engine.native.scheduling.limits import SchedulerConfig
 from services.engine.native.scheduling.request import RequestStatus
 from services.engine.native.scheduling.scheduler import Scheduler
-from services.engine.prompt_budget import MAX_PASSED_OVER
 from services.rates import RateLearner, Rates
 from tests.engine.paged_world import EOS, Oracle, PagedWorld, expected_outputs, next_token
 

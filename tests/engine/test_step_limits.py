@@ -6,10 +6,9 @@ import math
 
 import pytest
 
-from services.budgets import MIN_CHUNK, UNBOUND, Budgets
+from services.budgets import MAX_PASSED_OVER, MIN_CHUNK, UNBOUND, Budgets
 from services.engine.api import BudgetsFixed
 from services.engine.foreign.step_limits import Budgeted, Running, StepLimits
-from services.engine.prompt_budget import MAX_PASSED_OVER
 from services.engine.request import Request, SamplingParams
 from services.rates import RateLearner, Rates
 

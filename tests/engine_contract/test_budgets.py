@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from services.budgets import MIN_CHUNK, UNBOUND, Budgets
+from services.budgets import MAX_PASSED_OVER, MIN_CHUNK, UNBOUND, Budgets
 from services.engine.api import Engine, Request, RequestUpdate
-from services.engine.prompt_budget import MAX_PASSED_OVER
 from services.rates import StepShape
 from tests.engine_contract.test_engine_contract import ask, copy, prefill, prompt_of, reserve, run, taken, tokens
 

@@ -18,13 +18,12 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from services.budgets import MIN_CHUNK, UNLIMITED, Objectives
+from services.budgets import MAX_PASSED_OVER, MIN_CHUNK, UNLIMITED, Objectives
 from services.rates import Rates
 from services.router.routing.cost import CostModel
 from services.router.routing.tables import Column
 
-_STEPS_PASSED_OVER: Final = 8  # so often an engine passes a prompt over, at most
-LET_THROUGH: Final = MIN_CHUNK // _STEPS_PASSED_OVER
+LET_THROUGH: Final = MIN_CHUNK // MAX_PASSED_OVER
 """Prompt tokens a step, over many, where there is no room for any beside the streams."""
 
 
